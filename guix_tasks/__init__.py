@@ -1,0 +1,1 @@
+"""Docker images with GNU Guix in them, as Invoke tasks."""

@@ -1,0 +1,135 @@
+"""Between Invoke and the rest: opens settings and engine, and lets no error through raw.
+
+With ``tasks/`` the only part that knows Invoke.  All else is imported when a task runs, so that
+``inv --list`` costs next to nothing and works where a package is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from invoke.exceptions import Exit
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from types import FrameType
+
+    from invoke.context import Context
+
+    from guix_tasks.console import Console
+    from guix_tasks.engine import Engine
+    from guix_tasks.settings import Settings
+    from guix_tasks.stage import Project
+
+
+_engines: dict[tuple[str, bool, bool], Engine] = {}
+"""The engines that this process has opened: `inv pull install push` opens one."""
+
+
+@contextmanager
+def opened(
+    c: Context, overrides: Mapping[str, str | Sequence[str]] | None = None
+) -> Iterator[Project]:
+    """The project in the current directory, for one task."""
+    with guarded():
+        from guix_tasks.settings import load_settings
+
+        settings = load_settings(
+            project_folder(Path.cwd()), Path.cwd(), os.environ, overrides or {}
+        )
+        yield open_project(c, settings)
+
+
+def open_project(c: Context, settings: Settings) -> Project:
+    """Settings with the engine that they, or this machine, name."""
+    from guix_tasks.console import Console
+    from guix_tasks.stage import Project
+
+    console = Console()
+    for note in settings.notes:
+        console.say(f"note: {note}")
+    return Project(settings, _engine(c, settings, console), console)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Turn what a user can cause into one line and an exit code."""
+    from guix_tasks.console import Console
+    from guix_tasks.errors import GuixTasksError, StoppedError, SettingsError
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise StoppedError("stopped by SIGTERM; what was under way has been undone")
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except SettingsError as error:
+        for problem in error.problems:
+            Console().error(problem)
+        raise Exit(code=error.exit_code) from None
+    except GuixTasksError as error:
+        Console().error(str(error))
+        raise Exit(code=error.exit_code) from None
+    except KeyboardInterrupt:
+        Console().error("interrupted; what was under way has been undone")
+        raise Exit(code=StoppedError.exit_code) from None
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("docker", "dotenv", "requests"):
+            raise
+        Console().error(
+            f"the Python of this inv ({sys.executable}) lacks the package {error.name}; "
+            "use ./inv, or `pip install guix-tasks` into the environment that inv runs in"
+        )
+        raise Exit(code=2) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def project_folder(start: Path) -> Path:
+    """The nearest folder upwards with a ``tasks.py``: the one whose tasks Invoke runs."""
+    return next((each for each in (start, *start.parents) if (each / "tasks.py").exists()), start)
+
+
+def docker_command(project: Project) -> tuple[list[str], dict[str, str]]:
+    """The ``docker`` command line, and the environment in which it finds the project's engine.
+
+    Raises ``UsageError`` where there is none: only a terminal needs it.
+    """
+    import shutil
+
+    from guix_tasks.errors import UsageError
+    from guix_tasks.local.engine import private_engine
+
+    program = shutil.which("docker") or private_engine().docker_path()
+    if program is None:
+        raise UsageError("a terminal needs the docker command line, which is not on this machine")
+    return [str(program)], {**os.environ, "DOCKER_HOST": project.engine.info().url}
+
+
+def _engine(c: Context, settings: Settings, console: Console) -> Engine:
+    from guix_tasks.docker_engine import DockerEngine, find_engine
+    from guix_tasks.engine import TracedEngine
+    from guix_tasks.local.engine import private_engine
+
+    environment = {**settings.docker_environment, **_docker_variables(os.environ)}
+    address = find_engine(environment, private_engine().socket)
+    dry, echo = bool(c.config.run.dry), bool(c.config.run.echo)
+    key = (address.url, dry, echo)
+    if key not in _engines:
+        engine: Engine = DockerEngine(address, {**os.environ, **environment})
+        info = engine.info()
+        console.say(f"engine: {info.name} at {info.url} ({info.origin}), Docker {info.version}")
+        _engines[key] = TracedEngine(engine, console, perform=not dry) if dry or echo else engine
+    return _engines[key]
+
+
+def _docker_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    # An empty value counts as unset, as everywhere.
+    return {
+        name: value for name, value in environment.items() if name.startswith("DOCKER_") and value
+    }

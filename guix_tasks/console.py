@@ -1,0 +1,133 @@
+"""What a person sees while a task runs.
+
+Everything guix-tasks says itself goes to standard error, so that standard output holds
+only what a task was asked for: the output of a command, a table, a digest.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+class Console:
+    """Prints headings, commands and tables.
+
+    ``out`` takes results, ``err`` takes everything else; they are looked up when they are
+    used, so that a test that replaces ``sys.stdout`` sees the output.
+    """
+
+    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self._out = out
+        self._err = err
+
+    @property
+    def out(self) -> TextIO:
+        return self._out or sys.stdout
+
+    @property
+    def err(self) -> TextIO:
+        return self._err or sys.stderr
+
+    def result(self, text: str) -> None:
+        """What the task was asked for, on standard output."""
+        print(text, file=self.out, flush=True)
+
+    def say(self, text: str) -> None:
+        """One line on what is being done."""
+        print(text, file=self.err, flush=True)
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}")
+
+    def error(self, text: str) -> None:
+        self.say(f"error: {text}")
+
+    def command(self, argv: Sequence[str]) -> None:
+        """A command as a person could paste it."""
+        self.say(f"+ {shlex.join(argv)}")
+
+    def stream(self, data: bytes, *, error: bool = True) -> None:
+        """Output of a program, as it comes."""
+        target = self.err if error else self.out
+        buffer = getattr(target, "buffer", None)
+        if buffer is None:
+            target.write(data.decode(errors="replace"))
+        else:
+            buffer.write(data)
+        target.flush()
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A plain table on standard output, columns as wide as their widest cell."""
+        lines = [tuple(header), *(tuple(row) for row in rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+        for line in lines:
+            cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+            self.result("  ".join(cells).rstrip())
+
+
+class TransferProgress:
+    """Tells how a push or a pull gets on: one moving line on a terminal, else a line a layer."""
+
+    _DONE = ("Pushed", "Pull complete", "Layer already exists", "Already exists", "Mounted from")
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._console = console
+        self._what = what
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._done: set[str] = set()
+
+    def __call__(self, layer: str, status: str, current: int, total: int) -> None:
+        if total:
+            self._sizes[layer] = (min(current, total), total)
+        done = status.startswith(self._DONE)
+        if self._console.err.isatty():
+            moved = sum(current for current, _ in self._sizes.values())
+            whole = sum(total for _, total in self._sizes.values())
+            self._console.err.write(
+                f"\r\x1b[K{self._what}: {human_size(moved)} of {human_size(whole)}"
+            )
+            self._console.err.flush()
+        elif done and layer not in self._done:
+            size = self._sizes.get(layer, (0, 0))[1]
+            amount = f" ({human_size(size)})" if size else ""
+            self._console.say(f"{self._what}: {layer} {status.lower()}{amount}")
+        if done:
+            self._done.add(layer)
+
+    def end(self) -> None:
+        """Clear the moving line."""
+        if self._console.err.isatty():
+            self._console.err.write("\r\x1b[K")
+            self._console.err.flush()
+
+
+KILO = 1000
+"""Sizes are given in the decimal units that ``docker images`` uses."""
+
+MINUTE = HOUR_IN_MINUTES = 60
+
+
+def human_size(size: int) -> str:
+    """Bytes in three digits: ``997 B``, ``12.3 kB``, ``637 MB``."""
+    value = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < KILO:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= KILO
+    return f"{value:.3g} TB"
+
+
+def human_time(seconds: float) -> str:
+    """Seconds as a person says them: ``3.2 s``, ``4 min 10 s``, ``2 h 5 min``."""
+    if seconds < MINUTE:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), MINUTE)
+    if minutes < HOUR_IN_MINUTES:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, HOUR_IN_MINUTES)
+    return f"{hours} h {minutes} min"

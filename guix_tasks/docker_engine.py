@@ -1,0 +1,434 @@
+"""The Docker Engine behind the ``Engine`` protocol: the only import of the docker SDK."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import docker
+import docker.context
+import docker.errors
+import docker.utils
+import requests
+
+from guix_tasks import buildx
+from guix_tasks.engine import Container, EngineInfo, Image
+from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, RegistryError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from guix_tasks.engine import BuildSpec, ContainerSpec, Credentials, Progress
+
+DEFAULT_SOCKET = Path("/var/run/docker.sock")
+
+PROBE_TIMEOUT = 60
+"""Seconds that a call which only reads may take."""
+
+WORK_TIMEOUT = 6 * 60 * 60
+"""Seconds for a commit, an import, a push.
+
+A commit that the client gives up on is finished by the engine all the same, so giving up early
+only loses track of it.
+"""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where an engine is, and which rule says so."""
+
+    url: str
+    origin: str
+    tls: Any = field(default=None, repr=False)
+    context: str | None = None
+
+
+def find_engine(environment: Mapping[str, str], private_socket: Path) -> Address:
+    """The first engine that is configured: ``DOCKER_HOST``, the CLI's context, the default
+    socket, the private engine's socket.
+
+    Whether it answers is not asked: one that is configured and does not answer is an error,
+    never a reason to use another.  Raises ``EngineError`` where none is configured.
+    """
+    if environment.get("DOCKER_HOST"):
+        arguments = docker.utils.kwargs_from_env(environment=dict(environment))
+        return Address(environment["DOCKER_HOST"], "DOCKER_HOST", arguments.get("tls"))
+    context = _context(environment)
+    if context:
+        return context
+    for socket, origin in ((DEFAULT_SOCKET, "default socket"), (private_socket, "private engine")):
+        if socket.is_socket():
+            return Address(f"unix://{socket}", origin)
+    raise EngineError(
+        "no Docker Engine on this machine: DOCKER_HOST is not set, no context is chosen, "
+        f"{DEFAULT_SOCKET} is not there; install Docker, or run `inv engine.up` for a private one"
+    )
+
+
+def _context(environment: Mapping[str, str]) -> Address | None:
+    name = environment.get("DOCKER_CONTEXT") or None
+    try:
+        context = docker.context.ContextAPI.get_context(name)
+        arguments = docker.context.ContextAPI.kwargs_from_context(name, dict(environment))
+    except (docker.errors.DockerException, OSError, ValueError) as error:
+        raise EngineError(
+            f"the Docker context {name or 'that is chosen'} cannot be read: {_line(error)}; "
+            "see `docker context ls`"
+        ) from None
+    if context is None:
+        raise EngineError(f"there is no Docker context {name!r}; see `docker context ls`")
+    if context.Name == "default":
+        return None
+    url = arguments.get("base_url", "")
+    return Address(url, f"context {context.Name}", arguments.get("tls"), context.Name)
+
+
+class DockerEngine:
+    """A real engine.  Connects with the first call that needs it."""
+
+    def __init__(self, address: Address, environment: Mapping[str, str]) -> None:
+        self.address = address
+        self._environment = environment
+
+    def info(self) -> EngineInfo:
+        with self._speaking("be asked for its version"):
+            info = self._api.info()
+            networks = info.get("Plugins", {}).get("Network") or []
+            has_bridge = "bridge" in networks and bool(self._api.networks(names=["bridge"]))
+        return EngineInfo(
+            url=self.address.url,
+            origin=self.address.origin,
+            name=info.get("Name", ""),
+            version=info["ServerVersion"],
+            platform=_platform(info["OSType"], info["Architecture"]),
+            storage_driver=info.get("Driver", ""),
+            has_bridge=has_bridge,
+        )
+
+    def image(self, reference: str) -> Image | None:
+        with self._speaking(f"look at the image {reference}"):
+            try:
+                found = self._api.inspect_image(reference)
+            except docker.errors.ImageNotFound:
+                return None
+        platform = "/".join(
+            part for part in (found["Os"], found["Architecture"], found.get("Variant")) if part
+        )
+        return Image(
+            id=found["Id"],
+            layers=tuple(found["RootFS"].get("Layers") or ()),
+            config=found["Config"] or {},
+            size=found["Size"],
+            created=found.get("Created") or "",
+            platform=platform,
+            digests=tuple(found.get("RepoDigests") or ()),
+        )
+
+    def containers(self, labels: Mapping[str, str]) -> list[Container]:
+        with self._speaking("list containers"):
+            found = self._api.containers(
+                all=True, filters={"label": [f"{name}={value}" for name, value in labels.items()]}
+            )
+        containers = [
+            Container(
+                id=each["Id"],
+                name=each["Names"][0].lstrip("/"),
+                image=each["ImageID"],
+                labels=each["Labels"],
+                running=each["State"] in ("running", "paused", "restarting"),
+                created=each["Created"],
+            )
+            for each in found
+        ]
+        return sorted(containers, key=lambda each: each.created, reverse=True)
+
+    def tag(self, image: str, reference: str) -> None:
+        repository, _, tag = reference.rpartition(":")
+        with self._speaking(f"tag {reference}"):
+            self._api.tag(image, repository, tag)
+
+    def untag(self, reference: str) -> None:
+        with self._speaking(f"remove the tag {reference}"):
+            try:
+                self._api.remove_image(reference)
+            except docker.errors.ImageNotFound:
+                return
+
+    def create(self, spec: ContainerSpec) -> str:
+        with self._speaking(f"make a container of {spec.image}"):
+            host = self._api.create_host_config(
+                privileged=spec.privileged,
+                network_mode=spec.network,
+                binds=list(spec.binds),
+                mem_limit=spec.memory,
+                init=spec.init,
+            )
+            created = self._api.create_container(
+                spec.image,
+                name=spec.name,
+                # All in the entry point, and no command: what an image lacks can then be given
+                # back to it by a commit, whose merge takes the container's command else.
+                entrypoint=list(spec.command),
+                labels=dict(spec.labels),
+                environment=dict(spec.environment),
+                host_config=host,
+                tty=spec.tty,
+                stdin_open=spec.tty,
+                user=spec.user,
+                healthcheck={"test": ["NONE"]} if spec.no_healthcheck else None,
+                platform=spec.platform,
+            )
+        return str(created["Id"])
+
+    def copy_in(self, container: str, archive: bytes) -> None:
+        with self._speaking("copy files into a container"):
+            self._api.put_archive(container, "/", archive)
+
+    def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
+        with self._speaking("run a container"):
+            # Attached before the start, so that not a byte is missed.
+            output = self._api.attach(container, stream=True, demux=True)
+            self._api.start(container)
+            for out, err in output:
+                if err:
+                    yield True, err
+                if out:
+                    yield False, out
+
+    def wait(self, container: str) -> int:
+        with self._speaking("wait for a container"):
+            return int(self._slow.wait(container)["StatusCode"])
+
+    def stop(self, container: str, seconds: int) -> None:
+        with self._speaking("stop a container"):
+            self._slow.stop(container, timeout=seconds)
+
+    def remove(self, container: str) -> None:
+        with self._speaking("remove a container"):
+            try:
+                self._slow.remove_container(container, v=True, force=True)
+            except docker.errors.NotFound:
+                return
+
+    def commit(self, container: str, reference: str, config: Mapping[str, Any]) -> str:
+        repository, _, tag = reference.rpartition(":")
+        with self._speaking(f"commit {reference}"):
+            return str(self._slow.commit(container, repository, tag, conf=dict(config))["Id"])
+
+    def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
+        repository, _, tag = reference.rpartition(":")
+        with self._speaking(f"import {reference}"):
+            answer = self._slow.import_image_from_data(archive, repository, tag)
+        last = json.loads(answer.strip().splitlines()[-1])
+        if "error" in last:
+            raise EngineError(f"the engine could not import {reference}: {last['error']}")
+        return str(last["status"])
+
+    def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
+        program = buildx.find_program(self._environment)
+        if program:
+            return buildx.build(program, self._builder, spec, self._buildx_environment(), output)
+        return self._classic_build(spec, output)
+
+    def _classic_build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
+        if spec.secrets:
+            raise BuilderError(
+                "BUILD_SECRETS needs buildx, which is not on this machine; "
+                "install the package docker-buildx (docker-buildx-plugin in Docker's own archive)"
+            )
+        image = ""
+        with self._speaking("build"):
+            events = self._slow.build(
+                path=str(spec.context),
+                dockerfile=str(spec.dockerfile),
+                buildargs=dict(spec.args),
+                platform=spec.platform,
+                network_mode=spec.network,
+                rm=True,
+                forcerm=True,
+                decode=True,
+            )
+            for event in events:
+                if "error" in event:
+                    raise buildx.build_error(spec, _line(event["error"]))
+                output(event.get("stream", "").encode())
+                image = (event.get("aux") or {}).get("ID", image)
+        return str(image)
+
+    @property
+    def _builder(self) -> str:
+        """The builder that is the engine itself, whatever builder the user has selected.
+
+        Any other may not see the engine's images.
+        """
+        return self.address.context or "default"
+
+    def _buildx_environment(self) -> dict[str, str]:
+        environment = dict(self._environment)
+        environment.pop("BUILDX_BUILDER", None)
+        if self.address.context:
+            environment["DOCKER_CONTEXT"] = self.address.context
+        else:
+            environment.pop("DOCKER_CONTEXT", None)
+            environment["DOCKER_HOST"] = self.address.url
+        return environment
+
+    def push(
+        self, reference: str, credentials: Credentials | None, progress: Progress | None = None
+    ) -> str:
+        repository, _, tag = reference.rpartition(":")
+        digest = ""
+        with self._speaking(f"push {reference}"):
+            events = self._slow.push(
+                repository, tag, stream=True, decode=True, auth_config=_auth(credentials)
+            )
+            # The call itself raises nothing when a push fails: the stream says so.
+            for event in _checked(events, f"push {reference}", progress):
+                digest = (event.get("aux") or {}).get("Digest", digest)
+        if not digest:
+            raise RegistryError(f"{reference} was not pushed: the registry answered no digest")
+        return str(digest)
+
+    def pull(
+        self,
+        reference: str,
+        credentials: Credentials | None,
+        platform: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        name, at, digest = reference.partition("@")
+        repository, _, tag = (name, at, digest) if at else reference.rpartition(":")
+        with self._speaking(f"pull {reference}"):
+            try:
+                events = self._slow.pull(
+                    repository, tag, stream=True, decode=True,
+                    auth_config=_auth(credentials), platform=platform,
+                )  # fmt: skip
+            except docker.errors.APIError as error:
+                raise _registry_error(f"pull {reference}", _line(error)) from None
+            for _ in _checked(events, f"pull {reference}", progress):
+                pass
+
+    @cached_property
+    def _api(self) -> docker.APIClient:
+        return self._client(PROBE_TIMEOUT, "auto")
+
+    @cached_property
+    def _slow(self) -> docker.APIClient:
+        return self._client(WORK_TIMEOUT, self._api.api_version)
+
+    def _client(self, timeout: int, version: str) -> docker.APIClient:
+        return docker.APIClient(
+            base_url=self.address.url,
+            tls=self.address.tls or False,
+            timeout=timeout,
+            version=version,
+            use_ssh_client=self.address.url.startswith("ssh://"),
+        )
+
+    @contextmanager
+    def _speaking(self, what: str) -> Iterator[None]:
+        """Every fault of the engine or of the way to it becomes an ``EngineError``."""
+        try:
+            yield
+        except GuixTasksError:
+            raise
+        except docker.errors.APIError as error:
+            raise EngineError(f"the engine could not {what}: {_line(error)}") from None
+        except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+            raise EngineError(self._unreachable(error)) from None
+
+    def _unreachable(self, error: Exception) -> str:
+        where = f"the Docker Engine at {self.address.url} ({self.address.origin})"
+        text = str(error)
+        if "PermissionError" in text or "Permission denied" in text:
+            return (
+                f"{where} may not be used by this user; run as root, or join the group that owns "
+                "the socket (`sudo usermod -aG docker $USER`, then log in again)"
+            )
+        mend = "`inv engine.up`" if self.address.origin == "private engine" else "start it"
+        return f"{where} does not answer: {_cause(text)}; {mend}, or choose another by DOCKER_HOST"
+
+
+def _auth(credentials: Credentials | None) -> dict[str, str] | None:
+    """None lets the SDK look in Docker's own configuration and credential helpers."""
+    if credentials is None:
+        return None
+    return {"username": credentials.username, "password": credentials.password}
+
+
+def _checked(
+    events: Iterator[dict[str, Any]], what: str, progress: Progress | None
+) -> Iterator[dict[str, Any]]:
+    for event in events:
+        if "error" in event or "errorDetail" in event:
+            detail = (event.get("errorDetail") or {}).get("message") or event.get("error", "")
+            raise _registry_error(what, " ".join(str(detail).split()))
+        if progress and event.get("id"):
+            amount = event.get("progressDetail") or {}
+            progress(
+                event["id"], event.get("status", ""),
+                amount.get("current") or 0, amount.get("total") or 0,
+            )  # fmt: skip
+        yield event
+
+
+_REGISTRY_MENDS = {
+    "the credentials are missing or refused: set DOCKER_USERNAME and DOCKER_PASSWORD, "
+    "or `docker login`, and see that they may write there": (
+        "no basic auth", "unauthorized", "authentication required", "denied",
+    ),
+    "no registry listens there: start it (`inv registry.up` for a local one), or mend IMAGE": (
+        "connection refused",
+    ),
+    "there is no such registry: mend the host name in IMAGE": (
+        "no such host", "server misbehaving", "name resolution",
+    ),
+    "that registry speaks plain HTTP: add it to the engine's insecure-registries": (
+        "http response to https client",
+    ),
+    "the engine does not trust its certificate: put its CA into the engine's certs.d": (
+        "x509", "certificate",
+    ),
+    "the registry has no such image: mend the reference": (
+        "manifest unknown", "not found", "does not exist",
+    ),
+}  # fmt: skip
+"""What mends a fault, by words that the engine's message for it has."""
+
+
+def _registry_error(what: str, detail: str) -> RegistryError:
+    text = detail.lower()
+    mend = next(
+        (mend for words, mend in _REGISTRY_MENDS if any(word in text for word in words)), ""
+    )
+    return RegistryError(f"cannot {what}: {detail}" + (f"; {mend}" if mend else ""))
+
+
+def _platform(system: str, machine: str) -> str:
+    # The engine gives the kernel's name of the machine here, OCI's in an image.
+    names = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm/v7", "i686": "386"}
+    return f"{system}/{names.get(machine, machine)}"
+
+
+def _line(error: object) -> str:
+    """The cause in one line: the engine's own explanation where there is one."""
+    text = getattr(error, "explanation", None) or error
+    return " ".join((text.decode() if isinstance(text, bytes) else str(text)).split())
+
+
+def _cause(text: str) -> str:
+    """The innermost cause of what requests wraps in several exceptions."""
+    for known in (
+        "Connection refused",
+        "No such file or directory",
+        "timed out",
+        "Name or service",
+    ):
+        if known in text:
+            return known.lower()
+    return " ".join(text.split())

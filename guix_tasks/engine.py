@@ -1,0 +1,324 @@
+"""What guix-tasks asks of a Docker Engine, and the values it speaks in.
+
+The stages own this narrow protocol.  ``docker_engine.DockerEngine`` is the real one;
+``TracedEngine`` shows every call that changes something and, on a dry run, leaves it at that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from guix_tasks.console import Console
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """An engine as it describes itself, and where it was found."""
+
+    url: str
+    origin: str
+    """Which rule found it: ``DOCKER_HOST``, ``context NAME``, ``default socket``…"""
+    name: str
+    version: str
+    platform: str
+    storage_driver: str
+    has_bridge: bool
+    """Whether containers get a network by default; the private engine has none to give."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether paths of this machine mean the same to the engine."""
+        return self.url.startswith("unix://")
+
+
+@dataclass(frozen=True)
+class Image:
+    """A local image."""
+
+    id: str
+    layers: tuple[str, ...]
+    """The diff IDs, lowest layer first."""
+    config: Mapping[str, Any]
+    """The configuration in the words of the Docker API (``Env``, ``Cmd``, …)."""
+    size: int
+    """In bytes, all layers."""
+    created: str
+    platform: str
+    digests: tuple[str, ...] = ()
+    """``NAME@sha256:…`` of every registry that is known to hold it."""
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        return self.config.get("Labels") or {}
+
+
+@dataclass(frozen=True)
+class ContainerSpec:
+    """A container to be made.  ``command`` is all of it: the image's ENTRYPOINT is not used."""
+
+    name: str
+    image: str
+    command: tuple[str, ...]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Beware: a commit takes it into the image."""
+    privileged: bool = False
+    network: str | None = None
+    binds: tuple[str, ...] = ()
+    """``SOURCE:TARGET[:ro]``, as ``docker run --volume`` takes them."""
+    memory: int | None = None
+    """In bytes."""
+    user: str | None = None
+    tty: bool = False
+    init: bool = True
+    no_healthcheck: bool = False
+    platform: str | None = None
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container that the engine has."""
+
+    id: str
+    name: str
+    image: str
+    labels: Mapping[str, str]
+    running: bool
+    created: int
+    """Seconds since the epoch."""
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """An image build: what ``docker build`` takes."""
+
+    context: Path
+    dockerfile: Path
+    args: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, Path] = field(default_factory=dict)
+    platform: str | None = None
+    network: str | None = None
+    """``host`` or ``none``; a build can join no other network."""
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a registry is shown.  Never printed."""
+
+    username: str
+    password: str = field(repr=False)
+
+
+class Engine(Protocol):
+    """A Docker Engine.  Every method may raise ``EngineError``."""
+
+    def info(self) -> EngineInfo: ...
+
+    def image(self, reference: str) -> Image | None:
+        """The local image that a tag or an ID names."""
+
+    def containers(self, labels: Mapping[str, str]) -> list[Container]:
+        """All containers with these labels, newest first."""
+
+    def tag(self, image: str, reference: str) -> None: ...
+
+    def untag(self, reference: str) -> None:
+        """Remove a tag, and the image with its last tag.  A tag that is not there is no error."""
+
+    def create(self, spec: ContainerSpec) -> str:
+        """Make a container without starting it; its ID."""
+
+    def copy_in(self, container: str, archive: bytes) -> None:
+        """Unpack a tar archive at the root of a container's file system."""
+
+    def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
+        """Start a container; its output as (is standard error, bytes), until it ends."""
+
+    def wait(self, container: str) -> int:
+        """The exit status of a container, once it has one."""
+
+    def stop(self, container: str, seconds: int) -> None:
+        """SIGTERM, and SIGKILL after so many seconds."""
+
+    def remove(self, container: str) -> None:
+        """Remove a container, running or not.  One that is not there is no error."""
+
+    def commit(self, container: str, reference: str, config: Mapping[str, Any]) -> str:
+        """Make an image of a container with exactly this configuration; its ID."""
+
+    def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
+        """Make an image of one layer from a tar archive; its ID."""
+
+    def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
+        """Build an image, its log given to ``output``; its ID.  Raises ``BuilderError``."""
+
+    def push(
+        self, reference: str, credentials: Credentials | None, progress: Progress | None = None
+    ) -> str:
+        """Push a tag; the digest that the registry answered.  Raises ``RegistryError``."""
+
+    def pull(
+        self,
+        reference: str,
+        credentials: Credentials | None,
+        platform: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Pull a reference, to local images.  Raises ``RegistryError``."""
+
+
+class Progress(Protocol):
+    """Told of each event of a push or a pull."""
+
+    def __call__(self, layer: str, status: str, current: int, total: int) -> None: ...
+
+
+class TracedEngine:
+    """Prints every call that changes something, as a ``docker`` command.
+
+    With ``perform=False`` (``inv --dry``) the call is left at that: reading goes to the real
+    engine, and a tag that would have been set is remembered, so that the stages after it see
+    what they would find.
+    """
+
+    def __init__(self, engine: Engine, console: Console, *, perform: bool) -> None:
+        self._engine = engine
+        self._console = console
+        self._perform = perform
+        self._images: dict[str, Image | None] = {}
+        self._specs: dict[str, ContainerSpec] = {}
+
+    def info(self) -> EngineInfo:
+        return self._engine.info()
+
+    def image(self, reference: str) -> Image | None:
+        if reference in self._images:
+            return self._images[reference]
+        return self._engine.image(reference)
+
+    def containers(self, labels: Mapping[str, str]) -> list[Container]:
+        return self._engine.containers(labels)
+
+    def tag(self, image: str, reference: str) -> None:
+        self._show("tag", image, reference)
+        if self._perform:
+            self._engine.tag(image, reference)
+        else:
+            self._images[reference] = self.image(image)
+
+    def untag(self, reference: str) -> None:
+        self._show("image", "rm", reference)
+        if self._perform:
+            self._engine.untag(reference)
+        else:
+            self._images[reference] = None
+
+    def create(self, spec: ContainerSpec) -> str:
+        self._console.command(create_argv(spec))
+        if self._perform:
+            return self._engine.create(spec)
+        self._specs[spec.name] = spec
+        return spec.name
+
+    def copy_in(self, container: str, archive: bytes) -> None:
+        self._show("cp", "-", f"{container}:/")
+        if self._perform:
+            self._engine.copy_in(container, archive)
+
+    def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
+        self._show("start", "--attach", container)
+        return self._engine.run(container) if self._perform else iter(())
+
+    def wait(self, container: str) -> int:
+        return self._engine.wait(container) if self._perform else 0
+
+    def stop(self, container: str, seconds: int) -> None:
+        self._show("stop", f"--time={seconds}", container)
+        if self._perform:
+            self._engine.stop(container, seconds)
+
+    def remove(self, container: str) -> None:
+        self._show("rm", "--force", container)
+        if self._perform:
+            self._engine.remove(container)
+
+    def commit(self, container: str, reference: str, config: Mapping[str, Any]) -> str:
+        self._show("commit", container, reference)
+        if self._perform:
+            return self._engine.commit(container, reference, config)
+        # A commit adds one layer to those of the container's image.
+        spec = self._specs.get(container)
+        parent = self.image(spec.image) if spec else None
+        if parent:
+            layers = (*parent.layers, f"dry-run:{reference}")
+            self._images[reference] = replace(
+                parent, id=reference, layers=layers, config=config, digests=()
+            )
+        return reference
+
+    def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
+        self._show("import", "-", reference)
+        return self._engine.import_rootfs(archive, reference) if self._perform else reference
+
+    def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
+        self._console.command(("docker", "build", *build_options(spec), str(spec.context)))
+        if self._perform:
+            return self._engine.build(spec, output)
+        built = "dry-run:build"
+        self._images[built] = Image(built, (built,), {}, 0, "", self.info().platform)
+        return built
+
+    def push(
+        self, reference: str, credentials: Credentials | None, progress: Progress | None = None
+    ) -> str:
+        self._show("push", reference)
+        return self._engine.push(reference, credentials, progress) if self._perform else ""
+
+    def pull(
+        self,
+        reference: str,
+        credentials: Credentials | None,
+        platform: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._show("pull", reference)
+        if self._perform:
+            self._engine.pull(reference, credentials, platform, progress)
+
+    def _show(self, *words: str) -> None:
+        self._console.command(("docker", *words))
+
+
+def create_argv(spec: ContainerSpec) -> Sequence[str]:
+    """The ``docker create`` that makes this container."""
+    entry, *arguments = spec.command
+    return (
+        "docker", "create", f"--name={spec.name}",
+        *(["--privileged"] if spec.privileged else []),
+        *(["--init"] if spec.init else []),
+        *(["--interactive", "--tty"] if spec.tty else []),
+        *([f"--network={spec.network}"] if spec.network else []),
+        *([f"--memory={spec.memory}"] if spec.memory else []),
+        *([f"--user={spec.user}"] if spec.user else []),
+        *([f"--platform={spec.platform}"] if spec.platform else []),
+        *(f"--volume={bind}" for bind in spec.binds),
+        *(f"--env={name}={value}" for name, value in spec.environment.items()),
+        *(f"--label={name}={value}" for name, value in spec.labels.items()),
+        f"--entrypoint={entry}", spec.image, *arguments,
+    )  # fmt: skip
+
+
+def build_options(spec: BuildSpec) -> Sequence[str]:
+    """The options that ``docker build`` and ``docker buildx build`` share."""
+    return (
+        f"--file={spec.dockerfile}",
+        *(f"--build-arg={name}={value}" for name, value in spec.args.items()),
+        *(f"--secret=id={name},src={path}" for name, path in spec.secrets.items()),
+        *([f"--platform={spec.platform}"] if spec.platform else []),
+        *([f"--network={spec.network}"] if spec.network else []),
+    )

@@ -1,0 +1,63 @@
+"""What can go wrong, by kind; each kind has its exit code.
+
+A message is one line: the cause first, then what mends it.  ``boundary`` is the one
+place that catches these, prints the line and ends with the code.
+"""
+
+from __future__ import annotations
+
+
+class GuixTasksError(Exception):
+    """The root of all errors that a user can cause; never raised itself."""
+
+    exit_code: int = 1
+
+
+class CheckError(GuixTasksError):
+    """A test or a check of an image failed."""
+
+    exit_code = 1
+
+
+class UsageError(GuixTasksError):
+    """A setting or an argument is wrong, or what was asked for makes no sense now."""
+
+    exit_code = 2
+
+
+class SettingsError(UsageError):
+    """All the bad settings of one load, a line each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class EngineError(GuixTasksError):
+    """The Docker Engine cannot be reached, or refused a call."""
+
+    exit_code = 3
+
+
+class StageError(GuixTasksError):
+    """A Guix command failed in a work container."""
+
+    exit_code = 4
+
+
+class RegistryError(GuixTasksError):
+    """A registry cannot be reached, or refused a push or a pull."""
+
+    exit_code = 5
+
+
+class BuilderError(GuixTasksError):
+    """An image build failed, or the builder cannot do what is asked of it."""
+
+    exit_code = 6
+
+
+class StoppedError(GuixTasksError):
+    """Ctrl-C or SIGTERM; what was under way has been undone."""
+
+    exit_code = 130

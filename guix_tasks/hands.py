@@ -1,0 +1,107 @@
+"""Work done by hand: one command, a shell, and the commit of what they left."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from guix_tasks.console import human_size
+from guix_tasks.errors import EngineError, UsageError
+from guix_tasks.ledger import HAND_MADE, STAGE_LABEL
+from guix_tasks.publish import image_to_use
+from guix_tasks.stage import commit_image
+from guix_tasks.work import Work, fill, kept_containers, work_container
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from guix_tasks.engine import Container
+    from guix_tasks.stage import Project
+
+
+def run(project: Project, argv: Sequence[str], *, stage: str | None, keep: bool) -> int:
+    """Run one command in a work container of ``IMAGE``; its exit status.
+
+    With ``keep`` the container of a command that succeeded is left for ``commit``.
+    """
+    if not argv:
+        raise UsageError("run: no command; say `inv run -- COMMAND ARGUMENT…`")
+    if keep:
+        refuse_second(project)
+    image = image_to_use(project, stage)
+    work = Work("run", tuple(argv), {}, keep=keep)
+    with work_container(project.engine, project.settings, image.id, work) as container:
+        for is_error, data in project.engine.run(container):
+            project.console.stream(data, error=is_error)
+        status = project.engine.wait(container)
+        if keep and status:
+            # What failed is not for committing.
+            project.engine.remove(container)
+        elif keep:
+            project.console.say("run: the container is kept; `inv commit` makes it the image")
+    return status
+
+
+def shell(project: Project, docker: Sequence[str], environment: dict[str, str], *,
+          stage: str | None, fresh: bool) -> int:  # fmt: skip
+    """A shell in a work container of ``IMAGE``; its exit status.
+
+    The container is left for ``commit``.  One that is there is entered again, so that nothing
+    done in it is lost, unless ``fresh`` is asked for.  ``docker`` is the command line that
+    attaches the terminal.
+    """
+    if not sys.stdin.isatty():
+        raise UsageError("shell: standard input is no terminal; use `inv run -- COMMAND`")
+    engine, settings = project.engine, project.settings
+    kept = kept_containers(engine, settings)
+    work = Work("shell", (), {}, keep=True, tty=True)
+    attach = [*docker, "start", "--attach", "--interactive"]
+    if kept and not fresh and "-shell-" in kept[0].name:
+        _refuse_running(kept[0])
+        project.console.say("shell: the work container that is there is entered again")
+        fill(engine, settings, kept[0].id, work)
+        status = subprocess.call([*attach, kept[0].id], env=environment)
+    else:
+        drop = kept if fresh else []
+        for container in drop:
+            engine.remove(container.id)
+        if not drop:
+            refuse_second(project)
+        image = image_to_use(project, stage)
+        with work_container(engine, settings, image.id, work) as new:
+            status = subprocess.call([*attach, new], env=environment)
+    project.console.say("shell: the container is kept; `inv commit` makes it the image")
+    return status
+
+
+def commit(project: Project) -> None:
+    """Commit the work container that was left, as ``IMAGE``; where there is none, say so."""
+    engine, console = project.engine, project.console
+    kept = kept_containers(engine, project.settings)
+    if not kept:
+        console.say("commit: nothing to commit")
+        return
+    container, reference = kept[0], str(project.settings.image)
+    _refuse_running(container)
+    parent = engine.image(container.image)
+    if parent is None:
+        raise EngineError(f"the image of {container.name} is gone, so its configuration is unknown")
+    image = commit_image(project, container.id, parent, reference, {STAGE_LABEL: HAND_MADE})
+    engine.remove(container.id)
+    console.say(f"commit: {reference}, {human_size(image.size)}")
+
+
+def refuse_second(project: Project) -> None:
+    """Refuse to leave a second container, since ``commit`` could take but one of them."""
+    kept = kept_containers(project.engine, project.settings)
+    if kept:
+        raise UsageError(
+            f"the work container {kept[0].name} is not committed yet; "
+            "`inv commit` keeps what it holds, `inv clean --work` drops it"
+        )
+
+
+def _refuse_running(container: Container) -> None:
+    if container.running:
+        raise UsageError(f"{container.name} is still running; leave its shell first")

@@ -1,0 +1,514 @@
+#!/bin/sh
+# Runs a command with a Guix daemon beside it:  entry-point.sh [COMMAND [ARGUMENT]...]
+#
+# Starts guix-daemon, waits until its socket answers, runs COMMAND (a shell where none is
+# given), stops the daemon with all its builds, waits until the store's database is clean,
+# and exits with COMMAND's own status; with 69 where there is no daemon to be had.
+# HUP, INT, QUIT and TERM are passed on to COMMAND and to the processes it started.
+#
+# What it reads from the environment:
+#   GUIX_SUBSTITUTE_URLS, GUIX_CORES, GUIX_MAX_JOBS   options of the daemon
+#   GUIX_SANDBOX=nochroot    builds are not isolated (--disable-chroot)
+#   GUIX_DAEMON_TIMEOUT      seconds to wait for the daemon's socket; 30 by default
+#   GUIX_DAEMON_SOCKET       set to another socket: that daemon is used, none is started
+#
+# guix-tasks copies this file into its work containers as /.guix-tasks/entry-point.sh, with
+# the files `environment` and `keys/*.pub` beside it.  It removes that folder at its end, so
+# that a commit does not hold it.
+#
+# It has to work under dash, bash and busybox, as process 1 and otherwise, so it reads /proc
+# instead of calling ps, pgrep or ss: an image need not have them, and each costs a fork.
+
+readonly _unavailable=69 # EX_UNAVAILABLE of sysexits.h
+readonly _profiles=/var/guix/profiles/per-user/root
+readonly _socket=/var/guix/daemon-socket/socket
+readonly _database=/var/guix/db/db.sqlite
+readonly _build_logs=/var/log/guix/drvs
+readonly _work_folder=/.guix-tasks
+
+_folder=      # the work folder, where this process is the one that removes it
+_scratch=     # a folder for the daemon's output
+_daemon=      # its process
+_command=     # the command's process
+_canary=      # see _start_canary
+_interrupted= # the number of the last signal caught
+_pending=     # the name of a signal that the command has not got yet
+_resettable=  # yes where env can give a process the default action of a signal
+_status=0
+
+_main() {
+    _use_work_folder
+    _set_path
+    [ $# -gt 0 ] || set -- "$(command -v bash || command -v sh)"
+    if [ "$(id -u)" -ne 0 ] || _other_daemon; then
+        [ -n "$_folder" ] || exec "$@"
+        _prepare_to_run
+        _run "$@"
+    else
+        _prepare_to_run
+        _run_with_daemon "$@"
+    fi
+    _remove_folders
+    exit "$_status"
+}
+
+# A command in a work container may call this file again; the first call owns the folder.
+_use_work_folder() {
+    case $0 in
+    "$_work_folder"/*) [ -e "$_work_folder/running" ] || _folder=$_work_folder ;;
+    esac
+    [ -n "$_folder" ] || return 0
+    echo $$ 2>/dev/null >"$_folder/running"
+    [ -f "$_folder/environment" ] || return 0
+    set -a
+    # shellcheck source=/dev/null
+    . "$_folder/environment"
+    set +a
+}
+
+# Also where the profiles do not exist yet: the command may be what makes them.
+_set_path() {
+    for _bin in "$_profiles/guix-profile/bin" "$_profiles/current-guix/bin"; do
+        case :$PATH: in
+        *":$_bin:"*) ;;
+        *) PATH=$_bin:$PATH ;;
+        esac
+    done
+    export PATH
+}
+
+_prepare_to_run() {
+    trap '_catch HUP 1' HUP
+    trap '_catch INT 2' INT
+    trap '_catch QUIT 3' QUIT
+    trap '_catch TERM 15' TERM
+    # sh gives a background command /dev/null as its input: keep ours at hand.  The test is
+    # in a subshell because a failed exec ends the shell.
+    if (exec 3<&0) 2>/dev/null; then exec 3<&0; else exec 3</dev/null; fi
+    # And it has it ignore INT and QUIT, which no POSIX shell can undo, but GNU's env can.
+    if env --default-signal=INT,QUIT true 2>/dev/null; then _resettable=yes; fi
+}
+
+_run_with_daemon() {
+    # /dev/shm is memory in a container, and never part of a commit.
+    _scratch=$(mktemp -d /dev/shm/guix-daemon.XXXXXX 2>/dev/null || mktemp -d) || {
+        _fail 'no place for temporary files'
+        return
+    }
+    : >"$_scratch/start"
+    [ -n "${HOME-}" ] || HOME=~root
+    export HOME
+    _remove_stale_build_folders
+    if _authorize_keys && _start_daemon && _await_daemon && _recover_database; then
+        _run "$@"
+        if ! _is_alive "$_daemon"; then
+            _say 'guix-daemon ended before the command did:'
+            tail -n 20 "$_scratch/daemon.log" >&2
+        fi
+        _stop_daemon
+        _report_failure
+    elif [ -n "$_daemon" ]; then
+        _stop_daemon
+    fi
+    _remove_stale_build_folders
+}
+
+# --- the command -----------------------------------------------------------------------
+
+_run() {
+    if [ -n "$_interrupted" ]; then
+        _status=$((128 + _interrupted))
+        return
+    fi
+    # To env, a word with an equals sign is a variable.
+    case $1 in *=*) _resettable= ;; esac
+    if [ -n "$_resettable" ]; then
+        set -- env --default-signal=INT,QUIT -- "$@"
+    elif [ -t 0 ]; then
+        # Ctrl-C has to work.  The price: a signal that comes from elsewhere than the
+        # terminal waits for the command's end.
+        (exec "$@")
+        _status=$?
+        return
+    fi
+    # In the background, because a shell acts on a signal only while it waits for such a
+    # command.  It stays in our process group, so it is in the foreground of the terminal
+    # whenever we are, and an interactive shell in it can have its job control.
+    (exec "$@") <&3 3<&- &
+    _command=$!
+    _start_canary
+    _pass_on
+    _await_command
+}
+
+# The true status of the command: `wait` also returns when a signal is caught.
+_await_command() {
+    _before=
+    while :; do
+        _caught=
+        wait "$_command" 2>/dev/null # bash reports here who was killed
+        _status=$?
+        [ -n "$_caught" ] || break
+        _before=$_status
+    done
+    # The command can have ended at the moment of the signal, and dash knows the status
+    # of a process only once.
+    if [ "$_status" -eq 127 ] && [ -n "$_before" ]; then _status=$_before; fi
+    _command=
+    if [ -n "$_canary" ]; then
+        kill "$_canary"
+        wait "$_canary"
+        _canary=
+    fi 2>/dev/null
+}
+
+# shellcheck disable=SC2329 # the traps call it
+_catch() { # NAME NUMBER
+    _caught=yes
+    _interrupted=$2
+    if [ "$1" = INT ] && _terminal_did_it; then return; fi
+    _pending=$1
+    _pass_on
+}
+
+# Ctrl-C at the terminal reaches the command without us, `docker kill -s INT` does not, and
+# a second interrupt is not the same as one.  A process in the same group that dies of the
+# first kind tells them apart.
+_start_canary() {
+    _canary=
+    [ -t 0 ] && [ -n "$_resettable" ] || return 0
+    env --default-signal=INT sleep 2147483647 </dev/null >/dev/null 2>&1 3<&- &
+    _canary=$!
+}
+
+# shellcheck disable=SC2329
+_terminal_did_it() {
+    [ -n "$_canary" ] || return 1
+    sleep 0.02
+    if _is_alive "$_canary"; then return 1; fi
+    _start_canary
+}
+
+# To the command and all below it, as a terminal would: a script that waits for a build
+# does not hand on a signal that only the script got.
+_pass_on() {
+    [ -n "$_pending" ] && [ -n "$_command" ] || return 0
+    _signal=$_pending
+    _pending=
+    if [ "$_signal" = INT ] && [ -z "$_resettable" ]; then _signal=TERM; fi
+    _find_tree "$_command"
+    # shellcheck disable=SC2086 # a list of numbers
+    kill -s "$_signal" $_tree 2>/dev/null
+    # An interactive shell takes no notice of TERM.
+    # shellcheck disable=SC2086
+    if [ "$_signal" = TERM ] && [ -t 0 ]; then kill -s HUP $_tree 2>/dev/null; fi
+    return 0
+}
+
+# --- the daemon ------------------------------------------------------------------------
+
+# Whether commands have another daemon than one that we would start.
+_other_daemon() {
+    case ${GUIX_DAEMON_SOCKET:-$_socket} in
+    "$_socket") ;;
+    *) return 0 ;;
+    esac
+    [ -S "$_socket" ] || return 1
+    for _pid in /proc/[0-9]*; do
+        _pid=${_pid#/proc/}
+        if _is_daemon "$_pid" && _is_listening "$_pid"; then return 0; fi
+    done
+    # A socket file without a process stays behind from a container that was killed, or is
+    # mounted from where we see no processes; then only a real connection tells.
+    _is_mounted "$_socket" && _connect
+}
+
+_is_daemon() { # PID
+    read -r _name 2>/dev/null <"/proc/$1/comm" || return 1
+    case $_name in *guix-daemon*) return 0 ;; esac
+    return 1
+}
+
+_is_mounted() { # FILE
+    while read -r _ _ _ _ _point _; do
+        case $1 in
+        "$_point" | "${_point%/}"/*) if [ "$_point" != / ]; then return 0; fi ;;
+        esac
+    done </proc/self/mountinfo
+    return 1
+}
+
+_connect() {
+    _script=$(mktemp) || return 1
+    echo '(use-modules (guix store)) (with-store store #t)' >"$_script"
+    guix repl "$_script" </dev/null >/dev/null 2>&1
+    set -- $?
+    rm -f "$_script"
+    return "$1"
+}
+
+_authorize_keys() {
+    [ -n "$_folder" ] || return 0
+    for _key in "$_folder"/keys/*.pub; do
+        if ! [ -f "$_key" ] || _is_authorized "$_key"; then continue; fi
+        guix archive --authorize <"$_key" || {
+            _fail "cannot authorise the substitute key ${_key##*/}"
+            return 1
+        }
+    done
+}
+
+# Saves a start of Guile where an earlier stage has authorised the key.
+_is_authorized() { # FILE
+    _point=$(sed -n 's/.*(q *\(#[0-9A-Fa-f]*#\)).*/\1/p' "$1")
+    [ -n "$_point" ] && grep -qiF "$_point" /etc/guix/acl 2>/dev/null
+}
+
+_start_daemon() {
+    _program=$_profiles/current-guix/bin/guix-daemon
+    [ -x "$_program" ] || _program=$(command -v guix-daemon) || {
+        _fail 'this image has no guix-daemon: it was built on a base without Guix'
+        return 1
+    }
+    set -- "$_program"
+    if _has_members guixbuild; then set -- "$@" --build-users-group=guixbuild; fi
+    if [ -n "${GUIX_SUBSTITUTE_URLS-}" ]; then
+        set -- "$@" --substitute-urls="$GUIX_SUBSTITUTE_URLS"
+    fi
+    if [ -n "${GUIX_CORES-}" ]; then set -- "$@" --cores="$GUIX_CORES"; fi
+    if [ -n "${GUIX_MAX_JOBS-}" ]; then set -- "$@" --max-jobs="$GUIX_MAX_JOBS"; fi
+    if [ "${GUIX_SANDBOX-}" = nochroot ]; then set -- "$@" --disable-chroot; fi
+    # Substitutes have file names beyond ASCII, and the daemon's helpers obey the locale.
+    set -- env LC_ALL="${LC_ALL:-C.UTF-8}" "$@"
+    if [ -n "$_resettable" ]; then
+        shift
+        set -- env --default-signal=INT,QUIT "$@"
+    fi
+    # Ctrl-C is for the command, not for the daemon and its builds.
+    if command -v setsid >/dev/null; then set -- setsid "$@"; fi
+    rm -f "$_socket"
+    "$@" </dev/null >"$_scratch/daemon.log" 2>&1 3<&- &
+    _daemon=$!
+}
+
+_await_daemon() {
+    _limit=${GUIX_DAEMON_TIMEOUT:-30}
+    case $_limit in *[!0-9]*) _limit=30 ;; esac
+    _set_deadline "$_limit"
+    until _answers; do
+        if ! _is_alive "$_daemon"; then
+            wait "$_daemon" 2>/dev/null
+            _fail "guix-daemon ended with status $? before its socket answered:"
+        elif [ -n "$_interrupted" ]; then
+            _status=$((128 + _interrupted))
+            return 1
+        elif _is_past_deadline; then
+            _fail "guix-daemon's socket did not answer within $_limit s:"
+        else
+            _pause
+            continue
+        fi
+        tail -n 20 "$_scratch/daemon.log" >&2
+        return 1
+    done
+}
+
+_answers() {
+    if [ -r /proc/net/unix ] && [ -r "/proc/$_daemon/fd" ]; then
+        _find_tree "$_daemon" # Guix's programs are often wrapped in scripts
+        for _pid in $_tree; do
+            if _is_listening "$_pid"; then return 0; fi
+        done
+        return 1
+    fi
+    # Without /proc to tell: the daemon has made the file, and listens the moment after.
+    [ -S "$_socket" ] && _pause && _pause
+}
+
+# Whether the process has a listening socket.  The names in /proc/net/unix prove nothing:
+# with the host's network, it also lists the sockets of other containers.
+_is_listening() { # PID
+    _listening=' '
+    while read -r _ _ _ _flags _ _ _inode _; do
+        if [ "$_flags" = 00010000 ]; then _listening="$_listening$_inode "; fi
+    done 2>/dev/null </proc/net/unix
+    [ "$_listening" != ' ' ] || return 1
+    # shellcheck disable=SC2012 # ls is everywhere, and here it prints socket:[NUMBER]
+    for _inode in $(ls -l "/proc/$1/fd" 2>/dev/null | sed -n 's/.*-> socket:\[\([0-9]*\)]$/\1/p'); do
+        case $_listening in *" $_inode "*) return 0 ;; esac
+    done
+    return 1
+}
+
+_has_members() { # GROUP
+    while IFS=: read -r _group _ _ _members; do
+        if [ "$_group" = "$1" ] && [ -n "$_members" ]; then return 0; fi
+    done </etc/group
+    return 1
+}
+
+# A container that was killed in a build, and committed, holds a write-ahead log.  The
+# daemon works it off when a client comes, which the command need not be.
+_recover_database() {
+    if [ -s "$_database-wal" ]; then _connect; fi
+    return 0
+}
+
+# TERM to the daemon ends only its main process.  The workers, one for each client, go on;
+# they end when their client has gone, or with TERM, and then take their builders with
+# them.  KILL would leave the builders behind.
+_stop_daemon() {
+    _find_tree "$_daemon"
+    set -- "$_tree"
+    kill "$_daemon" 2>/dev/null
+    # shellcheck disable=SC2086 # a list of numbers, here and below
+    _await_end 1 $1 || {
+        for _pid in $1; do
+            if _is_daemon "$_pid"; then kill "$_pid" 2>/dev/null; fi
+        done
+        _await_end 4 $1
+    } || {
+        _find_tree $1
+        kill -s KILL $_tree 2>/dev/null
+        _await_end 1 $_tree
+    }
+    wait "$_daemon" 2>/dev/null
+    _set_deadline 3
+    while [ -s "$_database-wal" ]; do
+        if _is_past_deadline; then
+            _say "warning: $_database-wal is not empty; the next daemon recovers it"
+            break
+        fi
+        _pause
+    done
+    rm -f "$_socket"
+}
+
+# --- what is left behind ---------------------------------------------------------------
+
+_report_failure() {
+    if [ "$_status" -eq 0 ] || [ -n "$_interrupted" ]; then return; fi
+    _count=0
+    # Names in the store have no white space.
+    for _log in $(find "$_build_logs" -type f -name '*.drv*' -newer "$_scratch/start" 2>/dev/null | sort); do
+        _derivation=${_log#"$_build_logs/"}
+        _derivation=${_derivation%.gz}
+        _derivation=${_derivation%.bz2}
+        _derivation=/gnu/store/${_derivation%%/*}${_derivation#*/}
+        _has_failed "$_derivation" || continue
+        _count=$((_count + 1))
+        if [ "$_count" -gt 5 ]; then break; fi
+        _say "the last lines of the build log of $_derivation:"
+        _print_log "$_log" | tail -n 40 >&2
+    done
+    grep -v '^accepted connection from' "$_scratch/daemon.log" | tail -n 20 >"$_scratch/messages"
+    if [ -s "$_scratch/messages" ]; then
+        _say 'the last lines of guix-daemon:'
+        cat "$_scratch/messages" >&2
+    fi
+}
+
+# Whether the first output that the derivation names is not in the store.  A derivation is
+# one line, Derive([("out","/gnu/store/...","",""),..., without a newline at its end.
+_has_failed() { # DERIVATION
+    [ -f "$1" ] || return 1
+    read -r _line <"$1" || :
+    _output=${_line#*\",\"}
+    _output=${_output%%\"*}
+    ! [ -e "$_output" ]
+}
+
+_print_log() { # FILE
+    case $1 in
+    *.gz) gzip -dc "$1" ;;
+    *.bz2) bzip2 -dc "$1" ;;
+    *) cat "$1" ;;
+    esac 2>/dev/null || echo "(it is in $1)"
+}
+
+# The temporary folders of builds that were killed with their daemon.  No daemon of ours
+# runs when this is called.  What `guix build --keep-failed` has kept stays: only a killed
+# build also has its chroot in the store.
+_remove_stale_build_folders() {
+    for _stale in /tmp/guix-build-*.drv-*; do
+        [ -d "$_stale" ] || continue
+        _name=${_stale#/tmp/guix-build-}
+        _name=${_name%-*}
+        for _chroot in /gnu/store/*-"$_name".chroot; do
+            if [ -d "$_chroot" ]; then rm -rf "$_stale"; fi
+        done
+    done
+}
+
+_remove_folders() {
+    cd / || :
+    rm -rf ${_scratch:+"$_scratch"} ${_folder:+"$_folder"}
+}
+
+# --- processes -------------------------------------------------------------------------
+
+# Sets `tree` to the given processes and all below them, without a fork.
+_find_tree() { # PID...
+    _tree=" $* "
+    _grown=yes
+    while [ -n "$_grown" ]; do
+        _grown=
+        for _stat in /proc/[0-9]*/stat; do
+            # PID (NAME) STATE PARENT ..., and the name can hold anything
+            read -r _line 2>/dev/null <"$_stat" || continue
+            _pid=${_line%% *}
+            _line=${_line##*') '}
+            _line=${_line#* }
+            case $_tree in *" $_pid "*) continue ;; esac
+            case $_tree in *" ${_line%% *} "*)
+                _tree="$_tree$_pid "
+                _grown=yes
+                ;;
+            esac
+        done
+    done
+}
+
+# A process that has ended and that its parent has not waited for is a zombie: not alive,
+# though `kill -0` succeeds.
+_is_alive() { # PID
+    read -r _line 2>/dev/null <"/proc/$1/stat" || return 1
+    case ${_line##*') '} in Z* | X*) return 1 ;; esac
+}
+
+_await_end() { # SECONDS PID...
+    _set_deadline "$1"
+    shift
+    for _pid; do
+        while _is_alive "$_pid"; do
+            if _is_past_deadline; then return 1; fi
+            _pause
+        done
+    done
+}
+
+_set_deadline() { # SECONDS
+    read -r _uptime _ </proc/uptime
+    _deadline=$((${_uptime%.*} + $1 + 1))
+}
+
+_is_past_deadline() {
+    read -r _uptime _ </proc/uptime
+    [ "${_uptime%.*}" -ge "$_deadline" ]
+}
+
+_pause() {
+    sleep 0.002 2>/dev/null || sleep 1
+}
+
+_say() {
+    echo "entry-point: $*" >&2
+}
+
+_fail() {
+    _say "error: $*"
+    _status=$_unavailable
+}
+
+# The whole file is read before the first of it runs: it removes itself at its end.
+_main "$@"

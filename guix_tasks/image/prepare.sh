@@ -1,0 +1,59 @@
+#!/bin/sh
+# Makes an image ready for guix-daemon: the group `guixbuild` with ten users, and the folder
+# of root's profiles.  It does nothing that is there already.
+#
+# The accounts are written by hand: a small base has neither useradd nor groupadd.
+set -eu
+
+readonly users=10
+
+_main() {
+    _ensure_group
+    _ensure_users
+    mkdir -p /var/guix/profiles/per-user/root
+}
+
+_ensure_group() {
+    if ! _has /etc/group guixbuild; then
+        echo "guixbuild:x:$(_free_id):" >>/etc/group
+    fi
+}
+
+# The daemon runs builds as the users that the group's line lists.
+_ensure_users() {
+    gid=$(sed -n 's/^guixbuild:[^:]*:\([0-9]*\):.*/\1/p' /etc/group)
+    members=$(sed -n 's/^guixbuild:[^:]*:[0-9]*://p' /etc/group)
+    [ -z "$members" ] || return 0
+    number=1
+    while [ "$number" -le "$users" ]; do
+        user=$(printf 'guixbuilder%02d' "$number")
+        _has /etc/passwd "$user" || _add_user "$user"
+        members=$members${members:+,}$user
+        number=$((number + 1))
+    done
+    sed "s/^\(guixbuild:[^:]*:[0-9]*\):.*/\1:$members/" /etc/group >/etc/group.new
+    # cat, not mv: the file keeps its owner and mode
+    cat /etc/group.new >/etc/group
+    rm /etc/group.new
+}
+
+# An exclamation mark for a password: nobody logs in as one of these.
+_add_user() { # NAME
+    echo "$1:!:$(_free_id):$gid:Guix build user ${1#guixbuilder}:/var/empty:/usr/sbin/nologin" \
+        >>/etc/passwd
+}
+
+_has() { # FILE NAME
+    grep -q "^$2:" "$1"
+}
+
+# The highest number for system accounts that no user and no group has.
+_free_id() {
+    id=999
+    while grep -q "^[^:]*:[^:]*:$id:" /etc/passwd /etc/group; do
+        id=$((id - 1))
+    done
+    echo "$id"
+}
+
+_main

@@ -1,0 +1,165 @@
+"""What a stage is, and how one is run in a work container and committed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from guix_tasks import guix
+from guix_tasks.console import human_size, human_time
+from guix_tasks.errors import EngineError, StageError
+from guix_tasks.ledger import LAYERS_LABEL, STAGE_LABEL, Ledger, proven_stage, seal
+from guix_tasks.work import FOLDER, PROJECT_LABEL, Work, work_container
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from guix_tasks.console import Console
+    from guix_tasks.engine import Engine, Image
+    from guix_tasks.settings import Settings
+
+
+@dataclass(frozen=True)
+class Project:
+    """One project on one engine: all that a stage needs."""
+
+    settings: Settings
+    engine: Engine
+    console: Console
+
+    @cached_property
+    def ledger(self) -> Ledger:
+        return Ledger(self.engine, self.settings)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Commands that make one image of another, as data."""
+
+    name: str
+    commands: Sequence[Sequence[str]]
+    """Argument lists, run in order in one work container."""
+    report: Sequence[str]
+    """The argument list whose standard output describes what was made."""
+    labels: Callable[[str], Mapping[str, str]]
+    """The labels that a report gives the image."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """What the commands find below ``work.FOLDER``."""
+
+
+def run_stage(project: Project, stage: Stage, parent: Image, *, commit: bool = True) -> None:
+    """Run a stage's commands in a container of ``parent`` and commit it as the stage's image.
+
+    With ``commit=False`` the container is left for ``inv commit``.  Raises ``StageError`` when a
+    command fails; then nothing is committed and no tag has moved.
+    """
+    started = time.monotonic()
+    console, settings = project.console, project.settings
+    console.say(f"{stage.name}: in a {settings.guix_sandbox.value} container")
+    for command in stage.commands:
+        console.command(command)
+    files = {**stage.files, "stage": guix.script(stage.commands, stage.report).encode()}
+    work = Work(stage.name, (f"{FOLDER}/stage",), files, keep=not commit)
+    with work_container(project.engine, settings, parent.id, work) as container:
+        report = perform(project, container, stage.name)
+        if not commit:
+            console.say(f"{stage.name}: done and left as it is; `inv commit` makes it the image")
+            return
+        labels = {STAGE_LABEL: stage.name, **stage.labels(report)}
+        project.ledger.say_what_is_left(console)
+        commit_image(project, container, parent, project.ledger.tag(stage.name), labels)
+    project.ledger.point_image()
+    say_done(project, stage.name, started)
+
+
+def say_done(project: Project, name: str, started: float) -> None:
+    """The line that ends a stage: its tag, its size, the seconds since ``started``."""
+    tag = project.ledger.tag(name)
+    image = project.engine.image(tag)
+    size = f", {human_size(image.size)}" if image else ""
+    project.console.say(f"{name}: {tag}{size}, {human_time(time.monotonic() - started)}")
+
+
+def perform(project: Project, container: str, name: str) -> str:
+    """Run a work container to its end, its log shown as it comes; its standard output.
+
+    Raises ``StageError`` where its command fails or takes longer than ``STAGE_TIMEOUT``.
+    """
+    output = bytearray()
+    with _limit(project, container) as timed_out:
+        for is_log, data in project.engine.run(container):
+            if is_log:
+                project.console.stream(data)
+            else:
+                output += data
+        status = project.engine.wait(container)
+    if timed_out.is_set():
+        limit = human_time(project.settings.stage_timeout or 0)
+        raise StageError(f"{name}: stopped after STAGE_TIMEOUT ({limit}); nothing was committed")
+    if status:
+        raise StageError(
+            f"{name}: the command failed with exit status {status}, and nothing was committed; "
+            "the output above says why"
+        )
+    return output.decode(errors="replace")
+
+
+@contextmanager
+def _limit(project: Project, container: str) -> Iterator[threading.Event]:
+    """Stop the container when its time is up; the event says that it was."""
+    timed_out = threading.Event()
+
+    def stop() -> None:
+        timed_out.set()
+        project.engine.stop(container, seconds=10)
+
+    seconds = project.settings.stage_timeout
+    timer = threading.Timer(seconds, stop) if seconds else None
+    if timer:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield timed_out
+    finally:
+        if timer:
+            timer.cancel()
+
+
+def commit_image(
+    project: Project, container: str, parent: Image, tag: str, labels: Mapping[str, str]
+) -> Image:
+    """Commit a container of ``parent`` with its parent's configuration and more labels.
+
+    Docker gives an image no layer for a container that changed nothing, which shows only
+    afterwards; the label that counts the layers is then mended by a second commit.
+    """
+    for own in (1, 0):
+        project.engine.commit(container, tag, committed_config(parent, labels, own))
+        image = project.engine.image(tag)
+        if image and proven_stage(image):
+            return image
+    raise EngineError(f"the engine committed {tag} in a way that is not understood")
+
+
+def committed_config(parent: Image, labels: Mapping[str, str], own_layers: int) -> dict[str, Any]:
+    """The configuration of an image that is committed from a container of ``parent``.
+
+    A commit takes from the container what is left open here, so nothing is: the stage's command
+    must not become the image's.  The container's label of the project cannot be taken out, only
+    emptied; left as it is, it would make every container of the image look like one of ours.
+    """
+    return {
+        **parent.config,
+        "Entrypoint": parent.config.get("Entrypoint") or [],
+        "Cmd": parent.config.get("Cmd") or [],
+        "Labels": {
+            **parent.labels,
+            **labels,
+            LAYERS_LABEL: seal(parent.layers, own_layers),
+            PROJECT_LABEL: "",
+        },
+    }

@@ -1,0 +1,11 @@
+"""The tasks, thin, and the root collection."""
+
+from invoke.collection import Collection
+
+from guix_tasks.tasks import lifecycle, local
+
+ns = Collection.from_module(lifecycle)
+for collection in local.collections:
+    ns.add_collection(collection)
+for task in local.tasks:
+    ns.add_task(task)

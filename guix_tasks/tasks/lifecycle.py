@@ -1,0 +1,135 @@
+"""The stages of an image, from the base to the registry."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from invoke.exceptions import Exit
+from invoke.tasks import task
+
+from guix_tasks.boundary import docker_command, opened
+
+if TYPE_CHECKING:
+    from invoke.context import Context
+
+NO_COMMIT = {"no_commit": "leave the work container for `inv commit` instead of committing it"}
+UPSTREAM = {"upstream": "bring stale stages that this one starts from up to date first"}
+
+
+@task(auto_shortflags=False)
+def base(c: Context) -> None:
+    """Build DOCKERFILE on BASE_IMAGE."""
+    with opened(c) as project:
+        from guix_tasks import stages
+
+        stages.base(project)
+
+
+@task(help=NO_COMMIT, auto_shortflags=False)
+def pull(c: Context, no_commit: bool = False) -> None:
+    """Run `guix pull` on the base stage."""
+    with opened(c) as project:
+        from guix_tasks import stages
+
+        stages.pull(project, commit=not no_commit)
+
+
+@task(
+    iterable=["package"],
+    help={"package": "a package instead of GUIX_PACKAGES; repeatable", **NO_COMMIT, **UPSTREAM},
+    auto_shortflags=False,
+)
+def install(
+    c: Context, package: list[str] | None = None, no_commit: bool = False, upstream: bool = False
+) -> None:
+    """Install GUIX_PACKAGES and GUIX_MANIFEST on the pull stage."""
+    with opened(c, {"GUIX_PACKAGES": package} if package else None) as project:
+        from guix_tasks import stages
+
+        stages.install(project, commit=not no_commit, upstream=upstream)
+
+
+@task(auto_shortflags=False)
+def commit(c: Context) -> None:
+    """Commit the work container that was left by hand as IMAGE."""
+    with opened(c) as project:
+        from guix_tasks import hands
+
+        hands.commit(project)
+
+
+@task(help={"stage": "the image of this stage instead of IMAGE"}, auto_shortflags=False)
+def verify(c: Context, stage: str = "") -> None:
+    """Test IMAGE from outside, in a fresh container."""
+    with opened(c) as project:
+        from guix_tasks.verify import verify as check
+
+        check(project, stage or None)
+
+
+@task(help={"stage": "the tag of this stage instead of IMAGE and TAGS"}, auto_shortflags=False)
+def push(c: Context, stage: str = "") -> None:
+    """Push IMAGE and TAGS, and print the digest."""
+    with opened(c) as project:
+        from guix_tasks.publish import push as publish
+
+        for reference, digest in publish(project, stage or None).items():
+            project.console.result(f"{reference}@{digest}")
+
+
+@task(
+    help={
+        "stage": "the image of this stage instead of IMAGE",
+        "keep": "leave the work container for `inv commit`",
+    },
+    auto_shortflags=False,
+)
+def run(c: Context, stage: str = "", keep: bool = False) -> None:
+    """Run one command in a work container: inv run -- COMMAND ARGUMENT…"""
+    with opened(c) as project:
+        from guix_tasks import hands
+
+        status = hands.run(project, _after_dashes(sys.argv), stage=stage or None, keep=keep)
+        if status:
+            raise Exit(code=status)
+
+
+@task(
+    help={
+        "stage": "the image of this stage instead of IMAGE",
+        "fresh": "drop the work container that is there, if any",
+    },
+    auto_shortflags=False,
+)
+def shell(c: Context, stage: str = "", fresh: bool = False) -> None:
+    """Open a shell in a work container, which is left for `inv commit`."""
+    with opened(c) as project:
+        from guix_tasks import hands
+
+        docker, environment = docker_command(project)
+        hands.shell(project, docker, environment, stage=stage or None, fresh=fresh)
+
+
+@task(auto_shortflags=False)
+def status(c: Context) -> None:
+    """Show the stages, their images, sizes, ages and channels."""
+    with opened(c) as project:
+        from guix_tasks.upkeep import STATUS_HEADER, status_rows
+
+        project.console.table(STATUS_HEADER, status_rows(project))
+
+
+@task(help={"work": "only the work containers"}, auto_shortflags=False)
+def clean(c: Context, work: bool = False) -> None:
+    """Remove this project's work containers and stage images, nothing else."""
+    with opened(c) as project:
+        from guix_tasks.upkeep import clean as remove
+
+        removed = remove(project, work_only=work)
+        project.console.say(f"clean: {len(removed)} removed" if removed else "clean: nothing there")
+
+
+def _after_dashes(argv: list[str]) -> list[str]:
+    # Invoke's own `remainder` is one string that has lost its quoting.
+    return argv[argv.index("--") + 1 :] if "--" in argv else []

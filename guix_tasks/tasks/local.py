@@ -1,0 +1,67 @@
+"""What a bare machine lacks: an engine, a registry, a base image."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from invoke.collection import Collection
+from invoke.tasks import task
+
+from guix_tasks.boundary import guarded, opened
+
+if TYPE_CHECKING:
+    from invoke.context import Context
+
+
+@task(name="up", auto_shortflags=False)
+def engine_up(_c: Context) -> None:
+    """Start a private Docker Engine on a machine that has none."""
+    with guarded():
+        from guix_tasks.console import Console
+        from guix_tasks.local.engine import private_engine
+
+        private_engine().up(Console())
+
+
+@task(name="down", auto_shortflags=False)
+def engine_down(_c: Context) -> None:
+    """Stop the private Docker Engine."""
+    with guarded():
+        from guix_tasks.console import Console
+        from guix_tasks.local.engine import private_engine
+
+        private_engine().down(Console())
+
+
+@task(name="up", help={"port": "the port on loopback (default 5055)"}, auto_shortflags=False)
+def registry_up(c: Context, port: int = 5055) -> None:
+    """Start a registry on loopback, for `push` to go to."""
+    with opened(c) as project:
+        from guix_tasks.local.registry import registry_for
+
+        registry_for(project.engine, port).up(project.console)
+
+
+@task(name="down", help={"port": "the port on loopback (default 5055)"}, auto_shortflags=False)
+def registry_down(c: Context, port: int = 5055) -> None:
+    """Stop the local registry; what was pushed to it stays."""
+    with opened(c) as project:
+        from guix_tasks.local.registry import registry_for
+
+        registry_for(project.engine, port).down(project.console)
+
+
+@task(help={"tag": "the name of the image"}, auto_shortflags=False)
+def rootfs(c: Context, tag: str = "") -> None:
+    """Make a base image with Guix from Debian's packages."""
+    with opened(c) as project:
+        from guix_tasks.local.rootfs import DEFAULT_TAG, make_base
+
+        make_base(project.engine, project.console, tag or DEFAULT_TAG)
+
+
+engine = Collection("engine", engine_up, engine_down)
+registry = Collection("registry", registry_up, registry_down)
+
+tasks = (rootfs,)
+collections = (engine, registry)

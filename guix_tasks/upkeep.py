@@ -1,0 +1,74 @@
+"""Status and clean: what there is of a project, and away with it."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+from guix_tasks import guix
+from guix_tasks.console import human_size, human_time
+from guix_tasks.ledger import CHANNELS_LABEL, HAND_MADE, STAGES, proven_stage
+from guix_tasks.work import work_containers
+
+if TYPE_CHECKING:
+    from guix_tasks.engine import Image
+    from guix_tasks.stage import Project
+
+STATUS_HEADER = ("stage", "image", "id", "size", "age", "state", "channels")
+
+
+def status_rows(project: Project) -> list[tuple[str, ...]]:
+    """A row for each stage and one for ``IMAGE``."""
+    ledger = project.ledger
+    rows = []
+    for stage in STAGES:
+        image = ledger.find(stage)
+        why = ledger.stale(stage)
+        state = "missing" if not image else f"stale: {why}" if why else "up to date"
+        rows.append((stage, *_cells(ledger.tag(stage), image, state)))
+    reference = str(project.settings.image)
+    image = project.engine.image(reference)
+    return [*rows, ("IMAGE", *_cells(reference, image, _stands_for(project, image)))]
+
+
+def _cells(reference: str, image: Image | None, state: str) -> tuple[str, ...]:
+    if image is None:
+        return (reference, "-", "-", "-", state, "-")
+    made = datetime.fromisoformat(image.created[:19]).replace(tzinfo=timezone.utc)
+    age = human_time((datetime.now(timezone.utc) - made).total_seconds())
+    commits = guix.commits(image.labels.get(CHANNELS_LABEL, ""))
+    channels = " ".join(f"{name}@{commit[:7]}" for name, commit in commits.items()) or "-"
+    identity = image.id.removeprefix("sha256:")[:12]
+    return (reference, identity, human_size(image.size), age, state, channels)
+
+
+def _stands_for(project: Project, image: Image | None) -> str:
+    if image is None:
+        return "missing"
+    for stage in STAGES:
+        found = project.ledger.find(stage)
+        if found and found.id == image.id:
+            return f"stage {stage}"
+    return "made by hand" if proven_stage(image) == HAND_MADE else "not made here"
+
+
+def clean(project: Project, *, work_only: bool = False) -> list[str]:
+    """Remove the work containers and stage images of this project, and nothing else.
+
+    ``IMAGE`` and ``TAGS`` go with the stage image that they stand for.  What was removed.
+    """
+    engine, ledger, settings = project.engine, project.ledger, project.settings
+    removed = []
+    for container in work_containers(engine, settings):
+        engine.remove(container.id)
+        removed.append(container.name)
+    if work_only:
+        return removed
+    stages = {stage: image for stage in STAGES if (image := ledger.find(stage))}
+    ids = {image.id for image in stages.values()}
+    others = [str(settings.image), *(str(settings.image.with_tag(tag)) for tag in settings.tags)]
+    ours = [each for each in others if (image := engine.image(each)) and image.id in ids]
+    for reference in [*ours, *(ledger.tag(stage) for stage in reversed(stages))]:
+        engine.untag(reference)
+        removed.append(reference)
+    return removed

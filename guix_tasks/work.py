@@ -1,0 +1,249 @@
+"""Work containers: where a command of Guix runs, and what a stage commits.
+
+They run guix-tasks' own entry point, whatever the image has: a user's image may come with one
+that neither waits for the daemon's socket nor stops the daemon cleanly.  It and the other files
+a command needs are copied in below ``FOLDER``, since a bind mount does not reach a remote
+engine; the entry point removes the folder at its end, so a commit holds none of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import secrets
+import shlex
+import socket
+import tarfile
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from guix_tasks.engine import ContainerSpec
+from guix_tasks.errors import EngineError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from guix_tasks.engine import Container, Engine
+    from guix_tasks.settings import Settings
+
+FOLDER = "/.guix-tasks"
+ENTRY_POINT = f"{FOLDER}/entry-point.sh"
+PROJECT_LABEL = "org.guix-tasks.project"
+
+_NAME = "guix-tasks"
+_KEPT_NAME = "guix-tasks-kept"
+
+_IMAGE_FOLDER = Path(__file__).parent / "image"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One command for a work container, with the files that it finds below ``FOLDER``."""
+
+    name: str
+    argv: tuple[str, ...]
+    files: Mapping[str, bytes]
+    keep: bool = False
+    tty: bool = False
+    entry_point: tuple[str, ...] = (ENTRY_POINT,)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Of the container itself, and so of an image that is committed from it."""
+
+
+@contextmanager
+def work_container(engine: Engine, settings: Settings, image: str, work: Work) -> Iterator[str]:
+    """A container of ``image``, ready to run, that is removed at the end.
+
+    One that is to be kept is left only when the block ends without an error.  Containers that
+    an earlier call could not remove, because it was killed, are removed first.
+    """
+    sweep(engine, settings)
+    container = engine.create(_spec(engine, settings, image, work))
+    try:
+        fill(engine, settings, container, work)
+        yield container
+    except BaseException:
+        # Where the engine itself is gone, the error that says so is the one to tell; the next
+        # run removes the container.
+        with suppress(EngineError):
+            engine.remove(container)
+        raise
+    if not work.keep:
+        engine.remove(container)
+
+
+@contextmanager
+def unstarted_container(engine: Engine, settings: Settings, image: str) -> Iterator[str]:
+    """A container that is never run: a way to give an image another configuration."""
+    work = Work("label", ("true",), {})
+    container = engine.create(_spec(engine, settings, image, work))
+    try:
+        yield container
+    finally:
+        with suppress(EngineError):
+            engine.remove(container)
+
+
+def fill(engine: Engine, settings: Settings, container: str, work: Work) -> None:
+    """Copy in what the entry point and the command need for one start."""
+    engine.copy_in(container, archive({**_common_files(settings), **work.files}))
+
+
+def kept_containers(engine: Engine, settings: Settings) -> list[Container]:
+    """The work containers that were left for ``commit``, newest first."""
+    return [each for each in work_containers(engine, settings) if is_kept(each)]
+
+
+def work_containers(engine: Engine, settings: Settings) -> list[Container]:
+    """All containers of this project, newest first."""
+    return engine.containers({PROJECT_LABEL: project(settings)})
+
+
+def is_kept(container: Container) -> bool:
+    return container.name.startswith(_KEPT_NAME)
+
+
+def sweep(engine: Engine, settings: Settings) -> None:
+    """Remove the containers whose ``inv`` died before it could."""
+    for container in work_containers(engine, settings):
+        if not is_kept(container) and _owner_is_gone(container.name):
+            engine.remove(container.id)
+
+
+def project(settings: Settings) -> str:
+    """What tells one project's containers from another's: the image that they make."""
+    return str(settings.image)
+
+
+def archive(files: Mapping[str, bytes]) -> bytes:
+    """A tar archive of ``files`` below ``FOLDER``; scripts are executable, nothing else is.
+
+    Only root may read them: an environment can hold a token.
+    """
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        folders = {parent for name in files for parent in (FOLDER, *_parents(name))}
+        for folder in sorted(folders):
+            member = tarfile.TarInfo(folder.lstrip("/"))
+            member.type, member.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(member)
+        for name, content in sorted(files.items()):
+            member = tarfile.TarInfo(f"{FOLDER}/{name}".lstrip("/"))
+            member.size = len(content)
+            member.mode = 0o755 if content.startswith(b"#!") else 0o600
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def _parents(name: str) -> list[str]:
+    return [f"{FOLDER}/{parent}" for parent in Path(name).parents if parent.name]
+
+
+def _common_files(settings: Settings) -> dict[str, bytes]:
+    files = {
+        "entry-point.sh": (_IMAGE_FOLDER / "entry-point.sh").read_bytes(),
+        "environment": "".join(
+            f"{name}={shlex.quote(value)}\n" for name, value in environment(settings).items()
+        ).encode(),
+    }
+    for number, key in enumerate(settings.guix_substitute_keys):
+        files[f"keys/{number}-{key.name}"] = key.read_bytes()
+    return files
+
+
+def environment(settings: Settings) -> dict[str, str]:
+    """What the entry point and the command find in their environment.
+
+    It is copied in as a file and sourced, not given to the container: the environment of a
+    container ends up in the image that is committed from it.
+    """
+    wanted = {
+        "GUIX_SUBSTITUTE_URLS": " ".join(settings.guix_substitute_urls),
+        "GUIX_CORES": settings.guix_cores,
+        "GUIX_MAX_JOBS": settings.guix_max_jobs,
+        "GUIX_SANDBOX": settings.guix_sandbox.value,
+    }
+    found = {name: str(value) for name, value in wanted.items() if value not in (None, "")}
+    proxies = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
+    for name in (*proxies, *(name.upper() for name in proxies)):
+        if os.environ.get(name):
+            found[name] = os.environ[name]
+    return found
+
+
+def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> ContainerSpec:
+    parent = engine.image(image)
+    config = parent.config if parent else {}
+    return ContainerSpec(
+        name=_container_name(work),
+        image=image,
+        command=(*work.entry_point, *work.argv),
+        labels={PROJECT_LABEL: project(settings)},
+        environment=work.environment,
+        privileged=True,
+        network=network(engine, settings),
+        binds=binds(engine, settings),
+        memory=settings.stage_memory,
+        # The daemon is root's; an image may be made for another user.
+        user="root" if config.get("User") else None,
+        tty=work.tty,
+        no_healthcheck=bool(config.get("Healthcheck")),
+        platform=str(settings.platform) if settings.platform else None,
+    )
+
+
+def network(engine: Engine, settings: Settings) -> str | None:
+    """``NETWORK``; an engine without a bridge gives containers none, so there it is the host's."""
+    if settings.network:
+        return settings.network
+    return None if engine.info().has_bridge else "host"
+
+
+def binds(engine: Engine, settings: Settings) -> tuple[str, ...]:
+    """``MOUNTS`` for the engine.  Raises ``UsageError`` where the engine cannot see the files."""
+    if settings.mounts and not engine.info().is_local:
+        raise UsageError(
+            f"MOUNTS: the engine at {engine.info().url} is on another machine and cannot see "
+            "files of this one; unset MOUNTS, or use a local engine"
+        )
+    return tuple(
+        f"{mount.source}:{mount.target}{':ro' if mount.read_only else ''}"
+        for mount in settings.mounts
+    )
+
+
+def _container_name(work: Work) -> str:
+    """A name that tells who made the container, and whether it is to be kept.
+
+    A label could say it as well, but labels of a container end up in the image that is committed
+    from it.
+    """
+    pid = os.getpid()
+    prefix = _KEPT_NAME if work.keep else _NAME
+    return f"{prefix}-{work.name}-{secrets.token_hex(3)}-{_host()}-{pid}-{_started(pid)}"
+
+
+def _owner_is_gone(name: str) -> bool:
+    """Whether the ``inv`` that made a container is a process of this machine that has ended."""
+    host, pid, started = name.split("-")[-3:]
+    return host == _host() and pid.isdigit() and _started(int(pid)) != started
+
+
+def _host() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _started(pid: int) -> str:
+    """When a process started, in ticks since boot; empty for one that is not there.
+
+    A process ID alone proves nothing, since they are used again.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    # proc(5): the name, in parentheses, may itself hold spaces; starttime is field 22.
+    return stat.rpartition(")")[2].split()[19]
