@@ -45,6 +45,37 @@ def opened(
         yield open_project(c, settings)
 
 
+@contextmanager
+def open_demo(c: Context, folder: Path) -> Iterator[Project]:
+    """The offline example, with all that it needs set up: engine, base image, registry.
+
+    Its settings are its own: neither the user's nor the environment's.
+    """
+    from guix_tasks.console import Console
+    from guix_tasks.demo import ENV_FILE, prepare
+    from guix_tasks.errors import UsageError
+    from guix_tasks.settings import load_isolated
+
+    if c.config.run.dry:
+        raise UsageError("the demo does real work only; leave --dry out")
+    console = Console()
+    prepare(engine_or_private(c, console), console, folder)
+    yield open_project(c, load_isolated(folder / ENV_FILE))
+
+
+def engine_or_private(c: Context, console: Console) -> Engine:
+    """The engine of this machine; where there is none, a private one is started."""
+    from guix_tasks.docker_engine import find_engine
+    from guix_tasks.errors import NoEngineError
+    from guix_tasks.local.engine import private_engine
+
+    try:
+        find_engine(_docker_variables(os.environ), private_engine().socket)
+    except NoEngineError:
+        private_engine().up(console)
+    return _engine(c, {}, console)
+
+
 def open_project(c: Context, settings: Settings) -> Project:
     """Settings with the engine that they, or this machine, name."""
     from guix_tasks.console import Console
@@ -53,14 +84,14 @@ def open_project(c: Context, settings: Settings) -> Project:
     console = Console()
     for note in settings.notes:
         console.say(f"note: {note}")
-    return Project(settings, _engine(c, settings, console), console)
+    return Project(settings, _engine(c, settings.docker_environment, console), console)
 
 
 @contextmanager
 def guarded() -> Iterator[None]:
     """Turn what a user can cause into one line and an exit code."""
     from guix_tasks.console import Console
-    from guix_tasks.errors import GuixTasksError, StoppedError, SettingsError
+    from guix_tasks.errors import GuixTasksError, SettingsError, StoppedError
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise StoppedError("stopped by SIGTERM; what was under way has been undone")
@@ -111,12 +142,12 @@ def docker_command(project: Project) -> tuple[list[str], dict[str, str]]:
     return [str(program)], {**os.environ, "DOCKER_HOST": project.engine.info().url}
 
 
-def _engine(c: Context, settings: Settings, console: Console) -> Engine:
+def _engine(c: Context, of_settings: Mapping[str, str], console: Console) -> Engine:
     from guix_tasks.docker_engine import DockerEngine, find_engine
     from guix_tasks.engine import TracedEngine
     from guix_tasks.local.engine import private_engine
 
-    environment = {**settings.docker_environment, **_docker_variables(os.environ)}
+    environment = {**of_settings, **_docker_variables(os.environ)}
     address = find_engine(environment, private_engine().socket)
     dry, echo = bool(c.config.run.dry), bool(c.config.run.echo)
     key = (address.url, dry, echo)

@@ -17,7 +17,13 @@ import requests
 
 from guix_tasks import buildx
 from guix_tasks.engine import Container, EngineInfo, Image
-from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, RegistryError
+from guix_tasks.errors import (
+    BuilderError,
+    EngineError,
+    GuixTasksError,
+    NoEngineError,
+    RegistryError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -48,11 +54,11 @@ class Address:
 
 
 def find_engine(environment: Mapping[str, str], private_socket: Path) -> Address:
-    """The first engine that is configured: ``DOCKER_HOST``, the CLI's context, the default
-    socket, the private engine's socket.
+    """The first engine that is configured.
 
+    In turn: ``DOCKER_HOST``, the CLI's context, the default socket, the private engine's socket.
     Whether it answers is not asked: one that is configured and does not answer is an error,
-    never a reason to use another.  Raises ``EngineError`` where none is configured.
+    never a reason to use another.  Raises ``NoEngineError`` where none is configured.
     """
     if environment.get("DOCKER_HOST"):
         arguments = docker.utils.kwargs_from_env(environment=dict(environment))
@@ -63,7 +69,7 @@ def find_engine(environment: Mapping[str, str], private_socket: Path) -> Address
     for socket, origin in ((DEFAULT_SOCKET, "default socket"), (private_socket, "private engine")):
         if socket.is_socket():
             return Address(f"unix://{socket}", origin)
-    raise EngineError(
+    raise NoEngineError(
         "no Docker Engine on this machine: DOCKER_HOST is not set, no context is chosen, "
         f"{DEFAULT_SOCKET} is not there; install Docker, or run `inv engine.up` for a private one"
     )
@@ -112,7 +118,7 @@ class DockerEngine:
     def image(self, reference: str) -> Image | None:
         with self._speaking(f"look at the image {reference}"):
             try:
-                found = self._api.inspect_image(reference)
+                found = self._api.inspect_image(reference)  # type: ignore[no-untyped-call]
             except docker.errors.ImageNotFound:
                 return None
         platform = "/".join(
@@ -164,6 +170,7 @@ class DockerEngine:
                 privileged=spec.privileged,
                 network_mode=spec.network,
                 binds=list(spec.binds),
+                port_bindings={port: ("127.0.0.1", ours) for ours, port in spec.publish.items()},
                 mem_limit=spec.memory,
                 init=spec.init,
             )
@@ -176,6 +183,7 @@ class DockerEngine:
                 labels=dict(spec.labels),
                 environment=dict(spec.environment),
                 host_config=host,
+                ports=list(spec.publish.values()),
                 tty=spec.tty,
                 stdin_open=spec.tty,
                 user=spec.user,
@@ -198,6 +206,10 @@ class DockerEngine:
                     yield True, err
                 if out:
                     yield False, out
+
+    def start(self, container: str) -> None:
+        with self._speaking("start a container"):
+            self._api.start(container)
 
     def wait(self, container: str) -> int:
         with self._speaking("wait for a container"):
@@ -403,9 +415,8 @@ _REGISTRY_MENDS = {
 
 def _registry_error(what: str, detail: str) -> RegistryError:
     text = detail.lower()
-    mend = next(
-        (mend for words, mend in _REGISTRY_MENDS if any(word in text for word in words)), ""
-    )
+    mends = (mend for mend, words in _REGISTRY_MENDS.items() if any(word in text for word in words))
+    mend = next(mends, "")
     return RegistryError(f"cannot {what}: {detail}" + (f"; {mend}" if mend else ""))
 
 

@@ -69,6 +69,8 @@ class ContainerSpec:
     """Beware: a commit takes it into the image."""
     privileged: bool = False
     network: str | None = None
+    publish: Mapping[int, int] = field(default_factory=dict)
+    """Ports of loopback, with the container's ports that they lead to."""
     binds: tuple[str, ...] = ()
     """``SOURCE:TARGET[:ro]``, as ``docker run --volume`` takes them."""
     memory: int | None = None
@@ -138,6 +140,9 @@ class Engine(Protocol):
 
     def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
         """Start a container; its output as (is standard error, bytes), until it ends."""
+
+    def start(self, container: str) -> None:
+        """Start a container and leave it to itself."""
 
     def wait(self, container: str) -> int:
         """The exit status of a container, once it has one."""
@@ -234,6 +239,11 @@ class TracedEngine:
         self._show("start", "--attach", container)
         return self._engine.run(container) if self._perform else iter(())
 
+    def start(self, container: str) -> None:
+        self._show("start", container)
+        if self._perform:
+            self._engine.start(container)
+
     def wait(self, container: str) -> int:
         return self._engine.wait(container) if self._perform else 0
 
@@ -306,6 +316,7 @@ def create_argv(spec: ContainerSpec) -> Sequence[str]:
         *([f"--memory={spec.memory}"] if spec.memory else []),
         *([f"--user={spec.user}"] if spec.user else []),
         *([f"--platform={spec.platform}"] if spec.platform else []),
+        *(f"--publish=127.0.0.1:{ours}:{theirs}" for ours, theirs in spec.publish.items()),
         *(f"--volume={bind}" for bind in spec.binds),
         *(f"--env={name}={value}" for name, value in spec.environment.items()),
         *(f"--label={name}={value}" for name, value in spec.labels.items()),

@@ -39,6 +39,10 @@ class EngineError(GuixTasksError):
     exit_code = 3
 
 
+class NoEngineError(EngineError):
+    """No Docker Engine is configured on this machine."""
+
+
 class StageError(GuixTasksError):
     """A Guix command failed in a work container."""
 

@@ -156,7 +156,7 @@ _await_command() {
     if [ "$_status" -eq 127 ] && [ -n "$_before" ]; then _status=$_before; fi
     _command=
     if [ -n "$_canary" ]; then
-        kill "$_canary"
+        kill -s KILL "$_canary"
         wait "$_canary"
         _canary=
     fi 2>/dev/null
@@ -195,6 +195,8 @@ _pass_on() {
     [ -n "$_pending" ] && [ -n "$_command" ] || return 0
     _signal=$_pending
     _pending=
+    # In the first moment of its life a child still has our traps, and would lose the signal.
+    _pause
     if [ "$_signal" = INT ] && [ -z "$_resettable" ]; then _signal=TERM; fi
     _find_tree "$_command"
     # shellcheck disable=SC2086 # a list of numbers

@@ -36,8 +36,9 @@ def install(project: Project, *, commit: bool = True, upstream: bool = False) ->
     stage = install_stage(project.settings)
     before = _packages(project)
     run_stage(project, stage, parent_image(project, "install", upstream=upstream), commit=commit)
-    gone = before - _packages(project)
-    if gone and commit:
+    after = _packages(project)
+    gone = before - after
+    if gone and after:
         project.console.say(f"install: no longer in the image: {' '.join(sorted(gone))}")
 
 

@@ -75,7 +75,8 @@ def push(c: Context, stage: str = "") -> None:
         from guix_tasks.publish import push as publish
 
         for reference, digest in publish(project, stage or None).items():
-            project.console.result(f"{reference}@{digest}")
+            if digest:  # a dry run has none
+                project.console.result(f"{reference}@{digest}")
 
 
 @task(
@@ -86,7 +87,7 @@ def push(c: Context, stage: str = "") -> None:
     auto_shortflags=False,
 )
 def run(c: Context, stage: str = "", keep: bool = False) -> None:
-    """Run one command in a work container: inv run -- COMMAND ARGUMENT…"""
+    """Run one command in a work container, as `inv run -- COMMAND ARGUMENT...`."""
     with opened(c) as project:
         from guix_tasks import hands
 

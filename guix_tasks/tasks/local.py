@@ -55,9 +55,9 @@ def registry_down(c: Context, port: int = 5055) -> None:
 def rootfs(c: Context, tag: str = "") -> None:
     """Make a base image with Guix from Debian's packages."""
     with opened(c) as project:
-        from guix_tasks.local.rootfs import DEFAULT_TAG, make_base
+        from guix_tasks.local.base_image import BASE_TAG, make_base
 
-        make_base(project.engine, project.console, tag or DEFAULT_TAG)
+        make_base(project.engine, project.console, tag or BASE_TAG)
 
 
 engine = Collection("engine", engine_up, engine_down)

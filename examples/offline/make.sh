@@ -1,0 +1,253 @@
+#!/bin/bash
+# make.sh: what a real Guix needs to install packages and to pull channels without a network.
+#
+# Runs in a container of a Debian image with Guix; loopback is all the network it needs.
+#   /debs     Debian packages that the image lacks: busybox-static git gpg gpg-agent hello
+#             install-info patchelf, and what they depend on
+#   /example  this folder
+#   /out      where the result goes; OWNER=UID:GID is whom it will belong to
+# The result, which is used at /offline:
+#   substitutes/         a substitute server as a folder; substitutes.pub is its key
+#   channels/            the Git repositories "guix" and "offline", with signed commits
+#   channels.scm         names both, with their introductions; moved into place last
+set -euo pipefail
+
+example=/example
+result=/out
+url=file:///offline/channels
+
+export HOME=/root LC_ALL=C.UTF-8
+export GUIX_DAEMON_SOCKET=/var/guix/daemon-socket/socket
+
+say() { echo "$*" >&2; }
+
+# install-debs: the tools for all that follows, and the programs that the seeds are made of.
+install_debs() {
+  # The image leaves documentation out, but the seed of "hello" needs its manual.
+  dpkg --install --path-include='/usr/share/info/hello*' /debs/*.deb >/dev/null
+}
+
+start_guix() {
+  guix-daemon --no-substitutes 2>/dev/null &
+  until [ -S "$GUIX_DAEMON_SOCKET" ]; do sleep 0.01; done
+}
+
+# --- seeds: programs of Debian, at the places where the package graph has Guix's own ---
+
+declare -A output derivation
+
+read_outputs() {
+  local name item drv
+  while read -r name item drv; do
+    output[$name]=$item
+    derivation[$name]=$drv
+    rm -rf "$item"
+  done < <(guix repl "$example/seed/outputs.scm")
+  [ -n "${output[hello]-}" ] || { say "guix did not say where its packages go"; return 1; }
+}
+
+# relocate OUTPUT PROGRAM NAME LIBRARIES: copy a program of Debian into OUTPUT/bin/NAME, with
+# its libraries into OUTPUT/LIBRARIES, so that it needs nothing outside of OUTPUT.
+relocate() {
+  local out=$1 program=$2 name=$3 libraries=$1/$4 loader library
+  mkdir -p "$out/bin" "$libraries"
+  cp -L "$program" "$out/bin/$name"
+  while read -r library; do
+    cp -Lu "$library" "$libraries/"
+  done < <(ldd "$program" | grep -o '/[^ ]*')
+  loader=$libraries/$(basename "$(patchelf --print-interpreter "$program")")
+  patchelf --set-interpreter "$loader" --set-rpath "$libraries" "$out/bin/$name"
+  for library in "$libraries"/*.so*; do
+    case $library in
+      "$loader" | */libc.so.6) ;;
+      *) patchelf --set-rpath "$libraries" "$library" ;;
+    esac
+  done
+}
+
+# script FILE INTERPRETER: a shell script from standard input; the build environment has no
+# /bin/sh, so a shell comes along.
+script() {
+  { echo "#!$2"; cat; } >"$1"
+  chmod 755 "$1"
+}
+
+bring_shell() { # OUTPUT
+  mkdir -p "$1/libexec"
+  cp "$(command -v busybox)" "$1/libexec/sh"
+}
+
+seed_guile() {
+  local out=${output[guile]} lib
+  lib=$(echo /usr/lib/*/guile/3.0/bin)
+  lib=${lib%/guile/3.0/bin}
+  relocate "$out" "$lib/guile/3.0/bin/guile" .guile-real lib
+  bring_shell "$out"
+  mkdir -p "$out/share/guile" "$out/lib/guile/3.0" "$out/lib/locale" "$out/lib/gconv"
+  cp -r /usr/share/guile/3.0 "$out/share/guile/"
+  cp -r "$lib/guile/3.0/ccache" "$lib/guile/3.0/extensions" "$out/lib/guile/3.0/"
+  cp -r "$lib"/gconv/gconv-modules* "$lib"/gconv/{ISO8859-1,ISO8859-15,UTF-16,UTF-32,UTF-7}.so \
+    "$out/lib/gconv/"
+  cp -rL /usr/lib/locale/C.utf8 "$out/lib/locale/"
+  ln -s C.utf8 "$out/lib/locale/en_US.utf8"
+  script "$out/bin/guile" "$out/libexec/sh" <<END
+export GUILE_SYSTEM_PATH=$out/share/guile/3.0
+export GUILE_SYSTEM_COMPILED_PATH=$out/lib/guile/3.0/ccache
+export GUILE_SYSTEM_EXTENSIONS_PATH=$out/lib/guile/3.0/extensions
+export LOCPATH=\${LOCPATH:-$out/lib/locale}
+export GCONV_PATH=$out/lib/gconv
+exec $out/bin/.guile-real "\$@"
+END
+  mkdir -p "${output[guile-3.0]}/bin"
+  ln -s "$out/bin/guile" "${output[guile-3.0]}/bin/"
+  ln -s "$out/share" "$out/lib" "${output[guile-3.0]}/"
+}
+
+seed_tar() {
+  local out=${output[tar]}
+  relocate "$out" "$(command -v tar)" .tar-real libexec/tar
+  bring_shell "$out"
+  # tar starts a compressor (-I PROGRAM) with /bin/sh: where it archives, pipe instead.
+  { echo "real=$out/bin/.tar-real"; cat <<'END'; } | script "$out/bin/tar" "$out/libexec/sh"
+set -o pipefail
+[ "${1-}" = -cvf ] || exec "$real" "$@"
+archive=$2
+shift 2
+compressor=
+left=$#
+while [ "$left" -gt 0 ]; do
+  argument=$1
+  shift
+  left=$((left - 1))
+  if [ "$argument" = -I ]; then
+    compressor=$1
+    shift
+    left=$((left - 1))
+  else
+    set -- "$@" "$argument"
+  fi
+done
+[ -n "$compressor" ] || exec "$real" -cvf "$archive" "$@"
+"$real" -cvf - "$@" | $compressor >"$archive"
+END
+}
+
+make_seeds() {
+  seed_guile
+  seed_tar
+  relocate "${output[texinfo]}" "$(command -v install-info)" install-info libexec/texinfo
+  relocate "${output[gzip]}" "$(command -v gzip)" gzip libexec/gzip
+  relocate "${output[hello]}" "$(command -v hello)" hello libexec/hello
+  mkdir -p "${output[hello]}/share/info" "${output[locales]}/lib/locale"
+  gzip -dc /usr/share/info/hello.info.gz >"${output[hello]}/share/info/hello.info"
+  cp -r "${output[guile]}/lib/locale" "${output[locales]}/lib/locale/2.41"
+  # Profile hooks name these, but have no fonts to run them on.
+  mkdir -p "${output[mkfontscale]}/bin" "${output[mkfontdir]}/bin"
+}
+
+register_seeds() {
+  local name references list
+  list=$(mktemp)
+  for name in "${!output[@]}"; do
+    references=${output[$name]}
+    [ "$name" != guile-3.0 ] || references+=" ${output[guile]}"
+    echo "${output[$name]} ${derivation[$name]} $references"
+  done >"$list"
+  guix repl -- "$example/seed/register.scm" "$list"
+}
+
+# publish FOLDER: store what "guix publish" serves for the seeds as files.
+publish() {
+  local folder=$1 server=http://127.0.0.1:8181 item hash nar
+  fetch() { busybox wget -q -O "$folder/$1" "$server/$1"; }
+  mkdir -p "$folder"
+  guix archive --generate-key='(genkey (ecdsa (curve Ed25519) (flags rfc6979)))' 2>/dev/null
+  guix publish --listen=127.0.0.1 --port=8181 >/dev/null 2>&1 &
+  until fetch nix-cache-info 2>/dev/null; do sleep 0.05; done
+  for item in "${output[@]}"; do
+    hash=$(basename "$item" | cut -d- -f1)
+    fetch "$hash.narinfo"
+    nar=$(sed -n 's/^URL: //p' "$folder/$hash.narinfo")
+    mkdir -p "$folder/$(dirname "$nar")"
+    fetch "$nar"
+  done
+}
+
+# --- channels: Git repositories as "guix pull" authenticates them ---
+
+# make_channels FOLDER FILE: repositories in FOLDER, and their channel specification in FILE.
+make_channels() {
+  local folder=$1 file=$2 channel fingerprint introduction
+  GNUPGHOME=$(mktemp -d)
+  export GNUPGHOME
+  gpg --batch --quiet --pinentry-mode loopback --passphrase '' \
+    --quick-generate-key 'Offline <offline@example.org>' ed25519 sign never 2>/dev/null
+  fingerprint=$(gpg --list-keys --with-colons | sed -n 's/^fpr:*\([0-9A-F]*\):$/\1/p' | head -n 1)
+  gpg --check-trustdb 2>/dev/null
+  git config --global user.name Offline
+  git config --global user.email offline@example.org
+  git config --global user.signingkey "$fingerprint"
+  git config --global commit.gpgsign true
+  git config --global init.defaultBranch master
+  for channel in guix offline; do
+    git init --quiet "$folder/$channel"
+    introduction=$(make_commits "$folder/$channel" "$example/channels/$channel" "$fingerprint")
+    cat <<END
+ (channel
+  (name '$channel)
+  (url "$url/$channel")
+  (introduction
+   (make-channel-introduction
+    "$introduction"
+    (openpgp-fingerprint "$fingerprint"))))
+END
+  done | { echo '(list'; sed '$s/$/)/'; } >"$file"
+  gpgconf --kill all
+}
+
+# make_commits REPOSITORY SOURCE FINGERPRINT: print the commit that introduces the channel.
+make_commits() (
+  cd "$1"
+  git checkout --quiet --orphan keyring
+  gpg --armor --export "$3" >offline.key
+  git add offline.key
+  git commit --quiet --message 'Add the key.'
+  git checkout --quiet --orphan master
+  git rm --quiet -f offline.key
+  cp -r "$2/." .
+  # The one whose key this is may sign commits, from the first one on.
+  echo "(authorizations (version 0) ((\"$3\" (name \"offline\"))))" >.guix-authorizations
+  git add --all
+  git commit --quiet --message 'Begin the channel.'
+  git rev-parse HEAD
+  # What "guix pull" has to check is a commit after the introduction.
+  date >.updated
+  git add --all
+  git commit --quiet --message 'Update the channel.'
+)
+
+main() {
+  local new part
+  new=$(mktemp -d "$result/.unfinished.XXXXXX")
+  # shellcheck disable=SC2064 # the folder of now
+  trap "rm -rf '$new'" EXIT
+  install_debs
+  say "making the channels"
+  make_channels "$new/channels" "$new/channels.scm"
+  say "making the substitutes"
+  start_guix
+  read_outputs
+  make_seeds
+  register_seeds
+  publish "$new/substitutes"
+  cp /etc/guix/signing-key.pub "$new/substitutes.pub"
+  chmod -R u+rwX,go+rX "$new"
+  chown -R "${OWNER:-0:0}" "$new"
+  # channels.scm tells that all is there, so it goes first and comes last.
+  rm -rf "$result/channels.scm" "$result/channels" "$result/substitutes" "$result/substitutes.pub"
+  for part in channels substitutes substitutes.pub channels.scm; do
+    mv "$new/$part" "$result/"
+  done
+}
+
+main

@@ -1,0 +1,73 @@
+"""A base image with Guix from Debian's packages, where no image registry is within reach."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import TYPE_CHECKING
+
+from guix_tasks import paths
+from guix_tasks.console import human_size, human_time
+from guix_tasks.engine import ContainerSpec
+from guix_tasks.errors import BuilderError, GuixTasksError
+from guix_tasks.local.debian import on_debian
+from guix_tasks.local.rootfs import PACKAGES, SUITE, container_argv, debian_rootfs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from guix_tasks.console import Console
+    from guix_tasks.engine import Engine
+
+BASE_TAG = f"guix-tasks/debian-guix:{SUITE}"
+DEBIAN_IMAGE = f"debian:{SUITE}-slim"
+
+
+def make_base(engine: Engine, console: Console, tag: str) -> None:
+    """Make the image ``tag``; on a host that is not Debian, in a Debian container.
+
+    Raises ``BuilderError`` where neither can be done, with the reason.
+    """
+    started = time.monotonic()
+    if on_debian():
+        archive = debian_rootfs(paths.cache_home() / "apt", console)
+    else:
+        archive = _in_container(engine, console)
+    # Imported while it is made.
+    engine.import_rootfs(archive, tag)
+    image = engine.image(tag)
+    size = human_size(image.size) if image else ""
+    took = human_time(time.monotonic() - started)
+    console.say(f"rootfs: {tag}: Debian {SUITE} with {', '.join(PACKAGES)}; {size}, {took}")
+    console.say(f"rootfs: use it as BASE_IMAGE={tag}")
+
+
+def _in_container(engine: Engine, console: Console) -> Iterator[bytes]:
+    console.say(f"rootfs: this host is not Debian, so it is made in a container of {DEBIAN_IMAGE}")
+    if engine.image(DEBIAN_IMAGE) is None:
+        try:
+            engine.pull(DEBIAN_IMAGE, None)
+        except GuixTasksError as error:
+            raise BuilderError(
+                f"rootfs needs a Debian host or the image {DEBIAN_IMAGE}, and there is neither: "
+                f"{error}"
+            ) from None
+    container = engine.create(
+        ContainerSpec(
+            name=f"guix-tasks-rootfs-{secrets.token_hex(3)}",
+            image=DEBIAN_IMAGE,
+            command=tuple(container_argv()),
+            privileged=True,
+            network=None if engine.info().has_bridge else "host",
+        )
+    )
+    try:
+        for is_log, data in engine.run(container):
+            if is_log:
+                console.stream(data)
+            else:
+                yield data
+        if status := engine.wait(container):
+            raise BuilderError(f"rootfs: mmdebstrap failed with status {status}; see above")
+    finally:
+        engine.remove(container)

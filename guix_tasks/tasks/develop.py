@@ -1,0 +1,35 @@
+"""The demo, and the tests of guix-tasks itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from invoke.tasks import task
+
+from guix_tasks.boundary import guarded, open_demo, project_folder
+
+if TYPE_CHECKING:
+    from invoke.context import Context
+
+
+@task(auto_shortflags=False)
+def demo(c: Context) -> None:
+    """Run the whole lifecycle, self-contained, from a bare machine."""
+    with guarded(), open_demo(c, project_folder(Path.cwd())) as project:
+        from guix_tasks.demo import lifecycle, say_what_next
+
+        lifecycle(project)
+        say_what_next(project)
+
+
+@task(
+    help={"unit": "only what needs no engine", "only": "only the tests that match (pytest -k)"},
+    auto_shortflags=False,
+)
+def test(c: Context, unit: bool = False, only: str = "") -> None:
+    """Run the linters and the tests, real-engine tests included."""
+    with guarded():
+        from guix_tasks.checks import run_checks
+
+        run_checks(project_folder(Path.cwd()), unit_only=unit, only=only)

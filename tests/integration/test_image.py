@@ -1,0 +1,1056 @@
+"""The image of the top-level Dockerfile, and its entry point, on a real engine."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import io
+import os
+import pty
+import shlex
+import shutil
+import signal
+import subprocess
+import tarfile
+import termios
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).resolve().parents[2]
+ENTRY_POINT = ROOT / "guix_tasks" / "image" / "entry-point.sh"
+HERE = Path(__file__).resolve().parent / "image"
+
+UNAVAILABLE = 69
+CURRENT = "/var/guix/profiles/per-user/root/current-guix"
+KEY = (
+    "(public-key (ecc (curve Ed25519)"
+    " (q #979CCB50AFB321AD18F88DB1706D9A5CD5935A82D06A07367C4E4E7D845DDDB1#)))\n"
+)
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+BUILD = "guix build --no-substitutes"
+
+# Prints a process a line, in the container, without ps.
+PROCESSES = (
+    "for p in /proc/[0-9]*; do"
+    ' test "$(tr "\\0" " " <$p/cmdline)" && echo "${p#/proc/} $(tr "\\0" " " <$p/cmdline)";'
+    " done 2>/dev/null"
+)
+
+
+@dataclass
+class Result:
+    status: int
+    out: str
+    err: str
+
+
+@dataclass
+class Docker:
+    """The docker command line, and what has to be removed after the tests."""
+
+    host: str
+    containers: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "DOCKER_HOST": self.host}
+
+    def __call__(
+        self,
+        *arguments: str,
+        stdin: bytes | None = None,
+        timeout: float = 60,
+        **environment: str,
+    ) -> Result:
+        done = subprocess.run(
+            ["docker", *arguments],
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+            env={**self.environment, **environment},
+        )
+        return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    def ok(self, *arguments: str, stdin: bytes | None = None) -> str:
+        """Standard output of a call that has to succeed."""
+        result = self(*arguments, stdin=stdin)
+        assert result.status == 0, result
+        return result.out.strip()
+
+    def name(self, kind: list[str]) -> str:
+        name = f"guix-tasks-test-{uuid.uuid4().hex[:12]}"
+        kind.append(name)
+        return name
+
+    def create(self, image: str, *command: str, options: Sequence[str] = ()) -> str:
+        name = self.name(self.containers)
+        self.ok(
+            "create", "--name", name, "--privileged", "--network=none", *options, image, *command
+        )
+        return name
+
+    def run(
+        self,
+        image: str,
+        *command: str,
+        options: Sequence[str] = (),
+        stdin: bytes | None = None,
+    ) -> Result:
+        """Run in a container that is removed at once."""
+        if stdin is not None:
+            options = ("--interactive", *options)
+        fixed = ("run", "--rm", "--privileged", "--network=none")
+        return self(*fixed, *options, image, *command, stdin=stdin)
+
+    def start(self, image: str, *command: str, options: Sequence[str] = ()) -> str:
+        name = self.create(image, *command, options=options)
+        self.ok("start", name)
+        return name
+
+    def wait(self, container: str) -> int:
+        return int(self.ok("wait", container))
+
+    def await_output(self, container: str, text: str) -> None:
+        eventually(lambda: text in "".join(self.logs(container)), f"{text!r} in the output")
+
+    def logs(self, container: str) -> tuple[str, str]:
+        result = self("logs", container)
+        return result.out, result.err
+
+    def changes(self, container: str) -> list[str]:
+        """What the container has added to its image, or changed in it."""
+        lines = self.ok("diff", container).splitlines()
+        return [line[2:] for line in lines if line[0] in "AC"]
+
+    def deletions(self, container: str) -> list[str]:
+        lines = self.ok("diff", container).splitlines()
+        return [line[2:] for line in lines if line[0] == "D"]
+
+    def size(self, container: str, path: str) -> int | None:
+        """The size of a file in a container, or None where it has none."""
+        done = subprocess.run(
+            ["docker", "cp", f"{container}:{path}", "-"],
+            capture_output=True,
+            check=False,
+            env=self.environment,
+        )
+        if done.returncode:
+            return None
+        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
+            return archive.getmembers()[0].size
+
+    def put(self, container: str, files: dict[str, str | bytes], mode: int = 0o755) -> None:
+        """Write files, by absolute names, into a container."""
+        self.ok("cp", "-", f"{container}:/", stdin=archive(files, mode))
+
+    def remove_all(self) -> None:
+        if self.containers:
+            self("rm", "--force", "--volumes", *self.containers)
+        if self.images:
+            self("rmi", "--force", *self.images)
+
+
+def archive(files: dict[str, str | bytes], mode: int = 0o755, compression: str = "") -> bytes:
+    memory = io.BytesIO()
+    with tarfile.open(fileobj=memory, mode=f"w:{compression}") as tar:
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            member = tarfile.TarInfo(name.lstrip("/"))
+            member.size, member.mode = len(data), mode
+            tar.addfile(member, io.BytesIO(data))
+    return memory.getvalue()
+
+
+def eventually(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.05)
+
+
+def build_command(docker: Docker, builder: str) -> list[str]:
+    if builder == "classic":
+        return ["docker", "build"]
+    buildx = ["docker", "buildx"]
+    if docker("buildx", "version").status:
+        program = shutil.which("docker-buildx")
+        if program is None:
+            pytest.skip("the docker command has no buildx")
+        buildx = [program]
+    return [*buildx, "build", "--builder=default", "--load", "--allow=network.host"]
+
+
+def build(
+    docker: Docker,
+    builder: str,
+    base: str,
+    *options: str,
+    context: Path = ROOT,
+    **arguments: str,
+) -> tuple[str, Result]:
+    """Build a Dockerfile on a base; the name of the image, and what the builder said."""
+    image = docker.name(docker.images)
+    named = [f"--build-arg={name}={value}" for name, value in arguments.items()]
+    done = subprocess.run(
+        [
+            *build_command(docker, builder),
+            *(f"--tag={image}", "--network=host", f"--build-arg=BASE_IMAGE={base}"),
+            *(*named, *options, str(context)),
+        ],
+        capture_output=True,
+        check=False,
+        timeout=300,
+        env={**docker.environment, "DOCKER_BUILDKIT": "0", "BUILDKIT_PROGRESS": "plain"},
+    )
+    return image, Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+@pytest.fixture(scope="session")
+def docker(engine_host: str) -> Iterator[Docker]:
+    client = Docker(engine_host)
+    yield client
+    client.remove_all()
+
+
+@pytest.fixture(scope="session")
+def image(docker: Docker, base_image: str) -> str:
+    """The image of the Dockerfile, on a base that has Guix."""
+    name, result = build(docker, "classic", base_image)
+    assert result.status == 0, result
+    return name
+
+
+@pytest.fixture(scope="session")
+def lab(docker: Docker, image: str) -> str:
+    """The same with three derivations to build, and a profile."""
+    container = docker.create(image, "/lab/make-lab.sh")
+    docker.put(container, {f"/lab/{path.name}": path.read_bytes() for path in HERE.iterdir()})
+    result = docker("start", "--attach", container)
+    assert result.status == 0, result
+    name = docker.name(docker.images)
+    docker.ok("commit", "--change", 'CMD ["bash"]', container, name)
+    return name
+
+
+def sh(docker: Docker, image: str, script: str, *options: str) -> Result:
+    """Run a script as process 1, in place of the entry point."""
+    return docker.run(image, "-c", script, options=("--entrypoint=sh", *options))
+
+
+def assert_clean(docker: Docker, container: str) -> None:
+    """The database is closed, and nothing of a build that did not end is there."""
+    assert not docker.size(container, "/var/guix/db/db.sqlite-wal")
+    left = [
+        path
+        for path in docker.changes(container)
+        if path.endswith(".chroot") or path.startswith(("/tmp/guix-", "/dev/shm/guix-"))  # noqa: S108
+    ]
+    assert left == []
+
+
+# --- the Dockerfile
+
+
+@pytest.mark.parametrize("builder", ["buildkit", "classic"])
+def test_both_builders_make_the_same_image(docker: Docker, base_image: str, builder: str) -> None:
+    image, result = build(docker, builder, base_image)
+    assert result.status == 0, result
+    template = "{{json .Config.Entrypoint}} {{json .Config.Cmd}} {{json .Config.Env}}"
+    config = docker.ok("inspect", "--format", template, image)
+    profiles = "/var/guix/profiles/per-user/root"
+    path = f"PATH={profiles}/current-guix/bin:{profiles}/guix-profile/bin:/usr/local/sbin:"
+    assert config.startswith(f'["/entry-point.sh"] ["bash"] ["{path}')
+    assert sh(docker, image, "ls /tmp").out == ""
+
+
+def test_the_dockerfile_asks_for_nothing_special() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    assert "--security" not in text
+    assert "# syntax=" not in text
+    assert "ARG BASE_IMAGE=metacall/guix:latest\n" in text
+
+
+def test_only_the_scripts_go_to_the_builder(docker: Docker, tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
+    image, result = build(docker, "classic", "", f"--file={tmp_path / 'Dockerfile'}")
+    assert result.status == 0, result
+    container = docker.create(image, "none")
+    exported = subprocess.run(
+        ["docker", "export", container], capture_output=True, check=True, env=docker.environment
+    )
+    with tarfile.open(fileobj=io.BytesIO(exported.stdout)) as tar:
+        names = {member.name for member in tar if member.isfile() and member.size}
+    assert names == {
+        f"guix_tasks/image/{name}.sh" for name in ("entry-point", "install-guix", "prepare")
+    }
+
+
+def test_there_are_ten_build_users_with_numbers_of_their_own(docker: Docker, image: str) -> None:
+    groups = sh(docker, image, "cat /etc/group").out.splitlines()
+    users = sh(docker, image, "cat /etc/passwd").out.splitlines()
+    (group,) = (line.split(":") for line in groups if line.startswith("guixbuild:"))
+    builders = [line.split(":") for line in users if line.startswith("guixbuilder")]
+    assert group[3].split(",") == [user[0] for user in builders]
+    assert len(builders) == 10
+    assert {user[3] for user in builders} == {group[2]}
+    numbers = [line.split(":")[2] for line in users]
+    assert len(set(numbers)) == len(numbers)
+
+
+def test_preparing_again_changes_nothing(docker: Docker, image: str) -> None:
+    container = docker.create(image, "/prepare.sh", options=("--entrypoint=sh",))
+    docker.put(container, {"/prepare.sh": (ENTRY_POINT.parent / "prepare.sh").read_bytes()})
+    assert docker("start", "--attach", container).status == 0
+    assert docker.changes(container) == ["/prepare.sh"]
+
+
+def test_a_group_without_members_gets_them(docker: Docker, image: str) -> None:
+    container = docker.create(
+        image,
+        "-c",
+        "sed -i 's/^guixbuild:.*/guixbuild:x:4242:/' /etc/group"
+        " && sed -i /^guixbuilder/d /etc/passwd"
+        " && sh /prepare.sh && id guixbuilder10 && id guixbuilder01",
+        options=("--entrypoint=sh",),
+    )
+    docker.put(container, {"/prepare.sh": (ENTRY_POINT.parent / "prepare.sh").read_bytes()})
+    result = docker("start", "--attach", container)
+    assert result.status == 0, result
+    assert result.out.count("gid=4242(guixbuild)") == 2
+
+
+# --- the command
+
+
+@pytest.mark.parametrize("init", [(), ("--init",)], ids=["process-1", "init"])
+@pytest.mark.parametrize("status", [0, 3, 127, 137, 255])
+def test_the_status_is_the_commands_own(
+    docker: Docker, image: str, status: int, init: tuple[str, ...]
+) -> None:
+    result = docker.run(image, "sh", "-c", f"exit {status}", options=init)
+    assert (result.status, result.out, result.err) == (status, "", "")
+
+
+def test_a_killed_command_and_one_that_is_not_there(docker: Docker, image: str) -> None:
+    assert docker.run(image, "sh", "-c", "kill -KILL $$").status == 137
+    assert docker.run(image, "no-such-program").status == 127
+    assert docker.run(image, "/etc/passwd").status == 126
+
+
+def test_arguments_are_kept_exactly(docker: Docker, image: str) -> None:
+    words = ["a b", "", '"', "it's", "$HOME", "*", "\\n", "-n", "--", "a=b", "ü", "a\nb", ";", ""]
+    result = docker.run(image, "printf", "<%s>", *words)
+    assert result.out == "".join(f"<{word}>" for word in words)
+
+
+def test_names_that_mean_something_to_a_shell_or_to_env(docker: Docker, image: str) -> None:
+    assert docker.run(image, "_main").status == 127
+    assert docker.run(image, "exit", "3").status == 127
+    script = "cp /bin/echo '/tmp/a=b'; exec /entry-point.sh '/tmp/a=b' said"
+    assert sh(docker, image, script).out == "said\n"
+
+
+def test_the_environment_is_kept(docker: Docker, image: str) -> None:
+    given = {"name": "1", "status": "x y", "command": "c", "line": "l", "LC_ALL": "C", "tree": "t"}
+    options = [f"--env={name}={value}" for name, value in given.items()]
+    with_ours = docker.run(image, "env", options=options).out
+    without = docker.run(image, options=(*options, "--entrypoint=env")).out
+    own = ("HOSTNAME=", "_=", "PWD=")  # of a container, and of a shell
+    ours, plain = (
+        sorted(line for line in text.splitlines() if not line.startswith(own))
+        for text in (with_ours, without)
+    )
+    assert "status=x y" in ours
+    assert ours == plain
+
+
+def test_standard_input_is_kept(docker: Docker, image: str) -> None:
+    assert docker.run(image, "cat", stdin=b"one\ntwo\n").out == "one\ntwo\n"
+    closed = sh(docker, image, "/entry-point.sh sh -c 'cat; echo end' <&-")
+    assert (closed.status, closed.out) == (0, "end\n")
+
+
+def test_without_a_command_it_gives_a_shell(docker: Docker, image: str) -> None:
+    options = ("--entrypoint=/entry-point.sh",)
+    result = docker.run(image, options=options, stdin=b'echo "$BASH"; exit 5\n')
+    assert (result.status, result.out) == (5, "/usr/bin/bash\n")
+
+
+def test_the_profile_is_there_for_every_user(docker: Docker, lab: str) -> None:
+    for user in ("0", "1000", "1000:1000"):
+        result = docker.run(lab, "hello", options=(f"--user={user}",))
+        assert (result.status, result.out, result.err) == (0, "Hello, world!\n", "")
+
+
+def test_another_user_gets_no_daemon(docker: Docker, image: str) -> None:
+    result = docker.run(image, "sh", "-c", f"id -u; {PROCESSES}", options=("--user=1000",))
+    assert result.out.splitlines()[0] == "1000"
+    assert "guix-daemon" not in result.out
+
+
+def test_the_path_is_set_where_the_image_does_not(docker: Docker, image: str) -> None:
+    result = docker.run(image, "sh", "-c", "echo $PATH", options=("--env=PATH=/usr/bin:/bin",))
+    profiles = "/var/guix/profiles/per-user/root"
+    assert result.out == f"{profiles}/current-guix/bin:{profiles}/guix-profile/bin:/usr/bin:/bin\n"
+
+
+def test_it_costs_little(docker: Docker, image: str) -> None:
+    script = """
+        for i in 1 2 3 4 5 6 7 8 9 10; do
+            begin=$(date +%s%N); /entry-point.sh true; end=$(date +%s%N)
+            echo $(((end - begin) / 1000000))
+        done"""
+    milliseconds = [int(line) for line in sh(docker, image, script).out.split()]
+    assert min(milliseconds) < 60, milliseconds
+
+
+# --- the daemon
+
+
+@pytest.mark.parametrize("shell", ["dash", "bash", "busybox"])
+def test_every_shell_builds_reports_and_stops(docker: Docker, lab: str, shell: str) -> None:
+    words = ["busybox", "sh"] if shell == "busybox" else [shell]
+    # To the find of busybox, what is as old as the start by the second is not newer.
+    build_both = f"{BUILD} $(cat /lab/ok) && sleep 1 && {BUILD} -v0 $(cat /lab/failing)"
+    container = docker.create(
+        lab,
+        *(*words[1:], "/entry-point.sh", "sh", "-c", build_both),
+        options=(f"--entrypoint={words[0]}",),
+    )
+    if shell == "busybox":
+        program = shutil.which("busybox")
+        if program is None:
+            pytest.skip("this machine has no busybox to copy into the container")
+        docker.put(container, {"/usr/local/bin/busybox": Path(program).read_bytes()})
+    result = docker("start", "--attach", container)
+    assert result.status == 1, result
+    assert result.out.endswith("-ok\n")
+    assert "entry-point: the last lines of the build log of /gnu/store/" in result.err
+    assert "line 60 of the log\n" in result.err
+    assert_clean(docker, container)
+
+
+@pytest.mark.parametrize("init", [(), ("--init",)], ids=["process-1", "init"])
+def test_a_derivation_builds(docker: Docker, lab: str, init: tuple[str, ...]) -> None:
+    container = docker.create(lab, "sh", "-c", f"cat $({BUILD} $(cat /lab/ok))", options=init)
+    result = docker("start", "--attach", container)
+    assert (result.status, result.out) == (0, "done\n"), result
+    assert "entry-point" not in result.err
+    assert_clean(docker, container)
+
+
+def test_twice_in_one_step(docker: Docker, lab: str) -> None:
+    call = f"/entry-point.sh {BUILD} $(cat /lab/ok)"
+    result = sh(docker, lab, f"{call} && {call} --check && cat /proc/[0-9]*/comm && exit 5")
+    assert result.status == 5, result
+    assert result.out.count("-ok\n") == 2
+    assert result.out.endswith("-ok\nsh\n")
+
+
+@pytest.mark.parametrize("builder", ["buildkit", "classic"])
+def test_twice_in_one_run_of_a_dockerfile(
+    docker: Docker, lab: str, builder: str, tmp_path: Path
+) -> None:
+    connect = "/entry-point.sh guix gc --references $(cat /lab/ok)"
+    (tmp_path / "Dockerfile").write_text(
+        "ARG BASE_IMAGE\n"
+        "FROM ${BASE_IMAGE}\n"
+        f"RUN {connect} >/one && {connect} >/two && /entry-point.sh true\n"
+    )
+    image, result = build(docker, builder, lab, context=tmp_path)
+    assert result.status == 0, result
+    script = "cat /one; cmp /one /two; ls /var/guix/db /var/guix/daemon-socket /tmp"
+    listing = sh(docker, image, script)
+    assert listing.status == 0
+    assert "-kit\n" in listing.out
+    assert "db.sqlite-wal" not in listing.out
+    assert "guix-daemon." not in listing.out
+    assert "\nsocket\n" not in listing.out
+
+
+def test_a_call_inside_a_call_uses_the_daemon_that_runs(docker: Docker, lab: str) -> None:
+    script = f"/entry-point.sh {BUILD} $(cat /lab/ok); {PROCESSES}; {BUILD} $(cat /lab/ok)"
+    result = docker.run(lab, "sh", "-c", script)
+    assert result.status == 0, result
+    assert result.out.count("-ok\n") == 2
+    daemons = [line for line in result.out.splitlines() if "guix-daemon --" in line]
+    assert len(daemons) == 1
+
+
+def test_a_daemon_elsewhere_is_used(docker: Docker, lab: str) -> None:
+    options = ("--env=GUIX_DAEMON_SOCKET=/elsewhere/socket",)
+    result = docker.run(lab, "sh", "-c", PROCESSES, options=options)
+    assert "guix-daemon" not in result.out.replace("GUIX", "")
+
+
+def test_a_socket_that_is_mounted(docker: Docker, lab: str) -> None:
+    volume = docker.name([])
+    docker.ok("volume", "create", volume)
+    mount = f"--volume={volume}:/var/guix/daemon-socket"
+    try:
+        script = f"echo ready; while ! [ -e /var/guix/daemon-socket/done ]; do sleep .1; done"
+        server = docker.start(lab, "sh", "-c", script, options=(mount,))
+        docker.await_output(server, "ready")
+        result = docker.run(lab, "sh", "-c", PROCESSES, options=(mount,))
+        assert "guix-daemon" not in result.out
+        docker.ok("kill", server)
+        result = docker.run(lab, "sh", "-c", PROCESSES, options=(mount,))
+        assert "guix-daemon --" in result.out
+    finally:
+        docker("rm", "--force", *docker.containers)
+        docker("volume", "rm", volume)
+
+
+def test_the_daemons_options(docker: Docker, image: str) -> None:
+    given = {
+        "GUIX_SUBSTITUTE_URLS": "https://one.example https://two.example",
+        "GUIX_CORES": "3",
+        "GUIX_MAX_JOBS": "2",
+        "GUIX_SANDBOX": "nochroot",
+    }
+    script = "for p in /proc/[0-9]*; do case $(cat $p/comm) in guix-daemon) xargs -0 -n 1 <$p/cmdline; esac; done"
+    options = [f"--env={name}={value}" for name, value in given.items()]
+    assert docker.run(image, "sh", "-c", script, options=options).out.splitlines()[1:] == [
+        "--build-users-group=guixbuild",
+        "--substitute-urls=https://one.example https://two.example",
+        "--cores=3",
+        "--max-jobs=2",
+        "--disable-chroot",
+    ]
+    options = [f"--env={name}=" for name in given]
+    assert docker.run(image, "sh", "-c", script, options=options).out.splitlines()[1:] == [
+        "--build-users-group=guixbuild"
+    ]
+
+
+def with_daemon(script: str, command: str) -> str:
+    """Shell lines that put a program in the place of the pulled Guix's daemon."""
+    program = f"{CURRENT}/bin/guix-daemon"
+    return (
+        f"mkdir -p {CURRENT}/bin; printf '#!/bin/sh\\n%s\\n' {shlex.quote(script)} >{program};"
+        f" chmod +x {program}; {command}"
+    )
+
+
+def test_the_daemon_of_the_pulled_guix_is_the_one_that_runs(docker: Docker, lab: str) -> None:
+    script = 'touch /pulled; exec /usr/bin/guix-daemon "$@"'
+    command = f"exec /entry-point.sh sh -c 'ls /pulled; {BUILD} $(cat /lab/ok)'"
+    result = sh(docker, lab, with_daemon(script, command))
+    assert result.status == 0, result
+    assert result.out.startswith("/pulled\n")
+    assert result.out.endswith("-ok\n")
+
+
+def test_a_daemon_that_runs_below_a_script(docker: Docker, lab: str) -> None:
+    script = '/usr/bin/guix-daemon "$@"; exit'
+    command = f"/entry-point.sh {BUILD} $(cat /lab/ok); echo $?; {PROCESSES}"
+    result = sh(docker, lab, with_daemon(script, command))
+    assert "-ok\n0\n" in result.out
+    assert "guix-daemon --" not in result.out.split("\n0\n")[1]
+
+
+def test_a_daemon_that_dies_at_its_start(docker: Docker, image: str) -> None:
+    script = with_daemon("echo what went wrong >&2; exit 9", "exec /entry-point.sh echo ran")
+    result = sh(docker, image, script)
+    assert (result.status, result.out) == (UNAVAILABLE, "")
+    assert result.err == (
+        "entry-point: error: guix-daemon ended with status 9 before its socket answered:\n"
+        "what went wrong\n"
+    )
+
+
+def test_a_daemon_that_never_answers(docker: Docker, image: str) -> None:
+    script = with_daemon("echo waiting; exec sleep 100", "exec /entry-point.sh echo ran")
+    begin = time.monotonic()
+    result = sh(docker, image, script, "--env=GUIX_DAEMON_TIMEOUT=1")
+    assert (result.status, result.out) == (UNAVAILABLE, "")
+    assert "guix-daemon's socket did not answer within 1 s:\nwaiting\n" in result.err
+    assert time.monotonic() - begin < 10
+
+
+def test_an_image_without_a_daemon(docker: Docker, image: str) -> None:
+    result = sh(docker, image, "rm /usr/bin/guix-daemon; exec /entry-point.sh echo ran")
+    assert (result.status, result.out) == (UNAVAILABLE, "")
+    assert "this image has no guix-daemon" in result.err
+
+
+def test_a_daemon_that_dies_on_the_way(docker: Docker, image: str) -> None:
+    kill = (
+        "for p in /proc/[0-9]*; do case $(cat $p/comm) in guix-daemon) kill ${p#/proc/}; esac; done"
+    )
+    result = docker.run(image, "sh", "-c", f"{kill}; sleep 0.2; exit 4")
+    assert result.status == 4
+    assert "guix-daemon ended before the command did" in result.err
+
+
+def test_a_failing_derivation_shows_the_end_of_its_log(docker: Docker, lab: str) -> None:
+    script = f"{BUILD} -v0 $(cat /lab/ok); {BUILD} -v0 $(cat /lab/failing) 2>/dev/null"
+    result = docker.run(lab, "sh", "-c", script)
+    assert result.status == 1
+    failing = docker.ok("run", "--rm", "--entrypoint=cat", "--network=none", lab, "/lab/failing")
+    lines = [f"line {number} of the log\n" for number in range(21, 61)]
+    heading = f"entry-point: the last lines of the build log of {failing}:\n"
+    assert result.err == heading + "".join(lines)
+
+
+def test_old_failures_are_not_shown_again(docker: Docker, lab: str) -> None:
+    call = f"/entry-point.sh {BUILD} -v0 $(cat /lab/failing) 2>/dev/null"
+    result = sh(docker, lab, f"{call}; sleep 0.1; exec /entry-point.sh sh -c 'exit 6'")
+    assert (result.status, result.err) == (6, "")
+
+
+# --- signals
+
+
+@pytest.mark.parametrize("init", [(), ("--init",)], ids=["process-1", "init"])
+@pytest.mark.parametrize("number", [*SIGNALS, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_reaches_a_long_command(
+    docker: Docker, image: str, number: signal.Signals, init: tuple[str, ...]
+) -> None:
+    # The shell waits for its child: the signal has to reach both.
+    command = ("sh", "-c", "echo begin; sleep 600; echo end")
+    container = docker.start(image, *command, options=init)
+    docker.await_output(container, "begin")
+    begin = time.monotonic()
+    docker.ok("kill", f"--signal={number.name}", container)
+    assert docker.wait(container) == 128 + number
+    assert time.monotonic() - begin < 5
+    assert docker.logs(container) == ("begin\n", "")
+    assert_clean(docker, container)
+
+
+def test_a_command_that_handles_the_signal_keeps_its_status(docker: Docker, image: str) -> None:
+    script = "trap 'echo bye; exit 7' TERM; echo begin; while :; do sleep 0.05; done"
+    container = docker.start(image, "sh", "-c", script)
+    docker.await_output(container, "begin")
+    docker.ok("kill", "--signal=TERM", container)
+    assert docker.wait(container) == 7
+    assert docker.logs(container)[0] == "begin\nbye\n"
+
+
+@pytest.mark.parametrize("init", [(), ("--init",)], ids=["process-1", "init"])
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_ends_a_build(
+    docker: Docker, lab: str, number: signal.Signals, init: tuple[str, ...]
+) -> None:
+    container = docker.start(lab, "sh", "-c", f"exec {BUILD} $(cat /lab/slow)", options=init)
+    docker.await_output(container, "started\n")
+    docker.ok("kill", f"--signal={number.name}", container)
+    assert docker.wait(container) == 128 + number
+    assert "entry-point" not in docker.logs(container)[1]
+    assert_clean(docker, container)
+
+
+@pytest.mark.parametrize(
+    "client",
+    [f"{BUILD} $(cat /lab/slow) &", f"( {BUILD} $(cat /lab/slow) & );"],
+    ids=["client-gone", "client-goes-on"],
+)
+@pytest.mark.parametrize("shell", ["dash", "bash"])
+def test_workers_and_builders_are_gone_before_it_ends(
+    docker: Docker, lab: str, shell: str, client: str
+) -> None:
+    # The entry point is not process 1, so whoever it leaves behind stays.  A client that
+    # nobody below the command is the parent of gets no signal, and goes on.
+    script = f"""
+        {shell} /entry-point.sh sh -c '{client} sleep 600' &
+        entry=$!
+        until cat /proc/[0-9]*/comm | grep -qx loader; do sleep 0.05; done 2>/dev/null
+        cat /proc/[0-9]*/comm
+        kill -TERM $entry; wait $entry; echo status $?
+        cat /proc/[0-9]*/comm"""
+    result = sh(docker, lab, script)
+    before, after = (text.split() for text in result.out.split("status 143\n"))
+    assert before.count("guix-daemon") == 2
+    assert before.count("loader") >= 1
+    assert after == ["sh"]
+
+
+def test_a_signal_before_the_daemon_answers(docker: Docker, image: str) -> None:
+    script = with_daemon("exec sleep 100", "exec /entry-point.sh echo ran")
+    container = docker.start(image, "-c", script, options=("--entrypoint=sh",))
+    eventually(lambda: "sleep 100" in docker("top", container).out, "the daemon's start")
+    docker.ok("kill", "--signal=TERM", container)
+    assert docker.wait(container) == 143
+    assert docker.logs(container) == ("", "")
+
+
+def test_a_killed_build_is_recovered(docker: Docker, lab: str) -> None:
+    killed = docker.start(lab, "sh", "-c", f"{BUILD} $(cat /lab/slow)")
+    docker.await_output(killed, "started\n")
+    docker.ok("kill", "--signal=KILL", killed)
+    docker.wait(killed)
+    changes = docker.changes(killed)
+    assert any(path.endswith("-slow.drv.chroot") for path in changes)
+    assert "/tmp/guix-build-slow.drv-0" in changes  # noqa: S108
+    assert "/var/guix/db/db.sqlite-wal" in changes
+    stale = docker.name(docker.images)
+    docker.ok("commit", killed, stale)
+
+    container = docker.create(stale, "true")
+    result = docker("start", "--attach", container)
+    assert (result.status, result.err) == (0, "")
+    assert "/tmp/guix-build-slow.drv-0" in docker.deletions(container)  # noqa: S108
+    assert not docker.size(container, "/var/guix/db/db.sqlite-wal")
+
+    container = docker.create(stale, "sh", "-c", f"{BUILD} $(cat /lab/ok)")
+    result = docker("start", "--attach", container)
+    assert result.status == 0, result
+    assert_clean(docker, container)
+
+
+def test_a_log_that_was_not_worked_off_is(docker: Docker, lab: str) -> None:
+    """A write-ahead log with something in it, as of a container killed while it wrote."""
+    script = """
+        /usr/bin/guix-daemon >/dev/null 2>&1 &
+        until guix gc --references $(cat /lab/ok) >/dev/null 2>&1; do sleep 0.05; done
+        echo '(use-modules (guix store)) (with-store store
+          (add-text-to-store store "written" "text" (list))
+          (display "written") (newline) (force-output) (sleep 600))' >/tmp/write.scm
+        exec guix repl /tmp/write.scm"""
+    killed = docker.start(lab, "-c", script, options=("--entrypoint=sh",))
+    docker.await_output(killed, "written\n")
+    docker.ok("kill", "--signal=KILL", killed)
+    docker.wait(killed)
+    assert docker.size(killed, "/var/guix/db/db.sqlite-wal")
+    stale = docker.name(docker.images)
+    docker.ok("commit", "--change", 'ENTRYPOINT ["/entry-point.sh"]', killed, stale)
+
+    container = docker.create(stale, "true")
+    result = docker("start", "--attach", container)
+    assert (result.status, result.err) == (0, "")
+    assert not docker.size(container, "/var/guix/db/db.sqlite-wal")
+
+
+def test_folders_that_keep_failed_keeps_stay(docker: Docker, lab: str) -> None:
+    script = f"{BUILD} -K $(cat /lab/failing); ls -d /tmp/guix-build-failing.drv-0"
+    result = sh(
+        docker, lab, f"/entry-point.sh sh -c '{script}' && ls -d /tmp/guix-build-failing.drv-0"
+    )
+    assert result.out.count("/tmp/guix-build-failing.drv-0\n") == 2  # noqa: S108
+
+
+# --- a terminal
+
+
+class Terminal:
+    """`docker run --interactive --tty` at the other end of a pseudo-terminal."""
+
+    def __init__(self, docker: Docker, image: str, *command: str, interactive: bool = True) -> None:
+        self.container = docker.name(docker.containers)
+        self.text = ""
+        self._master, slave = pty.openpty()
+        options = ["--tty", *(["--interactive"] if interactive else [])]
+        self.process = subprocess.Popen(
+            ["docker", "run", "--privileged", "--network=none", *options]
+            + ["--name", self.container, image, *command],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            env=docker.environment,
+            start_new_session=True,
+        )
+        os.close(slave)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            while data := os.read(self._master, 4096):
+                self.text += data.decode(errors="replace")
+        except OSError:  # the other end is closed
+            pass
+
+    def type(self, keys: str) -> None:
+        # Before docker has set the terminal up, it would itself take Ctrl-C for its own.
+        eventually(lambda: not termios.tcgetattr(self._master)[3] & termios.ICANON, "raw mode")
+        os.write(self._master, keys.encode())
+
+    def expect(self, text: str) -> None:
+        eventually(lambda: text in self.text, f"{text!r} on the terminal: {self.text!r}")
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=20)
+
+
+def test_ctrl_c_at_the_terminal(docker: Docker, image: str) -> None:
+    terminal = Terminal(docker, image, "sh", "-c", "echo begin; sleep 600; echo end")
+    terminal.expect("begin")
+    terminal.type("\x03")
+    assert terminal.wait() == 130
+    assert "end" not in terminal.text
+
+
+def test_ctrl_c_at_the_terminal_is_one_signal(docker: Docker, image: str) -> None:
+    script = "trap 'n=$((n+1)); echo caught $n' INT; echo begin; while :; do sleep 0.05; done"
+    terminal = Terminal(docker, image, "bash", "-c", script)
+    terminal.expect("begin")
+    for number in (1, 2):
+        terminal.type("\x03")
+        terminal.expect(f"caught {number}")
+        time.sleep(0.3)
+    docker.ok("kill", "--signal=INT", terminal.container)
+    terminal.expect("caught 3")
+    time.sleep(0.3)
+    assert "caught 4" not in terminal.text
+    docker.ok("kill", "--signal=TERM", terminal.container)
+    assert terminal.wait() == 143
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_from_elsewhere_than_the_terminal(
+    docker: Docker, lab: str, number: signal.Signals
+) -> None:
+    terminal = Terminal(
+        docker, lab, "sh", "-c", f"exec {BUILD} $(cat /lab/slow)", interactive=False
+    )
+    terminal.expect("started")
+    docker.ok("kill", f"--signal={number.name}", terminal.container)
+    assert terminal.wait() == 128 + number
+    assert_clean(docker, terminal.container)
+
+
+def test_an_inner_shell_has_its_job_control(docker: Docker, image: str) -> None:
+    terminal = Terminal(docker, image)
+    terminal.type("echo be''gin; sleep 600\n")
+    terminal.expect("begin")
+    time.sleep(0.2)
+    terminal.type("\x1a")
+    terminal.expect("Stopped")
+    terminal.type("fg\n")
+    time.sleep(0.2)
+    terminal.type("\x03")
+    terminal.type("echo status $?\n")
+    terminal.expect("status 130")
+    terminal.type("exit 7\n")
+    assert terminal.wait() == 7
+    assert "job control" not in terminal.text
+
+
+def test_a_shell_at_the_terminal_can_be_stopped(docker: Docker, image: str) -> None:
+    terminal = Terminal(docker, image)
+    terminal.type("echo be''gin\n")
+    terminal.expect("begin")
+    begin = time.monotonic()
+    docker.ok("stop", "--time=20", terminal.container)
+    assert time.monotonic() - begin < 10
+    assert terminal.wait() == 129
+
+
+# --- a work container
+
+
+def work_container(
+    docker: Docker, image: str, *command: str, environment: str = "", options: Sequence[str] = ()
+) -> str:
+    container = docker.create(
+        image, *command, options=("--entrypoint=/.guix-tasks/entry-point.sh", *options)
+    )
+    docker.put(
+        container,
+        {
+            "/.guix-tasks/entry-point.sh": ENTRY_POINT.read_bytes(),
+            "/.guix-tasks/environment": environment,
+            "/.guix-tasks/keys/one.pub": KEY,
+            "/.guix-tasks/for-the-command": "text\n",
+        },
+    )
+    return container
+
+
+def assert_nothing_left(docker: Docker, container: str) -> None:
+    assert [path for path in docker.changes(container) if path.startswith("/.guix-tasks")] == []
+
+
+def test_a_work_container(docker: Docker, base_image: str) -> None:
+    value = 'it\'s a "value" with $HOME\nand two lines'
+    command = ("sh", "-c", 'cat /.guix-tasks/for-the-command; printf "<%s>" "$VALUE"; exit 5')
+    environment = f"VALUE={shlex.quote(value)}\nGUIX_CORES='3'\n"
+    container = work_container(docker, base_image, *command, environment=environment)
+    result = docker("start", "--attach", container)
+    assert (result.status, result.out) == (5, f"text\n<{value}>")
+    assert_nothing_left(docker, container)
+    assert "/etc/guix/acl" in docker.changes(container)
+    archive_of_acl = subprocess.run(
+        ["docker", "cp", f"{container}:/etc/guix/acl", "-"],
+        capture_output=True,
+        check=True,
+        env=docker.environment,
+    )
+    assert KEY.split("#")[1].encode() in archive_of_acl.stdout
+
+
+def test_a_key_that_is_authorised_is_left_alone(docker: Docker, image: str) -> None:
+    authorised = docker.name(docker.images)
+    first = work_container(docker, image, "true")
+    docker.ok("start", "--attach", first)
+    docker.ok("commit", first, authorised)
+    second = work_container(docker, authorised, "true")
+    docker.ok("start", "--attach", second)
+    assert "/etc/guix/acl" not in docker.changes(second)
+
+
+def test_a_bad_key_stops_a_work_container(docker: Docker, image: str) -> None:
+    container = work_container(docker, image, "echo", "ran")
+    docker.put(container, {"/.guix-tasks/keys/bad.pub": "no key\n"})
+    result = docker("start", "--attach", container)
+    assert (result.status, result.out) == (UNAVAILABLE, "")
+    assert "cannot authorise the substitute key bad.pub" in result.err
+    assert_nothing_left(docker, container)
+
+
+def test_a_work_container_that_gets_a_signal(docker: Docker, image: str) -> None:
+    container = work_container(docker, image, "sh", "-c", "echo begin; sleep 600")
+    docker.ok("start", container)
+    docker.await_output(container, "begin")
+    docker.ok("kill", "--signal=TERM", container)
+    assert docker.wait(container) == 143
+    assert_nothing_left(docker, container)
+
+
+def test_a_work_container_without_a_daemon(docker: Docker, image: str) -> None:
+    script = "exec sleep 100"
+    container = work_container(
+        docker, image, "echo", "ran", options=("--env=GUIX_DAEMON_TIMEOUT=0",)
+    )
+    docker.put(container, {f"{CURRENT}/bin/guix-daemon": f"#!/bin/sh\n{script}\n"})
+    result = docker("start", "--attach", container)
+    assert (result.status, result.out) == (UNAVAILABLE, "")
+    assert_nothing_left(docker, container)
+
+
+def test_inner_calls_leave_the_work_folder_alone(docker: Docker, image: str) -> None:
+    script = (
+        "/.guix-tasks/entry-point.sh true; /entry-point.sh true; cat /.guix-tasks/for-the-command"
+    )
+    container = work_container(docker, image, "sh", "-c", script)
+    assert docker("start", "--attach", container).out == "text\n"
+    assert_nothing_left(docker, container)
+
+
+# --- the binary tarball
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves one file on loopback."""
+
+    def __init__(self, content: bytes) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:  # the name that http.server calls
+                self.send_response(200 if self.path == "/guix.tar.gz" else 404)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/guix.tar.gz"
+
+
+TARBALL = archive(
+    {
+        "./gnu/store/00000000000000000000000000000000-guix/bin/guix-daemon": (
+            '#!/bin/sh\ntouch /from-the-tarball\nexec /usr/bin/guix-daemon "$@"\n'
+        ),
+        f".{CURRENT}/bin/guix-daemon": (
+            "#!/bin/sh\n"
+            'exec /gnu/store/00000000000000000000000000000000-guix/bin/guix-daemon "$@"\n'
+        ),
+        f".{CURRENT}/bin/guix": '#!/bin/sh\nexec /usr/bin/guix "$@"\n',
+        f".{CURRENT}/share/guix/ci.guix.gnu.org.pub": KEY,
+    },
+    compression="gz",
+)
+
+
+@pytest.fixture(scope="module")
+def tarball_url() -> Iterator[str]:
+    server = Server(TARBALL)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.url
+    server.shutdown()
+    server.server_close()
+
+
+@functools.cache
+def sum_of_tarball() -> str:
+    return hashlib.sha256(TARBALL).hexdigest()
+
+
+@pytest.mark.parametrize("builder", ["buildkit", "classic"])
+def test_the_binary_tarball(
+    docker: Docker, base_image: str, builder: str, tarball_url: str
+) -> None:
+    image, result = build(
+        docker,
+        builder,
+        base_image,
+        GUIX_BINARY_URL=tarball_url,
+        GUIX_BINARY_SHA256=sum_of_tarball().upper(),
+    )
+    assert result.status == 0, result
+    script = (
+        "ls /from-the-tarball && guix gc --list-live && readlink /root/.config/guix/current"
+        f" && grep -c {KEY.split('#')[1]} /etc/guix/acl && ls /tmp && stat -c %a /tmp /var"
+    )
+    run = docker.run(image, "sh", "-c", script)
+    assert run.status == 0, run
+    assert run.out == f"/from-the-tarball\n{CURRENT}\n1\n1777\n755\n"
+
+
+@pytest.mark.parametrize("builder", ["buildkit", "classic"])
+def test_a_wrong_checksum_stops_the_build(
+    docker: Docker, base_image: str, builder: str, tarball_url: str
+) -> None:
+    wrong = "0123456789abcdef" * 4
+    _, result = build(
+        docker, builder, base_image, GUIX_BINARY_URL=tarball_url, GUIX_BINARY_SHA256=wrong
+    )
+    assert result.status != 0
+    assert (
+        f"install-guix: error: {tarball_url} has the SHA-256 sum {sum_of_tarball()},"
+        f" but GUIX_BINARY_SHA256 is {wrong}\n"
+    ) in result.out + result.err
+
+
+@pytest.mark.parametrize(
+    ("url", "checksum", "message"),
+    [
+        ("{}", "", "GUIX_BINARY_URL is {}, but GUIX_BINARY_SHA256, the sum it must have, is empty"),
+        ("", "a" * 64, f"GUIX_BINARY_SHA256 is {'a' * 64}, but GUIX_BINARY_URL is empty"),
+        ("{}", "abc", "GUIX_BINARY_SHA256 has 3 digits instead of 64: abc"),
+        ("{}", "z" * 64, f"GUIX_BINARY_SHA256 is not a SHA-256 sum in hexadecimal: {'z' * 64}"),
+        ("{}/not-there", "a" * 64, "cannot download {}/not-there"),
+    ],
+    ids=["no-checksum", "no-url", "short", "no-hexadecimal", "not-there"],
+)
+def test_wrong_arguments_stop_the_build(
+    docker: Docker, base_image: str, tarball_url: str, url: str, checksum: str, message: str
+) -> None:
+    arguments = {"GUIX_BINARY_URL": url.format(tarball_url), "GUIX_BINARY_SHA256": checksum}
+    _, result = build(docker, "classic", base_image, **arguments)
+    assert result.status != 0
+    assert f"install-guix: error: {message.format(tarball_url)}\n" in result.out + result.err
+
+
+def test_a_base_that_has_a_store_is_left_alone(docker: Docker, lab: str, tarball_url: str) -> None:
+    arguments = {"GUIX_BINARY_URL": tarball_url, "GUIX_BINARY_SHA256": sum_of_tarball()}
+    _, result = build(docker, "classic", lab, **arguments)
+    assert result.status != 0
+    assert "install-guix: error: the base already has a store of Guix" in result.out + result.err

@@ -1,0 +1,239 @@
+"""Image references and platforms: what is read, what is refused, and how it is said."""
+
+from __future__ import annotations
+
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guix_tasks.reference import ImageReference, Platform, quoted
+
+SHA256 = "sha256:" + "0123456789abcdef" * 4
+
+# text: registry, repository, tag, digest, and how it is shown
+PARSED = {
+    "debian": ("docker.io", "library/debian", None, None, "debian"),
+    "debian:12": ("docker.io", "library/debian", "12", None, "debian:12"),
+    "docker.io/debian": ("docker.io", "library/debian", None, None, "debian"),
+    "docker.io/library/debian:12": ("docker.io", "library/debian", "12", None, "debian:12"),
+    "index.docker.io/debian": ("docker.io", "library/debian", None, None, "debian"),
+    "metacall/guix:latest": ("docker.io", "metacall/guix", "latest", None, "metacall/guix:latest"),
+    "docker.io/metacall/guix": ("docker.io", "metacall/guix", None, None, "metacall/guix"),
+    "docker.io/library/a/b": ("docker.io", "library/a/b", None, None, "library/a/b"),
+    # A host needs a slash behind it: this is a tag.
+    "example.org:5000": ("docker.io", "library/example.org", "5000", None, "example.org:5000"),
+    "localhost:5055": ("docker.io", "library/localhost", "5055", None, "localhost:5055"),
+    "localhost/app": ("localhost", "app", None, None, "localhost/app"),
+    "localhost:5055/app": ("localhost:5055", "app", None, None, "localhost:5055/app"),
+    "localhost:5055/a/b:T-1": ("localhost:5055", "a/b", "T-1", None, "localhost:5055/a/b:T-1"),
+    "host:80/app": ("host:80", "app", None, None, "host:80/app"),
+    "example.org/app": ("example.org", "app", None, None, "example.org/app"),
+    # A namespace has no capitals, so this is a host of the local domain.
+    "BUILDHOST/app": ("BUILDHOST", "app", None, None, "BUILDHOST/app"),
+    "127.0.0.1:5055/app:x": ("127.0.0.1:5055", "app", "x", None, "127.0.0.1:5055/app:x"),
+    "[::1]/app": ("[::1]", "app", None, None, "[::1]/app"),
+    "[2001:db8::1]:5055/a:b": ("[2001:db8::1]:5055", "a", "b", None, "[2001:db8::1]:5055/a:b"),
+    f"debian@{SHA256}": ("docker.io", "library/debian", None, SHA256, f"debian@{SHA256}"),
+    f"x.y/a:t@{SHA256}": ("x.y", "a", "t", SHA256, f"x.y/a:t@{SHA256}"),
+    "a__b/c---d.e_f:_x.Y-z": (
+        "docker.io",
+        "a__b/c---d.e_f",
+        "_x.Y-z",
+        None,
+        "a__b/c---d.e_f:_x.Y-z",
+    ),
+    # What Docker shortens although it then reads it back as something else, keeps its registry.
+    "docker.io/my.site/app": ("docker.io", "my.site/app", None, None, "docker.io/my.site/app"),
+    "docker.io/localhost/a": ("docker.io", "localhost/a", None, None, "docker.io/localhost/a"),
+    f"docker.io/library/{'a' * 64}": (
+        "docker.io",
+        f"library/{'a' * 64}",
+        None,
+        None,
+        f"docker.io/library/{'a' * 64}",
+    ),
+}
+
+REFUSED = {
+    "": "is empty",
+    "a" * 64: "an image's ID",
+    "https://example.org/app": "not a URL",
+    "Debian": "repository 'Debian' has capital letters; write 'debian'",
+    "example.org/team/App:1": "write 'team/app'",
+    "team/App": "has capital letters",
+    "debian:": "'' is not a tag",
+    "debian:-x": "'-x' is not a tag",
+    "debian:a:b": "is not a tag",
+    "debian:" + "x" * 129: "1 to 128",
+    "debian:é": "is not a tag",
+    "debian\n": "is not a repository",
+    "debian:12\n": "is not a tag",
+    "debian@": "'' is not a digest",
+    "debian@sha256:abc": "is not a digest",
+    "debian@md5:" + "a" * 32: "is not a digest",
+    "debian@" + SHA256.upper(): "is not a digest",
+    f"debian@{SHA256}\n": "is not a digest",
+    f"@{SHA256}": "is not a repository",
+    ":tag": "is not a repository",
+    "/app": "is not a repository",
+    "app/": "is not a repository",
+    "a//b": "is not a repository",
+    "a..b": "is not a repository",
+    "a/-b": "is not a repository",
+    "a___b": "is not a repository",
+    "a b": "is not a repository",
+    "example.org/" + "a" * 256: "at most 255",
+    "-x.org/app": "is not a registry",
+    "host:/app": "is not a registry",
+    "host:80x/app": "is not a registry",
+    "[::1/app": "is not a registry",
+    "[fe80::1%eth0]/app": "is not a registry",
+    "fc00::1:5055/app": "is not a registry",
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), PARSED.items())
+def test_reads_what_docker_reads(
+    text: str, expected: tuple[str, str, str | None, str | None, str]
+) -> None:
+    registry, repository, tag, digest, shown = expected
+    reference = ImageReference.parse(text)
+    assert reference == ImageReference(registry, repository, tag, digest)
+    assert str(reference) == shown
+    assert ImageReference.parse(str(reference)) == reference
+
+
+@pytest.mark.parametrize(("text", "message"), REFUSED.items())
+def test_says_what_is_wrong_with_a_reference(text: str, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        ImageReference.parse(text)
+    assert message in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_does_not_repeat_a_password_in_a_url() -> None:
+    with pytest.raises(ValueError) as caught:
+        ImageReference.parse("https://user:hunter2@example.org/app")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_longest_name_and_tag() -> None:
+    text = f"example.org/{'a' * 255}:{'t' * 128}"
+    assert str(ImageReference.parse(text)) == text
+
+
+def test_canonical_and_name() -> None:
+    reference = ImageReference.parse(f"debian:12@{SHA256}")
+    assert reference.canonical == f"docker.io/library/debian:12@{SHA256}"
+    assert reference.name == "debian"
+    assert ImageReference.parse("localhost:5055/a:b").name == "localhost:5055/a"
+
+
+def test_with_tag() -> None:
+    reference = ImageReference.parse(f"localhost:5055/app:1@{SHA256}")
+    assert str(reference.with_tag("1-pull")) == "localhost:5055/app:1-pull"
+    with pytest.raises(ValueError, match="is not a tag"):
+        reference.with_tag("a/b")
+
+
+def test_a_reference_made_by_hand_is_checked_too() -> None:
+    with pytest.raises(ValueError, match="is 'library/debian'"):
+        ImageReference("docker.io", "debian")
+
+
+_label = st.from_regex(r"[a-z0-9](-[a-z0-9]+)?", fullmatch=True)
+_port = st.one_of(st.just(""), st.integers(1, 65535).map(lambda port: f":{port}"))
+_registries = st.one_of(
+    st.just("docker.io"),
+    st.builds("{}.{}{}".format, _label, _label, _port),
+    st.builds("localhost{}".format, _port),
+    st.builds("[{}]{}".format, st.ip_addresses(v=6).map(str), _port),
+)
+_component = st.from_regex(r"[a-z0-9]{1,5}(([._]|__|-{1,3})[a-z0-9]{1,5}){0,2}", fullmatch=True)
+_repositories = st.lists(_component, min_size=2, max_size=4).map("/".join)
+_tags = st.none() | st.text(string.ascii_letters + string.digits + "_", min_size=1, max_size=128)
+_digests = st.none() | st.just(SHA256)
+
+
+@given(_registries, _repositories, _tags, _digests)
+def test_what_is_shown_reads_back(
+    registry: str, repository: str, tag: str | None, digest: str | None
+) -> None:
+    reference = ImageReference(registry, repository, tag, digest)
+    assert ImageReference.parse(str(reference)) == reference
+    assert ImageReference.parse(reference.canonical) == reference
+
+
+_near = st.text("aZ0.:/@-_[] \n€" + string.ascii_lowercase, max_size=40)
+
+
+@given(st.text() | _near)
+def test_any_text_is_a_reference_or_a_value_error_of_one_line(text: str) -> None:
+    try:
+        said = str(ImageReference.parse(text))
+    except ValueError as error:
+        said = str(error)
+    assert said
+    assert said.isprintable()
+
+
+PLATFORMS = {
+    "linux/amd64": ("x86_64-linux", "linux-amd64"),
+    "linux/386": ("i686-linux", "linux-386"),
+    "linux/arm64": ("aarch64-linux", "linux-arm64"),
+    "linux/arm/v7": ("armhf-linux", "linux-arm-v7"),
+    "linux/ppc64le": ("powerpc64le-linux", "linux-ppc64le"),
+    "linux/riscv64": ("riscv64-linux", "linux-riscv64"),
+}
+
+
+@pytest.mark.parametrize(("text", "names"), PLATFORMS.items())
+def test_platform(text: str, names: tuple[str, str]) -> None:
+    platform = Platform.parse(text)
+    assert (platform.guix_system, platform.tag_suffix) == names
+    assert str(platform) == text
+    assert "/".join(filter(None, (platform.os, platform.architecture, platform.variant))) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("linux/arm64/v8", "linux/arm64"),
+        ("linux/aarch64", "linux/arm64"),
+        ("linux/aarch64/v8", "linux/arm64"),
+        ("linux/x86_64", "linux/amd64"),
+        ("Linux/AMD64", "linux/amd64"),
+        ("linux/i686", "linux/386"),
+        ("linux/arm", "linux/arm/v7"),
+        ("linux/armv7l", "linux/arm/v7"),
+    ],
+)
+def test_other_spellings_of_a_platform(text: str, same: str) -> None:
+    assert Platform.parse(text) == Platform.parse(same)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "linux", "amd64", "linux/", "linux/s390x", "windows/amd64", "linux/arm/v6", "a/b/c/d"],
+)
+def test_a_platform_without_guix_names_those_with(text: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        Platform.parse(text)
+    assert all(known in str(caught.value) for known in PLATFORMS)
+
+
+@given(st.text())
+def test_any_text_is_a_platform_or_a_value_error_of_one_line(text: str) -> None:
+    try:
+        said = Platform.parse(text).guix_system
+    except ValueError as error:
+        said = str(error)
+    assert said.isprintable()
+
+
+@given(st.text())
+def test_quoted_is_printable_and_short(text: str) -> None:
+    assert quoted(text).isprintable()
+    assert quoted("x" * 1000).endswith("...'")

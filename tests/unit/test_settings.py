@@ -1,0 +1,731 @@
+"""Settings: where they come from, what they become, and what is said when they are wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from guix_tasks.errors import SettingsError
+from guix_tasks.reference import ImageReference, Platform
+from guix_tasks.settings import (
+    Mount,
+    Sandbox,
+    Secret,
+    Settings,
+    load_isolated,
+    load_settings,
+    settings_reference,
+)
+
+ROOT = Path(__file__).parents[2]
+HEX = "0123456789abcdef" * 4
+PASSWORD = "hunter2-€-${IMAGE}"  # noqa: S105
+
+Overrides = Mapping[str, str | Sequence[str]]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project with the files that the values below name."""
+    for name in ("channels.scm", "manifest.scm", "a.pub", "b.pub", "signing-key.sec"):
+        (tmp_path / name).write_text(f"{name}\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "with space").mkdir()
+    return tmp_path
+
+
+def load(
+    project: Path,
+    text: str | bytes = "",
+    environ: Mapping[str, str] | None = None,
+    overrides: Overrides | None = None,
+) -> Settings:
+    (project / ".env").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_settings(project, project, environ or {}, overrides or {})
+
+
+def problems(
+    project: Path,
+    text: str | bytes = "",
+    environ: Mapping[str, str] | None = None,
+    overrides: Overrides | None = None,
+) -> list[str]:
+    with pytest.raises(SettingsError) as caught:
+        load(project, text, environ, overrides)
+    assert all(problem.isprintable() for problem in caught.value.problems)
+    return caught.value.problems
+
+
+# --- What a value becomes -------------------------------------------------------------------
+
+LATEST = ImageReference("docker.io", "library/debian", "latest")
+DIGEST = f"sha256:{HEX}"
+
+# What is expected of a path is relative to the project.
+GOOD: list[tuple[str, str, Any]] = [
+    ("IMAGE", "team/app:1", ImageReference("docker.io", "team/app", "1")),
+    ("IMAGE", "team/app", ImageReference("docker.io", "team/app", "latest")),
+    ("TAGS", "1.0 stable 1.0", ("1.0", "stable")),
+    (
+        "PLATFORMS",
+        "linux/arm/v7 linux/aarch64",
+        (Platform("linux", "arm", "v7"), Platform("linux", "arm64")),
+    ),
+    ("BASE_IMAGE", "debian", LATEST),
+    ("BASE_IMAGE", f"debian@{DIGEST}", ImageReference("docker.io", "library/debian", None, DIGEST)),
+    ("DOCKERFILE", "docker/Dockerfile", Path("docker/Dockerfile")),
+    ("BUILD_CONTEXT", "/srv", Path("/srv")),
+    ("BUILD_ARGS", "A=1 B= 'C=x y' D=a=b", {"A": "1", "B": "", "C": "x y", "D": "a=b"}),
+    ("BUILD_SECRETS", "key=a.pub x=b.pub", {"key": Path("a.pub"), "x": Path("b.pub")}),
+    ("GUIX_CHANNELS", "channels.scm", Path("channels.scm")),
+    ("GUIX_MANIFEST", "manifest.scm", Path("manifest.scm")),
+    ("GUIX_PACKAGES", "hello git:send-email", ("hello", "git:send-email")),
+    ("GUIX_PACKAGES", "gcc-toolchain@12 gtk+@3.24:doc", ("gcc-toolchain@12", "gtk+@3.24:doc")),
+    ("GUIX_SUBSTITUTE_URLS", "https://a.example:8080/x", ("https://a.example:8080/x",)),
+    ("GUIX_SUBSTITUTE_URLS", "http://[::1]/ file:///nar", ("http://[::1]/", "file:///nar")),
+    ("GUIX_SUBSTITUTE_KEYS", "a.pub b.pub", (Path("a.pub"), Path("b.pub"))),
+    ("GUIX_SANDBOX", "privileged", Sandbox.PRIVILEGED),
+    ("GUIX_CORES", "0", 0),
+    ("GUIX_MAX_JOBS", "4", 4),
+    (
+        "MOUNTS",
+        "folder:/a/ a.pub:/b/c:ro",
+        (Mount(Path("folder"), "/a"), Mount(Path("a.pub"), "/b/c", read_only=True)),
+    ),
+    (
+        "MOUNTS",
+        "folder:/d:rw 'with space:/e'",
+        (Mount(Path("folder"), "/d"), Mount(Path("with space"), "/e")),
+    ),
+    ("NETWORK", "host", "host"),
+    ("STAGE_MEMORY", "512m", 512 << 20),
+    ("STAGE_MEMORY", "2G", 2 << 30),
+    ("STAGE_MEMORY", "8000000", 8_000_000),
+    ("STAGE_TIMEOUT", "45", 45),
+    ("STAGE_TIMEOUT", "90m", 5400),
+    ("STAGE_TIMEOUT", "2h", 7200),
+    ("DOCKER_USERNAME", "me", Secret("me")),
+    ("DOCKER_PASSWORD", "a b", Secret("a b")),
+]
+
+
+def relative(value: Any, project: Path) -> Any:
+    """The same value with the paths that lie in ``project`` relative to it."""
+    if isinstance(value, Path):
+        return value.relative_to(project) if value.is_relative_to(project) else value
+    if isinstance(value, Mount):
+        return replace(value, source=relative(value.source, project))
+    if isinstance(value, tuple):
+        return tuple(relative(item, project) for item in value)
+    if isinstance(value, Mapping):
+        return {name: relative(item, project) for name, item in value.items()}
+    return value
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), GOOD)
+def test_a_good_value_means_the_same_wherever_it_stands(
+    project: Path, name: str, text: str, expected: Any
+) -> None:
+    sources: list[tuple[str, dict[str, str], dict[str, str]]] = [
+        (f'{name}="{text}"\n', {}, {}),
+        ("", {name: text}, {}),
+        ("", {}, {name: text}),
+    ]
+    for file, environ, overrides in sources:
+        settings = load(project, file, environ, overrides)
+        assert relative(getattr(settings, name.lower()), project) == expected
+
+
+def test_the_table_above_has_every_setting() -> None:
+    names = {entry.name.upper() for entry in fields(Settings) if "setting" in entry.metadata}
+    assert names == {name for name, _, _ in GOOD} | {"GUIX_BINARY_URL", "GUIX_BINARY_SHA256"}
+
+
+def test_binary_tarball(project: Path) -> None:
+    url = "https://example.org/guix-binary.tar.xz"
+    settings = load(project, f"GUIX_BINARY_URL={url}\nGUIX_BINARY_SHA256={HEX}\n")
+    assert (settings.guix_binary_url, settings.guix_binary_sha256) == (url, HEX)
+
+
+def test_the_items_of_a_sequence_are_taken_as_they_are(project: Path) -> None:
+    overrides = {"MOUNTS": ["with space:/a"], "BUILD_ARGS": ["A='x y'", "B=\\"]}
+    settings = load(project, overrides=overrides)
+    assert settings.mounts == (Mount(project / "with space", "/a"),)
+    assert settings.build_args == {"A": "'x y'", "B": "\\"}
+
+
+def test_settings_cannot_be_changed(project: Path) -> None:
+    settings: Any = load(project, "BUILD_ARGS=A=1\nDOCKER_HOST=unix:///x\n")
+    with pytest.raises(AttributeError):
+        settings.image = None
+    for mapping in (settings.build_args, settings.docker_environment, settings.origins):
+        with pytest.raises(TypeError):
+            mapping["A"] = "2"
+
+
+# --- What is wrong with a value -------------------------------------------------------------
+
+BAD = [
+    ("IMAGE", "team/App", "write 'team/app'"),
+    ("IMAGE", "", "is empty"),
+    ("IMAGE", f"app@sha256:{HEX}", "a digest"),
+    ("IMAGE", "app:" + "x" * 101, "100 letters at most"),
+    ("TAGS", "a/b", "'a/b' is not a tag"),
+    ("TAGS", "a,b", "separated by spaces, not commas"),
+    ("PLATFORMS", "linux/s390x", "linux/riscv64"),
+    ("PLATFORMS", "linux/amd64,linux/arm64", "separated by spaces, not commas"),
+    ("BASE_IMAGE", "a b", "is not a repository"),
+    ("DOCKERFILE", "", "a path is empty"),
+    ("BUILD_CONTEXT", "", "a path is empty"),
+    ("BUILD_ARGS", "A", "write NAME=VALUE"),
+    ("BUILD_ARGS", "1A=2", "write NAME=VALUE"),
+    ("BUILD_ARGS", "A=1 A=2", "'A' is given twice"),
+    ("BUILD_ARGS", "A=1 'B=2", "a quote is not closed"),
+    ("BUILD_SECRETS", "a.pub", "write ID=FILE"),
+    ("BUILD_SECRETS", "key=missing", "No such file"),
+    ("BUILD_SECRETS", "key=", "a path is empty"),
+    ("BUILD_SECRETS", "key=a.pub key=b.pub", "'key' is given twice"),
+    ("GUIX_CHANNELS", "missing.scm", "No such file"),
+    ("GUIX_CHANNELS", "folder", "is a folder"),
+    ("GUIX_CHANNELS", "~/channels.scm", "write ${HOME}"),
+    ("GUIX_MANIFEST", "missing.scm", "No such file"),
+    ("GUIX_MANIFEST", "m" * 5000, "File name too long"),
+    ("GUIX_PACKAGES", "-x", "'-x' is not a package"),
+    ("GUIX_PACKAGES", "hello;ls", "is not a package"),
+    ("GUIX_PACKAGES", "hello@", "is not a package"),
+    ("GUIX_PACKAGES", "./hello", "is not a package"),
+    ("GUIX_PACKAGES", "héllo", "is not a package"),
+    ("GUIX_SUBSTITUTE_URLS", "ftp://a.example", "https:// or http:// or file://"),
+    ("GUIX_SUBSTITUTE_URLS", "https://", "is not a URL for this"),
+    ("GUIX_SUBSTITUTE_URLS", "file:", "is not a URL for this"),
+    ("GUIX_SUBSTITUTE_URLS", "https://[x/", "is not a URL"),
+    ("GUIX_SUBSTITUTE_URLS", "https://a.example:x/", "is not a URL"),
+    ("GUIX_SUBSTITUTE_URLS", "https://a.example/$(ls)", "write %XX"),
+    ("GUIX_SUBSTITUTE_URLS", "https://me:hunter2@a.example", "leave out all up to the '@'"),
+    ("GUIX_SUBSTITUTE_KEYS", "signing-key.sec", "ends in .pub"),
+    ("GUIX_SUBSTITUTE_KEYS", "c.pub", "No such file"),
+    ("GUIX_BINARY_URL", "https://a.example/x", "needs GUIX_BINARY_SHA256 too"),
+    ("GUIX_BINARY_SHA256", HEX, "needs GUIX_BINARY_URL too"),
+    ("GUIX_SANDBOX", "none", "write one of: privileged"),
+    ("GUIX_SANDBOX", "", "write one of: privileged"),
+    ("GUIX_CORES", "-1", "from 0 on"),
+    ("GUIX_CORES", "two", "from 0 on"),
+    ("GUIX_CORES", "٣", "from 0 on"),
+    ("GUIX_MAX_JOBS", "0", "from 1 on"),
+    ("MOUNTS", "folder", "write SOURCE:TARGET"),
+    ("MOUNTS", ":/a", "write SOURCE:TARGET"),
+    ("MOUNTS", "folder:/a:rx", "write SOURCE:TARGET"),
+    ("MOUNTS", "folder:a", "is not a place in a container"),
+    ("MOUNTS", "folder:/", "is not a place in a container"),
+    ("MOUNTS", "folder:/a/../..", "is not a place in a container"),
+    ("MOUNTS", "missing:/a", "No such file"),
+    ("MOUNTS", "folder:/a channels.scm://a/.", "'/a' is given twice"),
+    ("NETWORK", "a b", "is not a network"),
+    ("NETWORK", "-x", "is not a network"),
+    ("STAGE_MEMORY", "4t", "from 6m on"),
+    ("STAGE_MEMORY", "1k", "from 6m on"),
+    ("STAGE_MEMORY", "9" * 5000, "from 6m on"),
+    ("STAGE_TIMEOUT", "0", "is not a time"),
+    ("STAGE_TIMEOUT", "1d", "is not a time"),
+    ("DOCKER_PASSWORD_FILE", "missing", "No such file"),
+    ("DOCKER_PASSWORD_FILE", "folder", "Is a directory"),
+    ("DOCKER_HOST", "a\0b", "has a NUL"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "message"), BAD)
+def test_a_bad_value_is_one_line_with_its_place(
+    project: Path, name: str, text: str, message: str
+) -> None:
+    (problem,) = problems(project, f'\n{name}="{text}"\n')
+    assert problem.startswith(f".env:2: {name}: ")
+    assert message in problem
+    assert ";" in problem  # what is wrong; what would be right
+    assert len(problem) < 300
+    assert "hunter2" not in problem
+
+
+def test_a_bad_binary_tarball(project: Path) -> None:
+    url, checksum = problems(project, "GUIX_BINARY_URL=file:///x\nGUIX_BINARY_SHA256=ABC\n")
+    assert "begins with https:// or http://" in url
+    assert "write 64 lower case hex digits" in checksum
+
+
+def test_the_environment_and_options_are_named_as_places(project: Path) -> None:
+    environ = {"GUIX_CORES": "x", "NETWORK": "a\udcffb"}
+    overrides = {"IMAGE": "A", "GUIX_PACKAGES": ["hello", "-x"], "STAGE_TIMEOUT": "x", "WAT": "1"}
+    assert [problem.split("; ")[0] for problem in problems(project, "", environ, overrides)] == [
+        "option --wat: is not a setting",
+        "option --image: repository 'A' has capital letters",
+        "option --package: '-x' is not a package",
+        "environment: GUIX_CORES: 'x' is not a whole number from 0 on",
+        "environment: NETWORK: has a NUL or a broken character in it",
+        "option --stage-timeout: 'x' is not a time",
+    ]
+
+
+def test_all_problems_are_reported_together(project: Path) -> None:
+    (project / ".env.local").write_text("PLATFORMS=linux/z linux/y\nimage=x\n")
+    found = problems(project, "IMAGE=A:b:c\nB\nTAGS=-\n", {"ENV_FILE": "nowhere"}, {"NETWORK": "-"})
+    assert [problem.split(": ")[0] for problem in found] == [
+        ".env:2",
+        ".env.local:2",
+        "environment",
+        ".env:1",
+        ".env:3",
+        ".env.local:1",
+        ".env.local:1",
+        "option --network",
+    ]
+
+
+def test_a_bad_value_that_a_later_source_replaces_does_no_harm(project: Path) -> None:
+    assert load(project, "GUIX_CORES=x\n", {"GUIX_CORES": "2"}).guix_cores == 2
+
+
+# --- Where a value comes from ---------------------------------------------------------------
+
+# Five values of each setting; {} is a number from 1 to 5, in a list it picks.
+VALUES: dict[str, str | list[str]] = {
+    "IMAGE": "example.org/app:{}",
+    "BASE_IMAGE": "example.org/base:{}",
+    "TAGS": "{}",
+    "PLATFORMS": ["linux/amd64", "linux/386", "linux/arm64", "linux/ppc64le", "linux/riscv64"],
+    "DOCKERFILE": "/{}",
+    "BUILD_CONTEXT": "/{}",
+    "BUILD_ARGS": "A={}",
+    "BUILD_SECRETS": "id{}=/dev/null",
+    "GUIX_CHANNELS": "FILES/{}.pub",
+    "GUIX_MANIFEST": "FILES/{}.pub",
+    "GUIX_PACKAGES": "hello@{}",
+    "GUIX_SUBSTITUTE_URLS": "https://a.example/{}",
+    "GUIX_SUBSTITUTE_KEYS": "FILES/{}.pub",
+    "GUIX_BINARY_URL": "https://a.example/{}",
+    "GUIX_BINARY_SHA256": [str(number) * 64 for number in range(1, 6)],
+    "GUIX_CORES": "{}",
+    "GUIX_MAX_JOBS": "{}",
+    "MOUNTS": "/dev/null:/{}",
+    "NETWORK": "{}",
+    "STAGE_MEMORY": "{}g",
+    "STAGE_TIMEOUT": "{}",
+    "DOCKER_USERNAME": "{}",
+    "DOCKER_PASSWORD": "{}",
+}
+# What one of them cannot be without.
+BESIDE = {
+    "GUIX_BINARY_URL": f"GUIX_BINARY_SHA256={HEX}\n",
+    "GUIX_BINARY_SHA256": "GUIX_BINARY_URL=https://a.example/x\n",
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_later_wins(project: Path, name: str) -> None:
+    cwd = project / "folder"
+    for number in range(1, 6):
+        (cwd / f"{number}.pub").touch()
+    pattern = VALUES[name]
+    texts = pattern if isinstance(pattern, list) else [pattern.format(n) for n in range(1, 6)]
+    texts = [text.replace("FILES", str(cwd)) for text in texts]
+    environ: dict[str, str] = {}
+    overrides: dict[str, str] = {}
+
+    def now() -> Any:
+        return getattr(load_settings(project, cwd, environ, overrides), name.lower())
+
+    seen = [] if name in BESIDE else [now()]
+    (project / ".env").write_text(f"{BESIDE.get(name, '')}{name}={texts[0]}\n")
+    seen.append(now())
+    (project / ".env.local").write_text(f"{name}={texts[1]}\n")
+    seen.append(now())
+    (cwd / "named.env").write_text(f"{name}={texts[2]}\n")
+    assert now() == seen[-1]
+    environ["ENV_FILE"] = "named.env"
+    seen.append(now())
+    environ[name] = texts[3]
+    seen.append(now())
+    overrides[name] = texts[4]
+    seen.append(now())
+    assert all(one != other for n, one in enumerate(seen) for other in seen[:n])
+    # An empty option, and an empty variable, are not there.
+    overrides[name] = ""
+    assert now() == seen[-2]
+    environ[name] = ""
+    assert now() == seen[-3]
+
+
+def test_the_table_of_values_has_every_setting() -> None:
+    assert {*VALUES, "GUIX_SANDBOX"} == {name for name, _, _ in GOOD} | {*BESIDE}
+
+
+def test_env_file_names_several_from_the_current_folder(project: Path) -> None:
+    cwd = project / "folder"
+    (cwd / "one.env").write_text("IMAGE=one/one:1\nTAGS=one\nGUIX_CORES=1\n")
+    (project / "two.env").write_text("IMAGE=two/two:2\nTAGS=two\n")
+    (project / ".env.local").write_text("IMAGE=local/local:0\nNETWORK=host\n")
+    environ = {"ENV_FILE": "one.env, ../two.env,,", "TAGS": "three"}
+    settings = load_settings(project, cwd, environ)
+    assert str(settings.image) == "two/two:2"
+    assert (settings.tags, settings.guix_cores, settings.network) == (("three",), 1, "host")
+    assert settings.origin("IMAGE").endswith("two.env:1: IMAGE")
+    assert settings.origin("TAGS") == "environment: TAGS"
+    assert settings.origin("GUIX_CORES") == "one.env:3: GUIX_CORES"
+    assert settings.origin("MOUNTS") == "default: MOUNTS"
+
+
+def test_an_env_file_that_is_named_must_be_there(project: Path) -> None:
+    (problem,) = problems(project, "", {"ENV_FILE": "nowhere.env"})
+    assert problem.startswith("environment: ENV_FILE: nowhere.env: No such file")
+    for name in ("a\0b", "\ud800", "x" * 5000, "a\nb"):
+        assert len(problems(project, "", {"ENV_FILE": name})) == 1
+
+
+def test_env_file_in_an_env_file_is_a_mistake(project: Path) -> None:
+    (problem,) = problems(project, "ENV_FILE=x\n")
+    assert "set it in the environment" in problem
+
+
+def test_relative_paths_start_where_they_are_written(project: Path) -> None:
+    cwd = project / "folder"
+    elsewhere = project / "elsewhere"
+    elsewhere.mkdir()
+    for folder in (cwd, elsewhere):
+        (folder / "x").touch()
+    (elsewhere / "env").write_text("GUIX_CHANNELS=x\nMOUNTS=./x:/x\nDOCKER_CERT_PATH=certs\n")
+    environ = {"ENV_FILE": "../elsewhere/env", "GUIX_MANIFEST": "x", "DOCKER_CONFIG": "docker"}
+    settings = load_settings(project, cwd, environ, {"BUILD_CONTEXT": "sub"})
+    assert settings.dockerfile == project / "Dockerfile"
+    assert settings.guix_channels is not None
+    assert settings.guix_channels.resolve() == elsewhere / "x"
+    assert settings.mounts[0].source.resolve() == elsewhere / "x"
+    assert settings.guix_manifest == cwd / "x"
+    assert settings.build_context == cwd / "sub"
+    assert settings.docker_environment["DOCKER_CONFIG"] == str(cwd / "docker")
+    assert Path(settings.docker_environment["DOCKER_CERT_PATH"]).resolve() == elsewhere / "certs"
+
+
+def test_an_empty_value_in_a_file_takes_a_value_away(project: Path) -> None:
+    (project / ".env.local").write_text(
+        "TAGS=\nNETWORK=''\nDOCKER_PASSWORD=\nDOCKER_HOST=\nGUIX_CHANNELS= # none\n"
+    )
+    settings = load(
+        project,
+        "TAGS=a\nNETWORK=host\nDOCKER_PASSWORD=x\nDOCKER_HOST=y\nGUIX_CHANNELS=channels.scm\n",
+    )
+    assert settings.tags == ()
+    assert (settings.network, settings.docker_password, settings.guix_channels) == (None,) * 3
+    assert settings.docker_environment == {}
+
+
+def test_dockers_own_variables(project: Path) -> None:
+    text = "DOCKER_HOST=unix:///a\nDOCKER_CONTEXT=mine\nDOCKER_TLS_VERIFY=1\n"
+    environ = {"DOCKER_HOST": "unix:///b", "DOCKER_CONTEXT": "", "DOCKER_BUILDKIT": "1"}
+    assert load(project, text, environ).docker_environment == {
+        "DOCKER_HOST": "unix:///b",
+        "DOCKER_CONTEXT": "mine",
+        "DOCKER_TLS_VERIFY": "1",
+    }
+
+
+def test_isolated_reads_one_file_and_nothing_else(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / ".env").write_text("IMAGE=example.org/real:1\n")
+    (project / ".env.local").write_text("IMAGE=example.org/real:2\n")
+    for name, _, _ in settings_reference():
+        monkeypatch.setenv(name, "example.org/real:3")
+    monkeypatch.setenv("ENV_FILE", str(project / ".env"))
+    monkeypatch.setenv("FROM_OUTSIDE", "real")
+    file = project / "folder" / "demo.env"
+    file.write_text("TAGS=${FROM_OUTSIDE:-demo}\nGUIX_CHANNELS=../channels.scm\n")
+    settings = load_isolated(file)
+    assert str(settings.image) == "localhost:5055/guix-example:latest"
+    assert settings.tags == ("demo",)
+    assert settings.docker_environment == {}
+    assert settings.docker_password is None
+    assert settings.dockerfile == project / "folder" / "Dockerfile"
+    assert settings.guix_channels == project / "folder" / "../channels.scm"
+    monkeypatch.chdir(project)
+    assert load_isolated(Path("folder/demo.env")) == settings
+    with pytest.raises(SettingsError, match=r"^nowhere\.env: No such file"):
+        load_isolated(Path("nowhere.env"))
+
+
+# --- Env files ------------------------------------------------------------------------------
+
+
+def test_interpolation(project: Path) -> None:
+    (project / ".env.local").write_text("TAGS=${V}-${W}-${X:-d}-${IMAGE_TAG}\n")
+    text = "V=file\nIMAGE_TAG=7\nIMAGE=a/b:${IMAGE_TAG}\n"
+    settings = load(project, text, {"V": "environ", "W": "outer", "X": ""})
+    assert settings.tags == ("environ-outer-d-7",)
+    assert settings.image.tag == "7"
+
+
+def test_a_variable_that_is_not_set_is_worth_a_note(project: Path) -> None:
+    settings = load(project, "TAGS=1.${NOTHING}0\n")
+    assert settings.tags == ("1.0",)
+    assert settings.notes == (".env:1: TAGS: 'NOTHING' in ${...} is not set; taken as empty",)
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("IMAGE\n", [1]),
+        ("GUIX_CORES=1\n\n# a comment\n\n  export GUIX_CORES=x\n", [5]),
+        ('BUILD_ARGS="A=1\nB=2\n\nC=3"\nGUIX_CORES=x\n', [5]),
+        ("A='1\n\n2'\n\n\nnot a line\n\nB\n", [6, 8]),
+        ("IMAGE=\"open\n\nTAGS='open\n", [1, 3]),
+        ("=\n 'x\n\nGUIX_CORES=x", [1, 2, 4]),
+    ],
+)
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_the_line_is_where_the_mistake_is(
+    project: Path, text: str, lines: list[int], newline: str, mark: str
+) -> None:
+    found = problems(project, (mark + text).replace("\n", newline))
+    assert [problem.split(":")[1] for problem in found] == [str(line) for line in lines]
+
+
+def test_a_key_twice_in_one_file(project: Path) -> None:
+    (problem,) = problems(project, "IMAGE=a\n\nTAGS=x\nIMAGE=b\n")
+    assert problem == ".env:4: IMAGE: is set on line 1 too; keep one"
+
+
+def test_bad_encodings(project: Path) -> None:
+    assert problems(project, b"A=1\nIMAGE=\xff\n") == [
+        ".env:2: is not UTF-8; save the file as UTF-8"
+    ]
+    assert problems(project, "IMAGE=a\n".encode("utf-16"))[0].startswith(".env:1: is not UTF-8")
+    assert str(load(project, "\ufeffIMAGE=a\r\n").image) == "a:latest"
+
+
+def test_a_folder_is_no_env_file(project: Path) -> None:
+    (project / ".env").mkdir()
+    with pytest.raises(SettingsError, match=r"^\.env: Is a directory"):
+        load_settings(project, project, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("IMAGES", "IMAGE"),
+        ("image", "IMAGE"),
+        ("IMGE", "IMAGE"),
+        ("PACKAGES", "GUIX_PACKAGES"),
+        ("GUIX_PACKAGE", "GUIX_PACKAGES"),
+        ("PLATFORM", "PLATFORMS"),
+        ("DOCKER_PASS", "DOCKER_PASSWORD"),
+        ("DOCKER_PASSWORDFILE", "DOCKER_PASSWORD_FILE"),
+    ],
+)
+def test_an_unknown_key_near_a_known_one_is_a_mistake(project: Path, key: str, meant: str) -> None:
+    (problem,) = problems(project, f"{key}=x\n")
+    assert problem == f".env:1: {key!r} is not a setting; did you mean {meant}?"
+
+
+def test_another_unknown_key_is_worth_a_note(project: Path) -> None:
+    settings = load(project, "HTTP_PROXY=x\nCOMPOSE_PROJECT=y\n")
+    assert settings.notes == (
+        ".env:1: HTTP_PROXY: is not a setting of guix-tasks; ignored",
+        ".env:2: COMPOSE_PROJECT: is not a setting of guix-tasks; ignored",
+    )
+
+
+# --- Secrets --------------------------------------------------------------------------------
+
+
+def test_secrets_are_taken_literally(project: Path) -> None:
+    settings = load(
+        project, f"DOCKER_USERNAME='${{A}} me '\nDOCKER_PASSWORD={PASSWORD}\n", {"A": "b"}
+    )
+    assert settings.docker_username == Secret("${A} me ")
+    assert settings.docker_password == Secret(PASSWORD)
+    assert settings.notes == ()
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_a_secret_from_a_file(project: Path, end: str) -> None:
+    (project / "password").write_bytes(f"{PASSWORD}{end}".encode())
+    settings = load(project, "DOCKER_PASSWORD_FILE=${N}\n", {"N": "password"})
+    assert settings.docker_password == Secret(PASSWORD)
+    assert settings.origin("DOCKER_PASSWORD") == ".env:1: DOCKER_PASSWORD_FILE"
+    assert load(project, "", {"DOCKER_PASSWORD_FILE": "password"}) == settings
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"hunter\0two", b"hunter2\xff"])
+def test_a_file_without_a_secret(project: Path, content: bytes) -> None:
+    (project / "password").write_bytes(content)
+    (problem,) = problems(project, "DOCKER_PASSWORD_FILE=password\n")
+    assert problem.startswith(".env:1: DOCKER_PASSWORD_FILE: the file ")
+    assert "hunter" not in problem
+
+
+def test_a_secret_given_twice_in_one_source(project: Path) -> None:
+    (project / "password").write_text("a")
+    text = "DOCKER_PASSWORD_FILE=password\nDOCKER_PASSWORD=b\n"
+    assert problems(project, text) == [
+        ".env:1: DOCKER_PASSWORD_FILE: DOCKER_PASSWORD is set too; keep one of the two"
+    ]
+    environ = {"DOCKER_USERNAME": "a", "DOCKER_USERNAME_FILE": "password"}
+    (problem,) = problems(project, "", environ)
+    assert problem.startswith("environment: DOCKER_USERNAME_FILE: ")
+
+
+def test_a_secret_in_a_later_source_replaces_the_earlier_one(project: Path) -> None:
+    (project / "password").write_text("from the file\n")
+    in_file, literal = "DOCKER_PASSWORD_FILE=password\n", "DOCKER_PASSWORD=literal\n"
+    environ = {"DOCKER_PASSWORD_FILE": "password"}
+    assert load(project, literal, environ).docker_password == Secret("from the file")
+    assert load(project, in_file, {"DOCKER_PASSWORD": "x"}).docker_password == Secret("x")
+    assert load(project, in_file + "DOCKER_PASSWORD=\n").docker_password == Secret("from the file")
+    (project / ".env.local").write_text("DOCKER_PASSWORD=\n")
+    assert load(project, in_file).docker_password is None
+
+
+def test_a_secret_shows_itself_only_when_asked() -> None:
+    secret = Secret("hunter2")
+    assert secret.reveal() == "hunter2"
+    assert str(secret) == repr(secret) == f"{secret}" == "Secret(…)"
+    assert not hasattr(secret, "__dict__")
+    assert {secret: 1}[Secret("hunter2")] == 1
+
+
+def test_no_secret_in_a_repr_or_in_an_error(project: Path) -> None:
+    environ = {"DOCKER_USERNAME": "hunter1", "DOCKER_PASSWORD": "hunter2"}
+    assert "hunter" not in repr(load(project, "", environ))
+    texts = [
+        "IMAGE=${DOCKER_USERNAME}/${DOCKER_PASSWORD}\n",
+        "X=${DOCKER_PASSWORD}\nIMAGE=-${X}\n",
+        'DOCKER_PASSWORD="hunter2\n',
+        "DOCKER_PASSWORD hunter2\n",
+        "DOCKER_PASSWORD=hunter\nhunter2\n",
+        "DOCKER_PASSWORD=x\nDOCKER_PASSWORD=hunter2\n",
+        "DOCKER_PASSWORD_FILE=hunter2\n",
+        "DOCKER_PASSWORDS=hunter2\n",
+        "DOCKER_PASSWORD=hunter2\nDOCKER_PASSWORD_FILE=hunter2\n",
+        'DOCKER_PASSWORD="hunter2\0"\n',
+    ]
+    for text in texts:
+        (project / ".env").write_text(text)
+        with pytest.raises(SettingsError) as caught:
+            load_settings(project, project, environ if "${" in text else {})
+        assert "hunter" not in repr((caught.value, caught.value.problems, caught.value.args))
+        assert caught.value.__context__ is None
+
+
+def test_the_second_line_of_a_secret_is_not_repeated_in_a_note(project: Path) -> None:
+    notes = load(project, "DOCKER_PASSWORD=aGVsbG8\nd29ybGQh=\n").notes
+    assert notes == (".env:2: sets what is not a setting of guix-tasks; ignored",)
+
+
+# --- No side effects ------------------------------------------------------------------------
+
+
+class Untouchable(Mapping[str, str]):
+    """An environment that nobody may look at."""
+
+    def __getitem__(self, key: str) -> str:
+        raise AssertionError(key)
+
+    def __iter__(self) -> Any:
+        raise AssertionError
+
+    def __len__(self) -> int:
+        raise AssertionError
+
+
+def test_the_processs_environment_is_neither_read_nor_written(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:  # pytest itself needs it again afterwards
+        patched.setattr(os, "environ", Untouchable())
+        settings = load(project, "IMAGE=${A}/b\nDOCKER_PASSWORD=x\n", {"A": "a"})
+        assert str(settings.image) == "a/b:latest"
+        assert problems(project, "IMAGE=A\n")
+
+
+def test_nothing_is_read_at_import(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("malformed")
+    program = f"""
+import sys, dotenv, dotenv.parser, dotenv.variables, os, urllib.parse, difflib, shlex
+sys.path.insert(0, {str(ROOT)!r})
+def hook(event, args):
+    if event == "open" and ".py" not in str(args[0]):
+        raise SystemExit(f"opens {{args[0]}}")
+    if event in {{"subprocess.Popen", "socket.connect"}}:
+        raise SystemExit(event)
+class Environ:
+    def __getattribute__(self, name):
+        raise SystemExit("reads os.environ")
+os.environ = Environ()
+sys.addaudithook(hook)
+import guix_tasks.settings
+assert not {{"invoke", "docker"}} & set(sys.modules)
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+# --- Whatever is thrown at it ---------------------------------------------------------------
+
+_names = st.sampled_from([name for name, _, _ in settings_reference()])
+_pieces = st.sampled_from(
+    [*"=\"'\\#${}:/,;ax1-~é \n\r\0\ufeff\u2028\x1c", "\r\n", "${IMAGE}", "export "]
+)
+_files = st.binary(max_size=200) | (
+    st.lists(_names | _pieces, max_size=30).map("".join).map(str.encode)
+)
+_texts = st.text(max_size=30) | st.lists(_pieces, max_size=10).map("".join)
+_environs = st.dictionaries(_names | st.just("ENV_FILE"), _texts, max_size=6)
+_overrides = st.dictionaries(_names, _texts | st.lists(_texts, max_size=3), max_size=4)
+
+
+@hypothesis_settings(deadline=None)  # they read files
+@given(_files, _environs, _overrides)
+def test_anything_ends_in_settings_or_in_a_settings_error(
+    tmp_path_factory: pytest.TempPathFactory,
+    file: bytes,
+    environ: dict[str, str],
+    overrides: dict[str, str | list[str]],
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    (folder / ".env").write_bytes(file)
+    lines: Sequence[str]
+    try:
+        lines = load_settings(folder, folder, environ, overrides).notes
+    except SettingsError as error:
+        lines = str(error).split("\n")
+    assert all(line and line.isprintable() for line in lines)
+
+
+_blocks = st.sampled_from(
+    ["", "\n", "# comment", "  ", "A{}=1", "B{}='x\ny'", 'C{}="x\n\n#\n"', "D{}=x # y", "\t\x0c"]
+)
+
+
+@hypothesis_settings(deadline=None)
+@given(st.lists(_blocks), st.sampled_from(["\n", "\r\n", "\r"]))
+def test_the_line_is_right_after_anything(
+    tmp_path_factory: pytest.TempPathFactory, blocks: list[str], newline: str
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    above = "".join(f"{block.format(n)}\n" for n, block in enumerate(blocks))
+    text = f"{above}GUIX_CORES=x\nmalformed line\nGUIX_MAX_JOBS=x\n".replace("\n", newline)
+    line = above.count("\n") + 1
+    assert [problem.split(": ")[0] for problem in problems(folder, text.encode())] == [
+        f".env:{line + 1}",
+        f".env:{line}",
+        f".env:{line + 2}",
+    ]
