@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
-from guix_tasks import hands, stages
+from guix_tasks import hands
 from guix_tasks.console import human_size, human_time
 from guix_tasks.engine import ContainerSpec
 from guix_tasks.errors import CheckError
+from guix_tasks.ledger import STAGES
+from guix_tasks.lifecycle import Lifecycle, Wishes
 from guix_tasks.local.base_image import BASE_TAG, make_base
 from guix_tasks.local.engine import private_engine
 from guix_tasks.local.offline import make_material
 from guix_tasks.local.registry import registry_for
-from guix_tasks.publish import push, transfer
+from guix_tasks.publish import push
+from guix_tasks.transfer import transfer
 from guix_tasks.upkeep import clean
 from guix_tasks.verify import verify
 from guix_tasks.work import PROJECT_LABEL, network
@@ -72,23 +76,21 @@ class Stopwatch:
         self.seconds[name] = time.monotonic() - started
 
 
-def lifecycle(project: Project) -> None:
+def run_demo(project: Project) -> None:
     """Base, pull, install, commit, verify and push; then away with it, back, and run it.
 
     Ends with a table.  Raises ``CheckError`` where the image that came back does not greet.
     """
-    watch = Stopwatch(project)
+    watch, lifecycle = Stopwatch(project), Lifecycle(project)
     steps: dict[str, Callable[[], object]] = {
-        "base": lambda: stages.base(project),
-        "pull": lambda: stages.pull(project),
-        "install": lambda: stages.install(project),
+        **{stage: partial(lifecycle.make, stage, Wishes()) for stage in STAGES},
         "commit": lambda: hands.commit(project),
         "verify": lambda: verify(project),
     }
     for name, step in steps.items():
         with watch.step(name):
             step()
-    sizes = {stage: _size(project, project.ledger.tag(stage)) for stage in stages.RUN}
+    sizes = {stage: _size(project, project.ledger.tag(stage)) for stage in STAGES}
     with watch.step("push"):
         (digest,) = push(project).values()
     with watch.step("pull it back, run hello"):

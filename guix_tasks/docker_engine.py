@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import docker
 import docker.context
 import docker.errors
+import docker.types
 import docker.utils
 import requests
 
@@ -152,6 +153,38 @@ class DockerEngine:
         ]
         return sorted(containers, key=lambda each: each.created, reverse=True)
 
+    def remote_digest(self, reference: str) -> str | None:
+        try:
+            found = self._api.inspect_distribution(reference)  # type: ignore[no-untyped-call]
+        except (docker.errors.DockerException, requests.RequestException):
+            return None
+        return str(found["Descriptor"]["digest"])
+
+    def context_files(self, spec: BuildSpec) -> list[str]:
+        own = spec.dockerfile.with_name(f"{spec.dockerfile.name}.dockerignore")
+        ignore = own if own.exists() else spec.context / ".dockerignore"
+        rules = ignore.read_text().splitlines() if ignore.exists() else []
+        patterns = [rule.strip() for rule in rules if rule.strip() and not rule.startswith("#")]
+        found = docker.utils.exclude_paths(str(spec.context), patterns)
+        return [name for name in found if not (spec.context / name).is_dir()]
+
+    def volumes(self, labels: Mapping[str, str]) -> list[str]:
+        with self._speaking("list volumes"):
+            wanted = [f"{name}={value}" for name, value in labels.items()]
+            found = self._api.volumes(filters={"label": wanted})["Volumes"] or ()
+        return [each["Name"] for each in found]
+
+    def make_volume(self, name: str, labels: Mapping[str, str]) -> None:
+        with self._speaking(f"make the volume {name}"):
+            self._api.create_volume(name, labels=dict(labels))
+
+    def remove_volume(self, name: str) -> None:
+        with self._speaking(f"remove the volume {name}"):
+            try:
+                self._api.remove_volume(name)
+            except docker.errors.NotFound:
+                return
+
     def tag(self, image: str, reference: str) -> None:
         repository, _, tag = reference.rpartition(":")
         with self._speaking(f"tag {reference}"):
@@ -171,6 +204,7 @@ class DockerEngine:
                 network_mode=spec.network,
                 binds=list(spec.binds),
                 port_bindings={port: ("127.0.0.1", ours) for ours, port in spec.publish.items()},
+                mounts=[docker.types.Mount(spec.scratch, None)] if spec.scratch else None,
                 mem_limit=spec.memory,
                 init=spec.init,
             )

@@ -73,6 +73,8 @@ class ContainerSpec:
     """Ports of loopback, with the container's ports that they lead to."""
     binds: tuple[str, ...] = ()
     """``SOURCE:TARGET[:ro]``, as ``docker run --volume`` takes them."""
+    scratch: str | None = None
+    """A folder that is on a volume of its own, which goes with the container."""
     memory: int | None = None
     """In bytes."""
     user: str | None = None
@@ -126,6 +128,21 @@ class Engine(Protocol):
 
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
         """All containers with these labels, newest first."""
+
+    def remote_digest(self, reference: str) -> str | None:
+        """The digest that a registry has for a reference; None where it cannot be told."""
+
+    def context_files(self, spec: BuildSpec) -> list[str]:
+        """The files of a build's context, as its ``.dockerignore`` leaves them."""
+
+    def volumes(self, labels: Mapping[str, str]) -> list[str]:
+        """The names of all volumes with these labels."""
+
+    def make_volume(self, name: str, labels: Mapping[str, str]) -> None:
+        """Make a volume, unless it is there."""
+
+    def remove_volume(self, name: str) -> None:
+        """Remove a volume.  One that is not there is no error."""
 
     def tag(self, image: str, reference: str) -> None: ...
 
@@ -208,6 +225,25 @@ class TracedEngine:
 
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
         return self._engine.containers(labels)
+
+    def remote_digest(self, reference: str) -> str | None:
+        return self._engine.remote_digest(reference)
+
+    def context_files(self, spec: BuildSpec) -> list[str]:
+        return self._engine.context_files(spec)
+
+    def volumes(self, labels: Mapping[str, str]) -> list[str]:
+        return self._engine.volumes(labels)
+
+    def make_volume(self, name: str, labels: Mapping[str, str]) -> None:
+        self._show("volume", "create", name)
+        if self._perform:
+            self._engine.make_volume(name, labels)
+
+    def remove_volume(self, name: str) -> None:
+        self._show("volume", "rm", name)
+        if self._perform:
+            self._engine.remove_volume(name)
 
     def tag(self, image: str, reference: str) -> None:
         self._show("tag", image, reference)
@@ -318,6 +354,7 @@ def create_argv(spec: ContainerSpec) -> Sequence[str]:
         *([f"--platform={spec.platform}"] if spec.platform else []),
         *(f"--publish=127.0.0.1:{ours}:{theirs}" for ours, theirs in spec.publish.items()),
         *(f"--volume={bind}" for bind in spec.binds),
+        *([f"--volume={spec.scratch}"] if spec.scratch else []),
         *(f"--env={name}={value}" for name, value in spec.environment.items()),
         *(f"--label={name}={value}" for name, value in spec.labels.items()),
         f"--entrypoint={entry}", spec.image, *arguments,

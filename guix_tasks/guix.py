@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -65,25 +66,57 @@ def union_manifest(manifest: str) -> str:
     )
 
 
-def commits(channels: str) -> dict[str, str]:
+@dataclass(frozen=True)
+class Channel:
+    """A channel as a channels file spells it out."""
+
+    name: str
+    url: str
+    branch: str | None = None
+    commit: str | None = None
+
+
+def channels(text: str) -> dict[str, Channel]:
+    """The channels that a channels file spells out, by name.
+
+    The file is a Scheme program; what it computes is not seen here, only forms such as
+    ``(channel (name 'guix) (url "…"))``.  ``guix describe`` prints nothing else.
+    """
+    code = re.sub(r'("(?:[^"\\\\]|\\\\.)*")|;[^\n]*', lambda match: match[1] or "", text)
+    found = {}
+    for form in re.split(r"\(channel\s", code)[1:]:
+        # The introduction has a commit of its own.
+        own = form.partition("(introduction")[0]
+        fields = dict(re.findall(r"\((name|url|branch|commit)\s+['\"]?([^\s()\"]+)\"?\s*\)", own))
+        if "name" in fields and "url" in fields:
+            found[fields["name"]] = Channel(**fields)
+    return found
+
+
+def commits(text: str) -> dict[str, str]:
     """The commit of each channel in what ``guix describe --format=channels`` printed."""
-    pattern = r"\(name '([^\s()]+)\).*?\(commit\s+\"([0-9a-f]{40})\"\)"
-    return dict(re.findall(pattern, channels, re.DOTALL))
+    return {name: channel.commit for name, channel in channels(text).items() if channel.commit}
 
 
-def script(commands: Sequence[Sequence[str]], report: Sequence[str]) -> str:
+def script(commands: Sequence[Sequence[str]], report: Sequence[str], folder: str) -> str:
     """A shell script that runs the commands in order and stops at the first that fails.
 
-    Its standard output is the report's alone; all the rest goes to standard error.
+    Its standard output is the report's alone; all the rest goes to standard error.  What the
+    commands added to the store and nothing refers to is deleted at the end; what was there
+    before stays, since it is in a lower layer, where deleting it gives nothing back.
     """
+    before, dead = f"{folder}/store-before", f"{folder}/store-dead"
     lines = [
         "#!/bin/sh",
         "set -eu",
         "exec 3>&1 1>&2",
-        *(shlex.join(command) for command in commands),
+        f"ls -1d /gnu/store/* >{before} 2>/dev/null || true",
+        *(f"{shlex.join(command)}" for command in commands),
         # After a pull `guix` is another program: forget where the shell found the first one.
         "hash -r",
         f"{shlex.join(report)} >&3",
+        f"guix gc --list-dead 2>/dev/null | grep -vxFf {before} >{dead} || true",
+        f"if [ -s {dead} ]; then xargs guix gc --delete <{dead} >/dev/null 2>&1 || true; fi",
     ]
     return "\n".join(lines) + "\n"
 

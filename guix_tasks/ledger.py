@@ -1,4 +1,4 @@
-"""Which image answers to a stage.
+"""Which image answers to a stage, and to which key.
 
 State lives in the engine, in tags and labels, and nowhere else.  For ``IMAGE=REPO:T`` stage S is
 the local tag ``REPO:T-S``; setting it is the commit point of the stage, and ``IMAGE`` follows.
@@ -12,11 +12,14 @@ from it has more.
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from guix_tasks.fingerprint import text_digest
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from guix_tasks.console import Console
     from guix_tasks.engine import Engine, Image
@@ -31,13 +34,44 @@ HAND_MADE = "commit"
 
 _PREFIX = "org.guix-tasks."
 STAGE_LABEL = f"{_PREFIX}stage"
+KEY_LABEL = f"{_PREFIX}key"
+INPUTS_LABEL = f"{_PREFIX}inputs"
 LAYERS_LABEL = f"{_PREFIX}layers"
 CHANNELS_LABEL = f"{_PREFIX}channels"
 PACKAGES_LABEL = f"{_PREFIX}packages"
 
 
+def stage_key(stage: str, parent: str, inputs: Mapping[str, str]) -> str:
+    """The key of a stage: its parent's key and its own inputs, and nothing that varies by itself.
+
+    An image's ID is no input, since two builds of the same content differ in it, nor is a date.
+    """
+    return text_digest(stage, parent, json.dumps(dict(inputs), sort_keys=True))
+
+
+def stage_labels(stage: str, parent: str, inputs: Mapping[str, str]) -> dict[str, str]:
+    """The labels by which a stage image is found again, and that say what it was made from."""
+    return {
+        STAGE_LABEL: stage,
+        KEY_LABEL: stage_key(stage, parent, inputs),
+        INPUTS_LABEL: json.dumps(dict(inputs), sort_keys=True),
+    }
+
+
+def key_of(image: Image) -> str:
+    return image.labels.get(KEY_LABEL, "")
+
+
+def inputs_of(image: Image) -> dict[str, str]:
+    """What a stage image was made from, by name."""
+    try:
+        return dict(json.loads(image.labels.get(INPUTS_LABEL, "{}")))
+    except ValueError:
+        return {}
+
+
 def seal(parent: Sequence[str], own: int) -> str:
-    """Give the ``.layers`` label of an image with so many layers of its own (0 or 1) on these."""
+    """The ``.layers`` label of an image with so many layers of its own (0 or 1) on these."""
     digest = hashlib.sha256("\n".join(parent).encode()).hexdigest()
     return f"{len(parent) + own} sha256:{digest}"
 
@@ -73,49 +107,15 @@ class Ledger:
         image = self.engine.image(self.tag(stage))
         return image if image and proven_stage(image) == stage else None
 
-    def newest(self) -> tuple[str, Image] | None:
-        """The stage that ``IMAGE`` is to stand for: the last one that there is."""
-        for stage in reversed(STAGES):
-            image = self.find(stage)
-            if image:
-                return stage, image
-        return None
+    def newest(self) -> Image | None:
+        """What ``IMAGE`` is to stand for: the last stage that there is."""
+        found = (self.find(stage) for stage in reversed(STAGES))
+        return next((image for image in found if image), None)
 
     def hand_made(self) -> Image | None:
         """What ``IMAGE`` stands for, if ``inv commit`` made it."""
         image = self.engine.image(str(self.image))
         return image if image and proven_stage(image) == HAND_MADE else None
-
-    def parent_of(self, stage: str) -> str | None:
-        """The stage that a stage is made from.
-
-        ``install`` starts from base only where no channels are asked for and none were pulled.
-        """
-        if stage == "base":
-            return None
-        if stage == "install" and not self.settings.guix_channels and not self.find("pull"):
-            return "base"
-        return STAGES[STAGES.index(stage) - 1]
-
-    def stale(self, stage: str) -> str | None:
-        """Why a stage image no longer answers to its inputs, or None."""
-        image = self.find(stage)
-        parent = self.parent_of(stage)
-        if not image or not parent:
-            return None
-        reason = self.stale(parent)
-        if reason:
-            return reason
-        below = self.find(parent)
-        if below and not is_child(image, below):
-            return f"{parent} is newer"
-        return None
-
-    def say_what_is_left(self, console: Console) -> None:
-        """Tell where a hand-made image stays, which the next stage takes ``IMAGE`` from."""
-        image = self.hand_made()
-        if image:
-            console.say(f"{self.image}: the image of `inv commit` is left behind as {image.id}")
 
     def repair(self) -> None:
         """Let ``IMAGE`` stand for the newest stage, where an earlier run did not get to it.
@@ -124,14 +124,19 @@ class Ledger:
         """
         current = self.engine.image(str(self.image))
         if current is None or proven_stage(current) in STAGES:
-            self.point_image()
+            self._point(current)
 
-    def point_image(self) -> None:
-        """Let ``IMAGE`` stand for the newest stage, where it does not."""
-        newest = self.newest()
+    def point_image(self, console: Console) -> None:
+        """Let ``IMAGE`` stand for the newest stage, and tell where a hand-made one stays."""
         current = self.engine.image(str(self.image))
-        if newest and (current is None or current.id != newest[1].id):
-            self.engine.tag(newest[1].id, str(self.image))
+        if current and proven_stage(current) == HAND_MADE:
+            console.say(f"{self.image}: the image of `inv commit` is left behind as {current.id}")
+        self._point(current)
+
+    def _point(self, current: Image | None) -> None:
+        newest = self.newest()
+        if newest and (current is None or current.id != newest.id):
+            self.engine.tag(newest.id, str(self.image))
 
     @property
     def _suffix(self) -> str:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from guix_tasks.console import TransferProgress
-from guix_tasks.engine import Credentials
 from guix_tasks.errors import UsageError
-from guix_tasks.ledger import proven_stage
+from guix_tasks.ledger import STAGES, proven_stage
+from guix_tasks.lifecycle import Lifecycle
+from guix_tasks.transfer import credentials, transfer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from guix_tasks.engine import Image
     from guix_tasks.stage import Project
 
@@ -26,9 +23,10 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
     ledger, engine = project.ledger, project.engine
     image = image_to_use(project, stage)
     made_by = proven_stage(image)
-    if made_by and (why := ledger.stale(made_by)):
+    if made_by in STAGES and (why := Lifecycle(project).state(made_by).why):
+        upstream = "" if made_by == "base" else " --upstream"
         raise UsageError(
-            f"{ledger.tag(made_by)} is stale ({why}); run `inv {made_by}` before `inv push`"
+            f"{ledger.tag(made_by)} is stale ({why}); run `inv {made_by}{upstream}`, then push"
         )
     references = [ledger.tag(stage)] if stage else [str(project.settings.image)]
     if not stage:
@@ -55,21 +53,3 @@ def image_to_use(project: Project, stage: str | None = None) -> Image:
     if image is None:
         raise UsageError(f"there is no {reference} on this engine; run `inv {stage or 'install'}`")
     return image
-
-
-def credentials(project: Project) -> Credentials | None:
-    """What the settings say; None leaves it to Docker's own configuration."""
-    settings = project.settings
-    if settings.docker_username and settings.docker_password:
-        return Credentials(settings.docker_username.reveal(), settings.docker_password.reveal())
-    return None
-
-
-@contextmanager
-def transfer(project: Project, what: str) -> Iterator[TransferProgress]:
-    """The progress of one push or pull."""
-    progress = TransferProgress(project.console, what)
-    try:
-        yield progress
-    finally:
-        progress.end()

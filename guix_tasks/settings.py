@@ -213,6 +213,13 @@ def _image(text: str, base: Path) -> ImageReference:
     return reference
 
 
+def _cache_image(text: str, base: Path) -> ImageReference:
+    reference: ImageReference = _reference(text, base)
+    if reference.digest is not None:
+        raise ValueError("a digest names no repository; write REGISTRY/REPOSITORY")
+    return reference
+
+
 @_plain
 def _tag(text: str) -> str:
     check_tag(text)
@@ -350,6 +357,9 @@ _packages = _list(
     )
 )
 _sha256 = _matching("[0-9a-f]{64}", "is not a SHA-256 checksum; write 64 lower case hex digits")
+_volume = _matching(
+    r"[A-Za-z0-9][\w.-]{,60}", "is not the name of a volume; write letters and digits"
+)
 _network = _matching(r"[A-Za-z0-9][\w.-]*", "is not a network; write none, host, or a name")
 
 
@@ -420,6 +430,11 @@ class Settings:
     guix_channels: Path | None = _setting(
         _optional(_file), "", "The channels.scm that pull pulls.", group="Guix"
     )
+    guix_channels_lock: Path | None = _setting(
+        _optional(_path),
+        "channels.lock.scm",
+        "Where pull writes the commits that it got, and pulls again; empty: channels float.",
+    )
     guix_manifest: Path | None = _setting(
         _optional(_file), "", "The manifest.scm that install installs."
     )
@@ -463,6 +478,18 @@ class Settings:
         _optional(_seconds),
         "",
         "The time that a stage may take, as 45s, 90m or 2h; empty: no limit.",
+    )
+
+    cache_volume: str | None = _setting(
+        _optional(_volume),
+        "guix-tasks-cache",
+        "What the names of the volumes for caches begin with; empty: caches stay in the image.",
+        group="Caches",
+    )
+    cache_image: ImageReference | None = _setting(
+        _optional(_cache_image),
+        "",
+        "A repository, REGISTRY/REPOSITORY, that finished stages are pushed to and taken from.",
     )
 
     docker_username: Secret | None = _setting(

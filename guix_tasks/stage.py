@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shlex
 import threading
 import time
 from contextlib import contextmanager
@@ -12,8 +14,18 @@ from typing import TYPE_CHECKING, Any
 from guix_tasks import guix
 from guix_tasks.console import human_size, human_time
 from guix_tasks.errors import EngineError, StageError
-from guix_tasks.ledger import LAYERS_LABEL, STAGE_LABEL, Ledger, proven_stage, seal
-from guix_tasks.work import FOLDER, PROJECT_LABEL, Work, work_container
+from guix_tasks.fingerprint import text_digest
+from guix_tasks.ledger import (
+    KEY_LABEL,
+    LAYERS_LABEL,
+    Ledger,
+    is_child,
+    key_of,
+    proven_stage,
+    seal,
+    stage_labels,
+)
+from guix_tasks.work import FOLDER, PROJECT_LABEL, Work, common_inputs, work_container
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,31 +61,50 @@ class Stage:
     """The labels that a report gives the image."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """What the commands find below ``work.FOLDER``."""
+    settled: Callable[[str], Stage] | None = None
+    """The stage that would make the same again, by a report, where that is another one."""
+
+    def inputs(self, common: Mapping[str, str]) -> dict[str, str]:
+        """What the stage is made from, by name, with the digest of each content."""
+        words = [shlex.join(command) for command in (*self.commands, self.report)]
+        files = {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
+        return {"command": text_digest(*words), **files, **common}
 
 
-def run_stage(project: Project, stage: Stage, parent: Image, *, commit: bool = True) -> None:
+def run_stage(
+    project: Project, stage: Stage, parent: Image, *, commit: bool = True
+) -> Image | None:
     """Run a stage's commands in a container of ``parent`` and commit it as the stage's image.
 
-    With ``commit=False`` the container is left for ``inv commit``.  Raises ``StageError`` when a
-    command fails; then nothing is committed and no tag has moved.
+    With ``commit=False`` the container is left for ``inv commit``.  None where there is no new
+    image, because it is left or because what came out is what is there.  Raises ``StageError``
+    when a command fails; then nothing is committed and no tag has moved.
     """
-    started = time.monotonic()
     console, settings = project.console, project.settings
     console.say(f"{stage.name}: in a {settings.guix_sandbox.value} container")
     for command in stage.commands:
         console.command(command)
-    files = {**stage.files, "stage": guix.script(stage.commands, stage.report).encode()}
+    script = guix.script(stage.commands, stage.report, FOLDER)
+    files = {**stage.files, "stage": script.encode()}
     work = Work(stage.name, (f"{FOLDER}/stage",), files, keep=not commit)
     with work_container(project.engine, settings, parent.id, work) as container:
-        report = perform(project, container, stage.name)
+        report = perform(project, container, stage.name).strip()
         if not commit:
             console.say(f"{stage.name}: done and left as it is; `inv commit` makes it the image")
-            return
-        labels = {STAGE_LABEL: stage.name, **stage.labels(report)}
-        project.ledger.say_what_is_left(console)
-        commit_image(project, container, parent, project.ledger.tag(stage.name), labels)
-    project.ledger.point_image()
-    say_done(project, stage.name, started)
+            return None
+        settled = stage.settled(report) if stage.settled else stage
+        inputs = settled.inputs(common_inputs(settings))
+        labels = {**stage_labels(stage.name, key_of(parent), inputs), **stage.labels(report)}
+        there = project.ledger.find(stage.name)
+        if settled is not stage and there and _is_same(there, parent, labels):
+            console.say(f"{stage.name}: nothing new")
+            return None
+        tag = project.ledger.tag(stage.name)
+        return commit_image(project, container, parent, tag, labels)
+
+
+def _is_same(image: Image, parent: Image, labels: Mapping[str, str]) -> bool:
+    return key_of(image) == labels[KEY_LABEL] and is_child(image, parent)
 
 
 def say_done(project: Project, name: str, started: float) -> None:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from guix_tasks import guix
 from guix_tasks.console import human_size, human_time
 from guix_tasks.ledger import CHANNELS_LABEL, HAND_MADE, STAGES, proven_stage
-from guix_tasks.work import work_containers
+from guix_tasks.lifecycle import Lifecycle
+from guix_tasks.work import PROJECT_LABEL, work_containers
+from guix_tasks.work import project as project_name
 
 if TYPE_CHECKING:
     from guix_tasks.engine import Image
@@ -19,13 +21,13 @@ STATUS_HEADER = ("stage", "image", "id", "size", "age", "state", "channels")
 
 def status_rows(project: Project) -> list[tuple[str, ...]]:
     """A row for each stage and one for ``IMAGE``."""
-    ledger = project.ledger
+    ledger, lifecycle = project.ledger, Lifecycle(project)
     rows = []
     for stage in STAGES:
-        image = ledger.find(stage)
-        why = ledger.stale(stage)
-        state = "missing" if not image else f"stale: {why}" if why else "up to date"
-        rows.append((stage, *_cells(ledger.tag(stage), image, state)))
+        state = lifecycle.state(stage)
+        image = state.image
+        word = "missing" if not image else f"stale: {state.why}" if state.why else "up to date"
+        rows.append((stage, *_cells(ledger.tag(stage), image, word)))
     reference = str(project.settings.image)
     image = project.engine.image(reference)
     return [*rows, ("IMAGE", *_cells(reference, image, _stands_for(project, image)))]
@@ -53,7 +55,7 @@ def _stands_for(project: Project, image: Image | None) -> str:
 
 
 def clean(project: Project, *, work_only: bool = False) -> list[str]:
-    """Remove the work containers and stage images of this project, and nothing else.
+    """Remove the work containers, stage images and volumes of this project, nothing else.
 
     ``IMAGE`` and ``TAGS`` go with the stage image that they stand for.  What was removed.
     """
@@ -71,4 +73,7 @@ def clean(project: Project, *, work_only: bool = False) -> list[str]:
     for reference in [*ours, *(ledger.tag(stage) for stage in reversed(stages))]:
         engine.untag(reference)
         removed.append(reference)
+    for volume in engine.volumes({PROJECT_LABEL: project_name(settings)}):
+        engine.remove_volume(volume)
+        removed.append(volume)
     return removed

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks.engine import ContainerSpec
 from guix_tasks.errors import EngineError, UsageError
+from guix_tasks.fingerprint import file_digest, text_digest, tree_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -36,7 +37,11 @@ PROJECT_LABEL = "org.guix-tasks.project"
 _NAME = "guix-tasks"
 _KEPT_NAME = "guix-tasks-kept"
 
-_IMAGE_FOLDER = Path(__file__).parent / "image"
+IMAGE_FOLDER = Path(__file__).parent / "image"
+"""What goes into an image and into work containers, the entry point above all."""
+
+CACHES = {"home": "/root/.cache", "substitutes": "/var/guix/substitute"}
+"""The caches of a work container that are no part of an image, and where they are found."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ def work_container(engine: Engine, settings: Settings, image: str, work: Work) -
     an earlier call could not remove, because it was killed, are removed first.
     """
     sweep(engine, settings)
+    for volume in cache_volumes(settings):
+        engine.make_volume(volume, {PROJECT_LABEL: project(settings)})
     container = engine.create(_spec(engine, settings, image, work))
     try:
         fill(engine, settings, container, work)
@@ -144,7 +151,7 @@ def _parents(name: str) -> list[str]:
 
 def _common_files(settings: Settings) -> dict[str, bytes]:
     files = {
-        "entry-point.sh": (_IMAGE_FOLDER / "entry-point.sh").read_bytes(),
+        "entry-point.sh": (IMAGE_FOLDER / "entry-point.sh").read_bytes(),
         "environment": "".join(
             f"{name}={shlex.quote(value)}\n" for name, value in environment(settings).items()
         ).encode(),
@@ -174,9 +181,37 @@ def environment(settings: Settings) -> dict[str, str]:
     return found
 
 
+def common_inputs(settings: Settings) -> dict[str, str]:
+    """What every stage that runs in a work container is made from, besides its own.
+
+    Substitute servers are not among it: what they serve is what would be built here, or it is
+    refused; the keys that they are trusted by end up in the image.
+    """
+    return {
+        "entry point": file_digest(IMAGE_FOLDER / "entry-point.sh"),
+        "substitute keys": text_digest(*map(file_digest, settings.guix_substitute_keys)),
+        **{f"mount {mount.target}": tree_digest(mount.source) for mount in settings.mounts},
+        **platform_input(settings),
+    }
+
+
+def platform_input(settings: Settings) -> dict[str, str]:
+    return {"platform": str(settings.platform)} if settings.platform else {}
+
+
+def cache_volumes(settings: Settings) -> dict[str, str]:
+    """The named volumes of this project's caches, with the folders that they are seen at."""
+    prefix = settings.cache_volume
+    if not prefix:
+        return {}
+    own = hashlib.sha256(project(settings).encode()).hexdigest()[:8]
+    return {f"{prefix}-{own}-{name}": target for name, target in CACHES.items()}
+
+
 def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> ContainerSpec:
     parent = engine.image(image)
     config = parent.config if parent else {}
+    volumes = cache_volumes(settings)
     return ContainerSpec(
         name=_container_name(work),
         image=image,
@@ -185,7 +220,9 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         environment=work.environment,
         privileged=True,
         network=network(engine, settings),
-        binds=binds(engine, settings),
+        binds=(*binds(engine, settings), *(":".join(each) for each in volumes.items())),
+        # What builds leave there is gigabytes: on disk, and not in the image.
+        scratch="/tmp" if volumes else None,  # noqa: S108 -- the container's own
         memory=settings.stage_memory,
         # The daemon is root's; an image may be made for another user.
         user="root" if config.get("User") else None,

@@ -15,6 +15,7 @@ set -euo pipefail
 example=/example
 result=/out
 url=file:///offline/channels
+owner=${OWNER:-0:0}
 
 export HOME=/root LC_ALL=C.UTF-8
 export GUIX_DAEMON_SOCKET=/var/guix/daemon-socket/socket
@@ -180,10 +181,10 @@ make_channels() {
   local folder=$1 file=$2 channel fingerprint introduction
   GNUPGHOME=$(mktemp -d)
   export GNUPGHOME
+  echo trust-model always >"$GNUPGHOME/gpg.conf"
   gpg --batch --quiet --pinentry-mode loopback --passphrase '' \
     --quick-generate-key 'Offline <offline@example.org>' ed25519 sign never 2>/dev/null
   fingerprint=$(gpg --list-keys --with-colons | sed -n 's/^fpr:*\([0-9A-F]*\):$/\1/p' | head -n 1)
-  gpg --check-trustdb 2>/dev/null
   git config --global user.name Offline
   git config --global user.email offline@example.org
   git config --global user.signingkey "$fingerprint"
@@ -228,6 +229,7 @@ make_commits() (
 
 main() {
   local new part
+  rm -rf "$result"/.unfinished.* # of a run that was killed
   new=$(mktemp -d "$result/.unfinished.XXXXXX")
   # shellcheck disable=SC2064 # the folder of now
   trap "rm -rf '$new'" EXIT
@@ -242,7 +244,11 @@ main() {
   publish "$new/substitutes"
   cp /etc/guix/signing-key.pub "$new/substitutes.pub"
   chmod -R u+rwX,go+rX "$new"
-  chown -R "${OWNER:-0:0}" "$new"
+  chown -R "$owner" "$new"
+  # Guix, which is root in its container, opens only repositories that are root's.  Through
+  # their group they are still for the owner to delete.
+  chown 0 "$new"/channels/*/ "$new"/channels/*/.git
+  chmod g+w "$new"/channels/*/ "$new"/channels/*/.git
   # channels.scm tells that all is there, so it goes first and comes last.
   rm -rf "$result/channels.scm" "$result/channels" "$result/substitutes" "$result/substitutes.pub"
   for part in channels substitutes substitutes.pub channels.scm; do

@@ -212,7 +212,7 @@ _pass_on() {
 # Whether commands have another daemon than one that we would start.
 _other_daemon() {
     case ${GUIX_DAEMON_SOCKET:-$_socket} in
-    "$_socket") ;;
+    "$_socket" | "file://$_socket") ;;
     *) return 0 ;;
     esac
     [ -S "$_socket" ] || return 1
@@ -303,6 +303,7 @@ _await_daemon() {
             _fail "guix-daemon ended with status $? before its socket answered:"
         elif [ -n "$_interrupted" ]; then
             _status=$((128 + _interrupted))
+            _pause # as in _pass_on
             return 1
         elif _is_past_deadline; then
             _fail "guix-daemon's socket did not answer within $_limit s:"
@@ -368,7 +369,7 @@ _stop_daemon() {
         for _pid in $1; do
             if _is_daemon "$_pid"; then kill "$_pid" 2>/dev/null; fi
         done
-        _await_end 4 $1
+        _await_end 3 $1
     } || {
         _find_tree $1
         kill -s KILL $_tree 2>/dev/null

@@ -93,13 +93,14 @@ _apt_install() { # PACKAGE
         apt-get -qq update || _fail "apt cannot update its lists, to install $1"
         apt_updated=yes
     fi
-    DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends "$1" ||
+    DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 install \
+        --yes --no-install-recommends "$1" ||
         _fail "apt cannot install $1"
 }
 
 _clean() {
     rm -f "$tarball"
-    [ -z "$apt_updated" ] || rm -rf /var/lib/apt/lists/* /var/cache/apt/archives/*.deb
+    [ -z "$apt_updated" ] || rm -rf /var/lib/apt/lists/* /var/cache/apt/archives/*.deb /var/cache/apt/*.bin
 }
 
 _fail() {

@@ -167,6 +167,7 @@ class PrivateEngine:
             self._await(lambda: started.poll() is None)
             self.socket.chmod(0o600)
         except BaseException:
+            started.terminate()  # it may not be known as ours yet
             self._daemon.stop(_STOP_SECONDS)
             self._clear()
             raise

@@ -54,7 +54,8 @@ def make_material(engine: Engine, console: Console, image: str, folder: Path) ->
         apt.install_set(PACKAGES, cache / "debs")
     out = folder / "out"
     out.mkdir(exist_ok=True)
-    mark.unlink(missing_ok=True)
+    for stale in (mark, folder / "channels.lock.scm"):
+        stale.unlink(missing_ok=True)
     binds = (f"{cache / 'debs'}:/debs:ro", f"{folder}:/example:ro", f"{out}:/out")
     _run(engine, image, ("bash", "/example/make.sh"), binds, console)
     mark.write_text(key)

@@ -122,6 +122,7 @@ class LocalRegistry:
         try:
             self._await(lambda: started.poll() is None)
         except BaseException:
+            started.terminate()  # it may not be known as ours yet
             self._service.stop(_SECONDS)
             raise
 

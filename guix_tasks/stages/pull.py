@@ -5,17 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from guix_tasks import guix
+from guix_tasks.errors import UsageError
 from guix_tasks.ledger import CHANNELS_LABEL
 from guix_tasks.stage import Stage
 from guix_tasks.work import FOLDER
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from guix_tasks.settings import Settings
 
 
-def pull_stage(settings: Settings) -> Stage:
-    """``guix pull`` of ``GUIX_CHANNELS``, or of the channels that the image knows."""
-    channels = settings.guix_channels
+def pull_stage(channels: str | None) -> Stage:
+    """``guix pull`` of this channels file; of what the image itself knows where there is none.
+
+    The stage is settled by what was pulled: pulled again by the commits that it got, it would
+    come out the same, so that is what its key is made of.
+    """
     commands = [guix.pull_argv(f"{FOLDER}/channels.scm" if channels else None)]
     if channels:
         # The image says where its Guix came from, and its own `guix pull` stays there.
@@ -26,6 +32,59 @@ def pull_stage(settings: Settings) -> Stage:
         name="pull",
         commands=commands,
         report=guix.describe_argv(),
-        labels=lambda report: {CHANNELS_LABEL: report.strip()},
-        files={"channels.scm": channels.read_bytes()} if channels else {},
+        labels=lambda report: {CHANNELS_LABEL: report},
+        files={"channels.scm": channels.encode()} if channels else {},
+        settled=pull_stage,
     )
+
+
+def lock_text(settings: Settings) -> str | None:
+    """What ``GUIX_CHANNELS_LOCK`` holds; None where it is empty or the file is yet to be made.
+
+    Raises ``UsageError`` where it does not fit ``GUIX_CHANNELS``.
+    """
+    path = settings.guix_channels_lock
+    if path is None or not path.exists():
+        return None
+    text = path.read_text(encoding="utf-8").strip()
+    problem = misfit(wanted_text(settings), text)
+    if problem:
+        raise UsageError(
+            f"{path} does not fit GUIX_CHANNELS: {problem}; `inv pull --update` locks anew"
+        )
+    return text
+
+
+def wanted_text(settings: Settings) -> str | None:
+    """What ``GUIX_CHANNELS`` holds."""
+    path = settings.guix_channels
+    return path.read_text(encoding="utf-8").strip() if path else None
+
+
+def misfit(wanted: str | None, lock: str) -> str | None:
+    """Why a lock is not one of these channels, or None.
+
+    A channels file is a program, so only what it spells out can be compared: a channel it names
+    must be in the lock, from the same URL and at the commit that it asks for, if any.
+    """
+    return next(_misfits(wanted or "", guix.channels(lock)), None)
+
+
+def _misfits(wanted: str, locked: dict[str, guix.Channel]) -> Iterator[str]:
+    asked = guix.channels(wanted)
+    if not locked:
+        yield "it names no channel"
+    for name, channel in asked.items():
+        if name not in locked:
+            yield f"it lacks the channel {name}"
+            continue
+        other = locked[name]
+        if channel.url != other.url:
+            yield f"{name} is from {other.url}, not from {channel.url}"
+        if channel.commit not in (None, other.commit):
+            yield f"{name} is at {other.commit}, not at {channel.commit}"
+        if channel.branch and other.branch not in (None, channel.branch):
+            yield f"{name} is of the branch {other.branch}, not of {channel.branch}"
+    surplus = locked.keys() - asked.keys()
+    if wanted and surplus and "%default-channels" not in wanted:
+        yield f"it has the channel {min(surplus)}"

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def demo(c: Context) -> None:
     """Run the whole lifecycle, self-contained, from a bare machine."""
     with guarded(), open_demo(c, project_folder(Path.cwd())) as project:
-        from guix_tasks.demo import lifecycle, say_what_next
+        from guix_tasks.demo import run_demo, say_what_next
 
-        lifecycle(project)
+        run_demo(project)
         say_what_next(project)
 
 

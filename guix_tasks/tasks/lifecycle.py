@@ -13,41 +13,68 @@ from guix_tasks.boundary import docker_command, opened
 if TYPE_CHECKING:
     from invoke.context import Context
 
+FORCE = {"force": "although nothing changed"}
 NO_COMMIT = {"no_commit": "leave the work container for `inv commit` instead of committing it"}
-UPSTREAM = {"upstream": "bring stale stages that this one starts from up to date first"}
+UPSTREAM = {"upstream": "bring the stages that it starts from up to date first"}
 
 
-@task(auto_shortflags=False)
-def base(c: Context) -> None:
+@task(help=FORCE, auto_shortflags=False)
+def base(c: Context, force: bool = False) -> None:
     """Build DOCKERFILE on BASE_IMAGE."""
     with opened(c) as project:
-        from guix_tasks import stages
+        from guix_tasks.lifecycle import Lifecycle, Wishes
 
-        stages.base(project)
+        Lifecycle(project).make("base", Wishes(force=force))
 
 
-@task(help=NO_COMMIT, auto_shortflags=False)
-def pull(c: Context, no_commit: bool = False) -> None:
+@task(
+    help={
+        **FORCE,
+        **UPSTREAM,
+        **NO_COMMIT,
+        "update": "take the channels as they are now, and lock",
+    },
+    auto_shortflags=False,
+)
+def pull(
+    c: Context,
+    force: bool = False,
+    upstream: bool = False,
+    update: bool = False,
+    no_commit: bool = False,
+) -> None:
     """Run `guix pull` on the base stage."""
     with opened(c) as project:
-        from guix_tasks import stages
+        from guix_tasks.lifecycle import Lifecycle, Wishes
 
-        stages.pull(project, commit=not no_commit)
+        wishes = Wishes(force=force, upstream=upstream, update=update, commit=not no_commit)
+        Lifecycle(project).make("pull", wishes)
 
 
 @task(
     iterable=["package"],
-    help={"package": "a package instead of GUIX_PACKAGES; repeatable", **NO_COMMIT, **UPSTREAM},
+    help={
+        "package": "a package instead of GUIX_PACKAGES; repeatable",
+        **FORCE,
+        **UPSTREAM,
+        **NO_COMMIT,
+    },
     auto_shortflags=False,
 )
 def install(
-    c: Context, package: list[str] | None = None, no_commit: bool = False, upstream: bool = False
+    c: Context,
+    package: list[str] | None = None,
+    force: bool = False,
+    upstream: bool = False,
+    no_commit: bool = False,
 ) -> None:
     """Install GUIX_PACKAGES and GUIX_MANIFEST on the pull stage."""
     with opened(c, {"GUIX_PACKAGES": package} if package else None) as project:
-        from guix_tasks import stages
+        from guix_tasks.lifecycle import Lifecycle, Wishes
 
-        stages.install(project, commit=not no_commit, upstream=upstream)
+        given = project.settings.guix_packages if package else ()
+        wishes = Wishes(force=force, upstream=upstream, commit=not no_commit, packages=given)
+        Lifecycle(project).make("install", wishes)
 
 
 @task(auto_shortflags=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guix_tasks.reference import ImageReference, Platform, quoted
@@ -157,6 +157,7 @@ _tags = st.none() | st.text(string.ascii_letters + string.digits + "_", min_size
 _digests = st.none() | st.just(SHA256)
 
 
+@settings(max_examples=50)  # regular expressions are slow to draw from
 @given(_registries, _repositories, _tags, _digests)
 def test_what_is_shown_reads_back(
     registry: str, repository: str, tag: str | None, digest: str | None

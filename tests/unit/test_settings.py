@@ -75,6 +75,7 @@ DIGEST = f"sha256:{HEX}"
 GOOD: list[tuple[str, str, Any]] = [
     ("IMAGE", "team/app:1", ImageReference("docker.io", "team/app", "1")),
     ("IMAGE", "team/app", ImageReference("docker.io", "team/app", "latest")),
+    ("IMAGE", f" a:{'x' * 100} ", ImageReference("docker.io", "library/a", "x" * 100)),
     ("TAGS", "1.0 stable 1.0", ("1.0", "stable")),
     (
         "PLATFORMS",
@@ -109,6 +110,7 @@ GOOD: list[tuple[str, str, Any]] = [
     ),
     ("NETWORK", "host", "host"),
     ("STAGE_MEMORY", "512m", 512 << 20),
+    ("STAGE_MEMORY", "6m", 6 << 20),
     ("STAGE_MEMORY", "2G", 2 << 30),
     ("STAGE_MEMORY", "8000000", 8_000_000),
     ("STAGE_TIMEOUT", "45", 45),
@@ -189,9 +191,11 @@ BAD = [
     ("BUILD_CONTEXT", "", "a path is empty"),
     ("BUILD_ARGS", "A", "write NAME=VALUE"),
     ("BUILD_ARGS", "1A=2", "write NAME=VALUE"),
+    ("BUILD_ARGS", "A-B=2", "write NAME=VALUE"),
     ("BUILD_ARGS", "A=1 A=2", "'A' is given twice"),
     ("BUILD_ARGS", "A=1 'B=2", "a quote is not closed"),
     ("BUILD_SECRETS", "a.pub", "write ID=FILE"),
+    ("BUILD_SECRETS", "a/b=a.pub", "write ID=FILE"),
     ("BUILD_SECRETS", "key=missing", "No such file"),
     ("BUILD_SECRETS", "key=", "a path is empty"),
     ("BUILD_SECRETS", "key=a.pub key=b.pub", "'key' is given twice"),
@@ -220,6 +224,7 @@ BAD = [
     ("GUIX_SANDBOX", "", "write one of: privileged"),
     ("GUIX_CORES", "-1", "from 0 on"),
     ("GUIX_CORES", "two", "from 0 on"),
+    ("GUIX_CORES", "2 3", "from 0 on"),
     ("GUIX_CORES", "٣", "from 0 on"),
     ("GUIX_MAX_JOBS", "0", "from 1 on"),
     ("MOUNTS", "folder", "write SOURCE:TARGET"),
@@ -469,6 +474,7 @@ def test_interpolation(project: Path) -> None:
     settings = load(project, text, {"V": "environ", "W": "outer", "X": ""})
     assert settings.tags == ("environ-outer-d-7",)
     assert settings.image.tag == "7"
+    assert not any("not set" in note for note in settings.notes)
 
 
 def test_a_variable_that_is_not_set_is_worth_a_note(project: Path) -> None:

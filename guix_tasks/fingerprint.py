@@ -1,0 +1,87 @@
+"""Digests of the content of files and folders.
+
+A folder's digest is that of its files' names, modes and contents, so it is the same in every
+checkout and on every machine.  Files of some size are not read twice: what was found is kept,
+by size and time of change, in a cache that can be thrown away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from guix_tasks import paths
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+WORTH_CACHING = 1 << 20
+"""Bytes from which looking a digest up beats making it."""
+
+
+def text_digest(*texts: str) -> str:
+    """The digest of a list of texts; no two lists run into one another."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The digest of a file's content."""
+    return _file_digest(str(path))
+
+
+def tree_digest(root: Path, files: Iterable[str] | None = None) -> str:
+    """The digest of a file, or of a folder: all of it, or some files by relative name."""
+    if not root.is_dir():
+        return file_digest(root)
+    names = sorted(_walk(root) if files is None else files)
+    # Reading releases the interpreter, so several files are hashed at once.
+    with ThreadPoolExecutor() as pool:
+        entries = list(pool.map(lambda name: _entry(root, name), names))
+    return text_digest(*entries)
+
+
+def _walk(root: Path) -> list[str]:
+    return [
+        os.path.relpath(Path(folder) / name, root)
+        for folder, folders, names in os.walk(root)
+        for name in [*names, *(each for each in folders if (Path(folder) / each).is_symlink())]
+    ]
+
+
+def _entry(root: Path, name: str) -> str:
+    path = root / name
+    if path.is_symlink():
+        return f"{name} -> {path.readlink()}"
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        return f"{name} {stat.S_IFMT(mode):o}"
+    return f"{name} {'x' if mode & stat.S_IXUSR else '-'} {file_digest(path)}"
+
+
+@cache
+def _file_digest(path: str) -> str:
+    found = Path(path).stat()
+    if found.st_size < WORTH_CACHING:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    key = text_digest(path, str(found.st_size), str(found.st_mtime_ns), str(found.st_ino))
+    kept = paths.cache_home() / "digests" / key
+    with suppress(OSError):
+        return kept.read_text()
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(WORTH_CACHING):
+            digest.update(chunk)
+    # Only a cache: a disk that is full or closed to us does no harm.
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = kept.with_name(f"{key}.{os.getpid()}")
+        unfinished.write_text(digest.hexdigest())
+        unfinished.replace(kept)
+    return digest.hexdigest()

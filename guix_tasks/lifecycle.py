@@ -1,0 +1,296 @@
+"""The stages of a project in their order: which is up to date, and making those that are not."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from guix_tasks.errors import EngineError, GuixTasksError, UsageError
+from guix_tasks.ledger import (
+    CHANNELS_LABEL,
+    PACKAGES_LABEL,
+    STAGES,
+    inputs_of,
+    is_child,
+    key_of,
+    proven_stage,
+    stage_key,
+    stage_labels,
+)
+from guix_tasks.stage import commit_image, run_stage, say_done
+from guix_tasks.stages.base import base_inputs, base_spec
+from guix_tasks.stages.install import given_packages, install_stage
+from guix_tasks.stages.pull import lock_text, misfit, pull_stage, wanted_text
+from guix_tasks.transfer import credentials, transfer
+from guix_tasks.work import common_inputs, unstarted_container
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from guix_tasks.engine import Image
+    from guix_tasks.stage import Project, Stage
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """How a stage is to be made, where that differs from the usual."""
+
+    force: bool = False
+    """Although nothing changed."""
+    upstream: bool = False
+    """With stale parents brought up to date first."""
+    update: bool = False
+    """With the channels as they are now, whatever the lock says."""
+    commit: bool = True
+    packages: tuple[str, ...] = ()
+    """Instead of ``GUIX_PACKAGES``."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A stage, as it is and as it should be."""
+
+    image: Image | None
+    key: str | None
+    """What its inputs come to now; None where only a run can tell."""
+    why: str | None
+    """Why the image does not answer to it; None where it does, or where there is none."""
+
+
+class Lifecycle:
+    """The stages of one project."""
+
+    def __init__(self, project: Project) -> None:
+        self._project = project
+        self._ledger = project.ledger
+        self._settings = project.settings
+
+    def parent_of(self, name: str) -> str | None:
+        """The stage that a stage is made from.
+
+        ``install`` starts from base only where neither channels nor a lock are set and none
+        were pulled.
+        """
+        if name == "base":
+            return None
+        if name == "install":
+            lock = self._settings.guix_channels_lock
+            asked = self._settings.guix_channels or (lock and lock.exists())
+            if not asked and not self._ledger.find("pull"):
+                return "base"
+        return STAGES[STAGES.index(name) - 1]
+
+    def state(self, name: str, packages: tuple[str, ...] | None = None) -> State:
+        """Compare a stage's image with its inputs, and with the parent that it was made from.
+
+        ``packages`` are those of ``install --package``; where they are not said, those that the
+        image was made with: whoever pushes what was installed so has not forgotten about it.
+        """
+        image = self._ledger.find(name)
+        inputs = self._inputs(name, image, given_packages(image) if packages is None else packages)
+        if inputs is None:
+            return State(image, None, None)
+        parent = self.parent_of(name)
+        above = self.state(parent) if parent else State(None, "", None)
+        if above.key is None:
+            return State(image, None, above.why)
+        key = stage_key(name, above.key, inputs)
+        return State(image, key, self._why(image, key, inputs, parent, above) if image else None)
+
+    def _why(
+        self, image: Image, key: str, inputs: Mapping[str, str], parent: str | None, above: State
+    ) -> str | None:
+        if above.why:
+            return f"{parent} is stale"
+        before = inputs_of(image)
+        changed = [each for each in {**before, **inputs} if before.get(each) != inputs.get(each)]
+        if changed:
+            return f"{', '.join(sorted(changed))} changed"
+        if key_of(image) != key or (above.image and not is_child(image, above.image)):
+            return f"{parent} is newer"
+        return None
+
+    def _inputs(
+        self, name: str, image: Image | None, packages: tuple[str, ...]
+    ) -> dict[str, str] | None:
+        if name == "base":
+            known = inputs_of(image) if image else {}
+            return base_inputs(self._project.engine, self._settings, known)
+        if name == "pull":
+            channels = lock_text(self._settings) or self._pulled(image)
+            stage = pull_stage(channels) if channels else None
+        elif packages or self._settings.guix_packages or self._settings.guix_manifest:
+            stage = install_stage(self._settings, packages)
+        else:
+            stage = None
+        return stage.inputs(common_inputs(self._settings)) if stage else None
+
+    def _pulled(self, image: Image | None) -> str | None:
+        """The channels that the pull stage got, where they are still those asked for."""
+        channels = image.labels.get(CHANNELS_LABEL) if image else None
+        if not channels or misfit(wanted_text(self._settings), channels):
+            return None
+        return channels
+
+    def make(self, name: str, wishes: Wishes) -> None:
+        """Make a stage and the parents that it lacks, unless it is up to date."""
+        state = self.state(name, wishes.packages)
+        again = wishes.force or not wishes.commit or self._is_floating(name, wishes)
+        if not again and (self._up_to_date(state) or self._from_cache(name, state)):
+            self._project.console.say(f"{name}: up to date")
+        elif name == "base":
+            self._build()
+        else:
+            self._run(name, wishes)
+        if name == "pull" and wishes.commit:
+            self._write_lock()
+        if wishes.commit:
+            self._ledger.point_image(self._project.console)
+
+    @staticmethod
+    def _up_to_date(state: State) -> bool:
+        return state.image is not None and state.key is not None and state.why is None
+
+    def _is_floating(self, name: str, wishes: Wishes) -> bool:
+        if name != "pull":
+            return False
+        return wishes.update or self._settings.guix_channels_lock is None
+
+    def _run(self, name: str, wishes: Wishes) -> None:
+        started = time.monotonic()
+        stage = self._stage(name, wishes)
+        parent = self._parent_image(name, wishes)
+        before = self._ledger.find(name)
+        image = run_stage(self._project, stage, parent, commit=wishes.commit)
+        if image:
+            self._say_what_went(name, before, image)
+            say_done(self._project, name, started)
+            self._to_cache(name, image)
+
+    def _stage(self, name: str, wishes: Wishes) -> Stage:
+        if name == "install":
+            return install_stage(self._settings, wishes.packages)
+        lock = None if wishes.update else lock_text(self._settings)
+        if self._settings.guix_channels_lock is None:
+            self._project.console.say("pull: the channels float; GUIX_CHANNELS_LOCK would spare it")
+        return pull_stage(lock or wanted_text(self._settings))
+
+    def _parent_image(self, name: str, wishes: Wishes) -> Image:
+        """The image that a stage starts from; made first, with a line that says so, if missing.
+
+        A stale one is brought up to date if that is wished, and is a ``UsageError`` if not.
+        """
+        parent = self.parent_of(name) or "base"
+        state = self.state(parent)
+        if state.image is None:
+            self._project.console.say(
+                f"{name}: {self._ledger.tag(parent)} is missing, so {parent} comes first"
+            )
+            self.make(parent, Wishes(upstream=wishes.upstream))
+        elif state.why:
+            if not wishes.upstream:
+                raise UsageError(
+                    f"{parent} is stale ({state.why}); run `inv {parent}`, "
+                    f"or `inv {name} --upstream`"
+                )
+            self.make(parent, Wishes(upstream=True))
+        image = self._ledger.find(parent)
+        if image is None:
+            raise EngineError(f"the engine has lost {self._ledger.tag(parent)}; run it again")
+        return image
+
+    def _build(self) -> None:
+        """Build the base stage."""
+        started = time.monotonic()
+        project, settings = self._project, self._settings
+        project.console.say(f"base: {settings.dockerfile} on {settings.base_image}")
+        spec = base_spec(project.engine, settings)
+        built = project.engine.build(spec, project.console.stream)
+        parent = project.engine.image(built)
+        if parent is None:
+            raise EngineError(f"the engine built {built} and does not have it; run it again")
+        # Asked for after the build, which has brought the base image if it was not here.
+        labels = stage_labels("base", "", base_inputs(project.engine, settings, {}))
+        # The label that proves a stage names the layers, which are known only now.
+        with unstarted_container(project.engine, settings, built) as container:
+            image = commit_image(project, container, parent, self._ledger.tag("base"), labels)
+        say_done(project, "base", started)
+        self._to_cache("base", image)
+
+    def _write_lock(self) -> None:
+        """Write what the pull stage got to ``GUIX_CHANNELS_LOCK``, where it is not there yet."""
+        path = self._settings.guix_channels_lock
+        image = self._ledger.find("pull")
+        channels = image.labels.get(CHANNELS_LABEL) if image else None
+        if path is None or not channels or _read(path) == f"{channels}\n":
+            return
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+        try:
+            unfinished.write_text(f"{channels}\n", encoding="utf-8")
+            unfinished.replace(path)
+        except OSError as error:
+            raise UsageError(
+                f"GUIX_CHANNELS_LOCK: {path}: {error.strerror}; name a file that can be written"
+            ) from None
+        self._project.console.say(f"pull: the channels are locked in {path}")
+
+    def _say_what_went(self, name: str, before: Image | None, after: Image) -> None:
+        gone = _packages(before) - _packages(after)
+        if gone and _packages(after):
+            self._project.console.say(f"{name}: no longer in it: {' '.join(sorted(gone))}")
+
+    def _from_cache(self, name: str, state: State) -> bool:
+        """Take a finished stage from ``CACHE_IMAGE``, where one with this key is there."""
+        reference = self._cache_reference(name, state.key)
+        if reference is None:
+            return False
+        project = self._project
+        try:
+            with transfer(project, f"pull {reference}") as progress:
+                project.engine.pull(reference, credentials(project), progress=progress)
+        except GuixTasksError:
+            return False  # a cache that misses, or is out of reach, is no error
+        image = project.engine.image(reference)
+        taken = image is not None and proven_stage(image) == name and key_of(image) == state.key
+        if image and taken:
+            self._forget_strangers(name, image)
+            project.engine.tag(image.id, self._ledger.tag(name))
+            project.console.say(f"{name}: taken from {reference}")
+        project.engine.untag(reference)
+        return taken
+
+    def _forget_strangers(self, name: str, image: Image) -> None:
+        """Untag the parent that is here, if it is not the one that this image was made from."""
+        parent = self.parent_of(name)
+        here = self._ledger.find(parent) if parent else None
+        if parent and here and not is_child(image, here):
+            self._project.engine.untag(self._ledger.tag(parent))
+
+    def _to_cache(self, name: str, image: Image) -> None:
+        project = self._project
+        reference = self._cache_reference(name, key_of(image))
+        if reference is None:
+            return
+        project.engine.tag(image.id, reference)
+        try:
+            with transfer(project, f"push {reference}") as progress:
+                project.engine.push(reference, credentials(project), progress)
+        except GuixTasksError as error:
+            project.console.warn(f"{name} was not put into CACHE_IMAGE: {error}")
+        finally:
+            project.engine.untag(reference)
+
+    def _cache_reference(self, name: str, key: str | None) -> str | None:
+        cache = self._settings.cache_image
+        return str(cache.with_tag(f"{name}-{key}")) if cache and key else None
+
+
+def _packages(image: Image | None) -> set[str]:
+    return set(image.labels.get(PACKAGES_LABEL, "").split()) if image else set()
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.exists() else None
