@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import docker
 import docker.context
@@ -17,7 +17,7 @@ import docker.utils
 import requests
 
 from guix_tasks import buildx
-from guix_tasks.engine import Container, EngineInfo, Image
+from guix_tasks.engine import Container, EngineInfo, Image, Layer
 from guix_tasks.errors import (
     BuilderError,
     EngineError,
@@ -133,6 +133,7 @@ class DockerEngine:
             created=found.get("Created") or "",
             platform=platform,
             digests=tuple(found.get("RepoDigests") or ()),
+            tags=tuple(found.get("RepoTags") or ()),
         )
 
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
@@ -197,6 +198,24 @@ class DockerEngine:
             except docker.errors.ImageNotFound:
                 return
 
+    def drop(self, image: str) -> None:
+        found = self.image(image)
+        if found is None or found.tags:
+            return
+        # Held by a container or by an image made from it: it stays, and goes with those.
+        with self._speaking("remove an image"), suppress(docker.errors.APIError):
+            self._slow.remove_image(image)
+
+    def layers(self, image: str) -> list[Layer]:
+        with self._speaking("ask what an image is made of"):
+            history = self._api.history(image)  # type: ignore[no-untyped-call]
+        steps = [Layer(step["Size"], step["CreatedBy"]) for step in reversed(history)]
+        return [step for step in steps if step.size]
+
+    def save(self, image: str) -> Iterator[bytes]:
+        with self._speaking("save an image"):
+            yield from self._slow.get_image(image)
+
     def create(self, spec: ContainerSpec) -> str:
         with self._speaking(f"make a container of {spec.image}"):
             host = self._api.create_host_config(
@@ -226,9 +245,9 @@ class DockerEngine:
             )
         return str(created["Id"])
 
-    def copy_in(self, container: str, archive: bytes) -> None:
+    def copy_in(self, container: str, archive: bytes | IO[bytes]) -> None:
         with self._speaking("copy files into a container"):
-            self._api.put_archive(container, "/", archive)
+            self._slow.put_archive(container, "/", archive)
 
     def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
         with self._speaking("run a container"):

@@ -7,7 +7,7 @@ The stages own this narrow protocol.  ``docker_engine.DockerEngine`` is the real
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,10 +51,20 @@ class Image:
     platform: str
     digests: tuple[str, ...] = ()
     """``NAME@sha256:…`` of every registry that is known to hold it."""
+    tags: tuple[str, ...] = ()
 
     @property
     def labels(self) -> Mapping[str, str]:
         return self.config.get("Labels") or {}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer, and what made it."""
+
+    size: int
+    """In bytes, unpacked."""
+    made_by: str
 
 
 @dataclass(frozen=True)
@@ -149,10 +159,19 @@ class Engine(Protocol):
     def untag(self, reference: str) -> None:
         """Remove a tag, and the image with its last tag.  A tag that is not there is no error."""
 
+    def drop(self, image: str) -> None:
+        """Remove an image that no tag, container or other image holds; else leave it be."""
+
+    def layers(self, image: str) -> list[Layer]:
+        """What an image is made of, lowest first; steps that made no layer are left out."""
+
+    def save(self, image: str) -> Iterator[bytes]:
+        """An image as the tar archive that ``docker save`` makes."""
+
     def create(self, spec: ContainerSpec) -> str:
         """Make a container without starting it; its ID."""
 
-    def copy_in(self, container: str, archive: bytes) -> None:
+    def copy_in(self, container: str, archive: bytes | IO[bytes]) -> None:
         """Unpack a tar archive at the root of a container's file system."""
 
     def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
@@ -259,6 +278,16 @@ class TracedEngine:
         else:
             self._images[reference] = None
 
+    def drop(self, image: str) -> None:
+        if self._perform:
+            self._engine.drop(image)
+
+    def layers(self, image: str) -> list[Layer]:
+        return self._engine.layers(image)
+
+    def save(self, image: str) -> Iterator[bytes]:
+        return self._engine.save(image)
+
     def create(self, spec: ContainerSpec) -> str:
         self._console.command(create_argv(spec))
         if self._perform:
@@ -266,7 +295,7 @@ class TracedEngine:
         self._specs[spec.name] = spec
         return spec.name
 
-    def copy_in(self, container: str, archive: bytes) -> None:
+    def copy_in(self, container: str, archive: bytes | IO[bytes]) -> None:
         self._show("cp", "-", f"{container}:/")
         if self._perform:
             self._engine.copy_in(container, archive)

@@ -87,9 +87,19 @@ def commit(project: Project) -> None:
     parent = engine.image(container.image)
     if parent is None:
         raise EngineError(f"the image of {container.name} is gone, so its configuration is unknown")
+    before = engine.image(reference)
     image = commit_image(project, container.id, parent, reference, {STAGE_LABEL: HAND_MADE})
+    project.ledger.keep(before)
     engine.remove(container.id)
     console.say(f"commit: {reference}, {human_size(image.size)}")
+
+
+def rollback(project: Project) -> None:
+    """Let ``IMAGE`` be what it was before it last moved; called again, what it is now."""
+    image = project.ledger.roll_back()
+    if image is None:
+        raise UsageError(f"{project.settings.image} has never been anything else on this engine")
+    project.console.say(f"rollback: {project.settings.image} is {image.id} again")
 
 
 def refuse_second(project: Project) -> None:

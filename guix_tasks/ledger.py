@@ -29,8 +29,14 @@ if TYPE_CHECKING:
 STAGES = ("base", "pull", "install")
 """The built-in stages, each made from the one before it."""
 
+SQUASH = "squash"
+"""What ``inv squash`` makes of the last stage: its tag, and what the label says."""
+
 HAND_MADE = "commit"
 """What the label says of an image that ``inv commit`` made of a work container."""
+
+PREVIOUS = "previous"
+"""The tag of what ``IMAGE`` was before it last moved."""
 
 _PREFIX = "org.guix-tasks."
 STAGE_LABEL = f"{_PREFIX}stage"
@@ -70,6 +76,11 @@ def inputs_of(image: Image) -> dict[str, str]:
         return {}
 
 
+def squash_key(stage: Image) -> str:
+    """The key of a stage's image squashed."""
+    return stage_key(SQUASH, key_of(stage), {})
+
+
 def seal(parent: Sequence[str], own: int) -> str:
     """The ``.layers`` label of an image with so many layers of its own (0 or 1) on these."""
     digest = hashlib.sha256("\n".join(parent).encode()).hexdigest()
@@ -85,6 +96,11 @@ def proven_stage(image: Image) -> str | None:
 def is_child(image: Image, parent: Image) -> bool:
     """Whether a stage image was made from this very parent, by one commit."""
     return image.labels.get(LAYERS_LABEL) in (seal(parent.layers, 0), seal(parent.layers, 1))
+
+
+def is_above(image: Image, base: Image) -> bool:
+    """Whether an image has all the layers of another, and more."""
+    return len(image.layers) > len(base.layers) and image.layers[: len(base.layers)] == base.layers
 
 
 @dataclass(frozen=True)
@@ -107,36 +123,63 @@ class Ledger:
         image = self.engine.image(self.tag(stage))
         return image if image and proven_stage(image) == stage else None
 
-    def newest(self) -> Image | None:
-        """What ``IMAGE`` is to stand for: the last stage that there is."""
+    def last_stage(self) -> Image | None:
+        """The image of the last stage that there is."""
         found = (self.find(stage) for stage in reversed(STAGES))
         return next((image for image in found if image), None)
 
-    def hand_made(self) -> Image | None:
-        """What ``IMAGE`` stands for, if ``inv commit`` made it."""
-        image = self.engine.image(str(self.image))
-        return image if image and proven_stage(image) == HAND_MADE else None
+    def newest(self) -> Image | None:
+        """What ``IMAGE`` is to stand for: the last stage, squashed if that has been done."""
+        last, squashed = self.last_stage(), self.find(SQUASH)
+        if last and squashed and key_of(squashed) == squash_key(last):
+            return squashed
+        return last
+
+    def previous(self) -> Image | None:
+        """What ``IMAGE`` stood for before it last moved."""
+        return self.engine.image(self.tag(PREVIOUS))
 
     def repair(self) -> None:
         """Let ``IMAGE`` stand for the newest stage, where an earlier run did not get to it.
 
-        What others made of ``IMAGE``, or ``inv commit`` did, is left alone.
+        What others made of ``IMAGE``, or ``inv commit`` or ``inv rollback`` did, is left alone.
         """
-        current = self.engine.image(str(self.image))
-        if current is None or proven_stage(current) in STAGES:
-            self._point(current)
+        current, newest, previous = (
+            self.engine.image(str(self.image)),
+            self.newest(),
+            self.previous(),
+        )
+        rolled_back = newest and previous and newest.id == previous.id
+        if current is None or (proven_stage(current) in (*STAGES, SQUASH) and not rolled_back):
+            self._move(current, newest)
 
     def point_image(self, console: Console) -> None:
         """Let ``IMAGE`` stand for the newest stage, and tell where a hand-made one stays."""
         current = self.engine.image(str(self.image))
         if current and proven_stage(current) == HAND_MADE:
-            console.say(f"{self.image}: the image of `inv commit` is left behind as {current.id}")
-        self._point(current)
+            console.say(f"{self.image}: what `inv commit` made is left behind: `inv rollback`")
+        self._move(current, self.newest())
 
-    def _point(self, current: Image | None) -> None:
-        newest = self.newest()
-        if newest and (current is None or current.id != newest.id):
-            self.engine.tag(newest.id, str(self.image))
+    def roll_back(self) -> Image | None:
+        """Let ``IMAGE`` be what it was before, and that what it is; None where it was nothing."""
+        current, previous = self.engine.image(str(self.image)), self.previous()
+        if previous:
+            self._move(current, previous)
+        return previous
+
+    def keep(self, current: Image | None) -> None:
+        """Remember what ``IMAGE`` stands for as what it was before."""
+        if current:
+            forgotten = self.previous()
+            self.engine.tag(current.id, self.tag(PREVIOUS))
+            if forgotten and forgotten.id != current.id:
+                self.engine.drop(forgotten.id)
+
+    def _move(self, current: Image | None, target: Image | None) -> None:
+        if target and (current is None or current.id != target.id):
+            # IMAGE first: a kill in between leaves it right, and only what it was is lost.
+            self.engine.tag(target.id, str(self.image))
+            self.keep(current)
 
     @property
     def _suffix(self) -> str:

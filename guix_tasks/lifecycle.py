@@ -168,6 +168,9 @@ class Lifecycle:
         if image:
             self._say_what_went(name, before, image)
             say_done(self._project, name, started)
+            self._ledger.point_image(self._project.console)
+            if before:
+                self._project.engine.drop(before.id)
             self._to_cache(name, image)
 
     def _stage(self, name: str, wishes: Wishes) -> Stage:

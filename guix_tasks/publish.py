@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import UsageError
-from guix_tasks.ledger import STAGES, proven_stage
+from guix_tasks.ledger import SQUASH, STAGES, proven_stage
 from guix_tasks.lifecycle import Lifecycle
 from guix_tasks.transfer import credentials, transfer
 
@@ -22,12 +22,7 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
     """
     ledger, engine = project.ledger, project.engine
     image = image_to_use(project, stage)
-    made_by = proven_stage(image)
-    if made_by in STAGES and (why := Lifecycle(project).state(made_by).why):
-        upstream = "" if made_by == "base" else " --upstream"
-        raise UsageError(
-            f"{ledger.tag(made_by)} is stale ({why}); run `inv {made_by}{upstream}`, then push"
-        )
+    _refuse_stale(project, image)
     references = [ledger.tag(stage)] if stage else [str(project.settings.image)]
     if not stage:
         for tag in project.settings.tags:
@@ -39,6 +34,21 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
         with transfer(project, f"push {reference}") as progress:
             digests[reference] = engine.push(reference, credentials(project), progress)
     return digests
+
+
+def _refuse_stale(project: Project, image: Image) -> None:
+    """Refuse an image that is its stage's and no longer answers to what is asked for.
+
+    One that was made by hand, or rolled back to, is pushed as it is.
+    """
+    ledger = project.ledger
+    stage = proven_stage(ledger.last_stage() or image)
+    current = ledger.find(stage) if stage in STAGES else None
+    is_stage = current and image.id in (current.id, getattr(ledger.find(SQUASH), "id", None))
+    why = Lifecycle(project).state(stage).why if stage and is_stage else None
+    if why:
+        upstream = "" if stage == "base" else " --upstream"
+        raise UsageError(f"{stage} is stale ({why}); run `inv {stage}{upstream}`, then push")
 
 
 def image_to_use(project: Project, stage: str | None = None) -> Image:

@@ -161,36 +161,40 @@ def _limit(project: Project, container: str) -> Iterator[threading.Event]:
 
 
 def commit_image(
-    project: Project, container: str, parent: Image, tag: str, labels: Mapping[str, str]
+    project: Project,
+    container: str,
+    parent: Image,
+    tag: str,
+    labels: Mapping[str, str],
+    *,
+    like: Image | None = None,
 ) -> Image:
-    """Commit a container of ``parent`` with its parent's configuration and more labels.
+    """Commit a container of ``parent`` with more labels and the configuration of its parent.
 
-    Docker gives an image no layer for a container that changed nothing, which shows only
-    afterwards; the label that counts the layers is then mended by a second commit.
+    ``like`` is the image whose configuration it is to have, where that is another.  Docker gives
+    an image no layer for a container that changed nothing, which shows only afterwards; the
+    label that counts the layers is then mended by a second commit.
     """
     for own in (1, 0):
-        project.engine.commit(container, tag, committed_config(parent, labels, own))
+        seals = {LAYERS_LABEL: seal(parent.layers, own)}
+        config = committed_config(like or parent, {**labels, **seals})
+        project.engine.commit(container, tag, config)
         image = project.engine.image(tag)
         if image and proven_stage(image):
             return image
     raise EngineError(f"the engine committed {tag} in a way that is not understood")
 
 
-def committed_config(parent: Image, labels: Mapping[str, str], own_layers: int) -> dict[str, Any]:
-    """The configuration of an image that is committed from a container of ``parent``.
+def committed_config(image: Image, labels: Mapping[str, str]) -> dict[str, Any]:
+    """The configuration for a commit that is to be like an image, but for some labels.
 
     A commit takes from the container what is left open here, so nothing is: the stage's command
     must not become the image's.  The container's label of the project cannot be taken out, only
     emptied; left as it is, it would make every container of the image look like one of ours.
     """
     return {
-        **parent.config,
-        "Entrypoint": parent.config.get("Entrypoint") or [],
-        "Cmd": parent.config.get("Cmd") or [],
-        "Labels": {
-            **parent.labels,
-            **labels,
-            LAYERS_LABEL: seal(parent.layers, own_layers),
-            PROJECT_LABEL: "",
-        },
+        **image.config,
+        "Entrypoint": image.config.get("Entrypoint") or [],
+        "Cmd": image.config.get("Cmd") or [],
+        "Labels": {**image.labels, **labels, PROJECT_LABEL: ""},
     }

@@ -53,6 +53,8 @@ class Work:
     files: Mapping[str, bytes]
     keep: bool = False
     tty: bool = False
+    bare: bool = False
+    """Without mounts, volumes and network: nothing comes between the command and the image."""
     entry_point: tuple[str, ...] = (ENTRY_POINT,)
     environment: Mapping[str, str] = field(default_factory=dict)
     """Of the container itself, and so of an image that is committed from it."""
@@ -66,7 +68,7 @@ def work_container(engine: Engine, settings: Settings, image: str, work: Work) -
     an earlier call could not remove, because it was killed, are removed first.
     """
     sweep(engine, settings)
-    for volume in cache_volumes(settings):
+    for volume in () if work.bare else cache_volumes(settings):
         engine.make_volume(volume, {PROJECT_LABEL: project(settings)})
     container = engine.create(_spec(engine, settings, image, work))
     try:
@@ -85,7 +87,7 @@ def work_container(engine: Engine, settings: Settings, image: str, work: Work) -
 @contextmanager
 def unstarted_container(engine: Engine, settings: Settings, image: str) -> Iterator[str]:
     """A container that is never run: a way to give an image another configuration."""
-    work = Work("label", ("true",), {})
+    work = Work("label", ("true",), {}, bare=True)
     container = engine.create(_spec(engine, settings, image, work))
     try:
         yield container
@@ -211,7 +213,8 @@ def cache_volumes(settings: Settings) -> dict[str, str]:
 def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> ContainerSpec:
     parent = engine.image(image)
     config = parent.config if parent else {}
-    volumes = cache_volumes(settings)
+    volumes = {} if work.bare else cache_volumes(settings)
+    mounts = () if work.bare else binds(engine, settings)
     return ContainerSpec(
         name=_container_name(work),
         image=image,
@@ -219,8 +222,8 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         labels={PROJECT_LABEL: project(settings)},
         environment=work.environment,
         privileged=True,
-        network=network(engine, settings),
-        binds=(*binds(engine, settings), *(":".join(each) for each in volumes.items())),
+        network="none" if work.bare else network(engine, settings),
+        binds=(*mounts, *(":".join(each) for each in volumes.items())),
         # What builds leave there is gigabytes: on disk, and not in the image.
         scratch="/tmp" if volumes else None,  # noqa: S108 -- the container's own
         memory=settings.stage_memory,

@@ -86,6 +86,24 @@ def commit(c: Context) -> None:
         hands.commit(project)
 
 
+@task(auto_shortflags=False)
+def squash(c: Context) -> None:
+    """Make one layer of all that lies above the base stage."""
+    with opened(c) as project:
+        from guix_tasks.squash import squash as one_layer
+
+        one_layer(project)
+
+
+@task(auto_shortflags=False)
+def rollback(c: Context) -> None:
+    """Let IMAGE be what it was before it last moved."""
+    with opened(c) as project:
+        from guix_tasks import hands
+
+        hands.rollback(project)
+
+
 @task(help={"stage": "the image of this stage instead of IMAGE"}, auto_shortflags=False)
 def verify(c: Context, stage: str = "") -> None:
     """Test IMAGE from outside, in a fresh container."""
