@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.console import human_size, human_time
-from guix_tasks.ledger import CHANNELS_LABEL, HAND_MADE, STAGES, proven_stage
+from guix_tasks.errors import UsageError
+from guix_tasks.ledger import CHANNELS_LABEL, HAND_MADE, PREVIOUS, SQUASH, STAGES, proven_stage
 from guix_tasks.lifecycle import Lifecycle
+from guix_tasks.sizes import picture, size_rows, sizes
 from guix_tasks.work import PROJECT_LABEL, work_containers
 from guix_tasks.work import project as project_name
 
@@ -47,11 +50,25 @@ def _cells(reference: str, image: Image | None, state: str) -> tuple[str, ...]:
 def _stands_for(project: Project, image: Image | None) -> str:
     if image is None:
         return "missing"
-    for stage in STAGES:
+    for stage in (*STAGES, SQUASH):
         found = project.ledger.find(stage)
         if found and found.id == image.id:
             return f"stage {stage}"
-    return "made by hand" if proven_stage(image) == HAND_MADE else "not made here"
+    proven = proven_stage(image)
+    if proven == HAND_MADE:
+        return "made by hand"
+    return f"an earlier {proven}" if proven else "not made here"
+
+
+def show_sizes(project: Project, plot: str) -> None:
+    """Show what is in ``IMAGE``, as a table, and as a picture in the file ``plot`` names."""
+    parts = sizes(project)
+    project.console.table(("part", "name", "size"), size_rows(parts))
+    if plot:
+        try:
+            Path(plot).write_text(picture(str(project.settings.image), parts), encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"--plot: {plot}: {error.strerror}; name another file") from None
 
 
 def clean(project: Project, *, work_only: bool = False) -> list[str]:
@@ -66,7 +83,10 @@ def clean(project: Project, *, work_only: bool = False) -> list[str]:
         removed.append(container.name)
     if work_only:
         return removed
-    stages = {stage: image for stage in STAGES if (image := ledger.find(stage))}
+    stages = {stage: image for stage in (*STAGES, SQUASH) if (image := ledger.find(stage))}
+    before = ledger.previous()
+    if before and proven_stage(before):
+        stages[PREVIOUS] = before
     ids = {image.id for image in stages.values()}
     others = [str(settings.image), *(str(settings.image.with_tag(tag)) for tag in settings.tags)]
     ours = [each for each in others if (image := engine.image(each)) and image.id in ids]

@@ -157,13 +157,22 @@ def shell(c: Context, stage: str = "", fresh: bool = False) -> None:
         hands.shell(project, docker, environment, stage=stage or None, fresh=fresh)
 
 
-@task(auto_shortflags=False)
-def status(c: Context) -> None:
+@task(
+    help={
+        "size": "show what is in the image: stages, layers, the largest store items",
+        "plot": "draw that as an SVG picture into this file",
+    },
+    auto_shortflags=False,
+)
+def status(c: Context, size: bool = False, plot: str = "") -> None:
     """Show the stages, their images, sizes, ages and channels."""
     with opened(c) as project:
-        from guix_tasks.upkeep import STATUS_HEADER, status_rows
+        from guix_tasks import upkeep
 
-        project.console.table(STATUS_HEADER, status_rows(project))
+        if size or plot:
+            upkeep.show_sizes(project, plot)
+        else:
+            project.console.table(upkeep.STATUS_HEADER, upkeep.status_rows(project))
 
 
 @task(help={"work": "only the work containers"}, auto_shortflags=False)
