@@ -98,25 +98,28 @@ def commits(text: str) -> dict[str, str]:
     return {name: channel.commit for name, channel in channels(text).items() if channel.commit}
 
 
-def script(commands: Sequence[Sequence[str]], report: Sequence[str], folder: str) -> str:
+def script(
+    commands: Sequence[Sequence[str]], report: Sequence[str], folder: str, *, keep: str | None
+) -> str:
     """A shell script that runs the commands in order and stops at the first that fails.
 
-    Its standard output is the report's alone; all the rest goes to standard error.  What the
-    commands added to the store and nothing refers to is deleted at the end; what was there
-    before stays, since it is in a lower layer, where deleting it gives nothing back.
+    Its standard output is the report's alone; all the rest goes to standard error.  At the end
+    it collects what the commands added to the store and nothing needs; ``keep`` is a profile
+    whose like is still to be built.  That nothing could be collected is no failure of a stage.
     """
-    before, dead = f"{folder}/store-before", f"{folder}/store-dead"
+    before = f"{folder}/store-before"
+    collect = ("guix", "repl", "--", f"{folder}/collect.scm", before, *([keep] if keep else []))
     lines = [
         "#!/bin/sh",
         "set -eu",
         "exec 3>&1 1>&2",
-        f"ls -1d /gnu/store/* >{before} 2>/dev/null || true",
-        *(f"{shlex.join(command)}" for command in commands),
+        f"find /gnu/store -mindepth 1 -maxdepth 1 >{before} || true",
+        *(shlex.join(command) for command in commands),
         # After a pull `guix` is another program: forget where the shell found the first one.
         "hash -r",
+        f"{shlex.join(collect)} || echo 'the store could not be collected' & collecting=$!",
         f"{shlex.join(report)} >&3",
-        f"guix gc --list-dead 2>/dev/null | grep -vxFf {before} >{dead} || true",
-        f"if [ -s {dead} ]; then xargs guix gc --delete <{dead} >/dev/null 2>&1 || true; fi",
+        "wait $collecting",
     ]
     return "\n".join(lines) + "\n"
 

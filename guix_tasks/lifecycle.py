@@ -104,7 +104,7 @@ class Lifecycle:
         self, image: Image, key: str, inputs: Mapping[str, str], parent: str | None, above: State
     ) -> str | None:
         if above.why:
-            return f"{parent} is stale"
+            return above.why if ": " in above.why else f"{parent}: {above.why}"
         before = inputs_of(image)
         changed = [each for each in {**before, **inputs} if before.get(each) != inputs.get(each)]
         if changed:

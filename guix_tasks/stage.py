@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from guix_tasks import guix
 from guix_tasks.console import human_size, human_time
 from guix_tasks.errors import EngineError, StageError
-from guix_tasks.fingerprint import text_digest
+from guix_tasks.fingerprint import file_digest, text_digest
 from guix_tasks.ledger import (
     KEY_LABEL,
     LAYERS_LABEL,
@@ -25,7 +25,7 @@ from guix_tasks.ledger import (
     seal,
     stage_labels,
 )
-from guix_tasks.work import FOLDER, PROJECT_LABEL, Work, common_inputs, work_container
+from guix_tasks.work import FOLDER, IMAGE_FOLDER, PROJECT_LABEL, Work, common_inputs, work_container
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from guix_tasks.console import Console
     from guix_tasks.engine import Engine, Image
     from guix_tasks.settings import Settings
+
+
+COLLECT = IMAGE_FOLDER / "collect.scm"
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,15 @@ class Stage:
     """The labels that a report gives the image."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """What the commands find below ``work.FOLDER``."""
+    keep: str | None = None
+    """A profile such as the next stage is to build: what that takes is not collected."""
     settled: Callable[[str], Stage] | None = None
     """The stage that would make the same again, by a report, where that is another one."""
 
     def inputs(self, common: Mapping[str, str]) -> dict[str, str]:
         """What the stage is made from, by name, with the digest of each content."""
         words = [shlex.join(command) for command in (*self.commands, self.report)]
+        words += [self.keep or "", file_digest(COLLECT)]
         files = {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
         return {"command": text_digest(*words), **files, **common}
 
@@ -84,8 +90,8 @@ def run_stage(
     console.say(f"{stage.name}: in a {settings.guix_sandbox.value} container")
     for command in stage.commands:
         console.command(command)
-    script = guix.script(stage.commands, stage.report, FOLDER)
-    files = {**stage.files, "stage": script.encode()}
+    script = guix.script(stage.commands, stage.report, FOLDER, keep=stage.keep)
+    files = {**stage.files, "stage": script.encode(), "collect.scm": COLLECT.read_bytes()}
     work = Work(stage.name, (f"{FOLDER}/stage",), files, keep=not commit)
     with work_container(project.engine, settings, parent.id, work) as container:
         report = perform(project, container, stage.name).strip()

@@ -176,11 +176,7 @@ def environment(settings: Settings) -> dict[str, str]:
         "GUIX_SANDBOX": settings.guix_sandbox.value,
     }
     found = {name: str(value) for name, value in wanted.items() if value not in (None, "")}
-    proxies = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
-    for name in (*proxies, *(name.upper() for name in proxies)):
-        if os.environ.get(name):
-            found[name] = os.environ[name]
-    return found
+    return {**found, **settings.proxies}
 
 
 def common_inputs(settings: Settings) -> dict[str, str]:

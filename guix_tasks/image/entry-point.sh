@@ -16,8 +16,9 @@
 # the files `environment` and `keys/*.pub` beside it.  It removes that folder at its end, so
 # that a commit does not hold it.
 #
-# It has to work under dash, bash and busybox, as process 1 and otherwise, so it reads /proc
-# instead of calling ps, pgrep or ss: an image need not have them, and each costs a fork.
+# It has to work under dash, bash and busybox, as process 1 and otherwise.  It looks into
+# /proc instead of calling ps, pgrep or ss, which an image need not have, and it does not use
+# the built-in `read`, which in busybox never returns once a signal was caught (seen in 1.38).
 
 readonly _unavailable=69 # EX_UNAVAILABLE of sysexits.h
 readonly _profiles=/var/guix/profiles/per-user/root
@@ -195,8 +196,7 @@ _pass_on() {
     [ -n "$_pending" ] && [ -n "$_command" ] || return 0
     _signal=$_pending
     _pending=
-    # In the first moment of its life a child still has our traps, and would lose the signal.
-    _pause
+    _await_exec "$_command"
     if [ "$_signal" = INT ] && [ -z "$_resettable" ]; then _signal=TERM; fi
     _find_tree "$_command"
     # shellcheck disable=SC2086 # a list of numbers
@@ -216,27 +216,22 @@ _other_daemon() {
     *) return 0 ;;
     esac
     [ -S "$_socket" ] || return 1
-    for _pid in /proc/[0-9]*; do
+    # shellcheck disable=SC2013 # names without white space, one a line; so below
+    for _pid in $(grep -l guix-daemon /proc/[0-9]*/comm 2>/dev/null); do
         _pid=${_pid#/proc/}
-        if _is_daemon "$_pid" && _is_listening "$_pid"; then return 0; fi
+        if _is_listening "${_pid%/comm}"; then return 0; fi
     done
     # A socket file without a process stays behind from a container that was killed, or is
     # mounted from where we see no processes; then only a real connection tells.
     _is_mounted "$_socket" && _connect
 }
 
-_is_daemon() { # PID
-    read -r _name 2>/dev/null <"/proc/$1/comm" || return 1
-    case $_name in *guix-daemon*) return 0 ;; esac
-    return 1
-}
-
 _is_mounted() { # FILE
-    while read -r _ _ _ _ _point _; do
-        case $1 in
-        "$_point" | "${_point%/}"/*) if [ "$_point" != / ]; then return 0; fi ;;
-        esac
-    done </proc/self/mountinfo
+    # shellcheck disable=SC2013
+    for _point in $(cut -d ' ' -f 5 /proc/self/mountinfo); do
+        [ "$_point" != / ] || continue
+        case $1 in "$_point" | "$_point"/*) return 0 ;; esac
+    done
     return 1
 }
 
@@ -273,7 +268,9 @@ _start_daemon() {
         return 1
     }
     set -- "$_program"
-    if _has_members guixbuild; then set -- "$@" --build-users-group=guixbuild; fi
+    if grep -q '^guixbuild:[^:]*:[^:]*:.' /etc/group; then # it has members
+        set -- "$@" --build-users-group=guixbuild
+    fi
     if [ -n "${GUIX_SUBSTITUTE_URLS-}" ]; then
         set -- "$@" --substitute-urls="$GUIX_SUBSTITUTE_URLS"
     fi
@@ -303,7 +300,7 @@ _await_daemon() {
             _fail "guix-daemon ended with status $? before its socket answered:"
         elif [ -n "$_interrupted" ]; then
             _status=$((128 + _interrupted))
-            _pause # as in _pass_on
+            _await_exec "$_daemon"
             return 1
         elif _is_past_deadline; then
             _fail "guix-daemon's socket did not answer within $_limit s:"
@@ -317,36 +314,32 @@ _await_daemon() {
 }
 
 _answers() {
-    if [ -r /proc/net/unix ] && [ -r "/proc/$_daemon/fd" ]; then
-        _find_tree "$_daemon" # Guix's programs are often wrapped in scripts
-        for _pid in $_tree; do
-            if _is_listening "$_pid"; then return 0; fi
-        done
-        return 1
+    [ -S "$_socket" ] || return 1
+    if ! [ -r /proc/net/unix ] || ! [ -r "/proc/$_daemon/fd" ]; then
+        # Nothing to tell by: the daemon has made the file, and listens the moment after.
+        _pause
+        _pause
+        return 0
     fi
-    # Without /proc to tell: the daemon has made the file, and listens the moment after.
-    [ -S "$_socket" ] && _pause && _pause
+    _find_tree "$_daemon" # Guix's programs are often wrapped in scripts
+    for _pid in $_tree; do
+        if _is_listening "$_pid"; then return 0; fi
+    done
+    return 1
 }
 
 # Whether the process has a listening socket.  The names in /proc/net/unix prove nothing:
 # with the host's network, it also lists the sockets of other containers.
 _is_listening() { # PID
-    _listening=' '
-    while read -r _ _ _ _flags _ _ _inode _; do
-        if [ "$_flags" = 00010000 ]; then _listening="$_listening$_inode "; fi
-    done 2>/dev/null </proc/net/unix
-    [ "$_listening" != ' ' ] || return 1
-    # shellcheck disable=SC2012 # ls is everywhere, and here it prints socket:[NUMBER]
-    for _inode in $(ls -l "/proc/$1/fd" 2>/dev/null | sed -n 's/.*-> socket:\[\([0-9]*\)]$/\1/p'); do
+    # Num RefCount Protocol Flags Type St Inode Path; a flag says that it listens
+    _listening=$(
+        sed -n 's/^\([^ ]* \)\{3\}00010000 [^ ]* [^ ]* *\([0-9]*\).*/ \2 /p' /proc/net/unix
+    )
+    # shellcheck disable=SC2012 # ls is everywhere, and here it prints socket:[INODE]
+    _sockets=$(ls -l "/proc/$1/fd" 2>/dev/null | sed -n 's/.*-> socket:\[\([0-9]*\)]$/\1/p')
+    for _inode in $_sockets; do
         case $_listening in *" $_inode "*) return 0 ;; esac
     done
-    return 1
-}
-
-_has_members() { # GROUP
-    while IFS=: read -r _group _ _ _members; do
-        if [ "$_group" = "$1" ] && [ -n "$_members" ]; then return 0; fi
-    done </etc/group
     return 1
 }
 
@@ -367,7 +360,7 @@ _stop_daemon() {
     # shellcheck disable=SC2086 # a list of numbers, here and below
     _await_end 1 $1 || {
         for _pid in $1; do
-            if _is_daemon "$_pid"; then kill "$_pid" 2>/dev/null; fi
+            if grep -q guix-daemon "/proc/$_pid/comm"; then kill "$_pid"; fi 2>/dev/null
         done
         _await_end 3 $1
     } || {
@@ -393,7 +386,8 @@ _report_failure() {
     if [ "$_status" -eq 0 ] || [ -n "$_interrupted" ]; then return; fi
     _count=0
     # Names in the store have no white space.
-    for _log in $(find "$_build_logs" -type f -name '*.drv*' -newer "$_scratch/start" 2>/dev/null | sort); do
+    _logs=$(find "$_build_logs" -type f -name '*.drv*' -newer "$_scratch/start" 2>/dev/null)
+    for _log in $_logs; do
         _derivation=${_log#"$_build_logs/"}
         _derivation=${_derivation%.gz}
         _derivation=${_derivation%.bz2}
@@ -412,12 +406,10 @@ _report_failure() {
 }
 
 # Whether the first output that the derivation names is not in the store.  A derivation is
-# one line, Derive([("out","/gnu/store/...","",""),..., without a newline at its end.
+# one line, Derive([("out","/gnu/store/...","",""),...
 _has_failed() { # DERIVATION
     [ -f "$1" ] || return 1
-    read -r _line <"$1" || :
-    _output=${_line#*\",\"}
-    _output=${_output%%\"*}
+    _output=$(sed 's/^Derive(\[("[^"]*","\([^"]*\)".*/\1/' "$1")
     ! [ -e "$_output" ]
 }
 
@@ -450,19 +442,22 @@ _remove_folders() {
 
 # --- processes -------------------------------------------------------------------------
 
-# Sets `tree` to the given processes and all below them, without a fork.
+# Sets `_tree` to the given processes and all below them.
 _find_tree() { # PID...
     _tree=" $* "
+    # PID (NAME) STATE PARENT ..., a line each
+    _processes=$(cat /proc/[0-9]*/stat 2>/dev/null)
+    set -f
+    IFS='
+'
     _grown=yes
     while [ -n "$_grown" ]; do
         _grown=
-        for _stat in /proc/[0-9]*/stat; do
-            # PID (NAME) STATE PARENT ..., and the name can hold anything
-            read -r _line 2>/dev/null <"$_stat" || continue
+        for _line in $_processes; do
             _pid=${_line%% *}
-            _line=${_line##*') '}
-            _line=${_line#* }
             case $_tree in *" $_pid "*) continue ;; esac
+            _line=${_line##*') '} # a name can hold anything
+            _line=${_line#* }
             case $_tree in *" ${_line%% *} "*)
                 _tree="$_tree$_pid "
                 _grown=yes
@@ -470,13 +465,29 @@ _find_tree() { # PID...
             esac
         done
     done
+    unset IFS
+    set +f
 }
 
 # A process that has ended and that its parent has not waited for is a zombie: not alive,
 # though `kill -0` succeeds.
 _is_alive() { # PID
-    read -r _line 2>/dev/null <"/proc/$1/stat" || return 1
-    case ${_line##*') '} in Z* | X*) return 1 ;; esac
+    _line=$(cat "/proc/$1/stat" 2>/dev/null)
+    case ${_line##*') '} in '' | Z* | X*) return 1 ;; esac
+}
+
+# In the first moments of its life a child is this shell, with its traps, then setsid or env,
+# and would lose a signal.
+_await_exec() { # PID
+    _own=$(tr '\0' ' ' </proc/$$/cmdline)
+    _set_deadline 1
+    until _is_past_deadline; do
+        _line=$(tr '\0' ' ' 2>/dev/null <"/proc/$1/cmdline")
+        case $_line in
+        "$_own" | 'setsid env '* | 'env LC_ALL='* | 'env --default-signal='*) _pause ;;
+        *) return ;;
+        esac
+    done
 }
 
 _await_end() { # SECONDS PID...
@@ -491,13 +502,13 @@ _await_end() { # SECONDS PID...
 }
 
 _set_deadline() { # SECONDS
-    read -r _uptime _ </proc/uptime
-    _deadline=$((${_uptime%.*} + $1 + 1))
+    _uptime=$(cat /proc/uptime)
+    _deadline=$((${_uptime%%.*} + $1 + 1))
 }
 
 _is_past_deadline() {
-    read -r _uptime _ </proc/uptime
-    [ "${_uptime%.*}" -ge "$_deadline" ]
+    _uptime=$(cat /proc/uptime)
+    [ "${_uptime%%.*}" -ge "$_deadline" ]
 }
 
 _pause() {

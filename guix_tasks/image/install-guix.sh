@@ -100,7 +100,8 @@ _apt_install() { # PACKAGE
 
 _clean() {
     rm -f "$tarball"
-    [ -z "$apt_updated" ] || rm -rf /var/lib/apt/lists/* /var/cache/apt/archives/*.deb /var/cache/apt/*.bin
+    [ -z "$apt_updated" ] ||
+        rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/cache/apt/archives/*.deb
 }
 
 _fail() {

@@ -34,6 +34,7 @@ def pull_stage(channels: str | None) -> Stage:
         report=guix.describe_argv(),
         labels=lambda report: {CHANNELS_LABEL: report},
         files={"channels.scm": channels.encode()} if channels else {},
+        keep=guix.CURRENT_GUIX,
         settled=pull_stage,
     )
 

@@ -16,6 +16,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from guix_tasks.errors import SettingsError
+from guix_tasks.ledger import STAGES
 from guix_tasks.reference import ImageReference, Platform
 from guix_tasks.settings import (
     Mount,
@@ -26,10 +27,12 @@ from guix_tasks.settings import (
     load_settings,
     settings_reference,
 )
+from guix_tasks.work import environment
 
 ROOT = Path(__file__).parents[2]
 HEX = "0123456789abcdef" * 4
 PASSWORD = "hunter2-€-${IMAGE}"  # noqa: S105
+USER = "DOCKER_USERNAME=me\n"  # a password is nothing without one
 
 Overrides = Mapping[str, str | Sequence[str]]
 
@@ -37,7 +40,8 @@ Overrides = Mapping[str, str | Sequence[str]]
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A project with the files that the values below name."""
-    for name in ("channels.scm", "manifest.scm", "a.pub", "b.pub", "signing-key.sec"):
+    names = ("channels.scm", "manifest.scm", "a.pub", "b.pub", "signing-key.sec", "with,comma")
+    for name in names:
         (tmp_path / name).write_text(f"{name}\n")
     (tmp_path / "folder").mkdir()
     (tmp_path / "with space").mkdir()
@@ -71,24 +75,33 @@ def problems(
 LATEST = ImageReference("docker.io", "library/debian", "latest")
 DIGEST = f"sha256:{HEX}"
 
+# What stands beside a setting that is refused without it.
+BESIDE = {
+    "GUIX_BINARY_URL": f"GUIX_BINARY_SHA256={HEX}\n",
+    "GUIX_BINARY_SHA256": "GUIX_BINARY_URL=https://a.example/x\n",
+    "DOCKER_USERNAME": "DOCKER_PASSWORD=x\n",
+    "DOCKER_PASSWORD": "DOCKER_USERNAME=me\n",
+    "DOCKER_PASSWORD_FILE": "DOCKER_USERNAME=me\n",
+}
+
 # What is expected of a path is relative to the project.
 GOOD: list[tuple[str, str, Any]] = [
     ("IMAGE", "team/app:1", ImageReference("docker.io", "team/app", "1")),
     ("IMAGE", "team/app", ImageReference("docker.io", "team/app", "latest")),
     ("IMAGE", f" a:{'x' * 100} ", ImageReference("docker.io", "library/a", "x" * 100)),
     ("TAGS", "1.0 stable 1.0", ("1.0", "stable")),
-    (
-        "PLATFORMS",
-        "linux/arm/v7 linux/aarch64",
-        (Platform("linux", "arm", "v7"), Platform("linux", "arm64")),
-    ),
+    ("PLATFORMS", "linux/arm/v7", (Platform("linux", "arm", "v7"),)),
+    ("PLATFORMS", "linux/arm64 linux/aarch64", (Platform("linux", "arm64"),)),
     ("BASE_IMAGE", "debian", LATEST),
     ("BASE_IMAGE", f"debian@{DIGEST}", ImageReference("docker.io", "library/debian", None, DIGEST)),
     ("DOCKERFILE", "docker/Dockerfile", Path("docker/Dockerfile")),
     ("BUILD_CONTEXT", "/srv", Path("/srv")),
     ("BUILD_ARGS", "A=1 B= 'C=x y' D=a=b", {"A": "1", "B": "", "C": "x y", "D": "a=b"}),
     ("BUILD_SECRETS", "key=a.pub x=b.pub", {"key": Path("a.pub"), "x": Path("b.pub")}),
+    ("GUIX_BINARY_URL", "https://a.example/guix.tar.xz", "https://a.example/guix.tar.xz"),
+    ("GUIX_BINARY_SHA256", HEX, HEX),
     ("GUIX_CHANNELS", "channels.scm", Path("channels.scm")),
+    ("GUIX_CHANNELS_LOCK", "folder/lock.scm", Path("folder/lock.scm")),
     ("GUIX_MANIFEST", "manifest.scm", Path("manifest.scm")),
     ("GUIX_PACKAGES", "hello git:send-email", ("hello", "git:send-email")),
     ("GUIX_PACKAGES", "gcc-toolchain@12 gtk+@3.24:doc", ("gcc-toolchain@12", "gtk+@3.24:doc")),
@@ -116,6 +129,8 @@ GOOD: list[tuple[str, str, Any]] = [
     ("STAGE_TIMEOUT", "45", 45),
     ("STAGE_TIMEOUT", "90m", 5400),
     ("STAGE_TIMEOUT", "2h", 7200),
+    ("CACHE_VOLUME", "my-cache", "my-cache"),
+    ("CACHE_IMAGE", "team/cache", ImageReference("docker.io", "team/cache", "latest")),
     ("DOCKER_USERNAME", "me", Secret("me")),
     ("DOCKER_PASSWORD", "a b", Secret("a b")),
 ]
@@ -144,19 +159,13 @@ def test_a_good_value_means_the_same_wherever_it_stands(
         ("", {}, {name: text}),
     ]
     for file, environ, overrides in sources:
-        settings = load(project, file, environ, overrides)
+        settings = load(project, BESIDE.get(name, "") + file, environ, overrides)
         assert relative(getattr(settings, name.lower()), project) == expected
 
 
 def test_the_table_above_has_every_setting() -> None:
     names = {entry.name.upper() for entry in fields(Settings) if "setting" in entry.metadata}
-    assert names == {name for name, _, _ in GOOD} | {"GUIX_BINARY_URL", "GUIX_BINARY_SHA256"}
-
-
-def test_binary_tarball(project: Path) -> None:
-    url = "https://example.org/guix-binary.tar.xz"
-    settings = load(project, f"GUIX_BINARY_URL={url}\nGUIX_BINARY_SHA256={HEX}\n")
-    assert (settings.guix_binary_url, settings.guix_binary_sha256) == (url, HEX)
+    assert names == {name for name, _, _ in GOOD}
 
 
 def test_the_items_of_a_sequence_are_taken_as_they_are(project: Path) -> None:
@@ -170,9 +179,18 @@ def test_settings_cannot_be_changed(project: Path) -> None:
     settings: Any = load(project, "BUILD_ARGS=A=1\nDOCKER_HOST=unix:///x\n")
     with pytest.raises(AttributeError):
         settings.image = None
-    for mapping in (settings.build_args, settings.docker_environment, settings.origins):
+    for name in ("build_args", "docker_environment", "proxies", "origins"):
         with pytest.raises(TypeError):
-            mapping["A"] = "2"
+            getattr(settings, name)["A"] = "2"
+
+
+def test_a_copy_with_another_value_keeps_the_rest(project: Path) -> None:
+    settings = load(project, "TAGS=a\nFOREIGN=x\n", {"no_proxy": "x", "DOCKER_HOST": "unix:///x"})
+    other = replace(settings, tags=("b",))
+    for entry in fields(Settings):
+        expected = ("b",) if entry.name == "tags" else getattr(settings, entry.name)
+        assert getattr(other, entry.name) == expected
+    assert other != settings == replace(other, tags=("a",))
 
 
 # --- What is wrong with a value -------------------------------------------------------------
@@ -182,10 +200,14 @@ BAD = [
     ("IMAGE", "", "is empty"),
     ("IMAGE", f"app@sha256:{HEX}", "a digest"),
     ("IMAGE", "app:" + "x" * 101, "100 letters at most"),
+    ("IMAGE", "app:1-base", "ends in -base is a stage's"),
+    ("IMAGE", "app:1-pull-linux-arm-v7", "ends in -pull-linux-arm-v7 is a stage's"),
+    ("TAGS", "1.0 latest-install", "'latest-install' is a stage's"),
     ("TAGS", "a/b", "'a/b' is not a tag"),
     ("TAGS", "a,b", "separated by spaces, not commas"),
     ("PLATFORMS", "linux/s390x", "linux/riscv64"),
     ("PLATFORMS", "linux/amd64,linux/arm64", "separated by spaces, not commas"),
+    ("PLATFORMS", "linux/amd64 linux/arm64", "one platform at a time"),
     ("BASE_IMAGE", "a b", "is not a repository"),
     ("DOCKERFILE", "", "a path is empty"),
     ("BUILD_CONTEXT", "", "a path is empty"),
@@ -199,6 +221,8 @@ BAD = [
     ("BUILD_SECRETS", "key=missing", "No such file"),
     ("BUILD_SECRETS", "key=", "a path is empty"),
     ("BUILD_SECRETS", "key=a.pub key=b.pub", "'key' is given twice"),
+    ("BUILD_SECRETS", "key=with,comma", "has a comma, where buildx ends a path"),
+    ("BUILD_SECRETS", "key=a.pub,x=b.pub", "separated by spaces, not commas"),
     ("GUIX_CHANNELS", "missing.scm", "No such file"),
     ("GUIX_CHANNELS", "folder", "is a folder"),
     ("GUIX_CHANNELS", "~/channels.scm", "write ${HOME}"),
@@ -218,8 +242,8 @@ BAD = [
     ("GUIX_SUBSTITUTE_URLS", "https://me:hunter2@a.example", "leave out all up to the '@'"),
     ("GUIX_SUBSTITUTE_KEYS", "signing-key.sec", "ends in .pub"),
     ("GUIX_SUBSTITUTE_KEYS", "c.pub", "No such file"),
-    ("GUIX_BINARY_URL", "https://a.example/x", "needs GUIX_BINARY_SHA256 too"),
-    ("GUIX_BINARY_SHA256", HEX, "needs GUIX_BINARY_URL too"),
+    ("GUIX_BINARY_URL", "file:///x", "begins with https:// or http://"),
+    ("GUIX_BINARY_SHA256", "ABC", "write 64 lower case hex digits"),
     ("GUIX_SANDBOX", "none", "write one of: privileged"),
     ("GUIX_SANDBOX", "", "write one of: privileged"),
     ("GUIX_CORES", "-1", "from 0 on"),
@@ -242,6 +266,8 @@ BAD = [
     ("STAGE_MEMORY", "9" * 5000, "from 6m on"),
     ("STAGE_TIMEOUT", "0", "is not a time"),
     ("STAGE_TIMEOUT", "1d", "is not a time"),
+    ("CACHE_VOLUME", "-x", "is not the name of a volume"),
+    ("CACHE_IMAGE", f"app@sha256:{HEX}", "a digest names no repository"),
     ("DOCKER_PASSWORD_FILE", "missing", "No such file"),
     ("DOCKER_PASSWORD_FILE", "folder", "Is a directory"),
     ("DOCKER_HOST", "a\0b", "has a NUL"),
@@ -252,7 +278,7 @@ BAD = [
 def test_a_bad_value_is_one_line_with_its_place(
     project: Path, name: str, text: str, message: str
 ) -> None:
-    (problem,) = problems(project, f'\n{name}="{text}"\n')
+    (problem,) = problems(project, f'\n{name}="{text}"\n{BESIDE.get(name, "")}')
     assert problem.startswith(f".env:2: {name}: ")
     assert message in problem
     assert ";" in problem  # what is wrong; what would be right
@@ -260,10 +286,49 @@ def test_a_bad_value_is_one_line_with_its_place(
     assert "hunter2" not in problem
 
 
-def test_a_bad_binary_tarball(project: Path) -> None:
-    url, checksum = problems(project, "GUIX_BINARY_URL=file:///x\nGUIX_BINARY_SHA256=ABC\n")
-    assert "begins with https:// or http://" in url
-    assert "write 64 lower case hex digits" in checksum
+@pytest.mark.parametrize("suffix", ["", "-linux-amd64", "-linux-arm-v7"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_tag_of_a_stage_is_no_tag_for_an_image(project: Path, stage: str, suffix: str) -> None:
+    tag = f"1.0-{stage}{suffix}"
+    (of_image,) = problems(project, f"IMAGE=app:{tag}\n")
+    assert of_image.startswith(f".env:1: IMAGE: a tag that ends in -{stage}{suffix} is a stage's; ")
+    (of_tags,) = problems(project, "IMAGE=app:1.0\n", {"TAGS": f"1.0 {tag}"})
+    assert of_tags == f"environment: TAGS: {tag!r} is a stage's; write another"
+    assert load(project, f"IMAGE=app:{stage}\nTAGS='{tag} 1x0-{stage} 1.0-my{stage}'\n").tags
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "missing"),
+    [
+        ("GUIX_BINARY_URL", "https://a.example/x", "GUIX_BINARY_SHA256"),
+        ("GUIX_BINARY_SHA256", HEX, "GUIX_BINARY_URL"),
+        ("DOCKER_USERNAME", "hunter2", "DOCKER_PASSWORD"),
+        ("DOCKER_USERNAME_FILE", "a.pub", "DOCKER_PASSWORD"),
+        ("DOCKER_PASSWORD", "hunter2", "DOCKER_USERNAME"),
+        ("DOCKER_PASSWORD_FILE", "a.pub", "DOCKER_USERNAME"),
+    ],
+)
+def test_half_of_a_pair_is_refused(project: Path, name: str, text: str, missing: str) -> None:
+    expected = f"{name}: needs {missing} too; set both or neither"
+    assert problems(project, f"{name}={text}\n") == [f".env:1: {expected}"]
+    # An empty value is none.
+    assert problems(project, f"{missing}=\n", {name: text}) == [f"environment: {expected}"]
+
+
+@pytest.mark.parametrize("lock", ["channels.scm", "folder/../channels.scm", "link.scm"])
+def test_the_lock_is_not_the_channels_file(project: Path, lock: str) -> None:
+    (project / "link.scm").symlink_to("channels.scm")
+    text = f"GUIX_CHANNELS=channels.scm\nGUIX_CHANNELS_LOCK={lock}\n"
+    (problem,) = problems(project, text)
+    assert problem.startswith(".env:2: GUIX_CHANNELS_LOCK: pull would overwrite GUIX_CHANNELS; ")
+    assert load(project, text, {"GUIX_CHANNELS_LOCK": "other.scm"}).guix_channels_lock
+
+
+def test_the_default_lock_is_not_the_channels_file_either(project: Path) -> None:
+    (project / "channels.lock.scm").touch()
+    (problem,) = problems(project, "GUIX_CHANNELS=channels.lock.scm\n")
+    assert problem.startswith("default: GUIX_CHANNELS_LOCK: pull would overwrite GUIX_CHANNELS; ")
+    assert load(project, "GUIX_CHANNELS=channels.lock.scm\nGUIX_CHANNELS_LOCK=\n").guix_channels
 
 
 def test_the_environment_and_options_are_named_as_places(project: Path) -> None:
@@ -311,6 +376,7 @@ VALUES: dict[str, str | list[str]] = {
     "BUILD_ARGS": "A={}",
     "BUILD_SECRETS": "id{}=/dev/null",
     "GUIX_CHANNELS": "FILES/{}.pub",
+    "GUIX_CHANNELS_LOCK": "/{}",
     "GUIX_MANIFEST": "FILES/{}.pub",
     "GUIX_PACKAGES": "hello@{}",
     "GUIX_SUBSTITUTE_URLS": "https://a.example/{}",
@@ -323,13 +389,10 @@ VALUES: dict[str, str | list[str]] = {
     "NETWORK": "{}",
     "STAGE_MEMORY": "{}g",
     "STAGE_TIMEOUT": "{}",
+    "CACHE_VOLUME": "{}",
+    "CACHE_IMAGE": "example.org/cache:{}",
     "DOCKER_USERNAME": "{}",
     "DOCKER_PASSWORD": "{}",
-}
-# What one of them cannot be without.
-BESIDE = {
-    "GUIX_BINARY_URL": f"GUIX_BINARY_SHA256={HEX}\n",
-    "GUIX_BINARY_SHA256": "GUIX_BINARY_URL=https://a.example/x\n",
 }
 
 
@@ -347,7 +410,7 @@ def test_later_wins(project: Path, name: str) -> None:
     def now() -> Any:
         return getattr(load_settings(project, cwd, environ, overrides), name.lower())
 
-    seen = [] if name in BESIDE else [now()]
+    seen = [now()]
     (project / ".env").write_text(f"{BESIDE.get(name, '')}{name}={texts[0]}\n")
     seen.append(now())
     (project / ".env.local").write_text(f"{name}={texts[1]}\n")
@@ -369,7 +432,7 @@ def test_later_wins(project: Path, name: str) -> None:
 
 
 def test_the_table_of_values_has_every_setting() -> None:
-    assert {*VALUES, "GUIX_SANDBOX"} == {name for name, _, _ in GOOD} | {*BESIDE}
+    assert {*VALUES, "GUIX_SANDBOX"} == {name for name, _, _ in GOOD}
 
 
 def test_env_file_names_several_from_the_current_folder(project: Path) -> None:
@@ -420,11 +483,13 @@ def test_relative_paths_start_where_they_are_written(project: Path) -> None:
 
 def test_an_empty_value_in_a_file_takes_a_value_away(project: Path) -> None:
     (project / ".env.local").write_text(
-        "TAGS=\nNETWORK=''\nDOCKER_PASSWORD=\nDOCKER_HOST=\nGUIX_CHANNELS= # none\n"
+        "TAGS=\nNETWORK=''\nDOCKER_USERNAME=\nDOCKER_PASSWORD=\nDOCKER_HOST=\n"
+        "GUIX_CHANNELS= # none\n"
     )
     settings = load(
         project,
-        "TAGS=a\nNETWORK=host\nDOCKER_PASSWORD=x\nDOCKER_HOST=y\nGUIX_CHANNELS=channels.scm\n",
+        "TAGS=a\nNETWORK=host\nDOCKER_USERNAME=x\nDOCKER_PASSWORD=x\nDOCKER_HOST=y\n"
+        "GUIX_CHANNELS=channels.scm\n",
     )
     assert settings.tags == ()
     assert (settings.network, settings.docker_password, settings.guix_channels) == (None,) * 3
@@ -441,6 +506,29 @@ def test_dockers_own_variables(project: Path) -> None:
     }
 
 
+def test_proxies_come_from_the_environment_alone(project: Path) -> None:
+    proxies = {
+        name: f"http://me:hunter2@{name.replace('_', '-')}.example"
+        for lower in ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
+        for name in (lower, lower.upper())
+    }
+    settings = load(project, "", {**proxies, "PROXY": "x", "rsync_proxy": "x"})
+    assert settings.proxies == proxies
+    assert "hunter2" not in repr(settings)
+    assert load(project, "HTTP_PROXY=x\n", {"NO_PROXY": "", "no_proxy": "*"}).proxies == {
+        "no_proxy": "*"
+    }
+
+
+def test_work_containers_get_the_proxies_of_the_settings(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("https_proxy", "http://not-this-one.example")
+    expected = {"GUIX_SANDBOX": "privileged"}
+    assert environment(load(project)) == expected
+    assert environment(load(project, "", {"no_proxy": "*"})) == {**expected, "no_proxy": "*"}
+
+
 def test_isolated_reads_one_file_and_nothing_else(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -449,13 +537,14 @@ def test_isolated_reads_one_file_and_nothing_else(
     for name, _, _ in settings_reference():
         monkeypatch.setenv(name, "example.org/real:3")
     monkeypatch.setenv("ENV_FILE", str(project / ".env"))
+    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
     monkeypatch.setenv("FROM_OUTSIDE", "real")
     file = project / "folder" / "demo.env"
     file.write_text("TAGS=${FROM_OUTSIDE:-demo}\nGUIX_CHANNELS=../channels.scm\n")
     settings = load_isolated(file)
     assert str(settings.image) == "localhost:5055/guix-example:latest"
     assert settings.tags == ("demo",)
-    assert settings.docker_environment == {}
+    assert settings.docker_environment == settings.proxies == {}
     assert settings.docker_password is None
     assert settings.dockerfile == project / "folder" / "Dockerfile"
     assert settings.guix_channels == project / "folder" / "../channels.scm"
@@ -563,16 +652,16 @@ def test_secrets_are_taken_literally(project: Path) -> None:
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
 def test_a_secret_from_a_file(project: Path, end: str) -> None:
     (project / "password").write_bytes(f"{PASSWORD}{end}".encode())
-    settings = load(project, "DOCKER_PASSWORD_FILE=${N}\n", {"N": "password"})
+    settings = load(project, f"DOCKER_PASSWORD_FILE=${{N}}\n{USER}", {"N": "password"})
     assert settings.docker_password == Secret(PASSWORD)
     assert settings.origin("DOCKER_PASSWORD") == ".env:1: DOCKER_PASSWORD_FILE"
-    assert load(project, "", {"DOCKER_PASSWORD_FILE": "password"}) == settings
+    assert load(project, USER, {"DOCKER_PASSWORD_FILE": "password"}) == settings
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"hunter\0two", b"hunter2\xff"])
 def test_a_file_without_a_secret(project: Path, content: bytes) -> None:
     (project / "password").write_bytes(content)
-    (problem,) = problems(project, "DOCKER_PASSWORD_FILE=password\n")
+    (problem,) = problems(project, f"DOCKER_PASSWORD_FILE=password\n{USER}")
     assert problem.startswith(".env:1: DOCKER_PASSWORD_FILE: the file ")
     assert "hunter" not in problem
 
@@ -580,22 +669,22 @@ def test_a_file_without_a_secret(project: Path, content: bytes) -> None:
 def test_a_secret_given_twice_in_one_source(project: Path) -> None:
     (project / "password").write_text("a")
     text = "DOCKER_PASSWORD_FILE=password\nDOCKER_PASSWORD=b\n"
-    assert problems(project, text) == [
+    assert problems(project, text + USER) == [
         ".env:1: DOCKER_PASSWORD_FILE: DOCKER_PASSWORD is set too; keep one of the two"
     ]
     environ = {"DOCKER_USERNAME": "a", "DOCKER_USERNAME_FILE": "password"}
-    (problem,) = problems(project, "", environ)
+    (problem,) = problems(project, "DOCKER_PASSWORD=b\n", environ)
     assert problem.startswith("environment: DOCKER_USERNAME_FILE: ")
 
 
 def test_a_secret_in_a_later_source_replaces_the_earlier_one(project: Path) -> None:
     (project / "password").write_text("from the file\n")
-    in_file, literal = "DOCKER_PASSWORD_FILE=password\n", "DOCKER_PASSWORD=literal\n"
+    in_file, literal = f"DOCKER_PASSWORD_FILE=password\n{USER}", f"DOCKER_PASSWORD=literal\n{USER}"
     environ = {"DOCKER_PASSWORD_FILE": "password"}
     assert load(project, literal, environ).docker_password == Secret("from the file")
     assert load(project, in_file, {"DOCKER_PASSWORD": "x"}).docker_password == Secret("x")
     assert load(project, in_file + "DOCKER_PASSWORD=\n").docker_password == Secret("from the file")
-    (project / ".env.local").write_text("DOCKER_PASSWORD=\n")
+    (project / ".env.local").write_text("DOCKER_PASSWORD=\nDOCKER_USERNAME=\n")
     assert load(project, in_file).docker_password is None
 
 
@@ -631,7 +720,7 @@ def test_no_secret_in_a_repr_or_in_an_error(project: Path) -> None:
 
 
 def test_the_second_line_of_a_secret_is_not_repeated_in_a_note(project: Path) -> None:
-    notes = load(project, "DOCKER_PASSWORD=aGVsbG8\nd29ybGQh=\n").notes
+    notes = load(project, f"DOCKER_PASSWORD=aGVsbG8\nd29ybGQh=\n{USER}").notes
     assert notes == (".env:2: sets what is not a setting of guix-tasks; ignored",)
 
 
@@ -656,7 +745,7 @@ def test_the_processs_environment_is_neither_read_nor_written(
 ) -> None:
     with monkeypatch.context() as patched:  # pytest itself needs it again afterwards
         patched.setattr(os, "environ", Untouchable())
-        settings = load(project, "IMAGE=${A}/b\nDOCKER_PASSWORD=x\n", {"A": "a"})
+        settings = load(project, "IMAGE=${A}/b\nTAGS=x\n", {"A": "a", "no_proxy": "x"})
         assert str(settings.image) == "a/b:latest"
         assert problems(project, "IMAGE=A\n")
 

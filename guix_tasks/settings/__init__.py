@@ -1,0 +1,329 @@
+"""The settings: what they are, what their values are, and what is wrong with them.
+
+Each setting is described once, on its field of ``Settings``: how it is read, what it does, its
+default as one would write it in an env file.  ``load_settings``, ``.env.example``
+(``python -m guix_tasks.settings`` prints it) and the README's table come from that.
+
+Later wins: defaults, ``.env``, ``.env.local``, the files that ``ENV_FILE`` names, the
+process's environment, the task's own options.  The environment is read from the mapping
+that is passed in, and never written.
+"""
+
+# ruff: noqa: RUF009 -- _setting() makes a dataclass field, as field() does
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from guix_tasks.errors import SettingsError
+from guix_tasks.reference import ImageReference, Platform, quoted
+from guix_tasks.settings import parsers
+from guix_tasks.settings.sources import Setting, Sources
+from guix_tasks.settings.values import Mount, Sandbox, Secret
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+__all__ = [
+    "Mount",
+    "Sandbox",
+    "Secret",
+    "Settings",
+    "example_text",
+    "load_isolated",
+    "load_settings",
+    "settings_reference",
+]
+
+# --- What they are --------------------------------------------------------------------------
+
+
+def _setting(parse: parsers.Parser, doc: str, **more: Any) -> Any:
+    return field(metadata={"setting": Setting(parse, doc, **more)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that a user can set, as values; a field is its setting's name in lower case.
+
+    An empty setting is ``None``, or an empty tuple or mapping.  Every path is absolute.
+    """
+
+    image: ImageReference = _setting(
+        parsers.image,
+        "The image to make and push: REGISTRY/REPOSITORY[:TAG]; no tag means latest.",
+        default="localhost:5055/guix-example",
+        group="The image",
+    )
+    tags: tuple[str, ...] = _setting(
+        parsers.list_of(parsers.tag),
+        "More tags of the same repository that push pushes, as: 1.0 stable.",
+    )
+    platforms: tuple[Platform, ...] = _setting(
+        parsers.platforms,
+        "The platform to make it for, one at a time, as linux/arm64; empty: the engine's own.",
+    )
+
+    base_image: ImageReference = _setting(
+        parsers.reference,
+        "The image that the Dockerfile begins from.",
+        default="metacall/guix:latest",
+        group="The base stage",
+    )
+    dockerfile: Path = _setting(
+        parsers.path, "The Dockerfile of the base stage.", default="Dockerfile"
+    )
+    build_context: Path = _setting(
+        parsers.path, "The folder that the Dockerfile copies from.", default="."
+    )
+    build_args: Mapping[str, str] = _setting(
+        parsers.mapping_of(parsers.build_arg), "Build arguments: NAME=VALUE ..."
+    )
+    build_secrets: Mapping[str, Path] = _setting(
+        parsers.mapping_of(parsers.build_secret),
+        "Files that RUN --mount=type=secret sees: ID=FILE ...",
+    )
+    guix_binary_url: str | None = _setting(
+        parsers.optional(parsers.url("https", "http")),
+        "The address of GNU's binary tarball, for a base without Guix; needs the checksum too.",
+    )
+    guix_binary_sha256: str | None = _setting(
+        parsers.optional(parsers.sha256), "The SHA-256 checksum of that tarball, 64 hex digits."
+    )
+
+    guix_channels: Path | None = _setting(
+        parsers.optional(parsers.file), "The channels.scm that pull pulls.", group="Guix"
+    )
+    guix_channels_lock: Path | None = _setting(
+        parsers.optional(parsers.path),
+        "Where pull writes the commits that it got, and pulls again; empty: channels float.",
+        default="channels.lock.scm",
+    )
+    guix_manifest: Path | None = _setting(
+        parsers.optional(parsers.file), "The manifest.scm that install installs."
+    )
+    guix_packages: tuple[str, ...] = _setting(
+        parsers.list_of(parsers.package),
+        "Packages that install installs: NAME[@VERSION][:OUTPUT] ...",
+        option="package",
+    )
+    guix_substitute_urls: tuple[str, ...] = _setting(
+        parsers.list_of(parsers.url("https", "http", "file")),
+        "Substitute servers instead of Guix's own, the preferred one first.",
+    )
+    guix_substitute_keys: tuple[Path, ...] = _setting(
+        parsers.list_of(parsers.public_key),
+        "Public keys of substitute servers to trust: .pub files.",
+    )
+    guix_sandbox: Sandbox = _setting(
+        parsers.sandbox,
+        "How work containers are run, so that Guix can build in them.",
+        default="privileged",
+    )
+    guix_cores: int | None = _setting(
+        parsers.optional(parsers.number(0)), "Cores that each Guix build may use; 0: all of them."
+    )
+    guix_max_jobs: int | None = _setting(
+        parsers.optional(parsers.number(1)), "Guix builds that may run side by side."
+    )
+
+    mounts: tuple[Mount, ...] = _setting(
+        parsers.mounts,
+        "Local files and folders that stages see: SOURCE:TARGET[:ro] ...",
+        group="Work containers",
+    )
+    network: str | None = _setting(
+        parsers.optional(parsers.network),
+        "none, host, or a network's name; empty: the engine's default.",
+    )
+    stage_memory: int | None = _setting(
+        parsers.optional(parsers.memory),
+        "The memory that a stage may use, as 512m or 4g; empty: no limit.",
+    )
+    stage_timeout: int | None = _setting(
+        parsers.optional(parsers.seconds),
+        "The time that a stage may take, as 45s, 90m or 2h; empty: no limit.",
+    )
+
+    cache_volume: str | None = _setting(
+        parsers.optional(parsers.volume),
+        "What the names of the volumes for caches begin with; empty: caches stay in the image.",
+        default="guix-tasks-cache",
+        group="Caches",
+    )
+    cache_image: ImageReference | None = _setting(
+        parsers.optional(parsers.cache_image),
+        "A repository, REGISTRY/REPOSITORY, that finished stages are pushed to and taken from.",
+    )
+
+    docker_username: Secret | None = _setting(
+        parsers.optional(parsers.plain(Secret)),
+        "The user to push as; taken literally, with any ${...} in it.",
+        group="The registry's account",
+        secret=True,
+    )
+    docker_password: Secret | None = _setting(
+        parsers.optional(parsers.plain(Secret)),
+        "That user's password or token; taken literally, with any ${...} in it.",
+        secret=True,
+    )
+
+    docker_environment: Mapping[str, str]
+    """Docker's own variables that are set (``DOCKER_HOST``, …), for whoever finds the engine."""
+
+    proxies: Mapping[str, str] = field(repr=False)
+    """The proxy variables of the process's environment; there may be a password in one."""
+
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What deserves a warning, a line each."""
+
+    origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Where each setting comes from; see ``origin``."""
+
+    @property
+    def platform(self) -> Platform | None:
+        """The platform to build for, where one is asked for."""
+        return self.platforms[0] if self.platforms else None
+
+    def origin(self, name: str) -> str:
+        """How an error about a setting begins: ``.env:3: IMAGE``, ``option --image``."""
+        return self.origins.get(name, f"default: {name}")
+
+
+_SETTINGS: Mapping[str, Setting] = {
+    entry.name.upper(): entry.metadata["setting"]
+    for entry in fields(Settings)
+    if "setting" in entry.metadata
+}
+
+# docs.docker.com/reference/cli/docker, "Environment variables"
+_DOCKER_VARIABLES = {
+    "DOCKER_HOST": Setting(
+        parsers.plain(str),
+        "The engine: unix:///SOCKET, tcp://HOST:PORT or ssh://HOST.",
+        group="Docker's own variables",
+    ),
+    "DOCKER_CONTEXT": Setting(parsers.plain(str), "The context of the docker command line."),
+    "DOCKER_CONFIG": Setting(
+        parsers.optional(parsers.path), "The docker command line's own folder."
+    ),
+    "DOCKER_TLS_VERIFY": Setting(parsers.plain(str), "Not empty: verify the engine's certificate."),
+    "DOCKER_CERT_PATH": Setting(
+        parsers.optional(parsers.path), "The folder with the TLS certificates."
+    ),
+}
+
+
+def _known() -> Iterator[tuple[str, Setting]]:
+    for name, setting in _SETTINGS.items():
+        yield name, setting
+        if setting.secret:
+            doc = f"Instead of {name}: a file that holds it."
+            yield f"{name}_FILE", Setting(parsers.optional(parsers.secret_file), doc)
+    yield from _DOCKER_VARIABLES.items()
+
+
+_KNOWN = dict(_known())
+
+_LOWER_CASE_PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
+_PROXIES = (*_LOWER_CASE_PROXIES, *map(str.upper, _LOWER_CASE_PROXIES))
+
+
+def settings_reference() -> list[tuple[str, str, str]]:
+    """Every key that an env file can have: its name, its default as text, what it does."""
+    return [(name, setting.default, setting.doc) for name, setting in _KNOWN.items()]
+
+
+def example_text() -> str:
+    """The content of ``.env.example``."""
+    lines = [
+        "# The settings of guix-tasks, each with its default.  Copy this file to .env.",
+        "#",
+        "# Later wins: .env, .env.local, the files that the variable ENV_FILE names (separated by",
+        "# commas), the environment, the options of a task.  Relative paths start from the folder",
+        "# of the file they are in.  Items of a list are separated by spaces; quotes hold an item",
+        "# with spaces together.  ${NAME} is the value of a variable or of a setting further up.",
+    ]
+    for name, setting in _KNOWN.items():
+        if setting.group:
+            lines += ["", f"# --- {setting.group} ---"]
+        key = f"{name}={setting.default}" if setting.default else f"#{name}="
+        lines += ["", f"# {setting.doc}", key]
+    return "\n".join(lines) + "\n"
+
+
+# --- What their values are ------------------------------------------------------------------
+
+
+def load_settings(
+    project: Path,
+    cwd: Path,
+    environ: Mapping[str, str],
+    overrides: Mapping[str, str | Sequence[str]] = MappingProxyType({}),
+) -> Settings:
+    """Read every source; raises ``SettingsError`` with all that is wrong in them.
+
+    Relative paths start from ``project`` in the defaults, and from ``cwd`` in the
+    environment and in ``overrides``.  Those are the task's options by the setting's name;
+    an empty one counts as not given, and the items of a sequence are taken as they are.
+    """
+    project, cwd = project.absolute(), cwd.absolute()
+    sources = Sources(_KNOWN, environ, project)
+    for path in (project / ".env", project / ".env.local"):
+        sources.add_file(path, _shown(path, cwd), optional=True)
+    for name in filter(None, map(str.strip, environ.get("ENV_FILE", "").split(","))):
+        sources.add_file(cwd / name, _shown(cwd / name, cwd), asked_by="environment: ENV_FILE: ")
+    sources.add_environ(cwd)
+    sources.add_overrides(overrides, cwd)
+    return _settings(sources, environ)
+
+
+def load_isolated(env_file: Path) -> Settings:
+    """Read the defaults and one file, and nothing of the environment or of a project.
+
+    For the demo, which must never push to where the user's own settings point.  Relative
+    paths start from the file's folder.  Raises ``SettingsError`` with all that is wrong.
+    """
+    sources = Sources(_KNOWN, {}, env_file.absolute().parent)
+    sources.add_file(env_file.absolute(), _shown(env_file, Path()))
+    return _settings(sources, {})
+
+
+def _shown(path: Path, cwd: Path) -> str:
+    """A file's name for messages: as short as it can be, and always on one line."""
+    text = str(path.relative_to(cwd) if path.is_relative_to(cwd) else path)
+    return text if text.isprintable() else repr(text)
+
+
+def _settings(sources: Sources, environ: Mapping[str, str]) -> Settings:
+    values = sources.values()
+    _check_together(sources, values)
+    if sources.problems:
+        raise SettingsError(list(dict.fromkeys(sources.problems)))
+    docker = {name: str(values[name]) for name in _DOCKER_VARIABLES if values[name]}
+    return Settings(
+        **{name.lower(): values[name] for name in _SETTINGS},
+        docker_environment=MappingProxyType(docker),
+        proxies=MappingProxyType({name: environ[name] for name in _PROXIES if environ.get(name)}),
+        notes=tuple(dict.fromkeys(sources.notes)),
+        origins=MappingProxyType(sources.origins()),
+    )
+
+
+def _check_together(sources: Sources, values: Mapping[str, Any]) -> None:
+    """Refuse what is right by itself, and wrong beside another setting."""
+    for pair in (("GUIX_BINARY_URL", "GUIX_BINARY_SHA256"), ("DOCKER_USERNAME", "DOCKER_PASSWORD")):
+        for name, missing in (pair, pair[::-1]):
+            if sources.is_set(name) and not sources.is_set(missing):
+                sources.refuse(name, f"needs {missing} too; set both or neither")
+    image, tags = values["IMAGE"], values["TAGS"]
+    if image and tags:
+        stages = [tag for tag in tags if parsers.is_stage_tag(tag, image.tag)]
+        sources.refuse("TAGS", *(f"{quoted(tag)} is a stage's; write another" for tag in stages))
+    channels, lock = values["GUIX_CHANNELS"], values["GUIX_CHANNELS_LOCK"]
+    if channels and lock and os.path.realpath(channels) == os.path.realpath(lock):
+        sources.refuse("GUIX_CHANNELS_LOCK", "pull would overwrite GUIX_CHANNELS; name another")

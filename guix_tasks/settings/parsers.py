@@ -1,0 +1,311 @@
+"""From the text of a setting to its value.
+
+A parser takes the text, and the folder that a relative path in it starts from.  It raises a
+``ValueError`` with one argument for each problem: what is wrong; what would be right.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import urlsplit
+
+from guix_tasks.reference import DEFAULT_TAG, ImageReference, Platform, check_tag, quoted
+from guix_tasks.settings.values import Mount, Sandbox, Secret
+
+Parser = Callable[[str, Path], Any]
+
+
+def check_text(text: str) -> None:
+    """Refuse what no file name, no command and no engine can take."""
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("has a NUL or a broken character in it; write UTF-8 text")
+
+
+# --- Parsers made of others -----------------------------------------------------------------
+
+
+def plain(parse: Callable[[str], object]) -> Parser:
+    """Make a parser of a function that needs no folder."""
+    return lambda text, _base: parse(text)
+
+
+def optional(parse: Parser) -> Parser:
+    """Let empty text be ``None``."""
+    return lambda text, base: parse(text, base) if text else None
+
+
+def list_of(parse: Parser) -> Parser:
+    """Take items separated as a shell separates words; one given twice counts once."""
+
+    def parse_all(text: str, base: Path) -> tuple[Any, ...]:
+        try:
+            words = shlex.split(text)
+        except ValueError:
+            raise ValueError("a quote is not closed, or a backslash ends it; close it") from None
+        values: list[Any] = []
+        problems: list[str] = []
+        for word in words:
+            hint = "; items are separated by spaces, not commas" if "," in word else ""
+            try:
+                values.append(parse(word, base))
+            except ValueError as error:
+                problems += [f"{problem}{hint}" for problem in error.args]
+        if problems:
+            raise ValueError(*problems)
+        return tuple(dict.fromkeys(values))
+
+    return parse_all
+
+
+def mapping_of(parse: Parser) -> Parser:
+    """Take a list of pairs, no two of which have the same first half."""
+
+    def parse_all(text: str, base: Path) -> Mapping[str, Any]:
+        pairs = list_of(parse)(text, base)
+        _no_duplicates([name for name, _ in pairs])
+        return MappingProxyType(dict(pairs))
+
+    return parse_all
+
+
+def _no_duplicates(names: Sequence[str]) -> None:
+    twice = dict.fromkeys(name for name in names if names.count(name) > 1)
+    if twice:
+        raise ValueError(*(f"{quoted(name)} is given twice; keep one" for name in twice))
+
+
+# --- Words and numbers ----------------------------------------------------------------------
+
+
+def _matching(pattern: str, rule: str) -> Parser:
+    """Take text of one form as it is; ``rule`` says what is wrong with any other, and right."""
+    expression = re.compile(pattern, re.ASCII)
+
+    def parse(text: str, _base: Path) -> str:
+        if not expression.fullmatch(text):
+            raise ValueError(f"{quoted(text)} {rule}")
+        return text
+
+    return parse
+
+
+package = _matching(
+    # Strict, so that nothing that looks like an option or a file is ever taken for a package.
+    r"[A-Za-z0-9][\w+.-]*(@[A-Za-z0-9][\w+.~^-]*)?(:[A-Za-z0-9][\w.-]*)?",
+    "is not a package; write NAME, NAME@VERSION or NAME@VERSION:OUTPUT",
+)
+sha256 = _matching("[0-9a-f]{64}", "is not a SHA-256 checksum; write 64 lower case hex digits")
+volume = _matching(
+    r"[A-Za-z0-9][\w.-]{,60}", "is not the name of a volume; write letters and digits"
+)
+network = _matching(r"[A-Za-z0-9][\w.-]*", "is not a network; write none, host, or a name")
+
+
+def sandbox(text: str, _base: Path) -> Sandbox:
+    try:
+        return Sandbox(text)
+    except ValueError:
+        allowed = ", ".join(each.value for each in Sandbox)
+        raise ValueError(f"{quoted(text)} is not a sandbox; write one of: {allowed}") from None
+
+
+def number(least: int) -> Parser:
+    def parse(text: str, _base: Path) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+            raise ValueError(f"{quoted(text)} is not a whole number from {least} on; write one")
+        return int(text)
+
+    return parse
+
+
+_MEMORY_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_MEMORY_LEAST = 6 << 20  # the Docker Engine refuses less
+
+
+def memory(text: str, _base: Path) -> int:
+    """Bytes, with the binary suffixes of ``docker run --memory``."""
+    match = re.fullmatch(r"([0-9]{1,15})([bkmg]?)", text.lower())
+    size = int(match[1]) * _MEMORY_UNITS[match[2]] if match else 0
+    if size < _MEMORY_LEAST:
+        raise ValueError(f"{quoted(text)} is not an amount from 6m on; write one, as 512m or 4g")
+    return size
+
+
+_TIME_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+def seconds(text: str, _base: Path) -> int:
+    match = re.fullmatch(r"([0-9]{1,7})([smh]?)", text)
+    time = int(match[1]) * _TIME_UNITS[match[2]] if match else 0
+    if not time:
+        raise ValueError(f"{quoted(text)} is not a time; write seconds, or as 45s, 90m or 2h")
+    return time
+
+
+def url(*schemes: str) -> Parser:
+    """Take URLs without what a shell, or Guix's lists of URLs, would take apart."""
+    prefixes = tuple(f"{scheme}://" for scheme in schemes)
+    right = f"write one that begins with {' or '.join(prefixes)}"
+
+    def parse(text: str, _base: Path) -> str:
+        # A password in a URL would be seen on command lines; nor may it be seen in an error.
+        if "@" in text:
+            raise ValueError("a URL has a user or a password in it; leave out all up to the '@'")
+        try:
+            parts = urlsplit(text)
+            _ = parts.port  # raises where it is not a port
+        except ValueError:
+            raise ValueError(f"{quoted(text)} is not a URL; {right}") from None
+        place = parts.path if parts.scheme == "file" else parts.hostname
+        if not text.startswith(prefixes) or not place:
+            raise ValueError(f"{quoted(text)} is not a URL for this; {right}")
+        if not re.fullmatch(r"[\w%+,\-./:=?&\[\]~]+", text, re.ASCII):
+            raise ValueError(f"{quoted(text)} has a character that a URL cannot have; write %XX")
+        return text
+
+    return parse
+
+
+# --- Images ---------------------------------------------------------------------------------
+
+# A stage's tag is that of IMAGE with "-STAGE" or "-STAGE-OS-ARCH" behind it.
+_STAGE_SUFFIX = r"-(base|pull|install)(-linux-.+)?"
+_TAG_MAX = 100  # of the 128 characters that a tag can have
+
+
+def is_stage_tag(tag: str, image_tag: str) -> bool:
+    """Whether a stage of the image with ``image_tag`` could have this tag."""
+    return re.fullmatch(re.escape(image_tag) + _STAGE_SUFFIX, tag) is not None
+
+
+def reference(text: str, _base: Path) -> ImageReference:
+    parsed = ImageReference.parse(text)
+    bare = parsed.tag is None and parsed.digest is None
+    return parsed.with_tag(DEFAULT_TAG) if bare else parsed
+
+
+def image(text: str, base: Path) -> ImageReference:
+    parsed = reference(text, base)
+    if parsed.digest is not None:
+        raise ValueError("a digest stands for one image for ever, and IMAGE moves; write a tag")
+    tag = parsed.tag or ""
+    if len(tag) > _TAG_MAX:
+        raise ValueError(f"the tag leaves no room for a stage's; write {_TAG_MAX} letters at most")
+    if stage := re.search(rf"{_STAGE_SUFFIX}\Z", tag):
+        raise ValueError(f"a tag that ends in {stage[0]} is a stage's; write one that does not")
+    return parsed
+
+
+def cache_image(text: str, base: Path) -> ImageReference:
+    parsed = reference(text, base)
+    if parsed.digest is not None:
+        raise ValueError("a digest names no repository; write REGISTRY/REPOSITORY")
+    return parsed
+
+
+def tag(text: str, _base: Path) -> str:
+    check_tag(text)
+    return text
+
+
+def platforms(text: str, base: Path) -> tuple[Platform, ...]:
+    found: tuple[Platform, ...] = list_of(plain(Platform.parse))(text, base)
+    if len(found) > 1:
+        raise ValueError("an image is made for one platform at a time; write one of them")
+    return found
+
+
+# --- Files and folders ----------------------------------------------------------------------
+
+
+def path(text: str, base: Path) -> Path:
+    if not text:
+        raise ValueError("a path is empty; name a file or a folder")
+    return base / text
+
+
+def file(text: str, base: Path) -> Path:
+    """Take a path to something that is there, and no folder."""
+    place = path(text, base)
+    if stat.S_ISDIR(_mode(place)):
+        raise ValueError(f"{quoted(str(place))} is a folder; name a file")
+    return place
+
+
+def _mode(place: Path) -> int:
+    shown = quoted(str(place))
+    try:
+        return place.stat().st_mode
+    except OSError as error:
+        problem = f"{shown}: {error.strerror}; make it, or name another"
+        if "~" in place.parts:
+            problem = f"{shown} does not exist; '~' is not known here, write ${{HOME}}"
+        raise ValueError(problem) from None
+
+
+def public_key(text: str, base: Path) -> Path:
+    # Beside a public key lies the private one, signing-key.sec, which must not reach an image.
+    if not text.endswith(".pub"):
+        raise ValueError(f"{quoted(text)} is not a public key; name a file that ends in .pub")
+    return file(text, base)
+
+
+def secret_file(text: str, base: Path) -> Secret:
+    """The secret that a file holds, without the newline that an editor puts at its end.
+
+    Its path is not repeated in an error: a password may be there by mistake.
+    """
+    try:
+        secret = (base / text).read_text(encoding="utf-8-sig").removesuffix("\n")
+    except OSError as error:
+        raise ValueError(f"the file: {error.strerror}; make it, or name another") from None
+    except UnicodeDecodeError:
+        raise ValueError("the file is not UTF-8; write the secret in UTF-8") from None
+    if not secret or "\0" in secret:
+        raise ValueError("the file holds no text; write the secret into it")
+    return Secret(secret)
+
+
+def mounts(text: str, base: Path) -> tuple[Mount, ...]:
+    found: tuple[Mount, ...] = list_of(_mount)(text, base)
+    _no_duplicates([mount.target for mount in found])
+    return found
+
+
+def _mount(text: str, base: Path) -> Mount:
+    source, _, rest = text.partition(":")
+    target, colon, mode = rest.partition(":")
+    if not source or not target or (colon and mode not in {"ro", "rw"}):
+        raise ValueError(f"{quoted(text)} is not a mount; write SOURCE:TARGET or SOURCE:TARGET:ro")
+    inside = PurePosixPath(target.lstrip("/"))
+    if not target.startswith("/") or ".." in inside.parts or not inside.parts:
+        raise ValueError(f"{quoted(target)} is not a place in a container; write /FOLDER/NAME")
+    outside = path(source, base)
+    _mode(outside)  # raises where nothing is there
+    return Mount(outside, f"/{inside}", mode == "ro")
+
+
+# --- Pairs for a build ----------------------------------------------------------------------
+
+
+def build_arg(text: str, _base: Path) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+        raise ValueError(f"{quoted(name)} is not a build argument; write NAME=VALUE")
+    return name, value
+
+
+def build_secret(text: str, base: Path) -> tuple[str, Path]:
+    name, equals, source = text.partition("=")
+    if not equals or not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
+        raise ValueError(f"{quoted(text)} is not a secret's ID with its file; write ID=FILE")
+    place = file(source, base)
+    if "," in str(place):
+        raise ValueError(f"{quoted(str(place))} has a comma, where buildx ends a path; rename it")
+    return name, place

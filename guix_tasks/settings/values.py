@@ -1,0 +1,46 @@
+"""Values that only settings have; those of images and platforms are in ``reference``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Secret:
+    """Text that shows itself only when it is asked to: not in a repr, a log, an error."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(…)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._value == self._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+
+class Sandbox(Enum):
+    """How a work container is run so that the Guix daemon can isolate its builds."""
+
+    PRIVILEGED = "privileged"
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A local file or folder that a work container sees at an absolute path of its own."""
+
+    source: Path
+    target: str
+    read_only: bool = False
