@@ -94,7 +94,7 @@ def guarded() -> Iterator[None]:
     from guix_tasks.errors import GuixTasksError, SettingsError, StoppedError
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise StoppedError("stopped by SIGTERM; what was under way has been undone")
+        raise StoppedError
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -107,7 +107,7 @@ def guarded() -> Iterator[None]:
         Console().error(str(error))
         raise Exit(code=error.exit_code) from None
     except KeyboardInterrupt:
-        Console().error("interrupted; what was under way has been undone")
+        Console().error("stopped; what was under way has been undone")
         raise Exit(code=StoppedError.exit_code) from None
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("docker", "dotenv", "requests"):

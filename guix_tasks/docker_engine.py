@@ -279,10 +279,9 @@ class DockerEngine:
             except docker.errors.NotFound:
                 return
 
-    def commit(self, container: str, reference: str, config: Mapping[str, Any]) -> str:
-        repository, _, tag = reference.rpartition(":")
-        with self._speaking(f"commit {reference}"):
-            return str(self._slow.commit(container, repository, tag, conf=dict(config))["Id"])
+    def commit(self, container: str, config: Mapping[str, Any]) -> str:
+        with self._speaking("commit a container"):
+            return str(self._slow.commit(container, conf=dict(config))["Id"])
 
     def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
         repository, _, tag = reference.rpartition(":")

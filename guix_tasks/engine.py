@@ -189,8 +189,8 @@ class Engine(Protocol):
     def remove(self, container: str) -> None:
         """Remove a container, running or not.  One that is not there is no error."""
 
-    def commit(self, container: str, reference: str, config: Mapping[str, Any]) -> str:
-        """Make an image of a container with exactly this configuration; its ID."""
+    def commit(self, container: str, config: Mapping[str, Any]) -> str:
+        """Make an image of a container with exactly this configuration; its ID, as yet no tag."""
 
     def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
         """Make an image of one layer from a tar archive; its ID."""
@@ -322,19 +322,18 @@ class TracedEngine:
         if self._perform:
             self._engine.remove(container)
 
-    def commit(self, container: str, reference: str, config: Mapping[str, Any]) -> str:
-        self._show("commit", container, reference)
+    def commit(self, container: str, config: Mapping[str, Any]) -> str:
+        self._show("commit", container)
         if self._perform:
-            return self._engine.commit(container, reference, config)
+            return self._engine.commit(container, config)
         # A commit adds one layer to those of the container's image.
+        image = f"dry-run:{container}"
         spec = self._specs.get(container)
         parent = self.image(spec.image) if spec else None
         if parent:
-            layers = (*parent.layers, f"dry-run:{reference}")
-            self._images[reference] = replace(
-                parent, id=reference, layers=layers, config=config, digests=()
-            )
-        return reference
+            layers = (*parent.layers, image)
+            self._images[image] = replace(parent, id=image, layers=layers, config=config)
+        return image
 
     def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
         self._show("import", "-", reference)

@@ -61,7 +61,7 @@ class BuilderError(GuixTasksError):
     exit_code = 6
 
 
-class StoppedError(GuixTasksError):
-    """Ctrl-C or SIGTERM; what was under way has been undone."""
+class StoppedError(KeyboardInterrupt):
+    """SIGTERM: as Ctrl-C, nothing that handles errors may take it for one of them."""
 
     exit_code = 130

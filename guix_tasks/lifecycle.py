@@ -139,6 +139,8 @@ class Lifecycle:
         """Make a stage and the parents that it lacks, unless it is up to date."""
         state = self.state(name, wishes.packages)
         again = wishes.force or not wishes.commit or self._is_floating(name, wishes)
+        # Who asked for the packages is on the label, and what push compares.
+        again = again or (name == "install" and wishes.packages != given_packages(state.image))
         if not again and (self._up_to_date(state) or self._from_cache(name, state)):
             self._project.console.say(f"{name}: up to date")
         elif name == "base":
@@ -219,7 +221,8 @@ class Lifecycle:
         labels = stage_labels("base", "", base_inputs(project.engine, settings, {}))
         # The label that proves a stage names the layers, which are known only now.
         with unstarted_container(project.engine, settings, built) as container:
-            image = commit_image(project, container, parent, self._ledger.tag("base"), labels)
+            tag = self._ledger.tag("base")
+            image = commit_image(project, container, parent, tag, labels, own_layers=0)
         say_done(project, "base", started)
         self._to_cache("base", image)
 

@@ -174,21 +174,26 @@ def commit_image(
     labels: Mapping[str, str],
     *,
     like: Image | None = None,
+    own_layers: int = 1,
 ) -> Image:
     """Commit a container of ``parent`` with more labels and the configuration of its parent.
 
     ``like`` is the image whose configuration it is to have, where that is another.  Docker gives
-    an image no layer for a container that changed nothing, which shows only afterwards; the
-    label that counts the layers is then mended by a second commit.
+    an image no layer for a container that changed nothing; how many it got shows only
+    afterwards, and where it is not ``own_layers``, the label that counts them takes a second
+    commit.  Only what is proven gets the tag.
     """
-    for own in (1, 0):
+    engine = project.engine
+    for own in (own_layers, 1 - own_layers):
         seals = {LAYERS_LABEL: seal(parent.layers, own)}
         config = committed_config(like or parent, {**labels, **seals})
-        project.engine.commit(container, tag, config)
-        image = project.engine.image(tag)
+        image = engine.image(engine.commit(container, config))
         if image and proven_stage(image):
+            engine.tag(image.id, tag)
             return image
-    raise EngineError(f"the engine committed {tag} in a way that is not understood")
+        if image:
+            engine.drop(image.id)
+    raise EngineError(f"the engine commits {tag} in a way that is not understood")
 
 
 def committed_config(image: Image, labels: Mapping[str, str]) -> dict[str, Any]:

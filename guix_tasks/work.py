@@ -187,7 +187,7 @@ def common_inputs(settings: Settings) -> dict[str, str]:
     """
     return {
         "entry point": file_digest(IMAGE_FOLDER / "entry-point.sh"),
-        "substitute keys": text_digest(*map(file_digest, settings.guix_substitute_keys)),
+        "substitute keys": text_digest(*sorted(map(file_digest, settings.guix_substitute_keys))),
         **{f"mount {mount.target}": tree_digest(mount.source) for mount in settings.mounts},
         **platform_input(settings),
     }

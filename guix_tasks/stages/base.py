@@ -12,7 +12,7 @@ from guix_tasks.work import IMAGE_FOLDER, network, platform_input
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from guix_tasks.engine import Engine, Image
+    from guix_tasks.engine import Engine
     from guix_tasks.settings import Settings
 
 BASE_INPUT = "BASE_IMAGE"
@@ -41,24 +41,18 @@ def base_inputs(engine: Engine, settings: Settings, known: Mapping[str, str]) ->
     arguments = {name: text for name, text in spec.args.items() if name != BASE_INPUT}
     return {
         "Dockerfile": _dockerfile_digest(spec),
-        "build context": tree_digest(spec.context, engine.context_files(spec)),
-        "build arguments": text_digest(*(f"{name}={text}" for name, text in arguments.items())),
+        "build context": tree_digest(spec.context, _context_files(engine, settings, spec)),
+        "build arguments": text_digest(*sorted(f"{n}={text}" for n, text in arguments.items())),
         "entry point": tree_digest(IMAGE_FOLDER),
         BASE_INPUT: _base_image(engine, settings, known.get(BASE_INPUT, "")),
         **platform_input(settings),
     }
 
 
-def content_of(image: Image, repository: str) -> str:
-    """The digest that the registry knows an image by, or that of its content, if it knows none.
-
-    Content is layers and configuration: an image's ID and date differ from build to build.
-    """
-    for reference in image.digests:
-        name, _, digest = reference.partition("@")
-        if name == repository:
-            return digest
-    return text_digest(*image.layers, *(f"{k}={v}" for k, v in sorted(image.config.items())))
+def _context_files(engine: Engine, settings: Settings, spec: BuildSpec) -> list[str]:
+    """The build's context without the lock, which `pull` writes after the base is made."""
+    lock = settings.guix_channels_lock
+    return [each for each in engine.context_files(spec) if spec.context / each != lock]
 
 
 def _arguments(settings: Settings) -> dict[str, str]:
@@ -70,15 +64,23 @@ def _arguments(settings: Settings) -> dict[str, str]:
 
 
 def _base_image(engine: Engine, settings: Settings, known: str) -> str:
+    """The base image's name, and what tells one content of that name from another.
+
+    That is the digest that a registry knows it by, as any machine can ask for it; where none
+    does, a digest of its layers and configuration, since its ID and date differ from build to
+    build.  An image that gets a registry's digest by being pushed is still the same.
+    """
     reference = settings.base_image
     image = engine.image(str(reference))
-    if image:
-        digest = content_of(image, reference.name)
-    elif known.startswith(f"{reference} "):
-        return known
-    else:
-        digest = engine.remote_digest(str(reference)) or ""
-    return f"{reference} {digest}"
+    if image is None:
+        here = known.startswith(f"{reference} ")
+        return known if here else f"{reference} {engine.remote_digest(str(reference)) or ''}"
+    config = (f"{name}={value}" for name, value in sorted(image.config.items()))
+    content = text_digest(*image.layers, *config)
+    digests = [each.partition("@") for each in image.digests]
+    forms = [*(digest for name, _, digest in digests if name == reference.name), content]
+    names = [f"{reference} {form}" for form in forms]
+    return known if known in names else names[0]
 
 
 def _dockerfile_digest(spec: BuildSpec) -> str:
