@@ -166,7 +166,7 @@ class Lifecycle:
         stage = self._stage(name, wishes)
         parent = self._parent_image(name, wishes)
         before = self._ledger.find(name)
-        image = run_stage(self._project, stage, parent, commit=wishes.commit)
+        image = run_stage(self._project, stage, parent, commit=wishes.commit, force=wishes.force)
         if image:
             self._say_what_went(name, before, image)
             say_done(self._project, name, started)

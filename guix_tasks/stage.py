@@ -78,13 +78,13 @@ class Stage:
 
 
 def run_stage(
-    project: Project, stage: Stage, parent: Image, *, commit: bool = True
+    project: Project, stage: Stage, parent: Image, *, commit: bool = True, force: bool = False
 ) -> Image | None:
     """Run a stage's commands in a container of ``parent`` and commit it as the stage's image.
 
     With ``commit=False`` the container is left for ``inv commit``.  None where there is no new
-    image, because it is left or because what came out is what is there.  Raises ``StageError``
-    when a command fails; then nothing is committed and no tag has moved.
+    image, because it is left or because, without ``force``, what came out is what is there.
+    Raises ``StageError`` when a command fails; then nothing is committed and no tag has moved.
     """
     console, settings = project.console, project.settings
     console.say(f"{stage.name}: in a {settings.guix_sandbox.value} container")
@@ -102,7 +102,7 @@ def run_stage(
         inputs = settled.inputs(common_inputs(settings))
         labels = {**stage_labels(stage.name, key_of(parent), inputs), **stage.labels(report)}
         there = project.ledger.find(stage.name)
-        if settled is not stage and there and _is_same(there, parent, labels):
+        if not force and there and _is_same(there, parent, labels):
             console.say(f"{stage.name}: nothing new")
             return None
         tag = project.ledger.tag(stage.name)

@@ -1,0 +1,167 @@
+"""Only what changed is run, a fresh machine resumes, and images do not grow."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
+
+import pytest
+from harness import LOCK
+
+from guix_tasks.ledger import KEY_LABEL
+
+if TYPE_CHECKING:
+    from conftest import NewProject
+    from harness import Docker, Project
+
+pytestmark = pytest.mark.engine
+
+STAGES = ("base", "pull", "install")
+
+
+def layers(docker: Docker, image: str) -> list[str]:
+    return docker.ok("image", "inspect", "--format={{json .RootFS.Layers}}", image).split(",")
+
+
+def keys(docker: Docker, project: Project) -> dict[str, str]:
+    return {stage: docker.labels(project.tag(stage))[KEY_LABEL] for stage in STAGES}
+
+
+def test_nothing_changed_nothing_is_run(project: Project) -> None:
+    project.ok("push")
+    before = project.tags()
+    again = project.ok("base", "pull", "install", "push")
+    assert [line for line in again.stderr.splitlines() if line.endswith(": up to date")] == [
+        f"{stage}: up to date" for stage in STAGES
+    ]
+    assert "container" not in again.stderr
+    assert project.tags() == before
+
+
+def test_the_lock_is_what_the_image_describes_and_is_written_again(
+    project: Project, docker: Docker
+) -> None:
+    lock = project.folder / LOCK
+    text = lock.read_text()
+    described = docker.run(project.tag("pull"), "guix", "describe", "--format=channels")
+    assert text.strip() == described.stdout.strip()
+    lock.unlink()
+    assert "up to date" in project.ok("pull").stderr
+    assert lock.read_text() == text
+
+
+def test_a_lock_of_other_channels_names_update(project: Project) -> None:
+    lock = project.folder / LOCK
+    lock.write_text(lock.read_text().replace("file:///offline", "file:///elsewhere"))
+    with project.unharmed():
+        refused = project.inv("pull")
+    assert refused.returncode == 2
+    assert "inv pull --update" in refused.stderr
+
+
+def test_a_fresh_machine_resumes_from_the_cache(
+    new_project: NewProject, docker: Docker, tmp_path: Path
+) -> None:
+    first = new_project(*STAGES)
+    cache = f"{first.repository}-cache"
+    first.set(CACHE_IMAGE=cache)
+    # Another list, so that it is made here and put into the cache; and its parents with it.
+    first.set(GUIX_PACKAGES="hello")
+    first.ok("base", "--force")
+    first.ok("pull", "--force")
+    first.ok("install")
+    made = keys(docker, first)
+
+    second = new_project(CACHE_IMAGE=cache, GUIX_PACKAGES="hello")
+    assert second.folder != first.folder
+    shutil.copy(first.folder / LOCK, second.folder)
+    first.remove()
+    result = second.ok("install", "push")
+    assert "install: taken from" in result.stderr
+    assert "container" not in result.stderr
+    assert docker.labels(second.tag("install"))[KEY_LABEL] == made["install"]
+    assert "base: taken from" in second.ok("base").stderr
+    assert "pull: taken from" in second.ok("pull").stderr
+    assert keys(docker, second) == made
+    assert docker.run(second.image, "hello").stdout == "Hello, world!\n"
+    assert not docker.ok("image", "ls", "--quiet", cache)
+
+
+def test_changes_in_a_row_do_not_make_it_grow(project: Project, docker: Docker) -> None:
+    count = len(layers(docker, project.image))
+    for packages in ("hello", "hello tar", "greet"):
+        project.set(GUIX_PACKAGES=packages)
+        project.ok("install")
+        assert len(layers(docker, project.image)) == count
+    gone = docker.run(project.image, "sh", "-c", "command -v hello tar")
+    assert "guix-profile/bin/hello" not in gone.stdout
+
+
+def test_a_stage_leaves_nothing_that_it_does_not_need(project: Project, docker: Docker) -> None:
+    dead = docker.run(
+        project.image, "sh", "-c", "guix gc --list-dead 2>/dev/null", options=["--privileged"]
+    )
+    below = docker.run(project.tag("pull"), "ls", "/gnu/store").stdout.split()
+    assert dead.returncode == 0
+    assert [path for path in dead.stdout.split() if Path(path).name not in below] == []
+
+
+def test_caches_are_on_volumes_and_go_with_the_project(new_project: NewProject) -> None:
+    project = new_project("base")
+    project.ok("pull")
+    assert len(project.volumes()) == 2
+    found = project.ok("run", "--", "find", "/root/.cache/guix/checkouts", "-maxdepth", "1")
+    assert len(found.stdout.split()) > 1
+    assert project.docker.run(project.image, "ls", "/root/.cache").stdout == ""
+    project.ok("clean")
+    assert project.volumes() == []
+
+
+def test_squash_makes_one_layer_above_the_base(project: Project, docker: Docker) -> None:
+    before = docker.config(project.image)
+    project.ok("squash")
+    base, squashed = layers(docker, project.tag("base")), layers(docker, project.image)
+    assert len(squashed) == len(base) + 1
+    after = docker.config(project.image)
+    assert {k: v for k, v in after.items() if k != "Labels"} == {
+        k: v for k, v in before.items() if k != "Labels"
+    }
+    assert docker.run(project.image, "hello").stdout == "Hello, world!\n"
+    listing = (
+        "find / -xdev ! -path '/proc*' ! -path '/dev*' ! -path '/sys*' -printf '%p %m %U %l\n'"
+    )
+    files = [
+        sorted(docker.run(image, "sh", "-c", listing).stdout.splitlines())
+        for image in (project.tag("install"), project.image)
+    ]
+    assert files[0] == files[1]
+    assert "squash: up to date" in project.ok("install", "squash").stderr
+    project.ok("verify")
+
+
+def test_rollback_and_back(project: Project) -> None:
+    first = project.id()
+    project.set(GUIX_PACKAGES="hello")
+    project.ok("install")
+    second = project.id()
+    assert second != first
+    project.ok("rollback")
+    assert project.id() == first
+    project.ok("push")
+    assert project.id() == first
+    project.ok("rollback")
+    assert project.id() == second
+
+
+def test_what_is_in_the_image(project: Project, tmp_path: Path) -> None:
+    table = project.ok("status", "--size", f"--plot={tmp_path / 'sizes.svg'}").stdout
+    assert [line.split()[1] for line in table.splitlines() if line.startswith("stage ")] == list(
+        STAGES
+    )
+    assert "hello-2.12" in table
+    picture = ET.parse(tmp_path / "sizes.svg").getroot()  # noqa: S314 -- our own
+    assert picture.tag.endswith("svg")
+    words = [element.text for element in picture.iter() if element.tag.endswith("text")]
+    assert any(word and "hello-2.12" in word for word in words)
