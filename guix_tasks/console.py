@@ -6,6 +6,7 @@ only what a task was asked for: the output of a command, a table, a digest.
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from typing import TYPE_CHECKING, TextIO
@@ -68,6 +69,37 @@ class Console:
         for line in lines:
             cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
             self.result("  ".join(cells).rstrip())
+
+
+class Log:
+    """The log of a stage as it comes: as it is on a terminal, else in plain whole lines.
+
+    Guix draws progress bars, each over the last, and a file or a CI log would keep them all.
+    """
+
+    _CONTROL = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._rest = b""
+
+    def add(self, data: bytes) -> None:
+        if self._console.err.isatty():
+            self._console.stream(data)
+            return
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._show(line)
+
+    def end(self) -> None:
+        """Show what came without the end of a line."""
+        if self._rest:
+            self._show(self._rest)
+        self._rest = b""
+
+    def _show(self, line: bytes) -> None:
+        last = self._CONTROL.sub(b"", line.rstrip(b"\r")).split(b"\r")[-1]
+        self._console.stream(last + b"\n")
 
 
 class TransferProgress:

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from guix_tasks import guix
-from guix_tasks.console import human_size, human_time
+from guix_tasks.console import Log, human_size, human_time
 from guix_tasks.errors import EngineError, StageError
 from guix_tasks.fingerprint import file_digest, text_digest
 from guix_tasks.ledger import (
@@ -126,13 +126,14 @@ def perform(project: Project, container: str, name: str) -> str:
 
     Raises ``StageError`` where its command fails or takes longer than ``STAGE_TIMEOUT``.
     """
-    output = bytearray()
+    output, log = bytearray(), Log(project.console)
     with _limit(project, container) as timed_out:
         for is_log, data in project.engine.run(container):
             if is_log:
-                project.console.stream(data)
+                log.add(data)
             else:
                 output += data
+        log.end()
         status = project.engine.wait(container)
     if timed_out.is_set():
         limit = human_time(project.settings.stage_timeout or 0)
