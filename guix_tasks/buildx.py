@@ -76,6 +76,8 @@ def build(
                 raise
         if process.returncode:
             raise build_error(spec, cause(b"".join(tail).decode(errors="replace")))
+        if not answer.exists():
+            raise build_error(spec, "the builder ended without naming an image")
         return answer.read_text().strip()
 
 

@@ -146,17 +146,17 @@ MINUTE = HOUR_IN_MINUTES = 60
 
 def human_size(size: int) -> str:
     """Bytes in three digits: ``997 B``, ``12.3 kB``, ``637 MB``."""
-    value = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < KILO:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+    value, units = float(size), ["TB", "GB", "MB", "kB", "B"]
+    # What rounds up to 1000 takes the next unit.
+    while float(f"{value:.3g}") >= KILO and len(units) > 1:
         value /= KILO
-    return f"{value:.3g} TB"
+        units.pop()
+    return f"{value:.3g} {units[-1]}"
 
 
 def human_time(seconds: float) -> str:
     """Seconds as a person says them: ``3.2 s``, ``4 min 10 s``, ``2 h 5 min``."""
-    if seconds < MINUTE:
+    if round(seconds, 1) < MINUTE:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), MINUTE)
     if minutes < HOUR_IN_MINUTES:

@@ -97,11 +97,17 @@ def _context(environment: Mapping[str, str]) -> Address | None:
 class DockerEngine:
     """A real engine.  Connects with the first call that needs it."""
 
+    is_dry = False
+
     def __init__(self, address: Address, environment: Mapping[str, str]) -> None:
         self.address = address
         self._environment = environment
 
     def info(self) -> EngineInfo:
+        return self._info
+
+    @cached_property
+    def _info(self) -> EngineInfo:
         with self._speaking("be asked for its version"):
             info = self._api.info()
             networks = info.get("Plugins", {}).get("Network") or []

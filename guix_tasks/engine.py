@@ -131,6 +131,9 @@ class Credentials:
 class Engine(Protocol):
     """A Docker Engine.  Every method may raise ``EngineError``."""
 
+    is_dry: bool
+    """Whether calls that would change something are left at being shown."""
+
     def info(self) -> EngineInfo: ...
 
     def image(self, reference: str) -> Image | None:
@@ -231,7 +234,9 @@ class TracedEngine:
         self._engine = engine
         self._console = console
         self._perform = perform
+        self.is_dry = not perform
         self._images: dict[str, Image | None] = {}
+        self._started: set[str] = set()
         self._specs: dict[str, ContainerSpec] = {}
 
     def info(self) -> EngineInfo:
@@ -279,6 +284,9 @@ class TracedEngine:
             self._images[reference] = None
 
     def drop(self, image: str) -> None:
+        found = self.image(image)
+        if found and not found.tags:
+            self._show("image", "rm", image)
         if self._perform:
             self._engine.drop(image)
 
@@ -302,6 +310,7 @@ class TracedEngine:
 
     def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
         self._show("start", "--attach", container)
+        self._started.add(container)
         return self._engine.run(container) if self._perform else iter(())
 
     def start(self, container: str) -> None:
@@ -326,12 +335,12 @@ class TracedEngine:
         self._show("commit", container)
         if self._perform:
             return self._engine.commit(container, config)
-        # A commit adds one layer to those of the container's image.
+        # A commit adds one layer to those of the container's image, if the container was run.
         image = f"dry-run:{container}"
         spec = self._specs.get(container)
         parent = self.image(spec.image) if spec else None
         if parent:
-            layers = (*parent.layers, image)
+            layers = (*parent.layers, *([image] if container in self._started else []))
             self._images[image] = replace(parent, id=image, layers=layers, config=config)
         return image
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 PROFILE = "/var/guix/profiles/per-user/root/guix-profile"
 """Root's default profile, by the path that other users may follow, too (``/root`` is closed)."""
@@ -82,15 +82,71 @@ def channels(text: str) -> dict[str, Channel]:
     The file is a Scheme program; what it computes is not seen here, only forms such as
     ``(channel (name 'guix) (url "…"))``.  ``guix describe`` prints nothing else.
     """
-    code = re.sub(r'("(?:[^"\\\\]|\\\\.)*")|;[^\n]*', lambda match: match[1] or "", text)
     found = {}
-    for form in re.split(r"\(channel\s", code)[1:]:
-        # The introduction has a commit of its own.
-        own = form.partition("(introduction")[0]
-        fields = dict(re.findall(r"\((name|url|branch|commit)\s+['\"]?([^\s()\"]+)\"?\s*\)", own))
-        if "name" in fields and "url" in fields:
-            found[fields["name"]] = Channel(**fields)
+    for form in _forms(_read(text)):
+        fields = {each[0]: each[1] for each in form[1:] if _is_field(each)}
+        known = {
+            name: fields[name] for name in ("name", "url", "branch", "commit") if name in fields
+        }
+        if form[0] == "channel" and {"name", "url"} <= known.keys():
+            found[known["name"]] = Channel(**known)
     return found
+
+
+def is_literal(text: str) -> bool:
+    """Whether a channels file spells out all its channels: one list of them and nothing else."""
+    forms = _read(text)
+    one = forms[0] if len(forms) == 1 and isinstance(forms[0], list) else []
+    spelled = [each for each in one[1:] if isinstance(each, list) and each[:1] == ["channel"]]
+    return one[:1] == ["list"] and len(one) == len(spelled) + 1 == len(channels(text)) + 1
+
+
+_TOKEN = re.compile(
+    r"""\s+|;[^\n]*|\#\|.*?\|\#|(\#;|[()[\]]|"(?:[^"\\]|\\.)*"|[^\s()[\]";]+)""", re.DOTALL
+)
+
+
+def _read(text: str) -> list[Any]:
+    """Scheme's data as lists and words; strings without their quotes, quoted words without theirs.
+
+    Comments are left out, those of one datum (``#;``) included.  Parentheses that do not match
+    are taken as they come: Guix itself will say so better.
+    """
+    stack: list[list[Any]] = [[]]
+    skipped: list[tuple[int, int]] = []  # where, and at which depth, the datum to be left out is
+    for word in _TOKEN.findall(text):
+        if word in ("(", "["):
+            stack.append([])
+            continue
+        if word in (")", "]"):
+            if len(stack) > 1:
+                done = stack.pop()
+                stack[-1].append(done)
+        elif word == "#;":
+            skipped.append((len(stack), len(stack[-1])))
+            continue
+        elif word.strip("'`,@"):
+            stack[-1].append(word[1:-1] if word.startswith('"') else word.lstrip("'`,@"))
+        if skipped and skipped[-1] == (len(stack), len(stack[-1]) - 1):
+            skipped.pop()
+            stack[-1].pop()
+    while len(stack) > 1:
+        done = stack.pop()
+        stack[-1].append(done)
+    return stack[0]
+
+
+def _forms(data: list[Any]) -> Iterator[list[Any]]:
+    """Every list in the data, the outer ones first, that begins with a word."""
+    for each in data:
+        if isinstance(each, list) and each:
+            if isinstance(each[0], str):
+                yield each
+            yield from _forms(each)
+
+
+def _is_field(datum: object) -> bool:
+    return isinstance(datum, list) and len(datum) == 2 and all(isinstance(e, str) for e in datum)  # noqa: PLR2004
 
 
 def commits(text: str) -> dict[str, str]:

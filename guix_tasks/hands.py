@@ -11,7 +11,7 @@ from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.ledger import HAND_MADE, STAGE_LABEL
 from guix_tasks.publish import image_to_use
 from guix_tasks.stage import commit_image
-from guix_tasks.work import Work, fill, kept_containers, work_container
+from guix_tasks.work import Work, fill, kept_containers, refuse_second, work_container
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,7 @@ def run(project: Project, argv: Sequence[str], *, stage: str | None, keep: bool)
     if not argv:
         raise UsageError("run: no command; say `inv run -- COMMAND ARGUMENT…`")
     if keep:
-        refuse_second(project)
+        refuse_second(project.engine, project.settings)
     image = image_to_use(project, stage)
     work = Work("run", tuple(argv), {}, keep=keep)
     with work_container(project.engine, project.settings, image.id, work) as container:
@@ -51,6 +51,9 @@ def shell(project: Project, docker: Sequence[str], environment: dict[str, str], 
     done in it is lost, unless ``fresh`` is asked for.  ``docker`` is the command line that
     attaches the terminal.
     """
+    if project.engine.is_dry:
+        project.console.command([*docker, "run", "--interactive", "--tty", "WORK CONTAINER"])
+        return 0
     if not sys.stdin.isatty():
         raise UsageError("shell: standard input is no terminal; use `inv run -- COMMAND`")
     engine, settings = project.engine, project.settings
@@ -67,7 +70,7 @@ def shell(project: Project, docker: Sequence[str], environment: dict[str, str], 
         for container in drop:
             engine.remove(container.id)
         if not drop:
-            refuse_second(project)
+            refuse_second(project.engine, project.settings)
         image = image_to_use(project, stage)
         with work_container(engine, settings, image.id, work) as new:
             status = subprocess.call([*attach, new], env=environment)
@@ -84,6 +87,12 @@ def commit(project: Project) -> None:
         return
     container, reference = kept[0], str(project.settings.image)
     _refuse_running(container)
+    # What ended a shell says nothing of what was done in it.
+    if "-shell-" not in container.name and (status := engine.wait(container.id)):
+        raise UsageError(
+            f"the command of {container.name} ended with status {status}, so it is not committed; "
+            "`inv clean --work` drops it"
+        )
     parent = engine.image(container.image)
     if parent is None:
         raise EngineError(f"the image of {container.name} is gone, so its configuration is unknown")
@@ -100,16 +109,6 @@ def rollback(project: Project) -> None:
     if image is None:
         raise UsageError(f"{project.settings.image} has never been anything else on this engine")
     project.console.say(f"rollback: {project.settings.image} is {image.id} again")
-
-
-def refuse_second(project: Project) -> None:
-    """Refuse to leave a second container, since ``commit`` could take but one of them."""
-    kept = kept_containers(project.engine, project.settings)
-    if kept:
-        raise UsageError(
-            f"the work container {kept[0].name} is not committed yet; "
-            "`inv commit` keeps what it holds, `inv clean --work` drops it"
-        )
 
 
 def _refuse_running(container: Container) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from guix_tasks.fingerprint import text_digest
 
@@ -81,21 +81,39 @@ def squash_key(stage: Image) -> str:
     return stage_key(SQUASH, key_of(stage), {})
 
 
-def seal(parent: Sequence[str], own: int) -> str:
-    """The ``.layers`` label of an image with so many layers of its own (0 or 1) on these."""
-    digest = hashlib.sha256("\n".join(parent).encode()).hexdigest()
-    return f"{len(parent) + own} sha256:{digest}"
+_CONFIGURATION = (
+    "Cmd", "Entrypoint", "Env", "ExposedPorts", "Healthcheck", "Labels", "OnBuild", "Shell",
+    "StopSignal", "User", "Volumes", "WorkingDir",
+)  # fmt: skip
+"""What a Dockerfile can change of an image without giving it a layer."""
+
+
+def seal(parent: Sequence[str], own: int, config: Mapping[str, Any]) -> str:
+    """The ``.layers`` label of an image with so many layers of its own (0 or 1) on these.
+
+    Its configuration is sealed with them: an image made ``FROM`` a stage may add no layer.
+    """
+    said = {name: config[name] for name in _CONFIGURATION if config.get(name)}
+    said["Labels"] = {**(config.get("Labels") or {}), LAYERS_LABEL: ""}
+    text = text_digest(*parent, json.dumps(said, sort_keys=True))
+    return f"{len(parent) + own} {parent_digest(parent)} {text}"
+
+
+def parent_digest(layers: Sequence[str]) -> str:
+    return f"sha256:{hashlib.sha256(chr(10).join(layers).encode()).hexdigest()}"
 
 
 def proven_stage(image: Image) -> str | None:
     """The stage that an image says it is, if its own layers bear it out."""
-    truths = (seal(image.layers, 0), seal(image.layers[:-1], 1))
+    below = image.layers[:-1]
+    truths = (seal(image.layers, 0, image.config), seal(below, 1, image.config))
     return image.labels.get(STAGE_LABEL) if image.labels.get(LAYERS_LABEL) in truths else None
 
 
 def is_child(image: Image, parent: Image) -> bool:
     """Whether a stage image was made from this very parent, by one commit."""
-    return image.labels.get(LAYERS_LABEL) in (seal(parent.layers, 0), seal(parent.layers, 1))
+    own = image.labels.get(LAYERS_LABEL, "").split()
+    return len(own) > 1 and own[1] == parent_digest(parent.layers)
 
 
 def is_above(image: Image, base: Image) -> bool:

@@ -24,7 +24,7 @@ from guix_tasks.stages.base import base_inputs, base_spec
 from guix_tasks.stages.install import given_packages, install_stage
 from guix_tasks.stages.pull import lock_text, misfit, pull_stage, wanted_text
 from guix_tasks.transfer import credentials, transfer
-from guix_tasks.work import common_inputs, unstarted_container
+from guix_tasks.work import common_inputs, sweep, unstarted_container
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,6 +60,10 @@ class State:
     """Why the image does not answer to it; None where it does, or where there is none."""
 
 
+class _UntoldError(Exception):
+    """What a stage is made from cannot be told before it is run."""
+
+
 class Lifecycle:
     """The stages of one project."""
 
@@ -90,13 +94,16 @@ class Lifecycle:
         image was made with: whoever pushes what was installed so has not forgotten about it.
         """
         image = self._ledger.find(name)
-        inputs = self._inputs(name, image, given_packages(image) if packages is None else packages)
-        if inputs is None:
-            return State(image, None, None)
+        try:
+            inputs = self._inputs(
+                name, image, given_packages(image) if packages is None else packages
+            )
+        except _UntoldError as why:
+            return State(image, None, str(why) if image else None)
         parent = self.parent_of(name)
         above = self.state(parent) if parent else State(None, "", None)
         if above.key is None:
-            return State(image, None, above.why)
+            return State(image, None, above.why and f"{parent}: {above.why}")
         key = stage_key(name, above.key, inputs)
         return State(image, key, self._why(image, key, inputs, parent, above) if image else None)
 
@@ -113,31 +120,34 @@ class Lifecycle:
             return f"{parent} is newer"
         return None
 
-    def _inputs(
-        self, name: str, image: Image | None, packages: tuple[str, ...]
-    ) -> dict[str, str] | None:
+    def _inputs(self, name: str, image: Image | None, packages: tuple[str, ...]) -> dict[str, str]:
+        """What a stage is made from now.  ``_UntoldError`` says why that cannot be told."""
+        engine, settings = self._project.engine, self._settings
         if name == "base":
-            known = inputs_of(image) if image else {}
-            return base_inputs(self._project.engine, self._settings, known)
+            return base_inputs(engine, settings, inputs_of(image) if image else {})
         if name == "pull":
-            channels = lock_text(self._settings) or self._pulled(image)
-            stage = pull_stage(channels) if channels else None
-        elif packages or self._settings.guix_packages or self._settings.guix_manifest:
-            stage = install_stage(self._settings, packages)
+            stage = pull_stage(self._channels_to_come(image))
+        elif packages or settings.guix_packages or settings.guix_manifest:
+            stage = install_stage(settings, packages)
         else:
-            stage = None
-        return stage.inputs(common_inputs(self._settings)) if stage else None
+            raise _UntoldError("nothing is asked for any more")
+        return stage.inputs(common_inputs(engine, settings))
 
-    def _pulled(self, image: Image | None) -> str | None:
-        """The channels that the pull stage got, where they are still those asked for."""
-        channels = image.labels.get(CHANNELS_LABEL) if image else None
-        if not channels or misfit(wanted_text(self._settings), channels):
-            return None
+    def _channels_to_come(self, image: Image | None) -> str:
+        """The channels that a pull would get: those of the lock, or those that it got before."""
+        wanted, lock = wanted_text(self._settings), lock_text(self._settings)
+        channels = lock or (image.labels.get(CHANNELS_LABEL) if image else None)
+        if not channels:
+            raise _UntoldError("its channels are not known")
+        if problem := misfit(wanted, channels):
+            raise _UntoldError(f"GUIX_CHANNELS changed ({problem})")
         return channels
 
     def make(self, name: str, wishes: Wishes) -> None:
         """Make a stage and the parents that it lacks, unless it is up to date."""
+        sweep(self._project.engine, self._settings)
         state = self.state(name, wishes.packages)
+        self._drop_cache_tags(state.image)
         again = wishes.force or not wishes.commit or self._is_floating(name, wishes)
         # Who asked for the packages is on the label, and what push compares.
         again = again or (name == "install" and wishes.packages != given_packages(state.image))
@@ -179,6 +189,11 @@ class Lifecycle:
         if name == "install":
             return install_stage(self._settings, wishes.packages)
         lock = None if wishes.update else lock_text(self._settings)
+        if lock and (problem := misfit(wanted_text(self._settings), lock)):
+            raise UsageError(
+                f"{self._settings.guix_channels_lock} does not fit GUIX_CHANNELS: {problem}; "
+                "`inv pull --update` locks anew"
+            )
         if self._settings.guix_channels_lock is None:
             self._project.console.say("pull: the channels float; GUIX_CHANNELS_LOCK would spare it")
         return pull_stage(lock or wanted_text(self._settings))
@@ -288,6 +303,13 @@ class Lifecycle:
             project.console.warn(f"{name} was not put into CACHE_IMAGE: {error}")
         finally:
             project.engine.untag(reference)
+
+    def _drop_cache_tags(self, image: Image | None) -> None:
+        """Remove what a run that was killed on its way to ``CACHE_IMAGE`` has left."""
+        cache = self._settings.cache_image
+        for tag in image.tags if image else ():
+            if cache and tag.rpartition(":")[0] == cache.name:
+                self._project.engine.untag(tag)
 
     def _cache_reference(self, name: str, key: str | None) -> str | None:
         cache = self._settings.cache_image

@@ -55,6 +55,10 @@ def image_to_use(project: Project, stage: str | None = None) -> Image:
     """What ``IMAGE``, or the tag of one stage, stands for.  ``UsageError`` where it is missing."""
     ledger = project.ledger
     ledger.repair()
+    if stage and stage not in (*STAGES, SQUASH):
+        raise UsageError(
+            f"--stage: there is no stage {stage!r}; name {', '.join(STAGES)}, {SQUASH}"
+        )
     if stage:
         image, reference = ledger.find(stage), ledger.tag(stage)
     else:

@@ -6,7 +6,7 @@ import hashlib
 import shlex
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,6 @@ from guix_tasks.console import Log, human_size, human_time
 from guix_tasks.errors import EngineError, StageError
 from guix_tasks.fingerprint import file_digest, text_digest
 from guix_tasks.ledger import (
-    KEY_LABEL,
     LAYERS_LABEL,
     Ledger,
     is_child,
@@ -25,7 +24,15 @@ from guix_tasks.ledger import (
     seal,
     stage_labels,
 )
-from guix_tasks.work import FOLDER, IMAGE_FOLDER, PROJECT_LABEL, Work, common_inputs, work_container
+from guix_tasks.work import (
+    FOLDER,
+    IMAGE_FOLDER,
+    PROJECT_LABEL,
+    Work,
+    common_inputs,
+    refuse_second,
+    work_container,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,6 +94,8 @@ def run_stage(
     Raises ``StageError`` when a command fails; then nothing is committed and no tag has moved.
     """
     console, settings = project.console, project.settings
+    if not commit:
+        refuse_second(project.engine, settings)
     console.say(f"{stage.name}: in a {settings.guix_sandbox.value} container")
     for command in stage.commands:
         console.command(command)
@@ -98,8 +107,9 @@ def run_stage(
         if not commit:
             console.say(f"{stage.name}: done and left as it is; `inv commit` makes it the image")
             return None
-        settled = stage.settled(report) if stage.settled else stage
-        inputs = settled.inputs(common_inputs(settings))
+        # A dry run has no report, and so settles nothing.
+        settled = stage.settled(report) if stage.settled and report else stage
+        inputs = settled.inputs(common_inputs(project.engine, settings))
         labels = {**stage_labels(stage.name, key_of(parent), inputs), **stage.labels(report)}
         there = project.ledger.find(stage.name)
         if not force and there and _is_same(there, parent, labels):
@@ -110,7 +120,7 @@ def run_stage(
 
 
 def _is_same(image: Image, parent: Image, labels: Mapping[str, str]) -> bool:
-    return key_of(image) == labels[KEY_LABEL] and is_child(image, parent)
+    return is_child(image, parent) and labels.items() <= image.labels.items()
 
 
 def say_done(project: Project, name: str, started: float) -> None:
@@ -153,7 +163,9 @@ def _limit(project: Project, container: str) -> Iterator[threading.Event]:
 
     def stop() -> None:
         timed_out.set()
-        project.engine.stop(container, seconds=10)
+        # Where the engine is gone, whoever waits for the container hears of it.
+        with suppress(EngineError):
+            project.engine.stop(container, seconds=10)
 
     seconds = project.settings.stage_timeout
     timer = threading.Timer(seconds, stop) if seconds else None
@@ -179,20 +191,24 @@ def commit_image(
 ) -> Image:
     """Commit a container of ``parent`` with more labels and the configuration of its parent.
 
-    ``like`` is the image whose configuration it is to have, where that is another.  Docker gives
-    an image no layer for a container that changed nothing; how many it got shows only
-    afterwards, and where it is not ``own_layers``, the label that counts them takes a second
-    commit.  Only what is proven gets the tag.
+    ``like`` is the image whose configuration it is to have, where that is another.  The label
+    that proves a stage is made before the commit.  Where it turns out wrong, since Docker gives
+    no layer to a container that changed nothing, it is made again of what came out.  Only what
+    is proven gets the tag.
     """
     engine = project.engine
-    for own in (own_layers, 1 - own_layers):
-        seals = {LAYERS_LABEL: seal(parent.layers, own)}
-        config = committed_config(like or parent, {**labels, **seals})
+    config = committed_config(like or parent, labels)
+    for _ in range(2):
+        config["Labels"][LAYERS_LABEL] = seal(parent.layers, own_layers, config)
         image = engine.image(engine.commit(container, config))
+        if image is None and engine.is_dry:
+            return parent
         if image and proven_stage(image):
             engine.tag(image.id, tag)
             return image
         if image:
+            own_layers = len(image.layers) - len(parent.layers)
+            config = {**config, **image.config, "Labels": dict(image.labels)}
             engine.drop(image.id)
     raise EngineError(f"the engine commits {tag} in a way that is not understood")
 

@@ -39,8 +39,10 @@ def status_rows(project: Project) -> list[tuple[str, ...]]:
 def _cells(reference: str, image: Image | None, state: str) -> tuple[str, ...]:
     if image is None:
         return (reference, "-", "-", "-", state, "-")
-    made = datetime.fromisoformat(image.created[:19]).replace(tzinfo=timezone.utc)
-    age = human_time((datetime.now(timezone.utc) - made).total_seconds())
+    age = "-"
+    if image.created:
+        made = datetime.fromisoformat(image.created[:19]).replace(tzinfo=timezone.utc)
+        age = human_time((datetime.now(timezone.utc) - made).total_seconds())
     commits = guix.commits(image.labels.get(CHANNELS_LABEL, ""))
     channels = " ".join(f"{name}@{commit[:7]}" for name, commit in commits.items()) or "-"
     identity = image.id.removeprefix("sha256:")[:12]

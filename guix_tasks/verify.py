@@ -10,7 +10,7 @@ from guix_tasks.errors import CheckError
 from guix_tasks.ledger import CHANNELS_LABEL, PACKAGES_LABEL
 from guix_tasks.publish import image_to_use
 from guix_tasks.stage import perform
-from guix_tasks.work import ENTRY_POINT, FOLDER, Work, environment, work_container
+from guix_tasks.work import ENTRY_POINT, FOLDER, Work, guix_environment, work_container
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -36,10 +36,12 @@ def verify(project: Project, stage: str | None = None) -> None:
             "packages": _lines(_rows(image)),
         },
         entry_point=tuple(image.config.get("Entrypoint") or (ENTRY_POINT,)),
-        environment=environment(project.settings),
+        environment=guix_environment(project.settings),
     )
     with work_container(project.engine, project.settings, image.id, work) as container:
         report = perform(project, container, "verify")
+    if project.engine.is_dry:
+        return
     answers = dict(_answers(report))
     for check in CHECKS:
         project.console.say(f"verify: {check}: {answers.get(check, 'was not reached')}")

@@ -115,6 +115,16 @@ def is_kept(container: Container) -> bool:
     return container.name.startswith(_KEPT_NAME)
 
 
+def refuse_second(engine: Engine, settings: Settings) -> None:
+    """Refuse to leave a second container, since ``commit`` could take but one of them."""
+    kept = kept_containers(engine, settings)
+    if kept:
+        raise UsageError(
+            f"the work container {kept[0].name} is not committed yet; "
+            "`inv commit` keeps what it holds, `inv clean --work` drops it"
+        )
+
+
 def sweep(engine: Engine, settings: Settings) -> None:
     """Remove the containers whose ``inv`` died before it could."""
     for container in work_containers(engine, settings):
@@ -169,17 +179,21 @@ def environment(settings: Settings) -> dict[str, str]:
     It is copied in as a file and sourced, not given to the container: the environment of a
     container ends up in the image that is committed from it.
     """
+    return {**guix_environment(settings), **settings.proxies}
+
+
+def guix_environment(settings: Settings) -> dict[str, str]:
+    """The daemon's part of it, which holds no secret, as a proxy's address may."""
     wanted = {
         "GUIX_SUBSTITUTE_URLS": " ".join(settings.guix_substitute_urls),
         "GUIX_CORES": settings.guix_cores,
         "GUIX_MAX_JOBS": settings.guix_max_jobs,
         "GUIX_SANDBOX": settings.guix_sandbox.value,
     }
-    found = {name: str(value) for name, value in wanted.items() if value not in (None, "")}
-    return {**found, **settings.proxies}
+    return {name: str(value) for name, value in wanted.items() if value not in (None, "")}
 
 
-def common_inputs(settings: Settings) -> dict[str, str]:
+def common_inputs(engine: Engine, settings: Settings) -> dict[str, str]:
     """What every stage that runs in a work container is made from, besides its own.
 
     Substitute servers are not among it: what they serve is what would be built here, or it is
@@ -189,12 +203,12 @@ def common_inputs(settings: Settings) -> dict[str, str]:
         "entry point": file_digest(IMAGE_FOLDER / "entry-point.sh"),
         "substitute keys": text_digest(*sorted(map(file_digest, settings.guix_substitute_keys))),
         **{f"mount {mount.target}": tree_digest(mount.source) for mount in settings.mounts},
-        **platform_input(settings),
+        **platform_input(engine, settings),
     }
 
 
-def platform_input(settings: Settings) -> dict[str, str]:
-    return {"platform": str(settings.platform)} if settings.platform else {}
+def platform_input(engine: Engine, settings: Settings) -> dict[str, str]:
+    return {"platform": str(settings.platform or engine.info().platform)}
 
 
 def cache_volumes(settings: Settings) -> dict[str, str]:
@@ -264,7 +278,7 @@ def _container_name(work: Work) -> str:
 
 def _owner_is_gone(name: str) -> bool:
     """Whether the ``inv`` that made a container is a process of this machine that has ended."""
-    host, pid, started = name.split("-")[-3:]
+    host, pid, started = ("", "", "", *name.split("-"))[-3:]
     return host == _host() and pid.isdigit() and _started(int(pid)) != started
 
 

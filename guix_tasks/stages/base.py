@@ -45,14 +45,15 @@ def base_inputs(engine: Engine, settings: Settings, known: Mapping[str, str]) ->
         "build arguments": text_digest(*sorted(f"{n}={text}" for n, text in arguments.items())),
         "entry point": tree_digest(IMAGE_FOLDER),
         BASE_INPUT: _base_image(engine, settings, known.get(BASE_INPUT, "")),
-        **platform_input(settings),
+        **platform_input(engine, settings),
     }
 
 
 def _context_files(engine: Engine, settings: Settings, spec: BuildSpec) -> list[str]:
     """The build's context without the lock, which `pull` writes after the base is made."""
     lock = settings.guix_channels_lock
-    return [each for each in engine.context_files(spec) if spec.context / each != lock]
+    lock = lock.resolve() if lock else None
+    return [each for each in engine.context_files(spec) if (spec.context / each).resolve() != lock]
 
 
 def _arguments(settings: Settings) -> dict[str, str]:

@@ -12,6 +12,7 @@ from guix_tasks.work import FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from guix_tasks.settings import Settings
 
@@ -42,24 +43,25 @@ def pull_stage(channels: str | None) -> Stage:
 def lock_text(settings: Settings) -> str | None:
     """What ``GUIX_CHANNELS_LOCK`` holds; None where it is empty or the file is yet to be made.
 
-    Raises ``UsageError`` where it does not fit ``GUIX_CHANNELS``.
+    Raises ``UsageError`` where it cannot be read.
     """
     path = settings.guix_channels_lock
-    if path is None or not path.exists():
-        return None
-    text = path.read_text(encoding="utf-8").strip()
-    problem = misfit(wanted_text(settings), text)
-    if problem:
-        raise UsageError(
-            f"{path} does not fit GUIX_CHANNELS: {problem}; `inv pull --update` locks anew"
-        )
-    return text
+    return _text("GUIX_CHANNELS_LOCK", path) if path and path.exists() else None
 
 
 def wanted_text(settings: Settings) -> str | None:
-    """What ``GUIX_CHANNELS`` holds."""
+    """What ``GUIX_CHANNELS`` holds.  Raises ``UsageError`` where it cannot be read."""
     path = settings.guix_channels
-    return path.read_text(encoding="utf-8").strip() if path else None
+    return _text("GUIX_CHANNELS", path) if path else None
+
+
+def _text(name: str, path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise UsageError(f"{name}: {path} is not UTF-8; write a channels file") from None
+    except OSError as error:
+        raise UsageError(f"{name}: {path}: {error.strerror}; name a channels file") from None
 
 
 def misfit(wanted: str | None, lock: str) -> str | None:
@@ -87,5 +89,5 @@ def _misfits(wanted: str, locked: dict[str, guix.Channel]) -> Iterator[str]:
         if channel.branch and other.branch not in (None, channel.branch):
             yield f"{name} is of the branch {other.branch}, not of {channel.branch}"
     surplus = locked.keys() - asked.keys()
-    if wanted and surplus and "%default-channels" not in wanted:
+    if surplus and guix.is_literal(wanted):
         yield f"it has the channel {min(surplus)}"
