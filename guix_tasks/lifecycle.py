@@ -99,7 +99,7 @@ class Lifecycle:
                 name, image, given_packages(image) if packages is None else packages
             )
         except _UntoldError as why:
-            return State(image, None, str(why) if image else None)
+            return State(image, None, str(why) or None if image else None)
         parent = self.parent_of(name)
         above = self.state(parent) if parent else State(None, "", None)
         if above.key is None:
@@ -138,7 +138,7 @@ class Lifecycle:
         wanted, lock = wanted_text(self._settings), lock_text(self._settings)
         channels = lock or (image.labels.get(CHANNELS_LABEL) if image else None)
         if not channels:
-            raise _UntoldError("its channels are not known")
+            raise _UntoldError
         if problem := misfit(wanted, channels):
             raise _UntoldError(f"GUIX_CHANNELS changed ({problem})")
         return channels
@@ -147,7 +147,7 @@ class Lifecycle:
         """Make a stage and the parents that it lacks, unless it is up to date."""
         sweep(self._project.engine, self._settings)
         state = self.state(name, wishes.packages)
-        self._drop_cache_tags(state.image)
+        self._drop_cache_tag(name, state.image)
         again = wishes.force or not wishes.commit or self._is_floating(name, wishes)
         # Who asked for the packages is on the label, and what push compares.
         again = again or (name == "install" and wishes.packages != given_packages(state.image))
@@ -304,12 +304,11 @@ class Lifecycle:
         finally:
             project.engine.untag(reference)
 
-    def _drop_cache_tags(self, image: Image | None) -> None:
+    def _drop_cache_tag(self, name: str, image: Image | None) -> None:
         """Remove what a run that was killed on its way to ``CACHE_IMAGE`` has left."""
-        cache = self._settings.cache_image
-        for tag in image.tags if image else ():
-            if cache and tag.rpartition(":")[0] == cache.name:
-                self._project.engine.untag(tag)
+        reference = self._cache_reference(name, key_of(image)) if image else None
+        if image and reference in image.tags:
+            self._project.engine.untag(str(reference))
 
     def _cache_reference(self, name: str, key: str | None) -> str | None:
         cache = self._settings.cache_image

@@ -200,8 +200,10 @@ def commit_image(
     config = committed_config(like or parent, labels)
     for _ in range(2):
         config["Labels"][LAYERS_LABEL] = seal(parent.layers, own_layers, config)
-        image = engine.image(engine.commit(container, config))
+        committed = engine.commit(container, config)
+        image = engine.image(committed)
         if image is None and engine.is_dry:
+            engine.tag(committed, tag)
             return parent
         if image and proven_stage(image):
             engine.tag(image.id, tag)

@@ -38,6 +38,8 @@ def base_inputs(engine: Engine, settings: Settings, known: Mapping[str, str]) ->
     that nothing changed.  Raises ``UsageError`` where the Dockerfile cannot be read.
     """
     spec = base_spec(engine, settings)
+    if not spec.context.is_dir():
+        raise UsageError(f"BUILD_CONTEXT: {spec.context} is not a folder; name one")
     arguments = {name: text for name, text in spec.args.items() if name != BASE_INPUT}
     return {
         "Dockerfile": _dockerfile_digest(spec),
