@@ -1,0 +1,824 @@
+"""A Docker Engine in memory, a Guix that is played, and a project on disk to try them with.
+
+The engine does what Docker does where the tasks depend on it: a commit merges the container's
+configuration into the one it is given, and gives no layer to a container that changed nothing;
+no two layers and no two images that were made are the same; a tag that goes takes the image with
+it, and those that it was made from, unless a container, a tag or another image holds them.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import IO, Any, Concatenate, ParamSpec, TypeVar
+
+from hypothesis import settings as hypothesis_settings
+
+from guix_tasks import fingerprint
+from guix_tasks.console import Console
+from guix_tasks.engine import (
+    BuildSpec,
+    Container,
+    ContainerSpec,
+    Credentials,
+    Engine,
+    EngineInfo,
+    Image,
+    Layer,
+    Progress,
+)
+from guix_tasks.errors import BuilderError, EngineError, RegistryError
+from guix_tasks.ledger import KEY_LABEL, LAYERS_LABEL, STAGES, Ledger, proven_stage
+from guix_tasks.lifecycle import Lifecycle, State, Wishes
+from guix_tasks.publish import push
+from guix_tasks.settings import Settings, load_settings
+from guix_tasks.stage import Project
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+STEADY = hypothesis_settings(derandomize=True, deadline=None, database=None, max_examples=30)
+"""The same examples in every run."""
+
+Files = dict[str, bytes | None]
+"""What a layer holds; None for what it says is gone."""
+
+Output = Iterator[tuple[bool, bytes]]
+
+_numbers = itertools.count(1)
+"""What makes two layers, images and containers differ that else would be the same."""
+
+
+class Killed(BaseException):
+    """``inv`` died: nothing after it, no clean-up either, has any effect on the engine."""
+
+
+def digest(*parts: object) -> str:
+    return f"sha256:{hashlib.sha256(repr(parts).encode()).hexdigest()}"
+
+
+@dataclass
+class FakeRegistry:
+    """A registry: what was pushed, by repository and tag, and who came with which credentials."""
+
+    images: dict[str, Image] = field(default_factory=dict)
+    layers: dict[str, Files] = field(default_factory=dict)
+    refusal: str = ""
+    seen: list[Credentials | None] = field(default_factory=list)
+
+    def put(self, reference: str, image: Image) -> None:
+        self.images[reference] = replace(image, digests=(), tags=())
+
+    def find(self, reference: str) -> Image | None:
+        name, _, wanted = reference.partition("@")
+        if wanted:
+            found = (
+                image
+                for other, image in self.images.items()
+                if other.rpartition(":")[0] == name and digest(image.id) == wanted
+            )
+            return next(found, None)
+        return self.images.get(reference)
+
+
+@dataclass
+class FakeContainer:
+    """A container: what it was made from, and what it changed."""
+
+    id: str
+    spec: ContainerSpec
+    image: Image
+    config: dict[str, Any]
+    lower: Files
+    created: int
+    changes: Files = field(default_factory=dict)
+    running: bool = False
+    status: int = 0
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        """The command, without guix-tasks' or the image's entry point."""
+        return self.spec.command[1:]
+
+    def read(self, path: str) -> bytes | None:
+        return self.changes.get(path, self.lower.get(path))
+
+    def text(self, path: str) -> str:
+        return (self.read(path) or b"").decode()
+
+    def write(self, path: str, content: str) -> None:
+        if self.text(path) != content:
+            self.changes[path] = content.encode()
+
+    def forget(self, folder: str) -> None:
+        """Remove what was put below a folder, as the entry point does at its end."""
+        for path in [each for each in self.changes if each.startswith(f"{folder}/")]:
+            del self.changes[path]
+
+
+Behaviour = Callable[[FakeContainer], Output]
+
+COMMITS = {"guix": "a" * 40, "mine": "b" * 40}
+
+PROFILE, CHANNELS = "/var/guix/profile", "/var/guix/channels"
+"""Where the played Guix keeps what it has installed and pulled, a line each."""
+
+
+@dataclass
+class FakeGuix:
+    """Plays the entry point and the commands of Guix that stages, checks and users run."""
+
+    heads: dict[str, str] = field(default_factory=lambda: dict(COMMITS))
+    """What a channel is at now; one that is asked for at a commit is at that."""
+    unknown: frozenset[str] = frozenset({"no-such-package"})
+    failing: dict[str, str] = field(default_factory=dict)
+    """The checks of ``verify`` that fail, with the reasons."""
+    evaluate: Callable[[str], str] = lambda text: text
+    """What a channels file that is a program comes to."""
+
+    def __call__(self, container: FakeContainer) -> Output:
+        argv = container.argv
+        script = container.text(argv[0]) if argv else ""
+        if argv and argv[0].endswith("/verify"):
+            yield from self._verify()
+        elif argv and argv[-1].startswith("du "):
+            yield False, b"12\t/gnu/store/%b-hello-1.0\n" % (b"0" * 32)
+        elif script:
+            for line in script.splitlines():
+                if not line.startswith("guix "):
+                    continue
+                words = shlex.split(line.partition(">&3")[0])
+                for out in self._command(container, words):
+                    yield ">&3" not in line, out.encode()
+                if container.status:
+                    break
+        else:
+            yield False, f"ran {shlex.join(argv)}\n".encode()
+            container.write(f"/made/{'-'.join(argv).replace('/', '_')}", "by hand")
+        container.forget("/.guix-tasks")
+
+    def _verify(self) -> Output:
+        for check in ("daemon", "build", "channels", "packages", "certificates"):
+            reason = self.failing.get(check)
+            line = f"failed {check}: {reason}" if reason else f"ok {check}"
+            yield False, f"{line}\n".encode()
+
+    def _command(self, container: FakeContainer, words: list[str]) -> Iterator[str]:
+        options = dict(word.lstrip("-").split("=", 1) for word in words if "=" in word)
+        if words[:2] == ["guix", "pull"]:
+            text = container.text(options["channels"]) if "channels" in options else ""
+            yield "Updating channel...\n"
+            container.write(CHANNELS, self._pulled(self.evaluate(text) if text else ""))
+        elif words[:2] == ["guix", "describe"]:
+            yield container.text(CHANNELS)
+        elif words[:2] == ["guix", "package"] and "--list-installed" in words:
+            for package in sorted(container.text(PROFILE).split()):
+                yield f"{package}\t1.0\tout\t/gnu/store/{package}\n"
+        elif words[:2] == ["guix", "package"]:
+            yield from self._install(container, words, options.get("manifest"))
+
+    def _pulled(self, text: str) -> str:
+        forms = re.split(r"\(channel\s", text)[1:] or ['(name \'guix) (url "https://guix.test")']
+        channels = []
+        for form in forms:
+            found = dict(re.findall(r"\((name|url|branch|commit)\s+['\"]([^\s()\"]+)\"?\)", form))
+            if {"name", "url"} <= found.keys():
+                commit = found.get("commit") or self.heads[found["name"]]
+                channels.append(channel(found["name"], found["url"], commit))
+        return f"(list {' '.join(channels)})\n"
+
+    def _install(
+        self, container: FakeContainer, words: list[str], manifest: str | None
+    ) -> Iterator[str]:
+        wanted = [word.partition("=")[2] for word in words if word.startswith("--install=")]
+        if manifest:
+            text = container.text(manifest)
+            for inner in re.findall(r'primitive-load "([^"]+)"', text):
+                wanted += re.findall(r'"([^"]+)"', container.text(inner))
+        bad = [package for package in wanted if package in self.unknown]
+        for package in bad:
+            yield f"guix package: error: {package}: unknown package\n"
+            container.status = 1
+        if not bad:
+            profile = {*container.text(PROFILE).split(), *wanted}
+            container.write(PROFILE, " ".join(sorted(profile)))
+
+
+def channel(name: str, url: str, commit: str = "") -> str:
+    """A channel as ``guix describe`` spells it out."""
+    pin = f'(commit "{commit}")' if commit else ""
+    return f'(channel (name \'{name}) (url "{url}") {pin})'
+
+
+def _counted(
+    method: Callable[Concatenate[FakeEngine, P], R],
+) -> Callable[Concatenate[FakeEngine, P], R]:
+    """Write a call down, and let the fault that is planned for it happen before or after it."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    def call(self: FakeEngine, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        number = len(self.calls)
+        self.calls.append((name, (*args, *kwargs.values())))
+        self.fault(number, name, "before")
+        result = method(self, *args, **kwargs)
+        self.fault(number, name, "after")
+        return result
+
+    return call
+
+
+READING = frozenset(
+    {"info", "image", "containers", "remote_digest", "context_files", "volumes", "layers", "save"}
+    | {"wait"}
+)
+"""The calls that change nothing."""
+
+Fault = Callable[[int, str, str], None]
+
+
+def no_fault(_number: int, _name: str, _when: str) -> None:
+    pass
+
+
+class FakeEngine:
+    """An engine in memory."""
+
+    is_dry = False
+
+    def __init__(
+        self,
+        registry: FakeRegistry | None = None,
+        *,
+        platform: str = "linux/amd64",
+        url: str = "unix:///fake.sock",
+        has_bridge: bool = True,
+    ) -> None:
+        self.registry = registry or FakeRegistry()
+        self.behaviour: Behaviour = FakeGuix()
+        self.fault: Fault = no_fault
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.all_images: dict[str, Image] = {}
+        self.tags: dict[str, str] = {}
+        self.all_containers: dict[str, FakeContainer] = {}
+        self.all_volumes: dict[str, dict[str, str]] = {}
+        self.specs: list[ContainerSpec] = []
+        self.about = EngineInfo(url, "fake", "fake", "28", platform, "memory", has_bridge)
+        self._files: dict[str, Files] = {}
+        self._parents: dict[str, str] = {}
+
+    def clone(self) -> FakeEngine:
+        """A copy that goes its own way, with a log of its own."""
+        other = copy.copy(self)
+        other.calls, other.specs = [], []
+        other.registry = replace(
+            self.registry, images=dict(self.registry.images), layers=dict(self.registry.layers)
+        )
+        other.behaviour = copy.deepcopy(self.behaviour)
+        other.all_images, other.tags = dict(self.all_images), dict(self.tags)
+        other.all_containers = copy.deepcopy(self.all_containers)
+        other.all_volumes, other._files = dict(self.all_volumes), dict(self._files)
+        other._parents = dict(self._parents)
+        return other
+
+    @property
+    def guix(self) -> FakeGuix:
+        assert isinstance(self.behaviour, FakeGuix)
+        return self.behaviour
+
+    def changing_calls(self) -> list[str]:
+        return [name for name, _ in self.calls if name not in READING]
+
+    def make_image(
+        self,
+        config: Mapping[str, Any],
+        files: Files,
+        *,
+        parent: Image | None = None,
+        tag: str = "",
+    ) -> Image:
+        """Make an image out of nothing, or ``FROM`` another; without files it has no own layer."""
+        lower = parent.layers if parent else ()
+        if files:
+            layer = digest(files, next(_numbers))
+            self._files[layer] = dict(files)
+            lower = (*lower, layer)
+        number = next(_numbers)
+        made = datetime(2026, 1, 1, tzinfo=timezone.utc) + timedelta(seconds=number)
+        image = Image(
+            id=digest(lower, config, number),
+            layers=lower,
+            config=copy.deepcopy(dict(config)),
+            size=sum(1000 + len(self._files[layer]) for layer in lower),
+            created=made.isoformat(),
+            platform=self.about.platform,
+        )
+        self.all_images[image.id] = image
+        if parent:
+            self._parents[image.id] = parent.id
+        if tag:
+            self.tags[tag] = image.id
+        return image
+
+    def files(self, image: Image) -> Files:
+        """The file system of an image."""
+        merged: Files = {}
+        for layer in image.layers:
+            merged.update(self._files[layer])
+        return {path: content for path, content in merged.items() if content is not None}
+
+    def info(self) -> EngineInfo:
+        return self.about
+
+    @_counted
+    def image(self, reference: str) -> Image | None:
+        return self._image(reference)
+
+    def _image(self, reference: str) -> Image | None:
+        found = self.all_images.get(self.tags.get(reference, reference))
+        if found is None and "@" in reference:
+            found = next((i for i in self.all_images.values() if reference in i.digests), None)
+        if found is None:
+            return None
+        return replace(found, tags=tuple(t for t, i in self.tags.items() if i == found.id))
+
+    def _held(self, image: str) -> bool:
+        return any(box.image.id == image for box in self.all_containers.values())
+
+    def _delete(self, image: str) -> None:
+        """Delete an image that nothing holds, and then such of those that it was made from."""
+        held = self._held(image) or image in {*self.tags.values(), *self._parents.values()}
+        if image in self.all_images and not held:
+            del self.all_images[image]
+            self._delete(self._parents.pop(image, ""))
+
+    @_counted
+    def containers(self, labels: Mapping[str, str]) -> list[Container]:
+        found = [
+            Container(
+                box.id, box.spec.name, box.image.id, box.config["Labels"], box.running, box.created
+            )
+            for box in self.all_containers.values()
+            if labels.items() <= box.config["Labels"].items()
+        ]
+        return sorted(found, key=lambda each: each.created, reverse=True)
+
+    @_counted
+    def remote_digest(self, reference: str) -> str | None:
+        found = None if self.registry.refusal else self.registry.find(reference)
+        return digest(found.id) if found else None
+
+    @_counted
+    def context_files(self, spec: BuildSpec) -> list[str]:
+        """All files, but for those that ``.dockerignore`` names."""
+        ignore = spec.context / ".dockerignore"
+        rules = ignore.read_text().split() if ignore.exists() else []
+        found = [
+            str(path.relative_to(spec.context))
+            for path in spec.context.rglob("*")
+            if path.is_symlink() or not path.is_dir()
+        ]
+        return [name for name in found if not any(Path(name).match(rule) for rule in rules)]
+
+    @_counted
+    def volumes(self, labels: Mapping[str, str]) -> list[str]:
+        return [name for name, own in self.all_volumes.items() if labels.items() <= own.items()]
+
+    @_counted
+    def make_volume(self, name: str, labels: Mapping[str, str]) -> None:
+        self.all_volumes.setdefault(name, dict(labels))
+
+    @_counted
+    def remove_volume(self, name: str) -> None:
+        self.all_volumes.pop(name, None)
+
+    @_counted
+    def tag(self, image: str, reference: str) -> None:
+        found = self._image(image)
+        if found is None:
+            raise EngineError(f"the engine could not tag {reference}: No such image: {image}")
+        self.tags[reference] = found.id
+
+    @_counted
+    def untag(self, reference: str) -> None:
+        image = self.tags.get(reference)
+        if image is None:
+            return
+        last = list(self.tags.values()).count(image) == 1
+        if last and self._held(image):
+            raise EngineError(f"the engine could not remove the tag {reference}: conflict")
+        del self.tags[reference]
+        self._delete(image)
+
+    @_counted
+    def drop(self, image: str) -> None:
+        self._delete(image)
+
+    @_counted
+    def layers(self, image: str) -> list[Layer]:
+        found = self._image(image)
+        return [Layer(1000, "fake") for _ in found.layers] if found else []
+
+    @_counted
+    def save(self, image: str) -> Iterator[bytes]:
+        found = self._image(image)
+        assert found
+        files = {"manifest.json": json.dumps([{"Layers": found.layers}]).encode()}
+        files |= {layer: _tar(self._files[layer]) for layer in found.layers}
+        return iter([_tar(dict(files))])
+
+    @_counted
+    def create(self, spec: ContainerSpec) -> str:
+        image = self._image(spec.image)
+        if image is None:
+            raise EngineError(f"the engine could not make a container: No such image: {spec.image}")
+        if any(box.spec.name == spec.name for box in self.all_containers.values()):
+            raise EngineError(f"the engine could not make a container: {spec.name} is in use")
+        config: dict[str, Any] = {
+            "Entrypoint": list(spec.command),
+            "Env": [f"{name}={value}" for name, value in spec.environment.items()],
+            "Labels": dict(spec.labels),
+            "User": spec.user or "",
+            "Hostname": spec.name[:12],
+            "Healthcheck": {"Test": ["NONE"]} if spec.no_healthcheck else None,
+        }
+        box = FakeContainer(
+            id=digest("container", number := next(_numbers)),
+            spec=spec,
+            image=image,
+            config=merged(config, image.config),
+            lower=self.files(image),
+            created=number,
+        )
+        self.specs.append(spec)
+        self.all_containers[box.id] = box
+        return box.id
+
+    def _container(self, container: str) -> FakeContainer:
+        for box in self.all_containers.values():
+            if container in (box.id, box.spec.name):
+                return box
+        raise EngineError(f"No such container: {container}")
+
+    @_counted
+    def copy_in(self, container: str, archive: bytes | IO[bytes]) -> None:
+        data = archive if isinstance(archive, bytes) else archive.read()
+        box = self._container(container)
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                if file:
+                    box.changes[f"/{member.name}"] = file.read()
+
+    @_counted
+    def run(self, container: str) -> Output:
+        box = self._container(container)
+        box.running = True
+        yield from self.behaviour(box)
+        box.running = False
+
+    @_counted
+    def start(self, container: str) -> None:
+        self._container(container).running = True
+
+    @_counted
+    def wait(self, container: str) -> int:
+        return self._container(container).status
+
+    @_counted
+    def stop(self, container: str, seconds: int) -> None:
+        box = self._container(container)
+        box.running, box.status = False, 143
+
+    @_counted
+    def remove(self, container: str) -> None:
+        for box in list(self.all_containers.values()):
+            if container in (box.id, box.spec.name):
+                del self.all_containers[box.id]
+
+    @_counted
+    def commit(self, container: str, config: Mapping[str, Any]) -> str:
+        box = self._container(container)
+        result = merged(copy.deepcopy(dict(config)), box.config)
+        return self.make_image(result, box.changes, parent=box.image).id
+
+    @_counted
+    def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
+        return self.make_image({}, {"/rootfs": b"".join(archive)}, tag=reference).id
+
+    @_counted
+    def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
+        """Build as BuildKit does, which leaves no base image among the local ones."""
+        name = spec.args["BASE_IMAGE"]
+        base = self._image(name) or (None if self.registry.refusal else self.registry.find(name))
+        if base is None:
+            raise BuilderError(f"cannot get the base image {name}: pull access denied")
+        self._files |= {layer: self.registry.layers.get(layer, {}) for layer in base.layers} | {
+            layer: files for layer, files in self._files.items() if layer in base.layers
+        }
+        output(b"#1 building\n")
+        config = {**base.config, "Entrypoint": ["/entry-point.sh"], "Cmd": ["bash"]}
+        image = self.make_image(config, {"/entry-point.sh": b"#!/bin/sh\n"}, parent=base)
+        del self._parents[image.id]
+        return image.id
+
+    @_counted
+    def push(
+        self, reference: str, credentials: Credentials | None, progress: Progress | None = None
+    ) -> str:
+        image = self._image(reference)
+        if image is None:
+            raise RegistryError(f"cannot push {reference}: tag does not exist")
+        self.registry.seen.append(credentials)
+        if self.registry.refusal:
+            raise RegistryError(f"cannot push {reference}: {self.registry.refusal}")
+        for layer in image.layers:
+            self.registry.layers[layer] = self._files[layer]
+            if progress:
+                progress(layer[7:19], "Pushed", 1000, 1000)
+        self.registry.put(reference, image)
+        name = f"{reference.rpartition(':')[0]}@{digest(image.id)}"
+        self.all_images[image.id] = replace(
+            self.all_images[image.id], digests=tuple({*image.digests, name})
+        )
+        return digest(image.id)
+
+    @_counted
+    def pull(
+        self,
+        reference: str,
+        credentials: Credentials | None,
+        platform: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.registry.seen.append(credentials)
+        found = None if self.registry.refusal else self.registry.find(reference)
+        if found is None:
+            raise RegistryError(
+                f"cannot pull {reference}: {self.registry.refusal or 'manifest unknown'}"
+            )
+        for layer in found.layers:
+            self._files[layer] = self.registry.layers[layer]
+            if progress:
+                progress(layer[7:19], "Pull complete", 1000, 1000)
+        name = reference.partition("@")[0] if "@" in reference else reference.rpartition(":")[0]
+        known = self.all_images.get(found.id, found)
+        self.all_images[found.id] = replace(
+            known, digests=tuple({*known.digests, f"{name}@{digest(found.id)}"})
+        )
+        if "@" not in reference:
+            self.tags[reference] = found.id
+
+
+def merged(own: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with what it leaves open taken from another (moby, daemon ``merge``)."""
+    result = dict(own)
+    for name in ("User", "WorkingDir", "StopSignal"):
+        result[name] = result.get(name) or other.get(name) or ""
+    for name in ("ExposedPorts", "Volumes"):
+        both = {**(other.get(name) or {}), **(result.get(name) or {})}
+        result[name] = both or None
+    names = {line.partition("=")[0] for line in result.get("Env") or ()}
+    more = [line for line in other.get("Env") or () if line.partition("=")[0] not in names]
+    result["Env"] = [*(result.get("Env") or ()), *more]
+    result["Labels"] = {**(other.get("Labels") or {}), **(result.get("Labels") or {})}
+    if not result.get("Entrypoint"):
+        result["Cmd"] = result.get("Cmd") or other.get("Cmd")
+        if result.get("Entrypoint") is None:
+            result["Entrypoint"] = other.get("Entrypoint")
+    result["Healthcheck"] = result.get("Healthcheck") or other.get("Healthcheck")
+    return result
+
+
+def _tar(files: Files) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name.lstrip("/"))
+            member.size = len(content or b"")
+            tar.addfile(member, io.BytesIO(content or b""))
+    return buffer.getvalue()
+
+
+# --- A project ------------------------------------------------------------------------------
+
+BASE_IMAGE = "registry.test/base:1"
+IMAGE = "registry.test/team/app:1"
+BASE_CONFIG: dict[str, Any] = {
+    "Cmd": ["sh"],
+    "Entrypoint": None,
+    "Env": ["PATH=/bin", "LANG=C"],
+    "User": "guest",
+    "WorkingDir": "/srv",
+    "ExposedPorts": {"80/tcp": {}},
+    "Volumes": {"/data": {}},
+    "Labels": {"maintainer": "me"},
+    "StopSignal": "SIGINT",
+    "Healthcheck": {"Test": ["CMD", "true"]},
+    "Shell": ["/bin/sh", "-c"],
+    "OnBuild": ["RUN true"],
+}
+"""A configuration with something in every field."""
+
+
+def publish_base(
+    registry: FakeRegistry, reference: str = BASE_IMAGE, profile: str = "certs"
+) -> None:
+    """Put a base image that has Guix into a registry."""
+    engine = FakeEngine(registry)
+    engine.make_image(BASE_CONFIG, {PROFILE: profile.encode()}, tag=reference)
+    engine.push(reference, None)
+
+
+class Heard(Console):
+    """A console that can be read."""
+
+    def __init__(self) -> None:
+        self.results, self.said = io.StringIO(), io.StringIO()
+        super().__init__(out=self.results, err=self.said)
+
+    @property
+    def text(self) -> str:
+        return self.results.getvalue() + self.said.getvalue()
+
+
+class Serial:
+    """An executor that has no threads, whose start takes longer than all the rest here."""
+
+    def map(self, function: Callable[[str], str], items: list[str]) -> Iterator[str]:
+        return map(function, items)
+
+
+def serial() -> AbstractContextManager[Serial]:
+    return nullcontext(Serial())
+
+
+class Once(Lifecycle):
+    """A lifecycle that looks at each stage once, as nothing changes meanwhile."""
+
+    def __init__(self, project: Project) -> None:
+        super().__init__(project)
+        self._states: dict[str, State] = {}
+
+    def state(self, name: str, packages: tuple[str, ...] | None = None) -> State:
+        if name not in self._states:
+            self._states[name] = super().state(name, packages)
+        return self._states[name]
+
+
+class Site:
+    """A checkout of a project, and the engine that its user has.
+
+    Each call of ``project`` is what a new process finds.
+    """
+
+    def __init__(self, folder: Path, engine: FakeEngine, **env: str) -> None:
+        self.folder = folder
+        self.engine = engine
+        self.env = {
+            "IMAGE": IMAGE,
+            "BASE_IMAGE": BASE_IMAGE,
+            "BUILD_CONTEXT": "context",
+            "GUIX_CHANNELS": "channels.scm",
+            "GUIX_PACKAGES": "hello",
+            **env,
+        }
+        self.write("Dockerfile", "FROM x\n")
+        self.write("context/file", "content\n")
+        self.write("channels.scm", f"(list {channel('guix', 'https://guix.test')})\n")
+
+    @property
+    def lock(self) -> Path:
+        return self.folder / "channels.lock.scm"
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def settings(self) -> Settings:
+        # In the environment an empty value counts as unset, in a file it does not.
+        empty = "".join(f"{name}=\n" for name, value in self.env.items() if not value)
+        if empty or (self.folder / ".env").exists():
+            self.write(".env", empty)
+        return load_settings(self.folder, self.folder, self.env)
+
+    def project(self, engine: Engine | None = None) -> Project:
+        fingerprint._file_digest.cache_clear()
+        return Project(self.settings(), engine or self.engine, Heard())
+
+    @property
+    def lifecycle(self) -> Lifecycle:
+        return Lifecycle(self.project())
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.project().ledger
+
+    def make(
+        self, *stages: str, engine: Engine | None = None, packages: tuple[str, ...] = (), **on: bool
+    ) -> str:
+        """Make stages in turn, each in a process of its own; what was said."""
+        said = ""
+        for stage in stages:
+            project = self.project(engine)
+            Lifecycle(project).make(stage, Wishes(packages=packages, **on))
+            said += heard(project)
+        return said
+
+    def push(self, stage: str | None = None) -> dict[str, str]:
+        return push(self.project(), stage)
+
+    def image(self, stage: str = "") -> Image:
+        """The image of a stage, or what ``IMAGE`` stands for."""
+        ledger = self.ledger
+        found = self.engine._image(ledger.tag(stage) if stage else str(ledger.image))
+        assert found, stage
+        return found
+
+    def states(self) -> dict[str, State]:
+        lifecycle = Once(self.project())
+        return {stage: lifecycle.state(stage) for stage in STAGES}
+
+    def keys(self) -> dict[str, str | None]:
+        return {stage: state.key for stage, state in self.states().items()}
+
+    def why(self, stage: str) -> str | None:
+        return self.lifecycle.state(stage).why
+
+    def ran(self, action: Callable[[], object]) -> list[str]:
+        """The names of the stages that an action ran in a container."""
+        before = len(self.engine.specs)
+        action()
+        return [spec.name.split("-")[2] for spec in self.engine.specs[before:]]
+
+
+def heard(project: Project) -> str:
+    assert isinstance(project.console, Heard)
+    return project.console.text
+
+
+def new_site(folder: Path, registry: FakeRegistry | None = None, **env: str) -> Site:
+    """A project on an engine that has nothing; its base image is in the registry."""
+    registry = registry or FakeRegistry()
+    if not registry.find(BASE_IMAGE):
+        publish_base(registry)
+    return Site(folder, FakeEngine(registry), **env)
+
+
+@functools.cache
+def _template() -> tuple[FakeEngine, str]:
+    """An engine on which all stages of a project are made, and the lock."""
+    with tempfile.TemporaryDirectory() as folder:
+        site = new_site(Path(folder))
+        site.make(*STAGES)
+        return site.engine, site.lock.read_text()
+
+
+def made_site(folder: Path) -> Site:
+    """A project whose stages are all made."""
+    engine, lock = _template()
+    site = Site(folder, engine.clone())
+    site.lock.write_text(lock)
+    return site
+
+
+def outline(engine: FakeEngine) -> dict[str, object]:
+    """What each tag stands for, but for what differs from run to run."""
+    found: dict[str, object] = {}
+    for tag, identity in engine.tags.items():
+        image = engine.all_images[identity]
+        varying = (LAYERS_LABEL,)
+        labels = {name: text for name, text in image.labels.items() if name not in varying}
+        state = (proven_stage(image), labels.get(KEY_LABEL), len(image.layers))
+        found[tag] = (state, sorted(labels.items()), str(image.config.get("Cmd")))
+    return found
+
+
+@contextmanager
+def another_process() -> Iterator[None]:
+    """Let what is made meanwhile be made by a process that is gone afterwards."""
+    real = os.getpid
+    with subprocess.Popen(["sleep", "60"]) as process:
+        os.getpid = lambda: process.pid
+        try:
+            yield
+        finally:
+            os.getpid = real
+            process.kill()

@@ -1,0 +1,457 @@
+"""What a user gets from ``inv``: one line and an exit code for each fault, and no secret."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_engine import (
+    BASE_IMAGE,
+    COMMITS,
+    IMAGE,
+    FakeContainer,
+    FakeEngine,
+    Output,
+    Site,
+    channel,
+    new_site,
+    outline,
+    serial,
+)
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.program import Program
+
+from guix_tasks import boundary, docker_engine, fingerprint
+from guix_tasks.errors import EngineError, UsageError
+from guix_tasks.settings import settings_reference
+from guix_tasks.tasks import ns
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+LOCK = f"(list {channel('guix', 'https://guix.test', COMMITS['guix'])})\n"
+PASSWORD = "hunter2-$x"  # noqa: S105
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+
+@dataclass
+class Inv:
+    """``inv`` in a project's folder, with its engine behind it."""
+
+    site: Site
+    capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch
+    opened: list[str] = field(default_factory=list)
+
+    def __call__(self, *argv: str) -> Result:
+        boundary._engines.clear()
+        fingerprint._file_digest.cache_clear()
+        lines = (f"{name}='{value}'\n" for name, value in self.site.env.items())
+        self.site.write(".env", "".join(lines))
+        self.monkeypatch.setattr(sys, "argv", ["inv", *argv])
+        self.capsys.readouterr()
+        code: object = 0
+        try:
+            Program(namespace=ns).run(["inv", *argv])
+        except SystemExit as error:
+            code = error.code
+        assert isinstance(code, int)
+        seen = self.capsys.readouterr()
+        assert "Traceback" not in seen.err
+        return Result(code, seen.out, seen.err)
+
+    def make_engine(self, address: docker_engine.Address, _environ: object) -> FakeEngine:
+        self.opened.append(address.url)
+        return self.site.engine
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing of this machine: no engine, no settings, no user's files."""
+    for name, *_ in settings_reference():
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    monkeypatch.delenv("ENV_FILE", raising=False)
+    monkeypatch.setattr(docker_engine, "DEFAULT_SOCKET", tmp_path / "no.sock")
+    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
+    monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
+    yield
+    boundary._engines.clear()
+
+
+@pytest.fixture
+def inv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Inv:
+    site = new_site(tmp_path / "project")
+    site.write("tasks.py", "")
+    monkeypatch.chdir(site.folder)
+    monkeypatch.setenv("DOCKER_HOST", "unix:///fake.sock")
+    made = Inv(site, capsys, monkeypatch)
+    monkeypatch.setattr(docker_engine, "DockerEngine", made.make_engine)
+    return made
+
+
+# --- What is done ---------------------------------------------------------------------------
+
+
+def test_the_whole_way_prints_the_digest_alone_on_standard_output(inv: Inv) -> None:
+    done = inv("base", "pull", "install", "commit", "push")
+    assert done.code == 0
+    digest = done.out.strip()
+    assert digest.startswith(f"{IMAGE}@sha256:")
+    assert len(done.out.splitlines()) == 1
+    found = inv.site.engine.registry.find(IMAGE)
+    assert found
+    assert found.layers == inv.site.image("install").layers
+
+
+def test_the_first_line_names_the_engine_once(inv: Inv) -> None:
+    done = inv("base", "pull", "install")
+    assert done.err.splitlines()[0] == "engine: fake at unix:///fake.sock (fake), Docker 28"
+    assert done.err.count("engine: ") == 1
+    assert inv.opened == ["unix:///fake.sock"]
+
+
+def test_three_calls_are_the_same_as_one(inv: Inv, tmp_path: Path) -> None:
+    inv("pull", "install", "push")
+    together = outline(inv.site.engine)
+    other = new_site(tmp_path / "other", inv.site.engine.registry)
+    other.write("tasks.py", "")
+    inv.monkeypatch.chdir(other.folder)
+    apart = Inv(other, inv.capsys, inv.monkeypatch)
+    inv.monkeypatch.setattr(docker_engine, "DockerEngine", apart.make_engine)
+    assert [apart(task).code for task in ("pull", "install", "push")] == [0, 0, 0]
+    assert outline(other.engine) == together
+
+
+def test_package_is_for_one_call_and_push_knows(inv: Inv) -> None:
+    inv("install", "--package", "tar", "--package", "gzip")
+    assert "tar" in inv.site.image().labels["org.guix-tasks.packages"]
+    assert inv("push").code == 0
+    inv("install")
+    assert "tar" not in inv.site.image().labels["org.guix-tasks.packages"]
+
+
+def test_the_options_of_the_stages_are_handed_on(inv: Inv) -> None:
+    inv("install")
+    assert "up to date" in inv("install").err
+    assert "install: in a" in inv("install", "--force").err
+    inv.site.write("Dockerfile", "FROM y\n")
+    assert inv("install").code == 2
+    assert inv("install", "--upstream").code == 0
+    assert "`inv commit` makes it" in inv("install", "--no-commit").err
+    assert inv("commit").code == 0
+    inv.site.engine.guix.heads["guix"] = "c" * 40
+    inv("pull", "--update")
+    assert "c" * 40 in inv.site.lock.read_text()
+    before = inv.site.image("base").id
+    inv("base", "--force")
+    assert inv.site.image("base").id != before
+
+
+def test_run_keeps_arguments_exactly_and_passes_the_status_on(inv: Inv) -> None:
+    inv("install")
+    done = inv("run", "--", "printf", "a b", "--keep", "--", "$x")
+    assert done.code == 0
+    assert inv.site.engine.specs[-1].command[1:] == ("printf", "a b", "--keep", "--", "$x")
+    assert done.out.startswith("ran printf 'a b' --keep")
+
+    def behaviour(container: FakeContainer) -> Output:
+        container.status = 42
+        yield True, b"no\n"
+
+    inv.site.engine.behaviour = behaviour
+    assert inv("run", "--", "false").code == 42
+
+
+def test_status_clean_and_rollback(inv: Inv) -> None:
+    inv("install")
+    done = inv("status")
+    assert done.out.count("up to date") == 3
+    assert inv("rollback").code == 0
+    assert "removed" in inv("clean").err
+    assert not [tag for tag in inv.site.engine.tags if tag != BASE_IMAGE]
+    assert "clean: nothing there" in inv("clean").err
+
+
+def test_dry_changes_nothing_and_shows_everything(inv: Inv) -> None:
+    # Without a lock a dry pull cannot tell its channels; see test_engine.
+    inv.site.write("channels.lock.scm", LOCK)
+    before = inv.site.engine.changing_calls()
+    done = inv("--dry", "base", "pull", "install", "push")
+    assert done.code == 0
+    assert done.out == ""
+    assert inv.site.engine.changing_calls() == before
+    for command in ("build", "create", "commit", "tag", "push"):
+        assert f"+ docker {command} " in done.err
+    assert inv.site.lock.read_text() == LOCK
+
+
+def test_settings_are_those_of_the_project_from_any_folder_of_it(inv: Inv) -> None:
+    (inv.site.folder / "deep" / "er").mkdir(parents=True)
+    inv.monkeypatch.chdir(inv.site.folder / "deep" / "er")
+    assert inv("base").code == 0
+    assert f"{IMAGE}-base" in inv.site.engine.tags
+
+
+def test_a_note_of_the_settings_is_said(inv: Inv) -> None:
+    inv.site.env["SOMETHING_ELSE"] = "1"
+    assert "note: .env:" in inv("status").err
+
+
+# --- What goes wrong ------------------------------------------------------------------------
+
+
+def test_all_bad_settings_are_told(inv: Inv) -> None:
+    inv.site.env.update(IMAGE="Bad Image", STAGE_MEMORY="much")
+    done = inv("pull")
+    assert done.code == 2
+    assert len(done.errors) == 2
+    assert ".env:1: IMAGE" in done.errors[0] + done.errors[1]
+    assert inv.opened == []
+
+
+def test_usage(inv: Inv) -> None:
+    done = inv("push")
+    assert done.code == 2
+    assert done.errors == [f"error: there is no {IMAGE} on this engine; run `inv install`"]
+
+
+def test_no_engine(inv: Inv) -> None:
+    inv.monkeypatch.delenv("DOCKER_HOST")
+    done = inv("pull")
+    assert done.code == 3
+    (line,) = done.errors
+    assert "no Docker Engine on this machine" in line
+    assert "`inv engine.up`" in line
+
+
+@pytest.mark.parametrize(
+    "call", ["containers", "create", "copy_in", "run", "wait", "commit", "tag"]
+)
+def test_an_engine_that_dies(inv: Inv, call: str) -> None:
+    inv("base")
+    before = outline(inv.site.engine)
+
+    def fault(_number: int, name: str, _when: str) -> None:
+        if name == call:
+            raise EngineError("the Docker Engine does not answer; start it")
+
+    inv.site.engine.fault = fault
+    done = inv("pull")
+    inv.site.engine.fault = lambda *_: None
+    assert done.code == 3
+    assert done.errors == ["error: the Docker Engine does not answer; start it"]
+    assert inv.site.engine.all_containers == {}
+    assert outline(inv.site.engine) == before
+
+
+def test_a_command_of_guix_that_fails(inv: Inv) -> None:
+    inv("install")
+    before = outline(inv.site.engine)
+    inv.site.env["GUIX_PACKAGES"] = "no-such-package"
+    done = inv("install")
+    assert done.code == 4
+    assert len(done.errors) == 1
+    assert "guix package: error: no-such-package: unknown package" in done.err
+    assert outline(inv.site.engine) == before
+    assert inv.site.engine.all_containers == {}
+
+
+def test_a_stage_that_fails_ends_the_call(inv: Inv) -> None:
+    inv.site.env["GUIX_PACKAGES"] = "no-such-package"
+    assert inv("pull", "install", "push").code == 4
+    assert "push" not in inv.site.engine.changing_calls()
+
+
+@pytest.mark.parametrize("refusal", ["connection refused", "denied"])
+def test_a_registry_that_refuses(inv: Inv, refusal: str) -> None:
+    inv("install")
+    inv.site.engine.registry.refusal = refusal
+    done = inv("push")
+    assert done.code == 5
+    assert done.out == ""
+    assert len(done.errors) == 1
+
+
+def test_a_build_that_fails(inv: Inv) -> None:
+    inv.site.env["BASE_IMAGE"] = "registry.test/none:1"
+    done = inv("base")
+    assert done.code == 6
+    assert "registry.test/none:1" in done.errors[0]
+    assert inv.site.engine.tags == {}
+
+
+def test_a_check_that_fails(inv: Inv) -> None:
+    inv("install")
+    inv.site.engine.guix.failing["certificates"] = "none"
+    done = inv("verify")
+    assert done.code == 1
+    assert done.errors == [f"error: verify: {IMAGE} failed: certificates"]
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("stage", ["pull", "install"])
+def test_interrupted(inv: Inv, how: str, stage: str) -> None:
+    inv("install")
+    before = outline(inv.site.engine)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def behaviour(_container: FakeContainer) -> Output:
+        yield True, b"half\n"
+        if how == "Ctrl-C":
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield True, b"more\n"
+
+    inv.site.engine.behaviour = behaviour
+    done = inv(stage, "--force")
+    assert done.code == 130
+    assert len(done.errors) == 1
+    assert outline(inv.site.engine) == before
+    assert inv.site.engine.all_containers == {}
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+@pytest.mark.parametrize(
+    ("package", "modules", "again"),
+    [
+        ("docker", ["docker"], "guix_tasks.docker_engine"),
+        ("requests", ["requests"], "guix_tasks.docker_engine"),
+        ("dotenv", ["dotenv", "dotenv.parser", "dotenv.variables"], "guix_tasks.settings"),
+    ],
+)
+def test_an_inv_that_lacks_a_package_says_so(
+    inv: Inv, package: str, modules: list[str], again: str
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in modules:
+            patch.setitem(sys.modules, name, None)
+        for name in [each for each in sys.modules if each == again or each.startswith(f"{again}.")]:
+            patch.delitem(sys.modules, name)
+        done = inv("pull")
+    assert done.code == 2
+    (line,) = done.errors
+    assert f"lacks the package {package}" in line
+    assert sys.executable in line
+    assert "use ./inv" in line
+
+
+def test_another_module_that_is_missing_is_not_hidden() -> None:
+    with pytest.raises(ModuleNotFoundError), boundary.guarded():
+        raise ModuleNotFoundError("No module named 'mine'", name="mine")
+
+
+def test_an_exit_of_a_task_passes() -> None:
+    with pytest.raises(Exit) as caught, boundary.guarded():
+        raise Exit(code=9)
+    assert caught.value.code == 9
+
+
+@pytest.mark.parametrize("value", ["no-such-folder", "Dockerfile"])
+def test_a_context_that_is_no_folder_is_one_line(inv: Inv, value: str) -> None:
+    inv.site.env["BUILD_CONTEXT"] = value
+    done = inv("base")
+    assert done.code == 2
+    assert "BUILD_CONTEXT" in done.errors[0]
+
+
+def test_a_dockerfile_that_is_not_there_is_one_line(inv: Inv) -> None:
+    inv.site.env["DOCKERFILE"] = "no/Dockerfile"
+    done = inv("base")
+    assert done.code == 2
+    assert "DOCKERFILE: " in done.errors[0]
+
+
+def test_the_demo_is_never_dry(inv: Inv) -> None:
+    done = inv("--dry", "demo")
+    assert done.code == 2
+    assert "leave --dry out" in done.errors[0]
+    assert inv.site.engine.calls == []
+
+
+# --- Secrets --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [(), ("--echo",), ("--dry",)], ids=str)
+def test_no_secret_is_shown_or_kept(inv: Inv, mode: tuple[str, ...]) -> None:
+    inv.site.write("channels.lock.scm", LOCK)
+    inv.site.env.update(
+        DOCKER_USERNAME="some-user", DOCKER_PASSWORD=PASSWORD, CACHE_IMAGE="registry.test/cache"
+    )
+    inv.site.write("secret", PASSWORD)
+    inv.site.env["BUILD_SECRETS"] = "token=secret"
+    engine, shown = inv.site.engine, ""
+    for tasks in (("base",), ("pull", "install", "push", "status", "verify"), ("clean",)):
+        done = inv(*mode, *tasks)
+        assert done.code == 0
+        shown += done.out + done.err
+    kept = repr((engine.calls, engine.specs, engine.all_images, engine.registry.images))
+    assert PASSWORD not in shown + kept
+    assert "some-user" not in shown
+    if not mode:
+        assert {seen.password for seen in engine.registry.seen if seen} == {PASSWORD}
+
+
+def test_a_secret_is_not_shown_by_a_registry_that_refuses_it(inv: Inv) -> None:
+    inv.site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD=PASSWORD)
+    inv("install")
+    inv.site.engine.registry.refusal = "unauthorized"
+    done = inv("push")
+    assert done.code == 5
+    assert PASSWORD not in done.err + repr(inv.site.engine.calls)
+
+
+# --- Odds -----------------------------------------------------------------------------------
+
+
+def test_the_project_is_the_nearest_folder_with_tasks(tmp_path: Path) -> None:
+    deep = tmp_path / "a" / "b" / "c"
+    deep.mkdir(parents=True)
+    assert boundary.project_folder(deep) == deep
+    (tmp_path / "a" / "tasks.py").touch()
+    assert boundary.project_folder(deep) == tmp_path / "a"
+    (tmp_path / "a" / "b" / "tasks.py").touch()
+    assert boundary.project_folder(deep) == tmp_path / "a" / "b"
+
+
+def test_the_docker_command_finds_the_projects_engine(
+    inv: Inv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _name: "/usr/bin/docker")
+    argv, environment = boundary.docker_command(inv.site.project())
+    assert argv == ["/usr/bin/docker"]
+    assert environment["DOCKER_HOST"] == "unix:///fake.sock"
+
+
+def test_without_the_docker_command_there_is_no_terminal(
+    inv: Inv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    with pytest.raises(UsageError, match="needs the docker command line"):
+        boundary.docker_command(inv.site.project())
+
+
+def test_a_project_can_be_opened_by_a_users_own_task(inv: Inv) -> None:
+    inv("base")
+    context = Context()
+    with boundary.opened(context, {"GUIX_PACKAGES": ["tar"]}) as project:
+        assert project.settings.guix_packages == ("tar",)
+        assert project.ledger.find("base")

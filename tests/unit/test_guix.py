@@ -1,0 +1,347 @@
+"""The commands of Guix as argument lists, the script that runs them, and what Guix answers."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_engine import STEADY
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from guix_tasks import guix
+from guix_tasks.guix import Channel
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# --- Argument lists -------------------------------------------------------------------------
+
+
+def test_pull() -> None:
+    assert guix.pull_argv("/c.scm") == ("guix", "pull", "--channels=/c.scm")
+    assert guix.pull_argv(None) == ("guix", "pull")
+    assert guix.pull_argv("") == ("guix", "pull")
+
+
+def test_install_is_one_transaction() -> None:
+    assert guix.install_argv("/m.scm", ["hello", "git:send-email"]) == (
+        "guix",
+        "package",
+        "--manifest=/m.scm",
+        "--install=hello",
+        "--install=git:send-email",
+    )
+    assert guix.install_argv(None, ["hello"]) == ("guix", "package", "--install=hello")
+    assert guix.install_argv("/m.scm", []) == ("guix", "package", "--manifest=/m.scm")
+    with pytest.raises(ValueError, match="neither"):
+        guix.install_argv(None, [])
+
+
+@pytest.mark.parametrize("name", ["--do-not-upgrade", "-r", "a b", "$(id)"])
+def test_a_package_is_never_an_option(name: str) -> None:
+    assert guix.install_argv(None, [name])[-1] == f"--install={name}"
+
+
+def test_the_union_manifest() -> None:
+    assert guix.union_manifest("/.guix-tasks/manifest.scm") == (
+        "(use-modules (guix profiles))\n"
+        f'(manifest-add (profile-manifest "{guix.PROFILE}")\n'
+        '              (manifest-entries (primitive-load "/.guix-tasks/manifest.scm")))\n'
+    )
+
+
+# --- Channels -------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+INTRODUCTION = """(introduction
+          (make-channel-introduction
+            "9edb3f66fd807b096b48283debdcddccfea34bad"
+            (openpgp-fingerprint
+              "BBB0 2DDF 2CEA F6A8 0D1D  E643 A2A0 6DF2 A33A 54FA")))"""
+
+DESCRIBED = f"""(list (channel
+        (name 'guix)
+        (url "https://git.guix.gnu.org/guix.git")
+        (branch "master")
+        (commit
+          "{COMMIT}")
+        {INTRODUCTION})
+      (channel
+        (name 'nonguix)
+        (url "https://gitlab.com/nonguix/nonguix")
+        (commit
+          "{COMMIT[::-1]}")))
+"""
+
+
+def test_what_guix_describe_prints() -> None:
+    assert guix.channels(DESCRIBED) == {
+        "guix": Channel("guix", "https://git.guix.gnu.org/guix.git", "master", COMMIT),
+        "nonguix": Channel("nonguix", "https://gitlab.com/nonguix/nonguix", None, COMMIT[::-1]),
+    }
+    assert guix.commits(DESCRIBED) == {"guix": COMMIT, "nonguix": COMMIT[::-1]}
+
+
+LITERAL = {
+    "a quoted name": '(channel (name \'a) (url "u"))',
+    "a string": '(channel (name "a") (url "u"))',
+    "another order": '(channel (url "u") (name \'a))',
+    "lines": '(channel\n\t(name \'a)\n  (url\n "u"))',
+    "in a program": '(cons* (channel (name \'a) (url "u")) %default-channels)',
+    "a comment": '; (channel (name \'b) (url "v"))\n(channel (name \'a) ; the first\n (url "u"))',
+    "an introduction": f'(channel (name \'a) (url "u") {INTRODUCTION})',
+}
+
+
+@pytest.mark.parametrize("text", LITERAL.values(), ids=LITERAL)
+def test_a_channel_that_is_spelled_out(text: str) -> None:
+    assert guix.channels(text) == {"a": Channel("a", "u")}
+
+
+def test_a_semicolon_in_an_address_is_no_comment() -> None:
+    text = '(channel (name \'a) (url "https://x/?a=1;b=2") (commit "c")) ; (branch "no")'
+    assert guix.channels(text) == {"a": Channel("a", "https://x/?a=1;b=2", None, "c")}
+
+
+NOT_LITERAL = {
+    "nothing": "",
+    "the default": "%default-channels",
+    "a load": '(load "channels.scm")',
+    "a computed address": '(channel (name \'a) (url (string-append "u" "v")))',
+    "a computed name": '(channel (name (string->symbol "a")) (url "u"))',
+    "inherited": '(channel (inherit %default-guix-channel) (url "u"))',
+    "a map": '(map (lambda (c) (channel (inherit c) (url "u"))) %default-channels)',
+}
+
+
+@pytest.mark.parametrize("text", NOT_LITERAL.values(), ids=NOT_LITERAL)
+def test_what_a_channels_file_computes_is_not_seen(text: str) -> None:
+    assert guix.channels(text) == {}
+
+
+def test_a_computed_field_is_left_out() -> None:
+    text = '(channel (name \'a) (url "u") (commit (getenv "COMMIT")) (branch branch))'
+    assert guix.channels(text)["a"].commit is None
+
+
+@pytest.mark.parametrize(
+    "comment",
+    ['#;(channel\n (name \'b)\n (url "v"))', '#| (channel (name \'b) (url "v")) |#'],
+    ids=["a datum", "a block"],
+)
+def test_a_channel_that_is_commented_out(comment: str) -> None:
+    assert guix.channels(f'(list (channel (name \'a) (url "u")) {comment})').keys() == {"a"}
+
+
+def test_a_commit_after_the_introduction() -> None:
+    text = f'(channel (name \'a) (url "u") {INTRODUCTION} (commit "{COMMIT}"))'
+    assert guix.channels(text)["a"].commit == COMMIT
+
+
+@pytest.mark.parametrize(
+    ("text", "literal"),
+    [
+        ('(list (channel (name \'a) (url "u")))', True),
+        ('(list\n ;; one\n (channel (name \'a) (url "u"))\n #;(channel)\n)\n', True),
+        (DESCRIBED, True),
+        ("", False),
+        ("%default-channels", False),
+        ('(cons (channel (name \'a) (url "u")) %default-channels)', False),
+        ('(list (channel (name \'a) (url "u")) (my-channel))', False),
+        ('(list (channel (inherit %default-guix-channel) (url "u")))', False),
+        ('(use-modules (x)) (list (channel (name \'a) (url "u")))', False),
+    ],
+)
+def test_a_file_that_spells_out_all_its_channels(text: str, *, literal: bool) -> None:
+    assert guix.is_literal(text) == literal
+
+
+@STEADY
+@given(st.text("()[];#|\"\\' \nachnel") | st.text())
+def test_no_text_is_an_error(text: str) -> None:
+    guix.channels(text)
+    guix.is_literal(text)
+
+
+NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True)
+COMMITS = st.from_regex(r"[0-9a-f]{40}", fullmatch=True)
+
+
+@STEADY
+@given(st.dictionaries(NAMES, COMMITS, max_size=4))
+def test_every_channel_of_a_list_is_found(commits: dict[str, str]) -> None:
+    forms = [
+        f'(channel\n (name \'{name})\n (url "https://x/{name}")\n (commit "{commit}")\n'
+        f" {INTRODUCTION})"
+        for name, commit in commits.items()
+    ]
+    assert guix.commits(f"(list {' '.join(forms)})\n") == commits
+
+
+# --- Packages -------------------------------------------------------------------------------
+
+
+def test_what_is_installed() -> None:
+    report = (
+        "hello        \t2.12.2\tout\t/gnu/store/aaa-hello-2.12.2\n"
+        "git          \t2.46.0\tsend-email\t/gnu/store/bbb-git\n"
+        "git          \t2.46.0\tout\t/gnu/store/ccc-git\n"
+    )
+    assert guix.installed(report) == ["git@2.46.0", "git@2.46.0:send-email", "hello@2.12.2"]
+    assert guix.installed("") == []
+    assert guix.installed("guile: warning: failed to install locale\n") == []
+
+
+# --- The script -----------------------------------------------------------------------------
+
+STUB = """#!/bin/sh
+# Takes down its arguments, each with a NUL behind it, and an empty one at the end of the call.
+case $1 in
+repl) shift; printf '%s\\0' "$@" '' >>"$GUIX_STUB/collected"; exit "${COLLECT_STATUS:-0}" ;;
+gc) exit 0 ;;
+esac
+printf '%s\\0' "$@" '' >>"$GUIX_STUB/calls"
+case $1 in
+fail) echo 'guix: error: no' >&2; exit 7 ;;
+describe) echo "the report"; echo 'noise' >&2 ;;
+*) echo "the log of $1" ;;
+esac
+"""
+
+
+@dataclass
+class Shell:
+    """A folder with a guix that takes down how it is called."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        stub = self.folder / "guix"
+        stub.write_text(STUB)
+        stub.chmod(0o755)
+
+    def run(
+        self, commands: list[list[str]], report: list[str], **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        work = self.folder / "work"
+        work.mkdir(exist_ok=True)
+        for name in ("calls", "collected"):
+            (self.folder / name).unlink(missing_ok=True)
+        text = guix.script(commands, report, str(work), keep=None)
+        return subprocess.run(
+            ["sh", "-c", text],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={
+                **os.environ,
+                "PATH": f"{self.folder}:{os.environ['PATH']}",
+                "GUIX_STUB": str(self.folder),
+                **environment,
+            },
+        )
+
+    @property
+    def calls(self) -> list[list[str]]:
+        found: list[list[str]] = [[]]
+        for word in (self.folder / "calls").read_bytes().decode().split("\0")[:-1]:
+            if word:
+                found[-1].append(word)
+            else:
+                found.append([])
+        return found[:-1]
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    return Shell(tmp_path_factory.mktemp("guix"))
+
+
+HOSTILE = st.text(
+    st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=12
+) | st.sampled_from(["$(id)", "`id`", "; exit 9", "a'b\"c", "--x", "\n", "*", "~", "&", ">f", "\\"])
+
+
+@hypothesis_settings(STEADY, max_examples=15)
+@given(st.lists(st.lists(HOSTILE, max_size=4), min_size=1, max_size=3))
+def test_no_argument_reaches_the_shell_unquoted(shell: Shell, arguments: list[list[str]]) -> None:
+    commands = [["guix", "install", *each] for each in arguments]
+    done = shell.run(commands, ["guix", "describe"])
+    assert done.returncode == 0, done.stderr
+    assert shell.calls == [*(each[1:] for each in commands), ["describe"]]
+    assert sorted(each.name for each in shell.folder.iterdir()) == [
+        "calls", "collected", "guix", "work",
+    ]  # fmt: skip
+
+
+@STEADY
+@given(st.lists(HOSTILE, min_size=1, max_size=4))
+def test_a_command_reads_back_from_the_script(arguments: list[str]) -> None:
+    text = guix.script([["guix", *arguments]], ["guix", "describe"], "/f", keep=None)
+    assert shlex.join(["guix", *arguments]) in text
+    words = shlex.split(text)
+    start = words.index("guix", words.index("-eu"))
+    assert words[start + 1 : start + 1 + len(arguments)] == arguments
+
+
+def test_its_standard_output_is_the_reports_alone(shell: Shell) -> None:
+    done = shell.run([["guix", "pull"]], ["guix", "describe"])
+    assert done.stdout == "the report\n"
+    assert "the log of pull" in done.stderr
+    assert "noise" in done.stderr
+
+
+def test_it_stops_at_the_first_command_that_fails(shell: Shell) -> None:
+    done = shell.run([["guix", "one"], ["guix", "fail"], ["guix", "two"]], ["guix", "describe"])
+    assert done.returncode == 7
+    assert shell.calls == [["one"], ["fail"]]
+    assert done.stdout == ""
+
+
+def test_a_report_that_fails_fails_the_script(shell: Shell) -> None:
+    done = shell.run([["guix", "one"]], ["guix", "fail"])
+    assert done.returncode == 7
+
+
+def test_what_cannot_be_collected_is_no_failure(shell: Shell) -> None:
+    done = shell.run([["guix", "one"]], ["guix", "describe"], COLLECT_STATUS="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "the report\n"
+
+
+def test_the_guix_that_was_pulled_makes_the_report(shell: Shell, tmp_path: Path) -> None:
+    """A shell remembers where it found a program; after a pull it has to look again."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    pull = first / "guix"
+    pull.write_text(f"#!/bin/sh\nprintf '#!/bin/sh\\necho new\\n' >{second}/guix\n")
+    pull.chmod(0o755)
+    text = guix.script(
+        [["guix", "pull"], ["chmod", "755", f"{second}/guix"]], ["guix", "describe"],
+        str(tmp_path), keep=None,
+    )  # fmt: skip
+    path = f"{second}:{first}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", "-c", text], capture_output=True, text=True, check=False, env={"PATH": path}
+    )
+    assert done.stdout == "new\n", done.stderr
+
+
+@pytest.mark.parametrize("keep", [None, "/profile x"])
+def test_what_is_kept_is_said_to_the_collector(shell: Shell, keep: str | None) -> None:
+    text = guix.script([["true"]], ["true"], "/f", keep=keep)
+    assert (shlex.quote("/profile x") in text) == bool(keep)
+
+
+def test_it_is_what_dash_and_bash_understand(shell: Shell) -> None:
+    text = guix.script([["true"]], ["true"], "/f", keep="/p")
+    assert text.startswith("#!/bin/sh\n")
+    assert text.endswith("\n")
+    subprocess.run(["sh", "-n"], input=text, text=True, check=True)

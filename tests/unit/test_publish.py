@@ -1,0 +1,182 @@
+"""Push: what goes to the registry, and what does not."""
+
+from __future__ import annotations
+
+import io
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_engine import BASE_IMAGE, IMAGE, FakeEngine, Site, heard, made_site, new_site, serial
+
+from guix_tasks import fingerprint, hands
+from guix_tasks.console import Console
+from guix_tasks.engine import Credentials
+from guix_tasks.errors import RegistryError, UsageError
+from guix_tasks.ledger import PREVIOUS, STAGES
+from guix_tasks.publish import image_to_use, push
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return new_site(tmp_path)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Site:
+    return made_site(tmp_path)
+
+
+def pushed(site: Site) -> set[str]:
+    return site.engine.registry.images.keys() - {BASE_IMAGE}
+
+
+def test_image_and_tags_are_pushed(made: Site) -> None:
+    made.env["TAGS"] = "1.0 stable"
+    digests = made.push()
+    references = [IMAGE, "registry.test/team/app:1.0", "registry.test/team/app:stable"]
+    assert list(digests) == references
+    assert pushed(made) == set(references)
+    assert len(set(digests.values())) == 1
+    assert digests[IMAGE].startswith("sha256:")
+
+
+def test_what_was_pushed_is_what_image_is(made: Site) -> None:
+    digest = made.push()[IMAGE]
+    other = FakeEngine(made.engine.registry)
+    other.pull(f"registry.test/team/app@{digest}", None)
+    image = other.image(f"registry.test/team/app@{digest}")
+    assert image
+    assert image.layers == made.image().layers
+    assert image.config == made.image("install").config
+
+
+def test_a_stage_is_pushed_by_its_own_tag_alone(made: Site) -> None:
+    made.env["TAGS"] = "stable"
+    assert list(made.push("base")) == [f"{IMAGE}-base"]
+    assert pushed(made) == {f"{IMAGE}-base"}
+
+
+def test_progress_is_shown(made: Site) -> None:
+    project = made.project()
+    push(project)
+    assert heard(project).count(f"push {IMAGE}: ") == len(made.image().layers)
+
+
+@pytest.mark.parametrize("refusal", ["", "denied"])
+def test_on_a_terminal_no_line_is_left_half_written(made: Site, refusal: str) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    project, terminal = made.project(), Terminal()
+    made.engine.registry.refusal = refusal
+    with suppress(RegistryError):
+        push(replace(project, console=Console(err=terminal)))
+    assert terminal.getvalue().endswith("\r\x1b[K")
+
+
+@pytest.mark.parametrize("stage", ["", "base"])
+def test_nothing_to_push_names_the_command(site: Site, stage: str) -> None:
+    with pytest.raises(UsageError, match=rf"there is no .*; run `inv {stage or 'install'}`"):
+        site.push(stage or None)
+    assert pushed(site) == set()
+
+
+def test_a_stage_that_can_be_none_is_one_line(made: Site) -> None:
+    with pytest.raises(UsageError):
+        made.push("Bad Stage!")
+
+
+@pytest.mark.parametrize(
+    ("last", "change", "command"),
+    [
+        ("base", "Dockerfile", "inv base"),
+        ("pull", "Dockerfile", "inv pull --upstream"),
+        ("install", "Dockerfile", "inv install --upstream"),
+        ("install", "packages", "inv install"),
+    ],
+)
+def test_what_is_stale_is_refused_with_the_command(
+    site: Site, last: str, change: str, command: str
+) -> None:
+    site.make(*STAGES[: STAGES.index(last) + 1])
+    if change == "packages":
+        site.env["GUIX_PACKAGES"] = "tar"
+    else:
+        site.write("Dockerfile", "FROM y\n")
+    with pytest.raises(UsageError, match=rf"{last} is stale \(.*; run `{command}"):
+        site.push()
+    assert pushed(site) == set()
+
+
+def test_a_pull_after_install_makes_the_push_stale(made: Site) -> None:
+    made.engine.guix.heads["guix"] = "c" * 40
+    made.make("pull", update=True)
+    with pytest.raises(UsageError, match=r"install is stale \(.*run `inv install"):
+        made.push()
+
+
+def test_an_image_that_was_not_reached_is_repaired_first(made: Site) -> None:
+    made.engine.untag(IMAGE)
+    assert made.push()
+    assert made.engine.tags[IMAGE] == made.image("install").id
+
+
+def test_a_hand_made_image_is_pushed_as_it_is(made: Site) -> None:
+    hands.run(made.project(), ["make"], stage=None, keep=True)
+    hands.commit(made.project())
+    made.write("Dockerfile", "FROM y\n")
+    made.push()
+    found = made.engine.registry.find(IMAGE)
+    assert found
+    assert found.layers == made.image().layers
+    assert found.layers != made.image("install").layers
+
+
+def test_an_image_that_was_rolled_back_to_is_pushed_as_it_is(made: Site) -> None:
+    before = made.image()
+    made.make("install", packages=("tar",))
+    hands.rollback(made.project())
+    made.push()
+    found = made.engine.registry.find(IMAGE)
+    assert found
+    assert found.layers == before.layers
+    assert made.image(PREVIOUS).id == made.image("install").id
+
+
+def test_a_registry_that_refuses_is_an_error_and_no_digest(made: Site) -> None:
+    made.engine.registry.refusal = "denied"
+    with pytest.raises(RegistryError, match="denied"):
+        made.push()
+
+
+def test_the_credentials_are_those_of_the_settings(made: Site) -> None:
+    made.push()
+    assert made.engine.registry.seen[-1] is None
+    made.env.update(DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2")  # noqa: S106
+    made.push()
+    assert made.engine.registry.seen[-1] == Credentials("me", "hunter2")
+
+
+def test_image_to_use_is_image_or_a_stage(made: Site) -> None:
+    project = made.project()
+    assert image_to_use(project).id == made.image("install").id
+    assert image_to_use(project, "base").id == made.image("base").id
+
+
+def test_what_others_made_from_a_stage_is_used_as_image(made: Site) -> None:
+    install = made.image("install")
+    mine = made.engine.make_image(install.config, {"/mine": b""}, parent=install, tag=IMAGE)
+    assert image_to_use(made.project()).id == mine.id
+    made.push()
+    assert made.engine.tags[IMAGE] == mine.id

@@ -1,0 +1,67 @@
+"""The tasks: that they are there, say what they do, and take arguments as they are."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from guix_tasks.tasks import ns
+from guix_tasks.tasks.lifecycle import _after_dashes
+
+if TYPE_CHECKING:
+    from invoke.tasks import Task
+
+NAMES = {
+    "base", "pull", "install", "commit", "verify", "push", "run", "shell", "squash", "rollback",
+    "status", "clean", "rootfs", "demo", "test", "engine.up", "engine.down", "registry.up",
+    "registry.down",
+}  # fmt: skip
+
+TASKS: dict[str, Task[Any]] = {name: ns[name] for name in sorted(ns.task_names)}
+
+# Taken now, since Invoke takes them out of the task when it first parses a command line.
+HELP = {name: set(task.help or {}) for name, task in TASKS.items()}
+
+
+def test_the_tasks_are_those_of_the_design() -> None:
+    assert set(ns.task_names) >= NAMES
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_a_task_says_what_it_does(task: Task[Any]) -> None:
+    text = inspect.getdoc(task.body)
+    assert text
+    assert text.splitlines()[0].endswith(".")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_option_is_explained_and_none_is_short(name: str) -> None:
+    task = TASKS[name]
+    options = list(inspect.signature(task.body).parameters)[1:]
+    assert set(options) == HELP[name]
+    names = [name for argument in task.get_arguments() for name in argument.names]
+    assert sorted(names) == sorted(option.replace("_", "-") for option in options)
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_a_task_is_thin(task: Task[Any]) -> None:
+    source = inspect.getsource(task.body)
+    body = source.partition('"""')[2].partition('"""')[2]
+    assert len([line for line in body.splitlines() if line.strip()]) <= 9
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["inv", "run"], []),
+        (["inv", "run", "--keep"], []),
+        (["inv", "run", "--"], []),
+        (["inv", "run", "--", "sh", "-c", "a b"], ["sh", "-c", "a b"]),
+        (["inv", "run", "--keep", "--", "x", "--", "y"], ["x", "--", "y"]),
+        (["inv", "run", "--", "", " ", "*", "--keep"], ["", " ", "*", "--keep"]),
+    ],
+)
+def test_what_comes_after_the_dashes(argv: list[str], command: list[str]) -> None:
+    assert _after_dashes(argv) == command

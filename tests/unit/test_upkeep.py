@@ -1,0 +1,239 @@
+"""Status and clean."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_engine import (
+    BASE_IMAGE,
+    COMMITS,
+    IMAGE,
+    FakeEngine,
+    Site,
+    heard,
+    made_site,
+    new_site,
+    serial,
+)
+
+from guix_tasks import fingerprint, hands
+from guix_tasks.engine import ContainerSpec
+from guix_tasks.errors import UsageError
+from guix_tasks.ledger import PREVIOUS, STAGES
+from guix_tasks.upkeep import STATUS_HEADER, clean, show_sizes, status_rows
+from guix_tasks.work import PROJECT_LABEL
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return new_site(tmp_path)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Site:
+    return made_site(tmp_path)
+
+
+def states(site: Site) -> dict[str, str]:
+    rows = [dict(zip(STATUS_HEADER, row, strict=True)) for row in status_rows(site.project())]
+    return {row["stage"]: row["state"] for row in rows}
+
+
+# --- Status ---------------------------------------------------------------------------------
+
+
+def test_status_of_nothing(site: Site) -> None:
+    assert states(site) == dict.fromkeys((*STAGES, "IMAGE"), "missing")
+    assert site.engine.changing_calls() == []
+
+
+def test_status_of_what_is_up_to_date(made: Site) -> None:
+    up_to_date = dict.fromkeys(STAGES, "up to date")
+    assert states(made) == {**up_to_date, "IMAGE": "stage install"}
+
+
+def test_status_says_why(made: Site) -> None:
+    made.write("Dockerfile", "FROM y\n")
+    found = states(made)
+    assert found["base"] == "stale: Dockerfile changed"
+    assert found["pull"].startswith("stale: base")
+    assert found["install"].startswith("stale: ")
+    made.make("base")
+    assert states(made)["pull"] == "stale: base is newer"
+
+
+def test_status_says_that_the_lock_does_not_fit(made: Site) -> None:
+    made.write("channels.scm", '(list (channel (name \'mine) (url "https://m.test")))')
+    found = states(made)
+    assert found["base"] == "up to date"
+    assert found["pull"] == "stale: GUIX_CHANNELS changed (it lacks the channel mine)"
+    assert found["install"].startswith("stale: pull")
+
+
+def test_status_has_sizes_ages_and_channels(made: Site) -> None:
+    rows = [dict(zip(STATUS_HEADER, row, strict=True)) for row in status_rows(made.project())]
+    pull = rows[STAGES.index("pull")]
+    assert pull["image"] == f"{IMAGE}-pull"
+    assert pull["id"] == made.image("pull").id.removeprefix("sha256:")[:12]
+    assert pull["size"] == "3 kB"
+    assert pull["age"].endswith("min")
+    assert pull["channels"] == f"guix@{COMMITS['guix'][:7]}"
+    assert rows[0]["channels"] == "-"
+
+
+def test_status_says_what_image_stands_for(made: Site) -> None:
+    def image_is() -> str:
+        return states(made)["IMAGE"]
+
+    before = made.image("install")
+    made.engine.tag(before.id, "kept:1")
+    hands.run(made.project(), ["make"], stage=None, keep=True)
+    hands.commit(made.project())
+    assert image_is() == "made by hand"
+    made.make("install", packages=("tar",))
+    made.engine.tag(before.id, IMAGE)
+    assert image_is() == "an earlier install"
+    made.engine.make_image(before.config, {"/mine": b""}, parent=before, tag=IMAGE)
+    assert image_is() == "not made here"
+    made.engine.untag(IMAGE)
+    assert image_is() == "missing"
+
+
+@pytest.mark.parametrize("created", ["", "0001-01-01T00:00:00Z"])
+def test_status_of_an_image_without_a_date(made: Site, created: str) -> None:
+    image = made.engine.make_image({}, {"/x": b""}, tag=IMAGE)
+    made.engine.all_images[image.id] = replace(image, created=created)
+    assert states(made)["IMAGE"] == "not made here"
+
+
+def test_sizes_are_shown_and_drawn(made: Site) -> None:
+    project = made.project()
+    show_sizes(project, str(made.folder / "sizes.svg"))
+    assert "stage" in heard(project)
+    assert (made.folder / "sizes.svg").read_text().startswith("<svg")
+    with pytest.raises(UsageError, match=r"--plot: .*: No such file or directory"):
+        show_sizes(made.project(), str(made.folder / "no" / "sizes.svg"))
+
+
+# --- Clean ----------------------------------------------------------------------------------
+
+
+def others(site: Site) -> set[str]:
+    """What is on the engine and not the project's."""
+    engine = site.engine
+    install = site.image("install")
+    engine.make_image({}, {"/x": b""}, tag="debian:12")
+    engine.make_image(install.config, {"/mine": b""}, parent=install, tag="mine:1")
+    engine.make_image(install.config, {}, parent=install, tag="mine:2")
+    engine.make_image(install.config, {"/mine": b""}, parent=install, tag=f"{IMAGE}-mine")
+    engine.tag(install.id, "kept:1")
+    engine.create(ContainerSpec("mine", "debian:12", ("x",)))
+    engine.create(ContainerSpec("of-a-stage", "mine:1", ("x",)))
+    engine.create(ContainerSpec("another", "debian:12", ("x",), {PROJECT_LABEL: "another:1"}))
+    engine.make_volume("mine", {})
+    engine.make_volume("another", {PROJECT_LABEL: "another:1"})
+    return {"debian:12", "mine:1", "mine:2", f"{IMAGE}-mine", "kept:1"}
+
+
+def test_clean_removes_only_what_is_ours(made: Site) -> None:
+    made.env["TAGS"] = "stable"
+    made.push()
+    kept = others(made)
+    hands.run(made.project(), ["make"], stage=None, keep=True)
+    removed = clean(made.project())
+    assert made.engine.tags.keys() == kept
+    names = {box.spec.name for box in made.engine.all_containers.values()}
+    assert names == {"mine", "of-a-stage", "another"}
+    assert made.engine.all_volumes.keys() == {"mine", "another"}
+    tags = {IMAGE, "registry.test/team/app:stable", f"{IMAGE}-{PREVIOUS}"}
+    assert {*tags, *(f"{IMAGE}-{stage}" for stage in STAGES)} <= set(removed)
+    assert len(removed) == len(tags) + len(STAGES) + 2 + 1
+
+
+def test_clean_leaves_what_others_made_of_image(made: Site) -> None:
+    install = made.image("install")
+    mine = made.engine.make_image(install.config, {"/mine": b""}, parent=install, tag=IMAGE)
+    clean(made.project())
+    assert made.engine.tags == {IMAGE: mine.id}
+
+
+def test_clean_leaves_what_has_a_stages_tag_and_is_not_the_stage(made: Site) -> None:
+    install = made.image("install")
+    made.engine.make_image(install.config, {"/mine": b""}, parent=install, tag=f"{IMAGE}-install")
+    clean(made.project())
+    assert f"{IMAGE}-install" in made.engine.tags
+
+
+def test_clean_of_the_work_containers_alone(made: Site) -> None:
+    hands.run(made.project(), ["make"], stage=None, keep=True)
+    tags, volumes = dict(made.engine.tags), dict(made.engine.all_volumes)
+    (removed,) = clean(made.project(), work_only=True)
+    assert "-kept-run-" in removed
+    assert (made.engine.tags, made.engine.all_volumes) == (tags, volumes)
+    assert made.engine.all_containers == {}
+
+
+def test_clean_of_nothing(site: Site) -> None:
+    assert clean(site.project()) == []
+    assert site.engine.changing_calls() == []
+
+
+def test_clean_leaves_another_project_of_the_same_engine(made: Site, tmp_path: Path) -> None:
+    other = Site(tmp_path / "other", made.engine, IMAGE="registry.test/team/app:2")
+    other.make(*STAGES)
+    volumes = set(made.engine.all_volumes)
+    clean(made.project())
+    assert [other.why(stage) for stage in STAGES] == [None] * 3
+    assert other.engine.tags["registry.test/team/app:2"] == other.image("install").id
+    assert len(volumes - made.engine.all_volumes.keys()) == 2
+
+
+def test_after_clean_all_is_made_again(made: Site) -> None:
+    clean(made.project())
+    assert not [tag for tag in made.engine.tags if tag != BASE_IMAGE]
+    assert made.ran(lambda: made.make("install")) == ["label", "pull", "install"]
+    assert [made.why(stage) for stage in STAGES] == [None] * 3
+
+
+def test_clean_leaves_no_image_behind(made: Site) -> None:
+    """Neither with a tag nor without."""
+    made.make("install", packages=("tar",))
+    made.make("base", force=True)
+    made.make("install", upstream=True)
+    clean(made.project())
+    ours = [
+        image
+        for image in made.engine.all_images.values()
+        if any(name.startswith("org.guix-tasks") for name in image.labels)
+    ]
+    assert ours == []
+
+
+def test_an_engine_of_another_platform_has_its_own_tags(made: Site, tmp_path: Path) -> None:
+    other = Site(tmp_path / "other", made.engine, PLATFORMS="linux/arm64")
+    other.lock.write_text(made.lock.read_text())
+    other.make("base")
+    clean(other.project())
+    assert f"{IMAGE}-base" in made.engine.tags
+    assert f"{IMAGE}-base-linux-arm64" not in made.engine.tags
+
+
+def test_the_fake_holds_what_a_container_uses() -> None:
+    """The fake itself: as in Docker, a last tag does not go while a container has the image."""
+    engine = FakeEngine()
+    engine.make_image({}, {"/x": b""}, tag="a:1")
+    engine.create(ContainerSpec("c", "a:1", ("x",)))
+    engine.tag("a:1", "b:1")
+    engine.untag("a:1")
+    with pytest.raises(Exception, match="conflict"):
+        engine.untag("b:1")
