@@ -126,6 +126,15 @@ def project_folder(start: Path) -> Path:
     return next((each for each in (start, *start.parents) if (each / "tasks.py").exists()), start)
 
 
+def left_at_showing(c: Context, task: str) -> bool:
+    """Whether this is a dry run of a task that speaks to no engine; if so, say what it would do."""
+    from guix_tasks.console import Console
+
+    if c.config.run.dry:
+        Console().command(("inv", task))
+    return bool(c.config.run.dry)
+
+
 def docker_command(project: Project) -> tuple[list[str], dict[str, str]]:
     """The ``docker`` command line, and the environment in which it finds the project's engine.
 

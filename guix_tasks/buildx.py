@@ -91,10 +91,19 @@ def cause(log: str) -> str:
     return text
 
 
+NO_BASE = (
+    "failed to resolve source metadata",
+    "pull access denied",
+    "manifest unknown",
+    "manifest for",
+)
+"""What builders say where the image that a Dockerfile begins from cannot be had."""
+
+
 def build_error(spec: BuildSpec, why: str) -> BuilderError:
     """The failure of a build in one line, with what mends it where that is known."""
     base = spec.args.get("BASE_IMAGE", "")
-    if "failed to resolve source metadata" in why or "pull access denied" in why:
+    if any(word in why for word in NO_BASE):
         return BuilderError(
             f"cannot get the base image {base}: {why}; set BASE_IMAGE to one that the engine has "
             "or can pull (`inv rootfs` makes one from Debian's packages)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, ClassVar, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -21,6 +21,9 @@ class Console:
     ``out`` takes results, ``err`` takes everything else; they are looked up when they are
     used, so that a test that replaces ``sys.stdout`` sees the output.
     """
+
+    _line_is_open: ClassVar[bool] = False
+    """Whether a program has left a line without its end, which is the same for all consoles."""
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self._out = out
@@ -40,6 +43,9 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line on what is being done."""
+        if Console._line_is_open:
+            text = f"\n{text}"
+            Console._line_is_open = False
         print(text, file=self.err, flush=True)
 
     def warn(self, text: str) -> None:
@@ -55,6 +61,8 @@ class Console:
     def stream(self, data: bytes, *, error: bool = True) -> None:
         """Output of a program, as it comes."""
         target = self.err if error else self.out
+        if error and data:
+            Console._line_is_open = not data.endswith(b"\n")
         buffer = getattr(target, "buffer", None)
         if buffer is None:
             target.write(data.decode(errors="replace"))

@@ -6,6 +6,7 @@ import json
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from http import HTTPStatus
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -62,7 +63,12 @@ def find_engine(environment: Mapping[str, str], private_socket: Path) -> Address
     never a reason to use another.  Raises ``NoEngineError`` where none is configured.
     """
     if environment.get("DOCKER_HOST"):
-        arguments = docker.utils.kwargs_from_env(environment=dict(environment))
+        try:
+            arguments = docker.utils.kwargs_from_env(environment=dict(environment))
+        except docker.errors.DockerException as error:
+            raise EngineError(
+                f"DOCKER_CERT_PATH has no certificates for DOCKER_HOST: {_line(error)}"
+            ) from None
         return Address(environment["DOCKER_HOST"], "DOCKER_HOST", arguments.get("tls"))
     context = _context(environment)
     if context:
@@ -119,6 +125,7 @@ class DockerEngine:
             version=info["ServerVersion"],
             platform=_platform(info["OSType"], info["Architecture"]),
             storage_driver=info.get("Driver", ""),
+            has_seccomp=any("name=seccomp" in each for each in info.get("SecurityOptions") or ()),
             has_bridge=has_bridge,
         )
 
@@ -203,6 +210,11 @@ class DockerEngine:
                 self._api.remove_image(reference)
             except docker.errors.ImageNotFound:
                 return
+            except docker.errors.APIError as error:
+                # A container is made of it, and goes on as it is without the image's name.
+                if error.status_code != HTTPStatus.CONFLICT:
+                    raise
+                self._api.remove_image(reference, force=True)
 
     def drop(self, image: str) -> None:
         found = self.image(image)
@@ -226,6 +238,8 @@ class DockerEngine:
         with self._speaking(f"make a container of {spec.image}"):
             host = self._api.create_host_config(
                 privileged=spec.privileged,
+                # The API takes the profile itself where the command line takes its path.
+                security_opt=[f"seccomp={spec.seccomp.read_text()}"] if spec.seccomp else None,
                 network_mode=spec.network,
                 binds=list(spec.binds),
                 port_bindings={port: ("127.0.0.1", ours) for ours, port in spec.publish.items()},
@@ -312,7 +326,8 @@ class DockerEngine:
             )
         image = ""
         with self._speaking("build"):
-            events = self._slow.build(
+            events = self._start_build(
+                spec,
                 path=str(spec.context),
                 dockerfile=str(spec.dockerfile),
                 buildargs=dict(spec.args),
@@ -328,6 +343,12 @@ class DockerEngine:
                 output(event.get("stream", "").encode())
                 image = (event.get("aux") or {}).get("ID", image)
         return str(image)
+
+    def _start_build(self, spec: BuildSpec, **options: Any) -> Iterator[dict[str, Any]]:
+        try:
+            return self._slow.build(**options)
+        except docker.errors.APIError as error:
+            raise buildx.build_error(spec, _line(error)) from None
 
     @property
     def _builder(self) -> str:

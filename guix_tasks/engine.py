@@ -29,6 +29,8 @@ class EngineInfo:
     storage_driver: str
     has_bridge: bool
     """Whether containers get a network by default; the private engine has none to give."""
+    has_seccomp: bool = False
+    """Whether system calls of a container can be filtered."""
 
     @property
     def is_local(self) -> bool:
@@ -78,6 +80,8 @@ class ContainerSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     """Beware: a commit takes it into the image."""
     privileged: bool = False
+    seccomp: Path | None = None
+    """The profile by which system calls are filtered."""
     network: str | None = None
     publish: Mapping[int, int] = field(default_factory=dict)
     """Ports of loopback, with the container's ports that they lead to."""
@@ -285,7 +289,8 @@ class TracedEngine:
 
     def drop(self, image: str) -> None:
         found = self.image(image)
-        if found and not found.tags:
+        remembered = [each and each.id for each in self._images.values()]
+        if found and not found.tags and found.id not in remembered:
             self._show("image", "rm", image)
         if self._perform:
             self._engine.drop(image)
@@ -383,6 +388,7 @@ def create_argv(spec: ContainerSpec) -> Sequence[str]:
     return (
         "docker", "create", f"--name={spec.name}",
         *(["--privileged"] if spec.privileged else []),
+        *([f"--security-opt=seccomp={spec.seccomp}"] if spec.seccomp else []),
         *(["--init"] if spec.init else []),
         *(["--interactive", "--tty"] if spec.tty else []),
         *([f"--network={spec.network}"] if spec.network else []),

@@ -51,9 +51,6 @@ def shell(project: Project, docker: Sequence[str], environment: dict[str, str], 
     done in it is lost, unless ``fresh`` is asked for.  ``docker`` is the command line that
     attaches the terminal.
     """
-    if project.engine.is_dry:
-        project.console.command([*docker, "run", "--interactive", "--tty", "WORK CONTAINER"])
-        return 0
     if not sys.stdin.isatty():
         raise UsageError("shell: standard input is no terminal; use `inv run -- COMMAND`")
     engine, settings = project.engine, project.settings
@@ -64,7 +61,7 @@ def shell(project: Project, docker: Sequence[str], environment: dict[str, str], 
         _refuse_running(kept[0])
         project.console.say("shell: the work container that is there is entered again")
         fill(engine, settings, kept[0].id, work)
-        status = subprocess.call([*attach, kept[0].id], env=environment)
+        status = _attach(project, [*attach, kept[0].id], environment)
     else:
         drop = kept if fresh else []
         for container in drop:
@@ -73,7 +70,7 @@ def shell(project: Project, docker: Sequence[str], environment: dict[str, str], 
             refuse_second(project.engine, project.settings)
         image = image_to_use(project, stage)
         with work_container(engine, settings, image.id, work) as new:
-            status = subprocess.call([*attach, new], env=environment)
+            status = _attach(project, [*attach, new], environment)
     project.console.say("shell: the container is kept; `inv commit` makes it the image")
     return status
 
@@ -109,6 +106,13 @@ def rollback(project: Project) -> None:
     if image is None:
         raise UsageError(f"{project.settings.image} has never been anything else on this engine")
     project.console.say(f"rollback: {project.settings.image} is {image.id} again")
+
+
+def _attach(project: Project, argv: Sequence[str], environment: dict[str, str]) -> int:
+    if project.engine.is_dry:
+        project.console.command(argv)
+        return 0
+    return subprocess.call(argv, env=environment)
 
 
 def _refuse_running(container: Container) -> None:

@@ -22,7 +22,7 @@ from guix_tasks.ledger import (
 from guix_tasks.stage import commit_image, run_stage, say_done
 from guix_tasks.stages.base import base_inputs, base_spec
 from guix_tasks.stages.install import given_packages, install_stage
-from guix_tasks.stages.pull import lock_text, misfit, pull_stage, wanted_text
+from guix_tasks.stages.pull import CHANNELS_INPUT, lock_text, misfit, pull_stage, wanted_text
 from guix_tasks.transfer import credentials, transfer
 from guix_tasks.work import common_inputs, sweep, unstarted_container
 
@@ -126,7 +126,7 @@ class Lifecycle:
         if name == "base":
             return base_inputs(engine, settings, inputs_of(image) if image else {})
         if name == "pull":
-            stage = pull_stage(self._channels_to_come(image))
+            stage = pull_stage(self._channels_to_come(image), wanted_text(settings))
         elif packages or settings.guix_packages or settings.guix_manifest:
             stage = install_stage(settings, packages)
         else:
@@ -188,15 +188,23 @@ class Lifecycle:
     def _stage(self, name: str, wishes: Wishes) -> Stage:
         if name == "install":
             return install_stage(self._settings, wishes.packages)
+        wanted = wanted_text(self._settings)
         lock = None if wishes.update else lock_text(self._settings)
-        if lock and (problem := misfit(wanted_text(self._settings), lock)):
+        if lock and (problem := misfit(wanted, lock) or self._changed_program(wanted)):
             raise UsageError(
                 f"{self._settings.guix_channels_lock} does not fit GUIX_CHANNELS: {problem}; "
                 "`inv pull --update` locks anew"
             )
         if self._settings.guix_channels_lock is None:
             self._project.console.say("pull: the channels float; GUIX_CHANNELS_LOCK would spare it")
-        return pull_stage(lock or wanted_text(self._settings))
+        return pull_stage(lock or wanted, wanted)
+
+    def _changed_program(self, wanted: str | None) -> str | None:
+        """Whether channels that are computed are computed otherwise than when they were locked."""
+        image = self._ledger.find("pull")
+        before = inputs_of(image).get(CHANNELS_INPUT) if image else None
+        now = pull_stage("", wanted).given.get(CHANNELS_INPUT)
+        return "it computes its channels, and has changed" if image and now != before else None
 
     def _parent_image(self, name: str, wishes: Wishes) -> Image:
         """The image that a stage starts from; made first, with a line that says so, if missing.

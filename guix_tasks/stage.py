@@ -71,6 +71,8 @@ class Stage:
     """The labels that a report gives the image."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """What the commands find below ``work.FOLDER``."""
+    given: Mapping[str, str] = field(default_factory=dict)
+    """More of what it is made from, by name, with the digest of each content."""
     keep: str | None = None
     """A profile such as the next stage is to build: what that takes is not collected."""
     settled: Callable[[str], Stage] | None = None
@@ -81,7 +83,7 @@ class Stage:
         words = [shlex.join(command) for command in (*self.commands, self.report)]
         words += [self.keep or "", file_digest(COLLECT)]
         files = {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
-        return {"command": text_digest(*words), **files, **common}
+        return {"command": text_digest(*words), **files, **self.given, **common}
 
 
 def run_stage(

@@ -45,7 +45,7 @@ def base_inputs(engine: Engine, settings: Settings, known: Mapping[str, str]) ->
         "Dockerfile": _dockerfile_digest(spec),
         "build context": tree_digest(spec.context, _context_files(engine, settings, spec)),
         "build arguments": text_digest(*sorted(f"{n}={text}" for n, text in arguments.items())),
-        "entry point": tree_digest(IMAGE_FOLDER),
+        "image/": tree_digest(IMAGE_FOLDER),
         BASE_INPUT: _base_image(engine, settings, known.get(BASE_INPUT, "")),
         **platform_input(engine, settings),
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.errors import UsageError
+from guix_tasks.fingerprint import text_digest
 from guix_tasks.ledger import CHANNELS_LABEL
 from guix_tasks.stage import Stage
 from guix_tasks.work import FOLDER
@@ -17,12 +19,17 @@ if TYPE_CHECKING:
     from guix_tasks.settings import Settings
 
 
-def pull_stage(channels: str | None) -> Stage:
+CHANNELS_INPUT = "GUIX_CHANNELS"
+
+
+def pull_stage(channels: str | None, wanted: str | None = None) -> Stage:
     """``guix pull`` of this channels file; of what the image itself knows where there is none.
 
     The stage is settled by what was pulled: pulled again by the commits that it got, it would
-    come out the same, so that is what its key is made of.
+    come out the same, so that is what its key is made of.  ``wanted`` is what ``GUIX_CHANNELS``
+    holds: where it computes channels, none can tell what of it matters, so all of it does.
     """
+    computed = wanted is not None and not guix.is_literal(wanted)
     commands = [guix.pull_argv(f"{FOLDER}/channels.scm" if channels else None)]
     if channels:
         # The image says where its Guix came from, and its own `guix pull` stays there.
@@ -36,7 +43,8 @@ def pull_stage(channels: str | None) -> Stage:
         labels=lambda report: {CHANNELS_LABEL: report},
         files={"channels.scm": channels.encode()} if channels else {},
         keep=guix.CURRENT_GUIX,
-        settled=pull_stage,
+        given={CHANNELS_INPUT: text_digest(wanted or "")} if computed else {},
+        settled=partial(pull_stage, wanted=wanted),
     )
 
 

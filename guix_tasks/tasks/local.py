@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING
 from invoke.collection import Collection
 from invoke.tasks import task
 
-from guix_tasks.boundary import guarded, opened
+from guix_tasks.boundary import guarded, left_at_showing, opened
 
 if TYPE_CHECKING:
     from invoke.context import Context
 
 
 @task(name="up", auto_shortflags=False)
-def engine_up(_c: Context) -> None:
+def engine_up(c: Context) -> None:
     """Start a private Docker Engine on a machine that has none."""
     with guarded():
+        if left_at_showing(c, "engine.up"):
+            return
         from guix_tasks.console import Console
         from guix_tasks.local.engine import private_engine
 
@@ -24,9 +26,11 @@ def engine_up(_c: Context) -> None:
 
 
 @task(name="down", auto_shortflags=False)
-def engine_down(_c: Context) -> None:
+def engine_down(c: Context) -> None:
     """Stop the private Docker Engine."""
     with guarded():
+        if left_at_showing(c, "engine.down"):
+            return
         from guix_tasks.console import Console
         from guix_tasks.local.engine import private_engine
 
@@ -37,6 +41,8 @@ def engine_down(_c: Context) -> None:
 def registry_up(c: Context, port: int = 5055) -> None:
     """Start a registry on loopback, for `push` to go to."""
     with opened(c) as project:
+        if left_at_showing(c, "registry.up"):
+            return
         from guix_tasks.local.registry import registry_for
 
         registry_for(project.engine, port).up(project.console)
@@ -46,6 +52,8 @@ def registry_up(c: Context, port: int = 5055) -> None:
 def registry_down(c: Context, port: int = 5055) -> None:
     """Stop the local registry; what was pushed to it stays."""
     with opened(c) as project:
+        if left_at_showing(c, "registry.down"):
+            return
         from guix_tasks.local.registry import registry_for
 
         registry_for(project.engine, port).down(project.console)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import gzip
 import hashlib
 import http.server
 import io
@@ -17,11 +17,16 @@ import termios
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+from guix_tasks.buildx import find_program
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
 pytestmark = pytest.mark.engine
 
@@ -43,6 +48,11 @@ PROCESSES = (
     "for p in /proc/[0-9]*; do"
     ' test "$(tr "\\0" " " <$p/cmdline)" && echo "${p#/proc/} $(tr "\\0" " " <$p/cmdline)";'
     " done 2>/dev/null"
+)
+# Sets `daemon` to the process of the daemon.
+FIND_DAEMON = (
+    "for p in /proc/[0-9]*; do"
+    ' if [ "$(cat $p/comm)" = guix-daemon ]; then daemon=${p#/proc/}; fi; done 2>/dev/null'
 )
 
 
@@ -111,7 +121,8 @@ class Docker:
         """Run in a container that is removed at once."""
         if stdin is not None:
             options = ("--interactive", *options)
-        fixed = ("run", "--rm", "--privileged", "--network=none")
+        name = self.name(self.containers)  # in case the call has to be given up
+        fixed = ("run", "--rm", "--privileged", "--network=none", f"--name={name}")
         return self(*fixed, *options, image, *command, stdin=stdin)
 
     def start(self, image: str, *command: str, options: Sequence[str] = ()) -> str:
@@ -162,9 +173,9 @@ class Docker:
             self("rmi", "--force", *self.images)
 
 
-def archive(files: dict[str, str | bytes], mode: int = 0o755, compression: str = "") -> bytes:
+def archive(files: dict[str, str | bytes], mode: int = 0o755) -> bytes:
     memory = io.BytesIO()
-    with tarfile.open(fileobj=memory, mode=f"w:{compression}") as tar:
+    with tarfile.open(fileobj=memory, mode="w") as tar:
         for name, content in files.items():
             data = content.encode() if isinstance(content, str) else content
             member = tarfile.TarInfo(name.lstrip("/"))
@@ -182,14 +193,11 @@ def eventually(condition: Callable[[], bool], what: str, seconds: float = 20) ->
 
 def build_command(docker: Docker, builder: str) -> list[str]:
     if builder == "classic":
-        return ["docker", "build"]
-    buildx = ["docker", "buildx"]
-    if docker("buildx", "version").status:
-        program = shutil.which("docker-buildx")
-        if program is None:
-            pytest.skip("the docker command has no buildx")
-        buildx = [program]
-    return [*buildx, "build", "--builder=default", "--load", "--allow=network.host"]
+        return ["docker", "build", "--force-rm"]
+    program = find_program(docker.environment)
+    if program is None:
+        pytest.skip("this machine has no buildx")
+    return [program, "build", "--builder=default", "--load", "--allow=network.host"]
 
 
 def build(
@@ -198,16 +206,17 @@ def build(
     base: str,
     *options: str,
     context: Path = ROOT,
-    **arguments: str,
+    url: str = "",
+    checksum: str = "",
 ) -> tuple[str, Result]:
     """Build a Dockerfile on a base; the name of the image, and what the builder said."""
     image = docker.name(docker.images)
-    named = [f"--build-arg={name}={value}" for name, value in arguments.items()]
+    arguments = {"BASE_IMAGE": base, "GUIX_BINARY_URL": url, "GUIX_BINARY_SHA256": checksum}
+    options = (*options, *(f"--build-arg={k}={v}" for k, v in arguments.items() if v))
     done = subprocess.run(
         [
             *build_command(docker, builder),
-            *(f"--tag={image}", "--network=host", f"--build-arg=BASE_IMAGE={base}"),
-            *(*named, *options, str(context)),
+            *(f"--tag={image}", "--network=host", *options, str(context)),
         ],
         capture_output=True,
         check=False,
@@ -495,22 +504,24 @@ def test_a_daemon_elsewhere_is_used(docker: Docker, lab: str) -> None:
     assert "guix-daemon" not in result.out.replace("GUIX", "")
 
 
-def test_a_socket_that_is_mounted(docker: Docker, lab: str) -> None:
-    volume = docker.name([])
-    docker.ok("volume", "create", volume)
-    mount = f"--volume={volume}:/var/guix/daemon-socket"
-    try:
-        script = f"echo ready; while ! [ -e /var/guix/daemon-socket/done ]; do sleep .1; done"
-        server = docker.start(lab, "sh", "-c", script, options=(mount,))
-        docker.await_output(server, "ready")
-        result = docker.run(lab, "sh", "-c", PROCESSES, options=(mount,))
-        assert "guix-daemon" not in result.out
-        docker.ok("kill", server)
-        result = docker.run(lab, "sh", "-c", PROCESSES, options=(mount,))
-        assert "guix-daemon --" in result.out
-    finally:
-        docker("rm", "--force", *docker.containers)
-        docker("volume", "rm", volume)
+@pytest.fixture
+def volume(docker: Docker) -> Iterator[str]:
+    name = docker.ok("volume", "create")
+    yield name
+    docker("rm", "--force", *docker.containers)
+    docker("volume", "rm", name)
+
+
+def test_a_socket_that_is_mounted(docker: Docker, lab: str, volume: str) -> None:
+    mount = (f"--volume={volume}:/var/guix/daemon-socket",)
+    server = docker.start(lab, "sh", "-c", "echo ready; sleep 600", options=mount)
+    docker.await_output(server, "ready")
+    client = docker.run(lab, "sh", "-c", PROCESSES, options=mount)
+    assert "guix-daemon --" not in client.out
+    docker.ok("kill", server)
+    # Now nobody answers at the socket that is left behind.
+    client = docker.run(lab, "sh", "-c", PROCESSES, options=mount)
+    assert "guix-daemon --" in client.out
 
 
 def test_the_daemons_options(docker: Docker, image: str) -> None:
@@ -520,7 +531,7 @@ def test_the_daemons_options(docker: Docker, image: str) -> None:
         "GUIX_MAX_JOBS": "2",
         "GUIX_SANDBOX": "nochroot",
     }
-    script = "for p in /proc/[0-9]*; do case $(cat $p/comm) in guix-daemon) xargs -0 -n 1 <$p/cmdline; esac; done"
+    script = f"{FIND_DAEMON}; xargs -0 -n 1 </proc/$daemon/cmdline"
     options = [f"--env={name}={value}" for name, value in given.items()]
     assert docker.run(image, "sh", "-c", script, options=options).out.splitlines()[1:] == [
         "--build-users-group=guixbuild",
@@ -587,10 +598,8 @@ def test_an_image_without_a_daemon(docker: Docker, image: str) -> None:
 
 
 def test_a_daemon_that_dies_on_the_way(docker: Docker, image: str) -> None:
-    kill = (
-        "for p in /proc/[0-9]*; do case $(cat $p/comm) in guix-daemon) kill ${p#/proc/}; esac; done"
-    )
-    result = docker.run(image, "sh", "-c", f"{kill}; sleep 0.2; exit 4")
+    script = f"{FIND_DAEMON}; kill $daemon; sleep 0.2; exit 4"
+    result = docker.run(image, "sh", "-c", script)
     assert result.status == 4
     assert "guix-daemon ended before the command did" in result.err
 
@@ -672,16 +681,16 @@ def test_workers_and_builders_are_gone_before_it_ends(
         kill -TERM $entry; wait $entry; echo status $?
         cat /proc/[0-9]*/comm"""
     result = sh(docker, lab, script)
-    before, after = (text.split() for text in result.out.split("status 143\n"))
+    before, after = (text.splitlines() for text in result.out.split("status 143\n"))
     assert before.count("guix-daemon") == 2
     assert before.count("loader") >= 1
-    assert after == ["sh"]
+    assert not {"guix-daemon", "loader"} & set(after)
 
 
 def test_a_signal_before_the_daemon_answers(docker: Docker, image: str) -> None:
     script = with_daemon("exec sleep 100", "exec /entry-point.sh echo ran")
     container = docker.start(image, "-c", script, options=("--entrypoint=sh",))
-    eventually(lambda: "sleep 100" in docker("top", container).out, "the daemon's start")
+    eventually(lambda: "sleep 100\n" in docker("top", container).out, "the daemon's start")
     docker.ok("kill", "--signal=TERM", container)
     assert docker.wait(container) == 143
     assert docker.logs(container) == ("", "")
@@ -754,8 +763,10 @@ class Terminal:
         self._master, slave = pty.openpty()
         options = ["--tty", *(["--interactive"] if interactive else [])]
         self.process = subprocess.Popen(
-            ["docker", "run", "--privileged", "--network=none", *options]
-            + ["--name", self.container, image, *command],
+            [
+                *("docker", "run", "--privileged", "--network=none", "--name", self.container),
+                *(*options, image, *command),
+            ],
             stdin=slave,
             stdout=slave,
             stderr=slave,
@@ -963,20 +974,22 @@ class Server(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/guix.tar.gz"
 
 
-TARBALL = archive(
-    {
-        "./gnu/store/00000000000000000000000000000000-guix/bin/guix-daemon": (
-            '#!/bin/sh\ntouch /from-the-tarball\nexec /usr/bin/guix-daemon "$@"\n'
-        ),
-        f".{CURRENT}/bin/guix-daemon": (
-            "#!/bin/sh\n"
-            'exec /gnu/store/00000000000000000000000000000000-guix/bin/guix-daemon "$@"\n'
-        ),
-        f".{CURRENT}/bin/guix": '#!/bin/sh\nexec /usr/bin/guix "$@"\n',
-        f".{CURRENT}/share/guix/ci.guix.gnu.org.pub": KEY,
-    },
-    compression="gz",
+TARBALL = gzip.compress(
+    archive(
+        {
+            "./gnu/store/00000000000000000000000000000000-guix/bin/guix-daemon": (
+                '#!/bin/sh\ntouch /from-the-tarball\nexec /usr/bin/guix-daemon "$@"\n'
+            ),
+            f".{CURRENT}/bin/guix-daemon": (
+                "#!/bin/sh\n"
+                'exec /gnu/store/00000000000000000000000000000000-guix/bin/guix-daemon "$@"\n'
+            ),
+            f".{CURRENT}/bin/guix": '#!/bin/sh\nexec /usr/bin/guix "$@"\n',
+            f".{CURRENT}/share/guix/ci.guix.gnu.org.pub": KEY,
+        }
+    )
 )
+SUM = hashlib.sha256(TARBALL).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -988,11 +1001,6 @@ def tarball_url() -> Iterator[str]:
     server.server_close()
 
 
-@functools.cache
-def sum_of_tarball() -> str:
-    return hashlib.sha256(TARBALL).hexdigest()
-
-
 @pytest.mark.parametrize("builder", ["buildkit", "classic"])
 def test_the_binary_tarball(
     docker: Docker, base_image: str, builder: str, tarball_url: str
@@ -1001,8 +1009,8 @@ def test_the_binary_tarball(
         docker,
         builder,
         base_image,
-        GUIX_BINARY_URL=tarball_url,
-        GUIX_BINARY_SHA256=sum_of_tarball().upper(),
+        url=tarball_url,
+        checksum=SUM.upper(),
     )
     assert result.status == 0, result
     script = (
@@ -1019,12 +1027,10 @@ def test_a_wrong_checksum_stops_the_build(
     docker: Docker, base_image: str, builder: str, tarball_url: str
 ) -> None:
     wrong = "0123456789abcdef" * 4
-    _, result = build(
-        docker, builder, base_image, GUIX_BINARY_URL=tarball_url, GUIX_BINARY_SHA256=wrong
-    )
+    _, result = build(docker, builder, base_image, url=tarball_url, checksum=wrong)
     assert result.status != 0
     assert (
-        f"install-guix: error: {tarball_url} has the SHA-256 sum {sum_of_tarball()},"
+        f"install-guix: error: {tarball_url} has the SHA-256 sum {SUM},"
         f" but GUIX_BINARY_SHA256 is {wrong}\n"
     ) in result.out + result.err
 
@@ -1041,16 +1047,15 @@ def test_a_wrong_checksum_stops_the_build(
     ids=["no-checksum", "no-url", "short", "no-hexadecimal", "not-there"],
 )
 def test_wrong_arguments_stop_the_build(
-    docker: Docker, base_image: str, tarball_url: str, url: str, checksum: str, message: str
+    docker: Docker, base_image: str, tarball_url: str, *, url: str, checksum: str, message: str
 ) -> None:
-    arguments = {"GUIX_BINARY_URL": url.format(tarball_url), "GUIX_BINARY_SHA256": checksum}
-    _, result = build(docker, "classic", base_image, **arguments)
+    url = url.format(tarball_url)
+    _, result = build(docker, "classic", base_image, url=url, checksum=checksum)
     assert result.status != 0
     assert f"install-guix: error: {message.format(tarball_url)}\n" in result.out + result.err
 
 
 def test_a_base_that_has_a_store_is_left_alone(docker: Docker, lab: str, tarball_url: str) -> None:
-    arguments = {"GUIX_BINARY_URL": tarball_url, "GUIX_BINARY_SHA256": sum_of_tarball()}
-    _, result = build(docker, "classic", lab, **arguments)
+    _, result = build(docker, "classic", lab, url=tarball_url, checksum=SUM)
     assert result.status != 0
     assert "install-guix: error: the base already has a store of Guix" in result.out + result.err

@@ -416,14 +416,9 @@ class FakeEngine:
 
     @_counted
     def untag(self, reference: str) -> None:
-        image = self.tags.get(reference)
-        if image is None:
-            return
-        last = list(self.tags.values()).count(image) == 1
-        if last and self._held(image):
-            raise EngineError(f"the engine could not remove the tag {reference}: conflict")
-        del self.tags[reference]
-        self._delete(image)
+        image = self.tags.pop(reference, None)
+        if image:
+            self._delete(image)
 
     @_counted
     def drop(self, image: str) -> None:

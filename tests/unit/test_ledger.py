@@ -282,6 +282,10 @@ class Change:
     make: Callable[[Site, str], object]
     stages: tuple[str, ...]
     said: str
+    """Where a stage has another name for it: one of these, with bars between."""
+
+    def is_said(self, text: str) -> bool:
+        return any(word in text for word in self.said.split("|"))
 
 
 ALL, WORK = STAGES, ("pull", "install")
@@ -355,8 +359,8 @@ CHANGES = (
     ),
     Change("BASE_IMAGE", set_to("BASE_IMAGE", "registry.test/base:{}"), ("base",), "BASE_IMAGE"),
     Change("what BASE_IMAGE is", rebuild_base_image, ("base",), "BASE_IMAGE"),
-    Change("image/entry-point.sh", edit("image/entry-point.sh"), ALL, "entry point"),
-    Change("image/prepare.sh", edit("image/prepare.sh"), ("base",), "entry point"),
+    Change("image/entry-point.sh", edit("image/entry-point.sh"), ALL, "entry point|image/"),
+    Change("image/prepare.sh", edit("image/prepare.sh"), ("base",), "image/"),
     Change("the lock", lock, ("pull",), "channels.scm"),
     Change("the manifest", edit("manifest.scm"), ("install",), "manifest.scm"),
     Change("no manifest", set_to("GUIX_MANIFEST", ""), ("install",), "manifest.scm"),
@@ -448,11 +452,11 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
 def test_the_table_has_every_input_of_every_stage(kept: Kept) -> None:
     """What a stage's label names is told apart by a line of the table, and nothing is left out."""
     for stage in STAGES:
-        told = [change.said for change in CHANGES if stage in change.stages]
+        changes = [change for change in CHANGES if stage in change.stages]
         inputs = set(inputs_of(kept.site.image(stage)))
         # The profile is made of the manifest's name alone, the command of pull is always the
         # same, and the platform has tests of its own.
-        missing = {name for name in inputs if not any(said in name for said in told)}
+        missing = {name for name in inputs if not any(each.is_said(name) for each in changes)}
         assert missing <= {"profile.scm", "command", "platform"}
 
 
@@ -471,10 +475,10 @@ def test_a_change_of_an_input_changes_the_key_and_is_named(
             assert state.why is None
         elif number == first:
             assert state.why is not None
-            assert change.said in state.why
+            assert change.is_said(state.why)
         else:
             assert state.why is not None
-            assert STAGES[number - 1] in state.why or change.said in state.why
+            assert STAGES[number - 1] in state.why or change.is_said(state.why)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.name)

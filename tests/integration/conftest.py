@@ -1,0 +1,191 @@
+"""An engine, a base image, a registry and the offline example for the tests that need them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import pytest
+from harness import OFFLINE, Docker, Project, Result, Workshop, builder_environment, free_port
+
+from guix_tasks.console import Console
+from guix_tasks.docker_engine import DockerEngine, find_engine
+from guix_tasks.errors import EngineError, NoEngineError
+from guix_tasks.local.base_image import BASE_TAG, make_base
+from guix_tasks.local.engine import private_engine
+from guix_tasks.local.offline import make_material
+from guix_tasks.local.registry import LocalRegistry, local_registry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from guix_tasks.docker_engine import Address
+
+STAGES = ("base", "pull", "install")
+
+_NO_ENGINE = pytest.StashKey[str]()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs an engine, where there is none and none can be started.
+
+    In CI that is a failure, of the fixture ``engine``.
+    """
+    wanted = [item for item in items if item.get_closest_marker("engine")]
+    if not wanted or os.geteuid() == 0 or os.environ.get("CI") == "true":
+        return
+    try:
+        find_engine(_docker_variables(), private_engine().socket)
+    except NoEngineError as error:
+        config.stash[_NO_ENGINE] = f"{len(wanted)} tests on a real engine are skipped: {error}"
+        config.hook.pytest_deselected(items=wanted)
+        items[:] = [item for item in items if item not in wanted]
+    except EngineError:
+        pass  # for the fixture to tell
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if reason := config.stash.get(_NO_ENGINE, ""):
+        terminalreporter.write_line(reason)
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[DockerEngine]:
+    """The engine of this machine; where there is none, a private one for the time of the tests."""
+    private = private_engine()
+    before = private.running()
+    try:
+        found = DockerEngine(_address(), os.environ)
+        found.info()
+    except EngineError as error:
+        pytest.fail(str(error), pytrace=False)
+    _find_programs()
+    yield found
+    if private.running() and not before:
+        private.down(Console())
+
+
+def _address() -> Address:
+    private, own = private_engine(), _docker_variables()
+    try:
+        address = find_engine(own, private.socket)
+    except NoEngineError:
+        if os.geteuid() != 0:
+            raise
+    else:
+        if address.url != private.url or private.running():
+            return address
+    private.up(Console())
+    return find_engine(own, private.socket)
+
+
+def _docker_variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("DOCKER_")}
+
+
+def _find_programs() -> None:
+    """Let the tests find the docker command line, with buildx, where only the private one is."""
+    private = private_engine()
+    if not shutil.which("docker"):
+        programs = [each.parent for each in (private.docker_path(), private.buildx_path()) if each]
+        os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *map(str, programs)])
+
+
+@pytest.fixture(scope="session")
+def engine_host(engine: DockerEngine) -> str:
+    return engine.address.url
+
+
+@pytest.fixture(scope="session")
+def docker(engine_host: str) -> Docker:
+    return Docker(engine_host)
+
+
+@pytest.fixture(scope="session")
+def base_image(engine: DockerEngine) -> str:
+    """An image that has Debian's Guix."""
+    if engine.image(BASE_TAG) is None:
+        make_base(engine, Console(), BASE_TAG)
+    return BASE_TAG
+
+
+@pytest.fixture(scope="session")
+def offline(engine: DockerEngine, base_image: str) -> Path:
+    """The channels and substitutes of the offline example."""
+    make_material(engine, Console(), base_image, OFFLINE)
+    return OFFLINE / "out"
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRegistry]:
+    """A registry of the tests' own; only the program is the one that may be here already."""
+    folder = tmp_path_factory.mktemp("registry")
+    shared = local_registry()
+    if shared.installed():
+        (folder / "root").symlink_to(shared.folder / "root")
+    own = LocalRegistry(folder, free_port())
+    own.up(Console())
+    yield own
+    own.down(Console())
+
+
+@pytest.fixture(scope="session")
+def workshop(docker: Docker, registry: LocalRegistry, offline: Path) -> Workshop:
+    return Workshop(docker, f"localhost:{registry.port}", offline)
+
+
+@dataclass(frozen=True)
+class Made:
+    """The offline example, made by one call for each task."""
+
+    project: Project
+    calls: dict[str, Result]
+
+
+@pytest.fixture(scope="session")
+def made(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+    project = workshop.project(tmp_path_factory.mktemp("made") / "project")
+    try:
+        yield Made(project, {stage: project.ok(stage) for stage in STAGES})
+    finally:
+        project.remove()
+
+
+class NewProject(Protocol):
+    def __call__(self, *stages: str, repository: str = "", **settings: str) -> Project: ...
+
+
+@pytest.fixture
+def new_project(
+    workshop: Workshop, tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[NewProject]:
+    """Makes projects that have some stages finished, and removes them after the test."""
+    projects: list[Project] = []
+
+    def make(*stages: str, repository: str = "", **settings: str) -> Project:
+        folder = tmp_path / f"project{len(projects)}"
+        projects.append(workshop.project(folder, repository, **settings))
+        for stage in stages:
+            projects[-1].take(stage, request.getfixturevalue("made").project)
+        return projects[-1]
+
+    yield make
+    for project in projects:
+        project.remove()
+
+
+@pytest.fixture
+def project(new_project: NewProject) -> Project:
+    """A project that has all its stages finished."""
+    return new_project(*STAGES)
+
+
+@pytest.fixture(params=["buildx", "classic"])
+def builder(request: pytest.FixtureRequest, engine_host: str) -> dict[str, str]:
+    """The environment in which the one or the other builder is found."""
+    return builder_environment(request.param)

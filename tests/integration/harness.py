@@ -1,0 +1,444 @@
+"""The real command line in a folder of its own, and what the tests look at an engine with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import select
+import shutil
+import socket
+import socketserver
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from guix_tasks import buildx
+from guix_tasks.local import process
+from guix_tasks.local.base_image import BASE_TAG
+from guix_tasks.work import PROJECT_LABEL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+ROOT = Path(__file__).resolve().parents[2]
+OFFLINE = ROOT / "examples" / "offline"
+LOCK = "channels.lock.scm"
+
+Result = subprocess.CompletedProcess[str]
+
+
+@dataclass(frozen=True)
+class Docker:
+    """The docker command line on one engine."""
+
+    host: str
+
+    def __call__(self, *arguments: str, timeout: float = 60) -> Result:
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("DOCKER_")}
+        return call(["docker", *arguments], {**ours, "DOCKER_HOST": self.host}, timeout)
+
+    def ok(self, *arguments: str) -> str:
+        """Standard output of a call that has to succeed."""
+        result = self(*arguments)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    def run(self, image: str, *command: str, options: Sequence[str] = ()) -> Result:
+        """``docker run``, as anybody would who has the image."""
+        return self("run", "--rm", "--network=none", *options, image, *command)
+
+    def id(self, image: str) -> str:
+        return self.ok("image", "inspect", "--format={{.Id}}", image)
+
+    def config(self, image: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(
+            self.ok("image", "inspect", "--format={{json .Config}}", image)
+        )
+        return found
+
+    def labels(self, image: str) -> dict[str, str]:
+        return self.config(image).get("Labels") or {}
+
+
+@dataclass
+class Project:
+    """An env file in a folder, and everything on the engine that has its name."""
+
+    folder: Path
+    image: str
+    docker: Docker
+    settings: dict[str, str]
+    containers_by_hand: list[str] = field(default_factory=list)
+    seen: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        (self.folder / "home").mkdir(parents=True)
+        self.set(IMAGE=self.image)
+
+    def set(self, **settings: str) -> None:
+        """Write the env file, with these settings changed."""
+        self.settings |= settings
+        lines = (f"{name}={value}\n" for name, value in self.settings.items())
+        (self.folder / "project.env").write_text("".join(lines))
+
+    def dockerfile(self, text: str) -> None:
+        """Build from a Dockerfile of one's own, in a context that has nothing else."""
+        context = self.folder / "context"
+        context.mkdir(exist_ok=True)
+        (context / "Dockerfile").write_text(text)
+        self.set(BUILD_CONTEXT="context", DOCKERFILE="context/Dockerfile")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Nothing of the person's own settings."""
+        return {
+            "PATH": os.environ["PATH"],
+            "LANG": "C.UTF-8",
+            "HOME": str(self.folder / "home"),
+            "DOCKER_HOST": self.docker.host,
+            "ENV_FILE": "project.env",
+        }
+
+    def inv(
+        self, *arguments: str, env: dict[str, str] | None = None, timeout: float = 120
+    ) -> Result:
+        """Run the real command line to its end."""
+        self._look()
+        result = call(
+            inv_argv(*arguments), {**self.environment, **(env or {})}, timeout, self.folder
+        )
+        self._look()
+        return result
+
+    def ok(self, *arguments: str, timeout: float = 120) -> Result:
+        """Run the real command line, which has to succeed."""
+        result = self.inv(*arguments, timeout=timeout)
+        assert result.returncode == 0, result.stderr
+        return result
+
+    def start(self, *arguments: str, env: dict[str, str] | None = None) -> Running:
+        """Run the real command line beside the test."""
+        log = self.folder / "log"
+        with log.open("wb") as output:
+            started = subprocess.Popen(
+                inv_argv(*arguments),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=self.folder,
+                env={**self.environment, **(env or {})},
+                start_new_session=True,
+            )
+        return Running(started, log)
+
+    def tag(self, name: str = "") -> str:
+        """The tag of a stage, or of the image."""
+        return f"{self.image}-{name}" if name else self.image
+
+    @property
+    def repository(self) -> str:
+        return self.image.rpartition(":")[0]
+
+    def take(self, stage: str, model: Project) -> None:
+        """Have a finished stage of another project, as if it had been run here."""
+        for tag in (self.tag(stage), self.tag()):
+            self.docker.ok("tag", model.tag(stage), tag)
+        if stage == "pull":
+            shutil.copy(model.folder / LOCK, self.folder)
+
+    def tags(self) -> dict[str, str]:
+        """Every local tag of the repository, with the image that it stands for."""
+        listing = self.docker.ok(
+            "image", "ls", "--no-trunc", "--format={{.Tag}} {{.ID}}", self.repository
+        )
+        pairs = (line.split() for line in listing.splitlines())
+        return {tag: image for tag, image in pairs if tag != "<none>"}
+
+    def id(self, name: str = "") -> str | None:
+        """What a stage's tag stands for, or the image's."""
+        return self.tags().get(self.tag(name).rpartition(":")[2])
+
+    def containers(self) -> list[str]:
+        """The names of our own containers."""
+        only = f"--filter=label={PROJECT_LABEL}={self.image}"
+        return self.docker.ok("container", "ls", "--all", only, "--format={{.Names}}").split()
+
+    def volumes(self) -> list[str]:
+        """The names of our own volumes."""
+        only = f"--filter=name={self.settings['CACHE_VOLUME']}"
+        return self.docker.ok("volume", "ls", "--quiet", only).split()
+
+    def container_name(self) -> str:
+        """A name for a container that is removed with the project."""
+        self.containers_by_hand.append(f"guix-tasks-test-{secrets.token_hex(6)}")
+        return self.containers_by_hand[-1]
+
+    @contextmanager
+    def unharmed(self) -> Iterator[None]:
+        """What is done inside moves no tag and leaves no container."""
+        before = self.tags()
+        yield
+        assert self.tags() == before
+        assert self.containers() == []
+
+    def remove(self) -> None:
+        """Remove all of it from the engine, as far as nobody else holds it."""
+        self._look()
+        for name in [*self.containers(), *self.containers_by_hand]:
+            self.docker("rm", "--force", "--volumes", name)
+        for tag in self.tags():
+            self.docker("rmi", "--force", f"{self.repository}:{tag}")
+        for image in self.seen:
+            self.docker("rmi", image)
+        for volume in self.volumes():
+            self.docker("volume", "rm", volume)
+
+    def _look(self) -> None:
+        # An image that a tag has left is known by nothing but its ID.
+        self.seen |= set(self.tags().values())
+
+
+@dataclass(frozen=True)
+class Running:
+    """A command line that was started, and what it says."""
+
+    inv: subprocess.Popen[bytes]
+    log: Path
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def await_output(self, text: str) -> None:
+        eventually(lambda: text in self.said() or self._ended(), f"{text!r} in the output")
+        assert text in self.said(), self.said()
+
+    def signal(self, number: int) -> int:
+        """Send a signal, and wait for the end; the exit status."""
+        self.inv.send_signal(number)
+        return self.inv.wait(timeout=30)
+
+    def _ended(self) -> bool:
+        return self.inv.poll() is not None
+
+
+class Terminal:
+    """A command line with a person before it."""
+
+    def __init__(self, project: Project, *arguments: str) -> None:
+        self._ours, theirs = os.openpty()
+        self._process = subprocess.Popen(
+            inv_argv(*arguments),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            cwd=project.folder,
+            env={**project.environment, "TERM": "dumb"},
+            start_new_session=True,
+        )
+        os.close(theirs)
+        self.said = ""
+
+    def type(self, line: str) -> None:
+        os.write(self._ours, f"{line}\n".encode())
+
+    def expect(self, text: str, seconds: float = 30) -> None:
+        end = time.monotonic() + seconds
+        while text not in self.said:
+            assert time.monotonic() < end, self.said
+            assert self._read(), self.said
+
+    def end(self) -> int:
+        """Wait until it ends; the exit status."""
+        while self._read():
+            pass
+        os.close(self._ours)
+        return self._process.wait(timeout=30)
+
+    def _read(self) -> bool:
+        if not select.select([self._ours], [], [], 30)[0]:
+            self._process.kill()
+        try:
+            data = os.read(self._ours, 4096)
+        except OSError:  # how Linux says that the other side is closed
+            return False
+        self.said += data.decode(errors="replace")
+        return bool(data)
+
+
+class Witness:
+    """A socket before the engine's that takes down every request that passes."""
+
+    def __init__(self, host: str) -> None:
+        self._engine = host.removeprefix("unix://")
+        self.requests: list[str] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[str]:
+        """Listen while the block runs; the address."""
+        witness = self
+
+        class Relay(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                witness.relay(self.request)
+
+        # Not in the folder of the test: the path of a socket has to be short.
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/docker.sock"
+            with socketserver.ThreadingUnixStreamServer(path, Relay) as server:
+                server.daemon_threads = True
+                threading.Thread(target=server.serve_forever, daemon=True).start()
+                yield f"unix://{path}"
+                server.shutdown()
+
+    def relay(self, client: socket.socket) -> None:
+        with socket.socket(socket.AF_UNIX) as engine:
+            engine.connect(self._engine)
+            back = threading.Thread(target=_copy, args=(engine, client), daemon=True)
+            back.start()
+            _copy(client, engine, self._note)
+            back.join(timeout=5)
+
+    def _note(self, data: bytes) -> None:
+        lines = re.findall(rb"^([A-Z]+ /\S*) HTTP/1\.1\r$", data, re.MULTILINE)
+        self.requests += [line.decode() for line in lines]
+
+
+def _copy(
+    source: socket.socket, target: socket.socket, note: Callable[[bytes], None] | None = None
+) -> None:
+    while data := source.recv(1 << 16):
+        if note:
+            note(data)
+        target.sendall(data)
+    target.shutdown(socket.SHUT_WR)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What every project of the tests is made with."""
+
+    docker: Docker
+    registry: str
+    offline: Path
+    token: str = field(default_factory=lambda: secrets.token_hex(4))
+
+    def project(self, folder: Path, repository: str = "", **settings: str) -> Project:
+        """The offline example, under a name that no other project has."""
+        name = f"{self.registry}/guix-tasks-test-{self.token}/{secrets.token_hex(4)}"
+        defaults = {
+            "BASE_IMAGE": BASE_TAG,
+            "DOCKERFILE": str(ROOT / "Dockerfile"),
+            "BUILD_CONTEXT": str(ROOT),
+            "MOUNTS": f"{self.offline}:/offline:ro",
+            "NETWORK": "none",
+            "GUIX_CHANNELS": str(self.offline / "channels.scm"),
+            "GUIX_SUBSTITUTE_URLS": "file:///offline/substitutes",
+            "GUIX_SUBSTITUTE_KEYS": str(self.offline / "substitutes.pub"),
+            "GUIX_PACKAGES": "hello greet",
+            "CACHE_VOLUME": f"guix-tasks-test-{secrets.token_hex(4)}",
+        }
+        image = f"{repository or name}:t"
+        return Project(folder, image, self.docker, {**defaults, **settings})
+
+    def commit_of(self, channel: str) -> str:
+        """The commit that a channel of the offline example is at."""
+        branch = self.offline / "channels" / channel / ".git" / "refs" / "heads" / "master"
+        return branch.read_text().strip()
+
+
+def inv_argv(*arguments: str) -> list[str]:
+    """The command line of this Python's Invoke with the tasks of this checkout."""
+    return [sys.executable, "-m", "invoke", f"--search-root={ROOT}", *arguments]
+
+
+def call(
+    argv: Sequence[str], env: dict[str, str], timeout: float, cwd: Path | None = None
+) -> Result:
+    return subprocess.run(
+        argv,
+        cwd=cwd,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        check=False,
+    )
+
+
+def running(*argv: str) -> list[int]:
+    """The processes of this machine, those in containers too, that run a command."""
+    command = "\0".join((*argv, "")).encode()
+    return [pid for pid in process.processes() if _command_of(pid) == command]
+
+
+def _command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def eventually(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.05)
+
+
+def one_error(result: Result, status: int) -> str:
+    """The one line of a failure that says what it was."""
+    assert result.returncode == status, result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    found = errors(result.stderr)
+    assert len(found) == 1, result.stderr
+    return found[0]
+
+
+def errors(output: str) -> list[str]:
+    """The lines that say what went wrong; a progress bar of Guix may stand before one."""
+    return re.findall(r"^(?:.*\x1b\[K.*?)?(error: .*)$", output, re.MULTILINE)
+
+
+def builder_environment(name: str) -> dict[str, str]:
+    """The environment in which inv finds buildx, or does not; skips where that cannot be had."""
+    program = buildx.find_program(os.environ)
+    folders = os.environ["PATH"].split(os.pathsep)
+    if name == "buildx":
+        if program is None:
+            pytest.skip("buildx is not on this machine")
+        return {"PATH": os.pathsep.join([str(Path(program).parent), *folders])}
+    if program and str(Path(program).parent) in buildx.SYSTEM_PLUGINS:
+        pytest.skip("buildx is installed on this machine, and would be used")
+    return {"PATH": os.pathsep.join(f for f in folders if not shutil.which(buildx.PROGRAM, path=f))}
+
+
+def without(packages: str, folder: Path) -> dict[str, str]:
+    """The environment of a Python that lacks some packages."""
+    (folder / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name in {packages.split()}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+    )
+    return {"PYTHONPATH": str(folder)}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

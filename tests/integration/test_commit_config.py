@@ -1,0 +1,128 @@
+"""A commit keeps the configuration of the image that a stage began from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from guix_tasks.console import Console
+from guix_tasks.docker_engine import DockerEngine
+from guix_tasks.ledger import CHANNELS_LABEL
+from guix_tasks.settings import load_isolated
+from guix_tasks.stage import Project as EngineProject
+from guix_tasks.stage import Stage, run_stage
+from guix_tasks.stages.base import base_spec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from harness import Project, Workshop
+
+pytestmark = pytest.mark.engine
+
+START = "ARG BASE_IMAGE\nFROM ${BASE_IMAGE}\n"
+DOCKERFILES = {
+    "everything": """
+        ENTRYPOINT ["/usr/bin/env", "-i", "a b"]
+        CMD ["printf", "<%s>", "it's", ""]
+        ENV NAME="a value" PATH=/usr/bin:/bin:/usr/sbin EMPTY=
+        WORKDIR /work/here
+        USER 1000:1000
+        EXPOSE 80 53/udp
+        VOLUME ["/data", "/more data"]
+        LABEL org.example.name="a label" org.example.empty=""
+        HEALTHCHECK --interval=7s --retries=2 CMD ["true"]
+        STOPSIGNAL SIGUSR1
+        ONBUILD RUN true
+        SHELL ["/bin/bash", "-c"]
+    """,
+    "nothing": "",
+    "only-entrypoint": 'ENTRYPOINT ["/usr/bin/env"]',
+    "only-cmd": 'CMD ["true"]',
+    "shell-form": "ENTRYPOINT exec env\nCMD true",
+}
+CUSTOM = Stage("pull", [("touch", "/touched")], ("echo", "x"), lambda said: {CHANNELS_LABEL: said})
+
+
+@dataclass(frozen=True)
+class Configs:
+    """The configuration of an image, and of those that were committed from it."""
+
+    before: dict[str, Any]
+    stage: dict[str, Any]
+    by_hand: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=DOCKERFILES)
+def configs(
+    request: pytest.FixtureRequest,
+    workshop: Workshop,
+    engine: DockerEngine,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Configs]:
+    project = workshop.project(tmp_path_factory.mktemp("config") / "project")
+    lines = DOCKERFILES[request.param].splitlines()
+    project.dockerfile(START + "".join(f"{line.strip()}\n" for line in lines))
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            # The builder is to be the one that the command line finds.
+            patch.setenv("HOME", project.environment["HOME"])
+            made = make(project, DockerEngine(engine.address, project.environment))
+        yield made
+    finally:
+        project.remove()
+
+
+def make(project: Project, engine: DockerEngine) -> Configs:
+    settings = load_isolated(project.folder / "project.env")
+    opened = EngineProject(settings, engine, Console())
+    built = engine.build(base_spec(engine, settings), Console().stream)
+    project.seen.add(built)
+    before = project.docker.config(built)
+    project.ok("base")
+    base = opened.ledger.find("base")
+    assert base
+    run_stage(opened, CUSTOM, base)
+    project.ok("run", "--stage=base", "--keep", "--", "touch", "/touched")
+    project.ok("commit")
+    return Configs(before, *map(project.docker.config, (project.tag("pull"), project.image)))
+
+
+def test_the_stage_is_committed(configs: Configs) -> None:
+    assert configs.stage["Labels"][CHANNELS_LABEL] == "x"
+
+
+@pytest.mark.parametrize("committed", ["stage", "by_hand"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "Entrypoint",
+        "Cmd",
+        "Env",
+        "WorkingDir",
+        "User",
+        "ExposedPorts",
+        "Volumes",
+        "Labels",
+        "Healthcheck",
+        "StopSignal",
+        "OnBuild",
+        "Shell",
+    ],
+)
+def test_a_part_of_the_configuration_is_kept(configs: Configs, committed: str, key: str) -> None:
+    assert plain(getattr(configs, committed)).get(key) == plain(configs.before).get(key)
+
+
+@pytest.mark.parametrize("committed", ["stage", "by_hand"])
+def test_nothing_else_comes_in(configs: Configs, committed: str) -> None:
+    assert plain(getattr(configs, committed)) == plain(configs.before)
+
+
+def plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without our own labels, and without what says nothing."""
+    labels = config.get("Labels") or {}
+    others = {name: text for name, text in labels.items() if not name.startswith("org.guix-tasks.")}
+    return {key: value for key, value in {**config, "Labels": others}.items() if value}

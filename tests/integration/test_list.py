@@ -1,0 +1,35 @@
+"""``inv --list``: quick, and at home everywhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from typing import TYPE_CHECKING
+
+from harness import ROOT, call, inv_argv, without
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_it_imports_neither_the_sdk_nor_dotenv(tmp_path: Path) -> None:
+    argv = [sys.executable, "-X", "importtime", *inv_argv("--list")[1:]]
+    result = call(argv, {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, 60, tmp_path)
+    assert result.returncode == 0, result.stderr
+    packages = set(re.findall(r"\|\s*(\w+)[\w.]*$", result.stderr, re.MULTILINE))
+    assert {"invoke", "guix_tasks"} <= packages
+    assert packages.isdisjoint({"docker", "requests", "urllib3", "dotenv"})
+
+
+def test_it_works_where_packages_are_missing(tmp_path: Path) -> None:
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **without("docker dotenv", tmp_path)}
+    result = call(inv_argv("--list"), env, 60, tmp_path)
+    assert result.returncode == 0, result.stderr
+    for name in ("base", "pull", "install", "push", "engine.up", "registry.up", "demo", "test"):
+        assert re.search(rf"^  {re.escape(name)} ", result.stdout, re.MULTILINE)
+
+
+def test_it_works_in_a_checkout_without_settings(tmp_path: Path) -> None:
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "IMAGE": "Not An Image"}
+    assert call([*inv_argv("--list")], env, 60, ROOT).returncode == 0

@@ -1,0 +1,117 @@
+"""Registries that are down, that are not there, and that want to know who it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+from harness import free_port, one_error
+
+from guix_tasks.local import process
+from guix_tasks.local.process import Service
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from conftest import NewProject
+    from harness import Project
+
+    from guix_tasks.local.registry import LocalRegistry
+
+pytestmark = pytest.mark.engine
+
+USER = "somebody"
+PASSWORD = "right"  # noqa: S105
+# That password, as `htpasswd -B` writes it.
+HTPASSWD = f"{USER}:$2b$04$w.r4zYKSBsKgHr.tBB3X3uMaOFQ7ox0KPMyBmQqiWqZ2vZmQJhjaa\n"
+TINY = "FROM scratch\nCOPY Dockerfile /\n"
+
+
+@pytest.fixture(scope="module")
+def locked(registry: LocalRegistry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A registry that lets in only who has the password."""
+    folder, port = tmp_path_factory.mktemp("locked"), free_port()
+    (folder / "htpasswd").write_text(HTPASSWD)
+    configuration = {
+        "version": 0.1,
+        "log": {"accesslog": {"disabled": True}},
+        "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
+        "http": {"addr": f"127.0.0.1:{port}"},
+        "auth": {"htpasswd": {"realm": "tests", "path": str(folder / "htpasswd")}},
+    }
+    (folder / "configuration").write_text(json.dumps(configuration))
+    service = Service(
+        registry.folder / "root/usr/bin/docker-registry", folder / "pid", folder / "log"
+    )
+    service.start(["serve", str(folder / "configuration")])
+    assert process.wait_until(lambda: "listening on" in service.log.read_text(), 20)
+    yield f"localhost:{port}"
+    service.stop(20)
+
+
+def tiny(new_project: NewProject, registry: str) -> Project:
+    """A project with a base stage of next to nothing, that goes to a registry."""
+    project = new_project(repository=f"{registry}/guix-tasks-test/tiny")
+    project.dockerfile(TINY)
+    project.ok("base")
+    return project
+
+
+def test_a_registry_that_is_down(new_project: NewProject) -> None:
+    project = tiny(new_project, f"localhost:{free_port()}")
+    with project.unharmed():
+        error = one_error(project.inv("push"), 5)
+    assert project.image in error
+    assert "connection refused" in error
+    assert "inv registry.up" in error
+
+
+def test_a_registry_that_is_unknown(new_project: NewProject) -> None:
+    project = tiny(new_project, "registry.invalid")
+    with project.unharmed():
+        error = one_error(project.inv("push"), 5)
+    assert "registry.invalid" in error
+    # Without a network nobody knows that there is no such host.
+    assert "mend the host name in IMAGE" in error or "unreachable" in error
+
+
+@pytest.mark.parametrize(
+    "account",
+    [{}, {"DOCKER_USERNAME": USER, "DOCKER_PASSWORD": "wrong-one"}],
+    ids=["no-password", "wrong-password"],
+)
+def test_a_registry_that_refuses(
+    new_project: NewProject, locked: str, account: dict[str, str]
+) -> None:
+    project = tiny(new_project, locked)
+    with project.unharmed():
+        result = project.inv("push", env=account)
+    error = one_error(result, 5)
+    assert "DOCKER_USERNAME and DOCKER_PASSWORD" in error
+    assert "wrong-one" not in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("way", ["environment", "env file", "file"])
+def test_the_right_password(new_project: NewProject, locked: str, way: str) -> None:
+    project = tiny(new_project, locked)
+    account = {"DOCKER_USERNAME": USER, "DOCKER_PASSWORD": PASSWORD}
+    if way == "env file":
+        project.set(**account)
+    elif way == "file":
+        (project.folder / "secret").write_text(f"{PASSWORD}\n")
+        account = {"DOCKER_USERNAME": USER, "DOCKER_PASSWORD_FILE": "secret"}
+    result = project.inv("--echo", "push", env={} if way == "env file" else account)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"@sha256:[0-9a-f]{64}\n$", result.stdout)
+    assert PASSWORD not in result.stdout + result.stderr
+
+
+def test_a_user_without_a_password_is_not_silently_nobody(
+    new_project: NewProject, locked: str
+) -> None:
+    project = tiny(new_project, locked)
+    with project.unharmed():
+        error = one_error(project.inv("push", env={"DOCKER_USERNAME": USER}), 2)
+    assert "DOCKER_PASSWORD" in error
