@@ -326,29 +326,27 @@ class DockerEngine:
             )
         image = ""
         with self._speaking("build"):
-            events = self._start_build(
-                spec,
-                path=str(spec.context),
-                dockerfile=str(spec.dockerfile),
-                buildargs=dict(spec.args),
-                platform=spec.platform,
-                network_mode=spec.network,
-                rm=True,
-                forcerm=True,
-                decode=True,
-            )
-            for event in events:
-                if "error" in event:
-                    raise buildx.build_error(spec, _line(event["error"]))
-                output(event.get("stream", "").encode())
-                image = (event.get("aux") or {}).get("ID", image)
+            try:
+                for event in self._build_events(spec):
+                    if "error" in event:
+                        raise buildx.build_error(spec, _line(event["error"]))
+                    output(event.get("stream", "").encode())
+                    image = (event.get("aux") or {}).get("ID", image)
+            except docker.errors.APIError as error:
+                raise buildx.build_error(spec, _line(error)) from None
         return str(image)
 
-    def _start_build(self, spec: BuildSpec, **options: Any) -> Iterator[dict[str, Any]]:
-        try:
-            return self._slow.build(**options)
-        except docker.errors.APIError as error:
-            raise buildx.build_error(spec, _line(error)) from None
+    def _build_events(self, spec: BuildSpec) -> Iterator[dict[str, Any]]:
+        return self._slow.build(
+            path=str(spec.context),
+            dockerfile=str(spec.dockerfile),
+            buildargs=dict(spec.args),
+            platform=spec.platform,
+            network_mode=spec.network,
+            rm=True,
+            forcerm=True,
+            decode=True,
+        )
 
     @property
     def _builder(self) -> str:
