@@ -6,6 +6,7 @@ With ``tasks/`` the only part that knows Invoke.  All else is imported when a ta
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from guix_tasks.settings import Settings
     from guix_tasks.stage import Project
 
+
+_told: set[str] = set()
+"""The notes on settings that this process has shown."""
 
 _engines: dict[tuple[str, bool, bool], Engine] = {}
 """The engines that this process has opened: `inv pull install push` opens one."""
@@ -83,7 +87,9 @@ def open_project(c: Context, settings: Settings) -> Project:
 
     console = Console()
     for note in settings.notes:
-        console.say(f"note: {note}")
+        if note not in _told:
+            console.say(f"note: {note}")
+            _told.add(note)
     return Project(settings, _engine(c, settings.docker_environment, console), console)
 
 
@@ -91,7 +97,13 @@ def open_project(c: Context, settings: Settings) -> Project:
 def guarded() -> Iterator[None]:
     """Turn what a user can cause into one line and an exit code."""
     from guix_tasks.console import Console
-    from guix_tasks.errors import GuixTasksError, SettingsError, StoppedError
+    from guix_tasks.errors import (
+        EngineError,
+        GuixTasksError,
+        SettingsError,
+        StoppedError,
+        UsageError,
+    )
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise StoppedError
@@ -109,6 +121,12 @@ def guarded() -> Iterator[None]:
     except KeyboardInterrupt:
         Console().error("stopped; what was under way has been undone")
         raise Exit(code=StoppedError.exit_code) from None
+    except OSError as error:
+        Console().error(
+            f"{error.filename or 'a file'}: {error.strerror or error}; mend it and run again"
+        )
+        code = EngineError.exit_code if error.errno == errno.ENOSPC else UsageError.exit_code
+        raise Exit(code=code) from None
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("docker", "dotenv", "requests"):
             raise

@@ -22,6 +22,9 @@ from guix_tasks import paths
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+WORTH_THREADS = 200
+"""Files from which hashing several at once beats starting threads."""
+
 WORTH_CACHING = 1 << 20
 """Bytes from which looking a digest up beats making it."""
 
@@ -41,10 +44,11 @@ def tree_digest(root: Path, files: Iterable[str] | None = None) -> str:
     if not root.is_dir():
         return file_digest(root)
     names = sorted(_walk(root) if files is None else files)
+    if len(names) < WORTH_THREADS:
+        return text_digest(*(_entry(root, name) for name in names))
     # Reading releases the interpreter, so several files are hashed at once.
     with ThreadPoolExecutor() as pool:
-        entries = list(pool.map(lambda name: _entry(root, name), names))
-    return text_digest(*entries)
+        return text_digest(*pool.map(lambda name: _entry(root, name), names))
 
 
 def _walk(root: Path) -> list[str]:

@@ -267,8 +267,9 @@ class Lifecycle:
         self._project.console.say(f"pull: the channels are locked in {path}")
 
     def _say_what_went(self, name: str, before: Image | None, after: Image) -> None:
-        gone = _packages(before) - _packages(after)
-        if gone and _packages(after):
+        there, found = _packages(after), _packages(before)
+        gone = [found[package] for package in found.keys() - there.keys()]
+        if gone and there:
             self._project.console.say(f"{name}: no longer in it: {' '.join(sorted(gone))}")
 
     def _from_cache(self, name: str, state: State) -> bool:
@@ -323,8 +324,10 @@ class Lifecycle:
         return str(cache.with_tag(f"{name}-{key}")) if cache and key else None
 
 
-def _packages(image: Image | None) -> set[str]:
-    return set(image.labels.get(PACKAGES_LABEL, "").split()) if image else set()
+def _packages(image: Image | None) -> dict[str, str]:
+    """The packages in an image by name, whatever their versions are."""
+    found = image.labels.get(PACKAGES_LABEL, "").split() if image else ()
+    return {package.partition("@")[0]: package for package in found}
 
 
 def _read(path: Path) -> str | None:

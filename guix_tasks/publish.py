@@ -36,6 +36,15 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
     return digests
 
 
+def _stage_image(project: Project, stage: str) -> tuple[Image | None, str]:
+    try:
+        return project.ledger.find(stage), project.ledger.tag(stage)
+    except ValueError:
+        raise UsageError(
+            f"--stage: {stage!r} can be no stage; name {', '.join(STAGES)} or {SQUASH}"
+        ) from None
+
+
 def _refuse_stale(project: Project, image: Image) -> None:
     """Refuse an image that is its stage's and no longer answers to what is asked for.
 
@@ -55,12 +64,8 @@ def image_to_use(project: Project, stage: str | None = None) -> Image:
     """What ``IMAGE``, or the tag of one stage, stands for.  ``UsageError`` where it is missing."""
     ledger = project.ledger
     ledger.repair()
-    if stage and stage not in (*STAGES, SQUASH):
-        raise UsageError(
-            f"--stage: there is no stage {stage!r}; name {', '.join(STAGES)}, {SQUASH}"
-        )
     if stage:
-        image, reference = ledger.find(stage), ledger.tag(stage)
+        image, reference = _stage_image(project, stage)
     else:
         reference = str(project.settings.image)
         image = project.engine.image(reference)

@@ -202,6 +202,7 @@ def common_inputs(engine: Engine, settings: Settings) -> dict[str, str]:
     return {
         "entry point": file_digest(IMAGE_FOLDER / "entry-point.sh"),
         "substitute keys": text_digest(*sorted(map(file_digest, settings.guix_substitute_keys))),
+        "caches": "on volumes" if settings.cache_volume else "in the image",
         **{f"mount {mount.target}": tree_digest(mount.source) for mount in settings.mounts},
         **platform_input(engine, settings),
     }
@@ -216,7 +217,7 @@ def cache_volumes(settings: Settings) -> dict[str, str]:
     prefix = settings.cache_volume
     if not prefix:
         return {}
-    own = hashlib.sha256(project(settings).encode()).hexdigest()[:8]
+    own = _short(project(settings))
     return {f"{prefix}-{own}-{name}": target for name, target in CACHES.items()}
 
 
@@ -286,7 +287,14 @@ def _owner_is_gone(name: str) -> bool:
 
 
 def _host() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    # Two containers may have one host name; their process IDs are then not of one kind.
+    with suppress(OSError):
+        return _short(f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}")
+    return _short(socket.gethostname())
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _started(pid: int) -> str:

@@ -685,6 +685,7 @@ class Site:
     def __init__(self, folder: Path, engine: FakeEngine, **env: str) -> None:
         self.folder = folder
         self.engine = engine
+        self._loaded: tuple[dict[str, str], Settings] | None = None
         self.env = {
             "IMAGE": IMAGE,
             "BASE_IMAGE": BASE_IMAGE,
@@ -708,6 +709,11 @@ class Site:
         return path
 
     def settings(self) -> Settings:
+        if self._loaded is None or self._loaded[0] != self.env:
+            self._loaded = (dict(self.env), self._load())
+        return self._loaded[1]
+
+    def _load(self) -> Settings:
         # In the environment an empty value counts as unset, in a file it does not.
         empty = "".join(f"{name}=\n" for name, value in self.env.items() if not value)
         if empty or (self.folder / ".env").exists():

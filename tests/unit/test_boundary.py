@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -34,7 +36,6 @@ from guix_tasks.tasks import ns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 LOCK = f"(list {channel('guix', 'https://guix.test', COMMITS['guix'])})\n"
 PASSWORD = "hunter2-$x"  # noqa: S105
@@ -371,6 +372,27 @@ def test_a_context_that_is_no_folder_is_one_line(inv: Inv, value: str) -> None:
     done = inv("base")
     assert done.code == 2
     assert "BUILD_CONTEXT" in done.errors[0]
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [("GUIX_MANIFEST", "manifest.scm"), ("GUIX_SUBSTITUTE_KEYS", "a.pub"), ("MOUNTS", "data")],
+)
+def test_a_file_that_may_not_be_read_is_one_line(inv: Inv, setting: str, name: str) -> None:
+    inv.site.write(name, "x")
+    inv.site.env[setting] = f"{name}:/mnt" if setting == "MOUNTS" else name
+    real = Path.read_bytes
+
+    def read_bytes(self: Path) -> bytes:
+        if self.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self)
+
+    inv.monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    done = inv("install")
+    assert done.code in {2, 3}
+    assert name in done.errors[0]
+    assert inv.site.engine.all_containers == {}
 
 
 def test_a_dockerfile_that_is_not_there_is_one_line(inv: Inv) -> None:

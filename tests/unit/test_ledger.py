@@ -323,6 +323,7 @@ def link(site: Site, text: str) -> None:
 
 
 CHANGES = (
+    Change("where caches are", set_to("CACHE_VOLUME", ""), ("pull", "install"), "caches"),
     Change("the Dockerfile", edit("Dockerfile"), ("base",), "Dockerfile"),
     Change("a file", edit("context/file"), ("base",), "build context"),
     Change("a file in a folder", edit("context/folder/deep"), ("base",), "build context"),

@@ -16,6 +16,7 @@ from guix_tasks.engine import Credentials
 from guix_tasks.errors import RegistryError, UsageError
 from guix_tasks.ledger import PREVIOUS, STAGES
 from guix_tasks.publish import image_to_use, push
+from guix_tasks.stage import Stage, run_stage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -172,6 +173,14 @@ def test_image_to_use_is_image_or_a_stage(made: Site) -> None:
     project = made.project()
     assert image_to_use(project).id == made.image("install").id
     assert image_to_use(project, "base").id == made.image("base").id
+
+
+def test_a_users_own_stage_can_be_pushed(made: Site) -> None:
+    describe = ("guix", "describe")
+    run_stage(
+        made.project(), Stage("tests", [describe], describe, lambda _: {}), made.image("install")
+    )
+    assert list(made.push("tests")) == [f"{IMAGE}-tests"]
 
 
 def test_what_others_made_from_a_stage_is_used_as_image(made: Site) -> None:

@@ -989,7 +989,7 @@ def test_a_tag_of_the_cache_that_a_killed_run_left_goes(cached: Site) -> None:
     assert not [tag for tag in cached.engine.tags if tag.startswith("registry.test/cache")]
 
 
-@hypothesis_settings(STEADY, max_examples=15)
+@hypothesis_settings(STEADY, max_examples=10)
 @given(st.lists(st.sampled_from([*STAGES, "force", "packages", "lock", "Dockerfile"]), max_size=6))
 def test_whatever_was_done_before_upstream_makes_it_right(
     tmp_path_factory: pytest.TempPathFactory, steps: list[str]
