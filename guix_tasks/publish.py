@@ -69,6 +69,11 @@ def image_to_use(project: Project, stage: str | None = None) -> Image:
     else:
         reference = str(project.settings.image)
         image = project.engine.image(reference)
+    if image is None and stage not in (None, *STAGES, SQUASH):
+        raise UsageError(
+            f"there is no {reference} on this engine: no stage {stage!r} was made; "
+            f"the built-in ones are {', '.join(STAGES)} and {SQUASH}"
+        )
     if image is None:
         raise UsageError(f"there is no {reference} on this engine; run `inv {stage or 'install'}`")
     return image
