@@ -125,7 +125,6 @@ class DockerEngine:
             version=info["ServerVersion"],
             platform=_platform(info["OSType"], info["Architecture"]),
             storage_driver=info.get("Driver", ""),
-            has_seccomp=any("name=seccomp" in each for each in info.get("SecurityOptions") or ()),
             has_bridge=has_bridge,
         )
 
@@ -238,8 +237,6 @@ class DockerEngine:
         with self._speaking(f"make a container of {spec.image}"):
             host = self._api.create_host_config(
                 privileged=spec.privileged,
-                # The API takes the profile itself where the command line takes its path.
-                security_opt=[f"seccomp={spec.seccomp.read_text()}"] if spec.seccomp else None,
                 network_mode=spec.network,
                 binds=list(spec.binds),
                 port_bindings={port: ("127.0.0.1", ours) for ours, port in spec.publish.items()},

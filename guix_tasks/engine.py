@@ -29,8 +29,6 @@ class EngineInfo:
     storage_driver: str
     has_bridge: bool
     """Whether containers get a network by default; the private engine has none to give."""
-    has_seccomp: bool = False
-    """Whether system calls of a container can be filtered."""
 
     @property
     def is_local(self) -> bool:
@@ -80,8 +78,6 @@ class ContainerSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     """Beware: a commit takes it into the image."""
     privileged: bool = False
-    seccomp: Path | None = None
-    """The profile by which system calls are filtered."""
     network: str | None = None
     publish: Mapping[int, int] = field(default_factory=dict)
     """Ports of loopback, with the container's ports that they lead to."""
@@ -388,7 +384,6 @@ def create_argv(spec: ContainerSpec) -> Sequence[str]:
     return (
         "docker", "create", f"--name={spec.name}",
         *(["--privileged"] if spec.privileged else []),
-        *([f"--security-opt=seccomp={spec.seccomp}"] if spec.seccomp else []),
         *(["--init"] if spec.init else []),
         *(["--interactive", "--tty"] if spec.tty else []),
         *([f"--network={spec.network}"] if spec.network else []),

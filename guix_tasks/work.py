@@ -233,9 +233,6 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         labels={PROJECT_LABEL: project(settings)},
         environment=work.environment,
         privileged=True,
-        # What is lost with the machine before the commit is done again anyway, so that the
-        # daemon and its database need not wait for the disk: a tenth to a seventh of a pull.
-        seccomp=IMAGE_FOLDER / "no-sync.json" if engine.info().has_seccomp else None,
         network="none" if work.bare else network(engine, settings),
         binds=(*mounts, *(":".join(each) for each in volumes.items())),
         # What builds leave there is gigabytes: on disk, and not in the image.

@@ -37,6 +37,13 @@ _pending=     # the name of a signal that the command has not got yet
 _resettable=  # yes where env can give a process the default action of a signal
 _status=0
 
+# Guix itself would fetch and build one thing at a time. Each build may use all processors, so
+# there are not to be many.
+_usual_jobs() {
+    _jobs=$(nproc 2>/dev/null || echo 1)
+    if [ "$_jobs" -lt 4 ]; then echo "$_jobs"; else echo 4; fi
+}
+
 _main() {
     _use_work_folder
     _set_path
@@ -275,7 +282,7 @@ _start_daemon() {
         set -- "$@" --substitute-urls="$GUIX_SUBSTITUTE_URLS"
     fi
     if [ -n "${GUIX_CORES-}" ]; then set -- "$@" --cores="$GUIX_CORES"; fi
-    if [ -n "${GUIX_MAX_JOBS-}" ]; then set -- "$@" --max-jobs="$GUIX_MAX_JOBS"; fi
+    set -- "$@" --max-jobs="${GUIX_MAX_JOBS:-$(_usual_jobs)}"
     if [ "${GUIX_SANDBOX-}" = nochroot ]; then set -- "$@" --disable-chroot; fi
     # Substitutes have file names beyond ASCII, and the daemon's helpers obey the locale.
     set -- env LC_ALL="${LC_ALL:-C.UTF-8}" "$@"

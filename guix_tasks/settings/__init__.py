@@ -128,7 +128,8 @@ class Settings:
         parsers.optional(parsers.number(0)), "Cores that each Guix build may use; 0: all of them."
     )
     guix_max_jobs: int | None = _setting(
-        parsers.optional(parsers.number(1)), "Guix builds that may run side by side."
+        parsers.optional(parsers.number(1)),
+        "Guix builds that may run side by side; empty: one for each processor, 4 at most.",
     )
 
     mounts: tuple[Mount, ...] = _setting(

@@ -1,0 +1,184 @@
+"""Measure guix-tasks against the shell lines it replaces, side by side on one engine.
+
+    python benchmarks/run.py [--rounds N] [--only SCENARIO] [--output docs/benchmarks]
+
+In every round each contestant goes through all scenarios, in turns: everything cold, nothing
+changed, one package added, new commits of the channels, a large package.  After the rounds come
+20 changes in a row, in each of which one package replaces another: they show how an image grows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from contestants import (
+    NEW_CHANNELS,
+    OLD_CHANNELS,
+    REPOSITORY,
+    ROOT,
+    Buildx,
+    Contestant,
+    Goal,
+    Inv,
+    Registry,
+    ShellLines,
+    Testbed,
+    testbed,
+)
+from measure import blob, blobs, pushed_layers, store_size
+from report import Sample, verdicts, write
+
+from guix_tasks.console import Console
+from guix_tasks.errors import GuixTasksError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+REPEATED = ("cold", "nothing", "package", "channel", "large")
+SCENARIOS = (*REPEATED, "growth")
+CHANGES = 20
+_PACKAGES = ("hello", "greet")
+_MORE = {"package": ("part-1",), "channel": ("part-1",), "large": ("large",)}
+
+
+@dataclass
+class Session:
+    """The measurements of one call."""
+
+    bed: Testbed
+    console: Console
+    contestants: list[Contestant]
+    samples: list[Sample] = field(default_factory=list)
+
+    def rounds(self, count: int, scenarios: tuple[str, ...]) -> None:
+        """Go through the scenarios, the contestants in turns."""
+        for number in range(count):
+            turn = number % len(self.contestants)
+            order = self.contestants[turn:] + self.contestants[:turn]
+            channels = OLD_CHANNELS
+            for scenario in REPEATED:
+                if scenario not in ("cold", *scenarios):
+                    continue
+                if scenario == "channel":
+                    channels = NEW_CHANNELS
+                goal = Goal(_PACKAGES + _MORE.get(scenario, ()), channels)
+                for contestant in order:
+                    if scenario == "cold":
+                        self._clear(contestant)
+                    if scenario == "cold" or contestant.measures(scenario):
+                        self._run(contestant, scenario, number, goal, keep=scenario in scenarios)
+
+    def growth(self) -> None:
+        """Change the image again and again, and make the last one at once."""
+        goal = Goal(_PACKAGES, OLD_CHANNELS)
+        changing = [each for each in self.contestants if each.measures("change")]
+        for contestant in changing:
+            self._clear(contestant)
+            self._run(contestant, "cold", 0, goal, keep=False)
+        for number in range(1, CHANGES + 1):
+            dropped = f"part-{number - 1}" if number > 1 else ""
+            goal = Goal((*_PACKAGES, f"part-{number}"), OLD_CHANNELS, dropped)
+            for contestant in changing:
+                self._run(contestant, "change", number, goal)
+        for contestant in changing:
+            self._clear(contestant)
+            sample = self._run(contestant, "cold", 0, goal, keep=False)
+            self.samples.append(sample.renamed("scratch"))
+
+    def _clear(self, contestant: Contestant) -> None:
+        before = self.bed.images()
+        contestant.clear()
+        contestant.registry.empty()
+        self.bed.drop(before)
+
+    def _run(
+        self, contestant: Contestant, scenario: str, number: int, goal: Goal, *, keep: bool = True
+    ) -> Sample:
+        registry = contestant.registry
+        images, before = self.bed.images(), blobs(registry.data)
+        times = self.bed.meter.run(contestant.command(scenario, goal))
+        image = self.bed.engine.image(registry.image)
+        if image is None:
+            raise RuntimeError(f"{contestant.name}: there is no {registry.image}")
+        pushed = {name: size for name, size in blobs(registry.data).items() if name not in before}
+        digest, layer = pushed_layers(registry.data, REPOSITORY, "latest")[-1]
+        measured = keep and contestant.measures(scenario)
+        store = measured and scenario == "package"
+        sample = Sample(
+            scenario=scenario,
+            contestant=contestant.name,
+            round=number,
+            times=times,
+            pushed=sum(pushed.values()),
+            size=image.size,
+            layers=len(image.layers),
+            last_layer=layer,
+            last_layer_store=store_size(blob(registry.data, digest)) if store else None,
+        )
+        if measured:
+            self.samples.append(sample)
+        self.console.say(f"{scenario} {number}: {sample}{'' if measured else ' (not counted)'}")
+        self.bed.drop(images)
+        return sample
+
+
+def _tidy(contestant: Contestant) -> None:
+    # What went wrong before is the error to tell.
+    with suppress(RuntimeError):
+        contestant.clear()
+
+
+def _stop(_signal: int, _frame: FrameType | None) -> None:
+    raise RuntimeError("stopped by SIGTERM")
+
+
+def main() -> int:
+    """Measure, write what came out, say whether the goals are met."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument("--only", choices=SCENARIOS, action="append", metavar="SCENARIO",
+                        help=" ".join(SCENARIOS))  # fmt: skip
+    parser.add_argument("--output", type=Path, default=ROOT / "docs/benchmarks", metavar="FOLDER")
+    arguments = parser.parse_args()
+    scenarios = tuple(arguments.only or SCENARIOS)
+    console, notes = Console(), []
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        with ExitStack() as stack:
+            bed = stack.enter_context(testbed(console))
+            buildx = Buildx(bed, Registry(bed, "buildx"))
+            contestants: list[Contestant] = [
+                ShellLines(bed, Registry(bed, "shell")), Inv(bed, Registry(bed, "inv")), buildx,
+            ]  # fmt: skip
+            if buildx.note:
+                notes.append(buildx.note)
+                console.say(buildx.note)
+            for contestant in contestants:
+                stack.enter_context(contestant.registry.running(console))
+                stack.callback(_tidy, contestant)
+            session = Session(bed, console, contestants)
+            if set(scenarios) != {"growth"}:
+                session.rounds(arguments.rounds, scenarios)
+            if "growth" in scenarios:
+                session.growth()
+    except (GuixTasksError, RuntimeError) as error:
+        console.error(str(error))
+        return 1
+    write(arguments.output, session.samples, notes)
+    for verdict in verdicts(session.samples):
+        console.result(str(verdict))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

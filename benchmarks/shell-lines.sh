@@ -1,0 +1,38 @@
+#!/bin/bash
+# shell-lines.sh STEP...: the well-known lines, as everyone writes them who needs such an image.
+#
+# Steps are build, pull, install and push.  From the environment:
+#   IMAGE, BASE_IMAGE, DOCKERFILE, CONTEXT   as for guix-tasks
+#   MATERIAL                                 a folder with channels and substitutes
+#   CHANNELS                                 a channels file in it
+#   PACKAGES                                 what to install
+#   WORK                                     a name for the containers
+set -euo pipefail
+
+in_container() { # COMMAND [ARGUMENT]...
+  docker run --name "$WORK" --privileged --network none --volume "$MATERIAL:/offline:ro" \
+    --env GUIX_SUBSTITUTE_URLS=file:///offline/substitutes "$IMAGE" "$@"
+  docker commit "$WORK" "$IMAGE"
+  docker rm "$WORK"
+}
+
+build() {
+  docker build --network none --build-arg "BASE_IMAGE=$BASE_IMAGE" --file "$DOCKERFILE" \
+    --tag "$IMAGE" "$CONTEXT"
+}
+
+pull() {
+  in_container sh -c "guix archive --authorize </offline/substitutes.pub &&
+    guix pull --channels=/offline/$CHANNELS"
+}
+
+install() {
+  # shellcheck disable=SC2086 # a list
+  in_container guix package --install $PACKAGES
+}
+
+push() {
+  docker push "$IMAGE"
+}
+
+for step; do "$step"; done
