@@ -541,8 +541,10 @@ def test_the_daemons_options(docker: Docker, image: str) -> None:
         "--disable-chroot",
     ]
     options = [f"--env={name}=" for name in given]
+    processors = int(docker.run(image, "nproc").out)
     assert docker.run(image, "sh", "-c", script, options=options).out.splitlines()[1:] == [
-        "--build-users-group=guixbuild"
+        "--build-users-group=guixbuild",
+        f"--max-jobs={min(processors, 4)}",
     ]
 
 
