@@ -28,7 +28,7 @@ DOCKERFILES = {
         ENTRYPOINT ["/usr/bin/env", "-i", "a b"]
         CMD ["printf", "<%s>", "it's", ""]
         ENV NAME="a value" PATH=/usr/bin:/bin:/usr/sbin EMPTY=
-        WORKDIR /work/here
+        WORKDIR /over/here
         USER 1000:1000
         EXPOSE 80 53/udp
         VOLUME ["/data", "/more data"]
