@@ -199,7 +199,10 @@ class Project:
         for tag in self.tags():
             self.docker("rmi", "--force", f"{self.repository}:{tag}")
         for image in self.seen:
-            self.docker("rmi", image)
+            # Whatever has a tag still is somebody else's: the base image may be one of them.
+            tags = self.docker("image", "inspect", "--format={{len .RepoTags}}", image)
+            if tags.stdout.strip() == "0":
+                self.docker("rmi", image)
         for volume in self.volumes():
             self.docker("volume", "rm", volume)
 
