@@ -11,8 +11,9 @@ import os
 import signal
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from invoke.exceptions import Exit
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from invoke.context import Context
 
+    from guix_tasks.buildx import Buildx
     from guix_tasks.console import Console
     from guix_tasks.engine import Engine
     from guix_tasks.settings import Settings
@@ -41,12 +43,27 @@ def opened(
 ) -> Iterator[Project]:
     """The project in the current directory, for one task."""
     with guarded():
-        from guix_tasks.settings import load_settings
+        yield open_project(c, _settings(overrides))
 
-        settings = load_settings(
-            project_folder(Path.cwd()), Path.cwd(), os.environ, overrides or {}
-        )
-        yield open_project(c, settings)
+
+def _settings(overrides: Mapping[str, str | Sequence[str]] | None = None) -> Settings:
+    from guix_tasks.settings import load_settings
+
+    return load_settings(project_folder(Path.cwd()), Path.cwd(), os.environ, overrides or {})
+
+
+@contextmanager
+def opened_single(c: Context) -> Iterator[Project]:
+    """The project for a task that is for one platform at a time."""
+    with opened(c) as project:
+        from guix_tasks.errors import UsageError
+
+        if len(project.settings.platforms) > 1:
+            first = project.settings.platforms[0]
+            raise UsageError(
+                f"PLATFORMS names several; say which it is to be, as PLATFORMS={first} inv ..."
+            )
+        yield project
 
 
 @contextmanager
@@ -80,9 +97,36 @@ def engine_or_private(c: Context, console: Console) -> Engine:
     return _engine(c, {}, console)
 
 
-def open_project(c: Context, settings: Settings) -> Project:
+@contextmanager
+def opened_with_buildx(
+    c: Context, *, needs_engine: bool = True, install: bool = False
+) -> Iterator[tuple[Project, Buildx]]:
+    """The project, and the buildx program set to its engine.
+
+    Where BuildKit is not on the engine, or ``needs_engine`` is false, a machine may have none.
+    """
+    with guarded():
+        from guix_tasks.errors import BuilderError
+        from guix_tasks.settings import Driver
+
+        settings = _settings()
+        of_engine = settings.buildx_driver in (Driver.DOCKER, Driver.CONTAINER)
+        project = open_project(c, settings, needs_engine=needs_engine and of_engine)
+        dry, echo = bool(c.config.run.dry), bool(c.config.run.echo)
+        found = _find_buildx(project, install=install and not dry)
+        if found is None:
+            raise BuilderError(
+                "buildx is not on this machine; `inv buildx.setup` installs it for you"
+            )
+        shown_on = project.console if dry or echo else None
+        yield project, replace(found, shown_on=shown_on, perform=not dry)
+
+
+def open_project(c: Context, settings: Settings, *, needs_engine: bool = True) -> Project:
     """Settings with the engine that they, or this machine, name."""
     from guix_tasks.console import Console
+    from guix_tasks.engine import NoEngine
+    from guix_tasks.errors import NoEngineError
     from guix_tasks.stage import Project
 
     console = Console()
@@ -90,7 +134,13 @@ def open_project(c: Context, settings: Settings) -> Project:
         if note not in _told:
             console.say(f"note: {note}")
             _told.add(note)
-    return Project(settings, _engine(c, settings.docker_environment, console), console)
+    try:
+        engine = _engine(c, settings.docker_environment, console)
+    except NoEngineError as error:
+        if needs_engine:
+            raise
+        engine = cast("Engine", NoEngine(error))
+    return Project(settings, engine, console)
 
 
 @contextmanager
@@ -169,12 +219,39 @@ def docker_command(project: Project) -> tuple[list[str], dict[str, str]]:
     return [str(program)], {**os.environ, "DOCKER_HOST": project.engine.info().url}
 
 
+def _find_buildx(project: Project, *, install: bool) -> Buildx | None:
+    """The buildx program, set to the project's engine; installed for the user if need be."""
+    from guix_tasks.buildx import plugin_path
+    from guix_tasks.docker_engine import find_buildx, find_engine
+    from guix_tasks.errors import NoEngineError
+    from guix_tasks.local.engine import private_engine
+    from guix_tasks.local.plugin import install_plugin
+
+    settings = project.settings
+    environment = {**os.environ, **_engine_variables(settings.docker_environment)}
+    try:
+        address = find_engine(environment, private_engine().socket)
+    except NoEngineError:
+        address = None
+    found = find_buildx(environment, address)
+    if found is None and install:
+        target = plugin_path(environment)
+        install_plugin(target, settings.buildx_url, settings.buildx_sha256, project.console)
+        found = find_buildx(environment, address)
+    return found
+
+
+def _engine_variables(of_settings: Mapping[str, str]) -> dict[str, str]:
+    """Docker's own variables; those of the process's environment come first."""
+    return {**of_settings, **_docker_variables(os.environ)}
+
+
 def _engine(c: Context, of_settings: Mapping[str, str], console: Console) -> Engine:
     from guix_tasks.docker_engine import DockerEngine, find_engine
     from guix_tasks.engine import TracedEngine
     from guix_tasks.local.engine import private_engine
 
-    environment = {**of_settings, **_docker_variables(os.environ)}
+    environment = _engine_variables(of_settings)
     address = find_engine(environment, private_engine().socket)
     dry, echo = bool(c.config.run.dry), bool(c.config.run.echo)
     key = (address.url, dry, echo)

@@ -6,22 +6,31 @@ run as what it is, a program of its own: that needs no ``docker`` command beside
 
 from __future__ import annotations
 
+import base64
+import json
 import os
+import pty
+import re
+import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections import deque
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks.engine import build_options
-from guix_tasks.errors import BuilderError
+from guix_tasks.errors import BuilderError, GuixTasksError, RegistryError, StageError
 from guix_tasks.local.engine import private_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from guix_tasks.engine import BuildSpec
+    from guix_tasks.console import Console
+    from guix_tasks.engine import BuildSpec, Credentials
 
 PROGRAM = "docker-buildx"
 
@@ -35,61 +44,396 @@ SYSTEM_PLUGINS = (
 """Where the Docker CLI looks for plugins of all users, and Homebrew puts them."""
 
 
+def docker_folder(environment: Mapping[str, str]) -> Path:
+    """The Docker CLI's own folder, where a user's plugins, contexts and accounts are."""
+    return Path(environment.get("DOCKER_CONFIG") or Path.home() / ".docker")
+
+
+def plugin_path(environment: Mapping[str, str]) -> Path:
+    """Where the Docker CLI looks for a user's own plugin."""
+    return docker_folder(environment) / "cli-plugins" / PROGRAM
+
+
 def find_program(environment: Mapping[str, str]) -> str | None:
     """The plugin, where the Docker CLI would find it, or the private engine's."""
-    home = environment.get("DOCKER_CONFIG") or str(Path.home() / ".docker")
-    for folder in (f"{home}/cli-plugins", *SYSTEM_PLUGINS):
-        program = Path(folder) / PROGRAM
+    for program in (plugin_path(environment), *(Path(f) / PROGRAM for f in SYSTEM_PLUGINS)):
         if os.access(program, os.X_OK):
             return str(program)
     private = private_engine().buildx_path()
     return str(private) if private else shutil.which(PROGRAM)
 
 
-def build(
-    program: str,
-    builder: str,
-    spec: BuildSpec,
+# --- Running it -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Buildx:
+    """The buildx program, in the environment in which it finds the project's engine."""
+
+    program: str
+    environment: Mapping[str, str]
+    own: str = "default"
+    """The builder that is the engine itself, whatever builder the user has selected."""
+    shown_on: Console | None = None
+    """Where each call that changes something is shown."""
+    perform: bool = True
+    """Whether such a call is made; a dry run leaves it at showing it."""
+
+    def ask(self, *arguments: str, text: str = "") -> str:
+        """Standard output of a call that changes nothing.  Raises what ``failure`` makes of it."""
+        done = subprocess.run(
+            [self.program, *arguments], env=dict(self.environment), input=text,
+            capture_output=True, text=True, errors="replace", check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise failure(done.stderr)
+        return done.stdout
+
+    def change(self, *arguments: str) -> str:
+        """Standard output of a call that changes something."""
+        return self.ask(*arguments) if self._show(arguments) else ""
+
+    def stream(
+        self,
+        *arguments: str,
+        output: Callable[[bytes], None],
+        terminal: bool = False,
+        spec: BuildSpec | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """A call that takes its time, its log given to ``output`` as it comes.
+
+        On a ``terminal`` buildx draws its own progress.  Raises what ``failure`` makes of it, and
+        ``TimeoutError`` where it takes longer than it may.
+        """
+        if self._show(arguments):
+            argv = [self.program, *arguments]
+            log = _run(argv, self.environment, output, terminal=terminal, seconds=seconds)
+            if log is not None:
+                raise failure(log, spec)
+
+    def _show(self, arguments: Sequence[str]) -> bool:
+        if self.shown_on:
+            self.shown_on.command(("docker", "buildx", *arguments))
+        return self.perform
+
+
+def _run(
+    argv: Sequence[str],
     environment: Mapping[str, str],
     output: Callable[[bytes], None],
-) -> str:
-    """``docker buildx build --load``; the ID of the image.  Raises ``BuilderError``."""
+    *,
+    terminal: bool = False,
+    seconds: float | None = None,
+) -> str | None:
+    """Run a program, its standard error shown; the end of that where it fails, else None."""
+    # A pseudo-terminal, so that what is drawn on it can also be looked at for an error.
+    ours, theirs = pty.openpty() if terminal else os.pipe()
+    if terminal:
+        _copy_size(theirs)
+    tail: deque[bytes] = deque(maxlen=200)
+    late = threading.Event()
+    with subprocess.Popen(
+        argv, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    ) as process, _alarm(process, seconds, late):  # fmt: skip
+        os.close(theirs)
+        try:
+            for data in _pieces(ours):
+                output(data)
+                tail.append(data)
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
+            os.close(ours)
+    if late.is_set():
+        raise TimeoutError
+    return b"".join(tail).decode(errors="replace") if process.returncode else None
+
+
+@contextmanager
+def _alarm(
+    process: subprocess.Popen[bytes], seconds: float | None, late: threading.Event
+) -> Iterator[None]:
+    """Stop a program when its time is up; the event says that it was."""
+
+    def stop() -> None:
+        late.set()
+        process.terminate()
+
+    timer = threading.Timer(seconds, stop) if seconds else None
+    if timer:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        if timer:
+            timer.cancel()
+
+
+def _pieces(descriptor: int) -> Iterator[bytes]:
+    # Linux says that a terminal's other side is closed by an error.
+    with suppress(OSError):
+        while data := os.read(descriptor, 1 << 16):
+            yield data
+
+
+def _copy_size(terminal: int) -> None:
+    import fcntl  # noqa: PLC0415 -- not on Windows, where there is no terminal of this kind
+    import termios  # noqa: PLC0415
+
+    with suppress(OSError):
+        size = fcntl.ioctl(2, termios.TIOCGWINSZ, bytes(8))
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
+
+
+def csv_field(field: str) -> str:
+    """A field of comma-separated values, which is how buildx reads an option."""
+    return f'"{field.replace(chr(34), chr(34) * 2)}"' if set(field) & set(',"') else field
+
+
+@contextmanager
+def signed_in(buildx: Buildx, registry: str, credentials: Credentials | None) -> Iterator[Buildx]:
+    """The program with an account for one registry, besides those of Docker's own configuration.
+
+    The account is in a file that only this user can read and that is gone at the end: never on a
+    command line.  The rest of Docker's folder (contexts, builders) is seen through links.
+    """
+    if credentials is None:
+        yield buildx
+        return
+    original = docker_folder(buildx.environment)
+    with tempfile.TemporaryDirectory(prefix="guix-tasks-") as place:
+        folder = Path(place)
+        for each in original.iterdir() if original.is_dir() else ():
+            if each.name != "config.json":
+                (folder / each.name).symlink_to(each.absolute())
+        # buildx would make it here, and so lose what it keeps in it.
+        if not (original / "buildx").exists() and not buildx.environment.get("BUILDX_CONFIG"):
+            (original / "buildx").mkdir(parents=True)
+            (folder / "buildx").symlink_to((original / "buildx").absolute())
+        config = _with_account(_read_json(original / "config.json"), registry, credentials)
+        file = os.open(folder / "config.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(file, "w") as writer:
+            json.dump(config, writer)
+        yield replace(buildx, environment={**buildx.environment, "DOCKER_CONFIG": place})
+
+
+def _with_account(
+    config: Mapping[str, object], registry: str, credentials: Credentials
+) -> dict[str, object]:
+    host = "https://index.docker.io/v1/" if registry == "docker.io" else registry
+    pair = f"{credentials.username}:{credentials.password}".encode()
+    auths, helpers = config.get("auths"), config.get("credHelpers")
+    return {
+        **config,
+        "auths": {
+            **(auths if isinstance(auths, dict) else {}),
+            host: {"auth": base64.b64encode(pair).decode()},
+        },
+        # An empty helper means this file, whatever store there is for all others.
+        "credHelpers": {**(helpers if isinstance(helpers, dict) else {}), host: ""},
+    }
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# --- Builders -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BuilderNode:
+    """A node of a builder, as ``buildx inspect`` shows it."""
+
+    name: str
+    endpoint: str = ""
+    status: str = ""
+    version: str = ""
+    flags: tuple[str, ...] = ()
+    """Of its ``buildkitd``."""
+    options: tuple[tuple[str, str], ...] = ()
+    platforms: tuple[str, ...] = ()
+    """The native one first."""
+    fixed: tuple[str, ...] = ()
+    """Those of them that somebody said it is for."""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Builder:
+    """A builder, as ``buildx inspect`` shows it."""
+
+    name: str
+    driver: str
+    nodes: tuple[BuilderNode, ...]
+
+
+def inspect(buildx: Buildx, name: str) -> Builder | None:
+    """The builder of a name; None where there is none."""
+    try:
+        text = buildx.ask("inspect", name)
+    except BuilderError as error:
+        if f'no builder "{name}" found' in str(error):
+            return None
+        raise
+    return parse_builder(text)
+
+
+def parse_builder(text: str) -> Builder:
+    """What ``buildx inspect`` prints: a head, and a block of ``Key: value`` lines for each node."""
+    head, _, rest = text.partition("\nNodes:\n")
+    blocks = re.split(r"^(?=Name:)", rest, flags=re.MULTILINE)
+    about = _fields(head)
+    return Builder(
+        about.get("Name", ""),
+        about.get("Driver", ""),
+        tuple(_node(_fields(block)) for block in blocks if block.strip()),
+    )
+
+
+def _fields(block: str) -> dict[str, str]:
+    # What is indented belongs to lists that nobody here asks for.
+    lines = (line.partition(":") for line in block.splitlines() if not line.startswith(" "))
+    return {key: value.strip() for key, colon, value in lines if colon}
+
+
+def _node(fields: Mapping[str, str]) -> BuilderNode:
+    options = (word.partition("=") for word in shlex.split(fields.get("Driver Options", "")))
+    platforms = [each.strip() for each in fields.get("Platforms", "").split(",") if each.strip()]
+    return BuilderNode(
+        name=fields.get("Name", ""),
+        endpoint=fields.get("Endpoint", ""),
+        status=fields.get("Status", ""),
+        version=fields.get("BuildKit version", ""),
+        flags=tuple(fields.get("BuildKit daemon flags", "").split()),
+        options=tuple((name, value) for name, _, value in options),
+        platforms=tuple(each.rstrip("*") for each in platforms),
+        fixed=tuple(each.rstrip("*") for each in platforms if each.endswith("*")),
+        error=fields.get("Error", ""),
+    )
+
+
+PROBE = "FROM scratch\nRUN --security=insecure true\n"
+"""A Dockerfile that is only parsed: no step of it is run."""
+
+
+def probe(buildx: Buildx, builder: str, syntax: str | None) -> None:
+    """Ask a builder whether it lets a step be insecure and its frontend knows such a step.
+
+    Nothing is built.  Raises ``BuilderError`` for what it lacks; see ``UNKNOWN_FLAG``.
+    """
+    with tempfile.TemporaryDirectory(prefix="guix-tasks-") as empty:
+        buildx.ask(
+            "build", f"--builder={builder}", "--call=check", "--allow=security.insecure",
+            *([f"--build-arg=BUILDKIT_SYNTAX={syntax}"] if syntax else []),
+            "--file=-", empty, text=PROBE,
+        )  # fmt: skip
+
+
+# --- Building -------------------------------------------------------------------------------
+
+
+def build(buildx: Buildx, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
+    """``docker buildx build --load`` by the engine itself; the ID of the image.
+
+    Raises ``BuilderError``.
+    """
     with tempfile.TemporaryDirectory(prefix="guix-tasks-") as folder:
         answer = Path(folder) / "iid"
         argv = (
-            program, "build", f"--builder={builder}", "--load", "--progress=plain",
+            buildx.program, "build", f"--builder={buildx.own}", "--load", "--progress=plain",
             "--provenance=false", f"--iidfile={answer}",
             *(["--allow=network.host"] if spec.network == "host" else []),
             *build_options(spec), str(spec.context),
         )  # fmt: skip
-        tail: deque[bytes] = deque(maxlen=40)
-        with subprocess.Popen(
-            argv, env=dict(environment), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            stdin=subprocess.DEVNULL,
-        ) as process:  # fmt: skip
-            try:
-                for line in process.stderr or ():
-                    output(line)
-                    tail.append(line)
-            except BaseException:
-                process.terminate()
-                raise
-        if process.returncode:
-            raise build_error(spec, cause(b"".join(tail).decode(errors="replace")))
+        log = _run(argv, buildx.environment, output)
+        if log is not None:
+            raise build_error(spec, cause(log))
         if not answer.exists():
             raise build_error(spec, "the builder ended without naming an image")
         return answer.read_text().strip()
 
 
+# --- What goes wrong ------------------------------------------------------------------------
+
+
 def cause(log: str) -> str:
     """The line of a build's log that says why it failed."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", log)
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR: ")]
     text = errors[-1] if errors else (lines[-1] if lines else "buildx gave no reason")
-    for wrapper in ("ERROR: ", "failed to build: ", "failed to solve: "):
+    # A target of bake stands before the error.
+    text = re.sub(r"^(ERROR: )?(target [\w-]+: )?", "", text)
+    for wrapper in ("failed to build: ", "failed to solve: "):
         text = text.removeprefix(wrapper)
     return text
 
+
+UNKNOWN_FLAG = "unknown flag: --security"
+
+INSECURE_REFUSED = re.compile(
+    r"security\.insecure is not allowed|granting entitlement security\.insecure"
+)
+
+_OTHER_DRIVER = (
+    "use another driver (BUILDX_DRIVER=docker-container), or an engine with the containerd "
+    "image store"
+)
+
+_HOST_NETWORK = "`inv buildx.setup --recreate` makes one that does, or set NETWORK=none"
+_OLD_FRONTEND = (
+    "the builder's Dockerfile frontend is older than 1.20: set BUILDKIT_SYNTAX to one that it can "
+    "get, or use a builder with BuildKit 0.26 or newer"
+)
+_NO_PLATFORM = (
+    "the builder, or the base image, does not have that platform: `inv buildx.setup --binfmt`, or "
+    "mend PLATFORMS"
+)
+_REFUSED = (
+    "the registry refuses: see that it is there (`inv registry.up` for a local one), and that "
+    "DOCKER_USERNAME and DOCKER_PASSWORD, or `docker login`, may write there"
+)
+_UNREACHABLE = (
+    "a node cannot be reached: `inv buildx.status` shows which; start it, or mend BUILDX_NODES"
+)
+
+_MENDS: Mapping[str, tuple[type[GuixTasksError], str]] = {
+    INSECURE_REFUSED.pattern: (BuilderError, "`inv buildx.setup` says what mends it"),
+    r"network\.host is not allowed|granting entitlement network\.host": (
+        BuilderError, f"the builder does not allow steps on the host's network: {_HOST_NETWORK}",
+    ),
+    re.escape(UNKNOWN_FLAG): (BuilderError, _OLD_FRONTEND),
+    r"no builder .* found": (BuilderError, "`inv buildx.setup` makes it"),
+    r"multi-?platform|multiple platforms": (
+        BuilderError, f"this builder makes one platform at a time: {_OTHER_DRIVER}",
+    ),
+    r"(attestation|cache export|(oci|docker) exporter).* not supported|exporter .* not be found": (
+        BuilderError, f"the engine's own builder cannot do that: {_OTHER_DRIVER}",
+    ),
+    r"exec format error|no match for platform|does not match the specified platform": (
+        BuilderError, _NO_PLATFORM,
+    ),
+    r"failed to (push|authorize)|push access denied|insufficient_scope|"
+    r"40[13] (unauthorized|forbidden)|no basic auth": (RegistryError, _REFUSED),
+    r"failed to list workers|failed to initialize builder|connection refused|no such host|"
+    r"cannot connect to the docker daemon|i/o timeout|deadline exceeded|no route to host": (
+        BuilderError, _UNREACHABLE,
+    ),
+}  # fmt: skip
+"""What mends a fault, and its kind, by words that buildx's message for it has."""
+
+_STEP = re.compile(
+    r'process ".*/stage (?P<stage>\S+)" did not complete successfully: exit code: (?P<status>\d+)'
+)
 
 NO_BASE = (
     "failed to resolve source metadata",
@@ -100,9 +444,33 @@ NO_BASE = (
 """What builders say where the image that a Dockerfile begins from cannot be had."""
 
 
+def failure(log: str, spec: BuildSpec | None = None) -> GuixTasksError:
+    """The error that a log of buildx tells of, in one line, with what mends it if it is known.
+
+    ``spec`` is what was being built, if anything was.
+    """
+    why = cause(log)
+    if spec and any(words in why for words in NO_BASE):
+        return build_error(spec, why)
+    if step := _STEP.search(why):
+        return StageError(
+            f"{step['stage']}: the command failed with exit status {step['status']}, and nothing "
+            "was pushed; the output above says why"
+        )
+    for words, (kind, mend) in _MENDS.items():
+        if re.search(words, why, re.IGNORECASE):
+            return kind(f"{why}; {mend}")
+    return build_error(spec, why) if spec else BuilderError(why)
+
+
 def build_error(spec: BuildSpec, why: str) -> BuilderError:
     """The failure of a build in one line, with what mends it where that is known."""
     base = spec.args.get("BASE_IMAGE", "")
+    if "unknown scheme oci-layout" in why:
+        return BuilderError(
+            f"only the engine has {base}, and this builder is one that no image can be handed to; "
+            "push it to a registry that the builder reaches, and name that in BASE_IMAGE"
+        )
     if any(word in why for word in NO_BASE):
         return BuilderError(
             f"cannot get the base image {base}: {why}; set BASE_IMAGE to one that the engine has "

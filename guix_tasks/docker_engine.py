@@ -100,6 +100,24 @@ def _context(environment: Mapping[str, str]) -> Address | None:
     return Address(url, f"context {context.Name}", arguments.get("tls"), context.Name)
 
 
+def find_buildx(environment: Mapping[str, str], address: Address | None) -> buildx.Buildx | None:
+    """The buildx program, set to an engine if there is one; None where it is not on this machine.
+
+    Its own builder is the engine itself: any other may not see the engine's images.
+    """
+    program = buildx.find_program(environment)
+    if program is None:
+        return None
+    ours = {name: value for name, value in environment.items() if name != "BUILDX_BUILDER"}
+    if address and address.context:
+        ours["DOCKER_CONTEXT"] = address.context
+    elif address:
+        ours.pop("DOCKER_CONTEXT", None)
+        ours["DOCKER_HOST"] = address.url
+    own = address.context if address else None
+    return buildx.Buildx(program, ours, own or "default")
+
+
 class DockerEngine:
     """A real engine.  Connects with the first call that needs it."""
 
@@ -237,6 +255,8 @@ class DockerEngine:
         with self._speaking(f"make a container of {spec.image}"):
             host = self._api.create_host_config(
                 privileged=spec.privileged,
+                security_opt=list(spec.security),
+                tmpfs=dict.fromkeys(spec.memory_folders, ""),
                 network_mode=spec.network,
                 binds=list(spec.binds),
                 port_bindings={port: ("127.0.0.1", ours) for ours, port in spec.publish.items()},
@@ -310,10 +330,8 @@ class DockerEngine:
         return str(last["status"])
 
     def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
-        program = buildx.find_program(self._environment)
-        if program:
-            return buildx.build(program, self._builder, spec, self._buildx_environment(), output)
-        return self._classic_build(spec, output)
+        program = find_buildx(self._environment, self.address)
+        return buildx.build(program, spec, output) if program else self._classic_build(spec, output)
 
     def _classic_build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
         if spec.secrets:
@@ -344,24 +362,6 @@ class DockerEngine:
             forcerm=True,
             decode=True,
         )
-
-    @property
-    def _builder(self) -> str:
-        """The builder that is the engine itself, whatever builder the user has selected.
-
-        Any other may not see the engine's images.
-        """
-        return self.address.context or "default"
-
-    def _buildx_environment(self) -> dict[str, str]:
-        environment = dict(self._environment)
-        environment.pop("BUILDX_BUILDER", None)
-        if self.address.context:
-            environment["DOCKER_CONTEXT"] = self.address.context
-        else:
-            environment.pop("DOCKER_CONTEXT", None)
-            environment["DOCKER_HOST"] = self.address.url
-        return environment
 
     def push(
         self, reference: str, credentials: Credentials | None, progress: Progress | None = None

@@ -7,13 +7,14 @@ The stages own this narrow protocol.  ``docker_engine.DockerEngine`` is the real
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from guix_tasks.console import Console
+    from guix_tasks.errors import NoEngineError
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class ContainerSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     """Beware: a commit takes it into the image."""
     privileged: bool = False
+    security: tuple[str, ...] = ()
+    """As ``docker run --security-opt`` takes them."""
     network: str | None = None
     publish: Mapping[int, int] = field(default_factory=dict)
     """Ports of loopback, with the container's ports that they lead to."""
@@ -85,6 +88,8 @@ class ContainerSpec:
     """``SOURCE:TARGET[:ro]``, as ``docker run --volume`` takes them."""
     scratch: str | None = None
     """A folder that is on a volume of its own, which goes with the container."""
+    memory_folders: tuple[str, ...] = ()
+    """Folders that are in memory."""
     memory: int | None = None
     """In bytes."""
     user: str | None = None
@@ -220,6 +225,24 @@ class Progress(Protocol):
     """Told of each event of a push or a pull."""
 
     def __call__(self, layer: str, status: str, current: int, total: int) -> None: ...
+
+
+class NoEngine:
+    """Stands where a machine has no engine and none is needed: BuildKit is somewhere else.
+
+    It has no image; any other call raises the error that said so.
+    """
+
+    is_dry = False
+
+    def __init__(self, error: NoEngineError) -> None:
+        self._error = error
+
+    def image(self, reference: str) -> Image | None:  # noqa: ARG002 -- it has none of any name
+        return None
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise self._error
 
 
 class TracedEngine:
@@ -384,6 +407,7 @@ def create_argv(spec: ContainerSpec) -> Sequence[str]:
     return (
         "docker", "create", f"--name={spec.name}",
         *(["--privileged"] if spec.privileged else []),
+        *(f"--security-opt={option}" for option in spec.security),
         *(["--init"] if spec.init else []),
         *(["--interactive", "--tty"] if spec.tty else []),
         *([f"--network={spec.network}"] if spec.network else []),
@@ -393,6 +417,7 @@ def create_argv(spec: ContainerSpec) -> Sequence[str]:
         *(f"--publish=127.0.0.1:{ours}:{theirs}" for ours, theirs in spec.publish.items()),
         *(f"--volume={bind}" for bind in spec.binds),
         *([f"--volume={spec.scratch}"] if spec.scratch else []),
+        *(f"--tmpfs={folder}" for folder in spec.memory_folders),
         *(f"--env={name}={value}" for name, value in spec.environment.items()),
         *(f"--label={name}={value}" for name, value in spec.labels.items()),
         f"--entrypoint={entry}", spec.image, *arguments,

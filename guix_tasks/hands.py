@@ -82,7 +82,7 @@ def commit(project: Project) -> None:
     if not kept:
         console.say("commit: nothing to commit")
         return
-    container, reference = kept[0], str(project.settings.image)
+    container, reference = kept[0], str(project.ledger.image)
     _refuse_running(container)
     # What ended a shell says nothing of what was done in it.
     if "-shell-" not in container.name and (status := engine.wait(container.id)):
@@ -104,8 +104,8 @@ def rollback(project: Project) -> None:
     """Let ``IMAGE`` be what it was before it last moved; called again, what it is now."""
     image = project.ledger.roll_back()
     if image is None:
-        raise UsageError(f"{project.settings.image} has never been anything else on this engine")
-    project.console.say(f"rollback: {project.settings.image} is {image.id} again")
+        raise UsageError(f"{project.ledger.image} has never been anything else on this engine")
+    project.console.say(f"rollback: {project.ledger.image} is {image.id} again")
 
 
 def _attach(project: Project, argv: Sequence[str], environment: dict[str, str]) -> int:

@@ -130,11 +130,15 @@ class Ledger:
 
     @property
     def image(self) -> ImageReference:
-        return self.settings.image
+        """``IMAGE``; for a platform that is not the engine's own, its own tag beside that."""
+        image, foreign = self.settings.image, foreign_platform(self.engine, self.settings)
+        return image.with_tag(f"{image.tag}-{foreign.tag_suffix}") if foreign else image
 
     def tag(self, stage: str) -> str:
         """The tag that is the commit point of a stage."""
-        return str(self.image.with_tag(f"{self.image.tag}-{stage}{self._suffix}"))
+        image, foreign = self.settings.image, foreign_platform(self.engine, self.settings)
+        suffix = f"-{foreign.tag_suffix}" if foreign else ""
+        return str(image.with_tag(f"{image.tag}-{stage}{suffix}"))
 
     def find(self, stage: str) -> Image | None:
         """The image that answers to a stage."""
@@ -198,11 +202,6 @@ class Ledger:
             # IMAGE first: a kill in between leaves it right, and only what it was is lost.
             self.engine.tag(target.id, str(self.image))
             self.keep(current)
-
-    @property
-    def _suffix(self) -> str:
-        platform = foreign_platform(self.engine, self.settings)
-        return f"-{platform.tag_suffix}" if platform else ""
 
 
 def foreign_platform(engine: Engine, settings: Settings) -> Platform | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,13 +21,27 @@ from guix_tasks.ledger import (
 from guix_tasks.stage import commit_image, run_stage, say_done
 from guix_tasks.stages.base import base_inputs, base_spec
 from guix_tasks.stages.install import given_packages, install_stage
-from guix_tasks.stages.pull import CHANNELS_INPUT, lock_text, misfit, pull_stage, wanted_text
+from guix_tasks.stages.pull import (
+    CHANNELS_INPUT,
+    lock_misfits,
+    lock_text,
+    misfit,
+    pull_stage,
+    stage_to_run,
+    wanted_text,
+    write_lock,
+)
 from guix_tasks.transfer import credentials, transfer
-from guix_tasks.work import common_inputs, sweep, unstarted_container
+from guix_tasks.work import (
+    common_inputs,
+    network,
+    refuse_emulated,
+    sweep,
+    unstarted_container,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from guix_tasks.engine import Image
     from guix_tasks.stage import Project, Stage
@@ -145,6 +158,7 @@ class Lifecycle:
 
     def make(self, name: str, wishes: Wishes) -> None:
         """Make a stage and the parents that it lacks, unless it is up to date."""
+        refuse_emulated(self._project.engine, self._settings)
         sweep(self._project.engine, self._settings)
         state = self.state(name, wishes.packages)
         self._drop_cache_tag(name, state.image)
@@ -188,22 +202,18 @@ class Lifecycle:
     def _stage(self, name: str, wishes: Wishes) -> Stage:
         if name == "install":
             return install_stage(self._settings, wishes.packages)
-        wanted = wanted_text(self._settings)
-        lock = None if wishes.update else lock_text(self._settings)
-        if lock and (problem := misfit(wanted, lock) or self._changed_program(wanted)):
-            raise UsageError(
-                f"{self._settings.guix_channels_lock} does not fit GUIX_CHANNELS: {problem}; "
-                "`inv pull --update` locks anew"
-            )
+        stage = stage_to_run(self._settings, update=wishes.update)
+        if not wishes.update and lock_text(self._settings) and (changed := self._changed_program()):
+            raise UsageError(lock_misfits(self._settings, changed))
         if self._settings.guix_channels_lock is None:
             self._project.console.say("pull: the channels float; GUIX_CHANNELS_LOCK would spare it")
-        return pull_stage(lock or wanted, wanted)
+        return stage
 
-    def _changed_program(self, wanted: str | None) -> str | None:
+    def _changed_program(self) -> str | None:
         """Whether channels that are computed are computed otherwise than when they were locked."""
         image = self._ledger.find("pull")
         before = inputs_of(image).get(CHANNELS_INPUT) if image else None
-        now = pull_stage("", wanted).given.get(CHANNELS_INPUT)
+        now = pull_stage("", wanted_text(self._settings)).given.get(CHANNELS_INPUT)
         return "it computes its channels, and has changed" if image and now != before else None
 
     def _parent_image(self, name: str, wishes: Wishes) -> Image:
@@ -235,7 +245,7 @@ class Lifecycle:
         started = time.monotonic()
         project, settings = self._project, self._settings
         project.console.say(f"base: {settings.dockerfile} on {settings.base_image}")
-        spec = base_spec(project.engine, settings)
+        spec = base_spec(settings, network(project.engine, settings))
         built = project.engine.build(spec, project.console.stream)
         parent = project.engine.image(built)
         if parent is None:
@@ -251,20 +261,11 @@ class Lifecycle:
 
     def _write_lock(self) -> None:
         """Write what the pull stage got to ``GUIX_CHANNELS_LOCK``, where it is not there yet."""
-        path = self._settings.guix_channels_lock
         image = self._ledger.find("pull")
-        channels = image.labels.get(CHANNELS_LABEL) if image else None
-        if path is None or not channels or _read(path) == f"{channels}\n":
-            return
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-        try:
-            unfinished.write_text(f"{channels}\n", encoding="utf-8")
-            unfinished.replace(path)
-        except OSError as error:
-            raise UsageError(
-                f"GUIX_CHANNELS_LOCK: {path}: {error.strerror}; name a file that can be written"
-            ) from None
-        self._project.console.say(f"pull: the channels are locked in {path}")
+        channels = image.labels.get(CHANNELS_LABEL, "") if image else ""
+        if write_lock(self._settings, channels):
+            lock = self._settings.guix_channels_lock
+            self._project.console.say(f"pull: the channels are locked in {lock}")
 
     def _say_what_went(self, name: str, before: Image | None, after: Image) -> None:
         there, found = _packages(after), _packages(before)
@@ -328,7 +329,3 @@ def _packages(image: Image | None) -> dict[str, str]:
     """The packages in an image by name, whatever their versions are."""
     found = image.labels.get(PACKAGES_LABEL, "").split() if image else ()
     return {package.partition("@")[0]: package for package in found}
-
-
-def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.exists() else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from guix_tasks.digests import Pushed, save
 from guix_tasks.errors import UsageError
 from guix_tasks.ledger import SQUASH, STAGES, proven_stage
 from guix_tasks.lifecycle import Lifecycle
@@ -11,11 +12,15 @@ from guix_tasks.transfer import credentials, transfer
 
 if TYPE_CHECKING:
     from guix_tasks.engine import Image
+    from guix_tasks.settings import Settings
     from guix_tasks.stage import Project
 
 
 def push(project: Project, stage: str | None = None) -> dict[str, str]:
     """Push ``IMAGE`` and ``TAGS``, or the tag of one stage; the digest of each reference.
+
+    With ``PLATFORMS`` the platform's own tag is pushed instead, for an engine can push no digest,
+    and what the registry answered is written down for ``inv manifest``.
 
     Raises ``UsageError`` where there is nothing to push or the stage is stale, and
     ``RegistryError`` where the registry refuses.
@@ -23,17 +28,29 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
     ledger, engine = project.ledger, project.engine
     image = image_to_use(project, stage)
     _refuse_stale(project, image)
-    references = [ledger.tag(stage)] if stage else [str(project.settings.image)]
-    if not stage:
-        for tag in project.settings.tags:
-            reference = str(project.settings.image.with_tag(tag))
-            engine.tag(image.id, reference)
-            references.append(reference)
+    references = [ledger.tag(stage)] if stage else pushed_references(project.settings)
     digests = {}
     for reference in references:
+        if not stage and reference != str(ledger.image):
+            engine.tag(image.id, reference)
         with transfer(project, f"push {reference}") as progress:
             digests[reference] = engine.push(reference, credentials(project), progress)
+    platform = project.settings.platform
+    if platform and not stage and not engine.is_dry:
+        (digest,) = digests.values()
+        path = save(project.settings, Pushed(project.settings.image.name, (platform,), digest))
+        project.console.say(
+            f"push: {path}; `inv manifest` joins the platforms under {project.settings.image}"
+        )
     return digests
+
+
+def pushed_references(settings: Settings) -> list[str]:
+    """What ``push`` pushes: ``IMAGE`` and ``TAGS``, or the tag of the one platform."""
+    image = settings.image
+    if settings.platform:
+        return [str(image.with_tag(f"{image.tag}-{settings.platform.tag_suffix}"))]
+    return [str(image), *(str(image.with_tag(tag)) for tag in settings.tags)]
 
 
 def _stage_image(project: Project, stage: str) -> tuple[Image | None, str]:
@@ -67,7 +84,7 @@ def image_to_use(project: Project, stage: str | None = None) -> Image:
     if stage:
         image, reference = _stage_image(project, stage)
     else:
-        reference = str(project.settings.image)
+        reference = str(ledger.image)
         image = project.engine.image(reference)
     if image is None and stage not in (None, *STAGES, SQUASH):
         raise UsageError(

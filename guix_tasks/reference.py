@@ -155,6 +155,14 @@ class Platform:
         return _GUIX_SYSTEMS[str(self)]
 
     @property
+    def is_32_bit(self) -> bool:
+        return self.architecture in ("386", "arm")
+
+    def runs(self, other: Platform) -> bool:
+        """Whether a machine of this platform runs programs of the other without emulation."""
+        return other == self or (str(self), str(other)) == ("linux/amd64", "linux/386")
+
+    @property
     def tag_suffix(self) -> str:
         """What stands for the platform in a tag, which cannot hold a slash."""
         return str(self).replace("/", "-")

@@ -7,7 +7,7 @@ import shlex
 import threading
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,10 @@ class Project:
     def ledger(self) -> Ledger:
         return Ledger(self.engine, self.settings)
 
+    def each_platform(self) -> list[Project]:
+        """This project for one platform after the other: an engine makes one at a time."""
+        return [replace(self, settings=each) for each in self.settings.each_platform()]
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -86,6 +90,12 @@ class Stage:
         return {"command": text_digest(*words), **files, **self.given, **common}
 
 
+def stage_files(stage: Stage) -> dict[str, bytes]:
+    """What a stage's commands need below ``work.FOLDER``; ``stage`` is the script to run."""
+    script = guix.script(stage.commands, stage.report, FOLDER, keep=stage.keep)
+    return {**stage.files, "stage": script.encode(), "collect.scm": COLLECT.read_bytes()}
+
+
 def run_stage(
     project: Project, stage: Stage, parent: Image, *, commit: bool = True, force: bool = False
 ) -> Image | None:
@@ -101,9 +111,7 @@ def run_stage(
     console.say(f"{stage.name}: in a {settings.guix_sandbox.value} container")
     for command in stage.commands:
         console.command(command)
-    script = guix.script(stage.commands, stage.report, FOLDER, keep=stage.keep)
-    files = {**stage.files, "stage": script.encode(), "collect.scm": COLLECT.read_bytes()}
-    work = Work(stage.name, (f"{FOLDER}/stage",), files, keep=not commit)
+    work = Work(stage.name, (f"{FOLDER}/stage",), stage_files(stage), keep=not commit)
     with work_container(project.engine, settings, parent.id, work) as container:
         report = perform(project, container, stage.name).strip()
         if not commit:

@@ -11,6 +11,7 @@ from guix_tasks.console import human_size, human_time
 from guix_tasks.errors import UsageError
 from guix_tasks.ledger import CHANNELS_LABEL, HAND_MADE, PREVIOUS, SQUASH, STAGES, proven_stage
 from guix_tasks.lifecycle import Lifecycle
+from guix_tasks.publish import pushed_references
 from guix_tasks.sizes import picture, size_rows, sizes
 from guix_tasks.work import PROJECT_LABEL, work_containers
 from guix_tasks.work import project as project_name
@@ -31,7 +32,7 @@ def status_rows(project: Project) -> list[tuple[str, ...]]:
         image = state.image
         word = "missing" if not image else f"stale: {state.why}" if state.why else "up to date"
         rows.append((stage, *_cells(ledger.tag(stage), image, word)))
-    reference = str(project.settings.image)
+    reference = str(project.ledger.image)
     image = project.engine.image(reference)
     return [*rows, ("IMAGE", *_cells(reference, image, _stands_for(project, image)))]
 
@@ -68,7 +69,7 @@ def show_sizes(project: Project, plot: str) -> None:
     project.console.table(("part", "name", "size"), size_rows(parts))
     if plot:
         try:
-            Path(plot).write_text(picture(str(project.settings.image), parts), encoding="utf-8")
+            Path(plot).write_text(picture(str(project.ledger.image), parts), encoding="utf-8")
         except OSError as error:
             raise UsageError(f"--plot: {plot}: {error.strerror}; name another file") from None
 
@@ -90,7 +91,7 @@ def clean(project: Project, *, work_only: bool = False) -> list[str]:
     if before and proven_stage(before):
         stages[PREVIOUS] = before
     ids = {image.id for image in stages.values()}
-    others = [str(settings.image), *(str(settings.image.with_tag(tag)) for tag in settings.tags)]
+    others = dict.fromkeys([str(ledger.image), *pushed_references(settings)])
     ours = [each for each in others if (image := engine.image(each)) and image.id in ids]
     for reference in [*ours, *(ledger.tag(stage) for stage in reversed(stages))]:
         engine.untag(reference)

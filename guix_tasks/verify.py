@@ -47,7 +47,7 @@ def verify(project: Project, stage: str | None = None) -> None:
         project.console.say(f"verify: {check}: {answers.get(check, 'was not reached')}")
     wrong = [check for check in CHECKS if answers.get(check) != "ok"]
     if wrong:
-        raise CheckError(f"verify: {project.settings.image} failed: {', '.join(wrong)}")
+        raise CheckError(f"verify: {project.ledger.image} failed: {', '.join(wrong)}")
 
 
 def _answers(report: str) -> Iterator[tuple[str, str]]:

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 from guix_tasks.engine import ContainerSpec
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.fingerprint import file_digest, text_digest, tree_digest
+from guix_tasks.reference import Platform
+from guix_tasks.settings.values import Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -98,7 +100,7 @@ def unstarted_container(engine: Engine, settings: Settings, image: str) -> Itera
 
 def fill(engine: Engine, settings: Settings, container: str, work: Work) -> None:
     """Copy in what the entry point and the command need for one start."""
-    engine.copy_in(container, archive({**_common_files(settings), **work.files}))
+    engine.copy_in(container, archive({**common_files(settings), **work.files}))
 
 
 def kept_containers(engine: Engine, settings: Settings) -> list[Container]:
@@ -137,6 +139,11 @@ def project(settings: Settings) -> str:
     return str(settings.image)
 
 
+def project_digest(settings: Settings) -> str:
+    """The project's name as a word that any other name can hold."""
+    return _short(project(settings))
+
+
 def archive(files: Mapping[str, bytes]) -> bytes:
     """A tar archive of ``files`` below ``FOLDER``; scripts are executable, nothing else is.
 
@@ -161,7 +168,8 @@ def _parents(name: str) -> list[str]:
     return [f"{FOLDER}/{parent}" for parent in Path(name).parents if parent.name]
 
 
-def _common_files(settings: Settings) -> dict[str, bytes]:
+def common_files(settings: Settings) -> dict[str, bytes]:
+    """What every entry point finds beside it below ``FOLDER``."""
     files = {
         "entry-point.sh": (IMAGE_FOLDER / "entry-point.sh").read_bytes(),
         "environment": "".join(
@@ -212,13 +220,39 @@ def platform_input(engine: Engine, settings: Settings) -> dict[str, str]:
     return {"platform": str(settings.platform or engine.info().platform)}
 
 
+def refuse_emulated(engine: Engine, settings: Settings) -> None:
+    """Refuse a platform on which Guix could not isolate its builds, before anything is done."""
+    platform = settings.platform
+    if platform is None or settings.guix_sandbox is Sandbox.NOCHROOT:
+        return
+    own = engine.info().platform
+    if not Platform.parse(own).runs(platform):
+        raise UsageError(
+            f"{platform} is emulated by this engine ({own}), and Guix cannot isolate its builds "
+            "there: set GUIX_SANDBOX=nochroot, or use an engine of that kind"
+        )
+
+
 def cache_volumes(settings: Settings) -> dict[str, str]:
     """The named volumes of this project's caches, with the folders that they are seen at."""
+    prefix, in_memory = cache_prefix(settings), memory_folders(settings)
+    folders = {name: target for name, target in CACHES.items() if target not in in_memory}
+    return {f"{prefix}-{name}": target for name, target in folders.items()} if prefix else {}
+
+
+def memory_folders(settings: Settings) -> tuple[str, ...]:
+    """The caches that are in memory.
+
+    A 32-bit program under QEMU fails on the large inode numbers of a file system on disk.
+    """
+    small = settings.platform is not None and settings.platform.is_32_bit
+    return (CACHES["home"],) if small and settings.cache_volume else ()
+
+
+def cache_prefix(settings: Settings) -> str | None:
+    """What the names of this project's caches begin with; None where there are to be none."""
     prefix = settings.cache_volume
-    if not prefix:
-        return {}
-    own = _short(project(settings))
-    return {f"{prefix}-{own}-{name}": target for name, target in CACHES.items()}
+    return f"{prefix}-{project_digest(settings)}" if prefix else None
 
 
 def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> ContainerSpec:
@@ -227,14 +261,16 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
     volumes = {} if work.bare else cache_volumes(settings)
     mounts = () if work.bare else binds(engine, settings)
     return ContainerSpec(
-        name=_container_name(work),
+        name=container_name(work.name, keep=work.keep),
         image=image,
         command=(*work.entry_point, *work.argv),
         labels={PROJECT_LABEL: project(settings)},
         environment=work.environment,
-        privileged=True,
+        privileged=settings.guix_sandbox is Sandbox.PRIVILEGED,
+        security=_security(settings),
         network="none" if work.bare else network(engine, settings),
         binds=(*mounts, *(":".join(each) for each in volumes.items())),
+        memory_folders=() if work.bare else memory_folders(settings),
         # What builds leave there is gigabytes: on disk, and not in the image.
         scratch="/tmp" if volumes else None,  # noqa: S108 -- the container's own
         memory=settings.stage_memory,
@@ -244,6 +280,12 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         no_healthcheck=bool(config.get("Healthcheck")),
         platform=str(settings.platform) if settings.platform else None,
     )
+
+
+def _security(settings: Settings) -> tuple[str, ...]:
+    # Without a chroot the daemon needs no privilege, but it sets the personality of builds,
+    # which Docker's seccomp profile refuses.
+    return ("seccomp=unconfined",) if settings.guix_sandbox is Sandbox.NOCHROOT else ()
 
 
 def network(engine: Engine, settings: Settings) -> str | None:
@@ -266,15 +308,15 @@ def binds(engine: Engine, settings: Settings) -> tuple[str, ...]:
     )
 
 
-def _container_name(work: Work) -> str:
+def container_name(what: str, *, keep: bool = False) -> str:
     """A name that tells who made the container, and whether it is to be kept.
 
     A label could say it as well, but labels of a container end up in the image that is committed
     from it.
     """
     pid = os.getpid()
-    prefix = _KEPT_NAME if work.keep else _NAME
-    return f"{prefix}-{work.name}-{secrets.token_hex(3)}-{_host()}-{pid}-{_started(pid)}"
+    prefix = _KEPT_NAME if keep else _NAME
+    return f"{prefix}-{what}-{secrets.token_hex(3)}-{_host()}-{pid}-{_started(pid)}"
 
 
 def _owner_is_gone(name: str) -> bool:

@@ -444,7 +444,9 @@ _remove_stale_build_folders() {
 
 _remove_folders() {
     cd / || :
-    rm -rf ${_scratch:+"$_scratch"} ${_folder:+"$_folder"}
+    rm -rf ${_scratch:+"$_scratch"}
+    # In a step of a build the folder is a mount, which goes by itself.
+    if [ -n "$_folder" ] && ! _is_mounted "$_folder"; then rm -rf "$_folder"; fi
 }
 
 # --- processes -------------------------------------------------------------------------

@@ -14,22 +14,25 @@ that is passed in, and never written.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from guix_tasks.errors import SettingsError
 from guix_tasks.reference import ImageReference, Platform, quoted
-from guix_tasks.settings import parsers
+from guix_tasks.settings import nodes, parsers
 from guix_tasks.settings.sources import Setting, Sources
-from guix_tasks.settings.values import Mount, Sandbox, Secret
+from guix_tasks.settings.values import Driver, Mount, Node, Output, Sandbox, Secret
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = [
+    "Driver",
     "Mount",
+    "Node",
+    "Output",
     "Sandbox",
     "Secret",
     "Settings",
@@ -64,8 +67,8 @@ class Settings:
         "More tags of the same repository that push pushes, as: 1.0 stable.",
     )
     platforms: tuple[Platform, ...] = _setting(
-        parsers.platforms,
-        "The platform to make it for, one at a time, as linux/arm64; empty: the engine's own.",
+        parsers.list_of(parsers.plain(Platform.parse)),
+        "The platforms to make it for, as: linux/amd64 linux/arm64; empty: the engine's own.",
     )
 
     base_image: ImageReference = _setting(
@@ -120,8 +123,8 @@ class Settings:
         "Public keys of substitute servers to trust: .pub files.",
     )
     guix_sandbox: Sandbox = _setting(
-        parsers.sandbox,
-        "How work containers are run, so that Guix can build in them.",
+        parsers.one_of(Sandbox, "a sandbox"),
+        "privileged; or nochroot: builds are not isolated, as under QEMU they cannot be.",
         default="privileged",
     )
     guix_cores: int | None = _setting(
@@ -161,6 +164,51 @@ class Settings:
         "A repository, REGISTRY/REPOSITORY, that finished stages are pushed to and taken from.",
     )
 
+    buildx_builder: str = _setting(
+        parsers.builder,
+        "The builder that buildx.setup makes and buildx.build builds with.",
+        default="insecure-builder",
+        group="The BuildKit way",
+    )
+    buildx_driver: Driver = _setting(
+        parsers.one_of(Driver, "a driver"),
+        "Where BuildKit runs: docker-container, docker (the engine itself), remote, kubernetes.",
+        default="docker-container",
+    )
+    buildx_nodes: tuple[Node, ...] = _setting(
+        parsers.list_of(nodes.node),
+        "The builder's machines: ENDPOINT[,platform=PLATFORM][,OPTION=VALUE] ...; "
+        "empty: the engine's.",
+    )
+    buildx_output: Output = _setting(
+        parsers.one_of(Output, "an output"),
+        "registry (push it), oci or docker (an archive in out/), or load (into the engine).",
+        default="registry",
+    )
+    buildx_attestations: tuple[str, ...] = _setting(
+        parsers.list_of(parsers.attestation), "What is pushed with the image: provenance sbom."
+    )
+    buildx_cache_from: tuple[str, ...] = _setting(
+        parsers.list_of(parsers.cache_backend),
+        "Build caches to take steps from: type=registry,ref=REGISTRY/REPOSITORY type=gha ...",
+    )
+    buildx_cache_to: tuple[str, ...] = _setting(
+        parsers.list_of(parsers.cache_backend),
+        "Build caches to put steps into: type=local,dest=FOLDER,mode=max ...",
+    )
+    buildkit_syntax: ImageReference = _setting(
+        parsers.reference,
+        "The Dockerfile frontend for a builder whose own does not know RUN --security.",
+        default="docker/dockerfile:1",
+    )
+    buildx_url: str | None = _setting(
+        parsers.optional(parsers.url("https", "http", "file")),
+        "Where buildx.setup gets the plugin, if not from Debian; needs the checksum too.",
+    )
+    buildx_sha256: str | None = _setting(
+        parsers.optional(parsers.sha256), "The SHA-256 checksum of that file, 64 hex digits."
+    )
+
     docker_username: Secret | None = _setting(
         parsers.optional(parsers.plain(Secret)),
         "The user to push as; taken literally, with any ${...} in it.",
@@ -179,6 +227,9 @@ class Settings:
     proxies: Mapping[str, str] = field(repr=False)
     """The proxy variables of the process's environment; there may be a password in one."""
 
+    output_folder: Path
+    """``out/`` in the project: archives, and what platforms were pushed."""
+
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What deserves a warning, a line each."""
 
@@ -187,8 +238,12 @@ class Settings:
 
     @property
     def platform(self) -> Platform | None:
-        """The platform to build for, where one is asked for."""
+        """The platform to build for, where one is asked for; see ``each_platform``."""
         return self.platforms[0] if self.platforms else None
+
+    def each_platform(self) -> list[Settings]:
+        """These settings for one platform after the other: an engine makes one at a time."""
+        return [replace(self, platforms=(each,)) for each in self.platforms] or [self]
 
     def origin(self, name: str) -> str:
         """How an error about a setting begins: ``.env:3: IMAGE``, ``option --image``."""
@@ -280,7 +335,7 @@ def load_settings(
         sources.add_file(cwd / name, _shown(cwd / name, cwd), asked_by="environment: ENV_FILE: ")
     sources.add_environ(cwd)
     sources.add_overrides(overrides, cwd)
-    return _settings(sources, environ)
+    return _settings(sources, environ, project)
 
 
 def load_isolated(env_file: Path) -> Settings:
@@ -291,7 +346,7 @@ def load_isolated(env_file: Path) -> Settings:
     """
     sources = Sources(_KNOWN, {}, env_file.absolute().parent)
     sources.add_file(env_file.absolute(), _shown(env_file, Path()))
-    return _settings(sources, {})
+    return _settings(sources, {}, env_file.absolute().parent)
 
 
 def _shown(path: Path, cwd: Path) -> str:
@@ -300,7 +355,7 @@ def _shown(path: Path, cwd: Path) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def _settings(sources: Sources, environ: Mapping[str, str]) -> Settings:
+def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Settings:
     values = sources.values()
     _check_together(sources, values)
     if sources.problems:
@@ -310,6 +365,7 @@ def _settings(sources: Sources, environ: Mapping[str, str]) -> Settings:
         **{name.lower(): values[name] for name in _SETTINGS},
         docker_environment=MappingProxyType(docker),
         proxies=MappingProxyType({name: environ[name] for name in _PROXIES if environ.get(name)}),
+        output_folder=project / "out",
         notes=tuple(dict.fromkeys(sources.notes)),
         origins=MappingProxyType(sources.origins()),
     )
@@ -317,7 +373,11 @@ def _settings(sources: Sources, environ: Mapping[str, str]) -> Settings:
 
 def _check_together(sources: Sources, values: Mapping[str, Any]) -> None:
     """Refuse what is right by itself, and wrong beside another setting."""
-    for pair in (("GUIX_BINARY_URL", "GUIX_BINARY_SHA256"), ("DOCKER_USERNAME", "DOCKER_PASSWORD")):
+    for pair in (
+        ("GUIX_BINARY_URL", "GUIX_BINARY_SHA256"),
+        ("BUILDX_URL", "BUILDX_SHA256"),
+        ("DOCKER_USERNAME", "DOCKER_PASSWORD"),
+    ):
         for name, missing in (pair, pair[::-1]):
             if sources.is_set(name) and not sources.is_set(missing):
                 sources.refuse(name, f"needs {missing} too; set both or neither")
@@ -325,6 +385,9 @@ def _check_together(sources: Sources, values: Mapping[str, Any]) -> None:
     if image and tags:
         stages = [tag for tag in tags if parsers.is_stage_tag(tag, image.tag)]
         sources.refuse("TAGS", *(f"{quoted(tag)} is a stage's; write another" for tag in stages))
+    if values["BUILDX_DRIVER"] and values["BUILDX_NODES"] is not None:
+        wrong = nodes.problems(values["BUILDX_DRIVER"], values["BUILDX_NODES"])
+        sources.refuse("BUILDX_NODES", *wrong)
     channels, lock = values["GUIX_CHANNELS"], values["GUIX_CHANNELS_LOCK"]
     if channels and lock and os.path.realpath(channels) == os.path.realpath(lock):
         sources.refuse("GUIX_CHANNELS_LOCK", "pull would overwrite GUIX_CHANNELS; name another")

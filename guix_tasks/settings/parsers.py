@@ -12,11 +12,14 @@ import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from guix_tasks.reference import DEFAULT_TAG, ImageReference, Platform, check_tag, quoted
-from guix_tasks.settings.values import Mount, Sandbox, Secret
+from guix_tasks.reference import DEFAULT_TAG, ImageReference, check_tag, quoted
+from guix_tasks.settings.values import Mount, Secret
+
+if TYPE_CHECKING:
+    from enum import Enum
 
 Parser = Callable[[str, Path], Any]
 
@@ -105,14 +108,28 @@ volume = _matching(
     r"[A-Za-z0-9][\w.-]{,60}", "is not the name of a volume; write letters and digits"
 )
 network = _matching(r"[A-Za-z0-9][\w.-]*", "is not a network; write none, host, or a name")
+builder = _matching(
+    # The rule of buildx, store/util.go.
+    r"[A-Za-z][\w.-]*",
+    "is not the name of a builder; write letters and digits, the first a letter",
+)
+attestation = _matching("provenance|sbom", "is not an attestation; write provenance or sbom")
+cache_backend = _matching(
+    # What `--cache-to` takes; without a comma it would be an image's name.
+    r"type=[a-z0-9]+(,[\w.-]+=[^,\s]*)*",
+    "is not a build cache; write type=KIND,NAME=VALUE, as type=registry,ref=REGISTRY/REPOSITORY",
+)
 
 
-def sandbox(text: str, _base: Path) -> Sandbox:
-    try:
-        return Sandbox(text)
-    except ValueError:
-        allowed = ", ".join(each.value for each in Sandbox)
-        raise ValueError(f"{quoted(text)} is not a sandbox; write one of: {allowed}") from None
+def one_of(kind: type[Enum], what: str) -> Parser:
+    def parse(text: str, _base: Path) -> Enum:
+        try:
+            return kind(text)
+        except ValueError:
+            allowed = ", ".join(each.value for each in kind)
+            raise ValueError(f"{quoted(text)} is not {what}; write one of: {allowed}") from None
+
+    return parse
 
 
 def number(least: int) -> Parser:
@@ -180,8 +197,9 @@ _TAG_MAX = 100  # of the 128 characters that a tag can have
 
 
 def is_stage_tag(tag: str, image_tag: str) -> bool:
-    """Whether a stage of the image with ``image_tag`` could have this tag."""
-    return re.fullmatch(re.escape(image_tag) + _STAGE_SUFFIX, tag) is not None
+    """Whether a stage, or a platform, of the image with ``image_tag`` could have this tag."""
+    suffixes = rf"({_STAGE_SUFFIX}|-linux-.+)"
+    return re.fullmatch(re.escape(image_tag) + suffixes, tag) is not None
 
 
 def reference(text: str, _base: Path) -> ImageReference:
@@ -212,13 +230,6 @@ def cache_image(text: str, base: Path) -> ImageReference:
 def tag(text: str, _base: Path) -> str:
     check_tag(text)
     return text
-
-
-def platforms(text: str, base: Path) -> tuple[Platform, ...]:
-    found: tuple[Platform, ...] = list_of(plain(Platform.parse))(text, base)
-    if len(found) > 1:
-        raise ValueError("an image is made for one platform at a time; write one of them")
-    return found
 
 
 # --- Files and folders ----------------------------------------------------------------------

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from guix_tasks.reference import Platform
+
 
 class Secret:
     """Text that shows itself only when it is asked to: not in a repr, a log, an error."""
@@ -32,9 +34,41 @@ class Secret:
 
 
 class Sandbox(Enum):
-    """How a work container is run so that the Guix daemon can isolate its builds."""
+    """How a work container is run so that the Guix daemon can build in it."""
 
     PRIVILEGED = "privileged"
+    NOCHROOT = "nochroot"
+    """Builds are not isolated from one another; under QEMU they cannot be."""
+
+
+class Driver(Enum):
+    """Where a builder's BuildKit runs (docs.docker.com/build/builders/drivers)."""
+
+    DOCKER = "docker"
+    """In the engine itself; it is there without being made."""
+    CONTAINER = "docker-container"
+    REMOTE = "remote"
+    KUBERNETES = "kubernetes"
+
+
+class Output(Enum):
+    """Where BuildKit puts the image."""
+
+    REGISTRY = "registry"
+    OCI = "oci"
+    DOCKER = "docker"
+    LOAD = "load"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of a builder, as ``docker buildx create`` takes it."""
+
+    endpoint: str
+    platforms: tuple[Platform, ...] = ()
+    """Those that it is to be used for; none: those that it says it has."""
+    options: tuple[tuple[str, str], ...] = ()
+    """Of the driver, by name."""
 
 
 @dataclass(frozen=True)

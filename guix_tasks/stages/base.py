@@ -18,16 +18,15 @@ if TYPE_CHECKING:
 BASE_INPUT = "BASE_IMAGE"
 
 
-def base_spec(engine: Engine, settings: Settings) -> BuildSpec:
-    """The build that makes the base stage."""
-    reachable = network(engine, settings)
+def base_spec(settings: Settings, network: str | None) -> BuildSpec:
+    """The build that makes the base stage, with a network if a build can join it."""
     return BuildSpec(
         context=settings.build_context,
         dockerfile=settings.dockerfile,
         args=_arguments(settings),
         secrets=settings.build_secrets,
         platform=str(settings.platform) if settings.platform else None,
-        network=reachable if reachable in ("host", "none") else None,
+        network=network if network in ("host", "none") else None,
     )
 
 
@@ -37,7 +36,7 @@ def base_inputs(engine: Engine, settings: Settings, known: Mapping[str, str]) ->
     ``known`` are the inputs of the image that is there: the base image need not be here to tell
     that nothing changed.  Raises ``UsageError`` where the Dockerfile cannot be read.
     """
-    spec = base_spec(engine, settings)
+    spec = base_spec(settings, network(engine, settings))
     if not spec.context.is_dir():
         raise UsageError(f"BUILD_CONTEXT: {spec.context} is not a folder; name one")
     arguments = {name: text for name, text in spec.args.items() if name != BASE_INPUT}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,46 @@ def pull_stage(channels: str | None, wanted: str | None = None) -> Stage:
         given={CHANNELS_INPUT: text_digest(wanted or "")} if computed else {},
         settled=partial(pull_stage, wanted=wanted),
     )
+
+
+def stage_to_run(settings: Settings, *, update: bool = False) -> Stage:
+    """The stage that pulls what the lock says, else (or to ``update``) what is asked for.
+
+    Raises ``UsageError`` where the lock is not one of ``GUIX_CHANNELS``.
+    """
+    wanted = wanted_text(settings)
+    lock = None if update else lock_text(settings)
+    if lock and (problem := misfit(wanted, lock)):
+        raise UsageError(lock_misfits(settings, problem))
+    return pull_stage(lock or wanted, wanted)
+
+
+def lock_misfits(settings: Settings, problem: str) -> str:
+    return (
+        f"{settings.guix_channels_lock} does not fit GUIX_CHANNELS: {problem}; "
+        "`inv pull --update` locks anew"
+    )
+
+
+def write_lock(settings: Settings, channels: str) -> bool:
+    """Write what was pulled to ``GUIX_CHANNELS_LOCK``; whether that was not there yet.
+
+    Raises ``UsageError`` where it cannot be written.
+    """
+    path = settings.guix_channels_lock
+    if path is None or not channels:
+        return False
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        if path.exists() and path.read_text(encoding="utf-8") == f"{channels}\n":
+            return False
+        unfinished.write_text(f"{channels}\n", encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise UsageError(
+            f"GUIX_CHANNELS_LOCK: {path}: {error.strerror}; name a file that can be written"
+        ) from None
+    return True
 
 
 def lock_text(settings: Settings) -> str | None:

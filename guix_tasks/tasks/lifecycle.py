@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from guix_tasks.boundary import docker_command, opened
+from guix_tasks.boundary import docker_command, opened, opened_single, opened_with_buildx
 
 if TYPE_CHECKING:
     from invoke.context import Context
@@ -24,7 +24,8 @@ def base(c: Context, force: bool = False) -> None:
     with opened(c) as project:
         from guix_tasks.lifecycle import Lifecycle, Wishes
 
-        Lifecycle(project).make("base", Wishes(force=force))
+        for each in project.each_platform():
+            Lifecycle(each).make("base", Wishes(force=force))
 
 
 @task(
@@ -48,7 +49,8 @@ def pull(
         from guix_tasks.lifecycle import Lifecycle, Wishes
 
         wishes = Wishes(force=force, upstream=upstream, update=update, commit=not no_commit)
-        Lifecycle(project).make("pull", wishes)
+        for each in project.each_platform():
+            Lifecycle(each).make("pull", wishes)
 
 
 @task(
@@ -74,13 +76,14 @@ def install(
 
         given = project.settings.guix_packages if package else ()
         wishes = Wishes(force=force, upstream=upstream, commit=not no_commit, packages=given)
-        Lifecycle(project).make("install", wishes)
+        for each in project.each_platform():
+            Lifecycle(each).make("install", wishes)
 
 
 @task(auto_shortflags=False)
 def commit(c: Context) -> None:
     """Commit the work container that was left by hand as IMAGE."""
-    with opened(c) as project:
+    with opened_single(c) as project:
         from guix_tasks import hands
 
         hands.commit(project)
@@ -89,7 +92,7 @@ def commit(c: Context) -> None:
 @task(auto_shortflags=False)
 def squash(c: Context) -> None:
     """Make one layer of all that lies above the base stage."""
-    with opened(c) as project:
+    with opened_single(c) as project:
         from guix_tasks.squash import squash as one_layer
 
         one_layer(project)
@@ -98,7 +101,7 @@ def squash(c: Context) -> None:
 @task(auto_shortflags=False)
 def rollback(c: Context) -> None:
     """Let IMAGE be what it was before it last moved."""
-    with opened(c) as project:
+    with opened_single(c) as project:
         from guix_tasks import hands
 
         hands.rollback(project)
@@ -110,7 +113,8 @@ def verify(c: Context, stage: str = "") -> None:
     with opened(c) as project:
         from guix_tasks.verify import verify as check
 
-        check(project, stage or None)
+        for each in project.each_platform():
+            check(each, stage or None)
 
 
 @task(help={"stage": "the tag of this stage instead of IMAGE and TAGS"}, auto_shortflags=False)
@@ -119,9 +123,21 @@ def push(c: Context, stage: str = "") -> None:
     with opened(c) as project:
         from guix_tasks.publish import push as publish
 
-        for reference, digest in publish(project, stage or None).items():
-            if digest:  # a dry run has none
-                project.console.result(f"{reference}@{digest}")
+        for each in project.each_platform():
+            for reference, digest in publish(each, stage or None).items():
+                if digest:  # a dry run has none
+                    each.console.result(f"{reference}@{digest}")
+
+
+@task(auto_shortflags=False)
+def manifest(c: Context) -> None:
+    """Join what was pushed for each platform under IMAGE, and print the digest."""
+    with opened_with_buildx(c, needs_engine=False) as (project, program):
+        from guix_tasks.manifest import join
+
+        digest = join(project, program)
+        if digest:
+            project.console.result(f"{project.settings.image}@{digest}")
 
 
 @task(
@@ -133,7 +149,7 @@ def push(c: Context, stage: str = "") -> None:
 )
 def run(c: Context, stage: str = "", keep: bool = False) -> None:
     """Run one command in a work container, as `inv run -- COMMAND ARGUMENT...`."""
-    with opened(c) as project:
+    with opened_single(c) as project:
         from guix_tasks import hands
 
         status = hands.run(project, _after_dashes(sys.argv), stage=stage or None, keep=keep)
@@ -150,7 +166,7 @@ def run(c: Context, stage: str = "", keep: bool = False) -> None:
 )
 def shell(c: Context, stage: str = "", fresh: bool = False) -> None:
     """Open a shell in a work container, which is left for `inv commit`."""
-    with opened(c) as project:
+    with opened_single(c) as project:
         from guix_tasks import hands
 
         docker, environment = docker_command(project)
@@ -172,7 +188,8 @@ def status(c: Context, size: bool = False, plot: str = "") -> None:
         if size or plot:
             upkeep.show_sizes(project, plot)
         else:
-            project.console.table(upkeep.STATUS_HEADER, upkeep.status_rows(project))
+            rows = [row for each in project.each_platform() for row in upkeep.status_rows(each)]
+            project.console.table(upkeep.STATUS_HEADER, rows)
 
 
 @task(help={"work": "only the work containers"}, auto_shortflags=False)
@@ -181,7 +198,9 @@ def clean(c: Context, work: bool = False) -> None:
     with opened(c) as project:
         from guix_tasks.upkeep import clean as remove
 
-        removed = remove(project, work_only=work)
+        removed = [
+            name for each in project.each_platform() for name in remove(each, work_only=work)
+        ]
         project.console.say(f"clean: {len(removed)} removed" if removed else "clean: nothing there")
 
 

@@ -1,0 +1,97 @@
+"""The folder that a BuildKit build is made from: what its steps see, and what is handed to it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import tarfile
+from typing import IO, TYPE_CHECKING, cast
+
+from guix_tasks.bake import ENVIRONMENT, WORK, Bind
+from guix_tasks.errors import BuilderError
+from guix_tasks.work import common_files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+    from guix_tasks.engine import Engine, Image
+    from guix_tasks.reference import ImageReference
+    from guix_tasks.settings import Settings
+
+
+def write_environment(settings: Settings, folder: Path) -> None:
+    """The environment of the steps, which is mounted as a secret: it may hold a token."""
+    (folder / ENVIRONMENT).write_bytes(common_files(settings)[ENVIRONMENT])
+
+
+def write_step(
+    settings: Settings, folder: Path, name: str, files: Mapping[str, bytes], *, again: bool
+) -> None:
+    """What a step sees at ``work.FOLDER``; ``again`` lets it be like no step in the cache."""
+    # The secret is mounted over an empty file.
+    everything = {**common_files(settings), **files, ENVIRONMENT: b""}
+    if again:
+        everything["again"] = secrets.token_bytes(16)
+    for file, content in everything.items():
+        path = folder / WORK / name / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        path.chmod(0o755 if content.startswith(b"#!") else 0o644)
+
+
+def write_mounts(settings: Settings, folder: Path) -> tuple[list[Bind], dict[str, Path]]:
+    """``MOUNTS``, and the named contexts that they are in; a file is copied into one of ours."""
+    binds, contexts = [], {}
+    for number, mount in enumerate(settings.mounts):
+        name, source = f"mount-{number}", ""
+        if mount.source.is_dir():
+            contexts[name] = mount.source
+        else:
+            name, source = WORK, f"mounts/{number}"
+            copy = folder / name / source
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(mount.source, copy)
+        binds.append(Bind(name, source, mount.target, mount.read_only))
+    return binds, contexts
+
+
+def only_here(engine: Engine, reference: ImageReference) -> Image | None:
+    """The image, where the engine has it and no registry is known to."""
+    image = engine.image(str(reference))
+    held = image and any(each.partition("@")[0] == reference.name for each in image.digests)
+    return None if held else image
+
+
+def hand_over(engine: Engine, image: Image, reference: ImageReference, folder: Path) -> str:
+    """An image of the engine as a context that any builder can read."""
+    layout = folder / "base-image"
+    stream = cast("IO[bytes]", _Stream(engine.save(image.id)))
+    with tarfile.open(fileobj=stream, mode="r|") as tar:
+        tar.extractall(layout, filter="data")
+    try:
+        index = json.loads((layout / "index.json").read_text())
+        digest = index["manifests"][0]["digest"]
+    except (OSError, ValueError, LookupError):
+        raise BuilderError(
+            f"this engine cannot save {reference} as an OCI layout (Docker 25 and newer can); push "
+            "it to a registry that the builder reaches, and name that in BASE_IMAGE"
+        ) from None
+    return f"oci-layout://{layout}@{digest}"
+
+
+class _Stream:
+    """What an engine sends piece by piece, as a file that tarfile can read."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces, self._rest = pieces, b""
+
+    def read(self, size: int) -> bytes:
+        parts, wanted = [self._rest], size - len(self._rest)
+        while wanted > 0 and (piece := next(self._pieces, b"")):
+            parts.append(piece)
+            wanted -= len(piece)
+        data = b"".join(parts)
+        self._rest = data[size:]
+        return data[:size]

@@ -1,0 +1,300 @@
+"""Builders that allow insecure steps: made, looked at, removed.
+
+A builder belongs to the user, not to a project, and another tool may have made it.  So one that is
+not as it should be is reported, and only made anew when that is asked for; and the builder that
+the user has selected stays selected.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from guix_tasks import buildx as command
+from guix_tasks.builders import find_builder, has_platform, needed_syntax
+from guix_tasks.engine import ContainerSpec
+from guix_tasks.errors import BuilderError, EngineError, GuixTasksError
+from guix_tasks.settings import Driver, Node
+from guix_tasks.work import PROJECT_LABEL, container_name
+from guix_tasks.work import project as project_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from guix_tasks.buildx import Builder, BuilderNode, Buildx
+    from guix_tasks.settings import Settings
+    from guix_tasks.stage import Project
+
+ENTITLEMENTS = ("security.insecure", "network.host")
+
+_FLAGS = shlex.join(f"--allow-insecure-entitlement={each}" for each in ENTITLEMENTS)
+
+_WITH_DAEMON = (Driver.CONTAINER, Driver.KUBERNETES)
+"""The drivers that start a ``buildkitd`` of their own."""
+
+# BuildKit clips the log of a step at 2 MiB, and so just the end, which one needs.
+_LOGS = {"env.BUILDKIT_STEP_LOG_MAX_SIZE": "-1", "env.BUILDKIT_STEP_LOG_MAX_SPEED": "-1"}
+
+BINFMT_IMAGE = "tonistiigi/binfmt:latest"
+"""What Docker's documentation on multi-platform builds names for emulation."""
+
+STATUS_HEADER = ("node", "endpoint", "status", "BuildKit", "platforms", "entitlements")
+
+
+@dataclass(frozen=True)
+class SetupWishes:
+    """How the builder is to be made, where that differs from the usual."""
+
+    recreate: bool = False
+    """Made anew where it is there already, with its cache kept."""
+    use: bool = False
+    """Selected for the user's own ``docker buildx`` too."""
+    binfmt: bool = False
+    """Emulators installed for the platforms that it lacks."""
+
+
+def set_up(project: Project, buildx: Buildx, wishes: SetupWishes) -> None:
+    """Let there be a builder as the settings want it, running, that allows insecure steps.
+
+    Raises ``BuilderError`` for one that is otherwise and is not to be made anew, and for one that
+    cannot be made; what was begun of it is removed.
+    """
+    settings, console = project.settings, project.console
+    if settings.buildx_driver is not Driver.DOCKER:
+        _make(project, buildx, recreate=wishes.recreate)
+    if not buildx.perform:
+        return
+    builder = find_builder(settings, buildx)
+    syntax = needed_syntax(settings, buildx, builder.name)
+    console.say(
+        f"buildx.setup: {builder.name} ({builder.driver}) runs insecure steps"
+        + (f", with the Dockerfile frontend {syntax}" if syntax else "")
+    )
+    _check_platforms(project, buildx, builder, install=wishes.binfmt)
+    if wishes.use:
+        buildx.change("use", builder.name)
+        console.say(f"buildx.setup: `docker buildx` builds with {builder.name} from now on")
+
+
+def _make(project: Project, buildx: Buildx, *, recreate: bool) -> None:
+    settings, console = project.settings, project.console
+    name = settings.buildx_builder
+    wanted = _nodes(project, buildx)
+    found = command.inspect(buildx, name)
+    wrong = list(_differences(settings, found, wanted)) if found else []
+    if found and wrong and not recreate:
+        raise BuilderError(
+            f"the builder {name} is not as it should be: {'; '.join(wrong)}; "
+            "`inv buildx.setup --recreate` makes it anew and keeps its cache"
+        )
+    if found and not recreate:
+        idle = [node.name for node in found.nodes if node.status != "running"]
+        if idle:
+            console.say(f"buildx.setup: {', '.join(idle)} does not run; starting it")
+            buildx.change("inspect", "--bootstrap", name)
+        else:
+            console.say(f"buildx.setup: {name} is there")
+        return
+    if found:
+        buildx.change("rm", "--keep-state", name)
+    _create(project, buildx, wanted)
+
+
+def _nodes(project: Project, buildx: Buildx) -> tuple[Node, ...]:
+    if project.settings.buildx_nodes:
+        return project.settings.buildx_nodes
+    if project.settings.buildx_driver is Driver.KUBERNETES:
+        return (Node(f"kubernetes://{project.settings.buildx_builder}0"),)
+    # buildx takes a context by its name, with the certificates that belong to it.
+    return (Node(project.engine.info().url if buildx.own == "default" else buildx.own),)
+
+
+def _create(project: Project, buildx: Buildx, nodes: tuple[Node, ...]) -> None:
+    settings, console = project.settings, project.console
+    name = settings.buildx_builder
+    console.say(f"buildx.setup: making {name} ({settings.buildx_driver.value})")
+    if settings.buildx_driver is Driver.KUBERNETES:
+        console.warn("the driver kubernetes is experimental: guix-tasks was never run with it")
+    try:
+        for number, node in enumerate(nodes):
+            buildx.change(*create_argv(settings, node, append=number > 0))
+        buildx.stream("inspect", "--bootstrap", name, output=console.stream)
+    except BaseException:
+        if buildx.perform and command.inspect(buildx, name):
+            buildx.change("rm", "--keep-state", name)
+        raise
+
+
+def create_argv(settings: Settings, node: Node, *, append: bool) -> list[str]:
+    """The ``buildx create`` of a node."""
+    driver = settings.buildx_driver
+    endpoint = ["--", node.endpoint]
+    options = (command.csv_field("=".join(each)) for each in _options(settings, node))
+    if driver is Driver.KUBERNETES:
+        endpoint = [f"--node={node.endpoint.removeprefix('kubernetes://')}"]
+    return [
+        "create", f"--name={settings.buildx_builder}", f"--driver={driver.value}",
+        *(["--append"] if append else []),
+        *([f"--buildkitd-flags={_FLAGS}"] if driver in _WITH_DAEMON else []),
+        *(f"--driver-opt={option}" for option in options),
+        *([f"--platform={','.join(map(str, node.platforms))}"] if node.platforms else []),
+        *endpoint,
+    ]  # fmt: skip
+
+
+def _options(settings: Settings, node: Node) -> list[tuple[str, str]]:
+    # The host's network, so that a registry on localhost is reached.
+    network = {"network": "host"} if settings.buildx_driver is Driver.CONTAINER else {}
+    logs = _LOGS if settings.buildx_driver in _WITH_DAEMON else {}
+    return sorted({**network, **logs, **dict(node.options)}.items())
+
+
+def _differences(settings: Settings, found: Builder, wanted: tuple[Node, ...]) -> Iterator[str]:
+    """In which ways a builder is not what the settings want."""
+    driver = settings.buildx_driver
+    if found.driver != driver.value:
+        yield f"its driver is {found.driver}, not {driver.value}"
+        return
+    if len(found.nodes) != len(wanted):
+        yield f"it has {len(found.nodes)} nodes, not {len(wanted)}"
+        return
+    for node, want in zip(found.nodes, wanted, strict=True):
+        yield from _node_differences(settings, node, want)
+
+
+def _node_differences(settings: Settings, node: BuilderNode, want: Node) -> Iterator[str]:
+    driver = settings.buildx_driver
+    if driver is Driver.KUBERNETES:
+        if node.name != want.endpoint.removeprefix("kubernetes://"):
+            yield f"its node is {node.name}"
+    elif node.endpoint != want.endpoint:
+        yield f"its node {node.name} is at {node.endpoint}, not at {want.endpoint}"
+    missing = set(ENTITLEMENTS) - set(entitlements(node)) if driver in _WITH_DAEMON else ()
+    for each in sorted(missing):
+        yield f"its node {node.name} was made without the entitlement {each}"
+    there = dict(node.options)
+    for name, value in _options(settings, want):
+        if there.get(name) != value:
+            yield f"its node {node.name} was made with {name}={there.get(name, '')}, not {value}"
+    if want.platforms and set(map(str, want.platforms)) != set(node.fixed):
+        yield f"its node {node.name} is for {', '.join(node.fixed) or 'all it has'}"
+
+
+def entitlements(node: BuilderNode) -> list[str]:
+    """What the flags of a node's ``buildkitd`` allow."""
+    words = " ".join(node.flags)
+    return sorted(set(re.findall(r"--allow-insecure-entitlement[= ](\S+)", words)))
+
+
+def _check_platforms(project: Project, buildx: Buildx, builder: Builder, *, install: bool) -> None:
+    """See that every platform has a node, by emulation if need be."""
+    missing = [each for each in project.settings.platforms if not has_platform(builder, each)]
+    if not missing:
+        return
+    names = ",".join(each.architecture for each in missing)
+    argv = ["docker", "run", "--privileged", "--rm", BINFMT_IMAGE, "--install", names]
+    shown = ", ".join(map(str, missing))
+    if not install:
+        project.console.warn(
+            f"no node has {shown}: `{shlex.join(argv)}` lets the engine's machine emulate it "
+            "(`inv buildx.setup --binfmt` runs that); a machine of that kind in BUILDX_NODES is "
+            "faster"
+        )
+        return
+    _install_emulators(project, names)
+    again = command.inspect(buildx, builder.name)
+    left = [each for each in missing if again is None or not has_platform(again, each)]
+    if left:
+        raise BuilderError(
+            f"the builder has no {', '.join(map(str, left))} yet; `inv buildx.setup --recreate` "
+            "lets it look again"
+        )
+
+
+def _install_emulators(project: Project, names: str) -> None:
+    engine, console = project.engine, project.console
+    if engine.image(BINFMT_IMAGE) is None:
+        engine.pull(BINFMT_IMAGE, None)
+    image = engine.image(BINFMT_IMAGE)
+    if image is None:
+        raise EngineError(f"the engine pulled {BINFMT_IMAGE} and does not have it")
+    spec = ContainerSpec(
+        name=container_name("binfmt"),
+        image=image.id,
+        command=(*image.config.get("Entrypoint", ()), "--install", names),
+        labels={PROJECT_LABEL: project_name(project.settings)},
+        privileged=True,
+        network="none",
+    )
+    container = engine.create(spec)
+    try:
+        for _, data in engine.run(container):
+            console.stream(data)
+        status = engine.wait(container)
+    finally:
+        engine.remove(container)
+    if status:
+        raise BuilderError(f"emulators for {names} were not installed; the output above says why")
+
+
+# --- Status and down ------------------------------------------------------------------------
+
+
+def status_rows(project: Project, buildx: Buildx) -> list[tuple[str, ...]]:
+    """A row for each node of the builder.  Raises ``BuilderError`` where there is none."""
+    builder = find_builder(project.settings, buildx)
+    allowed = _allowed(project.settings, buildx, builder)
+    return [
+        (
+            node.name,
+            node.endpoint,
+            f"{node.status or 'unreachable'}" + (f": {node.error}" if node.error else ""),
+            node.version or "-",
+            " ".join(node.platforms) or "-",
+            " ".join(entitlements(node) or allowed) or "none",
+        )
+        for node in builder.nodes
+    ]
+
+
+def _allowed(settings: Settings, buildx: Buildx, builder: Builder) -> list[str]:
+    """What a builder without flags of ours says that it allows."""
+    if any(node.flags for node in builder.nodes):
+        return []
+    try:
+        needed_syntax(settings, buildx, builder.name)
+    except GuixTasksError as error:
+        return [] if "entitlement" in str(error) else [ENTITLEMENTS[0]]
+    return [ENTITLEMENTS[0]]
+
+
+def cache_size(project: Project, buildx: Buildx) -> str:
+    """What the cache of the builder takes, all nodes together; ``unknown`` where none answers."""
+    builder = find_builder(project.settings, buildx)
+    try:
+        return parse_cache_size(buildx.ask("du", f"--builder={builder.name}"))
+    except GuixTasksError:
+        return "unknown"
+
+
+def parse_cache_size(listing: str) -> str:
+    """The total in what ``buildx du`` printed."""
+    fields: Mapping[str, str] = dict(
+        line.split(":", 1) for line in listing.splitlines() if line.startswith("Total:")
+    )
+    return fields.get("Total", "unknown").strip()
+
+
+def take_down(project: Project, buildx: Buildx, *, keep_cache: bool) -> None:
+    """Remove the builder, and its cache unless that is to be kept."""
+    settings, console = project.settings, project.console
+    name = settings.buildx_builder
+    if settings.buildx_driver is Driver.DOCKER:
+        console.say("buildx.down: the builder is the engine itself; nothing to remove")
+    elif command.inspect(buildx, name) is None:
+        console.say(f"buildx.down: there is no builder {name}")
+    else:
+        buildx.change("rm", *(["--keep-state"] if keep_cache else []), name)
+        console.say(f"buildx.down: removed {name}" + (", its cache kept" if keep_cache else ""))

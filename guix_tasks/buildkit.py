@@ -1,0 +1,381 @@
+"""The BuildKit way: pull and install as insecure steps of one build, sent where it is wanted.
+
+Three calls of bake, each of which finds the work of the one before in BuildKit's cache: the base
+and what is to be known of it, the steps with their reports, and the image with the labels that the
+reports give it.  So the
+channels are locked, and the labels say what is in the image, as with run and commit; and nothing
+is pushed unless all of it is made.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from guix_tasks.bake import (
+    ASKED_TARGET,
+    DIGEST_KEY,
+    IMAGE_TARGET,
+    REPORTS_TARGET,
+    RESOLVE,
+    WORK,
+    Definition,
+    Recipe,
+    bake_file,
+    dockerfile,
+    label_argument,
+    resolve_script,
+)
+from guix_tasks.build_folder import (
+    hand_over,
+    only_here,
+    write_environment,
+    write_mounts,
+    write_step,
+)
+from guix_tasks.builders import find_builder, native_platforms, needed_syntax, refuse_platform
+from guix_tasks.buildx import csv_field, signed_in
+from guix_tasks.console import human_size, human_time
+from guix_tasks.digests import Pushed, save
+from guix_tasks.errors import StageError, UsageError
+from guix_tasks.guix import commits
+from guix_tasks.reference import Platform
+from guix_tasks.settings import Driver, Output
+from guix_tasks.stage import stage_files
+from guix_tasks.stages.base import base_spec
+from guix_tasks.stages.install import install_stage
+from guix_tasks.stages.pull import lock_text, pull_stage, stage_to_run, wanted_text, write_lock
+from guix_tasks.transfer import credentials
+from guix_tasks.work import IMAGE_FOLDER, cache_prefix, network, project_digest
+
+if TYPE_CHECKING:
+    from guix_tasks.buildx import Builder, Buildx
+    from guix_tasks.settings import Settings
+    from guix_tasks.stage import Project, Stage
+
+
+@dataclass(frozen=True)
+class BuildWishes:
+    """How the image is to be built, where that differs from the usual."""
+
+    pull: bool = True
+    update: bool = False
+    """With the channels as they are now, whatever the lock says."""
+    force: bool = False
+    """Every step of Guix again, whatever the builder's cache has."""
+    by_digest: bool = False
+    """Pushed by digest alone, for ``inv manifest`` to join."""
+
+
+def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
+    """Build the image and put it where ``BUILDX_OUTPUT`` says.
+
+    The answer is the reference with its digest, the path of an archive, or the tag that was
+    loaded; empty on a dry run.  Raises ``BuilderError``, ``StageError`` or ``RegistryError``.
+    """
+    started = time.monotonic()
+    settings = project.settings
+    if settings.stage_memory:
+        project.console.warn(
+            "STAGE_MEMORY is for work containers; a builder's memory is an option of its nodes, "
+            "as BUILDX_NODES=...,memory=4g"
+        )
+    if wishes.pull and not wishes.update:
+        stage_to_run(settings)  # a lock that does not fit is told of before anything is built
+    builder = find_builder(settings, buildx)
+    _refuse(settings, builder, wishes)
+    registry = settings.image.registry
+    with (
+        tempfile.TemporaryDirectory(prefix="guix-tasks-") as folder,
+        signed_in(buildx, registry, credentials(project)) as program,
+    ):
+        baking = _Baking(project, program, builder, Path(folder), wishes)
+        answer = baking.bake()
+    took = human_time(time.monotonic() - started)
+    if answer:
+        project.console.say(f"buildx.build: {answer}, {took}")
+    return answer
+
+
+def _refuse(settings: Settings, builder: Builder, wishes: BuildWishes) -> None:
+    """Refuse what no builder, or not this one, can do, before anything is done."""
+    if wishes.by_digest and settings.buildx_output is not Output.REGISTRY:
+        raise UsageError("--by-digest is a way to push; set BUILDX_OUTPUT=registry")
+    several = len(settings.platforms) > 1
+    if several and settings.buildx_output in (Output.LOAD, Output.DOCKER):
+        raise UsageError(
+            f"BUILDX_OUTPUT={settings.buildx_output.value} holds one platform; name one in "
+            "PLATFORMS, or set BUILDX_OUTPUT to registry or oci"
+        )
+    for platform in settings.platforms:
+        refuse_platform(settings, builder, platform)
+
+
+@dataclass(frozen=True)
+class _Baking:
+    """One build: the folder that it is made from, and the calls of bake."""
+
+    project: Project
+    buildx: Buildx
+    builder: Builder
+    folder: Path
+    wishes: BuildWishes
+
+    @property
+    def _settings(self) -> Settings:
+        return self.project.settings
+
+    @cached_property
+    def _platforms(self) -> tuple[Platform, ...]:
+        """Those of the settings, else the first node's own."""
+        native = next(native_platforms(self.builder), None)
+        own = native or Platform.parse(self.project.engine.info().platform)
+        return self._settings.platforms or (own,)
+
+    def bake(self) -> str:
+        """Make it and put it where it is wanted; what that is."""
+        settings, say = self._settings, self.project.console.say
+        syntax = needed_syntax(settings, self.buildx, self.builder.name)
+        say(
+            f"buildx.build: {', '.join(map(str, self._platforms))} with {self.builder.name} "
+            f"({self.builder.driver}), {settings.guix_sandbox.value} steps"
+        )
+        say(f"base: {settings.dockerfile} on {settings.base_image}")
+        definition = self._definition(syntax)
+        self._call(definition, ASKED_TARGET)
+        definition = self._with_stages(definition)
+        self._call(definition, REPORTS_TARGET)
+        self._lock()
+        return self._put(self._with_labels(definition))
+
+    # --- what it is made from ---
+
+    def _definition(self, syntax: str | None) -> Definition:
+        settings, folder = self._settings, self.folder
+        for each in ("empty", WORK):
+            (folder / each).mkdir()
+        write_environment(settings, folder)
+        binds, contexts = write_mounts(settings, folder)
+        if self._floats:
+            self._write_resolve()
+        own = self.builder.driver == Driver.DOCKER.value
+        reachable = network(self.project.engine, settings) if own else settings.network
+        reachable = reachable if reachable in ("host", "none") else None
+        recipe = Recipe(
+            platforms=self._platforms,
+            resolve=self._floats,
+            network=reachable,
+            binds=binds,
+            cache=cache_prefix(settings),
+        )
+        return Definition(
+            base=base_spec(settings, reachable),
+            base_contexts={} if own else self._handed_over(),
+            recipe=recipe,
+            folder=folder,
+            contexts={WORK: folder / WORK, **contexts},
+            syntax=syntax,
+            cache_from=[*settings.buildx_cache_from, *self._registry_cache()],
+        )
+
+    @cached_property
+    def _floats(self) -> bool:
+        """Whether no lock says which commits of the channels are to be pulled."""
+        return self.wishes.pull and (self.wishes.update or not lock_text(self._settings))
+
+    def _write_resolve(self) -> None:
+        wanted = wanted_text(self._settings)
+        files = {
+            "stage": resolve_script(channels=wanted is not None),
+            "resolve.scm": (IMAGE_FOLDER / "resolve.scm").read_bytes(),
+            **({"channels.scm": wanted.encode()} if wanted is not None else {}),
+        }
+        write_step(self._settings, self.folder, RESOLVE, files, again=True)
+
+    def _handed_over(self) -> dict[str, str]:
+        reference = self._settings.base_image
+        image = only_here(self.project.engine, reference)
+        if image is None:
+            return {}
+        self.project.console.say(
+            f"base: handing {reference} ({human_size(image.size)}) to the builder, since no "
+            "registry is known to have it"
+        )
+        if not self.buildx.perform:
+            return {}
+        return {str(reference): hand_over(self.project.engine, image, reference, self.folder)}
+
+    def _registry_cache(self, *more: str) -> list[str]:
+        """``CACHE_IMAGE`` as a build cache, where the builder can make one."""
+        cache = self._settings.cache_image
+        if cache is None or self.builder.driver == Driver.DOCKER.value:
+            return []
+        tag = f"buildx-{project_digest(self._settings)}"
+        return [",".join(["type=registry", f"ref={cache.with_tag(tag)}", *more])]
+
+    def _with_stages(self, definition: Definition) -> Definition:
+        settings, console = self._settings, self.project.console
+        stages = []
+        if self.wishes.pull:
+            stages.append(self._pull())
+        if settings.guix_manifest or settings.guix_packages or not stages:
+            stages.append(install_stage(settings))
+        for stage in stages:
+            console.say(f"{stage.name}: in an insecure step")
+            for argv in stage.commands:
+                console.command(argv)
+            files = stage_files(stage)
+            write_step(settings, self.folder, stage.name, files, again=self.wishes.force)
+        recipe = replace(definition.recipe, stages=stages, user=self._user(), resolve=False)
+        return replace(definition, recipe=recipe)
+
+    def _pull(self) -> Stage:
+        """The stage that pulls what the lock says, or what was just resolved.
+
+        A pull of floating channels is so the same step as the one of their lock, from then on.
+        """
+        if not self._floats:
+            return stage_to_run(self._settings)
+        return pull_stage(self._resolved(), wanted_text(self._settings))
+
+    # --- what came out ---
+
+    def _resolved(self) -> str:
+        return self._answer(self._platforms[0], f"{RESOLVE}d")
+
+    def _user(self) -> str:
+        first = self._platforms[0]
+        uid = self._answer(first, "user")
+        return "" if uid in ("", "0") else self._answer(first, "name")
+
+    def _lock(self) -> None:
+        """Lock what was pulled, in the words that it was resolved in, so that nothing changes."""
+        report = self._answer(self._platforms[0], "pull")
+        resolved = self._resolved()
+        same = commits(resolved) == commits(report)
+        if write_lock(self._settings, resolved if resolved and same else report):
+            lock = self._settings.guix_channels_lock
+            self.project.console.say(f"pull: the channels are locked in {lock}")
+
+    def _answer(self, platform: Platform, name: str) -> str:
+        """What a platform's build has said; several platforms have a folder each."""
+        reports = self.folder / "reports"
+        own = reports / str(platform).replace("/", "_")
+        path = (own if own.is_dir() else reports) / name
+        return path.read_text().strip() if path.exists() else ""
+
+    def _with_labels(self, definition: Definition) -> Definition:
+        labels: dict[Platform, dict[str, str]] = {each: {} for each in self._platforms}
+        for platform, own in labels.items():
+            for stage in definition.recipe.stages:
+                own.update(stage.labels(self._answer(platform, stage.name)))
+        names = sorted({name for each in labels.values() for name in each})
+        values = {
+            label_argument(platform, number): own.get(name, "")
+            for platform, own in labels.items()
+            for number, name in enumerate(names)
+        }
+        recipe = replace(definition.recipe, labels=names)
+        return replace(definition, recipe=recipe, label_values=values)
+
+    # --- where it goes ---
+
+    def _put(self, definition: Definition) -> str:
+        settings, output = self._settings, self._settings.buildx_output
+        image = settings.image
+        tags = [str(image), *(str(image.with_tag(tag)) for tag in settings.tags)]
+        definition = replace(
+            definition,
+            attestations=settings.buildx_attestations,
+            cache_to=[*settings.buildx_cache_to, *self._registry_cache("mode=max")],
+        )
+        if output in (Output.OCI, Output.DOCKER):
+            return self._archive(replace(definition, tags=tags), output)
+        if output is Output.LOAD:
+            return self._load(replace(definition, tags=tags, output="type=docker"))
+        if self.wishes.by_digest:
+            wanted = (
+                f"type=image,name={image.name},push-by-digest=true,name-canonical=true,push=true"
+            )
+            digest = self._call(replace(definition, output=wanted), IMAGE_TARGET)
+            if digest:
+                path = save(settings, Pushed(image.name, self._platforms, digest))
+                self.project.console.say(
+                    f"buildx.build: {path}; `inv manifest` joins it under {image}"
+                )
+            return f"{image.name}@{digest}" if digest else ""
+        digest = self._call(replace(definition, tags=tags, output="type=registry"), IMAGE_TARGET)
+        return f"{image}@{digest}" if digest else ""
+
+    def _load(self, definition: Definition) -> str:
+        ledger, image = self.project.ledger, str(self._settings.image)
+        before = self.project.engine.image(image)
+        self._call(definition, IMAGE_TARGET)
+        if not self.buildx.perform:
+            return ""
+        ledger.keep(before)
+        return image
+
+    def _archive(self, definition: Definition, output: Output) -> str:
+        image, folder = self._settings.image, self._settings.output_folder
+        if self.buildx.perform:
+            folder.mkdir(parents=True, exist_ok=True)
+        name = f"{image.repository.rpartition('/')[2]}-{image.tag}.{output.value}.tar"
+        unfinished = folder / f".{name}.{secrets.token_hex(4)}"
+        try:
+            wanted = f"type={output.value},{csv_field(f'dest={unfinished}')}"
+            self._call(replace(definition, output=wanted), IMAGE_TARGET)
+            if not self.buildx.perform:
+                return ""
+            unfinished.replace(folder / name)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return str(folder / name)
+
+    def _call(self, definition: Definition, target: str) -> str:
+        """One call of bake; the digest of what was made, where there is one."""
+        folder, console = self.folder, self.project.console
+        (folder / "Dockerfile").write_text(dockerfile(definition.recipe))
+        (folder / "bake.json").write_text(bake_file(definition))
+        if not self.buildx.perform and target == IMAGE_TARGET:
+            for file in ("Dockerfile", "bake.json"):
+                console.say(f"--- {file}\n{(folder / file).read_text()}")
+        metadata = folder / "metadata.json"
+        terminal = console.err.isatty()
+        # What bake may read is what the file says, and that is ours.
+        environment = {
+            **self.buildx.environment,
+            "BUILDX_BAKE_ENTITLEMENTS_FS": "0",
+            "BUILDX_METADATA_PROVENANCE": "disabled",
+        }
+        allowed = ["security.insecure"]
+        if definition.recipe.network == "host":
+            allowed.append("network.host")
+        arguments = (
+            "bake", f"--builder={self.builder.name}", f"--file={folder / 'bake.json'}",
+            *(f"--allow={each}" for each in allowed),
+            f"--metadata-file={metadata}", f"--progress={'tty' if terminal else 'plain'}", target,
+        )  # fmt: skip
+        limit = self._settings.stage_timeout
+        try:
+            replace(self.buildx, environment=environment).stream(
+                *arguments,
+                output=console.stream,
+                terminal=terminal,
+                spec=definition.base,
+                seconds=limit * max(1, len(definition.recipe.stages)) if limit else None,
+            )
+        except TimeoutError:
+            taken = human_time(limit or 0)
+            raise StageError(
+                f"buildx.build: stopped after STAGE_TIMEOUT ({taken} a stage); nothing was pushed"
+            ) from None
+        if not self.buildx.perform:
+            return ""
+        return str(json.loads(metadata.read_text()).get(target, {}).get(DIGEST_KEY, ""))

@@ -1,0 +1,80 @@
+"""Manifest: what was pushed for each platform, joined under ``IMAGE``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from guix_tasks.buildx import signed_in
+from guix_tasks.digests import folder_of, load
+from guix_tasks.errors import BuilderError, RegistryError, UsageError
+from guix_tasks.transfer import credentials
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from guix_tasks.buildx import Buildx
+    from guix_tasks.digests import Pushed
+    from guix_tasks.reference import Platform
+    from guix_tasks.settings import Settings
+    from guix_tasks.stage import Project
+
+
+def join(project: Project, buildx: Buildx) -> str:
+    """Make ``IMAGE`` and ``TAGS`` an index of what the platforms' jobs pushed; its digest.
+
+    With ``PLATFORMS`` exactly those are joined, and it is an error if one is missing.  Raises
+    ``UsageError`` and ``RegistryError``.
+    """
+    settings, console = project.settings, project.console
+    parts = _parts(settings)
+    image = settings.image
+    references = [str(image), *(str(image.with_tag(tag)) for tag in settings.tags)]
+    for platform, part in parts.items():
+        console.say(f"manifest: {platform} is {part.reference}")
+    sources = list(dict.fromkeys(part.reference for part in parts.values()))
+    with signed_in(buildx, image.registry, credentials(project)) as program:
+        try:
+            program.change(
+                "imagetools", "create", f"--builder={buildx.own}", "--progress=none",
+                *(f"--tag={each}" for each in references), *sources,
+            )  # fmt: skip
+            if not buildx.perform:
+                return ""
+            said = program.ask(
+                "imagetools", "inspect", f"--builder={buildx.own}", "--format={{json .Manifest}}",
+                str(image),
+            )  # fmt: skip
+        except BuilderError as error:
+            raise RegistryError(
+                f"cannot join {image}: {error}; where an image is gone, push its platform again"
+            ) from None
+    return str(json.loads(said)["digest"])
+
+
+def _parts(settings: Settings) -> dict[Platform, Pushed]:
+    """What is to be joined, by platform."""
+    found: dict[Platform, tuple[Path, Pushed]] = {}
+    folder = folder_of(settings)
+    for path, pushed in load(settings).items():
+        if pushed.repository != settings.image.name:
+            continue
+        for platform in pushed.platforms:
+            if platform in found:
+                raise UsageError(
+                    f"{platform} is in {found[platform][0]} and in {path}; delete the older one"
+                )
+            found[platform] = (path, pushed)
+    if not found:
+        raise UsageError(
+            f"nothing of {settings.image.name} is in {folder}: `PLATFORMS=... inv push`, or "
+            "`inv buildx.build --by-digest`, writes it there"
+        )
+    missing = [str(each) for each in settings.platforms if each not in found]
+    if missing:
+        raise UsageError(
+            f"{', '.join(missing)} is not in {folder}: it was not pushed, or its job's file was "
+            "not brought here"
+        )
+    wanted = settings.platforms or tuple(found)
+    return {platform: found[platform][1] for platform in wanted}

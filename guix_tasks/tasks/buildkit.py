@@ -1,0 +1,80 @@
+"""The BuildKit way: a builder that allows insecure steps, and the image built by it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from invoke.collection import Collection
+from invoke.tasks import task
+
+from guix_tasks.boundary import opened_with_buildx
+
+if TYPE_CHECKING:
+    from invoke.context import Context
+
+
+@task(
+    help={
+        "no_pull": "leave `guix pull` out, and install with the base's Guix",
+        "update": "take the channels as they are now, and lock",
+        "force": "run every step, whatever is in the builder's cache",
+        "by_digest": "push no tag: `inv manifest` joins what several jobs pushed",
+    },
+    auto_shortflags=False,
+)
+def build(
+    c: Context,
+    no_pull: bool = False,
+    update: bool = False,
+    force: bool = False,
+    by_digest: bool = False,
+) -> None:
+    """Do base, pull, install and push with BuildKit, in insecure steps."""
+    with opened_with_buildx(c) as (project, program):
+        from guix_tasks.buildkit import BuildWishes
+        from guix_tasks.buildkit import build as bake
+
+        wishes = BuildWishes(not no_pull, update=update, force=force, by_digest=by_digest)
+        answer = bake(project, program, wishes)
+        if answer:
+            project.console.result(answer)
+
+
+@task(
+    help={
+        "recreate": "make it anew, with its cache kept",
+        "use": "select it for your own `docker buildx` too",
+        "binfmt": "let the engine's machine emulate the PLATFORMS that the builder lacks",
+    },
+    auto_shortflags=False,
+)
+def setup(c: Context, recreate: bool = False, use: bool = False, binfmt: bool = False) -> None:
+    """Make BUILDX_BUILDER, with the plugin if need be, and see that it runs insecure steps."""
+    with opened_with_buildx(c, install=True) as (project, program):
+        from guix_tasks.builder_setup import SetupWishes, set_up
+
+        wishes = SetupWishes(recreate=recreate, use=use, binfmt=binfmt)
+        set_up(project, program, wishes)
+
+
+@task(auto_shortflags=False)
+def status(c: Context) -> None:
+    """Show the builder's nodes, what they can and may do, and its cache."""
+    with opened_with_buildx(c) as (project, program):
+        from guix_tasks import builder_setup
+
+        rows = builder_setup.status_rows(project, program)
+        project.console.table(builder_setup.STATUS_HEADER, rows)
+        project.console.result(f"cache: {builder_setup.cache_size(project, program)}")
+
+
+@task(help={"keep_cache": "leave its cache for the next of its name"}, auto_shortflags=False)
+def down(c: Context, keep_cache: bool = False) -> None:
+    """Remove the builder."""
+    with opened_with_buildx(c) as (project, program):
+        from guix_tasks.builder_setup import take_down
+
+        take_down(project, program, keep_cache=keep_cache)
+
+
+buildx = Collection("buildx", setup, build, status, down)
