@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from guix_tasks import guix
+from guix_tasks.buildx import csv_field
 from guix_tasks.work import CACHES, ENTRY_POINT, FOLDER
 
 if TYPE_CHECKING:
@@ -80,7 +81,9 @@ def dockerfile(recipe: Recipe) -> str:
 
 def _asked(recipe: Recipe) -> list[str]:
     """What is to be known before the stages: the base's user, and where floating channels are."""
-    who = f"mkdir {OWNER} && id -u >{OWNER}/user && {{ id -un || id -u; }} >{OWNER}/name"
+    # Where a user has no name, `id -un` prints the number, and then fails.
+    name = f"{{ id -un >{OWNER}/name || id -u >{OWNER}/name; }}"
+    who = f"mkdir {OWNER} && id -u >{OWNER}/user && {name}"
     resolved = [
         "FROM base AS resolving",
         "USER root",
@@ -231,7 +234,7 @@ def bake_file(definition: Definition) -> str:
             **({"BUILDKIT_SYNTAX": definition.syntax} if definition.syntax else {}),
             **(definition.label_values or {}),
         },
-        "secret": [f"id={ENVIRONMENT},src={definition.folder / ENVIRONMENT}"],
+        "secret": [_secret(ENVIRONMENT, definition.folder / ENVIRONMENT)],
         **_network(recipe.network, "security.insecure"),
     }
     target = {
@@ -241,7 +244,7 @@ def bake_file(definition: Definition) -> str:
             "dockerfile": str(base.dockerfile),
             "args": dict(base.args),
             "contexts": dict(definition.base_contexts),
-            "secret": [f"id={name},src={path}" for name, path in base.secrets.items()],
+            "secret": [_secret(name, path) for name, path in base.secrets.items()],
             **_network(base.network),
         },
         ASKED_TARGET: {**steps, "target": ASKED_TARGET, "output": [_local(definition.folder)]},
@@ -266,8 +269,12 @@ def _network(network: str | None, *entitlements: str) -> dict[str, Any]:
     }
 
 
+def _secret(name: str, path: Path) -> str:
+    return f"id={name},{csv_field(f'src={path}')}"
+
+
 def _local(folder: Path) -> str:
-    return f"type=local,dest={folder / 'reports'}"
+    return ",".join(["type=local", csv_field(f"dest={folder / 'reports'}")])
 
 
 def _attestations(wanted: Sequence[str]) -> list[str]:

@@ -53,9 +53,11 @@ def _settings(overrides: Mapping[str, str | Sequence[str]] | None = None) -> Set
 
 
 @contextmanager
-def opened_single(c: Context) -> Iterator[Project]:
+def opened_single(
+    c: Context, overrides: Mapping[str, str | Sequence[str]] | None = None
+) -> Iterator[Project]:
     """The project for a task that is for one platform at a time."""
-    with opened(c) as project:
+    with opened(c, overrides) as project:
         from guix_tasks.errors import UsageError
 
         if len(project.settings.platforms) > 1:
@@ -110,7 +112,9 @@ def opened_with_buildx(
         from guix_tasks.settings import Driver
 
         settings = _settings()
-        of_engine = settings.buildx_driver in (Driver.DOCKER, Driver.CONTAINER)
+        driver = settings.buildx_driver
+        # Nodes are other machines, and the driver docker has none.
+        of_engine = driver in (Driver.DOCKER, Driver.CONTAINER) and not settings.buildx_nodes
         project = open_project(c, settings, needs_engine=needs_engine and of_engine)
         dry, echo = bool(c.config.run.dry), bool(c.config.run.echo)
         found = _find_buildx(project, install=install and not dry)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import shutil
 import tarfile
 from typing import IO, TYPE_CHECKING, cast
 
 from guix_tasks.bake import ENVIRONMENT, WORK, Bind
-from guix_tasks.errors import BuilderError
+from guix_tasks.errors import BuilderError, UsageError
+from guix_tasks.reference import quoted
 from guix_tasks.work import common_files
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
     from guix_tasks.engine import Engine, Image
     from guix_tasks.reference import ImageReference
-    from guix_tasks.settings import Settings
+    from guix_tasks.settings import Mount, Settings
 
 
 def write_environment(settings: Settings, folder: Path) -> None:
@@ -46,6 +48,7 @@ def write_mounts(settings: Settings, folder: Path) -> tuple[list[Bind], dict[str
     binds, contexts = [], {}
     for number, mount in enumerate(settings.mounts):
         name, source = f"mount-{number}", ""
+        _refuse_mount(mount)
         if mount.source.is_dir():
             contexts[name] = mount.source
         else:
@@ -57,23 +60,43 @@ def write_mounts(settings: Settings, folder: Path) -> tuple[list[Bind], dict[str
     return binds, contexts
 
 
+def _refuse_mount(mount: Mount) -> None:
+    if not mount.source.is_dir() and not mount.source.is_file():
+        raise UsageError(
+            f"MOUNTS: {mount.source} is neither a file nor a folder, and a build is handed nothing "
+            "else; leave it out"
+        )
+    # In a Dockerfile a blank ends a target, a comma too, and what is not ASCII is garbled.
+    if not re.fullmatch(r"[\w./+:@%~=-]+", mount.target, re.ASCII):
+        raise UsageError(
+            f"MOUNTS: {quoted(mount.target)} has a character that a build step's mount cannot "
+            "have; write letters, digits, and '.', '_' or '-' between them"
+        )
+
+
 def only_here(engine: Engine, reference: ImageReference) -> Image | None:
-    """The image, where the engine has it and no registry is known to."""
+    """The image, where the engine has it and the registry has not, or has another of its name.
+
+    That an image has a registry's digest proves nothing: the containerd image store gives one to
+    every image.
+    """
     image = engine.image(str(reference))
-    held = image and any(each.partition("@")[0] == reference.name for each in image.digests)
-    return None if held else image
+    if image is None:
+        return None
+    held = f"{reference.name}@{engine.remote_digest(str(reference))}"
+    return None if held in image.digests else image
 
 
 def hand_over(engine: Engine, image: Image, reference: ImageReference, folder: Path) -> str:
     """An image of the engine as a context that any builder can read."""
     layout = folder / "base-image"
     stream = cast("IO[bytes]", _Stream(engine.save(image.id)))
-    with tarfile.open(fileobj=stream, mode="r|") as tar:
-        tar.extractall(layout, filter="data")
     try:
+        with tarfile.open(fileobj=stream, mode="r|") as tar:
+            tar.extractall(layout, filter="data")
         index = json.loads((layout / "index.json").read_text())
         digest = index["manifests"][0]["digest"]
-    except (OSError, ValueError, LookupError):
+    except (OSError, ValueError, LookupError, TypeError, tarfile.TarError):
         raise BuilderError(
             f"this engine cannot save {reference} as an OCI layout (Docker 25 and newer can); push "
             "it to a registry that the builder reaches, and name that in BASE_IMAGE"
@@ -85,7 +108,7 @@ class _Stream:
     """What an engine sends piece by piece, as a file that tarfile can read."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces, self._rest = pieces, b""
+        self._pieces, self._rest = filter(None, pieces), b""
 
     def read(self, size: int) -> bytes:
         parts, wanted = [self._rest], size - len(self._rest)

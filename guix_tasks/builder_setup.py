@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from guix_tasks import buildx as command
-from guix_tasks.builders import find_builder, has_platform, needed_syntax
+from guix_tasks.builders import builder_name, find_builder, has_platform, needed_syntax
+from guix_tasks.buildx import INSECURE_REFUSED, UNKNOWN_FLAG
 from guix_tasks.engine import ContainerSpec
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError
 from guix_tasks.settings import Driver, Node
@@ -64,18 +65,25 @@ def set_up(project: Project, buildx: Buildx, wishes: SetupWishes) -> None:
     settings, console = project.settings, project.console
     if settings.buildx_driver is not Driver.DOCKER:
         _make(project, buildx, recreate=wishes.recreate)
-    if not buildx.perform:
-        return
+    if buildx.perform:
+        _check(project, buildx, install=wishes.binfmt)
+    if wishes.use:
+        name = builder_name(settings, buildx)
+        buildx.change("use", name)
+        if buildx.perform:
+            console.say(f"buildx.setup: `docker buildx` builds with {name} from now on")
+
+
+def _check(project: Project, buildx: Buildx, *, install: bool) -> None:
+    """See that the builder does what it is for."""
+    settings = project.settings
     builder = find_builder(settings, buildx)
     syntax = needed_syntax(settings, buildx, builder.name)
-    console.say(
+    project.console.say(
         f"buildx.setup: {builder.name} ({builder.driver}) runs insecure steps"
         + (f", with the Dockerfile frontend {syntax}" if syntax else "")
     )
-    _check_platforms(project, buildx, builder, install=wishes.binfmt)
-    if wishes.use:
-        buildx.change("use", builder.name)
-        console.say(f"buildx.setup: `docker buildx` builds with {builder.name} from now on")
+    _check_platforms(project, buildx, builder, install=install)
 
 
 def _make(project: Project, buildx: Buildx, *, recreate: bool) -> None:
@@ -122,9 +130,19 @@ def _create(project: Project, buildx: Buildx, nodes: tuple[Node, ...]) -> None:
             buildx.change(*create_argv(settings, node, append=number > 0))
         buildx.stream("inspect", "--bootstrap", name, output=console.stream)
     except BaseException:
-        if buildx.perform and command.inspect(buildx, name):
-            buildx.change("rm", "--keep-state", name)
+        if buildx.perform:
+            _undo(project, buildx)
         raise
+
+
+def _undo(project: Project, buildx: Buildx) -> None:
+    """Remove what was begun of a builder; the error that is under way is the one to tell."""
+    name = project.settings.buildx_builder
+    try:
+        if command.inspect(buildx, name):
+            buildx.change("rm", "--keep-state", name)
+    except GuixTasksError as error:
+        project.console.warn(f"{name} is half made ({error}); `inv buildx.down` removes it")
 
 
 def create_argv(settings: Settings, node: Node, *, append: bool) -> list[str]:
@@ -223,7 +241,7 @@ def _install_emulators(project: Project, names: str) -> None:
     spec = ContainerSpec(
         name=container_name("binfmt"),
         image=image.id,
-        command=(*image.config.get("Entrypoint", ()), "--install", names),
+        command=(*(image.config.get("Entrypoint") or ()), "--install", names),
         labels={PROJECT_LABEL: project_name(project.settings)},
         privileged=True,
         network="none",
@@ -266,7 +284,10 @@ def _allowed(settings: Settings, buildx: Buildx, builder: Builder) -> list[str]:
     try:
         needed_syntax(settings, buildx, builder.name)
     except GuixTasksError as error:
-        return [] if "entitlement" in str(error) else [ENTITLEMENTS[0]]
+        if INSECURE_REFUSED.search(str(error)):
+            return []
+        # The entitlement is looked at first, so a frontend was only asked where it is given.
+        return [ENTITLEMENTS[0] if UNKNOWN_FLAG in str(error) else "unknown"]
     return [ENTITLEMENTS[0]]
 
 

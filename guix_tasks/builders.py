@@ -26,9 +26,14 @@ _ALLOW_INSECURE = {
 }
 
 
+def builder_name(settings: Settings, buildx: Buildx) -> str:
+    """The name of the builder that the settings mean, be it there or not."""
+    return buildx.own if settings.buildx_driver is Driver.DOCKER else settings.buildx_builder
+
+
 def find_builder(settings: Settings, buildx: Buildx) -> Builder:
     """The builder that the settings name.  Raises ``BuilderError`` where there is none."""
-    name = buildx.own if settings.buildx_driver is Driver.DOCKER else settings.buildx_builder
+    name = builder_name(settings, buildx)
     found = command.inspect(buildx, name)
     if found is None:
         raise BuilderError(f"there is no builder {name!r}; `inv buildx.setup` makes it")

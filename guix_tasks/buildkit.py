@@ -86,10 +86,15 @@ def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
             "STAGE_MEMORY is for work containers; a builder's memory is an option of its nodes, "
             "as BUILDX_NODES=...,memory=4g"
         )
-    if wishes.pull and not wishes.update:
-        stage_to_run(settings)  # a lock that does not fit is told of before anything is built
-    builder = find_builder(settings, buildx)
-    _refuse(settings, builder, wishes)
+    # A lock that does not fit, and nothing to do, are told of before anything is built.
+    if not wishes.pull:
+        install_stage(settings)
+    elif not wishes.update:
+        stage_to_run(settings)
+    _refuse(project, wishes)
+    builder = _running(find_builder(settings, buildx), settings, buildx)
+    for platform in settings.platforms:
+        refuse_platform(settings, builder, platform)
     registry = settings.image.registry
     with (
         tempfile.TemporaryDirectory(prefix="guix-tasks-") as folder,
@@ -103,8 +108,17 @@ def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
     return answer
 
 
-def _refuse(settings: Settings, builder: Builder, wishes: BuildWishes) -> None:
-    """Refuse what no builder, or not this one, can do, before anything is done."""
+def _running(builder: Builder, settings: Settings, buildx: Buildx) -> Builder:
+    """The builder, started where none of its nodes can say what it is."""
+    if any(node.platforms for node in builder.nodes):
+        return builder
+    buildx.change("inspect", "--bootstrap", builder.name)
+    return find_builder(settings, buildx)
+
+
+def _refuse(project: Project, wishes: BuildWishes) -> None:
+    """Refuse what no builder can do, before anything is done."""
+    settings = project.settings
     if wishes.by_digest and settings.buildx_output is not Output.REGISTRY:
         raise UsageError("--by-digest is a way to push; set BUILDX_OUTPUT=registry")
     several = len(settings.platforms) > 1
@@ -113,8 +127,8 @@ def _refuse(settings: Settings, builder: Builder, wishes: BuildWishes) -> None:
             f"BUILDX_OUTPUT={settings.buildx_output.value} holds one platform; name one in "
             "PLATFORMS, or set BUILDX_OUTPUT to registry or oci"
         )
-    for platform in settings.platforms:
-        refuse_platform(settings, builder, platform)
+    if settings.buildx_output is Output.LOAD:
+        project.engine.info()  # raises where there is none to load it into
 
 
 @dataclass(frozen=True)
@@ -134,9 +148,10 @@ class _Baking:
     @cached_property
     def _platforms(self) -> tuple[Platform, ...]:
         """Those of the settings, else the first node's own."""
+        if self._settings.platforms:
+            return self._settings.platforms
         native = next(native_platforms(self.builder), None)
-        own = native or Platform.parse(self.project.engine.info().platform)
-        return self._settings.platforms or (own,)
+        return (native or Platform.parse(self.project.engine.info().platform),)
 
     def bake(self) -> str:
         """Make it and put it where it is wanted; what that is."""
@@ -204,8 +219,8 @@ class _Baking:
         if image is None:
             return {}
         self.project.console.say(
-            f"base: handing {reference} ({human_size(image.size)}) to the builder, since no "
-            "registry is known to have it"
+            f"base: handing {reference} ({human_size(image.size)}) to the builder, since its "
+            "registry does not have it"
         )
         if not self.buildx.perform:
             return {}
@@ -255,11 +270,14 @@ class _Baking:
         return "" if uid in ("", "0") else self._answer(first, "name")
 
     def _lock(self) -> None:
-        """Lock what was pulled, in the words that it was resolved in, so that nothing changes."""
+        """Lock what was pulled, in the words that it was asked for in, so that nothing changes.
+
+        The words are in the key of the step: others for the same would let it be run again.
+        """
         report = self._answer(self._platforms[0], "pull")
-        resolved = self._resolved()
-        same = commits(resolved) == commits(report)
-        if write_lock(self._settings, resolved if resolved and same else report):
+        asked = self._resolved() if self._floats else lock_text(self._settings)
+        same = asked and commits(asked) == commits(report)
+        if write_lock(self._settings, asked if asked and same else report):
             lock = self._settings.guix_channels_lock
             self.project.console.say(f"pull: the channels are locked in {lock}")
 
@@ -314,12 +332,18 @@ class _Baking:
         return f"{image}@{digest}" if digest else ""
 
     def _load(self, definition: Definition) -> str:
-        ledger, image = self.project.ledger, str(self._settings.image)
-        before = self.project.engine.image(image)
+        """Let the engine have it where the stages would, and keep what was there before."""
+        engine, ledger = self.project.engine, self.project.ledger
+        image = str(ledger.image)
+        if ledger.image != self._settings.image:
+            definition = replace(definition, tags=[image])
+        before = engine.image(image)
         self._call(definition, IMAGE_TARGET)
         if not self.buildx.perform:
             return ""
-        ledger.keep(before)
+        now = engine.image(image)
+        if before and now and before.id != now.id:
+            ledger.keep(before)
         return image
 
     def _archive(self, definition: Definition, output: Output) -> str:
@@ -348,13 +372,12 @@ class _Baking:
                 console.say(f"--- {file}\n{(folder / file).read_text()}")
         metadata = folder / "metadata.json"
         terminal = console.err.isatty()
-        # What bake may read is what the file says, and that is ours.
         environment = {
             **self.buildx.environment,
-            "BUILDX_BAKE_ENTITLEMENTS_FS": "0",
             "BUILDX_METADATA_PROVENANCE": "disabled",
         }
-        allowed = ["security.insecure"]
+        # What bake may read and write is what its file says, and that is ours.
+        allowed = ["security.insecure", "fs=*"]
         if definition.recipe.network == "host":
             allowed.append("network.host")
         arguments = (

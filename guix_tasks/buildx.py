@@ -128,39 +128,52 @@ def _run(
 ) -> str | None:
     """Run a program, its standard error shown; the end of that where it fails, else None."""
     # A pseudo-terminal, so that what is drawn on it can also be looked at for an error.
-    ours, theirs = pty.openpty() if terminal else os.pipe()
+    ends = pty.openpty() if terminal else os.pipe()
     if terminal:
-        _copy_size(theirs)
+        _copy_size(ends[1])
     tail: deque[bytes] = deque(maxlen=200)
     late = threading.Event()
-    with subprocess.Popen(
-        argv, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=theirs,
-    ) as process, _alarm(process, seconds, late):  # fmt: skip
-        os.close(theirs)
+    with (
+        os.fdopen(ends[0], "rb", 0) as ours,
+        os.fdopen(ends[1], "wb", 0) as theirs,
+        subprocess.Popen(
+            argv, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=theirs,
+        ) as process,
+        _alarm(process, seconds, late),
+    ):  # fmt: skip
+        theirs.close()
         try:
-            for data in _pieces(ours):
+            for data in _pieces(ours.fileno()):
                 output(data)
                 tail.append(data)
         except BaseException:
             process.terminate()
             raise
         finally:
-            os.close(ours)
+            ours.close()
     if late.is_set():
         raise TimeoutError
     return b"".join(tail).decode(errors="replace") if process.returncode else None
+
+
+_GRACE = 10.0
+"""The seconds in which buildx may let go of a build that is stopped."""
 
 
 @contextmanager
 def _alarm(
     process: subprocess.Popen[bytes], seconds: float | None, late: threading.Event
 ) -> Iterator[None]:
-    """Stop a program when its time is up; the event says that it was."""
+    """Stop a program when its time is up, gently at first; the event says that it was."""
 
     def stop() -> None:
         late.set()
         process.terminate()
+        try:
+            process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
     timer = threading.Timer(seconds, stop) if seconds else None
     if timer:
@@ -191,7 +204,7 @@ def _copy_size(terminal: int) -> None:
 
 def csv_field(field: str) -> str:
     """A field of comma-separated values, which is how buildx reads an option."""
-    return f'"{field.replace(chr(34), chr(34) * 2)}"' if set(field) & set(',"') else field
+    return f'"{field.replace(chr(34), chr(34) * 2)}"' if set(field) & set(',"\r\n') else field
 
 
 @contextmanager
@@ -212,13 +225,19 @@ def signed_in(buildx: Buildx, registry: str, credentials: Credentials | None) ->
                 (folder / each.name).symlink_to(each.absolute())
         # buildx would make it here, and so lose what it keeps in it.
         if not (original / "buildx").exists() and not buildx.environment.get("BUILDX_CONFIG"):
-            (original / "buildx").mkdir(parents=True)
-            (folder / "buildx").symlink_to((original / "buildx").absolute())
-        config = _with_account(_read_json(original / "config.json"), registry, credentials)
+            with suppress(OSError):  # a home that cannot be written
+                (original / "buildx").mkdir(parents=True, exist_ok=True)
+                (folder / "buildx").symlink_to((original / "buildx").absolute())
+        # What this variable holds comes before the file, to the Docker CLI.
+        environment = {**buildx.environment, "DOCKER_CONFIG": place}
+        more = _json_object(environment.pop("DOCKER_AUTH_CONFIG", ""))
+        config = _json_object(_text(original / "config.json"))
+        auths = {**_object(config.get("auths")), **_object(more.get("auths"))}
+        config = _with_account({**config, "auths": auths}, registry, credentials)
         file = os.open(folder / "config.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(file, "w") as writer:
             json.dump(config, writer)
-        yield replace(buildx, environment={**buildx.environment, "DOCKER_CONFIG": place})
+        yield replace(buildx, environment=environment)
 
 
 def _with_account(
@@ -226,24 +245,32 @@ def _with_account(
 ) -> dict[str, object]:
     host = "https://index.docker.io/v1/" if registry == "docker.io" else registry
     pair = f"{credentials.username}:{credentials.password}".encode()
-    auths, helpers = config.get("auths"), config.get("credHelpers")
+    account = {"auth": base64.b64encode(pair).decode()}
     return {
         **config,
-        "auths": {
-            **(auths if isinstance(auths, dict) else {}),
-            host: {"auth": base64.b64encode(pair).decode()},
-        },
+        "auths": {**_object(config.get("auths")), host: account},
         # An empty helper means this file, whatever store there is for all others.
-        "credHelpers": {**(helpers if isinstance(helpers, dict) else {}), host: ""},
+        "credHelpers": {**_object(config.get("credHelpers")), host: ""},
     }
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def _text(path: Path) -> str:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _json_object(text: str) -> dict[str, object]:
+    """The object that a JSON text holds; an empty one where it holds none."""
+    try:
+        return _object(json.loads(text))
+    except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def _object(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}
 
 
 # --- Builders -------------------------------------------------------------------------------
@@ -284,6 +311,8 @@ def inspect(buildx: Buildx, name: str) -> Builder | None:
         if f'no builder "{name}" found' in str(error):
             return None
         raise
+    if trouble := _fields(text.partition("\nNodes:\n")[0]).get("Error"):
+        raise failure(f"ERROR: {trouble}")
     return parse_builder(text)
 
 
@@ -306,7 +335,7 @@ def _fields(block: str) -> dict[str, str]:
 
 
 def _node(fields: Mapping[str, str]) -> BuilderNode:
-    options = (word.partition("=") for word in shlex.split(fields.get("Driver Options", "")))
+    options = (word.partition("=") for word in _words(fields.get("Driver Options", "")))
     platforms = [each.strip() for each in fields.get("Platforms", "").split(",") if each.strip()]
     return BuilderNode(
         name=fields.get("Name", ""),
@@ -319,6 +348,12 @@ def _node(fields: Mapping[str, str]) -> BuilderNode:
         fixed=tuple(each.rstrip("*") for each in platforms if each.endswith("*")),
         error=fields.get("Error", ""),
     )
+
+
+def _words(text: str) -> list[str]:
+    with suppress(ValueError):
+        return shlex.split(text)
+    return text.split()
 
 
 PROBE = "FROM scratch\nRUN --security=insecure true\n"
@@ -365,17 +400,20 @@ def build(buildx: Buildx, spec: BuildSpec, output: Callable[[bytes], None]) -> s
 # --- What goes wrong ------------------------------------------------------------------------
 
 
+_CONTROL = re.compile(
+    # What draws on a terminal (ECMA-48), and other characters that have no place in a line.
+    r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)?|[ -/]*[0-~])"
+    r"|[\x00-\x08\x0e-\x1b\x1f\x7f]"
+)
+
+
 def cause(log: str) -> str:
     """The line of a build's log that says why it failed."""
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", log)
-    lines = [line.strip() for line in plain.splitlines() if line.strip()]
+    lines = [line.strip() for line in _CONTROL.sub("", log).splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR: ")]
     text = errors[-1] if errors else (lines[-1] if lines else "buildx gave no reason")
     # A target of bake stands before the error.
-    text = re.sub(r"^(ERROR: )?(target [\w-]+: )?", "", text)
-    for wrapper in ("failed to build: ", "failed to solve: "):
-        text = text.removeprefix(wrapper)
-    return text
+    return re.sub(r"^(ERROR: |target [\w-]+: |failed to build: |failed to solve: )+", "", text)
 
 
 UNKNOWN_FLAG = "unknown flag: --security"
@@ -423,7 +461,9 @@ _MENDS: Mapping[str, tuple[type[GuixTasksError], str]] = {
         BuilderError, _NO_PLATFORM,
     ),
     r"failed to (push|authorize)|push access denied|insufficient_scope|"
-    r"40[13] (unauthorized|forbidden)|no basic auth": (RegistryError, _REFUSED),
+    r"40[13] (unauthorized|forbidden)|no basic auth|failed to do request": (
+        RegistryError, _REFUSED,
+    ),
     r"failed to list workers|failed to initialize builder|connection refused|no such host|"
     r"cannot connect to the docker daemon|i/o timeout|deadline exceeded|no route to host": (
         BuilderError, _UNREACHABLE,
@@ -432,7 +472,8 @@ _MENDS: Mapping[str, tuple[type[GuixTasksError], str]] = {
 """What mends a fault, and its kind, by words that buildx's message for it has."""
 
 _STEP = re.compile(
-    r'process ".*/stage (?P<stage>\S+)" did not complete successfully: exit code: (?P<status>\d+)'
+    r'process ".*/\.guix-tasks/stage (?P<stage>\S+)" did not complete successfully: '
+    r"exit code: (?P<status>\d+)"
 )
 
 NO_BASE = (

@@ -38,7 +38,7 @@ def save(settings: Settings, pushed: Pushed) -> Path:
     """Write what was pushed for some platforms, in the place of what was there; the file."""
     folder = folder_of(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{'_'.join(each.tag_suffix for each in pushed.platforms)}.json"
+    path = folder / f"{'_'.join(sorted(each.tag_suffix for each in pushed.platforms))}.json"
     record = {
         "repository": pushed.repository,
         "platforms": [str(each) for each in pushed.platforms],
@@ -59,8 +59,9 @@ def _read(path: Path) -> Pushed:
     try:
         record = json.loads(path.read_text())
         platforms = tuple(Platform.parse(each) for each in record["platforms"])
+        _ = platforms[0]
         reference = ImageReference.parse(f"{record['repository']}@{record['digest']}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UsageError(
             f"{path} is not what a push wrote; delete it, and push that platform again"
         ) from None

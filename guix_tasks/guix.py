@@ -33,6 +33,12 @@ def describe_argv() -> tuple[str, ...]:
     return ("guix", "describe", "--format=channels")
 
 
+def record_channels() -> str:
+    """A shell command that lets ``guix pull`` of root stay at the channels of the Guix in use."""
+    folder = CHANNELS_FILE.rpartition("/")[0]
+    return f"mkdir -p {folder} && {shlex.join(describe_argv())} >{CHANNELS_FILE}"
+
+
 def install_argv(manifest: str | None, packages: Sequence[str]) -> tuple[str, ...]:
     """One transaction that adds to the profile what a manifest and a list name.
 

@@ -45,11 +45,17 @@ def join(project: Project, buildx: Buildx) -> str:
                 "imagetools", "inspect", f"--builder={buildx.own}", "--format={{json .Manifest}}",
                 str(image),
             )  # fmt: skip
-        except BuilderError as error:
+        except (BuilderError, RegistryError) as error:
             raise RegistryError(
                 f"cannot join {image}: {error}; where an image is gone, push its platform again"
             ) from None
-    return str(json.loads(said)["digest"])
+    try:
+        return str(json.loads(said)["digest"])
+    except (ValueError, LookupError, TypeError):
+        raise RegistryError(
+            f"{image} is joined, but the registry does not say its digest; "
+            f"`docker buildx imagetools inspect {image}` shows what is there"
+        ) from None
 
 
 def _parts(settings: Settings) -> dict[Platform, Pushed]:
@@ -77,4 +83,10 @@ def _parts(settings: Settings) -> dict[Platform, Pushed]:
             "not brought here"
         )
     wanted = settings.platforms or tuple(found)
+    for path, pushed in map(found.__getitem__, wanted):
+        if surplus := [str(each) for each in pushed.platforms if each not in wanted]:
+            raise UsageError(
+                f"{path} has {', '.join(surplus)} too, which PLATFORMS does not name; add that to "
+                "PLATFORMS, or push the others by themselves"
+            )
     return {platform: found[platform][1] for platform in wanted}

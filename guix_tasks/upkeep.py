@@ -79,13 +79,24 @@ def clean(project: Project, *, work_only: bool = False) -> list[str]:
 
     ``IMAGE`` and ``TAGS`` go with the stage image that they stand for.  What was removed.
     """
-    engine, ledger, settings = project.engine, project.ledger, project.settings
+    engine, settings = project.engine, project.settings
     removed = []
     for container in work_containers(engine, settings):
         engine.remove(container.id)
         removed.append(container.name)
     if work_only:
         return removed
+    for each in project.each_platform():
+        removed += _clean_images(each)
+    for volume in engine.volumes({PROJECT_LABEL: project_name(settings)}):
+        engine.remove_volume(volume)
+        removed.append(volume)
+    return removed
+
+
+def _clean_images(project: Project) -> list[str]:
+    engine, ledger, settings = project.engine, project.ledger, project.settings
+    removed = []
     stages = {stage: image for stage in (*STAGES, SQUASH) if (image := ledger.find(stage))}
     before = ledger.previous()
     if before and proven_stage(before):
@@ -96,7 +107,4 @@ def clean(project: Project, *, work_only: bool = False) -> list[str]:
     for reference in [*ours, *(ledger.tag(stage) for stage in reversed(stages))]:
         engine.untag(reference)
         removed.append(reference)
-    for volume in engine.volumes({PROJECT_LABEL: project_name(settings)}):
-        engine.remove_volume(volume)
-        removed.append(volume)
     return removed

@@ -226,7 +226,10 @@ def refuse_emulated(engine: Engine, settings: Settings) -> None:
     if platform is None or settings.guix_sandbox is Sandbox.NOCHROOT:
         return
     own = engine.info().platform
-    if not Platform.parse(own).runs(platform):
+    native = False
+    with suppress(ValueError):  # there are engines of platforms that Guix has no system for
+        native = Platform.parse(own).runs(platform)
+    if not native:
         raise UsageError(
             f"{platform} is emulated by this engine ({own}), and Guix cannot isolate its builds "
             "there: set GUIX_SANDBOX=nochroot, or use an engine of that kind"

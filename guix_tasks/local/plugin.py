@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import tempfile
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from guix_tasks.local.engine import SUITE
 from guix_tasks.local.process import disk_trouble_is
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from guix_tasks.console import Console
 
 _PACKAGE = "docker-buildx"
@@ -46,20 +49,26 @@ def install_plugin(target: Path, url: str | None, sha256: str | None, console: C
 
 def _download(url: str, sha256: str, target: Path) -> None:
     digest = hashlib.sha256()
-    try:
-        # Only http, https and file: the setting's parser lets no other scheme pass.
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer, target.open("wb") as file:  # noqa: S310
-            while data := answer.read(1 << 20):
-                digest.update(data)
-                file.write(data)
-    except OSError as error:  # what urllib raises is one
-        cause = getattr(error, "reason", None) or error
-        raise BuilderError(f"BUILDX_URL: {url} cannot be had: {cause}; mend it") from None
+    with target.open("wb") as file:
+        for data in _pieces(url):
+            digest.update(data)
+            file.write(data)
     if digest.hexdigest() != sha256:
         raise BuilderError(
             f"BUILDX_SHA256: what is at {url} has the sum {digest.hexdigest()}, not {sha256}; "
             "it was not kept: find out which is right"
         )
+
+
+def _pieces(url: str) -> Iterator[bytes]:
+    try:
+        # Only http, https and file: the setting's parser lets no other scheme pass.
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:  # noqa: S310
+            while data := answer.read(1 << 20):
+                yield data
+    except (OSError, HTTPException) as error:
+        cause = " ".join(str(getattr(error, "reason", None) or error).split())
+        raise BuilderError(f"BUILDX_URL: {url} cannot be had: {cause}; mend it") from None
 
 
 def _unpack(target: Path, console: Console) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import csv
 import difflib
+import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -19,21 +19,23 @@ from guix_tasks.settings.values import Driver, Node
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 _FILES = ("cacert", "cert", "key")
 
 _OPTIONS = {
     Driver.CONTAINER: (
-        "cgroup-parent", "cpu-period", "cpu-quota", "cpu-shares", "cpuset-cpus", "cpuset-mems",
-        "default-load", "image", "memory", "memory-swap", "network", "restart-policy",
+        "allow-untrusted-image", "cgroup-parent", "cpu-period", "cpu-quota", "cpu-shares",
+        "cpuset-cpus", "cpuset-mems", "default-load", "image", "memory", "memory-swap", "network",
+        "provenance-add-gha", "restart-policy",
     ),
     Driver.REMOTE: (*_FILES, "default-load", "servername"),
     Driver.KUBERNETES: (
         "annotations", "buildkit-root-volume-memory", "default-load", "image", "labels",
         "limits.cpu", "limits.ephemeral-storage", "limits.memory", "loadbalance", "namespace",
-        "nodeselector", "qemu.image", "qemu.install", "replicas", "requests.cpu",
-        "requests.ephemeral-storage", "requests.memory", "rootless", "schedulername",
-        "serviceaccount", "timeout", "tolerations",
+        "nodeselector", "persistent-volume-claim.requests.storage", "qemu.image", "qemu.install",
+        "replicas", "requests.cpu", "requests.ephemeral-storage", "requests.memory", "rootless",
+        "schedulername", "serviceaccount", "timeout", "tolerations",
     ),
 }  # fmt: skip
 
@@ -41,14 +43,15 @@ _HAS_ENVIRONMENT = (Driver.CONTAINER, Driver.KUBERNETES)
 
 _SCHEMES = {
     Driver.CONTAINER: ("unix", "tcp", "ssh"),
-    Driver.REMOTE: ("unix", "tcp", "docker-container", "kube-pod"),
+    Driver.REMOTE: ("unix", "tcp", "ssh", "docker-container", "kube-pod"),
     Driver.KUBERNETES: ("kubernetes",),
 }
 
 _ENDPOINTS = {
     Driver.CONTAINER: "ssh://HOST, tcp://HOST:PORT, unix:///SOCKET or a Docker context",
-    Driver.REMOTE: "tcp://HOST:PORT, unix:///SOCKET, docker-container://NAME or kube-pod://NAME",
-    Driver.KUBERNETES: "kubernetes://CONTEXT, the context of kubectl that it is made in",
+    Driver.REMOTE: "tcp://HOST:PORT, unix:///SOCKET, ssh://HOST, docker-container://NAME or "
+    "kube-pod://NAME",
+    Driver.KUBERNETES: "kubernetes://NAME, the name of the deployment that it is to be",
 }
 
 
@@ -57,8 +60,15 @@ def node(text: str, base: Path) -> Node:
 
     Quotes keep a value with commas together, within those of the list.
     """
-    endpoint, *words = next(csv.reader([text]), [""])
-    if not re.fullmatch(r"[A-Za-z0-9][\w@%.:/?=&\[\]-]*", endpoint, re.ASCII):
+    if not text.isprintable():
+        raise ValueError(f"{quoted(text)} has a control character in it; leave that out")
+    try:
+        endpoint, *words = next(csv.reader([text], strict=True), []) or [""]
+    except csv.Error:
+        raise ValueError(
+            f"{quoted(text)}: a quote is not around all of an option; mend it"
+        ) from None
+    if not re.fullmatch(r"[A-Za-z0-9][\w@%+.:/?=&\[\]-]*", endpoint, re.ASCII):
         raise ValueError(f"{quoted(endpoint)} is not an endpoint; write one first, options behind")
     platforms: list[Platform] = []
     options: dict[str, str] = {}
@@ -85,7 +95,7 @@ def problems(driver: Driver, nodes: tuple[Node, ...]) -> Iterator[str]:
         yield "the driver remote needs to know where BuildKit is; write its endpoint"
     endpoints = [each.endpoint for each in nodes]
     for each in nodes:
-        if endpoints.count(each.endpoint) > 1 and driver is not Driver.KUBERNETES:
+        if endpoints.count(each.endpoint) > 1:
             yield f"{quoted(each.endpoint)} is given twice; keep one"
         yield from _endpoint_problems(driver, each.endpoint)
         for name, value in each.options:
@@ -95,13 +105,15 @@ def problems(driver: Driver, nodes: tuple[Node, ...]) -> Iterator[str]:
 
 def _endpoint_problems(driver: Driver, endpoint: str) -> Iterator[str]:
     right = f"write {_ENDPOINTS[driver]}"
-    scheme, slashes, _ = endpoint.partition("://")
+    scheme, slashes, place = endpoint.partition("://")
     if not slashes:
         if driver is not Driver.CONTAINER:
             yield f"{quoted(endpoint)} is not an endpoint of the driver {driver.value}; {right}"
         return
     if scheme not in _SCHEMES[driver]:
         yield f"{quoted(endpoint)} is not an endpoint of the driver {driver.value}; {right}"
+    elif not place:
+        yield f"{quoted(endpoint)} names no place; {right}"
     elif scheme in ("tcp", "ssh") and not _has_host(endpoint, with_port=scheme == "tcp"):
         yield f"{quoted(endpoint)} has no host or no port; {right}"
 
@@ -116,7 +128,7 @@ def _has_host(endpoint: str, *, with_port: bool) -> bool:
 
 def _option_problems(driver: Driver, name: str, value: str) -> Iterator[str]:
     known = _OPTIONS[driver]
-    if name.startswith("env.") and driver in _HAS_ENVIRONMENT:
+    if name.startswith("env.") and name != "env." and driver in _HAS_ENVIRONMENT:
         return
     if name not in known:
         near = difflib.get_close_matches(name, [*known, "platform"], n=1)
@@ -127,11 +139,13 @@ def _option_problems(driver: Driver, name: str, value: str) -> Iterator[str]:
 
 
 def _certificate_problems(each: Node) -> Iterator[str]:
-    given = {name: value for name, value in each.options if name in _FILES}
-    if given and "cacert" not in given:
-        yield f"{each.endpoint}: {next(iter(given))} needs cacert too; name the authority's file"
+    options = dict(each.options)
+    given = {name: options[name] for name in _FILES if name in options}
+    secured = [*given, *(["servername"] if "servername" in options else [])]
+    if secured and "cacert" not in given:
+        yield f"{each.endpoint}: {secured[0]} needs cacert too; name the authority's file"
     if ("cert" in given) != ("key" in given):
         yield f"{each.endpoint}: cert and key go together; name both files"
     for name, value in given.items():
-        if not Path(value).is_file():
+        if not os.path.isfile(value):  # noqa: PTH113 -- no error for a name that is too long
             yield f"{each.endpoint}: {name}: there is no file {quoted(value)}; name one"

@@ -109,14 +109,14 @@ volume = _matching(
 )
 network = _matching(r"[A-Za-z0-9][\w.-]*", "is not a network; write none, host, or a name")
 builder = _matching(
-    # The rule of buildx, store/util.go.
-    r"[A-Za-z][\w.-]*",
-    "is not the name of a builder; write letters and digits, the first a letter",
+    # The rule of buildx, store/util.go and builder.go.
+    r"(?!(?i:default)\Z)[A-Za-z][\w.-]*",
+    "is not the name of a builder; write letters and digits, the first a letter, and not default",
 )
 attestation = _matching("provenance|sbom", "is not an attestation; write provenance or sbom")
-cache_backend = _matching(
+_cache_form = _matching(
     # What `--cache-to` takes; without a comma it would be an image's name.
-    r"type=[a-z0-9]+(,[\w.-]+=[^,\s]*)*",
+    r'type=[a-z0-9]+(,[\w.-]+=[^,"\s]*)*',
     "is not a build cache; write type=KIND,NAME=VALUE, as type=registry,ref=REGISTRY/REPOSITORY",
 )
 
@@ -260,6 +260,15 @@ def _mode(place: Path) -> int:
         raise ValueError(problem) from None
 
 
+def _plain_path(text: str, base: Path) -> Path:
+    """Take a path that can stand among comma-separated values as it is."""
+    place = path(text, base)
+    if set(str(place)) & set(',"'):
+        problem = "has a comma or a double quote, where buildx ends a path; rename it"
+        raise ValueError(f"{quoted(str(place))} {problem}")
+    return place
+
+
 def public_key(text: str, base: Path) -> Path:
     # Beside a public key lies the private one, signing-key.sec, which must not reach an image.
     if not text.endswith(".pub"):
@@ -316,7 +325,17 @@ def build_secret(text: str, base: Path) -> tuple[str, Path]:
     name, equals, source = text.partition("=")
     if not equals or not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise ValueError(f"{quoted(text)} is not a secret's ID with its file; write ID=FILE")
-    place = file(source, base)
-    if "," in str(place):
-        raise ValueError(f"{quoted(str(place))} has a comma, where buildx ends a path; rename it")
-    return name, place
+    _plain_path(source, base)
+    return name, file(source, base)
+
+
+def cache_backend(text: str, base: Path) -> str:
+    """Take a build cache as buildx does; a folder of this machine is relative to ``base``."""
+    kind, *options = str(_cache_form(text, base)).split(",")
+    pairs = (option.partition("=") for option in options)
+    folders = ("dest", "src") if kind == "type=local" else ()
+    found = (
+        f"{name}={_plain_path(value, base) if name in folders else value}"
+        for name, _, value in pairs
+    )
+    return ",".join([kind, *found])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -33,14 +34,13 @@ def pull_stage(channels: str | None, wanted: str | None = None) -> Stage:
     computed = wanted is not None and not guix.is_literal(wanted)
     commands = [guix.pull_argv(f"{FOLDER}/channels.scm" if channels else None)]
     if channels:
-        # The image says where its Guix came from, and its own `guix pull` stays there.
-        commands.append(
-            ("install", "-D", "--mode=644", f"{FOLDER}/channels.scm", guix.CHANNELS_FILE)
-        )
+        # The image says what was pulled, whether by a lock or not, and its own `guix pull` stays
+        # there.
+        commands.append(("sh", "-c", guix.record_channels()))
     return Stage(
         name="pull",
         commands=commands,
-        report=guix.describe_argv(),
+        report=("cat", guix.CHANNELS_FILE) if channels else guix.describe_argv(),
         labels=lambda report: {CHANNELS_LABEL: report},
         files={"channels.scm": channels.encode()} if channels else {},
         keep=guix.CURRENT_GUIX,
@@ -77,12 +77,15 @@ def write_lock(settings: Settings, channels: str) -> bool:
     if path is None or not channels:
         return False
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    content = f"{channels}\n".encode()
     try:
-        if path.exists() and path.read_text(encoding="utf-8") == f"{channels}\n":
+        if path.exists() and path.read_bytes() == content:
             return False
-        unfinished.write_text(f"{channels}\n", encoding="utf-8")
+        unfinished.write_bytes(content)
         unfinished.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink()
         raise UsageError(
             f"GUIX_CHANNELS_LOCK: {path}: {error.strerror}; name a file that can be written"
         ) from None

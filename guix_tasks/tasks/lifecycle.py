@@ -45,11 +45,13 @@ def pull(
     no_commit: bool = False,
 ) -> None:
     """Run `guix pull` on the base stage."""
-    with opened(c) as project:
+    with (opened_single if no_commit else opened)(c) as project:
         from guix_tasks.lifecycle import Lifecycle, Wishes
 
-        wishes = Wishes(force=force, upstream=upstream, update=update, commit=not no_commit)
-        for each in project.each_platform():
+        for number, each in enumerate(project.each_platform()):
+            # The others pull what the first has locked, even if there is something newer by then.
+            update = update and not number
+            wishes = Wishes(force=force, upstream=upstream, update=update, commit=not no_commit)
             Lifecycle(each).make("pull", wishes)
 
 
@@ -71,7 +73,8 @@ def install(
     no_commit: bool = False,
 ) -> None:
     """Install GUIX_PACKAGES and GUIX_MANIFEST on the pull stage."""
-    with opened(c, {"GUIX_PACKAGES": package} if package else None) as project:
+    one_or_all = opened_single if no_commit else opened
+    with one_or_all(c, {"GUIX_PACKAGES": package} if package else None) as project:
         from guix_tasks.lifecycle import Lifecycle, Wishes
 
         given = project.settings.guix_packages if package else ()
@@ -182,7 +185,7 @@ def shell(c: Context, stage: str = "", fresh: bool = False) -> None:
 )
 def status(c: Context, size: bool = False, plot: str = "") -> None:
     """Show the stages, their images, sizes, ages and channels."""
-    with opened(c) as project:
+    with (opened_single if size or plot else opened)(c) as project:
         from guix_tasks import upkeep
 
         if size or plot:
@@ -198,9 +201,7 @@ def clean(c: Context, work: bool = False) -> None:
     with opened(c) as project:
         from guix_tasks.upkeep import clean as remove
 
-        removed = [
-            name for each in project.each_platform() for name in remove(each, work_only=work)
-        ]
+        removed = remove(project, work_only=work)
         project.console.say(f"clean: {len(removed)} removed" if removed else "clean: nothing there")
 
 

@@ -43,6 +43,7 @@ from guix_tasks.engine import (
     Progress,
 )
 from guix_tasks.errors import BuilderError, EngineError, RegistryError
+from guix_tasks.guix import CHANNELS_FILE
 from guix_tasks.ledger import KEY_LABEL, LAYERS_LABEL, STAGES, Ledger, proven_stage
 from guix_tasks.lifecycle import Lifecycle, State, Wishes
 from guix_tasks.publish import push
@@ -160,7 +161,7 @@ class FakeGuix:
             yield False, b"12\t/gnu/store/%b-hello-1.0\n" % (b"0" * 32)
         elif script:
             for line in script.splitlines():
-                if not line.startswith("guix "):
+                if not line.startswith(("guix ", "cat ")):
                     continue
                 words = shlex.split(line.partition(">&3")[0])
                 for out in self._command(container, words):
@@ -184,7 +185,7 @@ class FakeGuix:
             text = container.text(options["channels"]) if "channels" in options else ""
             yield "Updating channel...\n"
             container.write(CHANNELS, self._pulled(self.evaluate(text) if text else ""))
-        elif words[:2] == ["guix", "describe"]:
+        elif words[:2] in (["guix", "describe"], ["cat", CHANNELS_FILE]):
             yield container.text(CHANNELS)
         elif words[:2] == ["guix", "package"] and "--list-installed" in words:
             for package in sorted(container.text(PROFILE).split()):
@@ -433,7 +434,11 @@ class FakeEngine:
     def save(self, image: str) -> Iterator[bytes]:
         found = self._image(image)
         assert found
-        files = {"manifest.json": json.dumps([{"Layers": found.layers}]).encode()}
+        index = {"manifests": [{"digest": digest(found.id)}]}
+        files = {
+            "manifest.json": json.dumps([{"Layers": found.layers}]).encode(),
+            "index.json": json.dumps(index).encode(),
+        }
         files |= {layer: _tar(self._files[layer]) for layer in found.layers}
         return iter([_tar(dict(files))])
 

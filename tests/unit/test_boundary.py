@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from fake_buildx import DIGEST, NAME, FakeBuildx
 from fake_engine import (
     BASE_IMAGE,
     COMMITS,
@@ -29,7 +31,7 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.program import Program
 
-from guix_tasks import boundary, docker_engine, fingerprint
+from guix_tasks import boundary, buildx, docker_engine, fingerprint
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.settings import settings_reference
 from guix_tasks.tasks import ns
@@ -215,6 +217,253 @@ def test_settings_are_those_of_the_project_from_any_folder_of_it(inv: Inv) -> No
 def test_a_note_of_the_settings_is_said(inv: Inv) -> None:
     inv.site.env["SOMETHING_ELSE"] = "1"
     assert "note: .env:" in inv("status").err
+
+
+# --- Several platforms ----------------------------------------------------------------------
+
+BOTH = "linux/amd64 linux/386"
+
+
+def test_each_platform_is_made_and_pushed_in_turn(inv: Inv) -> None:
+    inv.site.env["PLATFORMS"] = BOTH
+    done = inv("base", "pull", "install", "verify", "push")
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert [line.partition("@")[0] for line in lines if "@" in line] == [
+        f"{IMAGE}-linux-amd64", f"{IMAGE}-linux-386",
+    ]  # fmt: skip
+    files = (inv.site.folder / "out" / "digests").iterdir()
+    assert sorted(each.name for each in files) == ["linux-386.json", "linux-amd64.json"]
+    assert inv("status").out.count("up to date") == 6
+    assert "removed" in inv("clean").err
+    assert not [tag for tag in inv.site.engine.tags if tag != BASE_IMAGE]
+
+
+def test_an_update_is_one_for_all_platforms(inv: Inv) -> None:
+    """Even where there is something newer by the time that it is the next one's turn."""
+    inv.site.env["PLATFORMS"] = BOTH
+    inv("pull")
+    engine, guix = inv.site.engine, inv.site.engine.guix
+    heads = iter("cde")
+
+    def behaviour(container: FakeContainer) -> Output:
+        guix.heads["guix"] = next(heads) * 40
+        return guix(container)
+
+    engine.behaviour = behaviour
+    assert inv("pull", "--update").code == 0
+    labels = [engine.tags[f"{IMAGE}-pull{suffix}"] for suffix in ("", "-linux-386")]
+    channels = {engine.all_images[each].labels["org.guix-tasks.channels"] for each in labels}
+    assert len(channels) == 1
+    assert "c" * 40 in inv.site.lock.read_text()
+    assert inv("status").out.count("up to date") == 4
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("commit",), ("squash",), ("rollback",), ("run", "--", "true"), ("shell",),
+        ("pull", "--no-commit"), ("install", "--no-commit", "--package", "tar"),
+        ("status", "--size"), ("status", "--plot", "x.svg"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_task_for_one_platform_refuses_several(inv: Inv, argv: tuple[str, ...]) -> None:
+    inv.site.env["PLATFORMS"] = BOTH
+    done = inv(*argv)
+    assert done.code == 2
+    assert done.errors == [
+        "error: PLATFORMS names several; say which it is to be, as PLATFORMS=linux/amd64 inv ..."
+    ]
+    assert inv.site.engine.changing_calls() == []
+
+
+def test_a_task_for_one_platform_takes_one(inv: Inv) -> None:
+    inv.site.env["PLATFORMS"] = "linux/386"
+    inv("install")
+    assert inv("install", "--no-commit", "--force", "--package", "tar").code == 0
+    assert inv("commit").code == 0
+    assert inv("rollback").code == 0
+    assert f"{IMAGE}-linux-386" in inv.site.engine.tags
+
+
+def test_an_emulated_platform_is_one_line(inv: Inv) -> None:
+    inv.site.env["PLATFORMS"] = "linux/arm64"
+    done = inv("install")
+    assert done.code == 2
+    assert "GUIX_SANDBOX=nochroot" in done.errors[0]
+
+
+# --- The BuildKit way -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeBuildx:
+    """A buildx on this machine, without a builder."""
+    made = FakeBuildx(tmp_path / "buildx", answers={"resolved": LOCK.strip(), "pull": LOCK.strip()})
+    monkeypatch.setattr(buildx, "find_program", lambda _environment: str(made.path))
+    return made
+
+
+def test_setup_build_and_down(inv: Inv, fake: FakeBuildx) -> None:
+    done = inv("buildx.setup", "buildx.build", "buildx.status")
+    assert done.code == 0
+    first, header, row, cache = done.out.splitlines()
+    assert first == f"{IMAGE}@{DIGEST}"
+    assert header.split()[0] == "node"
+    assert row.startswith(f"{NAME}0  unix:///fake.sock  running")
+    assert cache == "cache: 1.23GB"
+    assert inv.site.lock.read_text() == LOCK
+    assert inv("buildx.down", "--keep-cache").code == 0
+    assert fake.state["builders"] == {}
+    assert fake.changes()[-1] == f"rm --keep-state {NAME}"
+
+
+def test_buildx_is_set_to_the_engine_of_the_project(inv: Inv, fake: FakeBuildx) -> None:
+    inv.monkeypatch.setenv("DOCKER_CONTEXT", "")
+    inv.monkeypatch.setenv("BUILDX_BUILDER", "theirs")
+    inv("buildx.setup")
+    for call in fake.calls():
+        assert call.env["DOCKER_HOST"] == "unix:///fake.sock"
+        assert "BUILDX_BUILDER" not in call.env
+    assert "theirs" in fake.state["builders"]
+
+
+def test_the_options_of_a_build_are_handed_on(inv: Inv, fake: FakeBuildx) -> None:
+    inv("buildx.setup")
+    assert inv("buildx.build", "--no-pull", "--force", "--by-digest").code == 0
+    call = fake.calls("bake")[-1]
+    assert "AS pull" not in call.files["Dockerfile"]
+    assert call.files["work/install/again"]
+    assert "push-by-digest=true" in call.target["output"][0]
+    assert inv("buildx.build", "--update").code == 0
+    assert "AS resolving" in fake.calls("bake")[-3].files["Dockerfile"]
+
+
+def test_the_options_of_a_setup_are_handed_on(inv: Inv, fake: FakeBuildx) -> None:
+    inv("buildx.setup")
+    assert inv("buildx.setup", "--recreate", "--use").code == 0
+    assert fake.calls("rm")
+    assert fake.state["selected"] == NAME
+
+
+def test_a_dry_setup_and_build_show_and_change_nothing(inv: Inv, fake: FakeBuildx) -> None:
+    done = inv("--dry", "buildx.setup")
+    assert done.code == 0
+    assert f"+ docker buildx create --name={NAME}" in done.err
+    assert fake.changes() == []
+    fake.add()
+    done = inv("--dry", "buildx.build", "buildx.down")
+    assert (done.code, done.out) == (0, "")
+    assert done.err.count("+ docker buildx bake") == 3
+    assert f"+ docker buildx rm {NAME}" in done.err
+    assert fake.changes() == []
+    assert inv.site.engine.changing_calls() == []
+
+
+def test_echo_shows_the_calls_of_buildx_and_makes_them(inv: Inv, fake: FakeBuildx) -> None:
+    done = inv("--echo", "buildx.setup")
+    assert f"+ docker buildx inspect --bootstrap {NAME}" in done.err
+    assert NAME in fake.state["builders"]
+
+
+def test_a_builder_that_is_missing_is_one_line(inv: Inv, fake: FakeBuildx) -> None:
+    for task in ("buildx.build", "buildx.status"):
+        done = inv(task)
+        assert done.code == 6
+        assert done.errors == [f"error: there is no builder '{NAME}'; `inv buildx.setup` makes it"]
+    assert fake.changes() == []
+
+
+def test_a_step_that_fails_has_the_exit_code_of_a_stage(inv: Inv, fake: FakeBuildx) -> None:
+    fake.add()
+    fake.fail(
+        'ERROR: target reports: failed to solve: process "/.guix-tasks/entry-point.sh '
+        '/.guix-tasks/stage install" did not complete successfully: exit code: 1',
+        "bake",
+        "reports",
+    )
+    done = inv("buildx.build")
+    assert (done.code, done.out) == (4, "")
+    assert done.errors[0].startswith("error: install: the command failed with exit status 1")
+
+
+@pytest.mark.parametrize("task", ["buildx.build", "buildx.status", "buildx.down", "manifest"])
+def test_without_buildx_setup_is_named(inv: Inv, task: str) -> None:
+    inv.monkeypatch.setattr(buildx, "find_program", lambda _environment: None)
+    done = inv(task)
+    assert done.code == 6
+    assert done.errors == [
+        "error: buildx is not on this machine; `inv buildx.setup` installs it for you"
+    ]
+
+
+def plugin_at(inv: Inv, fake: FakeBuildx) -> Path:
+    """Let there be no buildx but the one that is installed; where that will be."""
+    content = fake.path.read_bytes()
+    inv.site.write("plugin", content)
+    inv.site.env.update(
+        BUILDX_URL=f"file://{inv.site.folder}/plugin",
+        BUILDX_SHA256=hashlib.sha256(content).hexdigest(),
+    )
+    folder = inv.site.folder / "docker"
+    inv.monkeypatch.setenv("DOCKER_CONFIG", str(folder))
+    target = folder / "cli-plugins" / "docker-buildx"
+    inv.monkeypatch.setattr(
+        buildx, "find_program", lambda _environment: str(target) if target.exists() else None
+    )
+    return target
+
+
+def test_setup_installs_the_plugin_for_the_user(inv: Inv, fake: FakeBuildx) -> None:
+    target = plugin_at(inv, fake)
+    assert inv("buildx.build").code == 6
+    assert not target.exists()
+    assert inv("--dry", "buildx.setup").code == 6
+    assert not target.exists()
+    assert inv("buildx.setup").code == 0
+    assert os.access(target, os.X_OK)
+    assert NAME in fake.state["builders"]
+    assert inv("buildx.build").code == 0
+
+
+@pytest.mark.parametrize(
+    ("driver", "nodes"), [("remote", "tcp://b.test:1"), ("docker-container", "ssh://b.test")]
+)
+def test_buildkit_on_another_machine_needs_no_engine_here(
+    inv: Inv, fake: FakeBuildx, driver: str, nodes: str
+) -> None:
+    inv.monkeypatch.delenv("DOCKER_HOST")
+    inv.site.env.update(BUILDX_DRIVER=driver, BUILDX_NODES=nodes)
+    done = inv("buildx.setup", "buildx.build", "buildx.status", "buildx.down")
+    assert (done.code, done.errors) == (0, [])
+    assert done.out.startswith(f"{IMAGE}@{DIGEST}\n")
+    assert inv.opened == []
+
+
+@pytest.mark.parametrize("driver", ["docker-container", "docker"])
+def test_buildkit_on_the_engine_needs_it(inv: Inv, fake: FakeBuildx, driver: str) -> None:
+    inv.monkeypatch.delenv("DOCKER_HOST")
+    inv.site.env["BUILDX_DRIVER"] = driver
+    done = inv("buildx.setup")
+    assert done.code == 3
+    assert "no Docker Engine on this machine" in done.errors[0]
+    assert fake.calls() == []
+
+
+def test_joining_needs_no_engine(inv: Inv, fake: FakeBuildx) -> None:
+    inv.monkeypatch.delenv("DOCKER_HOST")
+    done = inv("manifest")
+    assert done.code == 2
+    assert "nothing of registry.test/team/app is in" in done.errors[0]
+
+
+def test_bad_settings_of_the_buildkit_way_are_told(inv: Inv, fake: FakeBuildx) -> None:
+    inv.site.env.update(BUILDX_DRIVER="remote")
+    done = inv("buildx.setup")
+    assert done.code == 2
+    assert "BUILDX_NODES" in done.errors[0]
+    assert fake.calls() == []
 
 
 # --- What goes wrong ------------------------------------------------------------------------

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
+import json
 import os
+import re
+import stat
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fake_engine import STEADY, Heard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from guix_tasks import buildx
-from guix_tasks.engine import BuildSpec
-from guix_tasks.errors import BuilderError
+from guix_tasks.buildx import BuilderNode, Buildx, csv_field, parse_builder, signed_in
+from guix_tasks.engine import BuildSpec, Credentials
+from guix_tasks.errors import BuilderError, GuixTasksError, RegistryError, StageError
 
 STUB = """#!/bin/sh
 printf '%s\\0' "$@" >"$STUB/argv"
@@ -41,7 +52,7 @@ def spec(**more: object) -> BuildSpec:
 def build(stub: Path, spec: BuildSpec, status: str = "") -> tuple[str, list[bytes]]:
     log: list[bytes] = []
     environment = {"STUB": str(stub.parent), "STATUS": status, "PATH": os.environ["PATH"]}
-    return buildx.build(str(stub), "default", spec, environment, log.append), log
+    return buildx.build(Buildx(str(stub), environment), spec, log.append), log
 
 
 def argv(stub: Path) -> list[str]:
@@ -115,7 +126,7 @@ def test_a_build_that_is_interrupted_is_stopped(stub: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        buildx.build(str(stub), "default", spec(), dict(os.environ), output)
+        buildx.build(Buildx(str(stub), dict(os.environ)), spec(), output)
     end = time.monotonic() + 5
     while is_alive(seen[0]) and time.monotonic() < end:
         time.sleep(0.01)
@@ -147,6 +158,17 @@ def test_a_build_without_an_answer_is_an_error(stub: Path) -> None:
         ("one\nthe last\n\n", "the last"),
         ("ERROR: first\nmore\nERROR: failed to build: second\n", "second"),
         ("ERROR: failed to solve: x: y\n", "x: y"),
+        ("ERROR: target image: failed to solve: x\n", "x"),
+        ("ERROR: failed to build: target image-2: failed to solve: x\n", "x"),
+        ("#7 1.2 ERROR: of a step\nERROR: x\nView build details: y\n", "x"),
+        ("\x1b[31mERROR: \x1b[1;31mfailed to solve: x\x1b[0m\r\n", "x"),
+        ("\x1b]0;title\x07ERROR: x\x1b(B\n\x1b[?25h", "x"),
+        ("\x1b]8;;http://x\x1b\\ERROR: x\x1b]8;;\x1b\\\n", "x"),
+        (" => CACHED one\r => two\r\nERROR: x\r\n", "x"),
+        ("ERROR: a\x00b\x08c\x7f\x1b\n", "abc"),
+        ("ERROR: x\x1b[", "x"),
+        ("ERROR: ünknown \ufffd\n", "ünknown \ufffd"),
+        ("ERROR:\n", "ERROR:"),
     ],
 )
 def test_the_cause_is_one_line(log: str, cause: str) -> None:
@@ -209,3 +231,536 @@ def test_what_is_no_program_is_passed_over(bare: Path) -> None:
     place(bare / "system", mode=0o644)
     (bare / "home" / ".docker" / "cli-plugins").mkdir(parents=True)
     assert buildx.find_program({}) is None
+
+
+# --- Calls ----------------------------------------------------------------------------------
+
+CALLED = """#!/bin/sh
+printf '%s\\0' "$@" >"$STUB/argv"
+env >"$STUB/env"
+cat >"$STUB/input"
+printf 'an \\377 answer\\n'
+cat "$STUB/log" >&2
+exit "${STATUS:-0}"
+"""
+
+
+@pytest.fixture
+def program(stub: Path) -> Buildx:
+    stub.write_text(CALLED)
+    return Buildx(str(stub), {"STUB": str(stub.parent), "PATH": os.environ["PATH"]})
+
+
+def failing(program: Buildx, log: str) -> Buildx:
+    Path(program.environment["STUB"], "log").write_text(log)
+    return replace(program, environment={**program.environment, "STATUS": "1"})
+
+
+def saying(stub: Path, script: str) -> Buildx:
+    """A program that does what a script says."""
+    stub.write_text(f"#!/bin/sh\n{script}\n")
+    return Buildx(str(stub), {"PATH": os.environ["PATH"]})
+
+
+def test_what_is_asked_is_answered_by_standard_output_alone(program: Buildx, stub: Path) -> None:
+    words = ["inspect", "a b", "", "ü", "$x", "--", "a\nb"]
+    assert program.ask(*words, text="FROM x\n") == "an \ufffd answer\n"
+    assert argv(stub) == words
+    assert (stub.parent / "input").read_text() == "FROM x\n"
+    assert program.ask("ls")
+    assert (stub.parent / "input").read_text() == ""
+
+
+def test_a_call_has_no_environment_but_its_own(
+    program: Buildx, stub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BUILDX_BUILDER", "mine")
+    for call in (
+        lambda: program.ask("ls"),
+        lambda: program.change("use", "x"),
+        lambda: program.stream("bake", output=print),
+    ):
+        (stub.parent / "env").unlink(missing_ok=True)
+        call()
+        assert "BUILDX_BUILDER" not in (stub.parent / "env").read_text()
+
+
+def test_a_call_that_fails_says_why(program: Buildx) -> None:
+    broken = failing(program, "WARNING: x\nERROR: unknown flag: --wat\n")
+    log: list[bytes] = []
+    for call in (
+        lambda: broken.ask("ls"),
+        lambda: broken.change("use", "x"),
+        lambda: broken.stream("bake", output=log.append),
+    ):
+        with pytest.raises(BuilderError) as caught:
+            call()
+        assert str(caught.value) == "unknown flag: --wat"
+    assert b"".join(log) == b"WARNING: x\nERROR: unknown flag: --wat\n"
+
+
+def test_what_changes_something_is_shown_and_what_asks_is_not(program: Buildx) -> None:
+    shown = replace(program, shown_on=Heard())
+    shown.ask("inspect", "x")
+    assert heard(shown) == ""
+    assert shown.change("create", "--name=a b") == "an \ufffd answer\n"
+    shown.stream("bake", "--file=x", output=print)
+    assert "docker buildx create '--name=a b'\n" in heard(shown)
+    assert "docker buildx bake --file=x\n" in heard(shown)
+
+
+def test_a_dry_run_shows_and_does_not_do(program: Buildx, stub: Path) -> None:
+    dry = replace(failing(program, "ERROR: x\n"), shown_on=Heard(), perform=False)
+    assert dry.change("rm", "x") == ""
+    dry.stream("bake", output=print, seconds=0.001)
+    assert not (stub.parent / "argv").exists()
+    assert heard(dry).count("docker buildx ") == 2
+    with pytest.raises(BuilderError):
+        dry.ask("inspect")  # nothing but what changes something is left out
+
+
+def heard(program: Buildx) -> str:
+    assert isinstance(program.shown_on, Heard)
+    return program.shown_on.text
+
+
+def test_on_a_terminal_the_program_has_one(stub: Path) -> None:
+    script = "[ -t 2 ] && echo terminal >&2 || echo none >&2; [ -t 1 ] && echo out >&2; exit 3"
+    seen = {}
+    for terminal in (True, False):
+        log: list[bytes] = []
+        with pytest.raises(BuilderError) as caught:
+            saying(stub, script).stream("bake", output=log.append, terminal=terminal)
+        seen[terminal] = (b"".join(log).split(), str(caught.value))
+    assert seen == {True: ([b"terminal"], "terminal"), False: ([b"none"], "none")}
+
+
+def test_what_is_drawn_on_a_terminal_is_also_looked_at_for_the_error(stub: Path) -> None:
+    script = (
+        r"printf '\033[1A\033[K => one\n\033[31mERROR: target image: failed to solve: x: y\n' >&2"
+    )
+    with pytest.raises(BuilderError) as caught:
+        saying(stub, f"{script}; exit 1").stream("bake", output=lambda _: None, terminal=True)
+    assert str(caught.value) == "x: y"
+
+
+def test_a_long_log_is_shown_whole_and_ends_in_its_error(stub: Path) -> None:
+    log: list[bytes] = []
+    script = "yes 'a line of a log, a line of a log' | head -n 40000 >&2; echo 'ERROR: x' >&2"
+    with pytest.raises(BuilderError, match=r"\Ax\Z"):
+        saying(stub, f"{script}; exit 1").stream("bake", output=log.append)
+    assert b"".join(log).count(b"\n") == 40_001
+
+
+def test_only_the_log_is_shown(stub: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log: list[bytes] = []
+    saying(stub, "echo an answer; echo a log >&2").stream("bake", output=log.append)
+    assert log == [b"a log\n"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_program_that_is_killed_has_not_succeeded(stub: Path) -> None:
+    with pytest.raises(BuilderError, match="buildx gave no reason"):
+        saying(stub, "kill -9 $$").stream("bake", output=print)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_takes_too_long_is_stopped(stub: Path, terminal: bool) -> None:
+    seen: list[bytes] = []
+    program = saying(stub, "echo $$ >&2; exec sleep 60")
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        program.stream("bake", output=seen.append, terminal=terminal, seconds=0.2)
+    assert time.monotonic() - started < 10
+    assert not is_alive(int(b"".join(seen)))
+
+
+def test_what_does_not_let_itself_be_stopped_is_killed(
+    stub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buildx, "_GRACE", 0.1)
+    program = saying(stub, "trap '' TERM; while :; do sleep 0.05; done")
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        program.stream("bake", output=print, seconds=0.1)
+    assert time.monotonic() - started < 10
+
+
+def test_what_is_done_in_time_is_no_failure(stub: Path) -> None:
+    saying(stub, "exit 0").stream("bake", output=print, seconds=60)
+    with pytest.raises(BuilderError, match="why"):
+        saying(stub, "echo why >&2; exit 1").stream("bake", output=print, seconds=60)
+
+
+def test_a_program_that_is_not_there_is_an_error_of_the_system(tmp_path: Path) -> None:
+    gone = Buildx(str(tmp_path / "none"), {})
+    for call in (
+        lambda: gone.ask("ls"),
+        lambda: gone.stream("bake", output=print),
+        lambda: gone.stream("bake", output=print, terminal=True),
+    ):
+        before = open_files()
+        with pytest.raises(FileNotFoundError):
+            call()
+        assert open_files() == before
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+# --- Comma-separated values -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ("dest=/a b", "dest=/a b"),
+        ("dest=/a,b", '"dest=/a,b"'),
+        ('dest="a"', '"dest=""a"""'),
+        ("env.A=1\n", '"env.A=1\n"'),
+        ("", ""),
+    ],
+)
+def test_a_field_is_quoted_where_it_must_be(field: str, expected: str) -> None:
+    assert csv_field(field) == expected
+
+
+@STEADY
+@given(st.lists(st.text("a,\"\n\r' =é", min_size=1), min_size=1, max_size=4))
+def test_fields_are_read_as_they_were_written(fields: list[str]) -> None:
+    line = ",".join(map(csv_field, fields))
+    assert next(csv.reader(io.StringIO(line, newline=""), strict=True)) == fields
+
+
+# --- The account ----------------------------------------------------------------------------
+
+ACCOUNT = Credentials("me", "hunter2-€:x")
+CODED = base64.b64encode("me:hunter2-€:x".encode()).decode()
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Docker's own folder, with something of every kind in it."""
+    folder = tmp_path / "docker"
+    (folder / "buildx").mkdir(parents=True)
+    (folder / "contexts").mkdir()
+    (folder / "contexts" / "mine").write_text("a context")
+    (folder / "ca.pem").write_text("a certificate")
+    return folder
+
+
+def with_config(home: Path, program: Buildx, config: object = None) -> Buildx:
+    if config is not None:
+        text = config if isinstance(config, str) else json.dumps(config)
+        (home / "config.json").write_text(text)
+    environment = {**program.environment, "DOCKER_CONFIG": str(home)}
+    return replace(program, environment=environment)
+
+
+def account_file(program: Buildx) -> Path:
+    return Path(program.environment["DOCKER_CONFIG"]) / "config.json"
+
+
+def test_the_account_is_in_a_file_of_this_user_alone_and_gone_afterwards(
+    home: Path, program: Buildx, stub: Path
+) -> None:
+    with_account = with_config(home, program)
+    with signed_in(with_account, "a.example:5000", ACCOUNT) as signed:
+        file = account_file(signed)
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+        assert json.loads(file.read_text()) == {
+            "auths": {"a.example:5000": {"auth": CODED}},
+            "credHelpers": {"a.example:5000": ""},
+        }
+        signed.ask("bake", "x")
+    assert not file.parent.exists()
+    seen = (stub.parent / "env").read_text() + "".join(argv(stub))
+    assert "hunter2" not in seen
+    assert CODED not in seen
+    assert "hunter2" not in repr(signed)
+
+
+def test_docker_hub_has_a_name_of_its_own(home: Path, program: Buildx) -> None:
+    with signed_in(with_config(home, program), "docker.io", ACCOUNT) as signed:
+        assert list(json.loads(account_file(signed).read_text())["auths"]) == [
+            "https://index.docker.io/v1/"
+        ]
+
+
+def test_the_users_own_accounts_and_stores_stay(home: Path, program: Buildx) -> None:
+    config = {
+        "auths": {"b.example": {"auth": "b"}, "a.example": {"identitytoken": "old"}},
+        "credsStore": "desktop",
+        "credHelpers": {"c.example": "ecr-login", "a.example": "pass"},
+        "currentContext": "mine",
+    }
+    original = with_config(home, program, config)
+    with signed_in(original, "a.example", ACCOUNT) as signed:
+        assert json.loads(account_file(signed).read_text()) == {
+            **config,
+            "auths": {"b.example": {"auth": "b"}, "a.example": {"auth": CODED}},
+            # Empty: the file, and not the store of all the others.
+            "credHelpers": {"c.example": "ecr-login", "a.example": ""},
+        }
+    assert json.loads((home / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize(
+    "config", ["", "{", "[]", "null", "\x00", '{"auths": [], "credHelpers": "x"}']
+)
+def test_a_broken_configuration_does_no_harm(home: Path, program: Buildx, config: str) -> None:
+    with signed_in(with_config(home, program, config), "a.example", ACCOUNT) as signed:
+        assert json.loads(account_file(signed).read_text()) == {
+            "auths": {"a.example": {"auth": CODED}},
+            "credHelpers": {"a.example": ""},
+        }
+    assert (home / "config.json").read_text() == config
+
+
+def test_the_rest_of_dockers_folder_is_seen_and_kept(home: Path, program: Buildx) -> None:
+    with signed_in(with_config(home, program), "a.example", ACCOUNT) as signed:
+        folder = account_file(signed).parent
+        assert (folder / "contexts" / "mine").read_text() == "a context"
+        assert (folder / "ca.pem").read_text() == "a certificate"
+        (folder / "buildx" / "instance").write_text("made meanwhile")
+    assert (home / "buildx" / "instance").read_text() == "made meanwhile"
+    assert (home / "contexts" / "mine").exists()
+
+
+def test_what_buildx_begins_to_keep_is_kept(tmp_path: Path, program: Buildx) -> None:
+    fresh = tmp_path / "fresh"
+    with signed_in(with_config(fresh, program), "a.example", ACCOUNT) as signed:
+        (account_file(signed).parent / "buildx" / "x").write_text("x")
+    assert (fresh / "buildx" / "x").exists()
+    other = tmp_path / "other"
+    elsewhere = with_config(other, program)
+    elsewhere = replace(
+        elsewhere, environment={**elsewhere.environment, "BUILDX_CONFIG": str(tmp_path / "own")}
+    )
+    with signed_in(elsewhere, "a.example", ACCOUNT):
+        pass
+    assert not other.exists()
+
+
+def test_a_home_that_cannot_be_written_does_no_harm(tmp_path: Path, program: Buildx) -> None:
+    (tmp_path / "file").touch()
+    nowhere = with_config(tmp_path / "file" / "docker", program)
+    with signed_in(nowhere, "a.example", ACCOUNT) as signed:
+        assert account_file(signed).exists()
+
+
+def test_the_account_is_gone_after_an_error_too(home: Path, program: Buildx) -> None:
+    files = []
+
+    def interrupted() -> None:
+        with signed_in(with_config(home, program), "a.example", ACCOUNT) as signed:
+            files.append(account_file(signed))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not files[0].parent.exists()
+
+
+def test_without_an_account_docker_is_left_as_it_is(home: Path, program: Buildx) -> None:
+    original = with_config(home, program, {"credsStore": "x"})
+    with signed_in(original, "a.example", None) as signed:
+        assert signed is original
+
+
+# --- Builders -------------------------------------------------------------------------------
+
+TWO_NODES = """Name:          insecure-builder
+Driver:        docker-container
+Last Activity: 2026-01-01 00:00:00 +0000 UTC
+
+Nodes:
+Name:                  insecure-builder0
+Endpoint:              unix:///var/run/docker.sock
+Driver Options:        env.A="say \\"x\\", it's = y" network="host"
+Status:                running
+BuildKit daemon flags: --allow-insecure-entitlement=security.insecure --debug
+BuildKit version:      v0.26.0
+Platforms:             linux/amd64*, linux/amd64/v2, linux/386
+Features:
+ Name:      not a node's
+Labels:
+ org.mobyproject.buildkit.worker.hostname: x
+GC Policy rule#0:
+ All:            false
+ Keep Duration:  48h0m0s
+File#buildkitd.toml:
+ > Name: x
+ > [worker]
+
+Name:     insecure-builder1
+Endpoint: ssh://me@b
+Error:    cannot connect: dial tcp: lookup b: no such host
+"""
+
+
+def test_each_node_of_a_builder_is_read() -> None:
+    found = parse_builder(TWO_NODES)
+    assert (found.name, found.driver) == ("insecure-builder", "docker-container")
+    assert found.nodes == (
+        BuilderNode(
+            name="insecure-builder0",
+            endpoint="unix:///var/run/docker.sock",
+            status="running",
+            version="v0.26.0",
+            flags=("--allow-insecure-entitlement=security.insecure", "--debug"),
+            options=(("env.A", 'say "x", it\'s = y'), ("network", "host")),
+            platforms=("linux/amd64", "linux/amd64/v2", "linux/386"),
+            fixed=("linux/amd64",),
+        ),
+        BuilderNode(
+            name="insecure-builder1",
+            endpoint="ssh://me@b",
+            error="cannot connect: dial tcp: lookup b: no such host",
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "nodes"),
+    [
+        ("", 0),
+        ("Name: a\nDriver: b\nError: no daemon\n", 0),
+        ("Name: a\n\nNodes:\n", 0),
+        ("Name: a\n\nNodes:\n\n\n", 0),
+        ("Name: a\n\nNodes:\nName: b\nPlatforms: ,, \nno colon here\n: nothing\n", 1),
+        ('Name: a\n\nNodes:\nName: b\nDriver Options: x="not closed\n', 1),
+        ("Name: a\n\nNodes:\nName: b\nStatus: inactive\nName:\n", 2),
+    ],
+)
+def test_odd_answers_are_read_too(text: str, nodes: int) -> None:
+    found = parse_builder(text)
+    assert len(found.nodes) == nodes
+    assert not [node for node in found.nodes if node.platforms or node.flags]
+
+
+@STEADY
+@given(st.text(max_size=60) | st.text("Name: \nD\"'\\*,").map(lambda text: TWO_NODES + text))
+def test_no_answer_is_too_odd(text: str) -> None:
+    assert len(parse_builder(text).nodes) <= 2 + text.count("Name:")
+
+
+def test_a_builder_is_looked_up_by_name(stub: Path) -> None:
+    (stub.parent / "answer").write_text(TWO_NODES)
+    found = buildx.inspect(saying(stub, f"cat '{stub.parent}/answer'"), "insecure-builder")
+    assert found
+    assert len(found.nodes) == 2
+
+
+def test_a_builder_that_is_not_there_is_none_and_any_other_error_is_one(program: Buildx) -> None:
+    none = failing(program, 'ERROR: no builder "Mine" found\n')
+    assert buildx.inspect(none, "Mine") is None
+    for log in ('ERROR: no builder "other" found\n', "ERROR: permission denied\n"):
+        with pytest.raises(BuilderError):
+            buildx.inspect(failing(program, log), "Mine")
+
+
+def test_a_builder_is_asked_for_insecure_steps_without_a_build(program: Buildx, stub: Path) -> None:
+    buildx.probe(program, "b", None)
+    *words, folder = argv(stub)
+    assert words == [
+        "build", "--builder=b", "--call=check", "--allow=security.insecure", "--file=-",
+    ]  # fmt: skip
+    assert not Path(folder).exists()
+    assert (stub.parent / "input").read_text() == buildx.PROBE
+    buildx.probe(program, "b", "docker/dockerfile:1")
+    assert "--build-arg=BUILDKIT_SYNTAX=docker/dockerfile:1" in argv(stub)
+
+
+# --- What goes wrong ------------------------------------------------------------------------
+
+STEP = 'process "/.guix-tasks/entry-point.sh /.guix-tasks/stage install" did not complete'
+
+
+@pytest.mark.parametrize(
+    ("why", "kind", "mend"),
+    [
+        ("granting entitlement security.insecure is not allowed by build daemon configuration",
+         BuilderError, "`inv buildx.setup` says what mends it"),
+        ("security.insecure is not allowed", BuilderError, "`inv buildx.setup` says"),
+        ("granting entitlement network.host is not allowed by build daemon configuration",
+         BuilderError, "does not allow steps on the host's network"),
+        ("dockerfile parse error on line 2: unknown flag: --security (did you mean network?)",
+         BuilderError, "set BUILDKIT_SYNTAX"),
+        ('no builder "insecure-builder" found', BuilderError, "`inv buildx.setup` makes it"),
+        ("Multi-platform build is not supported for the docker driver.", BuilderError,
+         "one platform at a time: use another driver (BUILDX_DRIVER=docker-container)"),
+        ("docker exporter does not currently support exporting multiple platforms",
+         BuilderError, "one platform at a time"),
+        ("Attestation is not supported for the docker driver.", BuilderError, "cannot do that"),
+        ("Cache export is not supported for the docker driver.", BuilderError, "cannot do that"),
+        ('exporter "oci" could not be found', BuilderError, "cannot do that"),
+        ("OCI exporter is not supported for the docker driver.", BuilderError, "cannot do that"),
+        ("exec /bin/sh: exec format error", BuilderError, "`inv buildx.setup --binfmt`"),
+        ("no match for platform in manifest: not found", BuilderError, "mend PLATFORMS"),
+        ("failed to push r/a:1: unexpected status: 403 Forbidden", RegistryError, "may write"),
+        ("failed to push localhost:5055/a: dial tcp 127.0.0.1:5055: connect: connection refused",
+         RegistryError, "`inv registry.up`"),
+        ("failed to authorize: failed to fetch oauth token", RegistryError, "DOCKER_USERNAME"),
+        ("server message: insufficient_scope: authorization failed", RegistryError, "`docker log"),
+        ("push access denied, repository does not exist", RegistryError, "the registry refuses"),
+        ("unexpected status from POST request: 401 Unauthorized", RegistryError, "may write there"),
+        ('failed to do request: Head "https://r/v2/": dial tcp: lookup r: no such host',
+         RegistryError, "see that it is there"),
+        ("failed to list workers: Unavailable: connection error", BuilderError, "BUILDX_NODES"),
+        ("failed to initialize builder b (b0): x", BuilderError, "`inv buildx.status` shows"),
+        ("dial tcp 10.0.0.1:1: i/o timeout", BuilderError, "a node cannot be reached"),
+        ("Cannot connect to the Docker daemon at unix:///x", BuilderError, "a node cannot be"),
+        ("context deadline exceeded", BuilderError, "a node cannot be reached"),
+    ],
+)  # fmt: skip
+def test_a_known_fault_is_told_with_what_mends_it(
+    why: str, kind: type[GuixTasksError], mend: str
+) -> None:
+    for given_spec in (None, spec()):
+        told = buildx.failure(f"#1 x\n\x1b[31mERROR: failed to solve: {why}\x1b[0m\n", given_spec)
+        assert type(told) is kind
+        assert str(told).startswith(f"{why}; ")
+        assert mend in str(told)
+        assert str(told).isprintable()
+
+
+def test_every_row_of_the_table_has_been_tried() -> None:
+    marks = test_a_known_fault_is_told_with_what_mends_it.pytestmark  # type: ignore[attr-defined]
+    tried = "\n".join(f"{each}" for mark in marks for each, _, _ in mark.args[1])
+    for words, (_, mend) in buildx._MENDS.items():
+        assert re.search(words, tried, re.IGNORECASE), mend
+
+
+def test_a_command_of_guix_that_fails_is_the_stages_error() -> None:
+    for before in ("target reports: failed to solve: ", "failed to build: failed to solve: "):
+        told = buildx.failure(f"ERROR: {before}{STEP} successfully: exit code: 137\n", spec())
+        assert type(told) is StageError
+        assert str(told).startswith("install: the command failed with exit status 137, and nothing")
+
+
+def test_a_step_of_the_users_dockerfile_is_not_a_stage() -> None:
+    why = 'process "/bin/sh -c ./stage install" did not complete successfully: exit code: 2'
+    told = buildx.failure(f"ERROR: failed to solve: {why}\n", spec())
+    assert type(told) is BuilderError
+    assert str(told) == f"/d does not build: {why}; the output above says more"
+
+
+def test_an_unknown_fault_is_told_as_it_is() -> None:
+    assert str(buildx.failure("ERROR: a; b\n")) == "a; b"
+    assert str(buildx.failure("", spec())).startswith("/d does not build: buildx gave no reason; ")
+
+
+@pytest.mark.parametrize("words", buildx.NO_BASE)
+def test_a_base_image_out_of_reach_comes_before_its_cause(words: str) -> None:
+    why = f"a/b:1: {words}: failed to do request: dial tcp: connection refused"
+    told = buildx.failure(f"ERROR: {why}\n", spec(args={"BASE_IMAGE": "a/b:1"}))
+    assert type(told) is BuilderError
+    assert str(told).startswith(f"cannot get the base image a/b:1: {why}; set BASE_IMAGE")
+
+
+def test_an_image_that_no_builder_can_be_handed_is_to_be_pushed() -> None:
+    told = buildx.failure("ERROR: unknown scheme oci-layout\n", spec(args={"BASE_IMAGE": "a:1"}))
+    assert str(told).startswith("only the engine has a:1, and this builder is one that no image")

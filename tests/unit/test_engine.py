@@ -29,11 +29,12 @@ from guix_tasks.engine import (
     Engine,
     EngineInfo,
     Image,
+    NoEngine,
     TracedEngine,
     build_options,
     create_argv,
 )
-from guix_tasks.errors import CheckError
+from guix_tasks.errors import CheckError, NoEngineError
 from guix_tasks.ledger import STAGES
 from guix_tasks.publish import push
 from guix_tasks.upkeep import clean, status_rows
@@ -186,6 +187,19 @@ def test_the_options_of_a_build() -> None:
         "--network=host",
     ]  # fmt: skip
     assert list(build_options(BuildSpec(Path("/c"), Path("/d")))) == ["--file=/d"]
+
+
+def test_where_no_engine_is_needed_there_is_one_without_images() -> None:
+    engine = NoEngine(NoEngineError("no Docker Engine on this machine"))
+    assert engine.image(IMAGE) is None
+    assert not engine.is_dry
+
+
+@pytest.mark.parametrize("call", ["info", "containers", "push", "create"])
+def test_any_other_call_of_it_says_that_there_is_none(call: str) -> None:
+    engine = NoEngine(NoEngineError("no Docker Engine on this machine"))
+    with pytest.raises(NoEngineError, match="no Docker Engine on this machine"):
+        getattr(engine, call)()
 
 
 def test_importing_it_imports_no_docker() -> None:

@@ -643,3 +643,41 @@ def test_what_dockerignore_names_is_no_part_of_the_key(site: Site) -> None:
 def test_labels_of_stage_say_its_key(made: Site) -> None:
     for stage, key in made.keys().items():
         assert made.image(stage).labels[KEY_LABEL] == key
+
+
+# --- Platforms ------------------------------------------------------------------------------
+
+
+def test_the_engines_own_platform_has_the_plain_tags(site: Site) -> None:
+    plain = (str(site.ledger.image), site.ledger.tag("base"))
+    site.env["PLATFORMS"] = "linux/amd64"
+    assert (str(site.ledger.image), site.ledger.tag("base")) == plain == (IMAGE, f"{IMAGE}-base")
+
+
+def test_another_platform_has_tags_of_its_own(site: Site) -> None:
+    site.env["PLATFORMS"] = "linux/arm/v7"
+    assert str(site.ledger.image) == f"{IMAGE}-linux-arm-v7"
+    assert site.ledger.tag("base") == f"{IMAGE}-base-linux-arm-v7"
+    assert site.ledger.tag(PREVIOUS) == f"{IMAGE}-{PREVIOUS}-linux-arm-v7"
+
+
+def test_each_platform_has_tags_that_no_other_has(site: Site) -> None:
+    site.env["PLATFORMS"] = "linux/amd64 linux/arm64 linux/386"
+    ledgers = [each.ledger for each in site.project().each_platform()]
+    tags = [str(each.image) for each in ledgers]
+    tags += [each.tag(stage) for each in ledgers for stage in (*STAGES, PREVIOUS)]
+    assert len(tags) == len(set(tags)) == 15
+
+
+def test_the_stages_of_two_platforms_do_not_answer_for_one_another(site: Site) -> None:
+    site.env.update(PLATFORMS="linux/amd64", GUIX_SANDBOX="nochroot")
+    site.make(*STAGES)
+    native = site.image("install")
+    keys = site.keys()
+    site.env["PLATFORMS"] = "linux/arm64"
+    assert site.ledger.last_stage() is None
+    site.make(*STAGES)
+    assert site.image("install").id != native.id
+    assert not set(keys.values()) & set(site.keys().values())
+    assert site.engine.tags[IMAGE] == native.id
+    assert site.engine.tags[f"{IMAGE}-linux-arm64"] == site.image("install").id

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import io
+import json
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import BASE_IMAGE, IMAGE, FakeEngine, Site, heard, made_site, new_site, serial
+from fake_engine import (
+    BASE_IMAGE,
+    IMAGE,
+    FakeEngine,
+    Heard,
+    Site,
+    heard,
+    made_site,
+    new_site,
+    serial,
+)
 
 from guix_tasks import fingerprint, hands
 from guix_tasks.console import Console
-from guix_tasks.engine import Credentials
+from guix_tasks.engine import Credentials, TracedEngine
 from guix_tasks.errors import RegistryError, UsageError
 from guix_tasks.ledger import PREVIOUS, STAGES
 from guix_tasks.publish import image_to_use, push
@@ -41,6 +52,10 @@ def pushed(site: Site) -> set[str]:
     return site.engine.registry.images.keys() - {BASE_IMAGE}
 
 
+def digest_files(site: Site) -> list[Path]:
+    return sorted((site.folder / "out").glob("*/*"))
+
+
 def test_image_and_tags_are_pushed(made: Site) -> None:
     made.env["TAGS"] = "1.0 stable"
     digests = made.push()
@@ -59,6 +74,66 @@ def test_what_was_pushed_is_what_image_is(made: Site) -> None:
     assert image
     assert image.layers == made.image().layers
     assert image.config == made.image("install").config
+
+
+@pytest.mark.parametrize("platform", ["linux/amd64", "linux/arm64"])
+def test_a_platform_is_pushed_by_its_own_tag_and_written_down(site: Site, platform: str) -> None:
+    """For `inv manifest`, which gives the tags to what it joins."""
+    site.env.update(PLATFORMS=platform, GUIX_SANDBOX="nochroot", TAGS="stable")
+    site.make(*STAGES)
+    project = site.project()
+    digests = push(project)
+    reference = f"{IMAGE}-{platform.replace('/', '-')}"
+    assert list(digests) == [reference]
+    assert pushed(site) == {reference}
+    (file,) = digest_files(site)
+    assert file.name == f"{platform.replace('/', '-')}.json"
+    assert json.loads(file.read_text()) == {
+        "repository": "registry.test/team/app",
+        "platforms": [platform],
+        "digest": digests[reference],
+    }
+    assert "`inv manifest` joins the platforms under" in heard(project)
+
+
+def test_another_push_of_a_platform_takes_the_place_of_the_one_before(site: Site) -> None:
+    site.env["PLATFORMS"] = "linux/amd64"
+    site.make(*STAGES)
+    before = site.push()
+    site.env["GUIX_PACKAGES"] = "tar"
+    site.make("install")
+    after = site.push()
+    assert before != after
+    (file,) = digest_files(site)
+    assert json.loads(file.read_text())["digest"] in after.values()
+
+
+def test_a_push_that_is_refused_is_not_written_down(site: Site) -> None:
+    site.env["PLATFORMS"] = "linux/amd64"
+    site.make(*STAGES)
+    site.engine.registry.refusal = "denied"
+    with pytest.raises(RegistryError):
+        site.push()
+    assert digest_files(site) == []
+
+
+def test_what_is_no_image_for_a_platform_is_not_written_down(made: Site) -> None:
+    made.push()
+    assert digest_files(made) == []
+    made.env["PLATFORMS"] = "linux/amd64"
+    made.push("base")
+    assert digest_files(made) == []
+
+
+def test_a_dry_push_of_a_platform_writes_nothing_down(made: Site) -> None:
+    made.env["PLATFORMS"] = "linux/amd64"
+    console = Heard()
+    project = made.project()
+    engine = TracedEngine(made.engine, console, perform=False)
+    push(replace(project, engine=engine, console=console))
+    assert f"+ docker push {IMAGE}-linux-amd64" in console.text
+    assert digest_files(made) == []
+    assert pushed(made) == set()
 
 
 def test_a_stage_is_pushed_by_its_own_tag_alone(made: Site) -> None:

@@ -19,7 +19,10 @@ from guix_tasks.errors import SettingsError
 from guix_tasks.ledger import STAGES
 from guix_tasks.reference import ImageReference, Platform
 from guix_tasks.settings import (
+    Driver,
     Mount,
+    Node,
+    Output,
     Sandbox,
     Secret,
     Settings,
@@ -79,6 +82,8 @@ DIGEST = f"sha256:{HEX}"
 BESIDE = {
     "GUIX_BINARY_URL": f"GUIX_BINARY_SHA256={HEX}\n",
     "GUIX_BINARY_SHA256": "GUIX_BINARY_URL=https://a.example/x\n",
+    "BUILDX_URL": f"BUILDX_SHA256={HEX}\n",
+    "BUILDX_SHA256": "BUILDX_URL=https://a.example/x\n",
     "DOCKER_USERNAME": "DOCKER_PASSWORD=x\n",
     "DOCKER_PASSWORD": "DOCKER_USERNAME=me\n",
     "DOCKER_PASSWORD_FILE": "DOCKER_USERNAME=me\n",
@@ -92,6 +97,11 @@ GOOD: list[tuple[str, str, Any]] = [
     ("TAGS", "1.0 stable 1.0", ("1.0", "stable")),
     ("PLATFORMS", "linux/arm/v7", (Platform("linux", "arm", "v7"),)),
     ("PLATFORMS", "linux/arm64 linux/aarch64", (Platform("linux", "arm64"),)),
+    (
+        "PLATFORMS",
+        "linux/arm64 linux/x86_64",
+        (Platform("linux", "arm64"), Platform("linux", "amd64")),
+    ),
     ("BASE_IMAGE", "debian", LATEST),
     ("BASE_IMAGE", f"debian@{DIGEST}", ImageReference("docker.io", "library/debian", None, DIGEST)),
     ("DOCKERFILE", "docker/Dockerfile", Path("docker/Dockerfile")),
@@ -109,6 +119,7 @@ GOOD: list[tuple[str, str, Any]] = [
     ("GUIX_SUBSTITUTE_URLS", "http://[::1]/ file:///nar", ("http://[::1]/", "file:///nar")),
     ("GUIX_SUBSTITUTE_KEYS", "a.pub b.pub", (Path("a.pub"), Path("b.pub"))),
     ("GUIX_SANDBOX", "privileged", Sandbox.PRIVILEGED),
+    ("GUIX_SANDBOX", "nochroot", Sandbox.NOCHROOT),
     ("GUIX_CORES", "0", 0),
     ("GUIX_MAX_JOBS", "4", 4),
     (
@@ -131,6 +142,41 @@ GOOD: list[tuple[str, str, Any]] = [
     ("STAGE_TIMEOUT", "2h", 7200),
     ("CACHE_VOLUME", "my-cache", "my-cache"),
     ("CACHE_IMAGE", "team/cache", ImageReference("docker.io", "team/cache", "latest")),
+    ("BUILDX_BUILDER", "My-builder_1.x", "My-builder_1.x"),
+    ("BUILDX_BUILDER", "defaults", "defaults"),
+    ("BUILDX_DRIVER", "docker", Driver.DOCKER),
+    ("BUILDX_DRIVER", "docker-container", Driver.CONTAINER),
+    ("BUILDX_DRIVER", "kubernetes", Driver.KUBERNETES),
+    (
+        "BUILDX_NODES",
+        "ssh://me@a unix:///b,platform=linux/arm64,memory=4g 'c,env.A=x y'",
+        (
+            Node("ssh://me@a"),
+            Node("unix:///b", (Platform("linux", "arm64"),), (("memory", "4g"),)),
+            Node("c", (), (("env.A", "x y"),)),
+        ),
+    ),
+    ("BUILDX_OUTPUT", "registry", Output.REGISTRY),
+    ("BUILDX_OUTPUT", "oci", Output.OCI),
+    ("BUILDX_OUTPUT", "docker", Output.DOCKER),
+    ("BUILDX_OUTPUT", "load", Output.LOAD),
+    ("BUILDX_ATTESTATIONS", "sbom provenance sbom", ("sbom", "provenance")),
+    (
+        "BUILDX_CACHE_FROM",
+        "type=registry,ref=a.example:5000/b:c type=gha",
+        ("type=registry,ref=a.example:5000/b:c", "type=gha"),
+    ),
+    ("BUILDX_CACHE_TO", "type=local,dest=/srv/x,mode=max", ("type=local,dest=/srv/x,mode=max",)),
+    ("BUILDX_CACHE_TO", "type=s3,region=,bucket=a=b", ("type=s3,region=,bucket=a=b",)),
+    ("BUILDKIT_SYNTAX", "a/b", ImageReference("docker.io", "a/b", "latest")),
+    (
+        "BUILDKIT_SYNTAX",
+        f"docker/dockerfile@{DIGEST}",
+        ImageReference("docker.io", "docker/dockerfile", None, DIGEST),
+    ),
+    ("BUILDX_URL", "file:///srv/buildx", "file:///srv/buildx"),
+    ("BUILDX_URL", "https://a.example/buildx", "https://a.example/buildx"),
+    ("BUILDX_SHA256", HEX, HEX),
     ("DOCKER_USERNAME", "me", Secret("me")),
     ("DOCKER_PASSWORD", "a b", Secret("a b")),
 ]
@@ -207,7 +253,8 @@ BAD = [
     ("TAGS", "a,b", "separated by spaces, not commas"),
     ("PLATFORMS", "linux/s390x", "linux/riscv64"),
     ("PLATFORMS", "linux/amd64,linux/arm64", "separated by spaces, not commas"),
-    ("PLATFORMS", "linux/amd64 linux/arm64", "one platform at a time"),
+    ("PLATFORMS", "linux/amd64 arm64", "Guix has no system for platform 'arm64'"),
+    ("TAGS", "stable latest-linux-amd64", "'latest-linux-amd64' is a stage's"),
     ("BASE_IMAGE", "a b", "is not a repository"),
     ("DOCKERFILE", "", "a path is empty"),
     ("BUILD_CONTEXT", "", "a path is empty"),
@@ -221,7 +268,8 @@ BAD = [
     ("BUILD_SECRETS", "key=missing", "No such file"),
     ("BUILD_SECRETS", "key=", "a path is empty"),
     ("BUILD_SECRETS", "key=a.pub key=b.pub", "'key' is given twice"),
-    ("BUILD_SECRETS", "key=with,comma", "has a comma, where buildx ends a path"),
+    ("BUILD_SECRETS", "key=with,comma", "has a comma or a double quote, where buildx ends a path"),
+    ("BUILD_SECRETS", "'key=with\\\"quote'", "has a comma or a double quote"),
     ("BUILD_SECRETS", "key=a.pub,x=b.pub", "separated by spaces, not commas"),
     ("GUIX_CHANNELS", "missing.scm", "No such file"),
     ("GUIX_CHANNELS", "folder", "is a folder"),
@@ -244,8 +292,8 @@ BAD = [
     ("GUIX_SUBSTITUTE_KEYS", "c.pub", "No such file"),
     ("GUIX_BINARY_URL", "file:///x", "begins with https:// or http://"),
     ("GUIX_BINARY_SHA256", "ABC", "write 64 lower case hex digits"),
-    ("GUIX_SANDBOX", "none", "write one of: privileged"),
-    ("GUIX_SANDBOX", "", "write one of: privileged"),
+    ("GUIX_SANDBOX", "none", "write one of: privileged, nochroot"),
+    ("GUIX_SANDBOX", "", "write one of: privileged, nochroot"),
     ("GUIX_CORES", "-1", "from 0 on"),
     ("GUIX_CORES", "two", "from 0 on"),
     ("GUIX_CORES", "2 3", "from 0 on"),
@@ -268,6 +316,31 @@ BAD = [
     ("STAGE_TIMEOUT", "1d", "is not a time"),
     ("CACHE_VOLUME", "-x", "is not the name of a volume"),
     ("CACHE_IMAGE", f"app@sha256:{HEX}", "a digest names no repository"),
+    ("BUILDX_BUILDER", "", "is not the name of a builder"),
+    ("BUILDX_BUILDER", "1x", "the first a letter"),
+    ("BUILDX_BUILDER", "--all", "the first a letter"),
+    ("BUILDX_BUILDER", "Default", "and not default"),
+    ("BUILDX_DRIVER", "Docker", "write one of: docker, docker-container, remote, kubernetes"),
+    ("BUILDX_NODES", "a a,memory=1g", "'a' is given twice"),
+    ("BUILDX_NODES", "a ''", "'' is not an endpoint"),
+    ("BUILDX_NODES", "tcp://a:1,tcp://b:1", "separated by spaces, not commas"),
+    ("BUILDX_NODES", "tcp://a", "has no host or no port"),
+    ("BUILDX_NODES", "a,platform=linux/s390x", "Guix has no system for platform 'linux/s390x'"),
+    ("BUILDX_NODES", "'a\nb'", "has a control character"),
+    ("BUILDX_OUTPUT", "tar", "write one of: registry, oci, docker, load"),
+    ("BUILDX_ATTESTATIONS", "sbom none", "'none' is not an attestation"),
+    ("BUILDX_ATTESTATIONS", "sbom,provenance", "separated by spaces, not commas"),
+    ("BUILDX_CACHE_FROM", "a.example/b:c", "write type=KIND,NAME=VALUE"),
+    ("BUILDX_CACHE_FROM", "ref=a,type=registry", "write type=KIND,NAME=VALUE"),
+    ("BUILDX_CACHE_TO", "type=gha,mode", "write type=KIND,NAME=VALUE"),
+    ("BUILDX_CACHE_TO", "'type=local,dest=a b'", "write type=KIND,NAME=VALUE"),
+    ("BUILDX_CACHE_TO", "'type=local,dest=\\\"a'", "write type=KIND,NAME=VALUE"),
+    ("BUILDX_CACHE_TO", "type=local,dest=", "a path is empty"),
+    ("BUILDKIT_SYNTAX", "", "is empty"),
+    ("BUILDKIT_SYNTAX", "docker/Dockerfile:1", "has capital letters"),
+    ("BUILDX_URL", "ftp://a.example/x", "https:// or http:// or file://"),
+    ("BUILDX_URL", "https://me:hunter2@a.example/x", "leave out all up to the '@'"),
+    ("BUILDX_SHA256", HEX.upper(), "write 64 lower case hex digits"),
     ("DOCKER_PASSWORD_FILE", "missing", "No such file"),
     ("DOCKER_PASSWORD_FILE", "folder", "Is a directory"),
     ("DOCKER_HOST", "a\0b", "has a NUL"),
@@ -302,6 +375,8 @@ def test_the_tag_of_a_stage_is_no_tag_for_an_image(project: Path, stage: str, su
     [
         ("GUIX_BINARY_URL", "https://a.example/x", "GUIX_BINARY_SHA256"),
         ("GUIX_BINARY_SHA256", HEX, "GUIX_BINARY_URL"),
+        ("BUILDX_URL", "https://a.example/x", "BUILDX_SHA256"),
+        ("BUILDX_SHA256", HEX, "BUILDX_URL"),
         ("DOCKER_USERNAME", "hunter2", "DOCKER_PASSWORD"),
         ("DOCKER_USERNAME_FILE", "a.pub", "DOCKER_PASSWORD"),
         ("DOCKER_PASSWORD", "hunter2", "DOCKER_USERNAME"),
@@ -391,6 +466,13 @@ VALUES: dict[str, str | list[str]] = {
     "STAGE_TIMEOUT": "{}",
     "CACHE_VOLUME": "{}",
     "CACHE_IMAGE": "example.org/cache:{}",
+    "BUILDX_BUILDER": "b{}",
+    "BUILDX_NODES": "tcp://a:{}",
+    "BUILDX_CACHE_FROM": "type=registry,ref=a:{}",
+    "BUILDX_CACHE_TO": "type=registry,ref=a:{}",
+    "BUILDKIT_SYNTAX": "example.org/frontend:{}",
+    "BUILDX_URL": "https://a.example/{}",
+    "BUILDX_SHA256": [str(number) * 64 for number in range(1, 6)],
     "DOCKER_USERNAME": "{}",
     "DOCKER_PASSWORD": "{}",
 }
@@ -432,7 +514,8 @@ def test_later_wins(project: Path, name: str) -> None:
 
 
 def test_the_table_of_values_has_every_setting() -> None:
-    assert {*VALUES, "GUIX_SANDBOX"} == {name for name, _, _ in GOOD}
+    few = {"GUIX_SANDBOX", "BUILDX_DRIVER", "BUILDX_OUTPUT", "BUILDX_ATTESTATIONS"}
+    assert {*VALUES, *few} == {name for name, _, _ in GOOD}
 
 
 def test_env_file_names_several_from_the_current_folder(project: Path) -> None:
@@ -479,6 +562,48 @@ def test_relative_paths_start_where_they_are_written(project: Path) -> None:
     assert settings.build_context == cwd / "sub"
     assert settings.docker_environment["DOCKER_CONFIG"] == str(cwd / "docker")
     assert Path(settings.docker_environment["DOCKER_CERT_PATH"]).resolve() == elsewhere / "certs"
+
+
+def test_files_of_buildx_are_relative_to_where_they_are_written_too(project: Path) -> None:
+    cwd = project / "folder"
+    (cwd / "ca.pem").touch()
+    (project / ".env").write_text(
+        "BUILDX_DRIVER=remote\nBUILDX_NODES=tcp://a:1,cacert=folder/ca.pem\n"
+        "BUILDX_CACHE_TO='type=local,mode=max,dest=x/y type=registry,dest=x'\n"
+    )
+    settings = load_settings(project, cwd, {"BUILDX_CACHE_FROM": "type=local,src=x type=gha"})
+    (node,) = settings.buildx_nodes
+    assert node.options == (("cacert", f"{cwd}/ca.pem"),)
+    assert settings.buildx_cache_to == (
+        f"type=local,mode=max,dest={project}/x/y",
+        "type=registry,dest=x",
+    )
+    assert settings.buildx_cache_from == (f"type=local,src={cwd}/x", "type=gha")
+    named = project / "with,comma.d"
+    named.mkdir()
+    (problem,) = problems(named, "BUILDX_CACHE_TO=type=local,dest=x\n")
+    assert "has a comma or a double quote, where buildx ends a path; rename it" in problem
+
+
+def test_nodes_are_looked_at_beside_the_driver(project: Path) -> None:
+    nodes = "BUILDX_NODES=tcp://a:1,memory=4g\n"
+    assert load(project, nodes).buildx_nodes
+    (of_remote,) = problems(project, nodes, {"BUILDX_DRIVER": "remote"})
+    assert of_remote.startswith(".env:1: BUILDX_NODES: 'memory' is no option of the driver remote;")
+    (of_docker,) = problems(project, nodes, {"BUILDX_DRIVER": "docker"})
+    assert of_docker.endswith("the driver docker is the engine itself, without nodes; unset it")
+    (of_none,) = problems(project, "", {"BUILDX_DRIVER": "remote"})
+    assert of_none.startswith("default: BUILDX_NODES: the driver remote needs to know where ")
+    assert len(problems(project, nodes, {"BUILDX_DRIVER": "wat"})) == 1
+
+
+def test_each_platform_has_settings_of_its_own(project: Path) -> None:
+    settings = load(project, "PLATFORMS='linux/arm64 linux/amd64'\nTAGS=a\n")
+    each = settings.each_platform()
+    assert [str(one.platform) for one in each] == ["linux/arm64", "linux/amd64"]
+    assert [one.platforms for one in each] == [(platform,) for platform in settings.platforms]
+    assert {one.tags for one in each} == {("a",)}
+    assert [one.platform for one in load(project).each_platform()] == [None]
 
 
 def test_an_empty_value_in_a_file_takes_a_value_away(project: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import threading
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -58,12 +59,11 @@ from guix_tasks.ledger import (
     proven_stage,
 )
 from guix_tasks.stage import Project, Stage, commit_image, run_stage
-from guix_tasks.stages.pull import misfit
+from guix_tasks.stages.pull import misfit, stage_to_run, write_lock
 from guix_tasks.work import PROJECT_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from guix_tasks.engine import Image
 
@@ -583,6 +583,28 @@ def test_channels_that_are_not_text_are_one_line(made: Site, name: str) -> None:
         made.make("pull")
 
 
+def test_a_lock_that_is_not_text_is_written_anew(made: Site) -> None:
+    made.lock.write_bytes(b"\xff")
+    assert write_lock(made.settings(), LOCKED.strip())
+    assert made.lock.read_text() == LOCKED
+    assert not write_lock(made.settings(), LOCKED.strip())
+
+
+def test_nothing_half_written_is_left_of_a_lock(
+    made: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, _content: bytes) -> None:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    before = sorted(made.folder.iterdir())
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UsageError, match=r"GUIX_CHANNELS_LOCK: .*No space left on device"):
+        write_lock(made.settings(), "(list)")
+    assert sorted(made.folder.iterdir()) == before
+    assert made.lock.read_text() == LOCKED
+
+
 def test_a_lock_that_is_a_folder_is_one_line(site: Site) -> None:
     site.env["GUIX_CHANNELS_LOCK"] = "context"
     with pytest.raises(UsageError):
@@ -1044,3 +1066,53 @@ def test_registries_do_not_mix() -> None:
     publish_base(one)
     with pytest.raises(RegistryError):
         FakeEngine().pull(BASE_IMAGE, None)
+
+
+# --- Which pull -----------------------------------------------------------------------------
+
+
+def test_the_lock_is_pulled_and_without_one_what_is_asked_for(made: Site) -> None:
+    settings = made.settings()
+    assert stage_to_run(settings).files["channels.scm"].decode() == LOCKED.strip()
+    asked = (made.folder / "channels.scm").read_bytes().strip()
+    assert stage_to_run(settings, update=True).files["channels.scm"] == asked
+    made.lock.unlink()
+    assert stage_to_run(settings).files["channels.scm"] == asked
+
+
+def test_a_lock_of_other_channels_is_pulled_by_nobody(made: Site) -> None:
+    made.write("channels.scm", f"(list {channel('mine', 'https://m.test')})")
+    with pytest.raises(UsageError, match="it lacks the channel mine; `inv pull --update`"):
+        stage_to_run(made.settings())
+    assert b"m.test" in stage_to_run(made.settings(), update=True).files["channels.scm"]
+
+
+# --- Platforms ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_emulated_platform_is_refused_before_anything_is_done(site: Site, stage: str) -> None:
+    site.env["PLATFORMS"] = "linux/arm64"
+    with pytest.raises(UsageError, match="linux/arm64 is emulated by this engine"):
+        site.make(stage)
+    assert site.engine.changing_calls() == []
+
+
+def test_without_isolation_an_emulated_platform_is_made(site: Site) -> None:
+    site.env.update(PLATFORMS="linux/arm64", GUIX_SANDBOX="nochroot")
+    said = site.make(*STAGES)
+    assert "pull: in a nochroot container" in said
+    assert {spec.platform for spec in site.engine.specs} == {"linux/arm64"}
+    assert not any(spec.privileged for spec in site.engine.specs)
+    specs = [arguments[0] for name, arguments in site.engine.calls if name == "build"]
+    assert [spec.platform for spec in specs] == ["linux/arm64"]
+    assert site.make("install") == "install: up to date\n"
+
+
+def test_one_platform_after_the_other_is_made_of_one_lock(site: Site) -> None:
+    site.env.update(PLATFORMS="linux/amd64 linux/386")
+    for each in site.project().each_platform():
+        site.env["PLATFORMS"] = str(each.settings.platform)
+        site.make(*STAGES)
+        site.engine.guix.heads["guix"] = NEW
+    assert site.image("pull").labels[CHANNELS_LABEL] == LOCKED.strip()

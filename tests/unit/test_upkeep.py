@@ -11,6 +11,7 @@ from fake_engine import (
     COMMITS,
     IMAGE,
     FakeEngine,
+    Heard,
     Site,
     heard,
     made_site,
@@ -19,7 +20,7 @@ from fake_engine import (
 )
 
 from guix_tasks import fingerprint, hands
-from guix_tasks.engine import ContainerSpec
+from guix_tasks.engine import ContainerSpec, TracedEngine
 from guix_tasks.errors import UsageError
 from guix_tasks.ledger import PREVIOUS, STAGES
 from guix_tasks.upkeep import STATUS_HEADER, clean, show_sizes, status_rows
@@ -220,12 +221,65 @@ def test_clean_leaves_no_image_behind(made: Site) -> None:
 
 
 def test_an_engine_of_another_platform_has_its_own_tags(made: Site, tmp_path: Path) -> None:
-    other = Site(tmp_path / "other", made.engine, PLATFORMS="linux/arm64")
+    other = Site(tmp_path / "other", made.engine, PLATFORMS="linux/arm64", GUIX_SANDBOX="nochroot")
     other.lock.write_text(made.lock.read_text())
     other.make("base")
     clean(other.project())
     assert f"{IMAGE}-base" in made.engine.tags
     assert f"{IMAGE}-base-linux-arm64" not in made.engine.tags
+
+
+def make_both(site: Site) -> None:
+    """Make the stages for the engine's own platform and for another."""
+    site.env.update(GUIX_SANDBOX="nochroot", TAGS="stable", PLATFORMS="linux/amd64")
+    for platform in ("linux/amd64", "linux/arm64"):
+        site.env["PLATFORMS"] = platform
+        site.make(*STAGES)
+        site.push()
+    site.env["PLATFORMS"] = "linux/amd64 linux/arm64"
+
+
+def test_clean_removes_what_is_of_each_platform(site: Site) -> None:
+    make_both(site)
+    hands.run(site.project().each_platform()[0], ["make"], stage=None, keep=True)
+    assert f"{IMAGE}-linux-arm64" in site.engine.tags
+    assert f"{IMAGE}-linux-amd64" in site.engine.tags
+    kept = others(site)
+    removed = clean(site.project())
+    assert site.engine.tags.keys() == kept
+    assert len(removed) == len(set(removed))
+    for tag in (IMAGE, f"{IMAGE}-base", f"{IMAGE}-linux-arm64", f"{IMAGE}-install-linux-arm64"):
+        assert tag in removed
+    assert site.engine.all_volumes.keys() == {"mine", "another"}
+
+
+def test_a_dry_clean_of_several_platforms_shows_each_removal_once(site: Site) -> None:
+    make_both(site)
+    console = Heard()
+    project = site.project()
+    dry = TracedEngine(site.engine, console, perform=False)
+    removed = clean(replace(project, engine=dry))
+    shown = [line for line in console.text.splitlines() if line.startswith("+ ")]
+    assert len(shown) == len(set(shown)) == len(removed)
+
+
+def test_clean_of_one_platform_leaves_the_others(site: Site) -> None:
+    make_both(site)
+    site.env["PLATFORMS"] = "linux/arm64"
+    clean(site.project())
+    left = set(site.engine.tags)
+    assert {f"{IMAGE}-{stage}" for stage in STAGES} | {IMAGE} <= left
+    assert not [tag for tag in left if tag.endswith("arm64")]
+
+
+def test_status_has_rows_for_each_platform(site: Site) -> None:
+    make_both(site)
+    rows = [row for each in site.project().each_platform() for row in status_rows(each)]
+    found = [dict(zip(STATUS_HEADER, row, strict=True)) for row in rows]
+    assert [row["state"] for row in found] == [*["up to date"] * 3, "stage install"] * 2
+    assert [row["image"] for row in found if row["stage"] == "IMAGE"] == [
+        IMAGE, f"{IMAGE}-linux-arm64",
+    ]  # fmt: skip
 
 
 def test_the_fake_holds_what_a_container_uses() -> None:

@@ -42,6 +42,8 @@ from guix_tasks.work import (
     fill,
     is_kept,
     kept_containers,
+    memory_folders,
+    refuse_emulated,
     sweep,
     unstarted_container,
     work_container,
@@ -250,6 +252,81 @@ def test_without_cache_volumes_caches_stay_in_the_image(site: Site) -> None:
     spec = spec_of(site)
     assert (spec.binds, spec.scratch) == ((), None)
     assert site.engine.all_volumes == {}
+
+
+def test_without_isolation_a_container_has_no_privilege(site: Site) -> None:
+    """But it may set the personality of builds, which Docker's seccomp profile refuses."""
+    assert (spec_of(site).privileged, spec_of(site).security) == (True, ())
+    site.env["GUIX_SANDBOX"] = "nochroot"
+    assert (spec_of(site).privileged, spec_of(site).security) == (False, ("seccomp=unconfined",))
+    assert environment(site.settings())["GUIX_SANDBOX"] == "nochroot"
+
+
+@pytest.mark.parametrize("platform", ["linux/386", "linux/arm/v7"])
+def test_the_cache_of_a_32_bit_platform_is_in_memory(site: Site, platform: str) -> None:
+    """There a program under QEMU fails on the inode numbers of a file system on disk."""
+    site.env["PLATFORMS"] = platform
+    spec = spec_of(site)
+    assert spec.memory_folders == ("/root/.cache",)
+    assert [bind.partition(":")[2] for bind in spec.binds] == ["/var/guix/substitute"]
+    assert spec.scratch == "/tmp"  # noqa: S108
+    assert all(name.endswith("-substitutes") for name in site.engine.all_volumes)
+
+
+@pytest.mark.parametrize("platform", ["", "linux/amd64", "linux/arm64"])
+def test_the_cache_of_a_64_bit_platform_is_on_disk(site: Site, platform: str) -> None:
+    site.env["PLATFORMS"] = platform
+    spec = spec_of(site)
+    assert spec.memory_folders == ()
+    assert len(spec.binds) == 2
+
+
+def test_without_caches_none_is_in_memory(site: Site) -> None:
+    site.env.update(PLATFORMS="linux/386", CACHE_VOLUME="")
+    assert memory_folders(site.settings()) == ()
+    assert spec_of(site).memory_folders == ()
+
+
+def test_a_bare_container_has_no_folder_in_memory(site: Site) -> None:
+    site.env["PLATFORMS"] = "linux/386"
+    assert spec_of(site, replace(WORK, bare=True)).memory_folders == ()
+
+
+@pytest.mark.parametrize(
+    ("own", "platform"),
+    [
+        ("linux/amd64", ""),
+        ("linux/amd64", "linux/amd64"),
+        ("linux/amd64", "linux/386"),
+        ("linux/arm64", "linux/arm64"),
+        ("linux/s390x", ""),
+    ],
+)
+def test_what_an_engine_runs_itself_is_not_refused(tmp_path: Path, own: str, platform: str) -> None:
+    site = Site(tmp_path, FakeEngine(platform=own), PLATFORMS=platform)
+    refuse_emulated(site.engine, site.settings())
+
+
+@pytest.mark.parametrize(
+    ("own", "platform"),
+    [
+        ("linux/amd64", "linux/arm64"),
+        ("linux/arm64", "linux/arm/v7"),
+        ("linux/386", "linux/amd64"),
+        ("linux/s390x", "linux/amd64"),
+        ("linux/armv8l", "linux/arm/v7"),
+    ],
+)
+def test_what_an_engine_emulates_is_refused_but_without_isolation(
+    tmp_path: Path, own: str, platform: str
+) -> None:
+    site = Site(tmp_path, FakeEngine(platform=own), PLATFORMS=platform)
+    with pytest.raises(UsageError) as caught:
+        refuse_emulated(site.engine, site.settings())
+    assert str(caught.value).startswith(f"{platform} is emulated by this engine ({own})")
+    assert "set GUIX_SANDBOX=nochroot" in str(caught.value)
+    site.env["GUIX_SANDBOX"] = "nochroot"
+    refuse_emulated(site.engine, site.settings())
 
 
 def test_two_containers_have_two_names(site: Site) -> None:

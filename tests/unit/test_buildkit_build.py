@@ -1,0 +1,682 @@
+"""The BuildKit way: what each call of bake is given, and what becomes of its answers."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_buildx import DIGEST, FLAGS, NAME, REFUSED, UNKNOWN_FLAG, Call, FakeBuildx
+from fake_engine import BASE_IMAGE, COMMITS, IMAGE, Heard, Site, channel, heard, new_site
+
+from guix_tasks.buildkit import BuildWishes, build
+from guix_tasks.engine import NoEngine
+from guix_tasks.errors import (
+    BuilderError,
+    NoEngineError,
+    RegistryError,
+    StageError,
+    UsageError,
+)
+from guix_tasks.ledger import CHANNELS_LABEL, PACKAGES_LABEL, PREVIOUS
+from guix_tasks.stage import Project
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RESOLVED = f"(list {channel('guix', 'https://guix.test', COMMITS['guix'])})"
+REPORT = f"(list\n  {channel('guix', 'https://guix.test', COMMITS['guix'])})"
+"""The same channels in the words of another program."""
+INSTALLED = "hello\t1.0\tout\t/gnu/store/hello"
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return new_site(tmp_path / "project")
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakeBuildx:
+    answers = {"resolved": RESOLVED, "pull": REPORT, "install": INSTALLED}
+    made = FakeBuildx(tmp_path / "buildx", answers=answers)
+    made.add()
+    return made
+
+
+def bake(site: Site, fake: FakeBuildx, **wishes: bool) -> str:
+    return build(site.project(), fake.program(), BuildWishes(**wishes))
+
+
+def said(site: Site, fake: FakeBuildx, **wishes: bool) -> str:
+    project = site.project()
+    build(project, fake.program(), BuildWishes(**wishes))
+    return heard(project)
+
+
+def bakes(fake: FakeBuildx) -> list[Call]:
+    return fake.calls("bake")
+
+
+def locked(site: Site) -> None:
+    site.lock.write_text(f"{RESOLVED}\n")
+
+
+# --- The calls ------------------------------------------------------------------------------
+
+
+def test_it_takes_three_calls_of_bake(site: Site, fake: FakeBuildx) -> None:
+    assert bake(site, fake) == f"{IMAGE}@{DIGEST}"
+    assert [call.argv[-1] for call in bakes(fake)] == ["asked", "reports", "image"]
+    for call in bakes(fake):
+        assert f"--builder={NAME}" in call.argv
+        assert "--allow=security.insecure" in call.argv
+        assert "--allow=network.host" not in call.argv
+        assert "--progress=plain" in call.argv
+        assert "--allow=fs=*" in call.argv
+
+
+def test_only_the_last_call_puts_anything_anywhere(site: Site, fake: FakeBuildx) -> None:
+    site.env["TAGS"] = "1.0 stable"
+    bake(site, fake)
+    asked, reports, image = (call.target for call in bakes(fake))
+    for target in (asked, reports):
+        assert [each.split(",")[0] for each in target["output"]] == ["type=local"]
+        assert "tags" not in target
+    assert image["output"] == ["type=registry"]
+    assert image["tags"] == [IMAGE, f"{IMAGE.rpartition(':')[0]}:1.0",
+                             f"{IMAGE.rpartition(':')[0]}:stable"]  # fmt: skip
+
+
+def test_the_steps_run_what_a_work_container_runs(site: Site, fake: FakeBuildx) -> None:
+    site.write("a.pub", "a key")
+    site.env.update(GUIX_SUBSTITUTE_KEYS="a.pub", GUIX_CORES="2")
+    bake(site, fake)
+    files = bakes(fake)[1].files
+    assert "guix pull --channels=/.guix-tasks/channels.scm" in files["work/pull/stage"]
+    assert files["work/pull/channels.scm"] == RESOLVED
+    assert "guix package --install=hello" in files["work/install/stage"]
+    for stage in ("pull", "install"):
+        assert files[f"work/{stage}/entry-point.sh"].startswith("#!")
+        assert files[f"work/{stage}/keys/0-a.pub"] == "a key"
+        assert files[f"work/{stage}/environment"] == ""  # a secret is mounted over it
+    assert "GUIX_CORES=2" in files["environment"]
+
+
+def test_without_pull_it_installs_alone(site: Site, fake: FakeBuildx) -> None:
+    bake(site, fake, pull=False)
+    asked, reports, _ = (call.files for call in bakes(fake))
+    assert "AS resolving" not in asked["Dockerfile"]
+    assert "AS pull" not in reports["Dockerfile"]
+    assert "AS install" in reports["Dockerfile"]
+    assert not site.lock.exists()
+
+
+def test_without_packages_it_pulls_alone(site: Site, fake: FakeBuildx) -> None:
+    site.env["GUIX_PACKAGES"] = ""
+    bake(site, fake)
+    dockerfile = bakes(fake)[-1].files["Dockerfile"]
+    assert "AS pull" in dockerfile
+    assert "AS install" not in dockerfile
+    assert PACKAGES_LABEL not in dockerfile
+
+
+def test_nothing_to_do_is_told_before_anything_is_done(site: Site, fake: FakeBuildx) -> None:
+    site.env["GUIX_PACKAGES"] = ""
+    with pytest.raises(UsageError, match="nothing to install"):
+        bake(site, fake, pull=False)
+    assert fake.calls() == []
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_force_lets_each_step_be_like_none_before(
+    site: Site, fake: FakeBuildx, *, again: bool
+) -> None:
+    locked(site)
+    for _ in range(2):
+        bake(site, fake, force=again)
+    first, second = (call.files for call in bakes(fake)[1::3])
+    for stage in ("pull", "install"):
+        name = f"work/{stage}/again"
+        assert (name in first) == again
+        assert (first.get(name) != second.get(name)) == again
+
+
+def test_a_frontend_is_asked_for_where_the_builders_own_is_old(
+    site: Site, fake: FakeBuildx
+) -> None:
+    bake(site, fake)
+    assert "BUILDKIT_SYNTAX" not in bakes(fake)[-1].target["args"]
+    fake.fail(UNKNOWN_FLAG, "--call=check", without=("BUILDKIT_SYNTAX",))
+    bake(site, fake)
+    assert bakes(fake)[-1].target["args"]["BUILDKIT_SYNTAX"] == "docker/dockerfile:1"
+
+
+def test_the_hosts_network_is_allowed_where_it_is_asked_for(site: Site, fake: FakeBuildx) -> None:
+    site.env["NETWORK"] = "host"
+    bake(site, fake)
+    for call in bakes(fake):
+        assert "--allow=network.host" in call.argv
+        assert call.base["network"] == "host"
+    assert "--network=host" in bakes(fake)[-1].files["Dockerfile"]
+
+
+def test_an_engine_without_a_bridge_builds_on_the_hosts_network(
+    site: Site, fake: FakeBuildx
+) -> None:
+    site.engine.about = type(site.engine.about)(**{**vars(site.engine.about), "has_bridge": False})
+    fake.add("default", "docker")
+    bake(site, fake)
+    assert "--allow=network.host" not in bakes(fake)[-1].argv  # its builder has its own
+    site.env["BUILDX_DRIVER"] = "docker"
+    bake(site, fake)
+    assert "--allow=network.host" in bakes(fake)[-1].argv
+
+
+def test_the_image_is_for_the_user_of_the_base(site: Site, fake: FakeBuildx) -> None:
+    fake.answer(user="1000", name="guest")
+    bake(site, fake)
+    dockerfile = bakes(fake)[-1].files["Dockerfile"]
+    assert dockerfile.index("USER root") < dockerfile.index("AS install")
+    assert dockerfile.rindex("USER guest") > dockerfile.index("AS install")
+
+
+def test_mounts_are_seen_by_the_steps(site: Site, fake: FakeBuildx) -> None:
+    site.env["MOUNTS"] = "context:/a channels.scm:/b:ro"
+    bake(site, fake)
+    call = bakes(fake)[-1]
+    assert call.target["contexts"]["mount-0"] == str(site.folder / "context")
+    assert "https://guix.test" in call.files["work/mounts/1"]
+
+
+# --- Channels and the lock ------------------------------------------------------------------
+
+
+def test_floating_channels_are_resolved_first_and_locked(site: Site, fake: FakeBuildx) -> None:
+    assert "the channels are locked in" in said(site, fake)
+    asked, reports, _ = (call.files for call in bakes(fake))
+    assert "AS resolving" in asked["Dockerfile"]
+    assert asked["work/resolve/channels.scm"] == (site.folder / "channels.scm").read_text().strip()
+    assert "resolve.scm" in asked["work/resolve/stage"]
+    assert asked["work/resolve/again"]
+    assert "AS resolving" not in reports["Dockerfile"]
+    assert site.lock.read_text() == f"{RESOLVED}\n"
+
+
+def test_the_next_build_pulls_in_the_same_words_and_changes_nothing(
+    site: Site, fake: FakeBuildx
+) -> None:
+    """So the step of the pull is found in the builder's cache."""
+    for _ in range(3):
+        bake(site, fake)
+    steps = [call.files for call in bakes(fake)[1::3]]
+    assert len({step["work/pull/channels.scm"] for step in steps}) == 1
+    assert len({step["Dockerfile"] for step in steps}) == 1
+    assert site.lock.read_text() == f"{RESOLVED}\n"
+    assert ["AS resolving" in call.files["Dockerfile"] for call in bakes(fake)[::3]] == [
+        True, False, False,
+    ]  # fmt: skip
+
+
+def test_what_was_pulled_is_locked_where_it_is_not_what_was_asked_for(
+    site: Site, fake: FakeBuildx
+) -> None:
+    other = f"(list {channel('guix', 'https://guix.test', 'c' * 40)})"
+    fake.answer(pull=other)
+    bake(site, fake)
+    assert site.lock.read_text() == f"{other}\n"
+
+
+def test_update_resolves_whatever_the_lock_says(site: Site, fake: FakeBuildx) -> None:
+    site.lock.write_text(f"(list {channel('guix', 'https://guix.test', 'c' * 40)})\n")
+    bake(site, fake, update=True)
+    assert bakes(fake)[1].files["work/pull/channels.scm"] == RESOLVED
+    assert site.lock.read_text() == f"{RESOLVED}\n"
+
+
+def test_channels_without_a_lock_float(site: Site, fake: FakeBuildx) -> None:
+    site.env["GUIX_CHANNELS_LOCK"] = ""
+    for _ in range(2):
+        bake(site, fake)
+    assert all("AS resolving" in call.files["Dockerfile"] for call in bakes(fake)[::3])
+    assert not site.lock.exists()
+
+
+def test_without_channels_those_of_the_base_are_resolved(site: Site, fake: FakeBuildx) -> None:
+    site.env["GUIX_CHANNELS"] = ""
+    bake(site, fake)
+    files = bakes(fake)[0].files
+    assert "work/resolve/channels.scm" not in files
+    assert "channels.scm" not in files["work/resolve/stage"]
+    assert bakes(fake)[1].files["work/pull/channels.scm"] == RESOLVED
+
+
+def test_a_lock_that_does_not_fit_is_told_before_anything_is_done(
+    site: Site, fake: FakeBuildx
+) -> None:
+    locked(site)
+    site.write("channels.scm", f"(list {channel('mine', 'https://m.test')})")
+    with pytest.raises(UsageError, match="does not fit GUIX_CHANNELS"):
+        bake(site, fake)
+    assert fake.calls() == []
+
+
+def test_a_pull_that_fails_writes_no_lock(site: Site, fake: FakeBuildx) -> None:
+    fake.fail(
+        'ERROR: target reports: failed to solve: process "/.guix-tasks/entry-point.sh '
+        '/.guix-tasks/stage pull" did not complete successfully: exit code: 1',
+        "bake",
+        "reports",
+    )
+    with pytest.raises(StageError, match="pull: the command failed with exit status 1"):
+        bake(site, fake)
+    assert not site.lock.exists()
+    assert [call.argv[-1] for call in bakes(fake)] == ["asked", "reports"]
+
+
+# --- Labels and platforms -------------------------------------------------------------------
+
+
+def values(call: Call) -> dict[str, str]:
+    """The labels of an image, through the arguments that their values are in."""
+    lines = call.files["Dockerfile"].splitlines()
+    names = [line.split(" ", 1)[1].split("=", 1) for line in lines if line.startswith("LABEL ")]
+    given = call.target["args"]
+    return {f"{value} {name}": given[value.strip('"${}')] for name, value in names}
+
+
+def test_the_labels_say_what_is_in_the_image(site: Site, fake: FakeBuildx) -> None:
+    bake(site, fake)
+    found = {name.split()[1]: value for name, value in values(bakes(fake)[-1]).items()}
+    assert found[CHANNELS_LABEL] == REPORT
+    assert found[PACKAGES_LABEL] == "hello@1.0"
+    assert "LABEL" not in bakes(fake)[1].files["Dockerfile"]
+
+
+def test_each_platform_has_its_own_labels(site: Site, fake: FakeBuildx) -> None:
+    fake.add(endpoint="ssh://b.test", platforms=["linux/arm64"])
+    site.env["PLATFORMS"] = "linux/amd64 linux/arm64"
+    fake.answer(**{"linux_arm64/install": "tar\t2.0\tout\t/gnu/store/tar"})
+    bake(site, fake)
+    call = bakes(fake)[-1]
+    assert call.target["platforms"] == ["linux/amd64", "linux/arm64"]
+    found = {value for name, value in values(call).items() if PACKAGES_LABEL in name}
+    assert found == {"hello@1.0", "tar@2.0"}
+
+
+def test_without_platforms_it_is_for_the_builders_own(site: Site, fake: FakeBuildx) -> None:
+    fake.change(builders={})
+    fake.add(platforms=["linux/arm64", "linux/amd64"])
+    bake(site, fake)
+    assert bakes(fake)[0].target["platforms"] == ["linux/arm64"]
+
+
+@pytest.mark.parametrize("platforms", ["", "linux/arm64"])
+def test_a_builder_that_does_not_run_is_started_and_asked_what_it_is(
+    site: Site, fake: FakeBuildx, platforms: str
+) -> None:
+    fake.change(builders={})
+    fake.add(status="stopped", platforms=["linux/arm64"])
+    site.env["PLATFORMS"] = platforms
+    bake(site, fake)
+    assert bakes(fake)[0].target["platforms"] == ["linux/arm64"]
+
+
+def test_a_platform_that_a_stopped_builder_lacks_is_refused(site: Site, fake: FakeBuildx) -> None:
+    fake.change(builders={})
+    fake.add(status="stopped")
+    site.env["PLATFORMS"] = "linux/arm64"
+    with pytest.raises(BuilderError, match="has no linux/arm64"):
+        bake(site, fake)
+    assert bakes(fake) == []
+
+
+@pytest.mark.parametrize("platforms", ["", "linux/amd64"])
+def test_buildkit_elsewhere_needs_no_engine(site: Site, fake: FakeBuildx, platforms: str) -> None:
+    site.env.update(
+        BUILDX_DRIVER="remote", BUILDX_NODES="tcp://b.test:1", BUILDX_BUILDER="far",
+        PLATFORMS=platforms,
+    )  # fmt: skip
+    fake.add("far", "remote", endpoint="tcp://b.test:1")
+    project = site.project(NoEngine(NoEngineError("no engine")))
+    assert build(project, fake.program(), BuildWishes()) == f"{IMAGE}@{DIGEST}"
+
+
+# --- What is refused ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("env", "wishes", "words"),
+    [
+        ({"BUILDX_OUTPUT": "oci"}, {"by_digest": True}, "--by-digest .* BUILDX_OUTPUT=registry"),
+        (
+            {"BUILDX_OUTPUT": "load", "PLATFORMS": "linux/amd64 linux/386"},
+            {},
+            "BUILDX_OUTPUT=load holds one platform",
+        ),
+        (
+            {"BUILDX_OUTPUT": "docker", "PLATFORMS": "linux/amd64 linux/386"},
+            {},
+            "BUILDX_OUTPUT=docker holds one platform",
+        ),
+    ],
+)
+def test_what_no_builder_can_do_is_told_before_anything_is_done(
+    site: Site, fake: FakeBuildx, env: dict[str, str], wishes: dict[str, bool], words: str
+) -> None:
+    site.env.update(env)
+    with pytest.raises(UsageError, match=words):
+        bake(site, fake, **wishes)
+    assert fake.calls() == []
+
+
+def test_without_an_engine_nothing_is_built_to_be_loaded(site: Site, fake: FakeBuildx) -> None:
+    site.env["BUILDX_OUTPUT"] = "load"
+    project = site.project(NoEngine(NoEngineError("no engine")))
+    with pytest.raises(NoEngineError):
+        build(project, fake.program(), BuildWishes())
+    assert fake.calls() == []
+
+
+def test_a_builder_that_refuses_insecure_steps_builds_nothing(site: Site, fake: FakeBuildx) -> None:
+    fake.fail(REFUSED, "--call=check")
+    with pytest.raises(BuilderError, match="does not allow insecure steps"):
+        bake(site, fake)
+    assert bakes(fake) == []
+
+
+def test_a_platform_that_is_emulated_is_refused_but_without_isolation(
+    site: Site, fake: FakeBuildx
+) -> None:
+    fake.change(builders={})
+    fake.add(platforms=["linux/amd64", "linux/arm64"])
+    site.env["PLATFORMS"] = "linux/arm64"
+    with pytest.raises(UsageError, match="is emulated by the builder"):
+        bake(site, fake)
+    assert bakes(fake) == []
+    site.env["GUIX_SANDBOX"] = "nochroot"
+    assert ", nochroot steps" in said(site, fake)
+
+
+def test_the_memory_of_a_stage_is_no_business_of_a_builder(site: Site, fake: FakeBuildx) -> None:
+    assert "STAGE_MEMORY" not in said(site, fake)
+    site.env["STAGE_MEMORY"] = "1g"
+    assert "warning: STAGE_MEMORY is for work containers" in said(site, fake)
+
+
+# --- Where it goes --------------------------------------------------------------------------
+
+
+def test_a_push_by_digest_has_no_tag_and_is_written_down(site: Site, fake: FakeBuildx) -> None:
+    site.env.update(PLATFORMS="linux/amd64", TAGS="stable")
+    name = IMAGE.rpartition(":")[0]
+    assert bake(site, fake, by_digest=True) == f"{name}@{DIGEST}"
+    target = bakes(fake)[-1].target
+    assert target["tags"] == []
+    (output,) = target["output"]
+    assert set(output.split(",")) == {
+        "type=image", f"name={name}", "push-by-digest=true", "name-canonical=true", "push=true",
+    }  # fmt: skip
+    (file,) = (site.folder / "out" / "digests").iterdir()
+    assert file.name == "linux-amd64.json"
+    assert json.loads(file.read_text()) == {
+        "repository": name, "platforms": ["linux/amd64"], "digest": DIGEST,
+    }  # fmt: skip
+
+
+def test_a_push_by_digest_that_fails_writes_nothing_down(site: Site, fake: FakeBuildx) -> None:
+    fake.fail("ERROR: failed to push registry.test/x: 403 Forbidden", "bake", "image")
+    with pytest.raises(RegistryError):
+        bake(site, fake, by_digest=True)
+    assert not (site.folder / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["oci", "docker"])
+def test_an_archive_is_in_out(site: Site, fake: FakeBuildx, kind: str) -> None:
+    site.env["BUILDX_OUTPUT"] = kind
+    path = site.folder / "out" / f"app-1.{kind}.tar"
+    assert bake(site, fake) == str(path)
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    assert path.read_text() == "an archive"
+    target = bakes(fake)[-1].target
+    assert target["tags"] == [IMAGE]
+    assert target["output"][0].startswith(f"type={kind},dest={path.parent}/.")
+
+
+def test_an_archive_in_a_folder_with_a_comma(tmp_path: Path, fake: FakeBuildx) -> None:
+    site = new_site(tmp_path / "a, b", BUILDX_OUTPUT="oci")
+    assert bake(site, fake) == str(site.folder / "out" / "app-1.oci.tar")
+
+
+@pytest.mark.parametrize("fault", ["an error", "Ctrl-C"])
+def test_an_archive_is_written_whole_or_not_at_all(
+    site: Site, fake: FakeBuildx, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    site.env["BUILDX_OUTPUT"] = "oci"
+    path = site.write("out/app-1.oci.tar", "the one before")
+    if fault == "Ctrl-C":
+
+        def stream(_console: Heard, data: bytes) -> None:
+            if b"baking image" in data:
+                (half_done,) = (each for each in path.parent.iterdir() if each != path)
+                assert half_done.read_text() == "an archive"
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Heard, "stream", stream)
+        with pytest.raises(KeyboardInterrupt):
+            bake(site, fake)
+    else:
+        fake.fail("ERROR: no space left on device", "bake", "image")
+        with pytest.raises(BuilderError):
+            bake(site, fake)
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    assert path.read_text() == "the one before"
+
+
+def loading(site: Site, monkeypatch: pytest.MonkeyPatch, image: str = IMAGE) -> None:
+    """Let the engine have something new under a name when the image is baked."""
+
+    def stream(_console: Heard, data: bytes) -> None:
+        if b"baking image" in data:
+            site.engine.make_image({}, {"/new": b""}, tag=image)
+
+    monkeypatch.setattr(Heard, "stream", stream)
+
+
+def test_an_image_that_is_loaded_keeps_the_one_before(
+    site: Site, fake: FakeBuildx, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.env["BUILDX_OUTPUT"] = "load"
+    before = site.engine.make_image({}, {"/old": b""}, tag=IMAGE)
+    loading(site, monkeypatch)
+    assert bake(site, fake) == IMAGE
+    target = bakes(fake)[-1].target
+    assert (target["output"], target["tags"]) == (["type=docker"], [IMAGE])
+    assert site.image().id != before.id
+    assert site.image(PREVIOUS).id == before.id
+
+
+def test_an_image_that_is_loaded_again_does_not_lose_the_one_before(
+    site: Site, fake: FakeBuildx
+) -> None:
+    site.env["BUILDX_OUTPUT"] = "load"
+    before = site.engine.make_image({}, {"/old": b""}, tag=f"{IMAGE}-{PREVIOUS}")
+    site.engine.make_image({}, {"/new": b""}, tag=IMAGE)
+    bake(site, fake)
+    assert site.image(PREVIOUS).id == before.id
+
+
+def test_an_image_of_another_platform_is_loaded_under_its_own_tag(
+    site: Site, fake: FakeBuildx, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where `inv verify`, `inv push` and the rest look for it."""
+    site.env.update(
+        BUILDX_OUTPUT="load", PLATFORMS="linux/arm64", GUIX_SANDBOX="nochroot", TAGS="stable"
+    )
+    fake.change(builders={})
+    fake.add(platforms=["linux/amd64", "linux/arm64"])
+    native = site.engine.make_image({}, {"/native": b""}, tag=IMAGE)
+    loading(site, monkeypatch, f"{IMAGE}-linux-arm64")
+    assert bake(site, fake) == f"{IMAGE}-linux-arm64" == str(site.ledger.image)
+    assert bakes(fake)[-1].target["tags"] == [f"{IMAGE}-linux-arm64"]
+    assert site.engine.tags[IMAGE] == native.id
+
+
+def test_a_load_that_fails_changes_nothing(site: Site, fake: FakeBuildx) -> None:
+    site.env["BUILDX_OUTPUT"] = "load"
+    site.engine.make_image({}, {"/old": b""}, tag=IMAGE)
+    tags = dict(site.engine.tags)
+    fake.fail("ERROR: no", "bake", "image")
+    with pytest.raises(BuilderError):
+        bake(site, fake)
+    assert site.engine.tags == tags
+
+
+def test_a_registry_that_refuses_is_an_error(site: Site, fake: FakeBuildx) -> None:
+    fake.fail("ERROR: failed to push registry.test/x: 403 Forbidden", "bake", "image")
+    with pytest.raises(RegistryError, match="the registry refuses"):
+        bake(site, fake)
+
+
+# --- Caches and attestations ----------------------------------------------------------------
+
+
+def test_caches_are_read_by_all_calls_and_written_by_the_last(site: Site, fake: FakeBuildx) -> None:
+    site.env.update(
+        CACHE_IMAGE="registry.test/cache",
+        BUILDX_CACHE_FROM="type=gha",
+        BUILDX_CACHE_TO="type=local,dest=/x",
+    )
+    bake(site, fake)
+    read = [call.target["cache-from"] for call in bakes(fake)]
+    assert read[0] == read[1] == read[2]
+    own, registry = read[0]
+    assert own == "type=gha"
+    assert registry.startswith("type=registry,ref=registry.test/cache:buildx-")
+    assert [call.target.get("cache-to", []) for call in bakes(fake)[:2]] == [[], []]
+    assert bakes(fake)[2].target["cache-to"] == ["type=local,dest=/x", f"{registry},mode=max"]
+
+
+def test_the_engines_own_builder_makes_no_cache_in_a_registry(site: Site, fake: FakeBuildx) -> None:
+    site.env.update(CACHE_IMAGE="registry.test/cache", BUILDX_DRIVER="docker")
+    fake.add("default", "docker")
+    bake(site, fake)
+    assert bakes(fake)[-1].target["cache-from"] == bakes(fake)[-1].target["cache-to"] == []
+
+
+@pytest.mark.parametrize("wanted", ["", "provenance sbom"])
+def test_attestations_are_those_of_the_settings(site: Site, fake: FakeBuildx, wanted: str) -> None:
+    site.env["BUILDX_ATTESTATIONS"] = wanted
+    bake(site, fake)
+    disabled = ["type=provenance,disabled=true"]
+    expected = ["type=provenance,mode=min", "type=sbom"] if wanted else disabled
+    assert [call.target["attest"] for call in bakes(fake)] == [disabled, disabled, expected]
+
+
+# --- The base image -------------------------------------------------------------------------
+
+
+def test_a_base_image_that_only_the_engine_has_is_handed_over(site: Site, fake: FakeBuildx) -> None:
+    site.engine.make_image({}, {"/x": b""}, tag=BASE_IMAGE)
+    assert f"base: handing {BASE_IMAGE} " in said(site, fake)
+    for call in bakes(fake):
+        assert call.base["contexts"][BASE_IMAGE].startswith("oci-layout://")
+        assert "base-image/index.json" in call.files
+
+
+@pytest.mark.parametrize("place", ["not here", "pulled", "engine"])
+def test_one_that_the_builder_can_get_is_not(site: Site, fake: FakeBuildx, place: str) -> None:
+    if place == "pulled":
+        site.engine.pull(BASE_IMAGE, None)
+    if place == "engine":
+        site.engine.make_image({}, {"/x": b""}, tag=BASE_IMAGE)
+        site.env["BUILDX_DRIVER"] = "docker"
+        fake.add("default", "docker")
+    assert "handing" not in said(site, fake)
+    assert bakes(fake)[0].base["contexts"] == {}
+
+
+# --- Secrets --------------------------------------------------------------------------------
+
+
+def test_credentials_are_in_a_file_of_dockers_and_nowhere_else(
+    site: Site, fake: FakeBuildx
+) -> None:
+    site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD="hunter2-x")  # noqa: S106
+    shown = said(site, fake)
+    pair = base64.b64encode(b"some-user:hunter2-x").decode()
+    for call in bakes(fake):
+        assert json.loads(call.config)["auths"] == {"registry.test": {"auth": pair}}
+        kept = repr((call.argv, call.env, call.files))
+        assert "hunter2-x" not in kept
+        assert pair not in kept
+    assert "hunter2-x" not in shown
+    assert not (fake.folder / "config" / "config.json").exists()
+
+
+def test_a_proxys_password_is_in_no_layer_and_on_no_command_line(
+    site: Site, fake: FakeBuildx
+) -> None:
+    site.env["https_proxy"] = "http://me:hunter2-x@proxy.test:1"
+    shown = said(site, fake)
+    for call in bakes(fake):
+        holders = [name for name, text in call.files.items() if "hunter2-x" in text]
+        assert holders == ["environment"]
+        assert call.target["secret"][0].startswith("id=environment,src=")
+        assert "hunter2-x" not in call.text
+    assert "hunter2-x" not in shown
+
+
+def test_nothing_is_left_of_the_folder(site: Site, fake: FakeBuildx, tmp_path: Path) -> None:
+    bake(site, fake)
+    (file,) = {word.partition("=")[2] for word in bakes(fake)[0].argv if "--file=" in word}
+    assert file.endswith("/bake.json")
+    assert not type(tmp_path)(file).parent.exists()
+
+
+# --- Time, and a dry run --------------------------------------------------------------------
+
+
+def test_a_build_that_takes_too_long_is_stopped(site: Site, fake: FakeBuildx) -> None:
+    site.env["STAGE_TIMEOUT"] = "1s"
+    fake.fail("never said", "bake", "reports", sleeps=30)
+    with pytest.raises(StageError, match=r"STAGE_TIMEOUT \(1\.0 s a stage\); nothing was pushed"):
+        bake(site, fake, pull=False)
+    assert not site.lock.exists()
+
+
+def test_a_dry_run_shows_the_calls_and_the_files_and_does_nothing(
+    site: Site, fake: FakeBuildx
+) -> None:
+    site.env["BUILDX_OUTPUT"] = "oci"
+    site.engine.make_image({}, {"/x": b""}, tag=BASE_IMAGE)
+    before = (dict(site.engine.tags), site.engine.changing_calls())
+    console, project = Heard(), site.project()
+    dry = Project(project.settings, project.engine, console)
+    assert build(dry, fake.program(console, perform=False), BuildWishes()) == ""
+    shown = console.text
+    assert shown.count("+ docker buildx bake ") == 3
+    assert "--- Dockerfile\n" in shown
+    assert shown.count("RUN --security=insecure") == 2
+    assert '"output"' in shown.partition("--- bake.json\n")[2]
+    assert fake.changes() == []
+    assert (site.engine.tags, site.engine.changing_calls()) == before
+    assert not (site.folder / "out").exists()
+    assert not site.lock.exists()
+
+
+@pytest.mark.parametrize("output", ["registry", "load"])
+def test_a_dry_run_answers_nothing(site: Site, fake: FakeBuildx, output: str) -> None:
+    locked(site)
+    site.env["BUILDX_OUTPUT"] = output
+    project = site.project()
+    assert build(project, fake.program(perform=False), BuildWishes()) == ""
+    assert "buildx.build: registry.test" not in heard(project)
+    assert fake.changes() == []
+
+
+def test_what_the_builder_says_is_shown_as_it_comes(site: Site, fake: FakeBuildx) -> None:
+    shown = said(site, fake)
+    for target in ("asked", "reports", "image"):
+        assert f"#1 baking {target}\n" in shown
+    assert FLAGS not in shown

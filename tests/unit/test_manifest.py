@@ -1,0 +1,192 @@
+"""Manifest: what is joined, what is refused, and how buildx is asked to do it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_engine import Site, heard, new_site
+
+from guix_tasks.buildx import Buildx
+from guix_tasks.digests import Pushed, save
+from guix_tasks.errors import RegistryError, UsageError
+from guix_tasks.manifest import join
+from guix_tasks.reference import Platform
+
+if TYPE_CHECKING:
+    from guix_tasks.stage import Project
+
+NAME = "registry.test/team/app"
+DIGESTS = [f"sha256:{letter * 64}" for letter in "abc"]
+JOINED = f"sha256:{'d' * 64}"
+
+STUB = """#!/bin/sh
+printf '%s\\n' "$@" -- >>"$STUB/argv"
+cat "$DOCKER_CONFIG/config.json" >>"$STUB/accounts"
+case $2 in
+  create) [ -f "$STUB/refusal" ] && { cat "$STUB/refusal" >&2; exit 1; } ;;
+  inspect) cat "$STUB/answer" ;;
+esac
+exit 0
+"""
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Buildx:
+    folder = tmp_path / "stub"
+    (folder / "config").mkdir(parents=True)
+    (folder / "config" / "config.json").write_text("{}")
+    program = folder / "docker-buildx"
+    program.write_text(STUB)
+    program.chmod(0o755)
+    (folder / "answer").write_text(json.dumps({"digest": JOINED}))
+    environment = {
+        "STUB": str(folder),
+        "PATH": os.environ["PATH"],
+        "DOCKER_CONFIG": str(folder / "config"),
+    }
+    return Buildx(str(program), environment)
+
+
+def calls(stub: Buildx) -> list[list[str]]:
+    """The argument lists of all calls."""
+    taken_down = Path(stub.environment["STUB"]) / "argv"
+    text = taken_down.read_text() if taken_down.exists() else ""
+    return [call.split("\n")[:-1] for call in text.split("--\n")[:-1]]
+
+
+def pushed(site: Site, *platforms: str, digest: str = DIGESTS[0], name: str = NAME) -> Path:
+    each = tuple(Platform.parse(platform) for platform in platforms)
+    return save(site.settings(), Pushed(name, each, digest))
+
+
+def project(tmp_path: Path, **env: str) -> tuple[Site, Project]:
+    site = new_site(tmp_path, None, **env)
+    return site, site.project()
+
+
+def refusal(project: Project, stub: Buildx) -> str:
+    with pytest.raises(UsageError) as caught:
+        join(project, stub)
+    assert calls(stub) == []
+    return str(caught.value)
+
+
+def test_what_was_pushed_is_joined_under_every_tag(tmp_path: Path, stub: Buildx) -> None:
+    site, made = project(tmp_path, TAGS="1.0 stable")
+    pushed(site, "linux/arm64", digest=DIGESTS[1])
+    pushed(site, "linux/amd64")
+    pushed(site, "linux/riscv64", name="registry.test/other", digest=DIGESTS[2])
+    assert join(made, stub) == JOINED
+    assert calls(stub) == [
+        [
+            "imagetools", "create", "--builder=default", "--progress=none",
+            f"--tag={NAME}:1", f"--tag={NAME}:1.0", f"--tag={NAME}:stable",
+            f"{NAME}@{DIGESTS[0]}", f"{NAME}@{DIGESTS[1]}",
+        ],
+        [
+            "imagetools", "inspect", "--builder=default", "--format={{json .Manifest}}",
+            f"{NAME}:1",
+        ],
+    ]  # fmt: skip
+    assert f"manifest: linux/arm64 is {NAME}@{DIGESTS[1]}\n" in heard(made)
+
+
+def test_platforms_that_were_pushed_together_are_one_source(tmp_path: Path, stub: Buildx) -> None:
+    site, made = project(tmp_path)
+    pushed(site, "linux/amd64", "linux/arm64")
+    pushed(site, "linux/riscv64", digest=DIGESTS[1])
+    join(made, stub)
+    assert [word for word in calls(stub)[0] if "@" in word] == [
+        f"{NAME}@{DIGESTS[0]}",
+        f"{NAME}@{DIGESTS[1]}",
+    ]
+
+
+def test_exactly_the_platforms_that_are_named_are_joined(tmp_path: Path, stub: Buildx) -> None:
+    site, made = project(tmp_path, PLATFORMS="linux/arm64 linux/amd64")
+    for digest, platform in zip(DIGESTS, ("amd64", "arm64", "riscv64"), strict=True):
+        pushed(site, f"linux/{platform}", digest=digest)
+    join(made, stub)
+    assert calls(stub)[0][-2:] == [f"{NAME}@{DIGESTS[1]}", f"{NAME}@{DIGESTS[0]}"]
+
+
+def test_a_platform_that_is_missing_is_named(tmp_path: Path, stub: Buildx) -> None:
+    site, made = project(tmp_path, PLATFORMS="linux/amd64 linux/arm64 linux/riscv64")
+    pushed(site, "linux/arm64")
+    assert refusal(made, stub).startswith("linux/amd64, linux/riscv64 is not in ")
+
+
+def test_what_comes_along_and_is_not_wanted_is_refused(tmp_path: Path, stub: Buildx) -> None:
+    site, made = project(tmp_path, PLATFORMS="linux/amd64")
+    place = pushed(site, "linux/amd64", "linux/arm64")
+    assert refusal(made, stub).startswith(f"{place} has linux/arm64 too, which PLATFORMS does not")
+
+
+def test_nothing_to_join_is_said(tmp_path: Path, stub: Buildx) -> None:
+    site, made = project(tmp_path)
+    pushed(site, "linux/amd64", name="registry.test/other")
+    assert refusal(made, stub).startswith(f"nothing of {NAME} is in ")
+
+
+def test_a_platform_in_two_files_is_refused(tmp_path: Path, stub: Buildx) -> None:
+    site, made = project(tmp_path)
+    one, two = pushed(site, "linux/amd64"), pushed(site, "linux/amd64", "linux/arm64")
+    assert refusal(made, stub) == f"linux/amd64 is in {one} and in {two}; delete the older one"
+
+
+def test_a_dry_run_says_what_it_would_join(tmp_path: Path, stub: Buildx) -> None:
+    site, made = project(tmp_path)
+    pushed(site, "linux/amd64")
+    assert join(made, replace(stub, shown_on=made.console, perform=False)) == ""
+    assert calls(stub) == []
+    assert f"imagetools create --builder=default --progress=none --tag={NAME}:1" in heard(made)
+
+
+def test_it_comes_with_the_account_that_is_set(tmp_path: Path, stub: Buildx) -> None:
+    site, made = project(tmp_path, DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2")  # noqa: S106
+    pushed(site, "linux/amd64")
+    join(made, stub)
+    folder = tmp_path / "stub"
+    assert (folder / "accounts").read_text().count("registry.test") == 4  # two calls
+    assert "hunter2" not in (folder / "argv").read_text() + heard(made)
+    assert (folder / "config" / "config.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("log", "why"),
+    [
+        (f"ERROR: {NAME}@{DIGESTS[0]}: not found", f"{NAME}@{DIGESTS[0]}: not found"),
+        ("ERROR: unexpected status: 401 Unauthorized", "unexpected status: 401 Unauthorized"),
+        (
+            'ERROR: failed to do request: Head "http://r/v2/": dial tcp: connection refused',
+            'failed to do request: Head "http://r/v2/"',
+        ),
+    ],
+)
+def test_what_the_registry_refuses_is_its_error(
+    tmp_path: Path, stub: Buildx, log: str, why: str
+) -> None:
+    site, made = project(tmp_path)
+    pushed(site, "linux/amd64")
+    (tmp_path / "stub" / "refusal").write_text(f"#1 [internal] x\n{log}\n")
+    with pytest.raises(RegistryError) as caught:
+        join(made, stub)
+    assert str(caught.value).startswith(f"cannot join {NAME}:1: {why}")
+    assert "BUILDX_NODES" not in str(caught.value)
+    assert len(calls(stub)) == 1
+
+
+@pytest.mark.parametrize("answer", ["", "null", "[]", "{}", "not JSON", '{"digest"'])
+def test_an_answer_without_a_digest_is_no_success(
+    tmp_path: Path, stub: Buildx, answer: str
+) -> None:
+    site, made = project(tmp_path)
+    pushed(site, "linux/amd64")
+    (tmp_path / "stub" / "answer").write_text(answer)
+    with pytest.raises(RegistryError, match=r"is joined, but the registry does not say its digest"):
+        join(made, stub)
