@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import socket
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from guix_tasks import buildx as command
 from guix_tasks.builders import builder_name, find_builder, has_platform, needed_syntax
@@ -125,6 +127,9 @@ def _create(project: Project, buildx: Buildx, nodes: tuple[Node, ...]) -> None:
     console.say(f"buildx.setup: making {name} ({settings.buildx_driver.value})")
     if settings.buildx_driver is Driver.KUBERNETES:
         console.warn("the driver kubernetes is experimental: guix-tasks was never run with it")
+    if buildx.perform:
+        for node in nodes:
+            refuse_silent(node.endpoint)
     try:
         for number, node in enumerate(nodes):
             buildx.change(*create_argv(settings, node, append=number > 0))
@@ -133,6 +138,22 @@ def _create(project: Project, buildx: Buildx, nodes: tuple[Node, ...]) -> None:
         if buildx.perform:
             _undo(project, buildx)
         raise
+
+
+def refuse_silent(endpoint: str) -> None:
+    """Refuse an endpoint at which nobody listens: buildx would try for 20 s and not say which."""
+    parts = urlsplit(endpoint)
+    try:
+        if parts.scheme == "tcp":
+            socket.create_connection((parts.hostname, parts.port or 0), timeout=5).close()
+        elif parts.scheme == "unix":
+            with socket.socket(socket.AF_UNIX) as there:
+                there.connect(parts.path)
+    except OSError as error:
+        raise BuilderError(
+            f"nobody answers at {endpoint}: {error.strerror or error}; start what is to be there, "
+            "or mend BUILDX_NODES"
+        ) from None
 
 
 def _undo(project: Project, buildx: Buildx) -> None:

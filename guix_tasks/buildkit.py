@@ -43,7 +43,7 @@ from guix_tasks.builders import find_builder, native_platforms, needed_syntax, r
 from guix_tasks.buildx import csv_field, signed_in
 from guix_tasks.console import human_size, human_time
 from guix_tasks.digests import Pushed, save
-from guix_tasks.errors import StageError, UsageError
+from guix_tasks.errors import BuilderError, StageError, UsageError
 from guix_tasks.guix import commits
 from guix_tasks.reference import Platform
 from guix_tasks.settings import Driver, Output
@@ -58,6 +58,9 @@ if TYPE_CHECKING:
     from guix_tasks.buildx import Builder, Buildx
     from guix_tasks.settings import Settings
     from guix_tasks.stage import Project, Stage
+
+
+_WITH_ATTESTATIONS = (Output.REGISTRY, Output.OCI)
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,12 @@ class _Baking:
             self._write_resolve()
         own = self.builder.driver == Driver.DOCKER.value
         reachable = network(self.project.engine, settings) if own else settings.network
-        reachable = reachable if reachable in ("host", "none") else None
+        if reachable not in (None, "host", "none"):
+            self.project.console.warn(
+                f"NETWORK={reachable}: a build can join no network but host and none; it takes "
+                "the builder's default"
+            )
+            reachable = None
         recipe = Recipe(
             platforms=self._platforms,
             resolve=self._floats,
@@ -222,6 +230,13 @@ class _Baking:
             f"base: handing {reference} ({human_size(image.size)}) to the builder, since its "
             "registry does not have it"
         )
+        others = [str(each) for each in self._platforms if str(each) != image.platform]
+        if others:
+            raise BuilderError(
+                f"only the engine has {reference}, and that for {image.platform} alone, not for "
+                f"{', '.join(others)}; push one for all of PLATFORMS to a registry, and name that "
+                "in BASE_IMAGE"
+            )
         if not self.buildx.perform:
             return {}
         return {str(reference): hand_over(self.project.engine, image, reference, self.folder)}
@@ -310,7 +325,8 @@ class _Baking:
         tags = [str(image), *(str(image.with_tag(tag)) for tag in settings.tags)]
         definition = replace(
             definition,
-            attestations=settings.buildx_attestations,
+            # Docker's own format has no place for them.
+            attestations=settings.buildx_attestations if output in _WITH_ATTESTATIONS else (),
             cache_to=[*settings.buildx_cache_to, *self._registry_cache("mode=max")],
         )
         if output in (Output.OCI, Output.DOCKER):

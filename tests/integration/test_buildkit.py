@@ -22,7 +22,6 @@ from harness import LOCK, Result, builder_environment, free_port, one_error
 
 from guix_tasks import buildx, guix
 from guix_tasks.bake import ASKED_TARGET, Definition, Recipe, bake_file, dockerfile, label_argument
-from guix_tasks.buildx import Buildx
 from guix_tasks.docker_engine import find_buildx
 from guix_tasks.engine import BuildSpec
 from guix_tasks.ledger import CHANNELS_LABEL, PACKAGES_LABEL
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from conftest import Made, NewProject
     from harness import Docker, Project, Workshop
 
+    from guix_tasks.buildx import Buildx
     from guix_tasks.docker_engine import DockerEngine
 
 pytestmark = pytest.mark.engine

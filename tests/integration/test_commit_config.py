@@ -14,6 +14,7 @@ from guix_tasks.settings import load_isolated
 from guix_tasks.stage import Project as EngineProject
 from guix_tasks.stage import Stage, run_stage
 from guix_tasks.stages.base import base_spec
+from guix_tasks.work import network
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,7 +79,7 @@ def configs(
 def make(project: Project, engine: DockerEngine) -> Configs:
     settings = load_isolated(project.folder / "project.env")
     opened = EngineProject(settings, engine, Console())
-    built = engine.build(base_spec(engine, settings), Console().stream)
+    built = engine.build(base_spec(settings, network(engine, settings)), Console().stream)
     project.seen.add(built)
     before = project.docker.config(built)
     project.ok("base")

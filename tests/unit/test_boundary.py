@@ -31,7 +31,7 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.program import Program
 
-from guix_tasks import boundary, buildx, docker_engine, fingerprint
+from guix_tasks import boundary, builder_setup, buildx, docker_engine, fingerprint
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.settings import settings_reference
 from guix_tasks.tasks import ns
@@ -95,6 +95,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("ENV_FILE", raising=False)
     monkeypatch.setattr(docker_engine, "DEFAULT_SOCKET", tmp_path / "no.sock")
     monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
+    monkeypatch.setattr(builder_setup, "refuse_silent", lambda _endpoint: None)
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
     yield
     boundary._engines.clear()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from fake_buildx import FLAGS, NAME, OPTIONS, REFUSED, SOCKET, UNKNOWN_FLAG, FakeBuildx
 from fake_engine import FakeContainer, FakeEngine, Heard, Output, Site, heard, new_site
 
+from guix_tasks import builder_setup
 from guix_tasks import buildx as command
 from guix_tasks.builder_setup import (
     BINFMT_IMAGE,
@@ -17,6 +19,7 @@ from guix_tasks.builder_setup import (
     cache_size,
     create_argv,
     parse_cache_size,
+    refuse_silent,
     set_up,
     status_rows,
     take_down,
@@ -27,6 +30,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from guix_tasks.buildx import Builder
+
+
+@pytest.fixture(autouse=True)
+def _endpoints_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of these tests are names only."""
+    monkeypatch.setattr(builder_setup, "refuse_silent", lambda _endpoint: None)
 
 
 @pytest.fixture
@@ -57,6 +66,42 @@ def made(fake: FakeBuildx, name: str = NAME) -> Builder:
     found = command.inspect(fake.program(), name)
     assert found
     return found
+
+
+# --- Answering ------------------------------------------------------------------------------
+
+
+def test_an_endpoint_that_is_listened_at_is_taken(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        refuse_silent(f"tcp://127.0.0.1:{server.getsockname()[1]}")
+    with socket.socket(socket.AF_UNIX) as local:
+        local.bind(str(tmp_path / "s"))
+        local.listen()
+        refuse_silent(f"unix://{tmp_path}/s")
+
+
+@pytest.mark.parametrize("endpoint", ["ssh://b.test", "a-context", "kubernetes://x"])
+def test_what_only_others_can_reach_is_left_to_them(endpoint: str) -> None:
+    refuse_silent(endpoint)
+
+
+def test_an_endpoint_that_nobody_listens_at_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        free = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+    for endpoint in (free, f"unix://{tmp_path}/none"):
+        with pytest.raises(BuilderError, match="nobody answers at") as caught:
+            refuse_silent(endpoint)
+        assert endpoint in str(caught.value)
+        assert "mend BUILDX_NODES" in str(caught.value)
+
+
+def test_where_one_of_the_nodes_is_silent_nothing_is_made(
+    site: Site, fake: FakeBuildx, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder_setup, "refuse_silent", refuse_silent)
+    site.env |= {"BUILDX_DRIVER": "remote", "BUILDX_NODES": "unix:///none"}
+    assert "unix:///none" in refused(site, fake)
+    assert fake.calls("create") == []
 
 
 # --- Made -----------------------------------------------------------------------------------
