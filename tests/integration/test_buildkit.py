@@ -376,7 +376,7 @@ def test_a_build_that_is_interrupted_pushes_nothing(
 ) -> None:
     project = new_project(GUIX_PACKAGES="hello")
     running = project.start("buildx.build", "--no-pull", "--force", env=insecure.environment)
-    running.await_output("packages will be installed")
+    running.await_output("will be installed")
     assert running.signal(signal.SIGINT) == 130
     assert "Traceback" not in running.said()
     assert docker("manifest", "inspect", "--insecure", project.image).returncode
