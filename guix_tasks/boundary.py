@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from guix_tasks.buildx import Buildx
     from guix_tasks.console import Console
+    from guix_tasks.doctor import Finding
     from guix_tasks.engine import Engine
     from guix_tasks.settings import Settings
     from guix_tasks.stage import Project
@@ -124,6 +125,27 @@ def opened_with_buildx(
             )
         shown_on = project.console if dry or echo else None
         yield project, replace(found, shown_on=shown_on, perform=not dry)
+
+
+def examine(c: Context) -> list[Finding]:
+    """What ``doctor`` finds; settings or an engine that fail are findings, too."""
+    from guix_tasks.doctor import Finding as Found
+    from guix_tasks.doctor import Patient, State, failed
+    from guix_tasks.doctor import examine as look
+    from guix_tasks.errors import GuixTasksError, SettingsError
+
+    try:
+        settings = _settings()
+    except SettingsError as error:
+        return [Found("settings", State.FAILED, problem) for problem in error.problems]
+    notes = [Found("settings", State.NOTE, note) for note in settings.notes]
+    _told.update(settings.notes)
+    try:
+        project = open_project(c, settings)
+    except GuixTasksError as error:
+        return [*notes, failed("engine", error)]
+    patient = Patient(project, lambda: _find_buildx(project, install=False))
+    return [*notes, Found("settings", State.OK, "read"), *look(patient)]
 
 
 def open_project(c: Context, settings: Settings, *, needs_engine: bool = True) -> Project:

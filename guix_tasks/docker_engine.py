@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
@@ -26,6 +28,7 @@ from guix_tasks.errors import (
     NoEngineError,
     RegistryError,
 )
+from guix_tasks.reference import ImageReference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -144,6 +147,14 @@ class DockerEngine:
             platform=_platform(info["OSType"], info["Architecture"]),
             storage_driver=info.get("Driver", ""),
             has_bridge=has_bridge,
+            root=info.get("DockerRootDir", ""),
+            time=_time(info.get("SystemTime", "")),
+            cgroups=info.get("CgroupVersion", ""),
+            # As "name=seccomp,profile=builtin".
+            security=tuple(
+                each.partition(",")[0].removeprefix("name=")
+                for each in info.get("SecurityOptions") or ()
+            ),
         )
 
     def image(self, reference: str) -> Image | None:
@@ -190,6 +201,22 @@ class DockerEngine:
         except (docker.errors.DockerException, requests.RequestException):
             return None
         return str(found["Descriptor"]["digest"])
+
+    def greet_registry(self, reference: str, credentials: Credentials | None) -> None:
+        registry, what = ImageReference.parse(reference).registry, f"ask for {reference}"
+        with self._speaking(what):
+            try:
+                if credentials:
+                    host = "" if registry == "docker.io" else registry
+                    self._api.login(
+                        credentials.username, credentials.password, registry=host, reauth=True
+                    )
+                self._api.inspect_distribution(  # type: ignore[no-untyped-call]
+                    reference, _auth(credentials)
+                )
+            except docker.errors.APIError as error:
+                if "unknown" not in (why := _line(error)):  # no such image, or no such repository
+                    raise _registry_error(what, why) from None
 
     def context_files(self, spec: BuildSpec) -> list[str]:
         own = spec.dockerfile.with_name(f"{spec.dockerfile.name}.dockerignore")
@@ -492,6 +519,16 @@ def _registry_error(what: str, detail: str) -> RegistryError:
     mends = (mend for mend, words in _REGISTRY_MENDS.items() if any(word in text for word in words))
     mend = next(mends, "")
     return RegistryError(f"cannot {what}: {detail}" + (f"; {mend}" if mend else ""))
+
+
+def _time(text: str) -> datetime | None:
+    """The time that an engine gives, to the second."""
+    try:
+        # RFC 3339, with more digits of a second than Python reads, and perhaps an offset.
+        zone = re.search(r"(Z|[+-][0-9:]+)$", text[19:])
+        return datetime.fromisoformat(text[:19] + (zone[1] if zone else "Z").replace("Z", "+00:00"))
+    except ValueError:
+        return None
 
 
 def _platform(system: str, machine: str) -> str:

@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
+    from datetime import datetime
     from pathlib import Path
 
     from guix_tasks.console import Console
@@ -30,6 +31,14 @@ class EngineInfo:
     storage_driver: str
     has_bridge: bool
     """Whether containers get a network by default; the private engine has none to give."""
+    root: str = ""
+    """The folder of its images, on its own machine."""
+    time: datetime | None = None
+    """What its clock shows."""
+    cgroups: str = ""
+    """The version of its cgroups."""
+    security: tuple[str, ...] = ()
+    """What limits its containers, by name: ``seccomp``, ``apparmor``, ``rootless``…"""
 
     @property
     def is_local(self) -> bool:
@@ -149,6 +158,12 @@ class Engine(Protocol):
 
     def remote_digest(self, reference: str) -> str | None:
         """The digest that a registry has for a reference; None where it cannot be told."""
+
+    def greet_registry(self, reference: str, credentials: Credentials | None) -> None:
+        """Ask a registry for an image, which need not be there.
+
+        Raises ``RegistryError`` where it cannot be reached or refuses the account.
+        """
 
     def context_files(self, spec: BuildSpec) -> list[str]:
         """The files of a build's context, as its ``.dockerignore`` leaves them."""
@@ -275,6 +290,9 @@ class TracedEngine:
 
     def remote_digest(self, reference: str) -> str | None:
         return self._engine.remote_digest(reference)
+
+    def greet_registry(self, reference: str, credentials: Credentials | None) -> None:
+        self._engine.greet_registry(reference, credentials)
 
     def context_files(self, spec: BuildSpec) -> list[str]:
         return self._engine.context_files(spec)

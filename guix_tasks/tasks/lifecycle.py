@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from guix_tasks.boundary import docker_command, opened, opened_single, opened_with_buildx
+from guix_tasks.boundary import (
+    docker_command,
+    examine,
+    guarded,
+    opened,
+    opened_single,
+    opened_with_buildx,
+)
 
 if TYPE_CHECKING:
     from invoke.context import Context
+
+CHECK_FAILED = 1
 
 FORCE = {"force": "although nothing changed"}
 NO_COMMIT = {"no_commit": "leave the work container for `inv commit` instead of committing it"}
@@ -193,6 +202,21 @@ def status(c: Context, size: bool = False, plot: str = "") -> None:
         else:
             rows = [row for each in project.each_platform() for row in upkeep.status_rows(each)]
             project.console.table(upkeep.STATUS_HEADER, rows)
+
+
+@task(
+    name="doctor", help={"json": "print the findings as JSON, for machines"}, auto_shortflags=False
+)
+def doctor(c: Context, json: bool = False) -> None:
+    """Check what can be wrong on this machine; one line each, with the mend."""
+    with guarded():
+        findings = examine(c)
+        from guix_tasks.console import Console
+        from guix_tasks.doctor import State, show
+
+        show(Console(), findings, as_json=json)
+        if any(each.state is State.FAILED for each in findings):
+            raise Exit(code=CHECK_FAILED)
 
 
 @task(help={"work": "only the work containers"}, auto_shortflags=False)
