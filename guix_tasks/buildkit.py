@@ -14,7 +14,7 @@ import secrets
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,7 @@ from guix_tasks.digests import Pushed, save
 from guix_tasks.errors import BuilderError, StageError, UsageError
 from guix_tasks.guix import commits
 from guix_tasks.reference import Platform
+from guix_tasks.retry import retried
 from guix_tasks.settings import Driver, Output
 from guix_tasks.stage import stage_files
 from guix_tasks.stages.base import base_spec
@@ -402,14 +403,17 @@ class _Baking:
             f"--metadata-file={metadata}", f"--progress={'tty' if terminal else 'plain'}", target,
         )  # fmt: skip
         limit = self._settings.stage_timeout
+        call = partial(
+            replace(self.buildx, environment=environment).stream,
+            *arguments,
+            output=console.stream,
+            terminal=terminal,
+            spec=definition.base,
+            seconds=limit * max(1, len(definition.recipe.stages)) if limit else None,
+        )
         try:
-            replace(self.buildx, environment=environment).stream(
-                *arguments,
-                output=console.stream,
-                terminal=terminal,
-                spec=definition.base,
-                seconds=limit * max(1, len(definition.recipe.stages)) if limit else None,
-            )
+            # What was made is in the builder's cache, so trying again goes on from there.
+            retried(console, "the build", call)
         except TimeoutError:
             taken = human_time(limit or 0)
             raise StageError(

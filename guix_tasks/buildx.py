@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from guix_tasks import retry
 from guix_tasks.engine import build_options
 from guix_tasks.errors import BuilderError, GuixTasksError, RegistryError, StageError
 from guix_tasks.local.engine import private_engine
@@ -500,7 +501,9 @@ def failure(log: str, spec: BuildSpec | None = None) -> GuixTasksError:
         )
     for words, (kind, mend) in _MENDS.items():
         if re.search(words, why, re.IGNORECASE):
-            return kind(f"{why}; {mend}")
+            error = kind(f"{why}; {mend}")
+            error.passes = retry.passes(why)
+            return error
     return build_error(spec, why) if spec else BuilderError(why)
 
 

@@ -19,7 +19,7 @@ import docker.types
 import docker.utils
 import requests
 
-from guix_tasks import buildx
+from guix_tasks import buildx, retry
 from guix_tasks.engine import Container, EngineInfo, Image, Layer
 from guix_tasks.errors import (
     BuilderError,
@@ -518,7 +518,9 @@ def _registry_error(what: str, detail: str) -> RegistryError:
     text = detail.lower()
     mends = (mend for mend, words in _REGISTRY_MENDS.items() if any(word in text for word in words))
     mend = next(mends, "")
-    return RegistryError(f"cannot {what}: {detail}" + (f"; {mend}" if mend else ""))
+    error = RegistryError(f"cannot {what}: {detail}" + (f"; {mend}" if mend else ""))
+    error.passes = retry.passes(detail)
+    return error
 
 
 def _time(text: str) -> datetime | None:

@@ -12,6 +12,9 @@ class GuixTasksError(Exception):
 
     exit_code: int = 1
 
+    passes: bool = False
+    """Whether the same may go well a little later; see ``retry``."""
+
 
 class CheckError(GuixTasksError):
     """A test or a check of an image failed."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks.digests import Pushed, save
-from guix_tasks.errors import UsageError
+from guix_tasks.errors import RegistryError, UsageError
 from guix_tasks.ledger import SQUASH, STAGES, proven_stage
 from guix_tasks.lifecycle import Lifecycle
+from guix_tasks.retry import retried
 from guix_tasks.transfer import credentials, transfer
 
 if TYPE_CHECKING:
@@ -33,8 +35,9 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
     for reference in references:
         if not stage and reference != str(ledger.image):
             engine.tag(image.id, reference)
-        with transfer(project, f"push {reference}") as progress:
-            digests[reference] = engine.push(reference, credentials(project), progress)
+        digests[reference] = retried(
+            project.console, "the push", partial(_push, project, reference)
+        )
     platform = project.settings.platform
     if platform and not stage and not engine.is_dry:
         (digest,) = digests.values()
@@ -43,6 +46,19 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
             f"push: {path}; `inv manifest` joins the platforms under {project.settings.image}"
         )
     return digests
+
+
+def _push(project: Project, reference: str) -> str:
+    """Push a tag, and see that the registry holds what it said that it took; the digest."""
+    with transfer(project, f"push {reference}") as progress:
+        digest = project.engine.push(reference, credentials(project), progress)
+    held = project.engine.remote_digest(reference) if digest else None
+    if held not in (None, digest):
+        raise RegistryError(
+            f"{reference} was pushed as {digest}, and the registry holds {held}: somebody else "
+            "pushes that tag, or the registry is at fault; push again"
+        )
+    return digest
 
 
 def pushed_references(settings: Settings) -> list[str]:

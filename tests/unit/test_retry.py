@@ -1,0 +1,116 @@
+"""Faults that pass, and trying again."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from guix_tasks import retry
+from guix_tasks.console import Console
+from guix_tasks.errors import RegistryError
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    found: list[float] = []
+    monkeypatch.setattr("time.sleep", found.append)
+    return found
+
+
+def fault(text: str = "no", *, passes: bool = True) -> RegistryError:
+    error = RegistryError(text)
+    error.passes = passes
+    return error
+
+
+class Server:
+    """Fails so often, and answers then."""
+
+    def __init__(self, *faults: Exception) -> None:
+        self.faults = list(faults)
+        self.calls = 0
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.faults:
+            raise self.faults.pop(0)
+        return "answer"
+
+
+def test_what_goes_well_is_not_tried_again(waits: list[float]) -> None:
+    server = Server()
+    assert retry.retried(Console(), "it", server) == "answer"
+    assert (server.calls, waits) == (1, [])
+
+
+def test_a_fault_that_passes_is_tried_again_ever_later(waits: list[float]) -> None:
+    said = io.StringIO()
+    server = Server(fault("one"), fault("two"), fault("three"))
+    assert retry.retried(Console(err=said), "the push", server) == "answer"
+    assert len(waits) == 3
+    for wait, longest in zip(waits, (2, 4, 8), strict=True):
+        assert longest / 2 <= wait <= longest
+    lines = said.getvalue().splitlines()
+    assert lines[0].startswith("warning: one; the push is tried again in ")
+    assert len(lines) == 3
+
+
+def test_a_fault_that_stays_is_told_after_the_last_try(waits: list[float]) -> None:
+    server = Server(*(fault(str(number)) for number in range(9)))
+    with pytest.raises(RegistryError, match="3"):
+        retry.retried(Console(err=io.StringIO()), "it", server)
+    assert server.calls == retry.TRIES
+
+
+def test_a_fault_that_does_not_pass_is_told_at_once(waits: list[float]) -> None:
+    server = Server(fault(passes=False))
+    with pytest.raises(RegistryError):
+        retry.retried(Console(), "it", server)
+    assert (server.calls, waits) == (1, [])
+
+
+def test_no_wait_is_longer_than_a_minute(
+    waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("random.uniform", lambda _least, most: most)
+    server = Server(*(fault() for _ in range(10)))
+    retry.retried(Console(err=io.StringIO()), "it", server, tries=11)
+    assert waits[-1] == max(waits) == retry.LONGEST
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "toomanyrequests: You have reached your pull rate limit",
+        "received unexpected HTTP status: 503 Service Unavailable",
+        "unexpected status from PUT request to http://x/manifests/t: 429 Too Many Requests",
+        'Put "http://x": read tcp 127.0.0.1:1->127.0.0.1:2: read: connection reset by peer',
+        'Get "https://x/v2/": net/http: TLS handshake timeout',
+        'Get "https://x/v2/": dial tcp 1.2.3.4:443: i/o timeout',
+        'Patch "http://x/blobs/uploads/1": EOF',
+        "write tcp: broken pipe",
+        "500 Internal Server Error",
+        "502 Bad Gateway",
+    ],
+)
+def test_these_pass(text: str) -> None:
+    assert retry.passes(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "denied: requested access to the resource is denied",
+        "unauthorized: authentication required",
+        "dial tcp 127.0.0.1:1: connect: connection refused",
+        "dial tcp: lookup registry.invalid: no such host",
+        "manifest unknown",
+        "tls: failed to verify certificate: x509: certificate signed by unknown authority",
+        "403 Forbidden",
+        "blob sha256:5000429500 is unknown to the registry",
+        "no space left on device",
+    ],
+)
+def test_these_do_not(text: str) -> None:
+    assert not retry.passes(text)
