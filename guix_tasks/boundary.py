@@ -140,6 +140,7 @@ def examine(c: Context) -> list[Finding]:
         return [Found("settings", State.FAILED, problem) for problem in error.problems]
     notes = [Found("settings", State.NOTE, note) for note in settings.notes]
     _told.update(settings.notes)
+    _engines.clear()  # what an earlier task was told is old, its time above all
     try:
         project = open_project(c, settings)
     except GuixTasksError as error:

@@ -24,9 +24,10 @@ from guix_tasks.work import PROJECT_LABEL, container_name
 from guix_tasks.work import project as project_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from guix_tasks.buildx import Builder, BuilderNode, Buildx
+    from guix_tasks.reference import Platform
     from guix_tasks.settings import Settings
     from guix_tasks.stage import Project
 
@@ -69,6 +70,12 @@ def set_up(project: Project, buildx: Buildx, wishes: SetupWishes) -> None:
         _make(project, buildx, recreate=wishes.recreate)
     if buildx.perform:
         _check(project, buildx, install=wishes.binfmt)
+    elif wishes.binfmt and settings.platforms:
+        found = command.inspect(buildx, builder_name(settings, buildx))
+        there = [each for each in settings.platforms if found and has_platform(found, each)]
+        missing = [each for each in settings.platforms if each not in there]
+        if missing:
+            console.command(_binfmt_argv(missing))
     if wishes.use:
         name = builder_name(settings, buildx)
         buildx.change("use", name)
@@ -97,7 +104,8 @@ def _make(project: Project, buildx: Buildx, *, recreate: bool) -> None:
     if found and wrong and not recreate:
         raise BuilderError(
             f"the builder {name} is not as it should be: {'; '.join(wrong)}; "
-            "`inv buildx.setup --recreate` makes it anew and keeps its cache"
+            "`inv buildx.setup --recreate` makes it anew and keeps its cache, or mend "
+            "BUILDX_DRIVER and BUILDX_NODES"
         )
     if found and not recreate:
         idle = [node.name for node in found.nodes if node.status != "running"]
@@ -107,6 +115,9 @@ def _make(project: Project, buildx: Buildx, *, recreate: bool) -> None:
         else:
             console.say(f"buildx.setup: {name} is there")
         return
+    if buildx.perform:
+        for node in wanted:
+            refuse_silent(node.endpoint)
     if found:
         buildx.change("rm", "--keep-state", name)
     _create(project, buildx, wanted)
@@ -127,9 +138,6 @@ def _create(project: Project, buildx: Buildx, nodes: tuple[Node, ...]) -> None:
     console.say(f"buildx.setup: making {name} ({settings.buildx_driver.value})")
     if settings.buildx_driver is Driver.KUBERNETES:
         console.warn("the driver kubernetes is experimental: guix-tasks was never run with it")
-    if buildx.perform:
-        for node in nodes:
-            refuse_silent(node.endpoint)
     try:
         for number, node in enumerate(nodes):
             buildx.change(*create_argv(settings, node, append=number > 0))
@@ -210,15 +218,18 @@ def _node_differences(settings: Settings, node: BuilderNode, want: Node) -> Iter
             yield f"its node is {node.name}"
     elif node.endpoint != want.endpoint:
         yield f"its node {node.name} is at {node.endpoint}, not at {want.endpoint}"
-    missing = set(ENTITLEMENTS) - set(entitlements(node)) if driver in _WITH_DAEMON else ()
-    for each in sorted(missing):
-        yield f"its node {node.name} was made without the entitlement {each}"
+    if driver in _WITH_DAEMON and ENTITLEMENTS[0] not in entitlements(node):
+        yield f"its node {node.name} was made without the entitlement {ENTITLEMENTS[0]}"
     there = dict(node.options)
-    for name, value in _options(settings, want):
+    # That the log of another's builder is clipped is no reason to replace it.
+    asked = (pair for pair in _options(settings, want) if pair[0] not in _LOGS)
+    for name, value in asked:
         if there.get(name) != value:
-            yield f"its node {node.name} was made with {name}={there.get(name, '')}, not {value}"
+            yield f"its node {node.name} was made without {name}={value}"
     if want.platforms and set(map(str, want.platforms)) != set(node.fixed):
-        yield f"its node {node.name} is for {', '.join(node.fixed) or 'all it has'}"
+        wanted = ", ".join(map(str, want.platforms))
+        given = ", ".join(node.fixed) or "all that it has"
+        yield f"its node {node.name} is for {given}, not {wanted}"
 
 
 def entitlements(node: BuilderNode) -> list[str]:
@@ -232,8 +243,7 @@ def _check_platforms(project: Project, buildx: Buildx, builder: Builder, *, inst
     missing = [each for each in project.settings.platforms if not has_platform(builder, each)]
     if not missing:
         return
-    names = ",".join(each.architecture for each in missing)
-    argv = ["docker", "run", "--privileged", "--rm", BINFMT_IMAGE, "--install", names]
+    argv = _binfmt_argv(missing)
     shown = ", ".join(map(str, missing))
     if not install:
         project.console.warn(
@@ -242,7 +252,7 @@ def _check_platforms(project: Project, buildx: Buildx, builder: Builder, *, inst
             "faster"
         )
         return
-    _install_emulators(project, names)
+    _install_emulators(project, argv[-1])
     again = command.inspect(buildx, builder.name)
     left = [each for each in missing if again is None or not has_platform(again, each)]
     if left:
@@ -250,6 +260,11 @@ def _check_platforms(project: Project, buildx: Buildx, builder: Builder, *, inst
             f"the builder has no {', '.join(map(str, left))} yet; `inv buildx.setup --recreate` "
             "lets it look again"
         )
+
+
+def _binfmt_argv(missing: Sequence[Platform]) -> list[str]:
+    names = ",".join(each.architecture for each in missing)
+    return ["docker", "run", "--privileged", "--rm", BINFMT_IMAGE, "--install", names]
 
 
 def _install_emulators(project: Project, names: str) -> None:

@@ -37,6 +37,12 @@ def find_builder(settings: Settings, buildx: Buildx) -> Builder:
     found = command.inspect(buildx, name)
     if found is None:
         raise BuilderError(f"there is no builder {name!r}; `inv buildx.setup` makes it")
+    driver = settings.buildx_driver.value
+    if found.driver != driver:
+        raise BuilderError(
+            f"the builder {name} has the driver {found.driver}, not {driver}; mend BUILDX_DRIVER "
+            "or BUILDX_BUILDER, or `inv buildx.setup --recreate`"
+        )
     return found
 
 
@@ -59,8 +65,9 @@ def refuse_platform(settings: Settings, builder: Builder, platform: Platform) ->
         return  # it is not running yet, and buildx starts it
     if not has_platform(builder, platform):
         raise BuilderError(
-            f"the builder {builder.name} has no {platform}: `inv buildx.setup --binfmt` adds it by "
-            "emulation, a node of its own in BUILDX_NODES is faster"
+            f"the builder {builder.name} has no {platform}; `inv buildx.setup --binfmt` adds it by "
+            "emulation, to go with GUIX_SANDBOX=nochroot; a node of its own in BUILDX_NODES is "
+            "faster"
         )
     native = any(each.runs(platform) for each in native_platforms(builder))
     if not native and settings.guix_sandbox is not Sandbox.NOCHROOT:

@@ -18,6 +18,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from guix_tasks import buildx as buildx_command
 from guix_tasks.bake import (
     ASKED_TARGET,
     DIGEST_KEY,
@@ -39,24 +40,30 @@ from guix_tasks.build_folder import (
     write_mounts,
     write_step,
 )
-from guix_tasks.builders import find_builder, native_platforms, needed_syntax, refuse_platform
-from guix_tasks.buildx import csv_field, signed_in
-from guix_tasks.console import human_size, human_time
+from guix_tasks.builders import (
+    builder_name,
+    find_builder,
+    native_platforms,
+    needed_syntax,
+    refuse_platform,
+)
+from guix_tasks.buildx import Builder, csv_field, signed_in
+from guix_tasks.console import Log, human_size, human_time
 from guix_tasks.digests import Pushed, save
 from guix_tasks.errors import BuilderError, StageError, UsageError
 from guix_tasks.guix import commits
 from guix_tasks.reference import Platform
 from guix_tasks.retry import retried
-from guix_tasks.settings import Driver, Output
+from guix_tasks.settings import Driver, Output, Sandbox
 from guix_tasks.stage import stage_files
-from guix_tasks.stages.base import base_spec
+from guix_tasks.stages.base import base_spec, other_platform
 from guix_tasks.stages.install import install_stage
 from guix_tasks.stages.pull import lock_text, pull_stage, stage_to_run, wanted_text, write_lock
 from guix_tasks.transfer import credentials
 from guix_tasks.work import IMAGE_FOLDER, cache_prefix, network, project_digest
 
 if TYPE_CHECKING:
-    from guix_tasks.buildx import Builder, Buildx
+    from guix_tasks.buildx import Buildx
     from guix_tasks.settings import Settings
     from guix_tasks.stage import Project, Stage
 
@@ -96,7 +103,7 @@ def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
     elif not wishes.update:
         stage_to_run(settings)
     _refuse(project, wishes)
-    builder = _running(find_builder(settings, buildx), settings, buildx)
+    builder = _builder(project, buildx)
     for platform in settings.platforms:
         refuse_platform(settings, builder, platform)
     registry = settings.image.registry
@@ -112,8 +119,17 @@ def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
     return answer
 
 
-def _running(builder: Builder, settings: Settings, buildx: Buildx) -> Builder:
-    """The builder, started where none of its nodes can say what it is."""
+def _builder(project: Project, buildx: Buildx) -> Builder:
+    """The builder, started where none of its nodes can say what it is.
+
+    A dry run goes on without one: it may be what the task before would have made.
+    """
+    settings = project.settings
+    name = builder_name(settings, buildx)
+    if not buildx.perform and buildx_command.inspect(buildx, name) is None:
+        project.console.say(f"buildx.build: there is no builder {name} yet")
+        return Builder(name, settings.buildx_driver.value, ())
+    builder = find_builder(settings, buildx)
     if any(node.platforms for node in builder.nodes):
         return builder
     buildx.change("inspect", "--bootstrap", builder.name)
@@ -133,6 +149,10 @@ def _refuse(project: Project, wishes: BuildWishes) -> None:
         )
     if settings.buildx_output is Output.LOAD:
         project.engine.info()  # raises where there is none to load it into
+    beside_engine = settings.buildx_driver in (Driver.DOCKER, Driver.CONTAINER)
+    if settings.buildx_output is Output.REGISTRY and beside_engine and not settings.buildx_nodes:
+        # Better now than after hours; the builder is where the engine is.
+        project.engine.greet_registry(str(settings.image), credentials(project))
 
 
 @dataclass(frozen=True)
@@ -160,10 +180,12 @@ class _Baking:
     def bake(self) -> str:
         """Make it and put it where it is wanted; what that is."""
         settings, say = self._settings, self.project.console.say
-        syntax = needed_syntax(settings, self.buildx, self.builder.name)
+        known = self.builder.nodes or self.buildx.perform
+        syntax = needed_syntax(settings, self.buildx, self.builder.name) if known else None
         say(
             f"buildx.build: {', '.join(map(str, self._platforms))} with {self.builder.name} "
-            f"({self.builder.driver}), {settings.guix_sandbox.value} steps"
+            f"({self.builder.driver})"
+            + (", builds not isolated" if settings.guix_sandbox is Sandbox.NOCHROOT else "")
         )
         say(f"base: {settings.dockerfile} on {settings.base_image}")
         definition = self._definition(syntax)
@@ -233,11 +255,7 @@ class _Baking:
         )
         others = [str(each) for each in self._platforms if str(each) != image.platform]
         if others:
-            raise BuilderError(
-                f"only the engine has {reference}, and that for {image.platform} alone, not for "
-                f"{', '.join(others)}; push one for all of PLATFORMS to a registry, and name that "
-                "in BASE_IMAGE"
-            )
+            raise BuilderError(other_platform(str(reference), image, ", ".join(others)))
         if not self.buildx.perform:
             return {}
         return {str(reference): hand_over(self.project.engine, image, reference, self.folder)}
@@ -403,10 +421,11 @@ class _Baking:
             f"--metadata-file={metadata}", f"--progress={'tty' if terminal else 'plain'}", target,
         )  # fmt: skip
         limit = self._settings.stage_timeout
+        log = Log(console)
         call = partial(
             replace(self.buildx, environment=environment).stream,
             *arguments,
-            output=console.stream,
+            output=console.stream if terminal else log.add,
             terminal=terminal,
             spec=definition.base,
             seconds=limit * max(1, len(definition.recipe.stages)) if limit else None,

@@ -441,8 +441,15 @@ _REFUSED = (
     "the registry refuses: see that it is there (`inv registry.up` for a local one), and that "
     "DOCKER_USERNAME and DOCKER_PASSWORD, or `docker login`, may write there"
 )
+_NO_REGISTRY = (
+    "no registry listens there for the builder: start it (`inv registry.up` for a local one), or "
+    "mend IMAGE; a builder in a network of its own does not see this machine's localhost "
+    "(`inv buildx.setup --recreate`)"
+)
+_CACHE = "mend BUILDX_CACHE_FROM or BUILDX_CACHE_TO"
 _UNREACHABLE = (
-    "a node cannot be reached: `inv buildx.status` shows which; start it, or mend BUILDX_NODES"
+    "what a node needs cannot be reached: start it, or mend BUILDX_DRIVER and BUILDX_NODES; "
+    "`inv buildx.status` shows the nodes that there are"
 )
 
 _MENDS: Mapping[str, tuple[type[GuixTasksError], str]] = {
@@ -461,6 +468,8 @@ _MENDS: Mapping[str, tuple[type[GuixTasksError], str]] = {
     r"exec format error|no match for platform|does not match the specified platform": (
         BuilderError, _NO_PLATFORM,
     ),
+    r"(cache|importer|exporter) requires|unknown cache": (BuilderError, _CACHE),
+    r"(failed to push|failed to do request).*connection refused": (RegistryError, _NO_REGISTRY),
     r"failed to (push|authorize)|push access denied|insufficient_scope|"
     r"40[13] (unauthorized|forbidden)|no basic auth|failed to do request": (
         RegistryError, _REFUSED,
@@ -476,6 +485,9 @@ _STEP = re.compile(
     r'process ".*/\.guix-tasks/stage (?P<stage>\S+)" did not complete successfully: '
     r"exit code: (?P<status>\d+)"
 )
+
+SCANNER = "docker/buildkit-syft-scanner"
+"""What BuildKit makes an SBOM with."""
 
 NO_BASE = (
     "failed to resolve source metadata",
@@ -510,6 +522,11 @@ def failure(log: str, spec: BuildSpec | None = None) -> GuixTasksError:
 def build_error(spec: BuildSpec, why: str) -> BuilderError:
     """The failure of a build in one line, with what mends it where that is known."""
     base = spec.args.get("BASE_IMAGE", "")
+    if SCANNER in why:
+        return BuilderError(
+            f"the SBOM's scanner {SCANNER} is out of the builder's reach: {why}; leave sbom out of "
+            "BUILDX_ATTESTATIONS"
+        )
     if "unknown scheme oci-layout" in why:
         return BuilderError(
             f"only the engine has {base}, and this builder is one that no image can be handed to; "

@@ -205,18 +205,37 @@ class DockerEngine:
     def greet_registry(self, reference: str, credentials: Credentials | None) -> None:
         registry, what = ImageReference.parse(reference).registry, f"ask for {reference}"
         with self._speaking(what):
+            api = self._api
             try:
                 if credentials:
-                    host = "" if registry == "docker.io" else registry
-                    self._api.login(
-                        credentials.username, credentials.password, registry=host, reauth=True
-                    )
-                self._api.inspect_distribution(  # type: ignore[no-untyped-call]
+                    self._log_in("" if registry == "docker.io" else registry, credentials)
+                api.inspect_distribution(  # type: ignore[no-untyped-call]
                     reference, _auth(credentials)
                 )
+            except docker.errors.NotFound:
+                return
             except docker.errors.APIError as error:
-                if "unknown" not in (why := _line(error)):  # no such image, or no such repository
+                # As some registries say that an image, or its repository, is not there.
+                if not re.match(
+                    r"unknown: (artifact|repository) \S+ not found", why := _line(error)
+                ):
                     raise _registry_error(what, why) from None
+            except docker.errors.DockerException as error:
+                raise RegistryError(
+                    f"cannot {what}: Docker's own configuration gives no account: {_line(error)}; "
+                    "mend its config.json, or set DOCKER_USERNAME and DOCKER_PASSWORD"
+                ) from None
+
+    def _log_in(self, registry: str, credentials: Credentials) -> None:
+        try:
+            self._api.login(
+                credentials.username, credentials.password, registry=registry, reauth=True
+            )
+        except docker.errors.APIError:
+            raise
+        except docker.errors.DockerException:
+            # The SDK looks into Docker's own configuration first, which is none of this account's.
+            return
 
     def context_files(self, spec: BuildSpec) -> list[str]:
         own = spec.dockerfile.with_name(f"{spec.dockerfile.name}.dockerignore")

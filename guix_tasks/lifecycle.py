@@ -19,7 +19,7 @@ from guix_tasks.ledger import (
     stage_labels,
 )
 from guix_tasks.stage import commit_image, run_stage, say_done
-from guix_tasks.stages.base import base_inputs, base_spec
+from guix_tasks.stages.base import base_inputs, base_spec, refuse_other_platform
 from guix_tasks.stages.install import given_packages, install_stage
 from guix_tasks.stages.pull import (
     CHANNELS_INPUT,
@@ -245,6 +245,7 @@ class Lifecycle:
         started = time.monotonic()
         project, settings = self._project, self._settings
         project.console.say(f"base: {settings.dockerfile} on {settings.base_image}")
+        refuse_other_platform(project.engine, settings)
         spec = base_spec(settings, network(project.engine, settings))
         built = project.engine.build(spec, project.console.stream)
         parent = project.engine.image(built)

@@ -27,6 +27,10 @@ def join(project: Project, buildx: Buildx) -> str:
     ``UsageError`` and ``RegistryError``.
     """
     settings, console = project.settings, project.console
+    if not buildx.perform and not load(settings):
+        # The pushes before it were left at being shown, too.
+        console.say(f"manifest: nothing is in {folder_of(settings)} yet")
+        return ""
     parts = _parts(settings)
     image = settings.image
     references = [str(image), *(str(image.with_tag(tag)) for tag in settings.tags)]

@@ -30,6 +30,11 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
     ledger, engine = project.ledger, project.engine
     image = image_to_use(project, stage)
     _refuse_stale(project, image)
+    if proven_stage(image) is None:
+        project.console.warn(
+            f"{ledger.image} was made by none of these stages, so nobody knows whether it is up to "
+            "date; pushing it as it is"
+        )
     references = [ledger.tag(stage)] if stage else pushed_references(project.settings)
     digests = {}
     for reference in references:
@@ -108,5 +113,8 @@ def image_to_use(project: Project, stage: str | None = None) -> Image:
             f"the built-in ones are {', '.join(STAGES)} and {SQUASH}"
         )
     if image is None:
-        raise UsageError(f"there is no {reference} on this engine; run `inv {stage or 'install'}`")
+        raise UsageError(
+            f"there is no {reference} on this engine; run `inv {stage or 'install'}`, or "
+            "`docker pull` it if buildx.build pushed it"
+        )
     return image

@@ -104,6 +104,10 @@ def _clean_images(project: Project) -> list[str]:
     ids = {image.id for image in stages.values()}
     others = dict.fromkeys([str(ledger.image), *pushed_references(settings)])
     ours = [each for each in others if (image := engine.image(each)) and image.id in ids]
+    # What a push for one platform has tagged, whatever PLATFORMS is now.
+    by_platform = f"{settings.image}-linux-"
+    tags = {tag for image in stages.values() for tag in image.tags if tag.startswith(by_platform)}
+    ours += sorted(tags.difference(ours))
     for reference in [*ours, *(ledger.tag(stage) for stage in reversed(stages))]:
         engine.untag(reference)
         removed.append(reference)

@@ -176,7 +176,7 @@ class Settings:
         default="docker-container",
     )
     buildx_nodes: tuple[Node, ...] = _setting(
-        parsers.list_of(nodes.node),
+        parsers.list_of(nodes.node, commas=True),
         "The builder's machines: ENDPOINT[,platform=PLATFORM][,OPTION=VALUE] ...; "
         "empty: the engine's.",
     )
@@ -189,11 +189,11 @@ class Settings:
         parsers.list_of(parsers.attestation), "What is pushed with the image: provenance sbom."
     )
     buildx_cache_from: tuple[str, ...] = _setting(
-        parsers.list_of(parsers.cache_backend),
+        parsers.list_of(parsers.cache_backend, commas=True),
         "Build caches to take steps from: type=registry,ref=REGISTRY/REPOSITORY type=gha ...",
     )
     buildx_cache_to: tuple[str, ...] = _setting(
-        parsers.list_of(parsers.cache_backend),
+        parsers.list_of(parsers.cache_backend, commas=True),
         "Build caches to put steps into: type=local,dest=FOLDER,mode=max ...",
     )
     buildkit_syntax: ImageReference = _setting(

@@ -68,14 +68,16 @@ def node(text: str, base: Path) -> Node:
         raise ValueError(
             f"{quoted(text)}: a quote is not around all of an option; mend it"
         ) from None
-    if not re.fullmatch(r"[A-Za-z0-9][\w@%+.:/?=&\[\]-]*", endpoint, re.ASCII):
+    bare_option = "=" in endpoint and "://" not in endpoint
+    if bare_option or not re.fullmatch(r"[A-Za-z0-9][\w@%+.:/?=&\[\]-]*", endpoint, re.ASCII):
         raise ValueError(f"{quoted(endpoint)} is not an endpoint; write one first, options behind")
     platforms: list[Platform] = []
     options: dict[str, str] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not value:
-            raise ValueError(f"{quoted(word)} is not an option; write NAME=VALUE")
+            hint = "; nodes are separated by spaces, not commas" if "://" in word else ""
+            raise ValueError(f"{quoted(word)} is not an option; write NAME=VALUE{hint}")
         if name == "platform":
             platforms.append(Platform.parse(value))
         elif name in options:

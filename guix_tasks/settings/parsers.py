@@ -43,8 +43,11 @@ def optional(parse: Parser) -> Parser:
     return lambda text, base: parse(text, base) if text else None
 
 
-def list_of(parse: Parser) -> Parser:
-    """Take items separated as a shell separates words; one given twice counts once."""
+def list_of(parse: Parser, *, commas: bool = False) -> Parser:
+    """Take items separated as a shell separates words; one given twice counts once.
+
+    Where ``commas`` are a part of items, none is taken for a slip.
+    """
 
     def parse_all(text: str, base: Path) -> tuple[Any, ...]:
         try:
@@ -54,7 +57,8 @@ def list_of(parse: Parser) -> Parser:
         values: list[Any] = []
         problems: list[str] = []
         for word in words:
-            hint = "; items are separated by spaces, not commas" if "," in word else ""
+            slip = "," in word and not commas
+            hint = "; items are separated by spaces, not commas" if slip else ""
             try:
                 values.append(parse(word, base))
             except ValueError as error:
@@ -111,7 +115,8 @@ network = _matching(r"[A-Za-z0-9][\w.-]*", "is not a network; write none, host, 
 builder = _matching(
     # The rule of buildx, store/util.go and builder.go.
     r"(?!(?i:default)\Z)[A-Za-z][\w.-]*",
-    "is not the name of a builder; write letters and digits, the first a letter, and not default",
+    "is not the name of a builder; write letters and digits, the first a letter; the engine's own "
+    "is BUILDX_DRIVER=docker",
 )
 attestation = _matching("provenance|sbom", "is not an attestation; write provenance or sbom")
 _cache_form = _matching(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from guix_tasks.engine import BuildSpec
-from guix_tasks.errors import UsageError
+from guix_tasks.errors import BuilderError, UsageError
 from guix_tasks.fingerprint import file_digest, text_digest, tree_digest
 from guix_tasks.work import IMAGE_FOLDER, network, platform_input
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from guix_tasks.engine import Engine
+    from guix_tasks.engine import Engine, Image
     from guix_tasks.settings import Settings
 
 BASE_INPUT = "BASE_IMAGE"
@@ -27,6 +27,25 @@ def base_spec(settings: Settings, network: str | None) -> BuildSpec:
         secrets=settings.build_secrets,
         platform=str(settings.platform) if settings.platform else None,
         network=network if network in ("host", "none") else None,
+    )
+
+
+def refuse_other_platform(engine: Engine, settings: Settings) -> None:
+    """Refuse a base image that only the engine has, and that for another platform.
+
+    The builder would say that it cannot be had.
+    """
+    wanted, reference = settings.platform, str(settings.base_image)
+    image = engine.image(reference)
+    if not wanted or not image or image.platform == str(wanted) or engine.remote_digest(reference):
+        return
+    raise BuilderError(other_platform(reference, image, str(wanted)))
+
+
+def other_platform(reference: str, image: Image, wanted: str) -> str:
+    return (
+        f"only the engine has {reference}, and that for {image.platform} alone, not for {wanted}; "
+        "push one for all of PLATFORMS to a registry, and name that in BASE_IMAGE"
     )
 
 

@@ -221,7 +221,7 @@ def doctor(c: Context, json: bool = False) -> None:
 
 @task(help={"work": "only the work containers"}, auto_shortflags=False)
 def clean(c: Context, work: bool = False) -> None:
-    """Remove this project's work containers and stage images, nothing else."""
+    """Remove this project's work containers, stage images and cache volumes, nothing else."""
     with opened(c) as project:
         from guix_tasks.upkeep import clean as remove
 

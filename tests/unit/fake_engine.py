@@ -245,8 +245,8 @@ def _counted(
 
 
 READING = frozenset(
-    {"info", "image", "containers", "remote_digest", "context_files", "volumes", "layers", "save"}
-    | {"wait"}
+    {"info", "image", "containers", "remote_digest", "greet_registry", "context_files", "volumes"}
+    | {"layers", "save", "wait"}
 )
 """The calls that change nothing."""
 
@@ -383,6 +383,12 @@ class FakeEngine:
     def remote_digest(self, reference: str) -> str | None:
         found = None if self.registry.refusal else self.registry.find(reference)
         return digest(found.id) if found else None
+
+    @_counted
+    def greet_registry(self, reference: str, credentials: Credentials | None) -> None:
+        self.registry.seen.append(credentials)
+        if self.registry.refusal:
+            raise RegistryError(f"cannot ask for {reference}: {self.registry.refusal}")
 
     @_counted
     def context_files(self, spec: BuildSpec) -> list[str]:

@@ -110,7 +110,7 @@ def test_what_a_machine_of_it_runs_is_not_refused(
 
 @pytest.mark.parametrize("sandbox", ["privileged", "nochroot"])
 def test_a_platform_that_it_lacks_is_refused(tmp_path: Path, sandbox: str) -> None:
-    with pytest.raises(BuilderError, match=r"mine has no linux/arm64: `inv buildx\.setup --binfmt"):
+    with pytest.raises(BuilderError, match=r"mine has no linux/arm64; `inv buildx\.setup --binfmt"):
         refuse_platform(settings(tmp_path, GUIX_SANDBOX=sandbox), builder(("linux/amd64",)), ARM64)
 
 
@@ -119,6 +119,13 @@ def test_a_platform_that_it_emulates_is_refused_but_without_isolation(tmp_path: 
     with pytest.raises(UsageError, match=r"linux/arm64 is emulated .* set GUIX_SANDBOX=nochroot"):
         refuse_platform(settings(tmp_path), emulating, ARM64)
     refuse_platform(settings(tmp_path, GUIX_SANDBOX="nochroot"), emulating, ARM64)
+
+
+def test_a_builder_of_another_driver_is_refused(tmp_path: Path, fake: FakeBuildx) -> None:
+    fake.add()
+    remote = settings(tmp_path, BUILDX_DRIVER="remote", BUILDX_NODES="tcp://b.test:1")
+    with pytest.raises(BuilderError, match="the driver docker-container, not remote"):
+        find_builder(remote, fake.program())
 
 
 # --- Its frontend ---------------------------------------------------------------------------

@@ -395,7 +395,7 @@ def test_a_platform_that_is_emulated_is_refused_but_without_isolation(
         bake(site, fake)
     assert bakes(fake) == []
     site.env["GUIX_SANDBOX"] = "nochroot"
-    assert ", nochroot steps" in said(site, fake)
+    assert ", builds not isolated" in said(site, fake)
 
 
 def test_the_memory_of_a_stage_is_no_business_of_a_builder(site: Site, fake: FakeBuildx) -> None:
@@ -680,3 +680,45 @@ def test_what_the_builder_says_is_shown_as_it_comes(site: Site, fake: FakeBuildx
     for target in ("asked", "reports", "image"):
         assert f"#1 baking {target}\n" in shown
     assert FLAGS not in shown
+
+
+def test_a_registry_that_is_out_of_reach_is_told_before_anything_is_built(
+    site: Site, fake: FakeBuildx
+) -> None:
+    site.engine.registry.refusal = "connection refused"
+    with pytest.raises(RegistryError, match="connection refused"):
+        bake(site, fake)
+    assert bakes(fake) == []
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [{"BUILDX_OUTPUT": "load"}, {"BUILDX_NODES": "ssh://b.test", "BUILDX_OUTPUT": "registry"}],
+)
+def test_only_a_builder_beside_the_engine_is_spoken_for(
+    site: Site, fake: FakeBuildx, elsewhere: dict[str, str]
+) -> None:
+    site.engine.registry.refusal = "connection refused"
+    site.env |= elsewhere
+    assert bake(site, fake)
+
+
+def test_a_dry_run_goes_on_without_a_builder(site: Site, tmp_path: Path) -> None:
+    """The task before, which was left at being shown, would have made it."""
+    none = FakeBuildx(tmp_path / "none")
+    project = site.project()
+    assert build(project, none.program(project.console, perform=False), BuildWishes()) == ""
+    assert heard(project).count("+ docker buildx bake") == 3
+    assert f"there is no builder {NAME} yet" in heard(project)
+    assert none.changes() == []
+
+
+def test_a_fault_of_the_registry_that_passes_is_survived(
+    site: Site, fake: FakeBuildx, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    said_by_it = "ERROR: failed to push registry.test/x: 429 Too Many Requests"
+    fake.fail(said_by_it, "bake", "image", once=True)
+    assert bake(site, fake)
+    assert len(waits) == 1

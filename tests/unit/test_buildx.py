@@ -711,9 +711,10 @@ STEP = 'process "/.guix-tasks/entry-point.sh /.guix-tasks/stage install" did not
          RegistryError, "see that it is there"),
         ("failed to list workers: Unavailable: connection error", BuilderError, "BUILDX_NODES"),
         ("failed to initialize builder b (b0): x", BuilderError, "`inv buildx.status` shows"),
-        ("dial tcp 10.0.0.1:1: i/o timeout", BuilderError, "a node cannot be reached"),
-        ("Cannot connect to the Docker daemon at unix:///x", BuilderError, "a node cannot be"),
-        ("context deadline exceeded", BuilderError, "a node cannot be reached"),
+        ("dial tcp 10.0.0.1:1: i/o timeout", BuilderError, "mend BUILDX_DRIVER and"),
+        ("Cannot connect to the Docker daemon at unix:///x", BuilderError, "what a node needs"),
+        ("context deadline exceeded", BuilderError, "cannot be reached"),
+        ("local cache importer requires src", BuilderError, "mend BUILDX_CACHE_FROM"),
     ],
 )  # fmt: skip
 def test_a_known_fault_is_told_with_what_mends_it(

@@ -147,6 +147,12 @@ def test_a_dry_run_says_what_it_would_join(tmp_path: Path, stub: Buildx) -> None
     assert f"imagetools create --builder=default --progress=none --tag={NAME}:1" in heard(made)
 
 
+def test_a_dry_run_goes_on_where_nothing_was_pushed_yet(tmp_path: Path, stub: Buildx) -> None:
+    _, made = project(tmp_path)
+    assert join(made, replace(stub, shown_on=made.console, perform=False)) == ""
+    assert "nothing is in" in heard(made)
+
+
 def test_it_comes_with_the_account_that_is_set(tmp_path: Path, stub: Buildx) -> None:
     site, made = project(tmp_path, DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2")  # noqa: S106
     pushed(site, "linux/amd64")

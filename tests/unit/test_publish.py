@@ -219,6 +219,29 @@ def test_a_hand_made_image_is_pushed_as_it_is(made: Site) -> None:
     assert found.layers != made.image("install").layers
 
 
+def test_an_image_that_no_stage_made_is_pushed_with_a_warning(made: Site) -> None:
+    """As one that BuildKit built: nobody knows what it was made from."""
+    other = made.engine.make_image({}, {"/x": b""}, tag=IMAGE)
+    project = made.project()
+    push(project)
+    assert "made by none of these stages" in heard(project)
+    found = made.engine.registry.find(IMAGE)
+    assert found
+    assert found.layers == other.layers
+    made.engine.untag(IMAGE)
+    project = made.project()
+    push(project)
+    assert "made by none" not in heard(project)
+
+
+def test_a_registry_that_holds_another_image_is_not_believed(
+    made: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "remote_digest", lambda _self, _reference: "sha256:other")
+    with pytest.raises(RegistryError, match="the registry holds sha256:other"):
+        made.push()
+
+
 def test_an_image_that_was_rolled_back_to_is_pushed_as_it_is(made: Site) -> None:
     before = made.image()
     made.make("install", packages=("tar",))

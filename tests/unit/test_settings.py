@@ -319,7 +319,7 @@ BAD = [
     ("BUILDX_BUILDER", "", "is not the name of a builder"),
     ("BUILDX_BUILDER", "1x", "the first a letter"),
     ("BUILDX_BUILDER", "--all", "the first a letter"),
-    ("BUILDX_BUILDER", "Default", "and not default"),
+    ("BUILDX_BUILDER", "Default", "is BUILDX_DRIVER=docker"),
     ("BUILDX_DRIVER", "Docker", "write one of: docker, docker-container, remote, kubernetes"),
     ("BUILDX_NODES", "a a,memory=1g", "'a' is given twice"),
     ("BUILDX_NODES", "a ''", "'' is not an endpoint"),

@@ -253,6 +253,17 @@ def test_clean_removes_what_is_of_each_platform(site: Site) -> None:
     assert site.engine.all_volumes.keys() == {"mine", "another"}
 
 
+def test_clean_removes_what_was_tagged_for_a_push_whatever_the_platforms_are_now(
+    site: Site,
+) -> None:
+    site.env["PLATFORMS"] = "linux/amd64"
+    site.make(*STAGES)
+    site.push()
+    del site.env["PLATFORMS"]
+    assert f"{IMAGE}-linux-amd64" in clean(site.project())
+    assert f"{IMAGE}-linux-amd64" not in site.engine.tags
+
+
 def test_a_dry_clean_of_several_platforms_shows_each_removal_once(site: Site) -> None:
     make_both(site)
     console = Heard()
