@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from typing import TYPE_CHECKING, ClassVar, TextIO
+from typing import IO, TYPE_CHECKING, ClassVar, TextIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -87,11 +87,15 @@ class Log:
 
     _CONTROL = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, kept: IO[bytes] | None = None) -> None:
+        """``kept`` gets all of it, as it comes."""
         self._console = console
+        self._kept = kept
         self._rest = b""
 
     def add(self, data: bytes) -> None:
+        if self._kept:
+            self._kept.write(data)
         if self._console.err.isatty():
             self._console.stream(data)
             return

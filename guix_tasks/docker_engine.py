@@ -332,6 +332,11 @@ class DockerEngine:
         with self._speaking("copy files into a container"):
             self._slow.put_archive(container, "/", archive)
 
+    def copy_out(self, container: str, path: str) -> bytes:
+        with self._speaking(f"copy {path} out of a container"):
+            pieces, _ = self._slow.get_archive(container, path)
+            return b"".join(pieces)
+
     def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
         with self._speaking("run a container"):
             # Attached before the start, so that not a byte is missed.

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import base64
+import http.client
 import json
+import re
 import shutil
+import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 from guix_tasks import guix
 from guix_tasks.builders import find_builder, needed_syntax
 from guix_tasks.console import human_size
-from guix_tasks.errors import GuixTasksError
-from guix_tasks.stages.pull import lock_text, wanted_text
+from guix_tasks.errors import EngineError, GuixTasksError, UsageError
+from guix_tasks.settings import Driver
+from guix_tasks.stages.pull import lock_misfits, lock_text, misfit, wanted_text
 from guix_tasks.transfer import credentials
-from guix_tasks.work import FOLDER, Work, work_container
+from guix_tasks.work import FOLDER, Work, binds, refuse_emulated, work_container
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from guix_tasks.buildx import Buildx
     from guix_tasks.console import Console
-    from guix_tasks.engine import Engine
+    from guix_tasks.engine import Engine, Image
     from guix_tasks.settings import Settings
     from guix_tasks.stage import Project
 
@@ -41,6 +48,9 @@ _CLOCK_SECONDS = 60
 
 _WAIT = 10.0
 """Seconds that a server may take to answer."""
+
+_PROBE_SECONDS = 120
+"""Seconds that a tiny build may take, under emulation, too."""
 
 
 class State(Enum):
@@ -96,6 +106,10 @@ def _findings(
         findings.extend(check(patient))
     except GuixTasksError as error:
         findings.append(failed(name, error))
+    except OSError as error:
+        # Such as a file that may not be read; the other checks still have something to say.
+        said = f"{error.filename or 'a file'}: {error.strerror or error}"
+        findings.append(Finding(name, State.FAILED, said, "mend it and look again"))
     return findings
 
 
@@ -133,10 +147,15 @@ def _engine(patient: Patient) -> Iterator[Finding]:
             "host", State.NOTE, "a rootless engine, whose privileged containers have the user's "
             "rights only", "if the sandbox check fails, use an engine that runs as root",
         )  # fmt: skip
-    drift = (datetime.now(timezone.utc) - info.time).total_seconds() if info.time else 0.0
+    if info.time is None:
+        yield Finding("clock", State.NOTE, "the engine does not tell its time")
+        return
+    drift = (datetime.now(timezone.utc) - info.time).total_seconds()
     if abs(drift) > _CLOCK_SECONDS:
+        where = "behind" if drift > 0 else "ahead of"
         yield Finding(
-            "clock", State.FAILED, f"the engine's clock is {drift:.0f} s behind this machine's",
+            "clock", State.FAILED,
+            f"the engine's clock is {abs(drift):.0f} s {where} this machine's",
             "set both by NTP: certificates are told by the time",
         )  # fmt: skip
     else:
@@ -145,7 +164,10 @@ def _engine(patient: Patient) -> Iterator[Finding]:
 
 def _disk(patient: Patient) -> Iterator[Finding]:
     info = patient.engine.info()
-    if not info.is_local or not Path(info.root).is_dir():
+    free = None
+    with suppress(OSError):  # it may be in a machine of its own, or closed to this user
+        free = shutil.disk_usage(info.root).free if info.is_local and info.root else None
+    if free is None:
         yield Finding("disk", State.NOTE, "the engine's disk cannot be seen from here")
         return
     image = patient.project.ledger.newest() or patient.engine.image(
@@ -153,7 +175,6 @@ def _disk(patient: Patient) -> Iterator[Finding]:
     )
     # A commit needs room for another image beside the one that it replaces.
     wanted = max(_LEAST_DISK, 2 * image.size if image else 0)
-    free = shutil.disk_usage(info.root).free
     said = f"{human_size(free)} free at {info.root}; about {human_size(wanted)} is needed"
     if free < wanted:
         yield Finding("disk", State.FAILED, said, "make room: `inv clean`, `docker system prune`")
@@ -168,6 +189,11 @@ def _base_image(patient: Patient) -> Iterator[Finding]:
         yield Finding("base image", State.OK, f"{reference} is here, {human_size(image.size)}")
     elif patient.engine.remote_digest(reference):
         yield Finding("base image", State.OK, f"{reference} is in its registry")
+    elif patient.project.ledger.find("base"):
+        # A builder keeps what it began from to itself.
+        yield Finding(
+            "base image", State.NOTE, f"{reference} is not to be had now; what was made of it is"
+        )
     else:
         yield Finding(
             "base image", State.FAILED, f"{reference} is neither here nor to be had",
@@ -175,29 +201,93 @@ def _base_image(patient: Patient) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _mounts(patient: Patient) -> Iterator[Finding]:
+    """Whether the engine can see them at all; that they are here is for the settings to tell."""
+    if binds(patient.engine, patient.settings):
+        yield Finding("mounts", State.OK, "the engine is on this machine and sees MOUNTS")
+
+
 def _sandbox(patient: Patient) -> Iterator[Finding]:
     """Build a tiny derivation in a work container, as a stage would."""
-    settings, engine = patient.settings, patient.engine
-    kind = settings.guix_sandbox.value
-    image = patient.project.ledger.find("base") or engine.image(str(settings.base_image))
-    if image is None or engine.is_dry:
-        yield Finding("sandbox", State.NOTE, f"{kind}: not tried, for want of an image with Guix")
+    kind = patient.settings.guix_sandbox.value
+    if patient.engine.is_dry:
+        yield Finding("sandbox", State.NOTE, f"{kind}: not tried in a dry run")
         return
-    folder = Path(__file__).parent
-    files = {name: (folder / name).read_bytes() for name in ("probe.sh", "probe.scm")}
-    work = Work("probe", (f"{FOLDER}/probe.sh",), files, bare=True)
-    with work_container(engine, settings, image.id, work) as container:
-        log = b"".join(data for _, data in engine.run(container))
-        status = engine.wait(container)
-    if status:
-        lines = [line for line in log.decode(errors="replace").splitlines() if line.strip()]
-        why = next((line for line in lines if "error:" in line), lines[-1] if lines else "")
-        yield Finding(
-            "sandbox", State.FAILED, f"{kind}: Guix cannot build in a work container: {why}",
-            "use an engine that lets containers have privileges, or try GUIX_SANDBOX=nochroot",
+    for project in patient.project.each_platform():
+        try:
+            refuse_emulated(project.engine, project.settings)
+        except UsageError as error:
+            # Another platform's turn; BuildKit may have a machine for this one.
+            yield replace(failed("sandbox", error), state=State.NOTE)
+            continue
+        yield _tried(project)
+        return
+
+
+def _tried(project: Project) -> Finding:
+    kind, made = project.settings.guix_sandbox.value, project.ledger.find("base")
+    image = made or project.engine.image(str(project.settings.base_image))
+    wanted = project.settings.platform
+    if image is None or not (made or image.platform.startswith(str(wanted or ""))):
+        return Finding("sandbox", State.NOTE, f"{kind}: not tried, for want of an image with Guix")
+    try:
+        why = _probe(project, image)
+    except EngineError as error:
+        found = failed("sandbox", error)
+        refused = not found.mend and re.search("privileged|permitted|denied", found.said)
+        return replace(found, mend=_PRIVILEGES) if refused else found
+    if why is None:
+        return Finding("sandbox", State.OK, f"{kind}: Guix builds in a work container")
+    if not made and "no guix-daemon" in why:
+        # The Dockerfile may be what puts it there.
+        return Finding(
+            "sandbox", State.NOTE,
+            f"{kind}: not tried, as there is no Guix in {project.settings.base_image}",
+            "`inv base` makes an image with Guix, if the Dockerfile installs it",
         )  # fmt: skip
-    else:
-        yield Finding("sandbox", State.OK, f"{kind}: Guix builds in a work container")
+    mend = next((mend for words, mend in _SANDBOX_MENDS.items() if words in why), _PRIVILEGES)
+    said = f"{kind}: Guix cannot build in a work container: {why}"
+    return Finding("sandbox", State.FAILED, said, mend)
+
+
+_PRIVILEGES = "use an engine that lets containers have privileges, or try GUIX_SANDBOX=nochroot"
+
+_SANDBOX_MENDS = {
+    "no guix-daemon": "let BASE_IMAGE, or the Dockerfile, be one with Guix",
+    "substitute key": "mend GUIX_SUBSTITUTE_KEYS",
+    "xec format error": "`inv buildx.setup --binfmt` installs the emulator",
+}
+"""What mends a sandbox that fails for another reason than its privileges, by words of that."""
+
+
+def _probe(project: Project, image: Image) -> str | None:
+    """Run the probe in a container of an image; the line that says why it failed, if it did."""
+    engine, folder = project.engine, Path(__file__).parent
+    files = {name: (folder / name).read_bytes() for name in ("probe.sh", "probe.scm")}
+    work, late = Work("probe", (f"{FOLDER}/probe.sh",), files, bare=True), threading.Event()
+    with work_container(engine, project.settings, image.id, work) as container:
+
+        def stop() -> None:
+            late.set()
+            with suppress(EngineError):
+                engine.stop(container, seconds=5)
+
+        timer = threading.Timer(_PROBE_SECONDS, stop)
+        timer.daemon = True
+        timer.start()
+        try:
+            log = b"".join(data for _, data in engine.run(container))
+            status = engine.wait(container)
+        finally:
+            timer.cancel()
+    if late.is_set():
+        return f"it did not end within {_PROBE_SECONDS} s"
+    if status == 0:
+        return None
+    lines = [line.strip() for line in log.decode(errors="replace").splitlines() if line.strip()]
+    known = ("substitute key", "no guix-daemon", "error:")
+    told = (line for words in known for line in lines if words in line)
+    return next(told, lines[-1] if lines else f"it ended with status {status}")
 
 
 # --- What it speaks with --------------------------------------------------------------------
@@ -207,8 +297,8 @@ def _registry(patient: Patient) -> Iterator[Finding]:
     """Ask for the image, without a push; that it is not there yet is no fault."""
     reference, account = patient.settings.image, credentials(patient.project)
     patient.engine.greet_registry(str(reference), account)
-    who = f"as {account.username}" if account else "with what Docker's own configuration says"
-    yield Finding("registry", State.OK, f"{reference.registry} answers, {who}")
+    who = "to DOCKER_USERNAME" if account else "with what Docker's own configuration says"
+    yield Finding("registry", State.OK, f"{reference.registry} answers {who}")
 
 
 def _buildx(patient: Patient) -> Iterator[Finding]:
@@ -222,11 +312,13 @@ def _buildx(patient: Patient) -> Iterator[Finding]:
     yield Finding("buildx", State.OK, f"{version[1] if version[1:] else '?'} at {buildx.program}")
     try:
         builder = find_builder(patient.settings, buildx)
-        if idle := [node.name for node in builder.nodes if node.status != "running"]:
+        if idle := [node for node in builder.nodes if node.status != "running"]:
             # To ask it would start it.
+            why = next((f": {node.error}" for node in idle if node.error), "")
             yield Finding(
-                "builder", State.NOTE, f"{', '.join(idle)} does not run",
-                "`inv buildx.setup` starts it",
+                "builder", State.NOTE,
+                f"{', '.join(node.name for node in idle)} does not run{why}",
+                _START.get(patient.settings.buildx_driver, "`inv buildx.setup` starts it"),
             )  # fmt: skip
             return
         syntax = needed_syntax(patient.settings, buildx, builder.name)
@@ -239,49 +331,64 @@ def _buildx(patient: Patient) -> Iterator[Finding]:
         yield Finding("builder", State.OK, f"{builder.name} runs insecure steps with {own}")
 
 
+_START = {Driver.REMOTE: "start its buildkitd, or mend BUILDX_NODES"}
+
+
 def _channels(patient: Patient) -> Iterator[Finding]:
     settings = patient.settings
-    text = lock_text(settings) or wanted_text(settings)
+    lock, wanted = lock_text(settings), wanted_text(settings)
+    if lock and (problem := misfit(wanted, lock)):
+        yield failed("channels", UsageError(lock_misfits(settings, problem)))
+        return
+    text = lock or wanted
     if text is None:
         yield Finding("channels", State.NOTE, "those of the base image; none are set")
         return
-    for channel in guix.channels(text).values():
-        name = f"channel {channel.name}"
+    channels = guix.channels(text).values()
+    if not channels:
+        yield Finding("channels", State.NOTE, "GUIX_CHANNELS computes them; none was asked")
+    for channel in channels:
+        # Nobody is to read a token here.
+        name, shown = f"channel {channel.name}", re.sub(r"//[^/@]*@", "//", channel.url)
         if channel.url.startswith(("https://", "http://")) and settings.network != "none":
-            # What `git fetch` asks first (gitprotocol-http(5)).
+            # What Git asks first (gitprotocol-http(5)); Guix' libgit2 speaks no older protocol.
             address = f"{channel.url.rstrip('/')}/info/refs?service=git-upload-pack"
-            yield _answers(name, channel.url, address, "mend GUIX_CHANNELS, or the network")
+            answer = _Answer(re.compile(rb"service=git-upload-pack"), "a Git repository")
+            yield _answers(name, shown, address, answer, "mend GUIX_CHANNELS, or the network")
         elif channel.url.startswith(("file://", "/")):
             yield _mounted(settings, name, channel.url.removeprefix("file://"))
         else:
-            yield Finding(name, State.NOTE, f"{channel.url} was not asked")
+            yield Finding(name, State.NOTE, f"{shown} was not asked")
 
 
-def _mounted(settings: Settings, name: str, path: str) -> Finding:
-    """A place in a work container, which is there if a mount brings it."""
-    for mount in settings.mounts:
+def _mounted(settings: Settings, name: str, path: str, inside: str = "") -> Finding:
+    """A place in a work container, which is there if a mount brings it, with a file in it."""
+    # Of two mounts, the one that is below the other is seen.
+    for mount in sorted(settings.mounts, key=lambda each: len(each.target), reverse=True):
         below = path.removeprefix(mount.target)
         if path.startswith(mount.target) and below[:1] in ("", "/"):
             source = mount.source / below.lstrip("/")
-            if source.exists():
+            wanted = source / inside if inside else source
+            if wanted.exists():
                 return Finding(name, State.OK, f"{path} is {source}")
-            return Finding(
-                name, State.FAILED, f"{path} would be {source}, which is not there", "mend MOUNTS"
-            )
+            said = f"{path} would be {source}, and {wanted} is not there"
+            return Finding(name, State.FAILED, said, "mend MOUNTS")
     return Finding(name, State.NOTE, f"{path} is to be in the base image; MOUNTS does not have it")
 
 
 def _substitutes(patient: Patient) -> Iterator[Finding]:
     settings = patient.settings
-    for url in settings.guix_substitute_urls or GUIX_SERVERS:
-        name = "substitutes"
+    name, file = "substitutes", "nix-cache-info"
+    for given in settings.guix_substitute_urls or GUIX_SERVERS:
+        url = given.rstrip("/")
         if url.startswith("file://"):
-            yield _mounted(settings, name, url.removeprefix("file://"))
+            yield _mounted(settings, name, url.removeprefix("file://"), file)
         elif settings.network == "none":
             yield Finding(name, State.NOTE, f"{url} is out of reach: NETWORK=none")
         else:
             mend = "without it everything is built from source: mend GUIX_SUBSTITUTE_URLS"
-            yield _answers(name, url, f"{url.rstrip('/')}/nix-cache-info", mend)
+            answer = _Answer(re.compile(rb"^StoreDir:", re.MULTILINE), "a substitute server")
+            yield _answers(name, url, f"{url}/{file}", answer, mend)
         if url not in GUIX_SERVERS and not settings.guix_substitute_keys:
             yield Finding(
                 name, State.NOTE, f"no key for {url} is set",
@@ -289,22 +396,47 @@ def _substitutes(patient: Patient) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _answers(name: str, shown: str, address: str, mend: str) -> Finding:
+@dataclass(frozen=True)
+class _Answer:
+    """How an answer begins, and from whom such a one comes: a portal answers anything."""
+
+    begins: re.Pattern[bytes]
+    kind: str
+
+
+def _answers(name: str, shown: str, address: str, answer: _Answer, mend: str) -> Finding:
     try:
         # Only http and https come here.
-        with urllib.request.urlopen(address, timeout=_WAIT):  # noqa: S310
-            return Finding(name, State.OK, f"{shown} answers")
+        with urllib.request.urlopen(_request(address), timeout=_WAIT) as body:  # noqa: S310
+            if answer.begins.search(body.read(1000)):
+                return Finding(name, State.OK, f"{shown} answers")
+            return Finding(name, State.FAILED, f"{shown} answers, but not as {answer.kind}", mend)
     except urllib.error.HTTPError as error:
-        return Finding(name, State.FAILED, f"{shown} answers {error.code} {error.reason}", mend)
-    except (OSError, ValueError) as error:
-        cause = getattr(error, "reason", None) or error
+        reason = " ".join(f"{error.code} {error.reason}".split())
+        return Finding(name, State.FAILED, f"{shown} answers {reason}", mend)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        cause = " ".join(str(cause).split()) or type(cause).__name__
         return Finding(name, State.FAILED, f"{shown} does not answer: {cause}", mend)
+
+
+def _request(address: str) -> urllib.request.Request:
+    """A request as Git would make it: of Python's own, many a server's guard wants nothing."""
+    parts = urlsplit(address)
+    account, at, place = parts.netloc.rpartition("@")
+    url = parts._replace(netloc=place).geturl()
+    request = urllib.request.Request(url, headers={"User-Agent": "git/2 guix-tasks"})  # noqa: S310
+    if at:
+        pair = base64.b64encode(unquote(account).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {pair}")
+    return request
 
 
 CHECKS: dict[str, Callable[[Patient], Iterator[Finding]]] = {
     "engine": _engine,
     "disk": _disk,
     "base image": _base_image,
+    "mounts": _mounts,
     "sandbox": _sandbox,
     "registry": _registry,
     "buildx": _buildx,

@@ -197,6 +197,9 @@ class Engine(Protocol):
     def copy_in(self, container: str, archive: bytes | IO[bytes]) -> None:
         """Unpack a tar archive at the root of a container's file system."""
 
+    def copy_out(self, container: str, path: str) -> bytes:
+        """A file or folder of a container, as a tar archive."""
+
     def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
         """Start a container; its output as (is standard error, bytes), until it ends."""
 
@@ -349,6 +352,9 @@ class TracedEngine:
         self._show("cp", "-", f"{container}:/")
         if self._perform:
             self._engine.copy_in(container, archive)
+
+    def copy_out(self, container: str, path: str) -> bytes:
+        return self._engine.copy_out(container, path)
 
     def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
         self._show("start", "--attach", container)

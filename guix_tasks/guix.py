@@ -160,6 +160,36 @@ def commits(text: str) -> dict[str, str]:
     return {name: channel.commit for name, channel in channels(text).items() if channel.commit}
 
 
+DEFAULT_SUBSTITUTE_URLS = ("https://ci.guix.gnu.org", "https://bordeaux.guix.gnu.org")
+"""What Guix asks for substitutes where it is not told (``%default-substitute-urls``)."""
+
+# Guix 1.5, scripts/substitute.scm, scripts/pull.scm and git.scm.
+_SILENT = re.compile(r"guix substitute: warning: (\S+): connection failed: ")
+_NETWORK = re.compile(
+    r"usually happens due to networking issues"
+    r"|^guix [a-z-]+: error: (Git error|.*(TLS|connect|timed out|resolv|unexpected EOF))"
+    r"|guix substitute: error: "
+    r"|In procedure (getaddrinfo|connect): ",
+    re.MULTILINE,
+)
+_BUILD = re.compile(r"builder for [`']\S+' failed|build of \S+ failed")
+
+
+def silent_servers(log: str) -> set[str]:
+    """The hosts of the substitute servers that did not answer, as a log tells."""
+    return set(_SILENT.findall(log))
+
+
+def network_fault(log: str) -> bool:
+    """Whether a command failed for want of a network, and not because something does not build."""
+    return _NETWORK.search(log) is not None and _BUILD.search(log) is None
+
+
+def build_logs(log: str) -> list[str]:
+    """Where the build logs are that a log points to."""
+    return list(dict.fromkeys(re.findall(r"'(/var/log/guix/drvs/[^']+)'", log)))
+
+
 def script(
     commands: Sequence[Sequence[str]], report: Sequence[str], folder: str, *, keep: str | None
 ) -> str:

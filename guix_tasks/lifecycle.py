@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import EngineError, GuixTasksError, UsageError
@@ -58,6 +58,8 @@ class Wishes:
     update: bool = False
     """With the channels as they are now, whatever the lock says."""
     commit: bool = True
+    keep_failed: bool = False
+    """With the container of a command that failed left."""
     packages: tuple[str, ...] = ()
     """Instead of ``GUIX_PACKAGES``."""
 
@@ -190,7 +192,14 @@ class Lifecycle:
         stage = self._stage(name, wishes)
         parent = self._parent_image(name, wishes)
         before = self._ledger.find(name)
-        image = run_stage(self._project, stage, parent, commit=wishes.commit, force=wishes.force)
+        image = run_stage(
+            self._project,
+            stage,
+            parent,
+            commit=wishes.commit,
+            force=wishes.force,
+            keep_failed=wishes.keep_failed,
+        )
         if image:
             self._say_what_went(name, before, image)
             say_done(self._project, name, started)
@@ -324,6 +333,17 @@ class Lifecycle:
     def _cache_reference(self, name: str, key: str | None) -> str | None:
         cache = self._settings.cache_image
         return str(cache.with_tag(f"{name}-{key}")) if cache and key else None
+
+
+def make_each(project: Project, name: str, wishes: Wishes) -> None:
+    """Make a stage for every platform of a project, one after the other.
+
+    The channels are asked for anew once: the other platforms pull what the first one locked, even
+    if there is something newer by then.
+    """
+    for each in project.each_platform():
+        Lifecycle(each).make(name, wishes)
+        wishes = replace(wishes, update=False)
 
 
 def _packages(image: Image | None) -> dict[str, str]:

@@ -1,17 +1,22 @@
-;; Builds a derivation with a shell that is in a folder, by its loader:  probe.scm FOLDER LOADER
+;; Builds a derivation with a shell that is in a folder:  probe.scm FOLDER LOADER
+;; LOADER, of the same folder, starts it; it is empty where the shell needs none.
 
 (use-modules (guix) (ice-9 match))
 
 (match (command-line)
   ((_ folder loader)
    (with-store store
+     ;; Nobody has it, and without a network each server would be waited for.
+     (set-build-options store #:use-substitutes? #f)
      (let ((tools (add-to-store store "guix-tasks-probe-tools" #t "sha256" folder)))
        (define (tool name)
          (string-append tools "/" name))
+       (define command
+         `(,@(if (string-null? loader) '() (list (tool loader) "--library-path" tools))
+           ,(tool "sh") "-c" "echo built >$out"))
        (build-derivations
         store
-        (list (derivation store "guix-tasks-probe" (tool loader)
-                          (list "--library-path" tools (tool "sh") "-c" "echo built >$out")
+        (list (derivation store "guix-tasks-probe" (car command) (cdr command)
                           #:sources (list tools)
                           ;; Salted, so that it is built and not found in the store.
                           #:env-vars `(("salt" . ,(number->string (current-time)))))))))))

@@ -10,8 +10,16 @@ tools=$here/tools
 mkdir "$tools"
 shell=$(readlink -f /bin/sh)
 cp "$shell" "$tools/sh"
-for library in $(ldd "$shell" | grep -o '/[^ )]*'); do
+# Where there is no ldd, as in an image that Guix made, glibc's loader does its work.
+if command -v ldd >/dev/null; then
+    libraries=$(ldd "$shell" 2>/dev/null || :)
+else
+    libraries=$(LD_TRACE_LOADED_OBJECTS=1 "$shell" </dev/null)
+fi
+for library in $(echo "$libraries" | grep -o '/[^ )]*'); do
     cp "$library" "$tools/"
 done
-loader=$(cd "$tools" && echo ld*.so*)
-exec guix repl -- "$here/probe.scm" "$tools" "$loader"
+set -- "$tools"/ld*.so*
+# A static shell has no loader.
+[ -e "$1" ] || set --
+exec guix repl -- "$here/probe.scm" "$tools" "${1+"${1##*/}"}"

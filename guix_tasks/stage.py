@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shlex
+import tempfile
 import threading
 import time
+from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from guix_tasks import guix
 from guix_tasks.console import Log, human_size, human_time
 from guix_tasks.errors import EngineError, StageError
+from guix_tasks.failure import Failed, keep_failure
 from guix_tasks.fingerprint import file_digest, text_digest
 from guix_tasks.ledger import (
     LAYERS_LABEL,
@@ -24,12 +29,14 @@ from guix_tasks.ledger import (
     seal,
     stage_labels,
 )
+from guix_tasks.retry import retried
 from guix_tasks.work import (
     FOLDER,
     IMAGE_FOLDER,
     PROJECT_LABEL,
     Work,
     common_inputs,
+    fill,
     refuse_second,
     work_container,
 )
@@ -43,6 +50,15 @@ if TYPE_CHECKING:
 
 
 COLLECT = IMAGE_FOLDER / "collect.scm"
+
+STAGE_TRIES = 3
+"""How often a stage is run where the network fails it."""
+
+_TAIL = 400
+"""Pieces of a log that an error is looked for in."""
+
+_LOG_IN_MEMORY = 1 << 20
+"""Bytes of a log from which it is kept on disk."""
 
 
 @dataclass(frozen=True)
@@ -97,23 +113,36 @@ def stage_files(stage: Stage) -> dict[str, bytes]:
 
 
 def run_stage(
-    project: Project, stage: Stage, parent: Image, *, commit: bool = True, force: bool = False
+    project: Project,
+    stage: Stage,
+    parent: Image,
+    *,
+    commit: bool = True,
+    force: bool = False,
+    keep_failed: bool = False,
 ) -> Image | None:
     """Run a stage's commands in a container of ``parent`` and commit it as the stage's image.
 
     With ``commit=False`` the container is left for ``inv commit``.  None where there is no new
     image, because it is left or because, without ``force``, what came out is what is there.
-    Raises ``StageError`` when a command fails; then nothing is committed and no tag has moved.
+    Raises ``StageError`` when a command fails; then nothing is committed and no tag has moved, and
+    the container is left only with ``keep_failed``.
     """
     console, settings = project.console, project.settings
-    if not commit:
+    if not commit or keep_failed:
         refuse_second(project.engine, settings)
     console.say(f"{stage.name}: in a {settings.guix_sandbox.value} container")
     for command in stage.commands:
         console.command(command)
-    work = Work(stage.name, (f"{FOLDER}/stage",), stage_files(stage), keep=not commit)
+    work = Work(
+        stage.name,
+        (f"{FOLDER}/stage",),
+        stage_files(stage),
+        keep=not commit,
+        keep_failed=keep_failed,
+    )
     with work_container(project.engine, settings, parent.id, work) as container:
-        report = perform(project, container, stage.name).strip()
+        report = _run_again(project, container, work).strip()
         if not commit:
             console.say(f"{stage.name}: done and left as it is; `inv commit` makes it the image")
             return None
@@ -129,6 +158,42 @@ def run_stage(
         return commit_image(project, container, parent, tag, labels)
 
 
+def _run_again(project: Project, container: str, work: Work) -> str:
+    """Run a stage in its container, and again after a fault of the network; its report.
+
+    It goes on in the same container, so what is fetched is not fetched again.
+    """
+    log = tempfile.SpooledTemporaryFile(max_size=_LOG_IN_MEMORY)  # noqa: SIM115 -- see below
+    starts = itertools.count()
+
+    def once() -> str:
+        if next(starts):
+            # The entry point has removed what it was given for the first start.
+            fill(project.engine, project.settings, container, work)
+        return perform(project, container, work.name, log)
+
+    with log:
+        try:
+            return retried(project.console, work.name, once, tries=STAGE_TRIES)
+        except StageError as error:
+            raise _with_bundle(project, container, work, log, error) from None
+
+
+def _with_bundle(
+    project: Project, container: str, work: Work, log: IO[bytes], error: StageError
+) -> StageError:
+    """The error, with where it is kept what one needs to look into it."""
+    failed = Failed(work.name, container, work.files["stage"], log)
+    kept = keep_failure(project.engine, project.settings, failed)
+    said = str(error) + (f"; {kept} has the logs" if kept else "")
+    if work.keep_failed:
+        said += (
+            f"; `docker commit {container[:12]} failed && docker run --rm -it --privileged "
+            "--entrypoint sh failed` enters what it left, `inv clean --work` drops it"
+        )
+    return StageError(said)
+
+
 def _is_same(image: Image, parent: Image, labels: Mapping[str, str]) -> bool:
     return is_child(image, parent) and labels.items() <= image.labels.items()
 
@@ -141,16 +206,56 @@ def say_done(project: Project, name: str, started: float) -> None:
     project.console.say(f"{name}: {tag}{size}, {human_time(time.monotonic() - started)}")
 
 
-def perform(project: Project, container: str, name: str) -> str:
-    """Run a work container to its end, its log shown as it comes; its standard output.
+class Servers:
+    """The substitute servers of a stage, and whether any of them answers.
 
-    Raises ``StageError`` where its command fails or takes longer than ``STAGE_TIMEOUT``.
+    Guix itself takes one that does not for one that has nothing, and builds from source what would
+    have been there: for hours, and without a word.
     """
-    output, log = bytearray(), Log(project.console)
+
+    def __init__(self, settings: Settings) -> None:
+        urls = settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS
+        self._hosts = {urlsplit(url).hostname for url in urls}
+        self._watched = not settings.guix_fallback
+        self._rest = ""
+        self._silent: set[str] = set()
+
+    @property
+    def were_silent(self) -> bool:
+        return self._watched and self._hosts <= self._silent
+
+    def all_silent(self, data: bytes) -> bool:
+        """Whether the next piece of a log says so of the last of them."""
+        if not self._watched or self.were_silent:
+            return False
+        *lines, self._rest = (self._rest + data.decode(errors="replace")).split("\n")
+        self._silent |= guix.silent_servers("\n".join(lines))
+        return self.were_silent
+
+    @property
+    def complaint(self) -> str:
+        return (
+            f"no substitute server answers ({', '.join(sorted(self._silent))}), and all would be "
+            "built from source; mend GUIX_SUBSTITUTE_URLS or the network, or set GUIX_FALLBACK=yes"
+        )
+
+
+def perform(project: Project, container: str, name: str, kept: IO[bytes] | None = None) -> str:
+    """Run a work container to its end, its log shown, and ``kept``, as it comes; its output.
+
+    Raises ``StageError`` where its command fails or takes longer than ``STAGE_TIMEOUT``, and where
+    no substitute server answers, unless ``GUIX_FALLBACK`` lets it build from source.
+    """
+    output, log = bytearray(), Log(project.console, kept)
+    tail: deque[bytes] = deque(maxlen=_TAIL)
+    servers = Servers(project.settings)
     with _limit(project, container) as timed_out:
         for is_log, data in project.engine.run(container):
             if is_log:
                 log.add(data)
+                tail.append(data)
+                if servers.all_silent(data):
+                    project.engine.stop(container, seconds=10)
             else:
                 output += data
         log.end()
@@ -158,11 +263,17 @@ def perform(project: Project, container: str, name: str) -> str:
     if timed_out.is_set():
         limit = human_time(project.settings.stage_timeout or 0)
         raise StageError(f"{name}: stopped after STAGE_TIMEOUT ({limit}); nothing was committed")
+    if servers.were_silent:
+        error = StageError(f"{name}: {servers.complaint}")
+        error.passes = True
+        raise error
     if status:
-        raise StageError(
+        error = StageError(
             f"{name}: the command failed with exit status {status}, and nothing was committed; "
             "the output above says why"
         )
+        error.passes = guix.network_fault(b"".join(tail).decode(errors="replace"))
+        raise error
     return output.decode(errors="replace")
 
 

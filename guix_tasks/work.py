@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks.engine import ContainerSpec
-from guix_tasks.errors import EngineError, UsageError
+from guix_tasks.errors import EngineError, StageError, UsageError
 from guix_tasks.fingerprint import file_digest, text_digest, tree_digest
 from guix_tasks.reference import Platform
 from guix_tasks.settings.values import Sandbox
@@ -54,6 +54,8 @@ class Work:
     argv: tuple[str, ...]
     files: Mapping[str, bytes]
     keep: bool = False
+    keep_failed: bool = False
+    """Left where its command fails, for whoever wants to look into it."""
     tty: bool = False
     bare: bool = False
     """Without mounts, volumes and network: nothing comes between the command and the image."""
@@ -76,7 +78,9 @@ def work_container(engine: Engine, settings: Settings, image: str, work: Work) -
     try:
         fill(engine, settings, container, work)
         yield container
-    except BaseException:
+    except BaseException as error:
+        if work.keep_failed and isinstance(error, StageError):
+            raise
         # Where the engine itself is gone, the error that says so is the one to tell; the next
         # run removes the container.
         with suppress(EngineError):
@@ -197,6 +201,8 @@ def guix_environment(settings: Settings) -> dict[str, str]:
         "GUIX_CORES": settings.guix_cores,
         "GUIX_MAX_JOBS": settings.guix_max_jobs,
         "GUIX_SANDBOX": settings.guix_sandbox.value,
+        # Not on the command line, which is in the key: what is built is the same.
+        "GUIX_BUILD_OPTIONS": "--fallback" if settings.guix_fallback else "",
     }
     return {name: str(value) for name, value in wanted.items() if value not in (None, "")}
 
@@ -264,7 +270,7 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
     volumes = {} if work.bare else cache_volumes(settings)
     mounts = () if work.bare else binds(engine, settings)
     return ContainerSpec(
-        name=container_name(work.name, keep=work.keep),
+        name=container_name(work.name, keep=work.keep or work.keep_failed),
         image=image,
         command=(*work.entry_point, *work.argv),
         labels={PROJECT_LABEL: project(settings)},

@@ -122,6 +122,11 @@ class Settings:
         parsers.list_of(parsers.public_key),
         "Public keys of substitute servers to trust: .pub files.",
     )
+    guix_fallback: bool = _setting(
+        parsers.switch,
+        "yes: build from source, for hours perhaps, where the substitute servers do not answer.",
+        default="no",
+    )
     guix_sandbox: Sandbox = _setting(
         parsers.one_of(Sandbox, "a sandbox"),
         "privileged; or nochroot: builds are not isolated, as under QEMU they cannot be.",
@@ -230,6 +235,9 @@ class Settings:
     output_folder: Path
     """``out/`` in the project: archives, and what platforms were pushed."""
 
+    written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    """Each setting as it was written; secrets and build arguments are left out."""
+
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What deserves a warning, a line each."""
 
@@ -284,6 +292,11 @@ def _known() -> Iterator[tuple[str, Setting]]:
 
 
 _KNOWN = dict(_known())
+
+_CONFIDENTIAL = {
+    "BUILD_ARGS",  # where people put tokens, though they should not
+    *(name for name, setting in _SETTINGS.items() if setting.secret),
+}
 
 _LOWER_CASE_PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
 _PROXIES = (*_LOWER_CASE_PROXIES, *map(str.upper, _LOWER_CASE_PROXIES))
@@ -366,6 +379,9 @@ def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Se
         docker_environment=MappingProxyType(docker),
         proxies=MappingProxyType({name: environ[name] for name in _PROXIES if environ.get(name)}),
         output_folder=project / "out",
+        written=MappingProxyType(
+            {name: text for name, text in sources.written().items() if name not in _CONFIDENTIAL}
+        ),
         notes=tuple(dict.fromkeys(sources.notes)),
         origins=MappingProxyType(sources.origins()),
     )

@@ -137,6 +137,12 @@ def one_of(kind: type[Enum], what: str) -> Parser:
     return parse
 
 
+def switch(text: str, _base: Path) -> bool:
+    if text not in ("yes", "no"):
+        raise ValueError(f"{quoted(text)} is neither yes nor no; write one of them")
+    return text == "yes"
+
+
 def number(least: int) -> Parser:
     def parse(text: str, _base: Path) -> int:
         if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:

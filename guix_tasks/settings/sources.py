@@ -131,6 +131,10 @@ class Sources:
     def is_set(self, name: str) -> bool:
         return bool(self._given[name].text)
 
+    def written(self) -> dict[str, str]:
+        """What the strongest source says of each setting, as text."""
+        return {name: given.text for name, given in self._given.items()}
+
     def origins(self) -> dict[str, str]:
         """How an error about each setting begins: ``.env:3: IMAGE``, ``option --image``."""
         return {name: given.origin for name, given in self._given.items()}

@@ -24,6 +24,7 @@ CHECK_FAILED = 1
 
 FORCE = {"force": "although nothing changed"}
 NO_COMMIT = {"no_commit": "leave the work container for `inv commit` instead of committing it"}
+KEEP_FAILED = {"keep_failed": "leave the work container of a command that failed"}
 UPSTREAM = {"upstream": "bring the stages that it starts from up to date first"}
 
 
@@ -31,10 +32,9 @@ UPSTREAM = {"upstream": "bring the stages that it starts from up to date first"}
 def base(c: Context, force: bool = False) -> None:
     """Build DOCKERFILE on BASE_IMAGE."""
     with opened(c) as project:
-        from guix_tasks.lifecycle import Lifecycle, Wishes
+        from guix_tasks.lifecycle import Wishes, make_each
 
-        for each in project.each_platform():
-            Lifecycle(each).make("base", Wishes(force=force))
+        make_each(project, "base", Wishes(force=force))
 
 
 @task(
@@ -42,6 +42,7 @@ def base(c: Context, force: bool = False) -> None:
         **FORCE,
         **UPSTREAM,
         **NO_COMMIT,
+        **KEEP_FAILED,
         "update": "take the channels as they are now, and lock",
     },
     auto_shortflags=False,
@@ -52,16 +53,13 @@ def pull(
     upstream: bool = False,
     update: bool = False,
     no_commit: bool = False,
+    keep_failed: bool = False,
 ) -> None:
     """Run `guix pull` on the base stage."""
     with (opened_single if no_commit else opened)(c) as project:
-        from guix_tasks.lifecycle import Lifecycle, Wishes
+        from guix_tasks.lifecycle import Wishes, make_each
 
-        for number, each in enumerate(project.each_platform()):
-            # The others pull what the first has locked, even if there is something newer by then.
-            update = update and not number
-            wishes = Wishes(force=force, upstream=upstream, update=update, commit=not no_commit)
-            Lifecycle(each).make("pull", wishes)
+        make_each(project, "pull", Wishes(force, upstream, update, not no_commit, keep_failed))
 
 
 @task(
@@ -71,6 +69,7 @@ def pull(
         **FORCE,
         **UPSTREAM,
         **NO_COMMIT,
+        **KEEP_FAILED,
     },
     auto_shortflags=False,
 )
@@ -80,16 +79,16 @@ def install(
     force: bool = False,
     upstream: bool = False,
     no_commit: bool = False,
+    keep_failed: bool = False,
 ) -> None:
     """Install GUIX_PACKAGES and GUIX_MANIFEST on the pull stage."""
     one_or_all = opened_single if no_commit else opened
     with one_or_all(c, {"GUIX_PACKAGES": package} if package else None) as project:
-        from guix_tasks.lifecycle import Lifecycle, Wishes
+        from guix_tasks.lifecycle import Wishes, make_each
 
         given = project.settings.guix_packages if package else ()
-        wishes = Wishes(force=force, upstream=upstream, commit=not no_commit, packages=given)
-        for each in project.each_platform():
-            Lifecycle(each).make("install", wishes)
+        wishes = Wishes(force, upstream, False, not no_commit, keep_failed, packages=given)
+        make_each(project, "install", wishes)
 
 
 @task(auto_shortflags=False)

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
-from harness import OFFLINE, Docker, Project, Result, Workshop, builder_environment, free_port
+from harness import (
+    HTPASSWD,
+    OFFLINE,
+    Docker,
+    Project,
+    Result,
+    Workshop,
+    builder_environment,
+    free_port,
+)
 
 from guix_tasks.console import Console
 from guix_tasks.docker_engine import DockerEngine, find_engine
 from guix_tasks.errors import EngineError, NoEngineError
+from guix_tasks.local import process
 from guix_tasks.local.base_image import BASE_TAG, make_base
 from guix_tasks.local.engine import private_engine
 from guix_tasks.local.offline import make_material
+from guix_tasks.local.process import Service
 from guix_tasks.local.registry import LocalRegistry, local_registry
 
 if TYPE_CHECKING:
@@ -132,6 +144,28 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRegistry
     own.up(Console())
     yield own
     own.down(Console())
+
+
+@pytest.fixture(scope="session")
+def locked(registry: LocalRegistry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A registry that lets in only who has the password."""
+    folder, port = tmp_path_factory.mktemp("locked"), free_port()
+    (folder / "htpasswd").write_text(HTPASSWD)
+    configuration = {
+        "version": 0.1,
+        "log": {"accesslog": {"disabled": True}},
+        "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
+        "http": {"addr": f"127.0.0.1:{port}"},
+        "auth": {"htpasswd": {"realm": "tests", "path": str(folder / "htpasswd")}},
+    }
+    (folder / "configuration").write_text(json.dumps(configuration))
+    service = Service(
+        registry.folder / "root/usr/bin/docker-registry", folder / "pid", folder / "log"
+    )
+    service.start(["serve", str(folder / "configuration")])
+    assert process.wait_until(lambda: "listening on" in service.log.read_text(), 20)
+    yield f"localhost:{port}"
+    service.stop(20)
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,12 @@ ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = ROOT / "examples" / "offline"
 LOCK = "channels.lock.scm"
 
+# Of the fixture `locked`.
+USER = "somebody"
+PASSWORD = "right"  # noqa: S105
+# That password, as `htpasswd -B` writes it.
+HTPASSWD = f"{USER}:$2b$04$w.r4zYKSBsKgHr.tBB3X3uMaOFQ7ox0KPMyBmQqiWqZ2vZmQJhjaa\n"
+
 Result = subprocess.CompletedProcess[str]
 
 

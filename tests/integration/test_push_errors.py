@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import free_port, one_error
-
-from guix_tasks.local import process
-from guix_tasks.local.process import Service
+from harness import PASSWORD, USER, free_port, one_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from conftest import NewProject
     from harness import Project
 
-    from guix_tasks.local.registry import LocalRegistry
-
 pytestmark = pytest.mark.engine
 
-USER = "somebody"
-PASSWORD = "right"  # noqa: S105
-# That password, as `htpasswd -B` writes it.
-HTPASSWD = f"{USER}:$2b$04$w.r4zYKSBsKgHr.tBB3X3uMaOFQ7ox0KPMyBmQqiWqZ2vZmQJhjaa\n"
 TINY = "FROM scratch\nCOPY Dockerfile /\n"
-
-
-@pytest.fixture(scope="module")
-def locked(registry: LocalRegistry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A registry that lets in only who has the password."""
-    folder, port = tmp_path_factory.mktemp("locked"), free_port()
-    (folder / "htpasswd").write_text(HTPASSWD)
-    configuration = {
-        "version": 0.1,
-        "log": {"accesslog": {"disabled": True}},
-        "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
-        "http": {"addr": f"127.0.0.1:{port}"},
-        "auth": {"htpasswd": {"realm": "tests", "path": str(folder / "htpasswd")}},
-    }
-    (folder / "configuration").write_text(json.dumps(configuration))
-    service = Service(
-        registry.folder / "root/usr/bin/docker-registry", folder / "pid", folder / "log"
-    )
-    service.start(["serve", str(folder / "configuration")])
-    assert process.wait_until(lambda: "listening on" in service.log.read_text(), 20)
-    yield f"localhost:{port}"
-    service.stop(20)
 
 
 def tiny(new_project: NewProject, registry: str) -> Project:
