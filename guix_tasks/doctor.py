@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from guix_tasks.settings import Settings
     from guix_tasks.stage import Project
 
-GUIX_SERVERS = ("https://ci.guix.gnu.org", "https://bordeaux.guix.gnu.org")
-"""What Guix itself asks for substitutes (``%default-substitute-urls``)."""
-
 _LEAST_DISK = 4_000_000_000
 """Bytes that a pull and an install of Guix' own packages take, about."""
 
@@ -379,7 +376,7 @@ def _mounted(settings: Settings, name: str, path: str, inside: str = "") -> Find
 def _substitutes(patient: Patient) -> Iterator[Finding]:
     settings = patient.settings
     name, file = "substitutes", "nix-cache-info"
-    for given in settings.guix_substitute_urls or GUIX_SERVERS:
+    for given in settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS:
         url = given.rstrip("/")
         if url.startswith("file://"):
             yield _mounted(settings, name, url.removeprefix("file://"), file)
@@ -389,7 +386,7 @@ def _substitutes(patient: Patient) -> Iterator[Finding]:
             mend = "without it everything is built from source: mend GUIX_SUBSTITUTE_URLS"
             answer = _Answer(re.compile(rb"^StoreDir:", re.MULTILINE), "a substitute server")
             yield _answers(name, url, f"{url}/{file}", answer, mend)
-        if url not in GUIX_SERVERS and not settings.guix_substitute_keys:
+        if url not in guix.DEFAULT_SUBSTITUTE_URLS and not settings.guix_substitute_keys:
             yield Finding(
                 name, State.NOTE, f"no key for {url} is set",
                 "what it serves is refused unless the base image trusts it: GUIX_SUBSTITUTE_KEYS",

@@ -35,6 +35,7 @@ from guix_tasks import boundary, buildx, docker_engine, doctor, fingerprint
 from guix_tasks.doctor import CHECKS, Finding, Patient, State, examine, show
 from guix_tasks.engine import Credentials, TracedEngine
 from guix_tasks.errors import EngineError
+from guix_tasks.guix import DEFAULT_SUBSTITUTE_URLS
 from guix_tasks.settings import settings_reference
 from guix_tasks.tasks import ns
 
@@ -800,12 +801,13 @@ def test_a_substitute_server_without_a_key_is_noted(site: Site, start: StartServ
 
 @pytest.mark.parametrize("slash", ["", "/"])
 def test_guix_own_servers_need_no_key(site: Site, slash: str) -> None:
-    site.env["GUIX_SUBSTITUTE_URLS"] = f"{doctor.GUIX_SERVERS[0]}{slash}"
+    site.env["GUIX_SUBSTITUTE_URLS"] = f"{DEFAULT_SUBSTITUTE_URLS[0]}{slash}"
     assert "out of reach" in one(site, "substitutes").said
 
 
 def test_guix_own_servers_are_asked_where_none_are_set(site: Site) -> None:
-    assert [each.said.split()[0] for each in find(site, "substitutes")] == [*doctor.GUIX_SERVERS]
+    asked = [each.said.split()[0] for each in find(site, "substitutes")]
+    assert asked == [*DEFAULT_SUBSTITUTE_URLS]
 
 
 def test_substitutes_on_a_mount_need_what_guix_reads_first(site: Site) -> None:

@@ -1,0 +1,113 @@
+"""Stages that fail: for want of a network, and because something does not build."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, ClassVar
+
+import pytest
+from harness import free_port, one_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from conftest import NewProject
+    from harness import Project, Workshop
+
+pytestmark = pytest.mark.engine
+
+BROKEN = """
+(use-modules (guix build-system trivial) (guix gexp) (guix packages) (guix profiles))
+(packages->manifest
+ (list (package
+         (name "broken") (version "1") (source #f)
+         (build-system trivial-build-system)
+         (arguments
+          (list #:builder #~(begin (display "connection refused, says its test\\n") (exit 1))))
+         (home-page "") (synopsis "") (description "") (license #f))))
+"""
+
+
+def bundle(project: Project) -> Path:
+    (folder,) = (project.folder / "out" / "failed").iterdir()
+    return folder
+
+
+def test_what_does_not_build_leaves_what_one_needs(new_project: NewProject) -> None:
+    """And is not tried again; no secret is in it."""
+    project = new_project("base", "pull", GUIX_PACKAGES="", BUILD_ARGS="TOKEN=hunter2")
+    (project.folder / "broken.scm").write_text(BROKEN)
+    project.set(GUIX_MANIFEST="broken.scm", DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2")  # noqa: S106
+    result = project.inv("install", "--upstream")
+    error = one_error(result, 4)
+    assert project.containers() == []
+    folder = bundle(project)
+    assert folder.name.startswith("install-")
+    assert f"{folder} has the logs" in error
+    assert "tried again" not in result.stderr
+    assert "guix package --manifest=" in (folder / "command").read_text()
+    assert "GUIX_MANIFEST=broken.scm" in (folder / "settings").read_text()
+    assert "builder for" in (folder / "log").read_text()
+    assert [each for each in folder.iterdir() if "broken-1.drv" in each.name]
+    for each in folder.iterdir():
+        assert b"hunter2" not in each.read_bytes()
+
+
+def test_a_container_that_failed_can_be_looked_into(new_project: NewProject) -> None:
+    project = new_project("base", "pull", GUIX_PACKAGES="no-such-package")
+    error = one_error(project.inv("install", "--keep-failed"), 4)
+    (name,) = project.containers()
+    assert "docker commit " in error
+    assert "is not committed" in one_error(project.inv("commit"), 2)
+    project.ok("clean", "--work")
+    assert project.containers() == [], name
+
+
+class Substitutes(SimpleHTTPRequestHandler):
+    """A substitute server that has not got what it is asked for first."""
+
+    missing: ClassVar[int] = 0
+
+    def do_GET(self) -> None:
+        if "/nar/" in self.path and type(self).missing:
+            type(self).missing -= 1
+            self.send_error(404)
+        else:
+            super().do_GET()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@contextmanager
+def serving(folder: Path, missing: int) -> Iterator[str]:
+    handler = type("Handler", (Substitutes,), {"missing": missing})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_a_fault_of_the_network_is_survived(new_project: NewProject, workshop: Workshop) -> None:
+    """In the same container: what was fetched is not fetched again."""
+    with serving(workshop.offline / "substitutes", missing=2) as server:
+        project = new_project("base", NETWORK="host", GUIX_SUBSTITUTE_URLS=server)
+        said = project.ok("pull", "--upstream").stderr
+    assert said.count("pull is tried again in") == 1
+    assert not (project.folder / "out").exists()
+    assert project.containers() == []
+
+
+def test_a_server_that_is_down_does_not_let_all_be_built(new_project: NewProject) -> None:
+    server = f"http://127.0.0.1:{free_port()}"
+    project = new_project("base", NETWORK="host", GUIX_SUBSTITUTE_URLS=server)
+    with project.unharmed():
+        result = project.inv("pull", "--upstream")
+        error = one_error(result, 4)
+    assert "no substitute server answers (127.0.0.1)" in error
+    assert "GUIX_FALLBACK=yes" in error
+    assert result.stderr.count("pull is tried again in") == 2
+    assert bundle(project)
