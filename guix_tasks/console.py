@@ -88,14 +88,17 @@ class Log:
     _CONTROL = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
     def __init__(self, console: Console, kept: IO[bytes] | None = None) -> None:
-        """``kept`` gets all of it, as it comes."""
+        """``kept`` gets all of it, as it comes, until it can hold no more."""
         self._console = console
         self._kept = kept
         self._rest = b""
 
     def add(self, data: bytes) -> None:
         if self._kept:
-            self._kept.write(data)
+            try:
+                self._kept.write(data)
+            except OSError:  # a full disk is no fault of what is run
+                self._kept = None
         if self._console.err.isatty():
             self._console.stream(data)
             return

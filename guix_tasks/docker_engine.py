@@ -22,6 +22,7 @@ import requests
 from guix_tasks import buildx, retry
 from guix_tasks.engine import Container, EngineInfo, Image, Layer
 from guix_tasks.errors import (
+    REFUSED,
     BuilderError,
     EngineError,
     GuixTasksError,
@@ -301,7 +302,9 @@ class DockerEngine:
         with self._speaking(f"make a container of {spec.image}"):
             host = self._api.create_host_config(
                 privileged=spec.privileged,
-                security_opt=list(spec.security),
+                security_opt=[_with_profile(option) for option in spec.security],
+                cap_drop=["ALL"] if spec.capabilities is not None else None,
+                cap_add=list(spec.capabilities or ()),
                 tmpfs=dict.fromkeys(spec.memory_folders, ""),
                 network_mode=spec.network,
                 binds=list(spec.binds),
@@ -475,7 +478,7 @@ class DockerEngine:
         except GuixTasksError:
             raise
         except docker.errors.APIError as error:
-            raise EngineError(f"the engine could not {what}: {_line(error)}") from None
+            raise EngineError(f"{REFUSED} {what}: {_line(error)}") from None
         except (docker.errors.DockerException, requests.RequestException, OSError) as error:
             raise EngineError(self._unreachable(error)) from None
 
@@ -545,6 +548,12 @@ def _registry_error(what: str, detail: str) -> RegistryError:
     error = RegistryError(f"cannot {what}: {detail}" + (f"; {mend}" if mend else ""))
     error.passes = retry.passes(detail)
     return error
+
+
+def _with_profile(option: str) -> str:
+    """An option with the content of the file that it names, as the API wants a seccomp profile."""
+    name, _, value = option.partition("=")
+    return f"{name}={Path(value).read_text()}" if value.startswith("/") else option
 
 
 def _time(text: str) -> datetime | None:

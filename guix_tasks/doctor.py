@@ -7,7 +7,6 @@ import http.client
 import json
 import re
 import shutil
-import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
@@ -23,17 +21,18 @@ from guix_tasks import guix
 from guix_tasks.builders import find_builder, needed_syntax
 from guix_tasks.console import human_size
 from guix_tasks.errors import EngineError, GuixTasksError, UsageError
+from guix_tasks.sandbox import probe
 from guix_tasks.settings import Driver
 from guix_tasks.stages.pull import lock_misfits, lock_text, misfit, wanted_text
 from guix_tasks.transfer import credentials
-from guix_tasks.work import FOLDER, Work, binds, refuse_emulated, work_container
+from guix_tasks.work import binds, refuse_emulated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from guix_tasks.buildx import Buildx
     from guix_tasks.console import Console
-    from guix_tasks.engine import Engine, Image
+    from guix_tasks.engine import Engine
     from guix_tasks.settings import Settings
     from guix_tasks.stage import Project
 
@@ -228,7 +227,9 @@ def _tried(project: Project) -> Finding:
     if image is None or not (made or image.platform.startswith(str(wanted or ""))):
         return Finding("sandbox", State.NOTE, f"{kind}: not tried, for want of an image with Guix")
     try:
-        why = _probe(project, image)
+        settings = project.settled(image).settings
+        kind = settings.guix_sandbox.value
+        why = probe(project.engine, settings, image)
     except EngineError as error:
         found = failed("sandbox", error)
         refused = not found.mend and re.search("privileged|permitted|denied", found.said)
@@ -255,36 +256,6 @@ _SANDBOX_MENDS = {
     "xec format error": "`inv buildx.setup --binfmt` installs the emulator",
 }
 """What mends a sandbox that fails for another reason than its privileges, by words of that."""
-
-
-def _probe(project: Project, image: Image) -> str | None:
-    """Run the probe in a container of an image; the line that says why it failed, if it did."""
-    engine, folder = project.engine, Path(__file__).parent
-    files = {name: (folder / name).read_bytes() for name in ("probe.sh", "probe.scm")}
-    work, late = Work("probe", (f"{FOLDER}/probe.sh",), files, bare=True), threading.Event()
-    with work_container(engine, project.settings, image.id, work) as container:
-
-        def stop() -> None:
-            late.set()
-            with suppress(EngineError):
-                engine.stop(container, seconds=5)
-
-        timer = threading.Timer(_PROBE_SECONDS, stop)
-        timer.daemon = True
-        timer.start()
-        try:
-            log = b"".join(data for _, data in engine.run(container))
-            status = engine.wait(container)
-        finally:
-            timer.cancel()
-    if late.is_set():
-        return f"it did not end within {_PROBE_SECONDS} s"
-    if status == 0:
-        return None
-    lines = [line.strip() for line in log.decode(errors="replace").splitlines() if line.strip()]
-    known = ("substitute key", "no guix-daemon", "error:")
-    told = (line for words in known for line in lines if words in line)
-    return next(told, lines[-1] if lines else f"it ended with status {status}")
 
 
 # --- What it speaks with --------------------------------------------------------------------

@@ -90,6 +90,8 @@ class ContainerSpec:
     privileged: bool = False
     security: tuple[str, ...] = ()
     """As ``docker run --security-opt`` takes them."""
+    capabilities: tuple[str, ...] | None = None
+    """Those that it has; None: what the engine gives by default."""
     network: str | None = None
     publish: Mapping[int, int] = field(default_factory=dict)
     """Ports of loopback, with the container's ports that they lead to."""
@@ -432,6 +434,8 @@ def create_argv(spec: ContainerSpec) -> Sequence[str]:
         "docker", "create", f"--name={spec.name}",
         *(["--privileged"] if spec.privileged else []),
         *(f"--security-opt={option}" for option in spec.security),
+        *(["--cap-drop=ALL"] if spec.capabilities is not None else []),
+        *(f"--cap-add={each}" for each in spec.capabilities or ()),
         *(["--init"] if spec.init else []),
         *(["--interactive", "--tty"] if spec.tty else []),
         *([f"--network={spec.network}"] if spec.network else []),

@@ -36,6 +36,10 @@ class SettingsError(UsageError):
         self.problems = problems
 
 
+REFUSED = "the engine could not"
+"""How the message begins where an engine answers, and does not do what it is asked."""
+
+
 class EngineError(GuixTasksError):
     """The Docker Engine cannot be reached, or refused a call."""
 

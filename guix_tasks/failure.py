@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import io
+import bz2
+import errno
+import gzip
+import itertools
 import os
+import re
+import shutil
 import tarfile
+import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from io import BytesIO
 from typing import IO, TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote_to_bytes
 
 from guix_tasks import guix
 from guix_tasks.errors import EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from guix_tasks.engine import Engine
@@ -24,7 +31,16 @@ if TYPE_CHECKING:
 _BUILD_LOGS = 10
 """Logs of failed builds that are kept."""
 
-HIDDEN = "***"
+_LINE = 8
+"""Characters from which a line of a secret is one itself; a mere brace is not."""
+
+HIDDEN = b"***"
+
+_ACCOUNT = re.compile(rb"(?<=://)[^\s/'\"]+(?=@)")
+"""The user and the password in a URL, whoever wrote it."""
+
+_OPTION = re.compile(rb"\b(\w*(?:token|secret|password|access_key)\w*=)[^,\s]+")
+"""An option such as those of build caches, ``secret_access_key=…``."""
 
 
 @dataclass(frozen=True)
@@ -46,48 +62,94 @@ def keep_failure(engine: Engine, settings: Settings, failed: Failed) -> Path | N
     time = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
     folder = settings.output_folder / "failed" / f"{failed.name}-{time}"
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
-    failed.log.seek(0)
-    text = failed.log.read().decode(errors="replace")
-    with suppress(OSError):
+    try:
         unfinished.mkdir(parents=True)
-        for file, content in _files(engine, settings, text, failed.command).items():
-            (unfinished / file).write_text(hidden(content, settings), encoding="utf-8")
-        for path in guix.build_logs(text)[:_BUILD_LOGS]:
-            with suppress(EngineError, tarfile.TarError):
-                _unpack(engine.copy_out(failed.container, path), unfinished)
-        unfinished.rename(folder)
-        return folder
-    return None
+        _fill(unfinished, engine, settings, failed)
+        return _finished(unfinished, folder)
+    except OSError:
+        return None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _files(engine: Engine, settings: Settings, log: str, command: bytes) -> Mapping[str, str]:
-    info = engine.info()
-    return {
-        "log": log,
-        "command": command.decode(errors="replace"),
-        "settings": "".join(f"{name}={text}\n" for name, text in settings.written.items() if text),
-        "versions": f"Docker {info.version} ({info.storage_driver}, {info.platform})\n",
-    }
+def _fill(folder: Path, engine: Engine, settings: Settings, failed: Failed) -> None:
+    secrets = _secrets(settings)
+    written = "".join(f"{name}={text}\n" for name, text in settings.written.items() if text)
+    (folder / "command").write_bytes(hidden(failed.command, secrets))
+    (folder / "settings").write_bytes(_OPTION.sub(rb"\1" + HIDDEN, hidden(_raw(written), secrets)))
+    # Where the engine is gone, the rest is still worth keeping.
+    with suppress(EngineError):
+        info = engine.info()
+        about = f"Docker {info.version} ({info.storage_driver}, {info.platform})\n"
+        (folder / "versions").write_text(about, encoding="utf-8")
+    failed.log.seek(0)
+    paths: dict[str, None] = {}
+    with (folder / "log").open("wb") as log:
+        for line in failed.log:
+            log.write(hidden(line, secrets))
+            paths.update(dict.fromkeys(guix.build_logs(line.decode(errors="replace"))))
+    for path in itertools.islice(paths, _BUILD_LOGS):
+        # Of one that cannot be read to its end what came is kept.
+        with suppress(EngineError, tarfile.TarError, OSError, EOFError, zlib.error):
+            _unpack(engine.copy_out(failed.container, path), path, folder, secrets)
 
 
-def _unpack(archive: bytes, folder: Path) -> None:
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        for member in tar:
-            if member.isfile() and (file := tar.extractfile(member)):
-                (folder / member.name.replace("/", "_")).write_bytes(file.read())
+def _unpack(archive: bytes, path: str, folder: Path, secrets: Iterable[bytes]) -> None:
+    """Write the one build log in an archive, with its derivation's name and compressed."""
+    *_, start, rest = path.split("/")
+    plain = re.sub(r"\.(gz|bz2)$", "", rest)
+    name = hidden(_raw(start + plain), secrets).decode()
+    with tarfile.open(fileobj=BytesIO(archive), mode="r:") as tar:
+        member = next((each for each in tar if each.isfile()), None)
+        file = tar.extractfile(member) if member else None
+        if file:
+            with gzip.open(folder / f"{name}.gz", "wb") as log:
+                log.writelines(hidden(line, secrets) for line in _lines(file, rest))
 
 
-def hidden(text: str, settings: Settings) -> str:
-    """A text without the secrets that the settings hold."""
-    for secret in sorted(_secrets(settings), key=len, reverse=True):
+def _lines(file: IO[bytes], name: str) -> Iterator[bytes]:
+    if name.endswith(".gz"):
+        return iter(gzip.GzipFile(fileobj=file))
+    return iter(bz2.BZ2File(file) if name.endswith(".bz2") else file)
+
+
+def _finished(unfinished: Path, folder: Path) -> Path:
+    """Give a folder its name; a number is added where another failure of this second has it."""
+    for number in itertools.count(1):
+        name = folder.name if number == 1 else f"{folder.name}-{number}"
+        try:
+            return unfinished.rename(folder.with_name(name))
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    raise AssertionError
+
+
+def hidden(text: bytes, secrets: Iterable[bytes]) -> bytes:
+    """A text without secrets, and without the accounts in URLs."""
+    for secret in secrets:
         text = text.replace(secret, HIDDEN)
-    return text
+    return _ACCOUNT.sub(HIDDEN, text)
 
 
-def _secrets(settings: Settings) -> Iterator[str]:
-    if settings.docker_password:
-        yield settings.docker_password.reveal()
-    for url in settings.proxies.values():
-        with suppress(ValueError):
-            if password := urlsplit(url).password:
-                yield password
+def _secrets(settings: Settings) -> list[bytes]:
+    """The secrets that the settings hold, in each way they may be written, the longest first."""
+    plain = [_raw(settings.docker_password.reveal())] if settings.docker_password else []
+    for url in map(_raw, settings.proxies.values()):
+        # Not by the rules of URLs: a password may be there that breaks them.
+        account = url.partition(b"://")[2] or url
+        plain.append(account.rpartition(b"@")[0].partition(b":")[2])
+    # A log is looked through line by line, and a key may have several.
+    plain += [line for each in plain for line in each.splitlines() if len(line) >= _LINE]
+    ways = {
+        way
+        for each in plain
+        for way in (each, unquote_to_bytes(each), quote(each, safe="").encode())
+        if way
+    }
+    return sorted(ways, key=len, reverse=True)
+
+
+def _raw(text: str) -> bytes:
+    """Text as bytes; what the environment holds need not be UTF-8."""
+    return text.encode(errors="surrogateescape")

@@ -163,31 +163,41 @@ def commits(text: str) -> dict[str, str]:
 DEFAULT_SUBSTITUTE_URLS = ("https://ci.guix.gnu.org", "https://bordeaux.guix.gnu.org")
 """What Guix asks for substitutes where it is not told (``%default-substitute-urls``)."""
 
-# Guix 1.5, scripts/substitute.scm, scripts/pull.scm and git.scm.
-_SILENT = re.compile(r"guix substitute: warning: (\S+): connection failed: ")
+# Guix 1.5, substitutes.scm, scripts/substitute.scm, scripts/pull.scm and git.scm.
+_SILENT = re.compile(
+    r"guix substitute: warning: (\S+): (?:host not found|(?:TLS )?connection failed): "
+)
 _NETWORK = re.compile(
     r"usually happens due to networking issues"
-    r"|^guix [a-z-]+: error: (Git error|.*(TLS|connect|timed out|resolv|unexpected EOF))"
+    r"|^guix [a-z-]+: error: (?!.*unknown package)"
+    r"(?:Git error(?!.*(?:status code: 4|authentication|object not found|cannot locate))"
+    r"|.*(?:\bTLS|connect|timed out|resolv|unexpected EOF))"
     r"|guix substitute: error: "
     r"|In procedure (getaddrinfo|connect): ",
     re.MULTILINE,
 )
 _BUILD = re.compile(r"builder for [`']\S+' failed|build of \S+ failed")
+_BUILD_LOG = re.compile(r"'(/var/log/guix/drvs/[0-9a-z]{2}/[0-9a-z]{30}-[\w+.?=-]+)'", re.ASCII)
 
 
 def silent_servers(log: str) -> set[str]:
     """The hosts of the substitute servers that did not answer, as a log tells."""
-    return set(_SILENT.findall(log))
+    return {host.lower() for host in _SILENT.findall(log)}
 
 
 def network_fault(log: str) -> bool:
     """Whether a command failed for want of a network, and not because something does not build."""
-    return _NETWORK.search(log) is not None and _BUILD.search(log) is None
+    return _NETWORK.search(log) is not None and not build_fault(log)
+
+
+def build_fault(log: str) -> bool:
+    """Whether something did not build, as a log tells."""
+    return _BUILD.search(log) is not None
 
 
 def build_logs(log: str) -> list[str]:
     """Where the build logs are that a log points to."""
-    return list(dict.fromkeys(re.findall(r"'(/var/log/guix/drvs/[^']+)'", log)))
+    return list(dict.fromkeys(_BUILD_LOG.findall(log)))
 
 
 def script(
@@ -199,19 +209,21 @@ def script(
     it collects what the commands added to the store and nothing needs; ``keep`` is a profile
     whose like is still to be built.  That nothing could be collected is no failure of a stage.
     """
-    before = f"{folder}/store-before"
+    # Not in the folder, which goes with each start: a second try goes on from the first.
+    before = "/.guix-tasks-store-before"
     collect = ("guix", "repl", "--", f"{folder}/collect.scm", before, *([keep] if keep else []))
     lines = [
         "#!/bin/sh",
         "set -eu",
         "exec 3>&1 1>&2",
-        f"find /gnu/store -mindepth 1 -maxdepth 1 >{before} || true",
+        f"[ -e {before} ] || find /gnu/store -mindepth 1 -maxdepth 1 >{before} || true",
         *(shlex.join(command) for command in commands),
         # After a pull `guix` is another program: forget where the shell found the first one.
         "hash -r",
         f"{shlex.join(collect)} || echo 'the store could not be collected' & collecting=$!",
         f"{shlex.join(report)} >&3",
         "wait $collecting",
+        f"rm -f {before}",
     ]
     return "\n".join(lines) + "\n"
 

@@ -30,6 +30,7 @@ from guix_tasks.ledger import (
     stage_labels,
 )
 from guix_tasks.retry import retried
+from guix_tasks.sandbox import settled
 from guix_tasks.work import (
     FOLDER,
     IMAGE_FOLDER,
@@ -55,7 +56,10 @@ STAGE_TRIES = 3
 """How often a stage is run where the network fails it."""
 
 _TAIL = 400
-"""Pieces of a log that an error is looked for in."""
+"""Lines of a log that an error is looked for in."""
+
+_QUOTES = b"entry-point: the last lines of "
+"""What a line begins with after which the entry point shows logs of builds."""
 
 _LOG_IN_MEMORY = 1 << 20
 """Bytes of a log from which it is kept on disk."""
@@ -72,6 +76,10 @@ class Project:
     @cached_property
     def ledger(self) -> Ledger:
         return Ledger(self.engine, self.settings)
+
+    def settled(self, image: Image) -> Project:
+        """This project with the rights that containers of an image get here."""
+        return replace(self, settings=settled(self.engine, self.settings, self.console, image))
 
     def each_platform(self) -> list[Project]:
         """This project for one platform after the other: an engine makes one at a time."""
@@ -128,6 +136,7 @@ def run_stage(
     Raises ``StageError`` when a command fails; then nothing is committed and no tag has moved, and
     the container is left only with ``keep_failed``.
     """
+    project = project.settled(parent)
     console, settings = project.console, project.settings
     if not commit or keep_failed:
         refuse_second(project.engine, settings)
@@ -163,20 +172,33 @@ def _run_again(project: Project, container: str, work: Work) -> str:
 
     It goes on in the same container, so what is fetched is not fetched again.
     """
-    log = tempfile.SpooledTemporaryFile(max_size=_LOG_IN_MEMORY)  # noqa: SIM115 -- see below
     starts = itertools.count()
+    started = time.monotonic()
 
     def once() -> str:
+        spent = 0.0
         if next(starts):
             # The entry point has removed what it was given for the first start.
             fill(project.engine, project.settings, container, work)
-        return perform(project, container, work.name, log)
+            spent = time.monotonic() - started
+        return perform(project, container, work.name, log, spent)
 
-    with log:
+    with _kept_log() as log:
         try:
             return retried(project.console, work.name, once, tries=STAGE_TRIES)
         except StageError as error:
             raise _with_bundle(project, container, work, log, error) from None
+
+
+@contextmanager
+def _kept_log() -> Iterator[IO[bytes]]:
+    """A file that goes with the block; that it could not be written is no fault of a stage."""
+    log = tempfile.SpooledTemporaryFile(max_size=_LOG_IN_MEMORY)  # noqa: SIM115 -- see below
+    try:
+        yield log
+    finally:
+        with suppress(OSError):
+            log.close()
 
 
 def _with_bundle(
@@ -214,22 +236,23 @@ class Servers:
     """
 
     def __init__(self, settings: Settings) -> None:
-        urls = settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS
+        urls = set(settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS)
         self._hosts = {urlsplit(url).hostname for url in urls}
-        self._watched = not settings.guix_fallback
-        self._rest = ""
+        # Where there is to be no network, none is expected to answer.
+        expected = settings.network != "none" and not settings.guix_fallback
+        # Guix names the host alone: of two servers on one it cannot be told which is meant.
+        self._watched = expected and len(self._hosts) == len(urls)
         self._silent: set[str] = set()
 
     @property
     def were_silent(self) -> bool:
         return self._watched and self._hosts <= self._silent
 
-    def all_silent(self, data: bytes) -> bool:
-        """Whether the next piece of a log says so of the last of them."""
+    def all_silent(self, line: str) -> bool:
+        """Whether the next line of a log says so of the last of them."""
         if not self._watched or self.were_silent:
             return False
-        *lines, self._rest = (self._rest + data.decode(errors="replace")).split("\n")
-        self._silent |= guix.silent_servers("\n".join(lines))
+        self._silent |= guix.silent_servers(line)
         return self.were_silent
 
     @property
@@ -240,29 +263,60 @@ class Servers:
         )
 
 
-def perform(project: Project, container: str, name: str, kept: IO[bytes] | None = None) -> str:
+class Lines:
+    """The lines of a log that comes in pieces, but for what the entry point quotes at its end.
+
+    That is of builds, which may have said anything.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._quoted = False
+
+    def add(self, data: bytes) -> list[str]:
+        """The lines that the next piece ends."""
+        *lines, self._rest = (self._rest + data).replace(b"\r", b"\n").split(b"\n")
+        found = []
+        for line in lines:
+            self._quoted = self._quoted or line.startswith(_QUOTES)
+            if not self._quoted:
+                found.append(line.decode(errors="replace"))
+        return found
+
+
+def perform(
+    project: Project,
+    container: str,
+    name: str,
+    kept: IO[bytes] | None = None,
+    spent: float = 0,
+) -> str:
     """Run a work container to its end, its log shown, and ``kept``, as it comes; its output.
 
-    Raises ``StageError`` where its command fails or takes longer than ``STAGE_TIMEOUT``, and where
-    no substitute server answers, unless ``GUIX_FALLBACK`` lets it build from source.
+    ``spent`` are the seconds of ``STAGE_TIMEOUT`` that earlier tries have taken.  Raises
+    ``StageError`` where its command fails or takes longer than that, and where no substitute
+    server answers, unless ``GUIX_FALLBACK`` lets it build from source.
     """
     output, log = bytearray(), Log(project.console, kept)
-    tail: deque[bytes] = deque(maxlen=_TAIL)
-    servers = Servers(project.settings)
-    with _limit(project, container) as timed_out:
+    lines, servers = Lines(), Servers(project.settings)
+    tail: deque[str] = deque(maxlen=_TAIL)
+    is_build_fault = False
+    with _limit(project, container, name, spent) as timed_out:
         for is_log, data in project.engine.run(container):
-            if is_log:
-                log.add(data)
-                tail.append(data)
-                if servers.all_silent(data):
-                    project.engine.stop(container, seconds=10)
-            else:
+            if not is_log:
                 output += data
+                continue
+            log.add(data)
+            for line in lines.add(data):
+                tail.append(line)
+                is_build_fault = is_build_fault or guix.build_fault(line)
+                if servers.all_silent(line):
+                    project.engine.stop(container, seconds=10)
         log.end()
+        tail.extend(lines.add(b"\n"))
         status = project.engine.wait(container)
     if timed_out.is_set():
-        limit = human_time(project.settings.stage_timeout or 0)
-        raise StageError(f"{name}: stopped after STAGE_TIMEOUT ({limit}); nothing was committed")
+        raise _too_long(project, name)
     if servers.were_silent:
         error = StageError(f"{name}: {servers.complaint}")
         error.passes = True
@@ -272,13 +326,18 @@ def perform(project: Project, container: str, name: str, kept: IO[bytes] | None 
             f"{name}: the command failed with exit status {status}, and nothing was committed; "
             "the output above says why"
         )
-        error.passes = guix.network_fault(b"".join(tail).decode(errors="replace"))
+        error.passes = not is_build_fault and guix.network_fault("\n".join(tail))
         raise error
     return output.decode(errors="replace")
 
 
+def _too_long(project: Project, name: str) -> StageError:
+    limit = human_time(project.settings.stage_timeout or 0)
+    return StageError(f"{name}: stopped after STAGE_TIMEOUT ({limit}); nothing was committed")
+
+
 @contextmanager
-def _limit(project: Project, container: str) -> Iterator[threading.Event]:
+def _limit(project: Project, container: str, name: str, spent: float) -> Iterator[threading.Event]:
     """Stop the container when its time is up; the event says that it was."""
     timed_out = threading.Event()
 
@@ -288,8 +347,11 @@ def _limit(project: Project, container: str) -> Iterator[threading.Event]:
         with suppress(EngineError):
             project.engine.stop(container, seconds=10)
 
-    seconds = project.settings.stage_timeout
-    timer = threading.Timer(seconds, stop) if seconds else None
+    limit = project.settings.stage_timeout
+    # With less than a second the container might be stopped before it has started.
+    if limit and spent and limit - spent < 1:
+        raise _too_long(project, name)
+    timer = threading.Timer(limit - spent, stop) if limit else None
     if timer:
         timer.daemon = True
         timer.start()

@@ -42,6 +42,19 @@ _KEPT_NAME = "guix-tasks-kept"
 IMAGE_FOLDER = Path(__file__).parent / "image"
 """What goes into an image and into work containers, the entry point above all."""
 
+CAPABILITIES = (
+    "CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "NET_ADMIN", "SETGID", "SETUID", "SYS_ADMIN",
+    "SYS_CHROOT",
+)  # fmt: skip
+"""Without any one of these the daemon does not build, or (KILL) does not end what it started."""
+
+_SECURITY = {
+    Sandbox.CAPABILITIES: (f"seccomp={Path(__file__).with_name('seccomp.json')}",),
+    # Without a chroot the daemon needs no privilege, but it sets the personality of builds,
+    # which Docker's own filter refuses.
+    Sandbox.NOCHROOT: ("seccomp=unconfined",),
+}
+
 CACHES = {"home": "/root/.cache", "substitutes": "/var/guix/substitute"}
 """The caches of a work container that are no part of an image, and where they are found."""
 
@@ -275,8 +288,9 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         command=(*work.entry_point, *work.argv),
         labels={PROJECT_LABEL: project(settings)},
         environment=work.environment,
-        privileged=settings.guix_sandbox is Sandbox.PRIVILEGED,
-        security=_security(settings),
+        privileged=settings.guix_sandbox in (Sandbox.PRIVILEGED, Sandbox.AUTO),
+        security=_SECURITY.get(settings.guix_sandbox, ()),
+        capabilities=CAPABILITIES if settings.guix_sandbox is Sandbox.CAPABILITIES else None,
         network="none" if work.bare else network(engine, settings),
         binds=(*mounts, *(":".join(each) for each in volumes.items())),
         memory_folders=() if work.bare else memory_folders(settings),
@@ -289,12 +303,6 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         no_healthcheck=bool(config.get("Healthcheck")),
         platform=str(settings.platform) if settings.platform else None,
     )
-
-
-def _security(settings: Settings) -> tuple[str, ...]:
-    # Without a chroot the daemon needs no privilege, but it sets the personality of builds,
-    # which Docker's seccomp profile refuses.
-    return ("seccomp=unconfined",) if settings.guix_sandbox is Sandbox.NOCHROOT else ()
 
 
 def network(engine: Engine, settings: Settings) -> str | None:

@@ -129,8 +129,8 @@ class Settings:
     )
     guix_sandbox: Sandbox = _setting(
         parsers.one_of(Sandbox, "a sandbox"),
-        "privileged; or nochroot: builds are not isolated, as under QEMU they cannot be.",
-        default="privileged",
+        "capabilities, privileged, auto (the first that works) or nochroot (builds not isolated).",
+        default="auto",
     )
     guix_cores: int | None = _setting(
         parsers.optional(parsers.number(0)), "Cores that each Guix build may use; 0: all of them."

@@ -36,6 +36,10 @@ class Secret:
 class Sandbox(Enum):
     """How a work container is run so that the Guix daemon can build in it."""
 
+    AUTO = "auto"
+    """The fewest rights with which Guix builds on this engine, its builds isolated."""
+    CAPABILITIES = "capabilities"
+    """Those that the daemon needs, and no others; see ``sandbox``."""
     PRIVILEGED = "privileged"
     NOCHROOT = "nochroot"
     """Builds are not isolated from one another; under QEMU they cannot be."""

@@ -365,6 +365,25 @@ class Workshop:
         return branch.read_text().strip()
 
 
+CONTENTS = """
+    profile=$(readlink -f /var/guix/profiles/per-user/root/guix-profile)
+    echo $profile
+    guix package --list-installed
+    guix describe --format=channels
+    guix gc --references $profile | sort
+    sha256sum /entry-point.sh /root/.config/guix/channels.scm
+    hello
+"""
+
+
+def contents(docker: Docker, image: str) -> str:
+    """What is in an image, store items and all, as far as it must not depend on how it was made."""
+    said = docker.run(image, "sh", "-c", CONTENTS, options=("--entrypoint=/entry-point.sh",))
+    assert said.returncode == 0, said.stderr
+    assert "Hello, world!" in said.stdout
+    return said.stdout
+
+
 def inv_argv(*arguments: str) -> list[str]:
     """The command line of this Python's Invoke with the tasks of this checkout."""
     return [sys.executable, "-m", "invoke", f"--search-root={ROOT}", *arguments]

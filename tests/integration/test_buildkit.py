@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from harness import LOCK, Result, builder_environment, free_port, one_error
+from harness import LOCK, Result, builder_environment, contents, free_port, one_error
 
 from guix_tasks import buildx, guix
 from guix_tasks.bake import ASKED_TARGET, Definition, Recipe, bake_file, dockerfile, label_argument
@@ -133,25 +133,6 @@ def dialled(program: Buildx) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"tcp://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
-
-
-CONTENTS = """
-    profile=$(readlink -f /var/guix/profiles/per-user/root/guix-profile)
-    echo $profile
-    guix package --list-installed
-    guix describe --format=channels
-    guix gc --references $profile | sort
-    sha256sum /entry-point.sh /root/.config/guix/channels.scm
-    hello
-"""
-
-
-def contents(docker: Docker, image: str) -> str:
-    """What is in an image, store items and all, as far as it must not depend on how it was made."""
-    said = docker.run(image, "sh", "-c", CONTENTS, options=("--entrypoint=/entry-point.sh",))
-    assert said.returncode == 0, said.stderr
-    assert "Hello, world!" in said.stdout
-    return said.stdout
 
 
 def facts(docker: Docker, image: str) -> dict[str, Any]:

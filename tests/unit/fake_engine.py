@@ -246,7 +246,7 @@ def _counted(
 
 READING = frozenset(
     {"info", "image", "containers", "remote_digest", "greet_registry", "context_files", "volumes"}
-    | {"layers", "save", "wait"}
+    | {"layers", "save", "wait", "copy_out"}
 )
 """The calls that change nothing."""
 
@@ -492,6 +492,13 @@ class FakeEngine:
                     box.changes[f"/{member.name}"] = file.read()
 
     @_counted
+    def copy_out(self, container: str, path: str) -> bytes:
+        content = self._container(container).read(path)
+        if content is None:
+            raise EngineError(f"the engine could not copy {path} out of a container: no such file")
+        return _tar({path.rpartition("/")[2]: content})
+
+    @_counted
     def run(self, container: str) -> Output:
         box = self._container(container)
         box.running = True
@@ -703,6 +710,7 @@ class Site:
             "BUILD_CONTEXT": "context",
             "GUIX_CHANNELS": "channels.scm",
             "GUIX_PACKAGES": "hello",
+            "GUIX_SANDBOX": "privileged",
             **env,
         }
         self.write("Dockerfile", "FROM x\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import shlex
@@ -11,7 +12,7 @@ from fake_engine import STEADY, Heard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guix_tasks.console import Console, TransferProgress, human_size, human_time
+from guix_tasks.console import Console, Log, TransferProgress, human_size, human_time
 
 
 class Terminal(io.StringIO):
@@ -155,3 +156,45 @@ def test_a_push_on_a_terminal_is_one_line_that_moves() -> None:
     *_, last, end = terminal.getvalue().split("\r\x1b[K")
     assert last == "push x: 1.5 kB of 2 kB"
     assert end == ""
+
+
+# --- Logs -----------------------------------------------------------------------------------
+
+PIECES = [b"one\ntw", b"o\r 10%\r\x1b[K 100%\nb\xe9\xff", b"\0", b"\n", b"no end"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_log_is_kept_byte_by_byte_whatever_is_shown(*, terminal: bool) -> None:
+    kept = io.BytesIO()
+    log = Log(Console(err=Terminal() if terminal else io.StringIO()), kept)
+    for piece in PIECES:
+        log.add(piece)
+    assert kept.getvalue() == b"".join(PIECES)
+    log.end()
+    assert kept.getvalue() == b"".join(PIECES)
+
+
+def shown(kept: io.BytesIO | None) -> str:
+    err = io.StringIO()
+    log = Log(Console(err=err), kept)
+    for piece in PIECES:
+        log.add(piece)
+    log.end()
+    return err.getvalue()
+
+
+def test_a_log_is_shown_the_same_where_it_is_kept() -> None:
+    assert shown(io.BytesIO()) == shown(None)
+    assert shown(None).splitlines()[:2] == ["one", " 100%"]
+
+
+def test_a_log_that_can_be_kept_no_longer_is_still_shown() -> None:
+    class Full(io.BytesIO):
+        calls = 0
+
+        def write(self, data: object) -> int:
+            Full.calls += 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert shown(Full()) == shown(None)
+    assert Full.calls == 1

@@ -31,7 +31,7 @@ from fake_engine import (
 )
 from invoke.program import Program
 
-from guix_tasks import boundary, buildx, docker_engine, doctor, fingerprint
+from guix_tasks import boundary, buildx, docker_engine, doctor, fingerprint, sandbox
 from guix_tasks.doctor import CHECKS, Finding, Patient, State, examine, show
 from guix_tasks.engine import Credentials, TracedEngine
 from guix_tasks.errors import EngineError
@@ -368,7 +368,7 @@ def test_a_build_that_never_ends_is_stopped(site: Site, monkeypatch: pytest.Monk
             time.sleep(0.01)
             yield False, b""
 
-    monkeypatch.setattr(doctor, "_PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(sandbox, "PROBE_SECONDS", 0.1)
     site.engine.behaviour = hangs
     assert "it did not end within 0.1 s" in one(site, "sandbox").said
     assert site.engine.all_containers == {}

@@ -56,6 +56,123 @@ def test_the_union_manifest() -> None:
     )
 
 
+# --- What a log tells -----------------------------------------------------------------------
+
+WARNING = "guix substitute: warning: "
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        "connection failed: Connection refused",
+        "connection failed: No route to host",
+        "host not found: Name or service not known",
+        "TLS connection failed: in 'handshake': The TLS connection was non-properly terminated.",
+    ],
+)
+def test_a_server_is_silent(why: str) -> None:
+    assert guix.silent_servers(f"\r\x1b[Ksubstitute: {WARNING}CI.test: {why}\n") == {"ci.test"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "connection failed: Connection refused",
+        f"{WARNING}ACL for archive imports seems to be uninitialized",
+        f"{WARNING}a.test: some substitutes are missing",
+        "guix pull: warning: a.test: connection failed: Connection refused",
+    ],
+)
+def test_these_say_of_no_server_that_it_is_silent(line: str) -> None:
+    assert guix.silent_servers(line) == set()
+
+
+def test_each_silent_server_is_told() -> None:
+    hosts = ["a.test", "::1", "192.0.2.1", "a.test"]
+    log = "".join(f"{WARNING}{host}: connection failed: x\n" for host in hosts)
+    assert guix.silent_servers(log) == set(hosts)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "guix pull: error: Git error: failed to resolve address for git.test: Name or service",
+        "guix pull: error: Git error: unexpected http status code: 503",
+        "guix pull: error: Git error: SSL error: received early EOF",
+        "guix package: error: connect*: Connection timed out",
+        "guix package: error: TLS error in procedure 'handshake': premature termination",
+        "guix substitute: error: connecting to server 'a.test' failed",
+        "some substitutes for x failed (usually happens due to networking issues); try `--f…'",
+        "In procedure getaddrinfo: Temporary failure in name resolution",
+        "In procedure connect: Network is unreachable",
+    ],
+)
+def test_these_are_faults_of_the_network(line: str) -> None:
+    assert guix.network_fault(f"Updating channel...\n{line}\nmore\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "guix package: error: kdeconnect: unknown package",
+        "guix package: error: python-resolvelib: unknown package",
+        "guix package: error: corrupt input while restoring archive",
+        "guix pull: error: Git error: cannot locate remote-tracking branch 'origin/no'",
+        "guix pull: error: Git error: object not found - no match for id (0123)",
+        "guix pull: error: Git error: remote authentication required but no callback set",
+        "guix pull: error: Git error: unexpected http status code: 404",
+        "guix pull: error: commit 0123 not signed by an authorized key",
+        "  a test says: guix pull: error: connection timed out",
+    ],
+)
+def test_these_are_none(line: str) -> None:
+    assert not guix.network_fault(f"Updating channel...\n{line}\nmore\n")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "builder for `/gnu/store/x-hello.drv' failed with exit code 1",
+        "builder for '/gnu/store/x-hello.drv' failed with exit code 1",
+        "guix package: error: build of `/gnu/store/x-hello.drv' failed",
+        "build of /gnu/store/x-hello.drv failed",
+    ],
+)
+def test_what_does_not_build_is_no_fault_of_the_network(line: str) -> None:
+    network = "In procedure connect: Connection refused"
+    assert guix.build_fault(line)
+    assert guix.network_fault(network)
+    assert not guix.network_fault(f"{network}\n{line}\n")
+    assert not guix.network_fault(f"{line}\n{network}\n")
+
+
+LOGS = [f"/var/log/guix/drvs/{at}/{'c' * 30}-a+b_1.0.drv{end}" for at, end in
+        [("ab", ".gz"), ("0z", ".bz2"), ("zz", "")]]  # fmt: skip
+
+
+def test_each_build_log_is_told_once_in_its_order() -> None:
+    text = "".join(f"View build log at '{path}'.\n" for path in [*LOGS, LOGS[0]])
+    assert guix.build_logs(text) == LOGS
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/var/log/guix/drvs/../../../etc/shadow",
+        "/var/log/guix/drvs/ab",
+        f"{LOGS[0]}/../../x",
+        f"{LOGS[0]}\nx",
+        f"/etc{LOGS[0]}",
+        f"{LOGS[0]} x",
+        LOGS[0].replace("/ab/", "/../"),
+    ],
+)
+def test_what_is_no_build_log_is_not_told(path: str) -> None:
+    assert guix.build_logs(f"View build log at '{path}'.\n") == []
+
+
 # --- Channels -------------------------------------------------------------------------------
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

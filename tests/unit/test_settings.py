@@ -120,6 +120,8 @@ GOOD: list[tuple[str, str, Any]] = [
     ("GUIX_SUBSTITUTE_KEYS", "a.pub b.pub", (Path("a.pub"), Path("b.pub"))),
     ("GUIX_FALLBACK", "yes", True),
     ("GUIX_FALLBACK", "no", False),
+    ("GUIX_SANDBOX", "auto", Sandbox.AUTO),
+    ("GUIX_SANDBOX", "capabilities", Sandbox.CAPABILITIES),
     ("GUIX_SANDBOX", "privileged", Sandbox.PRIVILEGED),
     ("GUIX_SANDBOX", "nochroot", Sandbox.NOCHROOT),
     ("GUIX_CORES", "0", 0),
@@ -295,8 +297,8 @@ BAD = [
     ("GUIX_BINARY_URL", "file:///x", "begins with https:// or http://"),
     ("GUIX_BINARY_SHA256", "ABC", "write 64 lower case hex digits"),
     ("GUIX_FALLBACK", "true", "is neither yes nor no"),
-    ("GUIX_SANDBOX", "none", "write one of: privileged, nochroot"),
-    ("GUIX_SANDBOX", "", "write one of: privileged, nochroot"),
+    ("GUIX_SANDBOX", "none", "write one of: auto, capabilities, privileged, nochroot"),
+    ("GUIX_SANDBOX", "", "write one of: auto, capabilities, privileged, nochroot"),
     ("GUIX_CORES", "-1", "from 0 on"),
     ("GUIX_CORES", "two", "from 0 on"),
     ("GUIX_CORES", "2 3", "from 0 on"),
@@ -653,7 +655,7 @@ def test_work_containers_get_the_proxies_of_the_settings(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("https_proxy", "http://not-this-one.example")
-    expected = {"GUIX_SANDBOX": "privileged"}
+    expected = {"GUIX_SANDBOX": "auto"}
     assert environment(load(project)) == expected
     assert environment(load(project, "", {"no_proxy": "*"})) == {**expected, "no_proxy": "*"}
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from guix_tasks import lifecycle
+from guix_tasks.lifecycle import Wishes
+from guix_tasks.tasks import lifecycle as lifecycle_tasks
 from guix_tasks.tasks import ns
 from guix_tasks.tasks.lifecycle import _after_dashes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from invoke.tasks import Task
 
 NAMES = {
@@ -43,6 +51,30 @@ def test_every_option_is_explained_and_none_is_short(name: str) -> None:
     assert set(options) == HELP[name]
     names = [name for argument in task.get_arguments() for name in argument.names]
     assert sorted(names) == sorted(option.replace("_", "-") for option in options)
+
+
+@pytest.mark.parametrize("name", ["pull", "install"])
+@pytest.mark.parametrize("option", ["keep_failed", "no_commit", "force", "upstream"])
+def test_an_option_of_a_stage_is_the_wish_of_its_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, option: str
+) -> None:
+    """Wishes are given by their places, which are easily mixed up."""
+    wished: list[tuple[str, Wishes]] = []
+
+    @contextmanager
+    def opened(*_: object) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(settings=SimpleNamespace(guix_packages=()))
+
+    for opener in ("opened", "opened_single"):
+        monkeypatch.setattr(lifecycle_tasks, opener, opened)
+    monkeypatch.setattr(
+        lifecycle, "make_each", lambda _project, name, wishes: wished.append((name, wishes))
+    )
+    TASKS[name].body(None, **{option: True})
+    field, value = ("commit", False) if option == "no_commit" else (option, True)
+    assert [(each, asdict(wishes)) for each, wishes in wished] == [
+        (name, {**asdict(Wishes()), field: value})
+    ]
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)

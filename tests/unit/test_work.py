@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from guix_tasks import fingerprint
 from guix_tasks.engine import ContainerSpec
-from guix_tasks.errors import EngineError, UsageError
+from guix_tasks.errors import EngineError, StageError, StoppedError, UsageError
 from guix_tasks.ledger import STAGES
 from guix_tasks.work import (
     ENTRY_POINT,
@@ -384,6 +384,64 @@ def test_one_that_is_kept_is_left(site: Site) -> None:
     (container,) = kept_containers(site.engine, site.settings())
     assert is_kept(container)
     assert work_containers(site.engine, site.settings()) == [container]
+
+
+KEEP_FAILED = replace(WORK, keep_failed=True)
+
+
+def fail(site: Site, work: Work, error: BaseException) -> None:
+    """Raise an error where work is done."""
+    with (
+        pytest.raises(type(error)),
+        work_container(site.engine, site.settings(), "work:1", work),
+    ):
+        raise error
+
+
+def test_one_that_failed_is_left_where_that_is_asked_for(site: Site) -> None:
+    fail(site, KEEP_FAILED, StageError("x"))
+    sweep(site.engine, site.settings())
+    (container,) = kept_containers(site.engine, site.settings())
+    assert is_kept(container)
+
+
+def test_one_that_failed_is_left_although_its_process_is_gone(site: Site) -> None:
+    with another_process():
+        fail(site, KEEP_FAILED, StageError("x"))
+    spec_of(site)
+    assert len(kept_containers(site.engine, site.settings())) == 1
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_one_that_failed_is_else_removed(site: Site, *, keep: bool) -> None:
+    fail(site, replace(WORK, keep=keep), StageError("x"))
+    assert site.engine.all_containers == {}
+
+
+@pytest.mark.parametrize(
+    "error", [EngineError("x"), KeyboardInterrupt(), StoppedError(), ValueError()], ids=repr
+)
+def test_only_one_whose_command_failed_is_left(site: Site, error: BaseException) -> None:
+    fail(site, KEEP_FAILED, error)
+    assert site.engine.all_containers == {}
+
+
+def test_one_that_did_not_fail_is_not_left(site: Site) -> None:
+    spec_of(site, KEEP_FAILED)
+    assert site.engine.all_containers == {}
+
+
+def test_one_that_failed_and_was_to_be_filled_is_removed(site: Site) -> None:
+    """Nothing has run in it."""
+
+    def fault(_number: int, name: str, _when: str) -> None:
+        if name == "copy_in":
+            raise EngineError("no space left on device")
+
+    site.engine.fault = fault
+    with pytest.raises(EngineError):
+        spec_of(site, KEEP_FAILED)
+    assert site.engine.all_containers == {}
 
 
 def test_an_unstarted_container_is_removed(site: Site) -> None:

@@ -1,0 +1,105 @@
+"""Which rights a work container gets: the fewest with which Guix builds on this engine.
+
+``privileged`` is what everyone gives: all capabilities, all devices of the host, no filter of
+system calls.  ``capabilities`` has those that the daemon needs to isolate its builds, each of them
+(found by leaving it out), no device, and a filter that refuses system calls that nothing in a
+build needs (modules, kexec, BPF, keys, other namespaces, …).  It is no wall against a root that
+means harm: with SYS_ADMIN it can mount a fresh ``/proc`` and write what the host obeys.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from guix_tasks import paths
+from guix_tasks.errors import REFUSED, EngineError
+from guix_tasks.fingerprint import text_digest
+from guix_tasks.settings.values import Sandbox
+from guix_tasks.work import FOLDER, Work, work_container
+
+if TYPE_CHECKING:
+    from guix_tasks.console import Console
+    from guix_tasks.engine import Engine, Image
+    from guix_tasks.settings import Settings
+
+ORDER = (Sandbox.CAPABILITIES, Sandbox.PRIVILEGED)
+"""What ``auto`` tries, the safer one first; what is not isolated has to be asked for by name."""
+
+PROBE_SECONDS = 120.0
+"""How long the probe may take."""
+
+
+def settled(engine: Engine, settings: Settings, console: Console, image: Image) -> Settings:
+    """The settings with what ``auto`` comes to for containers of an image.
+
+    It is tried once and remembered, for this engine and the base of the image.  Raises
+    ``EngineError`` where nothing works.
+    """
+    if settings.guix_sandbox is not Sandbox.AUTO or engine.is_dry:
+        return settings
+    info = engine.info()
+    key = text_digest(info.url, info.version, *info.security, *image.layers[:1])
+    kept = paths.cache_home() / "sandbox" / key
+    with suppress(OSError, ValueError):
+        return replace(settings, guix_sandbox=Sandbox(kept.read_text()))
+    found = _try(engine, settings, console, image)
+    # Only a cache: where it cannot be written, it is tried again.
+    with suppress(OSError):
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(found.value)
+    return replace(settings, guix_sandbox=found)
+
+
+def _try(engine: Engine, settings: Settings, console: Console, image: Image) -> Sandbox:
+    reasons: list[str] = []
+    for kind in ORDER:
+        try:
+            why = probe(engine, replace(settings, guix_sandbox=kind), image)
+        except EngineError as error:
+            # One that is gone is another matter than one that refuses these rights.
+            if not str(error).startswith(REFUSED):
+                raise
+            why = str(error)
+        if why is None:
+            because = f", since {'; '.join(reasons)}" if reasons else ": Guix builds with it"
+            console.say(f"sandbox: {kind.value}{because}")
+            return kind
+        reasons.append(f"{kind.value} fails ({why})")
+    raise EngineError(
+        f"Guix cannot build in a container of this engine: {', '.join(reasons)}; `inv doctor` says "
+        "more, GUIX_SANDBOX=nochroot does without isolation"
+    )
+
+
+def probe(engine: Engine, settings: Settings, image: Image) -> str | None:
+    """Build a tiny derivation in a container of an image; why that failed, if it did."""
+    folder = Path(__file__).parent
+    files = {name: (folder / name).read_bytes() for name in ("probe.sh", "probe.scm")}
+    work, late = Work("probe", (f"{FOLDER}/probe.sh",), files, bare=True), threading.Event()
+    with work_container(engine, settings, image.id, work) as container:
+
+        def stop() -> None:
+            late.set()
+            with suppress(EngineError):
+                engine.stop(container, seconds=5)
+
+        timer = threading.Timer(PROBE_SECONDS, stop)
+        timer.daemon = True
+        timer.start()
+        try:
+            log = b"".join(data for _, data in engine.run(container))
+            status = engine.wait(container)
+        finally:
+            timer.cancel()
+    if late.is_set():
+        return f"it did not end within {PROBE_SECONDS} s"
+    if status == 0:
+        return None
+    lines = [line.strip() for line in log.decode(errors="replace").splitlines() if line.strip()]
+    known = ("substitute key", "no guix-daemon", "error:")
+    told = (line for words in known for line in lines if words in line)
+    return next(told, lines[-1] if lines else f"it ended with status {status}")

@@ -1,0 +1,102 @@
+"""What a work container may do to its host, and that Guix makes the same in each."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from harness import contents
+
+if TYPE_CHECKING:
+    from conftest import Made, NewProject
+    from harness import Docker
+
+pytestmark = pytest.mark.engine
+
+STAGES = ("base", "pull", "install")
+
+ATTACKS = r"""
+(use-modules (guix build syscalls) (ice-9 textual-ports) (system foreign))
+
+(define (attempt name thunk)
+  (format #t "~a: ~a~%" name
+          (catch #t (lambda () (if (thunk) "possible" "refused")) (lambda _ "refused"))))
+
+;; What is there is written again: it is another's machine.
+(define (write-again file)
+  (let ((old (call-with-input-file file get-string-all)))
+    (call-with-output-file file (lambda (port) (display old port)))
+    #t))
+
+(define syscall
+  (pointer->procedure int (dynamic-func "syscall" (dynamic-link)) (list long long long long)
+                      #:return-errno? #t))
+
+(attempt "core_pattern" (lambda () (write-again "/proc/sys/kernel/core_pattern")))
+(attempt "mount" (lambda () (mkdir "/mnt/t") (mount "t" "/mnt/t" "tmpfs") #t))
+(attempt "core_pattern by a fresh /proc"
+         (lambda ()
+           (mkdir "/mnt/p")
+           (mount "p" "/mnt/p" "proc")
+           (write-again "/mnt/p/sys/kernel/core_pattern")))
+;; init_module(2): whoever may call it is told that there is no module at this address, or that
+;; the kernel takes none.
+(attempt "module"
+         (lambda ()
+           (call-with-values (lambda () (syscall MODULE 0 0 0))
+             (lambda (_ error) (not (memv error (list EPERM ENOSYS)))))))
+(attempt "device"
+         (lambda ()
+           (mknod "/tmp/device" 'char-special #o600 DEVICE)
+           (close (open "/tmp/device" O_RDONLY))
+           #t))
+"""
+
+INIT_MODULE = {"x86_64": 175, "aarch64": 105}
+
+
+def attempts(project: NewProject, sandbox: str) -> dict[str, str]:
+    """What of these is possible in a work container."""
+    made = project(*STAGES, GUIX_SANDBOX=sandbox)
+    folder = made.folder / "attacks"
+    folder.mkdir()
+    kernel_log = os.makedev(1, 11)  # /dev/kmsg, a device that every machine has
+    text = ATTACKS.replace("MODULE", str(INIT_MODULE[os.uname().machine]))
+    (folder / "a.scm").write_text(text.replace("DEVICE", str(kernel_log)))
+    made.set(MOUNTS=f"{folder}:/attacks:ro")
+    said = made.ok("run", "--", "guix", "repl", "/attacks/a.scm").stdout
+    return dict(line.split(": ") for line in said.splitlines() if ": " in line)
+
+
+@pytest.mark.parametrize("sandbox", ["capabilities", "auto"])
+def test_with_the_capabilities_of_the_daemon(new_project: NewProject, sandbox: str) -> None:
+    """No wall against a root that means harm, which can mount; but no device, and no module."""
+    assert attempts(new_project, sandbox) == {
+        "core_pattern": "refused",
+        "mount": "possible",
+        "core_pattern by a fresh /proc": "possible",
+        "module": "refused",
+        "device": "refused",
+    }
+
+
+def test_without_isolation(new_project: NewProject) -> None:
+    found = attempts(new_project, "nochroot")
+    assert len(found) == 5
+    assert [name for name, what in found.items() if what != "refused"] == []
+
+
+def test_privileged(new_project: NewProject) -> None:
+    """What the others are measured by: these are real attempts."""
+    found = attempts(new_project, "privileged")
+    wanted = dict.fromkeys(("core_pattern", "mount", "device"), "possible")
+    assert {name: found[name] for name in wanted} == wanted
+
+
+def test_what_is_made_is_the_same(new_project: NewProject, made: Made, docker: Docker) -> None:
+    project = new_project("base", GUIX_SANDBOX="privileged")
+    project.ok("pull", "install", "--upstream")
+    other = made.project
+    assert "in a privileged container" not in made.calls["pull"].stderr
+    assert contents(docker, project.image) == contents(docker, other.image)

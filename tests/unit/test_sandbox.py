@@ -1,0 +1,156 @@
+"""Sandboxes: what each gives a work container, and which one `auto` comes to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_engine import FakeContainer, FakeGuix, Output, Site, made_site
+
+from guix_tasks import hands, paths, work
+from guix_tasks.errors import EngineError
+from guix_tasks.verify import verify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from guix_tasks.engine import ContainerSpec
+
+DENIED = "guix repl: error: clone: Operation not permitted"
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    site = made_site(tmp_path / "project")
+    site.env["GUIX_SANDBOX"] = "auto"
+    return site
+
+
+def kind_of(spec: ContainerSpec) -> str:
+    if spec.privileged:
+        return "privileged"
+    return "capabilities" if spec.capabilities else "nochroot"
+
+
+def builds_with(*kinds: str) -> Callable[[FakeContainer], Output]:
+    """An engine on which the probe goes well in containers of these kinds only."""
+    usual = FakeGuix()
+
+    def behaviour(container: FakeContainer) -> Output:
+        if "-probe-" in container.spec.name:
+            if kind_of(container.spec) not in kinds:
+                container.status = 1
+                yield True, f"{DENIED}\n".encode()
+            return
+        yield from usual(container)
+
+    return behaviour
+
+
+def install(site: Site) -> tuple[list[str], str]:
+    """Install anew; what containers were made, with the kind of each, and what was said."""
+    before = len(site.engine.specs)
+    said = site.make("install", force=True)
+    made = site.engine.specs[before:]
+    return [f"{spec.name.split('-')[2]} {kind_of(spec)}" for spec in made], said
+
+
+def test_the_fewest_rights_that_do_are_taken(made: Site) -> None:
+    made.engine.behaviour = builds_with("capabilities", "privileged")
+    containers, said = install(made)
+    assert containers == ["probe capabilities", "install capabilities"]
+    assert "sandbox: capabilities: Guix builds with it\n" in said
+    assert "install: in a capabilities container\n" in said
+
+
+def test_where_they_do_not_do_it_says_why(made: Site) -> None:
+    made.engine.behaviour = builds_with("privileged")
+    containers, said = install(made)
+    assert containers == ["probe capabilities", "probe privileged", "install privileged"]
+    assert f"sandbox: privileged, since capabilities fails ({DENIED})\n" in said
+
+
+def test_it_is_tried_once(made: Site) -> None:
+    made.engine.behaviour = builds_with("capabilities")
+    install(made)
+    containers, said = install(made)
+    assert containers == ["install capabilities"]
+    assert "sandbox:" not in said
+
+
+def test_what_was_kept_wrongly_is_tried_anew(made: Site) -> None:
+    made.engine.behaviour = builds_with("capabilities")
+    install(made)
+    for kept in (paths.cache_home() / "sandbox").iterdir():
+        kept.write_text("what no sandbox is called")
+    containers, _ = install(made)
+    assert containers == ["probe capabilities", "install capabilities"]
+
+
+def test_without_isolation_only_where_it_is_asked_for_by_name(made: Site) -> None:
+    made.engine.behaviour = builds_with("nochroot")
+    with pytest.raises(EngineError, match=r"cannot build in a container.*GUIX_SANDBOX=nochroot"):
+        install(made)
+    assert made.engine.all_containers == {}
+    made.env["GUIX_SANDBOX"] = "nochroot"
+    assert install(made)[0] == ["install nochroot"]
+
+
+def test_an_engine_that_refuses_a_kind_is_no_error_if_it_takes_another(
+    made: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = made.engine.create
+
+    def refusing(spec: ContainerSpec) -> str:
+        if spec.capabilities:
+            raise EngineError("the engine could not make a container: seccomp is not enabled")
+        return create(spec)
+
+    monkeypatch.setattr(made.engine, "create", refusing)
+    _, said = install(made)
+    assert "sandbox: privileged, since capabilities fails (the engine could not" in said
+
+
+def test_an_engine_that_is_gone_is_told_as_it_is(
+    made: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(_spec: ContainerSpec) -> str:
+        raise EngineError("the Docker Engine at x does not answer")
+
+    monkeypatch.setattr(made.engine, "create", gone)
+    with pytest.raises(EngineError, match=r"^the Docker Engine at x does not answer$"):
+        install(made)
+
+
+def test_what_is_done_by_hand_and_verified_has_no_more_rights(made: Site) -> None:
+    made.engine.behaviour = builds_with("capabilities")
+    hands.run(made.project(), ["true"], stage=None, keep=False)
+    verify(made.project())
+    kinds = {kind_of(spec) for spec in made.engine.specs if "-run-" in spec.name}
+    kinds |= {kind_of(spec) for spec in made.engine.specs if "-verify-" in spec.name}
+    assert kinds == {"capabilities"}
+
+
+def test_a_dry_run_tries_nothing(made: Site) -> None:
+    from guix_tasks.console import Console  # noqa: PLC0415
+    from guix_tasks.engine import TracedEngine  # noqa: PLC0415
+
+    before = len(made.engine.specs)
+    dry = TracedEngine(made.engine, Console(), perform=False)
+    made.make("install", engine=dry, force=True)
+    assert len(made.engine.specs) == before
+
+
+def test_the_filter_refuses_what_no_build_needs() -> None:
+    profile = json.loads(Path(work.__file__).with_name("seccomp.json").read_text())
+    assert profile["defaultAction"] == "SCMP_ACT_ALLOW"
+    (rule,) = profile["syscalls"]
+    assert rule["action"] == "SCMP_ACT_ERRNO"
+    assert {"init_module", "kexec_load", "bpf", "setns", "open_by_handle_at"} <= {*rule["names"]}
+    # What the daemon isolates its builds with.
+    needed = {"clone", "mount", "umount2", "pivot_root", "personality", "unshare", "sethostname"}
+    assert needed.isdisjoint(rule["names"])
+    assert rule["names"] == sorted({*rule["names"]}, key=rule["names"].index)

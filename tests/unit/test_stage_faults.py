@@ -1,0 +1,542 @@
+"""A stage that fails: what is tried again, what is stopped, and what is left of it."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_engine import (
+    STEADY,
+    FakeContainer,
+    Output,
+    Site,
+    heard,
+    new_site,
+    serial,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from guix_tasks import fingerprint, hands, upkeep
+from guix_tasks.engine import TracedEngine
+from guix_tasks.errors import EngineError, StageError, UsageError
+from guix_tasks.stage import STAGE_TRIES, Lines, Project, Servers, Stage, perform, run_stage
+from guix_tasks.work import ENTRY_POINT, Work, kept_containers, work_container
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from guix_tasks.engine import Image
+
+STAGE = Stage("own", [("guix", "pull")], ("guix", "describe"), lambda report: {"report": report})
+
+NO_NETWORK = b"guix pull: error: Git error: failed to resolve address for git.test\n"
+NOT_BUILT = b"guix pull: error: build of `/gnu/store/x-hello.drv' failed\n"
+SILENT = b"guix substitute: warning: %s: connection failed: Connection refused\n"
+NOT_FOUND = b"guix substitute: warning: %s: host not found: Name or service not known\n"
+QUOTES = b"entry-point: the last lines of the build log of /gnu/store/x-hello.drv:\n"
+
+
+@dataclass
+class Try:
+    """What one start of a container prints and ends with."""
+
+    status: int = 0
+    log: Sequence[bytes] = ()
+    report: bytes = b"report\n"
+
+
+@dataclass
+class Played:
+    """Plays one try after the other; a container that is stopped prints nothing more."""
+
+    tries: list[Try]
+    given: list[bool] = field(default_factory=list)
+    """Whether there was an entry point at each start."""
+
+    def __call__(self, container: FakeContainer) -> Output:
+        now = self.tries.pop(0)
+        self.given.append(container.read(ENTRY_POINT) is not None)
+        container.status = now.status
+        for piece in now.log:
+            yield True, piece
+            if not container.running:
+                break
+        else:
+            yield False, now.report
+        container.forget("/.guix-tasks")
+
+
+@pytest.fixture(autouse=True)
+def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    found: list[float] = []
+    monkeypatch.setattr("time.sleep", found.append)
+    return found
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    site = new_site(tmp_path, GUIX_SANDBOX="privileged")
+    site.env["GUIX_SUBSTITUTE_URLS"] = "https://a.test https://b.test"
+    return site
+
+
+def parent(site: Site) -> Image:
+    return site.engine.make_image({}, {"/x": b""}, tag="parent:1")
+
+
+def run(site: Site, *tries: Try, **on: bool) -> Project:
+    """Run a stage; the project that it was run for."""
+    played = Played(list(tries))
+    site.engine.behaviour = played
+    project = site.project()
+    run_stage(project, STAGE, parent(site), **on)
+    assert played.tries == []
+    return project
+
+
+def failure(site: Site, *tries: Try, **on: bool) -> str:
+    with pytest.raises(StageError) as caught:
+        run(site, *tries, **on)
+    return str(caught.value)
+
+
+def starts(site: Site) -> int:
+    return [name for name, _ in site.engine.calls].count("run")
+
+
+def bundles(site: Site) -> list[Path]:
+    folder = site.folder / "out" / "failed"
+    return sorted(folder.iterdir()) if folder.exists() else []
+
+
+# --- Tried again ----------------------------------------------------------------------------
+
+
+def test_a_fault_of_the_network_is_tried_again_in_the_same_container(
+    site: Site, waits: list[float]
+) -> None:
+    project = run(site, Try(1, [NO_NETWORK], b"half of a rep"), Try())
+    assert "own is tried again in " in heard(project)
+    assert len(site.engine.specs) == 1
+    assert (starts(site), len(waits)) == (2, 1)
+    assert bundles(site) == []
+    assert site.engine.all_containers == {}
+
+
+def test_what_is_committed_is_told_by_the_try_that_went_well_alone(site: Site) -> None:
+    run(site, Try(1, [NO_NETWORK], b"half of a rep"), Try(report=b"all of it\n"))
+    assert site.image("own").labels["report"] == "all of it"
+
+
+def test_each_try_finds_its_files(site: Site) -> None:
+    site.engine.behaviour = played = Played([Try(1, [NO_NETWORK]), Try(1, [NO_NETWORK]), Try()])
+    run_stage(site.project(), STAGE, parent(site))
+    assert played.given == [True] * 3
+
+
+def test_a_network_that_stays_away_is_told_after_the_last_try(site: Site) -> None:
+    error = failure(site, *[Try(1, [b"try\n", NO_NETWORK])] * STAGE_TRIES)
+    assert error.startswith("own: the command failed with exit status 1")
+    (folder,) = bundles(site)
+    assert f"{folder} has the logs" in error
+    assert (folder / "log").read_bytes().count(b"try\n") == STAGE_TRIES
+    assert site.engine.all_containers == {}
+
+
+@pytest.mark.parametrize("log", [b"", b"guix pull: error: x: unknown package\n", NOT_BUILT])
+def test_another_fault_is_not_tried_again(site: Site, waits: list[float], log: bytes) -> None:
+    failure(site, Try(1, [log]))
+    assert (starts(site), waits) == (1, [])
+
+
+def test_a_fault_of_the_network_that_was_overcome_long_ago_does_not_count(site: Site) -> None:
+    failure(site, Try(1, [NO_NETWORK, *[b"building\n"] * 1000, b"guix pull: error: no space\n"]))
+
+
+# --- A build that fails -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_build_that_speaks_of_the_network_is_not_tried_again(site: Site, *, after: bool) -> None:
+    words = [b"In procedure connect: Connection refused\n", b"curl: (28) timed out\n", NO_NETWORK]
+    failure(site, Try(1, [NOT_BUILT, *words] if after else [*words, NOT_BUILT]))
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 1000])
+def test_a_build_that_failed_is_seen_however_the_log_is_cut(site: Site, size: int) -> None:
+    log = NOT_BUILT + b"In procedure connect: refused\n" * 500
+    failure(site, Try(1, [log[at : at + size] for at in range(0, len(log), size)]))
+
+
+def test_what_the_entry_point_quotes_of_builds_says_nothing_of_the_network(site: Site) -> None:
+    """Guix's own tests, built from source, say it all."""
+    quoted = NO_NETWORK + SILENT % b"a.test" + SILENT % b"b.test"
+    error = failure(site, Try(1, [b"guix pull: error: something else\n", QUOTES, quoted]))
+    assert "exit status 1" in error
+    assert "stop" not in site.engine.changing_calls()
+
+
+def test_what_the_entry_point_quotes_does_not_hide_a_fault_of_the_network(site: Site) -> None:
+    """Builds that were stopped since another could not be fetched."""
+    run(site, Try(1, [NO_NETWORK, QUOTES, NOT_BUILT]), Try())
+
+
+def test_a_last_line_without_an_end_counts(site: Site) -> None:
+    run(site, Try(1, [NO_NETWORK.rstrip()]), Try())
+    failure(site, Try(1, [NO_NETWORK, NOT_BUILT.rstrip()]))
+
+
+@STEADY
+@given(st.lists(st.sampled_from([b"a", b"\n", b"\r", b"\xc3", b"\xa9", b" b "])), st.integers(1, 5))
+def test_lines_are_the_same_however_a_log_is_cut(words: list[bytes], size: int) -> None:
+    log = b"".join(words) + b"\n"
+    lines = Lines()
+    found = [each for at in range(0, len(log), size) for each in lines.add(log[at : at + size])]
+    assert found == Lines().add(log)
+    assert "\n".join(found) == log[:-1].replace(b"\r", b"\n").decode(errors="replace")
+
+
+# --- Silent servers ---------------------------------------------------------------------------
+
+
+def test_where_no_server_answers_a_stage_is_stopped(site: Site) -> None:
+    log = [SILENT % b"a.test", NOT_FOUND % b"b.test", b"building everything\n"]
+    error = failure(site, *[Try(0, log)] * STAGE_TRIES)
+    assert error.startswith("own: no substitute server answers (a.test, b.test), and all would be")
+    assert "GUIX_SUBSTITUTE_URLS" in error
+    assert "GUIX_FALLBACK=yes" in error
+    (folder,) = bundles(site)
+    assert b"building" not in (folder / "log").read_bytes()
+    assert site.engine.changing_calls().count("stop") == STAGE_TRIES
+
+
+def test_servers_that_answer_the_next_time_are_enough(site: Site) -> None:
+    run(site, Try(0, [SILENT % b"a.test", SILENT % b"b.test"]), Try(0, [SILENT % b"a.test"]))
+    assert starts(site) == 2
+
+
+def test_servers_of_two_tries_are_not_added_up(site: Site) -> None:
+    run(site, Try(1, [SILENT % b"a.test", NO_NETWORK]), Try(0, [SILENT % b"b.test"]))
+
+
+@pytest.mark.parametrize("silent", [b"a.test", b"b.test", b"c.test"])
+def test_one_server_that_answers_is_enough(site: Site, silent: bytes) -> None:
+    run(site, Try(0, [SILENT % silent, b"fetched\n"]))
+    assert "stop" not in site.engine.changing_calls()
+
+
+def test_fallback_lets_guix_build_from_source(site: Site) -> None:
+    site.env["GUIX_FALLBACK"] = "yes"
+    run(site, Try(0, [SILENT % b"a.test", SILENT % b"b.test", b"building everything\n"]))
+
+
+@pytest.mark.parametrize("size", [1, 5, 30, 100])
+def test_a_warning_in_pieces_is_a_warning(site: Site, size: int) -> None:
+    log = b"\r\x1b[K" + SILENT % b"a.test" + SILENT % b"b.test" + b"building\n"
+    pieces = [log[at : at + size] for at in range(0, len(log), size)]
+    assert "no substitute server" in failure(site, *[Try(0, pieces)] * STAGE_TRIES)
+
+
+def told(site: Site, urls: str, *hosts: bytes) -> bool:
+    """Whether all of these servers are silent, where that is said of some hosts."""
+    site.env["GUIX_SUBSTITUTE_URLS"] = urls
+    servers = Servers(site.settings())
+    return any(servers.all_silent((SILENT % host).decode()) for host in hosts)
+
+
+def test_guixs_own_servers_are_watched_where_none_are_set(site: Site) -> None:
+    assert told(site, "", b"ci.guix.gnu.org", b"bordeaux.guix.gnu.org")
+    assert not told(site, "", b"ci.guix.gnu.org")
+
+
+def test_a_server_is_known_by_its_host_alone(site: Site) -> None:
+    assert told(site, "https://A.Test:8443/sub?x=1", b"A.Test")
+    assert told(site, "http://[::1]:8080", b"::1")
+
+
+def test_a_folder_is_a_server_that_answers(site: Site) -> None:
+    assert not told(site, "file:///srv/substitutes https://a.test", b"a.test")
+    assert not told(site, "file:///srv/substitutes", b"a.test")
+
+
+def test_without_a_network_no_server_is_expected_to_answer(site: Site) -> None:
+    site.env["NETWORK"] = "none"
+    assert not told(site, "https://a.test", b"a.test")
+    site.env["NETWORK"] = "host"
+    assert told(site, "https://a.test", b"a.test")
+
+
+def test_of_two_servers_on_one_host_it_cannot_be_told_which_is_silent(site: Site) -> None:
+    assert not told(site, "http://a.test:1 http://a.test:2", b"a.test")
+    assert told(site, "http://a.test:1 http://a.test:1", b"a.test")
+
+
+def test_it_is_said_once_that_all_are_silent(site: Site) -> None:
+    servers = Servers(site.settings())
+    lines = [(SILENT % host).decode() for host in (b"a.test", b"b.test", b"a.test")]
+    assert [servers.all_silent(line) for line in lines] == [False, True, False]
+
+
+# --- STAGE_TIMEOUT ----------------------------------------------------------------------------
+
+
+@dataclass
+class Clock:
+    """Goes on by what is waited."""
+
+    now: float = 0
+    limits: list[float] = field(default_factory=list)
+
+    def timer(self, seconds: float, function: Callable[[], None]) -> threading.Timer:
+        self.limits.append(seconds)
+        timer = real_timer(1000, function)
+        timer.cancel()
+        return timer
+
+
+real_timer = threading.Timer
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+
+    monkeypatch.setattr("time.sleep", sleep)
+    monkeypatch.setattr("time.monotonic", lambda: clock.now)
+    monkeypatch.setattr("random.uniform", lambda _least, most: most)
+    monkeypatch.setattr(threading, "Timer", clock.timer)
+    return clock
+
+
+def test_all_tries_together_have_the_time_of_one_stage(site: Site, clock: Clock) -> None:
+    site.env["STAGE_TIMEOUT"] = "100s"
+    run(site, Try(1, [NO_NETWORK]), Try(1, [NO_NETWORK]), Try())
+    assert clock.limits == [100, 98, 94]
+
+
+def test_the_first_try_has_all_the_time(
+    site: Site, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long it took to get there."""
+
+    def monotonic() -> float:
+        clock.now += 0.01
+        return clock.now
+
+    monkeypatch.setattr("time.monotonic", monotonic)
+    site.env["STAGE_TIMEOUT"] = "1s"
+    run(site, Try())
+    assert clock.limits == [1]
+
+
+def test_a_stage_whose_time_is_up_is_not_tried_again(site: Site, clock: Clock) -> None:
+    site.env["STAGE_TIMEOUT"] = "2s"
+    error = failure(site, Try(1, [NO_NETWORK]))
+    assert error.startswith("own: stopped after STAGE_TIMEOUT (2.0 s)")
+    assert len(bundles(site)) == 1
+    assert clock.limits == [2]
+
+
+def test_without_a_limit_there_is_none(site: Site, clock: Clock) -> None:
+    run(site, Try(1, [NO_NETWORK]), Try())
+    assert clock.limits == []
+
+
+# --- Ctrl-C, an engine that is gone, a full disk ------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_failed", [False, True])
+def test_ctrl_c_between_two_tries_leaves_nothing(
+    site: Site, monkeypatch: pytest.MonkeyPatch, *, keep_failed: bool
+) -> None:
+    def interrupt(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(site, Try(1, [NO_NETWORK]), keep_failed=keep_failed)
+    assert site.engine.all_containers == {}
+    assert bundles(site) == []
+
+
+@pytest.mark.parametrize("call", ["copy_in", "run", "wait", "stop"])
+def test_an_engine_that_dies_in_a_later_try_is_the_error(site: Site, call: str) -> None:
+    def fault(_number: int, name: str, _when: str) -> None:
+        if name == call and starts(site) >= 2 - (call in ("copy_in", "stop")):
+            raise EngineError("the engine does not answer")
+
+    site.engine.fault = fault
+    log = [SILENT % b"a.test", SILENT % b"b.test"] if call == "stop" else [NO_NETWORK]
+    with pytest.raises(EngineError, match="does not answer"):
+        run(site, *[Try(1, log)] * 3)
+    assert site.engine.all_containers == {}
+
+
+def test_an_engine_that_dies_as_a_stage_fails_does_not_hide_why(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = "/var/log/guix/drvs/ab/" + "c" * 30 + "-x.drv.gz"
+
+    def behaviour(container: FakeContainer) -> Output:
+        container.status = 1
+        yield True, f"View build log at '{path}'.\n".encode()
+        monkeypatch.setattr(site.engine, "info", gone)
+        monkeypatch.setattr(site.engine, "copy_out", gone)
+        monkeypatch.setattr(site.engine, "remove", gone)
+
+    def gone(*_: object) -> None:
+        raise EngineError("the engine does not answer")
+
+    site.engine.behaviour = behaviour
+    with pytest.raises(StageError, match="exit status 1") as caught:
+        run_stage(site.project(), STAGE, parent(site))
+    (folder,) = bundles(site)
+    assert str(folder) in str(caught.value)
+
+
+class FullDisk:
+    """A log that can hold nothing, and says so when it is closed, too."""
+
+    def __init__(self, *, max_size: int) -> None:
+        self.max_size = max_size
+
+    def write(self, _data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def seek(self, _offset: int) -> int:
+        return self.write(b"")
+
+    def close(self) -> None:
+        self.write(b"")
+
+
+def test_a_full_disk_does_not_fail_a_stage(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile", FullDisk)
+    assert "a line\n" in heard(run(site, Try(0, [b"a line\n"])))
+    assert site.image("own")
+
+
+def test_a_full_disk_does_not_hide_why_a_stage_failed(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile", FullDisk)
+    error = failure(site, Try(1, [b"a line\n"]))
+    assert error.endswith("the output above says why")
+
+
+def test_where_no_bundle_can_be_written_the_error_names_none(site: Site) -> None:
+    site.write("out", "a file, not a folder")
+    assert "has the logs" not in failure(site, Try(1))
+
+
+# --- What is left -------------------------------------------------------------------------------
+
+
+def test_a_failed_stage_leaves_the_logs_of_its_builds(site: Site) -> None:
+    name = "c" * 30 + "-x.drv.gz"
+
+    def behaviour(container: FakeContainer) -> Output:
+        container.status = 1
+        container.changes[f"/var/log/guix/drvs/ab/{name}"] = gzip.compress(b"no such file\n")
+        yield True, f"View build log at '/var/log/guix/drvs/ab/{name}'.\n".encode()
+
+    site.engine.behaviour = behaviour
+    with pytest.raises(StageError):
+        run_stage(site.project(), STAGE, parent(site))
+    (folder,) = bundles(site)
+    assert gzip.decompress((folder / f"ab{name}").read_bytes()) == b"no such file\n"
+    assert "guix pull\n" in (folder / "command").read_text()
+
+
+def test_without_keep_failed_no_container_is_left(site: Site) -> None:
+    assert "docker commit" not in failure(site, Try(1))
+    assert site.engine.all_containers == {}
+
+
+def test_with_keep_failed_it_is_left_and_the_error_says_how_to_enter_it(site: Site) -> None:
+    error = failure(site, Try(1), keep_failed=True)
+    (container,) = kept_containers(site.engine, site.settings())
+    assert f"`docker commit {container.id[:12]} failed && docker run " in error
+    assert "`inv clean --work` drops it" in error
+    assert "\n" not in error
+
+
+def test_with_keep_failed_what_goes_well_is_not_left(site: Site) -> None:
+    run(site, Try(), keep_failed=True)
+    assert site.engine.all_containers == {}
+    assert site.image("own")
+
+
+def test_a_container_that_failed_is_not_committed(site: Site) -> None:
+    failure(site, Try(1), keep_failed=True)
+    with pytest.raises(UsageError, match="ended with status 1, so it is not committed"):
+        hands.commit(site.project())
+    assert len(site.engine.all_containers) == 1
+
+
+def test_clean_drops_a_container_that_failed(site: Site) -> None:
+    failure(site, Try(1), keep_failed=True)
+    assert len(upkeep.clean(site.project(), work_only=True)) == 1
+    assert site.engine.all_containers == {}
+
+
+def test_the_next_run_leaves_a_container_that_failed(site: Site) -> None:
+    failure(site, Try(1), keep_failed=True)
+    (container,) = kept_containers(site.engine, site.settings())
+    run(site, Try())
+    assert kept_containers(site.engine, site.settings()) == [container]
+
+
+@pytest.mark.parametrize("on", [{"keep_failed": True}, {"commit": False}], ids=str)
+def test_a_second_container_is_not_left_beside_it(site: Site, on: dict[str, bool]) -> None:
+    failure(site, Try(1), keep_failed=True)
+    with pytest.raises(UsageError, match=r"not committed yet; .*`inv clean --work` drops it"):
+        run(site, Try(), **on)
+    assert len(site.engine.all_containers) == 1
+
+
+def test_a_container_that_is_left_by_hand_is_not_left_where_it_failed(site: Site) -> None:
+    failure(site, Try(1), commit=False)
+    assert site.engine.all_containers == {}
+
+
+# --- Without a log to keep, and without running -------------------------------------------------
+
+
+def test_a_command_that_is_no_stage_is_performed_once(site: Site) -> None:
+    parent(site)
+    site.engine.behaviour = Played([Try(1, [NO_NETWORK])])
+    project = site.project()
+    work = Work("verify", ("verify",), {})
+    with (
+        pytest.raises(StageError, match="verify: the command failed") as caught,
+        work_container(site.engine, site.settings(), "parent:1", work) as container,
+    ):
+        perform(project, container, "verify")
+    assert caught.value.passes
+    assert bundles(site) == []
+
+
+def test_a_dry_run_leaves_nothing(site: Site) -> None:
+    project = site.project()
+    dry = TracedEngine(site.engine, project.console, perform=False)
+    before = site.engine.changing_calls()
+    run_stage(
+        Project(project.settings, dry, project.console), STAGE, parent(site), keep_failed=True
+    )
+    assert site.engine.changing_calls() == before
+    assert bundles(site) == []
