@@ -2,9 +2,8 @@
 
 Three calls of bake, each of which finds the work of the one before in BuildKit's cache: the base
 and what is to be known of it, the steps with their reports, and the image with the labels that the
-reports give it.  So the
-channels are locked, and the labels say what is in the image, as with run and commit; and nothing
-is pushed unless all of it is made.
+reports give it.  So the channels are locked, and the labels say what is in the image, as with run
+and commit; and nothing is pushed unless all of it is made.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from guix_tasks.errors import EngineError, GuixTasksError, UsageError
+from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, UsageError
 from guix_tasks.ledger import (
     CHANNELS_LABEL,
     PACKAGES_LABEL,
@@ -19,7 +19,7 @@ from guix_tasks.ledger import (
     stage_labels,
 )
 from guix_tasks.stage import commit_image, run_stage, say_done
-from guix_tasks.stages.base import base_inputs, base_spec, refuse_other_platform
+from guix_tasks.stages.base import base_inputs, base_spec, other_platform_only
 from guix_tasks.stages.install import given_packages, install_stage
 from guix_tasks.stages.pull import (
     CHANNELS_INPUT,
@@ -254,9 +254,14 @@ class Lifecycle:
         started = time.monotonic()
         project, settings = self._project, self._settings
         project.console.say(f"base: {settings.dockerfile} on {settings.base_image}")
-        refuse_other_platform(project.engine, settings)
         spec = base_spec(settings, network(project.engine, settings))
-        built = project.engine.build(spec, project.console.stream)
+        try:
+            built = project.engine.build(spec, project.console.stream)
+        except BuilderError:
+            # The builder says only that it cannot get the image.
+            if why := other_platform_only(project.engine, settings):
+                raise BuilderError(why) from None
+            raise
         parent = project.engine.image(built)
         if parent is None:
             raise EngineError(f"the engine built {built} and does not have it; run it again")

@@ -47,6 +47,8 @@ def settled(engine: Engine, settings: Settings, console: Console, image: Image) 
     with suppress(OSError, ValueError):
         return replace(settings, guix_sandbox=Sandbox(kept.read_text()))
     found = _try(engine, settings, console, image)
+    if found is None:
+        return replace(settings, guix_sandbox=ORDER[0])
     # Only a cache: where it cannot be written, it is tried again.
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +56,12 @@ def settled(engine: Engine, settings: Settings, console: Console, image: Image) 
     return replace(settings, guix_sandbox=found)
 
 
-def _try(engine: Engine, settings: Settings, console: Console, image: Image) -> Sandbox:
+OF_THE_IMAGE = ("no guix-daemon", "substitute key", "xec format error")
+"""What fails in every sandbox, by words of it."""
+
+
+def _try(engine: Engine, settings: Settings, console: Console, image: Image) -> Sandbox | None:
+    """The first kind that does; None where it cannot be told, since no rights would help."""
     reasons: list[str] = []
     for kind in ORDER:
         try:
@@ -68,6 +75,8 @@ def _try(engine: Engine, settings: Settings, console: Console, image: Image) -> 
             because = f", since {'; '.join(reasons)}" if reasons else ": Guix builds with it"
             console.say(f"sandbox: {kind.value}{because}")
             return kind
+        if any(words in why for words in OF_THE_IMAGE):
+            return None  # whoever uses the image says it better
         reasons.append(f"{kind.value} fails ({why})")
     raise EngineError(
         f"Guix cannot build in a container of this engine: {', '.join(reasons)}; `inv doctor` says "

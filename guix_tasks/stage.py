@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from guix_tasks import guix
 from guix_tasks.console import Log, human_size, human_time
@@ -31,6 +30,7 @@ from guix_tasks.ledger import (
 )
 from guix_tasks.retry import retried
 from guix_tasks.sandbox import settled
+from guix_tasks.watch import Lines, Servers
 from guix_tasks.work import (
     FOLDER,
     IMAGE_FOLDER,
@@ -58,7 +58,6 @@ STAGE_TRIES = 3
 _TAIL = 400
 """Lines of a log that an error is looked for in."""
 
-_QUOTES = b"entry-point: the last lines of "
 """What a line begins with after which the entry point shows logs of builds."""
 
 _LOG_IN_MEMORY = 1 << 20
@@ -226,62 +225,6 @@ def say_done(project: Project, name: str, started: float) -> None:
     image = project.engine.image(tag)
     size = f", {human_size(image.size)}" if image else ""
     project.console.say(f"{name}: {tag}{size}, {human_time(time.monotonic() - started)}")
-
-
-class Servers:
-    """The substitute servers of a stage, and whether any of them answers.
-
-    Guix itself takes one that does not for one that has nothing, and builds from source what would
-    have been there: for hours, and without a word.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        urls = set(settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS)
-        self._hosts = {urlsplit(url).hostname for url in urls}
-        # Where there is to be no network, none is expected to answer.
-        expected = settings.network != "none" and not settings.guix_fallback
-        # Guix names the host alone: of two servers on one it cannot be told which is meant.
-        self._watched = expected and len(self._hosts) == len(urls)
-        self._silent: set[str] = set()
-
-    @property
-    def were_silent(self) -> bool:
-        return self._watched and self._hosts <= self._silent
-
-    def all_silent(self, line: str) -> bool:
-        """Whether the next line of a log says so of the last of them."""
-        if not self._watched or self.were_silent:
-            return False
-        self._silent |= guix.silent_servers(line)
-        return self.were_silent
-
-    @property
-    def complaint(self) -> str:
-        return (
-            f"no substitute server answers ({', '.join(sorted(self._silent))}), and all would be "
-            "built from source; mend GUIX_SUBSTITUTE_URLS or the network, or set GUIX_FALLBACK=yes"
-        )
-
-
-class Lines:
-    """The lines of a log that comes in pieces, but for what the entry point quotes at its end.
-
-    That is of builds, which may have said anything.
-    """
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._quoted = False
-
-    def add(self, data: bytes) -> list[str]:
-        """The lines that the next piece ends."""
-        *lines, self._rest = (self._rest + data).replace(b"\r", b"\n").split(b"\n")
-        found = []
-        for line in lines:
-            self._quoted = self._quoted or line.startswith(_QUOTES)
-            if not self._quoted:
-                found.append(line.decode(errors="replace"))
-        return found
 
 
 def perform(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from guix_tasks.engine import BuildSpec
-from guix_tasks.errors import BuilderError, UsageError
+from guix_tasks.errors import UsageError
 from guix_tasks.fingerprint import file_digest, text_digest, tree_digest
 from guix_tasks.work import IMAGE_FOLDER, network, platform_input
 
@@ -30,16 +30,13 @@ def base_spec(settings: Settings, network: str | None) -> BuildSpec:
     )
 
 
-def refuse_other_platform(engine: Engine, settings: Settings) -> None:
-    """Refuse a base image that only the engine has, and that for another platform.
-
-    The builder would say that it cannot be had.
-    """
+def other_platform_only(engine: Engine, settings: Settings) -> str | None:
+    """That the base image cannot be had for the platform that is asked for, if it is so."""
     wanted, reference = settings.platform, str(settings.base_image)
     image = engine.image(reference)
     if not wanted or not image or image.platform == str(wanted) or engine.remote_digest(reference):
-        return
-    raise BuilderError(other_platform(reference, image, str(wanted)))
+        return None
+    return other_platform(reference, image, str(wanted))
 
 
 def other_platform(reference: str, image: Image, wanted: str) -> str:

@@ -70,7 +70,7 @@ def examine(project: Project, **env: str) -> Examined:
 def test_all_is_well_with_the_offline_example(new_project: NewProject) -> None:
     found = examine(new_project("base"))
     assert found.failed == set()
-    assert found.said("sandbox") == "ok: privileged: Guix builds in a work container; "
+    assert found.said("sandbox") == "ok: capabilities: Guix builds in a work container; "
     for check in ("settings", "engine", "clock", "base image", "mounts", "registry"):
         assert found.state(check) == "ok"
     assert found.state("channel guix") == found.state("substitutes") == "ok"

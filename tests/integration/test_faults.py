@@ -82,7 +82,9 @@ class Proxy(BaseHTTPRequestHandler):
         """Ask the registry; some of the headers of its answer may be others."""
         upstream = http.client.HTTPConnection("127.0.0.1", self.registry, timeout=30)
         left_out = ("transfer-encoding", "content-length", "connection")
-        ours = {n: v for n, v in self.headers.items() if n.lower() not in left_out}
+        # A header that is given twice, as Accept is, is one with both.
+        given = {name: ", ".join(self.headers.get_all(name, [])) for name in self.headers}
+        ours = {n: v for n, v in given.items() if n.lower() not in left_out}
         upstream.request(self.command, self.path, body, {**ours, "Content-Length": str(len(body))})
         answer = upstream.getresponse()
         data = answer.read()

@@ -10,7 +10,7 @@ import pytest
 from fake_engine import FakeContainer, FakeGuix, Output, Site, made_site
 
 from guix_tasks import hands, paths, work
-from guix_tasks.errors import EngineError
+from guix_tasks.errors import EngineError, StageError
 from guix_tasks.verify import verify
 
 if TYPE_CHECKING:
@@ -97,6 +97,20 @@ def test_without_isolation_only_where_it_is_asked_for_by_name(made: Site) -> Non
     assert made.engine.all_containers == {}
     made.env["GUIX_SANDBOX"] = "nochroot"
     assert install(made)[0] == ["install nochroot"]
+
+
+def test_an_image_without_guix_says_so_itself(made: Site) -> None:
+    """No rights would help it, so nothing is remembered."""
+    no_guix = b"entry-point: error: this image has no guix-daemon: it was built on a base without"
+
+    def behaviour(container: FakeContainer) -> Output:
+        container.status = 69
+        yield True, no_guix + b" Guix\n"
+
+    made.engine.behaviour = behaviour
+    with pytest.raises(StageError, match="install: the command failed with exit status 69"):
+        install(made)
+    assert not (paths.cache_home() / "sandbox").exists()
 
 
 def test_an_engine_that_refuses_a_kind_is_no_error_if_it_takes_another(

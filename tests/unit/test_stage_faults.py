@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from guix_tasks import fingerprint, hands, upkeep
 from guix_tasks.engine import TracedEngine
 from guix_tasks.errors import EngineError, StageError, UsageError
-from guix_tasks.stage import STAGE_TRIES, Lines, Project, Servers, Stage, perform, run_stage
+from guix_tasks.stage import STAGE_TRIES, Project, Stage, perform, run_stage
+from guix_tasks.watch import Lines, Servers
 from guix_tasks.work import ENTRY_POINT, Work, kept_containers, work_container
 
 if TYPE_CHECKING:
