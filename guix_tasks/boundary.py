@@ -110,13 +110,10 @@ def opened_with_buildx(
     """
     with guarded():
         from guix_tasks.errors import BuilderError
-        from guix_tasks.settings import Driver
 
         settings = _settings()
-        driver = settings.buildx_driver
-        # Nodes are other machines, and the driver docker has none.
-        of_engine = driver in (Driver.DOCKER, Driver.CONTAINER) and not settings.buildx_nodes
-        project = open_project(c, settings, needs_engine=needs_engine and of_engine)
+        needs_engine = needs_engine and settings.builds_beside_engine
+        project = open_project(c, settings, needs_engine=needs_engine)
         dry, echo = bool(c.config.run.dry), bool(c.config.run.echo)
         found = _find_buildx(project, install=install and not dry)
         if found is None:

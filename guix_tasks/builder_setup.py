@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from guix_tasks import buildx as command
-from guix_tasks.builders import builder_name, find_builder, has_platform, needed_syntax
+from guix_tasks.builders import builder_name, find_builder, lacking, needed_syntax
 from guix_tasks.buildx import INSECURE_REFUSED, UNKNOWN_FLAG
 from guix_tasks.engine import ContainerSpec
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError
@@ -72,9 +72,7 @@ def set_up(project: Project, buildx: Buildx, wishes: SetupWishes) -> None:
         _check(project, buildx, install=wishes.binfmt)
     elif wishes.binfmt and settings.platforms:
         found = command.inspect(buildx, builder_name(settings, buildx))
-        there = [each for each in settings.platforms if found and has_platform(found, each)]
-        missing = [each for each in settings.platforms if each not in there]
-        if missing:
+        if missing := lacking(settings.platforms, found):
             console.command(_binfmt_argv(missing))
     if wishes.use:
         name = builder_name(settings, buildx)
@@ -240,7 +238,7 @@ def entitlements(node: BuilderNode) -> list[str]:
 
 def _check_platforms(project: Project, buildx: Buildx, builder: Builder, *, install: bool) -> None:
     """See that every platform has a node, by emulation if need be."""
-    missing = [each for each in project.settings.platforms if not has_platform(builder, each)]
+    missing = lacking(project.settings.platforms, builder)
     if not missing:
         return
     argv = _binfmt_argv(missing)
@@ -253,8 +251,7 @@ def _check_platforms(project: Project, buildx: Buildx, builder: Builder, *, inst
         )
         return
     _install_emulators(project, argv[-1])
-    again = command.inspect(buildx, builder.name)
-    left = [each for each in missing if again is None or not has_platform(again, each)]
+    left = lacking(missing, command.inspect(buildx, builder.name))
     if left:
         raise BuilderError(
             f"the builder has no {', '.join(map(str, left))} yet; `inv buildx.setup --recreate` "
@@ -329,9 +326,9 @@ def _allowed(settings: Settings, buildx: Buildx, builder: Builder) -> list[str]:
 
 def cache_size(project: Project, buildx: Buildx) -> str:
     """What the cache of the builder takes, all nodes together; ``unknown`` where none answers."""
-    builder = find_builder(project.settings, buildx)
     try:
-        return parse_cache_size(buildx.ask("du", f"--builder={builder.name}"))
+        name = builder_name(project.settings, buildx)
+        return parse_cache_size(buildx.ask("du", f"--builder={name}"))
     except GuixTasksError:
         return "unknown"
 

@@ -12,7 +12,7 @@ from guix_tasks.reference import Platform
 from guix_tasks.settings import Driver, Sandbox
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from guix_tasks.buildx import Builder, Buildx
     from guix_tasks.settings import Settings
@@ -57,6 +57,11 @@ def native_platforms(builder: Builder) -> Iterator[Platform]:
 def has_platform(builder: Builder, platform: Platform) -> bool:
     """Whether a node of the builder says that it has a platform, by emulation if need be."""
     return any(str(platform) in node.platforms for node in builder.nodes)
+
+
+def lacking(platforms: Sequence[Platform], builder: Builder | None) -> list[Platform]:
+    """Those of the platforms that no node of the builder has; all, where there is no builder."""
+    return [each for each in platforms if not (builder and has_platform(builder, each))]
 
 
 def refuse_platform(settings: Settings, builder: Builder, platform: Platform) -> None:

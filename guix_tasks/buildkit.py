@@ -148,8 +148,7 @@ def _refuse(project: Project, wishes: BuildWishes) -> None:
         )
     if settings.buildx_output is Output.LOAD:
         project.engine.info()  # raises where there is none to load it into
-    beside_engine = settings.buildx_driver in (Driver.DOCKER, Driver.CONTAINER)
-    if settings.buildx_output is Output.REGISTRY and beside_engine and not settings.buildx_nodes:
+    if settings.buildx_output is Output.REGISTRY and settings.builds_beside_engine:
         # Better now than after hours; the builder is where the engine is.
         project.engine.greet_registry(str(settings.image), credentials(project))
 
@@ -340,7 +339,7 @@ class _Baking:
     def _put(self, definition: Definition) -> str:
         settings, output = self._settings, self._settings.buildx_output
         image = settings.image
-        tags = [str(image), *(str(image.with_tag(tag)) for tag in settings.tags)]
+        tags = settings.references
         definition = replace(
             definition,
             # Docker's own format has no place for them.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import UsageError
+from guix_tasks.paths import write_whole
 from guix_tasks.reference import ImageReference, Platform
 
 if TYPE_CHECKING:
@@ -44,9 +44,7 @@ def save(settings: Settings, pushed: Pushed) -> Path:
         "platforms": [str(each) for each in pushed.platforms],
         "digest": pushed.digest,
     }
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(record, indent=2) + "\n")
-    unfinished.replace(path)
+    write_whole(path, f"{json.dumps(record, indent=2)}\n".encode())
     return path
 
 

@@ -21,7 +21,7 @@ from guix_tasks import guix
 from guix_tasks.builders import find_builder, needed_syntax
 from guix_tasks.console import human_size
 from guix_tasks.errors import EngineError, GuixTasksError, UsageError
-from guix_tasks.sandbox import probe
+from guix_tasks.sandbox import OTHER_FAULTS, probe
 from guix_tasks.settings import Driver
 from guix_tasks.stages.pull import lock_misfits, lock_text, misfit, wanted_text
 from guix_tasks.transfer import credentials
@@ -243,20 +243,12 @@ def _tried(project: Project) -> Finding:
             f"{kind}: not tried, as there is no Guix in {project.settings.base_image}",
             "`inv base` makes an image with Guix, if the Dockerfile installs it",
         )  # fmt: skip
-    mend = next((mend for words, mend in _SANDBOX_MENDS.items() if words in why), _PRIVILEGES)
+    mend = next((mend for words, mend in OTHER_FAULTS.items() if words in why), _PRIVILEGES)
     said = f"{kind}: Guix cannot build in a work container: {why}"
     return Finding("sandbox", State.FAILED, said, mend)
 
 
 _PRIVILEGES = "use an engine that lets containers have privileges, or try GUIX_SANDBOX=nochroot"
-
-_SANDBOX_MENDS = {
-    "no guix-daemon": "let BASE_IMAGE, or the Dockerfile, be one with Guix",
-    "substitute key": "mend GUIX_SUBSTITUTE_KEYS",
-    "xec format error": "`inv buildx.setup --binfmt` installs the emulator",
-}
-"""What mends a sandbox that fails for another reason than its privileges, by words of that."""
-
 
 # --- What it speaks with --------------------------------------------------------------------
 

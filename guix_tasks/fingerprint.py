@@ -85,7 +85,5 @@ def _file_digest(path: str) -> str:
     # Only a cache: a disk that is full or closed to us does no harm.
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = kept.with_name(f"{key}.{os.getpid()}")
-        unfinished.write_text(digest.hexdigest())
-        unfinished.replace(kept)
+        paths.write_whole(kept, digest.hexdigest().encode())
     return digest.hexdigest()

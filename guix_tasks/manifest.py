@@ -33,7 +33,6 @@ def join(project: Project, buildx: Buildx) -> str:
         return ""
     parts = _parts(settings)
     image = settings.image
-    references = [str(image), *(str(image.with_tag(tag)) for tag in settings.tags)]
     for platform, part in parts.items():
         console.say(f"manifest: {platform} is {part.reference}")
     sources = list(dict.fromkeys(part.reference for part in parts.values()))
@@ -41,7 +40,7 @@ def join(project: Project, buildx: Buildx) -> str:
         try:
             program.change(
                 "imagetools", "create", f"--builder={buildx.own}", "--progress=none",
-                *(f"--tag={each}" for each in references), *sources,
+                *(f"--tag={each}" for each in settings.references), *sources,
             )  # fmt: skip
             if not buildx.perform:
                 return ""

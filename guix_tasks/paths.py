@@ -1,4 +1,4 @@
-"""Where guix-tasks keeps what belongs to a user and not to a project.
+"""Where guix-tasks keeps what belongs to a user and not to a project, and how files get there.
 
 The places are those of the XDG Base Directory Specification.
 """
@@ -6,6 +6,7 @@ The places are those of the XDG Base Directory Specification.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -17,6 +18,18 @@ def data_home() -> Path:
 def cache_home() -> Path:
     """The folder for what can be thrown away and made again."""
     return _xdg("XDG_CACHE_HOME", ".cache")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, in the place of what was there, wholly or not at all.  Raises ``OSError``."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
 
 
 def _xdg(variable: str, fallback: str) -> Path:

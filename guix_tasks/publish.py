@@ -71,7 +71,7 @@ def pushed_references(settings: Settings) -> list[str]:
     image = settings.image
     if settings.platform:
         return [str(image.with_tag(f"{image.tag}-{settings.platform.tag_suffix}"))]
-    return [str(image), *(str(image.with_tag(tag)) for tag in settings.tags)]
+    return settings.references
 
 
 def _stage_image(project: Project, stage: str) -> tuple[Image | None, str]:

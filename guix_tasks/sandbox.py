@@ -9,7 +9,6 @@ means harm: with SYS_ADMIN it can mount a fresh ``/proc`` and write what the hos
 
 from __future__ import annotations
 
-import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from guix_tasks import paths
 from guix_tasks.errors import REFUSED, EngineError
 from guix_tasks.fingerprint import text_digest
 from guix_tasks.settings.values import Sandbox
-from guix_tasks.work import FOLDER, Work, work_container
+from guix_tasks.work import FOLDER, Work, time_limit, work_container
 
 if TYPE_CHECKING:
     from guix_tasks.console import Console
@@ -52,12 +51,16 @@ def settled(engine: Engine, settings: Settings, console: Console, image: Image) 
     # Only a cache: where it cannot be written, it is tried again.
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(found.value)
+        paths.write_whole(kept, found.value.encode())
     return replace(settings, guix_sandbox=found)
 
 
-OF_THE_IMAGE = ("no guix-daemon", "substitute key", "xec format error")
-"""What fails in every sandbox, by words of it."""
+OTHER_FAULTS = {
+    "no guix-daemon": "let BASE_IMAGE, or the Dockerfile, be one with Guix",
+    "substitute key": "mend GUIX_SUBSTITUTE_KEYS",
+    "xec format error": "`inv buildx.setup --binfmt` installs the emulator",
+}
+"""What mends a fault that no rights would, by words of it."""
 
 
 def _try(engine: Engine, settings: Settings, console: Console, image: Image) -> Sandbox | None:
@@ -75,7 +78,7 @@ def _try(engine: Engine, settings: Settings, console: Console, image: Image) -> 
             because = f", since {'; '.join(reasons)}" if reasons else ": Guix builds with it"
             console.say(f"sandbox: {kind.value}{because}")
             return kind
-        if any(words in why for words in OF_THE_IMAGE):
+        if any(words in why for words in OTHER_FAULTS):
             return None  # whoever uses the image says it better
         reasons.append(f"{kind.value} fails ({why})")
     raise EngineError(
@@ -88,22 +91,13 @@ def probe(engine: Engine, settings: Settings, image: Image) -> str | None:
     """Build a tiny derivation in a container of an image; why that failed, if it did."""
     folder = Path(__file__).parent
     files = {name: (folder / name).read_bytes() for name in ("probe.sh", "probe.scm")}
-    work, late = Work("probe", (f"{FOLDER}/probe.sh",), files, bare=True), threading.Event()
-    with work_container(engine, settings, image.id, work) as container:
-
-        def stop() -> None:
-            late.set()
-            with suppress(EngineError):
-                engine.stop(container, seconds=5)
-
-        timer = threading.Timer(PROBE_SECONDS, stop)
-        timer.daemon = True
-        timer.start()
-        try:
-            log = b"".join(data for _, data in engine.run(container))
-            status = engine.wait(container)
-        finally:
-            timer.cancel()
+    work = Work("probe", (f"{FOLDER}/probe.sh",), files, bare=True)
+    with (
+        work_container(engine, settings, image.id, work) as container,
+        time_limit(engine, container, PROBE_SECONDS, grace=5) as late,
+    ):
+        log = b"".join(data for _, data in engine.run(container))
+        status = engine.wait(container)
     if late.is_set():
         return f"it did not end within {PROBE_SECONDS} s"
     if status == 0:

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import shlex
 import tempfile
-import threading
 import time
 from collections import deque
 from contextlib import contextmanager, suppress
@@ -39,10 +38,12 @@ from guix_tasks.work import (
     common_inputs,
     fill,
     refuse_second,
+    time_limit,
     work_container,
 )
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from guix_tasks.console import Console
@@ -281,28 +282,14 @@ def _too_long(project: Project, name: str) -> StageError:
 
 @contextmanager
 def _limit(project: Project, container: str, name: str, spent: float) -> Iterator[threading.Event]:
-    """Stop the container when its time is up; the event says that it was."""
-    timed_out = threading.Event()
-
-    def stop() -> None:
-        timed_out.set()
-        # Where the engine is gone, whoever waits for the container hears of it.
-        with suppress(EngineError):
-            project.engine.stop(container, seconds=10)
-
+    """``STAGE_TIMEOUT`` for a container; the event says that its time was up."""
     limit = project.settings.stage_timeout
     # With less than a second the container might be stopped before it has started.
     if limit and spent and limit - spent < 1:
         raise _too_long(project, name)
-    timer = threading.Timer(limit - spent, stop) if limit else None
-    if timer:
-        timer.daemon = True
-        timer.start()
-    try:
+    left = limit - spent if limit else None
+    with time_limit(project.engine, container, left, grace=10) as timed_out:
         yield timed_out
-    finally:
-        if timer:
-            timer.cancel()
 
 
 def commit_image(

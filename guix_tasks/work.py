@@ -15,6 +15,7 @@ import secrets
 import shlex
 import socket
 import tarfile
+import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +102,30 @@ def work_container(engine: Engine, settings: Settings, image: str, work: Work) -
         raise
     if not work.keep:
         engine.remove(container)
+
+
+@contextmanager
+def time_limit(
+    engine: Engine, container: str, seconds: float | None, *, grace: int
+) -> Iterator[threading.Event]:
+    """Stop a container when its time is up; the event says that it was.  None: no limit."""
+    timed_out = threading.Event()
+
+    def stop() -> None:
+        timed_out.set()
+        # Where the engine is gone, whoever waits for the container hears of it.
+        with suppress(EngineError):
+            engine.stop(container, seconds=grace)
+
+    timer = threading.Timer(seconds, stop) if seconds is not None else None
+    if timer:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield timed_out
+    finally:
+        if timer:
+            timer.cancel()
 
 
 @contextmanager

@@ -249,6 +249,17 @@ class Settings:
         """The platform to build for, where one is asked for; see ``each_platform``."""
         return self.platforms[0] if self.platforms else None
 
+    @property
+    def references(self) -> list[str]:
+        """``IMAGE``, and the same repository with each of ``TAGS``."""
+        return [str(self.image), *(str(self.image.with_tag(tag)) for tag in self.tags)]
+
+    @property
+    def builds_beside_engine(self) -> bool:
+        """Whether BuildKit runs where the engine does: nodes are other machines."""
+        beside = self.buildx_driver in (Driver.DOCKER, Driver.CONTAINER)
+        return beside and not self.buildx_nodes
+
     def each_platform(self) -> list[Settings]:
         """These settings for one platform after the other: an engine makes one at a time."""
         return [replace(self, platforms=(each,)) for each in self.platforms] or [self]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,6 +9,7 @@ from guix_tasks import guix
 from guix_tasks.errors import UsageError
 from guix_tasks.fingerprint import text_digest
 from guix_tasks.ledger import CHANNELS_LABEL
+from guix_tasks.paths import write_whole
 from guix_tasks.stage import Stage
 from guix_tasks.work import FOLDER
 
@@ -76,16 +75,12 @@ def write_lock(settings: Settings, channels: str) -> bool:
     path = settings.guix_channels_lock
     if path is None or not channels:
         return False
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     content = f"{channels}\n".encode()
     try:
         if path.exists() and path.read_bytes() == content:
             return False
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
+        write_whole(path, content)
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
         raise UsageError(
             f"GUIX_CHANNELS_LOCK: {path}: {error.strerror}; name a file that can be written"
         ) from None

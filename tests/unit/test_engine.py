@@ -15,13 +15,10 @@ from fake_engine import (
     FakeEngine,
     Heard,
     Site,
-    made_site,
-    new_site,
     outline,
-    serial,
 )
 
-from guix_tasks import fingerprint, hands
+from guix_tasks import hands
 from guix_tasks.engine import (
     BuildSpec,
     ContainerSpec,
@@ -46,19 +43,7 @@ if TYPE_CHECKING:
     from guix_tasks.stage import Project
 
 
-@pytest.fixture(autouse=True)
-def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return new_site(tmp_path)
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Site:
-    return made_site(tmp_path)
+pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 
 def traced(engine: Engine, *, perform: bool) -> tuple[TracedEngine, Heard]:

@@ -16,13 +16,11 @@ from fake_engine import (
     Site,
     another_process,
     heard,
-    made_site,
     new_site,
     outline,
-    serial,
 )
 
-from guix_tasks import fingerprint, hands
+from guix_tasks import hands
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.ledger import HAND_MADE, STAGES, proven_stage
 from guix_tasks.work import ENTRY_POINT, PROJECT_LABEL, kept_containers
@@ -32,14 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.fixture(autouse=True)
-def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Site:
-    return made_site(tmp_path)
+pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 
 def run(site: Site, *argv: str, stage: str | None = None, keep: bool = False) -> tuple[int, str]:

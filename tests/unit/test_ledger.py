@@ -18,7 +18,6 @@ from fake_engine import (
     Heard,
     Site,
     channel,
-    made_site,
     new_site,
     publish_base,
     serial,
@@ -148,16 +147,6 @@ def test_a_key_is_that_of_its_stage_its_parent_and_its_inputs(
 
 
 # --- Tags -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return new_site(tmp_path)
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Site:
-    return made_site(tmp_path)
 
 
 def from_image(site: Site, image: Image, tag: str, *, layer: bool = True) -> Image:

@@ -16,12 +16,9 @@ from fake_engine import (
     Heard,
     Site,
     heard,
-    made_site,
-    new_site,
-    serial,
 )
 
-from guix_tasks import fingerprint, hands
+from guix_tasks import hands
 from guix_tasks.console import Console
 from guix_tasks.engine import Credentials, TracedEngine
 from guix_tasks.errors import RegistryError, UsageError
@@ -33,19 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.fixture(autouse=True)
-def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return new_site(tmp_path)
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Site:
-    return made_site(tmp_path)
+pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 
 def pushed(site: Site) -> set[str]:

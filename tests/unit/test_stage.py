@@ -28,17 +28,14 @@ from fake_engine import (
     another_process,
     channel,
     heard,
-    made_site,
     new_site,
     outline,
     publish_base,
-    serial,
 )
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from guix_tasks import fingerprint
 from guix_tasks.errors import (
     BuilderError,
     EngineError,
@@ -71,19 +68,7 @@ NEW = "c" * 40
 LOCKED = f"(list {channel('guix', 'https://guix.test', COMMITS['guix'])})\n"
 
 
-@pytest.fixture(autouse=True)
-def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return new_site(tmp_path)
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Site:
-    return made_site(tmp_path)
+pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 
 @pytest.fixture

@@ -16,12 +16,11 @@ from fake_engine import (
     Site,
     heard,
     new_site,
-    serial,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guix_tasks import fingerprint, hands, upkeep
+from guix_tasks import hands, upkeep
 from guix_tasks.engine import TracedEngine
 from guix_tasks.errors import EngineError, StageError, UsageError
 from guix_tasks.stage import STAGE_TRIES, Project, Stage, perform, run_stage
@@ -73,9 +72,7 @@ class Played:
         container.forget("/.guix-tasks")
 
 
-@pytest.fixture(autouse=True)
-def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
+pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,9 @@ from fake_engine import (
     Heard,
     Site,
     heard,
-    made_site,
-    new_site,
-    serial,
 )
 
-from guix_tasks import fingerprint, hands
+from guix_tasks import hands
 from guix_tasks.engine import ContainerSpec, TracedEngine
 from guix_tasks.errors import UsageError
 from guix_tasks.ledger import PREVIOUS, STAGES
@@ -30,19 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.fixture(autouse=True)
-def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return new_site(tmp_path)
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Site:
-    return made_site(tmp_path)
+pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 
 def states(site: Site) -> dict[str, str]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import COMMITS, FakeContainer, Output, Site, heard, made_site, new_site, serial
+from fake_engine import COMMITS, FakeContainer, Output, Site, heard, new_site
 
-from guix_tasks import fingerprint
 from guix_tasks.errors import CheckError, StageError, UsageError
 from guix_tasks.verify import CHECKS, verify
 from guix_tasks.work import ENTRY_POINT, FOLDER
@@ -16,14 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-@pytest.fixture(autouse=True)
-def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Site:
-    return made_site(tmp_path)
+pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 
 def said(site: Site, stage: str | None = None) -> str:

@@ -20,13 +20,11 @@ from fake_engine import (
     Site,
     another_process,
     new_site,
-    serial,
 )
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from guix_tasks import fingerprint
 from guix_tasks.engine import ContainerSpec
 from guix_tasks.errors import EngineError, StageError, StoppedError, UsageError
 from guix_tasks.ledger import STAGES
@@ -56,9 +54,7 @@ if TYPE_CHECKING:
 WORK = Work("try", ("true", "a b"), {"stage": b"#!/bin/sh\n", "data/x": b"1"})
 
 
-@pytest.fixture(autouse=True)
-def _serial(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
+pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 
 @pytest.fixture

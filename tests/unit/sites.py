@@ -1,0 +1,31 @@
+"""Fixtures that the unit tests share; ``conftest.py`` lets pytest find them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_engine import Site, made_site, new_site, serial
+
+from guix_tasks import fingerprint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture
+def serial_hashing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are hashed one after the other: threads would only make small tests slow."""
+    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """A project of which nothing is made yet."""
+    return new_site(tmp_path)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Site:
+    """A project that has all its stages."""
+    return made_site(tmp_path)
