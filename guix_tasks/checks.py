@@ -20,17 +20,21 @@ LINTERS = (
 )
 
 
-def run_checks(project: Path, *, unit_only: bool, only: str) -> None:
-    """Run everything, and stop at the first that fails.  Raises ``CheckError`` for it."""
+def run_checks(project: Path, *, unit_only: bool, only: str, soak: bool = False) -> None:
+    """Run everything, and stop at the first that fails.  Raises ``CheckError`` for it.
+
+    ``soak`` runs the tests with numbers alone, and raises those.
+    """
     if not (project / LOCK).exists():
         raise UsageError(f"inv test is for a checkout of guix-tasks: {project} has no {LOCK}")
     console = Console()
     _install_tools(project, console)
-    if not only:
+    if not only and not soak:
         for command in (*LINTERS, ("shellcheck", *_shell_scripts(project))):
             _call(project, console, command)
     folders = ["tests/unit"] if unit_only else ["tests/unit", "tests/integration"]
-    _call(project, console, ("pytest", *folders, *(["-k", only] if only else [])))
+    chosen = [*(["-k", only] if only else []), *(["-m", "soak", "--soak"] if soak else [])]
+    _call(project, console, ("pytest", *folders, *chosen))
 
 
 def _install_tools(project: Path, console: Console) -> None:

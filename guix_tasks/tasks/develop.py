@@ -24,12 +24,16 @@ def demo(c: Context) -> None:
 
 
 @task(
-    help={"unit": "only what needs no engine", "only": "only the tests that match (pytest -k)"},
+    help={
+        "unit": "only what needs no engine",
+        "only": "only the tests that match (pytest -k)",
+        "soak": "only the tests with numbers, and those for an hour",
+    },
     auto_shortflags=False,
 )
-def test(c: Context, unit: bool = False, only: str = "") -> None:
+def test(c: Context, unit: bool = False, only: str = "", soak: bool = False) -> None:
     """Run the linters and the tests, real-engine tests included."""
     with guarded():
         from guix_tasks.checks import run_checks
 
-        run_checks(project_folder(Path.cwd()), unit_only=unit, only=only)
+        run_checks(project_folder(Path.cwd()), unit_only=unit, only=only, soak=soak)
