@@ -7,11 +7,13 @@ import re
 import secrets
 import shutil
 import tarfile
+from dataclasses import replace
 from typing import IO, TYPE_CHECKING, cast
 
 from guix_tasks.bake import ENVIRONMENT, WORK, Bind
 from guix_tasks.errors import BuilderError, UsageError
 from guix_tasks.reference import quoted
+from guix_tasks.settings.values import Sandbox
 from guix_tasks.work import common_files
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 def write_environment(settings: Settings, folder: Path) -> None:
     """The environment of the steps, which is mounted as a secret: it may hold a token."""
+    if settings.guix_sandbox is not Sandbox.NOCHROOT:
+        settings = replace(settings, guix_sandbox=Sandbox.PRIVILEGED)  # what a step is
     (folder / ENVIRONMENT).write_bytes(common_files(settings)[ENVIRONMENT])
 
 

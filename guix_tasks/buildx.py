@@ -482,7 +482,7 @@ _MENDS: Mapping[str, tuple[type[GuixTasksError], str]] = {
 """What mends a fault, and its kind, by words that buildx's message for it has."""
 
 _STEP = re.compile(
-    r'process ".*/\.guix-tasks/stage (?P<stage>\S+)" did not complete successfully: '
+    r'process ".*/var/guix/guix-tasks/stage (?P<stage>\S+)" did not complete successfully: '
     r"exit code: (?P<status>\d+)"
 )
 

@@ -313,6 +313,8 @@ class DockerEngine:
                 mem_limit=spec.memory,
                 init=spec.init,
             )
+            if spec.unmasked:  # what `docker run --security-opt systempaths=unconfined` sends
+                host["MaskedPaths"] = host["ReadonlyPaths"] = []
             created = self._api.create_container(
                 spec.image,
                 name=spec.name,
@@ -335,10 +337,9 @@ class DockerEngine:
         with self._speaking("copy files into a container"):
             self._slow.put_archive(container, "/", archive)
 
-    def copy_out(self, container: str, path: str) -> bytes:
-        with self._speaking(f"copy {path} out of a container"):
-            pieces, _ = self._slow.get_archive(container, path)
-            return b"".join(pieces)
+    def copy_out(self, container: str, path: str) -> Iterator[bytes]:
+        with self._speaking(f"copy {path} out of a container"), suppress(docker.errors.NotFound):
+            yield from self._slow.get_archive(container, path)[0]
 
     def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
         with self._speaking("run a container"):

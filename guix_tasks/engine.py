@@ -88,6 +88,8 @@ class ContainerSpec:
     environment: Mapping[str, str] = field(default_factory=dict)
     """Beware: a commit takes it into the image."""
     privileged: bool = False
+    unmasked: bool = False
+    """With all of ``/proc``: where some is hidden, Linux lets no user namespace mount it anew."""
     security: tuple[str, ...] = ()
     """As ``docker run --security-opt`` takes them."""
     capabilities: tuple[str, ...] | None = None
@@ -199,8 +201,8 @@ class Engine(Protocol):
     def copy_in(self, container: str, archive: bytes | IO[bytes]) -> None:
         """Unpack a tar archive at the root of a container's file system."""
 
-    def copy_out(self, container: str, path: str) -> bytes:
-        """A file or folder of a container, as a tar archive."""
+    def copy_out(self, container: str, path: str) -> Iterator[bytes]:
+        """A file or folder of a container, as a tar archive; nothing where there is none."""
 
     def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
         """Start a container; its output as (is standard error, bytes), until it ends."""
@@ -355,7 +357,7 @@ class TracedEngine:
         if self._perform:
             self._engine.copy_in(container, archive)
 
-    def copy_out(self, container: str, path: str) -> bytes:
+    def copy_out(self, container: str, path: str) -> Iterator[bytes]:
         return self._engine.copy_out(container, path)
 
     def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
@@ -434,6 +436,7 @@ def create_argv(spec: ContainerSpec) -> Sequence[str]:
         "docker", "create", f"--name={spec.name}",
         *(["--privileged"] if spec.privileged else []),
         *(f"--security-opt={option}" for option in spec.security),
+        *(["--security-opt=systempaths=unconfined"] if spec.unmasked else []),
         *(["--cap-drop=ALL"] if spec.capabilities is not None else []),
         *(f"--cap-add={each}" for each in spec.capabilities or ()),
         *(["--init"] if spec.init else []),

@@ -91,7 +91,7 @@ def _fill(folder: Path, engine: Engine, settings: Settings, failed: Failed) -> N
     for path in itertools.islice(paths, _BUILD_LOGS):
         # Of one that cannot be read to its end what came is kept.
         with suppress(EngineError, tarfile.TarError, OSError, EOFError, zlib.error):
-            _unpack(engine.copy_out(failed.container, path), path, folder, secrets)
+            _unpack(b"".join(engine.copy_out(failed.container, path)), path, folder, secrets)
 
 
 def _unpack(archive: bytes, path: str, folder: Path, secrets: Iterable[bytes]) -> None:

@@ -210,7 +210,7 @@ def script(
     whose like is still to be built.  That nothing could be collected is no failure of a stage.
     """
     # Not in the folder, which goes with each start: a second try goes on from the first.
-    before = "/.guix-tasks-store-before"
+    before = f"{folder}-store-before"
     collect = ("guix", "repl", "--", f"{folder}/collect.scm", before, *([keep] if keep else []))
     lines = [
         "#!/bin/sh",

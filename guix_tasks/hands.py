@@ -30,7 +30,7 @@ def run(project: Project, argv: Sequence[str], *, stage: str | None, keep: bool)
     if keep:
         refuse_second(project.engine, project.settings)
     image = image_to_use(project, stage)
-    project = project.settled(image)
+    project = project.settled(image, as_root=True)
     work = Work("run", tuple(argv), {}, keep=keep)
     with work_container(project.engine, project.settings, image.id, work) as container:
         for is_error, data in project.engine.run(container):
@@ -70,7 +70,7 @@ def shell(project: Project, docker: Sequence[str], environment: dict[str, str], 
         if not drop:
             refuse_second(project.engine, project.settings)
         image = image_to_use(project, stage)
-        settings = project.settled(image).settings
+        settings = project.settled(image, as_root=True).settings
         with work_container(engine, settings, image.id, work) as new:
             status = _attach(project, [*attach, new], environment)
     project.console.say("shell: the container is kept; `inv commit` makes it the image")

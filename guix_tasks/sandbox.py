@@ -1,10 +1,12 @@
 """Which rights a work container gets: the fewest with which Guix builds on this engine.
 
 ``privileged`` is what everyone gives: all capabilities, all devices of the host, no filter of
-system calls.  ``capabilities`` has those that the daemon needs to isolate its builds, each of them
-(found by leaving it out), no device, and a filter that refuses system calls that nothing in a
+system calls.  ``capabilities`` has those that a daemon of root needs to isolate its builds, each of
+them (found by leaving it out), no device, and a filter that refuses system calls that nothing in a
 build needs (modules, kexec, BPF, keys, other namespaces, …).  It is no wall against a root that
-means harm: with SYS_ADMIN it can mount a fresh ``/proc`` and write what the host obeys.
+means harm: with SYS_ADMIN it can mount a fresh ``/proc`` and write what the host obeys.  In a
+``rootless`` one, with the same filter, nothing is root: the daemon isolates its builds by a user
+namespace, in which it has rights over what is its own alone.
 """
 
 from __future__ import annotations
@@ -21,33 +23,38 @@ from guix_tasks.settings.values import Sandbox
 from guix_tasks.work import FOLDER, Work, time_limit, work_container
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from guix_tasks.console import Console
     from guix_tasks.engine import Engine, Image
     from guix_tasks.settings import Settings
 
-ORDER = (Sandbox.CAPABILITIES, Sandbox.PRIVILEGED)
+ORDER = (Sandbox.ROOTLESS, Sandbox.CAPABILITIES, Sandbox.PRIVILEGED)
 """What ``auto`` tries, the safer one first; what is not isolated has to be asked for by name."""
 
 PROBE_SECONDS = 120.0
 """How long the probe may take."""
 
 
-def settled(engine: Engine, settings: Settings, console: Console, image: Image) -> Settings:
+def settled(
+    engine: Engine, settings: Settings, console: Console, image: Image, *, as_root: bool
+) -> Settings:
     """The settings with what ``auto`` comes to for containers of an image.
 
     It is tried once and remembered, for this engine and the base of the image.  Raises
     ``EngineError`` where nothing works.
     """
-    if settings.guix_sandbox is not Sandbox.AUTO or engine.is_dry:
+    if settings.guix_sandbox is not Sandbox.AUTO:
         return settings
+    order = ORDER[1:] if as_root else ORDER
     info = engine.info()
-    key = text_digest(info.url, info.version, *info.security, *image.layers[:1])
+    key = text_digest(info.url, info.version, *info.security, *image.layers[:1], *map(str, order))
     kept = paths.cache_home() / "sandbox" / key
     with suppress(OSError, ValueError):
         return replace(settings, guix_sandbox=Sandbox(kept.read_text()))
-    found = _try(engine, settings, console, image)
+    found = None if engine.is_dry else _try(engine, settings, console, image, order)
     if found is None:
-        return replace(settings, guix_sandbox=ORDER[0])
+        return replace(settings, guix_sandbox=order[0])
     # Only a cache: where it cannot be written, it is tried again.
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -63,10 +70,12 @@ OTHER_FAULTS = {
 """What mends a fault that no rights would, by words of it."""
 
 
-def _try(engine: Engine, settings: Settings, console: Console, image: Image) -> Sandbox | None:
+def _try(
+    engine: Engine, settings: Settings, console: Console, image: Image, order: Sequence[Sandbox]
+) -> Sandbox | None:
     """The first kind that does; None where it cannot be told, since no rights would help."""
     reasons: list[str] = []
-    for kind in ORDER:
+    for kind in order:
         try:
             why = probe(engine, replace(settings, guix_sandbox=kind), image)
         except EngineError as error:

@@ -28,6 +28,7 @@ from guix_tasks.ledger import (
     stage_labels,
 )
 from guix_tasks.retry import retried
+from guix_tasks.rootless import take_back
 from guix_tasks.sandbox import settled
 from guix_tasks.watch import Lines, Servers
 from guix_tasks.work import (
@@ -77,9 +78,13 @@ class Project:
     def ledger(self) -> Ledger:
         return Ledger(self.engine, self.settings)
 
-    def settled(self, image: Image) -> Project:
-        """This project with the rights that containers of an image get here."""
-        return replace(self, settings=settled(self.engine, self.settings, self.console, image))
+    def settled(self, image: Image, *, as_root: bool = False) -> Project:
+        """This project with the rights that containers of an image get here.
+
+        ``as_root`` is for what a person would do as root.
+        """
+        found = settled(self.engine, self.settings, self.console, image, as_root=as_root)
+        return replace(self, settings=found)
 
     def each_platform(self) -> list[Project]:
         """This project for one platform after the other: an engine makes one at a time."""
@@ -311,6 +316,9 @@ def commit_image(
     """
     engine = project.engine
     config = committed_config(like or parent, labels)
+    if not engine.is_dry and take_back(engine, container):
+        # A commit takes the container's user where the image has none, which is root.
+        config["User"] = config.get("User") or "root"
     for _ in range(2):
         config["Labels"][LAYERS_LABEL] = seal(parent.layers, own_layers, config)
         committed = engine.commit(container, config)

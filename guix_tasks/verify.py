@@ -27,7 +27,7 @@ def verify(project: Project, stage: str | None = None) -> None:
     The image's own entry point starts the daemon, where it has one; that is what its users get.
     """
     image = image_to_use(project, stage)
-    project = project.settled(image)
+    project = project.settled(image, as_root=True)
     work = Work(
         "verify",
         (f"{FOLDER}/verify",),

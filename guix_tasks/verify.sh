@@ -2,7 +2,7 @@
 # Checks an image from within a fresh container of it.  One line a check on standard output:
 # "ok NAME" or "failed NAME: reason".  What is expected lies beside this file.
 set -u
-here=/.guix-tasks
+here=/var/guix/guix-tasks
 
 ok() { printf 'ok %s\n' "$1"; }
 failed() { printf 'failed %s: %s\n' "$1" "$2"; }

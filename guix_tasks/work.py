@@ -19,12 +19,13 @@ import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from guix_tasks.engine import ContainerSpec
 from guix_tasks.errors import EngineError, StageError, UsageError
 from guix_tasks.fingerprint import file_digest, text_digest, tree_digest
 from guix_tasks.reference import Platform
+from guix_tasks.rootless import USER, lend
 from guix_tasks.settings.values import Sandbox
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from guix_tasks.engine import Container, Engine
     from guix_tasks.settings import Settings
 
-FOLDER = "/.guix-tasks"
+FOLDER = "/var/guix/guix-tasks"
+"""In a folder that belongs to whom the daemon is, who has to remove it."""
 ENTRY_POINT = f"{FOLDER}/entry-point.sh"
 PROJECT_LABEL = "org.guix-tasks.project"
 
@@ -49,15 +51,34 @@ CAPABILITIES = (
 )  # fmt: skip
 """Without any one of these the daemon does not build, or (KILL) does not end what it started."""
 
-_SECURITY = {
-    Sandbox.CAPABILITIES: (f"seccomp={Path(__file__).with_name('seccomp.json')}",),
+_FILTER = f"seccomp={Path(__file__).with_name('seccomp.json')}"
+
+_RIGHTS: Mapping[Sandbox, Mapping[str, Any]] = {
+    Sandbox.ROOTLESS: {
+        "user": USER,
+        "capabilities": (),
+        "security": ("no-new-privileges", _FILTER),
+        # A build has a /proc of its own.
+        "unmasked": True,
+    },
+    Sandbox.CAPABILITIES: {"capabilities": CAPABILITIES, "security": (_FILTER,)},
+    Sandbox.PRIVILEGED: {"privileged": True},
     # Without a chroot the daemon needs no privilege, but it sets the personality of builds,
     # which Docker's own filter refuses.
-    Sandbox.NOCHROOT: ("seccomp=unconfined",),
+    Sandbox.NOCHROOT: {"security": ("seccomp=unconfined",)},
+    # What is not to run Guix needs no right.
+    Sandbox.AUTO: {},
 }
+
+_UNCONFINED = {"apparmor": "apparmor=unconfined", "selinux": "label=disable"}
+"""What of an engine's security, by its name, keeps a build from its mounts, and how to have it
+not.  ``privileged`` goes without it, too."""
 
 CACHES = {"home": "/root/.cache", "substitutes": "/var/guix/substitute"}
 """The caches of a work container that are no part of an image, and where they are found."""
+
+ROOTLESS_CACHES = {"rootless": "/tmp/guix-tasks-cache"}  # noqa: S108 -- the container's own
+"""The same where nothing is root's: there Guix has but one."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +163,10 @@ def unstarted_container(engine: Engine, settings: Settings, image: str) -> Itera
 
 def fill(engine: Engine, settings: Settings, container: str, work: Work) -> None:
     """Copy in what the entry point and the command need for one start."""
-    engine.copy_in(container, archive({**common_files(settings), **work.files}))
+    owner = 0
+    if settings.guix_sandbox is Sandbox.ROOTLESS and not engine.is_dry:
+        owner = lend(engine, container, ROOTLESS_CACHES.values())
+    engine.copy_in(container, archive({**common_files(settings), **work.files}, owner))
 
 
 def kept_containers(engine: Engine, settings: Settings) -> list[Container]:
@@ -186,10 +210,10 @@ def project_digest(settings: Settings) -> str:
     return _short(project(settings))
 
 
-def archive(files: Mapping[str, bytes]) -> bytes:
+def archive(files: Mapping[str, bytes], owner: int = 0) -> bytes:
     """A tar archive of ``files`` below ``FOLDER``; scripts are executable, nothing else is.
 
-    Only root may read them: an environment can hold a token.
+    Only the owner, by its ID, may read them: an environment can hold a token.
     """
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -197,11 +221,13 @@ def archive(files: Mapping[str, bytes]) -> bytes:
         for folder in sorted(folders):
             member = tarfile.TarInfo(folder.lstrip("/"))
             member.type, member.mode = tarfile.DIRTYPE, 0o755
+            member.uid = member.gid = owner
             tar.addfile(member)
         for name, content in sorted(files.items()):
             member = tarfile.TarInfo(f"{FOLDER}/{name}".lstrip("/"))
             member.size = len(content)
             member.mode = 0o755 if content.startswith(b"#!") else 0o600
+            member.uid = member.gid = owner
             tar.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
 
@@ -242,6 +268,10 @@ def guix_environment(settings: Settings) -> dict[str, str]:
         # Not on the command line, which is in the key: what is built is the same.
         "GUIX_BUILD_OPTIONS": "--fallback" if settings.guix_fallback else "",
     }
+    if settings.guix_sandbox is Sandbox.ROOTLESS:
+        # Whoever the container's user is, the profiles are root's.
+        wanted |= {"HOME": "/root", "USER": "root", "LOGNAME": "root"}
+        wanted["XDG_CACHE_HOME"] = ROOTLESS_CACHES["rootless"]
     return {name: str(value) for name, value in wanted.items() if value not in (None, "")}
 
 
@@ -283,7 +313,9 @@ def refuse_emulated(engine: Engine, settings: Settings) -> None:
 def cache_volumes(settings: Settings) -> dict[str, str]:
     """The named volumes of this project's caches, with the folders that they are seen at."""
     prefix, in_memory = cache_prefix(settings), memory_folders(settings)
-    folders = {name: target for name, target in CACHES.items() if target not in in_memory}
+    folders = {
+        name: target for name, target in _caches(settings).items() if target not in in_memory
+    }
     return {f"{prefix}-{name}": target for name, target in folders.items()} if prefix else {}
 
 
@@ -293,7 +325,12 @@ def memory_folders(settings: Settings) -> tuple[str, ...]:
     A 32-bit program under QEMU fails on the large inode numbers of a file system on disk.
     """
     small = settings.platform is not None and settings.platform.is_32_bit
-    return (CACHES["home"],) if small and settings.cache_volume else ()
+    home, *_ = _caches(settings).values()
+    return (home,) if small and settings.cache_volume else ()
+
+
+def _caches(settings: Settings) -> Mapping[str, str]:
+    return ROOTLESS_CACHES if settings.guix_sandbox is Sandbox.ROOTLESS else CACHES
 
 
 def cache_prefix(settings: Settings) -> str | None:
@@ -305,6 +342,12 @@ def cache_prefix(settings: Settings) -> str | None:
 def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> ContainerSpec:
     parent = engine.image(image)
     config = parent.config if parent else {}
+    rights = dict(_RIGHTS[settings.guix_sandbox])
+    if settings.guix_sandbox in (Sandbox.ROOTLESS, Sandbox.CAPABILITIES):
+        known = engine.info().security
+        rights["security"] += tuple(off for name, off in _UNCONFINED.items() if name in known)
+    # The daemon of the others is root's; an image may be made for another user.
+    rights.setdefault("user", "root" if config.get("User") else None)
     volumes = {} if work.bare else cache_volumes(settings)
     mounts = () if work.bare else binds(engine, settings)
     return ContainerSpec(
@@ -313,20 +356,16 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         command=(*work.entry_point, *work.argv),
         labels={PROJECT_LABEL: project(settings)},
         environment=work.environment,
-        privileged=settings.guix_sandbox in (Sandbox.PRIVILEGED, Sandbox.AUTO),
-        security=_SECURITY.get(settings.guix_sandbox, ()),
-        capabilities=CAPABILITIES if settings.guix_sandbox is Sandbox.CAPABILITIES else None,
         network="none" if work.bare else network(engine, settings),
         binds=(*mounts, *(":".join(each) for each in volumes.items())),
         memory_folders=() if work.bare else memory_folders(settings),
         # What builds leave there is gigabytes: on disk, and not in the image.
         scratch="/tmp" if volumes else None,  # noqa: S108 -- the container's own
         memory=settings.stage_memory,
-        # The daemon is root's; an image may be made for another user.
-        user="root" if config.get("User") else None,
         tty=work.tty,
         no_healthcheck=bool(config.get("Healthcheck")),
         platform=str(settings.platform) if settings.platform else None,
+        **rights,
     )
 
 

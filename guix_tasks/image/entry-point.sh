@@ -9,12 +9,14 @@
 # What it reads from the environment:
 #   GUIX_SUBSTITUTE_URLS, GUIX_CORES, GUIX_MAX_JOBS   options of the daemon
 #   GUIX_SANDBOX=nochroot    builds are not isolated (--disable-chroot)
+#   GUIX_SANDBOX=rootless    the daemon runs as who calls this; the store and the folders of
+#                            Guix's state have to be that user's
 #   GUIX_DAEMON_TIMEOUT      seconds to wait for the daemon's socket; 30 by default
 #   GUIX_DAEMON_SOCKET       set to another socket: that daemon is used, none is started
 #
-# guix-tasks copies this file into its work containers as /.guix-tasks/entry-point.sh, with
-# the files `environment` and `keys/*.pub` beside it.  It removes that folder at its end, so
-# that a commit does not hold it.
+# guix-tasks copies this file into its work containers, into /var/guix/guix-tasks, with the
+# files `environment` and `keys/*.pub` beside it.  It removes that folder at its end, so that a
+# commit does not hold it.
 #
 # It has to work under dash, bash and busybox, as process 1 and otherwise.  It looks into
 # /proc instead of calling ps, pgrep or ss, which an image need not have, and it does not use
@@ -25,7 +27,8 @@ readonly _profiles=/var/guix/profiles/per-user/root
 readonly _socket=/var/guix/daemon-socket/socket
 readonly _database=/var/guix/db/db.sqlite
 readonly _build_logs=/var/log/guix/drvs
-readonly _work_folder=/.guix-tasks
+readonly _links=/gnu/store/.links
+readonly _work_folder=/var/guix/guix-tasks
 
 _folder=      # the work folder, where this process is the one that removes it
 _scratch=     # a folder for the daemon's output
@@ -35,6 +38,7 @@ _canary=      # see _start_canary
 _interrupted= # the number of the last signal caught
 _pending=     # the name of a signal that the command has not got yet
 _resettable=  # yes where env can give a process the default action of a signal
+_git_settings= # a file of git's, where this process has made it
 _status=0
 
 # Guix itself would fetch and build one thing at a time. Each build may use all processors, so
@@ -48,7 +52,7 @@ _main() {
     _use_work_folder
     _set_path
     [ $# -gt 0 ] || set -- "$(command -v bash || command -v sh)"
-    if [ "$(id -u)" -ne 0 ] || _other_daemon; then
+    if ! _may_be_daemon || _other_daemon; then
         [ -n "$_folder" ] || exec "$@"
         _prepare_to_run
         _run "$@"
@@ -59,6 +63,8 @@ _main() {
     _remove_folders
     exit "$_status"
 }
+
+_may_be_daemon() { [ "$(id -u)" -eq 0 ] || [ "${GUIX_SANDBOX-}" = rootless ]; }
 
 # A command in a work container may call this file again; the first call owns the folder.
 _use_work_folder() {
@@ -107,6 +113,7 @@ _run_with_daemon() {
     [ -n "${HOME-}" ] || HOME=~root
     export HOME
     _remove_stale_build_folders
+    _trust_repositories
     if _authorize_keys && _start_daemon && _await_daemon && _recover_database; then
         _run "$@"
         if ! _is_alive "$_daemon"; then
@@ -268,6 +275,26 @@ _is_authorized() { # FILE
     [ -n "$_point" ] && grep -qiF "$_point" /etc/guix/acl 2>/dev/null
 }
 
+# Channels at file:// URLs may be anybody's.  What is trusted is who signed their commits.
+_trust_repositories() {
+    if [ -z "$_folder" ] || [ -e "$HOME/.gitconfig" ]; then return 0; fi
+    _git_settings=$HOME/.gitconfig
+    printf '[safe]\n\tdirectory = *\n' >"$_git_settings"
+}
+
+# The daemon stores equal files once, by links, and Linux lets nobody link to files of others
+# (proc(5), protected_hardlinks), as those of lower layers are where it is not root.
+_start_links_anew() {
+    for _link in "$_links"/*; do
+        # shellcheck disable=SC3067 # dash, bash and busybox have -O
+        if [ -f "$_link" ] && ! [ -O "$_link" ]; then
+            rm -rf "$_links"
+            mkdir "$_links"
+            break
+        fi
+    done
+}
+
 _start_daemon() {
     _program=$_profiles/current-guix/bin/guix-daemon
     [ -x "$_program" ] || _program=$(command -v guix-daemon) || {
@@ -275,7 +302,9 @@ _start_daemon() {
         return 1
     }
     set -- "$_program"
-    if grep -q '^guixbuild:[^:]*:[^:]*:.' /etc/group; then # it has members
+    if [ "$(id -u)" -ne 0 ]; then
+        _start_links_anew
+    elif grep -q '^guixbuild:[^:]*:[^:]*:.' /etc/group; then # it has members
         set -- "$@" --build-users-group=guixbuild
     fi
     if [ -n "${GUIX_SUBSTITUTE_URLS-}" ]; then
@@ -444,7 +473,7 @@ _remove_stale_build_folders() {
 
 _remove_folders() {
     cd / || :
-    rm -rf ${_scratch:+"$_scratch"}
+    rm -rf ${_scratch:+"$_scratch"} ${_git_settings:+"$_git_settings"}
     # In a step of a build the folder is a mount, which goes by itself.
     if [ -n "$_folder" ] && ! _is_mounted "$_folder"; then rm -rf "$_folder"; fi
 }

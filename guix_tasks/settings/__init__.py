@@ -129,7 +129,7 @@ class Settings:
     )
     guix_sandbox: Sandbox = _setting(
         parsers.one_of(Sandbox, "a sandbox"),
-        "capabilities, privileged, auto (the first that works) or nochroot (builds not isolated).",
+        "rootless, capabilities, privileged, auto (the first that works), nochroot (not isolated).",
         default="auto",
     )
     guix_cores: int | None = _setting(

@@ -38,8 +38,10 @@ class Sandbox(Enum):
 
     AUTO = "auto"
     """The fewest rights with which Guix builds on this engine, its builds isolated."""
+    ROOTLESS = "rootless"
+    """Nothing in it runs as root, and no right is added; see ``rootless``."""
     CAPABILITIES = "capabilities"
-    """Those that the daemon needs, and no others; see ``sandbox``."""
+    """The rights that a daemon of root needs, and no others; see ``sandbox``."""
     PRIVILEGED = "privileged"
     NOCHROOT = "nochroot"
     """Builds are not isolated from one another; under QEMU they cannot be."""

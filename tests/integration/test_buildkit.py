@@ -380,7 +380,8 @@ def test_what_is_secret_is_in_no_layer(
     assert said.stdout.strip() == project.image
     assert "hunter2" not in docker.ok("history", "--no-trunc", project.image)
     assert "hunter2" not in json.dumps(docker.config(project.image))
-    look = "ls -d /.guix-tasks* /offline /root/.cache; grep -rl hunter2 /etc /root"
+    ours = "/.guix-tasks* /var/guix/guix-tasks* /offline /root/.cache"
+    look = f"ls -d {ours}; grep -rl hunter2 /etc /root"
     left = docker.run(project.image, "-c", look, options=("--entrypoint=sh",))
     assert left.stdout == ""
 

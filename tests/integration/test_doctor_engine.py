@@ -105,10 +105,10 @@ def probe(project: Project, folder: Path, options: Sequence[str], before: str = 
     for file in ("probe.sh", "probe.scm", "image/entry-point.sh"):
         shutil.copy(ROOT / "guix_tasks" / file, work)
         (work / file.rpartition("/")[2]).chmod(0o755)
-    command = f"{before} && exec /.guix-tasks/probe.sh"
+    command = f"{before} && exec /var/guix/guix-tasks/probe.sh"
     project.docker.ok(
         "create", f"--name={name}", "--network=none", *options,
-        "--entrypoint=/.guix-tasks/entry-point.sh", BASE_TAG, "sh", "-c", command,
+        "--entrypoint=/var/guix/guix-tasks/entry-point.sh", BASE_TAG, "sh", "-c", command,
     )  # fmt: skip
     project.docker.ok("cp", str(work), f"{name}:/")
     return project.docker("start", "--attach", name)

@@ -876,27 +876,33 @@ def work_container(
     docker: Docker, image: str, *command: str, environment: str = "", options: Sequence[str] = ()
 ) -> str:
     container = docker.create(
-        image, *command, options=("--entrypoint=/.guix-tasks/entry-point.sh", *options)
+        image, *command, options=("--entrypoint=/var/guix/guix-tasks/entry-point.sh", *options)
     )
     docker.put(
         container,
         {
-            "/.guix-tasks/entry-point.sh": ENTRY_POINT.read_bytes(),
-            "/.guix-tasks/environment": environment,
-            "/.guix-tasks/keys/one.pub": KEY,
-            "/.guix-tasks/for-the-command": "text\n",
+            "/var/guix/guix-tasks/entry-point.sh": ENTRY_POINT.read_bytes(),
+            "/var/guix/guix-tasks/environment": environment,
+            "/var/guix/guix-tasks/keys/one.pub": KEY,
+            "/var/guix/guix-tasks/for-the-command": "text\n",
         },
     )
     return container
 
 
 def assert_nothing_left(docker: Docker, container: str) -> None:
-    assert [path for path in docker.changes(container) if path.startswith("/.guix-tasks")] == []
+    assert [
+        path for path in docker.changes(container) if path.startswith("/var/guix/guix-tasks")
+    ] == []
 
 
 def test_a_work_container(docker: Docker, base_image: str) -> None:
     value = 'it\'s a "value" with $HOME\nand two lines'
-    command = ("sh", "-c", 'cat /.guix-tasks/for-the-command; printf "<%s>" "$VALUE"; exit 5')
+    command = (
+        "sh",
+        "-c",
+        'cat /var/guix/guix-tasks/for-the-command; printf "<%s>" "$VALUE"; exit 5',
+    )
     environment = f"VALUE={shlex.quote(value)}\nGUIX_CORES='3'\n"
     container = work_container(docker, base_image, *command, environment=environment)
     result = docker("start", "--attach", container)
@@ -924,7 +930,7 @@ def test_a_key_that_is_authorised_is_left_alone(docker: Docker, image: str) -> N
 
 def test_a_bad_key_stops_a_work_container(docker: Docker, image: str) -> None:
     container = work_container(docker, image, "echo", "ran")
-    docker.put(container, {"/.guix-tasks/keys/bad.pub": "no key\n"})
+    docker.put(container, {"/var/guix/guix-tasks/keys/bad.pub": "no key\n"})
     result = docker("start", "--attach", container)
     assert (result.status, result.out) == (UNAVAILABLE, "")
     assert "cannot authorise the substitute key bad.pub" in result.err
@@ -952,9 +958,8 @@ def test_a_work_container_without_a_daemon(docker: Docker, image: str) -> None:
 
 
 def test_inner_calls_leave_the_work_folder_alone(docker: Docker, image: str) -> None:
-    script = (
-        "/.guix-tasks/entry-point.sh true; /entry-point.sh true; cat /.guix-tasks/for-the-command"
-    )
+    folder = "/var/guix/guix-tasks"
+    script = f"{folder}/entry-point.sh true; /entry-point.sh true; cat {folder}/for-the-command"
     container = work_container(docker, image, "sh", "-c", script)
     assert docker("start", "--attach", container).out == "text\n"
     assert_nothing_left(docker, container)

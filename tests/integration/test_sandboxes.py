@@ -46,6 +46,11 @@ ATTACKS = r"""
          (lambda ()
            (call-with-values (lambda () (syscall MODULE 0 0 0))
              (lambda (_ error) (not (memv error (list EPERM ENOSYS)))))))
+(attempt "core_pattern by a user namespace"
+         (lambda ()
+           (zero? (system* "unshare" "--user" "--map-root-user" "--pid" "--fork" "--mount-proc"
+                           "sh" "-c"
+                           "p=/proc/sys/kernel/core_pattern; was=$(cat $p) && echo $was >$p"))))
 (attempt "device"
          (lambda ()
            (mknod "/tmp/device" 'char-special #o600 DEVICE)
@@ -69,6 +74,13 @@ def attempts(project: NewProject, sandbox: str) -> dict[str, str]:
     return dict(line.split(": ") for line in said.splitlines() if ": " in line)
 
 
+def test_rootless(new_project: NewProject) -> None:
+    """Nothing: not even what root of a user namespace could do is done to the host."""
+    found = attempts(new_project, "rootless")
+    assert len(found) == 6
+    assert [name for name, what in found.items() if what != "refused"] == []
+
+
 @pytest.mark.parametrize("sandbox", ["capabilities", "auto"])
 def test_with_the_capabilities_of_the_daemon(new_project: NewProject, sandbox: str) -> None:
     """No wall against a root that means harm, which can mount; but no device, and no module."""
@@ -76,6 +88,7 @@ def test_with_the_capabilities_of_the_daemon(new_project: NewProject, sandbox: s
         "core_pattern": "refused",
         "mount": "possible",
         "core_pattern by a fresh /proc": "possible",
+        "core_pattern by a user namespace": "refused",
         "module": "refused",
         "device": "refused",
     }
@@ -83,20 +96,23 @@ def test_with_the_capabilities_of_the_daemon(new_project: NewProject, sandbox: s
 
 def test_without_isolation(new_project: NewProject) -> None:
     found = attempts(new_project, "nochroot")
-    assert len(found) == 5
+    assert len(found) == 6
     assert [name for name, what in found.items() if what != "refused"] == []
 
 
 def test_privileged(new_project: NewProject) -> None:
     """What the others are measured by: these are real attempts."""
     found = attempts(new_project, "privileged")
-    wanted = dict.fromkeys(("core_pattern", "mount", "device"), "possible")
+    names = ("core_pattern", "mount", "core_pattern by a user namespace", "device")
+    wanted = dict.fromkeys(names, "possible")
     assert {name: found[name] for name in wanted} == wanted
 
 
-def test_what_is_made_is_the_same(new_project: NewProject, made: Made, docker: Docker) -> None:
-    project = new_project("base", GUIX_SANDBOX="privileged")
+@pytest.mark.parametrize("sandbox", ["capabilities", "privileged", "nochroot"])
+def test_what_is_made_is_the_same(
+    new_project: NewProject, made: Made, docker: Docker, sandbox: str
+) -> None:
+    assert "in a rootless container" in made.calls["pull"].stderr
+    project = new_project("base", GUIX_SANDBOX=sandbox)
     project.ok("pull", "install", "--upstream")
-    other = made.project
-    assert "in a privileged container" not in made.calls["pull"].stderr
-    assert contents(docker, project.image) == contents(docker, other.image)
+    assert contents(docker, project.image) == contents(docker, made.project.image)

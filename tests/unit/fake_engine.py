@@ -171,7 +171,7 @@ class FakeGuix:
         else:
             yield False, f"ran {shlex.join(argv)}\n".encode()
             container.write(f"/made/{'-'.join(argv).replace('/', '_')}", "by hand")
-        container.forget("/.guix-tasks")
+        container.forget("/var/guix/guix-tasks")
 
     def _verify(self) -> Output:
         for check in ("daemon", "build", "channels", "packages", "certificates"):
@@ -492,11 +492,9 @@ class FakeEngine:
                     box.changes[f"/{member.name}"] = file.read()
 
     @_counted
-    def copy_out(self, container: str, path: str) -> bytes:
+    def copy_out(self, container: str, path: str) -> Iterator[bytes]:
         content = self._container(container).read(path)
-        if content is None:
-            raise EngineError(f"the engine could not copy {path} out of a container: no such file")
-        return _tar({path.rpartition("/")[2]: content})
+        return iter(() if content is None else [_tar({path.rpartition("/")[2]: content})])
 
     @_counted
     def run(self, container: str) -> Output:

@@ -101,10 +101,14 @@ def test_a_step_runs_the_script_of_its_stage_and_has_its_folder() -> None:
     line = step(Recipe([AMD64], [PULL, INSTALL]), "install")
     assert line.startswith("RUN --security=insecure --mount=")
     assert mounts(line) == [
-        "type=bind,from=work,source=install,target=/.guix-tasks,rw",
-        "type=secret,id=environment,target=/.guix-tasks/environment",
+        "type=bind,from=work,source=install,target=/var/guix/guix-tasks,rw",
+        "type=secret,id=environment,target=/var/guix/guix-tasks/environment",
     ]
-    assert arguments(line) == ["/.guix-tasks/entry-point.sh", "/.guix-tasks/stage", "install"]
+    assert arguments(line) == [
+        "/var/guix/guix-tasks/entry-point.sh",
+        "/var/guix/guix-tasks/stage",
+        "install",
+    ]
 
 
 def test_without_a_stage_the_image_is_the_base() -> None:
@@ -118,7 +122,7 @@ def test_floating_channels_are_asked_for_first() -> None:
     found = blocks(Recipe([AMD64], user="guest", resolve=True))
     parent, (user, run) = found["resolving"]
     assert (parent, user) == ("base", "USER root")
-    assert "source=resolve,target=/.guix-tasks" in run
+    assert "source=resolve,target=/var/guix/guix-tasks" in run
     # The error of the step is then one of the pull.
     assert arguments(run)[-1] == "pull"
     assert found["asked"][1] == [
@@ -231,8 +235,11 @@ def test_without_a_cache_everything_stays_in_the_image() -> None:
 def test_the_resolving_script_stops_at_the_first_error() -> None:
     own, given_ones = (resolve_script(channels=each).decode() for each in (False, True))
     assert own.startswith("#!/bin/sh\nset -eu\n")
-    assert "/.guix-tasks/channels.scm" not in own
-    assert "resolve.scm /.guix-tasks/channels.scm >/.guix-tasks-reports/resolved\n" in given_ones
+    assert "/var/guix/guix-tasks/channels.scm" not in own
+    assert (
+        "resolve.scm /var/guix/guix-tasks/channels.scm >/.guix-tasks-reports/resolved\n"
+        in given_ones
+    )
 
 
 # --- The bake file --------------------------------------------------------------------------

@@ -379,8 +379,8 @@ def test_a_builder_that_is_missing_is_one_line(inv: Inv, fake: FakeBuildx) -> No
 def test_a_step_that_fails_has_the_exit_code_of_a_stage(inv: Inv, fake: FakeBuildx) -> None:
     fake.add()
     fake.fail(
-        'ERROR: target reports: failed to solve: process "/.guix-tasks/entry-point.sh '
-        '/.guix-tasks/stage install" did not complete successfully: exit code: 1',
+        'ERROR: target reports: failed to solve: process "/var/guix/guix-tasks/entry-point.sh '
+        '/var/guix/guix-tasks/stage install" did not complete successfully: exit code: 1',
         "bake",
         "reports",
     )

@@ -93,7 +93,7 @@ def test_the_steps_run_what_a_work_container_runs(site: Site, fake: FakeBuildx) 
     site.env.update(GUIX_SUBSTITUTE_KEYS="a.pub", GUIX_CORES="2")
     bake(site, fake)
     files = bakes(fake)[1].files
-    assert "guix pull --channels=/.guix-tasks/channels.scm" in files["work/pull/stage"]
+    assert "guix pull --channels=/var/guix/guix-tasks/channels.scm" in files["work/pull/stage"]
     assert files["work/pull/channels.scm"] == RESOLVED
     assert "guix package --install=hello" in files["work/install/stage"]
     for stage in ("pull", "install"):
@@ -263,8 +263,8 @@ def test_a_lock_that_does_not_fit_is_told_before_anything_is_done(
 
 def test_a_pull_that_fails_writes_no_lock(site: Site, fake: FakeBuildx) -> None:
     fake.fail(
-        'ERROR: target reports: failed to solve: process "/.guix-tasks/entry-point.sh '
-        '/.guix-tasks/stage pull" did not complete successfully: exit code: 1',
+        'ERROR: target reports: failed to solve: process "/var/guix/guix-tasks/entry-point.sh '
+        '/var/guix/guix-tasks/stage pull" did not complete successfully: exit code: 1',
         "bake",
         "reports",
     )

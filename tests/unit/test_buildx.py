@@ -676,7 +676,8 @@ def test_a_builder_is_asked_for_insecure_steps_without_a_build(program: Buildx, 
 
 # --- What goes wrong ------------------------------------------------------------------------
 
-STEP = 'process "/.guix-tasks/entry-point.sh /.guix-tasks/stage install" did not complete'
+FOLDER = "/var/guix/guix-tasks"
+STEP = f'process "{FOLDER}/entry-point.sh {FOLDER}/stage install" did not complete'
 
 
 @pytest.mark.parametrize(

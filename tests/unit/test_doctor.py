@@ -248,8 +248,8 @@ def test_a_probe_is_run_as_a_stage_is_and_reaches_nothing(site: Site) -> None:
 
     def behaviour(container: FakeContainer) -> Output:
         seen.append(container)
-        assert container.text("/.guix-tasks/probe.sh").startswith("#!")
-        assert "guix-tasks-probe" in container.text("/.guix-tasks/probe.scm")
+        assert container.text("/var/guix/guix-tasks/probe.sh").startswith("#!")
+        assert "guix-tasks-probe" in container.text("/var/guix/guix-tasks/probe.scm")
         yield False, b""
 
     site.engine.behaviour = behaviour
@@ -258,7 +258,7 @@ def test_a_probe_is_run_as_a_stage_is_and_reaches_nothing(site: Site) -> None:
         "sandbox", OK, "privileged: Guix builds in a work container"
     )
     spec = seen[0].spec
-    assert spec.command == ("/.guix-tasks/entry-point.sh", "/.guix-tasks/probe.sh")
+    assert spec.command == ("/var/guix/guix-tasks/entry-point.sh", "/var/guix/guix-tasks/probe.sh")
     assert (spec.privileged, spec.network, spec.binds, spec.scratch) == (True, "none", (), None)
     assert site.engine.all_containers == {}
     assert site.engine.all_volumes == {}
@@ -298,7 +298,7 @@ def test_a_container_that_may_not_fork_is_told_by_guix_own_line(site: Site) -> N
             ["guix archive: error: not a key", "error: cannot authorise the substitute key a.pub"],
             "GUIX_SUBSTITUTE_KEYS",
         ),
-        (["exec /.guix-tasks/entry-point.sh: exec format error"], "--binfmt"),
+        (["exec /var/guix/guix-tasks/entry-point.sh: exec format error"], "--binfmt"),
         (["Segmentation fault"], "privileges"),
         ([], "privileges"),
     ],

@@ -49,10 +49,10 @@ def test_a_package_is_never_an_option(name: str) -> None:
 
 
 def test_the_union_manifest() -> None:
-    assert guix.union_manifest("/.guix-tasks/manifest.scm") == (
+    assert guix.union_manifest("/var/guix/guix-tasks/manifest.scm") == (
         "(use-modules (guix profiles))\n"
         f'(manifest-add (profile-manifest "{guix.PROFILE}")\n'
-        '              (manifest-entries (primitive-load "/.guix-tasks/manifest.scm")))\n'
+        '              (manifest-entries (primitive-load "/var/guix/guix-tasks/manifest.scm")))\n'
     )
 
 

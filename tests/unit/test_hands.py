@@ -139,7 +139,7 @@ def test_a_commit_keeps_the_configuration(made: Site) -> None:
 
 def test_a_commit_of_nothing_is_hand_made_all_the_same(made: Site) -> None:
     def nothing(_container: FakeContainer) -> Output:
-        _container.forget("/.guix-tasks")
+        _container.forget("/var/guix/guix-tasks")
         yield True, b""
 
     made.engine.behaviour = nothing
@@ -227,7 +227,7 @@ def terminal(made: Site, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]
         attached.append(argv)
         box = made.engine._container(argv[-1])
         box.write(f"/made/{len(attached)}", "by hand")
-        box.forget("/.guix-tasks")
+        box.forget("/var/guix/guix-tasks")
         return 5
 
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)

@@ -11,6 +11,7 @@ from fake_engine import FakeContainer, FakeGuix, Output, Site, made_site
 
 from guix_tasks import hands, paths, work
 from guix_tasks.errors import EngineError, StageError
+from guix_tasks.rootless import USER
 from guix_tasks.verify import verify
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
 def kind_of(spec: ContainerSpec) -> str:
     if spec.privileged:
         return "privileged"
+    if spec.user == USER:
+        return "rootless"
     return "capabilities" if spec.capabilities else "nochroot"
 
 
@@ -59,18 +62,20 @@ def install(site: Site) -> tuple[list[str], str]:
 
 
 def test_the_fewest_rights_that_do_are_taken(made: Site) -> None:
-    made.engine.behaviour = builds_with("capabilities", "privileged")
+    made.engine.behaviour = builds_with("rootless", "capabilities", "privileged")
     containers, said = install(made)
-    assert containers == ["probe capabilities", "install capabilities"]
-    assert "sandbox: capabilities: Guix builds with it\n" in said
-    assert "install: in a capabilities container\n" in said
+    assert containers == ["probe rootless", "install rootless"]
+    assert "sandbox: rootless: Guix builds with it\n" in said
+    assert "install: in a rootless container\n" in said
 
 
 def test_where_they_do_not_do_it_says_why(made: Site) -> None:
     made.engine.behaviour = builds_with("privileged")
     containers, said = install(made)
-    assert containers == ["probe capabilities", "probe privileged", "install privileged"]
-    assert f"sandbox: privileged, since capabilities fails ({DENIED})\n" in said
+    probes = ["probe rootless", "probe capabilities", "probe privileged"]
+    assert containers == [*probes, "install privileged"]
+    why = f"rootless fails ({DENIED}); capabilities fails ({DENIED})"
+    assert f"sandbox: privileged, since {why}\n" in said
 
 
 def test_it_is_tried_once(made: Site) -> None:
@@ -87,7 +92,7 @@ def test_what_was_kept_wrongly_is_tried_anew(made: Site) -> None:
     for kept in (paths.cache_home() / "sandbox").iterdir():
         kept.write_text("what no sandbox is called")
     containers, _ = install(made)
-    assert containers == ["probe capabilities", "install capabilities"]
+    assert containers == ["probe rootless", "probe capabilities", "install capabilities"]
 
 
 def test_without_isolation_only_where_it_is_asked_for_by_name(made: Site) -> None:
@@ -119,13 +124,13 @@ def test_an_engine_that_refuses_a_kind_is_no_error_if_it_takes_another(
     create = made.engine.create
 
     def refusing(spec: ContainerSpec) -> str:
-        if spec.capabilities:
+        if spec.capabilities is not None:
             raise EngineError("the engine could not make a container: seccomp is not enabled")
         return create(spec)
 
     monkeypatch.setattr(made.engine, "create", refusing)
     _, said = install(made)
-    assert "sandbox: privileged, since capabilities fails (the engine could not" in said
+    assert "sandbox: privileged, since rootless fails (the engine could not" in said
 
 
 def test_an_engine_that_is_gone_is_told_as_it_is(
@@ -139,8 +144,9 @@ def test_an_engine_that_is_gone_is_told_as_it_is(
         install(made)
 
 
-def test_what_is_done_by_hand_and_verified_has_no_more_rights(made: Site) -> None:
-    made.engine.behaviour = builds_with("capabilities")
+def test_what_is_done_by_hand_and_verified_is_done_as_root(made: Site) -> None:
+    """With no more rights than that takes."""
+    made.engine.behaviour = builds_with("rootless", "capabilities")
     hands.run(made.project(), ["true"], stage=None, keep=False)
     verify(made.project())
     kinds = {kind_of(spec) for spec in made.engine.specs if "-run-" in spec.name}
@@ -164,7 +170,7 @@ def test_the_filter_refuses_what_no_build_needs() -> None:
     (rule,) = profile["syscalls"]
     assert rule["action"] == "SCMP_ACT_ERRNO"
     assert {"init_module", "kexec_load", "bpf", "setns", "open_by_handle_at"} <= {*rule["names"]}
-    # What the daemon isolates its builds with.
+    # What a daemon isolates its builds with, whoever it is.
     needed = {"clone", "mount", "umount2", "pivot_root", "personality", "unshare", "sethostname"}
     assert needed.isdisjoint(rule["names"])
     assert rule["names"] == sorted({*rule["names"]}, key=rule["names"].index)

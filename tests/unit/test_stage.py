@@ -60,7 +60,7 @@ from guix_tasks.stages.pull import misfit, stage_to_run, write_lock
 from guix_tasks.work import PROJECT_LABEL
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from guix_tasks.engine import Image
 
@@ -157,6 +157,9 @@ def test_a_commit_that_is_not_understood_is_an_error(site: Site) -> None:
     class Odd(FakeEngine):
         def commit(self, container: str, config: object) -> str:
             return self.make_image({}, {"/a": b""}, parent=self.make_image({}, {"/b": b""})).id
+
+        def copy_out(self, container: str, path: str) -> Iterator[bytes]:
+            return iter(())
 
     odd = Odd()
     with pytest.raises(EngineError, match="in a way that is not understood"):
