@@ -19,7 +19,12 @@ from guix_tasks.ledger import (
     stage_labels,
 )
 from guix_tasks.stage import commit_image, run_stage, say_done
-from guix_tasks.stages.base import base_inputs, base_spec, other_platform_only
+from guix_tasks.stages.base import (
+    base_annotations,
+    base_inputs,
+    base_spec,
+    other_platform_only,
+)
 from guix_tasks.stages.install import given_packages, install_stage
 from guix_tasks.stages.pull import (
     CHANNELS_INPUT,
@@ -266,7 +271,8 @@ class Lifecycle:
         if parent is None:
             raise EngineError(f"the engine built {built} and does not have it; run it again")
         # Asked for after the build, which has brought the base image if it was not here.
-        labels = stage_labels("base", "", base_inputs(project.engine, settings, {}))
+        inputs = base_inputs(project.engine, settings, {})
+        labels = {**stage_labels("base", "", inputs), **base_annotations(settings, inputs)}
         # The label that proves a stage names the layers, which are known only now.
         with unstarted_container(project.engine, settings, built) as container:
             tag = self._ledger.tag("base")

@@ -49,7 +49,7 @@ def _squash(project: Project, base: Image, last: Image) -> None:
     engine = project.engine
     # Each start removes what the next layer says is gone, which a folder cannot say of itself.
     remove = f"xargs -0 rm -rf -- <{FOLDER}/gone && rm -rf {FOLDER}"
-    work = Work(SQUASH, ("-c", remove), {"gone": b""}, entry_point=("sh",), bare=True)
+    work = Work(SQUASH, ("-c", remove), {"gone": b""}, entry_point=("sh",), bare=True, plain=True)
     with (
         _saved(project, last) as saved,
         work_container(engine, project.settings, base.id, work) as container,

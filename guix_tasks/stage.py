@@ -8,12 +8,13 @@ import shlex
 import tempfile
 import time
 from collections import deque
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any
 
 from guix_tasks import guix
+from guix_tasks.annotations import oci_annotations
 from guix_tasks.console import Log, human_size, human_time
 from guix_tasks.errors import EngineError, StageError
 from guix_tasks.failure import Failed, keep_failure
@@ -27,6 +28,7 @@ from guix_tasks.ledger import (
     seal,
     stage_labels,
 )
+from guix_tasks.lock import alone
 from guix_tasks.retry import retried
 from guix_tasks.rootless import take_back
 from guix_tasks.sandbox import settled
@@ -85,6 +87,12 @@ class Project:
         """
         found = settled(self.engine, self.settings, self.console, image, as_root=as_root)
         return replace(self, settings=found)
+
+    def alone(self, task: str) -> AbstractContextManager[None]:
+        """Keep another ``inv`` of this user from changing the image at the same time."""
+        if self.engine.is_dry:
+            return nullcontext()
+        return alone(self.console, self.engine.info().url, str(self.settings.image), task)
 
     def each_platform(self) -> list[Project]:
         """This project for one platform after the other: an engine makes one at a time."""
@@ -309,13 +317,17 @@ def commit_image(
 ) -> Image:
     """Commit a container of ``parent`` with more labels and the configuration of its parent.
 
+    The labels of OCI are added, which say when and of which revision it was made.
+
     ``like`` is the image whose configuration it is to have, where that is another.  The label
     that proves a stage is made before the commit.  Where it turns out wrong, since Docker gives
     no layer to a container that changed nothing, it is made again of what came out.  Only what
     is proven gets the tag.
     """
     engine = project.engine
-    config = committed_config(like or parent, labels)
+    config = committed_config(
+        like or parent, {**oci_annotations(project.settings.folder), **labels}
+    )
     if not engine.is_dry and take_back(engine, container):
         # A commit takes the container's user where the image has none, which is root.
         config["User"] = config.get("User") or "root"

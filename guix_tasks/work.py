@@ -66,7 +66,7 @@ _RIGHTS: Mapping[Sandbox, Mapping[str, Any]] = {
     # Without a chroot the daemon needs no privilege, but it sets the personality of builds,
     # which Docker's own filter refuses.
     Sandbox.NOCHROOT: {"security": ("seccomp=unconfined",)},
-    # What is not to run Guix needs no right.
+    # Comes to one of the others before anything is run; see ``sandbox.settled``.
     Sandbox.AUTO: {},
 }
 
@@ -94,6 +94,8 @@ class Work:
     tty: bool = False
     bare: bool = False
     """Without mounts, volumes and network: nothing comes between the command and the image."""
+    plain: bool = False
+    """With no rights for Guix, which is not run in it."""
     entry_point: tuple[str, ...] = (ENTRY_POINT,)
     environment: Mapping[str, str] = field(default_factory=dict)
     """Of the container itself, and so of an image that is committed from it."""
@@ -152,7 +154,7 @@ def time_limit(
 @contextmanager
 def unstarted_container(engine: Engine, settings: Settings, image: str) -> Iterator[str]:
     """A container that is never run: a way to give an image another configuration."""
-    work = Work("label", ("true",), {}, bare=True)
+    work = Work("label", ("true",), {}, bare=True, plain=True)
     container = engine.create(_spec(engine, settings, image, work))
     try:
         yield container
@@ -164,7 +166,7 @@ def unstarted_container(engine: Engine, settings: Settings, image: str) -> Itera
 def fill(engine: Engine, settings: Settings, container: str, work: Work) -> None:
     """Copy in what the entry point and the command need for one start."""
     owner = 0
-    if settings.guix_sandbox is Sandbox.ROOTLESS and not engine.is_dry:
+    if settings.guix_sandbox is Sandbox.ROOTLESS and not (work.plain or engine.is_dry):
         owner = lend(engine, container, ROOTLESS_CACHES.values())
     engine.copy_in(container, archive({**common_files(settings), **work.files}, owner))
 
@@ -342,8 +344,8 @@ def cache_prefix(settings: Settings) -> str | None:
 def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> ContainerSpec:
     parent = engine.image(image)
     config = parent.config if parent else {}
-    rights = dict(_RIGHTS[settings.guix_sandbox])
-    if settings.guix_sandbox in (Sandbox.ROOTLESS, Sandbox.CAPABILITIES):
+    rights = {} if work.plain else dict(_RIGHTS[settings.guix_sandbox])
+    if "security" in rights:
         known = engine.info().security
         rights["security"] += tuple(off for name, off in _UNCONFINED.items() if name in known)
     # The daemon of the others is root's; an image may be made for another user.

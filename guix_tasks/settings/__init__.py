@@ -232,8 +232,8 @@ class Settings:
     proxies: Mapping[str, str] = field(repr=False)
     """The proxy variables of the process's environment; there may be a password in one."""
 
-    output_folder: Path
-    """``out/`` in the project: archives, and what platforms were pushed."""
+    folder: Path
+    """The project's."""
 
     written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Each setting as it was written; secrets and build arguments are left out."""
@@ -248,6 +248,11 @@ class Settings:
     def platform(self) -> Platform | None:
         """The platform to build for, where one is asked for; see ``each_platform``."""
         return self.platforms[0] if self.platforms else None
+
+    @property
+    def output_folder(self) -> Path:
+        """``out/`` in the project: archives, what failed, and what platforms were pushed."""
+        return self.folder / "out"
 
     @property
     def references(self) -> list[str]:
@@ -389,7 +394,7 @@ def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Se
         **{name.lower(): values[name] for name in _SETTINGS},
         docker_environment=MappingProxyType(docker),
         proxies=MappingProxyType({name: environ[name] for name in _PROXIES if environ.get(name)}),
-        output_folder=project / "out",
+        folder=project,
         written=MappingProxyType(
             {name: text for name, text in sources.written().items() if name not in _CONFIDENTIAL}
         ),

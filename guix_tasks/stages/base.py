@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from guix_tasks.annotations import BASE_DIGEST, BASE_NAME
 from guix_tasks.engine import BuildSpec
 from guix_tasks.errors import UsageError
 from guix_tasks.fingerprint import file_digest, text_digest, tree_digest
@@ -64,6 +65,14 @@ def base_inputs(engine: Engine, settings: Settings, known: Mapping[str, str]) ->
         BASE_INPUT: _base_image(engine, settings, known.get(BASE_INPUT, "")),
         **platform_input(engine, settings),
     }
+
+
+def base_annotations(settings: Settings, inputs: Mapping[str, str]) -> dict[str, str]:
+    """What an image made from these inputs is built on, in the words of OCI, as labels."""
+    _, _, digest = inputs[BASE_INPUT].partition(" ")
+    # Of an image that is in no registry, what is there tells its content.
+    known = {BASE_DIGEST: digest} if digest.startswith("sha256:") else {}
+    return {BASE_NAME: str(settings.base_image), **known}
 
 
 def _context_files(engine: Engine, settings: Settings, spec: BuildSpec) -> list[str]:

@@ -31,7 +31,7 @@ UPSTREAM = {"upstream": "bring the stages that it starts from up to date first"}
 @task(help=FORCE, auto_shortflags=False)
 def base(c: Context, force: bool = False) -> None:
     """Build DOCKERFILE on BASE_IMAGE."""
-    with opened(c) as project:
+    with opened(c) as project, project.alone("base"):
         from guix_tasks.lifecycle import Wishes, make_each
 
         make_each(project, "base", Wishes(force=force))
@@ -56,7 +56,7 @@ def pull(
     keep_failed: bool = False,
 ) -> None:
     """Run `guix pull` on the base stage."""
-    with (opened_single if no_commit else opened)(c) as project:
+    with (opened_single if no_commit else opened)(c) as project, project.alone("pull"):
         from guix_tasks.lifecycle import Wishes, make_each
 
         make_each(project, "pull", Wishes(force, upstream, update, not no_commit, keep_failed))
@@ -83,18 +83,19 @@ def install(
 ) -> None:
     """Install GUIX_PACKAGES and GUIX_MANIFEST on the pull stage."""
     one_or_all = opened_single if no_commit else opened
-    with one_or_all(c, {"GUIX_PACKAGES": package} if package else None) as project:
+    given = {"GUIX_PACKAGES": package} if package else None
+    with one_or_all(c, given) as project, project.alone("install"):
         from guix_tasks.lifecycle import Wishes, make_each
 
-        given = project.settings.guix_packages if package else ()
-        wishes = Wishes(force, upstream, False, not no_commit, keep_failed, packages=given)
+        packages = project.settings.guix_packages if package else ()
+        wishes = Wishes(force, upstream, False, not no_commit, keep_failed, packages=packages)
         make_each(project, "install", wishes)
 
 
 @task(auto_shortflags=False)
 def commit(c: Context) -> None:
     """Commit the work container that was left by hand as IMAGE."""
-    with opened_single(c) as project:
+    with opened_single(c) as project, project.alone("commit"):
         from guix_tasks import hands
 
         hands.commit(project)
@@ -103,7 +104,7 @@ def commit(c: Context) -> None:
 @task(auto_shortflags=False)
 def squash(c: Context) -> None:
     """Make one layer of all that lies above the base stage."""
-    with opened_single(c) as project:
+    with opened_single(c) as project, project.alone("squash"):
         from guix_tasks.squash import squash as one_layer
 
         one_layer(project)
@@ -112,7 +113,7 @@ def squash(c: Context) -> None:
 @task(auto_shortflags=False)
 def rollback(c: Context) -> None:
     """Let IMAGE be what it was before it last moved."""
-    with opened_single(c) as project:
+    with opened_single(c) as project, project.alone("rollback"):
         from guix_tasks import hands
 
         hands.rollback(project)
@@ -131,7 +132,7 @@ def verify(c: Context, stage: str = "") -> None:
 @task(help={"stage": "the tag of this stage instead of IMAGE and TAGS"}, auto_shortflags=False)
 def push(c: Context, stage: str = "") -> None:
     """Push IMAGE and TAGS, and print the digest."""
-    with opened(c) as project:
+    with opened(c) as project, project.alone("push"):
         from guix_tasks.publish import push as publish
 
         for each in project.each_platform():
@@ -221,7 +222,7 @@ def doctor(c: Context, json: bool = False) -> None:
 @task(help={"work": "only the work containers"}, auto_shortflags=False)
 def clean(c: Context, work: bool = False) -> None:
     """Remove this project's work containers, stage images and cache volumes, nothing else."""
-    with opened(c) as project:
+    with opened(c) as project, project.alone("clean"):
         from guix_tasks.upkeep import clean as remove
 
         removed = remove(project, work_only=work)

@@ -30,6 +30,7 @@ from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 from hypothesis import settings as hypothesis_settings
 
 from guix_tasks import fingerprint
+from guix_tasks.annotations import CREATED
 from guix_tasks.console import Console
 from guix_tasks.engine import (
     BuildSpec,
@@ -822,7 +823,7 @@ def outline(engine: FakeEngine) -> dict[str, object]:
     found: dict[str, object] = {}
     for tag, identity in engine.tags.items():
         image = engine.all_images[identity]
-        varying = (LAYERS_LABEL,)
+        varying = (LAYERS_LABEL, CREATED)
         labels = {name: text for name, text in image.labels.items() if name not in varying}
         state = (proven_stage(image), labels.get(KEY_LABEL), len(image.layers))
         found[tag] = (state, sorted(labels.items()), str(image.config.get("Cmd")))

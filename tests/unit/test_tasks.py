@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -63,7 +63,8 @@ def test_an_option_of_a_stage_is_the_wish_of_its_name(
 
     @contextmanager
     def opened(*_: object) -> Iterator[SimpleNamespace]:
-        yield SimpleNamespace(settings=SimpleNamespace(guix_packages=()))
+        settings = SimpleNamespace(guix_packages=())
+        yield SimpleNamespace(settings=settings, alone=lambda _task: nullcontext())
 
     for opener in ("opened", "opened_single"):
         monkeypatch.setattr(lifecycle_tasks, opener, opened)
