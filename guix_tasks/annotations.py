@@ -50,8 +50,8 @@ def _git(folder: Path, *arguments: str) -> str:
     try:
         result = subprocess.run(
             ["git", "-C", str(folder), *arguments],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=10, check=False,
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
         )  # fmt: skip
-    except (OSError, ValueError, subprocess.SubprocessError):
+    except (OSError, ValueError):
         return ""
     return result.stdout.strip() if result.returncode == 0 else ""

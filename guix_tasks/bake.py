@@ -33,6 +33,7 @@ ENVIRONMENT = "environment"
 """The secret that holds the environment of the steps: in no layer, in no key, in no history."""
 
 REPORTS = "/.guix-tasks-reports"
+CREATED = "created"
 OWNER = "/tmp/guix-tasks-owner"  # noqa: S108 -- the container's own, where every user may write
 
 RESOLVE = "resolve"
@@ -178,7 +179,8 @@ def _descriptions(recipe: Recipe) -> list[str]:
     """The reports of the stages, asked of what the last of them made."""
     path = f'PATH="{guix.CURRENT_GUIX}/bin:{guix.PROFILE}/bin:$PATH"'
     reports = (f"{path} {shlex.join(s.report)} >{REPORTS}/{s.name}" for s in recipe.stages)
-    return [f"mkdir -p {REPORTS}", *reports]
+    # In a step, so that it is when the image was made and not when it was found in the cache.
+    return [f"mkdir -p {REPORTS}", *reports, f"date -u +%Y-%m-%dT%H:%M:%SZ >{REPORTS}/{CREATED}"]
 
 
 def resolve_script(*, channels: bool) -> bytes:

@@ -17,9 +17,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from guix_tasks import annotations as oci
 from guix_tasks import buildx as buildx_command
 from guix_tasks.bake import (
     ASKED_TARGET,
+    CREATED,
     DIGEST_KEY,
     IMAGE_TARGET,
     REPORTS_TARGET,
@@ -323,6 +325,7 @@ class _Baking:
     def _with_labels(self, definition: Definition) -> Definition:
         labels: dict[Platform, dict[str, str]] = {each: {} for each in self._platforms}
         for platform, own in labels.items():
+            own.update(self._annotations(platform))
             for stage in definition.recipe.stages:
                 own.update(stage.labels(self._answer(platform, stage.name)))
         names = sorted({name for each in labels.values() for name in each})
@@ -333,6 +336,18 @@ class _Baking:
         }
         recipe = replace(definition.recipe, labels=names)
         return replace(definition, recipe=recipe, label_values=values)
+
+    def _annotations(self, platform: Platform) -> dict[str, str]:
+        settings, created = self._settings, self._answer(platform, CREATED)
+        known = settings.builds_beside_engine
+        digest = self.project.engine.remote_digest(str(settings.base_image)) if known else None
+        found = {
+            **oci.oci_annotations(settings.folder),
+            oci.CREATED: created,
+            oci.BASE_NAME: str(settings.base_image),
+            oci.BASE_DIGEST: digest or "",
+        }
+        return {name: text for name, text in found.items() if text}
 
     # --- where it goes ---
 

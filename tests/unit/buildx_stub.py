@@ -147,7 +147,8 @@ class Stub:
         sys.stderr.write(f"#1 baking {target}\n")
 
     def _report(self, folder: Path, wanted: dict[str, Any], dockerfile: str) -> None:
-        names = [each for each in ("pull", "install") if f" AS {each}\n" in dockerfile]
+        stages = ("pull", "install")
+        names = ["created", *(each for each in stages if f" AS {each}\n" in dockerfile)]
         if wanted["target"] == "asked":
             names = ["user", "name"] + ["resolved"] * (" AS resolving\n" in dockerfile)
         answers = self.state["answers"]

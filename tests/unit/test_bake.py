@@ -133,11 +133,12 @@ def test_floating_channels_are_asked_for_first() -> None:
 
 def test_the_reports_are_those_of_the_last_image() -> None:
     found = blocks(Recipe([AMD64], [PULL, INSTALL]))
-    (folder, first, second) = (arguments(line)[2] for line in found["described"][1])
+    folder, first, second, created = (arguments(line)[2] for line in found["described"][1])
     assert folder == "mkdir -p /.guix-tasks-reports"
     assert first.endswith(" guix describe >/.guix-tasks-reports/pull")
     assert first.startswith('PATH="/var/guix/profiles/per-user/root/current-guix/bin:')
     assert shlex.split(second)[1:-1] == ["guix", "package", "-I", "it's"]
+    assert created == "date -u +%Y-%m-%dT%H:%M:%SZ >/.guix-tasks-reports/created"
     assert found["reports"][1] == ["COPY --from=described /.guix-tasks-reports /"]
 
 

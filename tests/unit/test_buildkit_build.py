@@ -10,6 +10,7 @@ import pytest
 from fake_buildx import DIGEST, FLAGS, NAME, REFUSED, UNKNOWN_FLAG, Call, FakeBuildx
 from fake_engine import BASE_IMAGE, COMMITS, IMAGE, Heard, Site, channel, heard, new_site
 
+from guix_tasks.annotations import BASE_DIGEST, BASE_NAME, CREATED
 from guix_tasks.buildkit import BuildWishes, build
 from guix_tasks.engine import NoEngine
 from guix_tasks.errors import (
@@ -291,6 +292,16 @@ def test_the_labels_say_what_is_in_the_image(site: Site, fake: FakeBuildx) -> No
     assert found[CHANNELS_LABEL] == REPORT
     assert found[PACKAGES_LABEL] == "hello@1.0"
     assert "LABEL" not in bakes(fake)[1].files["Dockerfile"]
+
+
+def test_oci_labels_say_when_the_steps_were_run(site: Site, fake: FakeBuildx) -> None:
+    """Not when they were found in the cache, or the same would never have the same digest."""
+    fake.answer(created="2001-02-03T04:05:06Z")
+    bake(site, fake)
+    found = {name.split()[1]: value for name, value in values(bakes(fake)[-1]).items()}
+    assert found[CREATED] == "2001-02-03T04:05:06Z"
+    assert found[BASE_NAME] == str(site.settings().base_image)
+    assert found[BASE_DIGEST] == site.engine.remote_digest(found[BASE_NAME])
 
 
 def test_each_platform_has_its_own_labels(site: Site, fake: FakeBuildx) -> None:
