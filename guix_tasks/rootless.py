@@ -9,6 +9,7 @@ archive that is copied in.  The store items stay root's, or a layer would hold a
 from __future__ import annotations
 
 import io
+import itertools
 import tarfile
 from typing import TYPE_CHECKING
 
@@ -31,8 +32,9 @@ _LEFT = "var/guix/db/reserved"
 
 _ACCOUNTS, _GROUPS = "/etc/passwd", "/etc/group"
 
-_FIRST_ID, _LAST_ID = 100, 999
-"""Debian's system accounts (policy 9.2.2); Guix makes its own from the end."""
+_ID = 60706
+"""The first of those that nobody gives out (systemd.io/UIDS-GIDS), for the account where the image
+has none: the same in each image, since the files of a cache outlive them."""
 
 
 def lend(engine: Engine, container: str, more: Iterable[str] = ()) -> int:
@@ -135,7 +137,7 @@ def _user_in(accounts: str) -> int | None:
 def _free_id(accounts: str, groups: str) -> int:
     lines = [*accounts.splitlines(), *groups.splitlines()]
     taken = {line.split(":")[2] for line in lines if line.count(":") > 1}
-    return next(each for each in range(_LAST_ID, _FIRST_ID, -1) if str(each) not in taken)
+    return next(each for each in itertools.count(_ID) if str(each) not in taken)
 
 
 def _missing(folder: str, owner: int) -> tarfile.TarInfo:

@@ -75,7 +75,7 @@ class Disk:
 def disk() -> Disk:
     files = {
         "/etc/passwd": ROOT_ONLY,
-        "/etc/group": "root:x:0:\nstaff:x:999:\n",
+        "/etc/group": "root:x:0:\nstaff:x:60706:\n",
         "/gnu/store/a-guix": "item",
         "/var/guix/db/db.sqlite": "database",
         "/var/guix/db/reserved": "room",
@@ -111,9 +111,9 @@ def test_root_has_all_of_it_again(disk: Disk) -> None:
 
 def test_an_account_is_made_once_and_is_nobody_elses(disk: Disk) -> None:
     user = lend(disk.as_engine(), "x")
-    assert user == 998  # 999 is a group
+    assert user == 60707  # the usual one is a group here
     assert disk.text("/etc/passwd").startswith(ROOT_ONLY)
-    assert f"\n{rootless.USER}:x:998:998:" in disk.text("/etc/passwd")
+    assert f"\n{rootless.USER}:x:60707:60707:" in disk.text("/etc/passwd")
     accounts = disk.text("/etc/passwd")
     take_back(disk.as_engine(), "x")
     assert lend(disk.as_engine(), "x") == user
@@ -141,7 +141,7 @@ def test_an_image_without_guix_is_no_trouble() -> None:
     disk = Disk()
     assert not take_back(disk.as_engine(), "x")
     assert disk.written == []
-    assert lend(disk.as_engine(), "x") == 999
+    assert lend(disk.as_engine(), "x") == 60706
 
 
 def test_a_link_leads_to_what_it_led_to(disk: Disk) -> None:
@@ -199,7 +199,7 @@ def test_its_files_are_the_daemons(site: Site, monkeypatch: pytest.MonkeyPatch) 
     image, work = site.image("base").id, Work("x", (), {"a": b""})
     with work_container(site.engine, site.settings(), image, work) as container:
         environment = site.engine._container(container).text(f"{FOLDER}/environment")
-    assert owners[FOLDER] == owners[f"{FOLDER}/a"] == owners["/var/guix"] == 999
+    assert owners[FOLDER] == owners[f"{FOLDER}/a"] == owners["/var/guix"] == 60706
     assert "HOME=/root\n" in environment
     assert f"XDG_CACHE_HOME={ROOTLESS_CACHES['rootless']}\n" in environment
 

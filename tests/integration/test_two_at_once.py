@@ -1,0 +1,34 @@
+"""Two calls of `inv` for one image at the same time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from conftest import NewProject
+    from harness import Docker
+
+pytestmark = pytest.mark.engine
+
+
+def test_one_waits_and_says_for_whom(
+    new_project: NewProject, docker: Docker, tmp_path: Path
+) -> None:
+    """The same user, in two folders."""
+    shared = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    first = new_project("base")
+    second = new_project(repository=first.repository)
+    one = first.start("pull", "install", env=shared)
+    one.await_output("pull: in a")
+    other = second.start("pull", "install", env=shared)
+    other.await_output(f"waiting for `inv pull` (process {one.inv.pid}), which uses {first.image}")
+    assert "in a" not in other.said()
+    assert [one.inv.wait(timeout=120), other.inv.wait(timeout=120)] == [0, 0]
+    assert "pull: up to date" in other.said()
+    assert (one.said() + other.said()).count("install: in a") == 1
+    assert first.containers() == []
+    assert "Hello" in docker.run(first.image, "hello").stdout
