@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import secrets
@@ -222,6 +224,7 @@ class Registry:
         if local_registry().installed():
             (self._local.folder / "root").symlink_to(local_registry().folder / "root")
         self._local.up(console)
+        self._log_in()
         base = f"localhost:{self.port}/base"
         try:
             self.bed.call("tag", BASE_TAG, base)
@@ -233,6 +236,17 @@ class Registry:
         finally:
             self.bed.call("rmi", base)
             self._local.down(console)
+
+    def _log_in(self) -> None:
+        """Let docker, and whatever reads its configuration, know the account."""
+        account = self._local.account.credentials()
+        file = Path(self.bed.environment["DOCKER_CONFIG"]) / "config.json"
+        known = json.loads(file.read_text())["auths"] if file.exists() else {}
+        if account:
+            pair = base64.b64encode(f"{account.username}:{account.password}".encode()).decode()
+            known[f"localhost:{self.port}"] = {"auth": pair}
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"auths": known}))
 
     def empty(self) -> None:
         """Leave nothing in it but the base image."""

@@ -18,7 +18,7 @@ import tempfile
 import threading
 from collections import deque
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,6 +79,8 @@ class Buildx:
     """Where each call that changes something is shown."""
     perform: bool = True
     """Whether such a call is made; a dry run leaves it at showing it."""
+    accounts: Mapping[str, Credentials] = field(default_factory=dict)
+    """Accounts besides those of Docker's own configuration, by registry; see ``signed_in``."""
 
     def ask(self, *arguments: str, text: str = "") -> str:
         """Standard output of a call that changes nothing.  Raises what ``failure`` makes of it."""
@@ -209,13 +211,16 @@ def csv_field(field: str) -> str:
 
 
 @contextmanager
-def signed_in(buildx: Buildx, registry: str, credentials: Credentials | None) -> Iterator[Buildx]:
-    """The program with an account for one registry, besides those of Docker's own configuration.
+def signed_in(
+    buildx: Buildx, registry: str = "", credentials: Credentials | None = None
+) -> Iterator[Buildx]:
+    """The program with an account for one registry, and with those that it has itself.
 
-    The account is in a file that only this user can read and that is gone at the end: never on a
+    They are in a file that only this user can read and that is gone at the end: never on a
     command line.  The rest of Docker's folder (contexts, builders) is seen through links.
     """
-    if credentials is None:
+    accounts = {**({registry: credentials} if credentials else {}), **buildx.accounts}
+    if not accounts:
         yield buildx
         return
     original = docker_folder(buildx.environment)
@@ -234,7 +239,9 @@ def signed_in(buildx: Buildx, registry: str, credentials: Credentials | None) ->
         more = _json_object(environment.pop("DOCKER_AUTH_CONFIG", ""))
         config = _json_object(_text(original / "config.json"))
         auths = {**_object(config.get("auths")), **_object(more.get("auths"))}
-        config = _with_account({**config, "auths": auths}, registry, credentials)
+        config = {**config, "auths": auths}
+        for host, account in accounts.items():
+            config = _with_account(config, host, account)
         file = os.open(folder / "config.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(file, "w") as writer:
             json.dump(config, writer)
@@ -382,7 +389,10 @@ def build(buildx: Buildx, spec: BuildSpec, output: Callable[[bytes], None]) -> s
 
     Raises ``BuilderError``.
     """
-    with tempfile.TemporaryDirectory(prefix="guix-tasks-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="guix-tasks-") as folder,
+        signed_in(buildx) as program,
+    ):
         answer = Path(folder) / "iid"
         argv = (
             buildx.program, "build", f"--builder={buildx.own}", "--load", "--progress=plain",
@@ -390,7 +400,7 @@ def build(buildx: Buildx, spec: BuildSpec, output: Callable[[bytes], None]) -> s
             *(["--allow=network.host"] if spec.network == "host" else []),
             *build_options(spec), str(spec.context),
         )  # fmt: skip
-        log = _run(argv, buildx.environment, output)
+        log = _run(argv, program.environment, output)
         if log is not None:
             raise build_error(spec, cause(log))
         if not answer.exists():

@@ -29,6 +29,7 @@ from guix_tasks.errors import (
     NoEngineError,
     RegistryError,
 )
+from guix_tasks.local import registry
 from guix_tasks.reference import ImageReference
 
 if TYPE_CHECKING:
@@ -119,7 +120,8 @@ def find_buildx(environment: Mapping[str, str], address: Address | None) -> buil
         ours.pop("DOCKER_CONTEXT", None)
         ours["DOCKER_HOST"] = address.url
     own = address.context if address else None
-    return buildx.Buildx(program, ours, own or "default")
+    accounts = registry.accounts(address.url) if address else {}
+    return buildx.Buildx(program, ours, own or "default", accounts=accounts)
 
 
 class DockerEngine:
@@ -198,20 +200,22 @@ class DockerEngine:
 
     def remote_digest(self, reference: str) -> str | None:
         try:
-            found = self._api.inspect_distribution(reference)  # type: ignore[no-untyped-call]
+            found = self._api.inspect_distribution(  # type: ignore[no-untyped-call]
+                reference, self._auth(reference, None)
+            )
         except (docker.errors.DockerException, requests.RequestException):
             return None
         return str(found["Descriptor"]["digest"])
 
     def greet_registry(self, reference: str, credentials: Credentials | None) -> None:
-        registry, what = ImageReference.parse(reference).registry, f"ask for {reference}"
+        host, what = ImageReference.parse(reference).registry, f"ask for {reference}"
         with self._speaking(what):
-            api = self._api
+            api, account = self._api, self._account(reference, credentials)
             try:
-                if credentials:
-                    self._log_in("" if registry == "docker.io" else registry, credentials)
+                if account:
+                    _log_in(api, "" if host == "docker.io" else host, account)
                 api.inspect_distribution(  # type: ignore[no-untyped-call]
-                    reference, _auth(credentials)
+                    reference, _auth(account)
                 )
             except docker.errors.NotFound:
                 return
@@ -226,17 +230,6 @@ class DockerEngine:
                     f"cannot {what}: Docker's own configuration gives no account: {_line(error)}; "
                     "mend its config.json, or set DOCKER_USERNAME and DOCKER_PASSWORD"
                 ) from None
-
-    def _log_in(self, registry: str, credentials: Credentials) -> None:
-        try:
-            self._api.login(
-                credentials.username, credentials.password, registry=registry, reauth=True
-            )
-        except docker.errors.APIError:
-            raise
-        except docker.errors.DockerException:
-            # The SDK looks into Docker's own configuration first, which is none of this account's.
-            return
 
     def context_files(self, spec: BuildSpec) -> list[str]:
         own = spec.dockerfile.with_name(f"{spec.dockerfile.name}.dockerignore")
@@ -407,6 +400,8 @@ class DockerEngine:
         return str(image)
 
     def _build_events(self, spec: BuildSpec) -> Iterator[dict[str, Any]]:
+        for host, account in registry.accounts(self.address.url).items():
+            _log_in(self._slow, host, account)
         return self._slow.build(
             path=str(spec.context),
             dockerfile=str(spec.dockerfile),
@@ -425,7 +420,11 @@ class DockerEngine:
         digest = ""
         with self._speaking(f"push {reference}"):
             events = self._slow.push(
-                repository, tag, stream=True, decode=True, auth_config=_auth(credentials)
+                repository,
+                tag,
+                stream=True,
+                decode=True,
+                auth_config=self._auth(reference, credentials),
             )
             # The call itself raises nothing when a push fails: the stream says so.
             for event in _checked(events, f"push {reference}", progress):
@@ -447,12 +446,20 @@ class DockerEngine:
             try:
                 events = self._slow.pull(
                     repository, tag, stream=True, decode=True,
-                    auth_config=_auth(credentials), platform=platform,
+                    auth_config=self._auth(reference, credentials), platform=platform,
                 )  # fmt: skip
             except docker.errors.APIError as error:
                 raise _registry_error(f"pull {reference}", _line(error)) from None
             for _ in _checked(events, f"pull {reference}", progress):
                 pass
+
+    def _account(self, reference: str, given: Credentials | None) -> Credentials | None:
+        """The given account, but for a local registry of ours, which knows one only."""
+        host = ImageReference.parse(reference).registry
+        return registry.accounts(self.address.url).get(host, given)
+
+    def _auth(self, reference: str, given: Credentials | None) -> dict[str, str] | None:
+        return _auth(self._account(reference, given))
 
     @cached_property
     def _api(self) -> docker.APIClient:
@@ -493,6 +500,16 @@ class DockerEngine:
             )
         mend = "`inv engine.up`" if self.address.origin == "private engine" else "start it"
         return f"{where} does not answer: {_cause(text)}; {mend}, or choose another by DOCKER_HOST"
+
+
+def _log_in(api: docker.APIClient, host: str, credentials: Credentials) -> None:
+    try:
+        api.login(credentials.username, credentials.password, registry=host, reauth=True)
+    except docker.errors.APIError:
+        raise
+    except docker.errors.DockerException:
+        # The SDK looks into Docker's own configuration first, which is none of this account's.
+        return
 
 
 def _auth(credentials: Credentials | None) -> dict[str, str] | None:

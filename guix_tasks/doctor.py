@@ -21,6 +21,7 @@ from guix_tasks import guix
 from guix_tasks.builders import find_builder, needed_syntax
 from guix_tasks.console import human_size
 from guix_tasks.errors import EngineError, GuixTasksError, UsageError
+from guix_tasks.local.registry import accounts
 from guix_tasks.sandbox import OTHER_FAULTS, probe
 from guix_tasks.settings import Driver
 from guix_tasks.stages.pull import lock_misfits, lock_text, misfit, wanted_text
@@ -258,6 +259,8 @@ def _registry(patient: Patient) -> Iterator[Finding]:
     reference, account = patient.settings.image, credentials(patient.project)
     patient.engine.greet_registry(str(reference), account)
     who = "to DOCKER_USERNAME" if account else "with what Docker's own configuration says"
+    if reference.registry in accounts(patient.engine.info().url):
+        who = "to the account that `inv registry.up` made"
     yield Finding("registry", State.OK, f"{reference.registry} answers {who}")
 
 

@@ -20,10 +20,14 @@ def cache_home() -> Path:
     return _xdg("XDG_CACHE_HOME", ".cache")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file, in the place of what was there, wholly or not at all.  Raises ``OSError``."""
+def write_whole(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a file, in the place of what was there, wholly or not at all.  Raises ``OSError``.
+
+    ``mode`` is less the umask, as ever.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        unfinished.touch(mode)
         unfinished.write_bytes(content)
         unfinished.replace(path)
     except BaseException:

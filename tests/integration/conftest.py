@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from harness import (
     free_port,
 )
 
+from guix_tasks import buildx
 from guix_tasks.console import Console
 from guix_tasks.docker_engine import DockerEngine, find_engine
 from guix_tasks.errors import EngineError, NoEngineError
@@ -114,8 +116,11 @@ def engine_host(engine: DockerEngine) -> str:
 
 
 @pytest.fixture(scope="session")
-def docker(engine_host: str) -> Docker:
-    return Docker(engine_host)
+def docker(engine_host: str, tmp_path_factory: pytest.TempPathFactory) -> Docker:
+    config, own = tmp_path_factory.mktemp("docker"), buildx.docker_folder(os.environ)
+    if (own / "cli-plugins").is_dir():
+        (config / "cli-plugins").symlink_to(own / "cli-plugins")
+    return Docker(engine_host, config)
 
 
 @pytest.fixture(scope="session")
@@ -134,14 +139,23 @@ def offline(engine: DockerEngine, base_image: str) -> Path:
 
 
 @pytest.fixture(scope="session")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRegistry]:
-    """A registry of the tests' own; only the program is the one that may be here already."""
-    folder = tmp_path_factory.mktemp("registry")
+def registry(tmp_path_factory: pytest.TempPathFactory, docker: Docker) -> Iterator[LocalRegistry]:
+    """A registry of the tests' own; only the program is the one that may be here already.
+
+    It is where ``inv`` finds it, with the account, and docker has logged in to it.
+    """
+    folder = tmp_path_factory.mktemp("data") / "guix-tasks" / "registry"
+    folder.mkdir(parents=True)
     shared = local_registry()
     if shared.installed():
         (folder / "root").symlink_to(shared.folder / "root")
     own = LocalRegistry(folder, free_port())
     own.up(Console())
+    account = own.account.credentials()
+    assert account
+    pair = base64.b64encode(f"{account.username}:{account.password}".encode()).decode()
+    logged_in = {"auths": {f"localhost:{own.port}": {"auth": pair}}}
+    (docker.folder / "config.json").write_text(json.dumps(logged_in))
     yield own
     own.down(Console())
 
@@ -170,7 +184,8 @@ def locked(registry: LocalRegistry, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def workshop(docker: Docker, registry: LocalRegistry, offline: Path) -> Workshop:
-    return Workshop(docker, f"localhost:{registry.port}", offline)
+    data = registry.folder.parents[1]
+    return Workshop(docker, f"localhost:{registry.port}", offline, data)
 
 
 @dataclass(frozen=True)

@@ -45,13 +45,19 @@ Result = subprocess.CompletedProcess[str]
 
 @dataclass(frozen=True)
 class Docker:
-    """The docker command line on one engine."""
+    """The docker command line on one engine, with accounts of the tests' own."""
 
     host: str
+    folder: Path
+    """The command line's own, where its accounts are."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("DOCKER_")}
+        return {**ours, "DOCKER_HOST": self.host, "DOCKER_CONFIG": str(self.folder)}
 
     def __call__(self, *arguments: str, timeout: float = 60) -> Result:
-        ours = {name: value for name, value in os.environ.items() if not name.startswith("DOCKER_")}
-        return call(["docker", *arguments], {**ours, "DOCKER_HOST": self.host}, timeout)
+        return call(["docker", *arguments], self.environment, timeout)
 
     def ok(self, *arguments: str) -> str:
         """Standard output of a call that has to succeed."""
@@ -84,6 +90,8 @@ class Project:
     image: str
     docker: Docker
     settings: dict[str, str]
+    data: Path
+    """What is to last between its calls: the local registry's account above all."""
     containers_by_hand: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
 
@@ -111,6 +119,7 @@ class Project:
             "PATH": os.environ["PATH"],
             "LANG": "C.UTF-8",
             "HOME": str(self.folder / "home"),
+            "XDG_DATA_HOME": str(self.data),
             "DOCKER_HOST": self.docker.host,
             "ENV_FILE": "project.env",
         }
@@ -339,6 +348,7 @@ class Workshop:
     docker: Docker
     registry: str
     offline: Path
+    data: Path
     token: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def project(self, folder: Path, repository: str = "", **settings: str) -> Project:
@@ -357,7 +367,7 @@ class Workshop:
             "CACHE_VOLUME": f"guix-tasks-test-{secrets.token_hex(4)}",
         }
         image = f"{repository or name}:t"
-        return Project(folder, image, self.docker, {**defaults, **settings})
+        return Project(folder, image, self.docker, {**defaults, **settings}, self.data)
 
     def commit_of(self, channel: str) -> str:
         """The commit that a channel of the offline example is at."""

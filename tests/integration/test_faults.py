@@ -169,8 +169,15 @@ def failing(registry: LocalRegistry, faults: Faults) -> Iterator[str]:
         server.shutdown()
 
 
-def tiny(new_project: NewProject, registry: str) -> Project:
-    project = new_project(repository=f"{registry}/guix-tasks-test/faults-{time.time_ns()}")
+def tiny(new_project: NewProject, registry: LocalRegistry, address: str) -> Project:
+    """A project that goes to a registry by way of a proxy, which is none of ours to ``inv``."""
+    account = registry.account.credentials()
+    assert account
+    project = new_project(
+        repository=f"{address}/guix-tasks-test/faults-{time.time_ns()}",
+        DOCKER_USERNAME=account.username,
+        DOCKER_PASSWORD=account.password,
+    )
     # Each with a layer of its own, so that there is something to upload.
     project.dockerfile(f"{TINY}LABEL once={time.time_ns()}\n")
     project.ok("base")
@@ -195,7 +202,7 @@ def test_a_fault_that_passes_is_survived(
 ) -> None:
     faults = replace(faults, asked=[], lock=threading.Lock())
     with failing(registry, faults) as address:
-        project = tiny(new_project, address)
+        project = tiny(new_project, registry, address)
         said = project.ok("push").stdout.strip()
         assert faults.met == faults.times
         held = said.replace(address, f"localhost:{registry.port}")
@@ -218,7 +225,7 @@ def test_a_refusal_is_told_and_not_tried_again(
 ) -> None:
     faults = Faults(answer, concerns, times=100)
     with failing(registry, faults) as address:
-        project = tiny(new_project, address)
+        project = tiny(new_project, registry, address)
         result = project.inv("push")
         assert project.image in one_error(result, 5)
         assert "tried again" not in result.stderr
@@ -230,7 +237,7 @@ def test_a_fault_that_stays_ends_in_one_line(
 ) -> None:
     faults = Faults(status(429), manifest, times=100)
     with failing(registry, faults) as address:
-        project = tiny(new_project, address)
+        project = tiny(new_project, registry, address)
         result = project.inv("push")
         error = one_error(result, 5)
         assert project.image in error
@@ -243,7 +250,7 @@ def test_a_registry_that_holds_another_image_is_not_believed(
 ) -> None:
     faults = Faults(drop, manifest, times=0)
     with failing(registry, faults) as address:
-        project = tiny(new_project, address)
+        project = tiny(new_project, registry, address)
         before = project.ok("push").stdout.strip().partition("@")[2]
         project.dockerfile(f"{TINY}LABEL again=yes\n")
         project.ok("base")

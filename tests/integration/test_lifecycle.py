@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     from conftest import Made, NewProject
 
-    from guix_tasks.local.registry import LocalRegistry
-
 
 pytestmark = pytest.mark.engine
 
@@ -442,10 +440,7 @@ def test_a_dry_run_enters_no_shell(project: Project) -> None:
     assert "Error" not in shell.said
 
 
-def test_a_dry_run_starts_no_registry(project: Project, registry: LocalRegistry) -> None:
-    folder = project.folder / "home/.local/share/guix-tasks/registry"
-    folder.mkdir(parents=True)
-    (folder / "root").symlink_to(registry.folder / "root")
+def test_a_dry_run_starts_no_registry(project: Project) -> None:
     port = free_port()
     project.ok("--dry", "registry.up", f"--port={port}")
     answered = answers(port)

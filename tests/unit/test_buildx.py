@@ -482,6 +482,22 @@ def test_the_account_is_in_a_file_of_this_user_alone_and_gone_afterwards(
     assert "hunter2" not in repr(signed)
 
 
+def test_the_accounts_of_the_program_itself_come_too(home: Path, program: Buildx) -> None:
+    own = replace(program, accounts={"localhost:5055": ACCOUNT})
+    assert "hunter2" not in repr(own)
+    with signed_in(with_config(home, own)) as signed:
+        assert list(json.loads(account_file(signed).read_text())["auths"]) == ["localhost:5055"]
+    other = Credentials("other", "pass")
+    with signed_in(with_config(home, own), "a.example", other) as signed:
+        auths = json.loads(account_file(signed).read_text())["auths"]
+        assert sorted(auths) == ["a.example", "localhost:5055"]
+        assert auths["localhost:5055"] == {"auth": CODED}
+    # The local registry knows no account but its own.
+    with signed_in(with_config(home, own), "localhost:5055", other) as signed:
+        auths = json.loads(account_file(signed).read_text())["auths"]
+        assert auths == {"localhost:5055": {"auth": CODED}}
+
+
 def test_docker_hub_has_a_name_of_its_own(home: Path, program: Buildx) -> None:
     with signed_in(with_config(home, program), "docker.io", ACCOUNT) as signed:
         assert list(json.loads(account_file(signed).read_text())["auths"]) == [

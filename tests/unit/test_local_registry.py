@@ -1,18 +1,32 @@
 from __future__ import annotations
 
+import ctypes
 import io
 import json
+import os
 import socket
+import stat
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from fake_engine import FakeEngine
 
 from guix_tasks import paths
 from guix_tasks.console import Console
 from guix_tasks.errors import RegistryError
 from guix_tasks.local import registry
 from guix_tasks.local.debian import Apt
-from guix_tasks.local.registry import PORT, LocalRegistry, answers, local_registry
+from guix_tasks.local.registry import (
+    PORT,
+    USER,
+    Account,
+    ContainerRegistry,
+    LocalRegistry,
+    accounts,
+    answers,
+    local_registry,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,6 +49,158 @@ def test_it_listens_on_loopback_and_keeps_to_its_folder(tmp_path: Path) -> None:
     configuration = LocalRegistry(tmp_path, 5056)._configure()
     assert configuration["http"] == {"addr": "127.0.0.1:5056"}
     assert f'"{tmp_path}/data"' in json.dumps(configuration["storage"])
+
+
+def test_it_asks_for_a_password(tmp_path: Path) -> None:
+    configuration = LocalRegistry(tmp_path, 5056)._configure()
+    auth = json.dumps(configuration["auth"])
+    assert f'"{tmp_path}/htpasswd"' in auth
+
+
+@pytest.fixture
+def account(tmp_path: Path) -> Account:
+    made = Account(tmp_path)
+    made.make()
+    return made
+
+
+def test_the_password_is_for_this_user_alone(account: Account) -> None:
+    credentials = account.credentials()
+    assert credentials
+    assert (credentials.username, len(credentials.password) >= 43) == (USER, True)
+    assert credentials.password not in repr((account, credentials))
+    assert credentials.password not in account.how_by_hand(5055)
+    for file in (account.password_file, account.accounts_file):
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_the_password_is_made_once(account: Account) -> None:
+    before = [file.read_bytes() for file in (account.password_file, account.accounts_file)]
+    account.make()
+    assert [f.read_bytes() for f in (account.password_file, account.accounts_file)] == before
+
+
+@pytest.mark.parametrize("lost", ["password_file", "accounts_file"])
+def test_half_an_account_is_made_anew(account: Account, lost: str) -> None:
+    before = account.password_file.read_text(), account.accounts_file.read_text()
+    getattr(account, lost).unlink()
+    account.make()
+    after = account.password_file.read_text(), account.accounts_file.read_text()
+    assert after[0] != before[0]
+    assert after[1] != before[1]
+
+
+def is_of(hashed: str, password: str) -> bool:
+    crypt = ctypes.CDLL("libcrypt.so.1").crypt
+    crypt.restype = ctypes.c_char_p
+    return bool(crypt(password.encode(), hashed.encode()) == hashed.encode())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library of Linux")
+def test_what_the_registry_reads_is_the_hash_of_the_password(account: Account) -> None:
+    user, _, hashed = account.accounts_file.read_text().strip().partition(":")
+    assert user == USER
+    assert hashed.startswith("$2b$04$")
+    assert is_of(hashed, account.password_file.read_text())
+    assert not is_of(hashed, "another")
+    # That it is bcrypt indeed, by a hash that others made of "U*U" (Openwall's test vectors).
+    known = "$2a$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW"
+    assert is_of(known, "U*U")
+
+
+def no_library(_name: str) -> None:
+    raise OSError("no such library")
+
+
+def test_without_a_library_apaches_program_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "htpasswd"
+    program.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/argv; echo "$3:hash of $(cat)"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    account = Account(tmp_path)
+    account.make()
+    password = account.password_file.read_text()
+    assert account.accounts_file.read_text() == f"{USER}:hash of {password}\n"
+    assert password not in (tmp_path / "argv").read_text()
+
+
+def test_nothing_that_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", no_library)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RegistryError, match=r"neither libcrypt nor .*htpasswd .*; install"):
+        Account(tmp_path).make()
+    assert Account(tmp_path).credentials() is None
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where the registries of this user are."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    folder = local_registry().folder
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_only_a_registry_of_ours_is_told_the_password(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert accounts("unix:///fake.sock") == {}
+    Account(shared).make()
+    # Not one that is gone, and not one that is somewhere else.
+    for port in ("1", "2", "x"):
+        (shared / f"{port}.pid").write_text("1")
+    (shared / "3.engine").write_text("tcp://other:2375")
+    monkeypatch.setattr(LocalRegistry, "running", lambda self: self.port == 2)
+    here = accounts("unix:///fake.sock")
+    assert list(here) == ["localhost:2", "127.0.0.1:2"]
+    assert set(here.values()) == {Account(shared).credentials()}
+    assert list(accounts("tcp://other:2375")) == ["localhost:3", "127.0.0.1:3"]
+    assert accounts("ssh://third") == {}
+
+
+FAR = "tcp://engine.test:2375"
+
+
+@pytest.fixture
+def far(shared: Path) -> FakeEngine:
+    """An engine on another machine, whose registry is a container."""
+    other = FakeEngine()
+    other.import_rootfs(iter([b""]), "registry:3")
+    other.push("registry:3", None)
+    return FakeEngine(other.registry, url=FAR)
+
+
+def test_a_container_asks_for_the_password_too(far: FakeEngine, shared: Path) -> None:
+    said = io.StringIO()
+    registry = ContainerRegistry(far, 5056)
+    registry.up(Console(err=said))
+    (spec,) = far.specs
+    assert spec.environment["REGISTRY_AUTH"] == "htpasswd"
+    account = Account(shared)
+    (container,) = far.all_containers.values()
+    path = spec.environment["REGISTRY_AUTH_HTPASSWD_PATH"]
+    assert container.changes[path] == account.accounts_file.read_bytes()
+    credentials = account.credentials()
+    assert accounts(FAR) == {f"{h}:5056": credentials for h in ("localhost", "127.0.0.1")}
+    assert credentials
+    assert credentials.password not in said.getvalue() + repr(spec)
+    assert account.how_by_hand(5056) in said.getvalue()
+    registry.up(silent())
+    assert len(far.specs) == 1
+    registry.down(silent())
+    assert accounts(FAR) == {}
+
+
+def test_a_container_of_an_older_version_is_made_anew(far: FakeEngine, shared: Path) -> None:
+    registry = ContainerRegistry(far, 5056)
+    registry.up(silent())
+    (shared / "5056.engine").unlink()
+    registry.up(silent())
+    assert len(far.specs) == 2
+    assert len(far.all_containers) == 1
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
