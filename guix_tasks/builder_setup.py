@@ -11,6 +11,7 @@ import re
 import shlex
 import socket
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -19,6 +20,7 @@ from guix_tasks.builders import builder_name, find_builder, lacking, needed_synt
 from guix_tasks.buildx import INSECURE_REFUSED, UNKNOWN_FLAG
 from guix_tasks.engine import ContainerSpec
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError
+from guix_tasks.retry import retried
 from guix_tasks.settings import Driver, Node
 from guix_tasks.work import PROJECT_LABEL, container_name
 from guix_tasks.work import project as project_name
@@ -267,7 +269,8 @@ def _binfmt_argv(missing: Sequence[Platform]) -> list[str]:
 def _install_emulators(project: Project, names: str) -> None:
     engine, console = project.engine, project.console
     if engine.image(BINFMT_IMAGE) is None:
-        engine.pull(BINFMT_IMAGE, None)
+        pull = partial(engine.pull, BINFMT_IMAGE, None)
+        retried(console, "the pull", pull, host="docker.io")
     image = engine.image(BINFMT_IMAGE)
     if image is None:
         raise EngineError(f"the engine pulled {BINFMT_IMAGE} and does not have it")

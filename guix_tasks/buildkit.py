@@ -445,7 +445,7 @@ class _Baking:
         )
         try:
             # What was made is in the builder's cache, so trying again goes on from there.
-            retried(console, "the build", call)
+            retried(console, "the build", call, host=self._settings.image.registry)
         except TimeoutError:
             taken = human_time(limit or 0)
             raise StageError(

@@ -531,6 +531,18 @@ def failure(log: str, spec: BuildSpec | None = None) -> GuixTasksError:
 
 def build_error(spec: BuildSpec, why: str) -> BuilderError:
     """The failure of a build in one line, with what mends it where that is known."""
+    error = _build_error(spec, why)
+    # What a step said, or a Dockerfile has, is nothing of a network; a number in it may look so.
+    error.passes = retry.passes(why) and not _OWN_FAULT.search(why)
+    return error
+
+
+_OWN_FAULT = re.compile(
+    r"did not complete successfully|non-zero code|parse error|not found|failed to compute cache key"
+)
+
+
+def _build_error(spec: BuildSpec, why: str) -> BuilderError:
     base = spec.args.get("BASE_IMAGE", "")
     if SCANNER in why:
         return BuilderError(

@@ -22,7 +22,7 @@ from guix_tasks.local.engine import private_engine
 from guix_tasks.local.offline import make_material
 from guix_tasks.local.registry import registry_for
 from guix_tasks.publish import push
-from guix_tasks.transfer import transfer
+from guix_tasks.transfer import pull
 from guix_tasks.upkeep import clean
 from guix_tasks.verify import verify
 from guix_tasks.work import PROJECT_LABEL, network
@@ -112,8 +112,7 @@ def _size(project: Project, reference: str) -> str:
 def _greet(project: Project, reference: str) -> None:
     """Run hello in what the registry holds, as anybody would who pulls it."""
     engine = project.engine
-    with transfer(project, f"pull {reference}") as progress:
-        engine.pull(reference, None, progress=progress)
+    pull(project, reference)
     image = engine.image(reference)
     if image is None:
         raise CheckError(f"the engine pulled {reference} and does not have it")

@@ -198,10 +198,10 @@ class DockerEngine:
         ]
         return sorted(containers, key=lambda each: each.created, reverse=True)
 
-    def remote_digest(self, reference: str) -> str | None:
+    def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
         try:
             found = self._api.inspect_distribution(  # type: ignore[no-untyped-call]
-                reference, self._auth(reference, None)
+                reference, self._auth(reference, credentials)
             )
         except (docker.errors.DockerException, requests.RequestException):
             return None
@@ -564,6 +564,10 @@ def _registry_error(what: str, detail: str) -> RegistryError:
     mends = (mend for mend, words in _REGISTRY_MENDS.items() if any(word in text for word in words))
     mend = next(mends, "")
     error = RegistryError(f"cannot {what}: {detail}" + (f"; {mend}" if mend else ""))
+    # A number in a name is no status.
+    reference = what.rpartition(" ")[2]
+    for name in (reference, ImageReference.parse(reference).repository):
+        detail = detail.replace(name, "")
     error.passes = retry.passes(detail)
     return error
 

@@ -160,7 +160,7 @@ class Engine(Protocol):
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
         """All containers with these labels, newest first."""
 
-    def remote_digest(self, reference: str) -> str | None:
+    def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
         """The digest that a registry has for a reference; None where it cannot be told."""
 
     def greet_registry(self, reference: str, credentials: Credentials | None) -> None:
@@ -295,8 +295,8 @@ class TracedEngine:
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
         return self._engine.containers(labels)
 
-    def remote_digest(self, reference: str) -> str | None:
-        return self._engine.remote_digest(reference)
+    def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
+        return self._engine.remote_digest(reference, credentials)
 
     def greet_registry(self, reference: str, credentials: Credentials | None) -> None:
         self._engine.greet_registry(reference, credentials)

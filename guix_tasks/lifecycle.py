@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, UsageError
@@ -18,6 +19,7 @@ from guix_tasks.ledger import (
     stage_key,
     stage_labels,
 )
+from guix_tasks.retry import retried
 from guix_tasks.stage import commit_image, run_stage, say_done
 from guix_tasks.stages.base import (
     base_annotations,
@@ -36,7 +38,7 @@ from guix_tasks.stages.pull import (
     wanted_text,
     write_lock,
 )
-from guix_tasks.transfer import credentials, transfer
+from guix_tasks.transfer import pull, push
 from guix_tasks.work import (
     common_inputs,
     network,
@@ -261,7 +263,8 @@ class Lifecycle:
         project.console.say(f"base: {settings.dockerfile} on {settings.base_image}")
         spec = base_spec(settings, network(project.engine, settings))
         try:
-            built = project.engine.build(spec, project.console.stream)
+            build = partial(project.engine.build, spec, project.console.stream)
+            built = retried(project.console, "the build", build, host=settings.base_image.registry)
         except BuilderError:
             # The builder says only that it cannot get the image.
             if why := other_platform_only(project.engine, settings):
@@ -301,8 +304,7 @@ class Lifecycle:
             return False
         project = self._project
         try:
-            with transfer(project, f"pull {reference}") as progress:
-                project.engine.pull(reference, credentials(project), progress=progress)
+            pull(project, reference)
         except GuixTasksError:
             return False  # a cache that misses, or is out of reach, is no error
         image = project.engine.image(reference)
@@ -328,8 +330,7 @@ class Lifecycle:
             return
         project.engine.tag(image.id, reference)
         try:
-            with transfer(project, f"push {reference}") as progress:
-                project.engine.push(reference, credentials(project), progress)
+            push(project, reference)
         except GuixTasksError as error:
             project.console.warn(f"{name} was not put into CACHE_IMAGE: {error}")
         finally:

@@ -10,7 +10,7 @@ from guix_tasks.errors import RegistryError, UsageError
 from guix_tasks.ledger import SQUASH, STAGES, proven_stage
 from guix_tasks.lifecycle import Lifecycle
 from guix_tasks.retry import retried
-from guix_tasks.transfer import credentials, transfer
+from guix_tasks.transfer import credentials, push_once
 
 if TYPE_CHECKING:
     from guix_tasks.engine import Image
@@ -41,7 +41,10 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
         if not stage and reference != str(ledger.image):
             engine.tag(image.id, reference)
         digests[reference] = retried(
-            project.console, "the push", partial(_push, project, reference)
+            project.console,
+            "the push",
+            partial(_push, project, reference),
+            host=project.settings.image.registry,
         )
     platform = project.settings.platform
     if platform and not stage and not engine.is_dry:
@@ -55,9 +58,9 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
 
 def _push(project: Project, reference: str) -> str:
     """Push a tag, and see that the registry holds what it said that it took; the digest."""
-    with transfer(project, f"push {reference}") as progress:
-        digest = project.engine.push(reference, credentials(project), progress)
-    held = project.engine.remote_digest(reference) if digest else None
+    digest = push_once(project, reference)
+    account = credentials(project)
+    held = project.engine.remote_digest(reference, account) if digest else None
     if held not in (None, digest):
         raise RegistryError(
             f"{reference} was pushed as {digest}, and the registry holds {held}: somebody else "

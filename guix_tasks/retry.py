@@ -40,8 +40,10 @@ _ASKING = 5.0
 _PASSING = re.compile(
     r"\b(429|50[0234])\b|too ?many ?requests|internal server error|bad gateway|"
     r"service unavailable|gateway time-?out|connection reset|broken pipe|unexpected eof|\bEOF\b|"
-    r"i/o timeout|timed? ?out|TLS handshake|temporary failure in name resolution|"
-    r"connection was closed|use of closed network connection",
+    r"i/o timeout|timed? ?out|(?<!like a )TLS handshake|temporary failure in name resolution|"
+    r"connection was closed|use of closed network connection|"
+    # What came is not what was asked for: it broke on its way.
+    r"verification failed for digest|unexpected commit digest",
     re.IGNORECASE,
 )
 """What engines, BuildKit and registries say of a fault that may be gone in a moment.

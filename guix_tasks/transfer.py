@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks.console import TransferProgress
 from guix_tasks.engine import Credentials
+from guix_tasks.reference import ImageReference
+from guix_tasks.retry import retried
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,3 +33,25 @@ def transfer(project: Project, what: str) -> Iterator[TransferProgress]:
         yield progress
     finally:
         progress.end()
+
+
+def push(project: Project, reference: str) -> str:
+    """Push a tag, and again after a fault that passes; the digest that the registry answered."""
+    host = ImageReference.parse(reference).registry
+    return retried(project.console, "the push", partial(push_once, project, reference), host=host)
+
+
+def push_once(project: Project, reference: str) -> str:
+    with transfer(project, f"push {reference}") as progress:
+        return project.engine.push(reference, credentials(project), progress)
+
+
+def pull(project: Project, reference: str) -> None:
+    """Pull a reference, and again after a fault that passes; that it is not there is none."""
+
+    def once() -> None:
+        with transfer(project, f"pull {reference}") as progress:
+            project.engine.pull(reference, credentials(project), progress=progress)
+
+    host = ImageReference.parse(reference).registry
+    retried(project.console, "the pull", once, host=host)

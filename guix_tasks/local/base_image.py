@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks import paths
@@ -12,6 +13,7 @@ from guix_tasks.engine import ContainerSpec
 from guix_tasks.errors import BuilderError, GuixTasksError
 from guix_tasks.local.debian import on_debian
 from guix_tasks.local.rootfs import PACKAGES, SUITE, container_argv, debian_rootfs
+from guix_tasks.retry import retried
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +48,8 @@ def _in_container(engine: Engine, console: Console) -> Iterator[bytes]:
     console.say(f"rootfs: this host is not Debian, so it is made in a container of {DEBIAN_IMAGE}")
     if engine.image(DEBIAN_IMAGE) is None:
         try:
-            engine.pull(DEBIAN_IMAGE, None)
+            pull = partial(engine.pull, DEBIAN_IMAGE, None)
+            retried(console, "the pull", pull, host="docker.io")
         except GuixTasksError as error:
             raise BuilderError(
                 f"rootfs needs a Debian host or the image {DEBIAN_IMAGE}, and there is neither: "

@@ -381,7 +381,8 @@ class FakeEngine:
         return sorted(found, key=lambda each: each.created, reverse=True)
 
     @_counted
-    def remote_digest(self, reference: str) -> str | None:
+    def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
+        self.registry.seen.append(credentials)
         found = None if self.registry.refusal else self.registry.find(reference)
         return digest(found.id) if found else None
 

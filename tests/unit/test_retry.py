@@ -91,6 +91,8 @@ def test_no_wait_is_longer_than_a_minute(
         'Patch "http://x/blobs/uploads/1": EOF',
         "write tcp: broken pipe",
         "500 Internal Server Error",
+        "filesystem layer verification failed for digest sha256:12",
+        "image config verification failed for digest sha256:12",
         "502 Bad Gateway",
     ],
 )
@@ -106,6 +108,7 @@ def test_these_pass(text: str) -> None:
         "dial tcp 127.0.0.1:1: connect: connection refused",
         "dial tcp: lookup registry.invalid: no such host",
         "manifest unknown",
+        "tls: first record does not look like a TLS handshake",
         "tls: failed to verify certificate: x509: certificate signed by unknown authority",
         "403 Forbidden",
         "blob sha256:5000429500 is unknown to the registry",
