@@ -13,7 +13,7 @@ import secrets
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,13 +54,14 @@ from guix_tasks.digests import Pushed, save
 from guix_tasks.errors import BuilderError, StageError, UsageError
 from guix_tasks.guix import commits
 from guix_tasks.reference import Platform
-from guix_tasks.retry import retried
+from guix_tasks.retry import TRIES, retried
 from guix_tasks.settings import Driver, Output, Sandbox
-from guix_tasks.stage import stage_files
+from guix_tasks.stage import STAGE_TRIES, stage_files
 from guix_tasks.stages.base import base_spec, other_platform
 from guix_tasks.stages.install import install_stage
 from guix_tasks.stages.pull import lock_text, pull_stage, stage_to_run, wanted_text, write_lock
 from guix_tasks.transfer import credentials
+from guix_tasks.watch import Steps
 from guix_tasks.work import IMAGE_FOLDER, cache_prefix, network, project_digest
 
 if TYPE_CHECKING:
@@ -434,18 +435,32 @@ class _Baking:
             f"--metadata-file={metadata}", f"--progress={'tty' if terminal else 'plain'}", target,
         )  # fmt: skip
         limit = self._settings.stage_timeout
+        whole = limit * max(1, len(definition.recipe.stages)) if limit else None
+        started = time.monotonic()
         log = Log(console)
-        call = partial(
-            replace(self.buildx, environment=environment).stream,
-            *arguments,
-            output=console.stream if terminal else log.add,
-            terminal=terminal,
-            spec=definition.base,
-            seconds=limit * max(1, len(definition.recipe.stages)) if limit else None,
-        )
+
+        def once() -> None:
+            left = whole - (time.monotonic() - started) if whole else None
+            if left is not None and left <= 0:
+                raise TimeoutError
+            steps = Steps(self._settings)
+
+            def output(data: bytes) -> None:
+                (console.stream if terminal else log.add)(data)
+                steps.add(data)
+
+            try:
+                replace(self.buildx, environment=environment).stream(
+                    *arguments, output=output, terminal=terminal, spec=definition.base, seconds=left
+                )
+            except StageError as error:
+                error.passes = error.passes or steps.network_failed
+                raise
+
+        # What was made is in the builder's cache, so trying again goes on from there.
+        tries = TRIES if target == IMAGE_TARGET else STAGE_TRIES
         try:
-            # What was made is in the builder's cache, so trying again goes on from there.
-            retried(console, "the build", call, host=self._settings.image.registry)
+            retried(console, "the build", once, tries, self._settings.image.registry)
         except TimeoutError:
             taken = human_time(limit or 0)
             raise StageError(

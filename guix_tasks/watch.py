@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections import deque
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from guix_tasks import guix
+from guix_tasks.errors import StageError
 
 if TYPE_CHECKING:
     from guix_tasks.settings import Settings
@@ -67,3 +70,46 @@ class Lines:
             if not self._quoted:
                 found.append(line.decode(errors="replace"))
         return found
+
+
+_TAIL = 400
+"""Lines of a log that an error is looked for in."""
+
+_DRAWN = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
+
+_BEFORE = re.compile(rb"#[0-9]+ (\[[^\]]*\] )?[0-9.]+ |[ \t]*(=> )+# |[0-9]+\.[0-9]+ ")
+"""What buildx puts before a line of a step: plain, drawn on a terminal, quoted at the end."""
+
+
+class Steps:
+    """The log of a build whose steps are stages, and what it tells of their faults."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._servers = Servers(settings)
+        self._lines = Lines()
+        self._rest = b""
+        self._tail: deque[str] = deque(maxlen=_TAIL)
+        self._is_build_fault = False
+
+    def add(self, data: bytes) -> None:
+        """The next piece.  Raises ``StageError`` where no substitute server answers."""
+        *lines, self._rest = (self._rest + data).replace(b"\r", b"\n").split(b"\n")
+        for line in self._lines.add(b"".join(_own(line) + b"\n" for line in lines)):
+            self._tail.append(line)
+            self._is_build_fault = self._is_build_fault or guix.build_fault(line)
+            if self._servers.all_silent(line):
+                error = StageError(self._servers.complaint)
+                error.passes = True
+                raise error
+
+    @property
+    def network_failed(self) -> bool:
+        """Whether a step failed for want of a network, and not because something does not build."""
+        return not self._is_build_fault and guix.network_fault("\n".join(self._tail))
+
+
+def _own(line: bytes) -> bytes:
+    """A line as its step wrote it."""
+    line = _DRAWN.sub(b"", line)
+    before = _BEFORE.match(line)
+    return line[before.end() :] if before else line

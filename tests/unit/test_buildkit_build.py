@@ -21,7 +21,7 @@ from guix_tasks.errors import (
     UsageError,
 )
 from guix_tasks.ledger import CHANNELS_LABEL, PACKAGES_LABEL, PREVIOUS
-from guix_tasks.stage import Project
+from guix_tasks.stage import STAGE_TRIES, Project
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -733,3 +733,95 @@ def test_a_fault_of_the_registry_that_passes_is_survived(
     fake.fail(said_by_it, "bake", "image", once=True)
     assert bake(site, fake)
     assert len(waits) == 1
+
+
+FAILED = (
+    'ERROR: failed to solve: process "/entry-point.sh /.guix-tasks/stage pull" '
+    "did not complete successfully: exit code: 1"
+)
+HANGS_UP = "guix pull: error: Git error: unexpected EOF"
+BROKEN = "guix build: error: build of `/gnu/store/x.drv' failed"
+
+
+def silent_server(host: str) -> str:
+    return f"guix substitute: warning: {host}: connection failed: Connection refused"
+
+
+def steps_log(*lines: str, number: int = 7) -> str:
+    """As buildx shows what a step says."""
+    return "".join(f"#{number} {at}.5 {line}\n" for at, line in enumerate(lines, 1))
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    found: list[float] = []
+    monkeypatch.setattr("time.sleep", found.append)
+    return found
+
+
+def test_a_fault_of_a_steps_network_is_tried_again(
+    site: Site, fake: FakeBuildx, waits: list[float]
+) -> None:
+    fake.fail(steps_log(HANGS_UP) + FAILED, "bake", "reports", once=True)
+    assert bake(site, fake)
+    assert len(waits) == 1
+    assert [call.argv[-1] for call in bakes(fake)] == ["asked", "reports", "reports", "image"]
+
+
+def test_a_fault_of_a_steps_network_that_stays(
+    site: Site, fake: FakeBuildx, waits: list[float]
+) -> None:
+    fake.fail(steps_log(HANGS_UP) + FAILED, "bake", "reports")
+    with pytest.raises(StageError, match="pull: the command failed with exit status 1"):
+        bake(site, fake)
+    assert len(waits) == STAGE_TRIES - 1
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        steps_log(BROKEN),
+        steps_log(HANGS_UP, BROKEN),
+        steps_log("guix install: error: nonesuch: unknown package"),
+        # What a build has said is quoted, and nothing of it is Guix' own.
+        steps_log("entry-point: the last lines of /var/log/guix/x", HANGS_UP),
+        "",
+    ],
+)
+def test_what_does_not_build_is_not_tried_again(
+    site: Site, fake: FakeBuildx, waits: list[float], log: str
+) -> None:
+    fake.fail(log + FAILED, "bake", "reports")
+    with pytest.raises(StageError):
+        bake(site, fake)
+    assert waits == []
+
+
+def test_where_no_server_answers_the_build_is_stopped(
+    site: Site, fake: FakeBuildx, waits: list[float]
+) -> None:
+    site.env["GUIX_SUBSTITUTE_URLS"] = "https://a.test https://b.test"
+    fake.fail(
+        steps_log(silent_server("a.test"), silent_server("b.test"), BROKEN) + FAILED,
+        "bake", "reports",
+    )  # fmt: skip
+    with pytest.raises(StageError, match=r"no substitute server answers \(a\.test, b\.test\)"):
+        bake(site, fake)
+    assert len(waits) == STAGE_TRIES - 1
+
+
+def test_a_server_that_answers_is_enough(site: Site, fake: FakeBuildx, waits: list[float]) -> None:
+    site.env["GUIX_SUBSTITUTE_URLS"] = "https://a.test https://b.test"
+    fake.fail(steps_log(silent_server("a.test"), BROKEN) + FAILED, "bake", "reports")
+    with pytest.raises(StageError, match="the command failed"):
+        bake(site, fake)
+    assert waits == []
+
+
+def test_with_fallback_silent_servers_are_nothing(
+    site: Site, fake: FakeBuildx, waits: list[float]
+) -> None:
+    site.env |= {"GUIX_SUBSTITUTE_URLS": "https://a.test", "GUIX_FALLBACK": "yes"}
+    fake.fail(steps_log(silent_server("a.test")) + FAILED, "bake", "reports")
+    with pytest.raises(StageError, match="the command failed"):
+        bake(site, fake)
