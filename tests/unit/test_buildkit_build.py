@@ -736,7 +736,7 @@ def test_a_fault_of_the_registry_that_passes_is_survived(
 
 
 FAILED = (
-    'ERROR: failed to solve: process "/entry-point.sh /.guix-tasks/stage pull" '
+    'ERROR: failed to solve: process "/var/guix/guix-tasks/stage pull" '
     "did not complete successfully: exit code: 1"
 )
 HANGS_UP = "guix pull: error: Git error: unexpected EOF"
