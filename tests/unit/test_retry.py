@@ -122,12 +122,12 @@ def test_these_do_not(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "asked", "least", "most"),
+    ("text", "asked", "between"),
     [
-        ("429 Too Many Requests", 20.0, 20, 21),
-        ("toomanyrequests: slow down", 9999.0, retry.LONGEST_ASKED, retry.LONGEST_ASKED),
-        ("429 Too Many Requests", None, 1, 2),
-        ("503 Service Unavailable", 20.0, 1, 2),
+        ("429 Too Many Requests", 20.0, (20, 21)),
+        ("toomanyrequests: slow down", 9999.0, (retry.LONGEST_ASKED, retry.LONGEST_ASKED)),
+        ("429 Too Many Requests", None, (1, 2)),
+        ("503 Service Unavailable", 20.0, (1, 2)),
     ],
 )
 def test_a_registry_that_is_asked_too_often_says_for_how_long(
@@ -135,12 +135,11 @@ def test_a_registry_that_is_asked_too_often_says_for_how_long(
     monkeypatch: pytest.MonkeyPatch,
     text: str,
     asked: float | None,
-    least: float,
-    most: float,
+    between: tuple[float, float],
 ) -> None:
     monkeypatch.setattr(retry, "retry_after", lambda _host: asked)
-    server = Server(fault(text))
-    retry.retried(Console(err=io.StringIO()), "it", server, host="registry.test")
+    retry.retried(Console(err=io.StringIO()), "it", Server(fault(text)), host="registry.test")
+    least, most = between
     assert least <= waits[0] <= most
 
 
