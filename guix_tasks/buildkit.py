@@ -8,6 +8,7 @@ and commit; and nothing is pushed unless all of it is made.
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import tempfile
@@ -83,6 +84,8 @@ class BuildWishes:
     """Every step of Guix again, whatever the builder's cache has."""
     by_digest: bool = False
     """Pushed by digest alone, for ``inv manifest`` to join."""
+    authenticate: bool = True
+    """Only channels that somebody vouches for."""
 
 
 def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
@@ -101,8 +104,8 @@ def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
     # A lock that does not fit, and nothing to do, are told of before anything is built.
     if not wishes.pull:
         install_stage(settings)
-    elif not wishes.update:
-        stage_to_run(settings)
+    else:
+        stage_to_run(settings, update=wishes.update, authenticate=wishes.authenticate)
     _refuse(project, wishes)
     builder = _builder(project, buildx)
     for platform in settings.platforms:
@@ -192,6 +195,8 @@ class _Baking:
         self._call(definition, ASKED_TARGET)
         definition = self._with_stages(definition)
         self._call(definition, REPORTS_TARGET)
+        for stage, platform in itertools.product(definition.recipe.stages, self._platforms):
+            self._check(stage, self._answer(platform, stage.name))
         self._lock()
         return self._put(self._with_labels(definition))
 
@@ -238,7 +243,9 @@ class _Baking:
     def _write_resolve(self) -> None:
         wanted = wanted_text(self._settings)
         files = {
-            "stage": resolve_script(channels=wanted is not None),
+            "stage": resolve_script(
+                channels=wanted is not None, authenticate=self.wishes.authenticate
+            ),
             "resolve.scm": (IMAGE_FOLDER / "resolve.scm").read_bytes(),
             **({"channels.scm": wanted.encode()} if wanted is not None else {}),
         }
@@ -289,9 +296,18 @@ class _Baking:
 
         A pull of floating channels is so the same step as the one of their lock, from then on.
         """
+        trust = self.wishes.authenticate
         if not self._floats:
-            return stage_to_run(self._settings)
-        return pull_stage(self._resolved(), wanted_text(self._settings))
+            return stage_to_run(self._settings, authenticate=trust)
+        resolved = self._resolved()
+        stage = pull_stage(resolved, wanted_text(self._settings), authenticate=trust)
+        self._check(stage, resolved)
+        return stage
+
+    @staticmethod
+    def _check(stage: Stage, report: str) -> None:
+        if stage.check:
+            stage.check(report)
 
     # --- what came out ---
 
