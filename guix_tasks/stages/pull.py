@@ -75,8 +75,8 @@ def _refuse_unauthenticated(channels: str) -> None:
     """
     if names := guix.unauthenticated(channels):
         raise StageError(
-            f"pull: nothing authenticates the channel {quoted(names[0])}, since it has no "
-            f"introduction, and nothing was committed; {_mends()}"
+            f"pull: the channel {quoted(names[0])} has no introduction, so nothing authenticated "
+            f"what was pulled; {_mends()}"
         )
 
 
