@@ -100,7 +100,7 @@ def hand_over(engine: Engine, image: Image, reference: ImageReference, folder: P
             tar.extractall(layout, filter="data")
         index = json.loads((layout / "index.json").read_text())
         digest = index["manifests"][0]["digest"]
-    except (OSError, ValueError, LookupError, TypeError, tarfile.TarError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, tarfile.TarError):
         raise BuilderError(
             f"this engine cannot save {reference} as an OCI layout (Docker 25 and newer can); push "
             "it to a registry that the builder reaches, and name that in BASE_IMAGE"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import secrets
 import tempfile
 import time
@@ -54,7 +55,7 @@ from guix_tasks.console import Log, human_size, human_time
 from guix_tasks.digests import Pushed, save
 from guix_tasks.errors import BuilderError, StageError, UsageError
 from guix_tasks.guix import commits
-from guix_tasks.reference import Platform
+from guix_tasks.reference import Platform, quoted
 from guix_tasks.retry import retried
 from guix_tasks.settings import Driver, Output, Sandbox
 from guix_tasks.stage import stage_files
@@ -315,9 +316,21 @@ class _Baking:
         return self._answer(self._platforms[0], f"{RESOLVE}d")
 
     def _user(self) -> str:
+        """The user that the image of the base is for, if not root; its name where it can be one.
+
+        It is the base that says so, and it goes into a Dockerfile.
+        """
         first = self._platforms[0]
-        uid = self._answer(first, "user")
-        return "" if uid in ("", "0") else self._answer(first, "name")
+        uid, name = self._answer(first, "user"), self._answer(first, "name")
+        if uid in ("", "0"):
+            return ""
+        said = [each for each in (name, uid) if re.fullmatch(r"\w[\w.@-]*", each, re.ASCII)]
+        if not said:
+            raise BuilderError(
+                f"the user of {self._settings.base_image} has no name that can be one: "
+                f"{quoted(name)}; mend its /etc/passwd, or use another BASE_IMAGE"
+            )
+        return said[0]
 
     def _lock(self) -> None:
         """Lock what was pulled, in the words that it was asked for in, so that nothing changes.

@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 
+def printable(text: str, kept: str = "") -> str:
+    """Text that does nothing to a terminal: what controls one is shown, and not done.
+
+    Registries, images and builds word a part of what is said here, and a line of theirs must not
+    look like several of ours.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each in kept else repr(each)[1:-1] for each in text
+    )
+
+
 class Console:
     """Prints headings, commands and tables.
 
@@ -43,16 +56,17 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line on what is being done."""
+        text = printable(text, "\n\t")
         if Console._line_is_open:
             text = f"\n{text}"
             Console._line_is_open = False
         print(text, file=self.err, flush=True)
 
     def warn(self, text: str) -> None:
-        self.say(f"warning: {text}")
+        self.say(f"warning: {printable(text)}")
 
     def error(self, text: str) -> None:
-        self.say(f"error: {text}")
+        self.say(f"error: {printable(text)}")
 
     def command(self, argv: Sequence[str]) -> None:
         """A command as a person could paste it."""
@@ -72,7 +86,7 @@ class Console:
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A plain table on standard output, columns as wide as their widest cell."""
-        lines = [tuple(header), *(tuple(row) for row in rows)]
+        lines = [tuple(map(printable, line)) for line in (header, *rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         for line in lines:
             cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))

@@ -176,11 +176,14 @@ def _read(text: str) -> list[Any]:
 
 def _forms(data: list[Any]) -> Iterator[list[Any]]:
     """Every list in the data, the outer ones first, that begins with a word."""
-    for each in data:
+    # Not by recursion: a text may be deeper than Python lets calls be.
+    waiting = [*reversed(data)]
+    while waiting:
+        each = waiting.pop()
         if isinstance(each, list) and each:
             if isinstance(each[0], str):
                 yield each
-            yield from _forms(each)
+            waiting.extend(reversed(each))
 
 
 def _is_field(datum: object) -> bool:
@@ -269,7 +272,9 @@ def installed(report: str) -> list[str]:
 
     The output ``out`` goes without saying, as it does in Guix.
     """
-    rows = (re.split(r"\s*\t\s*", line) for line in report.splitlines() if "\t" in line)
+    # Version, output and store item are behind the name.
+    lines = (line for line in report.splitlines() if line.count("\t") > 1)
+    rows = (re.split(r"[^\S\t]*\t[^\S\t]*", line) for line in lines)
     return sorted(
         f"{name}@{version}" + ("" if output == "out" else f":{output}")
         for name, version, output, *_ in rows

@@ -195,16 +195,16 @@ class FakeGuix:
             yield from self._install(container, words, options.get("manifest"))
 
     def _pulled(self, text: str) -> str:
-        forms = re.split(r"\(channel\s", text)[1:] or [f'(name \'guix) (url "https://guix.test") {INTRODUCTION}']
+        forms = re.split(r"\(channel\s", text)[1:] or [
+            f'(name \'guix) (url "https://guix.test") {INTRODUCTION}'
+        ]
         channels = []
         for form in forms:
             found = dict(re.findall(r"\((name|url|branch|commit)\s+['\"]([^\s()\"]+)\"?\)", form))
             if {"name", "url"} <= found.keys():
                 commit = found.get("commit") or self.heads[found["name"]]
                 introduced = "(introduction" in form
-                channels.append(
-                    channel(found["name"], found["url"], commit, introduced=introduced)
-                )
+                channels.append(channel(found["name"], found["url"], commit, introduced=introduced))
         return f"(list {' '.join(channels)})\n"
 
     def _install(

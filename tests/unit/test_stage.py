@@ -1085,7 +1085,9 @@ def test_a_channel_without_an_introduction_is_refused_before_anything_is_done(si
     site.write("channels.scm", BOTH)
     with pytest.raises(UsageError) as caught:
         site.make("pull")
-    assert f"{site.folder / 'channels.scm'}: the channel 'mine' has no introduc" in str(caught.value)
+    assert f"{site.folder / 'channels.scm'}: the channel 'mine' has no introduc" in str(
+        caught.value
+    )
     assert "(introduction ...)" in str(caught.value)
     assert "`--disable-authentication`" in str(caught.value)
     assert site.engine.changing_calls() == []
@@ -1139,9 +1141,7 @@ def test_a_cache_has_no_unauthenticated_stage_for_whoever_wants_it_authenticated
     first = new_site(tmp_path / "first", CACHE_IMAGE="registry.test/cache")
     first.make("base")
     first.make("pull", disable_authentication=True)
-    second = new_site(
-        tmp_path / "second", first.engine.registry, CACHE_IMAGE="registry.test/cache"
-    )
+    second = new_site(tmp_path / "second", first.engine.registry, CACHE_IMAGE="registry.test/cache")
     second.lock.write_text(first.lock.read_text())
     said = second.make("base", "pull")
     assert "base: taken from" in said
