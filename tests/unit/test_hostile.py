@@ -18,7 +18,6 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -45,13 +44,15 @@ from guix_tasks import (
     docker_engine,
     fingerprint,
     guix,
+)
+from guix_tasks import (
     settings as settings_module,
 )
 from guix_tasks.bake import Bind, Definition, Recipe, bake_file, dockerfile
 from guix_tasks.build_folder import hand_over, write_mounts
 from guix_tasks.console import printable
 from guix_tasks.engine import BuildSpec, ContainerSpec
-from guix_tasks.errors import BuilderError, GuixTasksError, SettingsError
+from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, SettingsError
 from guix_tasks.failure import Failed, keep_failure
 from guix_tasks.ledger import (
     CHANNELS_LABEL,
@@ -76,9 +77,9 @@ from guix_tasks.upkeep import status_rows
 from guix_tasks.work import common_files, environment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-    from tests.soak import Soak
+    from soak import Soak
 
 pytestmark = pytest.mark.soak
 
@@ -94,7 +95,7 @@ PIECES = (
     f"&&touch {CANARY}", f"\ntouch {CANARY}\n", f"';touch {CANARY};'", f'";touch {CANARY};"',
     "'", '"', "\\", "\\\n", "\n", "\r", "\r\n", "\t", " ", "\0", "\x07", "\x1b[2J", "\x1b]0;x\x07",
     "\x9b2J", "\x7f", "\x85", "\u202e", "\u200f", "\u2028", "\u2029", "\ufeff", "\u200b", "\udcff",
-    "\udc80", "\ud800", "\uffff", "\U000e0001", "é", "ß", "İ", "٣", "ｆ", "..", "../", "../../",
+    "\udc80", "\ud800", "\uffff", "\U000e0001", "é", "ß", "İ", "٣", "\uff46", "..", "../", "../../",
     "/no/such/place", "/", "~", "-", "--", "--help", "-e", "${HOME}", "$HOME", "$IFS", "${", "%{",
     "$${", "}", "*", "?", "[", "]", "!", "#", "&", "<", ">", "(", ")", "#|", "|#", "#;", ";", "'(",
     ",", ":", "@", "=", "://", "sha256:", "a", "hello", "0", "9" * 30, "A" * 300, "a/" * 200,
@@ -105,7 +106,7 @@ HOSTILE = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=8).ma
 
 
 def of_system(text: str) -> str:
-    """What the system can hand to a program: no NUL, and bytes that are not UTF-8 as Python has them."""
+    """What the system can hand to a program: no NUL, and any bytes as Python has them."""
     raw = text.replace("\0", "").encode("utf-8", "surrogatepass")
     return raw.decode("utf-8", "surrogateescape")
 
@@ -121,8 +122,8 @@ PROXIES = ("http_proxy", "https_proxy", "NO_PROXY")
 
 LIKELY = st.sampled_from(
     [
-        "a/b:c", "localhost:5000/x", "hello git@1:out", "linux/arm64 linux/386", "yes", "privileged",
-        "4g", "90m", "1", "none", "a=b c=d", ".:/x:ro", "remote", "oci", "type=gha",
+        "a/b:c", "localhost:5000/x", "hello git@1:out", "linux/arm64 linux/386", "yes",
+        "privileged", "4g", "90m", "1", "none", "a=b c=d", ".:/x:ro", "remote", "oci", "type=gha",
         "tcp://h:1,cacert=x", "https://a.test b", "file:///x", "provenance sbom", "0" * 64, "x.pub",
         "channels.scm", "Dockerfile",
     ]
@@ -233,6 +234,12 @@ def is_line(text: str) -> bool:
     return text.isprintable()
 
 
+def only_lines(texts: Iterable[str]) -> None:
+    assert texts
+    wrong = [text for text in texts if not is_line(text)]
+    assert not wrong
+
+
 # --- Settings -------------------------------------------------------------------------------
 
 
@@ -248,8 +255,7 @@ def test_any_env_file_and_any_environment(attempt: Attempt, tmp_path: Path) -> N
         try:
             found = load_settings(project, project, given[1])
         except SettingsError as error:
-            assert error.problems
-            assert all(map(is_line, error.problems)), error.problems
+            only_lines(error.problems)
         else:
             assert all(map(is_line, found.notes)), found.notes
             paths = (
@@ -272,26 +278,28 @@ def test_any_text_of_any_setting(attempt: Attempt, tmp_path: Path) -> None:
         try:
             found = load_settings(tmp_path, tmp_path, {}, {name: text})
         except SettingsError as error:
-            assert all(map(is_line, error.problems)), error.problems
+            only_lines(error.problems)
         else:
             assert all(map(is_line, (*found.notes, str(found.image), str(found.base_image))))
 
     attempt("values of settings", st.tuples(st.sampled_from(NAMES), VALUES), check, 120, 10_000)
 
 
-def test_any_reference_and_any_platform(attempt: Attempt) -> None:
+@pytest.mark.parametrize("kind", [ImageReference, Platform])
+def test_any_reference_and_any_platform(
+    attempt: Attempt, kind: type[ImageReference | Platform]
+) -> None:
     def check(text: str) -> None:
-        for parse in (ImageReference.parse, Platform.parse):
-            try:
-                found = parse(text)
-            except ValueError as error:
-                assert is_line(str(error)), error
-            else:
-                assert is_line(str(found))
-                assert parse(str(found)) == found
+        try:
+            found = kind.parse(text)
+        except ValueError as error:
+            only_lines([str(error)])
+        else:
+            assert is_line(str(found))
+            assert kind.parse(str(found)) == found
 
     parts = st.lists(st.sampled_from(["a", "b.c", "localhost", ":", "/", "@", "sha256:", "0" * 64]))
-    attempt("references", HOSTILE | parts.map("".join), check, 150, 10_000)
+    attempt("references and platforms", HOSTILE | parts.map("".join), check, 80, 6_000)
 
 
 def test_any_node_of_a_builder(attempt: Attempt, tmp_path: Path) -> None:
@@ -409,7 +417,7 @@ def test_any_message_of_an_engine_a_registry_or_a_builder(attempt: Attempt, tmp_
         console = Heard()
         for error in (
             docker_engine._registry_error("push x", text),
-            docker_engine.EngineError(docker_engine._line(text)),
+            EngineError(docker_engine._line(text)),
             buildx.failure(text),
             buildx.failure(f"ERROR: {text}", spec),
         ):
@@ -483,7 +491,7 @@ def run(
     texts = []
     for stream in (out, err):
         stream.flush()
-        texts.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
+        texts.append(stream.buffer.getvalue().decode())
     return code, *texts
 
 
@@ -669,7 +677,7 @@ def test_no_text_becomes_an_instruction_of_a_dockerfile(attempt: Attempt, tmp_pa
             )
             binds, contexts = write_mounts(own, folder)
         except GuixTasksError as error:
-            assert all(map(is_line, getattr(error, "problems", [str(error)])))
+            only_lines(getattr(error, "problems", [str(error)]))
             return
         recipe = Recipe(platform, binds=binds)
         assert dockerfile(recipe).count("\n") == lines
@@ -791,7 +799,7 @@ def test_an_archive_of_an_engine_writes_nothing_beside_its_folder(
         try:
             answer = hand_over(site.engine, image, reference, place)
         except BuilderError as error:
-            assert is_line(str(error))
+            only_lines([str(error)])
         else:
             assert answer.startswith(f"oci-layout://{place}/base-image@")
         inside = everything_below(place)
