@@ -501,6 +501,7 @@ def test_any_task_with_any_arguments_and_settings(
     folder = tmp_path / "project"
     made_site(folder).write("tasks.py", "")
     (folder / "plots").mkdir()
+    (tmp_path / "home").mkdir()
     monkeypatch.chdir(folder)
     outside = sorted(tmp_path.iterdir())
 
@@ -536,8 +537,8 @@ def test_any_task_with_any_arguments_and_settings(
 
 SHELLS = [shell for shell in ("/bin/dash", "/bin/bash") if Path(shell).exists()]
 
-STUB = '#!/bin/sh\nfor word in "$#" "$@"; do printf "%s\\0" "$word"; done >>"$SAID"\n'
-"""A program that tells which words it was given."""
+STUB = '#!/bin/sh\nexec 9>>"$SAID"\nflock 9\nprintf "%s\\0" "$#" "$@" >&9\n'
+"""A program that tells which words it was given, one call after the other."""
 
 
 def words_of(said: bytes) -> list[list[bytes]]:
@@ -721,9 +722,9 @@ MEMBERS = st.lists(
 
 def archived(members: list[tuple[str, bytes, str, bytes, int]]) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", errors="surrogatepass") as tar:
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for name, kind, target, content, more in members:
-            member = tarfile.TarInfo(name.replace("\0", "") or "x")
+            member = tarfile.TarInfo(of_system(name) or "x")
             member.type, member.mode = kind, 0o6777
             if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
                 member.linkname = target
@@ -735,7 +736,7 @@ def archived(members: list[tuple[str, bytes, str, bytes, int]]) -> bytes:
                     member.size += more
                     end = buffer.tell()
                     buffer.seek(start)
-                    buffer.write(member.tobuf(tar.format or 0, "utf-8", "surrogatepass")[:512])
+                    buffer.write(member.tobuf(tarfile.GNU_FORMAT)[:512])
                     buffer.seek(end)
             else:
                 tar.addfile(member)
