@@ -28,6 +28,20 @@ def printable(text: str, kept: str = "") -> str:
     )
 
 
+def _pasteable(word: str) -> str:
+    """A word for a shell; one that would control a terminal in bash's own way."""
+    if printable(word, "\n\t") == word:
+        return shlex.quote(word)
+    shown = (each if each.isprintable() and each not in "'\\" else _escaped(each) for each in word)
+    return f"$'{''.join(shown)}'"
+
+
+def _escaped(character: str) -> str:
+    raw = "\udc80" <= character <= "\udcff"
+    data = character.encode(errors="surrogateescape" if raw else "surrogatepass")
+    return "".join(f"\\x{byte:02x}" for byte in data)
+
+
 class Console:
     """Prints headings, commands and tables.
 
@@ -70,7 +84,7 @@ class Console:
 
     def command(self, argv: Sequence[str]) -> None:
         """A command as a person could paste it."""
-        self.say(f"+ {shlex.join(argv)}")
+        self.say(f"+ {' '.join(map(_pasteable, argv))}")
 
     def stream(self, data: bytes, *, error: bool = True) -> None:
         """Output of a program, as it comes."""

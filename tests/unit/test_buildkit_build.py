@@ -162,6 +162,17 @@ def test_the_hosts_network_is_allowed_where_it_is_asked_for(site: Site, fake: Fa
     assert "--network=host" in bakes(fake)[-1].files["Dockerfile"]
 
 
+@pytest.mark.parametrize("name", ["guest\nRUN touch /canary", "$HOME", "a b", "", "-x"])
+def test_no_name_of_a_user_becomes_an_instruction(site: Site, fake: FakeBuildx, name: str) -> None:
+    fake.answer(user="1000", name=name)
+    bake(site, fake)
+    users = [line for line in bakes(fake)[-1].files["Dockerfile"].splitlines() if "USER" in line]
+    assert users == ["USER root", "USER 1000"]
+    fake.answer(user="-1")
+    with pytest.raises(BuilderError, match="has no name that can be one"):
+        bake(site, fake)
+
+
 def test_an_engine_without_a_bridge_builds_on_the_hosts_network(
     site: Site, fake: FakeBuildx
 ) -> None:

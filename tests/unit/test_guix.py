@@ -329,6 +329,12 @@ def test_every_channel_of_a_list_is_found(commits: dict[str, str]) -> None:
 # --- Packages -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("line", ["\t", "a\t1", "\t\t\t", "a\t1\tout", "\x1b[2J"])
+def test_what_is_no_row_of_a_report_is_no_error(line: str) -> None:
+    good = "hello\t2.12\tout\t/gnu/store/a"
+    assert "hello@2.12" in guix.installed(f"{line}\n{good}\n")
+
+
 def test_what_is_installed() -> None:
     report = (
         "hello        \t2.12.2\tout\t/gnu/store/aaa-hello-2.12.2\n"
