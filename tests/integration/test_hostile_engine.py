@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from harness import LOCK, OFFLINE, one_error
 
+from guix_tasks.guix import UNAUTHENTICATED
 from guix_tasks.ledger import (
     CHANNELS_LABEL,
     INPUTS_LABEL,
@@ -19,7 +20,7 @@ from guix_tasks.ledger import (
 )
 from guix_tasks.stages.install import ASKED_LABEL
 from guix_tasks.stages.pull import AUTHENTICATION_LABEL
-from guix_tasks.work import PROJECT_LABEL
+from guix_tasks.work import IMAGE_FOLDER, PROJECT_LABEL
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -159,3 +160,24 @@ def test_a_channel_without_an_introduction(new_project: NewProject) -> None:
     project.ok("install")
     with project.unharmed():
         assert f"{LOCK}: the channel 'offline'" in one_error(project.inv("pull"), 2)
+
+
+@pytest.mark.parametrize(("option", "status"), [((), 1), ((UNAUTHENTICATED,), 0)])
+def test_floating_channels_are_resolved_as_they_are_pulled(
+    new_project: NewProject, tmp_path: Path, option: tuple[str, ...], status: int
+) -> None:
+    """What the BuildKit way asks first, of a channel that Guix itself refuses."""
+    project = new_project("base")
+    mine = tmp_path / "mine.scm"
+    mine.write_text('(list (channel (name \'guix) (url "file:///offline/channels/guix")))')
+    seen = {mine: "/mine.scm", IMAGE_FOLDER / "resolve.scm": "/resolve.scm"}
+    done = project.docker.run(
+        project.tag("base"), "guix", "repl", "--", "/resolve.scm", *option, "/mine.scm",
+        options=(
+            "--privileged", f"--volume={OFFLINE / 'out'}:/offline:ro",
+            *(f"--volume={source}:{target}:ro" for source, target in seen.items()),
+        ),
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert ("introduction and cannot be authenticated" in done.stderr) == bool(status)
+    assert ("(name 'guix)" in done.stdout) == (status == 0)
