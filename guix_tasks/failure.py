@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 _BUILD_LOGS = 10
 """Logs of failed builds that are kept."""
 
+_COPY_MOST = 64 << 20
+"""Bytes of such a log as it is in the container, packed: a file there may have no end."""
+
 _LOG_MOST = 64 << 20
 """Bytes of such a log, unpacked: what a container packs may be without an end."""
 
@@ -103,7 +106,7 @@ def _joined(pieces: Iterator[bytes]) -> bytes:
     found = bytearray()
     for piece in pieces:
         found += piece
-        if len(found) > _LOG_MOST:
+        if len(found) > _COPY_MOST:
             raise EOFError
     return bytes(found)
 

@@ -6,6 +6,7 @@ import bz2
 import errno
 import gzip
 import io
+import itertools
 import os
 import shutil
 import tarfile
@@ -148,6 +149,15 @@ def test_a_build_log_without_an_end_is_kept_in_part(
         kept_log = kept(site, failed) / KEPT_DRV
         assert gzip.decompress(kept_log.read_bytes()) == text[:1000]
         site.engine.remove(failed.container)
+
+
+def test_a_build_log_that_never_ends_to_come_is_left_out(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failure, "_COPY_MOST", 10_000)
+    monkeypatch.setattr(site.engine, "copy_out", lambda *_: itertools.repeat(b"x" * 1000))
+    folder = kept(site, failed_one(site, points_to(DRV)))
+    assert {each.name for each in folder.iterdir()} == {"log", "command", "settings", "versions"}
 
 
 def test_a_build_log_that_is_cut_off_is_kept_as_far_as_it_goes(site: Site) -> None:

@@ -582,9 +582,7 @@ def test_the_script_of_a_stage_hands_on_its_words(
     def check(given: tuple[list[list[str]], list[str], str]) -> None:
         commands, report, keep = given
         calls = [["guix", *words] for words in commands]
-        text = guix.script(calls, ["guix", *report], "/f", keep=keep or None)
-        # That file is at the root of a container, and would be at this machine's.
-        text = text.replace("/.guix-tasks-store-before", str(stubbed / "before"))
+        text = guix.script(calls, ["guix", *report], f"{stubbed}/f", keep=keep or None)
         script.write_bytes(text.encode(errors="surrogateescape"))
         said.unlink(missing_ok=True)
         done = shell(program, script, stubbed)
@@ -592,8 +590,8 @@ def test_the_script_of_a_stage_hands_on_its_words(
         collect = [
             "repl",
             "--",
-            "/f/collect.scm",
-            str(stubbed / "before"),
+            f"{stubbed}/f/collect.scm",
+            f"{stubbed}/f-store-before",
             *([keep] if keep else []),
         ]
         meant = [*commands, collect, report]
