@@ -183,9 +183,10 @@ def _descriptions(recipe: Recipe) -> list[str]:
     return [f"mkdir -p {REPORTS}", *reports, f"date -u +%Y-%m-%dT%H:%M:%SZ >{REPORTS}/{CREATED}"]
 
 
-def resolve_script(*, channels: bool) -> bytes:
+def resolve_script(*, channels: bool, authenticate: bool = True) -> bytes:
     """What the step ``RESOLVE`` runs; with ``channels`` they are those of a file."""
     argv = ["guix", "repl", "--", f"{FOLDER}/resolve.scm"]
+    argv += [] if authenticate else [guix.UNAUTHENTICATED]
     argv += [f"{FOLDER}/channels.scm"] if channels else []
     command = f"mkdir -p {REPORTS}\n{shlex.join(argv)} >{REPORTS}/{RESOLVE}d"
     return f"#!/bin/sh\nset -eu\n{command}\n".encode()

@@ -100,7 +100,7 @@ def hand_over(engine: Engine, image: Image, reference: ImageReference, folder: P
             tar.extractall(layout, filter="data")
         index = json.loads((layout / "index.json").read_text())
         digest = index["manifests"][0]["digest"]
-    except (OSError, ValueError, LookupError, TypeError, tarfile.TarError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, tarfile.TarError):
         raise BuilderError(
             f"this engine cannot save {reference} as an OCI layout (Docker 25 and newer can); push "
             "it to a registry that the builder reaches, and name that in BASE_IMAGE"
@@ -108,11 +108,16 @@ def hand_over(engine: Engine, image: Image, reference: ImageReference, folder: P
     return f"oci-layout://{layout}@{digest}"
 
 
+_READS_AT_END = 10
+"""How often the end of an archive is read by whoever does not wait for more to come."""
+
+
 class _Stream:
     """What an engine sends piece by piece, as a file that tarfile can read."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces, self._rest = filter(None, pieces), b""
+        self._reads_at_end = 0
 
     def read(self, size: int) -> bytes:
         parts, wanted = [self._rest], size - len(self._rest)
@@ -120,5 +125,10 @@ class _Stream:
             parts.append(piece)
             wanted -= len(piece)
         data = b"".join(parts)
+        if not data:
+            # tarfile skips what a member says it has, be it a terabyte that is not there.
+            self._reads_at_end += 1
+            if self._reads_at_end > _READS_AT_END:
+                raise tarfile.ReadError("the archive ends too early")
         self._rest = data[size:]
         return data[:size]

@@ -8,7 +8,9 @@ and commit; and nothing is pushed unless all of it is made.
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import secrets
 import tempfile
 import time
@@ -53,7 +55,7 @@ from guix_tasks.console import Log, human_size, human_time
 from guix_tasks.digests import Pushed, save
 from guix_tasks.errors import BuilderError, StageError, UsageError
 from guix_tasks.guix import commits
-from guix_tasks.reference import Platform
+from guix_tasks.reference import Platform, quoted
 from guix_tasks.retry import TRIES, retried
 from guix_tasks.settings import Driver, Output, Sandbox
 from guix_tasks.stage import STAGE_TRIES, stage_files
@@ -84,6 +86,8 @@ class BuildWishes:
     """Every step of Guix again, whatever the builder's cache has."""
     by_digest: bool = False
     """Pushed by digest alone, for ``inv manifest`` to join."""
+    authenticate: bool = True
+    """Only channels that somebody vouches for."""
 
 
 def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
@@ -102,8 +106,8 @@ def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
     # A lock that does not fit, and nothing to do, are told of before anything is built.
     if not wishes.pull:
         install_stage(settings)
-    elif not wishes.update:
-        stage_to_run(settings)
+    else:
+        stage_to_run(settings, update=wishes.update, authenticate=wishes.authenticate)
     _refuse(project, wishes)
     builder = _builder(project, buildx)
     for platform in settings.platforms:
@@ -193,6 +197,8 @@ class _Baking:
         self._call(definition, ASKED_TARGET)
         definition = self._with_stages(definition)
         self._call(definition, REPORTS_TARGET)
+        for stage, platform in itertools.product(definition.recipe.stages, self._platforms):
+            self._check(stage, self._answer(platform, stage.name))
         self._lock()
         return self._put(self._with_labels(definition))
 
@@ -239,7 +245,9 @@ class _Baking:
     def _write_resolve(self) -> None:
         wanted = wanted_text(self._settings)
         files = {
-            "stage": resolve_script(channels=wanted is not None),
+            "stage": resolve_script(
+                channels=wanted is not None, authenticate=self.wishes.authenticate
+            ),
             "resolve.scm": (IMAGE_FOLDER / "resolve.scm").read_bytes(),
             **({"channels.scm": wanted.encode()} if wanted is not None else {}),
         }
@@ -290,9 +298,18 @@ class _Baking:
 
         A pull of floating channels is so the same step as the one of their lock, from then on.
         """
+        trust = self.wishes.authenticate
         if not self._floats:
-            return stage_to_run(self._settings)
-        return pull_stage(self._resolved(), wanted_text(self._settings))
+            return stage_to_run(self._settings, authenticate=trust)
+        resolved = self._resolved()
+        stage = pull_stage(resolved, wanted_text(self._settings), authenticate=trust)
+        self._check(stage, resolved)
+        return stage
+
+    @staticmethod
+    def _check(stage: Stage, report: str) -> None:
+        if stage.check:
+            stage.check(report)
 
     # --- what came out ---
 
@@ -300,9 +317,21 @@ class _Baking:
         return self._answer(self._platforms[0], f"{RESOLVE}d")
 
     def _user(self) -> str:
+        """The user that the image of the base is for, if not root; its name where it can be one.
+
+        It is the base that says so, and it goes into a Dockerfile.
+        """
         first = self._platforms[0]
-        uid = self._answer(first, "user")
-        return "" if uid in ("", "0") else self._answer(first, "name")
+        uid, name = self._answer(first, "user"), self._answer(first, "name")
+        if uid in ("", "0"):
+            return ""
+        said = [each for each in (name, uid) if re.fullmatch(r"\w[\w.@-]*", each, re.ASCII)]
+        if not said:
+            raise BuilderError(
+                f"the user of {self._settings.base_image} has no name that can be one: "
+                f"{quoted(name)}; mend its /etc/passwd, or use another BASE_IMAGE"
+            )
+        return said[0]
 
     def _lock(self) -> None:
         """Lock what was pulled, in the words that it was asked for in, so that nothing changes.

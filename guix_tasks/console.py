@@ -15,6 +15,33 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 
+def printable(text: str, kept: str = "") -> str:
+    """Text that does nothing to a terminal: what controls one is shown, and not done.
+
+    Registries, images and builds word a part of what is said here, and a line of theirs must not
+    look like several of ours.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each in kept else repr(each)[1:-1] for each in text
+    )
+
+
+def _pasteable(word: str) -> str:
+    """A word for a shell; one that would control a terminal in bash's own way."""
+    if printable(word, "\n\t") == word:
+        return shlex.quote(word)
+    shown = (each if each.isprintable() and each not in "'\\" else _escaped(each) for each in word)
+    return f"$'{''.join(shown)}'"
+
+
+def _escaped(character: str) -> str:
+    raw = "\udc80" <= character <= "\udcff"
+    data = character.encode(errors="surrogateescape" if raw else "surrogatepass")
+    return "".join(f"\\x{byte:02x}" for byte in data)
+
+
 class Console:
     """Prints headings, commands and tables.
 
@@ -43,20 +70,21 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line on what is being done."""
+        text = printable(text, "\n\t")
         if Console._line_is_open:
             text = f"\n{text}"
             Console._line_is_open = False
         print(text, file=self.err, flush=True)
 
     def warn(self, text: str) -> None:
-        self.say(f"warning: {text}")
+        self.say(f"warning: {printable(text)}")
 
     def error(self, text: str) -> None:
-        self.say(f"error: {text}")
+        self.say(f"error: {printable(text)}")
 
     def command(self, argv: Sequence[str]) -> None:
         """A command as a person could paste it."""
-        self.say(f"+ {shlex.join(argv)}")
+        self.say(f"+ {' '.join(map(_pasteable, argv))}")
 
     def stream(self, data: bytes, *, error: bool = True) -> None:
         """Output of a program, as it comes."""
@@ -72,7 +100,7 @@ class Console:
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A plain table on standard output, columns as wide as their widest cell."""
-        lines = [tuple(header), *(tuple(row) for row in rows)]
+        lines = [tuple(map(printable, line)) for line in (header, *rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         for line in lines:
             cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))

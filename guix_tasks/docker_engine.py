@@ -597,7 +597,8 @@ def _platform(system: str, machine: str) -> str:
 def _line(error: object) -> str:
     """The cause in one line: the engine's own explanation where there is one."""
     text = getattr(error, "explanation", None) or error
-    return " ".join((text.decode() if isinstance(text, bytes) else str(text)).split())
+    plain = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
+    return " ".join(plain.split())
 
 
 def _cause(text: str) -> str:

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from guix_tasks import guix
 from guix_tasks.builders import find_builder, needed_syntax
-from guix_tasks.console import human_size
+from guix_tasks.console import human_size, printable
 from guix_tasks.errors import EngineError, GuixTasksError, UsageError
 from guix_tasks.local.registry import accounts
 from guix_tasks.sandbox import OTHER_FAULTS, probe
@@ -124,7 +124,7 @@ def show(console: Console, findings: list[Finding], *, as_json: bool) -> None:
         return
     for each in findings:
         mend = f"; {each.mend}" if each.mend else ""
-        console.result(f"{each.state.value:6} {each.check}: {each.said}{mend}")
+        console.result(f"{each.state.value:6} {printable(f'{each.check}: {each.said}{mend}')}")
 
 
 # --- The engine and its machine -------------------------------------------------------------

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from io import BytesIO
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 from urllib.parse import quote, unquote_to_bytes
 
 from guix_tasks import guix
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
 _BUILD_LOGS = 10
 """Logs of failed builds that are kept."""
+
+_COPY_MOST = 64 << 20
+"""Bytes of such a log as it is in the container, packed: a file there may have no end."""
+
+_LOG_MOST = 64 << 20
+"""Bytes of such a log, unpacked: what a container packs may be without an end."""
 
 _LINE = 8
 """Characters from which a line of a secret is one itself; a mere brace is not."""
@@ -91,7 +97,18 @@ def _fill(folder: Path, engine: Engine, settings: Settings, failed: Failed) -> N
     for path in itertools.islice(paths, _BUILD_LOGS):
         # Of one that cannot be read to its end what came is kept.
         with suppress(EngineError, tarfile.TarError, OSError, EOFError, zlib.error):
-            _unpack(b"".join(engine.copy_out(failed.container, path)), path, folder, secrets)
+            archive = _joined(engine.copy_out(failed.container, path))
+            _unpack(archive, path, folder, secrets)
+
+
+def _joined(pieces: Iterator[bytes]) -> bytes:
+    """What was copied out; raises ``EOFError`` where it has no end that is near."""
+    found = bytearray()
+    for piece in pieces:
+        found += piece
+        if len(found) > _COPY_MOST:
+            raise EOFError
+    return bytes(found)
 
 
 def _unpack(archive: bytes, path: str, folder: Path, secrets: Iterable[bytes]) -> None:
@@ -108,9 +125,15 @@ def _unpack(archive: bytes, path: str, folder: Path, secrets: Iterable[bytes]) -
 
 
 def _lines(file: IO[bytes], name: str) -> Iterator[bytes]:
+    plain: IO[bytes] = file
     if name.endswith(".gz"):
-        return iter(gzip.GzipFile(fileobj=file))
-    return iter(bz2.BZ2File(file) if name.endswith(".bz2") else file)
+        plain = cast("IO[bytes]", gzip.GzipFile(fileobj=file))
+    elif name.endswith(".bz2"):
+        plain = bz2.BZ2File(file)
+    left = _LOG_MOST
+    while left > 0 and (line := plain.readline(left)):
+        left -= len(line)
+        yield line
 
 
 def _finished(unfinished: Path, folder: Path) -> Path:

@@ -23,9 +23,17 @@ CHANNELS_FILE = "/root/.config/guix/channels.scm"
 """What ``guix pull`` of root reads when it is given no ``--channels``."""
 
 
-def pull_argv(channels: str | None) -> tuple[str, ...]:
+UNAUTHENTICATED = "--disable-authentication"
+"""The option of ``guix pull`` that lets it take commits that nobody vouches for."""
+
+
+def pull_argv(channels: str | None, *, authenticate: bool = True) -> tuple[str, ...]:
     """``guix pull``; without a channels file it takes what the image has."""
-    return ("guix", "pull", *([f"--channels={channels}"] if channels else []))
+    return (
+        "guix", "pull",
+        *([] if authenticate else [UNAUTHENTICATED]),
+        *([f"--channels={channels}"] if channels else []),
+    )  # fmt: skip
 
 
 def describe_argv() -> tuple[str, ...]:
@@ -88,15 +96,39 @@ def channels(text: str) -> dict[str, Channel]:
     The file is a Scheme program; what it computes is not seen here, only forms such as
     ``(channel (name 'guix) (url "…"))``.  ``guix describe`` prints nothing else.
     """
-    found = {}
+    return {channel.name: channel for channel, _ in _spelled_out(text)}
+
+
+def _spelled_out(text: str) -> Iterator[tuple[Channel, dict[str, Any]]]:
+    """Each channel that a channels file spells out, and all that its form has, by name."""
     for form in _forms(_read(text)):
         fields = {each[0]: each[1] for each in form[1:] if _is_field(each)}
         known = {
             name: fields[name] for name in ("name", "url", "branch", "commit") if name in fields
         }
         if form[0] == "channel" and {"name", "url"} <= known.keys():
-            found[known["name"]] = Channel(**known)
-    return found
+            everything = {each[0]: each[1:] for each in form[1:] if _is_named(each)}
+            yield Channel(**known), everything
+
+
+_OFFICIAL_URLS = ("https://git.guix.gnu.org/guix.git", "https://git.savannah.gnu.org/git/guix.git")
+"""Where Guix is from (``%default-channel-url``, and what that was before 1.5)."""
+
+
+def unauthenticated(text: str) -> list[str]:
+    """The channels that a channels file spells out without an introduction, by name.
+
+    Guix authenticates none of these, and says nothing, but for its own channel: that has an
+    introduction built in for its own address, and is refused from any other.  What a channel
+    inherits is not seen here; ``guix describe`` spells it out.
+    """
+    return [
+        channel.name
+        for channel, fields in _spelled_out(text)
+        if fields.get("introduction", ["#f"]) == ["#f"]
+        and "inherit" not in fields
+        and (channel.name != "guix" or channel.url not in _OFFICIAL_URLS)
+    ]
 
 
 def is_literal(text: str) -> bool:
@@ -144,15 +176,22 @@ def _read(text: str) -> list[Any]:
 
 def _forms(data: list[Any]) -> Iterator[list[Any]]:
     """Every list in the data, the outer ones first, that begins with a word."""
-    for each in data:
+    # Not by recursion: a text may be deeper than Python lets calls be.
+    waiting = [*reversed(data)]
+    while waiting:
+        each = waiting.pop()
         if isinstance(each, list) and each:
             if isinstance(each[0], str):
                 yield each
-            yield from _forms(each)
+            waiting.extend(reversed(each))
 
 
 def _is_field(datum: object) -> bool:
     return isinstance(datum, list) and len(datum) == 2 and all(isinstance(e, str) for e in datum)  # noqa: PLR2004
+
+
+def _is_named(datum: object) -> bool:
+    return isinstance(datum, list) and bool(datum) and isinstance(datum[0], str)
 
 
 def commits(text: str) -> dict[str, str]:
@@ -233,7 +272,9 @@ def installed(report: str) -> list[str]:
 
     The output ``out`` goes without saying, as it does in Guix.
     """
-    rows = (re.split(r"\s*\t\s*", line) for line in report.splitlines() if "\t" in line)
+    # Version, output and store item are behind the name.
+    lines = (line for line in report.splitlines() if line.count("\t") > 1)
+    rows = (re.split(r"[^\S\t]*\t[^\S\t]*", line) for line in lines)
     return sorted(
         f"{name}@{version}" + ("" if output == "out" else f":{output}")
         for name, version, output, *_ in rows

@@ -10,6 +10,8 @@ from guix_tasks.console import human_size
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.ledger import HAND_MADE, STAGE_LABEL
 from guix_tasks.publish import image_to_use
+from guix_tasks.reference import quoted
+from guix_tasks.settings.parsers import check_text
 from guix_tasks.stage import commit_image
 from guix_tasks.work import Work, fill, kept_containers, refuse_second, work_container
 
@@ -20,6 +22,14 @@ if TYPE_CHECKING:
     from guix_tasks.stage import Project
 
 
+def _refuse_broken(word: str) -> None:
+    """Refuse an argument that would reach the command as another: an engine takes UTF-8 alone."""
+    try:
+        check_text(word)
+    except ValueError as error:
+        raise UsageError(f"run: {quoted(word)} {error}") from None
+
+
 def run(project: Project, argv: Sequence[str], *, stage: str | None, keep: bool) -> int:
     """Run one command in a work container of ``IMAGE``; its exit status.
 
@@ -27,6 +37,8 @@ def run(project: Project, argv: Sequence[str], *, stage: str | None, keep: bool)
     """
     if not argv:
         raise UsageError("run: no command; say `inv run -- COMMAND ARGUMENT…`")
+    for word in argv:
+        _refuse_broken(word)
     if keep:
         refuse_second(project.engine, project.settings)
     image = image_to_use(project, stage)

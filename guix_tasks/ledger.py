@@ -69,11 +69,13 @@ def key_of(image: Image) -> str:
 
 
 def inputs_of(image: Image) -> dict[str, str]:
-    """What a stage image was made from, by name."""
+    """What a stage image was made from, by name; nothing where its label is not one of ours."""
     try:
-        return dict(json.loads(image.labels.get(INPUTS_LABEL, "{}")))
-    except ValueError:
+        found = json.loads(image.labels.get(INPUTS_LABEL, "{}"))
+    except (ValueError, RecursionError):
         return {}
+    known = isinstance(found, dict) and all(isinstance(each, str) for each in found.values())
+    return found if known else {}
 
 
 def squash_key(stage: Image) -> str:

@@ -30,6 +30,7 @@ from guix_tasks.stages.base import (
 from guix_tasks.stages.install import given_packages, install_stage
 from guix_tasks.stages.pull import (
     CHANNELS_INPUT,
+    is_authenticated,
     lock_misfits,
     lock_text,
     misfit,
@@ -69,6 +70,8 @@ class Wishes:
     """With the container of a command that failed left."""
     packages: tuple[str, ...] = ()
     """Instead of ``GUIX_PACKAGES``."""
+    disable_authentication: bool = False
+    """With channels that nobody vouches for."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,12 @@ class Lifecycle:
         if name == "base":
             return base_inputs(engine, settings, inputs_of(image) if image else {})
         if name == "pull":
-            stage = pull_stage(self._channels_to_come(image), wanted_text(settings))
+            stage = pull_stage(
+                self._channels_to_come(image),
+                wanted_text(settings),
+                # Whoever asked for it to be disabled has not forgotten about it.
+                authenticate=is_authenticated(image),
+            )
         elif packages or settings.guix_packages or settings.guix_manifest:
             stage = install_stage(settings, packages)
         else:
@@ -174,6 +182,9 @@ class Lifecycle:
         again = wishes.force or not wishes.commit or self._is_floating(name, wishes)
         # Who asked for the packages is on the label, and what push compares.
         again = again or (name == "install" and wishes.packages != given_packages(state.image))
+        # What was pulled without authentication does for nobody who wants it authenticated.
+        trusts = wishes.disable_authentication or is_authenticated(state.image)
+        again = again or (name == "pull" and not trusts)
         if not again and (self._up_to_date(state) or self._from_cache(name, state)):
             self._project.console.say(f"{name}: up to date")
         elif name == "base":
@@ -218,7 +229,11 @@ class Lifecycle:
     def _stage(self, name: str, wishes: Wishes) -> Stage:
         if name == "install":
             return install_stage(self._settings, wishes.packages)
-        stage = stage_to_run(self._settings, update=wishes.update)
+        stage = stage_to_run(
+            self._settings,
+            update=wishes.update,
+            authenticate=not wishes.disable_authentication,
+        )
         if not wishes.update and lock_text(self._settings) and (changed := self._changed_program()):
             raise UsageError(lock_misfits(self._settings, changed))
         if self._settings.guix_channels_lock is None:

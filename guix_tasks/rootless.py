@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
 import tarfile
 from typing import TYPE_CHECKING
 
@@ -131,7 +132,8 @@ def _text(engine: Engine, container: str, path: str) -> str:
 def _user_in(accounts: str) -> int | None:
     fields = (line.split(":") for line in accounts.splitlines())
     found = (each[2] for each in fields if each[0] == USER and len(each) > 2)  # noqa: PLR2004
-    return next((int(each) for each in found if each.isdigit()), None)
+    # The file is whatever the image has; a user's ID has 32 bits.
+    return next((int(each) for each in found if re.fullmatch("[0-9]{1,10}", each)), None)
 
 
 def _free_id(accounts: str, groups: str) -> int:

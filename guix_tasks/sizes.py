@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
@@ -51,8 +52,10 @@ def _store_items(project: Project, image: str) -> list[Size]:
     measure = "du -sk /gnu/store/*-* 2>/dev/null | sort -rn | head -n " + str(LARGEST)
     work = Work("sizes", ("-c", measure), {}, entry_point=("sh",), bare=True)
     with work_container(project.engine, project.settings, image, work) as container:
-        rows = (line.split("\t") for line in perform(project, container, "sizes").splitlines())
-        return [Size("store item", path[HASH_LENGTH:], int(size) * 1024) for size, path in rows]
+        said = perform(project, container, "sizes")
+    # The programs that say it are the image's own, and may say anything.
+    rows = re.findall(r"^([0-9]{1,15})\t(/gnu/store/.+)$", said, re.MULTILINE | re.ASCII)
+    return [Size("store item", path[HASH_LENGTH:], int(size) * 1024) for size, path in rows]
 
 
 def size_rows(parts: list[Size]) -> list[tuple[str, str, str]]:

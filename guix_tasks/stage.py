@@ -118,6 +118,8 @@ class Stage:
     """A profile such as the next stage is to build: what that takes is not collected."""
     settled: Callable[[str], Stage] | None = None
     """The stage that would make the same again, by a report, where that is another one."""
+    check: Callable[[str], None] | None = None
+    """Raises ``StageError`` where what was made, by a report, must not be had."""
 
     def inputs(self, common: Mapping[str, str]) -> dict[str, str]:
         """What the stage is made from, by name, with the digest of each content."""
@@ -165,6 +167,8 @@ def run_stage(
     )
     with work_container(project.engine, settings, parent.id, work) as container:
         report = _run_again(project, container, work).strip()
+        if stage.check:
+            stage.check(report)
         if not commit:
             console.say(f"{stage.name}: done and left as it is; `inv commit` makes it the image")
             return None

@@ -40,14 +40,19 @@ def status_rows(project: Project) -> list[tuple[str, ...]]:
 def _cells(reference: str, image: Image | None, state: str) -> tuple[str, ...]:
     if image is None:
         return (reference, "-", "-", "-", state, "-")
-    age = "-"
-    if image.created:
-        made = datetime.fromisoformat(image.created[:19]).replace(tzinfo=timezone.utc)
-        age = human_time((datetime.now(timezone.utc) - made).total_seconds())
     commits = guix.commits(image.labels.get(CHANNELS_LABEL, ""))
     channels = " ".join(f"{name}@{commit[:7]}" for name, commit in commits.items()) or "-"
     identity = image.id.removeprefix("sha256:")[:12]
-    return (reference, identity, human_size(image.size), age, state, channels)
+    return (reference, identity, human_size(image.size), _age(image), state, channels)
+
+
+def _age(image: Image) -> str:
+    """How old an image is; its date is what whoever made it says."""
+    try:
+        made = datetime.fromisoformat(image.created[:19]).replace(tzinfo=timezone.utc)
+    except ValueError:
+        return "-"
+    return human_time((datetime.now(timezone.utc) - made).total_seconds())
 
 
 def _stands_for(project: Project, image: Image | None) -> str:

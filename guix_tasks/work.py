@@ -244,7 +244,7 @@ def common_files(settings: Settings) -> dict[str, bytes]:
         "entry-point.sh": (IMAGE_FOLDER / "entry-point.sh").read_bytes(),
         "environment": "".join(
             f"{name}={shlex.quote(value)}\n" for name, value in environment(settings).items()
-        ).encode(),
+        ).encode(errors="surrogateescape"),  # the bytes of the process's environment
     }
     for number, key in enumerate(settings.guix_substitute_keys):
         files[f"keys/{number}-{key.name}"] = key.read_bytes()

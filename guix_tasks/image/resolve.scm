@@ -1,5 +1,5 @@
 ;; Prints the channels that `guix pull` would pull now, with their commits, as a channels file:
-;;   resolve.scm [CHANNELS]
+;;   resolve.scm [--disable-authentication] [CHANNELS]
 ;;
 ;; They are fetched and authenticated as by `guix pull`, which finds them in its cache then.
 
@@ -10,8 +10,11 @@
            (commit (channel-instance-commit instance))))
 
 (match (command-line)
-  ((_ . file)
+  ((_ . words)
    (with-store store
-     (let* ((wanted    (channel-list (map (lambda (name) `(channel-file . ,name)) file)))
-            (instances (latest-channel-instances store wanted)))
+     (let* ((disable   "--disable-authentication")
+            (file      (delete disable words))
+            (wanted    (channel-list (map (lambda (name) `(channel-file . ,name)) file)))
+            (instances (latest-channel-instances store wanted
+                                                 #:authenticate? (not (member disable words)))))
        (pretty-print `(list ,@(map (compose channel->code pinned) instances)))))))

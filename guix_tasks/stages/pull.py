@@ -6,10 +6,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks import guix
-from guix_tasks.errors import UsageError
+from guix_tasks.errors import StageError, UsageError
 from guix_tasks.fingerprint import text_digest
 from guix_tasks.ledger import CHANNELS_LABEL
 from guix_tasks.paths import write_whole
+from guix_tasks.reference import quoted
 from guix_tasks.stage import Stage
 from guix_tasks.work import FOLDER
 
@@ -17,21 +18,33 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from guix_tasks.engine import Image
     from guix_tasks.settings import Settings
 
 
 CHANNELS_INPUT = "GUIX_CHANNELS"
 
+AUTHENTICATION_LABEL = "org.guix-tasks.authentication"
+"""``disabled`` where the channels were pulled with ``--disable-authentication``."""
 
-def pull_stage(channels: str | None, wanted: str | None = None) -> Stage:
+
+def pull_stage(
+    channels: str | None, wanted: str | None = None, *, authenticate: bool = True
+) -> Stage:
     """``guix pull`` of this channels file; of what the image itself knows where there is none.
 
     The stage is settled by what was pulled: pulled again by the commits that it got, it would
     come out the same, so that is what its key is made of.  ``wanted`` is what ``GUIX_CHANNELS``
     holds: where it computes channels, none can tell what of it matters, so all of it does.
+
+    Without ``authenticate`` the command is another, and so is the key.  The commits that come out
+    are the same, but nobody vouches for them: neither ``CACHE_IMAGE`` nor a later ``inv pull``
+    may take such an image for one whose channels were authenticated.
     """
     computed = wanted is not None and not guix.is_literal(wanted)
-    commands = [guix.pull_argv(f"{FOLDER}/channels.scm" if channels else None)]
+    file = f"{FOLDER}/channels.scm" if channels else None
+    commands = [guix.pull_argv(file, authenticate=authenticate)]
+    trust = {AUTHENTICATION_LABEL: "" if authenticate else "disabled"}
     if channels:
         # The image says what was pulled, whether by a lock or not, and its own `guix pull` stays
         # there.
@@ -40,24 +53,61 @@ def pull_stage(channels: str | None, wanted: str | None = None) -> Stage:
         name="pull",
         commands=commands,
         report=("cat", guix.CHANNELS_FILE) if channels else guix.describe_argv(),
-        labels=lambda report: {CHANNELS_LABEL: report},
+        labels=lambda report: {CHANNELS_LABEL: report, **trust},
         files={"channels.scm": channels.encode()} if channels else {},
         keep=guix.CURRENT_GUIX,
         given={CHANNELS_INPUT: text_digest(wanted or "")} if computed else {},
-        settled=partial(pull_stage, wanted=wanted),
+        settled=partial(pull_stage, wanted=wanted, authenticate=authenticate),
+        check=_refuse_unauthenticated if authenticate else None,
     )
 
 
-def stage_to_run(settings: Settings, *, update: bool = False) -> Stage:
+def is_authenticated(image: Image | None) -> bool:
+    """Whether no pull with ``--disable-authentication`` is in an image of the pull stage."""
+    return image is None or not image.labels.get(AUTHENTICATION_LABEL)
+
+
+def _refuse_unauthenticated(channels: str) -> None:
+    """Refuse what was pulled of channels that Guix could not authenticate.
+
+    Only here is it seen of channels that a file computes, and of those that channels depend on:
+    Guix itself takes them without a word.
+    """
+    if names := guix.unauthenticated(channels):
+        raise StageError(
+            f"pull: the channel {quoted(names[0])} has no introduction, so nothing authenticated "
+            f"what was pulled; {_mends()}"
+        )
+
+
+def _mends() -> str:
+    return (
+        "write the `(introduction ...)` that its authors publish into its form in GUIX_CHANNELS, "
+        "or say `--disable-authentication` to trust whoever serves it"
+    )
+
+
+def stage_to_run(settings: Settings, *, update: bool = False, authenticate: bool = True) -> Stage:
     """The stage that pulls what the lock says, else (or to ``update``) what is asked for.
 
-    Raises ``UsageError`` where the lock is not one of ``GUIX_CHANNELS``.
+    Raises ``UsageError`` where the lock is not one of ``GUIX_CHANNELS``, and where Guix could not
+    ``authenticate`` a channel that is spelled out.
     """
     wanted = wanted_text(settings)
     lock = None if update else lock_text(settings)
     if lock and (problem := misfit(wanted, lock)):
         raise UsageError(lock_misfits(settings, problem))
-    return pull_stage(lock or wanted, wanted)
+    unknown = guix.unauthenticated(lock or wanted or "") if authenticate else []
+    if unknown:
+        # A lock has what its channels had when it was made.
+        path, again = settings.guix_channels, ""
+        if lock:
+            path, again = settings.guix_channels_lock, " (and `inv pull --update`)"
+        raise UsageError(
+            f"{path}: the channel {quoted(unknown[0])} has no introduction, so nothing "
+            f"authenticates it; {_mends()}{again}"
+        )
+    return pull_stage(lock or wanted, wanted, authenticate=authenticate)
 
 
 def lock_misfits(settings: Settings, problem: str) -> str:

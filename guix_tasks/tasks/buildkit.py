@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         "update": "take the channels as they are now, and lock",
         "force": "run every step, whatever is in the builder's cache",
         "by_digest": "push no tag: `inv manifest` joins what several jobs pushed",
+        "disable_authentication": "take channels, too, that nobody vouches for",
     },
     auto_shortflags=False,
 )
@@ -28,13 +29,15 @@ def build(
     update: bool = False,
     force: bool = False,
     by_digest: bool = False,
+    disable_authentication: bool = False,
 ) -> None:
     """Do base, pull, install and push with BuildKit, in insecure steps."""
     with opened_with_buildx(c) as (project, program):
         from guix_tasks.buildkit import BuildWishes
         from guix_tasks.buildkit import build as bake
 
-        wishes = BuildWishes(not no_pull, update=update, force=force, by_digest=by_digest)
+        trust = not disable_authentication
+        wishes = BuildWishes(not no_pull, update, force, by_digest, authenticate=trust)
         answer = bake(project, program, wishes)
         if answer:
             project.console.result(answer)

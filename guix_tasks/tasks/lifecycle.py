@@ -44,6 +44,7 @@ def base(c: Context, force: bool = False) -> None:
         **NO_COMMIT,
         **KEEP_FAILED,
         "update": "take the channels as they are now, and lock",
+        "disable_authentication": "take channels, too, that nobody vouches for",
     },
     auto_shortflags=False,
 )
@@ -54,12 +55,16 @@ def pull(
     update: bool = False,
     no_commit: bool = False,
     keep_failed: bool = False,
+    disable_authentication: bool = False,
 ) -> None:
     """Run `guix pull` on the base stage."""
     with (opened_single if no_commit else opened)(c) as project, project.alone("pull"):
         from guix_tasks.lifecycle import Wishes, make_each
 
-        make_each(project, "pull", Wishes(force, upstream, update, not no_commit, keep_failed))
+        wishes = Wishes(
+            force, upstream, update, not no_commit, keep_failed, (), disable_authentication
+        )
+        make_each(project, "pull", wishes)
 
 
 @task(

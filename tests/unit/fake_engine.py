@@ -195,13 +195,16 @@ class FakeGuix:
             yield from self._install(container, words, options.get("manifest"))
 
     def _pulled(self, text: str) -> str:
-        forms = re.split(r"\(channel\s", text)[1:] or ['(name \'guix) (url "https://guix.test")']
+        forms = re.split(r"\(channel\s", text)[1:] or [
+            f'(name \'guix) (url "https://guix.test") {INTRODUCTION}'
+        ]
         channels = []
         for form in forms:
             found = dict(re.findall(r"\((name|url|branch|commit)\s+['\"]([^\s()\"]+)\"?\)", form))
             if {"name", "url"} <= found.keys():
                 commit = found.get("commit") or self.heads[found["name"]]
-                channels.append(channel(found["name"], found["url"], commit))
+                introduced = "(introduction" in form
+                channels.append(channel(found["name"], found["url"], commit, introduced=introduced))
         return f"(list {' '.join(channels)})\n"
 
     def _install(
@@ -221,10 +224,16 @@ class FakeGuix:
             container.write(PROFILE, " ".join(sorted(profile)))
 
 
-def channel(name: str, url: str, commit: str = "") -> str:
+INTRODUCTION = (
+    f'(introduction (make-channel-introduction "{"1" * 40}" '
+    f'(openpgp-fingerprint "{" ".join(["ABCD"] * 10)}")))'
+)
+
+
+def channel(name: str, url: str, commit: str = "", *, introduced: bool = True) -> str:
     """A channel as ``guix describe`` spells it out."""
     pin = f'(commit "{commit}")' if commit else ""
-    return f'(channel (name \'{name}) (url "{url}") {pin})'
+    return f'(channel (name \'{name}) (url "{url}") {pin} {INTRODUCTION if introduced else ""})'
 
 
 def _counted(

@@ -241,6 +241,8 @@ def test_the_resolving_script_stops_at_the_first_error() -> None:
         "resolve.scm /var/guix/guix-tasks/channels.scm >/.guix-tasks-reports/resolved\n"
         in given_ones
     )
+    bold = resolve_script(channels=True, authenticate=False).decode()
+    assert "resolve.scm --disable-authentication /var/guix/guix-tasks/channels.scm >" in bold
 
 
 # --- The bake file --------------------------------------------------------------------------

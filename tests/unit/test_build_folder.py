@@ -198,6 +198,20 @@ def test_an_image_is_handed_over_as_it_comes(folder: Path, size: int) -> None:
     assert (folder / "base-image" / "blobs/sha256/x").read_bytes() == b"x" * 50_000
 
 
+def promising(kind: bytes) -> bytes:
+    """An archive whose only member has a terabyte that does not come."""
+    member = tarfile.TarInfo("x")
+    member.type, member.size = kind, 1 << 40
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def linking() -> bytes:
+    """A link to what is nowhere."""
+    member = tarfile.TarInfo("link")
+    member.type, member.linkname = tarfile.LNKTYPE, "nowhere"
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -213,6 +227,10 @@ def test_an_image_is_handed_over_as_it_comes(folder: Path, size: int) -> None:
         saved(b'{"manifests": null}'),
         saved(b'{"manifests": ["x"]}'),
         saved(GOOD_INDEX, "../outside"),
+        saved(b"[" * 99_999),
+        promising(tarfile.REGTYPE),
+        # What a link points at is looked for among all that comes.
+        linking() + promising(tarfile.REGTYPE),
     ],
 )
 def test_what_is_no_oci_layout_is_one_error(folder: Path, data: bytes) -> None:

@@ -162,6 +162,17 @@ def test_the_hosts_network_is_allowed_where_it_is_asked_for(site: Site, fake: Fa
     assert "--network=host" in bakes(fake)[-1].files["Dockerfile"]
 
 
+@pytest.mark.parametrize("name", ["guest\nRUN touch /canary", "$HOME", "a b", "", "-x"])
+def test_no_name_of_a_user_becomes_an_instruction(site: Site, fake: FakeBuildx, name: str) -> None:
+    fake.answer(user="1000", name=name)
+    bake(site, fake)
+    users = [line for line in bakes(fake)[-1].files["Dockerfile"].splitlines() if "USER" in line]
+    assert users == ["USER root", "USER 1000"]
+    fake.answer(user="-1")
+    with pytest.raises(BuilderError, match="has no name that can be one"):
+        bake(site, fake)
+
+
 def test_an_engine_without_a_bridge_builds_on_the_hosts_network(
     site: Site, fake: FakeBuildx
 ) -> None:
@@ -233,6 +244,43 @@ def test_update_resolves_whatever_the_lock_says(site: Site, fake: FakeBuildx) ->
     bake(site, fake, update=True)
     assert bakes(fake)[1].files["work/pull/channels.scm"] == RESOLVED
     assert site.lock.read_text() == f"{RESOLVED}\n"
+
+
+BARE = f"(list {channel('mine', 'https://m.test', 'c' * 40, introduced=False)})"
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_a_channel_without_an_introduction_is_refused_before_anything_is_done(
+    site: Site, fake: FakeBuildx, *, update: bool
+) -> None:
+    site.write("channels.scm", BARE)
+    with pytest.raises(UsageError, match="the channel 'mine' has no introduction"):
+        bake(site, fake, update=update)
+    assert fake.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("report", "calls"), [("resolved", ["asked"]), ("pull", ["asked", "reports"])]
+)
+def test_one_that_is_computed_is_refused_when_it_is_seen(
+    site: Site, fake: FakeBuildx, report: str, calls: list[str]
+) -> None:
+    site.write("channels.scm", "(my-channels)")
+    fake.answer(**{report: BARE})
+    with pytest.raises(StageError, match="the channel 'mine' has no introduction"):
+        bake(site, fake)
+    assert [call.argv[-1] for call in bakes(fake)] == calls
+    assert not site.lock.exists()
+
+
+def test_it_is_pulled_where_that_is_said(site: Site, fake: FakeBuildx) -> None:
+    site.write("channels.scm", BARE)
+    fake.answer(resolved=BARE, pull=BARE)
+    assert bake(site, fake, authenticate=False)
+    asked, reports, image = bakes(fake)
+    assert "resolve.scm --disable-authentication" in asked.files["work/resolve/stage"]
+    assert "guix pull --disable-authentication" in reports.files["work/pull/stage"]
+    assert "org.guix-tasks.authentication" in image.files["Dockerfile"]
 
 
 def test_channels_without_a_lock_float(site: Site, fake: FakeBuildx) -> None:

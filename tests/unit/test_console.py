@@ -12,7 +12,14 @@ from fake_engine import STEADY, Heard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guix_tasks.console import Console, Log, TransferProgress, human_size, human_time
+from guix_tasks.console import (
+    Console,
+    Log,
+    TransferProgress,
+    human_size,
+    human_time,
+    printable,
+)
 
 
 class Terminal(io.StringIO):
@@ -95,7 +102,7 @@ def test_only_what_was_asked_for_is_on_standard_output(capsys: pytest.CaptureFix
 
 
 @STEADY
-@given(st.lists(st.text(st.characters(exclude_characters="\0\r\n")), min_size=1))
+@given(st.lists(st.text().filter(str.isprintable), min_size=1))
 def test_a_command_can_be_pasted(argv: list[str]) -> None:
     console = Heard()
     console.command(argv)
@@ -198,3 +205,30 @@ def test_a_log_that_can_be_kept_no_longer_is_still_shown() -> None:
 
     assert shown(Full()) == shown(None)
     assert Full.calls == 1
+
+
+# --- What others word -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("café → 漢字", "café → 漢字"),
+        ("\x1b[2J\x9b\a", r"\x1b[2J\x9b\x07"),
+        ("one\ntwo\r\u2028", r"one\ntwo\r\u2028"),
+        ("\u202e\u200f\udcff", r"\u202e\u200f\udcff"),
+    ],
+)
+def test_what_controls_a_terminal_is_shown(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    console = Heard()
+    console.error(text)
+    console.warn(text)
+    console.table([text], [[text]])
+    assert console.text == f"{shown}\n{shown}\nerror: {shown}\nwarning: {shown}\n"
+
+
+def test_a_message_of_ours_may_have_several_lines() -> None:
+    console = Heard()
+    console.say("one\n\ttwo\x1b")
+    assert console.text == "one\n\ttwo\\x1b\n"

@@ -6,6 +6,7 @@ import bz2
 import errno
 import gzip
 import io
+import itertools
 import os
 import shutil
 import tarfile
@@ -137,6 +138,26 @@ def test_the_build_logs_of_what_failed_are_in_it(
     path = DRV.removesuffix(".gz") + ending
     folder = kept(site, failed_one(site, points_to(path), **{path: packed(b"cc: error\n")}))
     assert gzip.decompress((folder / KEPT_DRV).read_bytes()) == b"cc: error\n"
+
+
+def test_a_build_log_without_an_end_is_kept_in_part(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failure, "_LOG_MOST", 1000)
+    for text in (b"a line\n" * 5000, b"0" * 100_000):
+        failed = failed_one(site, points_to(DRV), **{DRV: gzip.compress(text)})
+        kept_log = kept(site, failed) / KEPT_DRV
+        assert gzip.decompress(kept_log.read_bytes()) == text[:1000]
+        site.engine.remove(failed.container)
+
+
+def test_a_build_log_that_never_ends_to_come_is_left_out(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(failure, "_COPY_MOST", 10_000)
+    monkeypatch.setattr(site.engine, "copy_out", lambda *_: itertools.repeat(b"x" * 1000))
+    folder = kept(site, failed_one(site, points_to(DRV)))
+    assert {each.name for each in folder.iterdir()} == {"log", "command", "settings", "versions"}
 
 
 def test_a_build_log_that_is_cut_off_is_kept_as_far_as_it_goes(site: Site) -> None:

@@ -279,11 +279,36 @@ def test_a_file_that_spells_out_all_its_channels(text: str, *, literal: bool) ->
     assert guix.is_literal(text) == literal
 
 
+OFFICIAL = '(channel (name \'guix) (url "https://git.guix.gnu.org/guix.git"))'
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        (DESCRIBED, ["nonguix"]),
+        (f'(channel (name \'a) (url "u") {INTRODUCTION})', []),
+        ('(channel (name \'a) (url "u") (introduction #f))', ["a"]),
+        ('(channel (name \'a) (url "u") (introduction mine))', []),
+        ('(channel (name \'a) (url "u") #;(introduction mine))', ["a"]),
+        ('(cons* (channel (name \'a) (url "u")) %default-channels)', ["a"]),
+        ('(channel (inherit mine) (name \'a) (url "u"))', []),
+        (OFFICIAL, []),
+        (OFFICIAL.replace("https:", "http:"), ["guix"]),
+        (OFFICIAL.replace("guix)", "other)"), ["other"]),
+        ("%default-channels", []),
+        ("", []),
+    ],
+)
+def test_a_channel_that_nothing_authenticates(text: str, names: list[str]) -> None:
+    assert guix.unauthenticated(text) == names
+
+
 @STEADY
 @given(st.text("()[];#|\"\\' \nachnel") | st.text())
 def test_no_text_is_an_error(text: str) -> None:
     guix.channels(text)
     guix.is_literal(text)
+    guix.unauthenticated(text)
 
 
 NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True)
@@ -302,6 +327,12 @@ def test_every_channel_of_a_list_is_found(commits: dict[str, str]) -> None:
 
 
 # --- Packages -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["\t", "a\t1", "\t\t\t", "a\t1\tout", "\x1b[2J"])
+def test_what_is_no_row_of_a_report_is_no_error(line: str) -> None:
+    good = "hello\t2.12\tout\t/gnu/store/a"
+    assert "hello@2.12" in guix.installed(f"{line}\n{good}\n")
 
 
 def test_what_is_installed() -> None:

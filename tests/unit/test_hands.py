@@ -297,3 +297,10 @@ def test_a_shell_that_is_open_is_not_entered_twice(
     with pytest.raises(UsageError, match="is still running"):
         shell(made)
     assert len(terminal) == 1
+
+
+def test_an_argument_that_the_engine_would_change_is_refused(made: Site) -> None:
+    before = made.engine.changing_calls()
+    with pytest.raises(UsageError, match=r"run: 'caf\\udce9' has a NUL or a broken character"):
+        hands.run(made.project(), ["ls", "caf\udce9"], stage=None, keep=False)
+    assert made.engine.changing_calls() == before

@@ -30,6 +30,7 @@ from guix_tasks import fingerprint, work
 from guix_tasks.engine import Image
 from guix_tasks.ledger import (
     HAND_MADE,
+    INPUTS_LABEL,
     KEY_LABEL,
     LAYERS_LABEL,
     PREVIOUS,
@@ -670,3 +671,12 @@ def test_the_stages_of_two_platforms_do_not_answer_for_one_another(site: Site) -
     assert not set(keys.values()) & set(site.keys().values())
     assert site.engine.tags[IMAGE] == native.id
     assert site.engine.tags[f"{IMAGE}-linux-arm64"] == site.image("install").id
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no", "5", "null", "[1]", '[["a", "b"]]', '{"a": 1}', '{"a": ["b"]}', "[" * 99_999]
+)
+def test_a_label_that_is_not_of_ours_says_nothing(made: Site, text: str) -> None:
+    image = made.image("pull")
+    config = {**image.config, "Labels": {**image.labels, INPUTS_LABEL: text}}
+    assert inputs_of(replace(image, config=config)) == {}

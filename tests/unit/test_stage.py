@@ -56,7 +56,7 @@ from guix_tasks.ledger import (
     proven_stage,
 )
 from guix_tasks.stage import Project, Stage, commit_image, run_stage
-from guix_tasks.stages.pull import misfit, stage_to_run, write_lock
+from guix_tasks.stages.pull import AUTHENTICATION_LABEL, misfit, stage_to_run, write_lock
 from guix_tasks.work import PROJECT_LABEL
 
 if TYPE_CHECKING:
@@ -1073,6 +1073,79 @@ def test_a_lock_of_other_channels_is_pulled_by_nobody(made: Site) -> None:
     with pytest.raises(UsageError, match="it lacks the channel mine; `inv pull --update`"):
         stage_to_run(made.settings())
     assert b"m.test" in stage_to_run(made.settings(), update=True).files["channels.scm"]
+
+
+# --- Channels that nothing authenticates ----------------------------------------------------
+
+BARE = channel("mine", "https://m.test", introduced=False)
+BOTH = f"(list {channel('guix', 'https://guix.test')} {BARE})"
+
+
+def test_a_channel_without_an_introduction_is_refused_before_anything_is_done(site: Site) -> None:
+    site.write("channels.scm", BOTH)
+    with pytest.raises(UsageError) as caught:
+        site.make("pull")
+    assert f"{site.folder / 'channels.scm'}: the channel 'mine' has no introduc" in str(
+        caught.value
+    )
+    assert "(introduction ...)" in str(caught.value)
+    assert "`--disable-authentication`" in str(caught.value)
+    assert site.engine.changing_calls() == []
+
+
+@pytest.mark.parametrize("commit", [True, False])
+def test_one_that_is_computed_is_refused_when_it_is_seen(site: Site, *, commit: bool) -> None:
+    """As one is that another channel depends on."""
+    site.make("base")
+    before = outline(site.engine)
+    site.write("channels.scm", "(my-channels)")
+    site.engine.guix.evaluate = lambda _text: BOTH
+    with pytest.raises(StageError, match="the channel 'mine' has no introduction"):
+        site.make("pull", commit=commit)
+    assert outline(site.engine) == before
+    assert site.engine.all_containers == {}
+    assert not site.lock.exists()
+
+
+@pytest.mark.parametrize("text", [BOTH, "(my-channels)"], ids=["spelled out", "computed"])
+def test_it_is_pulled_where_that_is_said_and_by_nobody_else(site: Site, text: str) -> None:
+    site.write("channels.scm", text)
+    site.engine.guix.evaluate = lambda _text: BOTH
+    assert "+ guix pull --disable-authentication --channels=" in site.make(
+        "pull", disable_authentication=True
+    )
+    assert site.image("pull").labels[AUTHENTICATION_LABEL] == "disabled"
+    assert site.why("pull") is None
+    assert site.make("pull", disable_authentication=True) == "pull: up to date\n"
+    with pytest.raises(UsageError, match=r"channels\.lock\.scm: .* `inv pull --update`"):
+        site.make("pull")
+    site.make("install")
+    assert site.push()
+
+
+def test_what_was_not_authenticated_does_for_nobody_who_wants_it_so(made: Site) -> None:
+    made.make("pull", disable_authentication=True, force=True)
+    key = made.keys()["pull"]
+    assert "+ guix pull --channels=" in made.make("pull")
+    assert made.image("pull").labels[AUTHENTICATION_LABEL] == ""
+    assert made.keys()["pull"] != key
+
+
+def test_what_was_authenticated_does_for_everybody(made: Site) -> None:
+    assert made.make("pull", disable_authentication=True) == "pull: up to date\n"
+
+
+def test_a_cache_has_no_unauthenticated_stage_for_whoever_wants_it_authenticated(
+    tmp_path: Path,
+) -> None:
+    first = new_site(tmp_path / "first", CACHE_IMAGE="registry.test/cache")
+    first.make("base")
+    first.make("pull", disable_authentication=True)
+    second = new_site(tmp_path / "second", first.engine.registry, CACHE_IMAGE="registry.test/cache")
+    second.lock.write_text(first.lock.read_text())
+    said = second.make("base", "pull")
+    assert "base: taken from" in said
+    assert "+ guix pull --channels=" in said
 
 
 # --- Platforms ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -109,6 +110,22 @@ def test_sizes_are_shown_and_drawn(made: Site) -> None:
     assert (made.folder / "sizes.svg").read_text().startswith("<svg")
     with pytest.raises(UsageError, match=r"--plot: .*: No such file or directory"):
         show_sizes(made.project(), str(made.folder / "no" / "sizes.svg"))
+
+
+def test_programs_of_an_image_may_say_of_its_sizes_what_they_like(made: Site) -> None:
+    item = b"0" * 32 + b"-x"
+    said = b"\n1\nx\t/gnu/store/a\n7\t/gnu/store/" + item + b"\n1\t2\t3\n-1\t/gnu/store/b\n"
+    made.engine.behaviour = lambda _container: iter([(False, said)])
+    project = made.project()
+    show_sizes(project, "")
+    assert re.findall("store item +(.*)", heard(project)) == ["x        7.17 kB"]
+
+
+@pytest.mark.parametrize("created", ["0000-01-01T00:00:00Z", "never", ""])
+def test_an_image_without_a_date_that_can_be_has_no_age(made: Site, created: str) -> None:
+    image = made.image("install")
+    made.engine.all_images[image.id] = replace(image, created=created)
+    assert status_rows(made.project())[-1][4] == "-"
 
 
 # --- Clean ----------------------------------------------------------------------------------
