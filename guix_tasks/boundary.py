@@ -19,7 +19,7 @@ from invoke.exceptions import Exit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from types import FrameType
+    from types import FrameType, TracebackType
 
     from invoke.context import Context
 
@@ -183,6 +183,7 @@ def guarded() -> Iterator[None]:
         raise StoppedError
 
     before = signal.signal(signal.SIGTERM, interrupt)
+    _hide_in_what_others_say()
     try:
         yield
     except SettingsError as error:
@@ -211,6 +212,35 @@ def guarded() -> Iterator[None]:
         raise Exit(code=2) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _hide_in_what_others_say() -> None:
+    """Let tracebacks, and what libraries log under ``inv --debug``, pass the filter of all else."""
+    import logging
+    import threading
+    import traceback
+
+    from guix_tasks.masking import clean
+
+    class Masked(logging.Formatter):
+        def __init__(self, own: logging.Formatter) -> None:
+            super().__init__()
+            self._own = own
+
+        def format(self, record: logging.LogRecord) -> str:
+            return clean(self._own.format(record))
+
+    for handler in logging.root.handlers:
+        if not isinstance(handler.formatter, Masked):
+            handler.setFormatter(Masked(handler.formatter or logging.Formatter()))
+
+    def tell(
+        kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        sys.stderr.write(clean("".join(traceback.format_exception(kind, error, trace))))
+
+    sys.excepthook = tell
+    threading.excepthook = lambda args: tell(args.exc_type, args.exc_value, args.exc_traceback)
 
 
 def project_folder(start: Path) -> Path:

@@ -11,6 +11,8 @@ import shlex
 import sys
 from typing import IO, TYPE_CHECKING, ClassVar, TextIO
 
+from guix_tasks import masking
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -43,7 +45,7 @@ def _escaped(character: str) -> str:
 
 
 class Console:
-    """Prints headings, commands and tables.
+    """Prints headings, commands and tables, without the secrets that ``masking`` knows.
 
     ``out`` takes results, ``err`` takes everything else; they are looked up when they are
     used, so that a test that replaces ``sys.stdout`` sees the output.
@@ -55,6 +57,11 @@ class Console:
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
         self._out = out
         self._err = err
+        self._streams = {
+            # What a command was run for stays as it is, but for secrets.
+            False: masking.Stream(self._write_out, accounts=False),
+            True: masking.Stream(self._write_err),
+        }
 
     @property
     def out(self) -> TextIO:
@@ -66,15 +73,22 @@ class Console:
 
     def result(self, text: str) -> None:
         """What the task was asked for, on standard output."""
-        print(text, file=self.out, flush=True)
+        self.end_streams()
+        print(masking.clean(text), file=self.out, flush=True)
 
     def say(self, text: str) -> None:
         """One line on what is being done."""
-        text = printable(text, "\n\t")
+        self.end_streams()
+        text = printable(masking.clean(text), "\n\t")
         if Console._line_is_open:
             text = f"\n{text}"
             Console._line_is_open = False
         print(text, file=self.err, flush=True)
+
+    def draw(self, text: str) -> None:
+        """What moves on a terminal."""
+        self.err.write(masking.clean(text))
+        self.err.flush()
 
     def warn(self, text: str) -> None:
         self.say(f"warning: {printable(text)}")
@@ -87,10 +101,23 @@ class Console:
         self.say(f"+ {' '.join(map(_pasteable, argv))}")
 
     def stream(self, data: bytes, *, error: bool = True) -> None:
-        """Output of a program, as it comes."""
-        target = self.err if error else self.out
-        if error and data:
-            Console._line_is_open = not data.endswith(b"\n")
+        """Output of a program, as it comes; what may be a part of a secret waits for the rest."""
+        self._streams[error].add(data)
+
+    def end_streams(self) -> None:
+        """Show what waits still, since the program has ended."""
+        for stream in self._streams.values():
+            stream.end()
+
+    def _write_err(self, data: bytes) -> None:
+        Console._line_is_open = not data.endswith(b"\n")
+        self._write(self.err, data)
+
+    def _write_out(self, data: bytes) -> None:
+        self._write(self.out, data)
+
+    @staticmethod
+    def _write(target: TextIO, data: bytes) -> None:
         buffer = getattr(target, "buffer", None)
         if buffer is None:
             target.write(data.decode(errors="replace"))
@@ -139,6 +166,7 @@ class Log:
         if self._rest:
             self._show(self._rest)
         self._rest = b""
+        self._console.end_streams()
 
     def _show(self, line: bytes) -> None:
         last = self._CONTROL.sub(b"", line.rstrip(b"\r")).split(b"\r")[-1]
@@ -163,10 +191,7 @@ class TransferProgress:
         if self._console.err.isatty():
             moved = sum(current for current, _ in self._sizes.values())
             whole = sum(total for _, total in self._sizes.values())
-            self._console.err.write(
-                f"\r\x1b[K{self._what}: {human_size(moved)} of {human_size(whole)}"
-            )
-            self._console.err.flush()
+            self._console.draw(f"\r\x1b[K{self._what}: {human_size(moved)} of {human_size(whole)}")
         elif done and layer not in self._done:
             size = self._sizes.get(layer, (0, 0))[1]
             amount = f" ({human_size(size)})" if size else ""
@@ -177,8 +202,7 @@ class TransferProgress:
     def end(self) -> None:
         """Clear the moving line."""
         if self._console.err.isatty():
-            self._console.err.write("\r\x1b[K")
-            self._console.err.flush()
+            self._console.draw("\r\x1b[K")
 
 
 KILO = 1000

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from io import BytesIO
 from typing import IO, TYPE_CHECKING, cast
-from urllib.parse import quote, unquote_to_bytes
 
 from guix_tasks import guix
 from guix_tasks.errors import EngineError
+from guix_tasks.masking import clean, hidden, to_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     from guix_tasks.engine import Engine
@@ -36,17 +36,6 @@ _COPY_MOST = 64 << 20
 
 _LOG_MOST = 64 << 20
 """Bytes of such a log, unpacked: what a container packs may be without an end."""
-
-_LINE = 8
-"""Characters from which a line of a secret is one itself; a mere brace is not."""
-
-HIDDEN = b"***"
-
-_ACCOUNT = re.compile(rb"(?<=://)[^\s/'\"]+(?=@)")
-"""The user and the password in a URL, whoever wrote it."""
-
-_OPTION = re.compile(rb"\b(\w*(?:token|secret|password|access_key)\w*=)[^,\s]+")
-"""An option such as those of build caches, ``secret_access_key=…``."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +68,9 @@ def keep_failure(engine: Engine, settings: Settings, failed: Failed) -> Path | N
 
 
 def _fill(folder: Path, engine: Engine, settings: Settings, failed: Failed) -> None:
-    secrets = _secrets(settings)
     written = "".join(f"{name}={text}\n" for name, text in settings.written.items() if text)
-    (folder / "command").write_bytes(hidden(failed.command, secrets))
-    (folder / "settings").write_bytes(_OPTION.sub(rb"\1" + HIDDEN, hidden(_raw(written), secrets)))
+    (folder / "command").write_bytes(hidden(failed.command))
+    (folder / "settings").write_bytes(to_bytes(clean(written)))
     # Where the engine is gone, the rest is still worth keeping.
     with suppress(EngineError):
         info = engine.info()
@@ -92,13 +80,13 @@ def _fill(folder: Path, engine: Engine, settings: Settings, failed: Failed) -> N
     paths: dict[str, None] = {}
     with (folder / "log").open("wb") as log:
         for line in failed.log:
-            log.write(hidden(line, secrets))
+            log.write(hidden(line))
             paths.update(dict.fromkeys(guix.build_logs(line.decode(errors="replace"))))
     for path in itertools.islice(paths, _BUILD_LOGS):
         # Of one that cannot be read to its end what came is kept.
         with suppress(EngineError, tarfile.TarError, OSError, EOFError, zlib.error):
             archive = _joined(engine.copy_out(failed.container, path))
-            _unpack(archive, path, folder, secrets)
+            _unpack(archive, path, folder)
 
 
 def _joined(pieces: Iterator[bytes]) -> bytes:
@@ -111,17 +99,17 @@ def _joined(pieces: Iterator[bytes]) -> bytes:
     return bytes(found)
 
 
-def _unpack(archive: bytes, path: str, folder: Path, secrets: Iterable[bytes]) -> None:
+def _unpack(archive: bytes, path: str, folder: Path) -> None:
     """Write the one build log in an archive, with its derivation's name and compressed."""
     *_, start, rest = path.split("/")
     plain = re.sub(r"\.(gz|bz2)$", "", rest)
-    name = hidden(_raw(start + plain), secrets).decode()
+    name = clean(start + plain)
     with tarfile.open(fileobj=BytesIO(archive), mode="r:") as tar:
         member = next((each for each in tar if each.isfile()), None)
         file = tar.extractfile(member) if member else None
         if file:
             with gzip.open(folder / f"{name}.gz", "wb") as log:
-                log.writelines(hidden(line, secrets) for line in _lines(file, rest))
+                log.writelines(hidden(line) for line in _lines(file, rest))
 
 
 def _lines(file: IO[bytes], name: str) -> Iterator[bytes]:
@@ -146,33 +134,3 @@ def _finished(unfinished: Path, folder: Path) -> Path:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
     raise AssertionError
-
-
-def hidden(text: bytes, secrets: Iterable[bytes]) -> bytes:
-    """A text without secrets, and without the accounts in URLs."""
-    for secret in secrets:
-        text = text.replace(secret, HIDDEN)
-    return _ACCOUNT.sub(HIDDEN, text)
-
-
-def _secrets(settings: Settings) -> list[bytes]:
-    """The secrets that the settings hold, in each way they may be written, the longest first."""
-    plain = [_raw(settings.docker_password.reveal())] if settings.docker_password else []
-    for url in map(_raw, settings.proxies.values()):
-        # Not by the rules of URLs: a password may be there that breaks them.
-        account = url.partition(b"://")[2] or url
-        plain.append(account.rpartition(b"@")[0].partition(b":")[2])
-    # A log is looked through line by line, and a key may have several.
-    plain += [line for each in plain for line in each.splitlines() if len(line) >= _LINE]
-    ways = {
-        way
-        for each in plain
-        for way in (each, unquote_to_bytes(each), quote(each, safe="").encode())
-        if way
-    }
-    return sorted(ways, key=len, reverse=True)
-
-
-def _raw(text: str) -> bytes:
-    """Text as bytes; what the environment holds need not be UTF-8."""
-    return text.encode(errors="surrogateescape")

@@ -47,6 +47,7 @@ def run(project: Project, argv: Sequence[str], *, stage: str | None, keep: bool)
     with work_container(project.engine, project.settings, image.id, work) as container:
         for is_error, data in project.engine.run(container):
             project.console.stream(data, error=is_error)
+        project.console.end_streams()
         status = project.engine.wait(container)
         if keep and status:
             # What failed is not for committing.

@@ -14,11 +14,13 @@ that is passed in, and never written.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from guix_tasks import masking
 from guix_tasks.errors import SettingsError
 from guix_tasks.reference import ImageReference, Platform, quoted
 from guix_tasks.settings import nodes, parsers
@@ -386,6 +388,8 @@ def _shown(path: Path, cwd: Path) -> str:
 
 def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Settings:
     values = sources.values()
+    # Before anything is said of them: what is wrong may hold a secret, too.
+    masking.add(*_secrets(sources, values, environ))
     _check_together(sources, values)
     if sources.problems:
         raise SettingsError(list(dict.fromkeys(sources.problems)))
@@ -398,9 +402,50 @@ def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Se
         written=MappingProxyType(
             {name: text for name, text in sources.written().items() if name not in _CONFIDENTIAL}
         ),
-        notes=tuple(dict.fromkeys(sources.notes)),
+        notes=tuple(dict.fromkeys([*sources.notes, *_careless(sources, values)])),
         origins=MappingProxyType(sources.origins()),
     )
+
+
+_SECRET_FILE_MAX = 1 << 16
+"""Bytes of a file of ``BUILD_SECRETS`` up to which its lines are hidden."""
+
+
+def _secrets(
+    sources: Sources, values: Mapping[str, Any], environ: Mapping[str, str]
+) -> Iterator[str]:
+    """All that nobody is to see, whether the settings are right or not."""
+    user, password = values["DOCKER_USERNAME"], values["DOCKER_PASSWORD"]
+    if password:
+        yield password.reveal()
+        yield f"{user.reveal() if user else ''}:{password.reveal()}"
+    for url in (environ.get(name, "") for name in _PROXIES):
+        # Not by the rules of URLs: a password may be there that breaks them.
+        account = url.partition("://")[2] or url
+        yield account.rpartition("@")[0].partition(":")[2]
+    for name, text in sources.written().items():
+        if name != "BUILD_SECRETS" and not name.endswith("_FILE"):
+            yield from masking.secrets_in(text)
+    yield from (text for _, text in _secret_arguments(values))
+    for path in (values["BUILD_SECRETS"] or {}).values():
+        with suppress(OSError), path.open("rb") as file:
+            yield file.read(_SECRET_FILE_MAX).decode(errors="surrogateescape")
+
+
+def _secret_arguments(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    arguments = values["BUILD_ARGS"] or {}
+    return [(name, text) for name, text in arguments.items() if masking.is_secret_name(name)]
+
+
+def _careless(sources: Sources, values: Mapping[str, Any]) -> list[str]:
+    """What is right, and shows a secret to whoever has the image."""
+    origin = sources.origins()["BUILD_ARGS"]
+    return [
+        f"{origin}: {name} is seen by whoever has the image, in its history; a secret belongs into "
+        "BUILD_SECRETS"
+        for name, text in _secret_arguments(values)
+        if text
+    ]
 
 
 def _check_together(sources: Sources, values: Mapping[str, Any]) -> None:

@@ -7,10 +7,19 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_engine import Site, made_site, new_site, serial
 
-from guix_tasks import fingerprint
+from guix_tasks import fingerprint, masking
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+
+@pytest.fixture(autouse=True)
+def no_secrets() -> Iterator[None]:
+    """Each test is a process of its own, to which no secret is known as yet."""
+    masking.forget()
+    yield
+    masking.forget()
 
 
 @pytest.fixture

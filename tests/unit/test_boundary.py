@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
+import logging
 import os
 import shutil
 import signal
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import pytest
 from fake_buildx import DIGEST, NAME, FakeBuildx
@@ -96,6 +100,8 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(docker_engine, "DEFAULT_SOCKET", tmp_path / "no.sock")
     monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
     monkeypatch.setattr(builder_setup, "refuse_silent", lambda _endpoint: None)
+    for module in (sys, threading):
+        monkeypatch.setattr(module, "excepthook", module.excepthook)
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
     yield
     boundary._engines.clear()
@@ -690,6 +696,76 @@ def test_a_secret_is_not_shown_by_a_registry_that_refuses_it(inv: Inv) -> None:
     done = inv("push")
     assert done.code == 5
     assert PASSWORD not in done.err + repr(inv.site.engine.calls)
+
+
+def test_an_engine_and_a_registry_that_repeat_a_secret_are_not_repeated(inv: Inv) -> None:
+    inv.site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD=PASSWORD)
+    inv("install")
+    inv.site.engine.registry.refusal = (
+        f"unauthorized: {PASSWORD} of https://other:password@registry.test/token?token=abc-def"
+    )
+    done = inv("push")
+    assert done.code == 5
+    assert "unauthorized: *** of https://***@registry.test/token?token=***" in done.errors[0]
+
+
+def test_settings_that_are_wrong_show_no_secret(inv: Inv) -> None:
+    inv.monkeypatch.setenv("https_proxy", f"http://me:{PASSWORD}@proxy.test")
+    inv.site.env.update(
+        TAGS=f"bad/{PASSWORD}",
+        BUILDX_CACHE_TO='type=s3,secret_access_key=hunter3,a="',
+        NETWORK="https://me:hunter4@x/",
+    )
+    done = inv("status")
+    assert done.code == 2
+    assert len(done.errors) == 3
+    assert not [each for each in (PASSWORD, "hunter3", "hunter4") if each in done.err]
+
+
+def test_a_build_argument_that_is_secret_is_pointed_out_and_not_shown(inv: Inv) -> None:
+    inv.site.env["BUILD_ARGS"] = "VERSION=1.0 NPM_TOKEN=hunter2 proxy=http://me:hunter3@x"
+    done = inv("--dry", "base")
+    assert done.code == 0
+    assert "note: .env:" in done.err
+    assert "NPM_TOKEN is seen by whoever has the image, in its history" in done.err
+    assert "--build-arg=VERSION=1.0" in done.err
+    assert "hunter" not in done.err + done.out
+
+
+def test_a_bug_is_told_without_secrets(inv: Inv) -> None:
+    inv.site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD=PASSWORD)
+    inv("status")
+
+    def bug() -> None:
+        raise LookupError(PASSWORD) from ValueError(f"https://me:pass@x {PASSWORD}")
+
+    try:
+        bug()
+    except LookupError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        thread = threading.current_thread()
+        threading.excepthook(
+            threading.ExceptHookArgs((type(error), error, error.__traceback__, thread))
+        )
+    said = inv.capsys.readouterr().err
+    assert said.count("LookupError: ***") == 2
+    assert said.count("ValueError: https://***@x ***") == 2
+    assert PASSWORD not in said
+
+
+def test_what_libraries_log_for_debugging_holds_no_secret(inv: Inv) -> None:
+    heard = io.StringIO()
+    handler = logging.StreamHandler(heard)
+    handler.setFormatter(logging.Formatter("log: %(message)s"))
+    logging.root.addHandler(handler)
+    try:
+        inv.site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD=PASSWORD)
+        inv("status")
+        inv("status")
+        logging.getLogger("urllib3").warning("POST /build?x=%s", quote(PASSWORD))
+    finally:
+        logging.root.removeHandler(handler)
+    assert heard.getvalue().splitlines()[-1] == "log: POST /build?x=***"
 
 
 # --- Odds -----------------------------------------------------------------------------------
