@@ -26,6 +26,7 @@ from guix_tasks import retry
 from guix_tasks.engine import build_options
 from guix_tasks.errors import BuilderError, GuixTasksError, RegistryError, StageError
 from guix_tasks.local.engine import private_engine
+from guix_tasks.masking import holds_secret
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -394,13 +395,17 @@ def build(buildx: Buildx, spec: BuildSpec, output: Callable[[bytes], None]) -> s
         signed_in(buildx) as program,
     ):
         answer = Path(folder) / "iid"
+        secret = {name: text for name, text in spec.args.items() if holds_secret(f"{name}={text}")}
+        plain = {name: text for name, text in spec.args.items() if name not in secret}
         argv = (
             buildx.program, "build", f"--builder={buildx.own}", "--load", "--progress=plain",
             "--provenance=false", f"--iidfile={answer}",
             *(["--allow=network.host"] if spec.network == "host" else []),
-            *build_options(spec), str(spec.context),
+            *build_options(replace(spec, args=plain)),
+            # Command lines are for all users to see; what has no value there has it from here.
+            *(f"--build-arg={name}" for name in secret), str(spec.context),
         )  # fmt: skip
-        log = _run(argv, program.environment, output)
+        log = _run(argv, {**program.environment, **secret}, output)
         if log is not None:
             raise build_error(spec, cause(log))
         if not answer.exists():

@@ -13,7 +13,14 @@ from guix_tasks.publish import image_to_use
 from guix_tasks.reference import quoted
 from guix_tasks.settings.parsers import check_text
 from guix_tasks.stage import commit_image
-from guix_tasks.work import Work, fill, kept_containers, refuse_second, work_container
+from guix_tasks.work import (
+    Work,
+    drop_environment,
+    fill,
+    kept_containers,
+    refuse_second,
+    work_container,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -108,6 +115,7 @@ def commit(project: Project) -> None:
     parent = engine.image(container.image)
     if parent is None:
         raise EngineError(f"the image of {container.name} is gone, so its configuration is unknown")
+    drop_environment(engine, container.id)
     before = engine.image(reference)
     image = commit_image(project, container.id, parent, reference, {STAGE_LABEL: HAND_MADE})
     project.ledger.keep(before)

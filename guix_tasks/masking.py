@@ -72,6 +72,11 @@ def is_secret_name(name: str) -> bool:
     return re.fullmatch(_NAME, name, re.IGNORECASE) is not None
 
 
+def holds_secret(text: str) -> bool:
+    """Whether a text is not to be said, or passed on a command line, as it is."""
+    return clean(text) != text
+
+
 def hidden(text: bytes) -> bytes:
     """A text without secrets, and without the accounts in URLs."""
     return _without_accounts(_without_secrets(text))

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 FOLDER = "/var/guix/guix-tasks"
 """In a folder that belongs to whom the daemon is, who has to remove it."""
 ENTRY_POINT = f"{FOLDER}/entry-point.sh"
+ENVIRONMENT = f"{FOLDER}/environment"
 PROJECT_LABEL = "org.guix-tasks.project"
 
 _NAME = "guix-tasks"
@@ -169,6 +170,15 @@ def fill(engine: Engine, settings: Settings, container: str, work: Work) -> None
     if settings.guix_sandbox is Sandbox.ROOTLESS and not (work.plain or engine.is_dry):
         owner = lend(engine, container, ROOTLESS_CACHES.values())
     engine.copy_in(container, archive({**common_files(settings), **work.files}, owner))
+
+
+def drop_environment(engine: Engine, container: str) -> None:
+    """Empty the environment of a container that was never run: it may hold a password."""
+    try:
+        engine.copy_out(container, ENVIRONMENT)
+    except EngineError:  # it is not there, as after each run
+        return
+    engine.copy_in(container, archive({"environment": b""}))
 
 
 def kept_containers(engine: Engine, settings: Settings) -> list[Container]:

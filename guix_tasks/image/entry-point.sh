@@ -78,6 +78,9 @@ _use_work_folder() {
     # shellcheck source=/dev/null
     . "$_folder/environment"
     set +a
+    # It may hold a password, and a container that is killed may be committed.  In a step of a
+    # build it is a mount.
+    rm -f "$_folder/environment" 2>/dev/null || :
 }
 
 # Also where the profiles do not exist yet: the command may be what makes them.

@@ -946,6 +946,19 @@ def test_a_work_container_that_gets_a_signal(docker: Docker, image: str) -> None
     assert_nothing_left(docker, container)
 
 
+def test_a_work_container_that_is_killed_holds_no_environment(docker: Docker, image: str) -> None:
+    """A proxy's password may be there, and whoever commits what was left would have it in there."""
+    container = work_container(
+        docker, image, "sh", "-c", "echo begin; sleep 600", environment="VALUE=hunter2\n"
+    )
+    docker.ok("start", container)
+    docker.await_output(container, "begin")
+    docker.ok("kill", "--signal=KILL", container)
+    assert docker.wait(container) == 137
+    assert "/.guix-tasks/running" in docker.changes(container)
+    assert "/.guix-tasks/environment" not in docker.changes(container)
+
+
 def test_a_work_container_without_a_daemon(docker: Docker, image: str) -> None:
     script = "exec sleep 100"
     container = work_container(

@@ -84,6 +84,17 @@ def test_secrets_are_named_and_not_shown(stub: Path, tmp_path: Path) -> None:
     assert "hunter2" not in "".join(argv(stub)) + (tmp_path / "env").read_text()
 
 
+def test_an_argument_that_is_secret_is_not_on_the_command_line(stub: Path) -> None:
+    """Every user of the machine sees those."""
+    arguments = {"TOKEN": "hunter2 x", "https_proxy": "http://me:hunter2@proxy.test", "A": "1"}
+    build(stub, spec(args=arguments))
+    assert "hunter2" not in "".join(argv(stub))
+    assert {"--build-arg=TOKEN", "--build-arg=https_proxy", "--build-arg=A=1"} < set(argv(stub))
+    environment = (stub.parent / "env").read_text()
+    assert "TOKEN=hunter2 x\n" in environment
+    assert "https_proxy=http://me:hunter2@proxy.test\n" in environment
+
+
 def test_it_has_the_environment_that_it_is_given(
     stub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

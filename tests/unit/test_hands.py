@@ -23,7 +23,14 @@ from fake_engine import (
 from guix_tasks import hands
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.ledger import HAND_MADE, STAGES, proven_stage
-from guix_tasks.work import ENTRY_POINT, PROJECT_LABEL, kept_containers
+from guix_tasks.work import (
+    ENTRY_POINT,
+    ENVIRONMENT,
+    PROJECT_LABEL,
+    Work,
+    kept_containers,
+    work_container,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -168,6 +175,16 @@ def test_a_stage_that_was_not_committed_is_committed(made: Site) -> None:
     commit(made)
     assert b"tar" in (made.engine.files(made.image())["/var/guix/profile"] or b"")
     assert proven_stage(made.image()) == HAND_MADE
+
+
+def test_a_commit_of_what_was_never_started_holds_no_password(made: Site) -> None:
+    made.env["https_proxy"] = "http://me:hunter2@proxy.test"
+    project = made.project()
+    work = Work("shell", (), {}, keep=True, tty=True)
+    with work_container(made.engine, project.settings, made.image().id, work) as container:
+        assert b"hunter2" in made.engine.all_containers[container].changes[ENVIRONMENT]
+    commit(made)
+    assert made.engine.files(made.image())[ENVIRONMENT] == b""
 
 
 def test_one_that_still_runs_is_not_committed(made: Site) -> None:
