@@ -20,6 +20,7 @@ from harness import (
     builder_environment,
     free_port,
 )
+from planted import PLANTED
 
 from guix_tasks import buildx
 from guix_tasks.console import Console
@@ -35,6 +36,8 @@ from guix_tasks.local.registry import LocalRegistry, local_registry
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from soak import Soak
 
     from guix_tasks.docker_engine import Address
 
@@ -66,6 +69,14 @@ def pytest_terminal_summary(
 ) -> None:
     if reason := config.stash.get(_NO_ENGINE, ""):
         terminalreporter.write_line(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_secret_leaks(soak: Soak) -> Iterator[None]:
+    """The end of the run says what was looked through; see ``planted``."""
+    yield
+    if PLANTED.outputs:
+        soak.tell("no secret leaks", PLANTED.told)
 
 
 @pytest.fixture(scope="session")

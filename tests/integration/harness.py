@@ -20,7 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import planted
 import pytest
+from planted import PLANTED
 
 from guix_tasks import buildx
 from guix_tasks.local import process
@@ -97,6 +99,7 @@ class Project:
 
     def __post_init__(self) -> None:
         (self.folder / "home").mkdir(parents=True)
+        planted.write_account(self.folder / "home")
         self.set(IMAGE=self.image)
 
     def set(self, **settings: str) -> None:
@@ -116,6 +119,7 @@ class Project:
     def environment(self) -> dict[str, str]:
         """Nothing of the person's own settings."""
         return {
+            **planted.ENVIRONMENT,
             "PATH": os.environ["PATH"],
             "LANG": "C.UTF-8",
             "HOME": str(self.folder / "home"),
@@ -133,6 +137,7 @@ class Project:
             inv_argv(*arguments), {**self.environment, **(env or {})}, timeout, self.folder
         )
         self._look()
+        PLANTED.look_at_output(f"inv {arguments}", result.stdout, result.stderr)
         return result
 
     def ok(self, *arguments: str, timeout: float = 120) -> Result:
@@ -207,8 +212,36 @@ class Project:
         assert self.containers() == []
 
     def remove(self) -> None:
-        """Remove all of it from the engine, as far as nobody else holds it."""
+        """Remove all of it from the engine, as far as nobody else holds it.
+
+        Fails where a planted secret is in something that it has left.
+        """
         self._look()
+        try:
+            self.look_for_secrets()
+        finally:
+            self._remove()
+
+    def look_for_secrets(self) -> None:
+        """Look into all that it has made: files, containers, images and their histories."""
+        for place in ("out", LOCK, "log"):
+            path = self.folder / place
+            for file in [path, *path.rglob("*")]:
+                if file.is_file():
+                    PLANTED.look_at_file(file)
+        containers = {*self.containers(), *self.containers_by_hand}
+        images = self.seen - PLANTED.images
+        # One that is gone is not shown, and the others are.
+        PLANTED.look("a container", self.docker("inspect", *containers, "none").stdout)
+        PLANTED.look("an image", self.docker("image", "inspect", *images, "none").stdout)
+        for image in images:
+            history = self.docker("history", "--no-trunc", "--format=json", image)
+            if history.returncode == 0:
+                PLANTED.look("the history of an image", history.stdout)
+                PLANTED.images.add(image)
+        PLANTED.containers |= containers
+
+    def _remove(self) -> None:
         for name in [*self.containers(), *self.containers_by_hand]:
             self.docker("rm", "--force", "--volumes", name)
         for tag in self.tags():
@@ -243,7 +276,9 @@ class Running:
     def signal(self, number: int) -> int:
         """Send a signal, and wait for the end; the exit status."""
         self.inv.send_signal(number)
-        return self.inv.wait(timeout=30)
+        status = self.inv.wait(timeout=30)
+        PLANTED.look_at_output("what was stopped", self.log.read_bytes())
+        return status
 
     def _ended(self) -> bool:
         return self.inv.poll() is not None
@@ -280,6 +315,7 @@ class Terminal:
         while self._read():
             pass
         os.close(self._ours)
+        PLANTED.look_at_output("a terminal", self.said)
         return self._process.wait(timeout=30)
 
     def _read(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import shlex
 from urllib.parse import quote
@@ -25,7 +26,7 @@ SECRETS = st.lists(st.text(LETTERS, min_size=3, max_size=8), min_size=1, max_siz
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
     ends = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
-    return [data[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    return [data[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def passed(pieces: list[bytes], *, accounts: bool = True) -> bytes:
