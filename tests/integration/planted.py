@@ -48,7 +48,9 @@ class Planted:
         data = text.encode(errors="surrogateescape") if isinstance(text, str) else text
         for secret in self.secrets:
             place = data.find(secret)
-            assert place < 0, f"a planted secret is in {where}: {data[max(0, place - 200) : place]}"
+            assert place < 0, (
+                f"a planted secret is in {where}: {data[max(0, place - 200) : place]!r}"
+            )
 
     def look_at_output(self, what: str, *texts: str | bytes) -> None:
         self.outputs += 1

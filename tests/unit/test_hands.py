@@ -182,7 +182,7 @@ def test_a_commit_of_what_was_never_started_holds_no_password(made: Site) -> Non
     project = made.project()
     work = Work("shell", (), {}, keep=True, tty=True)
     with work_container(made.engine, project.settings, made.image().id, work) as container:
-        assert b"hunter2" in made.engine.all_containers[container].changes[ENVIRONMENT]
+        assert "hunter2" in made.engine.all_containers[container].text(ENVIRONMENT)
     commit(made)
     assert made.engine.files(made.image())[ENVIRONMENT] == b""
 
