@@ -77,6 +77,11 @@ def holds_secret(text: str) -> bool:
     return clean(text) != text
 
 
+def has_account(text: str) -> bool:
+    """Whether a URL in a text has a password, or what may be a token."""
+    return _ACCOUNT.search(to_bytes(text)) is not None
+
+
 def hidden(text: bytes) -> bytes:
     """A text without secrets, and without the accounts in URLs."""
     return _without_accounts(_without_secrets(text))

@@ -427,6 +427,7 @@ def _secrets(
         if name != "BUILD_SECRETS" and not name.endswith("_FILE"):
             yield from masking.secrets_in(text)
     yield from (text for _, text in _secret_arguments(values))
+    yield from masking.secrets_in(_channels_text(values))
     for path in (values["BUILD_SECRETS"] or {}).values():
         with suppress(OSError), path.open("rb") as file:
             yield file.read(_SECRET_FILE_MAX).decode(errors="surrogateescape")
@@ -439,13 +440,27 @@ def _secret_arguments(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _careless(sources: Sources, values: Mapping[str, Any]) -> list[str]:
     """What is right, and shows a secret to whoever has the image."""
-    origin = sources.origins()["BUILD_ARGS"]
-    return [
-        f"{origin}: {name} is seen by whoever has the image, in its history; a secret belongs into "
-        "BUILD_SECRETS"
+    origins = sources.origins()
+    notes = [
+        f"{origins['BUILD_ARGS']}: {name} is seen by whoever has the image, in its history; a "
+        "secret belongs into BUILD_SECRETS"
         for name, text in _secret_arguments(values)
         if text
     ]
+    if masking.has_account(_channels_text(values)):
+        notes.append(
+            f"{origins['GUIX_CHANNELS']}: a URL has a user or a password in it, which Guix keeps "
+            "in the image, and which is in its labels and in the lock"
+        )
+    return notes
+
+
+def _channels_text(values: Mapping[str, Any]) -> str:
+    """The channels file; empty where it cannot be read, which is told by whoever needs it."""
+    with suppress(OSError, UnicodeDecodeError):
+        if path := values["GUIX_CHANNELS"]:
+            return str(path.read_text(encoding="utf-8"))
+    return ""
 
 
 def _check_together(sources: Sources, values: Mapping[str, Any]) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from guix_tasks import masking
 from guix_tasks.errors import SettingsError
 from guix_tasks.ledger import STAGES
 from guix_tasks.reference import ImageReference, Platform
@@ -956,3 +957,51 @@ def test_the_line_is_right_after_anything(
         f".env:{line}",
         f".env:{line + 2}",
     ]
+
+
+# --- Secrets that others would see ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "noted"),
+    [
+        ("https://me:hunter2@git.test/x", True),
+        ("https://ghp_0123@git.test/x", True),
+        ("ssh://me:hunter2@git.test/x", True),
+        ("ssh://git@git.test/x", False),
+        ("https://git.test/a@b", False),
+    ],
+)
+def test_an_account_in_a_channels_url_is_pointed_out_and_not_shown(
+    project: Path, url: str, *, noted: bool
+) -> None:
+    (project / "channels.scm").write_text(f'(list (channel (name \'x) (url "{url}")))\n')
+    settings = load(project, "GUIX_CHANNELS=channels.scm\n")
+    said = ".env:1: GUIX_CHANNELS: a URL has a user or a password in it"
+    assert [note.startswith(said) for note in settings.notes] == [True] * noted
+    if noted and "hunter2" in url:
+        assert masking.clean("said hunter2") == "said ***"
+
+
+def test_a_build_argument_that_is_secret_is_pointed_out(project: Path) -> None:
+    settings = load(project, "BUILD_ARGS=A=1 npm_token=hunter2 EMPTY_SECRET=\n")
+    (note,) = settings.notes
+    assert note == (
+        ".env:1: BUILD_ARGS: npm_token is seen by whoever has the image, in its history; a secret "
+        "belongs into BUILD_SECRETS"
+    )
+
+
+def test_what_the_settings_hold_is_known_to_the_filter(project: Path) -> None:
+    (project / "key").write_text("-----BEGIN-----\nabcdefghij\n{\n")
+    load(
+        project,
+        "DOCKER_USERNAME=me\nDOCKER_PASSWORD='pass word'\nBUILD_SECRETS=key=key\n"
+        "BUILD_ARGS=TOKEN=hunter1 VERSION=1.2.3\n"
+        "BUILDX_CACHE_TO=type=s3,bucket=buck,secret_access_key=hunter3\n",
+        {"https_proxy": "http://me:hunter4@proxy.test"},
+    )
+    said = masking.clean(
+        "me pass%20word abcdefghij { hunter1 1.2.3 buck hunter3 hunter4 bWU6cGFzcyB3b3Jk"
+    )
+    assert said == "me *** *** { *** 1.2.3 buck *** *** ***"
