@@ -686,6 +686,20 @@ def test_a_proxys_password_is_in_no_layer_and_on_no_command_line(
     assert "hunter2-x" not in shown
 
 
+def test_a_dry_run_shows_no_secret_of_the_bake_file(site: Site, fake: FakeBuildx) -> None:
+    site.env.update(
+        BUILD_ARGS='VERSION=1.0 TOKEN="hunter2\\"x"',
+        BUILDX_CACHE_TO="type=s3,bucket=buck,secret_access_key=hunter3",
+    )
+    project = site.project()
+    build(project, fake.program(project.console, perform=False), BuildWishes())
+    shown = heard(project)
+    assert '"TOKEN": "***"' in shown
+    assert '"VERSION": "1.0"' in shown
+    assert "type=s3,bucket=buck,secret_access_key=***" in shown
+    assert "hunter" not in shown
+
+
 def test_nothing_is_left_of_the_folder(site: Site, fake: FakeBuildx, tmp_path: Path) -> None:
     bake(site, fake)
     (file,) = {word.partition("=")[2] for word in bakes(fake)[0].argv if "--file=" in word}
