@@ -955,8 +955,8 @@ def test_a_work_container_that_is_killed_holds_no_environment(docker: Docker, im
     docker.await_output(container, "begin")
     docker.ok("kill", "--signal=KILL", container)
     assert docker.wait(container) == 137
-    assert "/.guix-tasks/running" in docker.changes(container)
-    assert "/.guix-tasks/environment" not in docker.changes(container)
+    assert "/var/guix/guix-tasks/running" in docker.changes(container)
+    assert "/var/guix/guix-tasks/environment" not in docker.changes(container)
 
 
 def test_a_work_container_without_a_daemon(docker: Docker, image: str) -> None:

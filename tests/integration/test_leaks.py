@@ -18,6 +18,7 @@ from planted import PLANTED
 
 from guix_tasks.local import process
 from guix_tasks.local.base_image import BASE_TAG
+from guix_tasks.work import FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -237,7 +238,7 @@ def test_a_shell_that_is_killed_and_committed(new_project: NewProject, docker: D
     docker.ok("kill", name)
     shell.end()
     project.ok("commit")
-    assert "environment" not in docker.run(project.image, "ls", "/.guix-tasks").stdout
+    assert "environment" not in docker.run(project.image, "ls", FOLDER).stdout
     look_at_layers(docker, project.image)
 
 
