@@ -174,11 +174,8 @@ def fill(engine: Engine, settings: Settings, container: str, work: Work) -> None
 
 def drop_environment(engine: Engine, container: str) -> None:
     """Empty the environment of a container that was never run: it may hold a password."""
-    try:
-        any(engine.copy_out(container, ENVIRONMENT))
-    except EngineError:  # it is not there, as after each run
-        return
-    engine.copy_in(container, archive({"environment": b""}))
+    if b"".join(engine.copy_out(container, ENVIRONMENT)):
+        engine.copy_in(container, archive({"environment": b""}))
 
 
 def kept_containers(engine: Engine, settings: Settings) -> list[Container]:
