@@ -39,7 +39,7 @@ def oci_annotations(project: Path) -> dict[str, str]:
 
 def web_address(remote: str) -> str:
     """Where people find a git repository, from where git does; empty where nobody else could."""
-    over_http = re.fullmatch(r"(https?)://(?:[^/@]*@)?(.+?)(?:\.git)?/*", remote)
+    over_http = re.fullmatch(r"(https?)://(?:[^/]*@)?(.+?)(?:\.git)?/*", remote)
     if over_http:
         return f"{over_http[1]}://{over_http[2]}"
     over_ssh = re.fullmatch(r"(?:ssh://)?[\w.-]+@([\w.-]+)(?::\d+)?[:/](.+?)(?:\.git)?/*", remote)

@@ -71,6 +71,7 @@ def test_without_git_there_is_but_the_date(tmp_path: Path, monkeypatch: pytest.M
         ("https://example.org/a/b.git", "https://example.org/a/b"),
         ("https://token@example.org/a/b", "https://example.org/a/b"),
         ("http://u:p@example.org:8080/a/b/", "http://example.org:8080/a/b"),
+        ("https://u:p@ss@example.org/a@b", "https://example.org/a@b"),
         ("git@example.org:a/b.git", "https://example.org/a/b"),
         ("ssh://git@example.org:2222/a/b.git", "https://example.org/a/b"),
         ("ssh://git@example.org/a/b", "https://example.org/a/b"),
