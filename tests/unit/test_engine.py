@@ -18,7 +18,7 @@ from fake_engine import (
     outline,
 )
 
-from guix_tasks import hands
+from guix_tasks import hands, masking
 from guix_tasks.engine import (
     BuildSpec,
     ContainerSpec,
@@ -120,6 +120,8 @@ def test_the_fakes_and_the_traced_one_are_engines() -> None:
 
 def test_a_password_does_not_show() -> None:
     assert "hunter2" not in repr(Credentials("me", "hunter2"))
+    # Wherever they come from, nobody who speaks shows them.
+    assert masking.clean("hunter2 bWU6aHVudGVyMg==") == "*** ***"
 
 
 @pytest.mark.parametrize(
