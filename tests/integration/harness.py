@@ -51,7 +51,10 @@ class Docker:
 
     def __call__(self, *arguments: str, timeout: float = 60) -> Result:
         ours = {name: value for name, value in os.environ.items() if not name.startswith("DOCKER_")}
-        return call(["docker", *arguments], {**ours, "DOCKER_HOST": self.host}, timeout)
+        return call(self.argv(*arguments), ours, timeout)
+
+    def argv(self, *arguments: str) -> list[str]:
+        return ["docker", f"--host={self.host}", *arguments]
 
     def ok(self, *arguments: str) -> str:
         """Standard output of a call that has to succeed."""
