@@ -43,6 +43,8 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
         digests[reference] = retried(
             project.console, "the push", partial(_push, project, reference)
         )
+    # What TAGS stood for may have no other name.
+    ledger.drop_unnamed()
     platform = project.settings.platform
     if platform and not stage and not engine.is_dry:
         (digest,) = digests.values()

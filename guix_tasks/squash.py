@@ -34,15 +34,19 @@ def squash(project: Project) -> None:
     """
     started = time.monotonic()
     ledger, console = project.ledger, project.console
+    ledger.drop_unnamed()
     last, base = ledger.last_stage(), ledger.find("base")
     if last is None or base is None or not is_above(last, base) or last.id == base.id:
         raise UsageError("nothing to squash: there is no stage on the base; run `inv install`")
+    before = ledger.find(SQUASH)
     if ledger.newest() != last:
         console.say("squash: up to date")
     else:
         _squash(project, base, last)
         say_done(project, SQUASH, started)
     ledger.point_image(console)
+    if before:
+        project.engine.drop(before.id)
 
 
 def _squash(project: Project, base: Image, last: Image) -> None:
