@@ -39,12 +39,13 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
     digests = {}
     for reference in references:
         if not stage and reference != str(ledger.image):
+            before = engine.image(reference)
             engine.tag(image.id, reference)
+            if before:
+                engine.drop(before.id)
         digests[reference] = retried(
             project.console, "the push", partial(_push, project, reference)
         )
-    # What TAGS stood for may have no other name.
-    ledger.drop_unnamed()
     platform = project.settings.platform
     if platform and not stage and not engine.is_dry:
         (digest,) = digests.values()

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -231,7 +231,7 @@ class Running:
         return self.log.read_text(errors="replace")
 
     def await_output(self, text: str) -> None:
-        eventually(lambda: text in self.said() or self._ended(), f"{text!r} in the output")
+        eventually(lambda: text in self.said() or self.has_ended(), f"{text!r} in the output")
         assert text in self.said(), self.said()
 
     def signal(self, number: int) -> int:
@@ -239,7 +239,13 @@ class Running:
         self.inv.send_signal(number)
         return self.inv.wait(timeout=30)
 
-    def _ended(self) -> bool:
+    def goes_on(self, seconds: float) -> bool:
+        """Wait; whether it has not ended by then."""
+        with suppress(subprocess.TimeoutExpired):
+            self.inv.wait(timeout=seconds)
+        return not self.has_ended()
+
+    def has_ended(self) -> bool:
         return self.inv.poll() is not None
 
 

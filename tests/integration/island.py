@@ -136,17 +136,17 @@ def _is_apart(pid: int) -> bool:
     )
 
 
-def settle(island: Island, registry: Path, docker: Docker, offline: Path) -> Workshop:
+def settle(island: Island, registry: Path, workshop: Workshop) -> Workshop:
     """Start engine and registry there, bring the base image over; what to make projects with.
 
-    ``registry`` are the unpacked programs of one, ``docker`` is the engine that has the image.
+    ``registry`` are the unpacked programs of one, ``workshop`` is that of the engine that is here.
     """
     island.ok("engine.up")
     own = island.folder / "guix-tasks" / "registry"
     own.mkdir()
     (own / "root").symlink_to(registry)
     island.ok("registry.up")
-    save = subprocess.Popen(docker.argv("save", BASE_TAG), stdout=subprocess.PIPE)
+    save = subprocess.Popen(workshop.docker.argv("save", BASE_TAG), stdout=subprocess.PIPE)
     subprocess.run(island.docker.argv("load"), stdin=save.stdout, check=True, capture_output=True)
     assert save.wait() == 0
-    return Workshop(island.docker, f"localhost:{PORT}", offline)
+    return Workshop(island.docker, f"localhost:{PORT}", workshop.offline)
