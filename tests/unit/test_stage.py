@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 import threading
 from contextlib import suppress
 from dataclasses import replace
@@ -950,6 +951,22 @@ def test_an_error_at_any_call_leaves_no_container_and_the_tags_right(
         trial.check_tags(run.engine, (number, name))
         if name != "remove":
             assert run.engine.all_containers == {}, (number, name)
+
+
+@pytest.mark.parametrize("call", ["create", "remove"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_while_a_container_comes_or_goes_leaves_none(
+    made: Site, stage: str, call: str
+) -> None:
+    def fault(_number: int, name: str, when: str) -> None:
+        if name == call and when == ("after" if call == "create" else "before"):
+            made.engine.fault = lambda *_: None
+            signal.raise_signal(signal.SIGINT)
+
+    made.engine.fault = fault
+    with pytest.raises(KeyboardInterrupt):
+        made.make(stage, force=True)
+    assert made.engine.all_containers == {}
 
 
 def test_a_container_that_was_left_goes_with_the_next_run(site: Site) -> None:
