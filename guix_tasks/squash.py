@@ -25,6 +25,9 @@ WHITEOUT = ".wh."
 OPAQUE = ".wh..wh..opq"
 """How a layer says that a file, or all of a folder, of a lower layer is gone (OCI image spec)."""
 
+DOCKERS = ("etc/hostname", "etc/hosts", "etc/resolv.conf")
+"""What Docker puts over an image's own in each container, where it cannot be replaced then."""
+
 
 def squash(project: Project) -> None:
     """Make of the last stage an image with one layer above the base, its configuration kept.
@@ -95,6 +98,8 @@ def _read(saved: tarfile.TarFile, name: str) -> tuple[list[str], IO[bytes]]:
     ):
         for member in layer:
             path = PurePosixPath("/", member.name)
+            if member.name in DOCKERS:
+                continue
             if path.name == OPAQUE:
                 gone.append(str(path.parent))
             elif path.name.startswith(WHITEOUT):
