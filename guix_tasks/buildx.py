@@ -24,7 +24,13 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import retry
 from guix_tasks.engine import build_options
-from guix_tasks.errors import BuilderError, GuixTasksError, RegistryError, StageError
+from guix_tasks.errors import (
+    BuilderError,
+    GuixTasksError,
+    RegistryError,
+    StageError,
+    full_disk,
+)
 from guix_tasks.local.engine import private_engine
 from guix_tasks.masking import holds_secret
 
@@ -531,7 +537,7 @@ def failure(log: str, spec: BuildSpec | None = None) -> GuixTasksError:
             error = kind(f"{why}; {mend}")
             error.passes = retry.passes(why)
             return error
-    return build_error(spec, why) if spec else BuilderError(why)
+    return build_error(spec, why) if spec else BuilderError(f"{why}{full_disk(why)}")
 
 
 def build_error(spec: BuildSpec, why: str) -> BuilderError:
@@ -564,4 +570,5 @@ def _build_error(spec: BuildSpec, why: str) -> BuilderError:
             f"cannot get the base image {base}: {why}; set BASE_IMAGE to one that the engine has "
             "or can pull (`inv rootfs` makes one from Debian's packages)"
         )
-    return BuilderError(f"{spec.dockerfile} does not build: {why}; the output above says more")
+    more = full_disk(why) or "; the output above says more"
+    return BuilderError(f"{spec.dockerfile} does not build: {why}{more}")

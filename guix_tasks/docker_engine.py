@@ -18,6 +18,7 @@ import docker.errors
 import docker.types
 import docker.utils
 import requests
+import urllib3.exceptions
 
 from guix_tasks import buildx, retry
 from guix_tasks.engine import Container, EngineInfo, Image, Layer
@@ -28,6 +29,7 @@ from guix_tasks.errors import (
     GuixTasksError,
     NoEngineError,
     RegistryError,
+    full_disk,
 )
 from guix_tasks.local import registry
 from guix_tasks.reference import ImageReference
@@ -124,6 +126,17 @@ def find_buildx(environment: Mapping[str, str], address: Address | None) -> buil
     return buildx.Buildx(program, ours, own or "default", accounts=accounts)
 
 
+_NO_ANSWER = (
+    docker.errors.DockerException,
+    docker.errors.StreamParseError,
+    requests.RequestException,
+    # The SDK reads answers that come bit by bit from below `requests`.
+    urllib3.exceptions.HTTPError,
+    OSError,
+)
+"""What an engine that dies, or is not there, makes the SDK raise."""
+
+
 class DockerEngine:
     """A real engine.  Connects with the first call that needs it."""
 
@@ -180,11 +193,16 @@ class DockerEngine:
             tags=tuple(found.get("RepoTags") or ()),
         )
 
+    def unnamed(self, labels: Mapping[str, str]) -> list[str]:
+        with self._speaking("list images"):
+            found = self._api.images(
+                quiet=True, filters={"dangling": True, "label": _filters(labels)}
+            )
+        return list(dict.fromkeys(found))
+
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
         with self._speaking("list containers"):
-            found = self._api.containers(
-                all=True, filters={"label": [f"{name}={value}" for name, value in labels.items()]}
-            )
+            found = self._api.containers(all=True, filters={"label": _filters(labels)})
         containers = [
             Container(
                 id=each["Id"],
@@ -241,8 +259,7 @@ class DockerEngine:
 
     def volumes(self, labels: Mapping[str, str]) -> list[str]:
         with self._speaking("list volumes"):
-            wanted = [f"{name}={value}" for name, value in labels.items()]
-            found = self._api.volumes(filters={"label": wanted})["Volumes"] or ()
+            found = self._api.volumes(filters={"label": _filters(labels)})["Volumes"] or ()
         return [each["Name"] for each in found]
 
     def make_volume(self, name: str, labels: Mapping[str, str]) -> None:
@@ -374,7 +391,8 @@ class DockerEngine:
             answer = self._slow.import_image_from_data(archive, repository, tag)
         last = json.loads(answer.strip().splitlines()[-1])
         if "error" in last:
-            raise EngineError(f"the engine could not import {reference}: {last['error']}")
+            why = last["error"]
+            raise EngineError(f"{REFUSED} import {reference}: {why}{full_disk(why)}")
         return str(last["status"])
 
     def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
@@ -486,8 +504,9 @@ class DockerEngine:
         except GuixTasksError:
             raise
         except docker.errors.APIError as error:
-            raise EngineError(f"{REFUSED} {what}: {_line(error)}") from None
-        except (docker.errors.DockerException, requests.RequestException, OSError) as error:
+            why = _line(error)
+            raise EngineError(f"{REFUSED} {what}: {why}{full_disk(why)}") from None
+        except _NO_ANSWER as error:
             raise EngineError(self._unreachable(error)) from None
 
     def _unreachable(self, error: Exception) -> str:
@@ -510,6 +529,10 @@ def _log_in(api: docker.APIClient, host: str, credentials: Credentials) -> None:
     except docker.errors.DockerException:
         # The SDK looks into Docker's own configuration first, which is none of this account's.
         return
+
+
+def _filters(labels: Mapping[str, str]) -> list[str]:
+    return [f"{name}={value}" for name, value in labels.items()]
 
 
 def _auth(credentials: Credentials | None) -> dict[str, str] | None:
@@ -563,7 +586,8 @@ def _registry_error(what: str, detail: str) -> RegistryError:
     text = detail.lower()
     mends = (mend for mend, words in _REGISTRY_MENDS.items() if any(word in text for word in words))
     mend = next(mends, "")
-    error = RegistryError(f"cannot {what}: {detail}" + (f"; {mend}" if mend else ""))
+    said = f"; {mend}" if mend else full_disk(detail)
+    error = RegistryError(f"cannot {what}: {detail}{said}")
     # A number in a name is no status.
     reference = what.rpartition(" ")[2]
     for name in (reference, ImageReference.parse(reference).repository):
@@ -605,6 +629,8 @@ def _cause(text: str) -> str:
     """The innermost cause of what requests wraps in several exceptions."""
     for known in (
         "Connection refused",
+        "closed connection",
+        "Connection broken",
         "No such file or directory",
         "timed out",
         "Name or service",

@@ -162,6 +162,9 @@ class Engine(Protocol):
     def image(self, reference: str) -> Image | None:
         """The local image that a tag or an ID names."""
 
+    def unnamed(self, labels: Mapping[str, str]) -> list[str]:
+        """The IDs of images with these labels that have no tag, and that no image is made from."""
+
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
         """All containers with these labels, newest first."""
 
@@ -296,6 +299,9 @@ class TracedEngine:
         if reference in self._images:
             return self._images[reference]
         return self._engine.image(reference)
+
+    def unnamed(self, labels: Mapping[str, str]) -> list[str]:
+        return self._engine.unnamed(labels)
 
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
         return self._engine.containers(labels)

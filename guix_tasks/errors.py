@@ -6,6 +6,8 @@ place that catches these, prints the line and ends with the code.
 
 from __future__ import annotations
 
+import re
+
 
 class GuixTasksError(Exception):
     """The root of all errors that a user can cause; never raised itself."""
@@ -34,6 +36,18 @@ class SettingsError(UsageError):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+FULL_DISK = (
+    "the disk is full: `inv status --size` shows where it went, `inv clean` removes this "
+    "project's containers, stage images and cache volumes"
+)
+
+
+def full_disk(text: str) -> str:
+    """What mends a full disk, as the end of a message, where a text tells of one; else nothing."""
+    full = re.search(r"no space left on device|disk quota exceeded", text, re.IGNORECASE)
+    return f"; {FULL_DISK}" if full else ""
 
 
 REFUSED = "the engine could not"

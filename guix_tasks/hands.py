@@ -100,6 +100,7 @@ def shell(project: Project, docker: Sequence[str], environment: dict[str, str], 
 def commit(project: Project) -> None:
     """Commit the work container that was left, as ``IMAGE``; where there is none, say so."""
     engine, console = project.engine, project.console
+    project.ledger.drop_unnamed()
     kept = kept_containers(engine, project.settings)
     if not kept:
         console.say("commit: nothing to commit")

@@ -43,6 +43,8 @@ STAGE_LABEL = f"{_PREFIX}stage"
 KEY_LABEL = f"{_PREFIX}key"
 INPUTS_LABEL = f"{_PREFIX}inputs"
 LAYERS_LABEL = f"{_PREFIX}layers"
+IMAGE_LABEL = f"{_PREFIX}image"
+"""Whose image it is: the project's name, which is the image that it makes."""
 CHANNELS_LABEL = f"{_PREFIX}channels"
 PACKAGES_LABEL = f"{_PREFIX}packages"
 
@@ -198,6 +200,13 @@ class Ledger:
             self.engine.tag(current.id, self.tag(PREVIOUS))
             if forgotten and forgotten.id != current.id:
                 self.engine.drop(forgotten.id)
+
+    def drop_unnamed(self) -> None:
+        """Remove the images that a run which was killed had not tagged yet, or not removed."""
+        for each in self.engine.unnamed({IMAGE_LABEL: str(self.settings.image)}):
+            image = self.engine.image(each)
+            if image and proven_stage(image):
+                self.engine.drop(image.id)
 
     def _move(self, current: Image | None, target: Image | None) -> None:
         if target and (current is None or current.id != target.id):

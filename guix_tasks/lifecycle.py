@@ -177,6 +177,7 @@ class Lifecycle:
         """Make a stage and the parents that it lacks, unless it is up to date."""
         refuse_emulated(self._project.engine, self._settings)
         sweep(self._project.engine, self._settings)
+        self._ledger.drop_unnamed()
         state = self.state(name, wishes.packages)
         self._drop_cache_tag(name, state.image)
         again = wishes.force or not wishes.commit or self._is_floating(name, wishes)

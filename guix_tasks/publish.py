@@ -39,7 +39,10 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
     digests = {}
     for reference in references:
         if not stage and reference != str(ledger.image):
+            before = engine.image(reference)
             engine.tag(image.id, reference)
+            if before:
+                engine.drop(before.id)
         digests[reference] = retried(
             project.console,
             "the push",

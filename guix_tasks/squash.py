@@ -25,6 +25,9 @@ WHITEOUT = ".wh."
 OPAQUE = ".wh..wh..opq"
 """How a layer says that a file, or all of a folder, of a lower layer is gone (OCI image spec)."""
 
+DOCKERS = ("etc/hostname", "etc/hosts", "etc/resolv.conf")
+"""What Docker puts over an image's own in each container, where it cannot be replaced then."""
+
 
 def squash(project: Project) -> None:
     """Make of the last stage an image with one layer above the base, its configuration kept.
@@ -34,15 +37,19 @@ def squash(project: Project) -> None:
     """
     started = time.monotonic()
     ledger, console = project.ledger, project.console
+    ledger.drop_unnamed()
     last, base = ledger.last_stage(), ledger.find("base")
     if last is None or base is None or not is_above(last, base) or last.id == base.id:
         raise UsageError("nothing to squash: there is no stage on the base; run `inv install`")
+    before = ledger.find(SQUASH)
     if ledger.newest() != last:
         console.say("squash: up to date")
     else:
         _squash(project, base, last)
         say_done(project, SQUASH, started)
     ledger.point_image(console)
+    if before:
+        project.engine.drop(before.id)
 
 
 def _squash(project: Project, base: Image, last: Image) -> None:
@@ -91,6 +98,8 @@ def _read(saved: tarfile.TarFile, name: str) -> tuple[list[str], IO[bytes]]:
     ):
         for member in layer:
             path = PurePosixPath("/", member.name)
+            if member.name in DOCKERS:
+                continue
             if path.name == OPAQUE:
                 gone.append(str(path.parent))
             elif path.name.startswith(WHITEOUT):

@@ -16,10 +16,11 @@ from typing import IO, TYPE_CHECKING, Any
 from guix_tasks import guix
 from guix_tasks.annotations import oci_annotations
 from guix_tasks.console import Log, human_size, human_time
-from guix_tasks.errors import EngineError, StageError
+from guix_tasks.errors import EngineError, StageError, full_disk
 from guix_tasks.failure import Failed, keep_failure
 from guix_tasks.fingerprint import file_digest, text_digest
 from guix_tasks.ledger import (
+    IMAGE_LABEL,
     LAYERS_LABEL,
     Ledger,
     is_child,
@@ -283,9 +284,9 @@ def perform(
         error.passes = True
         raise error
     if status:
+        why = full_disk("\n".join(tail)) or "; the output above says why"
         error = StageError(
-            f"{name}: the command failed with exit status {status}, and nothing was committed; "
-            "the output above says why"
+            f"{name}: the command failed with exit status {status}, and nothing was committed{why}"
         )
         error.passes = not is_build_fault and guix.network_fault("\n".join(tail))
         raise error
@@ -329,9 +330,8 @@ def commit_image(
     is proven gets the tag.
     """
     engine = project.engine
-    config = committed_config(
-        like or parent, {**oci_annotations(project.settings.folder), **labels}
-    )
+    ours = {**oci_annotations(project.settings.folder), IMAGE_LABEL: str(project.settings.image)}
+    config = committed_config(like or parent, {**ours, **labels})
     if not engine.is_dry and take_back(engine, container):
         # A commit takes the container's user where the image has none, which is root.
         config["User"] = config.get("User") or "root"

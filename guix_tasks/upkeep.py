@@ -93,6 +93,7 @@ def clean(project: Project, *, work_only: bool = False) -> list[str]:
         return removed
     for each in project.each_platform():
         removed += _clean_images(each)
+    project.ledger.drop_unnamed()
     for volume in engine.volumes({PROJECT_LABEL: project_name(settings)}):
         engine.remove_volume(volume)
         removed.append(volume)

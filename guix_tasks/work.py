@@ -13,6 +13,7 @@ import io
 import os
 import secrets
 import shlex
+import signal
 import socket
 import tarfile
 import threading
@@ -112,10 +113,15 @@ def work_container(engine: Engine, settings: Settings, image: str, work: Work) -
     sweep(engine, settings)
     for volume in () if work.bare else cache_volumes(settings):
         engine.make_volume(volume, {PROJECT_LABEL: project(settings)})
-    container = engine.create(_spec(engine, settings, image, work))
+    spec = _spec(engine, settings, image, work)
+    container = spec.name
     try:
+        with _uninterrupted():
+            container = engine.create(spec)
         fill(engine, settings, container, work)
         yield container
+        if not work.keep:
+            engine.remove(container)
     except BaseException as error:
         if work.keep_failed and isinstance(error, StageError):
             raise
@@ -124,8 +130,19 @@ def work_container(engine: Engine, settings: Settings, image: str, work: Work) -
         with suppress(EngineError):
             engine.remove(container)
         raise
-    if not work.keep:
-        engine.remove(container)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the block has ended.
+
+    The engine goes on with a call whose client has gone, and nobody would know of its result.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -156,11 +173,14 @@ def time_limit(
 def unstarted_container(engine: Engine, settings: Settings, image: str) -> Iterator[str]:
     """A container that is never run: a way to give an image another configuration."""
     work = Work("label", ("true",), {}, bare=True, plain=True)
-    container = engine.create(_spec(engine, settings, image, work))
+    spec = _spec(engine, settings, image, work)
+    container = spec.name
     try:
+        with _uninterrupted():
+            container = engine.create(spec)
         yield container
     finally:
-        with suppress(EngineError):
+        with _uninterrupted(), suppress(EngineError):
             engine.remove(container)
 
 

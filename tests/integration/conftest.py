@@ -20,15 +20,16 @@ from harness import (
     builder_environment,
     free_port,
 )
+from island import Island, raised
 from planted import PLANTED
 
-from guix_tasks import buildx
+from guix_tasks import buildx, paths
 from guix_tasks.console import Console
 from guix_tasks.docker_engine import DockerEngine, find_engine
 from guix_tasks.errors import EngineError, NoEngineError
 from guix_tasks.local import process
 from guix_tasks.local.base_image import BASE_TAG, make_base
-from guix_tasks.local.engine import private_engine
+from guix_tasks.local.engine import PrivateEngine, private_engine
 from guix_tasks.local.offline import make_material
 from guix_tasks.local.process import Service
 from guix_tasks.local.registry import LocalRegistry, local_registry
@@ -169,6 +170,24 @@ def registry(tmp_path_factory: pytest.TempPathFactory, docker: Docker) -> Iterat
     (docker.folder / "config.json").write_text(json.dumps(logged_in))
     yield own
     own.down(Console())
+
+
+@pytest.fixture(scope="session")
+def programs() -> Path:
+    """An engine's unpacked packages; of the one that is here, or a copy for the tests alone."""
+    if private_engine().installed():
+        return private_engine().folder / "root"
+    kept = PrivateEngine(paths.cache_home() / "tests" / "engine")
+    if not kept.installed():
+        kept.folder.mkdir(parents=True, exist_ok=True)
+        kept._unpack(Console())
+    return kept.folder / "root"
+
+
+@pytest.fixture
+def island(programs: Path) -> Iterator[Island]:
+    with raised(programs) as place:
+        yield place
 
 
 @pytest.fixture(scope="session")

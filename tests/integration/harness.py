@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,10 @@ class Docker:
         return {**ours, "DOCKER_HOST": self.host, "DOCKER_CONFIG": str(self.folder)}
 
     def __call__(self, *arguments: str, timeout: float = 60) -> Result:
-        return call(["docker", *arguments], self.environment, timeout)
+        return call(self.argv(*arguments), self.environment, timeout)
+
+    def argv(self, *arguments: str) -> list[str]:
+        return ["docker", f"--host={self.host}", f"--config={self.folder}", *arguments]
 
     def ok(self, *arguments: str) -> str:
         """Standard output of a call that has to succeed."""
@@ -270,7 +273,7 @@ class Running:
         return self.log.read_text(errors="replace")
 
     def await_output(self, text: str) -> None:
-        eventually(lambda: text in self.said() or self._ended(), f"{text!r} in the output")
+        eventually(lambda: text in self.said() or self.has_ended(), f"{text!r} in the output")
         assert text in self.said(), self.said()
 
     def signal(self, number: int) -> int:
@@ -280,7 +283,13 @@ class Running:
         PLANTED.look_at_output("what was stopped", self.log.read_bytes())
         return status
 
-    def _ended(self) -> bool:
+    def goes_on(self, seconds: float) -> bool:
+        """Wait; whether it has not ended by then."""
+        with suppress(subprocess.TimeoutExpired):
+            self.inv.wait(timeout=seconds)
+        return not self.has_ended()
+
+    def has_ended(self) -> bool:
         return self.inv.poll() is not None
 
 

@@ -256,7 +256,7 @@ def _counted(
 
 READING = frozenset(
     {"info", "image", "containers", "remote_digest", "greet_registry", "context_files", "volumes"}
-    | {"layers", "save", "wait", "copy_out"}
+    | {"layers", "save", "unnamed", "wait", "copy_out"}
 )
 """The calls that change nothing."""
 
@@ -377,6 +377,15 @@ class FakeEngine:
         if image in self.all_images and not held:
             del self.all_images[image]
             self._delete(self._parents.pop(image, ""))
+
+    @_counted
+    def unnamed(self, labels: Mapping[str, str]) -> list[str]:
+        held = {*self.tags.values(), *self._parents.values()}
+        return [
+            each
+            for each, image in self.all_images.items()
+            if each not in held and labels.items() <= image.labels.items()
+        ]
 
     @_counted
     def containers(self, labels: Mapping[str, str]) -> list[Container]:

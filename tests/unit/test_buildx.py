@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from guix_tasks import buildx
 from guix_tasks.buildx import BuilderNode, Buildx, csv_field, parse_builder, signed_in
 from guix_tasks.engine import BuildSpec, Credentials
-from guix_tasks.errors import BuilderError, GuixTasksError, RegistryError, StageError
+from guix_tasks.errors import FULL_DISK, BuilderError, GuixTasksError, RegistryError, StageError
 
 STUB = """#!/bin/sh
 printf '%s\\0' "$@" >"$STUB/argv"
@@ -114,6 +114,13 @@ def test_a_build_that_fails_says_why(stub: Path) -> None:
         '/d does not build: process "/bin/sh" did not complete: exit code 3; '
         "the output above says more"
     )
+
+
+def test_a_build_on_a_full_disk_says_what_mends_it(stub: Path) -> None:
+    (stub.parent / "log").write_text("ERROR: failed to solve: x: no space left on device\n")
+    with pytest.raises(BuilderError) as caught:
+        build(stub, spec(), status="1")
+    assert str(caught.value) == f"/d does not build: x: no space left on device; {FULL_DISK}"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 import threading
 from contextlib import suppress
 from dataclasses import replace
@@ -46,6 +47,7 @@ from guix_tasks.errors import (
 )
 from guix_tasks.ledger import (
     CHANNELS_LABEL,
+    IMAGE_LABEL,
     KEY_LABEL,
     LAYERS_LABEL,
     PACKAGES_LABEL,
@@ -916,6 +918,7 @@ class Trial:
         assert {tag: found.get(tag) for tag in own} == own, place
         assert run.lock == self.end_lock, place
         assert run.engine.all_containers == {}, place
+        assert run.engine.unnamed({IMAGE_LABEL: str(run.site.settings().image)}) == [], place
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -950,6 +953,22 @@ def test_an_error_at_any_call_leaves_no_container_and_the_tags_right(
             assert run.engine.all_containers == {}, (number, name)
 
 
+@pytest.mark.parametrize("call", ["create", "remove"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_while_a_container_comes_or_goes_leaves_none(
+    made: Site, stage: str, call: str
+) -> None:
+    def fault(_number: int, name: str, when: str) -> None:
+        if name == call and when == ("after" if call == "create" else "before"):
+            made.engine.fault = lambda *_: None
+            signal.raise_signal(signal.SIGINT)
+
+    made.engine.fault = fault
+    with pytest.raises(KeyboardInterrupt):
+        made.make(stage, force=True)
+    assert made.engine.all_containers == {}
+
+
 def test_a_container_that_was_left_goes_with_the_next_run(site: Site) -> None:
     site.make("base", "pull")
 
@@ -964,6 +983,30 @@ def test_a_container_that_was_left_goes_with_the_next_run(site: Site) -> None:
     assert len(site.engine.all_containers) == 1
     assert "install: up to date" in site.make("install")
     assert site.engine.all_containers == {}
+
+
+def test_images_without_a_name_are_removed_where_they_are_this_projects_stages(made: Site) -> None:
+    engine, image = made.engine, made.image("install")
+    theirs = engine.make_image(image.config, {"/theirs": b""}, parent=image)
+    made.env["GUIX_PACKAGES"] = "tar"
+
+    def fault(_number: int, name: str, when: str) -> None:
+        if name == "tag" and when == "before":
+            raise Killed
+
+    engine.fault = fault
+    before = set(engine.all_images)
+    with another_process(), suppress(Killed):
+        made.make("install")
+    engine.fault = lambda *_: None
+    (left,) = set(engine.all_images) - before
+    own, made.env["IMAGE"] = made.env["IMAGE"], "registry.test/another:1"
+    made.project().ledger.drop_unnamed()
+    assert left in engine.all_images
+    made.env["IMAGE"] = own
+    made.make("base")
+    assert left not in engine.all_images
+    assert theirs.id in engine.all_images
 
 
 def test_killed_between_two_commits_the_base_stage_is_what_it_was(made: Site) -> None:

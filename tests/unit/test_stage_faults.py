@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from guix_tasks import hands, upkeep
 from guix_tasks.engine import TracedEngine
-from guix_tasks.errors import EngineError, StageError, UsageError
+from guix_tasks.errors import FULL_DISK, EngineError, StageError, UsageError
 from guix_tasks.stage import STAGE_TRIES, Project, Stage, perform, run_stage
 from guix_tasks.watch import Lines, Servers
 from guix_tasks.work import ENTRY_POINT, Work, kept_containers, work_container
@@ -135,6 +135,13 @@ def test_a_fault_of_the_network_is_tried_again_in_the_same_container(
 def test_what_is_committed_is_told_by_the_try_that_went_well_alone(site: Site) -> None:
     run(site, Try(1, [NO_NETWORK], b"half of a rep"), Try(report=b"all of it\n"))
     assert site.image("own").labels["report"] == "all of it"
+
+
+@pytest.mark.parametrize("word", ["No space left on device", "Disk quota exceeded"])
+def test_a_full_disk_is_told(site: Site, word: str) -> None:
+    error = failure(site, Try(1, [f"guix pull: error: write failed: {word}\n".encode()]))
+    assert FULL_DISK in error
+    assert FULL_DISK not in failure(site, Try(1, [NOT_BUILT]))
 
 
 def test_each_try_finds_its_files(site: Site) -> None:

@@ -1,0 +1,156 @@
+"""A place of its own on this machine, for an engine that a test may kill."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from harness import Docker, Workshop, call, eventually, inv_argv
+
+from guix_tasks.docker_engine import DEFAULT_SOCKET, Address, DockerEngine
+from guix_tasks.local import process
+from guix_tasks.local.base_image import BASE_TAG
+from guix_tasks.local.debian import host_suite
+from guix_tasks.local.engine import PrivateEngine, mounts_below
+from guix_tasks.local.registry import LocalRegistry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from harness import Result
+
+# Of <net/if.h> and <linux/sockios.h>; the program `ip` may not be here.
+LOOPBACK_UP = """
+import fcntl, socket, struct
+with socket.socket() as any:
+    fcntl.ioctl(any, 0x8914, struct.pack("16sh", b"lo", 1))
+"""
+
+
+@dataclass(frozen=True)
+class Island:
+    """A network and mounts of its own, where no engine is but the one that is started there."""
+
+    folder: Path
+    holder: int
+
+    @property
+    def engine(self) -> PrivateEngine:
+        return PrivateEngine(self.folder / "guix-tasks" / "engine")
+
+    @property
+    def docker(self) -> Docker:
+        return Docker(self.engine.url, self.folder / "docker")
+
+    @property
+    def registry(self) -> LocalRegistry:
+        return LocalRegistry(self.folder / "guix-tasks" / "registry")
+
+    def client(self) -> DockerEngine:
+        """The engine, as the product speaks to it."""
+        return DockerEngine(Address(self.engine.url, "test"), {})
+
+    def inv(self, *arguments: str, **environment: str) -> Result:
+        """The command line, with nothing that says where an engine is."""
+        own = {"HOME": str(self.folder), "XDG_DATA_HOME": str(self.folder)}
+        env = {"PATH": os.environ["PATH"], **own, **environment}
+        return call([*self.enter, *inv_argv(*arguments)], env, 60)
+
+    def ok(self, *arguments: str) -> str:
+        result = self.inv(*arguments)
+        assert result.returncode == 0, result.stderr
+        return result.stderr
+
+    def do(self, *argv: str) -> None:
+        """Run a program of this machine there."""
+        subprocess.run([*self.enter, *argv], check=True, capture_output=True, timeout=60)
+
+    @property
+    def enter(self) -> list[str]:
+        place = f"--wd={self.folder}"
+        return ["nsenter", f"--target={self.holder}", "--net", "--mount", place, "--"]
+
+    def kill_engine(self) -> None:
+        """Kill the engine as a lack of memory would."""
+        daemon = self.engine._daemon.pid()
+        assert daemon
+        os.kill(daemon, signal.SIGKILL)
+        eventually(lambda: not self.engine.running(), "the end of the engine")
+
+    def is_deserted(self) -> bool:
+        """Whether nothing of an engine is left but its files."""
+        table = Path(f"/proc/{self.holder}/mountinfo").read_text()
+        mounts = mounts_below(self.engine.folder, table)
+        processes = process.processes_below(self.engine.folder)
+        return not mounts and not processes and not self.engine.socket.exists()
+
+
+@contextmanager
+def raised(programs: Path) -> Iterator[Island]:
+    """An island with the unpacked programs of an engine."""
+    if os.geteuid() != 0:
+        pytest.skip("the private engine needs root")
+    if host_suite() is None:
+        pytest.skip("it is unpacked from Debian's packages")
+    # Not in pytest's folder: the path of a socket has to be short.
+    with tempfile.TemporaryDirectory() as folder:
+        holder = subprocess.Popen(["unshare", "--net", "--mount", "--", "sleep", "infinity"])
+        try:
+            island = Island(Path(folder), holder.pid)
+            _furnish(island, programs)
+            yield island
+            island.inv("registry.down")
+            island.inv("engine.down")
+        finally:
+            holder.kill()
+            holder.wait()
+
+
+def _furnish(island: Island, programs: Path) -> None:
+    (island.folder / "Dockerfile").write_text("FROM scratch\n")
+    island.engine.folder.mkdir(parents=True)
+    shutil.copytree(programs, island.engine.folder / "root", symlinks=True, copy_function=_link)
+    eventually(lambda: _is_apart(island.holder), "a network of its own")
+    island.do(sys.executable, "-c", LOOPBACK_UP)
+    if DEFAULT_SOCKET.exists():
+        island.do("mount", "--bind", os.devnull, str(DEFAULT_SOCKET))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # on another disk
+        shutil.copy2(source, target)
+
+
+def _is_apart(pid: int) -> bool:
+    kinds = ("net", "mnt")
+    return all(
+        Path(f"/proc/{pid}/ns/{kind}").readlink() != Path(f"/proc/self/ns/{kind}").readlink()
+        for kind in kinds
+    )
+
+
+def settle(island: Island, registry: Path, workshop: Workshop) -> Workshop:
+    """Start engine and registry there, bring the base image over; what to make projects with.
+
+    ``registry`` are the unpacked programs of one, ``workshop`` is that of the engine that is here.
+    """
+    island.ok("engine.up")
+    island.registry.folder.mkdir()
+    (island.registry.folder / "root").symlink_to(registry)
+    island.ok("registry.up")
+    save = subprocess.Popen(workshop.docker.argv("save", BASE_TAG), stdout=subprocess.PIPE)
+    subprocess.run(island.docker.argv("load"), stdin=save.stdout, check=True, capture_output=True)
+    assert save.wait() == 0
+    where = f"localhost:{island.registry.port}"
+    return Workshop(island.docker, where, workshop.offline, island.folder)
