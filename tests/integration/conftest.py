@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import shutil
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -45,6 +46,11 @@ if TYPE_CHECKING:
 STAGES = ("base", "pull", "install")
 
 _NO_ENGINE = pytest.StashKey[str]()
+
+
+def pytest_configure() -> None:
+    """Let what tests start be stopped by Ctrl-C, also where this is a shell's background job."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -452,7 +452,7 @@ def test_faults_in_any_order(rig: Rig, soak: Soak) -> None:
     kinds: collections.Counter[str] = collections.Counter()
     came: collections.Counter[bool] = collections.Counter()
     chosen = sorted(PUSH_FAULTS if soak.long else PUSH_FAULTS.keys() - PATIENT)
-    for _ in range(soak.times(2, 100)):
+    for _ in range(soak.times(2, 60)):
         sequence = [chance.choice(chosen) for _ in range(chance.randint(1, 4))]
         several = Several([Faults(*PUSH_FAULTS[kind]) for kind in sequence])
         with failing(rig.registry, several) as address:
@@ -462,7 +462,7 @@ def test_faults_in_any_order(rig: Rig, soak: Soak) -> None:
             rig.engine.untag(str(project.settings.image))
         met = zip(sequence, several.faults, strict=True)
         kinds.update(f"push: {kind}" for kind, each in met if each.met)
-    for _ in range(soak.times(2, 40)):
+    for _ in range(soak.times(2, 20)):
         kind = chance.choice(sorted(PULL_FAULTS))
         faults = Faults(*PULL_FAULTS[kind], times=0)
         with failing(rig.registry, faults) as address:

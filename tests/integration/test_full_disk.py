@@ -138,7 +138,7 @@ def test_full_disk(trial: Trial, soak: Soak) -> None:
     trial.patient.project.ok("base", "pull", "install", "push")
     LOG.info("needed: %s", needed)
     full: Counter[str] = Counter()
-    for turn in range(soak.times(2, 40)):
+    for turn in range(soak.times(2, 16)):
         stage = stages[turn % len(stages)]
         full[stage] += trial.run_out(stage, int(needed[stage] * chance.random() ** 2))
     assert full.total()
