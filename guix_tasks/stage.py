@@ -115,6 +115,8 @@ class Stage:
     """What the commands find below ``work.FOLDER``."""
     given: Mapping[str, str] = field(default_factory=dict)
     """More of what it is made from, by name, with the digest of each content."""
+    as_root: bool = False
+    """Whether its commands change more than the store, Guix's state and root's profiles."""
     keep: str | None = None
     """A profile such as the next stage is to build: what that takes is not collected."""
     settled: Callable[[str], Stage] | None = None
@@ -152,7 +154,7 @@ def run_stage(
     Raises ``StageError`` when a command fails; then nothing is committed and no tag has moved, and
     the container is left only with ``keep_failed``.
     """
-    project = project.settled(parent)
+    project = project.settled(parent, as_root=stage.as_root)
     console, settings = project.console, project.settings
     if not commit or keep_failed:
         refuse_second(project.engine, settings)

@@ -44,7 +44,9 @@ DOCKERFILES = {
     "only-cmd": 'CMD ["true"]',
     "shell-form": "ENTRYPOINT exec env\nCMD true",
 }
-CUSTOM = Stage("pull", [("touch", "/touched")], ("echo", "x"), lambda said: {CHANNELS_LABEL: said})
+# Where also one that is not root may.
+TOUCH = ("touch", "/var/guix/touched")
+CUSTOM = Stage("pull", [TOUCH], ("echo", "x"), lambda said: {CHANNELS_LABEL: said})
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def make(project: Project, engine: DockerEngine) -> Configs:
     base = opened.ledger.find("base")
     assert base
     run_stage(opened, CUSTOM, base)
-    project.ok("run", "--stage=base", "--keep", "--", "touch", "/touched")
+    project.ok("run", "--stage=base", "--keep", "--", *TOUCH)
     project.ok("commit")
     return Configs(before, *map(project.docker.config, (project.tag("pull"), project.image)))
 
@@ -123,7 +125,11 @@ def test_nothing_else_comes_in(configs: Configs, committed: str) -> None:
 
 
 def plain(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration without our own labels, and without what says nothing."""
+    """A configuration without labels that we set, and without what says nothing."""
+    ours = ("org.guix-tasks.", "org.opencontainers.image.")
     labels = config.get("Labels") or {}
-    others = {name: text for name, text in labels.items() if not name.startswith("org.guix-tasks.")}
-    return {key: value for key, value in {**config, "Labels": others}.items() if value}
+    others = {name: text for name, text in labels.items() if not name.startswith(ours)}
+    # An image that names no user is root's; see stage.commit_image.
+    user = "" if config.get("User") == "root" else config.get("User")
+    plainer = {**config, "Labels": others, "User": user}
+    return {key: value for key, value in plainer.items() if value}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from fake_engine import FakeContainer, FakeGuix, Output, Site, made_site
 from guix_tasks import hands, paths, work
 from guix_tasks.errors import EngineError, StageError
 from guix_tasks.rootless import USER
+from guix_tasks.stage import run_stage
+from guix_tasks.stages.pull import pull_stage
 from guix_tasks.verify import verify
 
 if TYPE_CHECKING:
@@ -142,6 +145,13 @@ def test_an_engine_that_is_gone_is_told_as_it_is(
     monkeypatch.setattr(made.engine, "create", gone)
     with pytest.raises(EngineError, match=r"^the Docker Engine at x does not answer$"):
         install(made)
+
+
+def test_a_stage_that_needs_root_gets_it(made: Site) -> None:
+    made.engine.behaviour = builds_with("rootless", "capabilities")
+    stage = replace(pull_stage(None), as_root=True)
+    run_stage(made.project(), stage, made.image("base"), force=True)
+    assert kind_of(made.engine.specs[-1]) == "capabilities"
 
 
 def test_what_is_done_by_hand_and_verified_is_done_as_root(made: Site) -> None:
