@@ -8,16 +8,17 @@ import secrets
 import shutil
 import tarfile
 from dataclasses import replace
-from typing import IO, TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from guix_tasks.bake import ENVIRONMENT, WORK, Bind
 from guix_tasks.errors import BuilderError, UsageError
+from guix_tasks.pieces import as_file
 from guix_tasks.reference import quoted
 from guix_tasks.settings.values import Sandbox
 from guix_tasks.work import common_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from guix_tasks.engine import Engine, Image
@@ -94,7 +95,7 @@ def only_here(engine: Engine, reference: ImageReference) -> Image | None:
 def hand_over(engine: Engine, image: Image, reference: ImageReference, folder: Path) -> str:
     """An image of the engine as a context that any builder can read."""
     layout = folder / "base-image"
-    stream = cast("IO[bytes]", _Stream(engine.save(image.id)))
+    stream = as_file(engine.save(image.id))
     try:
         with tarfile.open(fileobj=stream, mode="r|") as tar:
             tar.extractall(layout, filter="data")
@@ -106,29 +107,3 @@ def hand_over(engine: Engine, image: Image, reference: ImageReference, folder: P
             "it to a registry that the builder reaches, and name that in BASE_IMAGE"
         ) from None
     return f"oci-layout://{layout}@{digest}"
-
-
-_READS_AT_END = 10
-"""How often the end of an archive is read by whoever does not wait for more to come."""
-
-
-class _Stream:
-    """What an engine sends piece by piece, as a file that tarfile can read."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces, self._rest = filter(None, pieces), b""
-        self._reads_at_end = 0
-
-    def read(self, size: int) -> bytes:
-        parts, wanted = [self._rest], size - len(self._rest)
-        while wanted > 0 and (piece := next(self._pieces, b"")):
-            parts.append(piece)
-            wanted -= len(piece)
-        data = b"".join(parts)
-        if not data:
-            # tarfile skips what a member says it has, be it a terabyte that is not there.
-            self._reads_at_end += 1
-            if self._reads_at_end > _READS_AT_END:
-                raise tarfile.ReadError("the archive ends too early")
-        self._rest = data[size:]
-        return data[:size]

@@ -14,6 +14,8 @@ import re
 import tarfile
 from typing import TYPE_CHECKING
 
+from guix_tasks.pieces import as_file
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -94,34 +96,17 @@ def _copy_in(engine: Engine, container: str, members: Iterable[_Member]) -> None
 def _members(engine: Engine, container: str, path: str) -> Iterator[_Member]:
     """What is at a path in a container, with its full name; nothing where nothing is there."""
     parent = path.rpartition("/")[0].lstrip("/")
-    stream = _Stream(engine.copy_out(container, path))
-    try:
-        with tarfile.open(fileobj=stream, mode="r|") as tar:
-            for member in tar:
-                file = tar.extractfile(member) if member.isfile() else None
-                member.name = f"{parent}/{member.name}".lstrip("/")
-                if member.islnk():
-                    member.linkname = f"{parent}/{member.linkname}".lstrip("/")
-                yield member, file.read() if file else None
-    except tarfile.ReadError:
-        if stream.was_read:
-            raise
-
-
-class _Stream(io.RawIOBase):
-    """Pieces as a file that is read once."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        super().__init__()
-        self._pieces, self._rest = pieces, b""
-        self.was_read = False
-
-    def read(self, size: int = -1) -> bytes:
-        while len(self._rest) < size and (piece := next(self._pieces, b"")):
-            self._rest += piece
-        data, self._rest = self._rest[:size], self._rest[size:]
-        self.was_read = self.was_read or bool(data)
-        return data
+    pieces = engine.copy_out(container, path)
+    first = next(pieces, None)
+    if first is None:
+        return
+    with tarfile.open(fileobj=as_file(itertools.chain([first], pieces)), mode="r|") as tar:
+        for member in tar:
+            file = tar.extractfile(member) if member.isfile() else None
+            member.name = f"{parent}/{member.name}".lstrip("/")
+            if member.islnk():
+                member.linkname = f"{parent}/{member.linkname}".lstrip("/")
+            yield member, file.read() if file else None
 
 
 def _text(engine: Engine, container: str, path: str) -> str:

@@ -804,7 +804,8 @@ def test_an_archive_of_an_engine_writes_nothing_beside_its_folder(
         inside = everything_below(place)
         assert everything_below(tmp_path) - inside - {place} == before
         for path in inside:
-            assert path.resolve().is_relative_to(place)
+            # Not Path.resolve, to which links in a circle are an error.
+            assert Path(os.path.realpath(path)).is_relative_to(place)
         subprocess.run(["rm", "-rf", str(place)], check=True)
 
     attempt("archives of engines", MEMBERS, check, 15, 1_000)
