@@ -54,6 +54,27 @@ def _settings(overrides: Mapping[str, str | Sequence[str]] | None = None) -> Set
 
 
 @contextmanager
+def opened_settings(
+    overrides: Mapping[str, str | Sequence[str]],
+) -> Iterator[tuple[Settings, Console]]:
+    """The settings, for a task that needs no engine."""
+    with guarded():
+        from guix_tasks.console import Console
+
+        settings, console = _settings(overrides), Console()
+        _tell(settings, console)
+        yield settings, console
+
+
+def _tell(settings: Settings, console: Console) -> None:
+    """Show the notes on settings, each of them once."""
+    for note in settings.notes:
+        if note not in _told:
+            console.say(f"note: {note}")
+            _told.add(note)
+
+
+@contextmanager
 def opened_single(
     c: Context, overrides: Mapping[str, str | Sequence[str]] | None = None
 ) -> Iterator[Project]:
@@ -154,10 +175,7 @@ def open_project(c: Context, settings: Settings, *, needs_engine: bool = True) -
     from guix_tasks.stage import Project
 
     console = Console()
-    for note in settings.notes:
-        if note not in _told:
-            console.say(f"note: {note}")
-            _told.add(note)
+    _tell(settings, console)
     try:
         engine = _engine(c, settings.docker_environment, console)
     except NoEngineError as error:

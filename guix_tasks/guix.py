@@ -80,6 +80,76 @@ def union_manifest(manifest: str) -> str:
     )
 
 
+TARBALL = "tarball"
+
+PACK_FORMATS = (TARBALL, "squashfs", "docker", "deb", "rpm", "appimage")
+"""What ``guix pack`` of Guix 1.5 makes (``--list-formats``)."""
+
+COMPRESSIONS = ("gzip", "lzip", "xz", "bzip2", "zstd", "none")
+"""What it compresses with (``%compressors``)."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What ``guix pack`` is to make, in its own words; nothing set is its default."""
+
+    format: str = TARBALL
+    relocatable: int = 0
+    """1: where users may make namespaces; 2: anywhere else, too, but slower there."""
+    symlinks: tuple[str, ...] = ()
+    compression: str = ""
+    max_layers: int = 0
+    entry_point: str = ""
+
+
+def pack_argv(pack: Pack, manifest: str) -> tuple[str, ...]:
+    """``guix pack`` of a manifest."""
+    return (
+        "guix", "pack", f"--format={pack.format}",
+        *["--relocatable"] * pack.relocatable,
+        *(f"--symlink={each}" for each in pack.symlinks),
+        *([f"--compression={pack.compression}"] if pack.compression else []),
+        *([f"--max-layers={pack.max_layers}"] if pack.max_layers else []),
+        *([f"--entry-point={pack.entry_point}"] if pack.entry_point else []),
+        f"--manifest={manifest}",
+    )  # fmt: skip
+
+
+_IS_PACKED = "is packed:"
+
+
+def pack_manifest(manifest: str | None, packages: Sequence[str]) -> str:
+    """A manifest of a manifest and a list, of which ``guix pack`` takes but one.
+
+    When it is read it tells the names and versions, for ``packed``.
+    """
+    words = " ".join(f'"{each}"' for each in packages)
+    theirs = f'(primitive-load "{manifest}")' if manifest else ""
+    return (
+        "(use-modules (guix profiles) (gnu packages))\n"
+        "(define all\n"
+        f"  (concatenate-manifests (list {theirs} (specifications->manifest '({words})))))\n"
+        "(for-each (lambda (each)\n"
+        f'            (simple-format #t "{_IS_PACKED}~A\\t~A~%"\n'
+        "                           (manifest-entry-name each) (manifest-entry-version each)))\n"
+        "          (manifest-entries all))\n"
+        "all\n"
+    )
+
+
+def packed(report: str) -> tuple[str, list[tuple[str, str]]]:
+    """The store item that ``guix pack`` made, and name and version of all that is in it."""
+    entries = re.findall(rf"^{_IS_PACKED}(.*)\t(.*)$", report, re.MULTILINE)
+    items = re.findall(r"^/gnu/store/.*$", report, re.MULTILINE)
+    return items[-1] if items else "", entries
+
+
+def pack_suffix(pack_format: str, item: str) -> str:
+    """How the name of a packed file ends; that of an image tells it from a tarball."""
+    ending = item.rpartition("-pack")[2]
+    return f".docker{ending}" if pack_format == "docker" else ending
+
+
 @dataclass(frozen=True)
 class Channel:
     """A channel as a channels file spells it out."""

@@ -8,6 +8,10 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def data_home() -> Path:
@@ -20,15 +24,18 @@ def cache_home() -> Path:
     return _xdg("XDG_CACHE_HOME", ".cache")
 
 
-def write_whole(path: Path, content: bytes, mode: int = 0o666) -> None:
+def write_whole(path: Path, content: bytes | Iterable[bytes], mode: int = 0o666) -> None:
     """Write a file, in the place of what was there, wholly or not at all.  Raises ``OSError``.
+
+    The content may come piece by piece; what is raised on its way leaves nothing behind, either.
 
     ``mode`` is less the umask, as ever.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.touch(mode)
-        unfinished.write_bytes(content)
+        with unfinished.open("wb") as file:
+            file.writelines([content] if isinstance(content, bytes) else content)
         unfinished.replace(path)
     except BaseException:
         with suppress(OSError):

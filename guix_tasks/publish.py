@@ -29,7 +29,7 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
     """
     ledger, engine = project.ledger, project.engine
     image = image_to_use(project, stage)
-    _refuse_stale(project, image)
+    refuse_stale(project, image, "push")
     if proven_stage(image) is None:
         project.console.warn(
             f"{ledger.image} was made by none of these stages, so nobody knows whether it is up to "
@@ -89,10 +89,10 @@ def _stage_image(project: Project, stage: str) -> tuple[Image | None, str]:
         ) from None
 
 
-def _refuse_stale(project: Project, image: Image) -> None:
-    """Refuse an image that is its stage's and no longer answers to what is asked for.
+def refuse_stale(project: Project, image: Image, task: str) -> None:
+    """Refuse for a task an image that is its stage's and no longer answers to what is asked for.
 
-    One that was made by hand, or rolled back to, is pushed as it is.
+    One that was made by hand, or rolled back to, is taken as it is.
     """
     ledger = project.ledger
     stage = proven_stage(ledger.last_stage() or image)
@@ -101,7 +101,7 @@ def _refuse_stale(project: Project, image: Image) -> None:
     why = Lifecycle(project).state(stage).why if stage and is_stage else None
     if why:
         upstream = "" if stage == "base" else " --upstream"
-        raise UsageError(f"{stage} is stale ({why}); run `inv {stage}{upstream}`, then push")
+        raise UsageError(f"{stage} is stale ({why}); run `inv {stage}{upstream}`, then {task}")
 
 
 def image_to_use(project: Project, stage: str | None = None) -> Image:

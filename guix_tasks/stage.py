@@ -163,7 +163,7 @@ def run_stage(
         keep_failed=keep_failed,
     )
     with work_container(project.engine, settings, parent.id, work) as container:
-        report = _run_again(project, container, work).strip()
+        report = run_again(project, container, work).strip()
         if stage.check:
             stage.check(report)
         if not commit:
@@ -181,10 +181,11 @@ def run_stage(
         return commit_image(project, container, parent, tag, labels)
 
 
-def _run_again(project: Project, container: str, work: Work) -> str:
-    """Run a stage in its container, and again after a fault of the network; its report.
+def run_again(project: Project, container: str, work: Work) -> str:
+    """Run a work in its container, and again after a fault of the network; its output.
 
-    It goes on in the same container, so what is fetched is not fetched again.
+    It goes on in the same container, so what is fetched is not fetched again.  Its command
+    is its file ``stage``.  Raises ``StageError``, which says where the logs are kept.
     """
     starts = itertools.count()
     started = time.monotonic()

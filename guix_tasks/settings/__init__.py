@@ -216,6 +216,13 @@ class Settings:
         parsers.optional(parsers.sha256), "The SHA-256 checksum of that file, 64 hex digits."
     )
 
+    release_url: str | None = _setting(
+        parsers.optional(parsers.url("https", "http")),
+        "Where the files in out/ can be downloaded: what stands before their names in build.json.",
+        group="Releases",
+        option="url",
+    )
+
     docker_username: Secret | None = _setting(
         parsers.optional(parsers.plain(Secret)),
         "The user to push as; taken literally, with any ${...} in it.",
@@ -253,7 +260,7 @@ class Settings:
 
     @property
     def output_folder(self) -> Path:
-        """``out/`` in the project: archives, what failed, and what platforms were pushed."""
+        """``out/`` in the project: archives, packs, what failed, and what platforms were pushed."""
         return self.folder / "out"
 
     @property

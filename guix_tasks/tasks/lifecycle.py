@@ -12,7 +12,9 @@ from guix_tasks.boundary import (
     docker_command,
     examine,
     guarded,
+    left_at_showing,
     opened,
+    opened_settings,
     opened_single,
     opened_with_buildx,
 )
@@ -155,6 +157,55 @@ def manifest(c: Context) -> None:
         digest = join(project, program)
         if digest:
             project.console.result(f"{project.settings.image}@{digest}")
+
+
+@task(
+    iterable=["package", "symlink"],
+    incrementable=["relocatable"],
+    help={
+        "package": "a package instead of GUIX_PACKAGES and GUIX_MANIFEST; repeatable",
+        "format": "tarball (the default), docker, squashfs, deb, rpm or appimage",
+        "relocatable": "to be unpacked anywhere, as guix pack -R; said twice, as -RR",
+        "symlink": "a link in it, as /bin=bin; repeatable",
+        "compression": "gzip, lzip, xz, bzip2, zstd or none",
+        "max_layers": "the most layers that a docker archive may have",
+        "entry_point": "the program that a docker archive or an appimage runs, as bin/hello",
+        "name": "what the file's name begins with",
+    },
+    auto_shortflags=False,
+)
+def pack(
+    c: Context,
+    package: list[str] | None = None,
+    format: str = "tarball",  # noqa: A002 -- the option's name
+    relocatable: int = 0,
+    symlink: list[str] | None = None,
+    compression: str = "",
+    max_layers: int = 0,
+    entry_point: str = "",
+    name: str = "",
+) -> None:
+    """Pack GUIX_PACKAGES and GUIX_MANIFEST into a file in out/, with its SHA-256."""
+    with opened(c) as project, project.alone("pack"):
+        from guix_tasks.guix import Pack
+        from guix_tasks.pack import pack_each
+
+        links = tuple(symlink or ())
+        wanted = Pack(format, relocatable, links, compression, max_layers, entry_point)
+        pack_each(project, wanted, name, tuple(package or ()))
+
+
+@task(
+    help={"url": "where the files will be downloadable, instead of RELEASE_URL"},
+    auto_shortflags=False,
+)
+def release(c: Context, url: str = "") -> None:
+    """Write out/build.json: where each system's packs are, with SHA-256 and channels."""
+    with opened_settings({"RELEASE_URL": url}) as (settings, console):
+        from guix_tasks.release import release as write
+
+        if not left_at_showing(c, "release"):
+            console.result(str(write(settings, console)))
 
 
 @task(

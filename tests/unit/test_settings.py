@@ -480,6 +480,7 @@ VALUES: dict[str, str | list[str]] = {
     "BUILDKIT_SYNTAX": "example.org/frontend:{}",
     "BUILDX_URL": "https://a.example/{}",
     "BUILDX_SHA256": [str(number) * 64 for number in range(1, 6)],
+    "RELEASE_URL": "https://a.example/{}",
     "DOCKER_USERNAME": "{}",
     "DOCKER_PASSWORD": "{}",
 }
