@@ -133,9 +133,40 @@ done
 END
 }
 
+# seed_modules OUTPUT MODULE: the source of a library of Debian's Guile.
+seed_modules() {
+  local site=$1/share/guile/site/3.0
+  mkdir -p "$site"
+  cp -r "/usr/share/guile/site/3.0/$2"* "$site/"
+}
+
+# What "guix pack --format=docker" writes its JSON with: an older version than Debian's, in which
+# JSON's null was another value.
+seed_guile_json() {
+  local site=${output[guile-json]}/share/guile/site/3.0
+  seed_modules "${output[guile-json]}" json
+  sed -i "s/(null 'null)/(null #nil)/" "$site/json/builder.scm"
+}
+
+# What it makes its checksums with.
+seed_guile_gcrypt() {
+  local out=${output[guile-gcrypt]} library
+  seed_modules "$out" gcrypt
+  mkdir -p "$out/lib"
+  for library in libgcrypt.so.20 libgpg-error.so.0; do
+    cp -L /usr/lib/*/"$library" "$out/lib/"
+    patchelf --set-rpath "$out/lib" "$out/lib/$library"
+  done
+  ln -s libgcrypt.so.20 "$out/lib/libgcrypt.so"
+  sed -i "s,\"libgcrypt\",\"$out/lib/libgcrypt\"," \
+    "$out/share/guile/site/3.0/gcrypt/package-config.scm"
+}
+
 make_seeds() {
   seed_guile
   seed_tar
+  seed_guile_json
+  seed_guile_gcrypt
   relocate "${output[texinfo]}" "$(command -v install-info)" install-info libexec/texinfo
   relocate "${output[gzip]}" "$(command -v gzip)" gzip libexec/gzip
   relocate "${output[hello]}" "$(command -v hello)" hello libexec/hello

@@ -116,3 +116,15 @@ def test_a_release_says_what_was_packed_and_by_which_channels(project: Project) 
     assert all(len(each["commit"]) == 40 for each in entry["channels"])
     project.ok("release", "--url=https://example.org/v2/")
     assert json.loads((path.parent / "build.json").read_text())[system(project)] == entry
+
+
+def test_an_image_runs_where_there_is_no_guix(project: Project) -> None:
+    path = packed(project, "--package=hello", "--format=docker", "--max-layers=3")
+    assert path.name == f"hello-2.12.2-{system(project)}.docker.tar.gz"
+    loaded = project.docker.ok("load", f"--input={path}").removeprefix("Loaded image: ")
+    name = f"{project.repository}:packed"
+    project.docker.ok("tag", loaded, name)
+    project.docker.ok("rmi", loaded)
+    layers = project.docker.ok("image", "inspect", "--format={{len .RootFS.Layers}}", name)
+    assert 1 < int(layers) <= 3
+    assert project.docker.run(name, "hello").stdout == GREETING

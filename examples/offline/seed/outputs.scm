@@ -11,6 +11,8 @@
 (define seeds
   `(("guile"       ,(module-ref (resolve-module '(gnu packages commencement)) 'guile-final))
     ("guile-3.0"   ,(package-of (gnu packages guile) guile-3.0))
+    ("guile-json"  ,(package-of (gnu packages guile) guile-json-3))
+    ("guile-gcrypt" ,(package-of (gnu packages gnupg) guile-gcrypt))
     ("texinfo"     ,(package-of (gnu packages texinfo) texinfo))
     ("gzip"        ,(package-of (gnu packages compression) gzip))
     ("tar"         ,(package-of (gnu packages base) tar))
