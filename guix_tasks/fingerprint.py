@@ -39,6 +39,15 @@ def file_digest(path: Path) -> str:
     return _file_digest(str(path))
 
 
+def content_digest(path: Path) -> str:
+    """The same, read anew."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(WORTH_CACHING):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def tree_digest(root: Path, files: Iterable[str] | None = None) -> str:
     """The digest of a file, or of a folder: all of it, or some files by relative name."""
     if not root.is_dir():
@@ -78,12 +87,9 @@ def _file_digest(path: str) -> str:
     kept = paths.cache_home() / "digests" / key
     with suppress(OSError):
         return kept.read_text()
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(WORTH_CACHING):
-            digest.update(chunk)
+    digest = content_digest(Path(path))
     # Only a cache: a disk that is full or closed to us does no harm.
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        paths.write_whole(kept, digest.hexdigest().encode())
-    return digest.hexdigest()
+        paths.write_whole(kept, digest.encode())
+    return digest

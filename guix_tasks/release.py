@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from guix_tasks.errors import CheckError, UsageError
-from guix_tasks.fingerprint import file_digest
-from guix_tasks.guix import TARBALL
+from guix_tasks.fingerprint import content_digest
+from guix_tasks.guix import PACK_FORMATS, TARBALL
 from guix_tasks.packs import load
 from guix_tasks.paths import write_whole
 
@@ -54,7 +54,10 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         entries = None
-    known = isinstance(entries, dict) and all(isinstance(each, dict) for each in entries.values())
+    known = isinstance(entries, dict) and all(
+        isinstance(each, dict) and all(isinstance(each.get(f, {}), dict) for f in PACK_FORMATS)
+        for each in entries.values()
+    )
     if not known:
         raise UsageError(f"{path} is no build.json; delete it, or put the released one there")
     return dict(entries)
@@ -64,7 +67,7 @@ def _check(settings: Settings, packed: Packed, console: Console) -> None:
     file = settings.output_folder / packed.file
     if not file.exists():
         console.say(f"release: {packed.file} is not here; its SHA-256 is what its job said")
-    elif file_digest(file) != packed.sha256:
+    elif content_digest(file) != packed.sha256:
         raise CheckError(f"{file} is not what was packed: its SHA-256 is another; pack it again")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import logging
 import os
 import shutil
@@ -130,6 +131,44 @@ def test_the_whole_way_prints_the_digest_alone_on_standard_output(inv: Inv) -> N
     found = inv.site.engine.registry.find(IMAGE)
     assert found
     assert found.layers == inv.site.image("install").layers
+
+
+def test_a_pack_prints_its_file_alone_and_takes_what_guix_takes(inv: Inv) -> None:
+    inv("base", "pull", "install")
+    item, scripts = f"/gnu/store/{'0' * 32}-hello-docker-pack.tar.gz", []
+
+    def behaviour(container: FakeContainer) -> Output:
+        scripts.append(container.text(container.argv[0]))
+        yield False, f"is packed:hello\t1.0\n{item}\n".encode()
+        container.write(item, "packed")
+
+    inv.site.engine.behaviour = behaviour
+    done = inv(
+        "pack", "--package=hello", "--relocatable", "--relocatable", "--symlink=/bin=bin",
+        "--symlink=/share=share", "--format=docker", "--max-layers=9", "--name=x",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.out == f"{inv.site.folder}/out/x-1.0-x86_64-linux.docker.tar.gz\n"
+    (script,) = scripts
+    assert script.count(" --relocatable") == 2
+    assert " --symlink=/bin=bin --symlink=/share=share --max-layers=9 " in script
+
+
+def test_a_release_needs_no_engine(inv: Inv) -> None:
+    inv.opened.clear()
+    assert inv("release").errors[0].startswith("error: nothing to release: ")
+    part = {"system": "x86_64-linux", "format": "tarball", "file": "x", "sha256": "1"}
+    inv.site.write("out/build-x86_64-linux.json", json.dumps({**part, "channels": []}))
+    path = inv.site.folder / "out" / "build.json"
+    assert inv("--dry", "release", "--url=https://a.test").code == 0
+    assert not path.exists()
+    done = inv("release", "--url=https://a.test")
+    assert (done.code, done.out) == (0, f"{path}\n")
+    assert json.loads(path.read_text())["x86_64-linux"]["url"] == "https://a.test/x"
+    done = inv("release", "--url=ftp://a.test")
+    assert (done.code, len(done.errors)) == (2, 1)
+    assert done.errors[0].startswith("error: option --url: ")
+    assert inv.opened == []
 
 
 def test_the_first_line_names_the_engine_once(inv: Inv) -> None:

@@ -510,6 +510,7 @@ NEUTRAL: dict[str, Callable[[Site], object]] = {
     "time": lambda site: site.env.update(STAGE_TIMEOUT="2h"),
     "credentials": lambda site: site.env.update(DOCKER_USERNAME="me", DOCKER_PASSWORD="x"),  # noqa: S106
     "tags": lambda site: site.env.update(TAGS="1.0 stable"),
+    "a release's address": lambda site: site.env.update(RELEASE_URL="https://a.test/v1"),
     "a cache": lambda site: site.env.update(CACHE_IMAGE="registry.test/cache"),
     "a read-only mount": lambda site: site.env.update(MOUNTS="mounted:/mnt:ro"),
     "a build secret": lambda site: site.env.update(BUILD_SECRETS="id=a.pub"),

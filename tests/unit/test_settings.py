@@ -183,6 +183,7 @@ GOOD: list[tuple[str, str, Any]] = [
     ("BUILDX_URL", "file:///srv/buildx", "file:///srv/buildx"),
     ("BUILDX_URL", "https://a.example/buildx", "https://a.example/buildx"),
     ("BUILDX_SHA256", HEX, HEX),
+    ("RELEASE_URL", "https://a.example/v1/", "https://a.example/v1/"),
     ("DOCKER_USERNAME", "me", Secret("me")),
     ("DOCKER_PASSWORD", "a b", Secret("a b")),
 ]
@@ -348,6 +349,8 @@ BAD = [
     ("BUILDX_URL", "ftp://a.example/x", "https:// or http:// or file://"),
     ("BUILDX_URL", "https://me:hunter2@a.example/x", "leave out all up to the '@'"),
     ("BUILDX_SHA256", HEX.upper(), "write 64 lower case hex digits"),
+    ("RELEASE_URL", "file:///srv", "begins with https:// or http://"),
+    ("RELEASE_URL", "https://me:hunter2@a.example/x", "leave out all up to the '@'"),
     ("DOCKER_PASSWORD_FILE", "missing", "No such file"),
     ("DOCKER_PASSWORD_FILE", "folder", "Is a directory"),
     ("DOCKER_HOST", "a\0b", "has a NUL"),
