@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import guix, masking
 from guix_tasks.console import human_size, human_time
-from guix_tasks.pieces import as_file
 from guix_tasks.errors import EngineError, StageError, UsageError
 from guix_tasks.ledger import CHANNELS_LABEL
 from guix_tasks.packs import Packed, save
 from guix_tasks.paths import write_whole
+from guix_tasks.pieces import as_file
 from guix_tasks.publish import image_to_use, refuse_stale
 from guix_tasks.reference import Platform, quoted
 from guix_tasks.settings.parsers import check_text, package
