@@ -34,8 +34,11 @@ def write_whole(path: Path, content: bytes | Iterable[bytes], mode: int = 0o666)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.touch(mode)
-        with unfinished.open("wb") as file:
-            file.writelines([content] if isinstance(content, bytes) else content)
+        if isinstance(content, bytes):
+            unfinished.write_bytes(content)
+        else:
+            with unfinished.open("wb") as file:
+                file.writelines(content)
         unfinished.replace(path)
     except BaseException:
         with suppress(OSError):

@@ -821,7 +821,7 @@ def test_a_file_is_written_whole_or_not_at_all(
         path = tmp_path / f"x{name}"
         path.write_bytes(old)
         with monkeypatch.context() as patch:
-            if fault == "replace":
+            if fault in {"write_bytes", "replace"}:
                 patch.setattr(Path, fault, broken)
             with contextlib.suppress(OSError):
                 write_whole(path, half(new) if fault == "content" else new)
@@ -834,7 +834,10 @@ def test_a_file_is_written_whole_or_not_at_all(
         raise OSError(28, "No space left on device")
 
     def broken(self: Path, *_: object) -> int:
+        if not self.exists():
+            with self.open("wb") as file:
+                file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    faults = st.sampled_from(["", "content", "replace"])
+    faults = st.sampled_from(["", "content", "write_bytes", "replace"])
     attempt("files", st.tuples(names, st.binary(), st.binary(), faults), check, 30, 1_500)
