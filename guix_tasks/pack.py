@@ -60,6 +60,7 @@ def pack(
     image = image_to_use(project)
     refuse_stale(project, image, "pack")
     project = project.settled(image)
+    console.say(f"pack: in a {project.settings.guix_sandbox.value} container")
     console.command(guix.pack_argv(wanted, f"{FOLDER}/pack.scm"))
     work = Work("pack", (f"{FOLDER}/stage",), files)
     with work_container(project.engine, project.settings, image.id, work) as container:
@@ -75,7 +76,7 @@ def pack(
         digest = _copy_out(project, container, item, path)
     save(settings, Packed(system, wanted.format, path.name, digest, _channels(image)))
     took, size = human_time(time.monotonic() - started), human_size(path.stat().st_size)
-    console.say(f"pack: {' '.join('@'.join(each) for each in contents)}: {size}, {took}")
+    console.say(f"pack: {path.name}, {size}, {took}")
     return path
 
 
