@@ -173,7 +173,7 @@ def open_project(c: Context, settings: Settings, *, needs_engine: bool = True) -
 
 def declare(
     name: str,
-    commands: str | Sequence[str | Sequence[str]],
+    command: str | Sequence[str],
     parent: str,
     inputs: str | Sequence[str],
     *,
@@ -189,7 +189,7 @@ def declare(
 
     parents = [*STAGES, *(each.name for each in _own)]
     try:
-        own = declared(name, commands, parent, inputs, parents=parents, taken=taken)
+        own = declared(name, command, parent, inputs, parents=parents, taken=taken)
     except UsageError as error:
         raise Exit(f"error: tasks.py: {error}", error.exit_code) from None
     _own.append(own)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from guix_tasks.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Sequence
+    from collections.abc import Collection, Sequence
 
 _NAME = re.compile(r"[a-z][a-z0-9]{0,31}", re.ASCII)
 """What can be a part of a tag, of a container's name and of a folder's, and a task's name."""
@@ -21,20 +21,20 @@ _TAKEN = frozenset({"previous", "linux"})
 
 @dataclass(frozen=True)
 class OwnStage:
-    """Commands that make one image of another, in the words of whoever wants them run."""
+    """A command that makes one image of another, in the words of whoever wants it run."""
 
     name: str
-    commands: tuple[tuple[str, ...], ...]
-    """Argument lists, run in order in one work container."""
+    command: tuple[str, ...]
+    """An argument list, run in a work container."""
     parent: str
     """The stage that it is made from."""
     inputs: tuple[str, ...] = ()
-    """Files and folders of the project that the commands find in the folder they start in."""
+    """Files and folders of the project that the command finds in the folder it starts in."""
 
 
 def declared(
     name: str,
-    commands: str | Sequence[str | Sequence[str]],
+    command: str | Sequence[str],
     parent: str,
     inputs: str | Sequence[str],
     *,
@@ -43,7 +43,7 @@ def declared(
 ) -> OwnStage:
     """A stage whose parent is one of ``parents``, under a name that is not ``taken``.
 
-    As in a Dockerfile, a command that is one text is for the shell, and a list is run as it is.
+    As in a Dockerfile, a command that is a text is for the shell, and a list is run as it is.
     Raises ``UsageError`` where it can be no stage.
     """
     if not _NAME.fullmatch(name) or name in _TAKEN:
@@ -52,28 +52,17 @@ def declared(
         raise UsageError(f"{name} is a task already; take another name for the stage")
     if parent not in parents:
         raise UsageError(
-            f"stage {name}: there is no stage {parent!r} before it; name one of "
+            f"stage {name}: no stage {parent!r} is there before it; name one of "
             f"{', '.join(parents)}"
         )
-    argument_lists = tuple(map(_argv, _several(commands)))
-    if not argument_lists or not all(argument_lists):
-        raise UsageError(f"stage {name}: a command is missing; give it at least one")
-    if not all(isinstance(word, str) for argv in argument_lists for word in argv):
-        raise UsageError(f"stage {name}: a command is a text or a list of texts")
-    for each in _several(inputs):
-        path = PurePosixPath(each)
+    argv = ("sh", "-euc", command) if isinstance(command, str) else tuple(command)
+    if not all(isinstance(word, str) for word in argv) or not "".join(argv[-1:]).strip():
+        raise UsageError(f"stage {name}: its command is a text for the shell, or a list of words")
+    paths = [PurePosixPath(each) for each in ([inputs] if isinstance(inputs, str) else inputs)]
+    for path in paths:
         if path.is_absolute() or ".." in path.parts or not path.parts:
             raise UsageError(
-                f"stage {name}: the input {str(each)!r} is not below the folder of tasks.py; "
+                f"stage {name}: the input {str(path)!r} does not lie below the folder of tasks.py; "
                 "MOUNTS lends stages what lies elsewhere"
             )
-    files = tuple(str(PurePosixPath(each)) for each in _several(inputs))
-    return OwnStage(name, argument_lists, parent, files)
-
-
-def _several(one_or_more: str | Sequence[str | Sequence[str]]) -> Iterable[str | Sequence[str]]:
-    return (one_or_more,) if isinstance(one_or_more, str) else one_or_more
-
-
-def _argv(command: str | Sequence[str]) -> tuple[str, ...]:
-    return ("sh", "-euc", command) if isinstance(command, str) else tuple(command)
+    return OwnStage(name, argv, parent, tuple(map(str, paths)))

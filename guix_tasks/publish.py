@@ -85,7 +85,8 @@ def _stage_image(project: Project, stage: str) -> tuple[Image | None, str]:
         return project.ledger.find(stage), project.ledger.tag(stage)
     except ValueError:
         raise UsageError(
-            f"--stage: {stage!r} can be no stage; name {', '.join(project.ledger.stages)} or {SQUASH}"
+            f"--stage: {stage!r} can be no stage; "
+            f"name {', '.join(project.ledger.stages)} or {SQUASH}"
         ) from None
 
 

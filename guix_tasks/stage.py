@@ -141,9 +141,7 @@ class Stage:
 
 def stage_files(stage: Stage) -> dict[str, bytes]:
     """What a stage's commands need below ``work.FOLDER``; ``stage`` is the script to run."""
-    script = guix.script(
-        stage.commands, stage.report, FOLDER, keep=stage.keep, start=stage.folder
-    )
+    script = guix.script(stage.commands, stage.report, FOLDER, keep=stage.keep, start=stage.folder)
     return {**stage.files, "stage": script.encode(), "collect.scm": COLLECT.read_bytes()}
 
 

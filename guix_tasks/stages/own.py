@@ -27,10 +27,11 @@ def own_stage(settings: Settings, own: OwnStage) -> Stage:
     files = dict(file for name in own.inputs for file in _files(settings, own, name))
     return Stage(
         name=own.name,
-        commands=own.commands,
+        commands=[own.command],
         report=guix.list_installed_argv(),
         labels=lambda report: {PACKAGES_LABEL: " ".join(guix.installed(report))},
         files=files,
+        as_root=True,
         folder=f"{FOLDER}/{_INPUTS}" if files else None,
     )
 
@@ -41,13 +42,13 @@ def _files(settings: Settings, own: OwnStage, name: str) -> Iterator[tuple[str, 
     found = sorted(_walk(path)) if path.is_dir() else [path]
     if not found:
         raise UsageError(f"stage {own.name}: the input {path} is an empty folder; name another")
-    for each in found:
-        try:
+    try:
+        for each in found:
             yield f"{_INPUTS}/{each.relative_to(settings.folder)}", each.read_bytes()
-        except OSError as error:
-            raise UsageError(
-                f"stage {own.name}: the input {each}: {error.strerror}; name what can be read"
-            ) from None
+    except OSError as error:
+        raise UsageError(
+            f"stage {own.name}: the input {error.filename}: {error.strerror}; name what can be read"
+        ) from None
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -21,7 +21,7 @@ for task in (*local.tasks, develop.demo, develop.test, own.init):
 
 def add_stage(
     name: str,
-    commands: str | Sequence[str | Sequence[str]],
+    command: str | Sequence[str],
     *,
     parent: str = "install",
     inputs: str | Sequence[str] = (),
@@ -29,14 +29,15 @@ def add_stage(
 ) -> None:
     """Add a stage, and the task of its name, to those of the project; for its ``tasks.py``.
 
-    ``commands`` are run in order in a work container of the ``parent``'s image; as in a Dockerfile,
-    one that is a text is for the shell, a list is run as it is.  They start in a folder that
-    holds the ``inputs``: files and folders of the project, by their names relative to it.  What
-    they make is committed, but for what is new in the store and no profile or root keeps.
+    The ``command`` is run in a work container of the ``parent``'s image; as in a Dockerfile, a
+    text is for the shell, a list is run as it is.  It is root (unless ``GUIX_SANDBOX=rootless``
+    is set), and starts in a folder that holds the
+    ``inputs``: files and folders of the project, by their names relative to it.  What it makes
+    is committed, but for what is new in the store and no profile or root keeps.
 
     ``summary`` is what ``inv --list`` says.  ``IMAGE`` follows the stage that was added last, of
     those that were made.
     """
     names = [*ns.task_names, *ns.collections]
-    stage = declare(name, commands, parent, inputs, taken=names)
+    stage = declare(name, command, parent, inputs, taken=names)
     ns.add_task(own.stage_task(stage, summary))
