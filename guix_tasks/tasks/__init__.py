@@ -30,10 +30,10 @@ def add_stage(
     """Add a stage, and the task of its name, to those of the project; for its ``tasks.py``.
 
     The ``command`` is run in a work container of the ``parent``'s image; as in a Dockerfile, a
-    text is for the shell, a list is run as it is.  It is root (unless ``GUIX_SANDBOX=rootless``
-    is set), and starts in a folder that holds the
-    ``inputs``: files and folders of the project, by their names relative to it.  What it makes
-    is committed, but for what is new in the store and no profile or root keeps.
+    text is for the shell, a list is run as it is.  It is run by root (unless
+    ``GUIX_SANDBOX=rootless`` is set), in a folder that holds the ``inputs``: files and folders of
+    the project, by their names relative to it.  What it makes is committed, but for what is new
+    in the store and no profile or root keeps.
 
     ``summary`` is what ``inv --list`` says.  ``IMAGE`` follows the stage that was added last, of
     those that were made.

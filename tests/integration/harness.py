@@ -97,7 +97,7 @@ class Project:
     settings: dict[str, str]
     data: Path
     """What is to last between its calls: the local registry's account above all."""
-    program: Sequence[str] = field(default_factory=lambda: inv_argv())
+    program: Sequence[str] = field(default_factory=lambda: [*inv_argv()])
     """The command line, of this checkout where no other is installed."""
     containers_by_hand: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
