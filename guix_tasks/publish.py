@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks.digests import Pushed, save
 from guix_tasks.errors import RegistryError, UsageError
-from guix_tasks.ledger import SQUASH, proven_stage
+from guix_tasks.ledger import HAND_MADE, SQUASH, proven_stage
 from guix_tasks.lifecycle import Lifecycle
 from guix_tasks.retry import retried
 from guix_tasks.transfer import credentials, push_once
@@ -30,7 +30,8 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
     ledger, engine = project.ledger, project.engine
     image = image_to_use(project, stage)
     _refuse_stale(project, image)
-    if proven_stage(image) is None:
+    # Nor is it known of what a stage made that tasks.py no longer has.
+    if proven_stage(image) not in (*ledger.stages, SQUASH, HAND_MADE):
         project.console.warn(
             f"{ledger.image} was made by none of these stages, so nobody knows whether it is up to "
             "date; pushing it as it is"

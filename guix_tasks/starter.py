@@ -38,7 +38,17 @@ def write_start(folder: Path, console: Console, *, dry: bool = False) -> None:
         is_new = _is_missing(folder / target) if dry else _write_new(folder / target, content)
         verb = "would write" if dry else "wrote"
         console.say(f"init: {verb} {target}" if is_new else f"init: {target} is there, left alone")
+    if not (dry or has_these_tasks(folder)):
+        console.say("init: let your tasks.py say `from guix_tasks.tasks import ns`")
     console.say("init: next: look into .env, then `inv base pull install verify push`")
+
+
+def has_these_tasks(folder: Path) -> bool:
+    """Whether a project's ``tasks.py`` speaks of this package at all."""
+    try:
+        return b"guix_tasks" in (folder / "tasks.py").read_bytes()
+    except OSError:
+        return False
 
 
 def image_name(folder: Path) -> str:

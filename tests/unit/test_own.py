@@ -11,15 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fake_engine import IMAGE, FakeEngine, Site, new_site, outline
+from fake_engine import IMAGE, FakeEngine, Site, heard, new_site, outline
 
 from guix_tasks.console import Console
 from guix_tasks.engine import TracedEngine
 from guix_tasks.errors import StageError, UsageError
-from guix_tasks.ledger import PACKAGES_LABEL, PREVIOUS, STAGES, proven_stage
+from guix_tasks.ledger import (
+    PACKAGES_LABEL,
+    PREVIOUS,
+    STAGES,
+    key_of,
+    proven_stage,
+    squash_key,
+)
 from guix_tasks.own import OwnStage, declared
 from guix_tasks.publish import image_to_use, push
 from guix_tasks.sizes import sizes
+from guix_tasks.squash import squash
 from guix_tasks.stage import stage_files
 from guix_tasks.stages.own import own_stage
 from guix_tasks.upkeep import STATUS_HEADER, clean, status_rows
@@ -233,9 +241,28 @@ def test_push_refuses_a_stale_one(made: OwnSite) -> None:
         push(made.project())
 
 
+def test_what_a_stage_made_that_is_no_more_is_pushed_with_a_warning(made: OwnSite) -> None:
+    made.own = (DEPS,)
+    project = made.project()
+    assert [*push(project)] == [IMAGE]
+    assert "made by none of these stages" in heard(project)
+    # What is made next takes its place.
+    made.make("deps")
+    assert made.image().id == made.image("deps").id
+
+
 def test_a_stage_that_is_not_there_is_told_with_those_that_are(made: OwnSite) -> None:
     with pytest.raises(UsageError, match=r"there are base, pull, install, deps, checked and squ"):
         image_to_use(made.project(), "nothing")
+
+
+def test_squash_takes_it_with_the_rest(made: OwnSite) -> None:
+    squash(made.project())
+    assert key_of(made.image()) == squash_key(made.image("checked"))
+    assert len(made.image().layers) == len(made.image("base").layers) + 1
+    made.write("deps.scm", "other\n")
+    with pytest.raises(UsageError, match="checked is stale"):
+        push(made.project())
 
 
 def test_clean_removes_it(made: OwnSite) -> None:

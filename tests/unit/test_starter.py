@@ -51,6 +51,14 @@ def test_nothing_is_overwritten(
     assert f"init: {name} is there, left alone" in capsys.readouterr().err
 
 
+def test_a_tasks_py_without_these_tasks_is_told_how_to_have_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tasks.py").write_text("from invoke import task\n")
+    write_start(tmp_path, Console())
+    assert "let your tasks.py say `from guix_tasks.tasks import ns`" in capsys.readouterr().err
+
+
 def test_a_link_to_nothing_is_something(tmp_path: Path) -> None:
     (tmp_path / ".env").symlink_to(tmp_path / "elsewhere")
     write_start(tmp_path, Console(), dry=True)

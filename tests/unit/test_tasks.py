@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 NAMES = {
     "base", "pull", "install", "commit", "verify", "push", "run", "shell", "squash", "rollback",
     "status", "clean", "rootfs", "demo", "test", "engine.up", "engine.down", "registry.up",
-    "registry.down", "manifest", "buildx.build", "buildx.setup", "buildx.status", "buildx.down",
+    "registry.down", "manifest", "init", "buildx.build", "buildx.setup", "buildx.status",
+    "buildx.down",
 }  # fmt: skip
 
 TASKS: dict[str, Task[Any]] = {name: ns[name] for name in sorted(ns.task_names)}
