@@ -52,5 +52,7 @@ def _files(settings: Settings, own: OwnStage, name: str) -> Iterator[tuple[str, 
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for place, _, names in os.walk(folder):
-        yield from (Path(place, name) for name in names)
+    for place, folders, names in os.walk(folder):
+        # A link to a folder is not followed, and so cannot be read: better told than left out.
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        yield from (Path(place, name) for name in [*names, *links])

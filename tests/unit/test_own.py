@@ -153,6 +153,17 @@ def test_an_input_that_is_an_empty_folder(site: OwnSite) -> None:
         site.make("deps")
 
 
+def test_a_link_to_a_folder_is_not_left_out_without_a_word(site: OwnSite) -> None:
+    (site.folder / "patches/more").symlink_to(site.folder)
+    with pytest.raises(UsageError, match=r"patches/more: Is a directory"):
+        site.make("deps")
+
+
+def test_a_link_to_a_file_is_the_file(site: OwnSite) -> None:
+    (site.folder / "patches/same").symlink_to("one/fix.patch")
+    assert stage_files(own_stage(site.settings(), DEPS))["project/patches/same"] == b"fix\n"
+
+
 # --- A stage as the others ------------------------------------------------------------------
 
 
