@@ -629,6 +629,7 @@ def _cause(text: str) -> str:
     """The innermost cause of what requests wraps in several exceptions."""
     for known in (
         "Connection refused",
+        "Connection reset by peer",
         "closed connection",
         "Connection broken",
         "No such file or directory",

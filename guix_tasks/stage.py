@@ -7,7 +7,6 @@ import itertools
 import shlex
 import tempfile
 import time
-from collections import deque
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,7 +33,7 @@ from guix_tasks.lock import alone
 from guix_tasks.retry import retried
 from guix_tasks.rootless import take_back
 from guix_tasks.sandbox import settled
-from guix_tasks.watch import Lines, Servers
+from guix_tasks.watch import Faults, Lines
 from guix_tasks.work import (
     FOLDER,
     IMAGE_FOLDER,
@@ -61,11 +60,6 @@ COLLECT = IMAGE_FOLDER / "collect.scm"
 
 STAGE_TRIES = 3
 """How often a stage is run where the network fails it."""
-
-_TAIL = 400
-"""Lines of a log that an error is looked for in."""
-
-"""What a line begins with after which the entry point shows logs of builds."""
 
 _LOG_IN_MEMORY = 1 << 20
 """Bytes of a log from which it is kept on disk."""
@@ -269,9 +263,7 @@ def perform(
     server answers, unless ``GUIX_FALLBACK`` lets it build from source.
     """
     output, log = bytearray(), Log(project.console, kept)
-    lines, servers = Lines(), Servers(project.settings)
-    tail: deque[str] = deque(maxlen=_TAIL)
-    is_build_fault = False
+    lines, faults = Lines(), Faults(project.settings)
     with _limit(project, container, name, spent) as timed_out:
         for is_log, data in project.engine.run(container):
             if not is_log:
@@ -279,25 +271,22 @@ def perform(
                 continue
             log.add(data)
             for line in lines.add(data):
-                tail.append(line)
-                is_build_fault = is_build_fault or guix.build_fault(line)
-                if servers.all_silent(line):
+                if faults.look(line):
                     project.engine.stop(container, seconds=10)
         log.end()
-        tail.extend(lines.add(b"\n"))
+        for line in lines.add(b"\n"):
+            faults.look(line)
         status = project.engine.wait(container)
     if timed_out.is_set():
         raise _too_long(project, name)
-    if servers.were_silent:
-        error = StageError(f"{name}: {servers.complaint}")
-        error.passes = True
-        raise error
+    if faults.servers.were_silent:
+        raise faults.silence(f"{name}: ")
     if status:
-        why = full_disk("\n".join(tail)) or "; the output above says why"
+        why = full_disk(faults.last) or "; the output above says why"
         error = StageError(
             f"{name}: the command failed with exit status {status}, and nothing was committed{why}"
         )
-        error.passes = not is_build_fault and guix.network_fault("\n".join(tail))
+        error.passes = faults.network_failed
         raise error
     return output.decode(errors="replace")
 

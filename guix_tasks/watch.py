@@ -75,6 +75,38 @@ class Lines:
 _TAIL = 400
 """Lines of a log that an error is looked for in."""
 
+
+class Faults:
+    """What the lines of a log tell of faults, and of whose they are."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.servers = Servers(settings)
+        self._tail: deque[str] = deque(maxlen=_TAIL)
+        self._is_build_fault = False
+
+    def look(self, line: str) -> bool:
+        """Take in the next line; whether it says so of the last of the substitute servers."""
+        self._tail.append(line)
+        self._is_build_fault = self._is_build_fault or guix.build_fault(line)
+        return self.servers.all_silent(line)
+
+    @property
+    def last(self) -> str:
+        """The last lines."""
+        return "\n".join(self._tail)
+
+    @property
+    def network_failed(self) -> bool:
+        """Whether it failed for want of a network, and not because something does not build."""
+        return not self._is_build_fault and guix.network_fault(self.last)
+
+    def silence(self, prefix: str = "") -> StageError:
+        """The error where no substitute server answers."""
+        error = StageError(f"{prefix}{self.servers.complaint}")
+        error.passes = True
+        return error
+
+
 _DRAWN = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
 _BEFORE = re.compile(rb"#[0-9]+ (\[[^\]]*\] )?[0-9.]+ |[ \t]*(=> )+# |[0-9]+\.[0-9]+ ")
@@ -82,30 +114,24 @@ _BEFORE = re.compile(rb"#[0-9]+ (\[[^\]]*\] )?[0-9.]+ |[ \t]*(=> )+# |[0-9]+\.[0
 
 
 class Steps:
-    """The log of a build whose steps are stages, and what it tells of their faults."""
+    """The log of a build whose steps are stages."""
 
     def __init__(self, settings: Settings) -> None:
-        self._servers = Servers(settings)
+        self._faults = Faults(settings)
         self._lines = Lines()
         self._rest = b""
-        self._tail: deque[str] = deque(maxlen=_TAIL)
-        self._is_build_fault = False
 
     def add(self, data: bytes) -> None:
         """The next piece.  Raises ``StageError`` where no substitute server answers."""
         *lines, self._rest = (self._rest + data).replace(b"\r", b"\n").split(b"\n")
         for line in self._lines.add(b"".join(_own(line) + b"\n" for line in lines)):
-            self._tail.append(line)
-            self._is_build_fault = self._is_build_fault or guix.build_fault(line)
-            if self._servers.all_silent(line):
-                error = StageError(self._servers.complaint)
-                error.passes = True
-                raise error
+            if self._faults.look(line):
+                raise self._faults.silence()
 
     @property
     def network_failed(self) -> bool:
         """Whether a step failed for want of a network, and not because something does not build."""
-        return not self._is_build_fault and guix.network_fault("\n".join(self._tail))
+        return self._faults.network_failed
 
 
 def _own(line: bytes) -> bytes:

@@ -121,13 +121,14 @@ def work_container(engine: Engine, settings: Settings, image: str, work: Work) -
         fill(engine, settings, container, work)
         yield container
         if not work.keep:
-            engine.remove(container)
+            with _uninterrupted():
+                engine.remove(container)
     except BaseException as error:
         if work.keep_failed and isinstance(error, StageError):
             raise
         # Where the engine itself is gone, the error that says so is the one to tell; the next
         # run removes the container.
-        with suppress(EngineError):
+        with _uninterrupted(), suppress(EngineError):
             engine.remove(container)
         raise
 

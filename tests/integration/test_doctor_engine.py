@@ -70,7 +70,7 @@ def examine(project: Project, **env: str) -> Examined:
 def test_all_is_well_with_the_offline_example(new_project: NewProject) -> None:
     found = examine(new_project("base"))
     assert found.failed == set()
-    assert found.said("sandbox") == "ok: capabilities: Guix builds in a work container; "
+    assert found.said("sandbox") == "ok: rootless: Guix builds in a work container; "
     for check in ("settings", "engine", "clock", "base image", "mounts", "registry"):
         assert found.state(check) == "ok"
     assert found.state("channel guix") == found.state("substitutes") == "ok"
@@ -100,8 +100,8 @@ def test_guix_builds_without_privileges_where_it_does_not_isolate(new_project: N
 
 def probe(project: Project, folder: Path, options: Sequence[str], before: str = "true") -> Result:
     """Run the probe by the entry point, as the doctor does, in a container of one's own."""
-    name, work = project.container_name(), folder / ".guix-tasks"
-    work.mkdir()
+    name, work = project.container_name(), folder / "var/guix/guix-tasks"
+    work.mkdir(parents=True)
     for file in ("probe.sh", "probe.scm", "image/entry-point.sh"):
         shutil.copy(ROOT / "guix_tasks" / file, work)
         (work / file.rpartition("/")[2]).chmod(0o755)
@@ -110,7 +110,7 @@ def probe(project: Project, folder: Path, options: Sequence[str], before: str = 
         "create", f"--name={name}", "--network=none", *options,
         "--entrypoint=/var/guix/guix-tasks/entry-point.sh", BASE_TAG, "sh", "-c", command,
     )  # fmt: skip
-    project.docker.ok("cp", str(work), f"{name}:/")
+    project.docker.ok("cp", str(folder / "var"), f"{name}:/")
     return project.docker("start", "--attach", name)
 
 
@@ -220,9 +220,9 @@ def credential_helper(project: Project) -> dict[str, str]:
 
 
 def test_a_credential_helper_that_is_missing_is_not_taken_for_a_dead_engine(
-    new_project: NewProject,
+    new_project: NewProject, locked: str
 ) -> None:
-    project = new_project()
+    project = new_project(repository=f"{locked}/x")
     said = registry_said(project, **credential_helper(project))
     assert said.startswith("failed: ")
     assert "docker-credential-nowhere not installed" in said

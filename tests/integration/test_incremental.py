@@ -108,13 +108,19 @@ def test_a_stage_leaves_nothing_that_it_does_not_need(project: Project, docker: 
     assert [path for path in dead.stdout.split() if Path(path).name not in below] == []
 
 
-def test_caches_are_on_volumes_and_go_with_the_project(new_project: NewProject) -> None:
-    project = new_project("base")
+@pytest.mark.parametrize(
+    ("sandbox", "folder", "volumes"),
+    [("capabilities", "/root/.cache", 2), ("rootless", "/tmp/guix-tasks-cache", 1)],  # noqa: S108
+)
+def test_caches_are_on_volumes_and_go_with_the_project(
+    new_project: NewProject, sandbox: str, folder: str, volumes: int
+) -> None:
+    project = new_project("base", GUIX_SANDBOX=sandbox)
     project.ok("pull")
-    assert len(project.volumes()) == 2
-    found = project.ok("run", "--", "find", "/root/.cache/guix/checkouts", "-maxdepth", "1")
+    assert len(project.volumes()) == volumes
+    found = project.ok("run", "--", "find", f"{folder}/guix/checkouts", "-maxdepth", "1")
     assert len(found.stdout.split()) > 1
-    assert project.docker.run(project.image, "ls", "/root/.cache").stdout == ""
+    assert project.docker.run(project.image, "ls", folder).stdout == ""
     project.ok("clean")
     assert project.volumes() == []
 
