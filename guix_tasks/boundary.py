@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, cast
 from invoke.exceptions import Exit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from types import FrameType, TracebackType
 
     from invoke.context import Context
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from guix_tasks.console import Console
     from guix_tasks.doctor import Finding
     from guix_tasks.engine import Engine
+    from guix_tasks.own import OwnStage
     from guix_tasks.settings import Settings
     from guix_tasks.stage import Project
 
@@ -36,6 +37,9 @@ _told: set[str] = set()
 
 _engines: dict[tuple[str, bool, bool], Engine] = {}
 """The engines that this process has opened: `inv pull install push` opens one."""
+
+_own: list[OwnStage] = []
+"""The stages that the project's ``tasks.py`` has added."""
 
 
 @contextmanager
@@ -182,7 +186,32 @@ def open_project(c: Context, settings: Settings, *, needs_engine: bool = True) -
         if needs_engine:
             raise
         engine = cast("Engine", NoEngine(error))
-    return Project(settings, engine, console)
+    return Project(settings, engine, console, tuple(_own))
+
+
+def declare(
+    name: str,
+    command: str | Sequence[str],
+    parent: str,
+    inputs: str | Sequence[str],
+    *,
+    taken: Collection[str],
+) -> OwnStage:
+    """Add a stage to those that each project here has; called while ``tasks.py`` is imported.
+
+    Where it can be none, ``inv`` ends with one line that says so.
+    """
+    from guix_tasks.errors import UsageError
+    from guix_tasks.ledger import STAGES
+    from guix_tasks.own import declared
+
+    parents = [*STAGES, *(each.name for each in _own)]
+    try:
+        own = declared(name, command, parent, inputs, parents=parents, taken=taken)
+    except UsageError as error:
+        raise Exit(f"error: tasks.py: {error}", error.exit_code) from None
+    _own.append(own)
+    return own
 
 
 @contextmanager

@@ -103,6 +103,12 @@ def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
             "STAGE_MEMORY is for work containers; a builder's memory is an option of its nodes, "
             "as BUILDX_NODES=...,memory=4g"
         )
+    if project.own:
+        names = " and ".join(own.name for own in project.own)
+        project.console.warn(
+            f"{names} will not be in it: buildx.build makes the built-in stages, and "
+            "`inv push` pushes what run and commit made"
+        )
     # A lock that does not fit, and nothing to do, are told of before anything is built.
     if not wishes.pull:
         install_stage(settings)

@@ -43,10 +43,13 @@ FULL_DISK = (
     "project's containers, stage images and cache volumes"
 )
 
+_FULL = "no space left on device|disk quota exceeded|database or disk is full"
+"""As the kernel and SQLite, in which Guix keeps what is in the store, say it."""
+
 
 def full_disk(text: str) -> str:
     """What mends a full disk, as the end of a message, where a text tells of one; else nothing."""
-    full = re.search(r"no space left on device|disk quota exceeded", text, re.IGNORECASE)
+    full = re.search(_FULL, text, re.IGNORECASE)
     return f"; {FULL_DISK}" if full else ""
 
 

@@ -310,13 +310,19 @@ def build_logs(log: str) -> list[str]:
 
 
 def script(
-    commands: Sequence[Sequence[str]], report: Sequence[str], folder: str, *, keep: str | None
+    commands: Sequence[Sequence[str]],
+    report: Sequence[str],
+    folder: str,
+    *,
+    keep: str | None,
+    start: str | None = None,
 ) -> str:
     """A shell script that runs the commands in order and stops at the first that fails.
 
     Its standard output is the report's alone; all the rest goes to standard error.  At the end
     it collects what the commands added to the store and nothing needs; ``keep`` is a profile
     whose like is still to be built.  That nothing could be collected is no failure of a stage.
+    ``start`` is the folder that the commands start in, where that is not the image's own.
     """
     # Not in the folder, which goes with each start: a second try goes on from the first.
     before = f"{folder}-store-before"
@@ -326,6 +332,7 @@ def script(
         "set -eu",
         "exec 3>&1 1>&2",
         f"[ -e {before} ] || find /gnu/store -mindepth 1 -maxdepth 1 >{before} || true",
+        *([f"cd {start}"] if start else []),
         *(shlex.join(command) for command in commands),
         # After a pull `guix` is another program: forget where the shell found the first one.
         "hash -r",

@@ -131,6 +131,8 @@ class Ledger:
 
     engine: Engine
     settings: Settings
+    stages: tuple[str, ...] = STAGES
+    """The built-in ones and those of the project's own, each after its parent."""
 
     @property
     def image(self) -> ImageReference:
@@ -151,7 +153,7 @@ class Ledger:
 
     def last_stage(self) -> Image | None:
         """The image of the last stage that there is."""
-        found = (self.find(stage) for stage in reversed(STAGES))
+        found = (self.find(stage) for stage in reversed(self.stages))
         return next((image for image in found if image), None)
 
     def newest(self) -> Image | None:
@@ -176,7 +178,7 @@ class Ledger:
             self.previous(),
         )
         rolled_back = newest and previous and newest.id == previous.id
-        if current is None or (proven_stage(current) in (*STAGES, SQUASH) and not rolled_back):
+        if current is None or (proven_stage(current) in (*self.stages, SQUASH) and not rolled_back):
             self._move(current, newest)
 
     def point_image(self, console: Console) -> None:

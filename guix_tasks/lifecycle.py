@@ -28,6 +28,7 @@ from guix_tasks.stages.base import (
     other_platform_only,
 )
 from guix_tasks.stages.install import given_packages, install_stage
+from guix_tasks.stages.own import own_stage
 from guix_tasks.stages.pull import (
     CHANNELS_INPUT,
     is_authenticated,
@@ -96,6 +97,7 @@ class Lifecycle:
         self._project = project
         self._ledger = project.ledger
         self._settings = project.settings
+        self._own = {own.name: own for own in project.own}
 
     def parent_of(self, name: str) -> str | None:
         """The stage that a stage is made from.
@@ -103,6 +105,8 @@ class Lifecycle:
         ``install`` starts from base only where neither channels nor a lock are set and none
         were pulled.
         """
+        if name in self._own:
+            return self._own[name].parent
         if name == "base":
             return None
         if name == "install":
@@ -150,7 +154,9 @@ class Lifecycle:
         engine, settings = self._project.engine, self._settings
         if name == "base":
             return base_inputs(engine, settings, inputs_of(image) if image else {})
-        if name == "pull":
+        if name in self._own:
+            stage = own_stage(settings, self._own[name])
+        elif name == "pull":
             stage = pull_stage(
                 self._channels_to_come(image),
                 wanted_text(settings),
@@ -228,6 +234,8 @@ class Lifecycle:
             self._to_cache(name, image)
 
     def _stage(self, name: str, wishes: Wishes) -> Stage:
+        if name in self._own:
+            return own_stage(self._settings, self._own[name])
         if name == "install":
             return install_stage(self._settings, wishes.packages)
         stage = stage_to_run(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks.digests import Pushed, save
 from guix_tasks.errors import RegistryError, UsageError
-from guix_tasks.ledger import SQUASH, STAGES, proven_stage
+from guix_tasks.ledger import HAND_MADE, SQUASH, proven_stage
 from guix_tasks.lifecycle import Lifecycle
 from guix_tasks.retry import retried
 from guix_tasks.transfer import credentials, push_once
@@ -30,7 +30,8 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
     ledger, engine = project.ledger, project.engine
     image = image_to_use(project, stage)
     refuse_stale(project, image, "push")
-    if proven_stage(image) is None:
+    # Nor is it known of what a stage made that tasks.py no longer has.
+    if proven_stage(image) not in (*ledger.stages, SQUASH, HAND_MADE):
         project.console.warn(
             f"{ledger.image} was made by none of these stages, so nobody knows whether it is up to "
             "date; pushing it as it is"
@@ -85,7 +86,8 @@ def _stage_image(project: Project, stage: str) -> tuple[Image | None, str]:
         return project.ledger.find(stage), project.ledger.tag(stage)
     except ValueError:
         raise UsageError(
-            f"--stage: {stage!r} can be no stage; name {', '.join(STAGES)} or {SQUASH}"
+            f"--stage: {stage!r} can be no stage; "
+            f"name {', '.join(project.ledger.stages)} or {SQUASH}"
         ) from None
 
 
@@ -96,7 +98,7 @@ def refuse_stale(project: Project, image: Image, task: str) -> None:
     """
     ledger = project.ledger
     stage = proven_stage(ledger.last_stage() or image)
-    current = ledger.find(stage) if stage in STAGES else None
+    current = ledger.find(stage) if stage in ledger.stages else None
     is_stage = current and image.id in (current.id, getattr(ledger.find(SQUASH), "id", None))
     why = Lifecycle(project).state(stage).why if stage and is_stage else None
     if why:
@@ -113,10 +115,10 @@ def image_to_use(project: Project, stage: str | None = None) -> Image:
     else:
         reference = str(ledger.image)
         image = project.engine.image(reference)
-    if image is None and stage not in (None, *STAGES, SQUASH):
+    if image is None and stage not in (None, *ledger.stages, SQUASH):
         raise UsageError(
             f"there is no {reference} on this engine: no stage {stage!r} was made; "
-            f"the built-in ones are {', '.join(STAGES)} and {SQUASH}"
+            f"there are {', '.join(ledger.stages)} and {SQUASH}"
         )
     if image is None:
         raise UsageError(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
 from guix_tasks.console import human_size
-from guix_tasks.ledger import STAGES
+from guix_tasks.lifecycle import Lifecycle
 from guix_tasks.publish import image_to_use
 from guix_tasks.stage import perform
 from guix_tasks.work import Work, work_container
@@ -35,12 +35,14 @@ class Size:
 def sizes(project: Project) -> list[Size]:
     """The parts of ``IMAGE``, by stage, layer and store item."""
     image = image_to_use(project)
-    below, parts = 0, []
-    for stage in STAGES:
+    lifecycle, parts = Lifecycle(project), []
+    whole: dict[str | None, int] = {}
+    for stage in project.ledger.stages:
         found = project.ledger.find(stage)
         if found:
+            below = whole.get(lifecycle.parent_of(stage), 0)
             parts.append(Size("stage", stage, found.size - below))
-            below = found.size
+            whole[stage] = found.size
     for number, layer in enumerate(project.engine.layers(image.id), 1):
         what = " ".join(layer.made_by.split()).removeprefix("/bin/sh -c ") or "commit"
         parts.append(Size("layer", f"{number} {what[:60]}", layer.size))

@@ -21,6 +21,7 @@ from guix_tasks.fingerprint import file_digest, text_digest
 from guix_tasks.ledger import (
     IMAGE_LABEL,
     LAYERS_LABEL,
+    STAGES,
     Ledger,
     is_child,
     key_of,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
     from guix_tasks.console import Console
     from guix_tasks.engine import Engine, Image
+    from guix_tasks.own import OwnStage
     from guix_tasks.settings import Settings
 
 
@@ -70,10 +72,13 @@ class Project:
     settings: Settings
     engine: Engine
     console: Console
+    own: tuple[OwnStage, ...] = ()
+    """The stages that its ``tasks.py`` adds, in their order."""
 
     @cached_property
     def ledger(self) -> Ledger:
-        return Ledger(self.engine, self.settings)
+        names = (*STAGES, *(own.name for own in self.own))
+        return Ledger(self.engine, self.settings, names)
 
     def settled(self, image: Image, *, as_root: bool = False) -> Project:
         """This project with the rights that containers of an image get here.
@@ -109,6 +114,8 @@ class Stage:
     """What the commands find below ``work.FOLDER``."""
     given: Mapping[str, str] = field(default_factory=dict)
     """More of what it is made from, by name, with the digest of each content."""
+    folder: str | None = None
+    """Where the commands start, if that is not where the image's do."""
     as_root: bool = False
     """Whether its commands change more than the store, Guix's state and root's profiles."""
     keep: str | None = None
@@ -128,7 +135,7 @@ class Stage:
 
 def stage_files(stage: Stage) -> dict[str, bytes]:
     """What a stage's commands need below ``work.FOLDER``; ``stage`` is the script to run."""
-    script = guix.script(stage.commands, stage.report, FOLDER, keep=stage.keep)
+    script = guix.script(stage.commands, stage.report, FOLDER, keep=stage.keep, start=stage.folder)
     return {**stage.files, "stage": script.encode(), "collect.scm": COLLECT.read_bytes()}
 
 

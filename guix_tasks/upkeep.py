@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from guix_tasks import guix
 from guix_tasks.console import human_size, human_time
 from guix_tasks.errors import UsageError
-from guix_tasks.ledger import CHANNELS_LABEL, HAND_MADE, PREVIOUS, SQUASH, STAGES, proven_stage
+from guix_tasks.ledger import CHANNELS_LABEL, HAND_MADE, PREVIOUS, SQUASH, proven_stage
 from guix_tasks.lifecycle import Lifecycle
 from guix_tasks.publish import pushed_references
 from guix_tasks.sizes import picture, size_rows, sizes
@@ -27,7 +27,7 @@ def status_rows(project: Project) -> list[tuple[str, ...]]:
     """A row for each stage and one for ``IMAGE``."""
     ledger, lifecycle = project.ledger, Lifecycle(project)
     rows = []
-    for stage in STAGES:
+    for stage in ledger.stages:
         state = lifecycle.state(stage)
         image = state.image
         word = "missing" if not image else f"stale: {state.why}" if state.why else "up to date"
@@ -58,7 +58,7 @@ def _age(image: Image) -> str:
 def _stands_for(project: Project, image: Image | None) -> str:
     if image is None:
         return "missing"
-    for stage in (*STAGES, SQUASH):
+    for stage in (*project.ledger.stages, SQUASH):
         found = project.ledger.find(stage)
         if found and found.id == image.id:
             return f"stage {stage}"
@@ -103,7 +103,7 @@ def clean(project: Project, *, work_only: bool = False) -> list[str]:
 def _clean_images(project: Project) -> list[str]:
     engine, ledger, settings = project.engine, project.ledger, project.settings
     removed = []
-    stages = {stage: image for stage in (*STAGES, SQUASH) if (image := ledger.find(stage))}
+    stages = {stage: image for stage in (*ledger.stages, SQUASH) if (image := ledger.find(stage))}
     before = ledger.previous()
     if before and proven_stage(before):
         stages[PREVIOUS] = before

@@ -1,11 +1,43 @@
 """The tasks, thin, and the root collection."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from invoke.collection import Collection
 
-from guix_tasks.tasks import buildkit, develop, lifecycle, local
+from guix_tasks.boundary import declare
+from guix_tasks.tasks import buildkit, develop, lifecycle, local, own
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ns = Collection.from_module(lifecycle)
 for collection in (*local.collections, buildkit.buildx):
     ns.add_collection(collection)
-for task in (*local.tasks, develop.demo, develop.test):
+for task in (*local.tasks, develop.demo, develop.test, own.init):
     ns.add_task(task)
+
+
+def add_stage(
+    name: str,
+    command: str | Sequence[str],
+    *,
+    parent: str = "install",
+    inputs: str | Sequence[str] = (),
+    summary: str = "",
+) -> None:
+    """Add a stage, and the task of its name, to those of the project; for its ``tasks.py``.
+
+    The ``command`` is run in a work container of the ``parent``'s image; as in a Dockerfile, a
+    text is for the shell, a list is run as it is.  It is run by root (unless
+    ``GUIX_SANDBOX=rootless`` is set), in a folder that holds the ``inputs``: files and folders of
+    the project, by their names relative to it.  What it makes is committed, but for what is new
+    in the store and no profile or root keeps.
+
+    ``summary`` is what ``inv --list`` says.  ``IMAGE`` follows the stage that was added last, of
+    those that were made.
+    """
+    names = [*ns.task_names, *ns.collections]
+    stage = declare(name, command, parent, inputs, taken=names)
+    ns.add_task(own.stage_task(stage, summary))

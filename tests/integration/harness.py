@@ -97,6 +97,8 @@ class Project:
     settings: dict[str, str]
     data: Path
     """What is to last between its calls: the local registry's account above all."""
+    program: Sequence[str] = field(default_factory=lambda: [*inv_argv()])
+    """The command line, of this checkout where no other is installed."""
     containers_by_hand: list[str] = field(default_factory=list)
     seen: set[str] = field(default_factory=set)
 
@@ -137,7 +139,7 @@ class Project:
         """Run the real command line to its end."""
         self._look()
         result = call(
-            inv_argv(*arguments), {**self.environment, **(env or {})}, timeout, self.folder
+            [*self.program, *arguments], {**self.environment, **(env or {})}, timeout, self.folder
         )
         self._look()
         PLANTED.look_at_output(f"inv {arguments}", result.stdout, result.stderr)

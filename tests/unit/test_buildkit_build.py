@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,6 +22,7 @@ from guix_tasks.errors import (
     UsageError,
 )
 from guix_tasks.ledger import CHANNELS_LABEL, PACKAGES_LABEL, PREVIOUS
+from guix_tasks.own import OwnStage
 from guix_tasks.stage import STAGE_TRIES, Project
 
 if TYPE_CHECKING:
@@ -461,6 +463,13 @@ def test_the_memory_of_a_stage_is_no_business_of_a_builder(site: Site, fake: Fak
     assert "STAGE_MEMORY" not in said(site, fake)
     site.env["STAGE_MEMORY"] = "1g"
     assert "warning: STAGE_MEMORY is for work containers" in said(site, fake)
+
+
+def test_stages_of_a_projects_own_are_not_in_it(site: Site, fake: FakeBuildx) -> None:
+    stages = tuple(OwnStage(name, ("make",), "install") for name in ("deps", "tested"))
+    project = replace(site.project(), own=stages)
+    build(project, fake.program(), BuildWishes())
+    assert "warning: deps and tested will not be in it: buildx.build makes" in heard(project)
 
 
 # --- Where it goes --------------------------------------------------------------------------

@@ -137,7 +137,9 @@ def test_what_is_committed_is_told_by_the_try_that_went_well_alone(site: Site) -
     assert site.image("own").labels["report"] == "all of it"
 
 
-@pytest.mark.parametrize("word", ["No space left on device", "Disk quota exceeded"])
+@pytest.mark.parametrize(
+    "word", ["No space left on device", "Disk quota exceeded", "database or disk is full"]
+)
 def test_a_full_disk_is_told(site: Site, word: str) -> None:
     error = failure(site, Try(1, [f"guix pull: error: write failed: {word}\n".encode()]))
     assert FULL_DISK in error

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NAMES = {
     "base", "pull", "install", "commit", "verify", "push", "run", "shell", "squash", "rollback",
     "status", "clean", "rootfs", "demo", "test", "engine.up", "engine.down", "registry.up",
-    "registry.down", "manifest", "pack", "release", "buildx.build", "buildx.setup",
+    "registry.down", "manifest", "init", "pack", "release", "buildx.build", "buildx.setup",
     "buildx.status", "buildx.down",
 }  # fmt: skip
 

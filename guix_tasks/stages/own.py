@@ -1,0 +1,58 @@
+"""Stages of a project's own: what its ``tasks.py`` says, with the files that are named there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from guix_tasks import guix
+from guix_tasks.errors import UsageError
+from guix_tasks.ledger import PACKAGES_LABEL
+from guix_tasks.stage import Stage
+from guix_tasks.work import FOLDER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from guix_tasks.own import OwnStage
+    from guix_tasks.settings import Settings
+
+_INPUTS = "project"
+"""Where the inputs are, below ``FOLDER``; no file of guix-tasks' own is there."""
+
+
+def own_stage(settings: Settings, own: OwnStage) -> Stage:
+    """The stage as data.  Raises ``UsageError`` where an input cannot be read."""
+    files = dict(file for name in own.inputs for file in _files(settings, own, name))
+    return Stage(
+        name=own.name,
+        commands=[own.command],
+        report=guix.list_installed_argv(),
+        labels=lambda report: {PACKAGES_LABEL: " ".join(guix.installed(report))},
+        files=files,
+        as_root=True,
+        folder=f"{FOLDER}/{_INPUTS}" if files else None,
+    )
+
+
+def _files(settings: Settings, own: OwnStage, name: str) -> Iterator[tuple[str, bytes]]:
+    """The file, or all files of the folder, by their places below ``FOLDER``."""
+    path = settings.folder / name
+    found = sorted(_walk(path)) if path.is_dir() else [path]
+    if not found:
+        raise UsageError(f"stage {own.name}: the input {path} is an empty folder; name another")
+    try:
+        for each in found:
+            yield f"{_INPUTS}/{each.relative_to(settings.folder)}", each.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"stage {own.name}: the input {error.filename}: {error.strerror}; name what can be read"
+        ) from None
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for place, folders, names in os.walk(folder):
+        # A link to a folder is not followed, and so cannot be read: better told than left out.
+        links = [name for name in folders if Path(place, name).is_symlink()]
+        yield from (Path(place, name) for name in [*names, *links])

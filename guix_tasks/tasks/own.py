@@ -1,0 +1,48 @@
+"""A project of one's own: its start, and the task of a stage that its ``tasks.py`` adds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from invoke.tasks import Task, task
+
+from guix_tasks.boundary import guarded, opened, opened_single
+from guix_tasks.tasks.lifecycle import FORCE, KEEP_FAILED, NO_COMMIT, UPSTREAM
+
+if TYPE_CHECKING:
+    from invoke.context import Context
+
+    from guix_tasks.own import OwnStage
+
+
+@task(auto_shortflags=False)
+def init(c: Context) -> None:
+    """Write a commented start of a project into this folder; nothing is overwritten."""
+    with guarded():
+        from guix_tasks.console import Console
+        from guix_tasks.starter import write_start
+
+        write_start(Path.cwd(), Console(), dry=bool(c.config.run.dry))
+
+
+def stage_task(own: OwnStage, summary: str) -> Task[Any]:
+    """The task that makes a stage of a project's own."""
+
+    def body(
+        c: Context,
+        force: bool = False,
+        upstream: bool = False,
+        no_commit: bool = False,
+        keep_failed: bool = False,
+    ) -> None:
+        with (opened_single if no_commit else opened)(c) as project, project.alone(own.name):
+            from guix_tasks.lifecycle import Wishes, make_each
+
+            wishes = Wishes(force, upstream, False, not no_commit, keep_failed)
+            make_each(project, own.name, wishes)
+
+    body.__doc__ = summary or f"Make the stage {own.name} of this project from {own.parent}."
+    options = {**FORCE, **UPSTREAM, **NO_COMMIT, **KEEP_FAILED}
+    made: Task[Any] = task(name=own.name, help=options, auto_shortflags=False)(body)
+    return made
