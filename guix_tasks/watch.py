@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from guix_tasks import guix
-from guix_tasks.errors import StageError
+from guix_tasks.errors import StageError, full_disk
 
 if TYPE_CHECKING:
     from guix_tasks.settings import Settings
@@ -98,7 +98,8 @@ class Faults:
     @property
     def network_failed(self) -> bool:
         """Whether it failed for want of a network, and not because something does not build."""
-        return not self._is_build_fault and guix.network_fault(self.last)
+        is_other = self._is_build_fault or full_disk(self.last)
+        return not is_other and guix.network_fault(self.last)
 
     def silence(self, prefix: str = "") -> StageError:
         """The error where no substitute server answers."""

@@ -146,6 +146,12 @@ def test_a_full_disk_is_told(site: Site, word: str) -> None:
     assert FULL_DISK not in failure(site, Try(1, [NOT_BUILT]))
 
 
+def test_a_full_disk_is_not_tried_again(site: Site) -> None:
+    """Although a substitute that cannot be stored looks like one that could not be fetched."""
+    full = b"guix substitute: error: write: No space left on device\n"
+    assert FULL_DISK in failure(site, Try(1, [NO_NETWORK, full]))
+
+
 def test_each_try_finds_its_files(site: Site) -> None:
     site.engine.behaviour = played = Played([Try(1, [NO_NETWORK]), Try(1, [NO_NETWORK]), Try()])
     run_stage(site.project(), STAGE, parent(site))
