@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 from harness import Docker, Workshop, call, eventually, inv_argv
 
+from guix_tasks.console import Console
 from guix_tasks.docker_engine import DEFAULT_SOCKET, Address, DockerEngine
 from guix_tasks.local import process
 from guix_tasks.local.base_image import BASE_TAG
@@ -104,13 +105,14 @@ def raised(programs: Path) -> Iterator[Island]:
     # Not in pytest's folder: the path of a socket has to be short.
     with tempfile.TemporaryDirectory() as folder:
         holder = subprocess.Popen(["unshare", "--net", "--mount", "--", "sleep", "infinity"])
+        island = Island(Path(folder), holder.pid)
         try:
-            island = Island(Path(folder), holder.pid)
             _furnish(island, programs)
             yield island
-            island.inv("registry.down")
-            island.inv("engine.down")
         finally:
+            # Not by a task, which wants an engine: a failed test may have killed that.
+            island.registry.down(Console())
+            island.inv("engine.down")
             holder.kill()
             holder.wait()
 
