@@ -43,8 +43,11 @@ FULL_DISK = (
     "project's containers, stage images and cache volumes"
 )
 
-_FULL = "no space left on device|disk quota exceeded|database or disk is full"
-"""As the kernel and SQLite, in which Guix keeps what is in the store, say it."""
+_FULL = "no space left on device|disk quota exceeded|database or disk is full|disk I/O error"
+"""As the kernel and SQLite, in which Guix keeps what is in the store, say it.
+
+SQLite says the last where it cannot write its journal; a disk that is broken is rarer.
+"""
 
 
 def full_disk(text: str) -> str:

@@ -1,7 +1,8 @@
 """Tests with numbers: short in each run, long with ``inv test --soak``.
 
 A test that is marked ``soak`` takes the fixture of that name: it says how often to try, gives the
-chance that is tried with (from a seed that is printed, so that a run can be had again), and takes
+chance that is tried with (from a seed that is printed, so that a run can be had again; a short run
+has the same each time), and takes
 down what came of it, which is printed at the end.
 """
 
@@ -43,10 +44,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    seed = config.getoption("--seed")
-    config.stash[_KEY] = Soak(
-        config.getoption("--soak"), secrets.randbelow(10**6) if seed is None else seed
-    )
+    long, seed = config.getoption("--soak"), config.getoption("--seed")
+    if seed is None:
+        # A short run is for what changed: it draws the same as the last one did.
+        seed = secrets.randbelow(10**6) if long else 1
+    config.stash[_KEY] = Soak(long, seed)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

@@ -138,7 +138,13 @@ def test_what_is_committed_is_told_by_the_try_that_went_well_alone(site: Site) -
 
 
 @pytest.mark.parametrize(
-    "word", ["No space left on device", "Disk quota exceeded", "database or disk is full"]
+    "word",
+    [
+        "No space left on device",
+        "Disk quota exceeded",
+        "database or disk is full",
+        "disk I/O error",
+    ],
 )
 def test_a_full_disk_is_told(site: Site, word: str) -> None:
     error = failure(site, Try(1, [f"guix pull: error: write failed: {word}\n".encode()]))
