@@ -2,8 +2,7 @@
 
 A test that is marked ``soak`` takes the fixture of that name: it says how often to try, gives the
 chance that is tried with (from a seed that is printed, so that a run can be had again; a short run
-has the same each time), and takes
-down what came of it, which is printed at the end.
+has the same each time), and takes down what came of it, which is printed at the end.
 """
 
 from __future__ import annotations
