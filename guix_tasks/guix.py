@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -80,10 +80,12 @@ def union_manifest(manifest: str) -> str:
     )
 
 
-TARBALL = "tarball"
+TARBALL, DOCKER, OCI = "tarball", "docker", "oci"
 
-PACK_FORMATS = (TARBALL, "squashfs", "docker", "deb", "rpm", "appimage")
-"""What ``guix pack`` of Guix 1.5 makes (``--list-formats``)."""
+PACK_FORMATS = (TARBALL, DOCKER, OCI, "squashfs", "deb", "rpm", "appimage")
+"""What ``guix pack`` of Guix 1.5 makes (``--list-formats``), and OCI, made of that of docker."""
+
+IMAGES = (DOCKER, OCI)
 
 COMPRESSIONS = ("gzip", "lzip", "xz", "bzip2", "zstd", "none")
 """What it compresses with (``%compressors``)."""
@@ -104,6 +106,8 @@ class Pack:
 
 def pack_argv(pack: Pack, manifest: str) -> tuple[str, ...]:
     """``guix pack`` of a manifest."""
+    if pack.format == OCI:  # each of its layers is compressed, and not the whole
+        pack = replace(pack, format=DOCKER, compression="none")
     return (
         "guix", "pack", f"--format={pack.format}",
         *["--relocatable"] * pack.relocatable,
@@ -147,7 +151,7 @@ def packed(report: str) -> tuple[str, list[tuple[str, str]]]:
 def pack_suffix(pack_format: str, item: str) -> str:
     """How the name of a packed file ends; that of an image tells it from a tarball."""
     ending = item.rpartition("-pack")[2]
-    return f".docker{ending}" if pack_format == "docker" else ending
+    return f".{pack_format}{ending}" if pack_format in IMAGES else ending
 
 
 @dataclass(frozen=True)

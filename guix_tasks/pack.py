@@ -6,6 +6,7 @@ import hashlib
 import re
 import shlex
 import tarfile
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ from guix_tasks import guix, masking
 from guix_tasks.console import human_size, human_time
 from guix_tasks.errors import EngineError, StageError, UsageError
 from guix_tasks.ledger import CHANNELS_LABEL
+from guix_tasks.oci import oci_archive
 from guix_tasks.packs import Packed, save
 from guix_tasks.paths import write_whole
 from guix_tasks.pieces import as_file
@@ -73,7 +75,7 @@ def pack(
         system = Platform.parse(image.platform).guix_system
         stem = _stem(settings, contents, name)
         path = settings.output_folder / f"{stem}-{system}{guix.pack_suffix(wanted.format, item)}"
-        digest = _copy_out(project, container, item, path)
+        digest = _copy_out(project, container, item, path, wanted)
     save(settings, Packed(system, wanted.format, path.name, digest, _channels(image)))
     took, size = human_time(time.monotonic() - started), human_size(path.stat().st_size)
     console.say(f"pack: {path.name}, {size}, {took}")
@@ -84,8 +86,10 @@ def _refuse(wanted: guix.Pack, name: str, packages: Sequence[str]) -> None:
     """Refuse what Guix would refuse, before a container is made."""
     _refuse_unknown("--format", wanted.format, guix.PACK_FORMATS)
     _refuse_unknown("--compression", wanted.compression, ("", *guix.COMPRESSIONS))
-    if wanted.max_layers < 0 or (wanted.max_layers and wanted.format != "docker"):
-        raise UsageError("--max-layers: write a number above 0, beside `--format docker`")
+    if wanted.format == guix.OCI and wanted.compression not in _OCI_COMPRESSIONS:
+        raise UsageError("--compression: layers of an OCI archive take gzip or none")
+    if wanted.max_layers < 0 or (wanted.max_layers and wanted.format not in guix.IMAGES):
+        raise UsageError("--max-layers: write a number above 0, beside `--format` docker or oci")
     if wanted.format == "appimage" and not wanted.entry_point:
         raise UsageError("--format appimage needs `--entry-point PROGRAM`, as bin/hello")
     for each in packages:
@@ -96,17 +100,13 @@ def _refuse(wanted: guix.Pack, name: str, packages: Sequence[str]) -> None:
     _refuse_text("--name", name, r"([A-Za-z0-9][\w+.~-]*)?", "letters and digits")
 
 
-_OTHERWISE = {
-    "oci": ": `docker load` takes that of docker, and BUILDX_OUTPUT=oci makes one of a whole image"
-}
-"""How else to have what Guix has no format for."""
+_OCI_COMPRESSIONS = ("", "gzip", "none")
 
 
 def _refuse_unknown(option: str, text: str, known: tuple[str, ...]) -> None:
     if text not in known:
         names = ", ".join(filter(None, known))
-        more = _OTHERWISE.get(text, "")
-        raise UsageError(f"{option}: guix pack has no {quoted(text)}; it has {names}{more}")
+        raise UsageError(f"{option}: guix pack has no {quoted(text)}; it has {names}")
 
 
 def _refuse_text(option: str, text: str, pattern: str, right: str) -> None:
@@ -151,7 +151,7 @@ def _stem(settings: Settings, packages: list[tuple[str, str]], name: str) -> str
     return re.sub(r"[^\w+.~-]", "_", f"{name or own}-{version}", flags=re.ASCII)
 
 
-def _copy_out(project: Project, container: str, item: str, path: Path) -> str:
+def _copy_out(project: Project, container: str, item: str, path: Path, wanted: guix.Pack) -> str:
     """Bring a file of a container here, wholly or not at all, and its checksum; its SHA-256."""
     digest = hashlib.sha256()
 
@@ -161,11 +161,20 @@ def _copy_out(project: Project, container: str, item: str, path: Path) -> str:
             yield piece
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _opened(project, container, item) as (header, pieces):
-        write_whole(path, hashed(pieces), 0o777 if header.mode & 0o100 else 0o666)
+    with _opened(project, container, item) as (header, pieces), _scratch(path) as folder:
+        content = pieces
+        if wanted.format == guix.OCI:
+            compressed = wanted.compression != "none"
+            content = oci_archive(as_file(pieces), Path(folder), compressed=compressed)
+        write_whole(path, hashed(content), 0o777 if header.mode & 0o100 else 0o666)
     line = f"{digest.hexdigest()}  {path.name}\n"
     write_whole(path.with_name(f"{path.name}.sha256"), line.encode())
     return digest.hexdigest()
+
+
+def _scratch(path: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder on the disk of what is to be made, which has the room for it."""
+    return tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
 
 
 @contextmanager
