@@ -1,7 +1,7 @@
-"""Writes the tables of tasks, settings and exit codes, which are made from the code.
+"""Writes what is made from the code: tables of tasks, settings and exit codes; ``.env.example``.
 
-``python docs/tables.py`` brings README.md and docs/reference/ up to date; with ``--check`` it only
-tells what is not.  A test holds them against the code.
+``python -m docs.tables`` brings README.md, docs/reference/ and .env.example up to date; with
+``--check`` it only tells what is not.  A test holds them against the code.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from guix_tasks.settings import (
     Output,
     Sandbox,
     Settings,
+    example_text,
     settings_headings,
     settings_reference,
 )
@@ -242,16 +243,14 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def main() -> None:
-    stale = []
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        new = filled(text)
-        if new != text:
-            stale.append(f"{page.relative_to(ROOT)} is not up to date; run python docs/tables.py")
-        if "--check" not in sys.argv:
-            page.write_text(new, encoding="utf-8")
+    wanted = {page: filled(page.read_text(encoding="utf-8")) for page in PAGES}
+    wanted[ROOT / ".env.example"] = example_text()
+    stale = {page: text for page, text in wanted.items() if page.read_text("utf-8") != text}
     if "--check" in sys.argv:
-        sys.exit("\n".join(stale) or None)
+        names = ", ".join(str(page.relative_to(ROOT)) for page in stale)
+        sys.exit(f"not up to date: {names}; run python -m docs.tables" if stale else None)
+    for page, text in stale.items():
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
