@@ -1,47 +1,257 @@
-"""Writes the README's tables of tasks and settings, which are made from the code.
+"""Writes what is made from the code: tables of tasks, settings and exit codes; ``.env.example``.
 
-``python docs/tables.py`` brings README.md up to date; a test holds it against the code.
+``python -m docs.tables`` brings README.md, docs/reference/ and .env.example up to date; with
+``--check`` it only tells what is not.  A test holds them against the code.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from guix_tasks.settings import settings_reference
-from guix_tasks.tasks import ns
+from guix_tasks import errors
+from guix_tasks.settings import (
+    Driver,
+    Output,
+    Sandbox,
+    Settings,
+    example_text,
+    settings_headings,
+    settings_reference,
+)
+from guix_tasks.tasks import grouped, ns
 
-README = Path(__file__).parent.parent / "README.md"
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from invoke.parser import Argument
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "reference").glob("*.md"))]
+
+
+class About(NamedTuple):
+    """What the code does not tell of a setting."""
+
+    example: str
+    concerns: str
+    """The stages and tasks that look at it; a stage in bold is stale when it changes."""
+
+
+_WORK = "pull, install"
+_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+_BUILDX = "`buildx.*`"
+
+ABOUT = {
+    "IMAGE": About("ghcr.io/me/app:1.0", "all"),
+    "TAGS": About("1.0 stable", "`push`, `buildx.build`"),
+    "PLATFORMS": About("linux/amd64 linux/arm64", "**base**, **pull**, **install**, `push`"),
+    "BASE_IMAGE": About("debian:sid", "**base**"),
+    "DOCKERFILE": About("docker/Dockerfile", "**base**"),
+    "BUILD_CONTEXT": About(".", "**base**"),
+    "BUILD_ARGS": About("JOBS=4 'NAME=two words'", "**base**"),
+    "BUILD_SECRETS": About("token=token.txt", "base"),
+    "GUIX_BINARY_URL": About("https://mirror.example/guix-binary.tar.xz", "**base**"),
+    "GUIX_BINARY_SHA256": About(_SHA256, "**base**"),
+    "GUIX_CHANNELS": About("channels.scm", "**pull**"),
+    "GUIX_CHANNELS_LOCK": About("channels.lock.scm", "**pull**"),
+    "GUIX_MANIFEST": About("manifest.scm", "**install**, `pack`"),
+    "GUIX_PACKAGES": About("guile@3.0 git:send-email", "**install**, `pack`"),
+    "GUIX_SUBSTITUTE_URLS": About("https://mirror.example https://bordeaux.guix.gnu.org", _WORK),
+    "GUIX_SUBSTITUTE_KEYS": About("keys/mirror.pub", "**pull**, **install**"),
+    "GUIX_FALLBACK": About("yes", _WORK),
+    "GUIX_SANDBOX": About("rootless", f"{_WORK}, `run`, `shell`, `verify`, `pack`"),
+    "GUIX_CORES": About("2", _WORK),
+    "GUIX_MAX_JOBS": About("1", _WORK),
+    "MOUNTS": About("substitutes:/srv/substitutes:ro", "**pull**, **install**, `run`, `shell`"),
+    "NETWORK": About("none", f"base, {_WORK}, `run`, `shell`"),
+    "STAGE_MEMORY": About("4g", _WORK),
+    "STAGE_TIMEOUT": About("90m", _WORK),
+    "CACHE_VOLUME": About("guix-tasks-cache", f"{_WORK}; emptied or filled: **both**"),
+    "CACHE_IMAGE": About("ghcr.io/me/app-cache", "base, pull, install"),
+    "BUILDX_BUILDER": About("insecure-builder", _BUILDX),
+    "BUILDX_DRIVER": About("remote", _BUILDX),
+    "BUILDX_NODES": About("tcp://10.0.0.5:1234,cacert=ca.pem", _BUILDX),
+    "BUILDX_OUTPUT": About("oci", "`buildx.build`"),
+    "BUILDX_ATTESTATIONS": About("provenance sbom", "`buildx.build`"),
+    "BUILDX_CACHE_FROM": About("type=gha", "`buildx.build`"),
+    "BUILDX_CACHE_TO": About("type=local,dest=cache,mode=max", "`buildx.build`"),
+    "BUILDKIT_SYNTAX": About("docker/dockerfile:1.20", "`buildx.build`"),
+    "BUILDX_URL": About("https://mirror.example/buildx", "`buildx.setup`"),
+    "BUILDX_SHA256": About(_SHA256, "`buildx.setup`"),
+    "RELEASE_URL": About("https://example.org/downloads/1.0", "`release`"),
+    "DOCKER_USERNAME": About("me", "`push`, and what is pulled"),
+    "DOCKER_USERNAME_FILE": About("secrets/user", "`push`, and what is pulled"),
+    "DOCKER_PASSWORD": About("a token", "`push`, and what is pulled"),
+    "DOCKER_PASSWORD_FILE": About("/run/secrets/token", "`push`, and what is pulled"),
+    "DOCKER_HOST": About("ssh://me@build-box", "all"),
+    "DOCKER_CONTEXT": About("build-box", "all"),
+    "DOCKER_CONFIG": About("/srv/docker-config", "all"),
+    "DOCKER_TLS_VERIFY": About("1", "all"),
+    "DOCKER_CERT_PATH": About("certificates", "all"),
+}
+
+SHORT = (
+    "IMAGE", "BASE_IMAGE", "GUIX_CHANNELS", "GUIX_MANIFEST", "GUIX_PACKAGES",
+    "GUIX_SUBSTITUTE_URLS", "GUIX_SANDBOX", "CACHE_IMAGE", "DOCKER_USERNAME", "DOCKER_PASSWORD",
+)  # fmt: skip
+"""The settings of the README."""
+
+KINDS = {
+    "str": "text",
+    "int": "whole number",
+    "bool": "`yes` or `no`",
+    "Path": "path",
+    "ImageReference": "image",
+    "Secret": "text, secret",
+    "Mount": "`SOURCE:TARGET[:ro]`",
+    "Node": "`ENDPOINT[,NAME=VALUE]`",
+    "Platform": "platform",
+    **{
+        each.__name__: ", ".join(f"`{word.value}`" for word in each)
+        for each in (Sandbox, Driver, Output)
+    },
+    "Mapping[str, str]": "`NAME=VALUE`, any number",
+    "Mapping[str, Path]": "`NAME=PATH`, any number",
+}
+"""The types of ``Settings``, in words."""
+
+BETTER_KINDS = {
+    "STAGE_MEMORY": "bytes, or with `k`, `m`, `g`",
+    "STAGE_TIMEOUT": "seconds, or with `s`, `m`, `h`",
+}
 
 
 def task_table() -> str:
-    rows = sorted((name, _first_line(ns[name].__doc__)) for name in ns.task_names)
-    # The tasks of the root come before those of a namespace, as in `inv --list`.
-    rows.sort(key=lambda row: "." in row[0])
-    return "\n".join(
-        ["| task | what it does |", "|---|---|"] + [f"| `{n}` | {d} |" for n, d in rows]
-    )
+    rows = []
+    for title, names in grouped(ns.task_names):
+        rows += [(f"*{title}*", ""), *((f"`{name}`", _summary(name)) for name in names)]
+    return _table(("task", "what it does"), rows)
+
+
+def task_reference() -> str:
+    parts = []
+    for title, names in grouped(ns.task_names):
+        parts += [f"## {title}", *map(_one_task, names)]
+    return "\n\n".join(parts)
 
 
 def settings_table() -> str:
-    rows = (
-        f"| `{name}` | {f'`{default}`' if default else ''} | {doc} |"
+    rows = [
+        (_code(name), _code(default), doc)
         for name, default, doc in settings_reference()
+        if name in SHORT
+    ]
+    return _table(("setting", "default", "what it does"), rows)
+
+
+def exit_codes() -> str:
+    kinds = [each for each in vars(errors).values() if isinstance(each, type)]
+    codes = {
+        each.__dict__["exit_code"]: (each.__doc__ or "").splitlines()[0].rstrip(".")
+        for each in kinds
+        if "exit_code" in each.__dict__ and each is not errors.GuixTasksError
+    }
+    rows = [("0", "Done"), *((str(code), doc) for code, doc in sorted(codes.items()))]
+    return _table(("exit code", "meaning"), rows)
+
+
+def settings_reference_table() -> str:
+    kinds = {each.name.upper(): str(each.type) for each in fields(Settings)}
+    headings = settings_headings()
+    header = ("setting", "type", "default", "what it does", "example", "concerns")
+    parts: list[str] = []
+    rows: list[tuple[str, ...]] = []
+    for name, default, doc in settings_reference():
+        if group := headings.get(name):
+            parts += [_table(header, rows)] if rows else []
+            parts.append(f"## {group}")
+            rows = []
+        about = ABOUT.get(name, About("", ""))
+        kind = BETTER_KINDS.get(name) or _kind(name, kinds.get(name, ""))
+        row = (_code(name), kind, _code(default), doc, _code(about.example), about.concerns)
+        rows.append(row)
+    return "\n\n".join([*parts, _table(header, rows)])
+
+
+def filled(page: str) -> str:
+    """A page with its tables as they should be."""
+    for name, make in TABLES.items():
+        marks = (f"<!-- {name} -->\n", f"<!-- /{name} -->")
+        if all(mark in page for mark in marks):
+            start, end = page.index(marks[0]) + len(marks[0]), page.index(marks[1])
+            page = f"{page[:start]}{make()}\n{page[end:]}"
+    return page
+
+
+TABLES = {
+    "tasks": task_table,
+    "task-reference": task_reference,
+    "settings": settings_table,
+    "settings-reference": settings_reference_table,
+    "exit-codes": exit_codes,
+}
+
+
+def _one_task(name: str) -> str:
+    # Invoke takes the help out of a task when it is first asked, so each task is asked once.
+    arguments = ns[name].get_arguments()
+    lines = [f"### `{name}`", inspect.getdoc(ns[name].body) or ""]
+    if arguments:
+        rows = [(f"`{_option(each)}`", _default(each), str(each.help)) for each in arguments]
+        lines.append(_table(("option", "default", "meaning"), rows))
+    return "\n\n".join(lines)
+
+
+def _option(argument: Argument) -> str:
+    value = {str: "=TEXT", int: "=NUMBER", list: "=VALUE"}.get(argument.kind, "")
+    return f"--{argument.names[0]}{'' if argument.incrementable else value}"
+
+
+def _default(argument: Argument) -> str:
+    return _code(str(argument.default)) if argument.default else ""
+
+
+def _kind(name: str, declared: str) -> str:
+    """The type of a setting in words; those that are no fields are files, or text of Docker's."""
+    declared = declared.removesuffix(" | None")
+    if item := re.fullmatch(r"tuple\[(\w+), \.\.\.\]", declared):
+        return f"list of {KINDS[item[1]]}"
+    if not declared:
+        return KINDS["Path"] if name.endswith(("_FILE", "_CONFIG", "_PATH")) else KINDS["str"]
+    return KINDS[declared]
+
+
+def _summary(name: str) -> str:
+    return (ns[name].__doc__ or "").strip().splitlines()[0].rstrip(".")
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *(list(row) for row in rows)]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines
     )
-    return "\n".join(["| setting | default | what it does |", "|---|---|---|", *rows])
 
 
-def filled(readme: str) -> str:
-    """The README with its tables as they should be."""
-    for name, table in (("tasks", task_table()), ("settings", settings_table())):
-        pattern = f"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        readme = re.sub(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", readme, flags=re.DOTALL)
-    return readme
-
-
-def _first_line(docstring: str | None) -> str:
-    return (docstring or "").strip().splitlines()[0].rstrip(".")
+def main() -> None:
+    wanted = {page: filled(page.read_text(encoding="utf-8")) for page in PAGES}
+    wanted[ROOT / ".env.example"] = example_text()
+    stale = {page: text for page, text in wanted.items() if page.read_text("utf-8") != text}
+    if "--check" in sys.argv:
+        names = ", ".join(str(page.relative_to(ROOT)) for page in stale)
+        sys.exit(f"not up to date: {names}; run python -m docs.tables" if stale else None)
+    for page, text in stale.items():
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text(encoding="utf-8")), encoding="utf-8")
+    main()

@@ -89,6 +89,9 @@ class BuilderError(GuixTasksError):
 
 
 class StoppedError(KeyboardInterrupt):
-    """SIGTERM: as Ctrl-C, nothing that handles errors may take it for one of them."""
+    """Ctrl-C or SIGTERM interrupted it; what was under way has been undone.
+
+    Nothing that handles errors may take it for one of them.
+    """
 
     exit_code = 130

@@ -2,7 +2,7 @@
 
 Each setting is described once, on its field of ``Settings``: how it is read, what it does, its
 default as one would write it in an env file.  ``load_settings``, ``.env.example``
-(``python -m guix_tasks.settings`` prints it) and the README's table come from that.
+(``python -m guix_tasks.settings`` prints it) and the tables of the documentation come from that.
 
 Later wins: defaults, ``.env``, ``.env.local``, the files that ``ENV_FILE`` names, the
 process's environment, the task's own options.  The environment is read from the mapping
@@ -41,6 +41,7 @@ __all__ = [
     "example_text",
     "load_isolated",
     "load_settings",
+    "settings_headings",
     "settings_reference",
 ]
 
@@ -330,6 +331,11 @@ _PROXIES = (*_LOWER_CASE_PROXIES, *map(str.upper, _LOWER_CASE_PROXIES))
 def settings_reference() -> list[tuple[str, str, str]]:
     """Every key that an env file can have: its name, its default as text, what it does."""
     return [(name, setting.default, setting.doc) for name, setting in _KNOWN.items()]
+
+
+def settings_headings() -> dict[str, str]:
+    """The headings of ``settings_reference``, by the name of the first setting under each."""
+    return {name: setting.group for name, setting in _KNOWN.items() if setting.group}
 
 
 def example_text() -> str:

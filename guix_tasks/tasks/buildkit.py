@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @task(
     help={
         "no_pull": "leave `guix pull` out, and install with the base's Guix",
-        "update": "take the channels as they are now, and lock",
+        "update": "take the channels as they are now, and write the lock",
         "force": "run every step, whatever is in the builder's cache",
         "by_digest": "push no tag: `inv manifest` joins what several jobs pushed",
         "disable_authentication": "take channels, too, that nobody vouches for",
@@ -31,7 +31,11 @@ def build(
     by_digest: bool = False,
     disable_authentication: bool = False,
 ) -> None:
-    """Do base, pull, install and push with BuildKit, in insecure steps."""
+    """Do base, pull, install and push with BuildKit.
+
+    Guix runs in steps with `RUN --security=insecure`, so BUILDX_BUILDER has
+    to allow it.
+    """
     with opened_with_buildx(c) as (project, program):
         from guix_tasks.buildkit import BuildWishes
         from guix_tasks.buildkit import build as bake
@@ -45,14 +49,18 @@ def build(
 
 @task(
     help={
-        "recreate": "make it anew, with its cache kept",
+        "recreate": "make it anew, and keep its cache",
         "use": "select it for your own `docker buildx` too",
         "binfmt": "let the engine's machine emulate the PLATFORMS that the builder lacks",
     },
     auto_shortflags=False,
 )
 def setup(c: Context, recreate: bool = False, use: bool = False, binfmt: bool = False) -> None:
-    """Make BUILDX_BUILDER, with the plugin if need be, and see that it runs insecure steps."""
+    """Make BUILDX_BUILDER, which allows insecure steps.
+
+    The buildx plugin is installed for you if it is missing, and one such
+    step is tried.
+    """
     with opened_with_buildx(c, install=True) as (project, program):
         from guix_tasks.builder_setup import SetupWishes, set_up
 
@@ -62,7 +70,7 @@ def setup(c: Context, recreate: bool = False, use: bool = False, binfmt: bool = 
 
 @task(auto_shortflags=False)
 def status(c: Context) -> None:
-    """Show the builder's nodes, what they can and may do, and its cache."""
+    """Show the builder's nodes, their rights, its cache."""
     with opened_with_buildx(c) as (project, program):
         from guix_tasks import builder_setup
 
@@ -71,7 +79,7 @@ def status(c: Context) -> None:
         project.console.result(f"cache: {builder_setup.cache_size(project, program)}")
 
 
-@task(help={"keep_cache": "leave its cache for the next of its name"}, auto_shortflags=False)
+@task(help={"keep_cache": "keep its cache for the next of its name"}, auto_shortflags=False)
 def down(c: Context, keep_cache: bool = False) -> None:
     """Remove the builder."""
     with opened_with_buildx(c) as (project, program):

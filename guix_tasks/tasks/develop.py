@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 @task(auto_shortflags=False)
 def demo(c: Context) -> None:
-    """Run the whole lifecycle, self-contained, from a bare machine."""
+    """Make, push and run an example, on a bare machine.
+
+    It starts an engine where there is none, and uses the settings of
+    examples/offline/ alone.
+    """
     with guarded(), open_demo(c, project_folder(Path.cwd())) as project:
         from guix_tasks.demo import run_demo, say_what_next
 
@@ -32,7 +36,7 @@ def demo(c: Context) -> None:
     auto_shortflags=False,
 )
 def test(c: Context, unit: bool = False, only: str = "", soak: bool = False) -> None:
-    """Run the linters and the tests, real-engine tests included."""
+    """Run the linters and tests of guix-tasks itself."""
     with guarded():
         from guix_tasks.checks import run_checks
 

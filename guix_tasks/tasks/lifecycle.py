@@ -24,15 +24,19 @@ if TYPE_CHECKING:
 
 CHECK_FAILED = 1
 
-FORCE = {"force": "although nothing changed"}
-NO_COMMIT = {"no_commit": "leave the work container for `inv commit` instead of committing it"}
-KEEP_FAILED = {"keep_failed": "leave the work container of a command that failed"}
+FORCE = {"force": "run it although nothing changed"}
+NO_COMMIT = {"no_commit": "commit nothing, and leave the work container for `inv commit`"}
+KEEP_FAILED = {"keep_failed": "leave the work container of a command that fails"}
 UPSTREAM = {"upstream": "bring the stages that it starts from up to date first"}
 
 
 @task(help=FORCE, auto_shortflags=False)
 def base(c: Context, force: bool = False) -> None:
-    """Build DOCKERFILE on BASE_IMAGE."""
+    """Build DOCKERFILE on BASE_IMAGE.
+
+    This is your usual `docker build`.  The stages after it start from its
+    image.
+    """
     with opened(c) as project, project.alone("base"):
         from guix_tasks.lifecycle import Wishes, make_each
 
@@ -45,7 +49,7 @@ def base(c: Context, force: bool = False) -> None:
         **UPSTREAM,
         **NO_COMMIT,
         **KEEP_FAILED,
-        "update": "take the channels as they are now, and lock",
+        "update": "take the channels as they are now, and write the lock",
         "disable_authentication": "take channels, too, that nobody vouches for",
     },
     auto_shortflags=False,
@@ -59,7 +63,12 @@ def pull(
     keep_failed: bool = False,
     disable_authentication: bool = False,
 ) -> None:
-    """Run `guix pull` on the base stage."""
+    """Run `guix pull` on the base stage, and commit.
+
+    The channels are those of GUIX_CHANNELS, at the commits that
+    GUIX_CHANNELS_LOCK holds.  Without a lock the newest are taken, and the
+    lock is written.
+    """
     with (opened_single if no_commit else opened)(c) as project, project.alone("pull"):
         from guix_tasks.lifecycle import Wishes, make_each
 
@@ -88,7 +97,11 @@ def install(
     no_commit: bool = False,
     keep_failed: bool = False,
 ) -> None:
-    """Install GUIX_PACKAGES and GUIX_MANIFEST on the pull stage."""
+    """Install packages and manifest on the pull stage.
+
+    What is in the image is the base's own profile, GUIX_MANIFEST and
+    GUIX_PACKAGES, and nothing that an earlier call installed.
+    """
     one_or_all = opened_single if no_commit else opened
     given = {"GUIX_PACKAGES": package} if package else None
     with one_or_all(c, given) as project, project.alone("install"):
@@ -101,7 +114,11 @@ def install(
 
 @task(auto_shortflags=False)
 def commit(c: Context) -> None:
-    """Commit the work container that was left by hand as IMAGE."""
+    """Commit the work container that was left, as IMAGE.
+
+    It is what `inv shell`, `inv run --keep` or a stage with --no-commit
+    left.
+    """
     with opened_single(c) as project, project.alone("commit"):
         from guix_tasks import hands
 
@@ -110,7 +127,7 @@ def commit(c: Context) -> None:
 
 @task(auto_shortflags=False)
 def squash(c: Context) -> None:
-    """Make one layer of all that lies above the base stage."""
+    """Make one layer of all above the base stage."""
     with opened_single(c) as project, project.alone("squash"):
         from guix_tasks.squash import squash as one_layer
 
@@ -128,7 +145,11 @@ def rollback(c: Context) -> None:
 
 @task(help={"stage": "the image of this stage instead of IMAGE"}, auto_shortflags=False)
 def verify(c: Context, stage: str = "") -> None:
-    """Test IMAGE from outside, in a fresh container."""
+    """Test IMAGE from outside, in a fresh container.
+
+    The daemon has to answer, a derivation to build, the channels to be
+    those of the lock, and the packages and certificates to be there.
+    """
     with opened(c) as project:
         from guix_tasks.verify import verify as check
 
@@ -138,7 +159,10 @@ def verify(c: Context, stage: str = "") -> None:
 
 @task(help={"stage": "the tag of this stage instead of IMAGE and TAGS"}, auto_shortflags=False)
 def push(c: Context, stage: str = "") -> None:
-    """Push IMAGE and TAGS, and print the digest."""
+    """Push IMAGE and TAGS, and print the digest.
+
+    An image whose stage is stale is refused.
+    """
     with opened(c) as project, project.alone("push"):
         from guix_tasks.publish import push as publish
 
@@ -150,7 +174,11 @@ def push(c: Context, stage: str = "") -> None:
 
 @task(auto_shortflags=False)
 def manifest(c: Context) -> None:
-    """Join what was pushed for each platform under IMAGE, and print the digest."""
+    """Join the platforms that were pushed, under IMAGE.
+
+    They are those of PLATFORMS; without it, all that out/digests/ has.
+    Prints the digest.
+    """
     with opened_with_buildx(c, needs_engine=False) as (project, program):
         from guix_tasks.manifest import join
 
@@ -164,9 +192,9 @@ def manifest(c: Context) -> None:
     incrementable=["relocatable"],
     help={
         "package": "a package instead of GUIX_PACKAGES and GUIX_MANIFEST; repeatable",
-        "format": "tarball (the default), docker, oci, squashfs, deb, rpm or appimage",
-        "relocatable": "to be unpacked anywhere, as guix pack -R; said twice, as -RR",
-        "symlink": "a link in it, as /bin=bin; repeatable",
+        "format": "tarball, docker, oci, squashfs, deb, rpm or appimage",
+        "relocatable": "to be unpacked anywhere, as guix pack -R; twice, as -RR; without a value",
+        "symlink": "a symbolic link in it, as /bin=bin; repeatable",
         "compression": "gzip, lzip, xz, bzip2, zstd or none",
         "max_layers": "the most layers that a docker or OCI archive may have",
         "entry_point": "the program that an image or an appimage runs, as bin/hello",
@@ -185,7 +213,11 @@ def pack(
     entry_point: str = "",
     name: str = "",
 ) -> None:
-    """Pack GUIX_PACKAGES and GUIX_MANIFEST into a file in out/, with its SHA-256."""
+    """Pack packages and manifest into a file in out/.
+
+    They are those of GUIX_PACKAGES and GUIX_MANIFEST, made with the Guix of
+    IMAGE; a file with the SHA-256 lies beside.
+    """
     with opened(c) as project, project.alone("pack"):
         from guix_tasks.guix import Pack
         from guix_tasks.pack import pack_each
@@ -200,7 +232,11 @@ def pack(
     auto_shortflags=False,
 )
 def release(c: Context, url: str = "") -> None:
-    """Write out/build.json: where each system's packs are, with SHA-256 and channels."""
+    """Write out/build.json, which tells of the packs.
+
+    It has, for each Guix system, the URL of the file, its SHA-256, and the
+    channels.  What it says of packs that are not made anew stays.
+    """
     with opened_settings({"RELEASE_URL": url}) as (settings, console):
         from guix_tasks.release import release as write
 
@@ -216,7 +252,11 @@ def release(c: Context, url: str = "") -> None:
     auto_shortflags=False,
 )
 def run(c: Context, stage: str = "", keep: bool = False) -> None:
-    """Run one command in a work container, as `inv run -- COMMAND ARGUMENT...`."""
+    """Run one command: `inv run -- COMMAND ARGUMENT...`.
+
+    It runs in a work container of IMAGE, beside the Guix daemon, and `inv`
+    ends with its status.
+    """
     with opened_single(c) as project:
         from guix_tasks import hands
 
@@ -233,7 +273,10 @@ def run(c: Context, stage: str = "", keep: bool = False) -> None:
     auto_shortflags=False,
 )
 def shell(c: Context, stage: str = "", fresh: bool = False) -> None:
-    """Open a shell in a work container, which is left for `inv commit`."""
+    """Open a shell in a work container of IMAGE.
+
+    The container is left, for `inv commit` or the next `inv shell`.
+    """
     with opened_single(c) as project:
         from guix_tasks import hands
 
@@ -244,12 +287,15 @@ def shell(c: Context, stage: str = "", fresh: bool = False) -> None:
 @task(
     help={
         "size": "show what is in the image: stages, layers, the largest store items",
-        "plot": "draw that as an SVG picture into this file",
+        "plot": "draw what --size shows as an SVG picture into this file",
     },
     auto_shortflags=False,
 )
 def status(c: Context, size: bool = False, plot: str = "") -> None:
-    """Show the stages, their images, sizes, ages and channels."""
+    """Show stages, images, sizes, ages and channels.
+
+    Each stage is up to date, missing, or stale, and why.
+    """
     with (opened_single if size or plot else opened)(c) as project:
         from guix_tasks import upkeep
 
@@ -264,7 +310,10 @@ def status(c: Context, size: bool = False, plot: str = "") -> None:
     name="doctor", help={"json": "print the findings as JSON, for machines"}, auto_shortflags=False
 )
 def doctor(c: Context, json: bool = False) -> None:
-    """Check what can be wrong on this machine; one line each, with the mend."""
+    """Check this machine; a line each, with the mend.
+
+    Ends with 1 where something is wrong.
+    """
     with guarded():
         findings = examine(c)
         from guix_tasks.console import Console
@@ -277,7 +326,10 @@ def doctor(c: Context, json: bool = False) -> None:
 
 @task(help={"work": "only the work containers"}, auto_shortflags=False)
 def clean(c: Context, work: bool = False) -> None:
-    """Remove this project's work containers, stage images and cache volumes, nothing else."""
+    """Remove what these tasks made for this project.
+
+    Work containers, stage images and cache volumes: nothing else.
+    """
     with opened(c) as project, project.alone("clean"):
         from guix_tasks.upkeep import clean as remove
 

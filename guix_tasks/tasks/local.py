@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 @task(name="up", auto_shortflags=False)
 def engine_up(c: Context) -> None:
-    """Start a private Docker Engine on a machine that has none."""
+    """Start a private Docker Engine, if there is none.
+
+    It is unpacked from Debian's packages into a folder of its own; nothing
+    is installed.
+    """
     with guarded():
         if left_at_showing(c, "engine.up"):
             return
@@ -39,7 +43,10 @@ def engine_down(c: Context) -> None:
 
 @task(name="up", help={"port": "the port on loopback (default 5055)"}, auto_shortflags=False)
 def registry_up(c: Context, port: int = 5055) -> None:
-    """Start a registry on loopback, for `push` to go to."""
+    """Start a registry on loopback, for `inv push`.
+
+    It asks for a password that is generated, and that the tasks know.
+    """
     with opened(c) as project:
         if left_at_showing(c, "registry.up"):
             return
@@ -50,7 +57,10 @@ def registry_up(c: Context, port: int = 5055) -> None:
 
 @task(name="down", help={"port": "the port on loopback (default 5055)"}, auto_shortflags=False)
 def registry_down(c: Context, port: int = 5055) -> None:
-    """Stop the local registry; what was pushed to it stays."""
+    """Stop the local registry.
+
+    What was pushed to it stays.
+    """
     with opened(c) as project:
         if left_at_showing(c, "registry.down"):
             return
@@ -61,7 +71,11 @@ def registry_down(c: Context, port: int = 5055) -> None:
 
 @task(help={"tag": "the name of the image"}, auto_shortflags=False)
 def rootfs(c: Context, tag: str = "") -> None:
-    """Make a base image with Guix from Debian's packages."""
+    """Make a base image with Guix of Debian's packages.
+
+    For where BASE_IMAGE cannot be pulled; set it to the name that this
+    prints.
+    """
     with opened(c) as project:
         from guix_tasks.local.base_image import BASE_TAG, make_base
 

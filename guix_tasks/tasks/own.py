@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @task(auto_shortflags=False)
 def init(c: Context) -> None:
-    """Write a commented start of a project into this folder; nothing is overwritten."""
+    """Write a commented start of a project, here.
+
+    Nothing is overwritten.
+    """
     with guarded():
         from guix_tasks.console import Console
         from guix_tasks.starter import write_start

@@ -1,0 +1,84 @@
+"""The documentation is that of the code, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from guix_tasks.settings import load_settings, settings_reference
+from guix_tasks.tasks import GROUPS, ns
+
+ROOT = Path(__file__).parents[2]
+TABLES = ROOT / "docs" / "tables.py"
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted(page for page in (ROOT / "examples").rglob("*.md") if "out" not in page.parts),
+]
+
+
+@pytest.fixture(scope="module")
+def about() -> dict[str, Any]:
+    found: dict[str, Any] = runpy.run_path(str(TABLES))["ABOUT"]
+    return found
+
+
+def test_the_tables_are_up_to_date() -> None:
+    # A process of its own: Invoke takes the help out of tasks when it first looks at it.
+    argv = [sys.executable, "-m", "docs.tables", "--check"]
+    result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_every_task_has_a_group() -> None:
+    named = " ".join(GROUPS.values()).split()
+    assert sorted(named) == sorted(ns.task_names), "name it in guix_tasks/tasks/__init__.py"
+
+
+def test_every_setting_has_an_example(about: dict[str, Any]) -> None:
+    assert [*about] == [name for name, *_ in settings_reference()], "name it in docs/tables.py"
+
+
+def test_the_examples_are_good_values(about: dict[str, Any], tmp_path: Path) -> None:
+    """All at once, so that what goes only with another has it."""
+    for name in ("ca.pem", "channels.scm", "manifest.scm", "token.txt", "mirror.pub", "user"):
+        (tmp_path / name).write_text("x")
+    for name in ("keys", "secrets"):
+        (tmp_path / name).symlink_to(tmp_path)
+    (tmp_path / "substitutes").mkdir()
+    examples = {name: each.example for name, each in about.items()}
+    assert all(examples.values())
+    # A secret is given as itself or as a file, and that of the example is on another machine.
+    for name in ("DOCKER_USERNAME", "DOCKER_PASSWORD_FILE"):
+        del examples[name]
+    text = "".join(f"{name}={value}\n" for name, value in examples.items())
+    (tmp_path / ".env").write_text(text)
+    settings = load_settings(tmp_path, tmp_path, {})
+    assert settings.notes == ()
+    assert set(settings.written) >= {"IMAGE", "BUILDX_NODES", "RELEASE_URL"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)
+    for target in (first or second for first, second in links):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        place = page.parent / path if path else page
+        assert place.exists(), f"{target} leads nowhere"
+        if anchor:
+            assert anchor in _anchors(place.read_text(encoding="utf-8")), f"{target}: no such part"
+
+
+def _anchors(text: str) -> set[str]:
+    """The names that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
