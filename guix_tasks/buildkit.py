@@ -407,7 +407,8 @@ class _Baking:
             )
             digest = self._call(replace(definition, output=wanted), IMAGE_TARGET)
             if digest:
-                path = save(settings, Pushed(image.name, self._platforms, digest))
+                made_of = commits(self._answer(self._platforms[0], "pull"))
+                path = save(settings, Pushed(image.name, self._platforms, digest, made_of))
                 self.project.console.say(
                     f"buildx.build: {path}; `inv manifest` joins it under {image}"
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import UsageError
@@ -11,7 +11,7 @@ from guix_tasks.paths import write_whole
 from guix_tasks.reference import ImageReference, Platform
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from guix_tasks.settings import Settings
@@ -24,6 +24,8 @@ class Pushed:
     repository: str
     platforms: Sequence[Platform]
     digest: str
+    commits: Mapping[str, str] = field(default_factory=dict)
+    """The commit of each channel that it was made of; empty where that is not known."""
 
     @property
     def reference(self) -> str:
@@ -43,6 +45,7 @@ def save(settings: Settings, pushed: Pushed) -> Path:
         "repository": pushed.repository,
         "platforms": [str(each) for each in pushed.platforms],
         "digest": pushed.digest,
+        "commits": dict(pushed.commits),
     }
     write_whole(path, f"{json.dumps(record, indent=2)}\n".encode())
     return path
@@ -59,8 +62,9 @@ def _read(path: Path) -> Pushed:
         platforms = tuple(Platform.parse(each) for each in record["platforms"])
         _ = platforms[0]
         reference = ImageReference.parse(f"{record['repository']}@{record['digest']}")
+        commits = {str(name): str(commit) for name, commit in record.get("commits", {}).items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UsageError(
             f"{path} is not what a push wrote; delete it, and push that platform again"
         ) from None
-    return Pushed(reference.name, platforms, str(reference.digest))
+    return Pushed(reference.name, platforms, str(reference.digest), commits)

@@ -11,6 +11,7 @@ from guix_tasks.errors import BuilderError, RegistryError, UsageError
 from guix_tasks.transfer import credentials
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from guix_tasks.buildx import Buildx
@@ -92,4 +93,20 @@ def _parts(settings: Settings) -> dict[Platform, Pushed]:
                 f"{path} has {', '.join(surplus)} too, which PLATFORMS does not name; add that to "
                 "PLATFORMS, or push the others by themselves"
             )
-    return {platform: found[platform][1] for platform in wanted}
+    parts = {platform: found[platform][1] for platform in wanted}
+    _refuse_mixture(parts)
+    return parts
+
+
+def _refuse_mixture(parts: Mapping[Platform, Pushed]) -> None:
+    """Refuse platforms that were made of different commits, as jobs without a lock may be."""
+    known = [(platform, part.commits) for platform, part in parts.items() if part.commits]
+    for platform, commits in known:
+        first, expected = known[0]
+        for name in expected.keys() & commits.keys():
+            if commits[name] != expected[name]:
+                raise UsageError(
+                    f"{first} was made of {name} at {expected[name]:.7}, {platform} at "
+                    f"{commits[name]:.7}: commit GUIX_CHANNELS_LOCK, which `inv pull` writes, and "
+                    "push all platforms again"
+                )

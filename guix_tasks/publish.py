@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from guix_tasks import guix
 from guix_tasks.digests import Pushed, save
 from guix_tasks.errors import RegistryError, UsageError
-from guix_tasks.ledger import HAND_MADE, SQUASH, proven_stage
+from guix_tasks.ledger import CHANNELS_LABEL, HAND_MADE, SQUASH, proven_stage
 from guix_tasks.lifecycle import Lifecycle
 from guix_tasks.retry import retried
 from guix_tasks.transfer import credentials, push_once
@@ -53,7 +54,9 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
     platform = project.settings.platform
     if platform and not stage and not engine.is_dry:
         (digest,) = digests.values()
-        path = save(project.settings, Pushed(project.settings.image.name, (platform,), digest))
+        commits = guix.commits(image.labels.get(CHANNELS_LABEL, ""))
+        pushed = Pushed(project.settings.image.name, (platform,), digest, commits)
+        path = save(project.settings, pushed)
         project.console.say(
             f"push: {path}; `inv manifest` joins the platforms under {project.settings.image}"
         )

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from guix_tasks.errors import UsageError
+
 if TYPE_CHECKING:
     from guix_tasks.console import Console
 
@@ -20,20 +22,27 @@ FILES = {
     "channels.scm": "channels.scm",
     "manifest.scm": "manifest.scm",
     ".gitignore": "gitignore",
-    ".github/workflows/image.yml": "github.yml",
 }
+
+CI_FILES = {
+    "github": (".github/workflows/image.yml", "github.yml"),
+    "gitlab": (".gitlab-ci.yml", "gitlab.yml"),
+}
+CI = ("auto", *CI_FILES, "both", "none")
+"""For which CI a file is written; ``auto`` looks at where the folder's Git repository pushes to."""
 
 NAME = "my-image"
 """What the files call the image; the folder's name takes its place."""
 
 
-def write_start(folder: Path, console: Console, *, dry: bool = False) -> None:
+def write_start(folder: Path, console: Console, *, ci: str = CI[0], dry: bool = False) -> None:
     """Write the files that are not there yet, and say which those are and what comes next.
 
-    Raises ``OSError`` where one cannot be written.
+    Raises ``UsageError`` for a CI that is none of ``CI``, ``OSError`` where one cannot be written.
     """
+    files = {**FILES, **ci_files(folder, ci)}
     name = image_name(folder)
-    for target, source in FILES.items():
+    for target, source in files.items():
         content = (START / source).read_text(encoding="utf-8").replace(NAME, name)
         is_new = _is_missing(folder / target) if dry else _write_new(folder / target, content)
         verb = "would write" if dry else "wrote"
@@ -41,6 +50,26 @@ def write_start(folder: Path, console: Console, *, dry: bool = False) -> None:
     if not (dry or has_these_tasks(folder)):
         console.say("init: let your tasks.py say `from guix_tasks.tasks import ns`")
     console.say("init: next: look into .env, then `inv base pull install verify push`")
+
+
+def ci_files(folder: Path, ci: str) -> dict[str, str]:
+    """The files for a CI; for GitHub's where nothing tells which.  Raises ``UsageError``."""
+    if ci not in CI:
+        raise UsageError(f"--ci: {ci!r} is none of {', '.join(CI)}")
+    if ci == "auto":
+        ci = "gitlab" if _pushes_to_gitlab(folder) else "github"
+    return dict(pair for name, pair in CI_FILES.items() if ci in (name, "both"))
+
+
+def _pushes_to_gitlab(folder: Path) -> bool:
+    """Whether the Git repository of a folder has a remote with ``gitlab`` in its host's name."""
+    found = (each / ".git/config" for each in (folder, *folder.parents))
+    config = next((each for each in found if each.is_file()), None)
+    try:
+        text = config.read_text(encoding="utf-8", errors="replace") if config else ""
+    except OSError:
+        return False
+    return bool(re.search(r"^\s*url\s*=\s*(\w+://)?([^/\s]*@)?[^/:\s]*gitlab", text, re.MULTILINE))
 
 
 def has_these_tasks(folder: Path) -> bool:

@@ -52,20 +52,27 @@ def build(
         "recreate": "make it anew, and keep its cache",
         "use": "select it for your own `docker buildx` too",
         "binfmt": "let the engine's machine emulate the PLATFORMS that the builder lacks",
+        "plugin": "the plugin alone, which is all that `inv manifest` needs, and no builder",
     },
     auto_shortflags=False,
 )
-def setup(c: Context, recreate: bool = False, use: bool = False, binfmt: bool = False) -> None:
+def setup(
+    c: Context,
+    recreate: bool = False,
+    use: bool = False,
+    binfmt: bool = False,
+    plugin: bool = False,
+) -> None:
     """Make BUILDX_BUILDER, which allows insecure steps.
 
     The buildx plugin is installed for you if it is missing, and one such
     step is tried.
     """
-    with opened_with_buildx(c, install=True) as (project, program):
+    with opened_with_buildx(c, needs_engine=not plugin, install=True) as (project, program):
         from guix_tasks.builder_setup import SetupWishes, set_up
 
-        wishes = SetupWishes(recreate=recreate, use=use, binfmt=binfmt)
-        set_up(project, program, wishes)
+        if not plugin:
+            set_up(project, program, SetupWishes(recreate=recreate, use=use, binfmt=binfmt))
 
 
 @task(auto_shortflags=False)

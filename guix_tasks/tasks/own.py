@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from guix_tasks.own import OwnStage
 
 
-@task(auto_shortflags=False)
-def init(c: Context) -> None:
+@task(
+    help={"ci": "for which CI: github, gitlab, both, none, or auto: what Git's remote tells"},
+    auto_shortflags=False,
+)
+def init(c: Context, ci: str = "auto") -> None:
     """Write a commented start of a project, here.
 
     Nothing is overwritten.
@@ -26,7 +29,7 @@ def init(c: Context) -> None:
         from guix_tasks.console import Console
         from guix_tasks.starter import write_start
 
-        write_start(Path.cwd(), Console(), dry=bool(c.config.run.dry))
+        write_start(Path.cwd(), Console(), ci=ci, dry=bool(c.config.run.dry))
 
 
 def stage_task(own: OwnStage, summary: str) -> Task[Any]:

@@ -82,7 +82,8 @@ def test_from_an_empty_folder(program: Path, tmp_path: Path) -> None:
     result = run(program / "guix-tasks", folder, "init")
     assert result.returncode == 0, result.stderr
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
-        *FILES
+        *FILES,
+        ".github/workflows/image.yml",
     }
     for name in ("inv", "guix-tasks"):
         listed = run(program / name, folder, "--list")

@@ -489,6 +489,7 @@ def test_a_push_by_digest_has_no_tag_and_is_written_down(site: Site, fake: FakeB
     assert file.name == "linux-amd64.json"
     assert json.loads(file.read_text()) == {
         "repository": name, "platforms": ["linux/amd64"], "digest": DIGEST,
+        "commits": {"guix": COMMITS["guix"]},
     }  # fmt: skip
 
 

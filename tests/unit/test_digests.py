@@ -29,7 +29,7 @@ def settings(tmp_path: Path) -> Settings:
 
 def test_what_was_pushed_is_read_as_it_was_written(settings: Settings) -> None:
     one = Pushed("docker.io/my.site/app", (ARM32,), DIGEST)
-    two = Pushed("debian", (AMD64, ARM64), OTHER)
+    two = Pushed("debian", (AMD64, ARM64), OTHER, {"guix": "c" * 40})
     places = [save(settings, each) for each in (one, two)]
     assert [each.name for each in places] == ["linux-arm-v7.json", "linux-amd64_linux-arm64.json"]
     assert load(settings) == {places[0]: one, places[1]: two}
@@ -80,6 +80,8 @@ def test_what_another_push_is_just_writing_is_passed_over(settings: Settings) ->
         {"digest": ""},
         {"digest": "sha256:x"},
         {"digest": f"{DIGEST}\n"},
+        {"commits": None},
+        {"commits": ["guix"]},
         {"repository": ""},
         {"repository": None},
         {"repository": "Debian"},

@@ -59,9 +59,11 @@ def calls(stub: Buildx) -> list[list[str]]:
     return [call.split("\n")[:-1] for call in text.split("--\n")[:-1]]
 
 
-def pushed(site: Site, *platforms: str, digest: str = DIGESTS[0], name: str = NAME) -> Path:
+def pushed(
+    site: Site, *platforms: str, digest: str = DIGESTS[0], name: str = NAME, **commits: str
+) -> Path:
     each = tuple(Platform.parse(platform) for platform in platforms)
-    return save(site.settings(), Pushed(name, each, digest))
+    return save(site.settings(), Pushed(name, each, digest, commits))
 
 
 def project(tmp_path: Path, **env: str) -> tuple[Site, Project]:
@@ -137,6 +139,24 @@ def test_a_platform_in_two_files_is_refused(tmp_path: Path, stub: Buildx) -> Non
     site, made = project(tmp_path)
     one, two = pushed(site, "linux/amd64"), pushed(site, "linux/amd64", "linux/arm64")
     assert refusal(made, stub) == f"linux/amd64 is in {one} and in {two}; delete the older one"
+
+
+def test_platforms_of_different_commits_are_refused(tmp_path: Path, stub: Buildx) -> None:
+    site, made = project(tmp_path)
+    pushed(site, "linux/amd64", guix="a" * 40, other="c" * 40)
+    pushed(site, "linux/arm64", guix="b" * 40, other="c" * 40)
+    assert refusal(made, stub) == (
+        "linux/amd64 was made of guix at aaaaaaa, linux/arm64 at bbbbbbb: commit "
+        "GUIX_CHANNELS_LOCK, which `inv pull` writes, and push all platforms again"
+    )
+
+
+def test_platforms_whose_commits_are_not_known_are_joined(tmp_path: Path, stub: Buildx) -> None:
+    site, made = project(tmp_path)
+    pushed(site, "linux/amd64")
+    pushed(site, "linux/arm64", guix="b" * 40)
+    pushed(site, "linux/riscv64", guix="b" * 40, other="c" * 40)
+    assert join(made, stub) == JOINED
 
 
 def test_a_dry_run_says_what_it_would_join(tmp_path: Path, stub: Buildx) -> None:

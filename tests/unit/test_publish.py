@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_engine import (
     BASE_IMAGE,
+    COMMITS,
     IMAGE,
     FakeEngine,
     Heard,
@@ -77,6 +78,7 @@ def test_a_platform_is_pushed_by_its_own_tag_and_written_down(site: Site, platfo
         "repository": "registry.test/team/app",
         "platforms": [platform],
         "digest": digests[reference],
+        "commits": {"guix": COMMITS["guix"]},
     }
     assert "`inv manifest` joins the platforms under" in heard(project)
 

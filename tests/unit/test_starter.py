@@ -13,11 +13,14 @@ import pytest
 
 from guix_tasks import guix
 from guix_tasks.console import Console
+from guix_tasks.errors import UsageError
 from guix_tasks.settings import load_settings, settings_reference
-from guix_tasks.starter import FILES, START, image_name, write_start
+from guix_tasks.starter import CI_FILES, FILES, START, image_name, write_start
 from guix_tasks.tasks import ns
 
 ROOT = Path(__file__).parents[2]
+GITHUB, GITLAB = (target for target, _ in CI_FILES.values())
+ALL = {**FILES, **dict(CI_FILES.values())}
 
 
 def written(folder: Path) -> dict[str, bytes]:
@@ -31,23 +34,23 @@ def written(folder: Path) -> dict[str, bytes]:
 def test_all_files_are_written_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_start(tmp_path, Console())
-    assert set(written(tmp_path)) == set(FILES)
+    write_start(tmp_path, Console(), ci="both")
+    assert set(written(tmp_path)) == set(ALL)
     *said, after = capsys.readouterr().err.splitlines()
-    assert said == [f"init: wrote {name}" for name in FILES]
+    assert said == [f"init: wrote {name}" for name in ALL]
     assert "`inv base pull install verify push`" in after
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ALL)
 def test_nothing_is_overwritten(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mine = tmp_path / name
     mine.parent.mkdir(parents=True, exist_ok=True)
     mine.write_text("mine\n")
-    write_start(tmp_path, Console())
+    write_start(tmp_path, Console(), ci="both")
     assert mine.read_text() == "mine\n"
-    assert set(written(tmp_path)) == set(FILES)
+    assert set(written(tmp_path)) == set(ALL)
     assert f"init: {name} is there, left alone" in capsys.readouterr().err
 
 
@@ -142,11 +145,72 @@ def test_the_example_of_a_stage_is_one(tmp_path: Path) -> None:
     assert "  deps " in listed.stdout, listed.stderr
 
 
+@pytest.mark.parametrize(
+    ("ci", "files"),
+    [
+        ("auto", {GITHUB}),
+        ("github", {GITHUB}),
+        ("gitlab", {GITLAB}),
+        ("both", {GITHUB, GITLAB}),
+        ("none", set()),
+    ],
+)
+def test_the_ci_is_chosen(tmp_path: Path, ci: str, files: set[str]) -> None:
+    write_start(tmp_path, Console(), ci=ci)
+    assert set(written(tmp_path)) == {*FILES, *files}
+
+
+def test_a_ci_that_there_is_not_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        write_start(tmp_path, Console(), ci="jenkins")
+    assert str(caught.value) == "--ci: 'jenkins' is none of auto, github, gitlab, both, none"
+    assert written(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://gitlab.com/me/it.git", GITLAB),
+        ("git@gitlab.com:me/it.git", GITLAB),
+        ("ssh://git@gitlab.example.org:2222/me/it.git", GITLAB),
+        ("https://me:secret@my.gitlab.example.org/it", GITLAB),
+        ("git@github.com:me/gitlab-tools.git", GITHUB),
+        ("https://github.com/gitlab/it", GITHUB),
+        ("/srv/gitlab/it.git", GITHUB),
+    ],
+)
+def test_gits_remote_tells_the_ci(tmp_path: Path, url: str, name: str) -> None:
+    place = tmp_path / "below" / "it"
+    place.mkdir(parents=True)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git/config").write_text(
+        f'[core]\n\tbare = false\n[remote "origin"]\n\turl = {url}\n'
+    )
+    write_start(place, Console())
+    assert {GITHUB, GITLAB} & set(written(place)) == {name}
+
+
 def test_what_the_files_say_of_tasks_and_settings_is_true() -> None:
     settings = {name for name, _, _ in settings_reference()}
-    for source in FILES.values():
+    for source in ALL.values():
         text = (START / source).read_text()
-        for call in re.findall(r"(?:`|run: )inv ((?:[a-z.]+ ?)+)", text):
-            assert set(call.split()) <= {*ns.task_names, "deps"}, source
-    env = re.findall(r"^      ([A-Z_]+):", (START / "github.yml").read_text(), re.MULTILINE)
-    assert {"IMAGE", "CACHE_IMAGE", "DOCKER_USERNAME", "DOCKER_PASSWORD"} == set(env) <= settings
+        for call in re.findall(r"(?:`|run: |- )inv ((?:--[a-z]+ |[a-z.]+ ?)+)", text):
+            tasks = [word for word in call.split() if not word.startswith("--")]
+            assert set(tasks) <= {*ns.task_names, "deps"}, source
+    expected = {"IMAGE", "CACHE_IMAGE", "DOCKER_USERNAME", "DOCKER_PASSWORD", "PLATFORMS"}
+    for _, source in CI_FILES.values():
+        env = re.findall(r"^[ -]+([A-Z_]+):", (START / source).read_text(), re.MULTILINE)
+        assert expected <= set(env), source
+        assert set(env) - settings <= {"RUNNER", "DOCKER_TLS_CERTDIR"}, source
+
+
+def test_the_actions_of_the_workflow_are_pinned() -> None:
+    """To the commit, with its version behind it; one action at one version."""
+    used = re.findall(r"uses: (.*)", (START / "github.yml").read_text())
+    pinned = {
+        line: re.fullmatch(r"actions/([a-z-]+)@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)
+        for line in used
+    }
+    assert all(pinned.values()), used
+    names = [found[1] for found in pinned.values() if found]
+    assert len(names) == len(set(names)) == 4
