@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import shutil
 import signal
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,12 +14,16 @@ import pytest
 from harness import (
     HTPASSWD,
     OFFLINE,
+    ROOT,
     Docker,
     Project,
     Result,
     Workshop,
     builder_environment,
     free_port,
+    log_in,
+    new_python,
+    pip,
 )
 from island import Island, raised
 from planted import PLANTED
@@ -169,11 +173,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory, docker: Docker) -> Iterat
         (folder / "root").symlink_to(shared.folder / "root")
     own = LocalRegistry(folder, free_port())
     own.up(Console())
-    account = own.account.credentials()
-    assert account
-    pair = base64.b64encode(f"{account.username}:{account.password}".encode()).decode()
-    logged_in = {"auths": {f"localhost:{own.port}": {"auth": pair}}}
-    (docker.folder / "config.json").write_text(json.dumps(logged_in))
+    log_in(docker, own)
     yield own
     own.down(Console())
 
@@ -268,6 +268,26 @@ def new_project(
 def project(new_project: NewProject) -> Project:
     """A project that has all its stages finished."""
     return new_project(*STAGES)
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout, and those of what it needs, as locked: all that pip needs."""
+    folder = tmp_path_factory.mktemp("wheels")
+    # Without the hashes: a wheel is not in the lock.
+    locked = [line.split()[0] for line in (ROOT / "requirements.txt").open() if "==" in line]
+    (folder / "locked").write_text("\n".join(locked))
+    constraint = f"--constraint={folder / 'locked'}"
+    pip(sys.executable, "wheel", f"--wheel-dir={folder}", constraint, str(ROOT))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def programs_of_wheel(wheels: Path) -> Path:
+    """The programs of a virtual environment that has the wheel, and what that asks for."""
+    programs = new_python(wheels / "venv")
+    pip(str(programs / "python"), "install", "--no-index", f"--find-links={wheels}", "guix-tasks")
+    return programs
 
 
 @pytest.fixture(params=["buildx", "classic"])

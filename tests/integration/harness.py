@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -31,6 +32,9 @@ from guix_tasks.work import PROJECT_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from guix_tasks.engine import Credentials
+    from guix_tasks.local.registry import LocalRegistry
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = ROOT / "examples" / "offline"
@@ -460,6 +464,33 @@ def call(
         timeout=timeout,
         check=False,
     )
+
+
+def log_in(docker: Docker, registry: LocalRegistry) -> Credentials:
+    """Let a docker command line have the account of a registry of ours; that account."""
+    account = registry.account.credentials()
+    assert account
+    pair = base64.b64encode(f"{account.username}:{account.password}".encode()).decode()
+    auths = {"auths": {f"localhost:{registry.port}": {"auth": pair}}}
+    docker.folder.mkdir(exist_ok=True)
+    (docker.folder / "config.json").write_text(json.dumps(auths))
+    return account
+
+
+def new_python(folder: Path) -> Path:
+    """A virtual environment of this Python's; the folder of its programs."""
+    made = call([sys.executable, "-m", "venv", str(folder)], dict(os.environ), 120)
+    assert made.returncode == 0, made.stderr
+    return folder / "bin"
+
+
+def pip(python: str, *arguments: str) -> None:
+    argv = [python, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
+    result = call(argv, dict(os.environ), 300)
+    # Here pip fetches what builds a wheel; that there is no index is no fault of the wheel.
+    if "Could not find a version" in result.stderr:
+        pytest.skip(f"pip {arguments[0]}: no index of packages is in reach: {result.stderr[-300:]}")
+    assert result.returncode == 0, result.stderr
 
 
 def running(*argv: str) -> list[int]:

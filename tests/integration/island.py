@@ -148,6 +148,11 @@ def settle(island: Island, registry: Path, workshop: Workshop) -> Workshop:
     ``registry`` are the unpacked programs of one, ``workshop`` is that of the engine that is here.
     """
     island.ok("engine.up")
+    return supply(island, registry, workshop)
+
+
+def supply(island: Island, registry: Path, workshop: Workshop) -> Workshop:
+    """The same, where an engine runs there already."""
     island.registry.folder.mkdir()
     (island.registry.folder / "root").symlink_to(registry)
     island.ok("registry.up")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import ROOT, call, one_error
+from harness import call, one_error
 
 from guix_tasks.ledger import STAGES
 from guix_tasks.starter import FILES
@@ -35,32 +34,6 @@ TEST = """
 /var/guix/profiles/deps/bin/tar --version | head -n 1 >/tested
 hello >>/tested
 """
-
-
-@pytest.fixture(scope="session")
-def programs_of_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a virtual environment that has the wheel, and what that asks for."""
-    folder = tmp_path_factory.mktemp("wheel")
-    _pip(sys.executable, "wheel", "--no-deps", f"--wheel-dir={folder}", str(ROOT))
-    (wheel,) = folder.glob("*.whl")
-    fresh = folder / "venv"
-    made = call([sys.executable, "-m", "venv", str(fresh)], dict(os.environ), 120)
-    assert made.returncode == 0, made.stderr
-    # The locked versions, but not their hashes: a wheel is not in the lock.
-    locked = [line.split()[0] for line in (ROOT / "requirements.txt").open() if "==" in line]
-    (folder / "constraints").write_text("\n".join(locked))
-    python = str(fresh / "bin/python")
-    _pip(python, "install", f"--constraint={folder / 'constraints'}", str(wheel))
-    return fresh / "bin"
-
-
-def _pip(python: str, *arguments: str) -> None:
-    argv = [python, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
-    result = call(argv, dict(os.environ), 300)
-    # Here pip fetches what builds a wheel; that there is no index is no fault of the wheel.
-    if "Could not find a version" in result.stderr:
-        pytest.skip(f"pip {arguments[0]}: no index of packages is in reach: {result.stderr[-300:]}")
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture

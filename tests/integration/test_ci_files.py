@@ -1,0 +1,338 @@
+"""The CI files that ``init`` writes, run job by job, as GitHub and GitLab run them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from ci import FailedJobError, Pipeline, Runner, Workflow, resolved
+from harness import LOCK, call, eventually, log_in
+from island import supply
+from planted import ENVIRONMENT, PLANTED
+
+from guix_tasks import buildx
+from guix_tasks.ledger import STAGES
+from guix_tasks.starter import CI_FILES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from conftest import NewProject
+    from harness import Docker, Project, Workshop
+    from island import Island
+
+    from guix_tasks.local.registry import LocalRegistry
+
+GITHUB, GITLAB = (target for target, _ in CI_FILES.values())
+
+
+@pytest.fixture
+def repository(programs_of_wheel: Path, tmp_path: Path) -> Path:
+    """A project as `init` writes it."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    home = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    made = call([str(programs_of_wheel / "guix-tasks"), "init", "--ci=both"], home, 60, folder)
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plugin() -> str:
+    program = buildx.find_program(os.environ)
+    if program is None:
+        pytest.skip("buildx is not on this machine, and `inv manifest` needs it")
+    return program
+
+
+def settings(project: Project, wheels: Path) -> dict[str, str]:
+    """The offline example, and the wheel for `pip install`, as the environment of a machine."""
+    offline = {name: value for name, value in project.settings.items() if name != "IMAGE"}
+    return {
+        **ENVIRONMENT,
+        **offline,
+        "DOCKERFILE": "Dockerfile",
+        "BUILD_CONTEXT": ".",
+        "GUIX_PACKAGES": "greet",
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(wheels),
+    }
+
+
+def joined(docker: Docker, program: str, image: str, enter: Sequence[str] = ()) -> Joined:
+    """What the registry has under a name."""
+    env = {**docker.environment, "DOCKER_CONFIG": str(docker.folder)}
+    raw = call([*enter, program, "imagetools", "inspect", "--raw", image], env, 60)
+    assert raw.returncode == 0, raw.stderr
+    digest = f"sha256:{hashlib.sha256(raw.stdout.encode()).hexdigest()}"
+    return Joined(digest, [each["digest"] for each in json.loads(raw.stdout)["manifests"]])
+
+
+@dataclass(frozen=True)
+class Joined:
+    """An index in a registry."""
+
+    digest: str
+    parts: list[str]
+
+
+def greets(docker: Docker, reference: str) -> None:
+    """The engine gets an image by its digest, and runs what was installed."""
+    said = docker.run(reference, "hello")
+    assert "Hello, world!" in said.stdout, said.stderr
+    docker.ok("rmi", reference)
+
+
+def forget(project: Project) -> None:
+    """Let the engine have nothing of a project, as a fresh machine has."""
+    for tag in project.tags():
+        project.docker.ok("rmi", f"{project.repository}:{tag}")
+    for volume in project.volumes():
+        project.docker.ok("volume", "rm", volume)
+
+
+# --- GitHub Actions -------------------------------------------------------------------------
+
+
+def test_what_github_gives_by_itself_is_enough(repository: Path) -> None:
+    contexts = {
+        "vars": {},
+        "secrets": {"GITHUB_TOKEN": "a-token"},
+        "github": {"repository": "me/it", "actor": "me"},
+    }
+    workflow = Workflow.read(repository / GITHUB)
+    assert workflow.environment(contexts, workflow.file["env"]) == {
+        "IMAGE": "ghcr.io/me/it",
+        "CACHE_IMAGE": "ghcr.io/me/it-cache",
+        "DOCKER_USERNAME": "me",
+    }
+    for job in workflow.file["jobs"].values():
+        (env,) = (step["env"] for step in job["steps"] if "env" in step)
+        assert resolved(env["DOCKER_PASSWORD"], contexts) == "a-token"
+
+
+@pytest.mark.engine
+def test_the_workflow_of_github(
+    new_project: NewProject,
+    repository: Path,
+    registry: LocalRegistry,
+    wheels: Path,
+    docker: Docker,
+    plugin: str,
+    tmp_path: Path,
+) -> None:
+    """A matrix of one, joined; then a fresh machine, and one where a stage fails."""
+    project = new_project()
+    account = log_in(docker, registry)
+    PLANTED.know(account.password)
+    cache = f"{project.repository}-cache"
+    workflow = Workflow.read(
+        repository / GITHUB,
+        vars={"IMAGE": project.image, "CACHE_IMAGE": cache, "DOCKER_USERNAME": account.username},
+        secrets={"DOCKER_PASSWORD": account.password},
+        github={"repository": "Me/It", "actor": "me", "ref": "refs/heads/main"},
+    )
+    github = {"GITHUB_ACTIONS": "true", "DOCKER_HOST": docker.host}
+    machine = {**settings(project, wheels), **github}
+
+    def fresh(name: str) -> Runner:
+        return Runner(tmp_path / name, repository, tmp_path / "python", machine, plugin)
+
+    runner = fresh("first")
+    first = workflow.run(runner, "image")
+    project._look()
+    pushed = json.loads((runner.artifact("digests-0") / "linux-amd64.json").read_text())
+    workflow.run(runner, "manifest")
+    found = joined(docker, plugin, project.image)
+    assert f"{project.image}@{found.digest}" in runner.said[-1]
+    assert found.parts == [pushed["digest"]]
+    greets(docker, f"{project.repository}@{found.digest}")
+    # --- the lock is committed, and a fresh machine makes nothing again
+    shutil.copy(first / LOCK, repository)
+    forget(project)
+    runner = fresh("second")
+    workflow.run(runner, "image")
+    for stage in STAGES:
+        assert f"{stage}: taken from {cache}:{stage}-" in runner.said[-1]
+    # --- a stage that fails
+    machine["GUIX_PACKAGES"] = "no-such-package"
+    runner = fresh("third")
+    with pytest.raises(FailedJobError, match="no-such-package: unknown package"):
+        workflow.run(runner, "image")
+    (kept,) = runner.artifact("failed-0").iterdir()
+    assert "no-such-package: unknown package" in (kept / "log").read_text()
+    assert not runner.artifact("digests-0").exists()
+
+
+# --- GitLab CI ------------------------------------------------------------------------------
+
+
+def test_what_gitlab_gives_by_itself_is_enough(repository: Path) -> None:
+    predefined = {
+        "CI_REGISTRY_IMAGE": "registry.example.org/me/it",
+        "CI_REGISTRY_USER": "gitlab-ci-token",
+        "CI_REGISTRY_PASSWORD": "a-token",
+    }
+    variables = Pipeline.read(repository / GITLAB, predefined, {}).variables("platform", 1)
+    assert variables == predefined | {
+        "IMAGE": "registry.example.org/me/it",
+        "CACHE_IMAGE": "registry.example.org/me/it/cache",
+        "DOCKER_USERNAME": "gitlab-ci-token",
+        "DOCKER_PASSWORD": "a-token",
+        # What docker:dind needs; see its entry point, and GitLab's page on it.
+        "DOCKER_HOST": "tcp://docker:2376",
+        "DOCKER_TLS_CERTDIR": "/certs",
+        "DOCKER_TLS_VERIFY": "1",
+        "DOCKER_CERT_PATH": "/certs/client",
+        "PLATFORMS": "linux/arm64",
+        "RUNNER": "saas-linux-small-arm64",
+    }
+
+
+def make_certificates(folder: Path) -> None:
+    """What the entry point of docker:dind makes: an authority, a server's and a client's."""
+    (folder / "client").mkdir(parents=True)
+    (folder / "server").mkdir()
+    kinds = {
+        "server": "subjectAltName=DNS:docker,IP:127.0.0.1",
+        "client": "extendedKeyUsage=clientAuth",
+    }
+    _openssl(
+        folder, "req", "-x509", "-new", "-nodes", "-newkey=rsa:2048", "-days=1",
+        "-subj=/CN=authority", "-keyout=ca-key.pem", "-out=ca.pem",
+    )  # fmt: skip
+    for kind, extension in kinds.items():
+        (folder / "extension").write_text(f"{extension}\n")
+        _openssl(
+            folder, "req", "-new", "-nodes", "-newkey=rsa:2048", f"-subj=/CN={kind}",
+            f"-keyout={kind}/key.pem", "-out=request",
+        )  # fmt: skip
+        _openssl(
+            folder, "x509", "-req", "-days=1", "-CA=ca.pem", "-CAkey=ca-key.pem",
+            "-CAcreateserial", "-extfile=extension", "-in=request", f"-out={kind}/cert.pem",
+        )  # fmt: skip
+        shutil.copy(folder / "ca.pem", folder / kind)
+
+
+def _openssl(folder: Path, *options: str) -> None:
+    words = [word for option in options for word in option.split("=", 1)]
+    made = call(["openssl", *words], dict(os.environ), 60, folder)
+    assert made.returncode == 0, made.stderr
+
+
+def embed(offline: Path, repository: Path) -> None:
+    """Let the base stage have the channels and substitutes: such an engine mounts nothing of ours."""
+    shutil.copytree(offline, repository / "offline", symlinks=True)
+    with (repository / "Dockerfile").open("a") as file:
+        file.write("COPY offline /offline\n")
+    with (repository / ".dockerignore").open("a") as file:
+        file.write("!offline\n")
+
+
+@contextmanager
+def docker_in_docker(island: Island, certificates: Path) -> Iterator[None]:
+    """An engine as the service of docker:dind is one: at docker:2376, for who has a certificate."""
+    make_certificates(certificates)
+    hosts = island.folder / "hosts"
+    hosts.write_text("127.0.0.1 localhost docker\n")
+    island.do("mount", "--bind", str(hosts), "/etc/hosts")
+    engine = island.engine
+    server = certificates / "server"
+    configuration = engine.folder / "dind.json"
+    configuration.write_text(
+        json.dumps(
+            engine._configure()
+            | {
+                # The socket is for the test alone.
+                "hosts": [engine.url, "tcp://127.0.0.1:2376"],
+                "tlsverify": True,
+                "tlscacert": str(server / "ca.pem"),
+                "tlscert": str(server / "cert.pem"),
+                "tlskey": str(server / "key.pem"),
+            }
+        )
+    )
+    programs = [str(engine.folder / "root/usr" / each) for each in ("bin", "sbin")]
+    path = os.pathsep.join([*programs, os.environ["PATH"]])
+    with (island.folder / "log").open("wb") as log:
+        daemon = subprocess.Popen(
+            [*island.enter, f"{programs[1]}/dockerd", f"--config-file={configuration}"],
+            env={"PATH": path, "HOME": str(island.folder)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        eventually(lambda: island.docker("version").returncode == 0, "an engine that answers")
+        yield
+    finally:
+        daemon.terminate()
+        daemon.wait(timeout=60)
+
+
+@pytest.mark.engine
+def test_the_pipeline_of_gitlab(
+    island: Island,
+    workshop: Workshop,
+    registry: LocalRegistry,
+    repository: Path,
+    wheels: Path,
+    plugin: str,
+    tmp_path: Path,
+) -> None:
+    """On an engine over TLS, which is empty each time, and in the last job without one."""
+    if shutil.which("openssl") is None:
+        pytest.skip("the certificates are made by openssl")
+    certificates = tmp_path / "certificates"
+    with docker_in_docker(island, certificates):
+        settled = supply(island, registry.folder / "root", workshop)
+        project = settled.project(tmp_path / "project")
+        account = log_in(island.docker, island.registry)
+        PLANTED.know(account.password)
+        pipeline = Pipeline.read(
+            repository / GITLAB,
+            predefined={
+                "CI_REGISTRY_IMAGE": project.repository,
+                "CI_REGISTRY_USER": account.username,
+                "CI_REGISTRY_PASSWORD": account.password,
+            },
+            project={
+                "DOCKER_TLS_CERTDIR": str(certificates),
+                # The jobs have no network but the registry's.
+                "BUILDX_URL": f"file://{plugin}",
+                "BUILDX_SHA256": hashlib.sha256(Path(plugin).read_bytes()).hexdigest(),
+            },
+        )
+        embed(workshop.offline, repository)
+        machine = {**settings(project, wheels), "MOUNTS": "", "GITLAB_CI": "true"}
+
+        def fresh(name: str) -> Runner:
+            return Runner(
+                tmp_path / name, repository, tmp_path / "python", machine, enter=island.enter
+            )
+
+        runner = fresh("first")
+        first = pipeline.run(runner, "platform")
+        assert "at tcp://docker:2376" in runner.said[-1]
+        pushed = json.loads((runner.artifact("out/digests") / "linux-amd64.json").read_text())
+        last = pipeline.run(runner, "manifest")
+        assert (last.parent / ".docker/cli-plugins/docker-buildx").is_file()
+        found = joined(island.docker, plugin, project.repository, island.enter)
+        assert f"{project.repository}:latest@{found.digest}" in runner.said[-1]
+        assert found.parts == [pushed["digest"]]
+        greets(island.docker, f"{project.repository}@{found.digest}")
+        # --- the lock is committed, and the next engine is as empty
+        shutil.copy(first / LOCK, repository)
+        forget(project)
+        runner = fresh("second")
+        pipeline.run(runner, "platform")
+        for stage in STAGES:
+            assert f"{stage}: taken from {project.repository}/cache:{stage}-" in runner.said[-1]
