@@ -229,7 +229,7 @@ def _openssl(folder: Path, *options: str) -> None:
 
 
 def embed(offline: Path, repository: Path) -> None:
-    """Let the base stage have the channels and substitutes: such an engine mounts nothing of ours."""
+    """Let the base stage have the channels and substitutes: that engine mounts nothing of ours."""
     shutil.copytree(offline, repository / "offline", symlinks=True)
     with (repository / "Dockerfile").open("a") as file:
         file.write("COPY offline /offline\n")
