@@ -12,17 +12,18 @@ from guix_tasks.errors import CheckError, UsageError
 
 LOCK = "requirements-dev.txt"
 
-# What `init` writes, for the linters of these formats.
-GITHUB, GITLAB = "guix_tasks/start/github.yml", "guix_tasks/start/gitlab.yml"
+# What `init` writes, and what stands beside it, for the linters of these formats.
+GITHUB = ("guix_tasks/start/github.yml", "examples/ci/github-release.yml")
+GITLAB = "guix_tasks/start/gitlab.yml"
 
 LINTERS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
     ("mypy",),
     ("lint-imports",),
-    ("yamllint", "--strict", "guix_tasks/start"),
-    ("zizmor", "--offline", "--persona=pedantic", "--quiet", GITHUB),
-    ("check-jsonschema", "--builtin-schema=vendor.github-workflows", GITHUB),
+    ("yamllint", "--strict", *GITHUB, GITLAB),
+    ("zizmor", "--offline", "--persona=pedantic", "--quiet", *GITHUB),
+    ("check-jsonschema", "--builtin-schema=vendor.github-workflows", *GITHUB),
     ("check-jsonschema", "--builtin-schema=vendor.gitlab-ci", "--data-transform=gitlab-ci", GITLAB),
 )
 

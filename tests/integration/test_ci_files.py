@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from ci import FailedJobError, Pipeline, Runner, Workflow, resolved
-from harness import LOCK, call, eventually, log_in
+from ci import FailedJobError, Pipeline, Runner, Workflow
+from harness import LOCK, ROOT, call, eventually, log_in
 from island import supply
 from planted import ENVIRONMENT, PLANTED
 
@@ -112,11 +112,22 @@ def test_what_github_gives_by_itself_is_enough(repository: Path) -> None:
     assert workflow.environment(contexts, workflow.file["env"]) == {
         "IMAGE": "ghcr.io/me/it",
         "CACHE_IMAGE": "ghcr.io/me/it-cache",
-        "DOCKER_USERNAME": "me",
     }
     for job in workflow.file["jobs"].values():
         (env,) = (step["env"] for step in job["steps"] if "env" in step)
-        assert resolved(env["DOCKER_PASSWORD"], contexts) == "a-token"
+        assert workflow.environment(contexts, env) == {
+            "DOCKER_USERNAME": "me",
+            "DOCKER_PASSWORD": "a-token",
+        }
+
+
+def with_gh(folder: Path) -> Path:
+    """Stand in for the command line of GitHub, whose service is not here; it notes its words."""
+    programs = folder / "programs"
+    programs.mkdir()
+    (programs / "gh").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{folder}/gh.said\n')
+    (programs / "gh").chmod(0o755)
+    return programs
 
 
 @pytest.mark.engine
@@ -128,8 +139,9 @@ def test_the_workflow_of_github(
     docker: Docker,
     plugin: str,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A matrix of one, joined; then a fresh machine, and one where a stage fails."""
+    """A matrix of one, joined; then a fresh machine, a release, and a stage that fails."""
     project = new_project()
     account = log_in(docker, registry)
     PLANTED.know(account.password)
@@ -138,9 +150,9 @@ def test_the_workflow_of_github(
         repository / GITHUB,
         vars={"IMAGE": project.image, "CACHE_IMAGE": cache, "DOCKER_USERNAME": account.username},
         secrets={"DOCKER_PASSWORD": account.password},
-        github={"repository": "Me/It", "actor": "me", "ref": "refs/heads/main"},
+        github={"repository": "Me/It", "actor": "me", "ref_name": "v1.0", "token": "a-token"},
     )
-    github = {"GITHUB_ACTIONS": "true", "DOCKER_HOST": docker.host}
+    github = {"GITHUB_ACTIONS": "true", "GITHUB_REF_NAME": "v1.0", "DOCKER_HOST": docker.host}
     machine = {**settings(project, wheels), **github}
 
     def fresh(name: str) -> Runner:
@@ -162,6 +174,20 @@ def test_the_workflow_of_github(
     workflow.run(runner, "image")
     for stage in STAGES:
         assert f"{stage}: taken from {cache}:{stage}-" in runner.said[-1]
+    # --- packs of it are released
+    runner = fresh("packs")
+    release = Workflow.read(ROOT / "examples/ci/github-release.yml", **workflow.contexts)
+    release.run(runner, "pack")
+    monkeypatch.setenv("PATH", f"{with_gh(tmp_path)}:{os.environ['PATH']}")
+    place = release.run(runner, "release")
+    (pack,) = (place / "out").glob("*.tar.gz")
+    assert (tmp_path / "gh.said").read_text().splitlines() == [
+        "release", "create", "v1.0", "--verify-tag", "--generate-notes",
+        f"out/{pack.name}", f"out/{pack.name}.sha256", "out/build.json",
+    ]  # fmt: skip
+    entry = json.loads((place / "out/build.json").read_text())["x86_64-linux"]
+    assert entry["url"] == f"https://github.com/Me/It/releases/download/v1.0/{pack.name}"
+    assert entry["sha256"] == hashlib.sha256(pack.read_bytes()).hexdigest()
     # --- a stage that fails
     machine["GUIX_PACKAGES"] = "no-such-package"
     runner = fresh("third")
