@@ -46,6 +46,12 @@ def repository(programs_of_wheel: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first job has its Python made."""
+    return tmp_path_factory.mktemp("ci") / "python"
+
+
+@pytest.fixture(scope="session")
 def plugin() -> str:
     program = buildx.find_program(os.environ)
     if program is None:
@@ -138,6 +144,7 @@ def test_the_workflow_of_github(
     wheels: Path,
     docker: Docker,
     plugin: str,
+    python: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -156,7 +163,7 @@ def test_the_workflow_of_github(
     machine = {**settings(project, wheels), **github}
 
     def fresh(name: str) -> Runner:
-        return Runner(tmp_path / name, repository, tmp_path / "python", machine, plugin)
+        return Runner(tmp_path / name, repository, python, machine, plugin)
 
     runner = fresh("first")
     first = workflow.run(runner, "image")
@@ -312,6 +319,7 @@ def test_the_pipeline_of_gitlab(
     repository: Path,
     wheels: Path,
     plugin: str,
+    python: Path,
     tmp_path: Path,
 ) -> None:
     """On an engine over TLS, which is empty each time, and in the last job without one."""
@@ -341,9 +349,7 @@ def test_the_pipeline_of_gitlab(
         machine = {**settings(project, wheels), "MOUNTS": "", "GITLAB_CI": "true"}
 
         def fresh(name: str) -> Runner:
-            return Runner(
-                tmp_path / name, repository, tmp_path / "python", machine, enter=island.enter
-            )
+            return Runner(tmp_path / name, repository, python, machine, enter=island.enter)
 
         runner = fresh("first")
         first = pipeline.run(runner, "platform")

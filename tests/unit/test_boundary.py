@@ -473,6 +473,15 @@ def test_setup_installs_the_plugin_for_the_user(inv: Inv, fake: FakeBuildx) -> N
     assert inv("buildx.build").code == 0
 
 
+def test_the_plugin_alone_needs_no_engine_and_makes_no_builder(inv: Inv, fake: FakeBuildx) -> None:
+    target = plugin_at(inv, fake)
+    inv.monkeypatch.delenv("DOCKER_HOST")
+    assert inv("buildx.setup", "--plugin").code == 0
+    assert os.access(target, os.X_OK)
+    assert inv.opened == []
+    assert fake.calls() == []
+
+
 @pytest.mark.parametrize(
     ("driver", "nodes"), [("remote", "tcp://b.test:1"), ("docker-container", "ssh://b.test")]
 )
