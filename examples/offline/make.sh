@@ -133,6 +133,17 @@ done
 END
 }
 
+# seed_libraries OUTPUT NAME...: libraries of Debian, with nothing but libc to find elsewhere.
+seed_libraries() {
+  local lib=$1/lib name
+  shift
+  mkdir -p "$lib"
+  for name; do
+    cp -L /usr/lib/*/"$name" "$lib/"
+    patchelf --set-rpath "$lib" "$lib/$name"
+  done
+}
+
 # seed_modules OUTPUT MODULE: the source of a library of Debian's Guile.
 seed_modules() {
   local site=$1/share/guile/site/3.0
@@ -150,13 +161,9 @@ seed_guile_json() {
 
 # What it makes its checksums with.
 seed_guile_gcrypt() {
-  local out=${output[guile-gcrypt]} library
+  local out=${output[guile-gcrypt]}
   seed_modules "$out" gcrypt
-  mkdir -p "$out/lib"
-  for library in libgcrypt.so.20 libgpg-error.so.0; do
-    cp -L /usr/lib/*/"$library" "$out/lib/"
-    patchelf --set-rpath "$out/lib" "$out/lib/$library"
-  done
+  seed_libraries "$out" libgcrypt.so.20 libgpg-error.so.0
   ln -s libgcrypt.so.20 "$out/lib/libgcrypt.so"
   sed -i "s,\"libgcrypt\",\"$out/lib/libgcrypt\"," \
     "$out/share/guile/site/3.0/gcrypt/package-config.scm"
@@ -167,6 +174,8 @@ make_seeds() {
   seed_tar
   seed_guile_json
   seed_guile_gcrypt
+  seed_libraries "${output[libgc]}" libgc.so.1
+  seed_libraries "${output[libunistring]}" libunistring.so.5
   relocate "${output[texinfo]}" "$(command -v install-info)" install-info libexec/texinfo
   relocate "${output[gzip]}" "$(command -v gzip)" gzip libexec/gzip
   relocate "${output[hello]}" "$(command -v hello)" hello libexec/hello

@@ -20,7 +20,11 @@
     ("locales"     ,((package-of (gnu packages base) libc-utf8-locales-for-target)
                      (%current-system)))
     ("mkfontscale" ,(package-of (gnu packages xorg) mkfontscale))
-    ("mkfontdir"   ,(package-of (gnu packages xorg) mkfontdir))))
+    ("mkfontdir"   ,(package-of (gnu packages xorg) mkfontdir))
+    ;; What comes along where Guile is in a profile: libgc, libunistring.
+    ,@(map (match-lambda
+             ((_ package . _) (list (package-name package) package)))
+           (package-propagated-inputs (package-of (gnu packages guile) guile-3.0)))))
 
 (with-store store
   (for-each (match-lambda
