@@ -37,18 +37,27 @@ PROBE_SECONDS = 120.0
 
 
 def settled(
-    engine: Engine, settings: Settings, console: Console, image: Image, *, as_root: bool
+    engine: Engine,
+    settings: Settings,
+    console: Console,
+    image: Image,
+    base: Image | None,
+    *,
+    as_root: bool,
 ) -> Settings:
     """The settings with what ``auto`` comes to for containers of an image.
 
-    It is tried once and remembered, for this engine and the base of the image.  Raises
-    ``EngineError`` where nothing works.
+    It is tried once and remembered, for this engine and the ``base`` stage, if the image is made
+    from that: whether there are users to build as is said there.  Raises ``EngineError`` where
+    nothing works.
     """
     if settings.guix_sandbox is not Sandbox.AUTO:
         return settings
     order = ORDER[1:] if as_root else ORDER
     info = engine.info()
-    key = text_digest(info.url, info.version, *info.security, *image.layers[:1], *map(str, order))
+    below = base.layers if base else ()
+    layers = below if image.layers[: len(below)] == below and below else image.layers
+    key = text_digest(info.url, info.version, *info.security, *layers, *map(str, order))
     kept = paths.cache_home() / "sandbox" / key
     with suppress(OSError, ValueError):
         return replace(settings, guix_sandbox=Sandbox(kept.read_text()))

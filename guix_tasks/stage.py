@@ -85,7 +85,8 @@ class Project:
 
         ``as_root`` is for what a person would do as root.
         """
-        found = settled(self.engine, self.settings, self.console, image, as_root=as_root)
+        base = self.ledger.find("base")
+        found = settled(self.engine, self.settings, self.console, image, base, as_root=as_root)
         return replace(self, settings=found)
 
     def alone(self, task: str) -> AbstractContextManager[None]:

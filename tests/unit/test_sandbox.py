@@ -72,6 +72,17 @@ def test_the_fewest_rights_that_do_are_taken(made: Site) -> None:
     assert "install: in a rootless container\n" in said
 
 
+def test_it_is_tried_again_where_another_dockerfile_is_on_the_same_base_image(made: Site) -> None:
+    """One may make the users that builds run as, and the other not."""
+    made.engine.behaviour = builds_with("rootless", "capabilities", "privileged")
+    install(made)
+    made.write("Dockerfile", "FROM another\n")
+    made.engine.behaviour = builds_with("privileged")
+    made.make("base")
+    made.make("pull")
+    assert install(made)[0] == ["install privileged"]
+
+
 def test_where_they_do_not_do_it_says_why(made: Site) -> None:
     made.engine.behaviour = builds_with("privileged")
     containers, said = install(made)
