@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from guix_tasks.console import Console
     from guix_tasks.doctor import Finding
     from guix_tasks.engine import Engine
-    from guix_tasks.own import OwnStage
+    from guix_tasks.own import OwnStage, OwnTest
     from guix_tasks.settings import Settings
     from guix_tasks.stage import Project
 
@@ -212,6 +212,24 @@ def declare(
         raise Exit(f"error: tasks.py: {error}", error.exit_code) from None
     _own.append(own)
     return own
+
+
+def declare_test(
+    name: str,
+    command: str | Sequence[str],
+    image: str,
+    inputs: str | Sequence[str],
+    *,
+    taken: Collection[str],
+) -> OwnTest:
+    """A test of what is packed; where it can be none, ``inv`` ends as ``declare`` lets it."""
+    from guix_tasks.errors import UsageError
+    from guix_tasks.own import declared_test
+
+    try:
+        return declared_test(name, command, image, inputs, taken=taken)
+    except UsageError as error:
+        raise Exit(f"error: tasks.py: {error}", error.exit_code) from None
 
 
 @contextmanager

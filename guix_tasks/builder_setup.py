@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from guix_tasks import buildx as command
 from guix_tasks.builders import builder_name, find_builder, lacking, needed_syntax
 from guix_tasks.buildx import INSECURE_REFUSED, UNKNOWN_FLAG
-from guix_tasks.engine import ContainerSpec
+from guix_tasks.engine import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError
 from guix_tasks.retry import retried
 from guix_tasks.settings import Driver, Node
@@ -282,15 +282,12 @@ def _install_emulators(project: Project, names: str) -> None:
         privileged=True,
         network="none",
     )
-    container = engine.create(spec)
-    try:
-        for _, data in engine.run(container):
-            console.stream(data)
-        status = engine.wait(container)
-    finally:
-        engine.remove(container)
-    if status:
-        raise BuilderError(f"emulators for {names} were not installed; the output above says why")
+
+    def failed(_status: int) -> BuilderError:
+        return BuilderError(f"emulators for {names} were not installed; the output above says why")
+
+    for _, data in run_to_end(engine, spec, failed):
+        console.stream(data)
 
 
 # --- Status and down ------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import hands
 from guix_tasks.console import human_size, human_time
-from guix_tasks.engine import ContainerSpec
+from guix_tasks.engine import ContainerSpec, run_to_end
 from guix_tasks.errors import CheckError
 from guix_tasks.ledger import STAGES
 from guix_tasks.lifecycle import Lifecycle, Wishes
@@ -123,12 +123,13 @@ def _greet(project: Project, reference: str) -> None:
         labels={PROJECT_LABEL: project_name(project.settings)},
         network=network(engine, project.settings),
     )
-    container = engine.create(spec)
-    try:
-        said = b"".join(data for _, data in engine.run(container)).decode()
-        status = engine.wait(container)
-    finally:
-        engine.remove(container)
-    project.console.stream(said.encode())
-    if status or GREETING not in said:
-        raise CheckError(f"hello in {reference} ended with status {status} and said {said!r}")
+    said = b""
+    for _, data in run_to_end(engine, spec, partial(_failed, reference)):
+        project.console.stream(data)
+        said += data
+    if GREETING not in said.decode():
+        raise CheckError(f"hello in {reference} said {said!r}")
+
+
+def _failed(reference: str, status: int) -> CheckError:
+    return CheckError(f"hello in {reference} ended with status {status}; its output is above")

@@ -257,6 +257,29 @@ class Progress(Protocol):
     def __call__(self, layer: str, status: str, current: int, total: int) -> None: ...
 
 
+def run_to_end(
+    engine: Engine,
+    spec: ContainerSpec,
+    failure: Callable[[int], Exception],
+    prepare: Callable[[str], None] | None = None,
+) -> Iterator[tuple[bool, bytes]]:
+    """Run a container to its end, and remove it; its output, as it comes, as that of ``run``.
+
+    ``prepare`` is called with its ID before it starts.  Raises what ``failure`` makes of an exit
+    status that is not 0.
+    """
+    container = engine.create(spec)
+    try:
+        if prepare:
+            prepare(container)
+        yield from engine.run(container)
+        status = engine.wait(container)
+    finally:
+        engine.remove(container)
+    if status:
+        raise failure(status)
+
+
 class NoEngine:
     """Stands where a machine has no engine and none is needed: BuildKit is somewhere else.
 

@@ -240,30 +240,33 @@ def project_digest(settings: Settings) -> str:
     return _short(project(settings))
 
 
-def archive(files: Mapping[str, bytes], owner: int = 0) -> bytes:
-    """A tar archive of ``files`` below ``FOLDER``; scripts are executable, nothing else is.
+def archive(
+    files: Mapping[str, bytes], owner: int = 0, *, folder: str = FOLDER, mode: int = 0o600
+) -> bytes:
+    """A tar archive of ``files`` below a folder; scripts are executable, nothing else is.
 
-    Only the owner, by its ID, may read them: an environment can hold a token.
+    Only the owner, by its ID, may read them, if not said otherwise: an environment can hold a
+    token.
     """
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        folders = {parent for name in files for parent in (FOLDER, *_parents(name))}
-        for folder in sorted(folders):
-            member = tarfile.TarInfo(folder.lstrip("/"))
+        folders = {parent for name in files for parent in (folder, *_parents(folder, name))}
+        for each in sorted(folders):
+            member = tarfile.TarInfo(each.lstrip("/"))
             member.type, member.mode = tarfile.DIRTYPE, 0o755
             member.uid = member.gid = owner
             tar.addfile(member)
         for name, content in sorted(files.items()):
-            member = tarfile.TarInfo(f"{FOLDER}/{name}".lstrip("/"))
+            member = tarfile.TarInfo(f"{folder}/{name}".lstrip("/"))
             member.size = len(content)
-            member.mode = 0o755 if content.startswith(b"#!") else 0o600
+            member.mode = 0o755 if content.startswith(b"#!") else mode
             member.uid = member.gid = owner
             tar.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
 
 
-def _parents(name: str) -> list[str]:
-    return [f"{FOLDER}/{parent}" for parent in Path(name).parents if parent.name]
+def _parents(folder: str, name: str) -> list[str]:
+    return [f"{folder}/{parent}" for parent in Path(name).parents if parent.name]
 
 
 def common_files(settings: Settings) -> dict[str, bytes]:

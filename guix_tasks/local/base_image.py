@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import paths
 from guix_tasks.console import human_size, human_time
-from guix_tasks.engine import ContainerSpec
+from guix_tasks.engine import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError, GuixTasksError
 from guix_tasks.local.debian import on_debian
 from guix_tasks.local.rootfs import PACKAGES, SUITE, container_argv, debian_rootfs
@@ -55,22 +55,19 @@ def _in_container(engine: Engine, console: Console) -> Iterator[bytes]:
                 f"rootfs needs a Debian host or the image {DEBIAN_IMAGE}, and there is neither: "
                 f"{error}"
             ) from None
-    container = engine.create(
-        ContainerSpec(
-            name=f"guix-tasks-rootfs-{secrets.token_hex(3)}",
-            image=DEBIAN_IMAGE,
-            command=tuple(container_argv()),
-            privileged=True,
-            network=None if engine.info().has_bridge else "host",
-        )
+    spec = ContainerSpec(
+        name=f"guix-tasks-rootfs-{secrets.token_hex(3)}",
+        image=DEBIAN_IMAGE,
+        command=tuple(container_argv()),
+        privileged=True,
+        network=None if engine.info().has_bridge else "host",
     )
-    try:
-        for is_log, data in engine.run(container):
-            if is_log:
-                console.stream(data)
-            else:
-                yield data
-        if status := engine.wait(container):
-            raise BuilderError(f"rootfs: mmdebstrap failed with status {status}; see above")
-    finally:
-        engine.remove(container)
+    for is_log, data in run_to_end(engine, spec, _failed):
+        if is_log:
+            console.stream(data)
+        else:
+            yield data
+
+
+def _failed(status: int) -> BuilderError:
+    return BuilderError(f"rootfs: mmdebstrap failed with status {status}; see above")

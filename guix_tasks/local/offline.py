@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks import paths
-from guix_tasks.engine import ContainerSpec
+from guix_tasks.engine import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError
 from guix_tasks.local.debian import Apt
 from guix_tasks.local.rootfs import SUITE
@@ -88,19 +88,17 @@ def _run(
         network="none",
         binds=binds,
     )
+
+    def failed(status: int) -> BuilderError:
+        return BuilderError(
+            f"{' '.join(command)} failed with status {status} in a container of {image}; "
+            "its output is above"
+        )
+
     output = bytearray()
-    container = engine.create(spec)
-    try:
-        for is_log, data in engine.run(container):
-            if not is_log:
-                output += data
-            elif console:
-                console.stream(data)
-        if status := engine.wait(container):
-            raise BuilderError(
-                f"{' '.join(command)} failed with status {status} in a container of {image}; "
-                "its output is above"
-            )
-    finally:
-        engine.remove(container)
+    for is_log, data in run_to_end(engine, spec, failed):
+        if not is_log:
+            output += data
+        elif console:
+            console.stream(data)
     return bytes(output)

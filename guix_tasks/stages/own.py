@@ -13,7 +13,7 @@ from guix_tasks.stage import Stage
 from guix_tasks.work import FOLDER
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from guix_tasks.own import OwnStage
     from guix_tasks.settings import Settings
@@ -24,7 +24,8 @@ _INPUTS = "project"
 
 def own_stage(settings: Settings, own: OwnStage) -> Stage:
     """The stage as data.  Raises ``UsageError`` where an input cannot be read."""
-    files = dict(file for name in own.inputs for file in _files(settings, own, name))
+    found = input_files(settings, f"stage {own.name}", own.inputs)
+    files = {f"{_INPUTS}/{name}": content for name, content in found.items()}
     return Stage(
         name=own.name,
         commands=[own.command],
@@ -36,18 +37,25 @@ def own_stage(settings: Settings, own: OwnStage) -> Stage:
     )
 
 
-def _files(settings: Settings, own: OwnStage, name: str) -> Iterator[tuple[str, bytes]]:
-    """The file, or all files of the folder, by their places below ``FOLDER``."""
+def input_files(settings: Settings, what: str, inputs: Sequence[str]) -> dict[str, bytes]:
+    """The files, and those of the folders, by their names relative to the project.
+
+    Raises ``UsageError`` in the name of ``what`` they are for, where one cannot be read.
+    """
+    return dict(file for name in inputs for file in _files(settings, what, name))
+
+
+def _files(settings: Settings, what: str, name: str) -> Iterator[tuple[str, bytes]]:
     path = settings.folder / name
     found = sorted(_walk(path)) if path.is_dir() else [path]
     if not found:
-        raise UsageError(f"stage {own.name}: the input {path} is an empty folder; name another")
+        raise UsageError(f"{what}: the input {path} is an empty folder; name another")
     try:
         for each in found:
-            yield f"{_INPUTS}/{each.relative_to(settings.folder)}", each.read_bytes()
+            yield str(each.relative_to(settings.folder)), each.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"stage {own.name}: the input {error.filename}: {error.strerror}; name what can be read"
+            f"{what}: the input {error.filename}: {error.strerror}; name what can be read"
         ) from None
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from invoke.collection import Collection
 
-from guix_tasks.boundary import declare
+from guix_tasks.boundary import declare, declare_test
 from guix_tasks.tasks import buildkit, develop, lifecycle, local, own
 
 if TYPE_CHECKING:
@@ -62,3 +62,23 @@ def add_stage(
     names = [*ns.task_names, *ns.collections]
     stage = declare(name, command, parent, inputs, taken=names)
     ns.add_task(own.stage_task(stage, summary))
+
+
+def add_test(
+    name: str,
+    command: str | Sequence[str],
+    *,
+    image: str = "",
+    inputs: str | Sequence[str] = (),
+    summary: str = "",
+) -> None:
+    """Add a task that tries the tarball of ``inv pack`` where there is no Guix.
+
+    The tarball is unpacked at the root of a container of ``image``, or of one that has nothing at
+    all, not even a shell; the ``command``, written as that of a stage, is run there without
+    network, and fails as any other does.  The ``inputs`` are files and folders of the project,
+    which it finds below ``/test``.
+    """
+    names = [*ns.task_names, *ns.collections]
+    test = declare_test(name, command, image, inputs, taken=names)
+    ns.add_task(own.test_task(test, summary))

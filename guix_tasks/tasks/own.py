@@ -13,7 +13,7 @@ from guix_tasks.tasks.lifecycle import FORCE, KEEP_FAILED, NO_COMMIT, UPSTREAM
 if TYPE_CHECKING:
     from invoke.context import Context
 
-    from guix_tasks.own import OwnStage
+    from guix_tasks.own import OwnStage, OwnTest
 
 
 @task(
@@ -50,5 +50,20 @@ def stage_task(own: OwnStage, summary: str) -> Task[Any]:
 
     body.__doc__ = summary or f"Make the stage {own.name} of this project from {own.parent}."
     options = {**FORCE, **UPSTREAM, **NO_COMMIT, **KEEP_FAILED}
+    made: Task[Any] = task(name=own.name, help=options, auto_shortflags=False)(body)
+    return made
+
+
+def test_task(own: OwnTest, summary: str) -> Task[Any]:
+    """The task that runs a test of what a project has packed."""
+
+    def body(c: Context, image: str = "") -> None:
+        with opened(c) as project:
+            from guix_tasks.trial import try_each
+
+            try_each(project, own, image)
+
+    body.__doc__ = summary or "Try the tarball of `inv pack` where there is no Guix."
+    options = {"image": "the image in whose container it is tried, instead of the usual one"}
     made: Task[Any] = task(name=own.name, help=options, auto_shortflags=False)(body)
     return made
