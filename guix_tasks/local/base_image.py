@@ -12,39 +12,44 @@ from guix_tasks.console import human_size, human_time
 from guix_tasks.engine import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError, GuixTasksError
 from guix_tasks.local.debian import on_debian
-from guix_tasks.local.rootfs import PACKAGES, SUITE, container_argv, debian_rootfs
+from guix_tasks.local.rootfs import PACKAGES, SUITE, container_argv, debian_rootfs, described
 from guix_tasks.retry import retried
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from guix_tasks.console import Console
     from guix_tasks.engine import Engine
 
 BASE_TAG = f"guix-tasks/debian-guix:{SUITE}"
+PLAIN_TAG = f"guix-tasks/debian:{SUITE}"
+"""Has no Guix: a place to try packs in."""
 DEBIAN_IMAGE = f"debian:{SUITE}-slim"
 
 
-def make_base(engine: Engine, console: Console, tag: str) -> None:
-    """Make the image ``tag``; on a host that is not Debian, in a Debian container.
+def make_base(
+    engine: Engine, console: Console, tag: str, packages: Sequence[str] = PACKAGES
+) -> None:
+    """Make the image ``tag`` with these packages; where no Debian is, in a Debian container.
 
     Raises ``BuilderError`` where neither can be done, with the reason.
     """
     started = time.monotonic()
     if on_debian():
-        archive = debian_rootfs(paths.cache_home() / "apt", console)
+        archive = debian_rootfs(paths.cache_home() / "apt", console, packages)
     else:
-        archive = _in_container(engine, console)
+        archive = _in_container(engine, console, packages)
     # Imported while it is made.
     engine.import_rootfs(archive, tag)
     image = engine.image(tag)
     size = human_size(image.size) if image else ""
     took = human_time(time.monotonic() - started)
-    console.say(f"rootfs: {tag}: Debian {SUITE} with {', '.join(PACKAGES)}; {size}, {took}")
-    console.say(f"rootfs: use it as BASE_IMAGE={tag}")
+    console.say(f"rootfs: {tag}: {described(packages)}; {size}, {took}")
+    if packages:
+        console.say(f"rootfs: use it as BASE_IMAGE={tag}")
 
 
-def _in_container(engine: Engine, console: Console) -> Iterator[bytes]:
+def _in_container(engine: Engine, console: Console, packages: Sequence[str]) -> Iterator[bytes]:
     console.say(f"rootfs: this host is not Debian, so it is made in a container of {DEBIAN_IMAGE}")
     if engine.image(DEBIAN_IMAGE) is None:
         try:
@@ -58,7 +63,7 @@ def _in_container(engine: Engine, console: Console) -> Iterator[bytes]:
     spec = ContainerSpec(
         name=f"guix-tasks-rootfs-{secrets.token_hex(3)}",
         image=DEBIAN_IMAGE,
-        command=tuple(container_argv()),
+        command=tuple(container_argv(packages)),
         privileged=True,
         network=None if engine.info().has_bridge else "host",
     )

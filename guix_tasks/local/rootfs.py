@@ -57,7 +57,9 @@ rm -f etc/apt/apt.conf.d/99mmdebstrap var/cache/debconf/*-old var/lib/dpkg/*-old
 _CHUNK = 1 << 20
 
 
-def debian_rootfs(apt_folder: Path, console: Console) -> Iterator[bytes]:
+def debian_rootfs(
+    apt_folder: Path, console: Console, packages: Sequence[str] = PACKAGES
+) -> Iterator[bytes]:
     """Yield the tar file of the root file system piece by piece."""
     apt = Apt(apt_folder, [host_suite() or SUITE], failure=BuilderError)
     _check_host()
@@ -66,18 +68,24 @@ def debian_rootfs(apt_folder: Path, console: Console) -> Iterator[bytes]:
         settings = Path(scratch, "apt.conf")
         settings.write_text(_machine_settings())
         keyring = [f"--keyring={KEYRING}"] if KEYRING.exists() else []
-        argv = [*mmdebstrap_argv(), f"--aptopt={settings}", *keyring, SUITE, "-", apt.mirror]
-        console.say(f"making a Debian {SUITE} with {', '.join(PACKAGES)}: {apt.mirror}")
+        how = [f"--aptopt={settings}", *keyring]
+        argv = [*mmdebstrap_argv(packages), *how, SUITE, "-", apt.mirror]
+        console.say(f"making a {described(packages)}: {apt.mirror}")
         yield from _stream(argv, environment, console)
 
 
-def mmdebstrap_argv() -> list[str]:
+def described(packages: Sequence[str]) -> str:
+    """The root file system in words."""
+    return f"Debian {SUITE}" + (f" with {', '.join(packages)}" if packages else "")
+
+
+def mmdebstrap_argv(packages: Sequence[str]) -> list[str]:
     """Say what kind of root file system it is; suite, target and mirror are to follow."""
     return [
         "mmdebstrap",
-        "--variant=apt",
+        f"--variant={'apt' if packages else 'essential'}",
         "--format=tar",
-        f"--include={','.join(PACKAGES)}",
+        *([f"--include={','.join(packages)}"] if packages else []),
         '--aptopt=Acquire::Check-Valid-Until "false"',  # the mirror may be a snapshot
         f"--setup-hook={_BEFOREHAND}",
         f"--customize-hook={_AFTERWARDS}",
@@ -85,7 +93,7 @@ def mmdebstrap_argv() -> list[str]:
     ]
 
 
-def container_argv() -> list[str]:
+def container_argv(packages: Sequence[str] = PACKAGES) -> list[str]:
     """Say what makes it in a container of a Debian image, for a host that is not Debian.
 
     The tar file comes on standard output; the container needs ``--privileged`` and a network.
@@ -99,7 +107,7 @@ def container_argv() -> list[str]:
         }} >&2
         mirror=$(apt-get indextargets --format '$(ORIGIN) $(LABEL) $(REPO_URI)' |
             sed -n 's/^Debian Debian //p' | head -n 1)
-        exec {shlex.join(mmdebstrap_argv())} {SUITE} - "$mirror"
+        exec {shlex.join(mmdebstrap_argv(packages))} {SUITE} - "$mirror"
     """
     return ["sh", "-c", script]
 

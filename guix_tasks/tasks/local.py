@@ -69,17 +69,24 @@ def registry_down(c: Context, port: int = 5055) -> None:
         registry_for(project.engine, port).down(project.console)
 
 
-@task(help={"tag": "the name of the image"}, auto_shortflags=False)
-def rootfs(c: Context, tag: str = "") -> None:
+@task(
+    help={
+        "tag": "the name of the image",
+        "plain": "without Guix: a place to try in what was packed",
+    },
+    auto_shortflags=False,
+)
+def rootfs(c: Context, tag: str = "", plain: bool = False) -> None:
     """Make a base image with Guix of Debian's packages.
 
     For where BASE_IMAGE cannot be pulled; set it to the name that this
     prints.
     """
     with opened(c) as project:
-        from guix_tasks.local.base_image import BASE_TAG, make_base
+        from guix_tasks.local import base_image as made
 
-        make_base(project.engine, project.console, tag or BASE_TAG)
+        packages, usual = ((), made.PLAIN_TAG) if plain else (made.PACKAGES, made.BASE_TAG)
+        made.make_base(project.engine, project.console, tag or usual, packages)
 
 
 engine = Collection("engine", engine_up, engine_down)

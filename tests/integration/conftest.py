@@ -20,6 +20,7 @@ from harness import (
     Result,
     Workshop,
     builder_environment,
+    call,
     free_port,
     log_in,
     new_python,
@@ -33,7 +34,7 @@ from guix_tasks.console import Console
 from guix_tasks.docker_engine import DockerEngine, find_engine
 from guix_tasks.errors import EngineError, NoEngineError
 from guix_tasks.local import process
-from guix_tasks.local.base_image import BASE_TAG, make_base
+from guix_tasks.local.base_image import BASE_TAG, PLAIN_TAG, make_base
 from guix_tasks.local.engine import PrivateEngine, private_engine
 from guix_tasks.local.offline import make_material
 from guix_tasks.local.process import Service
@@ -294,3 +295,37 @@ def programs_of_wheel(wheels: Path) -> Path:
 def builder(request: pytest.FixtureRequest, engine_host: str) -> dict[str, str]:
     """The environment in which the one or the other builder is found."""
     return builder_environment(request.param)
+
+
+@pytest.fixture(scope="session")
+def programs_of_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a virtual environment that has the wheel, and what that asks for."""
+    folder = tmp_path_factory.mktemp("wheel")
+    _pip(sys.executable, "wheel", "--no-deps", f"--wheel-dir={folder}", str(ROOT))
+    (wheel,) = folder.glob("*.whl")
+    fresh = folder / "venv"
+    made = call([sys.executable, "-m", "venv", str(fresh)], dict(os.environ), 120)
+    assert made.returncode == 0, made.stderr
+    # The locked versions, but not their hashes: a wheel is not in the lock.
+    locked = [line.split()[0] for line in (ROOT / "requirements.txt").open() if "==" in line]
+    (folder / "constraints").write_text("\n".join(locked))
+    python = str(fresh / "bin/python")
+    _pip(python, "install", f"--constraint={folder / 'constraints'}", str(wheel))
+    return fresh / "bin"
+
+
+def _pip(python: str, *arguments: str) -> None:
+    argv = [python, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
+    result = call(argv, dict(os.environ), 300)
+    # Here pip fetches what builds a wheel; that there is no index is no fault of the wheel.
+    if "Could not find a version" in result.stderr:
+        pytest.skip(f"pip {arguments[0]}: no index of packages is in reach: {result.stderr[-300:]}")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="session")
+def plain_image(engine: DockerEngine) -> str:
+    """A Debian that has no Guix; as the base image, it is made once."""
+    if engine.image(PLAIN_TAG) is None:
+        make_base(engine, Console(), PLAIN_TAG, packages=())
+    return PLAIN_TAG

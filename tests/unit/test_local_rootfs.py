@@ -87,7 +87,11 @@ def test_only_the_way_to_the_mirror_is_taken_from_the_machine(
 
 
 def test_the_shell_in_it_is_sound() -> None:
-    hooks = [option.partition("=")[2] for option in mmdebstrap_argv() if "-hook=" in option]
+    hooks = [
+        option.partition("=")[2]
+        for option in mmdebstrap_argv(rootfs.PACKAGES)
+        if "-hook=" in option
+    ]
     shell, flag, script = container_argv()
     assert (shell, flag, len(hooks)) == ("sh", "-c", 2)
     for text in (*hooks, script):

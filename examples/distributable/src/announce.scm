@@ -6,7 +6,7 @@
    (for-each (lambda (name)
                (display (greeting name))
                (newline))
-             (call-with-input-file file json->scm)))
+             (vector->list (call-with-input-file file json->scm))))
   (_
    (display "usage: announce FILE\n" (current-error-port))
    (exit 2)))
