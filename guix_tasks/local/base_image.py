@@ -49,6 +49,11 @@ def make_base(
         console.say(f"rootfs: use it as BASE_IMAGE={tag}")
 
 
+def make_plain(engine: Engine, console: Console, tag: str) -> None:
+    """Make the image ``tag`` without Guix, a place to try in what was packed."""
+    make_base(engine, console, tag, packages=())
+
+
 def _in_container(engine: Engine, console: Console, packages: Sequence[str]) -> Iterator[bytes]:
     console.say(f"rootfs: this host is not Debian, so it is made in a container of {DEBIAN_IMAGE}")
     if engine.image(DEBIAN_IMAGE) is None:

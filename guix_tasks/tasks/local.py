@@ -83,10 +83,10 @@ def rootfs(c: Context, tag: str = "", plain: bool = False) -> None:
     prints.
     """
     with opened(c) as project:
-        from guix_tasks.local import base_image as made
+        from guix_tasks.local.base_image import BASE_TAG, PLAIN_TAG, make_base, make_plain
 
-        packages, usual = ((), made.PLAIN_TAG) if plain else (made.PACKAGES, made.BASE_TAG)
-        made.make_base(project.engine, project.console, tag or usual, packages)
+        make, usual = (make_plain, PLAIN_TAG) if plain else (make_base, BASE_TAG)
+        make(project.engine, project.console, tag or usual)
 
 
 engine = Collection("engine", engine_up, engine_down)

@@ -34,7 +34,7 @@ from guix_tasks.console import Console
 from guix_tasks.docker_engine import DockerEngine, find_engine
 from guix_tasks.errors import EngineError, NoEngineError
 from guix_tasks.local import process
-from guix_tasks.local.base_image import BASE_TAG, PLAIN_TAG, make_base
+from guix_tasks.local.base_image import BASE_TAG, PLAIN_TAG, make_base, make_plain
 from guix_tasks.local.engine import PrivateEngine, private_engine
 from guix_tasks.local.offline import make_material
 from guix_tasks.local.process import Service
@@ -327,5 +327,5 @@ def _pip(python: str, *arguments: str) -> None:
 def plain_image(engine: DockerEngine) -> str:
     """A Debian that has no Guix; as the base image, it is made once."""
     if engine.image(PLAIN_TAG) is None:
-        make_base(engine, Console(), PLAIN_TAG, packages=())
+        make_plain(engine, Console(), PLAIN_TAG)
     return PLAIN_TAG
