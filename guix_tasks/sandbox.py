@@ -57,8 +57,10 @@ def settled(
     info = engine.info()
     below = base.layers if base else ()
     layers = below if image.layers[: len(below)] == below and below else image.layers
-    key = text_digest(info.url, info.version, *info.security, *layers, *map(str, order))
-    kept = paths.cache_home() / "sandboxes" / key
+    key = text_digest(
+        info.url, info.version, *info.security, text_digest(*layers), *map(str, order)
+    )
+    kept = paths.cache_home() / "sandbox" / key
     with suppress(OSError, ValueError):
         return replace(settings, guix_sandbox=Sandbox(kept.read_text()))
     found = None if engine.is_dry else _try(engine, settings, console, image, order)
