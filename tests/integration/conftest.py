@@ -20,7 +20,6 @@ from harness import (
     Result,
     Workshop,
     builder_environment,
-    call,
     free_port,
     log_in,
     new_python,
@@ -295,32 +294,6 @@ def programs_of_wheel(wheels: Path) -> Path:
 def builder(request: pytest.FixtureRequest, engine_host: str) -> dict[str, str]:
     """The environment in which the one or the other builder is found."""
     return builder_environment(request.param)
-
-
-@pytest.fixture(scope="session")
-def programs_of_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a virtual environment that has the wheel, and what that asks for."""
-    folder = tmp_path_factory.mktemp("wheel")
-    _pip(sys.executable, "wheel", "--no-deps", f"--wheel-dir={folder}", str(ROOT))
-    (wheel,) = folder.glob("*.whl")
-    fresh = folder / "venv"
-    made = call([sys.executable, "-m", "venv", str(fresh)], dict(os.environ), 120)
-    assert made.returncode == 0, made.stderr
-    # The locked versions, but not their hashes: a wheel is not in the lock.
-    locked = [line.split()[0] for line in (ROOT / "requirements.txt").open() if "==" in line]
-    (folder / "constraints").write_text("\n".join(locked))
-    python = str(fresh / "bin/python")
-    _pip(python, "install", f"--constraint={folder / 'constraints'}", str(wheel))
-    return fresh / "bin"
-
-
-def _pip(python: str, *arguments: str) -> None:
-    argv = [python, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
-    result = call(argv, dict(os.environ), 300)
-    # Here pip fetches what builds a wheel; that there is no index is no fault of the wheel.
-    if "Could not find a version" in result.stderr:
-        pytest.skip(f"pip {arguments[0]}: no index of packages is in reach: {result.stderr[-300:]}")
-    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture(scope="session")
