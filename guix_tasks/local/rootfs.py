@@ -54,6 +54,9 @@ for folder in {" ".join(_LEFT_OUT)}; do
 done
 rm -f etc/apt/apt.conf.d/99mmdebstrap var/cache/debconf/*-old var/lib/dpkg/*-old"""
 
+# A Dockerfile on it may be one line, and guix-daemon fails without build users.
+_PREPARE = Path(__file__).parents[1] / "image" / "prepare.sh"
+
 _CHUNK = 1 << 20
 
 
@@ -89,8 +92,13 @@ def mmdebstrap_argv(packages: Sequence[str]) -> list[str]:
         '--aptopt=Acquire::Check-Valid-Until "false"',  # the mirror may be a snapshot
         f"--setup-hook={_BEFOREHAND}",
         f"--customize-hook={_AFTERWARDS}",
+        *([f"--customize-hook={_prepared()}"] if "guix" in packages else []),
         "--skip=check/signed-by",  # it would need gpg
     ]
+
+
+def _prepared() -> str:
+    return f'chroot "$1" sh -c {shlex.quote(_PREPARE.read_text(encoding="utf-8"))}'
 
 
 def container_argv(packages: Sequence[str] = PACKAGES) -> list[str]:

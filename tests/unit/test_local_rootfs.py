@@ -93,7 +93,7 @@ def test_the_shell_in_it_is_sound() -> None:
         if "-hook=" in option
     ]
     shell, flag, script = container_argv()
-    assert (shell, flag, len(hooks)) == ("sh", "-c", 2)
+    assert (shell, flag, len(hooks)) == ("sh", "-c", 3)
     for text in (*hooks, script):
         subprocess.run([shell, "-n", "-c", text], check=True)
 
@@ -113,3 +113,8 @@ def test_hooks_do_what_they_say(tmp_path: Path) -> None:
     assert slim.index("path-exclude=/usr/share/doc/*") < slim.index(
         "path-include=/usr/share/doc/*/copyright"
     )
+
+
+def test_only_a_base_with_guix_gets_build_users() -> None:
+    assert "guixbuild" in " ".join(mmdebstrap_argv(rootfs.PACKAGES))
+    assert "guixbuild" not in " ".join(mmdebstrap_argv(()))
