@@ -293,6 +293,32 @@ _BUILD = re.compile(r"builder for [`']\S+' failed|build of \S+ failed")
 _BUILD_LOG = re.compile(r"'(/var/log/guix/drvs/[0-9a-z]{2}/[0-9a-z]{30}-[\w+.?=-]+)'", re.ASCII)
 
 
+def publish_script(address: str, port: int, keys: str) -> str:
+    """A shell script that serves the store, by a key pair in a folder; it is made there once.
+
+    What is served is packed as it is sent: a cache would take the room of a second store, and
+    answer the first who asks that nothing is there.  Near by, quick packing is best.  Clients
+    are to forget soon what they were told, since another store may be served at the next moment.
+    """
+    publish = (
+        "guix", "publish", f"--listen={address}", f"--port={port}",
+        "--compression=zstd:3", "--ttl=5s", "--negative-ttl=1s",
+    )  # fmt: skip
+    lines = [
+        "#!/bin/sh",
+        "set -eu",
+        f"export GUIX_CONFIGURATION_DIRECTORY={keys}",
+        f"[ -e {keys}/signing-key.sec ] || guix archive --generate-key",
+        f"exec {shlex.join(publish)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def is_publishing(line: str) -> bool:
+    """Whether a line of ``guix publish`` says that it listens."""
+    return "guix publish: publishing /gnu/store on " in line
+
+
 def silent_servers(log: str) -> set[str]:
     """The hosts of the substitute servers that did not answer, as a log tells."""
     return {host.lower() for host in _SILENT.findall(log)}

@@ -30,6 +30,7 @@ from guix_tasks.ledger import (
     stage_labels,
 )
 from guix_tasks.lock import alone
+from guix_tasks.nearby import nearby
 from guix_tasks.retry import retried
 from guix_tasks.rootless import take_back
 from guix_tasks.sandbox import settled
@@ -41,6 +42,7 @@ from guix_tasks.work import (
     Work,
     common_inputs,
     fill,
+    find_server,
     refuse_second,
     time_limit,
     work_container,
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from guix_tasks.engine import Engine, Image
     from guix_tasks.own import OwnStage
     from guix_tasks.settings import Settings
+    from guix_tasks.work import Nearby
 
 
 COLLECT = IMAGE_FOLDER / "collect.scm"
@@ -87,6 +90,18 @@ class Project:
         """
         found = settled(self.engine, self.settings, self.console, image, as_root=as_root)
         return replace(self, settings=found)
+
+    def nearby(self, task: str) -> Nearby | None:
+        """The substitute server that ``substitutes.up`` has started, for a work of this task."""
+        found = nearby(self.engine, self.settings, self.console)
+        if found:
+            self.console.say(f"{task}: substitutes come from {found.url} first{self._age()}")
+        return found
+
+    def _age(self) -> str:
+        server, newest = find_server(self.engine, self.settings), self.ledger.last_stage()
+        is_newest = server and newest and server.image == newest.id
+        return "" if is_newest else ", of an older image; `inv substitutes.up` serves the newest"
 
     def alone(self, task: str) -> AbstractContextManager[None]:
         """Keep another ``inv`` of this user from changing the image at the same time."""
@@ -168,6 +183,7 @@ def run_stage(
         stage_files(stage),
         keep=not commit,
         keep_failed=keep_failed,
+        nearby=project.nearby(stage.name),
     )
     with work_container(project.engine, settings, parent.id, work) as container:
         report = run_again(project, container, work).strip()
