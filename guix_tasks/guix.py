@@ -302,7 +302,7 @@ def publish_script(address: str, port: int, keys: str) -> str:
     """
     publish = (
         "guix", "publish", f"--listen={address}", f"--port={port}",
-        "--compression=zstd:3", "--ttl=5s", "--negative-ttl=1s",
+        "--compression=gzip:1", "--ttl=5s", "--negative-ttl=1s",
     )  # fmt: skip
     lines = [
         "#!/bin/sh",

@@ -169,7 +169,7 @@ def _tell(project: Project, server: Container) -> None:
     key = public_key(project.engine, server)
     if not key:
         raise EngineError("the substitute server has no key; run `inv substitutes.up` again")
-    path = settings.output_folder / "substitutes.pub"
+    path = key_file(settings)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, key)
     host = project.engine.info().name if listen.address == ANY else listen.address
@@ -182,6 +182,12 @@ def _tell(project: Project, server: Container) -> None:
     console.say("substitutes: for the .env of another machine, with the key beside it:")
     for line in _lines(settings, f"http://{host}:{listen.port}", path):
         console.result(line)
+
+
+def key_file(settings: Settings) -> Path:
+    """Where its public key is written; the keys of several projects can lie beside each other."""
+    name = settings.image.repository.rpartition("/")[2]
+    return settings.output_folder / f"substitutes-{name}.pub"
 
 
 def _lines(settings: Settings, url: str, key: Path) -> tuple[str, str]:
