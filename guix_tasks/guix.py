@@ -293,6 +293,54 @@ _BUILD = re.compile(r"builder for [`']\S+' failed|build of \S+ failed")
 _BUILD_LOG = re.compile(r"'(/var/log/guix/drvs/[0-9a-z]{2}/[0-9a-z]{30}-[\w+.?=-]+)'", re.ASCII)
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What substitutes there are for one system, as ``image/weather.scm`` says."""
+
+    system: str
+    wanted: dict[str, str]
+    """What is to be had, by name and version, with one of ``stored`` and its like."""
+    items: int = 0
+    """How many items would be fetched, what the packages need included."""
+    unpacked: int = 0
+    """The bytes of these in the store."""
+    packed: int = 0
+    """The bytes to be downloaded, as far as the servers tell."""
+    unknown: int = 0
+    """The items of which they do not."""
+
+    @property
+    def missing(self) -> list[str]:
+        """What would be built, or cannot be had for this system at all."""
+        return [name for name, state in self.wanted.items() if state not in _THERE]
+
+
+_THERE = ("stored", "substitutable")
+
+
+def weather_argv(
+    program: str, systems: Sequence[str], manifest: str | None, packages: Sequence[str]
+) -> tuple[str, ...]:
+    """Ask the substitute servers, by ``image/weather.scm``."""
+    return ("guix", "repl", "--", program, " ".join(systems), manifest or "", *packages)
+
+
+def forecasts(report: str) -> list[Forecast]:
+    """What that said, for each system that it came to the end of."""
+    found = []
+    for line in report.splitlines():
+        match line.removeprefix("weather:").split("\t"):
+            case ["system", name]:
+                system, wanted = name, dict[str, str]()
+            case ["wanted", name, state]:
+                wanted[name] = state
+            case ["fetch", *numbers]:
+                found.append(Forecast(system, wanted, *map(int, numbers)))
+            case _:
+                pass
+    return found
+
+
 def publish_script(address: str, port: int, keys: str) -> str:
     """A shell script that serves the store, by a key pair in a folder; it is made there once.
 
