@@ -213,8 +213,8 @@ class DockerEngine:
                 created=each["Created"],
                 addresses={
                     name: network["IPAddress"]
-                    for name, network in each["NetworkSettings"]["Networks"].items()
-                    if network["IPAddress"]
+                    for name, network in _networks(each).items()
+                    if network.get("IPAddress")
                 },
             )
             for each in found
@@ -601,6 +601,10 @@ def _registry_error(what: str, detail: str) -> RegistryError:
         detail = detail.replace(name, "")
     error.passes = retry.passes(detail)
     return error
+
+
+def _networks(container: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    return (container.get("NetworkSettings") or {}).get("Networks") or {}
 
 
 def _with_profile(option: str) -> str:

@@ -325,19 +325,23 @@ def weather_argv(
     return ("guix", "repl", "--", program, " ".join(systems), manifest or "", *packages)
 
 
+_FORECAST = re.compile(
+    r"^weather:(?:system\t(\S+)|wanted\t(\S+)\t(\S+)|fetch\t(\d{1,18}(?:\t\d{1,18}){3}))$",
+    re.MULTILINE | re.ASCII,
+)
+
+
 def forecasts(report: str) -> list[Forecast]:
     """What that said, for each system that it came to the end of."""
     found = []
-    for line in report.splitlines():
-        match line.removeprefix("weather:").split("\t"):
-            case ["system", name]:
-                system, wanted = name, dict[str, str]()
-            case ["wanted", name, state]:
-                wanted[name] = state
-            case ["fetch", *numbers]:
-                found.append(Forecast(system, wanted, *map(int, numbers)))
-            case _:
-                pass
+    system, wanted = "", dict[str, str]()
+    for name, package, state, numbers in _FORECAST.findall(report):
+        if name:
+            system, wanted = name, {}
+        elif package:
+            wanted[package] = state
+        else:
+            found.append(Forecast(system, wanted, *map(int, numbers.split())))
     return found
 
 

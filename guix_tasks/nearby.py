@@ -39,7 +39,7 @@ def nearby(engine: Engine, settings: Settings, console: Console) -> Nearby | Non
             "NETWORK, run `inv substitutes.up` again"
         )
         return None
-    return Nearby(url, key)
+    return Nearby(url, key, server.image)
 
 
 def server_url(engine: Engine, settings: Settings, server: Container) -> str | None:

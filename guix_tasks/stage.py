@@ -42,7 +42,6 @@ from guix_tasks.work import (
     Work,
     common_inputs,
     fill,
-    find_server,
     refuse_second,
     time_limit,
     work_container,
@@ -93,15 +92,12 @@ class Project:
 
     def nearby(self, task: str) -> Nearby | None:
         """The substitute server that ``substitutes.up`` has started, for a work of this task."""
-        found = nearby(self.engine, self.settings, self.console)
+        found, newest = nearby(self.engine, self.settings, self.console), self.ledger.last_stage()
         if found:
-            self.console.say(f"{task}: substitutes come from {found.url} first{self._age()}")
+            is_newest = newest is not None and newest.id == found.image
+            age = "" if is_newest else ", of an older image; `inv substitutes.up` serves the newest"
+            self.console.say(f"{task}: substitutes come from {found.url} first{age}")
         return found
-
-    def _age(self) -> str:
-        server, newest = find_server(self.engine, self.settings), self.ledger.last_stage()
-        is_newest = server and newest and server.image == newest.id
-        return "" if is_newest else ", of an older image; `inv substitutes.up` serves the newest"
 
     def alone(self, task: str) -> AbstractContextManager[None]:
         """Keep another ``inv`` of this user from changing the image at the same time."""

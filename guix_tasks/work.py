@@ -95,6 +95,8 @@ class Nearby:
     """As work containers reach it."""
     key: bytes
     """The public one."""
+    image: str
+    """The ID of the image whose store it serves."""
 
 
 @dataclass(frozen=True)
