@@ -196,7 +196,7 @@ def manifest(c: Context) -> None:
     auto_shortflags=False,
 )
 def weather(c: Context, package: list[str] | None = None, json: bool = False) -> None:
-    """Ask whether the packages have substitutes, for each of PLATFORMS."""
+    """Ask whether the packages have substitutes."""
     given = {"GUIX_PACKAGES": package} if package else None
     with opened(c, given) as project, project.alone("weather"):
         from guix_tasks.weather import weather as ask

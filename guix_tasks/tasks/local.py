@@ -88,7 +88,7 @@ def rootfs(c: Context, tag: str = "") -> None:
     auto_shortflags=False,
 )
 def substitutes_up(c: Context, listen: str = "") -> None:
-    """Serve substitutes from the newest stage image, to the next stages and to other machines."""
+    """Serve substitutes from the newest stage image."""
     given = {"SUBSTITUTES_LISTEN": listen}
     with opened_single(c, given) as project, project.alone("substitutes.up"):
         from guix_tasks.substitutes import up
