@@ -64,6 +64,8 @@ ABOUT = {
     "GUIX_SUBSTITUTE_URLS": About("https://mirror.example https://bordeaux.guix.gnu.org", _WORK),
     "GUIX_SUBSTITUTE_KEYS": About("keys/mirror.pub", "**pull**, **install**"),
     "GUIX_FALLBACK": About("yes", _WORK),
+    "GUIX_REQUIRE_SUBSTITUTES": About("yes", "install"),
+    "SUBSTITUTES_LISTEN": About("0.0.0.0:8181", "`substitutes.up`"),
     "GUIX_SANDBOX": About("rootless", f"{_WORK}, `run`, `shell`, `verify`, `pack`"),
     "GUIX_CORES": About("2", _WORK),
     "GUIX_MAX_JOBS": About("1", _WORK),
@@ -109,6 +111,7 @@ KINDS = {
     "ImageReference": "image",
     "Secret": "text, secret",
     "Mount": "`SOURCE:TARGET[:ro]`",
+    "Listen": "`ADDRESS:PORT`",
     "Node": "`ENDPOINT[,NAME=VALUE]`",
     "Platform": "platform",
     **{

@@ -103,6 +103,10 @@ def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
             "STAGE_MEMORY is for work containers; a builder's memory is an option of its nodes, "
             "as BUILDX_NODES=...,memory=4g"
         )
+    if settings.guix_require_substitutes:
+        project.console.warn(
+            "GUIX_REQUIRE_SUBSTITUTES is for work containers; `inv weather` asks for BuildKit, too"
+        )
     if project.own:
         names = " and ".join(own.name for own in project.own)
         project.console.warn(

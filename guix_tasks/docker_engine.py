@@ -211,6 +211,11 @@ class DockerEngine:
                 labels=each["Labels"],
                 running=each["State"] in ("running", "paused", "restarting"),
                 created=each["Created"],
+                addresses={
+                    name: network["IPAddress"]
+                    for name, network in _networks(each).items()
+                    if network.get("IPAddress")
+                },
             )
             for each in found
         ]
@@ -318,7 +323,9 @@ class DockerEngine:
                 tmpfs=dict.fromkeys(spec.memory_folders, ""),
                 network_mode=spec.network,
                 binds=list(spec.binds),
-                port_bindings={port: ("127.0.0.1", ours) for ours, port in spec.publish.items()},
+                port_bindings={
+                    port: (spec.publish_on, ours) for ours, port in spec.publish.items()
+                },
                 mounts=[docker.types.Mount(spec.scratch, None)] if spec.scratch else None,
                 mem_limit=spec.memory,
                 init=spec.init,
@@ -594,6 +601,10 @@ def _registry_error(what: str, detail: str) -> RegistryError:
         detail = detail.replace(name, "")
     error.passes = retry.passes(detail)
     return error
+
+
+def _networks(container: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    return (container.get("NetworkSettings") or {}).get("Networks") or {}
 
 
 def _with_profile(option: str) -> str:

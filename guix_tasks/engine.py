@@ -98,7 +98,9 @@ class ContainerSpec:
     """Those that it has; None: what the engine gives by default."""
     network: str | None = None
     publish: Mapping[int, int] = field(default_factory=dict)
-    """Ports of loopback, with the container's ports that they lead to."""
+    """Ports of the engine's machine, with the container's ports that they lead to."""
+    publish_on: str = "127.0.0.1"
+    """The address of the machine that they are on."""
     binds: tuple[str, ...] = ()
     """``SOURCE:TARGET[:ro]``, as ``docker run --volume`` takes them."""
     scratch: str | None = None
@@ -125,6 +127,8 @@ class Container:
     running: bool
     created: int
     """Seconds since the epoch."""
+    addresses: Mapping[str, str] = field(default_factory=dict)
+    """By the names of its networks; none on the host's."""
 
 
 @dataclass(frozen=True)
@@ -479,7 +483,7 @@ def create_argv(spec: ContainerSpec) -> Sequence[str]:
         *([f"--memory={spec.memory}"] if spec.memory else []),
         *([f"--user={spec.user}"] if spec.user else []),
         *([f"--platform={spec.platform}"] if spec.platform else []),
-        *(f"--publish=127.0.0.1:{ours}:{theirs}" for ours, theirs in spec.publish.items()),
+        *(f"--publish={spec.publish_on}:{ours}:{theirs}" for ours, theirs in spec.publish.items()),
         *(f"--volume={bind}" for bind in spec.binds),
         *([f"--volume={spec.scratch}"] if spec.scratch else []),
         *(f"--tmpfs={folder}" for folder in spec.memory_folders),

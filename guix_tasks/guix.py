@@ -293,6 +293,84 @@ _BUILD = re.compile(r"builder for [`']\S+' failed|build of \S+ failed")
 _BUILD_LOG = re.compile(r"'(/var/log/guix/drvs/[0-9a-z]{2}/[0-9a-z]{30}-[\w+.?=-]+)'", re.ASCII)
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What substitutes there are for one system, as ``image/weather.scm`` says."""
+
+    system: str
+    wanted: dict[str, str]
+    """What is to be had, by name and version, with one of ``stored`` and its like."""
+    items: int = 0
+    """How many items would be fetched, what the packages need included."""
+    unpacked: int = 0
+    """The bytes of these in the store."""
+    packed: int = 0
+    """The bytes to be downloaded, as far as the servers tell."""
+    unknown: int = 0
+    """The items of which they do not."""
+
+    @property
+    def missing(self) -> list[str]:
+        """What would be built, or cannot be had for this system at all."""
+        return [name for name, state in self.wanted.items() if state not in _THERE]
+
+
+_THERE = ("stored", "substitutable")
+
+
+def weather_argv(
+    program: str, systems: Sequence[str], manifest: str | None, packages: Sequence[str]
+) -> tuple[str, ...]:
+    """Ask the substitute servers, by ``image/weather.scm``."""
+    return ("guix", "repl", "--", program, " ".join(systems), manifest or "", *packages)
+
+
+_FORECAST = re.compile(
+    r"^weather:(?:system\t(\S+)|wanted\t(\S+)\t(\S+)|fetch\t(\d{1,18}(?:\t\d{1,18}){3}))$",
+    re.MULTILINE | re.ASCII,
+)
+
+
+def forecasts(report: str) -> list[Forecast]:
+    """What that said, for each system that it came to the end of."""
+    found = []
+    system, wanted = "", dict[str, str]()
+    for name, package, state, numbers in _FORECAST.findall(report):
+        if name:
+            system, wanted = name, {}
+        elif package:
+            wanted[package] = state
+        else:
+            found.append(Forecast(system, wanted, *map(int, numbers.split())))
+    return found
+
+
+def publish_script(address: str, port: int, keys: str) -> str:
+    """A shell script that serves the store, by a key pair in a folder; it is made there once.
+
+    What is served is packed as it is sent: a cache would take the room of a second store, and
+    answer the first who asks that nothing is there.  Near by, quick packing is best.  Clients
+    are to forget soon what they were told, since another store may be served at the next moment.
+    """
+    publish = (
+        "guix", "publish", f"--listen={address}", f"--port={port}",
+        "--compression=gzip:1", "--ttl=5s", "--negative-ttl=1s",
+    )  # fmt: skip
+    lines = [
+        "#!/bin/sh",
+        "set -eu",
+        f"export GUIX_CONFIGURATION_DIRECTORY={keys}",
+        f"[ -e {keys}/signing-key.sec ] || guix archive --generate-key",
+        f"exec {shlex.join(publish)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def is_publishing(line: str) -> bool:
+    """Whether a line of ``guix publish`` says that it listens."""
+    return "guix publish: publishing /gnu/store on " in line
+
+
 def silent_servers(log: str) -> set[str]:
     """The hosts of the substitute servers that did not answer, as a log tells."""
     return {host.lower() for host in _SILENT.findall(log)}

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, UsageError
+from guix_tasks.forecast import require_substitutes
 from guix_tasks.ledger import (
     CHANNELS_LABEL,
     PACKAGES_LABEL,
@@ -215,7 +216,9 @@ class Lifecycle:
     def _run(self, name: str, wishes: Wishes) -> None:
         started = time.monotonic()
         stage = self._stage(name, wishes)
-        parent = self._parent_image(name, wishes)
+        parent = self.parent_image(name, wishes)
+        if name == "install" and self._settings.guix_require_substitutes:
+            require_substitutes(self._project, parent, wishes.packages)
         before = self._ledger.find(name)
         image = run_stage(
             self._project,
@@ -256,7 +259,7 @@ class Lifecycle:
         now = pull_stage("", wanted_text(self._settings)).given.get(CHANNELS_INPUT)
         return "it computes its channels, and has changed" if image and now != before else None
 
-    def _parent_image(self, name: str, wishes: Wishes) -> Image:
+    def parent_image(self, name: str, wishes: Wishes) -> Image:
         """The image that a stage starts from; made first, with a line that says so, if missing.
 
         A stale one is brought up to date if that is wished, and is a ``UsageError`` if not.

@@ -64,7 +64,7 @@ def pack(
     project = project.settled(image)
     console.say(f"pack: in a {project.settings.guix_sandbox.value} container")
     console.command(guix.pack_argv(wanted, f"{FOLDER}/pack.scm"))
-    work = Work("pack", (f"{FOLDER}/stage",), files)
+    work = Work("pack", (f"{FOLDER}/stage",), files, nearby=project.nearby("pack"))
     with work_container(project.engine, project.settings, image.id, work) as container:
         report = run_again(project, container, work)
         if project.engine.is_dry:

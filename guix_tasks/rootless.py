@@ -40,10 +40,13 @@ _ID = 60706
 has none: the same in each image, since the files of a cache outlive them."""
 
 
-def lend(engine: Engine, container: str, more: Iterable[str] = ()) -> int:
+def lend(
+    engine: Engine, container: str, more: Iterable[str] = (), unread: Iterable[str] = ()
+) -> int:
     """Give what the daemon needs, and ``more`` folders, to ``USER``; the user's ID.
 
-    The account is made where the image has none.
+    The account is made where the image has none.  Folders that are to stay ``unread`` become that
+    user's alone.
     """
     accounts, groups = (_text(engine, container, each) for each in (_ACCOUNTS, _GROUPS))
     user, account = _user_in(accounts), []
@@ -55,7 +58,8 @@ def lend(engine: Engine, container: str, more: Iterable[str] = ()) -> int:
             _file(_GROUPS, f"{groups}{USER}:x:{user}:\n"),
         ]
     lent = _handed_over(engine, container, 0, user, (*_FOLDERS, *more))
-    _copy_in(engine, container, (*account, *lent))
+    own = ((_missing(folder, user, 0o700), None) for folder in unread)
+    _copy_in(engine, container, (*account, *lent, *own))
     return user
 
 
@@ -127,9 +131,9 @@ def _free_id(accounts: str, groups: str) -> int:
     return next(each for each in itertools.count(_ID) if str(each) not in taken)
 
 
-def _missing(folder: str, owner: int) -> tarfile.TarInfo:
+def _missing(folder: str, owner: int, mode: int = 0o755) -> tarfile.TarInfo:
     header = tarfile.TarInfo(folder.lstrip("/"))
-    header.type, header.mode, header.uid = tarfile.DIRTYPE, 0o755, owner
+    header.type, header.mode, header.uid = tarfile.DIRTYPE, mode, owner
     return header
 
 

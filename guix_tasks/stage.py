@@ -30,6 +30,7 @@ from guix_tasks.ledger import (
     stage_labels,
 )
 from guix_tasks.lock import alone
+from guix_tasks.nearby import nearby
 from guix_tasks.retry import retried
 from guix_tasks.rootless import take_back
 from guix_tasks.sandbox import settled
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from guix_tasks.engine import Engine, Image
     from guix_tasks.own import OwnStage
     from guix_tasks.settings import Settings
+    from guix_tasks.work import Nearby
 
 
 COLLECT = IMAGE_FOLDER / "collect.scm"
@@ -88,6 +90,15 @@ class Project:
         base = self.ledger.find("base")
         found = settled(self.engine, self.settings, self.console, image, base, as_root=as_root)
         return replace(self, settings=found)
+
+    def nearby(self, task: str) -> Nearby | None:
+        """The substitute server that ``substitutes.up`` has started, for a work of this task."""
+        found, newest = nearby(self.engine, self.settings, self.console), self.ledger.last_stage()
+        if found:
+            is_newest = newest is not None and newest.id == found.image
+            age = "" if is_newest else ", of an older image; `inv substitutes.up` serves the newest"
+            self.console.say(f"{task}: substitutes come from {found.url} first{age}")
+        return found
 
     def alone(self, task: str) -> AbstractContextManager[None]:
         """Keep another ``inv`` of this user from changing the image at the same time."""
@@ -169,6 +180,7 @@ def run_stage(
         stage_files(stage),
         keep=not commit,
         keep_failed=keep_failed,
+        nearby=project.nearby(stage.name),
     )
     with work_container(project.engine, settings, parent.id, work) as container:
         report = run_again(project, container, work).strip()

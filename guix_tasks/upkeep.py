@@ -13,7 +13,7 @@ from guix_tasks.ledger import CHANNELS_LABEL, HAND_MADE, PREVIOUS, SQUASH, prove
 from guix_tasks.lifecycle import Lifecycle
 from guix_tasks.publish import pushed_references
 from guix_tasks.sizes import picture, size_rows, sizes
-from guix_tasks.work import PROJECT_LABEL, work_containers
+from guix_tasks.work import PROJECT_LABEL, find_server, work_containers
 from guix_tasks.work import project as project_name
 
 if TYPE_CHECKING:
@@ -91,6 +91,9 @@ def clean(project: Project, *, work_only: bool = False) -> list[str]:
         removed.append(container.name)
     if work_only:
         return removed
+    if server := find_server(engine, settings):
+        engine.remove(server.id)
+        removed.append(server.name)
     for each in project.each_platform():
         removed += _clean_images(each)
     project.ledger.drop_unnamed()

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from guix_tasks import guix
 from guix_tasks.engine import ContainerSpec
 from guix_tasks.errors import EngineError, StageError, UsageError
 from guix_tasks.fingerprint import file_digest, text_digest, tree_digest
@@ -39,10 +40,13 @@ FOLDER = "/var/guix/guix-tasks"
 """In a folder that belongs to whom the daemon is, who has to remove it."""
 ENTRY_POINT = f"{FOLDER}/entry-point.sh"
 ENVIRONMENT = f"{FOLDER}/environment"
+NEARBY_KEY = "nearby.pub"
+"""Below ``FOLDER``: what only the daemon of this container trusts."""
 PROJECT_LABEL = "org.guix-tasks.project"
 
 _NAME = "guix-tasks"
 _KEPT_NAME = "guix-tasks-kept"
+_SERVER_NAME = "guix-tasks-substitutes"
 
 IMAGE_FOLDER = Path(__file__).parent / "image"
 """What goes into an image and into work containers, the entry point above all."""
@@ -84,6 +88,18 @@ ROOTLESS_CACHES = {"rootless": "/tmp/guix-tasks-cache"}  # noqa: S108 -- the con
 
 
 @dataclass(frozen=True)
+class Nearby:
+    """A substitute server beside the work containers, which no image is to know of."""
+
+    url: str
+    """As work containers reach it."""
+    key: bytes
+    """The public one."""
+    image: str
+    """The ID of the image whose store it serves."""
+
+
+@dataclass(frozen=True)
 class Work:
     """One command for a work container, with the files that it finds below ``FOLDER``."""
 
@@ -101,6 +117,8 @@ class Work:
     entry_point: tuple[str, ...] = (ENTRY_POINT,)
     environment: Mapping[str, str] = field(default_factory=dict)
     """Of the container itself, and so of an image that is committed from it."""
+    nearby: Nearby | None = None
+    """Asked for substitutes before all others."""
 
 
 @contextmanager
@@ -190,7 +208,8 @@ def fill(engine: Engine, settings: Settings, container: str, work: Work) -> None
     owner = 0
     if settings.guix_sandbox is Sandbox.ROOTLESS and not (work.plain or engine.is_dry):
         owner = lend(engine, container, ROOTLESS_CACHES.values())
-    engine.copy_in(container, archive({**common_files(settings), **work.files}, owner))
+    files = {**common_files(settings, work.nearby), **work.files}
+    engine.copy_in(container, archive(files, owner))
 
 
 def drop_environment(engine: Engine, container: str) -> None:
@@ -205,8 +224,20 @@ def kept_containers(engine: Engine, settings: Settings) -> list[Container]:
 
 
 def work_containers(engine: Engine, settings: Settings) -> list[Container]:
-    """All containers of this project, newest first."""
-    return engine.containers({PROJECT_LABEL: project(settings)})
+    """The work containers of this project, newest first."""
+    found = engine.containers({PROJECT_LABEL: project(settings)})
+    return [each for each in found if each.name != server_name(settings)]
+
+
+def server_name(settings: Settings) -> str:
+    """What the container is called that ``substitutes.up`` starts."""
+    return f"{_SERVER_NAME}-{project_digest(settings)}"
+
+
+def find_server(engine: Engine, settings: Settings) -> Container | None:
+    """The container that ``substitutes.up`` has started, running or not."""
+    found = engine.containers({PROJECT_LABEL: project(settings)})
+    return next((each for each in found if each.name == server_name(settings)), None)
 
 
 def is_kept(container: Container) -> bool:
@@ -269,14 +300,20 @@ def _parents(folder: str, name: str) -> list[str]:
     return [f"{folder}/{parent}" for parent in Path(name).parents if parent.name]
 
 
-def common_files(settings: Settings) -> dict[str, bytes]:
+def common_files(settings: Settings, nearby: Nearby | None = None) -> dict[str, bytes]:
     """What every entry point finds beside it below ``FOLDER``."""
+    variables = environment(settings)
+    if nearby:
+        urls = settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS
+        variables["GUIX_SUBSTITUTE_URLS"] = " ".join((nearby.url, *urls))
     files = {
         "entry-point.sh": (IMAGE_FOLDER / "entry-point.sh").read_bytes(),
         "environment": "".join(
-            f"{name}={shlex.quote(value)}\n" for name, value in environment(settings).items()
+            f"{name}={shlex.quote(value)}\n" for name, value in variables.items()
         ).encode(errors="surrogateescape"),  # the bytes of the process's environment
     }
+    if nearby:
+        files[NEARBY_KEY] = nearby.key
     for number, key in enumerate(settings.guix_substitute_keys):
         files[f"keys/{number}-{key.name}"] = key.read_bytes()
     return files

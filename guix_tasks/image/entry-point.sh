@@ -15,7 +15,7 @@
 #   GUIX_DAEMON_SOCKET       set to another socket: that daemon is used, none is started
 #
 # guix-tasks copies this file into its work containers, into /var/guix/guix-tasks, with the
-# files `environment` and `keys/*.pub` beside it.  It removes that folder at its end, so that a
+# files `environment`, `keys/*.pub` and `nearby.pub` beside it.  It removes that folder at its end, so that a
 # commit does not hold it.
 #
 # It has to work under dash, bash and busybox, as process 1 and otherwise.  It looks into
@@ -39,6 +39,7 @@ _interrupted= # the number of the last signal caught
 _pending=     # the name of a signal that the command has not got yet
 _resettable=  # yes where env can give a process the default action of a signal
 _git_settings= # a file of git's, where this process has made it
+_configuration= # the folder of the daemon's configuration, where it is not /etc/guix
 _status=0
 
 # Guix itself would fetch and build one thing at a time. Each build may use all processors, so
@@ -117,7 +118,7 @@ _run_with_daemon() {
     export HOME
     _remove_stale_build_folders
     _trust_repositories
-    if _authorize_keys && _start_daemon && _await_daemon && _recover_database; then
+    if _authorize_keys && _authorize_nearby && _start_daemon && _await_daemon && _recover_database; then
         _run "$@"
         if ! _is_alive "$_daemon"; then
             _say 'guix-daemon ended before the command did:'
@@ -272,6 +273,23 @@ _authorize_keys() {
     done
 }
 
+# A server that is there today is none of the image's: only the daemon, and only now, trusts it,
+# by a list of its own.
+_authorize_nearby() {
+    [ -n "$_folder" ] && [ -f "$_folder/nearby.pub" ] || return 0
+    _configuration=$_scratch/configuration
+    mkdir "$_configuration"
+    for _file in /etc/guix/*; do
+        if [ -e "$_file" ]; then ln -s "$_file" "$_configuration/"; fi
+    done
+    rm -f "$_configuration/acl"
+    if [ -e /etc/guix/acl ]; then cp /etc/guix/acl "$_configuration/"; fi
+    GUIX_CONFIGURATION_DIRECTORY=$_configuration guix archive --authorize <"$_folder/nearby.pub" || {
+        _fail 'cannot authorise the key of the substitute server near by'
+        return 1
+    }
+}
+
 # Saves a start of Guile where an earlier stage has authorised the key.
 _is_authorized() { # FILE
     _point=$(sed -n 's/.*(q *\(#[0-9A-Fa-f]*#\)).*/\1/p' "$1")
@@ -317,7 +335,8 @@ _start_daemon() {
     set -- "$@" --max-jobs="${GUIX_MAX_JOBS:-$(_usual_jobs)}"
     if [ "${GUIX_SANDBOX-}" = nochroot ]; then set -- "$@" --disable-chroot; fi
     # Substitutes have file names beyond ASCII, and the daemon's helpers obey the locale.
-    set -- env LC_ALL="${LC_ALL:-C.UTF-8}" "$@"
+    set -- env LC_ALL="${LC_ALL:-C.UTF-8}" \
+        ${_configuration:+"GUIX_CONFIGURATION_DIRECTORY=$_configuration"} "$@"
     if [ -n "$_resettable" ]; then
         shift
         set -- env --default-signal=INT,QUIT "$@"

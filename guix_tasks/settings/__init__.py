@@ -25,13 +25,14 @@ from guix_tasks.errors import SettingsError
 from guix_tasks.reference import ImageReference, Platform, quoted
 from guix_tasks.settings import nodes, parsers
 from guix_tasks.settings.sources import Setting, Sources
-from guix_tasks.settings.values import Driver, Mount, Node, Output, Sandbox, Secret
+from guix_tasks.settings.values import Driver, Listen, Mount, Node, Output, Sandbox, Secret
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = [
     "Driver",
+    "Listen",
     "Mount",
     "Node",
     "Output",
@@ -129,6 +130,17 @@ class Settings:
         parsers.switch,
         "yes: build from source, for hours perhaps, where the substitute servers do not answer.",
         default="no",
+    )
+    guix_require_substitutes: bool = _setting(
+        parsers.switch,
+        "yes: install stops before it builds, where a package has no substitute.",
+        default="no",
+    )
+    substitutes_listen: Listen = _setting(
+        parsers.listen,
+        "Where substitutes.up serves: ADDRESS:PORT; 0.0.0.0:8181 lets other machines reach it.",
+        default="127.0.0.1:8181",
+        option="listen",
     )
     guix_sandbox: Sandbox = _setting(
         parsers.one_of(Sandbox, "a sandbox"),

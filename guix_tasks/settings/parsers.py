@@ -6,6 +6,7 @@ A parser takes the text, and the folder that a relative path in it starts from. 
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import shlex
 import stat
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from guix_tasks.reference import DEFAULT_TAG, ImageReference, check_tag, quoted
-from guix_tasks.settings.values import Mount, Secret
+from guix_tasks.settings.values import Listen, Mount, Secret
 
 if TYPE_CHECKING:
     from enum import Enum
@@ -198,6 +199,21 @@ def url(*schemes: str) -> Parser:
         return text
 
     return parse
+
+
+_PORT_MAX = 65535
+
+
+def listen(text: str, _base: Path) -> Listen:
+    address, _, port = text.rpartition(":")
+    try:
+        ipaddress.IPv4Address(address)
+        right = bool(re.fullmatch("[0-9]{1,5}", port)) and 0 < int(port) <= _PORT_MAX
+    except ValueError:
+        right = False
+    if not right:
+        raise ValueError(f"{quoted(text)} is no address; write ADDRESS:PORT, as 0.0.0.0:8181")
+    return Listen(address, int(port))
 
 
 # --- Images ---------------------------------------------------------------------------------

@@ -84,3 +84,20 @@ class Mount:
     source: Path
     target: str
     read_only: bool = False
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Where a server of this machine listens."""
+
+    address: str
+    """Of IPv4."""
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.address}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine reaches it."""
+        return self.address.startswith("127.")

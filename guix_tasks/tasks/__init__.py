@@ -24,6 +24,7 @@ GROUPS = {
     "Look, and work inside": "status doctor run shell",
     "Tidy": "squash rollback clean",
     "Pack and release": "pack release",
+    "Substitutes": "weather substitutes.up substitutes.down",
     "BuildKit, and many platforms": "buildx.setup buildx.build buildx.status buildx.down manifest",
     "What this machine lacks": "rootfs registry.up registry.down engine.up engine.down",
 }

@@ -188,6 +188,23 @@ def manifest(c: Context) -> None:
 
 
 @task(
+    iterable=["package"],
+    help={
+        "package": "a package instead of GUIX_PACKAGES; repeatable",
+        "json": "print what is found as JSON, for machines",
+    },
+    auto_shortflags=False,
+)
+def weather(c: Context, package: list[str] | None = None, json: bool = False) -> None:
+    """Ask whether the packages have substitutes."""
+    given = {"GUIX_PACKAGES": package} if package else None
+    with opened(c, given) as project, project.alone("weather"):
+        from guix_tasks.weather import weather as ask
+
+        ask(project, as_json=json)
+
+
+@task(
     iterable=["package", "symlink"],
     incrementable=["relocatable"],
     help={

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from invoke.collection import Collection
 from invoke.tasks import task
 
-from guix_tasks.boundary import guarded, left_at_showing, opened
+from guix_tasks.boundary import guarded, left_at_showing, opened, opened_single
 
 if TYPE_CHECKING:
     from invoke.context import Context
@@ -89,8 +89,32 @@ def rootfs(c: Context, tag: str = "", plain: bool = False) -> None:
         make(project.engine, project.console, tag or usual)
 
 
+@task(
+    name="up",
+    help={"listen": "ADDRESS:PORT instead of SUBSTITUTES_LISTEN, as 0.0.0.0:8181 for all machines"},
+    auto_shortflags=False,
+)
+def substitutes_up(c: Context, listen: str = "") -> None:
+    """Serve substitutes from the newest stage image."""
+    given = {"SUBSTITUTES_LISTEN": listen}
+    with opened_single(c, given) as project, project.alone("substitutes.up"):
+        from guix_tasks.substitutes import up
+
+        up(project)
+
+
+@task(name="down", auto_shortflags=False)
+def substitutes_down(c: Context) -> None:
+    """Stop serving substitutes; the signing key stays."""
+    with opened_single(c) as project, project.alone("substitutes.down"):
+        from guix_tasks.substitutes import down
+
+        down(project)
+
+
 engine = Collection("engine", engine_up, engine_down)
 registry = Collection("registry", registry_up, registry_down)
+substitutes = Collection("substitutes", substitutes_up, substitutes_down)
 
 tasks = (rootfs,)
-collections = (engine, registry)
+collections = (engine, registry, substitutes)

@@ -147,6 +147,7 @@ def test_a_container_is_shown_as_docker_would_make_it() -> None:
         privileged=True,
         network="host",
         publish={5055: 5000},
+        publish_on="10.0.0.1",
         binds=("/a:/b:ro",),
         scratch="/tmp",  # noqa: S108
         memory=1024,
@@ -157,7 +158,7 @@ def test_a_container_is_shown_as_docker_would_make_it() -> None:
     assert list(create_argv(spec)) == [
         "docker", "create", "--name=n", "--privileged", "--init", "--interactive", "--tty",
         "--network=host", "--memory=1024", "--user=root", "--platform=linux/arm64",
-        "--publish=127.0.0.1:5055:5000", "--volume=/a:/b:ro", "--volume=/tmp", "--env=E=v w",
+        "--publish=10.0.0.1:5055:5000", "--volume=/a:/b:ro", "--volume=/tmp", "--env=E=v w",
         "--label=l=1 2", "--entrypoint=/entry", "i", "a b", "$x",
     ]  # fmt: skip
 

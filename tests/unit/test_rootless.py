@@ -33,6 +33,7 @@ class Disk:
     def __init__(self, *folders: str, **files: str) -> None:
         self.there: dict[str, tuple[tarfile.TarInfo, bytes]] = {}
         self.written: list[str] = []
+        self.read: list[str] = []
         for path in folders:
             header = tarfile.TarInfo(path.lstrip("/"))
             header.type, header.mode = tarfile.DIRTYPE, 0o750
@@ -51,6 +52,7 @@ class Disk:
                 self.written.append(f"/{member.name}")
 
     def copy_out(self, _container: str, path: str) -> Iterator[bytes]:
+        self.read.append(path)
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as tar:
             for name, (header, content) in sorted(self.there.items()):
@@ -92,6 +94,14 @@ def test_what_the_daemon_writes_to_is_its_own(disk: Disk) -> None:
         assert owners[path] == user, path
     assert disk.text("/var/guix/db/db.sqlite") == "database"
     assert disk.there["/var/guix/db/db.sqlite"][0].mode == 0o640
+
+
+def test_what_is_to_stay_unread_is_given_without_a_look(disk: Disk) -> None:
+    folder = "/var/lib/secret"
+    user = lend(disk.as_engine(), "x", unread=[folder])
+    header, _ = disk.there[folder]
+    assert (header.uid, header.mode) == (user, 0o700)
+    assert folder not in disk.read
 
 
 def test_the_items_of_the_store_stay_as_they_are(disk: Disk) -> None:

@@ -21,6 +21,7 @@ from guix_tasks.ledger import STAGES
 from guix_tasks.reference import ImageReference, Platform
 from guix_tasks.settings import (
     Driver,
+    Listen,
     Mount,
     Node,
     Output,
@@ -120,6 +121,9 @@ GOOD: list[tuple[str, str, Any]] = [
     ("GUIX_SUBSTITUTE_URLS", "http://[::1]/ file:///nar", ("http://[::1]/", "file:///nar")),
     ("GUIX_SUBSTITUTE_KEYS", "a.pub b.pub", (Path("a.pub"), Path("b.pub"))),
     ("GUIX_FALLBACK", "yes", True),
+    ("GUIX_REQUIRE_SUBSTITUTES", "yes", True),
+    ("SUBSTITUTES_LISTEN", "10.0.0.1:8181", Listen("10.0.0.1", 8181)),
+    ("SUBSTITUTES_LISTEN", "127.0.0.1:65535", Listen("127.0.0.1", 65535)),
     ("GUIX_FALLBACK", "no", False),
     ("GUIX_SANDBOX", "auto", Sandbox.AUTO),
     ("GUIX_SANDBOX", "rootless", Sandbox.ROOTLESS),
@@ -300,6 +304,12 @@ BAD = [
     ("GUIX_BINARY_URL", "file:///x", "begins with https:// or http://"),
     ("GUIX_BINARY_SHA256", "ABC", "write 64 lower case hex digits"),
     ("GUIX_FALLBACK", "true", "is neither yes nor no"),
+    ("GUIX_REQUIRE_SUBSTITUTES", "1", "is neither yes nor no"),
+    *(
+        ("SUBSTITUTES_LISTEN", text, "is no address; write ADDRESS:PORT")
+        for text in ("8181", ":8181", "localhost:8181", "1.2.3.4", "1.2.3.4:0", "1.2.3.4:65536")
+    ),
+    ("SUBSTITUTES_LISTEN", "[::]:8181", "is no address"),
     ("GUIX_SANDBOX", "none", "write one of: auto, rootless, capabilities, privileged, nochroot"),
     ("GUIX_SANDBOX", "", "write one of: auto, rootless, capabilities, privileged, nochroot"),
     ("GUIX_CORES", "-1", "from 0 on"),
@@ -466,6 +476,7 @@ VALUES: dict[str, str | list[str]] = {
     "GUIX_PACKAGES": "hello@{}",
     "GUIX_SUBSTITUTE_URLS": "https://a.example/{}",
     "GUIX_SUBSTITUTE_KEYS": "FILES/{}.pub",
+    "SUBSTITUTES_LISTEN": "127.0.0.1:{}",
     "GUIX_BINARY_URL": "https://a.example/{}",
     "GUIX_BINARY_SHA256": [str(number) * 64 for number in range(1, 6)],
     "GUIX_CORES": "{}",
@@ -525,7 +536,7 @@ def test_later_wins(project: Path, name: str) -> None:
 
 
 def test_the_table_of_values_has_every_setting() -> None:
-    few = {"GUIX_FALLBACK", "GUIX_SANDBOX"}
+    few = {"GUIX_FALLBACK", "GUIX_REQUIRE_SUBSTITUTES", "GUIX_SANDBOX"}
     few |= {"BUILDX_DRIVER", "BUILDX_OUTPUT", "BUILDX_ATTESTATIONS"}
     assert {*VALUES, *few} == {name for name, _, _ in GOOD}
 

@@ -1,0 +1,211 @@
+"""Weather: what the servers have, as Guix said it, and what is made of that."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_engine import FakeContainer, FakeGuix, Heard, Output, Site, heard, outline
+
+from guix_tasks import guix
+from guix_tasks.engine import TracedEngine
+from guix_tasks.errors import CheckError, StageError, UsageError
+from guix_tasks.guix import Forecast
+from guix_tasks.weather import weather
+from guix_tasks.work import FOLDER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from guix_tasks.stage import Project
+
+pytestmark = pytest.mark.usefixtures("serial_hashing")
+
+# What image/weather.scm printed with Guix 1.5, in the offline example.
+RECORDED = """\
+weather:system\tx86_64-linux
+weather:wanted\thello@2.12.2\tsubstitutable
+weather:wanted\tgreet@1.0\tmissing
+weather:wanted\tgit@2.52.0:send-email\tmissing
+weather:fetch\t1\t2345496\t0\t1
+weather:system\tpowerpc64le-linux
+weather:wanted\thello@2.12.2\tmissing
+weather:wanted\ticecat@140.6.0-gnu1\tunsupported
+weather:fetch\t0\t0\t0\t0
+"""
+
+
+def test_what_guix_said() -> None:
+    here, other = guix.forecasts(RECORDED)
+    assert here == Forecast(
+        "x86_64-linux",
+        {
+            "hello@2.12.2": "substitutable",
+            "greet@1.0": "missing",
+            "git@2.52.0:send-email": "missing",
+        },
+        items=1,
+        unpacked=2345496,
+        packed=0,
+        unknown=1,
+    )
+    assert here.missing == ["greet@1.0", "git@2.52.0:send-email"]
+    assert other.missing == ["hello@2.12.2", "icecat@140.6.0-gnu1"]
+
+
+@pytest.mark.parametrize(
+    "report", ["", "a manifest said this\n", "weather:system\tx\nweather:wanted\ta\tmissing\n"]
+)
+def test_what_did_not_come_to_its_end_is_nothing(report: str) -> None:
+    assert guix.forecasts(report) == []
+
+
+def test_what_a_manifest_prints_does_no_harm() -> None:
+    loud = "fetch\t1\nwanted\tx\tmissing\nweather:what\tis\tthis\n"
+    assert guix.forecasts(loud + RECORDED + loud) == guix.forecasts(RECORDED)
+
+
+def turn(made: Site, report: str) -> list[str]:
+    """Let the servers be as recorded; the commands that Guix was asked by."""
+    asked: list[str] = []
+    played = FakeGuix()
+
+    def behaviour(container: FakeContainer) -> Output:
+        if "-weather-" not in container.spec.name:
+            yield from played(container)
+            return
+        asked.append(container.text(f"{FOLDER}/stage"))
+        yield True, b"looking...\n"
+        yield False, report.encode()
+        container.forget(FOLDER)
+
+    made.engine.behaviour = behaviour
+    return asked
+
+
+def results(project: Project) -> str:
+    assert isinstance(project.console, Heard)
+    return project.console.results.getvalue()
+
+
+def report(*wanted: str, sizes: Iterable[int] = (0, 0, 0, 0), system: str = "x86_64-linux") -> str:
+    lines = [f"wanted\t{each.replace(' ', chr(9))}" for each in wanted]
+    fetch = "\t".join(map(str, sizes))
+    return "".join(f"weather:{each}\n" for each in (f"system\t{system}", *lines, f"fetch\t{fetch}"))
+
+
+def test_it_is_asked_with_the_guix_that_install_has(made: Site) -> None:
+    made.write("manifest.scm", "(manifest)")
+    made.env |= {"GUIX_MANIFEST": "manifest.scm", "GUIX_PACKAGES": "hello git:send-email"}
+    asked = turn(made, report("hello@1 substitutable", sizes=(3, 4000, 2000, 0)))
+    before = outline(made.engine)
+    project = made.project()
+    weather(project)
+    (script,) = asked
+    assert shlex.split(script.splitlines()[-1]) == [
+        "exec", "guix", "repl", "--", f"{FOLDER}/weather.scm", "x86_64-linux",
+        f"{FOLDER}/manifest.scm", "hello", "git:send-email",
+    ]  # fmt: skip
+    assert made.engine.specs[-1].image == made.image("pull").id
+    line = "x86_64-linux: 1 of 1 available, 2 kB to download (4 kB of store items)"
+    assert line in heard(project).splitlines()
+    assert outline(made.engine) == before
+    assert made.engine.all_containers == {}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((0, 0, 0, 0), "nothing to download"),
+        ((2, 4000, 0, 2), "a download of unknown size (4 kB of store items)"),
+        ((2, 4000, 1000, 1), "at least 1 kB to download (4 kB of store items)"),
+    ],
+)
+def test_sizes_are_told_as_far_as_they_are_known(
+    made: Site, sizes: tuple[int, ...], words: str
+) -> None:
+    turn(made, report("hello@1 stored", sizes=sizes))
+    project = made.project()
+    weather(project)
+    assert heard(project).splitlines()[0] == f"x86_64-linux: 1 of 1 available, {words}"
+
+
+def test_what_is_missing_is_named_and_is_a_failure(made: Site) -> None:
+    made.env["PLATFORMS"] = "linux/amd64 linux/ppc64le"
+    asked = turn(made, RECORDED)
+    project = made.project()
+    with pytest.raises(CheckError) as raised:
+        weather(project)
+    assert str(raised.value) == (
+        "weather: not all has a substitute for x86_64-linux (greet@1.0 git@2.52.0:send-email), "
+        "powerpc64le-linux (hello@2.12.2 icecat@140.6.0-gnu1)"
+    )
+    assert "'x86_64-linux powerpc64le-linux'" in asked[0]
+    lines = heard(project).splitlines()
+    assert "  missing: greet@1.0" in lines
+    assert "  not for this system: icecat@140.6.0-gnu1" in lines
+
+
+def test_machines_can_read_it(made: Site) -> None:
+    turn(made, report("hello@1 substitutable", sizes=(3, 4000, 2000, 1)))
+    project = made.project()
+    weather(project, as_json=True)
+    (found,) = json.loads(results(project))
+    assert found == {
+        "system": "x86_64-linux",
+        "wanted": {"hello@1": "substitutable"},
+        "missing": [],
+        "items": 3,
+        "download_bytes": 2000,
+        "download_unknown_items": 1,
+        "store_bytes": 4000,
+    }
+
+
+def test_a_guix_that_says_nothing_is_an_error(made: Site) -> None:
+    turn(made, "")
+    with pytest.raises(StageError, match="Guix did not say what there is"):
+        weather(made.project())
+
+
+def test_nothing_wanted_is_told(made: Site) -> None:
+    made.env["GUIX_PACKAGES"] = ""
+    with pytest.raises(UsageError, match="nothing to ask for"):
+        weather(made.project())
+
+
+def test_a_dry_run_asks_nobody(made: Site) -> None:
+    asked, project = turn(made, ""), made.project()
+    weather(replace(project, engine=TracedEngine(made.engine, project.console, perform=False)))
+    assert asked == []
+
+
+def test_the_stage_that_is_asked_is_made_where_it_is_missing(site: Site) -> None:
+    turn(site, report("hello@1 stored"))
+    weather(site.project())
+    assert site.image("pull")
+    assert site.ledger.find("install") is None
+
+
+def test_a_stage_that_requires_substitutes_stops_before_it_builds(made: Site) -> None:
+    made.env["GUIX_REQUIRE_SUBSTITUTES"] = "yes"
+    before = outline(made.engine)
+    asked = turn(made, report("hello@1 substitutable", "greet@1 missing"))
+    with pytest.raises(CheckError, match="no substitute for greet@1, and GUIX_REQUIRE_SUBSTITUTES"):
+        made.make("install", packages=("greet", "hello"))
+    assert "greet hello" in asked[0]
+    assert outline(made.engine) == before
+    turn(made, report("hello@1 substitutable", "greet@1 stored"))
+    made.make("install", packages=("greet", "hello"))
+    assert outline(made.engine) != before
+
+
+def test_a_stage_that_is_up_to_date_requires_nothing(made: Site) -> None:
+    made.env["GUIX_REQUIRE_SUBSTITUTES"] = "yes"
+    asked = turn(made, report("hello@1 missing"))
+    assert made.make("install").endswith("install: up to date\n")
+    made.make("pull", force=True)
+    assert asked == []
