@@ -423,7 +423,7 @@ class DockerEngine:
         return self._slow.build(
             path=str(spec.context),
             dockerfile=str(spec.dockerfile),
-            buildargs=dict(spec.args),
+            buildargs={**spec.proxies, **spec.args},
             platform=spec.platform,
             network_mode=spec.network,
             rm=True,

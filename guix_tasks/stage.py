@@ -17,6 +17,7 @@ from guix_tasks.annotations import oci_annotations
 from guix_tasks.console import Log, human_size, human_time
 from guix_tasks.errors import EngineError, StageError, full_disk
 from guix_tasks.failure import Failed, keep_failure
+from guix_tasks.fetching import lent_access
 from guix_tasks.fingerprint import file_digest, text_digest
 from guix_tasks.ledger import (
     IMAGE_LABEL,
@@ -41,6 +42,7 @@ from guix_tasks.work import (
     Work,
     common_inputs,
     fill,
+    proxy_out_of_reach,
     refuse_second,
     time_limit,
     work_container,
@@ -117,6 +119,8 @@ class Stage:
     """More of what it is made from, by name, with the digest of each content."""
     folder: str | None = None
     """Where the commands start, if that is not where the image's do."""
+    fetches: str | None = None
+    """The channels file of the channels that it fetches, where it fetches any."""
     as_root: bool = False
     """Whether its commands change more than the store, Guix's state and root's profiles."""
     keep: str | None = None
@@ -163,14 +167,22 @@ def run_stage(
     console.say(f"{stage.name}: in a {settings.guix_sandbox.value} container")
     for command in stage.commands:
         console.command(command)
-    work = Work(
-        stage.name,
-        (f"{FOLDER}/stage",),
-        stage_files(stage),
-        keep=not commit,
-        keep_failed=keep_failed,
-    )
-    with work_container(project.engine, settings, parent.id, work) as container:
+    with (
+        lent_access(project.engine, settings, stage.fetches) as access,
+        work_container(
+            project.engine,
+            settings,
+            parent.id,
+            work := Work(
+                stage.name,
+                (f"{FOLDER}/stage",),
+                {**stage_files(stage), **access.files},
+                keep=not commit,
+                keep_failed=keep_failed,
+                binds=access.binds,
+            ),
+        ) as container,
+    ):
         report = run_again(project, container, work).strip()
         if stage.check:
             stage.check(report)
@@ -281,10 +293,12 @@ def perform(
         status = project.engine.wait(container)
     if timed_out.is_set():
         raise _too_long(project, name)
+    proxy = proxy_out_of_reach(project.engine, project.settings)
     if faults.servers.were_silent:
-        raise faults.silence(f"{name}: ")
+        raise faults.silence(f"{name}: ", proxy)
     if status:
-        why = full_disk(faults.last) or "; the output above says why"
+        mend = (proxy if faults.network_failed else "") or guix.fetch_mend(faults.last)
+        why = full_disk(faults.last) or f"; {mend or 'the output above says why'}"
         error = StageError(
             f"{name}: the command failed with exit status {status}, and nothing was committed{why}"
         )

@@ -143,6 +143,25 @@ class Settings:
         "Guix builds that may run side by side; empty: one for each processor, 4 at most.",
     )
 
+    extra_ca_file: Path | None = _setting(
+        parsers.optional(parsers.certificates),
+        "Certificates, in PEM, of authorities that stages trust beside the image's own.",
+        group="Networks",
+    )
+    guix_channel_mirrors: Mapping[str, str] = _setting(
+        parsers.mapping_of(parsers.mirror),
+        "Where channels are fetched from instead, by how their URLs begin: URL=MIRROR ...",
+    )
+    guix_channel_credentials: Secret | None = _setting(
+        parsers.optional(parsers.plain(Secret)),
+        "What opens private channels at pull: https://USER:TOKEN@HOST ...; taken literally.",
+        secret=True,
+    )
+    ssh_known_hosts: Path | None = _setting(
+        parsers.optional(parsers.file),
+        "The known_hosts for channels fetched by SSH; empty: ~/.ssh/known_hosts.",
+    )
+
     mounts: tuple[Mount, ...] = _setting(
         parsers.mounts,
         "Local files and folders that stages see: SOURCE:TARGET[:ro] ...",
@@ -240,7 +259,11 @@ class Settings:
     """Docker's own variables that are set (``DOCKER_HOST``, …), for whoever finds the engine."""
 
     proxies: Mapping[str, str] = field(repr=False)
-    """The proxy variables of the process's environment; there may be a password in one."""
+    """The proxy variables of the process's environment, in both cases: Guix reads the lower one,
+    others the upper.  There may be a password in one."""
+
+    ssh_agent: Path | None
+    """The socket of the user's SSH agent (``SSH_AUTH_SOCK``)."""
 
     folder: Path
     """The project's."""
@@ -328,6 +351,13 @@ _LOWER_CASE_PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "n
 _PROXIES = (*_LOWER_CASE_PROXIES, *map(str.upper, _LOWER_CASE_PROXIES))
 
 
+def _proxies(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for name in _LOWER_CASE_PROXIES:
+        for own, other in ((name, name.upper()), (name.upper(), name)):
+            if value := environ.get(own) or environ.get(other):
+                yield own, value
+
+
 def settings_reference() -> list[tuple[str, str, str]]:
     """Every key that an env file can have: its name, its default as text, what it does."""
     return [(name, setting.default, setting.doc) for name, setting in _KNOWN.items()]
@@ -410,7 +440,8 @@ def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Se
     return Settings(
         **{name.lower(): values[name] for name in _SETTINGS},
         docker_environment=MappingProxyType(docker),
-        proxies=MappingProxyType({name: environ[name] for name in _PROXIES if environ.get(name)}),
+        proxies=MappingProxyType(dict(_proxies(environ))),
+        ssh_agent=Path(environ["SSH_AUTH_SOCK"]) if environ.get("SSH_AUTH_SOCK") else None,
         folder=project,
         written=MappingProxyType(
             {name: text for name, text in sources.written().items() if name not in _CONFIDENTIAL}
@@ -432,6 +463,8 @@ def _secrets(
     if password:
         yield password.reveal()
         yield f"{user.reveal() if user else ''}:{password.reveal()}"
+    if given := values["GUIX_CHANNEL_CREDENTIALS"]:
+        yield from parsers.secret_parts(given.reveal())
     for url in (environ.get(name, "") for name in _PROXIES):
         # Not by the rules of URLs: a password may be there that breaks them.
         account = url.partition("://")[2] or url
@@ -463,7 +496,8 @@ def _careless(sources: Sources, values: Mapping[str, Any]) -> list[str]:
     if masking.has_account(_channels_text(values)):
         notes.append(
             f"{origins['GUIX_CHANNELS']}: a URL has a user or a password in it, which Guix keeps "
-            "in the image, and which is in its labels and in the lock"
+            "in the image, and which is in its labels and in the lock; GUIX_CHANNEL_CREDENTIALS "
+            "keeps it out of all three"
         )
     return notes
 
@@ -486,6 +520,11 @@ def _check_together(sources: Sources, values: Mapping[str, Any]) -> None:
         for name, missing in (pair, pair[::-1]):
             if sources.is_set(name) and not sources.is_set(missing):
                 sources.refuse(name, f"needs {missing} too; set both or neither")
+    if given := values["GUIX_CHANNEL_CREDENTIALS"]:
+        try:
+            parsers.channel_credentials(given.reveal())
+        except ValueError as error:
+            sources.refuse("GUIX_CHANNEL_CREDENTIALS", *error.args)
     image, tags = values["IMAGE"], values["TAGS"]
     if image and tags:
         stages = [tag for tag in tags if parsers.is_stage_tag(tag, image.tag)]
