@@ -1,0 +1,171 @@
+"""Channels that are private, mirrored or behind a proxy, and none of it in what comes out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from forge import Forge, serving
+from harness import LOCK, one_error
+from planted import PLANTED
+from test_leaks import look_at_layers, watched
+
+from guix_tasks.local.base_image import BASE_TAG
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from conftest import NewProject
+    from harness import Docker, Project
+
+pytestmark = [pytest.mark.engine]
+
+
+@pytest.fixture(scope="module")
+def forge(
+    docker: Docker, offline: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Forge]:
+    with serving(docker, offline, tmp_path_factory.mktemp("forge")) as servers:
+        yield servers
+
+
+def channels_at(project: Project, offline: Path, url: str) -> None:
+    """The channels of the offline example, at another address."""
+    text = (offline / "channels.scm").read_text()
+    (project.folder / "channels.scm").write_text(text.replace("file:///offline", f"{url}/offline"))
+    project.set(GUIX_CHANNELS="channels.scm", NETWORK="host", GUIX_PACKAGES="")
+
+
+def look_at_all(project: Project) -> None:
+    """Look for planted secrets in all layers, and in the volumes of the caches."""
+    look_at_layers(project.docker, project.tag("pull"))
+    (volume, *_) = [name for name in project.volumes() if "substitutes" not in name]
+    listing = project.docker.run(
+        BASE_TAG, "tar", "-c", "-C", "/cache", ".", options=(f"--volume={volume}:/cache:ro",)
+    )
+    assert "FETCH_HEAD" in listing.stdout
+    PLANTED.look("a volume", listing.stdout)
+
+
+def test_a_token_and_an_authority_of_ones_own(
+    new_project: NewProject, forge: Forge, offline: Path
+) -> None:
+    project, forge.token = new_project(), PLANTED.plant()
+    channels_at(project, offline, forge.https)
+    project.ok("base")
+    with project.unharmed():
+        refused = project.inv("pull")
+        assert "name that authority's certificate in EXTRA_CA_FILE" in one_error(refused, 4)
+    project.set(EXTRA_CA_FILE=forge.file("ca.pem"))
+    with project.unharmed():
+        refused = project.inv("pull")
+        assert "see that GUIX_CHANNEL_CREDENTIALS has an account" in one_error(refused, 4)
+        other = {"GUIX_CHANNEL_CREDENTIALS": f"{forge.https}".replace("//", "//me:no@")}
+        refused = project.inv("pull", env=other)
+        assert "see that GUIX_CHANNEL_CREDENTIALS has an account" in one_error(refused, 4)
+    forge.shown.clear()
+    (project.folder / "token").write_text(f"https://me:{forge.token}@localhost\n")
+    project.set(GUIX_CHANNEL_CREDENTIALS_FILE="token")
+    (project.folder / "token").write_text(
+        f"https://other:x@elsewhere.test\nhttps://me:{forge.token}@localhost:{forge.https_port}\n"
+    )
+    with watched():
+        project.ok("pull")
+    assert forge.shown == {"", f"me:{forge.token}"}
+    assert f'"{forge.https}/offline/channels/guix"' in (project.folder / LOCK).read_text()
+    look_at_all(project)
+    said = project.ok("doctor").stdout
+    assert f"channel guix: {forge.https}/offline/channels/guix answers" in said
+    certificates = project.docker.run(
+        project.tag("pull"), "sh", "-c", "env; ls /var/guix /root/.ssh /root/.gitconfig",
+        options=("--entrypoint=",),
+    )  # fmt: skip
+    assert "SSL_CERT" not in certificates.stdout
+    assert "guix-tasks" not in certificates.stdout
+
+
+def test_an_ssh_agent(new_project: NewProject, forge: Forge, offline: Path) -> None:
+    project = new_project()
+    channels_at(project, offline, forge.ssh)
+    project.ok("base")
+    with project.unharmed():
+        assert "SSH_KNOWN_HOSTS: " in one_error(project.inv("pull"), 2)
+        (project.folder / "nobody").write_text("")
+        project.set(SSH_KNOWN_HOSTS=forge.file("known_hosts"))
+        assert "SSH_AUTH_SOCK names no agent" in one_error(project.inv("pull"), 2)
+        empty = project.inv("pull", env={"SSH_AUTH_SOCK": forge.file("empty")})
+        assert "takes no key of your SSH agent" in one_error(empty, 4)
+        agent = {"SSH_AUTH_SOCK": forge.file("agent")}
+        stranger = project.inv("pull", env={**agent, "SSH_KNOWN_HOSTS": "nobody"})
+        assert "SSH_KNOWN_HOSTS" in one_error(stranger, 4)
+    made = project.inv("pull", env=agent)
+    assert made.returncode == 0, made.stderr
+    assert f'"{forge.ssh}/offline/channels/guix"' in (project.folder / LOCK).read_text()
+    for line in (forge.folder / "user").read_text().splitlines()[1:-1]:
+        PLANTED.know(line)
+    look_at_all(project)
+    shown = project.docker.run(
+        project.tag("pull"), "sh", "-c", "env; ls -A /root /dev/shm", options=("--entrypoint=",)
+    )
+    assert "SSH" not in shown.stdout
+    assert ".ssh" not in shown.stdout
+    assert "agent" not in shown.stdout
+
+
+def test_a_proxy(new_project: NewProject, forge: Forge, offline: Path) -> None:
+    """All goes through it: none of the hosts is known by anybody else."""
+    project, forge.token = new_project(), ""
+    channels_at(project, offline, "https://forge.test")
+    project.dockerfile(
+        f"FROM {BASE_TAG}\n"
+        "RUN /usr/lib/apt/apt-helper download-file http://files.test/nix-cache-info /fetched\n"
+    )
+    project.set(
+        EXTRA_CA_FILE=forge.file("ca.pem"), GUIX_SUBSTITUTE_URLS="http://substitutes.test"
+    )
+    assert "download-file" in one_error(project.inv("base"), 6)
+    proxy = f"http://me:{PLANTED.plant()}@127.0.0.1:{forge.proxy_port}"
+    environment = {"HTTP_PROXY": proxy, "https_proxy": proxy}
+    made = project.inv("base", env=environment)
+    assert made.returncode == 0, made.stderr
+    assert "GET http://files.test/nix-cache-info" in forge.asked
+    with project.unharmed():
+        assert one_error(project.inv("pull"), 4)
+    made = project.inv("pull", env=environment)
+    assert made.returncode == 0, made.stderr
+    assert "CONNECT forge.test:443" in forge.asked
+    assert any(line.startswith("GET http://substitutes.test/nar/") for line in forge.asked)
+    assert "pull: up to date" in project.ok("pull").stderr
+    look_at_all(project)
+
+
+def test_what_a_proxy_is_not_for(new_project: NewProject, forge: Forge, offline: Path) -> None:
+    project, forge.token = new_project(), ""
+    channels_at(project, offline, forge.https)
+    project.ok("base")
+    project.set(EXTRA_CA_FILE=forge.file("ca.pem"))
+    before = len(forge.asked)
+    nobody = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    made = project.inv("pull", env={**nobody, "no_proxy": "localhost"})
+    assert made.returncode == 0, made.stderr
+    assert len(forge.asked) == before
+
+
+def test_a_mirror(new_project: NewProject, offline: Path) -> None:
+    project = new_project()
+    channels_at(project, offline, "https://official.test")
+    project.ok("base")
+    project.set(NETWORK="none")
+    guix = "https://official.test/offline/channels/guix"
+    offers = "https://official.test/offline/channels/offline"
+    with project.unharmed():
+        swapped = f"{guix}=file:///offline/channels/offline {offers}=file:///offline/channels/guix"
+        said = project.inv("pull", env={"GUIX_CHANNEL_MIRRORS": swapped})
+        assert one_error(said, 4)
+    project.docker.ok("volume", "rm", *project.volumes())
+    project.set(GUIX_CHANNEL_MIRRORS="https://official.test/offline/=file:///offline/")
+    project.ok("pull")
+    assert f'"{guix}"' in (project.folder / LOCK).read_text()
+    said = project.ok("doctor").stdout
+    assert "channel guix: /offline/channels/guix is " in said
