@@ -245,7 +245,7 @@ def _node_differences(settings: Settings, node: BuilderNode, want: Node) -> Iter
     if driver in _WITH_DAEMON and ENTITLEMENTS[0] not in entitlements(node):
         yield f"its node {node.name} was made without the entitlement {ENTITLEMENTS[0]}"
     there = dict(node.options)
-    # That the log of another's builder is clipped, or the proxy another, is no reason to replace it.
+    # That another's builder clips logs, or has another proxy, is no reason to replace it.
     beside = {*_LOGS, *_proxies(settings)}
     asked = (pair for pair in _options(settings, want) if pair[0] not in beside)
     for name, value in asked:

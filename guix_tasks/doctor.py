@@ -330,7 +330,8 @@ def _channels(patient: Patient) -> Iterator[Finding]:
             address = f"{url.rstrip('/')}/info/refs?service=git-upload-pack"
             answer = _Answer(re.compile(rb"service=git-upload-pack"), "a Git repository")
             mend = "mend GUIX_CHANNELS, or the network"
-            yield _answers(settings, name, shown, _with_account(settings, address), answer, mend)
+            question = _Question(name, shown, _with_account(settings, address), mend)
+            yield _answers(settings, question, answer)
         elif url.startswith(("file://", "/")):
             yield _mounted(settings, name, url.removeprefix("file://"))
         elif by_ssh(settings, f'"{url}"'):
@@ -377,7 +378,7 @@ def _substitutes(patient: Patient) -> Iterator[Finding]:
         else:
             mend = "without it everything is built from source: mend GUIX_SUBSTITUTE_URLS"
             answer = _Answer(re.compile(rb"^StoreDir:", re.MULTILINE), "a substitute server")
-            yield _answers(settings, name, url, f"{url}/{file}", answer, mend)
+            yield _answers(settings, _Question(name, url, f"{url}/{file}", mend), answer)
         if url not in guix.DEFAULT_SUBSTITUTE_URLS and not settings.guix_substitute_keys:
             yield Finding(
                 name, State.NOTE, f"no key for {url} is set",
@@ -393,16 +394,26 @@ class _Answer:
     kind: str
 
 
-def _answers(
-    settings: Settings, name: str, shown: str, address: str, answer: _Answer, mend: str
-) -> Finding:
+@dataclass(frozen=True)
+class _Question:
+    """Who is asked, for which check."""
+
+    name: str
+    shown: str
+    address: str
+    """May hold an account, and so is not shown."""
+    mend: str
+
+
+def _answers(settings: Settings, question: _Question, answer: _Answer) -> Finding:
+    name, shown, mend = question.name, question.shown, question.mend
     try:
         trust = ssl.create_default_context()
         if settings.extra_ca_file:
             trust.load_verify_locations(settings.extra_ca_file)
         # Only http and https come here.
         with urllib.request.urlopen(  # noqa: S310
-            _request(address), timeout=_WAIT, context=trust
+            _request(question.address), timeout=_WAIT, context=trust
         ) as body:
             if answer.begins.search(body.read(1000)):
                 return Finding(name, State.OK, f"{shown} answers")

@@ -135,11 +135,11 @@ class BuildSpec:
     dockerfile: Path
     args: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, Path] = field(default_factory=dict)
-    proxies: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """More arguments, of the names that builders keep out of histories and of their caches."""
     platform: str | None = None
     network: str | None = None
     """``host`` or ``none``; a build can join no other network."""
+    proxies: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """More arguments, of the names that builders keep out of histories and of their caches."""
 
 
 @dataclass(frozen=True)

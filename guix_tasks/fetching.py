@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 ACCESS = "access"
 """The folder below ``work.FOLDER`` that is a home for libgit2."""
 
-ACCESS_FILES = tuple(f"{ACCESS}/{name}" for name in (".gitconfig", ".ssh/known_hosts", "credentials"))
+_SETTINGS, _HOSTS, _CREDENTIALS = ".gitconfig", ".ssh/known_hosts", "credentials"
+ACCESS_FILES = tuple(f"{ACCESS}/{name}" for name in (_SETTINGS, _HOSTS, _CREDENTIALS))
 
 AGENT = "/dev/shm/guix-tasks-agent"  # noqa: S108 -- the container's own, and never committed
 
@@ -68,14 +69,14 @@ def access_files(settings: Settings, channels: str) -> dict[str, bytes]:
     lines = ["[include]", "\tpath = /root/.gitconfig", "[safe]", "\tdirectory = *"]
     for url, mirror in settings.guix_channel_mirrors.items():
         lines += [f'[url "{mirror}"]', f"\tinsteadOf = {url}"]
-    files = {".gitconfig": "\n".join([*lines, ""]).encode()}
+    files = {_SETTINGS: "\n".join([*lines, ""]).encode()}
     if known:
-        files[".ssh/known_hosts"] = known
+        files[_HOSTS] = known
     if given:
         # What JSON writes as a text is one of Guile's, too.
         rows = ([json.dumps(word, ensure_ascii=False) for word in row]
                 for row in channel_credentials(given.reveal()))  # fmt: skip
-        files["credentials"] = "".join(
+        files[_CREDENTIALS] = "".join(
             ["(", *(f"({' '.join(row)})\n" for row in rows), ")\n"]
         ).encode()
     return {f"{ACCESS}/{name}": content for name, content in files.items()}

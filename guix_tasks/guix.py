@@ -283,8 +283,8 @@ _SILENT = re.compile(
 _NETWORK = re.compile(
     r"usually happens due to networking issues"
     r"|^guix [a-z-]+: error: (?!.*unknown package)"
-    r"(?:Git error(?!.*(?:status code: 4|authentication|credentials|certificate|hostkey|object not found"
-    r"|cannot locate))"
+    r"(?:Git error(?!.*(?:status code: 4|authentication|credentials|certificate|hostkey"
+    r"|object not found|cannot locate))"
     r"|.*(?:\bTLS|connect|timed out|resolv|unexpected EOF))"
     r"|guix substitute: error: "
     r"|In procedure (getaddrinfo|connect): ",

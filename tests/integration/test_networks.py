@@ -121,9 +121,7 @@ def test_a_proxy(new_project: NewProject, forge: Forge, offline: Path) -> None:
         f"FROM {BASE_TAG}\n"
         "RUN /usr/lib/apt/apt-helper download-file http://files.test/nix-cache-info /fetched\n"
     )
-    project.set(
-        EXTRA_CA_FILE=forge.file("ca.pem"), GUIX_SUBSTITUTE_URLS="http://substitutes.test"
-    )
+    project.set(EXTRA_CA_FILE=forge.file("ca.pem"), GUIX_SUBSTITUTE_URLS="http://substitutes.test")
     assert "download-file" in one_error(project.inv("base"), 6)
     proxy = f"http://me:{PLANTED.plant()}@127.0.0.1:{forge.proxy_port}"
     environment = {"HTTP_PROXY": proxy, "https_proxy": proxy}
@@ -161,8 +159,7 @@ def test_a_mirror(new_project: NewProject, offline: Path) -> None:
     offers = "https://official.test/offline/channels/offline"
     with project.unharmed():
         swapped = f"{guix}=file:///offline/channels/offline {offers}=file:///offline/channels/guix"
-        said = project.inv("pull", env={"GUIX_CHANNEL_MIRRORS": swapped})
-        assert one_error(said, 4)
+        assert one_error(project.inv("pull", env={"GUIX_CHANNEL_MIRRORS": swapped}), 4)
     project.docker.ok("volume", "rm", *project.volumes())
     project.set(GUIX_CHANNEL_MIRRORS="https://official.test/offline/=file:///offline/")
     project.ok("pull")
