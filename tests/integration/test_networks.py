@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from forge import Forge, serving
-from harness import LOCK, one_error
+from harness import LOCK, builder_environment, one_error
 from planted import PLANTED
 from test_leaks import look_at_layers, watched
 
+from guix_tasks.bake import (
+    ASKED_TARGET,
+    RESOLVE,
+    WORK,
+    Definition,
+    Recipe,
+    bake_file,
+    dockerfile,
+    resolve_script,
+)
+from guix_tasks.build_folder import write_environment, write_secrets, write_step
+from guix_tasks.docker_engine import find_buildx
+from guix_tasks.engine import BuildSpec
+from guix_tasks.fetching import programs
 from guix_tasks.local.base_image import BASE_TAG
+from guix_tasks.reference import Platform
+from guix_tasks.settings import load_settings
+from guix_tasks.work import IMAGE_FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from conftest import NewProject
     from harness import Docker, Project
+
+    from guix_tasks.docker_engine import DockerEngine
 
 pytestmark = [pytest.mark.engine]
 
@@ -65,13 +85,15 @@ def test_a_token_and_an_authority_of_ones_own(
         refused = project.inv("pull", env=other)
         assert "see that GUIX_CHANNEL_CREDENTIALS has an account" in one_error(refused, 4)
     forge.shown.clear()
-    (project.folder / "token").write_text(f"https://me:{forge.token}@localhost\n")
     project.set(GUIX_CHANNEL_CREDENTIALS_FILE="token")
     (project.folder / "token").write_text(
         f"https://other:x@elsewhere.test\nhttps://me:{forge.token}@localhost:{forge.https_port}\n"
     )
+    # A proxy that nobody answers at is left alone for what it is not for.
+    nobody = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
     with watched():
-        project.ok("pull")
+        made = project.inv("pull", env={**nobody, "no_proxy": "localhost"})
+    assert made.returncode == 0, made.stderr
     assert forge.shown == {"", f"me:{forge.token}"}
     assert f'"{forge.https}/offline/channels/guix"' in (project.folder / LOCK).read_text()
     look_at_all(project)
@@ -128,26 +150,12 @@ def test_a_proxy(new_project: NewProject, forge: Forge, offline: Path) -> None:
     made = project.inv("base", env=environment)
     assert made.returncode == 0, made.stderr
     assert "GET http://files.test/nix-cache-info" in forge.asked
-    with project.unharmed():
-        assert one_error(project.inv("pull"), 4)
     made = project.inv("pull", env=environment)
     assert made.returncode == 0, made.stderr
     assert "CONNECT forge.test:443" in forge.asked
     assert any(line.startswith("GET http://substitutes.test/nar/") for line in forge.asked)
     assert "pull: up to date" in project.ok("pull").stderr
     look_at_all(project)
-
-
-def test_what_a_proxy_is_not_for(new_project: NewProject, forge: Forge, offline: Path) -> None:
-    project, forge.token = new_project(), ""
-    channels_at(project, offline, forge.https)
-    project.ok("base")
-    project.set(EXTRA_CA_FILE=forge.file("ca.pem"))
-    before = len(forge.asked)
-    nobody = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    made = project.inv("pull", env={**nobody, "no_proxy": "localhost"})
-    assert made.returncode == 0, made.stderr
-    assert len(forge.asked) == before
 
 
 def test_a_mirror(new_project: NewProject, offline: Path) -> None:
@@ -166,3 +174,57 @@ def test_a_mirror(new_project: NewProject, offline: Path) -> None:
     assert f'"{guix}"' in (project.folder / LOCK).read_text()
     said = project.ok("doctor").stdout
     assert "channel guix: /offline/channels/guix is " in said
+
+
+@pytest.mark.parametrize("way", ["https", "ssh"])
+def test_a_step_of_a_build(
+    new_project: NewProject, forge: Forge, offline: Path, engine: DockerEngine, way: str
+) -> None:
+    """The one that asks where channels are builds nothing, and so needs no insecure builder."""
+    project, forge.token = new_project(), PLANTED.plant()
+    channels_at(project, offline, getattr(forge, way))
+    credentials = forge.https.replace("//", f"//me:{forge.token}@")
+    project.set(
+        SSH_KNOWN_HOSTS=forge.file("known_hosts"),
+        EXTRA_CA_FILE=forge.file("ca.pem"),
+        GUIX_CHANNEL_CREDENTIALS=credentials,
+        CACHE_VOLUME="",
+    )
+    text = (project.folder / "channels.scm").read_text()
+    environment = {**project.environment, "ENV_FILE": str(project.folder / "project.env")}
+    settings = load_settings(project.folder, project.folder, environment)
+    folder = project.folder / "build"
+    for each in ("empty", WORK, "base"):
+        (folder / each).mkdir(parents=True)
+    (folder / "base" / "Dockerfile").write_text(f"FROM {BASE_TAG}\n")
+    write_environment(settings, folder)
+    resolve = (IMAGE_FOLDER / "resolve.scm").read_bytes()
+    files = {"stage": resolve_script(channels=True), "resolve.scm": resolve}
+    files |= {**programs(), "channels.scm": text.encode()}
+    write_step(settings, folder, RESOLVE, files, again=True)
+    own = Platform.parse(engine.info().platform)
+    definition = Definition(
+        base=BuildSpec(folder / "base", folder / "base" / "Dockerfile", network="host"),
+        base_contexts={},
+        recipe=Recipe(platforms=[own], resolve=True, network="host", ssh=way == "ssh"),
+        folder=folder,
+        contexts={WORK: folder / WORK},
+        secrets=write_secrets(settings, folder, text),
+        ssh_agent=Path(forge.file("agent")) if way == "ssh" else None,
+    )
+    insecure = dockerfile(definition.recipe)
+    assert "--security=insecure" in insecure
+    assert forge.token not in insecure + bake_file(definition)
+    (folder / "Dockerfile").write_text(insecure.replace("--security=insecure ", ""))
+    (folder / "bake.json").write_text(bake_file(definition))
+    program = find_buildx({**os.environ, **builder_environment("buildx")}, engine.address)
+    assert program
+    log: list[bytes] = []
+    program.stream(
+        "bake", "--builder=default", f"--file={folder / 'bake.json'}", "--allow=security.insecure",
+        "--allow=network.host", "--allow=fs=*", "--allow=ssh", "--progress=plain", ASKED_TARGET,
+        output=log.append,
+    )  # fmt: skip
+    PLANTED.look_at_output("a build", b"".join(log))
+    resolved = (folder / "reports" / f"{RESOLVE}d").read_text()
+    assert f'"{getattr(forge, way)}/offline/channels/guix"' in resolved
