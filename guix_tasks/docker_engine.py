@@ -340,6 +340,9 @@ class DockerEngine:
                 user=spec.user,
                 healthcheck={"test": ["NONE"]} if spec.no_healthcheck else None,
                 platform=spec.platform,
+                # Else the proxies of Docker's own configuration were in what is committed; those
+                # are among ours.
+                use_config_proxy=False,
             )
         return str(created["Id"])
 

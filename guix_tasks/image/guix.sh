@@ -4,9 +4,9 @@
 readonly folder=/var/guix/guix-tasks
 readonly agent=/dev/shm/guix-tasks-agent
 
-PATH=$(echo ":$PATH:" | sed "s,:$folder/bin:,:,g")
-PATH=${PATH#:}
-export PATH=${PATH%:}
+_path=$(echo ":$PATH:" | sed "s,:$folder/bin:,:,g")
+_path=${_path#:}
+export PATH="${_path%:}"
 guix=$(command -v guix)
 access=${GUIX_TASKS_ACCESS:-$folder/access}
 

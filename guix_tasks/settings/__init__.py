@@ -13,6 +13,7 @@ that is passed in, and never written.
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -259,8 +260,9 @@ class Settings:
     """Docker's own variables that are set (``DOCKER_HOST``, …), for whoever finds the engine."""
 
     proxies: Mapping[str, str] = field(repr=False)
-    """The proxy variables of the process's environment, in both cases: Guix reads the lower one,
-    others the upper.  There may be a password in one."""
+    """The proxy variables of the process's environment, and what Docker's own configuration has
+    where that is silent.  In both cases: Guix reads the lower one, others the upper.  There may be
+    a password in one."""
 
     ssh_agent: Path | None
     """The socket of the user's SSH agent (``SSH_AUTH_SOCK``)."""
@@ -348,14 +350,30 @@ _CONFIDENTIAL = {
 }
 
 _LOWER_CASE_PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
-_PROXIES = (*_LOWER_CASE_PROXIES, *map(str.upper, _LOWER_CASE_PROXIES))
 
 
 def _proxies(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    docker = _docker_proxies(environ)
     for name in _LOWER_CASE_PROXIES:
+        # As the docker command line has it: ``httpProxy`` is ``http_proxy``.
+        configured = docker.get(name.replace("_proxy", "Proxy"))
         for own, other in ((name, name.upper()), (name.upper(), name)):
-            if value := environ.get(own) or environ.get(other):
+            value = environ.get(own) or environ.get(other) or configured
+            if value and isinstance(value, str):
                 yield own, value
+
+
+def _docker_proxies(environ: Mapping[str, str]) -> Mapping[str, Any]:
+    """The proxies that the docker command line gives to containers, from its ``config.json``.
+
+    Where that cannot be read, it is for whoever speaks to the engine to tell.
+    """
+    home = environ.get("DOCKER_CONFIG") or f"{environ.get('HOME', '')}/.docker"
+    try:
+        found = json.loads(Path(home, "config.json").read_bytes())["proxies"]["default"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def settings_reference() -> list[tuple[str, str, str]]:
@@ -430,9 +448,9 @@ def _shown(path: Path, cwd: Path) -> str:
 
 
 def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Settings:
-    values = sources.values()
+    values, proxies = sources.values(), dict(_proxies(environ))
     # Before anything is said of them: what is wrong may hold a secret, too.
-    masking.add(*_secrets(sources, values, environ))
+    masking.add(*_secrets(sources, values, proxies))
     _check_together(sources, values)
     if sources.problems:
         raise SettingsError(list(dict.fromkeys(sources.problems)))
@@ -440,7 +458,7 @@ def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Se
     return Settings(
         **{name.lower(): values[name] for name in _SETTINGS},
         docker_environment=MappingProxyType(docker),
-        proxies=MappingProxyType(dict(_proxies(environ))),
+        proxies=MappingProxyType(proxies),
         ssh_agent=Path(environ["SSH_AUTH_SOCK"]) if environ.get("SSH_AUTH_SOCK") else None,
         folder=project,
         written=MappingProxyType(
@@ -456,7 +474,7 @@ _SECRET_FILE_MAX = 1 << 16
 
 
 def _secrets(
-    sources: Sources, values: Mapping[str, Any], environ: Mapping[str, str]
+    sources: Sources, values: Mapping[str, Any], proxies: Mapping[str, str]
 ) -> Iterator[str]:
     """All that nobody is to see, whether the settings are right or not."""
     user, password = values["DOCKER_USERNAME"], values["DOCKER_PASSWORD"]
@@ -465,7 +483,7 @@ def _secrets(
         yield f"{user.reveal() if user else ''}:{password.reveal()}"
     if given := values["GUIX_CHANNEL_CREDENTIALS"]:
         yield from parsers.secret_parts(given.reveal())
-    for url in (environ.get(name, "") for name in _PROXIES):
+    for url in proxies.values():
         # Not by the rules of URLs: a password may be there that breaks them.
         account = url.partition("://")[2] or url
         yield account.rpartition("@")[0].partition(":")[2]

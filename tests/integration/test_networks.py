@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -161,6 +162,10 @@ def test_a_proxy(new_project: NewProject, forge: Forge, offline: Path) -> None:
 def test_a_mirror(new_project: NewProject, offline: Path) -> None:
     project = new_project()
     channels_at(project, offline, "https://official.test")
+    # What the docker command line gives to each container is not to be in an image either.
+    config = project.folder / "home" / ".docker" / "config.json"
+    proxies = {"default": {"ftpProxy": f"http://me:{PLANTED.plant()}@127.0.0.1:9"}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), "proxies": proxies}))
     project.ok("base")
     project.set(NETWORK="none")
     guix = "https://official.test/offline/channels/guix"
@@ -172,6 +177,8 @@ def test_a_mirror(new_project: NewProject, offline: Path) -> None:
     project.set(GUIX_CHANNEL_MIRRORS="https://official.test/offline/=file:///offline/")
     project.ok("pull")
     assert f'"{guix}"' in (project.folder / LOCK).read_text()
+    made = project.docker.config(project.tag("pull"))
+    assert not [each for each in made["Env"] if "proxy" in each.lower()]
     said = project.ok("doctor").stdout
     assert "channel guix: /offline/channels/guix is " in said
 
