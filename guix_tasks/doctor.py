@@ -329,16 +329,23 @@ def _channels(patient: Patient) -> Iterator[Finding]:
             # What Git asks first (gitprotocol-http(5)); Guix' libgit2 speaks no older protocol.
             address = f"{url.rstrip('/')}/info/refs?service=git-upload-pack"
             answer = _Answer(re.compile(rb"service=git-upload-pack"), "a Git repository")
-            mend = "mend GUIX_CHANNELS, or the network"
+            mend = "mend GUIX_CHANNELS or the network; a private one: GUIX_CHANNEL_CREDENTIALS"
             question = _Question(name, shown, _with_account(settings, address), mend)
             yield _answers(settings, question, answer)
         elif url.startswith(("file://", "/")):
             yield _mounted(settings, name, url.removeprefix("file://"))
         elif by_ssh(settings, f'"{url}"'):
-            with lent_access(patient.engine, settings, f'"{url}"'):
-                yield Finding(name, State.OK, f"{shown}: your SSH agent and known hosts are there")
+            yield _by_ssh(patient, name, url)
         else:
             yield Finding(name, State.NOTE, f"{shown} was not asked")
+
+
+def _by_ssh(patient: Patient, name: str, url: str) -> Finding:
+    try:
+        with lent_access(patient.engine, patient.settings, f'"{url}"'):
+            return Finding(name, State.OK, "there are an SSH agent and known hosts for it")
+    except UsageError as error:
+        return failed(name, error)
 
 
 def _with_account(settings: Settings, address: str) -> str:
@@ -420,7 +427,6 @@ def _answers(settings: Settings, question: _Question, answer: _Answer) -> Findin
             return Finding(name, State.FAILED, f"{shown} answers, but not as {answer.kind}", mend)
     except urllib.error.HTTPError as error:
         reason = " ".join(f"{error.code} {error.reason}".split())
-        mend = guix.fetch_mend(f"guix error: status code: {error.code}") or mend
         return Finding(name, State.FAILED, f"{shown} answers {reason}", mend)
     except (OSError, ValueError, http.client.HTTPException) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error

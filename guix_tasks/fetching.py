@@ -130,11 +130,15 @@ def lent_access(engine: Engine, settings: Settings, channels: str | None) -> Ite
     if not engine.info().is_local:
         raise UsageError(
             f"the engine at {engine.info().url} is on another machine, and your SSH agent cannot "
-            f"be lent to it for {url}; use an https URL with GUIX_CHANNEL_CREDENTIALS, "
+            f"be lent to it for {_shown(url)}; use an https URL with GUIX_CHANNEL_CREDENTIALS, "
             "`inv buildx.build`, or a local engine"
         )
     with _relay(agent) as place:
         yield Access(files, (f"{place}:{AGENT}",))
+
+
+def _shown(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", url)
 
 
 def agent_socket(settings: Settings, url: str) -> Path:
@@ -142,8 +146,8 @@ def agent_socket(settings: Settings, url: str) -> Path:
     agent = settings.ssh_agent
     if agent is None or not agent.is_socket():
         raise UsageError(
-            f"{url} is fetched by SSH, and SSH_AUTH_SOCK names no agent; start one and add your "
-            'key: `eval "$(ssh-agent)" && ssh-add`'
+            f"{_shown(url)} is fetched by SSH, and SSH_AUTH_SOCK names no agent; start one and add "
+            'your key: `eval "$(ssh-agent)" && ssh-add`'
         )
     return agent
 

@@ -305,7 +305,7 @@ def network_fault(log: str) -> bool:
 
 
 _FETCH_MENDS = {
-    r"authentication required|refused the credentials|status code: 40[134]": (
+    r"authentication required|refused the credentials|status code: 40[13]": (
         "the channel's server does not let it in: see that GUIX_CHANNEL_CREDENTIALS has an account "
         "for its address, which may read there"
     ),

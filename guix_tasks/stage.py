@@ -293,11 +293,10 @@ def perform(
         status = project.engine.wait(container)
     if timed_out.is_set():
         raise _too_long(project, name)
-    proxy = proxy_out_of_reach(project.engine, project.settings)
     if faults.servers.were_silent:
-        raise faults.silence(f"{name}: ", proxy)
+        raise faults.silence(f"{name}: ", _proxy_fault(project))
     if status:
-        mend = (proxy if faults.network_failed else "") or guix.fetch_mend(faults.last)
+        mend = guix.fetch_mend(faults.last) or (faults.network_failed and _proxy_fault(project))
         why = full_disk(faults.last) or f"; {mend or 'the output above says why'}"
         error = StageError(
             f"{name}: the command failed with exit status {status}, and nothing was committed{why}"
@@ -305,6 +304,13 @@ def perform(
         error.passes = faults.network_failed
         raise error
     return output.decode(errors="replace")
+
+
+def _proxy_fault(project: Project) -> str:
+    # Where the engine is gone, the error that is under way is the one to tell.
+    with suppress(EngineError):
+        return proxy_out_of_reach(project.engine, project.settings)
+    return ""
 
 
 def _too_long(project: Project, name: str) -> StageError:
