@@ -415,8 +415,9 @@ class _Question:
 def _answers(settings: Settings, question: _Question, answer: _Answer) -> Finding:
     name, shown, mend = question.name, question.shown, question.mend
     try:
-        trust = ssl.create_default_context()
+        trust = None
         if settings.extra_ca_file:
+            trust = ssl.create_default_context()
             trust.load_verify_locations(settings.extra_ca_file)
         # Only http and https come here.
         with urllib.request.urlopen(  # noqa: S310

@@ -59,8 +59,12 @@ def channels_at(project: Project, offline: Path, url: str) -> None:
 
 
 def look_at_all(project: Project) -> None:
-    """Look for planted secrets in all layers, and in the volumes of the caches."""
+    """Look for planted secrets in all layers, and in the volume of the channels' checkouts."""
     look_at_layers(project.docker, project.tag("pull"))
+    look_at_volume(project)
+
+
+def look_at_volume(project: Project) -> None:
     (volume, *_) = [name for name in project.volumes() if "substitutes" not in name]
     listing = project.docker.run(
         BASE_TAG, "tar", "-c", "-C", "/cache", ".", options=(f"--volume={volume}:/cache:ro",)
@@ -156,7 +160,8 @@ def test_a_proxy(new_project: NewProject, forge: Forge, offline: Path) -> None:
     assert "CONNECT forge.test:443" in forge.asked
     assert any(line.startswith("GET http://substitutes.test/nar/") for line in forge.asked)
     assert "pull: up to date" in project.ok("pull").stderr
-    look_at_all(project)
+    PLANTED.look("the configuration", json.dumps(project.docker.config(project.tag("pull"))))
+    look_at_volume(project)
 
 
 def test_a_mirror(new_project: NewProject, offline: Path) -> None:
