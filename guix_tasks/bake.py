@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from guix_tasks import guix
 from guix_tasks.buildx import csv_field
-from guix_tasks.work import CACHES, ENTRY_POINT, FOLDER
+from guix_tasks.fetching import ACCESS_FILES
+from guix_tasks.work import CACHES, ENTRY_POINT, EXTRA_CA, FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,6 +70,8 @@ class Recipe:
     binds: Sequence[Bind] = ()
     cache: str | None = None
     """What the names of the builder's cache mounts begin with; None: caches stay in the image."""
+    ssh: bool = False
+    """Whether channels are fetched with the user's SSH agent."""
     user: str = ""
     """The user that the image of the base is for, if not root."""
     labels: Sequence[str] = ()
@@ -139,9 +142,13 @@ def _word(platform: Platform) -> str:
 
 def _step(recipe: Recipe, folder: str, stage: str) -> str:
     """The ``RUN`` of a stage, with what is in its folder; that ends up in no layer."""
+    # Mounted whether there or not: a step is the same with them and without.
+    names = (EXTRA_CA, *(ACCESS_FILES if stage == "pull" else ()))
     mounts = [
         f"type=bind,from={WORK},source={folder},target={FOLDER},rw",
         f"type=secret,id={ENVIRONMENT},target={FOLDER}/{ENVIRONMENT}",
+        *(f"type=secret,id={_secret_id(name)},target={FOLDER}/{name}" for name in names),
+        *(["type=ssh"] if recipe.ssh and stage == "pull" else []),
         *map(_bind, recipe.binds),
         *_caches(recipe),
     ]
@@ -209,6 +216,9 @@ class Definition:
     """Where the Dockerfile, the context ``work`` and the file with the environment are."""
     contexts: Mapping[str, Path]
     syntax: str | None = None
+    secrets: Mapping[str, Path] = field(default_factory=dict)
+    """More files that steps see, by their IDs; those of ``SECRETS`` that there are."""
+    ssh_agent: Path | None = None
     label_values: Mapping[str, str] | None = None
     tags: Sequence[str] = ()
     output: str = ""
@@ -237,7 +247,11 @@ def bake_file(definition: Definition) -> str:
             **({"BUILDKIT_SYNTAX": definition.syntax} if definition.syntax else {}),
             **(definition.label_values or {}),
         },
-        "secret": [_secret(ENVIRONMENT, definition.folder / ENVIRONMENT)],
+        "secret": [
+            _secret(ENVIRONMENT, definition.folder / ENVIRONMENT),
+            *(_secret(_secret_id(name), path) for name, path in definition.secrets.items()),
+        ],
+        **({"ssh": [f"default={definition.ssh_agent}"]} if definition.ssh_agent else {}),
         **_network(recipe.network, "security.insecure"),
     }
     target = {
@@ -245,7 +259,7 @@ def bake_file(definition: Definition) -> str:
             **shared,
             "context": str(base.context),
             "dockerfile": str(base.dockerfile),
-            "args": dict(base.args),
+            "args": {**base.proxies, **base.args},
             "contexts": dict(definition.base_contexts),
             "secret": [_secret(name, path) for name, path in base.secrets.items()],
             **_network(base.network),
@@ -270,6 +284,10 @@ def _network(network: str | None, *entitlements: str) -> dict[str, Any]:
         **({"network": network} if network else {}),
         **({"entitlements": wanted} if wanted else {}),
     }
+
+
+def _secret_id(name: str) -> str:
+    return name.replace("/", "-").replace(".", "")
 
 
 def _secret(name: str, path: Path) -> str:

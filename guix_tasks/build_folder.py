@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from guix_tasks.bake import ENVIRONMENT, WORK, Bind
 from guix_tasks.errors import BuilderError, UsageError
+from guix_tasks.fetching import access_files
 from guix_tasks.pieces import as_file
 from guix_tasks.reference import quoted
 from guix_tasks.settings.values import Sandbox
-from guix_tasks.work import common_files
+from guix_tasks.work import EXTRA_CA, common_files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,12 +34,28 @@ def write_environment(settings: Settings, folder: Path) -> None:
     (folder / ENVIRONMENT).write_bytes(common_files(settings)[ENVIRONMENT])
 
 
+def write_secrets(settings: Settings, folder: Path, channels: str | None) -> dict[str, Path]:
+    """What is mounted as secrets besides, since a step is the same without it; by its names.
+
+    ``channels`` is the channels file of what is fetched, where anything is.  Raises ``UsageError``.
+    """
+    files = {} if channels is None else access_files(settings, channels)
+    if settings.extra_ca_file:
+        files[EXTRA_CA] = settings.extra_ca_file.read_bytes()
+    paths = {name: folder / "secrets" / str(number) for number, name in enumerate(files)}
+    (folder / "secrets").mkdir(exist_ok=True)
+    for name, content in files.items():
+        paths[name].write_bytes(content)
+    return paths
+
+
 def write_step(
     settings: Settings, folder: Path, name: str, files: Mapping[str, bytes], *, again: bool
 ) -> None:
     """What a step sees at ``work.FOLDER``; ``again`` lets it be like no step in the cache."""
     # The secret is mounted over an empty file.
     everything = {**common_files(settings), **files, ENVIRONMENT: b""}
+    everything.pop(EXTRA_CA, None)
     if again:
         everything["again"] = secrets.token_bytes(16)
     for file, content in everything.items():

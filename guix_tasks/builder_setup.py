@@ -20,6 +20,7 @@ from guix_tasks.builders import builder_name, find_builder, lacking, needed_synt
 from guix_tasks.buildx import INSECURE_REFUSED, UNKNOWN_FLAG
 from guix_tasks.engine import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError
+from guix_tasks.masking import holds_secret
 from guix_tasks.retry import retried
 from guix_tasks.settings import Driver, Node
 from guix_tasks.work import PROJECT_LABEL, container_name
@@ -136,6 +137,16 @@ def _create(project: Project, buildx: Buildx, nodes: tuple[Node, ...]) -> None:
     settings, console = project.settings, project.console
     name = settings.buildx_builder
     console.say(f"buildx.setup: making {name} ({settings.buildx_driver.value})")
+    with_account = [
+        name
+        for name, value in settings.proxies.items()
+        if "@" in value and name.lower() != "ftp_proxy"
+    ]
+    if with_account and settings.buildx_driver in _WITH_DAEMON:
+        console.warn(
+            f"the builder itself goes without {with_account[0]}, whose account all could see; "
+            "name a proxy without one, or a registry mirror in the builder's own configuration"
+        )
     if settings.buildx_driver is Driver.KUBERNETES:
         console.warn("the driver kubernetes is experimental: guix-tasks was never run with it")
     try:
@@ -194,8 +205,21 @@ def create_argv(settings: Settings, node: Node, *, append: bool) -> list[str]:
 def _options(settings: Settings, node: Node) -> list[tuple[str, str]]:
     # The host's network, so that a registry on localhost is reached.
     network = {"network": "host"} if settings.buildx_driver is Driver.CONTAINER else {}
-    logs = _LOGS if settings.buildx_driver in _WITH_DAEMON else {}
-    return sorted({**network, **logs, **dict(node.options)}.items())
+    own = settings.buildx_driver in _WITH_DAEMON
+    own_options = {**_LOGS, **_proxies(settings)} if own else {}
+    return sorted({**network, **own_options, **dict(node.options)}.items())
+
+
+def _proxies(settings: Settings) -> dict[str, str]:
+    """What the builder's own downloads go through, but for a proxy with an account.
+
+    Options are seen on the command line, and by whoever may look at the builder.
+    """
+    return {
+        f"env.{name}": value
+        for name, value in settings.proxies.items()
+        if not (name.lower() == "ftp_proxy" or "@" in value or holds_secret(value))
+    }
 
 
 def _differences(settings: Settings, found: Builder, wanted: tuple[Node, ...]) -> Iterator[str]:
@@ -221,8 +245,9 @@ def _node_differences(settings: Settings, node: BuilderNode, want: Node) -> Iter
     if driver in _WITH_DAEMON and ENTITLEMENTS[0] not in entitlements(node):
         yield f"its node {node.name} was made without the entitlement {ENTITLEMENTS[0]}"
     there = dict(node.options)
-    # That the log of another's builder is clipped is no reason to replace it.
-    asked = (pair for pair in _options(settings, want) if pair[0] not in _LOGS)
+    # That another's builder clips logs, or has another proxy, is no reason to replace it.
+    beside = {*_LOGS, *_proxies(settings)}
+    asked = (pair for pair in _options(settings, want) if pair[0] not in beside)
     for name, value in asked:
         if there.get(name) != value:
             yield f"its node {node.name} was made without {name}={value}"

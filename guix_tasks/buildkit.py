@@ -41,6 +41,7 @@ from guix_tasks.build_folder import (
     only_here,
     write_environment,
     write_mounts,
+    write_secrets,
     write_step,
 )
 from guix_tasks.builders import (
@@ -54,6 +55,7 @@ from guix_tasks.buildx import Builder, csv_field, signed_in
 from guix_tasks.console import Log, human_size, human_time
 from guix_tasks.digests import Pushed, save
 from guix_tasks.errors import BuilderError, StageError, UsageError
+from guix_tasks.fetching import agent_socket, by_ssh, programs
 from guix_tasks.guix import commits
 from guix_tasks.reference import Platform, quoted
 from guix_tasks.retry import TRIES, retried
@@ -222,6 +224,8 @@ class _Baking:
         binds, contexts = write_mounts(settings, folder)
         if self._floats:
             self._write_resolve()
+        channels = self._channels
+        url = by_ssh(settings, channels or "")
         own = self.builder.driver == Driver.DOCKER.value
         reachable = network(self.project.engine, settings) if own else settings.network
         if reachable not in (None, "host", "none"):
@@ -236,6 +240,7 @@ class _Baking:
             network=reachable,
             binds=binds,
             cache=cache_prefix(settings),
+            ssh=bool(url),
         )
         return Definition(
             base=base_spec(settings, reachable),
@@ -243,6 +248,8 @@ class _Baking:
             recipe=recipe,
             folder=folder,
             contexts={WORK: folder / WORK, **contexts},
+            secrets=write_secrets(settings, folder, channels),
+            ssh_agent=agent_socket(settings, url) if url else None,
             syntax=syntax,
             cache_from=[*settings.buildx_cache_from, *self._registry_cache()],
         )
@@ -252,9 +259,18 @@ class _Baking:
         """Whether no lock says which commits of the channels are to be pulled."""
         return self.wishes.pull and (self.wishes.update or not lock_text(self._settings))
 
+    @property
+    def _channels(self) -> str | None:
+        """The channels file of what is to be fetched; None where nothing is."""
+        if not self.wishes.pull:
+            return None
+        settings = self._settings
+        return (None if self._floats else lock_text(settings)) or wanted_text(settings) or ""
+
     def _write_resolve(self) -> None:
         wanted = wanted_text(self._settings)
         files = {
+            **programs(),
             "stage": resolve_script(
                 channels=wanted is not None, authenticate=self.wishes.authenticate
             ),
@@ -298,7 +314,7 @@ class _Baking:
             console.say(f"{stage.name}: in an insecure step")
             for argv in stage.commands:
                 console.command(argv)
-            files = stage_files(stage)
+            files = {**stage_files(stage), **(programs() if stage.fetches is not None else {})}
             write_step(settings, self.folder, stage.name, files, again=self.wishes.force)
         recipe = replace(definition.recipe, stages=stages, user=self._user(), resolve=False)
         return replace(definition, recipe=recipe)
@@ -466,7 +482,7 @@ class _Baking:
             "BUILDX_METADATA_PROVENANCE": "disabled",
         }
         # What bake may read and write is what its file says, and that is ours.
-        allowed = ["security.insecure", "fs=*"]
+        allowed = ["security.insecure", "fs=*", *(["ssh"] if definition.ssh_agent else [])]
         if definition.recipe.network == "host":
             allowed.append("network.host")
         arguments = (

@@ -347,6 +347,9 @@ class DockerEngine:
                 user=spec.user,
                 healthcheck={"test": ["NONE"]} if spec.no_healthcheck else None,
                 platform=spec.platform,
+                # Else the proxies of Docker's own configuration were in what is committed; those
+                # are among ours.
+                use_config_proxy=False,
             )
         return str(created["Id"])
 
@@ -430,7 +433,7 @@ class DockerEngine:
         return self._slow.build(
             path=str(spec.context),
             dockerfile=str(spec.dockerfile),
-            buildargs=dict(spec.args),
+            buildargs={**spec.proxies, **spec.args},
             platform=spec.platform,
             network_mode=spec.network,
             rm=True,

@@ -7,6 +7,7 @@ import http.client
 import json
 import re
 import shutil
+import ssl
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -15,18 +16,20 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
 from typing import TYPE_CHECKING
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from guix_tasks import guix
 from guix_tasks.builders import find_builder, needed_syntax
 from guix_tasks.console import human_size, printable
 from guix_tasks.errors import EngineError, GuixTasksError, UsageError
+from guix_tasks.fetching import by_ssh, lent_access, mirrored
 from guix_tasks.local.registry import accounts
 from guix_tasks.sandbox import OTHER_FAULTS, probe
 from guix_tasks.settings import Driver
+from guix_tasks.settings.parsers import channel_credentials
 from guix_tasks.stages.pull import lock_misfits, lock_text, misfit, wanted_text
 from guix_tasks.transfer import credentials
-from guix_tasks.work import binds, refuse_emulated
+from guix_tasks.work import binds, proxy_out_of_reach, refuse_emulated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -264,6 +267,14 @@ def _registry(patient: Patient) -> Iterator[Finding]:
     yield Finding("registry", State.OK, f"{reference.registry} answers {who}")
 
 
+def _proxies(patient: Patient) -> Iterator[Finding]:
+    if why := proxy_out_of_reach(patient.engine, patient.settings):
+        yield failed("proxy", UsageError(why))
+    elif patient.settings.proxies:
+        names = ", ".join(name for name in patient.settings.proxies if name.islower())
+        yield Finding("proxy", State.OK, f"{names}: stages, builds and these checks use it")
+
+
 def _buildx(patient: Patient) -> Iterator[Finding]:
     buildx = patient.buildx()
     if buildx is None:
@@ -312,16 +323,39 @@ def _channels(patient: Patient) -> Iterator[Finding]:
         yield Finding("channels", State.NOTE, "GUIX_CHANNELS computes them; none was asked")
     for channel in channels:
         # Nobody is to read a token here.
-        name, shown = f"channel {channel.name}", re.sub(r"//[^/@]*@", "//", channel.url)
-        if channel.url.startswith(("https://", "http://")) and settings.network != "none":
+        url = mirrored(settings, channel.url)
+        name, shown = f"channel {channel.name}", re.sub(r"//[^/@]*@", "//", url)
+        if url.startswith(("https://", "http://")) and settings.network != "none":
             # What Git asks first (gitprotocol-http(5)); Guix' libgit2 speaks no older protocol.
-            address = f"{channel.url.rstrip('/')}/info/refs?service=git-upload-pack"
+            address = f"{url.rstrip('/')}/info/refs?service=git-upload-pack"
             answer = _Answer(re.compile(rb"service=git-upload-pack"), "a Git repository")
-            yield _answers(name, shown, address, answer, "mend GUIX_CHANNELS, or the network")
-        elif channel.url.startswith(("file://", "/")):
-            yield _mounted(settings, name, channel.url.removeprefix("file://"))
+            mend = "mend GUIX_CHANNELS or the network; a private one: GUIX_CHANNEL_CREDENTIALS"
+            question = _Question(name, shown, _with_account(settings, address), mend)
+            yield _answers(settings, question, answer)
+        elif url.startswith(("file://", "/")):
+            yield _mounted(settings, name, url.removeprefix("file://"))
+        elif by_ssh(settings, f'"{url}"'):
+            yield _by_ssh(patient, name, url)
         else:
             yield Finding(name, State.NOTE, f"{shown} was not asked")
+
+
+def _by_ssh(patient: Patient, name: str, url: str) -> Finding:
+    try:
+        with lent_access(patient.engine, patient.settings, f'"{url}"'):
+            return Finding(name, State.OK, "there are an SSH agent and known hosts for it")
+    except UsageError as error:
+        return failed(name, error)
+
+
+def _with_account(settings: Settings, address: str) -> str:
+    """An address with the account that opens it at pull."""
+    given = settings.guix_channel_credentials
+    for start, user, password in channel_credentials(given.reveal() if given else ""):
+        if address.startswith(start):
+            account = f"{quote(user, safe='')}:{quote(password, safe='')}@"
+            return address.replace("://", f"://{account}", 1)
+    return address
 
 
 def _mounted(settings: Settings, name: str, path: str, inside: str = "") -> Finding:
@@ -351,7 +385,7 @@ def _substitutes(patient: Patient) -> Iterator[Finding]:
         else:
             mend = "without it everything is built from source: mend GUIX_SUBSTITUTE_URLS"
             answer = _Answer(re.compile(rb"^StoreDir:", re.MULTILINE), "a substitute server")
-            yield _answers(name, url, f"{url}/{file}", answer, mend)
+            yield _answers(settings, _Question(name, url, f"{url}/{file}", mend), answer)
         if url not in guix.DEFAULT_SUBSTITUTE_URLS and not settings.guix_substitute_keys:
             yield Finding(
                 name, State.NOTE, f"no key for {url} is set",
@@ -367,10 +401,28 @@ class _Answer:
     kind: str
 
 
-def _answers(name: str, shown: str, address: str, answer: _Answer, mend: str) -> Finding:
+@dataclass(frozen=True)
+class _Question:
+    """Who is asked, for which check."""
+
+    name: str
+    shown: str
+    address: str
+    """May hold an account, and so is not shown."""
+    mend: str
+
+
+def _answers(settings: Settings, question: _Question, answer: _Answer) -> Finding:
+    name, shown, mend = question.name, question.shown, question.mend
     try:
+        trust = None
+        if settings.extra_ca_file:
+            trust = ssl.create_default_context()
+            trust.load_verify_locations(settings.extra_ca_file)
         # Only http and https come here.
-        with urllib.request.urlopen(_request(address), timeout=_WAIT) as body:  # noqa: S310
+        with urllib.request.urlopen(  # noqa: S310
+            _request(question.address), timeout=_WAIT, context=trust
+        ) as body:
             if answer.begins.search(body.read(1000)):
                 return Finding(name, State.OK, f"{shown} answers")
             return Finding(name, State.FAILED, f"{shown} answers, but not as {answer.kind}", mend)
@@ -379,6 +431,8 @@ def _answers(name: str, shown: str, address: str, answer: _Answer, mend: str) ->
         return Finding(name, State.FAILED, f"{shown} answers {reason}", mend)
     except (OSError, ValueError, http.client.HTTPException) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            mend = guix.fetch_mend("guix error: certificate verification") or mend
         cause = " ".join(str(cause).split()) or type(cause).__name__
         return Finding(name, State.FAILED, f"{shown} does not answer: {cause}", mend)
 
@@ -401,6 +455,7 @@ CHECKS: dict[str, Callable[[Patient], Iterator[Finding]]] = {
     "base image": _base_image,
     "mounts": _mounts,
     "sandbox": _sandbox,
+    "proxy": _proxies,
     "registry": _registry,
     "buildx": _buildx,
     "channels": _channels,

@@ -142,6 +142,8 @@ class BuildSpec:
     platform: str | None = None
     network: str | None = None
     """``host`` or ``none``; a build can join no other network."""
+    proxies: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """More arguments, of the names that builders keep out of histories and of their caches."""
 
 
 @dataclass(frozen=True)

@@ -283,7 +283,8 @@ _SILENT = re.compile(
 _NETWORK = re.compile(
     r"usually happens due to networking issues"
     r"|^guix [a-z-]+: error: (?!.*unknown package)"
-    r"(?:Git error(?!.*(?:status code: 4|authentication|object not found|cannot locate))"
+    r"(?:Git error(?!.*(?:status code: 4|authentication|credentials|certificate|hostkey"
+    r"|object not found|cannot locate))"
     r"|.*(?:\bTLS|connect|timed out|resolv|unexpected EOF))"
     r"|guix substitute: error: "
     r"|In procedure (getaddrinfo|connect): ",
@@ -379,6 +380,33 @@ def silent_servers(log: str) -> set[str]:
 def network_fault(log: str) -> bool:
     """Whether a command failed for want of a network, and not because something does not build."""
     return _NETWORK.search(log) is not None and not build_fault(log)
+
+
+_FETCH_MENDS = {
+    r"authentication required|refused the credentials|status code: 40[13]": (
+        "the channel's server does not let it in: see that GUIX_CHANNEL_CREDENTIALS has an account "
+        "for its address, which may read there"
+    ),
+    r"remote rejected authentication|SSH credentials|no auth sock|ssh agent": (
+        "the channel's host takes no key of your SSH agent: `ssh-add` the right one, and name the "
+        "user in the channel's URL, as ssh://git@HOST/PATH"
+    ),
+    r"remote ssh hostkey": (
+        "SSH_KNOWN_HOSTS does not have the host's key: check it, and add what `ssh-keyscan` says"
+    ),
+    r"certificate (?:is invalid|verif)|could not be verified|tls-certificate-error": (
+        "no authority that is trusted vouches for the server: name that authority's certificate in "
+        "EXTRA_CA_FILE"
+    ),
+}
+"""What libgit2, libssh2 and Guix say where a server may not be used, and what mends it."""
+
+
+def fetch_mend(log: str) -> str:
+    """What mends a fault between Guix and a server, as a log tells; empty where it tells none."""
+    faults = "\n".join(re.findall(r"^(?:guix .*error:|X\.509) .*$", log, re.MULTILINE))
+    found = (mend for says, mend in _FETCH_MENDS.items() if re.search(says, faults))
+    return next(found, "")
 
 
 def build_fault(log: str) -> bool:

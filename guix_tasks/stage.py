@@ -17,6 +17,7 @@ from guix_tasks.annotations import oci_annotations
 from guix_tasks.console import Log, human_size, human_time
 from guix_tasks.errors import EngineError, StageError, full_disk
 from guix_tasks.failure import Failed, keep_failure
+from guix_tasks.fetching import lent_access
 from guix_tasks.fingerprint import file_digest, text_digest
 from guix_tasks.ledger import (
     IMAGE_LABEL,
@@ -42,6 +43,7 @@ from guix_tasks.work import (
     Work,
     common_inputs,
     fill,
+    proxy_out_of_reach,
     refuse_second,
     time_limit,
     work_container,
@@ -128,6 +130,8 @@ class Stage:
     """More of what it is made from, by name, with the digest of each content."""
     folder: str | None = None
     """Where the commands start, if that is not where the image's do."""
+    fetches: str | None = None
+    """The channels file of the channels that it fetches, where it fetches any."""
     as_root: bool = False
     """Whether its commands change more than the store, Guix's state and root's profiles."""
     keep: str | None = None
@@ -174,15 +178,10 @@ def run_stage(
     console.say(f"{stage.name}: in a {settings.guix_sandbox.value} container")
     for command in stage.commands:
         console.command(command)
-    work = Work(
-        stage.name,
-        (f"{FOLDER}/stage",),
-        stage_files(stage),
-        keep=not commit,
-        keep_failed=keep_failed,
-        nearby=project.nearby(stage.name),
-    )
-    with work_container(project.engine, settings, parent.id, work) as container:
+    with _container(project, stage, parent, keep=not commit, keep_failed=keep_failed) as (
+        container,
+        work,
+    ):
         report = run_again(project, container, work).strip()
         if stage.check:
             stage.check(report)
@@ -199,6 +198,26 @@ def run_stage(
             return None
         tag = project.ledger.tag(stage.name)
         return commit_image(project, container, parent, tag, labels)
+
+
+@contextmanager
+def _container(
+    project: Project, stage: Stage, parent: Image, *, keep: bool, keep_failed: bool
+) -> Iterator[tuple[str, Work]]:
+    """A container of ``parent`` with all that the stage is lent, and what it is to do."""
+    engine, settings = project.engine, project.settings
+    with lent_access(engine, settings, stage.fetches) as access:
+        work = Work(
+            stage.name,
+            (f"{FOLDER}/stage",),
+            {**stage_files(stage), **access.files},
+            keep=keep,
+            keep_failed=keep_failed,
+            nearby=project.nearby(stage.name),
+            binds=access.binds,
+        )
+        with work_container(engine, settings, parent.id, work) as container:
+            yield container, work
 
 
 def run_again(project: Project, container: str, work: Work) -> str:
@@ -294,15 +313,23 @@ def perform(
     if timed_out.is_set():
         raise _too_long(project, name)
     if faults.servers.were_silent:
-        raise faults.silence(f"{name}: ")
+        raise faults.silence(f"{name}: ", _proxy_fault(project))
     if status:
-        why = full_disk(faults.last) or "; the output above says why"
+        mend = guix.fetch_mend(faults.last) or (faults.network_failed and _proxy_fault(project))
+        why = full_disk(faults.last) or f"; {mend or 'the output above says why'}"
         error = StageError(
             f"{name}: the command failed with exit status {status}, and nothing was committed{why}"
         )
         error.passes = faults.network_failed
         raise error
     return output.decode(errors="replace")
+
+
+def _proxy_fault(project: Project) -> str:
+    # Where the engine is gone, the error that is under way is the one to tell.
+    with suppress(EngineError):
+        return proxy_out_of_reach(project.engine, project.settings)
+    return ""
 
 
 def _too_long(project: Project, name: str) -> StageError:

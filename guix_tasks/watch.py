@@ -101,9 +101,9 @@ class Faults:
         is_other = self._is_build_fault or full_disk(self.last)
         return not is_other and guix.network_fault(self.last)
 
-    def silence(self, prefix: str = "") -> StageError:
+    def silence(self, prefix: str = "", why: str = "") -> StageError:
         """The error where no substitute server answers."""
-        error = StageError(f"{prefix}{self.servers.complaint}")
+        error = StageError(f"{prefix}{self.servers.complaint}{why and f'; {why}'}")
         error.passes = True
         return error
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -21,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from guix_tasks import guix
 from guix_tasks.engine import ContainerSpec
@@ -42,6 +44,7 @@ ENTRY_POINT = f"{FOLDER}/entry-point.sh"
 ENVIRONMENT = f"{FOLDER}/environment"
 NEARBY_KEY = "nearby.pub"
 """Below ``FOLDER``: what only the daemon of this container trusts."""
+EXTRA_CA = "extra-ca.pem"
 PROJECT_LABEL = "org.guix-tasks.project"
 
 _NAME = "guix-tasks"
@@ -119,6 +122,8 @@ class Work:
     """Of the container itself, and so of an image that is committed from it."""
     nearby: Nearby | None = None
     """Asked for substitutes before all others."""
+    binds: tuple[str, ...] = ()
+    """Mounts of its own, where nothing of them stays in an image."""
 
 
 @contextmanager
@@ -316,6 +321,8 @@ def common_files(settings: Settings, nearby: Nearby | None = None) -> dict[str, 
         files[NEARBY_KEY] = nearby.key
     for number, key in enumerate(settings.guix_substitute_keys):
         files[f"keys/{number}-{key.name}"] = key.read_bytes()
+    if settings.extra_ca_file:
+        files[EXTRA_CA] = settings.extra_ca_file.read_bytes()
     return files
 
 
@@ -427,7 +434,7 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         labels={PROJECT_LABEL: project(settings)},
         environment=work.environment,
         network="none" if work.bare else network(engine, settings),
-        binds=(*mounts, *(":".join(each) for each in volumes.items())),
+        binds=(*mounts, *(":".join(each) for each in volumes.items()), *work.binds),
         memory_folders=() if work.bare else memory_folders(settings),
         # What builds leave there is gigabytes: on disk, and not in the image.
         scratch="/tmp" if volumes else None,  # noqa: S108 -- the container's own
@@ -444,6 +451,21 @@ def network(engine: Engine, settings: Settings) -> str | None:
     if settings.network:
         return settings.network
     return None if engine.info().has_bridge else "host"
+
+
+def proxy_out_of_reach(engine: Engine, settings: Settings) -> str:
+    """Why containers do not reach a proxy of the environment, and what mends it; else empty."""
+    if network(engine, settings) in ("host", "none"):
+        return ""
+    for name, url in settings.proxies.items():
+        with suppress(ValueError):
+            host = urlsplit(url if "://" in url else f"//{url}").hostname or ""
+            if name.lower() != "no_proxy" and re.fullmatch(r"localhost|127\.[\d.]+|::1", host):
+                return (
+                    f"the proxy {name} is at {host}, which in a container is the container itself; "
+                    "set NETWORK=host, or let it listen at an address that containers reach"
+                )
+    return ""
 
 
 def binds(engine: Engine, settings: Settings) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ _pending=     # the name of a signal that the command has not got yet
 _resettable=  # yes where env can give a process the default action of a signal
 _git_settings= # a file of git's, where this process has made it
 _configuration= # the folder of the daemon's configuration, where it is not /etc/guix
+_access=      # a folder in memory, with what opens private channels
 _status=0
 
 # Guix itself would fetch and build one thing at a time. Each build may use all processors, so
@@ -51,6 +52,8 @@ _usual_jobs() {
 
 _main() {
     _use_work_folder
+    _hide_access
+    _trust_extra_authorities
     _set_path
     [ $# -gt 0 ] || set -- "$(command -v bash || command -v sh)"
     if ! _may_be_daemon || _other_daemon; then
@@ -84,6 +87,34 @@ _use_work_folder() {
     rm -f "$_folder/environment" 2>/dev/null || :
 }
 
+# What opens private channels goes where no commit finds it, for the same reason.
+_hide_access() {
+    if ! [ -d "${_folder:-/}/access" ]; then return 0; fi
+    _access=$(mktemp -d /dev/shm/guix-tasks-access.XXXXXX 2>/dev/null) || return 0
+    cp -R "$_folder/access/." "$_access" && export GUIX_TASKS_ACCESS="$_access"
+    rm -rf "$_folder/access" 2>/dev/null || :
+}
+
+# Guix reads a folder for its downloads, and a file for Git; here they have the same.  Programs
+# that builds run as another user read them, too.
+_trust_extra_authorities() {
+    if ! [ -s "${_folder:-/}/extra-ca.pem" ]; then return 0; fi
+    _own=/etc/ssl/certs/ca-certificates.crt
+    for _file in /etc/ssl/certs/ca-bundle.crt "$_profiles/guix-profile$_own"; do
+        [ -f "$_own" ] || _own=$_file
+    done
+    if [ -f "${SSL_CERT_FILE-}" ]; then _own=$SSL_CERT_FILE; fi
+    mkdir -p "$_folder/certificates"
+    for _file in "$_own" "$_folder/extra-ca.pem"; do
+        cat "$_file" 2>/dev/null && echo
+    done >"$_folder/certificates/all.pem"
+    chmod 755 "$_folder/certificates"
+    chmod 644 "$_folder/certificates/all.pem"
+    export SSL_CERT_DIR="$_folder/certificates" SSL_CERT_FILE="$_folder/certificates/all.pem"
+    export GUIX_TLS_CERTIFICATE_DIRECTORY="$SSL_CERT_DIR"
+    export GIT_SSL_CAINFO="$SSL_CERT_FILE" CURL_CA_BUNDLE="$SSL_CERT_FILE"
+}
+
 # Also where the profiles do not exist yet: the command may be what makes them.
 _set_path() {
     for _bin in "$_profiles/guix-profile/bin" "$_profiles/current-guix/bin"; do
@@ -92,6 +123,7 @@ _set_path() {
         *) PATH=$_bin:$PATH ;;
         esac
     done
+    if [ -n "$_folder" ] && [ -d "$_folder/bin" ]; then PATH=$_folder/bin:$PATH; fi
     export PATH
 }
 
@@ -495,7 +527,7 @@ _remove_stale_build_folders() {
 
 _remove_folders() {
     cd / || :
-    rm -rf ${_scratch:+"$_scratch"} ${_git_settings:+"$_git_settings"}
+    rm -rf ${_scratch:+"$_scratch"} ${_git_settings:+"$_git_settings"} ${_access:+"$_access"}
     # In a step of a build the folder is a mount, which goes by itself.
     if [ -n "$_folder" ] && ! _is_mounted "$_folder"; then rm -rf "$_folder"; fi
 }

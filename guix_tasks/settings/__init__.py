@@ -13,6 +13,7 @@ that is passed in, and never written.
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -155,6 +156,25 @@ class Settings:
         "Guix builds that may run side by side; empty: one for each processor, 4 at most.",
     )
 
+    extra_ca_file: Path | None = _setting(
+        parsers.optional(parsers.certificates),
+        "Certificates, in PEM, of authorities that stages trust beside the image's own.",
+        group="Networks",
+    )
+    guix_channel_mirrors: Mapping[str, str] = _setting(
+        parsers.mapping_of(parsers.mirror),
+        "Where channels are fetched from instead, by how their URLs begin: URL=MIRROR ...",
+    )
+    guix_channel_credentials: Secret | None = _setting(
+        parsers.optional(parsers.plain(Secret)),
+        "What opens private channels at pull: https://USER:TOKEN@HOST ...; taken literally.",
+        secret=True,
+    )
+    ssh_known_hosts: Path | None = _setting(
+        parsers.optional(parsers.file),
+        "The known_hosts for channels fetched by SSH; empty: ~/.ssh/known_hosts.",
+    )
+
     mounts: tuple[Mount, ...] = _setting(
         parsers.mounts,
         "Local files and folders that stages see: SOURCE:TARGET[:ro] ...",
@@ -252,7 +272,12 @@ class Settings:
     """Docker's own variables that are set (``DOCKER_HOST``, …), for whoever finds the engine."""
 
     proxies: Mapping[str, str] = field(repr=False)
-    """The proxy variables of the process's environment; there may be a password in one."""
+    """The proxy variables of the process's environment, and what Docker's own configuration has
+    where that is silent.  In both cases: Guix reads the lower one, others the upper.  There may be
+    a password in one."""
+
+    ssh_agent: Path | None
+    """The socket of the user's SSH agent (``SSH_AUTH_SOCK``)."""
 
     folder: Path
     """The project's."""
@@ -337,7 +362,30 @@ _CONFIDENTIAL = {
 }
 
 _LOWER_CASE_PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
-_PROXIES = (*_LOWER_CASE_PROXIES, *map(str.upper, _LOWER_CASE_PROXIES))
+
+
+def _proxies(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    docker = _docker_proxies(environ)
+    for name in _LOWER_CASE_PROXIES:
+        # As the docker command line has it: ``httpProxy`` is ``http_proxy``.
+        configured = docker.get(name.replace("_proxy", "Proxy"))
+        for own, other in ((name, name.upper()), (name.upper(), name)):
+            value = environ.get(own) or environ.get(other) or configured
+            if value and isinstance(value, str):
+                yield own, value
+
+
+def _docker_proxies(environ: Mapping[str, str]) -> Mapping[str, Any]:
+    """The proxies that the docker command line gives to containers, from its ``config.json``.
+
+    Where that cannot be read, it is for whoever speaks to the engine to tell.
+    """
+    home = environ.get("DOCKER_CONFIG") or f"{environ.get('HOME', '')}/.docker"
+    try:
+        found = json.loads(Path(home, "config.json").read_bytes())["proxies"]["default"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def settings_reference() -> list[tuple[str, str, str]]:
@@ -412,9 +460,9 @@ def _shown(path: Path, cwd: Path) -> str:
 
 
 def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Settings:
-    values = sources.values()
+    values, proxies = sources.values(), dict(_proxies(environ))
     # Before anything is said of them: what is wrong may hold a secret, too.
-    masking.add(*_secrets(sources, values, environ))
+    masking.add(*_secrets(sources, values, proxies))
     _check_together(sources, values)
     if sources.problems:
         raise SettingsError(list(dict.fromkeys(sources.problems)))
@@ -422,7 +470,8 @@ def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Se
     return Settings(
         **{name.lower(): values[name] for name in _SETTINGS},
         docker_environment=MappingProxyType(docker),
-        proxies=MappingProxyType({name: environ[name] for name in _PROXIES if environ.get(name)}),
+        proxies=MappingProxyType(proxies),
+        ssh_agent=Path(environ["SSH_AUTH_SOCK"]) if environ.get("SSH_AUTH_SOCK") else None,
         folder=project,
         written=MappingProxyType(
             {name: text for name, text in sources.written().items() if name not in _CONFIDENTIAL}
@@ -437,14 +486,16 @@ _SECRET_FILE_MAX = 1 << 16
 
 
 def _secrets(
-    sources: Sources, values: Mapping[str, Any], environ: Mapping[str, str]
+    sources: Sources, values: Mapping[str, Any], proxies: Mapping[str, str]
 ) -> Iterator[str]:
     """All that nobody is to see, whether the settings are right or not."""
     user, password = values["DOCKER_USERNAME"], values["DOCKER_PASSWORD"]
     if password:
         yield password.reveal()
         yield f"{user.reveal() if user else ''}:{password.reveal()}"
-    for url in (environ.get(name, "") for name in _PROXIES):
+    if given := values["GUIX_CHANNEL_CREDENTIALS"]:
+        yield from parsers.secret_parts(given.reveal())
+    for url in proxies.values():
         # Not by the rules of URLs: a password may be there that breaks them.
         account = url.partition("://")[2] or url
         yield account.rpartition("@")[0].partition(":")[2]
@@ -475,7 +526,8 @@ def _careless(sources: Sources, values: Mapping[str, Any]) -> list[str]:
     if masking.has_account(_channels_text(values)):
         notes.append(
             f"{origins['GUIX_CHANNELS']}: a URL has a user or a password in it, which Guix keeps "
-            "in the image, and which is in its labels and in the lock"
+            "in the image, and which is in its labels and in the lock; GUIX_CHANNEL_CREDENTIALS "
+            "keeps it out of all three"
         )
     return notes
 
@@ -498,6 +550,11 @@ def _check_together(sources: Sources, values: Mapping[str, Any]) -> None:
         for name, missing in (pair, pair[::-1]):
             if sources.is_set(name) and not sources.is_set(missing):
                 sources.refuse(name, f"needs {missing} too; set both or neither")
+    if given := values["GUIX_CHANNEL_CREDENTIALS"]:
+        try:
+            parsers.channel_credentials(given.reveal())
+        except ValueError as error:
+            sources.refuse("GUIX_CHANNEL_CREDENTIALS", *error.args)
     image, tags = values["IMAGE"], values["TAGS"]
     if image and tags:
         stages = [tag for tag in tags if parsers.is_stage_tag(tag, image.tag)]

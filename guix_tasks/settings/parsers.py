@@ -9,12 +9,13 @@ from __future__ import annotations
 import ipaddress
 import re
 import shlex
+import ssl
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from guix_tasks.reference import DEFAULT_TAG, ImageReference, check_tag, quoted
 from guix_tasks.settings.values import Listen, Mount, Secret
@@ -319,6 +320,25 @@ def secret_file(text: str, base: Path) -> Secret:
     return Secret(secret)
 
 
+def certificates(text: str, base: Path) -> Path:
+    """Take a file of certificates in PEM, without the key of any of them."""
+    place = file(text, base)
+    shown = quoted(str(place))
+    try:
+        pem = place.read_text(encoding="ascii", errors="replace")
+    except OSError as error:
+        raise ValueError(f"{shown}: {error.strerror}; name a file that can be read") from None
+    if "PRIVATE KEY-----" in pem:
+        raise ValueError(f"{shown} has a private key in it; name a file of certificates alone")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem)
+    except (ssl.SSLError, ValueError):
+        raise ValueError(
+            f"{shown} holds no certificates in PEM; name a file with -----BEGIN CERTIFICATE-----"
+        ) from None
+    return place
+
+
 def mounts(text: str, base: Path) -> tuple[Mount, ...]:
     found: tuple[Mount, ...] = list_of(_mount)(text, base)
     _no_duplicates([mount.target for mount in found])
@@ -336,6 +356,58 @@ def _mount(text: str, base: Path) -> Mount:
     outside = path(source, base)
     _mode(outside)  # raises where nothing is there
     return Mount(outside, f"/{inside}", mode == "ro")
+
+
+# --- Channels -------------------------------------------------------------------------------
+
+
+def mirror(text: str, base: Path) -> tuple[str, str]:
+    pair = re.fullmatch(r"((?:https?|ssh|file)://[^=]+)=((?:https?|file)://.+|ssh://.+)", text)
+    if not pair:
+        raise ValueError(f"{quoted(text)} is not URL=MIRROR; write two URLs with '=' between")
+    for each in pair.groups():
+        # The user of an SSH address is no secret, and part of it.
+        account = re.match(r"ssh://[\w.-]+@", each)
+        rest = each.replace(account[0], "ssh://", 1) if account else each
+        url("https", "http", "ssh", "file")(rest, base)
+    return pair[1], pair[2]
+
+
+def channel_credentials(text: str) -> list[tuple[str, str, str]]:
+    """How URLs begin, each with the user and the password that open it.
+
+    They are written as in Git's own file of credentials (git-credential-store(1)).  Nothing of
+    them is repeated in an error.
+    """
+    found = []
+    for number, word in enumerate(text.split(), 1):
+        account, at, rest = word.partition("://")[2].rpartition("@")
+        user, _, password = account.partition(":")
+        try:
+            parts = urlsplit(f"https://{rest}")
+            right = word.startswith(("https://", "http://")) and at and user and parts.hostname
+            _ = parts.port  # raises where it is not a port
+        except ValueError:
+            right = False
+        if not right:
+            raise ValueError(
+                f"number {number} is not a URL with an account; write https://USER:TOKEN@HOST"
+            )
+        begin = f"{word.partition('://')[0]}://{rest}"
+        # So that example.org is not the beginning of example.org.evil.
+        found.append((f"{begin.rstrip('/')}/", unquote(user), unquote(password)))
+    return found
+
+
+def secret_parts(text: str) -> list[str]:
+    """What is secret in credentials, whether they are right or not."""
+    parts = []
+    for word in text.split():
+        account = word.partition("://")[2].rpartition("@")[0] or word
+        user, _, password = account.partition(":")
+        # A token may stand for the user.
+        parts += [account, password or user, unquote(account), unquote(password or user)]
+    return parts
 
 
 # --- Pairs for a build ----------------------------------------------------------------------

@@ -26,6 +26,7 @@ def base_spec(settings: Settings, network: str | None) -> BuildSpec:
         dockerfile=settings.dockerfile,
         args=_arguments(settings),
         secrets=settings.build_secrets,
+        proxies=settings.proxies,
         platform=str(settings.platform) if settings.platform else None,
         network=network if network in ("host", "none") else None,
     )

@@ -59,6 +59,7 @@ def pull_stage(
         given={CHANNELS_INPUT: text_digest(wanted or "")} if computed else {},
         settled=partial(pull_stage, wanted=wanted, authenticate=authenticate),
         check=_refuse_unauthenticated if authenticate else None,
+        fetches=channels or "",
     )
 
 

@@ -103,6 +103,7 @@ def test_a_step_runs_the_script_of_its_stage_and_has_its_folder() -> None:
     assert mounts(line) == [
         "type=bind,from=work,source=install,target=/var/guix/guix-tasks,rw",
         "type=secret,id=environment,target=/var/guix/guix-tasks/environment",
+        "type=secret,id=extra-capem,target=/var/guix/guix-tasks/extra-ca.pem",
     ]
     assert arguments(line) == [
         "/var/guix/guix-tasks/entry-point.sh",
@@ -205,14 +206,27 @@ def test_local_files_are_seen_by_every_step() -> None:
     ]
     recipe = Recipe([AMD64], [PULL, INSTALL], binds=binds)
     for name in ("pull", "install"):
-        assert mounts(step(recipe, name))[2:] == [
+        assert [each for each in mounts(step(recipe, name))[1:] if "type=bind" in each] == [
             "type=bind,from=mount-0,target=/a",
             "type=bind,from=work,target=/b,source=mounts/1,rw",
         ]
 
 
+def test_what_opens_private_channels_is_seen_by_the_steps_that_fetch() -> None:
+    recipe = Recipe([AMD64], [PULL, INSTALL], resolve=True, ssh=True)
+    for line in (step(recipe), step(recipe, "resolving")):
+        secrets = [each for each in mounts(line) if each.startswith("type=secret,id=access-")]
+        assert [each.rpartition("/access/")[2] for each in secrets] == [
+            ".gitconfig", ".ssh/known_hosts", "credentials",
+        ]  # fmt: skip
+        assert "type=ssh" in mounts(line)
+        assert step(Recipe([AMD64], [PULL], ssh=False)).replace(" ", "").count("type=ssh") == 0
+    assert "access" not in step(recipe, "install")
+    assert "type=ssh" not in step(recipe, "install")
+
+
 def test_caches_are_mounted_and_each_build_has_a_tmp_of_its_own() -> None:
-    assert mounts(step(Recipe([AMD64], [PULL], cache="c-1")))[2:] == [
+    assert mounts(step(Recipe([AMD64], [PULL], cache="c-1")))[6:] == [
         "type=cache,id=c-1-tmp,target=/tmp,mode=1777,sharing=private",
         "type=cache,id=c-1-home,target=/root/.cache,sharing=locked",
         "type=cache,id=c-1-substitutes,target=/var/guix/substitute,sharing=locked",

@@ -166,6 +166,18 @@ def test_an_option_of_a_node_comes_before_the_usual_one(site: Site, fake: FakeBu
     assert (options["network"], options["env.BUILDKIT_STEP_LOG_MAX_SIZE"]) == ("bridge", "1")
 
 
+def test_a_builder_has_the_proxies_that_hold_no_account(site: Site, fake: FakeBuildx) -> None:
+    """Its options are for all to see; and where a proxy is another day's, it stays as it is."""
+    site.env.update(http_proxy="http://p.test:1", https_proxy="http://me:hunter2@p.test:1")
+    assert "goes without https_proxy" in setup(site, fake)
+    options = dict(made(fake).nodes[0].options)
+    assert options["env.http_proxy"] == options["env.HTTP_PROXY"] == "http://p.test:1"
+    assert "hunter2" not in repr(fake.calls("create"))
+    assert "env.https_proxy" not in options
+    site.env.update(http_proxy="http://q.test:1", https_proxy="")
+    assert "is there" in setup(site, fake)
+
+
 def test_an_option_with_commas_is_one_option(site: Site) -> None:
     site.env["BUILDX_NODES"] = """'ssh://a.test,"env.NO_PROXY=a,b"'"""
     settings = site.settings()

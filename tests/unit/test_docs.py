@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,15 +48,17 @@ def test_every_setting_has_an_example(about: dict[str, Any]) -> None:
 
 def test_the_examples_are_good_values(about: dict[str, Any], tmp_path: Path) -> None:
     """All at once, so that what goes only with another has it."""
-    for name in ("ca.pem", "channels.scm", "manifest.scm", "token.txt", "mirror.pub", "user"):
+    files = ("ca.pem", "channels.scm", "manifest.scm", "token.txt", "mirror.pub", "user")
+    for name in (*files, "known_hosts"):
         (tmp_path / name).write_text("x")
+    shutil.copy(Path(__file__).with_name("authority.pem"), tmp_path / "company-ca.pem")
     for name in ("keys", "secrets"):
         (tmp_path / name).symlink_to(tmp_path)
     (tmp_path / "substitutes").mkdir()
     examples = {name: each.example for name, each in about.items()}
     assert all(examples.values())
     # A secret is given as itself or as a file, and that of the example is on another machine.
-    for name in ("DOCKER_USERNAME", "DOCKER_PASSWORD_FILE"):
+    for name in ("DOCKER_USERNAME", "DOCKER_PASSWORD_FILE", "GUIX_CHANNEL_CREDENTIALS_FILE"):
         del examples[name]
     text = "".join(f"{name}={value}\n" for name, value in examples.items())
     (tmp_path / ".env").write_text(text)

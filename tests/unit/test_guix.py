@@ -122,6 +122,9 @@ def test_these_are_faults_of_the_network(line: str) -> None:
         "guix pull: error: Git error: cannot locate remote-tracking branch 'origin/no'",
         "guix pull: error: Git error: object not found - no match for id (0123)",
         "guix pull: error: Git error: remote authentication required but no callback set",
+        "guix pull: error: Git error: the server refused the credentials given for it",
+        "guix pull: error: Git error: the SSL certificate is invalid",
+        "guix pull: error: Git error: invalid or unknown remote ssh hostkey",
         "guix pull: error: Git error: unexpected http status code: 404",
         "guix pull: error: commit 0123 not signed by an authorized key",
         "  a test says: guix pull: error: connection timed out",
@@ -146,6 +149,26 @@ def test_what_does_not_build_is_no_fault_of_the_network(line: str) -> None:
     assert guix.network_fault(network)
     assert not guix.network_fault(f"{network}\n{line}\n")
     assert not guix.network_fault(f"{line}\n{network}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "mend"),
+    [
+        ("remote authentication required but no callback set", "GUIX_CHANNEL_CREDENTIALS"),
+        ("the server refused the credentials given for it", "GUIX_CHANNEL_CREDENTIALS"),
+        ("unexpected http status code: 403", "GUIX_CHANNEL_CREDENTIALS"),
+        ("the SSL certificate is invalid", "EXTRA_CA_FILE"),
+        ("invalid or unknown remote ssh hostkey", "SSH_KNOWN_HOSTS"),
+        ("remote rejected authentication: Failed getting response", "`ssh-add`"),
+        ("unexpected http status code: 404", ""),
+        ("object not found - no match for id (0123)", ""),
+    ],
+)
+def test_what_mends_a_server_that_lets_nobody_in(line: str, mend: str) -> None:
+    found = guix.fetch_mend(f"Updating\nguix pull: error: Git error: {line}\n")
+    assert mend in found
+    assert bool(mend) == bool(found)
+    assert guix.fetch_mend(f"a package says: {line}") == ""
 
 
 LOGS = [f"/var/log/guix/drvs/{at}/{'c' * 30}-a+b_1.0.drv{end}" for at, end in

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -80,6 +82,8 @@ def problems(
 LATEST = ImageReference("docker.io", "library/debian", "latest")
 DIGEST = f"sha256:{HEX}"
 
+AUTHORITY = Path(__file__).with_name("authority.pem")
+
 # What stands beside a setting that is refused without it.
 BESIDE = {
     "GUIX_BINARY_URL": f"GUIX_BINARY_SHA256={HEX}\n",
@@ -152,6 +156,18 @@ GOOD: list[tuple[str, str, Any]] = [
     ("STAGE_TIMEOUT", "2h", 7200),
     ("CACHE_VOLUME", "my-cache", "my-cache"),
     ("CACHE_IMAGE", "team/cache", ImageReference("docker.io", "team/cache", "latest")),
+    ("EXTRA_CA_FILE", str(AUTHORITY), AUTHORITY),
+    (
+        "GUIX_CHANNEL_MIRRORS",
+        "https://a.test/=https://b.test/x/ ssh://git@c.test=file:///d",
+        {"https://a.test/": "https://b.test/x/", "ssh://git@c.test": "file:///d"},
+    ),
+    (
+        "GUIX_CHANNEL_CREDENTIALS",
+        "https://a:b@c.test http://token@d.test:8/e",
+        Secret("https://a:b@c.test http://token@d.test:8/e"),
+    ),
+    ("SSH_KNOWN_HOSTS", "/dev/null", Path("/dev/null")),
     ("BUILDX_BUILDER", "My-builder_1.x", "My-builder_1.x"),
     ("BUILDX_BUILDER", "defaults", "defaults"),
     ("BUILDX_DRIVER", "docker", Driver.DOCKER),
@@ -253,6 +269,14 @@ def test_a_copy_with_another_value_keeps_the_rest(project: Path) -> None:
 # --- What is wrong with a value -------------------------------------------------------------
 
 BAD = [
+    ("EXTRA_CA_FILE", "/dev/null", "holds no certificates in PEM"),
+    ("EXTRA_CA_FILE", "nowhere.pem", "No such file"),
+    ("GUIX_CHANNEL_MIRRORS", "https://a.test", "is not URL=MIRROR"),
+    ("GUIX_CHANNEL_MIRRORS", "https://a.test=https://me:x@b.test", "has a user or a password"),
+    ("GUIX_CHANNEL_CREDENTIALS", "https://a:b@c.test hunter2", "number 2 is not a URL with"),
+    ("GUIX_CHANNEL_CREDENTIALS", "https://c.test", "number 1 is not a URL with"),
+    ("GUIX_CHANNEL_CREDENTIALS", "https://a:b@", "number 1 is not a URL with"),
+    ("SSH_KNOWN_HOSTS", "nowhere", "No such file"),
     ("IMAGE", "team/App", "write 'team/app'"),
     ("IMAGE", "", "is empty"),
     ("IMAGE", f"app@sha256:{HEX}", "a digest"),
@@ -481,6 +505,10 @@ VALUES: dict[str, str | list[str]] = {
     "GUIX_BINARY_SHA256": [str(number) * 64 for number in range(1, 6)],
     "GUIX_CORES": "{}",
     "GUIX_MAX_JOBS": "{}",
+    "EXTRA_CA_FILE": "FILES/{}.pem",
+    "GUIX_CHANNEL_MIRRORS": "https://a.example=https://b.example/{}",
+    "GUIX_CHANNEL_CREDENTIALS": "https://me:{}@a.example",
+    "SSH_KNOWN_HOSTS": "FILES/{}.pub",
     "MOUNTS": "/dev/null:/{}",
     "NETWORK": "{}",
     "STAGE_MEMORY": "{}g",
@@ -505,6 +533,7 @@ def test_later_wins(project: Path, name: str) -> None:
     cwd = project / "folder"
     for number in range(1, 6):
         (cwd / f"{number}.pub").touch()
+        shutil.copy(AUTHORITY, cwd / f"{number}.pem")
     pattern = VALUES[name]
     texts = pattern if isinstance(pattern, list) else [pattern.format(n) for n in range(1, 6)]
     texts = [text.replace("FILES", str(cwd)) for text in texts]
@@ -663,9 +692,23 @@ def test_proxies_come_from_the_environment_alone(project: Path) -> None:
     settings = load(project, "", {**proxies, "PROXY": "x", "rsync_proxy": "x"})
     assert settings.proxies == proxies
     assert "hunter2" not in repr(settings)
-    assert load(project, "HTTP_PROXY=x\n", {"NO_PROXY": "", "no_proxy": "*"}).proxies == {
-        "no_proxy": "*"
-    }
+    # Guix reads the lower case, and others the upper.
+    both = {"no_proxy": "*", "NO_PROXY": "*"}
+    assert load(project, "HTTP_PROXY=x\n", {"NO_PROXY": "", "no_proxy": "*"}).proxies == both
+
+
+def test_proxies_of_dockers_own_configuration_are_weaker(project: Path) -> None:
+    """That is where the docker command line has those of containers from."""
+    config = {"httpProxy": "http://a:hunter2@b.test", "noProxy": "c.test", "httpsProxy": 1}
+    environ = {"DOCKER_CONFIG": str(project), "no_proxy": "d.test"}
+    for content in ("[]", '{"proxies": {"default": []}}', '{"proxies": 1}', "["):
+        (project / "config.json").write_text(content)
+        assert load(project, "", environ).proxies.keys() == {"no_proxy", "NO_PROXY"}
+    (project / "config.json").write_text(json.dumps({"proxies": {"default": config}}))
+    found = load(project, "", environ).proxies
+    assert (found["http_proxy"], found["no_proxy"]) == ("http://a:hunter2@b.test", "d.test")
+    assert "https_proxy" not in found
+    assert masking.clean("hunter2") == "***"
 
 
 def test_work_containers_get_the_proxies_of_the_settings(
@@ -674,7 +717,8 @@ def test_work_containers_get_the_proxies_of_the_settings(
     monkeypatch.setenv("https_proxy", "http://not-this-one.example")
     expected = {"GUIX_SANDBOX": "auto"}
     assert environment(load(project)) == expected
-    assert environment(load(project, "", {"no_proxy": "*"})) == {**expected, "no_proxy": "*"}
+    both = {"no_proxy": "*", "NO_PROXY": "*"}
+    assert environment(load(project, "", {"no_proxy": "*"})) == {**expected, **both}
 
 
 def test_isolated_reads_one_file_and_nothing_else(
