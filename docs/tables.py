@@ -10,18 +10,17 @@ import inspect
 import re
 import sys
 from dataclasses import fields
+from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from guix_tasks import errors
 from guix_tasks.settings import (
-    Driver,
-    Output,
-    Sandbox,
     Settings,
     example_text,
     settings_headings,
     settings_reference,
+    values,
 )
 from guix_tasks.tasks import grouped, ns
 
@@ -115,8 +114,9 @@ KINDS = {
     "Node": "`ENDPOINT[,NAME=VALUE]`",
     "Platform": "platform",
     **{
-        each.__name__: ", ".join(f"`{word.value}`" for word in each)
-        for each in (Sandbox, Driver, Output)
+        name: ", ".join(f"`{word.value}`" for word in kind)
+        for name, kind in vars(values).items()
+        if isinstance(kind, EnumMeta) and kind is not Enum
     },
     "Mapping[str, str]": "`NAME=VALUE`, any number",
     "Mapping[str, Path]": "`NAME=PATH`, any number",
