@@ -72,7 +72,7 @@ ABOUT = {
     "NETWORK": About("none", f"base, {_WORK}, `run`, `shell`"),
     "STAGE_MEMORY": About("4g", _WORK),
     "STAGE_TIMEOUT": About("90m", _WORK),
-    "CACHE_VOLUME": About("guix-tasks-cache", f"{_WORK}; emptied or filled: **both**"),
+    "CACHE_VOLUME": About("guix-tasks-cache", "**pull**, **install**; only whether it is empty"),
     "CACHE_IMAGE": About("ghcr.io/me/app-cache", "base, pull, install"),
     "BUILDX_BUILDER": About("insecure-builder", _BUILDX),
     "BUILDX_DRIVER": About("remote", _BUILDX),
