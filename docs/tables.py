@@ -10,18 +10,17 @@ import inspect
 import re
 import sys
 from dataclasses import fields
+from enum import Enum, EnumMeta
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from guix_tasks import errors
 from guix_tasks.settings import (
-    Driver,
-    Output,
-    Sandbox,
     Settings,
     example_text,
     settings_headings,
     settings_reference,
+    values,
 )
 from guix_tasks.tasks import grouped, ns
 
@@ -78,7 +77,7 @@ ABOUT = {
     "NETWORK": About("none", f"base, {_WORK}, `run`, `shell`"),
     "STAGE_MEMORY": About("4g", _WORK),
     "STAGE_TIMEOUT": About("90m", _WORK),
-    "CACHE_VOLUME": About("guix-tasks-cache", f"{_WORK}; emptied or filled: **both**"),
+    "CACHE_VOLUME": About("guix-tasks-cache", "**pull**, **install**; only whether it is empty"),
     "CACHE_IMAGE": About("ghcr.io/me/app-cache", "base, pull, install"),
     "BUILDX_BUILDER": About("insecure-builder", _BUILDX),
     "BUILDX_DRIVER": About("remote", _BUILDX),
@@ -120,8 +119,9 @@ KINDS = {
     "Node": "`ENDPOINT[,NAME=VALUE]`",
     "Platform": "platform",
     **{
-        each.__name__: ", ".join(f"`{word.value}`" for word in each)
-        for each in (Sandbox, Driver, Output)
+        name: ", ".join(f"`{word.value}`" for word in kind)
+        for name, kind in vars(values).items()
+        if isinstance(kind, EnumMeta) and kind is not Enum
     },
     "Mapping[str, str]": "`NAME=VALUE`, any number",
     "Mapping[str, Path]": "`NAME=PATH`, any number",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -63,6 +64,14 @@ def test_from_an_empty_folder(program: Path, tmp_path: Path) -> None:
         assert listed.returncode == 0, listed.stderr
         for task in (*STAGES, "push", "buildx.build", "init"):
             assert f"  {task} " in listed.stdout
+
+
+def test_what_is_not_python_is_in_the_wheel_too(program: Path, tmp_path: Path) -> None:
+    for shell in ("bash", "zsh", "fish"):
+        script = run(program / "guix-tasks", tmp_path, f"--print-completion-script={shell}")
+        assert "_guix_tasks" in script.stdout, script.stderr
+    version = run(program / "guix-tasks", tmp_path, "--version").stdout
+    assert re.fullmatch(r"guix-tasks \d+\.\d+\.\d+, Invoke 3\.\d+\.\d+\n", version)
 
 
 def test_python_can_be_asked_too(program: Path, tmp_path: Path) -> None:

@@ -8,12 +8,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from guix_tasks.ledger import STAGES, inputs_of
+from guix_tasks.lifecycle import Lifecycle, _UntoldError
 from guix_tasks.settings import load_settings, settings_reference
 from guix_tasks.tasks import GROUPS, ns
+
+if TYPE_CHECKING:
+    from fake_engine import Site
+
+    from guix_tasks.engine import Image
 
 ROOT = Path(__file__).parents[2]
 TABLES = ROOT / "docs" / "tables.py"
@@ -22,6 +29,27 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted(page for page in (ROOT / "examples").rglob("*.md") if "out" not in page.parts),
 ]
+
+
+CHANGED = {
+    "PLATFORMS": "linux/arm64",
+    "BUILD_CONTEXT": "docker",
+    "CACHE_VOLUME": "",
+    "GUIX_CHANNELS": "other.scm",
+    "GUIX_MANIFEST": "other.scm",
+    "GUIX_CHANNELS_LOCK": "other.scm",
+}
+"""What is not the value that a project of the tests has, where the example is."""
+
+BESIDE = {
+    "GUIX_BINARY_URL": {"GUIX_BINARY_SHA256": "0" * 64},
+    "GUIX_BINARY_SHA256": {"GUIX_BINARY_URL": "https://a.test/guix"},
+    "BUILDX_DRIVER": {"BUILDX_NODES": "tcp://a.test:1"},
+    "BUILDX_NODES": {"BUILDX_DRIVER": "remote"},
+    "BUILDX_URL": {"BUILDX_SHA256": "0" * 64},
+    "BUILDX_SHA256": {"BUILDX_URL": "https://a.test/buildx"},
+}
+"""What a setting is refused without."""
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +93,39 @@ def test_the_examples_are_good_values(about: dict[str, Any], tmp_path: Path) -> 
     settings = load_settings(tmp_path, tmp_path, {})
     assert settings.notes == ()
     assert set(settings.written) >= {"IMAGE", "BUILDX_NODES", "RELEASE_URL"}
+
+
+def is_changed(lifecycle: Lifecycle, stage: str, image: Image) -> bool:
+    """Whether what a stage is made from changed, its parent left out."""
+    try:
+        return lifecycle._inputs(stage, image, ()) != inputs_of(image)
+    except _UntoldError:
+        return True
+
+
+def test_a_stage_in_bold_is_stale_when_the_setting_changes(
+    about: dict[str, Any], made: Site
+) -> None:
+    """And no other is, but by way of its parent."""
+    for name in ["ca.pem", "other.scm", "keys/mirror.pub", "substitutes/x", "token.txt"]:
+        made.write(name, "(list)")
+    made.write("docker/Dockerfile", "FROM other\n")
+    images = {stage: made.image(stage) for stage in STAGES}
+    before = dict(made.env)
+    wrong = {}
+    for name, each in about.items():
+        # Another image has other stages, and what is Docker's has no part in a stage.
+        if name == "IMAGE" or name.startswith("DOCKER_"):
+            continue
+        made.env.update(before)
+        for extra in made.env.keys() - before.keys():
+            del made.env[extra]
+        made.env.update(BESIDE.get(name, {}) | {name: CHANGED.get(name, each.example)})
+        lifecycle = made.lifecycle
+        stale = [stage for stage in STAGES if is_changed(lifecycle, stage, images[stage])]
+        if stale != (bold := re.findall(r"\*\*(\w+)\*\*", each.concerns)):
+            wrong[name] = (stale, bold)
+    assert wrong == {}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
