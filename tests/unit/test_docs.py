@@ -31,6 +31,8 @@ PAGES = [
 ]
 
 
+FILES = ("ca.pem", "token.txt", "known_hosts", "channels.scm", "manifest.scm")
+
 CHANGED = {
     "PLATFORMS": "linux/arm64",
     "BUILD_CONTEXT": "docker",
@@ -40,6 +42,9 @@ CHANGED = {
     "GUIX_CHANNELS_LOCK": "other.scm",
 }
 """What is not the value that a project of the tests has, where the example is."""
+
+NO_PART = ("IMAGE", "GUIX_CHANNEL_CREDENTIALS_FILE")
+"""Another image has other stages; the example of a secret's file is on another machine."""
 
 BESIDE = {
     "GUIX_BINARY_URL": {"GUIX_BINARY_SHA256": "0" * 64},
@@ -74,15 +79,18 @@ def test_every_setting_has_an_example(about: dict[str, Any]) -> None:
     assert [*about] == [name for name, *_ in settings_reference()], "name it in docs/tables.py"
 
 
+def write_files(folder: Path) -> None:
+    """Make what the examples of settings name."""
+    for name in (*FILES, "keys/mirror.pub", "secrets/user", "substitutes/x"):
+        place = folder / name
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("(list)")
+    shutil.copy(Path(__file__).with_name("authority.pem"), folder / "company-ca.pem")
+
+
 def test_the_examples_are_good_values(about: dict[str, Any], tmp_path: Path) -> None:
     """All at once, so that what goes only with another has it."""
-    files = ("ca.pem", "channels.scm", "manifest.scm", "token.txt", "mirror.pub", "user")
-    for name in (*files, "known_hosts"):
-        (tmp_path / name).write_text("x")
-    shutil.copy(Path(__file__).with_name("authority.pem"), tmp_path / "company-ca.pem")
-    for name in ("keys", "secrets"):
-        (tmp_path / name).symlink_to(tmp_path)
-    (tmp_path / "substitutes").mkdir()
+    write_files(tmp_path)
     examples = {name: each.example for name, each in about.items()}
     assert all(examples.values())
     # A secret is given as itself or as a file, and that of the example is on another machine.
@@ -107,15 +115,16 @@ def test_a_stage_in_bold_is_stale_when_the_setting_changes(
     about: dict[str, Any], made: Site
 ) -> None:
     """And no other is, but by way of its parent."""
-    for name in ["ca.pem", "other.scm", "keys/mirror.pub", "substitutes/x", "token.txt"]:
-        made.write(name, "(list)")
+    own = (made.folder / "channels.scm").read_bytes()
+    write_files(made.folder)
+    (made.folder / "channels.scm").write_bytes(own)
+    made.write("other.scm", "(list)")
     made.write("docker/Dockerfile", "FROM other\n")
     images = {stage: made.image(stage) for stage in STAGES}
     before = dict(made.env)
     wrong = {}
     for name, each in about.items():
-        # Another image has other stages, and what is Docker's has no part in a stage.
-        if name == "IMAGE" or name.startswith("DOCKER_"):
+        if name in NO_PART or name.startswith("DOCKER_"):
             continue
         made.env.update(before)
         for extra in made.env.keys() - before.keys():
