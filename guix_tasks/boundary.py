@@ -377,7 +377,7 @@ def _engine(c: Context, of_settings: Mapping[str, str], console: Console) -> Eng
     if key not in _engines:
         engine: Engine = DockerEngine(address, {**os.environ, **environment})
         info = engine.info()
-        console.say(f"engine: {info.name} at {info.url} ({info.origin}), Docker {info.version}")
+        console.say(f"engine: {info.name} at {info.url} ({info.origin}), {info.kind}")
         _engines[key] = TracedEngine(engine, console, perform=not dry) if dry or echo else engine
     return _engines[key]
 

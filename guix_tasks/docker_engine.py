@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import docker
+import docker.api.build
 import docker.context
 import docker.errors
 import docker.types
@@ -20,7 +22,7 @@ import docker.utils
 import requests
 import urllib3.exceptions
 
-from guix_tasks import buildx, retry
+from guix_tasks import buildx, podman, retry
 from guix_tasks.engine import Container, EngineInfo, Image, Layer
 from guix_tasks.errors import (
     REFUSED,
@@ -154,12 +156,16 @@ class DockerEngine:
         with self._speaking("be asked for its version"):
             info = self._api.info()
             networks = info.get("Plugins", {}).get("Network") or []
-            has_bridge = "bridge" in networks and bool(self._api.networks(names=["bridge"]))
+            # Podman gives a network by default, whatever that is called.
+            has_bridge = self._is_podman or (
+                "bridge" in networks and bool(self._api.networks(names=["bridge"]))
+            )
         return EngineInfo(
             url=self.address.url,
             origin=self.address.origin,
             name=info.get("Name", ""),
             version=info["ServerVersion"],
+            product=podman.NAME if self._is_podman else "Docker",
             platform=_platform(info["OSType"], info["Architecture"]),
             storage_driver=info.get("Driver", ""),
             has_bridge=has_bridge,
@@ -172,6 +178,11 @@ class DockerEngine:
                 for each in info.get("SecurityOptions") or ()
             ),
         )
+
+    @cached_property
+    def _is_podman(self) -> bool:
+        with self._speaking("be asked for its version"):
+            return podman.is_podman(self._api.version())  # type: ignore[no-untyped-call]
 
     def image(self, reference: str) -> Image | None:
         with self._speaking(f"look at the image {reference}"):
@@ -255,11 +266,7 @@ class DockerEngine:
                 ) from None
 
     def context_files(self, spec: BuildSpec) -> list[str]:
-        own = spec.dockerfile.with_name(f"{spec.dockerfile.name}.dockerignore")
-        ignore = own if own.exists() else spec.context / ".dockerignore"
-        rules = ignore.read_text().splitlines() if ignore.exists() else []
-        patterns = [rule.strip() for rule in rules if rule.strip() and not rule.startswith("#")]
-        found = docker.utils.exclude_paths(str(spec.context), patterns)
+        found = docker.utils.exclude_paths(str(spec.context), _ignored(spec))
         return [name for name in found if not (spec.context / name).is_dir()]
 
     def volumes(self, labels: Mapping[str, str]) -> list[str]:
@@ -390,7 +397,25 @@ class DockerEngine:
 
     def commit(self, container: str, config: Mapping[str, Any]) -> str:
         with self._speaking("commit a container"):
+            if self._is_podman:
+                return self._podman_commit(container, config)
             return str(self._slow.commit(container, conf=dict(config))["Id"])
+
+    def _podman_commit(self, container: str, config: Mapping[str, Any]) -> str:
+        unfinished = self._slow.commit(container)["Id"]
+        try:
+            image, archive = podman.configured(self._libpod_image(unfinished), config)
+            deque(self._slow.load_image(archive), maxlen=0)
+        finally:
+            self._slow.remove_image(unfinished)
+        return image
+
+    def _libpod_image(self, image: str) -> dict[str, Any]:
+        """What Podman's own API says of an image, which is more than Docker's."""
+        answer = self._api.get(f"{self._api.base_url}/v4.0.0/libpod/images/{image}/json")
+        answer.raise_for_status()
+        found: dict[str, Any] = answer.json()
+        return found
 
     def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
         repository, _, tag = reference.rpartition(":")
@@ -403,10 +428,15 @@ class DockerEngine:
         return str(last["status"])
 
     def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
-        program = find_buildx(self._environment, self.address)
+        program = None if self._is_podman else find_buildx(self._environment, self.address)
         return buildx.build(program, spec, output) if program else self._classic_build(spec, output)
 
     def _classic_build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
+        if spec.secrets and self._is_podman:
+            raise BuilderError(
+                "BUILD_SECRETS needs BuildKit, and the engine is Podman, whose API takes no "
+                "secrets; unset it, or use a Docker Engine"
+            )
         if spec.secrets:
             raise BuilderError(
                 "BUILD_SECRETS needs buildx, which is not on this machine; "
@@ -427,9 +457,13 @@ class DockerEngine:
     def _build_events(self, spec: BuildSpec) -> Iterator[dict[str, Any]]:
         for host, account in registry.accounts(self.address.url).items():
             _log_in(self._slow, host, account)
+        # Not by the SDK, which sends the text of a Dockerfile that is elsewhere as a second name.
+        dockerfile = docker.api.build.process_dockerfile(str(spec.dockerfile), str(spec.context))
+        context = docker.utils.tar(str(spec.context), _ignored(spec), dockerfile)
         return self._slow.build(
-            path=str(spec.context),
-            dockerfile=str(spec.dockerfile),
+            fileobj=context,
+            custom_context=True,
+            dockerfile=dockerfile[0],
             buildargs=dict(spec.args),
             platform=spec.platform,
             network_mode=spec.network,
@@ -526,6 +560,14 @@ class DockerEngine:
             )
         mend = "`inv engine.up`" if self.address.origin == "private engine" else "start it"
         return f"{where} does not answer: {_cause(text)}; {mend}, or choose another by DOCKER_HOST"
+
+
+def _ignored(spec: BuildSpec) -> list[str]:
+    """The patterns of files that a build's context is sent without."""
+    own = spec.dockerfile.with_name(f"{spec.dockerfile.name}.dockerignore")
+    ignore = own if own.exists() else spec.context / ".dockerignore"
+    rules = ignore.read_text().splitlines() if ignore.exists() else []
+    return [rule.strip() for rule in rules if rule.strip() and not rule.startswith("#")]
 
 
 def _log_in(api: docker.APIClient, host: str, credentials: Credentials) -> None:

@@ -133,7 +133,7 @@ def show(console: Console, findings: list[Finding], *, as_json: bool) -> None:
 def _engine(patient: Patient) -> Iterator[Finding]:
     info = patient.engine.info()
     said = (
-        f"{info.name} at {info.url} ({info.origin}), Docker {info.version}, {info.platform}, "
+        f"{info.name} at {info.url} ({info.origin}), {info.kind}, {info.platform}, "
         f"{info.storage_driver}"
     )
     yield Finding("engine", State.OK, said)

@@ -37,10 +37,17 @@ class EngineInfo:
     """The folder of its images, on its own machine."""
     time: datetime | None = None
     """What its clock shows."""
+    product: str = "Docker"
+    """``Docker`` or ``Podman``."""
     cgroups: str = ""
     """The version of its cgroups."""
     security: tuple[str, ...] = ()
     """What limits its containers, by name: ``seccomp``, ``apparmor``, ``rootless``…"""
+
+    @property
+    def kind(self) -> str:
+        """What it is, with its version."""
+        return f"{self.product} {self.version}"
 
     @property
     def is_local(self) -> bool:
