@@ -324,7 +324,7 @@ class DockerEngine:
         with self._speaking(f"make a container of {spec.image}"):
             host = self._api.create_host_config(
                 privileged=spec.privileged,
-                security_opt=[_with_profile(option) for option in spec.security],
+                security_opt=self._security(spec),
                 cap_drop=["ALL"] if spec.capabilities is not None else None,
                 cap_add=list(spec.capabilities or ()),
                 tmpfs=dict.fromkeys(spec.memory_folders, ""),
@@ -356,6 +356,17 @@ class DockerEngine:
                 platform=spec.platform,
             )
         return str(created["Id"])
+
+    def _security(self, spec: ContainerSpec) -> list[str]:
+        if not self._is_podman:
+            return [_with_profile(option) for option in spec.security]
+        if any(map(_profile, spec.security)) and not self.info().is_local:
+            raise EngineError(
+                f"{REFUSED} filter a container's system calls: Podman takes no filter from "
+                "another machine; GUIX_SANDBOX=privileged does without"
+            )
+        # It reads the file itself, and has another word for all of /proc.
+        return [*spec.security, *(["unmask=ALL"] if spec.unmasked else [])]
 
     def copy_in(self, container: str, archive: bytes | IO[bytes]) -> None:
         with self._speaking("copy files into a container"):
@@ -649,10 +660,16 @@ def _networks(container: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
     return (container.get("NetworkSettings") or {}).get("Networks") or {}
 
 
+def _profile(option: str) -> Path | None:
+    """The file that an option names."""
+    value = option.partition("=")[2]
+    return Path(value) if value.startswith("/") else None
+
+
 def _with_profile(option: str) -> str:
-    """An option with the content of the file that it names, as the API wants a seccomp profile."""
-    name, _, value = option.partition("=")
-    return f"{name}={Path(value).read_text()}" if value.startswith("/") else option
+    """An option with the content of its file, as Docker's API wants a seccomp profile."""
+    file = _profile(option)
+    return f"{option.partition('=')[0]}={file.read_text()}" if file else option
 
 
 def _time(text: str) -> datetime | None:
