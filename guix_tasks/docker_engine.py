@@ -193,16 +193,25 @@ class DockerEngine:
         platform = "/".join(
             part for part in (found["Os"], found["Architecture"], found.get("Variant")) if part
         )
+        config, digests = found["Config"] or {}, found.get("RepoDigests") or ()
+        if self._is_podman:
+            # It has a digest also for an image that no registry knows, and says it of no other
+            # kind; a health check it tells by its own API alone.
+            config, digests = {**config, **self._health_check(found["Id"])}, ()
         return Image(
             id=found["Id"],
             layers=tuple(found["RootFS"].get("Layers") or ()),
-            config=found["Config"] or {},
+            config=config,
             size=found["Size"],
             created=found.get("Created") or "",
             platform=platform,
-            digests=tuple(found.get("RepoDigests") or ()),
-            tags=tuple(found.get("RepoTags") or ()),
+            digests=tuple(digests),
+            tags=tuple(map(podman.plain, found.get("RepoTags") or ())),
         )
+
+    def _health_check(self, image: str) -> dict[str, Any]:
+        check = self._libpod_image(image).get("Healthcheck")
+        return {"Healthcheck": check} if check else {}
 
     def unnamed(self, labels: Mapping[str, str]) -> list[str]:
         with self._speaking("list images"):
@@ -241,18 +250,20 @@ class DockerEngine:
             return None
         return str(found["Descriptor"]["digest"])
 
-    def greet_registry(self, reference: str, credentials: Credentials | None) -> None:
+    def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
         host, what = ImageReference.parse(reference).registry, f"ask for {reference}"
         with self._speaking(what):
             api, account = self._api, self._account(reference, credentials)
             try:
                 if account:
                     _log_in(api, "" if host == "docker.io" else host, account)
+                if self._is_podman:
+                    return account is not None
                 api.inspect_distribution(  # type: ignore[no-untyped-call]
                     reference, _auth(account)
                 )
             except docker.errors.NotFound:
-                return
+                pass
             except docker.errors.APIError as error:
                 # As some registries say that an image, or its repository, is not there.
                 if not re.match(
@@ -264,6 +275,7 @@ class DockerEngine:
                     f"cannot {what}: Docker's own configuration gives no account: {_line(error)}; "
                     "mend its config.json, or set DOCKER_USERNAME and DOCKER_PASSWORD"
                 ) from None
+        return True
 
     def context_files(self, spec: BuildSpec) -> list[str]:
         found = docker.utils.exclude_paths(str(spec.context), _ignored(spec))
@@ -489,7 +501,7 @@ class DockerEngine:
         repository, _, tag = reference.rpartition(":")
         digest = ""
         with self._speaking(f"push {reference}"):
-            events = self._slow.push(
+            events = self._pusher(reference).push(
                 repository,
                 tag,
                 stream=True,
@@ -498,7 +510,7 @@ class DockerEngine:
             )
             # The call itself raises nothing when a push fails: the stream says so.
             for event in _checked(events, f"push {reference}", progress):
-                digest = (event.get("aux") or {}).get("Digest", digest)
+                digest = (event.get("aux") or {}).get("Digest", digest) or podman.pushed(event)
         if not digest:
             raise RegistryError(f"{reference} was not pushed: the registry answered no digest")
         return str(digest)
@@ -530,6 +542,15 @@ class DockerEngine:
 
     def _auth(self, reference: str, given: Credentials | None) -> dict[str, str] | None:
         return _auth(self._account(reference, given))
+
+    def _pusher(self, reference: str) -> docker.APIClient:
+        """What pushes a reference: to loopback Docker speaks plain HTTP, too, and Podman if told."""
+        host = ImageReference.parse(reference).registry
+        if not self._is_podman or not podman.on_loopback(host):
+            return self._slow
+        client = self._client(WORK_TIMEOUT, self._api.api_version)
+        client.params = {"tlsVerify": "false"}
+        return client
 
     @cached_property
     def _api(self) -> docker.APIClient:
@@ -629,7 +650,8 @@ _REGISTRY_MENDS = {
     "there is no such registry: mend the host name in IMAGE": (
         "no such host", "server misbehaving", "name resolution",
     ),
-    "that registry speaks plain HTTP: add it to the engine's insecure-registries": (
+    "that registry speaks plain HTTP: add it to the engine's insecure-registries (for Podman, to "
+    "/etc/containers/registries.conf: [[registry]], location and insecure = true)": (
         "http response to https client",
     ),
     "the engine does not trust its certificate: put its CA into the engine's certs.d": (

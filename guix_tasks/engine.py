@@ -182,11 +182,12 @@ class Engine(Protocol):
     def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
         """The digest that a registry has for a reference; None where it cannot be told."""
 
-    def greet_registry(self, reference: str, credentials: Credentials | None) -> None:
-        """Ask a registry for an image, which need not be there.
+    def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
+        """Ask a registry for an image, which need not be there; False where that cannot be asked.
 
         Raises ``RegistryError`` where it cannot be reached or refuses the account.
         """
+        ...
 
     def context_files(self, spec: BuildSpec) -> list[str]:
         """The files of a build's context, as its ``.dockerignore`` leaves them."""
@@ -343,8 +344,8 @@ class TracedEngine:
     def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
         return self._engine.remote_digest(reference, credentials)
 
-    def greet_registry(self, reference: str, credentials: Credentials | None) -> None:
-        self._engine.greet_registry(reference, credentials)
+    def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
+        return self._engine.greet_registry(reference, credentials)
 
     def context_files(self, spec: BuildSpec) -> list[str]:
         return self._engine.context_files(spec)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,22 @@ def is_podman(version: Mapping[str, Any]) -> bool:
     """Whether an engine's answer to ``/version`` is Podman's."""
     components = version.get("Components") or ()
     return any(str(each.get("Name", "")).startswith(NAME) for each in components)
+
+
+def plain(name: str) -> str:
+    """The name of an image as Docker says it."""
+    return name.removeprefix("docker.io/").removeprefix("library/")
+
+
+def pushed(event: Mapping[str, Any]) -> str:
+    """The digest that an event of a push tells, where it does so in words alone."""
+    found = re.search(r"\bdigest: (sha256:[0-9a-f]{64})\b", str(event.get("status", "")))
+    return found[1] if found else ""
+
+
+def on_loopback(host: str) -> bool:
+    """Whether a registry is on the engine's own machine, to which Docker speaks plain HTTP, too."""
+    return host.partition(":")[0] == "localhost" or host.startswith("127.")
 
 
 def configured(found: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, bytes]:
