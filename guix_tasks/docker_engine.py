@@ -11,12 +11,15 @@ from datetime import datetime
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import docker
 import docker.api.build
+import docker.constants
 import docker.context
 import docker.errors
+import docker.transport
+import docker.transport.unixconn
 import docker.types
 import docker.utils
 import requests
@@ -35,6 +38,7 @@ from guix_tasks.errors import (
 )
 from guix_tasks.local import registry
 from guix_tasks.reference import ImageReference
+from guix_tasks.ssh import Ssh
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -85,9 +89,11 @@ def find_engine(environment: Mapping[str, str], private_socket: Path) -> Address
     for socket, origin in ((DEFAULT_SOCKET, "default socket"), (private_socket, "private engine")):
         if socket.is_socket():
             return Address(f"unix://{socket}", origin)
+    other = next((each for each in podman.sockets(environment) if each.is_socket()), None)
     raise NoEngineError(
         "no Docker Engine on this machine: DOCKER_HOST is not set, no context is chosen, "
         f"{DEFAULT_SOCKET} is not there; install Docker, or run `inv engine.up` for a private one"
+        + (f", or use the Podman that is here: DOCKER_HOST=unix://{other}" if other else "")
     )
 
 
@@ -163,6 +169,7 @@ class DockerEngine:
         return EngineInfo(
             url=self.address.url,
             origin=self.address.origin,
+            context=self.address.context,
             name=info.get("Name", ""),
             version=info["ServerVersion"],
             product=podman.NAME if self._is_podman else "Docker",
@@ -182,7 +189,7 @@ class DockerEngine:
     @cached_property
     def _is_podman(self) -> bool:
         with self._speaking("be asked for its version"):
-            return podman.is_podman(self._api.version())  # type: ignore[no-untyped-call]
+            return podman.is_podman(self._api.version())
 
     def image(self, reference: str) -> Image | None:
         with self._speaking(f"look at the image {reference}"):
@@ -425,13 +432,18 @@ class DockerEngine:
             return str(self._slow.commit(container, conf=dict(config))["Id"])
 
     def _podman_commit(self, container: str, config: Mapping[str, Any]) -> str:
-        unfinished = self._slow.commit(container)["Id"]
+        changes = [f"LABEL {podman.UNFINISHED_LABEL}=yes"]
+        unfinished = self._slow.commit(container, changes=changes)["Id"]
         try:
             image, archive = podman.configured(self._libpod_image(unfinished), config)
-            deque(self._slow.load_image(archive), maxlen=0)
+            self._load(archive)
         finally:
             self._slow.remove_image(unfinished)
         return image
+
+    def _load(self, archive: bytes) -> None:
+        events = self._slow.load_image(archive)  # type: ignore[no-untyped-call]
+        deque(events, maxlen=0)
 
     def _libpod_image(self, image: str) -> dict[str, Any]:
         """What Podman's own API says of an image, which is more than Docker's."""
@@ -482,9 +494,9 @@ class DockerEngine:
             _log_in(self._slow, host, account)
         # Not by the SDK, which sends the text of a Dockerfile that is elsewhere as a second name.
         dockerfile = docker.api.build.process_dockerfile(str(spec.dockerfile), str(spec.context))
-        context = docker.utils.tar(str(spec.context), _ignored(spec), dockerfile)
+        context = docker.utils.tar(spec.context, _ignored(spec), dockerfile)
         return self._slow.build(
-            fileobj=context,
+            fileobj=cast("IO[bytes]", context),
             custom_context=True,
             dockerfile=dockerfile[0],
             buildargs=dict(spec.args),
@@ -544,7 +556,7 @@ class DockerEngine:
         return _auth(self._account(reference, given))
 
     def _pusher(self, reference: str) -> docker.APIClient:
-        """What pushes a reference: to loopback Docker speaks plain HTTP, too, and Podman if told."""
+        """What pushes: to loopback Docker speaks plain HTTP, too, and Podman if it is told."""
         host = ImageReference.parse(reference).registry
         if not self._is_podman or not podman.on_loopback(host):
             return self._slow
@@ -561,13 +573,30 @@ class DockerEngine:
         return self._client(WORK_TIMEOUT, self._api.api_version)
 
     def _client(self, timeout: int, version: str) -> docker.APIClient:
+        if self._ssh:
+            return self._client_over_ssh(self._ssh, timeout, version)
         return docker.APIClient(
             base_url=self.address.url,
             tls=self.address.tls or False,
             timeout=timeout,
             version=version,
-            use_ssh_client=self.address.url.startswith("ssh://"),
         )
+
+    @cached_property
+    def _ssh(self) -> Ssh | None:
+        return Ssh(self.address.url) if self.address.url.startswith("ssh://") else None
+
+    def _client_over_ssh(self, ssh: Ssh, timeout: int, version: str) -> docker.APIClient:
+        # Not the SDK's own way, which wants paramiko here also for the user's ssh client.
+        oldest = docker.constants.MINIMUM_DOCKER_API_VERSION
+        known = oldest if version == "auto" else version
+        client = docker.APIClient(base_url="unix:///ssh", timeout=timeout, version=known)
+        client.mount("http+docker://", _OverSsh(ssh, timeout))
+        if version != "auto":
+            return client
+        version = client.version(api_version=False)["ApiVersion"]
+        client.close()
+        return self._client_over_ssh(ssh, timeout, version)
 
     @contextmanager
     def _speaking(self, what: str) -> Iterator[None]:
@@ -585,6 +614,8 @@ class DockerEngine:
     def _unreachable(self, error: Exception) -> str:
         where = f"the Docker Engine at {self.address.url} ({self.address.origin})"
         text = str(error)
+        if self._ssh and (said := self._ssh.complaint()):
+            return f"{where} cannot be reached: {said}"
         if "PermissionError" in text or "Permission denied" in text:
             return (
                 f"{where} may not be used by this user; run as root, or join the group that owns "
@@ -592,6 +623,38 @@ class DockerEngine:
             )
         mend = "`inv engine.up`" if self.address.origin == "private engine" else "start it"
         return f"{where} does not answer: {_cause(text)}; {mend}, or choose another by DOCKER_HOST"
+
+
+class _OverSsh(docker.transport.UnixHTTPAdapter):
+    """What speaks HTTP with an engine by way of ssh, as with one on a socket of this machine."""
+
+    def __init__(self, ssh: Ssh, timeout: int) -> None:
+        super().__init__("http+unix:///ssh", timeout)
+        self._ssh = ssh
+
+    def get_connection(self, url: str | bytes, proxies: Any = None) -> Any:  # noqa: ARG002
+        pool = self.pools.get(url)
+        if pool is None:
+            pool = self.pools[url] = _SshPool(str(url), self.socket_path, self.timeout)
+            pool.ssh = self._ssh
+        return pool
+
+
+class _SshPool(docker.transport.unixconn.UnixHTTPConnectionPool):
+    ssh: Ssh
+
+    def _new_conn(self) -> Any:
+        connection = _SshConnection(self.base_url, self.socket_path, cast("int", self.timeout))
+        connection.ssh = self.ssh
+        return connection
+
+
+class _SshConnection(docker.transport.unixconn.UnixHTTPConnection):
+    ssh: Ssh
+
+    def connect(self) -> None:
+        self.sock = self.ssh.connect()
+        self.sock.settimeout(self.timeout)
 
 
 def _ignored(spec: BuildSpec) -> list[str]:

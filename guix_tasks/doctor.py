@@ -139,7 +139,7 @@ def _engine(patient: Patient) -> Iterator[Finding]:
     yield Finding("engine", State.OK, said)
     limits = ", ".join([f"cgroups v{info.cgroups or '?'}", *info.security])
     yield Finding("host", State.OK, limits)
-    if "rootless" in info.security:
+    if info.is_rootless:
         yield Finding(
             "host", State.NOTE, "a rootless engine, whose privileged containers have the user's "
             "rights only", "if the sandbox check fails, use an engine that runs as root",

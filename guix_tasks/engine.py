@@ -43,11 +43,18 @@ class EngineInfo:
     """The version of its cgroups."""
     security: tuple[str, ...] = ()
     """What limits its containers, by name: ``seccomp``, ``apparmor``, ``rootless``…"""
+    context: str | None = None
+    """The Docker CLI's context that names it."""
 
     @property
     def kind(self) -> str:
         """What it is, with its version."""
-        return f"{self.product} {self.version}"
+        return f"{self.product} {self.version}{', rootless' if self.is_rootless else ''}"
+
+    @property
+    def is_rootless(self) -> bool:
+        """Whether it has the rights of a user only, who is not root."""
+        return "rootless" in self.security
 
     @property
     def is_local(self) -> bool:

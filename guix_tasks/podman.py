@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,9 +22,18 @@ if TYPE_CHECKING:
 
 NAME = "Podman"
 
+UNFINISHED_LABEL = "org.guix-tasks.unfinished"
+"""Of what was committed and has no configuration yet."""
+
 _DOCKER = "application/vnd.docker."
 _MANIFEST = f"{_DOCKER}distribution.manifest.v2+json"
 """Docker's own form of an image, since OCI's knows no health check."""
+
+
+def sockets(environment: Mapping[str, str]) -> list[Path]:
+    """Where Podman listens, if its ``podman.socket`` is started: the user's, then root's."""
+    own = environment.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+    return [Path(folder, "podman/podman.sock") for folder in (own, "/run")]
 
 
 def is_podman(version: Mapping[str, Any]) -> bool:
