@@ -89,7 +89,7 @@ def find_engine(environment: Mapping[str, str], private_socket: Path) -> Address
     for socket, origin in ((DEFAULT_SOCKET, "default socket"), (private_socket, "private engine")):
         if socket.is_socket():
             return Address(f"unix://{socket}", origin)
-    other = next((each for each in podman.sockets(environment) if each.is_socket()), None)
+    other = next((each for each in podman.sockets() if each.is_socket()), None)
     raise NoEngineError(
         "no Docker Engine on this machine: DOCKER_HOST is not set, no context is chosen, "
         f"{DEFAULT_SOCKET} is not there; install Docker, or run `inv engine.up` for a private one"
@@ -491,21 +491,24 @@ class DockerEngine:
 
     def _build_events(self, spec: BuildSpec) -> Iterator[dict[str, Any]]:
         for host, account in registry.accounts(self.address.url).items():
-            _log_in(self._slow, host, account)
+            # Podman logs in by plain HTTP to the first of these names alone.
+            if host.startswith("localhost") or not self._is_podman:
+                _log_in(self._slow, host, account)
         # Not by the SDK, which sends the text of a Dockerfile that is elsewhere as a second name.
         dockerfile = docker.api.build.process_dockerfile(str(spec.dockerfile), str(spec.context))
         context = docker.utils.tar(spec.context, _ignored(spec), dockerfile)
-        return self._slow.build(
-            fileobj=cast("IO[bytes]", context),
-            custom_context=True,
-            dockerfile=dockerfile[0],
-            buildargs=dict(spec.args),
-            platform=spec.platform,
-            network_mode=spec.network,
-            rm=True,
-            forcerm=True,
-            decode=True,
-        )
+        with self._plain_http(spec.args.get("BASE_IMAGE", "scratch")):
+            return self._slow.build(
+                fileobj=cast("IO[bytes]", context),
+                custom_context=True,
+                dockerfile=dockerfile[0],
+                buildargs=dict(spec.args),
+                platform=spec.platform,
+                network_mode=spec.network,
+                rm=True,
+                forcerm=True,
+                decode=True,
+            )
 
     def push(
         self, reference: str, credentials: Credentials | None, progress: Progress | None = None
@@ -513,13 +516,14 @@ class DockerEngine:
         repository, _, tag = reference.rpartition(":")
         digest = ""
         with self._speaking(f"push {reference}"):
-            events = self._pusher(reference).push(
-                repository,
-                tag,
-                stream=True,
-                decode=True,
-                auth_config=self._auth(reference, credentials),
-            )
+            with self._plain_http(reference):
+                events = self._slow.push(
+                    repository,
+                    tag,
+                    stream=True,
+                    decode=True,
+                    auth_config=self._auth(reference, credentials),
+                )
             # The call itself raises nothing when a push fails: the stream says so.
             for event in _checked(events, f"push {reference}", progress):
                 digest = (event.get("aux") or {}).get("Digest", digest) or podman.pushed(event)
@@ -555,14 +559,18 @@ class DockerEngine:
     def _auth(self, reference: str, given: Credentials | None) -> dict[str, str] | None:
         return _auth(self._account(reference, given))
 
-    def _pusher(self, reference: str) -> docker.APIClient:
-        """What pushes: to loopback Docker speaks plain HTTP, too, and Podman if it is told."""
-        host = ImageReference.parse(reference).registry
-        if not self._is_podman or not podman.on_loopback(host):
-            return self._slow
-        client = self._client(WORK_TIMEOUT, self._api.api_version)
-        client.params = {"tlsVerify": "false"}
-        return client
+    @contextmanager
+    def _plain_http(self, reference: str) -> Iterator[None]:
+        """Let Podman speak plain HTTP to a registry on loopback, as Docker does by itself.
+
+        It takes this for a push and a build; for a pull it does not.
+        """
+        if self._is_podman and podman.on_loopback(ImageReference.parse(reference).registry):
+            self._slow.params = {"tlsVerify": "false"}
+        try:
+            yield
+        finally:
+            self._slow.params = {}
 
     @cached_property
     def _api(self) -> docker.APIClient:

@@ -30,9 +30,9 @@ _MANIFEST = f"{_DOCKER}distribution.manifest.v2+json"
 """Docker's own form of an image, since OCI's knows no health check."""
 
 
-def sockets(environment: Mapping[str, str]) -> list[Path]:
+def sockets() -> list[Path]:
     """Where Podman listens, if its ``podman.socket`` is started: the user's, then root's."""
-    own = environment.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+    own = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
     return [Path(folder, "podman/podman.sock") for folder in (own, "/run")]
 
 
