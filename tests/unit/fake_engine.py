@@ -409,7 +409,7 @@ class FakeEngine:
         self.registry.seen.append(credentials)
         if self.registry.refusal:
             raise RegistryError(f"cannot ask for {reference}: {self.registry.refusal}")
-        return True
+        return self.about.product != "Podman" or credentials is not None
 
     @_counted
     def context_files(self, spec: BuildSpec) -> list[str]:
