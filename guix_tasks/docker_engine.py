@@ -179,11 +179,7 @@ class DockerEngine:
             root=info.get("DockerRootDir", ""),
             time=_time(info.get("SystemTime", "")),
             cgroups=info.get("CgroupVersion", ""),
-            # As "name=seccomp,profile=builtin".
-            security=tuple(
-                each.partition(",")[0].removeprefix("name=")
-                for each in info.get("SecurityOptions") or ()
-            ),
+            security=_security(info),
         )
 
     @cached_property
@@ -763,6 +759,14 @@ def _with_profile(option: str) -> str:
     """An option with the content of its file, as Docker's API wants a seccomp profile."""
     file = _profile(option)
     return f"{option.partition('=')[0]}={file.read_text()}" if file else option
+
+
+def _security(info: Mapping[str, Any]) -> tuple[str, ...]:
+    # As "name=seccomp,profile=builtin".
+    options = info.get("SecurityOptions") or ()
+    found = [each.partition(",")[0].removeprefix("name=") for each in options]
+    # Podman says it beside the others.
+    return tuple(dict.fromkeys([*found, *(["rootless"] if info.get("Rootless") else [])]))
 
 
 def _time(text: str) -> datetime | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import tempfile
 from contextlib import contextmanager
@@ -84,12 +83,6 @@ class Podman:
     def socket(self) -> Path:
         return _socket(self.folder)
 
-    def trust(self, registry: str) -> None:
-        """Let a registry speak plain HTTP."""
-        text = f'[[registry]]\nlocation = "{registry}"\ninsecure = true\n'
-        (self.folder / "registries.conf").write_text(text)
-        self.service.send_signal(signal.SIGHUP)
-
     def client(self) -> DockerEngine:
         """It, as the product speaks to it."""
         return DockerEngine(Address(self.url, "test"), {})
@@ -103,7 +96,6 @@ def served() -> Iterator[Podman]:
     folder = Path(tempfile.mkdtemp(prefix="podman-"))
     text = CONFIGURATION.format(files=_most_files(), networks=folder / "networks")
     (folder / "containers.conf").write_text(text)
-    (folder / "registries.conf").touch()
     podman = Podman(folder, _started(root, folder))
     try:
         log = folder / "log"
@@ -131,7 +123,6 @@ def _started(root: Path, folder: Path) -> subprocess.Popen[bytes]:
         "PATH": os.environ["PATH"],
         "HOME": str(folder),
         "CONTAINERS_CONF": str(folder / "containers.conf"),
-        "CONTAINERS_REGISTRIES_CONF": str(folder / "registries.conf"),
     }
     with (folder / "log").open("wb") as output:
         return subprocess.Popen(

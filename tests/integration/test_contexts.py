@@ -249,8 +249,11 @@ def _sshd(folder: Path, engine: str, path: str) -> Iterator[Far]:
     if "\nsshd:" not in accounts.read_text():
         with accounts.open("a") as file:
             file.write("sshd:x:65533:65534::/run/sshd:/usr/sbin/nologin\n")
-    # Where Debian's sshd wants an empty folder, and an account.
-    own = f'mkdir -p /run/sshd && mount --bind "{accounts}" /etc/passwd && exec "$@"'
+    # Debian's sshd wants an account, and an empty folder.
+    own = f'mount --bind "{accounts}" /etc/passwd && exec "$@"'
+    empty = Path("/run/sshd")
+    was_there = empty.exists()
+    empty.mkdir(exist_ok=True)
     serve = ("/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "configuration"))
     started = subprocess.Popen(
         as_installed(root, "sh", "-c", own, "sh", *serve),
@@ -264,6 +267,8 @@ def _sshd(folder: Path, engine: str, path: str) -> Iterator[Far]:
     finally:
         started.terminate()
         started.wait(timeout=20)
+        if not was_there:
+            empty.rmdir()
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_what_is_no_address(url: str, said: str) -> None:
     [
         (
             "Warning: x\nHost key verification failed.\r\n",
-            "its key is not known here: `ssh -p 7 me@far.test` once by hand shows it, and remembers it",
+            "its key is not known here: `ssh -p 7 me@far.test` once by hand shows it",
         ),
         (
             "bash: line 1: docker: command not found\n",
