@@ -218,10 +218,13 @@ class DockerEngine:
 
     def unnamed(self, labels: Mapping[str, str]) -> list[str]:
         with self._speaking("list images"):
-            found = self._api.images(
-                quiet=True, filters={"dangling": True, "label": _filters(labels)}
-            )
-        return list(dict.fromkeys(found))
+            # One after the other: of several labels Podman finds nothing.
+            found = [
+                self._api.images(quiet=True, filters={"dangling": True, "label": each})
+                for each in _filters(labels)
+            ]
+        first, *others = found
+        return [each for each in dict.fromkeys(first) if all(each in other for other in others)]
 
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
         with self._speaking("list containers"):
@@ -449,9 +452,10 @@ class DockerEngine:
         return found
 
     def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
-        repository, _, tag = reference.rpartition(":")
+        # Podman takes the tag with the name alone.
+        split = (reference, None) if self._is_podman else reference.rsplit(":", 1)
         with self._speaking(f"import {reference}"):
-            answer = self._slow.import_image_from_data(archive, repository, tag)
+            answer = self._slow.import_image_from_data(archive, *split)
         last = json.loads(answer.strip().splitlines()[-1])
         if "error" in last:
             why = last["error"]
@@ -592,15 +596,17 @@ class DockerEngine:
 
     def _client_over_ssh(self, ssh: Ssh, timeout: int, version: str) -> docker.APIClient:
         # Not the SDK's own way, which wants paramiko here also for the user's ssh client.
-        oldest = docker.constants.MINIMUM_DOCKER_API_VERSION
-        known = oldest if version == "auto" else version
-        client = docker.APIClient(base_url="unix:///ssh", timeout=timeout, version=known)
-        client.mount("http+docker://", _OverSsh(ssh, timeout))
-        if version != "auto":
-            return client
-        version = client.version(api_version=False)["ApiVersion"]
-        client.close()
-        return self._client_over_ssh(ssh, timeout, version)
+        way = _OverSsh(ssh, timeout)
+
+        def client(version: str) -> docker.APIClient:
+            made = docker.APIClient(base_url="unix:///ssh", timeout=timeout, version=version)
+            made.mount("http+docker://", way)
+            return made
+
+        if version == "auto":
+            oldest = client(docker.constants.MINIMUM_DOCKER_API_VERSION)
+            version = oldest.version(api_version=False)["ApiVersion"]
+        return client(version)
 
     @contextmanager
     def _speaking(self, what: str) -> Iterator[None]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
+import tarfile
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -220,6 +222,18 @@ def test_the_configuration_is_kept(bare: Project, podman: Podman) -> None:
     assert after == before
     assert bare.docker.run(bare.image).stdout == "a b c\n"
     assert bare.docker.run(bare.image, "/made", options=("--entrypoint=ls",)).stdout == "/made\n"
+
+
+def test_an_archive_becomes_an_image_of_that_name_alone(podman: Podman) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("made"))
+    client, name = podman.client(), "localhost/guix-tasks-test/rootfs:t"
+    made = client.import_rootfs(iter([buffer.getvalue()]), name)
+    image = client.image(name)
+    assert image
+    assert (image.id, image.tags) == (made, (name,))
+    client.untag(name)
 
 
 def test_a_dockerfile_beside_its_context(bare: Project) -> None:
