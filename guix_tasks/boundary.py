@@ -335,7 +335,14 @@ def docker_command(project: Project) -> tuple[list[str], dict[str, str]]:
     program = shutil.which("docker") or private_engine().docker_path()
     if program is None:
         raise UsageError("a terminal needs the docker command line, which is not on this machine")
-    return [str(program)], {**os.environ, "DOCKER_HOST": project.engine.info().url}
+    info, environment = (
+        project.engine.info(),
+        _engine_variables(project.settings.docker_environment),
+    )
+    environment = {**os.environ, **environment}
+    if info.context:  # which may have certificates, too
+        return [str(program)], {**environment, "DOCKER_CONTEXT": info.context, "DOCKER_HOST": ""}
+    return [str(program)], {**environment, "DOCKER_HOST": info.url}
 
 
 def _find_buildx(project: Project, *, install: bool) -> Buildx | None:
@@ -377,7 +384,7 @@ def _engine(c: Context, of_settings: Mapping[str, str], console: Console) -> Eng
     if key not in _engines:
         engine: Engine = DockerEngine(address, {**os.environ, **environment})
         info = engine.info()
-        console.say(f"engine: {info.name} at {info.url} ({info.origin}), Docker {info.version}")
+        console.say(f"engine: {info.name} at {info.url} ({info.origin}), {info.kind}")
         _engines[key] = TracedEngine(engine, console, perform=not dry) if dry or echo else engine
     return _engines[key]
 

@@ -18,7 +18,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urlsplit
 
-from guix_tasks import guix
+from guix_tasks import guix, podman
 from guix_tasks.builders import find_builder, needed_syntax
 from guix_tasks.console import human_size, printable
 from guix_tasks.errors import EngineError, GuixTasksError, UsageError
@@ -136,13 +136,13 @@ def show(console: Console, findings: list[Finding], *, as_json: bool) -> None:
 def _engine(patient: Patient) -> Iterator[Finding]:
     info = patient.engine.info()
     said = (
-        f"{info.name} at {info.url} ({info.origin}), Docker {info.version}, {info.platform}, "
+        f"{info.name} at {info.url} ({info.origin}), {info.kind}, {info.platform}, "
         f"{info.storage_driver}"
     )
     yield Finding("engine", State.OK, said)
     limits = ", ".join([f"cgroups v{info.cgroups or '?'}", *info.security])
     yield Finding("host", State.OK, limits)
-    if "rootless" in info.security:
+    if info.is_rootless:
         yield Finding(
             "host", State.NOTE, "a rootless engine, whose privileged containers have the user's "
             "rights only", "if the sandbox check fails, use an engine that runs as root",
@@ -194,6 +194,9 @@ def _base_image(patient: Patient) -> Iterator[Finding]:
         yield Finding(
             "base image", State.NOTE, f"{reference} is not to be had now; what was made of it is"
         )
+    elif patient.engine.info().product == podman.NAME:
+        said = f"{reference} is not here, and Podman cannot be asked whether its registry has it"
+        yield Finding("base image", State.NOTE, said, f"`podman pull {reference}` tells")
     else:
         yield Finding(
             "base image", State.FAILED, f"{reference} is neither here nor to be had",
@@ -260,7 +263,10 @@ _PRIVILEGES = "use an engine that lets containers have privileges, or try GUIX_S
 def _registry(patient: Patient) -> Iterator[Finding]:
     """Ask for the image, without a push; that it is not there yet is no fault."""
     reference, account = patient.settings.image, credentials(patient.project)
-    patient.engine.greet_registry(str(reference), account)
+    if not patient.engine.greet_registry(str(reference), account):
+        said = f"{reference.registry} was not asked, which Podman does for an account alone"
+        yield Finding("registry", State.NOTE, said, "set DOCKER_USERNAME and DOCKER_PASSWORD")
+        return
     who = "to DOCKER_USERNAME" if account else "with what Docker's own configuration says"
     if reference.registry in accounts(patient.engine.info().url):
         who = "to the account that `inv registry.up` made"

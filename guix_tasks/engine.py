@@ -37,10 +37,24 @@ class EngineInfo:
     """The folder of its images, on its own machine."""
     time: datetime | None = None
     """What its clock shows."""
+    product: str = "Docker"
+    """``Docker`` or ``Podman``."""
     cgroups: str = ""
     """The version of its cgroups."""
     security: tuple[str, ...] = ()
     """What limits its containers, by name: ``seccomp``, ``apparmor``, ``rootless``…"""
+    context: str | None = None
+    """The Docker CLI's context that names it."""
+
+    @property
+    def kind(self) -> str:
+        """What it is, with its version."""
+        return f"{self.product} {self.version}{', rootless' if self.is_rootless else ''}"
+
+    @property
+    def is_rootless(self) -> bool:
+        """Whether it has the rights of a user only, who is not root."""
+        return "rootless" in self.security
 
     @property
     def is_local(self) -> bool:
@@ -177,11 +191,12 @@ class Engine(Protocol):
     def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
         """The digest that a registry has for a reference; None where it cannot be told."""
 
-    def greet_registry(self, reference: str, credentials: Credentials | None) -> None:
-        """Ask a registry for an image, which need not be there.
+    def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
+        """Ask a registry for an image, which need not be there; False where that cannot be asked.
 
         Raises ``RegistryError`` where it cannot be reached or refuses the account.
         """
+        ...
 
     def context_files(self, spec: BuildSpec) -> list[str]:
         """The files of a build's context, as its ``.dockerignore`` leaves them."""
@@ -338,8 +353,8 @@ class TracedEngine:
     def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
         return self._engine.remote_digest(reference, credentials)
 
-    def greet_registry(self, reference: str, credentials: Credentials | None) -> None:
-        self._engine.greet_registry(reference, credentials)
+    def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
+        return self._engine.greet_registry(reference, credentials)
 
     def context_files(self, spec: BuildSpec) -> list[str]:
         return self._engine.context_files(spec)

@@ -74,7 +74,7 @@ def _fill(folder: Path, engine: Engine, settings: Settings, failed: Failed) -> N
     # Where the engine is gone, the rest is still worth keeping.
     with suppress(EngineError):
         info = engine.info()
-        about = f"Docker {info.version} ({info.storage_driver}, {info.platform})\n"
+        about = f"{info.kind} ({info.storage_driver}, {info.platform})\n"
         (folder / "versions").write_text(about, encoding="utf-8")
     failed.log.seek(0)
     paths: dict[str, None] = {}

@@ -16,6 +16,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from guix_tasks import podman
 from guix_tasks.fingerprint import text_digest
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ INPUTS_LABEL = f"{_PREFIX}inputs"
 LAYERS_LABEL = f"{_PREFIX}layers"
 IMAGE_LABEL = f"{_PREFIX}image"
 """Whose image it is: the project's name, which is the image that it makes."""
+CONTAINER_LABEL = f"{_PREFIX}project"
+"""Of work containers, and of what Podman commits until it is given its configuration."""
 CHANNELS_LABEL = f"{_PREFIX}channels"
 PACKAGES_LABEL = f"{_PREFIX}packages"
 
@@ -205,10 +208,13 @@ class Ledger:
 
     def drop_unnamed(self) -> None:
         """Remove the images that a run which was killed had not tagged yet, or not removed."""
-        for each in self.engine.unnamed({IMAGE_LABEL: str(self.settings.image)}):
+        name = str(self.settings.image)
+        for each in self.engine.unnamed({IMAGE_LABEL: name}):
             image = self.engine.image(each)
             if image and proven_stage(image):
                 self.engine.drop(image.id)
+        for each in self.engine.unnamed({CONTAINER_LABEL: name, podman.UNFINISHED_LABEL: "yes"}):
+            self.engine.drop(each)
 
     def _move(self, current: Image | None, target: Image | None) -> None:
         if target and (current is None or current.id != target.id):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from guix_tasks import guix
 from guix_tasks.console import human_size, human_time
@@ -18,23 +20,92 @@ from guix_tasks.work import project as project_name
 
 if TYPE_CHECKING:
     from guix_tasks.engine import Image
+    from guix_tasks.sizes import Size
     from guix_tasks.stage import Project
 
 STATUS_HEADER = ("stage", "image", "id", "size", "age", "state", "channels")
 
 
-def status_rows(project: Project) -> list[tuple[str, ...]]:
-    """A row for each stage and one for ``IMAGE``."""
+@dataclass(frozen=True)
+class Standing:
+    """A tag of the project: what it is, and how it stands with it."""
+
+    stage: str
+    """The stage that the tag is of, or ``IMAGE``."""
+    reference: str
+    image: Image | None
+    state: str
+    """Of a stage ``up to date``, ``stale`` or ``missing``; of ``IMAGE`` what it stands for."""
+    why: str = ""
+    """Why a stage is stale."""
+
+
+def standings(project: Project) -> list[Standing]:
+    """Each stage, then ``IMAGE``."""
     ledger, lifecycle = project.ledger, Lifecycle(project)
-    rows = []
+    found = []
     for stage in ledger.stages:
         state = lifecycle.state(stage)
-        image = state.image
-        word = "missing" if not image else f"stale: {state.why}" if state.why else "up to date"
-        rows.append((stage, *_cells(ledger.tag(stage), image, word)))
-    reference = str(project.ledger.image)
+        word = "missing" if not state.image else "stale" if state.why else "up to date"
+        why = state.why if state.image and state.why else ""
+        found.append(Standing(stage, ledger.tag(stage), state.image, word, why))
+    reference = str(ledger.image)
     image = project.engine.image(reference)
-    return [*rows, ("IMAGE", *_cells(reference, image, _stands_for(project, image)))]
+    return [*found, Standing("IMAGE", reference, image, _stands_for(project, image))]
+
+
+def show_status(project: Project, *, size: bool, plot: str, as_json: bool) -> None:
+    """Show the stages of each platform, or what is in ``IMAGE``; or both as JSON, for a machine."""
+    if as_json:
+        parts = sizes(project) if size or plot else None
+        _draw(project, parts or [], plot)
+        project.console.result(json.dumps(_document(project, parts), indent=2))
+    elif size or plot:
+        show_sizes(project, plot)
+    else:
+        rows = [row for each in project.each_platform() for row in status_rows(each)]
+        project.console.table(STATUS_HEADER, rows)
+
+
+def _document(project: Project, parts: list[Size] | None) -> dict[str, Any]:
+    """What docs/how-to/engines.md describes, for machines: no key of it is to be renamed."""
+    info = project.engine.info()
+    engine = {
+        "product": info.product,
+        "version": info.version,
+        "platform": info.platform,
+        "url": info.url,
+        "origin": info.origin,
+        "rootless": info.is_rootless,
+        "storage_driver": info.storage_driver,
+    }
+    stages = [_entry(each, found) for each in project.each_platform() for found in standings(each)]
+    whole = {"engine": engine, "stages": stages}
+    return whole if parts is None else {**whole, "parts": [asdict(each) for each in parts]}
+
+
+def _entry(project: Project, found: Standing) -> dict[str, Any]:
+    image = found.image
+    return {
+        "stage": found.stage,
+        "platform": str(project.settings.platform or project.engine.info().platform),
+        "image": found.reference,
+        "id": image and image.id,
+        "state": found.state,
+        "why": found.why or None,
+        "size": image and image.size,
+        "created": image and (image.created or None),
+        "channels": guix.commits(image.labels.get(CHANNELS_LABEL, "")) if image else {},
+    }
+
+
+def status_rows(project: Project) -> list[tuple[str, ...]]:
+    """A row for each stage and one for ``IMAGE``."""
+    return [
+        (each.stage, *_cells(each.reference, each.image, f"{each.state}{why}"))
+        for each in standings(project)
+        for why in [f": {each.why}" if each.why else ""]
+    ]
 
 
 def _cells(reference: str, image: Image | None, state: str) -> tuple[str, ...]:
@@ -72,6 +143,10 @@ def show_sizes(project: Project, plot: str) -> None:
     """Show what is in ``IMAGE``, as a table, and as a picture in the file ``plot`` names."""
     parts = sizes(project)
     project.console.table(("part", "name", "size"), size_rows(parts))
+    _draw(project, parts, plot)
+
+
+def _draw(project: Project, parts: list[Size], plot: str) -> None:
     if plot:
         try:
             Path(plot).write_text(picture(str(project.ledger.image), parts), encoding="utf-8")

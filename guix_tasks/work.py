@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from guix_tasks import guix
+from guix_tasks import guix, podman
 from guix_tasks.engine import ContainerSpec
-from guix_tasks.errors import EngineError, StageError, UsageError
+from guix_tasks.errors import REFUSED, EngineError, StageError, UsageError
 from guix_tasks.fingerprint import file_digest, text_digest, tree_digest
 from guix_tasks.reference import Platform
 from guix_tasks.rootless import USER, lend
@@ -423,6 +423,12 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
     if "security" in rights:
         known = engine.info().security
         rights["security"] += tuple(off for name, off in _UNCONFINED.items() if name in known)
+    if "user" in rights and engine.info().product == podman.NAME:
+        # Somebody else's would become root's afterwards.
+        raise EngineError(
+            f"{REFUSED} lend Guix's folders to a user who is not root: Podman does not tell whose "
+            "they are; set GUIX_SANDBOX to auto or capabilities"
+        )
     # The daemon of the others is root's; an image may be made for another user.
     rights.setdefault("user", "root" if config.get("User") else None)
     volumes = {} if work.bare else cache_volumes(settings)

@@ -305,22 +305,19 @@ def shell(c: Context, stage: str = "", fresh: bool = False) -> None:
     help={
         "size": "show what is in the image: stages, layers, the largest store items",
         "plot": "draw what --size shows as an SVG picture into this file",
+        "json": "print one JSON document, for machines",
     },
     auto_shortflags=False,
 )
-def status(c: Context, size: bool = False, plot: str = "") -> None:
+def status(c: Context, size: bool = False, plot: str = "", json: bool = False) -> None:
     """Show stages, images, sizes, ages and channels.
 
     Each stage is up to date, missing, or stale, and why.
     """
     with (opened_single if size or plot else opened)(c) as project:
-        from guix_tasks import upkeep
+        from guix_tasks.upkeep import show_status
 
-        if size or plot:
-            upkeep.show_sizes(project, plot)
-        else:
-            rows = [row for each in project.each_platform() for row in upkeep.status_rows(each)]
-            project.console.table(upkeep.STATUS_HEADER, rows)
+        show_status(project, size=size, plot=plot, as_json=json)
 
 
 @task(

@@ -389,7 +389,8 @@ def _copy(
         if note:
             note(data)
         target.sendall(data)
-    target.shutdown(socket.SHUT_WR)
+    with suppress(OSError):  # who was spoken to has gone
+        target.shutdown(socket.SHUT_WR)
 
 
 @dataclass(frozen=True)

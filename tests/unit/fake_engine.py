@@ -405,10 +405,11 @@ class FakeEngine:
         return digest(found.id) if found else None
 
     @_counted
-    def greet_registry(self, reference: str, credentials: Credentials | None) -> None:
+    def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
         self.registry.seen.append(credentials)
         if self.registry.refusal:
             raise RegistryError(f"cannot ask for {reference}: {self.registry.refusal}")
+        return self.about.product != "Podman" or credentials is not None
 
     @_counted
     def context_files(self, spec: BuildSpec) -> list[str]:

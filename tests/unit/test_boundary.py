@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -836,6 +836,18 @@ def test_the_docker_command_finds_the_projects_engine(
     argv, environment = boundary.docker_command(inv.site.project())
     assert argv == ["/usr/bin/docker"]
     assert environment["DOCKER_HOST"] == "unix:///fake.sock"
+
+
+def test_the_docker_command_takes_a_context_with_all_that_it_has(
+    inv: Inv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Certificates, too, which an address alone has not."""
+    monkeypatch.setattr(shutil, "which", lambda _name: "/usr/bin/docker")
+    engine = inv.site.engine
+    engine.about = replace(engine.about, url="tcp://far.test:2376", context="far")
+    _, environment = boundary.docker_command(inv.site.project())
+    assert environment["DOCKER_CONTEXT"] == "far"
+    assert not environment["DOCKER_HOST"]
 
 
 def test_without_the_docker_command_there_is_no_terminal(

@@ -218,6 +218,19 @@ def test_a_base_image_that_is_nowhere(site: Site) -> None:
     assert "`inv rootfs`" in found.mend
 
 
+def test_podman_is_not_asked_what_it_cannot_tell(site: Site) -> None:
+    about(site, product="Podman", version="4.3.1", security=("rootless",))
+    engine = next(each for each in find(site, "engine") if each.check == "engine")
+    assert ", Podman 4.3.1, rootless, linux/amd64" in engine.said
+    site.env["BASE_IMAGE"] = "registry.test/none:1"
+    image, registry = one(site, "base image"), one(site, "registry")
+    assert (image.state, image.mend) == (NOTE, "`podman pull registry.test/none:1` tells")
+    assert registry.state is NOTE
+    assert "was not asked" in registry.said
+    site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD=PASSWORD)
+    assert one(site, "registry").state is OK
+
+
 def test_a_base_image_that_is_gone_after_the_base_stage_is_no_fault(made: Site) -> None:
     """BuildKit leaves none on the engine, and nothing asks for it again."""
     made.engine.registry.images.clear()

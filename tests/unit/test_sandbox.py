@@ -92,6 +92,18 @@ def test_where_they_do_not_do_it_says_why(made: Site) -> None:
     assert f"sandbox: privileged, since {why}\n" in said
 
 
+def test_podman_lends_nothing_to_who_is_not_root(made: Site) -> None:
+    """It says of each file in a container that it is the container's user's."""
+    made.engine.about = replace(made.engine.about, product="Podman")
+    made.engine.behaviour = builds_with("rootless", "capabilities")
+    containers, said = install(made)
+    assert containers == ["probe capabilities", "install capabilities"]
+    assert "Podman does not tell whose they are" in said
+    made.env["GUIX_SANDBOX"] = "rootless"
+    with pytest.raises(EngineError, match="set GUIX_SANDBOX to auto or capabilities"):
+        install(made)
+
+
 def test_it_is_tried_once(made: Site) -> None:
     made.engine.behaviour = builds_with("capabilities")
     install(made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -20,8 +21,9 @@ from fake_engine import (
 from guix_tasks import hands
 from guix_tasks.engine import ContainerSpec, TracedEngine
 from guix_tasks.errors import UsageError
-from guix_tasks.ledger import PREVIOUS, STAGES
-from guix_tasks.upkeep import STATUS_HEADER, clean, show_sizes, status_rows
+from guix_tasks.ledger import CONTAINER_LABEL, PREVIOUS, STAGES
+from guix_tasks.podman import UNFINISHED_LABEL
+from guix_tasks.upkeep import STATUS_HEADER, clean, show_sizes, show_status, status_rows
 from guix_tasks.work import PROJECT_LABEL
 
 if TYPE_CHECKING:
@@ -306,3 +308,68 @@ def test_the_fake_holds_what_a_container_uses() -> None:
     engine.remove(container)
     engine.drop(image.id)
     assert engine.image(image.id) is None
+
+
+def test_status_for_machines(made: Site) -> None:
+    made.write("channels.scm", '(list (channel (name \'mine) (url "https://m.test")))')
+    project = made.project()
+    show_status(project, size=False, plot="", as_json=True)
+    found = json.loads(heard(project))
+    assert found["engine"] == {
+        "product": "Docker",
+        "version": "28",
+        "platform": "linux/amd64",
+        "url": "unix:///fake.sock",
+        "origin": "fake",
+        "rootless": False,
+        "storage_driver": "memory",
+    }
+    stages = {each["stage"]: each for each in found["stages"]}
+    assert list(stages) == [*STAGES, "IMAGE"]
+    pull, image = stages["pull"], made.image("pull")
+    assert pull == {
+        "stage": "pull",
+        "platform": "linux/amd64",
+        "image": f"{IMAGE}-pull",
+        "id": image.id,
+        "state": "stale",
+        "why": "GUIX_CHANNELS changed (it lacks the channel mine)",
+        "size": image.size,
+        "created": image.created,
+        "channels": {"guix": COMMITS["guix"]},
+    }
+    assert (stages["base"]["state"], stages["base"]["why"]) == ("up to date", None)
+    assert stages["IMAGE"]["state"] == "stage install"
+
+
+def test_status_for_machines_of_what_is_missing(made: Site) -> None:
+    made.engine.untag(f"{IMAGE}-install")
+    project = made.project()
+    show_status(project, size=False, plot="", as_json=True)
+    missing = json.loads(heard(project))["stages"][STAGES.index("install")]
+    assert missing["state"] == "missing"
+    assert [missing[name] for name in ("id", "why", "size", "created")] == [None] * 4
+    assert missing["channels"] == {}
+
+
+def test_sizes_for_machines(made: Site) -> None:
+    project = made.project()
+    show_status(project, size=True, plot=str(made.folder / "sizes.svg"), as_json=True)
+    parts = json.loads(heard(project)[heard(project).index("{\n") :])["parts"]
+    assert {"group", "name", "size"} == set(parts[0])
+    assert {each["group"] for each in parts} >= {"stage", "layer"}
+    assert (made.folder / "sizes.svg").read_text().startswith("<svg")
+
+
+def test_what_podman_committed_and_did_not_configure_is_removed(made: Site) -> None:
+    labels = {PROJECT_LABEL: IMAGE, UNFINISHED_LABEL: "yes"}
+    of_another = {**labels, PROJECT_LABEL: "other/x:t"}
+    by_hand = {PROJECT_LABEL: IMAGE}
+    gone, *kept = (
+        made.engine.make_image({"Labels": each}, {"/x": b""})
+        for each in (labels, of_another, by_hand)
+    )
+    made.project().ledger.drop_unnamed()
+    assert made.engine.image(gone.id) is None
+    assert all(made.engine.image(each.id) for each in kept)
+    assert CONTAINER_LABEL == PROJECT_LABEL

@@ -1,0 +1,138 @@
+"""A Podman of the tests' own: Debian's package, unpacked, with its images in a folder apart."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from guix_tasks import paths
+from guix_tasks.docker_engine import Address, DockerEngine
+from guix_tasks.local import process
+from guix_tasks.local.debian import Apt, host_suite
+from guix_tasks.local.engine import answers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PACKAGES = ("podman", "runc", "catatonit", "netavark", "openssh-server")
+
+STATUS = Path("/var/lib/dpkg/status")
+
+START = """
+set -e
+# As if they were installed, for this process and what it starts.
+mount -t overlay -o "lowerdir=$1/etc:/etc" none /etc
+mount -t overlay -o "lowerdir=$1/usr:/usr" none /usr
+shift
+exec "$@"
+"""
+
+CONFIGURATION = """
+[containers]
+default_ulimits = ["nofile={files}:{files}", "nproc=4096:4096"]
+[engine]
+runtime = "runc"
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+[network]
+network_backend = "netavark"
+network_config_dir = "{networks}"
+"""
+
+
+def unpacked() -> Path:
+    """Podman's packages and sshd's, with those that they need; skips where they cannot be had."""
+    own = host_suite()
+    if os.geteuid() != 0 or own is None:
+        pytest.skip("Podman is unpacked from Debian's packages, and run, by root")
+    root = paths.cache_home() / "tests" / f"podman-{own}"
+    if not root.exists():
+        root.parent.mkdir(parents=True, exist_ok=True)
+        apt = Apt(paths.cache_home() / "apt", [own], status=STATUS)
+        apt.unpacked(PACKAGES, root, closure=True)
+    return root
+
+
+def as_installed(root: Path, *argv: str) -> list[str]:
+    """A command in mounts of its own, where unpacked packages look as if they were installed."""
+    apart = ("unshare", "--mount", "--propagation=private", "--", "sh", "-c", START, "sh")
+    return [*apart, str(root), *argv]
+
+
+@dataclass(frozen=True)
+class Podman:
+    """``podman system service`` on a socket, and the command line beside it."""
+
+    folder: Path
+    service: subprocess.Popen[bytes]
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self.socket}"
+
+    @property
+    def socket(self) -> Path:
+        return _socket(self.folder)
+
+    def client(self) -> DockerEngine:
+        """It, as the product speaks to it."""
+        return DockerEngine(Address(self.url, "test"), {})
+
+
+@contextmanager
+def served() -> Iterator[Podman]:
+    """A Podman that answers while the block runs, and leaves nothing."""
+    root = unpacked()
+    # Not in pytest's folder: the path of a socket has to be short.
+    folder = Path(tempfile.mkdtemp(prefix="podman-"))
+    text = CONFIGURATION.format(files=_most_files(), networks=folder / "networks")
+    (folder / "containers.conf").write_text(text)
+    podman = Podman(folder, _started(root, folder))
+    try:
+        log = folder / "log"
+        assert process.wait_until(lambda: answers(podman.socket), 30), log.read_text()
+        yield podman
+        client = podman.client()
+        for container in client.containers({}):
+            client.remove(container.id)
+    finally:
+        # Its mounts are in a place of their own, and go with the last process there.
+        podman.service.terminate()
+        podman.service.wait(timeout=30)
+        shutil.rmtree(folder)
+
+
+def _socket(folder: Path) -> Path:
+    return folder / "podman.sock"
+
+
+def _started(root: Path, folder: Path) -> subprocess.Popen[bytes]:
+    places = {"root": "images", "runroot": "run", "tmpdir": "tmp"}
+    options = (f"--{name}={folder / place}" for name, place in places.items())
+    serve = ("system", "service", "--time=0", f"unix://{_socket(folder)}")
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(folder),
+        "CONTAINERS_CONF": str(folder / "containers.conf"),
+    }
+    with (folder / "log").open("wb") as output:
+        return subprocess.Popen(
+            as_installed(root, "podman", *options, *serve),
+            env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def _most_files() -> int:
+    """The open files that a container may have here: Podman asks for more, and is refused."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return 1 << 16 if most == resource.RLIM_INFINITY else most
