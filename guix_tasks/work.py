@@ -42,6 +42,8 @@ FOLDER = "/var/guix/guix-tasks"
 """In a folder that belongs to whom the daemon is, who has to remove it."""
 ENTRY_POINT = f"{FOLDER}/entry-point.sh"
 ENVIRONMENT = f"{FOLDER}/environment"
+INPUTS = "project"
+"""Below ``FOLDER``: files of a project, which everybody may read; no other is there."""
 NEARBY_KEY = "nearby.pub"
 """Below ``FOLDER``: what only the daemon of this container trusts."""
 EXTRA_CA = "extra-ca.pem"
@@ -281,8 +283,8 @@ def archive(
 ) -> bytes:
     """A tar archive of ``files`` below a folder; scripts are executable, nothing else is.
 
-    Only the owner, by its ID, may read them, if not said otherwise: an environment can hold a
-    token.
+    But for those of the project, only the owner, by its ID, may read them, if not said otherwise:
+    an environment can hold a token.
     """
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -295,7 +297,8 @@ def archive(
         for name, content in sorted(files.items()):
             member = tarfile.TarInfo(f"{folder}/{name}".lstrip("/"))
             member.size = len(content)
-            member.mode = 0o755 if content.startswith(b"#!") else mode
+            own = 0o644 if name.startswith(f"{INPUTS}/") else mode
+            member.mode = 0o755 if content.startswith(b"#!") else own
             member.uid = member.gid = owner
             tar.addfile(member, io.BytesIO(content))
     return buffer.getvalue()

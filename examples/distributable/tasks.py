@@ -13,12 +13,10 @@ add_stage(
     summary="Build the dependencies.",
 )
 
-# The program itself, of the sources that are here.  They stay in the image, where `inv pack`, which
-# need not be root, reads them.
+# The program itself, of the sources that are here.  They stay in the image, for `inv pack`.
 add_stage(
     "build",
-    "rm -rf /project && cp -R . /project && chmod -R a+rX /project"
-    " && guix package --install-from-file=/project/guix.scm",
+    "rm -rf /project && cp -R . /project && guix package --install-from-file=/project/guix.scm",
     parent="deps",
     inputs=["guix.scm", "src"],
     summary="Build the program.",

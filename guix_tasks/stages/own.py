@@ -10,7 +10,7 @@ from guix_tasks import guix
 from guix_tasks.errors import UsageError
 from guix_tasks.ledger import PACKAGES_LABEL
 from guix_tasks.stage import Stage
-from guix_tasks.work import FOLDER
+from guix_tasks.work import FOLDER, INPUTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,14 +18,11 @@ if TYPE_CHECKING:
     from guix_tasks.own import OwnStage
     from guix_tasks.settings import Settings
 
-_INPUTS = "project"
-"""Where the inputs are, below ``FOLDER``; no file of guix-tasks' own is there."""
-
 
 def own_stage(settings: Settings, own: OwnStage) -> Stage:
     """The stage as data.  Raises ``UsageError`` where an input cannot be read."""
     found = input_files(settings, f"stage {own.name}", own.inputs)
-    files = {f"{_INPUTS}/{name}": content for name, content in found.items()}
+    files = {f"{INPUTS}/{name}": content for name, content in found.items()}
     return Stage(
         name=own.name,
         commands=[own.command],
@@ -33,7 +30,7 @@ def own_stage(settings: Settings, own: OwnStage) -> Stage:
         labels=lambda report: {PACKAGES_LABEL: " ".join(guix.installed(report))},
         files=files,
         as_root=True,
-        folder=f"{FOLDER}/{_INPUTS}" if files else None,
+        folder=f"{FOLDER}/{INPUTS}" if files else None,
     )
 
 

@@ -533,3 +533,9 @@ def test_a_machine_without_proc_removes_none(site: Site, monkeypatch: pytest.Mon
     left = leave(site)
     sweep(site.engine, site.settings())
     assert left in site.engine.all_containers
+
+
+def test_everybody_may_read_what_is_the_projects() -> None:
+    with tarfile.open(fileobj=io.BytesIO(archive({"project/a": b"", "project/b": b"#!"}))) as tar:
+        modes = {Path(each.name).name: each.mode for each in tar if each.isfile()}
+    assert modes == {"a": 0o644, "b": 0o755}
