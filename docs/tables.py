@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from guix_tasks import errors
+from guix_tasks.console import Display
 from guix_tasks.settings import (
     Settings,
     example_text,
@@ -89,6 +90,7 @@ ABOUT = {
     "BUILDKIT_SYNTAX": About("docker/dockerfile:1.20", "`buildx.build`"),
     "BUILDX_URL": About("https://mirror.example/buildx", "`buildx.setup`"),
     "BUILDX_SHA256": About(_SHA256, "`buildx.setup`"),
+    "OUTPUT": About("quiet", "all that take their time"),
     "RELEASE_URL": About("https://example.org/downloads/1.0", "`release`"),
     "DOCKER_USERNAME": About("me", "`push`, and what is pulled"),
     "DOCKER_USERNAME_FILE": About("secrets/user", "`push`, and what is pulled"),
@@ -120,7 +122,7 @@ KINDS = {
     "Platform": "platform",
     **{
         name: ", ".join(f"`{word.value}`" for word in kind)
-        for name, kind in vars(values).items()
+        for name, kind in {**vars(values), "Display": Display}.items()
         if isinstance(kind, EnumMeta) and kind is not Enum
     },
     "Mapping[str, str]": "`NAME=VALUE`, any number",

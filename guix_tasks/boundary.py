@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 _told: set[str] = set()
 """The notes on settings that this process has shown."""
 
+_display = ""
+"""How much the running task is to show, where an option of it says so."""
+
 _engines: dict[tuple[str, bool, bool], Engine] = {}
 """The engines that this process has opened: `inv pull install push` opens one."""
 
@@ -54,7 +57,21 @@ def opened(
 def _settings(overrides: Mapping[str, str | Sequence[str]] | None = None) -> Settings:
     from guix_tasks.settings import load_settings
 
-    return load_settings(project_folder(Path.cwd()), Path.cwd(), os.environ, overrides or {})
+    chosen = {**(overrides or {}), "OUTPUT": _display}
+    return load_settings(project_folder(Path.cwd()), Path.cwd(), os.environ, chosen)
+
+
+@contextmanager
+def displayed(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Let a task show as much as its options ask for."""
+    global _display  # noqa: PLW0603 -- of the one task that runs
+    if quiet and verbose:
+        raise Exit("error: --quiet and --verbose: say one of them", code=2)
+    _display = "quiet" if quiet else "verbose" if verbose else ""
+    try:
+        yield
+    finally:
+        _display = ""
 
 
 @contextmanager
@@ -63,11 +80,16 @@ def opened_settings(
 ) -> Iterator[tuple[Settings, Console]]:
     """The settings, for a task that needs no engine."""
     with guarded():
-        from guix_tasks.console import Console
-
-        settings, console = _settings(overrides), Console()
+        settings = _settings(overrides)
+        console = _console(settings)
         _tell(settings, console)
         yield settings, console
+
+
+def _console(settings: Settings) -> Console:
+    from guix_tasks.console import Console, settled_display
+
+    return Console(display=settled_display(settings.output, sys.stderr, os.environ))
 
 
 def _tell(settings: Settings, console: Console) -> None:
@@ -100,16 +122,17 @@ def open_demo(c: Context, folder: Path) -> Iterator[Project]:
 
     Its settings are its own: neither the user's nor the environment's.
     """
-    from guix_tasks.console import Console
+    from guix_tasks.console import Console, Display, settled_display
     from guix_tasks.demo import ENV_FILE, prepare
     from guix_tasks.errors import UsageError
     from guix_tasks.settings import load_isolated
 
     if c.config.run.dry:
         raise UsageError("the demo does real work only; leave --dry out")
-    console = Console()
+    chosen = settled_display(Display(_display or "auto"), sys.stderr, os.environ)
+    console = Console(display=chosen)
     prepare(engine_or_private(c, console), console, folder)
-    yield open_project(c, load_isolated(folder / ENV_FILE))
+    yield open_project(c, replace(load_isolated(folder / ENV_FILE), output=chosen))
 
 
 def engine_or_private(c: Context, console: Console) -> Engine:
@@ -173,12 +196,12 @@ def examine(c: Context) -> list[Finding]:
 
 def open_project(c: Context, settings: Settings, *, needs_engine: bool = True) -> Project:
     """Settings with the engine that they, or this machine, name."""
-    from guix_tasks.console import Console
     from guix_tasks.engine import NoEngine
     from guix_tasks.errors import NoEngineError
     from guix_tasks.stage import Project
 
-    console = Console()
+    console = _console(settings)
+    settings = replace(settings, output=console.display)
     _tell(settings, console)
     try:
         engine = _engine(c, settings.docker_environment, console)
@@ -268,7 +291,7 @@ def guarded() -> Iterator[None]:
         code = EngineError.exit_code if error.errno == errno.ENOSPC else UsageError.exit_code
         raise Exit(code=code) from None
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("docker", "dotenv", "requests"):
+        if (error.name or "").split(".")[0] not in ("docker", "dotenv", "requests", "rich"):
             raise
         Console().error(
             f"the Python of this inv ({sys.executable}) lacks the package {error.name}; "

@@ -20,6 +20,7 @@ from guix_tasks.builders import builder_name, find_builder, lacking, needed_synt
 from guix_tasks.buildx import INSECURE_REFUSED, UNKNOWN_FLAG
 from guix_tasks.engine import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError
+from guix_tasks.log import Log
 from guix_tasks.masking import holds_secret
 from guix_tasks.retry import retried
 from guix_tasks.settings import Driver, Node
@@ -152,7 +153,10 @@ def _create(project: Project, buildx: Buildx, nodes: tuple[Node, ...]) -> None:
     try:
         for number, node in enumerate(nodes):
             buildx.change(*create_argv(settings, node, append=number > 0))
-        buildx.stream("inspect", "--bootstrap", name, output=console.stream)
+        with console.step("buildx.setup") as step:
+            log = Log(step.log)
+            buildx.stream("inspect", "--bootstrap", name, output=log.add)
+            log.end()
     except BaseException:
         if buildx.perform:
             _undo(project, buildx)
@@ -311,8 +315,11 @@ def _install_emulators(project: Project, names: str) -> None:
     def failed(_status: int) -> BuilderError:
         return BuilderError(f"emulators for {names} were not installed; the output above says why")
 
-    for _, data in run_to_end(engine, spec, failed):
-        console.stream(data)
+    with console.step("binfmt") as step:
+        log = Log(step.log)
+        for _, data in run_to_end(engine, spec, failed):
+            log.add(data)
+        log.end()
 
 
 # --- Status and down ------------------------------------------------------------------------

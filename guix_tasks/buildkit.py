@@ -52,7 +52,6 @@ from guix_tasks.builders import (
     refuse_platform,
 )
 from guix_tasks.buildx import Builder, csv_field, signed_in
-from guix_tasks.console import Log, human_size, human_time
 from guix_tasks.digests import Pushed, save
 from guix_tasks.errors import BuilderError, StageError, UsageError
 from guix_tasks.fetching import agent_socket, by_ssh, programs
@@ -60,12 +59,13 @@ from guix_tasks.guix import commits
 from guix_tasks.reference import Platform, quoted
 from guix_tasks.retry import TRIES, retried
 from guix_tasks.settings import Driver, Output, Sandbox
-from guix_tasks.stage import STAGE_TRIES, stage_files
+from guix_tasks.stage import STAGE_TRIES, build_log, stage_files
 from guix_tasks.stages.base import base_spec, other_platform
 from guix_tasks.stages.install import install_stage
 from guix_tasks.stages.pull import lock_text, pull_stage, stage_to_run, wanted_text, write_lock
 from guix_tasks.transfer import credentials
 from guix_tasks.watch import Steps
+from guix_tasks.wording import human_size, human_time
 from guix_tasks.work import IMAGE_FOLDER, cache_prefix, network, project_digest
 
 if TYPE_CHECKING:
@@ -476,7 +476,6 @@ class _Baking:
             for file in ("Dockerfile", "bake.json"):
                 console.say(f"--- {file}\n{(folder / file).read_text()}")
         metadata = folder / "metadata.json"
-        terminal = console.err.isatty()
         environment = {
             **self.buildx.environment,
             "BUILDX_METADATA_PROVENANCE": "disabled",
@@ -488,12 +487,11 @@ class _Baking:
         arguments = (
             "bake", f"--builder={self.builder.name}", f"--file={folder / 'bake.json'}",
             *(f"--allow={each}" for each in allowed),
-            f"--metadata-file={metadata}", f"--progress={'tty' if terminal else 'plain'}", target,
+            f"--metadata-file={metadata}", "--progress=plain", target,
         )  # fmt: skip
         limit = self._settings.stage_timeout
         whole = limit * max(1, len(definition.recipe.stages)) if limit else None
         started = time.monotonic()
-        log = Log(console)
 
         def once() -> None:
             left = whole - (time.monotonic() - started) if whole else None
@@ -502,12 +500,12 @@ class _Baking:
             steps = Steps(self._settings)
 
             def output(data: bytes) -> None:
-                (console.stream if terminal else log.add)(data)
+                log.add(data)
                 steps.add(data)
 
             try:
                 replace(self.buildx, environment=environment).stream(
-                    *arguments, output=output, terminal=terminal, spec=definition.base, seconds=left
+                    *arguments, output=output, spec=definition.base, seconds=left
                 )
             except StageError as error:
                 error.passes = error.passes or steps.network_failed
@@ -516,7 +514,8 @@ class _Baking:
         # What was made is in the builder's cache, so trying again goes on from there.
         tries = TRIES if target == IMAGE_TARGET else STAGE_TRIES
         try:
-            retried(console, "the build", once, tries, self._settings.image.registry)
+            with build_log(self.project, "buildx.build") as log:
+                retried(console, "the build", once, tries, self._settings.image.registry)
         except TimeoutError:
             taken = human_time(limit or 0)
             raise StageError(

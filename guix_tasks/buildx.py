@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import pty
 import re
 import shlex
 import shutil
@@ -107,18 +106,16 @@ class Buildx:
         self,
         *arguments: str,
         output: Callable[[bytes], None],
-        terminal: bool = False,
         spec: BuildSpec | None = None,
         seconds: float | None = None,
     ) -> None:
         """A call that takes its time, its log given to ``output`` as it comes.
 
-        On a ``terminal`` buildx draws its own progress.  Raises what ``failure`` makes of it, and
-        ``TimeoutError`` where it takes longer than it may.
+        Raises what ``failure`` makes of it, and ``TimeoutError`` where it takes longer than it may.
         """
         if self._show(arguments):
             argv = [self.program, *arguments]
-            log = _run(argv, self.environment, output, terminal=terminal, seconds=seconds)
+            log = _run(argv, self.environment, output, seconds=seconds)
             if log is not None:
                 raise failure(log, spec)
 
@@ -133,14 +130,10 @@ def _run(
     environment: Mapping[str, str],
     output: Callable[[bytes], None],
     *,
-    terminal: bool = False,
     seconds: float | None = None,
 ) -> str | None:
     """Run a program, its standard error shown; the end of that where it fails, else None."""
-    # A pseudo-terminal, so that what is drawn on it can also be looked at for an error.
-    ends = pty.openpty() if terminal else os.pipe()
-    if terminal:
-        _copy_size(ends[1])
+    ends = os.pipe()
     tail: deque[bytes] = deque(maxlen=200)
     late = threading.Event()
     with (
@@ -197,19 +190,8 @@ def _alarm(
 
 
 def _pieces(descriptor: int) -> Iterator[bytes]:
-    # Linux says that a terminal's other side is closed by an error.
-    with suppress(OSError):
-        while data := os.read(descriptor, 1 << 16):
-            yield data
-
-
-def _copy_size(terminal: int) -> None:
-    import fcntl  # noqa: PLC0415 -- not on Windows, where there is no terminal of this kind
-    import termios  # noqa: PLC0415
-
-    with suppress(OSError):
-        size = fcntl.ioctl(2, termios.TIOCGWINSZ, bytes(8))
-        fcntl.ioctl(terminal, termios.TIOCSWINSZ, size)
+    while data := os.read(descriptor, 1 << 16):
+        yield data
 
 
 def csv_field(field: str) -> str:

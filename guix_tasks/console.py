@@ -6,42 +6,55 @@ only what a task was asked for: the output of a command, a table, a digest.
 
 from __future__ import annotations
 
-import re
-import shlex
+import os
 import sys
-from typing import IO, TYPE_CHECKING, ClassVar, TextIO
+import threading
+import time
+from collections import deque
+from contextlib import contextmanager, nullcontext
+from enum import Enum
+from typing import TYPE_CHECKING, ClassVar, TextIO
 
-from guix_tasks import masking
+from guix_tasks import folding, masking
+from guix_tasks.errors import BuilderError, StageError
+from guix_tasks.wording import human_size, human_time, pasteable, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from guix_tasks.progress import LivePart
+
+__all__ = ["Console", "Display", "Step", "human_size", "human_time", "printable", "settled_display"]
 
 
-def printable(text: str, kept: str = "") -> str:
-    """Text that does nothing to a terminal: what controls one is shown, and not done.
+class Display(Enum):
+    """How much is shown of what takes its time."""
 
-    Registries, images and builds word a part of what is said here, and a line of theirs must not
-    look like several of ours.
-    """
-    if text.isprintable():
-        return text
-    return "".join(
-        each if each.isprintable() or each in kept else repr(each)[1:-1] for each in text
-    )
+    AUTO = "auto"
+    """What goes on now, on a terminal; else plain."""
+    PLAIN = "plain"
+    """The log, in whole lines."""
+    QUIET = "quiet"
+    """Results, warnings and errors alone."""
+    VERBOSE = "verbose"
+    """The log, with that of each build."""
+    LIVE = "live"
+    """A part of the terminal that is drawn anew as things go on, and is gone at the end."""
+
+    @property
+    def logs_builds(self) -> bool:
+        """Whether Guix is to log what its builds say."""
+        return self in (Display.LIVE, Display.VERBOSE)
 
 
-def _pasteable(word: str) -> str:
-    """A word for a shell; one that would control a terminal in bash's own way."""
-    if printable(word, "\n\t") == word:
-        return shlex.quote(word)
-    shown = (each if each.isprintable() and each not in "'\\" else _escaped(each) for each in word)
-    return f"$'{''.join(shown)}'"
-
-
-def _escaped(character: str) -> str:
-    raw = "\udc80" <= character <= "\udcff"
-    data = character.encode(errors="surrogateescape" if raw else "surrogatepass")
-    return "".join(f"\\x{byte:02x}" for byte in data)
+def settled_display(wanted: Display, err: TextIO, environment: Mapping[str, str]) -> Display:
+    """What ``auto`` comes to: a CI job may have a terminal, but nobody before it."""
+    if wanted not in (Display.AUTO, Display.LIVE):
+        return wanted
+    can = err.isatty() and environment.get("TERM", "dumb") != "dumb"
+    asked = wanted is Display.LIVE or not environment.get("CI")
+    return Display.LIVE if can and asked else Display.PLAIN
 
 
 class Console:
@@ -54,9 +67,16 @@ class Console:
     _line_is_open: ClassVar[bool] = False
     """Whether a program has left a line without its end, which is the same for all consoles."""
 
-    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
+    def __init__(
+        self,
+        out: TextIO | None = None,
+        err: TextIO | None = None,
+        display: Display = Display.PLAIN,
+    ) -> None:
         self._out = out
         self._err = err
+        self.display = display
+        self._step: Step | None = None
         self._streams = {
             # What a command was run for stays as it is, but for secrets.
             False: masking.Stream(self._write_out, accounts=False),
@@ -78,31 +98,71 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line on what is being done."""
+        if self.display is not Display.QUIET:
+            self.note(text)
+
+    def detail(self, text: str) -> None:
+        """One line that is of interest for as long as what it is about goes on."""
+        if self._step and self.display is Display.LIVE:
+            self._step.log([text.encode(errors="replace")])
+        else:
+            self.say(text)
+
+    def note(self, text: str) -> None:
+        """One line that is not to be missed."""
         self.end_streams()
         text = printable(masking.clean(text), "\n\t")
-        if Console._line_is_open:
-            text = f"\n{text}"
-            Console._line_is_open = False
-        print(text, file=self.err, flush=True)
-
-    def draw(self, text: str) -> None:
-        """What moves on a terminal."""
-        self.err.write(masking.clean(text))
-        self.err.flush()
+        with self._step.drawing if self._step else nullcontext():
+            if self._step and self._step.say_above(text):
+                return
+            if Console._line_is_open:
+                text = f"\n{text}"
+                Console._line_is_open = False
+            print(text, file=self.err, flush=True)
 
     def warn(self, text: str) -> None:
-        self.say(f"warning: {printable(text)}")
+        self.note(f"warning: {printable(text)}")
 
     def error(self, text: str) -> None:
-        self.say(f"error: {printable(text)}")
+        """What went wrong; in a job of GitHub's also as an annotation."""
+        self.note(f"error: {printable(text)}")
+        annotation = folding.annotation(printable(masking.clean(text)), os.environ)
+        if annotation:
+            self.note(annotation)
 
     def command(self, argv: Sequence[str]) -> None:
         """A command as a person could paste it."""
-        self.say(f"+ {' '.join(map(_pasteable, argv))}")
+        self.note(pasteable(argv))
+
+    @contextmanager
+    def step(self, name: str, *, has_log: bool = True) -> Iterator[Step]:
+        """What takes its time: its log, and what goes on in it, are shown as ``display`` says.
+
+        Where it fails, and its log was not shown, the end of that is.
+        """
+        if self._step:  # a part of the one that is under way
+            yield self._step
+            return
+        step = self._step = Step(self, name, has_log=has_log)
+        try:
+            yield step
+        except (StageError, BuilderError):
+            step.failed = True
+            raise
+        finally:
+            self._step = None
+            step.end()
 
     def stream(self, data: bytes, *, error: bool = True) -> None:
         """Output of a program, as it comes; what may be a part of a secret waits for the rest."""
         self._streams[error].add(data)
+
+    def put(self, text: str) -> None:
+        """Lines for a machine, which have to be as they are."""
+        self.end_streams()
+        if Console._line_is_open:
+            self._write_err(b"\n")
+        self._write_err(text.encode())
 
     def end_streams(self) -> None:
         """Show what waits still, since the program has ended."""
@@ -134,99 +194,94 @@ class Console:
             self.result("  ".join(cells).rstrip())
 
 
-class Log:
-    """The log of a stage as it comes: as it is on a terminal, else in plain whole lines.
+TAIL = 60
+"""Lines of a log that are shown of a step that failed, where it was not shown as it came."""
 
-    Guix draws progress bars, each over the last, and a file or a CI log would keep them all.
-    """
+_SOON = 0.25
+"""Seconds after which something is drawn: what takes less does not flicker, or wait for Rich."""
 
-    _CONTROL = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 
-    def __init__(self, console: Console, kept: IO[bytes] | None = None) -> None:
-        """``kept`` gets all of it, as it comes, until it can hold no more."""
+class Step:
+    """Something that takes its time, while it is under way; see ``Console.step``."""
+
+    def __init__(self, console: Console, name: str, *, has_log: bool) -> None:
+        self.name = name
+        self.failed = False
+        self.log_file: Path | None = None
+        """Where all of the log will be."""
+        self.drawing = threading.Lock()
+        """Held while something is written beside what is drawn."""
         self._console = console
-        self._kept = kept
-        self._rest = b""
+        self._doing: Callable[[], str] = str
+        self._tail: deque[bytes] = deque(maxlen=TAIL)
+        self._part: LivePart | None = None
+        self._timer: threading.Timer | None = None
+        self._fold: folding.Fold | None = None
+        if self.is_live:
+            self._timer = threading.Timer(_SOON, self._draw)
+            self._timer.daemon = True
+            self._timer.start()
+        elif has_log and self.shows_log:
+            self._fold = folding.found(os.environ)
+            if self._fold:
+                console.put(self._fold.start(printable(masking.clean(name)), time.time()))
 
-    def add(self, data: bytes) -> None:
-        if self._kept:
-            try:
-                self._kept.write(data)
-            except OSError:  # a full disk is no fault of what is run
-                self._kept = None
-        if self._console.err.isatty():
-            self._console.stream(data)
-            return
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            self._show(line)
+    @property
+    def is_live(self) -> bool:
+        return self._console.display is Display.LIVE
+
+    @property
+    def shows_log(self) -> bool:
+        return self._console.display in (Display.PLAIN, Display.VERBOSE)
+
+    def log(self, lines: list[bytes]) -> None:
+        """Lines of the log, without their ends."""
+        if self.shows_log:
+            self._console.stream(_joined(lines))
+        else:
+            self._tail.extend(lines[-TAIL:])
+
+    def tell(self, doing: Callable[[], str]) -> None:
+        """Show from now on what this says that is being done."""
+        self._doing = doing
+
+    def say_above(self, text: str) -> bool:
+        """Say a line above what is drawn, if anything is; whether it was."""
+        if self._part:
+            self._part.say_above(text)
+        return self._part is not None
 
     def end(self) -> None:
-        """Show what came without the end of a line."""
-        if self._rest:
-            self._show(self._rest)
-        self._rest = b""
+        if self._timer:
+            self._timer.cancel()
+        with self.drawing:
+            self._timer = None
+            if self._part:
+                self._part.stop()
+                self._part = None
         self._console.end_streams()
+        if self.failed and self._tail and not self.shows_log:
+            where = f"; all of it is in {self.log_file}" if self.log_file else ""
+            self._console.note(f"{self.name}: the end of the log{where}")
+            self._console.stream(_joined(self._tail))
+            self._console.end_streams()
+        if self._fold:
+            self._console.put(self._fold.end(time.time()))
 
-    def _show(self, line: bytes) -> None:
-        last = self._CONTROL.sub(b"", line.rstrip(b"\r")).split(b"\r")[-1]
-        self._console.stream(last + b"\n")
+    def _said(self) -> str:
+        return self._doing()
 
+    def _draw(self) -> None:
+        # Rich takes its time to import, and most calls draw nothing.
+        from guix_tasks.progress import LivePart  # noqa: PLC0415
 
-class TransferProgress:
-    """Tells how a push or a pull gets on: one moving line on a terminal, else a line a layer."""
-
-    _DONE = ("Pushed", "Pull complete", "Layer already exists", "Already exists", "Mounted from")
-
-    def __init__(self, console: Console, what: str) -> None:
-        self._console = console
-        self._what = what
-        self._sizes: dict[str, tuple[int, int]] = {}
-        self._done: set[str] = set()
-
-    def __call__(self, layer: str, status: str, current: int, total: int) -> None:
-        if total:
-            self._sizes[layer] = (min(current, total), total)
-        done = status.startswith(self._DONE)
-        if self._console.err.isatty():
-            moved = sum(current for current, _ in self._sizes.values())
-            whole = sum(total for _, total in self._sizes.values())
-            self._console.draw(f"\r\x1b[K{self._what}: {human_size(moved)} of {human_size(whole)}")
-        elif done and layer not in self._done:
-            size = self._sizes.get(layer, (0, 0))[1]
-            amount = f" ({human_size(size)})" if size else ""
-            self._console.say(f"{self._what}: {layer} {status.lower()}{amount}")
-        if done:
-            self._done.add(layer)
-
-    def end(self) -> None:
-        """Clear the moving line."""
-        if self._console.err.isatty():
-            self._console.draw("\r\x1b[K")
+        with self.drawing:
+            if self._timer:  # it has not ended meanwhile
+                self._part = LivePart(
+                    self._console.err, self.name, self._said, lambda: [*self._tail]
+                )
+                self._part.start()
 
 
-KILO = 1000
-"""Sizes are given in the decimal units that ``docker images`` uses."""
-
-MINUTE = HOUR_IN_MINUTES = 60
-
-
-def human_size(size: int) -> str:
-    """Bytes in three digits: ``997 B``, ``12.3 kB``, ``637 MB``."""
-    value, units = float(size), ["TB", "GB", "MB", "kB", "B"]
-    # What rounds up to 1000 takes the next unit.
-    while float(f"{value:.3g}") >= KILO and len(units) > 1:
-        value /= KILO
-        units.pop()
-    return f"{value:.3g} {units[-1]}"
-
-
-def human_time(seconds: float) -> str:
-    """Seconds as a person says them: ``3.2 s``, ``4 min 10 s``, ``2 h 5 min``."""
-    if round(seconds, 1) < MINUTE:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), MINUTE)
-    if minutes < HOUR_IN_MINUTES:
-        return f"{minutes} min {rest} s"
-    hours, minutes = divmod(minutes, HOUR_IN_MINUTES)
-    return f"{hours} h {minutes} min"
+def _joined(lines: Iterable[bytes]) -> bytes:
+    return b"".join(line + b"\n" for line in lines)

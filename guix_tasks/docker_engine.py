@@ -408,6 +408,12 @@ class DockerEngine:
                 if out:
                     yield False, out
 
+    def received(self, container: str) -> int | None:
+        with self._speaking("ask what a container does"):
+            found = self._api.stats(container, stream=False, one_shot=True)
+        networks = found.get("networks") or {}
+        return sum(each["rx_bytes"] for each in networks.values()) if networks else None
+
     def start(self, container: str) -> None:
         with self._speaking("start a container"):
             self._api.start(container)

@@ -236,6 +236,9 @@ class Engine(Protocol):
     def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
         """Start a container; its output as (is standard error, bytes), until it ends."""
 
+    def received(self, container: str) -> int | None:
+        """Bytes that came to a container over its network so far; None where it has not its own."""
+
     def start(self, container: str) -> None:
         """Start a container and leave it to itself."""
 
@@ -419,6 +422,9 @@ class TracedEngine:
         self._show("start", "--attach", container)
         self._started.add(container)
         return self._engine.run(container) if self._perform else iter(())
+
+    def received(self, container: str) -> int | None:
+        return self._engine.received(container)
 
     def start(self, container: str) -> None:
         self._show("start", container)

@@ -10,8 +10,9 @@ import os
 import re
 import shutil
 import tarfile
+import tempfile
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from io import BytesIO
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
     from guix_tasks.engine import Engine
     from guix_tasks.settings import Settings
+
+_IN_MEMORY = 1 << 20
+"""Bytes of a log from which it is on disk while it comes."""
 
 _BUILD_LOGS = 10
 """Logs of failed builds that are kept."""
@@ -46,6 +50,41 @@ class Failed:
     container: str
     command: bytes
     log: IO[bytes]
+
+
+def log_path(settings: Settings, name: str) -> Path:
+    """Where the whole log of a stage's last run is, without secrets."""
+    suffix = f"-{settings.platform.tag_suffix}" if settings.platform else ""
+    return settings.output_folder / "logs" / f"{name}{suffix}.log"
+
+
+@contextmanager
+def kept_log(settings: Settings, name: str) -> Iterator[IO[bytes]]:
+    """A file for a log, which is at ``log_path`` when the block has ended.
+
+    That it could not be written is no fault of whose log it is.
+    """
+    log = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 -- see below
+    path = log_path(settings, name)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield log
+    finally:
+        with suppress(OSError):
+            if log.tell():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _copy_hidden(log, unfinished)
+                unfinished.replace(path)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            log.close()
+
+
+def _copy_hidden(log: IO[bytes], path: Path) -> None:
+    log.seek(0)
+    with path.open("wb") as file:
+        file.writelines(map(hidden, log))
 
 
 def keep_failure(engine: Engine, settings: Settings, failed: Failed) -> Path | None:

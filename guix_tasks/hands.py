@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING
 
-from guix_tasks.console import human_size
+from guix_tasks.console import human_size, human_time
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.ledger import HAND_MADE, STAGE_LABEL
 from guix_tasks.publish import image_to_use
@@ -117,11 +118,13 @@ def commit(project: Project) -> None:
     if parent is None:
         raise EngineError(f"the image of {container.name} is gone, so its configuration is unknown")
     drop_environment(engine, container.id)
-    before = engine.image(reference)
-    image = commit_image(project, container.id, parent, reference, {STAGE_LABEL: HAND_MADE})
-    project.ledger.keep(before)
-    engine.remove(container.id)
-    console.say(f"commit: {reference}, {human_size(image.size)}")
+    before, started = engine.image(reference), time.monotonic()
+    with console.step("commit", has_log=False):
+        image = commit_image(project, container.id, parent, reference, {STAGE_LABEL: HAND_MADE})
+        project.ledger.keep(before)
+        engine.remove(container.id)
+    took = human_time(time.monotonic() - started)
+    console.say(f"commit: {reference}, {human_size(image.size)}, {took}")
 
 
 def rollback(project: Project) -> None:

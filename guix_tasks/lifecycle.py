@@ -21,7 +21,7 @@ from guix_tasks.ledger import (
     stage_labels,
 )
 from guix_tasks.retry import retried
-from guix_tasks.stage import commit_image, run_stage, say_done
+from guix_tasks.stage import build_log, commit_image, run_stage, say_done
 from guix_tasks.stages.base import (
     base_annotations,
     base_inputs,
@@ -287,11 +287,13 @@ class Lifecycle:
         """Build the base stage."""
         started = time.monotonic()
         project, settings = self._project, self._settings
-        project.console.say(f"base: {settings.dockerfile} on {settings.base_image}")
         spec = base_spec(settings, network(project.engine, settings))
         try:
-            build = partial(project.engine.build, spec, project.console.stream)
-            built = retried(project.console, "the build", build, host=settings.base_image.registry)
+            with build_log(project, "base") as log:
+                project.console.detail(f"base: {settings.dockerfile} on {settings.base_image}")
+                build = partial(project.engine.build, spec, log.add)
+                host = settings.base_image.registry
+                built = retried(project.console, "the build", build, host=host)
         except BuilderError:
             # The builder says only that it cannot get the image.
             if why := other_platform_only(project.engine, settings):
@@ -304,7 +306,11 @@ class Lifecycle:
         inputs = base_inputs(project.engine, settings, {})
         labels = {**stage_labels("base", "", inputs), **base_annotations(settings, inputs)}
         # The label that proves a stage names the layers, which are known only now.
-        with unstarted_container(project.engine, settings, built) as container:
+        with (
+            project.console.step("base", has_log=False) as step,
+            unstarted_container(project.engine, settings, built) as container,
+        ):
+            step.tell(lambda: "committing")
             tag = self._ledger.tag("base")
             image = commit_image(project, container, parent, tag, labels, own_layers=0)
         say_done(project, "base", started)

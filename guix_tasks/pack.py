@@ -13,7 +13,6 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from guix_tasks import guix, masking
-from guix_tasks.console import human_size, human_time
 from guix_tasks.errors import EngineError, StageError, UsageError
 from guix_tasks.ledger import CHANNELS_LABEL
 from guix_tasks.oci import oci_archive
@@ -24,6 +23,7 @@ from guix_tasks.publish import image_to_use, refuse_stale
 from guix_tasks.reference import Platform, quoted
 from guix_tasks.settings.parsers import check_text, package
 from guix_tasks.stage import run_again
+from guix_tasks.wording import human_size, human_time, pasteable
 from guix_tasks.work import FOLDER, Work, work_container
 
 if TYPE_CHECKING:
@@ -62,10 +62,13 @@ def pack(
     image = image_to_use(project)
     refuse_stale(project, image, "pack")
     project = project.settled(image)
-    console.say(f"pack: in a {project.settings.guix_sandbox.value} container")
-    console.command(guix.pack_argv(wanted, f"{FOLDER}/pack.scm"))
     work = Work("pack", (f"{FOLDER}/stage",), files, nearby=project.nearby("pack"))
-    with work_container(project.engine, project.settings, image.id, work) as container:
+    with (
+        console.step("pack"),
+        work_container(project.engine, project.settings, image.id, work) as container,
+    ):
+        console.detail(f"pack: in a {project.settings.guix_sandbox.value} container")
+        console.detail(pasteable(guix.pack_argv(wanted, f"{FOLDER}/pack.scm")))
         report = run_again(project, container, work)
         if project.engine.is_dry:
             return None

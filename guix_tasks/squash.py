@@ -45,7 +45,8 @@ def squash(project: Project) -> None:
     if ledger.newest() != last:
         console.say("squash: up to date")
     else:
-        _squash(project, base, last)
+        with console.step(SQUASH):
+            _squash(project, base, last)
         say_done(project, SQUASH, started)
     ledger.point_image(console)
     if before:

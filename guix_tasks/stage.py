@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import shlex
-import tempfile
+import threading
 import time
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
@@ -13,10 +13,10 @@ from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any
 
 from guix_tasks import guix
+from guix_tasks.activity import Activity, BuildSteps
 from guix_tasks.annotations import oci_annotations
-from guix_tasks.console import Log, human_size, human_time
 from guix_tasks.errors import EngineError, StageError, full_disk
-from guix_tasks.failure import Failed, keep_failure
+from guix_tasks.failure import Failed, keep_failure, kept_log, log_path
 from guix_tasks.fetching import lent_access
 from guix_tasks.fingerprint import file_digest, text_digest
 from guix_tasks.ledger import (
@@ -31,11 +31,13 @@ from guix_tasks.ledger import (
     stage_labels,
 )
 from guix_tasks.lock import alone
+from guix_tasks.log import Log
 from guix_tasks.nearby import nearby
 from guix_tasks.retry import retried
 from guix_tasks.rootless import take_back
 from guix_tasks.sandbox import settled
 from guix_tasks.watch import Faults, Lines
+from guix_tasks.wording import human_size, human_time, pasteable
 from guix_tasks.work import (
     FOLDER,
     IMAGE_FOLDER,
@@ -50,10 +52,9 @@ from guix_tasks.work import (
 )
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-    from guix_tasks.console import Console
+    from guix_tasks.console import Console, Step
     from guix_tasks.engine import Engine, Image
     from guix_tasks.own import OwnStage
     from guix_tasks.settings import Settings
@@ -65,8 +66,8 @@ COLLECT = IMAGE_FOLDER / "collect.scm"
 STAGE_TRIES = 3
 """How often a stage is run where the network fails it."""
 
-_LOG_IN_MEMORY = 1 << 20
-"""Bytes of a log from which it is kept on disk."""
+_LOOKED_EACH = 1.0
+"""Seconds after which an engine is asked again what came over a container's network."""
 
 
 @dataclass(frozen=True)
@@ -175,14 +176,18 @@ def run_stage(
     console, settings = project.console, project.settings
     if not commit or keep_failed:
         refuse_second(project.engine, settings)
-    console.say(f"{stage.name}: in a {settings.guix_sandbox.value} container")
-    for command in stage.commands:
-        console.command(command)
-    with _container(project, stage, parent, keep=not commit, keep_failed=keep_failed) as (
-        container,
-        work,
+    with (
+        console.step(stage.name) as step,
+        _container(project, stage, parent, keep=not commit, keep_failed=keep_failed) as (
+            container,
+            work,
+        ),
     ):
+        console.detail(f"{stage.name}: in a {settings.guix_sandbox.value} container")
+        for command in stage.commands:
+            console.detail(pasteable(command))
         report = run_again(project, container, work).strip()
+        step.tell(lambda: "committing")
         if stage.check:
             stage.check(report)
         if not commit:
@@ -237,7 +242,8 @@ def run_again(project: Project, container: str, work: Work) -> str:
             spent = time.monotonic() - started
         return perform(project, container, work.name, log, spent)
 
-    with _kept_log() as log:
+    with project.console.step(work.name) as step, kept_log(project.settings, work.name) as log:
+        step.log_file = log_path(project.settings, work.name)
         try:
             return retried(project.console, work.name, once, tries=STAGE_TRIES)
         except StageError as error:
@@ -245,14 +251,22 @@ def run_again(project: Project, container: str, work: Work) -> str:
 
 
 @contextmanager
-def _kept_log() -> Iterator[IO[bytes]]:
-    """A file that goes with the block; that it could not be written is no fault of a stage."""
-    log = tempfile.SpooledTemporaryFile(max_size=_LOG_IN_MEMORY)  # noqa: SIM115 -- see below
-    try:
-        yield log
-    finally:
-        with suppress(OSError):
-            log.close()
+def build_log(project: Project, name: str) -> Iterator[Log]:
+    """What the log of a build of a Dockerfile goes to: it is shown as it comes, and kept."""
+    building = BuildSteps()
+    with project.console.step(name) as step, kept_log(project.settings, name) as kept:
+        step.log_file = log_path(project.settings, name)
+        step.tell(lambda: building.text)
+
+        def show(lines: list[bytes]) -> None:
+            step.log(lines)
+            building.look(lines)
+
+        log = Log(show, kept)
+        try:
+            yield log
+        finally:
+            log.end()
 
 
 def _with_bundle(
@@ -295,20 +309,32 @@ def perform(
     ``StageError`` where its command fails or takes longer than that, and where no substitute
     server answers, unless ``GUIX_FALLBACK`` lets it build from source.
     """
-    output, log = bytearray(), Log(project.console, kept)
-    lines, faults = Lines(), Faults(project.settings)
-    with _limit(project, container, name, spent) as timed_out:
+    output, lines, faults = bytearray(), Lines(), Faults(project.settings)
+    activity, logs_builds = Activity(), project.settings.output.logs_builds
+
+    def look(line: str) -> None:
+        activity.look(line)
+        # What a build says may be anything; of builds themselves only Guix's own lines count.
+        said_by_build = logs_builds and activity.is_building and not guix.build_fault(line)
+        if not said_by_build and faults.look(line):
+            project.engine.stop(container, seconds=10)
+
+    with (
+        project.console.step(name) as step,
+        _limit(project, container, name, spent) as timed_out,
+        _metered(project, container, activity, step),
+    ):
+        log = Log(step.log, kept)
         for is_log, data in project.engine.run(container):
             if not is_log:
                 output += data
                 continue
             log.add(data)
             for line in lines.add(data):
-                if faults.look(line):
-                    project.engine.stop(container, seconds=10)
+                look(line)
         log.end()
         for line in lines.add(b"\n"):
-            faults.look(line)
+            look(line)
         status = project.engine.wait(container)
     if timed_out.is_set():
         raise _too_long(project, name)
@@ -330,6 +356,32 @@ def _proxy_fault(project: Project) -> str:
     with suppress(EngineError):
         return proxy_out_of_reach(project.engine, project.settings)
     return ""
+
+
+@contextmanager
+def _metered(project: Project, container: str, activity: Activity, step: Step) -> Iterator[None]:
+    """Show what Guix does in a container, with what comes over its network, where that is drawn."""
+    step.tell(lambda: activity.text)
+    if not step.is_live or project.engine.is_dry:
+        yield
+        return
+    ended = threading.Event()
+
+    def ask() -> None:
+        # Where the engine is gone, whoever waits for the container hears of it.
+        with suppress(EngineError):
+            while not ended.wait(_LOOKED_EACH):
+                total = project.engine.received(container)
+                if total is not None:
+                    activity.receive(total, time.monotonic())
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _too_long(project: Project, name: str) -> StageError:

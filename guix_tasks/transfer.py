@@ -2,19 +2,62 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from guix_tasks.console import TransferProgress
 from guix_tasks.engine import Credentials
 from guix_tasks.reference import ImageReference
 from guix_tasks.retry import retried
+from guix_tasks.wording import human_size, human_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from guix_tasks.console import Console, Step
     from guix_tasks.stage import Project
+
+
+class TransferProgress:
+    """Tells how a push or a pull gets on: what is drawn while it does, else a line a layer."""
+
+    _DONE = ("Pushed", "Pull complete", "Layer already exists", "Already exists", "Mounted from")
+
+    def __init__(self, console: Console, what: str, step: Step) -> None:
+        self._console = console
+        self._what = what
+        self._step = step
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self._done: set[str] = set()
+        self._started = time.monotonic()
+        step.tell(lambda: self.text)
+
+    def __call__(self, layer: str, status: str, current: int, total: int) -> None:
+        # What was downloaded is then unpacked, with numbers of its own.
+        if total and status != "Extracting":
+            self._sizes[layer] = (min(current, total), total)
+        done = status.startswith(self._DONE)
+        if done and layer not in self._done and not self._step.is_live:
+            size = self._sizes.get(layer, (0, 0))[1]
+            amount = f" ({human_size(size)})" if size else ""
+            self._console.say(f"{self._what}: {layer} {status.lower()}{amount}")
+        if done:
+            self._done.add(layer)
+            size = self._sizes.get(layer, (0, 0))[1]
+            self._sizes[layer] = (size, size)
+
+    @property
+    def moved(self) -> int:
+        """Bytes that went over the network so far, as far as the engine tells."""
+        return sum(current for current, _ in [*self._sizes.values()])
+
+    @property
+    def text(self) -> str:
+        whole = sum(total for _, total in [*self._sizes.values()])
+        rate = self.moved / max(0.1, time.monotonic() - self._started)
+        said = f", {human_size(int(rate))}/s" if rate else ""
+        return f"{human_size(self.moved)} of {human_size(whole)}{said}" if whole else ""
 
 
 def credentials(project: Project) -> Credentials | None:
@@ -26,13 +69,15 @@ def credentials(project: Project) -> Credentials | None:
 
 
 @contextmanager
-def transfer(project: Project, what: str) -> Iterator[TransferProgress]:
-    """The progress of one push or pull."""
-    progress = TransferProgress(project.console, what)
-    try:
+def transfer(project: Project, what: str, reference: str) -> Iterator[TransferProgress]:
+    """The progress of one push or pull, and the line that ends it: what was moved, and how long."""
+    console, started = project.console, time.monotonic()
+    with console.step(f"{what} {reference}", has_log=False) as step:
+        progress = TransferProgress(console, f"{what} {reference}", step)
         yield progress
-    finally:
-        progress.end()
+    if not project.engine.is_dry:
+        took = human_time(time.monotonic() - started)
+        console.say(f"{what}: {reference}, {human_size(progress.moved)} moved, {took}")
 
 
 def push(project: Project, reference: str) -> str:
@@ -42,7 +87,7 @@ def push(project: Project, reference: str) -> str:
 
 
 def push_once(project: Project, reference: str) -> str:
-    with transfer(project, f"push {reference}") as progress:
+    with transfer(project, "push", reference) as progress:
         return project.engine.push(reference, credentials(project), progress)
 
 
@@ -50,7 +95,7 @@ def pull(project: Project, reference: str) -> None:
     """Pull a reference, and again after a fault that passes; that it is not there is none."""
 
     def once() -> None:
-        with transfer(project, f"pull {reference}") as progress:
+        with transfer(project, "pull", reference) as progress:
             project.engine.pull(reference, credentials(project), progress=progress)
 
     host = ImageReference.parse(reference).registry

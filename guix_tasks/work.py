@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from guix_tasks import guix, podman
+from guix_tasks.activity import VERBOSITY
 from guix_tasks.engine import ContainerSpec
 from guix_tasks.errors import REFUSED, EngineError, StageError, UsageError
 from guix_tasks.fingerprint import file_digest, text_digest, tree_digest
@@ -335,7 +336,11 @@ def environment(settings: Settings) -> dict[str, str]:
     It is copied in as a file and sourced, not given to the container: the environment of a
     container ends up in the image that is committed from it.
     """
-    return {**guix_environment(settings), **settings.proxies}
+    guix = guix_environment(settings)
+    if settings.output.logs_builds:
+        options = f"{guix.get('GUIX_BUILD_OPTIONS', '')} --verbosity={VERBOSITY}"
+        guix["GUIX_BUILD_OPTIONS"] = options.strip()
+    return {**guix, **settings.proxies}
 
 
 def guix_environment(settings: Settings) -> dict[str, str]:

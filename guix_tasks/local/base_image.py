@@ -13,6 +13,7 @@ from guix_tasks.engine import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError, GuixTasksError
 from guix_tasks.local.debian import on_debian
 from guix_tasks.local.rootfs import PACKAGES, SUITE, container_argv, debian_rootfs, described
+from guix_tasks.log import Log
 from guix_tasks.retry import retried
 
 if TYPE_CHECKING:
@@ -35,12 +36,13 @@ def make_base(
     Raises ``BuilderError`` where neither can be done, with the reason.
     """
     started = time.monotonic()
-    if on_debian():
-        archive = debian_rootfs(paths.cache_home() / "apt", console, packages)
-    else:
-        archive = _in_container(engine, console, packages)
-    # Imported while it is made.
-    engine.import_rootfs(archive, tag)
+    with console.step("rootfs"):
+        if on_debian():
+            archive = debian_rootfs(paths.cache_home() / "apt", console, packages)
+        else:
+            archive = _in_container(engine, console, packages)
+        # Imported while it is made.
+        engine.import_rootfs(archive, tag)
     image = engine.image(tag)
     size = human_size(image.size) if image else ""
     took = human_time(time.monotonic() - started)
@@ -72,11 +74,14 @@ def _in_container(engine: Engine, console: Console, packages: Sequence[str]) -> 
         privileged=True,
         network=None if engine.info().has_bridge else "host",
     )
-    for is_log, data in run_to_end(engine, spec, _failed):
-        if is_log:
-            console.stream(data)
-        else:
-            yield data
+    with console.step("rootfs") as step:
+        log = Log(step.log)
+        for is_log, data in run_to_end(engine, spec, _failed):
+            if is_log:
+                log.add(data)
+            else:
+                yield data
+        log.end()
 
 
 def _failed(status: int) -> BuilderError:

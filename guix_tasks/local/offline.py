@@ -18,6 +18,7 @@ from guix_tasks.engine import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError
 from guix_tasks.local.debian import Apt
 from guix_tasks.local.rootfs import SUITE
+from guix_tasks.log import Log
 
 if TYPE_CHECKING:
     from guix_tasks.console import Console
@@ -48,7 +49,7 @@ def make_material(engine: Engine, console: Console, image: str, folder: Path) ->
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         # What the image has need not be fetched.
         status = Path(scratch) / "status"
-        status.write_bytes(_run(engine, image, ("cat", "/var/lib/dpkg/status")))
+        status.write_bytes(_run(engine, console, image, ("cat", "/var/lib/dpkg/status")))
         apt = Apt(paths.cache_home() / "apt", [SUITE], status=status, failure=BuilderError)
         apt.update()
         apt.install_set(PACKAGES, cache / "debs")
@@ -57,7 +58,7 @@ def make_material(engine: Engine, console: Console, image: str, folder: Path) ->
     for stale in (mark, folder / "channels.lock.scm"):
         stale.unlink(missing_ok=True)
     binds = (f"{cache / 'debs'}:/debs:ro", f"{folder}:/example:ro", f"{out}:/out")
-    _run(engine, image, ("bash", "/example/make.sh"), binds, console)
+    _run(engine, console, image, ("bash", "/example/make.sh"), binds)
     mark.write_text(key)
 
 
@@ -74,10 +75,10 @@ def _key(engine: Engine, image: str, folder: Path) -> str:
 
 def _run(
     engine: Engine,
+    console: Console,
     image: str,
     command: tuple[str, ...],
     binds: tuple[str, ...] = (),
-    console: Console | None = None,
 ) -> bytes:
     """Run a command without any privilege or network; its standard output."""
     spec = ContainerSpec(
@@ -96,9 +97,12 @@ def _run(
         )
 
     output = bytearray()
-    for is_log, data in run_to_end(engine, spec, failed):
-        if not is_log:
-            output += data
-        elif console:
-            console.stream(data)
+    with console.step("offline example") as step:
+        log = Log(step.log)
+        for is_log, data in run_to_end(engine, spec, failed):
+            if is_log:
+                log.add(data)
+            else:
+                output += data
+        log.end()
     return bytes(output)

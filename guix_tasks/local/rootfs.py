@@ -186,7 +186,7 @@ def _stream(argv: Sequence[str], environment: dict[str, str], console: Console) 
             text = line.decode(errors="replace").rstrip().split("\r")[-1]
             said.append(text)
             if text.startswith("I: ") and "-hook" not in text:
-                console.say(f"  {text.removeprefix('I: ')}")
+                console.detail(f"  {text.removeprefix('I: ')}")
 
     maker = subprocess.Popen(
         argv,
@@ -212,7 +212,7 @@ def _stream(argv: Sequence[str], environment: dict[str, str], console: Console) 
         messages.close()
     if maker.returncode:
         for line in said:
-            console.say(f"  {line}")
+            console.detail(f"  {line}")
         causes = [line.removeprefix("E: ") for line in said if line.startswith("E: ")]
         cause = causes[0] if causes else f"exit code {maker.returncode}"
         raise BuilderError(f"mmdebstrap failed: {cause}; what it said is above")

@@ -22,6 +22,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from guix_tasks import masking
+from guix_tasks.console import Display
 from guix_tasks.errors import SettingsError
 from guix_tasks.reference import ImageReference, Platform, quoted
 from guix_tasks.settings import nodes, parsers
@@ -247,6 +248,13 @@ class Settings:
     )
     buildx_sha256: str | None = _setting(
         parsers.optional(parsers.sha256), "The SHA-256 checksum of that file, 64 hex digits."
+    )
+
+    output: Display = _setting(
+        parsers.one_of(Display, "a way to show it"),
+        "auto (live on a terminal, else plain), live, plain, quiet, verbose (with logs of builds).",
+        default="auto",
+        group="What is shown",
     )
 
     release_url: str | None = _setting(

@@ -12,6 +12,7 @@ from guix_tasks.work import IMAGE_FOLDER, network, platform_input
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from guix_tasks.engine import Engine, Image
     from guix_tasks.settings import Settings
@@ -77,10 +78,16 @@ def base_annotations(settings: Settings, inputs: Mapping[str, str]) -> dict[str,
 
 
 def _context_files(engine: Engine, settings: Settings, spec: BuildSpec) -> list[str]:
-    """The build's context without the lock, which `pull` writes after the base is made."""
+    """The build's context without the lock, and the logs, which are written after it is made."""
     lock = settings.guix_channels_lock
     lock = lock.resolve() if lock else None
-    return [each for each in engine.context_files(spec) if (spec.context / each).resolve() != lock]
+    logs = [settings.output_folder.resolve() / each for each in ("logs", "failed")]
+
+    def stays(path: Path) -> bool:
+        return path != lock and not any(folder in path.parents for folder in logs)
+
+    files = engine.context_files(spec)
+    return [each for each in files if stays((spec.context / each).resolve())]
 
 
 def _arguments(settings: Settings) -> dict[str, str]:

@@ -8,20 +8,20 @@ from invoke.collection import Collection
 from invoke.tasks import task
 
 from guix_tasks.boundary import opened_with_buildx
+from guix_tasks.tasks.output import long_task
 
 if TYPE_CHECKING:
     from invoke.context import Context
 
 
-@task(
+@long_task(
     help={
         "no_pull": "leave `guix pull` out, and install with the base's Guix",
         "update": "take the channels as they are now, and write the lock",
         "force": "run every step, whatever is in the builder's cache",
         "by_digest": "push no tag: `inv manifest` joins what several jobs pushed",
         "disable_authentication": "take channels, too, that nobody vouches for",
-    },
-    auto_shortflags=False,
+    }
 )
 def build(
     c: Context,
@@ -47,14 +47,13 @@ def build(
             project.console.result(answer)
 
 
-@task(
+@long_task(
     help={
         "recreate": "make it anew, and keep its cache",
         "use": "select it for your own `docker buildx` too",
         "binfmt": "let the engine's machine emulate the PLATFORMS that the builder lacks",
         "plugin": "the plugin alone, which is all that `inv manifest` needs, and no builder",
     },
-    auto_shortflags=False,
 )
 def setup(
     c: Context,

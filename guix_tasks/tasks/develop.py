@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from invoke.tasks import task
 
 from guix_tasks.boundary import guarded, open_demo, project_folder
+from guix_tasks.tasks.output import long_task
 
 if TYPE_CHECKING:
     from invoke.context import Context
 
 
-@task(auto_shortflags=False)
+@long_task()
 def demo(c: Context) -> None:
     """Make, push and run an example, on a bare machine.
 

@@ -18,6 +18,7 @@ from guix_tasks.boundary import (
     opened_single,
     opened_with_buildx,
 )
+from guix_tasks.tasks.output import long_task
 
 if TYPE_CHECKING:
     from invoke.context import Context
@@ -30,7 +31,7 @@ KEEP_FAILED = {"keep_failed": "leave the work container of a command that fails"
 UPSTREAM = {"upstream": "bring the stages that it starts from up to date first"}
 
 
-@task(help=FORCE, auto_shortflags=False)
+@long_task(help=FORCE)
 def base(c: Context, force: bool = False) -> None:
     """Build DOCKERFILE on BASE_IMAGE.
 
@@ -43,7 +44,7 @@ def base(c: Context, force: bool = False) -> None:
         make_each(project, "base", Wishes(force=force))
 
 
-@task(
+@long_task(
     help={
         **FORCE,
         **UPSTREAM,
@@ -51,8 +52,7 @@ def base(c: Context, force: bool = False) -> None:
         **KEEP_FAILED,
         "update": "take the channels as they are now, and write the lock",
         "disable_authentication": "take channels, too, that nobody vouches for",
-    },
-    auto_shortflags=False,
+    }
 )
 def pull(
     c: Context,
@@ -78,7 +78,7 @@ def pull(
         make_each(project, "pull", wishes)
 
 
-@task(
+@long_task(
     iterable=["package"],
     help={
         "package": "a package instead of GUIX_PACKAGES; repeatable",
@@ -87,7 +87,6 @@ def pull(
         **NO_COMMIT,
         **KEEP_FAILED,
     },
-    auto_shortflags=False,
 )
 def install(
     c: Context,
@@ -112,7 +111,7 @@ def install(
         make_each(project, "install", wishes)
 
 
-@task(auto_shortflags=False)
+@long_task()
 def commit(c: Context) -> None:
     """Commit the work container that was left, as IMAGE.
 
@@ -125,7 +124,7 @@ def commit(c: Context) -> None:
         hands.commit(project)
 
 
-@task(auto_shortflags=False)
+@long_task()
 def squash(c: Context) -> None:
     """Make one layer of all above the base stage."""
     with opened_single(c) as project, project.alone("squash"):
@@ -143,7 +142,7 @@ def rollback(c: Context) -> None:
         hands.rollback(project)
 
 
-@task(help={"stage": "the image of this stage instead of IMAGE"}, auto_shortflags=False)
+@long_task(help={"stage": "the image of this stage instead of IMAGE"})
 def verify(c: Context, stage: str = "") -> None:
     """Test IMAGE from outside, in a fresh container.
 
@@ -157,7 +156,7 @@ def verify(c: Context, stage: str = "") -> None:
             check(each, stage or None)
 
 
-@task(help={"stage": "the tag of this stage instead of IMAGE and TAGS"}, auto_shortflags=False)
+@long_task(help={"stage": "the tag of this stage instead of IMAGE and TAGS"})
 def push(c: Context, stage: str = "") -> None:
     """Push IMAGE and TAGS, and print the digest.
 
@@ -204,7 +203,7 @@ def weather(c: Context, package: list[str] | None = None, json: bool = False) ->
         ask(project, as_json=json)
 
 
-@task(
+@long_task(
     iterable=["package", "symlink"],
     incrementable=["relocatable"],
     help={
@@ -217,7 +216,6 @@ def weather(c: Context, package: list[str] | None = None, json: bool = False) ->
         "entry_point": "the program that an image or an appimage runs, as bin/hello",
         "name": "what the file's name begins with",
     },
-    auto_shortflags=False,
 )
 def pack(
     c: Context,

@@ -8,6 +8,7 @@ from invoke.collection import Collection
 from invoke.tasks import task
 
 from guix_tasks.boundary import guarded, left_at_showing, opened, opened_single
+from guix_tasks.tasks.output import long_task
 
 if TYPE_CHECKING:
     from invoke.context import Context
@@ -69,12 +70,11 @@ def registry_down(c: Context, port: int = 5055) -> None:
         registry_for(project.engine, port).down(project.console)
 
 
-@task(
+@long_task(
     help={
         "tag": "the name of the image",
         "plain": "without Guix: a place to try in what was packed",
-    },
-    auto_shortflags=False,
+    }
 )
 def rootfs(c: Context, tag: str = "", plain: bool = False) -> None:
     """Make a base image with Guix of Debian's packages.

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from invoke.tasks import Task, task
+from invoke.tasks import task
 
 from guix_tasks.boundary import guarded, opened, opened_single
 from guix_tasks.tasks.lifecycle import FORCE, KEEP_FAILED, NO_COMMIT, UPSTREAM
+from guix_tasks.tasks.output import long_task
 
 if TYPE_CHECKING:
     from invoke.context import Context
+    from invoke.tasks import Task
 
     from guix_tasks.own import OwnStage, OwnTest
 
@@ -50,8 +52,7 @@ def stage_task(own: OwnStage, summary: str) -> Task[Any]:
 
     body.__doc__ = summary or f"Make the stage {own.name} of this project from {own.parent}."
     options = {**FORCE, **UPSTREAM, **NO_COMMIT, **KEEP_FAILED}
-    made: Task[Any] = task(name=own.name, help=options, auto_shortflags=False)(body)
-    return made
+    return long_task(name=own.name, help=options)(body)
 
 
 def test_task(own: OwnTest, summary: str) -> Task[Any]:
@@ -65,5 +66,4 @@ def test_task(own: OwnTest, summary: str) -> Task[Any]:
 
     body.__doc__ = summary or "Try the tarball of `inv pack` where there is no Guix."
     options = {"image": "the image in whose container it is tried, instead of the usual one"}
-    made: Task[Any] = task(name=own.name, help=options, auto_shortflags=False)(body)
-    return made
+    return long_task(name=own.name, help=options)(body)

@@ -105,7 +105,7 @@ def test_a_fault_of_the_network_is_survived(new_project: NewProject, workshop: W
         project = new_project("base", NETWORK="host", GUIX_SUBSTITUTE_URLS=server)
         said = project.ok("pull", "--upstream").stderr
     assert said.count("pull is tried again in") == 1
-    assert not (project.folder / "out").exists()
+    assert not (project.folder / "out" / "failed").exists()
     assert project.containers() == []
 
 

@@ -525,6 +525,10 @@ class FakeEngine:
         box.running = False
 
     @_counted
+    def received(self, container: str) -> int | None:
+        return None
+
+    @_counted
     def start(self, container: str) -> None:
         self._container(container).running = True
 

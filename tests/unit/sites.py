@@ -22,6 +22,13 @@ def no_secrets() -> Iterator[None]:
     masking.forget()
 
 
+@pytest.fixture(autouse=True)
+def no_ci_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever runs the tests: what is said is not folded."""
+    for name in ("CI", "GITHUB_ACTIONS", "GITLAB_CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def serial_hashing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are hashed one after the other: threads would only make small tests slow."""

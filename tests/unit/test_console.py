@@ -12,19 +12,9 @@ from fake_engine import STEADY, Heard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guix_tasks.console import (
-    Console,
-    Log,
-    TransferProgress,
-    human_size,
-    human_time,
-    printable,
-)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+from guix_tasks.console import Console, human_size, human_time, printable
+from guix_tasks.log import Log
+from guix_tasks.transfer import TransferProgress
 
 
 @pytest.mark.parametrize(
@@ -134,18 +124,18 @@ def test_a_table_has_columns_as_wide_as_they_need() -> None:
 
 def test_a_push_says_a_line_a_layer() -> None:
     console = Heard()
-    progress = TransferProgress(console, "push x")
-    for layer, status, current, total in (
-        ("aaa", "Preparing", 0, 0),
-        ("aaa", "Pushing", 500, 1000),
-        ("aaa", "Pushing", 1200, 1000),
-        ("aaa", "Pushed", 0, 0),
-        ("aaa", "Pushed", 0, 0),
-        ("bbb", "Layer already exists", 0, 0),
-        ("ccc", "Mounted from team/other", 0, 0),
-    ):
-        progress(layer, status, current, total)
-    progress.end()
+    with console.step("push x", has_log=False) as step:
+        progress = TransferProgress(console, "push x", step)
+        for layer, status, current, total in (
+            ("aaa", "Preparing", 0, 0),
+            ("aaa", "Pushing", 500, 1000),
+            ("aaa", "Pushing", 1200, 1000),
+            ("aaa", "Pushed", 0, 0),
+            ("aaa", "Pushed", 0, 0),
+            ("bbb", "Layer already exists", 0, 0),
+            ("ccc", "Mounted from team/other", 0, 0),
+        ):
+            progress(layer, status, current, total)
     assert console.text.splitlines() == [
         "push x: aaa pushed (1 kB)",
         "push x: bbb layer already exists",
@@ -153,16 +143,17 @@ def test_a_push_says_a_line_a_layer() -> None:
     ]
 
 
-def test_a_push_on_a_terminal_is_one_line_that_moves() -> None:
-    terminal = Terminal()
-    progress = TransferProgress(Console(err=terminal), "push x")
-    progress("aaa", "Pushing", 500, 1000)
-    progress("bbb", "Pushing", 5000, 1000)
-    progress.end()
-    assert "\n" not in terminal.getvalue()
-    *_, last, end = terminal.getvalue().split("\r\x1b[K")
-    assert last == "push x: 1.5 kB of 2 kB"
-    assert end == ""
+def test_what_is_unpacked_after_a_pull_does_not_count_as_moved() -> None:
+    console = Heard()
+    with console.step("pull x", has_log=False) as step:
+        progress = TransferProgress(console, "pull x", step)
+        progress("aaa", "Downloading", 500, 1000)
+        assert progress.moved == 500
+        assert progress.text.startswith("500 B of 1 kB, ")
+        progress("aaa", "Downloading", 1000, 1000)
+        progress("aaa", "Extracting", 10, 1000)
+        progress("aaa", "Pull complete", 0, 0)
+        assert progress.moved == 1000
 
 
 # --- Logs -----------------------------------------------------------------------------------
@@ -170,29 +161,23 @@ def test_a_push_on_a_terminal_is_one_line_that_moves() -> None:
 PIECES = [b"one\ntw", b"o\r 10%\r\x1b[K 100%\nb\xe9\xff", b"\0", b"\n", b"no end"]
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_a_log_is_kept_byte_by_byte_whatever_is_shown(*, terminal: bool) -> None:
+def shown(kept: io.BytesIO | None, *pieces: bytes) -> list[bytes]:
+    lines: list[bytes] = []
+    log = Log(lines.extend, kept)
+    for piece in pieces or PIECES:
+        log.add(piece)
+    log.end()
+    return lines
+
+
+def test_a_log_is_kept_byte_by_byte_whatever_is_shown() -> None:
     kept = io.BytesIO()
-    log = Log(Console(err=Terminal() if terminal else io.StringIO()), kept)
-    for piece in PIECES:
-        log.add(piece)
+    shown(kept)
     assert kept.getvalue() == b"".join(PIECES)
-    log.end()
-    assert kept.getvalue() == b"".join(PIECES)
-
-
-def shown(kept: io.BytesIO | None) -> str:
-    err = io.StringIO()
-    log = Log(Console(err=err), kept)
-    for piece in PIECES:
-        log.add(piece)
-    log.end()
-    return err.getvalue()
 
 
 def test_a_log_is_shown_the_same_where_it_is_kept() -> None:
-    assert shown(io.BytesIO()) == shown(None)
-    assert shown(None).splitlines()[:2] == ["one", " 100%"]
+    assert shown(io.BytesIO()) == shown(None) == [b"one", b" 100%", b"b\xe9\xff", b"no end"]
 
 
 def test_a_log_that_can_be_kept_no_longer_is_still_shown() -> None:
@@ -205,6 +190,33 @@ def test_a_log_that_can_be_kept_no_longer_is_still_shown() -> None:
 
     assert shown(Full()) == shown(None)
     assert Full.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "left"),
+    [
+        (b"plain, caf\xc3\xa9\tand a tab", b"plain, caf\xc3\xa9\tand a tab"),
+        (b"\x1b[1;31mred\x1b[0m", b"red"),
+        (b"\x1b]0;title\x07after", b"after"),
+        (b"\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\", b"link"),
+        (b"\x1b]0;no end", b""),
+        (b"\x1bPq#0\x1b\\sixel", b"sixel"),
+        (b"\x1bcreset\x1b", b"reset"),
+        (b"a\x08\x07\x7fb", b"ab"),
+        (b"c1\xc2\x9b2Jx\xc2\x90", b"c12Jx"),
+        (b"section_end:1:x\r\x1b[0Kheader", b"header"),
+        (b"\x1b[?25l\x1b[2J\x1b[>c\x1b(B.", b"B."),
+    ],
+)
+def test_a_line_of_a_log_controls_no_terminal(line: bytes, left: bytes) -> None:
+    assert shown(None, line + b"\n") == [left]
+
+
+@STEADY
+@given(st.lists(st.binary()))
+def test_no_log_controls_a_terminal(pieces: list[bytes]) -> None:
+    for line in shown(None, *pieces, b"\n"):
+        assert not re.search(rb"[\x00-\x08\x0a-\x1f\x7f]|\xc2[\x80-\x9f]", line)
 
 
 # --- What others word -----------------------------------------------------------------------

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
-from contextlib import suppress
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,7 @@ from fake_engine import (
 )
 
 from guix_tasks import hands
-from guix_tasks.console import Console
+from guix_tasks.console import human_size
 from guix_tasks.engine import Credentials, TracedEngine
 from guix_tasks.errors import RegistryError, UsageError
 from guix_tasks.ledger import PREVIOUS, STAGES
@@ -39,7 +38,7 @@ def pushed(site: Site) -> set[str]:
 
 
 def digest_files(site: Site) -> list[Path]:
-    return sorted((site.folder / "out").glob("*/*"))
+    return sorted((site.folder / "out").glob("digests/*"))
 
 
 def test_image_and_tags_are_pushed(made: Site) -> None:
@@ -135,17 +134,12 @@ def test_progress_is_shown(made: Site) -> None:
     assert heard(project).count(f"push {IMAGE}: ") == len(made.image().layers)
 
 
-@pytest.mark.parametrize("refusal", ["", "denied"])
-def test_on_a_terminal_no_line_is_left_half_written(made: Site, refusal: str) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    project, terminal = made.project(), Terminal()
-    made.engine.registry.refusal = refusal
-    with suppress(RegistryError):
-        push(replace(project, console=Console(err=terminal)))
-    assert terminal.getvalue().endswith("\r\x1b[K")
+def test_a_push_ends_with_what_it_moved_and_how_long_it_took(made: Site) -> None:
+    project = made.project()
+    push(project)
+    size = human_size(1000 * len(made.image().layers))
+    last = heard(project).splitlines()[-1]
+    assert re.fullmatch(rf"push: {IMAGE}, {re.escape(size)} moved, [0-9.]+ s", last)
 
 
 @pytest.mark.parametrize("stage", ["", "base"])

@@ -18,6 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from guix_tasks import masking
+from guix_tasks.console import Display
 from guix_tasks.errors import SettingsError
 from guix_tasks.ledger import STAGES
 from guix_tasks.reference import ImageReference, Platform
@@ -182,6 +183,11 @@ GOOD: list[tuple[str, str, Any]] = [
             Node("c", (), (("env.A", "x y"),)),
         ),
     ),
+    ("OUTPUT", "auto", Display.AUTO),
+    ("OUTPUT", "plain", Display.PLAIN),
+    ("OUTPUT", "quiet", Display.QUIET),
+    ("OUTPUT", "verbose", Display.VERBOSE),
+    ("OUTPUT", "live", Display.LIVE),
     ("BUILDX_OUTPUT", "registry", Output.REGISTRY),
     ("BUILDX_OUTPUT", "oci", Output.OCI),
     ("BUILDX_OUTPUT", "docker", Output.DOCKER),
@@ -369,6 +375,7 @@ BAD = [
     ("BUILDX_NODES", "tcp://a", "has no host or no port"),
     ("BUILDX_NODES", "a,platform=linux/s390x", "Guix has no system for platform 'linux/s390x'"),
     ("BUILDX_NODES", "'a\nb'", "has a control character"),
+    ("OUTPUT", "loud", "write one of: auto, plain, quiet, verbose, live"),
     ("BUILDX_OUTPUT", "tar", "write one of: registry, oci, docker, load"),
     ("BUILDX_ATTESTATIONS", "sbom none", "'none' is not an attestation"),
     ("BUILDX_ATTESTATIONS", "sbom,provenance", "separated by spaces, not commas"),
@@ -565,7 +572,7 @@ def test_later_wins(project: Path, name: str) -> None:
 
 
 def test_the_table_of_values_has_every_setting() -> None:
-    few = {"GUIX_FALLBACK", "GUIX_REQUIRE_SUBSTITUTES", "GUIX_SANDBOX"}
+    few = {"GUIX_FALLBACK", "GUIX_REQUIRE_SUBSTITUTES", "GUIX_SANDBOX", "OUTPUT"}
     few |= {"BUILDX_DRIVER", "BUILDX_OUTPUT", "BUILDX_ATTESTATIONS"}
     assert {*VALUES, *few} == {name for name, _, _ in GOOD}
 

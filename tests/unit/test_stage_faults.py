@@ -12,6 +12,7 @@ import pytest
 from fake_engine import (
     STEADY,
     FakeContainer,
+    Heard,
     Output,
     Site,
     heard,
@@ -20,12 +21,20 @@ from fake_engine import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guix_tasks import hands, upkeep
+from guix_tasks import hands, masking, upkeep
 from guix_tasks.engine import TracedEngine
 from guix_tasks.errors import FULL_DISK, EngineError, StageError, UsageError
 from guix_tasks.stage import STAGE_TRIES, Project, Stage, perform, run_stage
 from guix_tasks.watch import Lines, Servers
-from guix_tasks.work import ENTRY_POINT, Work, kept_containers, work_container
+from guix_tasks.work import (
+    ENTRY_POINT,
+    Work,
+    common_inputs,
+    environment,
+    guix_environment,
+    kept_containers,
+    work_container,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -439,6 +448,9 @@ class FullDisk:
     def seek(self, _offset: int) -> int:
         return self.write(b"")
 
+    def tell(self) -> int:
+        return self.write(b"")
+
     def close(self) -> None:
         self.write(b"")
 
@@ -559,3 +571,53 @@ def test_a_dry_run_leaves_nothing(site: Site) -> None:
     )
     assert site.engine.changing_calls() == before
     assert bundles(site) == []
+
+
+# --- The whole log ------------------------------------------------------------------------------
+
+
+def test_the_whole_log_of_the_last_run_is_kept_without_secrets(site: Site) -> None:
+    masking.add("hunter2")
+    log = site.folder / "out" / "logs" / "own.log"
+    run(site, Try(0, [b"the first\n"]))
+    assert log.read_bytes() == b"the first\n"
+    failure(site, Try(1, [b"says hun", b"ter2\r 10%\r 100%\n", b"and ends\xff"]))
+    assert log.read_bytes() == b"says ***\r 10%\r 100%\nand ends\xff"
+    assert [*log.parent.iterdir()] == [log]
+
+
+def test_a_dry_run_keeps_the_log_that_is_there(site: Site) -> None:
+    run(site, Try(0, [b"the first\n"]))
+    project = site.project(TracedEngine(site.engine, Heard(), perform=False))
+    run_stage(project, STAGE, parent(site), force=True)
+    assert (site.folder / "out" / "logs" / "own.log").read_bytes() == b"the first\n"
+
+
+def test_what_a_build_says_is_no_fault_of_a_server(site: Site) -> None:
+    """With ``--verbose`` it is in the log, and a test of Guix itself may say anything."""
+    site.env["OUTPUT"] = "verbose"
+    drv = b"/gnu/store/" + b"a" * 32 + b"-guix.drv"
+    silent = [SILENT % host for host in (b"a.test", b"b.test")]
+    building, built = b"building " + drv + b"...\n", b"successfully built " + drv + b"\n"
+    run(site, Try(0, [building, *silent, built]))
+    said = failure(site, *[Try(0, [building, built, *silent])] * STAGE_TRIES)
+    assert "no substitute server answers" in said
+
+
+@pytest.mark.parametrize(
+    ("shown", "fallback", "options"),
+    [
+        ("plain", "no", None),
+        ("plain", "yes", "--fallback"),
+        ("verbose", "no", "--verbosity=3"),
+        ("live", "yes", "--fallback --verbosity=3"),
+    ],
+)
+def test_how_much_is_shown_changes_what_guix_logs_and_no_key(
+    site: Site, shown: str, fallback: str, options: str | None
+) -> None:
+    before = STAGE.inputs(common_inputs(site.engine, site.settings()))
+    site.env |= {"OUTPUT": shown, "GUIX_FALLBACK": fallback}
+    assert environment(site.settings()).get("GUIX_BUILD_OPTIONS") == options
+    assert STAGE.inputs(common_inputs(site.engine, site.settings())) == before
+    assert guix_environment(site.settings()).get("GUIX_BUILD_OPTIONS") in (None, "--fallback")

@@ -9,15 +9,18 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from invoke.exceptions import Exit
 
-from guix_tasks import lifecycle
+from guix_tasks import boundary, lifecycle
 from guix_tasks.lifecycle import Wishes
 from guix_tasks.tasks import lifecycle as lifecycle_tasks
 from guix_tasks.tasks import ns
 from guix_tasks.tasks.lifecycle import _after_dashes
+from guix_tasks.tasks.output import long_task
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from invoke.tasks import Task
 
@@ -99,3 +102,35 @@ def test_a_task_is_thin(task: Task[Any]) -> None:
 )
 def test_what_comes_after_the_dashes(argv: list[str], command: list[str]) -> None:
     assert _after_dashes(argv) == command
+
+
+LONG = {"base", "pull", "install", "commit", "squash", "verify", "push", "pack", "rootfs", "demo"}
+LONG |= {"buildx.build", "buildx.setup"}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_that_takes_its_time_can_say_less_or_more(name: str) -> None:
+    options = {*inspect.signature(TASKS[name].body).parameters}
+    assert ({"quiet", "verbose"} <= options) is (name in LONG)
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [({}, "plain"), ({"quiet": True}, "quiet"), ({"verbose": True}, "verbose")],
+)
+def test_an_option_comes_before_the_setting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: dict[str, bool], shown: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OUTPUT", "plain")
+    seen = []
+    made = long_task(name="x")(lambda _c: seen.append(boundary._settings().output.value))
+    made.body(None, **options)
+    assert seen == [shown]
+    assert boundary._settings().output.value == "plain"
+
+
+def test_less_and_more_is_refused() -> None:
+    with pytest.raises(Exit) as caught:
+        long_task()(lambda _c: None).body(None, quiet=True, verbose=True)
+    assert caught.value.code == 2
