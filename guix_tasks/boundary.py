@@ -291,7 +291,7 @@ def guarded() -> Iterator[None]:
         code = EngineError.exit_code if error.errno == errno.ENOSPC else UsageError.exit_code
         raise Exit(code=code) from None
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("docker", "dotenv", "requests", "rich"):
+        if (error.name or "").split(".")[0] not in ("docker", "dotenv", "requests"):
             raise
         Console().error(
             f"the Python of this inv ({sys.executable}) lacks the package {error.name}; "

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from enum import Enum
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, ClassVar, TextIO
 
 from guix_tasks import folding, masking
@@ -49,10 +50,13 @@ class Display(Enum):
 
 
 def settled_display(wanted: Display, err: TextIO, environment: Mapping[str, str]) -> Display:
-    """What ``auto`` comes to: a CI job may have a terminal, but nobody before it."""
+    """What ``auto`` comes to: a CI job may have a terminal, but nobody before it.
+
+    Nothing is drawn either where there is no Rich, which a Python of one's own may lack.
+    """
     if wanted not in (Display.AUTO, Display.LIVE):
         return wanted
-    can = err.isatty() and environment.get("TERM", "dumb") != "dumb"
+    can = err.isatty() and environment.get("TERM", "dumb") != "dumb" and find_spec("rich")
     asked = wanted is Display.LIVE or not environment.get("CI")
     return Display.LIVE if can and asked else Display.PLAIN
 

@@ -381,7 +381,8 @@ def _metered(project: Project, container: str, activity: Activity, step: Step) -
         yield
     finally:
         ended.set()
-        thread.join()
+        # Where the engine does not answer, it is not waited for.
+        thread.join(_LOOKED_EACH)
 
 
 def _too_long(project: Project, name: str) -> StageError:

@@ -181,6 +181,11 @@ def test_what_is_drawn_needs_somebody_who_looks(
     assert settled_display(wanted, wide if terminal else io.StringIO(), environment) is shown
 
 
+def test_without_rich_nothing_is_drawn(wide: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("guix_tasks.console.find_spec", lambda _name: None)
+    assert settled_display(Display.AUTO, wide, {"TERM": "xterm"}) is Display.PLAIN
+
+
 def test_rich_is_not_imported_before_something_is_drawn() -> None:
     script = "import sys, guix_tasks.tasks, guix_tasks.stage; print('rich' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", script]) == b"False\n"
