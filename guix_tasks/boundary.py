@@ -396,16 +396,17 @@ def _engine_variables(of_settings: Mapping[str, str]) -> dict[str, str]:
 
 
 def _engine(c: Context, of_settings: Mapping[str, str], console: Console) -> Engine:
-    from guix_tasks.docker_engine import DockerEngine, find_engine
+    from guix_tasks.docker_engine import find_engine
     from guix_tasks.engine import TracedEngine
     from guix_tasks.local.engine import private_engine
+    from guix_tasks.podman_engine import open_engine
 
     environment = _engine_variables(of_settings)
     address = find_engine(environment, private_engine().socket)
     dry, echo = bool(c.config.run.dry), bool(c.config.run.echo)
     key = (address.url, dry, echo)
     if key not in _engines:
-        engine: Engine = DockerEngine(address, {**os.environ, **environment})
+        engine: Engine = open_engine(address, {**os.environ, **environment})
         info = engine.info()
         console.say(f"engine: {info.name} at {info.url} ({info.origin}), {info.kind}")
         _engines[key] = TracedEngine(engine, console, perform=not dry) if dry or echo else engine

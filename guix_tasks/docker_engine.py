@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,17 +14,15 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import docker
 import docker.api.build
-import docker.constants
 import docker.context
 import docker.errors
-import docker.transport
-import docker.transport.unixconn
 import docker.types
 import docker.utils
 import requests
 import urllib3.exceptions
 
 from guix_tasks import buildx, podman, retry
+from guix_tasks.docker_over_ssh import client_over_ssh
 from guix_tasks.engine import Container, EngineInfo, Image, Layer
 from guix_tasks.errors import (
     REFUSED,
@@ -149,6 +146,7 @@ class DockerEngine:
     """A real engine.  Connects with the first call that needs it."""
 
     is_dry = False
+    product = "Docker"
 
     def __init__(self, address: Address, environment: Mapping[str, str]) -> None:
         self.address = address
@@ -161,18 +159,14 @@ class DockerEngine:
     def _info(self) -> EngineInfo:
         with self._speaking("be asked for its version"):
             info = self._api.info()
-            networks = info.get("Plugins", {}).get("Network") or []
-            # Podman gives a network by default, whatever that is called.
-            has_bridge = self._is_podman or (
-                "bridge" in networks and bool(self._api.networks(names=["bridge"]))
-            )
+            has_bridge = self._has_bridge(info)
         return EngineInfo(
             url=self.address.url,
             origin=self.address.origin,
             context=self.address.context,
             name=info.get("Name", ""),
             version=info["ServerVersion"],
-            product=podman.NAME if self._is_podman else "Docker",
+            product=self.product,
             platform=_platform(info["OSType"], info["Architecture"]),
             storage_driver=info.get("Driver", ""),
             has_bridge=has_bridge,
@@ -182,10 +176,14 @@ class DockerEngine:
             security=_security(info),
         )
 
-    @cached_property
-    def _is_podman(self) -> bool:
+    def _has_bridge(self, info: Mapping[str, Any]) -> bool:
+        networks = info.get("Plugins", {}).get("Network") or []
+        return "bridge" in networks and bool(self._api.networks(names=["bridge"]))
+
+    def answers_as(self, is_it: Callable[[Mapping[str, Any]], bool]) -> bool:
+        """Whether it is of a kind that is told by its answer to ``/version``."""
         with self._speaking("be asked for its version"):
-            return podman.is_podman(self._api.version())
+            return is_it(self._api.version())
 
     def image(self, reference: str) -> Image | None:
         with self._speaking(f"look at the image {reference}"):
@@ -196,35 +194,23 @@ class DockerEngine:
         platform = "/".join(
             part for part in (found["Os"], found["Architecture"], found.get("Variant")) if part
         )
-        config, digests = found["Config"] or {}, found.get("RepoDigests") or ()
-        if self._is_podman:
-            # It has a digest also for an image that no registry knows, and says it of no other
-            # kind; a health check it tells by its own API alone.
-            config, digests = {**config, **self._health_check(found["Id"])}, ()
         return Image(
             id=found["Id"],
             layers=tuple(found["RootFS"].get("Layers") or ()),
-            config=config,
+            config=found["Config"] or {},
             size=found["Size"],
             created=found.get("Created") or "",
             platform=platform,
-            digests=tuple(digests),
-            tags=tuple(map(podman.plain, found.get("RepoTags") or ())),
+            digests=tuple(found.get("RepoDigests") or ()),
+            tags=tuple(found.get("RepoTags") or ()),
         )
-
-    def _health_check(self, image: str) -> dict[str, Any]:
-        check = self._libpod_image(image).get("Healthcheck")
-        return {"Healthcheck": check} if check else {}
 
     def unnamed(self, labels: Mapping[str, str]) -> list[str]:
         with self._speaking("list images"):
-            # One after the other: of several labels Podman finds nothing.
-            found = [
-                self._api.images(quiet=True, filters={"dangling": True, "label": each})
-                for each in _filters(labels)
-            ]
-        first, *others = found
-        return [each for each in dict.fromkeys(first) if all(each in other for other in others)]
+            found = self._api.images(
+                quiet=True, filters={"dangling": True, "label": _filters(labels)}
+            )
+        return list(dict.fromkeys(found))
 
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
         with self._speaking("list containers"):
@@ -259,15 +245,11 @@ class DockerEngine:
     def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
         host, what = ImageReference.parse(reference).registry, f"ask for {reference}"
         with self._speaking(what):
-            api, account = self._api, self._account(reference, credentials)
             try:
+                account = self._account(reference, credentials)
                 if account:
-                    _log_in(api, "" if host == "docker.io" else host, account)
-                if self._is_podman:
-                    return account is not None
-                api.inspect_distribution(  # type: ignore[no-untyped-call]
-                    reference, _auth(account)
-                )
+                    _log_in(self._api, "" if host == "docker.io" else host, account)
+                return self._is_asked(reference, account)
             except docker.errors.NotFound:
                 pass
             except docker.errors.APIError as error:
@@ -281,6 +263,11 @@ class DockerEngine:
                     f"cannot {what}: Docker's own configuration gives no account: {_line(error)}; "
                     "mend its config.json, or set DOCKER_USERNAME and DOCKER_PASSWORD"
                 ) from None
+        return True
+
+    def _is_asked(self, reference: str, account: Credentials | None) -> bool:
+        """Let the registry be asked for an image; whether it was."""
+        self._api.inspect_distribution(reference, _auth(account))  # type: ignore[no-untyped-call]
         return True
 
     def context_files(self, spec: BuildSpec) -> list[str]:
@@ -379,15 +366,7 @@ class DockerEngine:
         return str(created["Id"])
 
     def _security(self, spec: ContainerSpec) -> list[str]:
-        if not self._is_podman:
-            return [_with_profile(option) for option in spec.security]
-        if any(map(_profile, spec.security)) and not self.info().is_local:
-            raise EngineError(
-                f"{REFUSED} filter a container's system calls: Podman takes no filter from "
-                "another machine; GUIX_SANDBOX=privileged does without"
-            )
-        # It reads the file itself, and has another word for all of /proc.
-        return [*spec.security, *(["unmask=ALL"] if spec.unmasked else [])]
+        return [_with_profile(option) for option in spec.security]
 
     def copy_in(self, container: str, archive: bytes | IO[bytes]) -> None:
         with self._speaking("copy files into a container"):
@@ -435,52 +414,26 @@ class DockerEngine:
 
     def commit(self, container: str, config: Mapping[str, Any]) -> str:
         with self._speaking("commit a container"):
-            if self._is_podman:
-                return self._podman_commit(container, config)
             return str(self._slow.commit(container, conf=dict(config))["Id"])
 
-    def _podman_commit(self, container: str, config: Mapping[str, Any]) -> str:
-        changes = [f"LABEL {podman.UNFINISHED_LABEL}=yes"]
-        unfinished = self._slow.commit(container, changes=changes)["Id"]
-        try:
-            image, archive = podman.configured(self._libpod_image(unfinished), config)
-            self._load(archive)
-        finally:
-            self._slow.remove_image(unfinished)
-        return image
-
-    def _load(self, archive: bytes) -> None:
-        events = self._slow.load_image(archive)  # type: ignore[no-untyped-call]
-        deque(events, maxlen=0)
-
-    def _libpod_image(self, image: str) -> dict[str, Any]:
-        """What Podman's own API says of an image, which is more than Docker's."""
-        answer = self._api.get(f"{self._api.base_url}/v4.0.0/libpod/images/{image}/json")
-        answer.raise_for_status()
-        found: dict[str, Any] = answer.json()
-        return found
-
     def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
-        # Podman takes the tag with the name alone.
-        split = (reference, None) if self._is_podman else reference.rsplit(":", 1)
         with self._speaking(f"import {reference}"):
-            answer = self._slow.import_image_from_data(archive, *split)
+            answer = self._slow.import_image_from_data(archive, *self._import_name(reference))
         last = json.loads(answer.strip().splitlines()[-1])
         if "error" in last:
             why = last["error"]
             raise EngineError(f"{REFUSED} import {reference}: {why}{full_disk(why)}")
         return str(last["status"])
 
+    def _import_name(self, reference: str) -> tuple[str, str | None]:
+        repository, _, tag = reference.rpartition(":")
+        return repository, tag
+
     def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
-        program = None if self._is_podman else find_buildx(self._environment, self.address)
+        program = find_buildx(self._environment, self.address)
         return buildx.build(program, spec, output) if program else self._classic_build(spec, output)
 
     def _classic_build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
-        if spec.secrets and self._is_podman:
-            raise BuilderError(
-                "BUILD_SECRETS needs BuildKit, and the engine is Podman, whose API takes no "
-                "secrets; unset it, or use a Docker Engine"
-            )
         if spec.secrets:
             raise BuilderError(
                 "BUILD_SECRETS needs buildx, which is not on this machine; "
@@ -499,46 +452,54 @@ class DockerEngine:
         return str(image)
 
     def _build_events(self, spec: BuildSpec) -> Iterator[dict[str, Any]]:
-        for host, account in registry.accounts(self.address.url).items():
-            # Podman logs in by plain HTTP to the first of these names alone.
-            if host.startswith("localhost") or not self._is_podman:
-                _log_in(self._slow, host, account)
+        for host, account in self._own_accounts().items():
+            _log_in(self._slow, host, account)
         # Not by the SDK, which sends the text of a Dockerfile that is elsewhere as a second name.
         dockerfile = docker.api.build.process_dockerfile(str(spec.dockerfile), str(spec.context))
         context = docker.utils.tar(spec.context, _ignored(spec), dockerfile)
-        with self._plain_http(spec.args.get("BASE_IMAGE", "scratch")):
-            return self._slow.build(
-                fileobj=cast("IO[bytes]", context),
-                custom_context=True,
-                dockerfile=dockerfile[0],
-                buildargs={**spec.proxies, **spec.args},
-                platform=spec.platform,
-                network_mode=spec.network,
-                rm=True,
-                forcerm=True,
-                decode=True,
-            )
+        return self._slow.build(
+            fileobj=cast("IO[bytes]", context),
+            custom_context=True,
+            dockerfile=dockerfile[0],
+            buildargs={**spec.proxies, **spec.args},
+            platform=spec.platform,
+            network_mode=spec.network,
+            rm=True,
+            forcerm=True,
+            decode=True,
+        )
+
+    def _own_accounts(self) -> Mapping[str, Credentials]:
+        """Those of registries that guix-tasks has started."""
+        return registry.accounts(self.address.url)
 
     def push(
         self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> str:
-        repository, _, tag = reference.rpartition(":")
         digest = ""
         with self._speaking(f"push {reference}"):
-            with self._plain_http(reference):
-                events = self._slow.push(
-                    repository,
-                    tag,
-                    stream=True,
-                    decode=True,
-                    auth_config=self._auth(reference, credentials),
-                )
+            events = self._push_events(reference, credentials)
             # The call itself raises nothing when a push fails: the stream says so.
             for event in _checked(events, f"push {reference}", progress):
-                digest = (event.get("aux") or {}).get("Digest", digest) or podman.pushed(event)
+                digest = self._pushed(event) or digest
         if not digest:
             raise RegistryError(f"{reference} was not pushed: the registry answered no digest")
-        return str(digest)
+        return digest
+
+    def _push_events(
+        self, reference: str, credentials: Credentials | None
+    ) -> Iterator[dict[str, Any]]:
+        repository, _, tag = reference.rpartition(":")
+        account = self._auth(reference, credentials)
+        events: Iterator[dict[str, Any]] = self._slow.push(
+            repository, tag, stream=True, decode=True, auth_config=account
+        )
+        return events
+
+    @staticmethod
+    def _pushed(event: Mapping[str, Any]) -> str:
+        """The digest that an event of a push tells, if any."""
+        return str((event.get("aux") or {}).get("Digest", ""))
 
     def pull(
         self,
@@ -568,19 +529,6 @@ class DockerEngine:
     def _auth(self, reference: str, given: Credentials | None) -> dict[str, str] | None:
         return _auth(self._account(reference, given))
 
-    @contextmanager
-    def _plain_http(self, reference: str) -> Iterator[None]:
-        """Let Podman speak plain HTTP to a registry on loopback, as Docker does by itself.
-
-        It takes this for a push and a build; for a pull it does not.
-        """
-        if self._is_podman and podman.on_loopback(ImageReference.parse(reference).registry):
-            self._slow.params = {"tlsVerify": "false"}
-        try:
-            yield
-        finally:
-            self._slow.params = {}
-
     @cached_property
     def _api(self) -> docker.APIClient:
         return self._client(PROBE_TIMEOUT, "auto")
@@ -591,7 +539,7 @@ class DockerEngine:
 
     def _client(self, timeout: int, version: str) -> docker.APIClient:
         if self._ssh:
-            return self._client_over_ssh(self._ssh, timeout, version)
+            return client_over_ssh(self._ssh, timeout, version)
         return docker.APIClient(
             base_url=self.address.url,
             tls=self.address.tls or False,
@@ -602,20 +550,6 @@ class DockerEngine:
     @cached_property
     def _ssh(self) -> Ssh | None:
         return Ssh(self.address.url) if self.address.url.startswith("ssh://") else None
-
-    def _client_over_ssh(self, ssh: Ssh, timeout: int, version: str) -> docker.APIClient:
-        # Not the SDK's own way, which wants paramiko here also for the user's ssh client.
-        way = _OverSsh(ssh, timeout)
-
-        def client(version: str) -> docker.APIClient:
-            made = docker.APIClient(base_url="unix:///ssh", timeout=timeout, version=version)
-            made.mount("http+docker://", way)
-            return made
-
-        if version == "auto":
-            oldest = client(docker.constants.MINIMUM_DOCKER_API_VERSION)
-            version = oldest.version(api_version=False)["ApiVersion"]
-        return client(version)
 
     @contextmanager
     def _speaking(self, what: str) -> Iterator[None]:
@@ -642,38 +576,6 @@ class DockerEngine:
             )
         mend = "`inv engine.up`" if self.address.origin == "private engine" else "start it"
         return f"{where} does not answer: {_cause(text)}; {mend}, or choose another by DOCKER_HOST"
-
-
-class _OverSsh(docker.transport.UnixHTTPAdapter):
-    """What speaks HTTP with an engine by way of ssh, as with one on a socket of this machine."""
-
-    def __init__(self, ssh: Ssh, timeout: int) -> None:
-        super().__init__("http+unix:///ssh", timeout)
-        self._ssh = ssh
-
-    def get_connection(self, url: str | bytes, proxies: Any = None) -> Any:  # noqa: ARG002
-        pool = self.pools.get(url)
-        if pool is None:
-            pool = self.pools[url] = _SshPool(str(url), self.socket_path, self.timeout)
-            pool.ssh = self._ssh
-        return pool
-
-
-class _SshPool(docker.transport.unixconn.UnixHTTPConnectionPool):
-    ssh: Ssh
-
-    def _new_conn(self) -> Any:
-        connection = _SshConnection(self.base_url, self.socket_path, cast("int", self.timeout))
-        connection.ssh = self.ssh
-        return connection
-
-
-class _SshConnection(docker.transport.unixconn.UnixHTTPConnection):
-    ssh: Ssh
-
-    def connect(self) -> None:
-        self.sock = self.ssh.connect()
-        self.sock.settimeout(self.timeout)
 
 
 def _ignored(spec: BuildSpec) -> list[str]:
@@ -764,7 +666,7 @@ def _networks(container: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
     return (container.get("NetworkSettings") or {}).get("Networks") or {}
 
 
-def _profile(option: str) -> Path | None:
+def profile(option: str) -> Path | None:
     """The file that an option names."""
     value = option.partition("=")[2]
     return Path(value) if value.startswith("/") else None
@@ -772,7 +674,7 @@ def _profile(option: str) -> Path | None:
 
 def _with_profile(option: str) -> str:
     """An option with the content of its file, as Docker's API wants a seccomp profile."""
-    file = _profile(option)
+    file = profile(option)
     return f"{option.partition('=')[0]}={file.read_text()}" if file else option
 
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from guix_tasks import paths
-from guix_tasks.docker_engine import Address, DockerEngine
+from guix_tasks.docker_engine import Address
 from guix_tasks.local import process
 from guix_tasks.local.debian import Apt, host_suite
 from guix_tasks.local.engine import answers
+from guix_tasks.podman_engine import PodmanEngine, open_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,9 +84,11 @@ class Podman:
     def socket(self) -> Path:
         return _socket(self.folder)
 
-    def client(self) -> DockerEngine:
+    def client(self) -> PodmanEngine:
         """It, as the product speaks to it."""
-        return DockerEngine(Address(self.url, "test"), {})
+        engine = open_engine(Address(self.url, "test"), {})
+        assert isinstance(engine, PodmanEngine)
+        return engine
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.program import Program
 
-from guix_tasks import boundary, builder_setup, buildx, docker_engine, fingerprint
+from guix_tasks import boundary, builder_setup, buildx, docker_engine, fingerprint, podman_engine
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.settings import settings_reference
 from guix_tasks.tasks import ns
@@ -115,7 +115,7 @@ def inv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     monkeypatch.chdir(site.folder)
     monkeypatch.setenv("DOCKER_HOST", "unix:///fake.sock")
     made = Inv(site, capsys, monkeypatch)
-    monkeypatch.setattr(docker_engine, "DockerEngine", made.make_engine)
+    monkeypatch.setattr(podman_engine, "open_engine", made.make_engine)
     return made
 
 
@@ -185,7 +185,7 @@ def test_three_calls_are_the_same_as_one(inv: Inv, tmp_path: Path) -> None:
     other.write("tasks.py", "")
     inv.monkeypatch.chdir(other.folder)
     apart = Inv(other, inv.capsys, inv.monkeypatch)
-    inv.monkeypatch.setattr(docker_engine, "DockerEngine", apart.make_engine)
+    inv.monkeypatch.setattr(podman_engine, "open_engine", apart.make_engine)
     assert [apart(task).code for task in ("pull", "install", "push")] == [0, 0, 0]
     assert outline(other.engine) == together
 

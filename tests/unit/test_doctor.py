@@ -31,7 +31,15 @@ from fake_engine import (
 )
 from invoke.program import Program
 
-from guix_tasks import boundary, buildx, docker_engine, doctor, fingerprint, sandbox
+from guix_tasks import (
+    boundary,
+    buildx,
+    docker_engine,
+    doctor,
+    fingerprint,
+    podman_engine,
+    sandbox,
+)
 from guix_tasks.doctor import CHECKS, Finding, Patient, State, examine, show
 from guix_tasks.engine import Credentials, TracedEngine
 from guix_tasks.errors import EngineError
@@ -947,7 +955,7 @@ def inv(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     site.write("tasks.py", "")
     monkeypatch.chdir(site.folder)
     monkeypatch.setenv("DOCKER_HOST", "unix:///fake.sock")
-    monkeypatch.setattr(docker_engine, "DockerEngine", lambda _address, _environ: site.engine)
+    monkeypatch.setattr(podman_engine, "open_engine", lambda _address, _environ: site.engine)
     monkeypatch.setattr(buildx, "find_program", lambda _environment: None)
 
     def call(*argv: str) -> Done:
@@ -1048,7 +1056,7 @@ def test_the_engine_is_asked_anew_after_other_tasks(
         opened.append(address)
         return site.engine
 
-    monkeypatch.setattr(docker_engine, "DockerEngine", open_engine)
+    monkeypatch.setattr(podman_engine, "open_engine", open_engine)
     assert inv("base", "doctor").code == 0
     assert len(opened) == 2
 

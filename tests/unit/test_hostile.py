@@ -44,6 +44,7 @@ from guix_tasks import (
     docker_engine,
     fingerprint,
     guix,
+    podman_engine,
 )
 from guix_tasks import (
     settings as settings_module,
@@ -477,7 +478,7 @@ def run(
     out = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict")
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
     with monkeypatch.context() as patch:
-        patch.setattr(docker_engine, "DockerEngine", lambda *_: site.engine)
+        patch.setattr(podman_engine, "open_engine", lambda *_: site.engine)
         patch.setattr(sys, "argv", ["inv", *argv])
         for name, value in environ.items():
             patch.setenv(name, value)
