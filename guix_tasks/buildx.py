@@ -385,8 +385,7 @@ def build(buildx: Buildx, spec: BuildSpec, output: Callable[[bytes], None]) -> s
         answer = Path(folder) / "iid"
         secret = {name: text for name, text in spec.args.items() if holds_secret(f"{name}={text}")}
         plain = {name: text for name, text in spec.args.items() if name not in secret}
-        proxies = {name: text for name, text in spec.proxies.items() if name not in plain}
-        secret = {**proxies, **secret}
+        secret = {**spec.proxies, **secret}
         argv = (
             buildx.program, "build", f"--builder={buildx.own}", "--load", "--progress=plain",
             "--provenance=false", f"--iidfile={answer}",

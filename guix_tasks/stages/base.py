@@ -22,12 +22,15 @@ BASE_INPUT = "BASE_IMAGE"
 
 def base_spec(settings: Settings, network: str | None) -> BuildSpec:
     """The build that makes the base stage, with a network if a build can join it."""
+    arguments = _arguments(settings)
+    # A builder takes HTTP_PROXY and http_proxy for one, and either of them if both are given.
+    own = {name.lower() for name in arguments}
     return BuildSpec(
         context=settings.build_context,
         dockerfile=settings.dockerfile,
-        args=_arguments(settings),
+        args=arguments,
         secrets=settings.build_secrets,
-        proxies=settings.proxies,
+        proxies={name: url for name, url in settings.proxies.items() if name.lower() not in own},
         platform=str(settings.platform) if settings.platform else None,
         network=network if network in ("host", "none") else None,
     )

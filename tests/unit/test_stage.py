@@ -58,6 +58,7 @@ from guix_tasks.ledger import (
     proven_stage,
 )
 from guix_tasks.stage import Project, Stage, commit_image, run_stage
+from guix_tasks.stages.base import base_spec
 from guix_tasks.stages.pull import AUTHENTICATION_LABEL, misfit, stage_to_run, write_lock
 from guix_tasks.work import PROJECT_LABEL
 
@@ -1220,3 +1221,12 @@ def test_one_platform_after_the_other_is_made_of_one_lock(site: Site) -> None:
         site.make(*STAGES)
         site.engine.guix.heads["guix"] = NEW
     assert site.image("pull").labels[CHANNELS_LABEL] == LOCKED.strip()
+
+
+def test_a_proxy_of_the_build_arguments_is_the_only_one(made: Site) -> None:
+    """In either case of its letters, which a builder takes for one name."""
+    made.env.update(BUILD_ARGS="http_proxy=http://own.test", https_proxy="http://p.test")
+    made.env["HTTP_PROXY"] = "http://environment.test"
+    spec = base_spec(made.settings(), None)
+    assert spec.args["http_proxy"] == "http://own.test"
+    assert spec.proxies == {"https_proxy": "http://p.test", "HTTPS_PROXY": "http://p.test"}
