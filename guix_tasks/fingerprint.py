@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from guix_tasks import paths
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable, Iterator
 
 WORTH_THREADS = 200
 """Files from which hashing several at once beats starting threads."""
@@ -48,11 +48,16 @@ def content_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def tree_digest(root: Path, files: Iterable[str] | None = None) -> str:
-    """The digest of a file, or of a folder: all of it, or some files by relative name."""
+def tree_digest(
+    root: Path, files: Iterable[str] | None = None, *, without: Collection[Path] = ()
+) -> str:
+    """The digest of a file, or of a folder: all of it, or some files by relative name.
+
+    ``without`` are folders that do not count, by their real paths.
+    """
     if not root.is_dir():
         return file_digest(root)
-    names = sorted(_walk(root) if files is None else files)
+    names = sorted(_walk(root, without) if files is None else files)
     if len(names) < WORTH_THREADS:
         return text_digest(*(_entry(root, name) for name in names))
     # Reading releases the interpreter, so several files are hashed at once.
@@ -60,12 +65,13 @@ def tree_digest(root: Path, files: Iterable[str] | None = None) -> str:
         return text_digest(*pool.map(lambda name: _entry(root, name), names))
 
 
-def _walk(root: Path) -> list[str]:
-    return [
-        os.path.relpath(Path(folder) / name, root)
-        for folder, folders, names in os.walk(root)
-        for name in [*names, *(each for each in folders if (Path(folder) / each).is_symlink())]
-    ]
+def _walk(root: Path, without: Collection[Path]) -> Iterator[str]:
+    real = root.resolve()
+    for folder, folders, names in os.walk(root):
+        place = os.path.relpath(folder, root)
+        folders[:] = [each for each in folders if real / place / each not in without]
+        links = (each for each in folders if (Path(folder) / each).is_symlink())
+        yield from (os.path.normpath(f"{place}/{name}") for name in (*names, *links))
 
 
 def _entry(root: Path, name: str) -> str:

@@ -370,7 +370,10 @@ def common_inputs(engine: Engine, settings: Settings) -> dict[str, str]:
         "entry point": file_digest(IMAGE_FOLDER / "entry-point.sh"),
         "substitute keys": text_digest(*sorted(map(file_digest, settings.guix_substitute_keys))),
         "caches": "on volumes" if settings.cache_volume else "in the image",
-        **{f"mount {mount.target}": tree_digest(mount.source) for mount in settings.mounts},
+        **{
+            f"mount {mount.target}": tree_digest(mount.source, without=settings.logs)
+            for mount in settings.mounts
+        },
         **platform_input(engine, settings),
     }
 

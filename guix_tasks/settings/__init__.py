@@ -310,6 +310,12 @@ class Settings:
         return self.folder / "out"
 
     @property
+    def logs(self) -> frozenset[Path]:
+        """Folders that tasks write to while they work: no stage is made from what is there."""
+        out = self.output_folder.resolve()
+        return frozenset(out / each for each in ("logs", "failed", "digests"))
+
+    @property
     def references(self) -> list[str]:
         """``IMAGE``, and the same repository with each of ``TAGS``."""
         return [str(self.image), *(str(self.image.with_tag(tag)) for tag in self.tags)]

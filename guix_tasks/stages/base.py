@@ -84,10 +84,10 @@ def _context_files(engine: Engine, settings: Settings, spec: BuildSpec) -> list[
     """The build's context without the lock, and the logs, which are written after it is made."""
     lock = settings.guix_channels_lock
     lock = lock.resolve() if lock else None
-    logs = [settings.output_folder.resolve() / each for each in ("logs", "failed")]
+    logs = settings.logs
 
     def stays(path: Path) -> bool:
-        return path != lock and not any(folder in path.parents for folder in logs)
+        return path != lock and logs.isdisjoint(path.parents)
 
     files = engine.context_files(spec)
     return [each for each in files if stays((spec.context / each).resolve())]

@@ -532,6 +532,20 @@ def test_nothing_else_changes_a_key(kept: Kept, names: set[str]) -> None:
     assert [state.why for state in states.values()] == [None] * 3
 
 
+@pytest.mark.parametrize("mounted", [".", "out"])
+def test_what_tasks_write_while_they_work_changes_no_key(kept: Kept, mounted: str) -> None:
+    """As where the mounted folder of an example is the one that logs are put into."""
+    site = kept.restore()
+    site.write("out/substitutes", "x")
+    site.env["MOUNTS"] = f"{mounted}:/mnt"
+    before = site.keys()
+    for name in ("logs/pull.log", "failed/pull-1/log", "digests/linux-amd64.json"):
+        site.write(f"out/{name}", "x")
+    assert site.keys() == before
+    site.write("out/substitutes", "y")
+    assert site.keys() != before
+
+
 def test_the_environment_does_not_change_a_key(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     site = kept.restore()
     for name in ("HOME", "LANG", "USER", "https_proxy", "HTTP_PROXY", "SOURCE_DATE_EPOCH", "TZ"):
