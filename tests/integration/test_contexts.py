@@ -50,6 +50,7 @@ PidFile none
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 PermitRootLogin yes
+MaxStartups 100
 SetEnv PATH={path} DOCKER_HOST={engine}
 """
 
