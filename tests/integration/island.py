@@ -60,11 +60,15 @@ class Island:
         """The engine, as the product speaks to it."""
         return DockerEngine(Address(self.engine.url, "test"), {})
 
-    def inv(self, *arguments: str, **environment: str) -> Result:
-        """The command line, with nothing that says where an engine is."""
+    @property
+    def environment(self) -> dict[str, str]:
+        """Nothing that says where an engine is."""
         own = {"HOME": str(self.folder), "XDG_DATA_HOME": str(self.folder)}
-        env = {"PATH": os.environ["PATH"], **own, **environment}
-        return call([*self.enter, *inv_argv(*arguments)], env, 60)
+        return {"PATH": os.environ["PATH"], **own}
+
+    def inv(self, *arguments: str, **environment: str) -> Result:
+        """The command line there."""
+        return call([*self.enter, *inv_argv(*arguments)], {**self.environment, **environment}, 60)
 
     def ok(self, *arguments: str) -> str:
         result = self.inv(*arguments)
