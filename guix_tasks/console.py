@@ -7,6 +7,7 @@ only what a task was asked for: the output of a command, a table, a digest.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import threading
 import time
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from guix_tasks.progress import LivePart
+
+    Table = tuple[Sequence[str], Iterable[Sequence[str]]]
 
 __all__ = ["Console", "Display", "Step", "human_size", "human_time", "printable", "settled_display"]
 
@@ -189,13 +192,32 @@ class Console:
             buffer.write(data)
         target.flush()
 
-    def table(self, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A plain table on standard output, columns as wide as their widest cell."""
-        lines = [tuple(map(printable, line)) for line in (header, *rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    def table(
+        self, header: Sequence[str], rows: Iterable[Sequence[str]], narrower: Iterable[Table] = ()
+    ) -> None:
+        """A plain table on standard output, columns as wide as their widest cell.
+
+        On a terminal that is too narrow for it, the first of the ``narrower`` ones that is not,
+        or else the last.
+        """
+        lines = _aligned(header, rows)
+        if self.out.isatty():
+            columns = shutil.get_terminal_size().columns
+            for each in narrower:
+                if max(map(len, lines)) <= columns:
+                    break
+                lines = _aligned(*each)
         for line in lines:
-            cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-            self.result("  ".join(cells).rstrip())
+            self.result(line)
+
+
+def _aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [tuple(map(printable, line)) for line in (header, *rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
 
 
 TAIL = 60

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import rich.console
+from rich.cells import cell_len
 from rich.live import Live
 from rich.text import Text
 
@@ -29,6 +30,15 @@ _LINES = 6
 
 _LONGEST = 2000
 """Bytes of a line that are looked at: a terminal shows less."""
+
+_FREE = 5
+"""Columns that are left free: a terminal writes ``^C`` there, of one who is in a hurry twice.
+
+If it wrapped, there would be a line more than is erased.
+"""
+
+_NAME = 20
+"""Columns that a name gets in any case; a longer one makes room for what is done."""
 
 _TURNS = {True: "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", False: "|/-\\"}
 _MARGINS = {True: "  │ ", False: "  | "}
@@ -102,14 +112,18 @@ class LivePart:
         elapsed = time.monotonic() - self._started
         turn = turns[int(elapsed * _PER_SECOND) % len(turns)]
         said = ", ".join(filter(None, (human_time(elapsed), self._clean(self._doing()))))
-        lines = [Text.assemble((turn, "cyan"), " ", (self._clean(self._name), "bold"), f": {said}")]
+        name, room = Text(self._clean(self._name), "bold"), max(1, width - _FREE)
+        name.truncate(
+            max(_NAME, room - cell_len(f"{turn} : {said}")),
+            overflow="ellipsis" if self._unicode else "crop",
+        )
+        lines = [Text.assemble((turn, "cyan"), " ", name, f": {said}")]
         shown = [line for line in self._tail() if line.strip()][-max(0, min(_LINES, height - 2)) :]
         for line in shown if height > 2 else ():  # noqa: PLR2004
             text = self._clean(line[:_LONGEST].decode(errors="replace").replace("\t", " "))
             lines.append(Text(_MARGINS[self._unicode] + text, "dim"))
         for each in lines:
-            # Never the last column: a terminal would wrap there.
-            each.truncate(max(1, width - 1))
+            each.truncate(room)
         drawn = Text("\n", no_wrap=True, overflow="crop").join(lines)
         drawn.no_wrap, drawn.overflow = True, "crop"
         return drawn

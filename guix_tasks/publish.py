@@ -12,6 +12,7 @@ from guix_tasks.ledger import CHANNELS_LABEL, HAND_MADE, SQUASH, proven_stage
 from guix_tasks.lifecycle import Lifecycle
 from guix_tasks.retry import retried
 from guix_tasks.transfer import credentials, push_once
+from guix_tasks.work import uncommitted
 
 if TYPE_CHECKING:
     from guix_tasks.engine import Image
@@ -37,6 +38,8 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
             f"{ledger.image} was made by none of these stages, so nobody knows whether it is up to "
             "date; pushing it as it is"
         )
+    if left := uncommitted(engine, project.settings):
+        project.console.warn(left)
     references = [ledger.tag(stage)] if stage else pushed_references(project.settings)
     digests = {}
     for reference in references:

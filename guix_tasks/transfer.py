@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 
     from guix_tasks.console import Console, Step
     from guix_tasks.stage import Project
+
+
+_LONG_DIGEST = re.compile(r"(?<=@sha256:[0-9a-f]{12})[0-9a-f]+")
+"""What nobody reads of a digest."""
 
 
 class TransferProgress:
@@ -72,7 +77,7 @@ def credentials(project: Project) -> Credentials | None:
 def transfer(project: Project, what: str, reference: str) -> Iterator[TransferProgress]:
     """The progress of one push or pull, and the line that ends it: what was moved, and how long."""
     console, started = project.console, time.monotonic()
-    with console.step(f"{what} {reference}", has_log=False) as step:
+    with console.step(f"{what} {_LONG_DIGEST.sub('', reference)}", has_log=False) as step:
         progress = TransferProgress(console, f"{what} {reference}", step)
         yield progress
     if not project.engine.is_dry:

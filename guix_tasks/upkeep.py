@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +16,21 @@ from guix_tasks.ledger import CHANNELS_LABEL, HAND_MADE, PREVIOUS, SQUASH, prove
 from guix_tasks.lifecycle import Lifecycle
 from guix_tasks.publish import pushed_references
 from guix_tasks.sizes import picture, size_rows, sizes
-from guix_tasks.work import PROJECT_LABEL, find_server, work_containers
+from guix_tasks.work import PROJECT_LABEL, find_server, uncommitted, work_containers
 from guix_tasks.work import project as project_name
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from guix_tasks.console import Table
     from guix_tasks.engine import Image
     from guix_tasks.sizes import Size
     from guix_tasks.stage import Project
 
 STATUS_HEADER = ("stage", "image", "id", "size", "age", "state", "channels")
+
+_SPARED = ("id", "age", "channels")
+"""What a narrow terminal does without, first to last."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,9 @@ def show_status(project: Project, *, size: bool, plot: str, as_json: bool) -> No
         show_sizes(project, plot)
     else:
         rows = [row for each in project.each_platform() for row in status_rows(each)]
-        project.console.table(STATUS_HEADER, rows)
+        project.console.table(STATUS_HEADER, rows, narrower=_narrower(rows))
+    if left := uncommitted(project.engine, project.settings):
+        project.console.note(left)
 
 
 def _document(project: Project, parts: list[Size] | None) -> dict[str, Any]:
@@ -106,6 +115,14 @@ def status_rows(project: Project) -> list[tuple[str, ...]]:
         for each in standings(project)
         for why in [f": {each.why}" if each.why else ""]
     ]
+
+
+def _narrower(rows: list[tuple[str, ...]]) -> Iterator[Table]:
+    """The table with the tags alone, for one project has one name, then without some columns."""
+    short = [(stage, reference.rpartition(":")[2], *rest) for stage, reference, *rest in rows]
+    for count in range(len(_SPARED) + 1):
+        kept = [name not in _SPARED[:count] for name in STATUS_HEADER]
+        yield tuple(compress(STATUS_HEADER, kept)), [tuple(compress(row, kept)) for row in short]
 
 
 def _cells(reference: str, image: Image | None, state: str) -> tuple[str, ...]:

@@ -252,14 +252,21 @@ def is_kept(container: Container) -> bool:
     return container.name.startswith(_KEPT_NAME)
 
 
+def uncommitted(engine: Engine, settings: Settings) -> str:
+    """What is to be said of a container that was left for ``commit``; empty where none was."""
+    kept = kept_containers(engine, settings)
+    if not kept:
+        return ""
+    return (
+        f"the work container {kept[0].name} is not committed yet; "
+        "`inv commit` keeps what it holds, `inv clean --work` drops it"
+    )
+
+
 def refuse_second(engine: Engine, settings: Settings) -> None:
     """Refuse to leave a second container, since ``commit`` could take but one of them."""
-    kept = kept_containers(engine, settings)
-    if kept:
-        raise UsageError(
-            f"the work container {kept[0].name} is not committed yet; "
-            "`inv commit` keeps what it holds, `inv clean --work` drops it"
-        )
+    if left := uncommitted(engine, settings):
+        raise UsageError(left)
 
 
 def sweep(engine: Engine, settings: Settings) -> None:

@@ -172,11 +172,13 @@ def test_a_narrow_terminal_that_changes_its_size(new_project: NewProject) -> Non
     assert not is_live(watched.lines)
 
 
-def test_ctrl_c_leaves_the_terminal_as_it_was(new_project: NewProject) -> None:
+@pytest.mark.parametrize("columns", [200, 60])
+def test_ctrl_c_leaves_the_terminal_as_it_was(new_project: NewProject, columns: int) -> None:
+    """Also where the last line of the log, with the ^C behind it, is longer than the terminal."""
     project = new_project("base", "pull")
     with project.unharmed():
-        watched = Watched(project, "install")
-        watched.until(is_live)
+        watched = Watched(project, "install", size=(columns, 40))
+        watched.until(lambda lines: is_live(lines) and "/gnu/store/" in lines[-1])
         watched.type(b"\x03")
         assert watched.end() == 130
     engine, *_, last = watched.lines

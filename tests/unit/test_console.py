@@ -122,6 +122,31 @@ def test_a_table_has_columns_as_wide_as_they_need() -> None:
     assert console.results.getvalue() == "a          long header\nlong cell  x\n\n"
 
 
+class Terminal(io.StringIO):
+    """A terminal as wide as COLUMNS says."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("columns", "terminal", "shown"),
+    [
+        (9, True, "a  b\n1  222222\n"),
+        (8, True, "b\n222222\n"),
+        (5, True, "b\n222222\n"),
+        (5, False, "a  b\n1  222222\n"),
+    ],
+)
+def test_of_several_tables_the_first_that_fits_is_shown(
+    monkeypatch: pytest.MonkeyPatch, columns: int, terminal: bool, shown: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = Terminal() if terminal else io.StringIO()
+    Console(out=out).table(("a", "b"), [("1", "222222")], narrower=[(("b",), [("222222",)])])
+    assert out.getvalue() == shown
+
+
 def test_a_push_says_a_line_a_layer() -> None:
     console = Heard()
     with console.step("push x", has_log=False) as step:

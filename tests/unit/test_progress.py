@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
+import os
 import re
+import struct
 import subprocess
 import sys
+import termios
 import time
 from contextlib import suppress
+from unittest.mock import Mock
 
 import pyte
 import pytest
@@ -15,6 +20,7 @@ import pytest
 from guix_tasks.console import TAIL, Console, Display, settled_display
 from guix_tasks.errors import EngineError, StageError
 from guix_tasks.local.process import wait_until
+from guix_tasks.transfer import transfer
 
 SGR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -85,7 +91,7 @@ def test_a_log_controls_no_terminal(wide: Screen) -> None:
         assert r"\x1b[2Jcleared\n\n" in wide.lines[0]
         assert wide.lines[1] == r"  │ \x1b[2J\x1b]0;title\x07"
         assert wide.lines[2] == "  │ [bold]no markup[/bold] :smile:"
-        assert wide.lines[3] == ("  │ " + "a" * 500)[:79]
+        assert wide.lines[3] == ("  │ " + "a" * 500)[:75]
         assert wide.screen.title == ""
 
 
@@ -100,6 +106,69 @@ def test_a_small_terminal_shows_what_it_can(
         time.sleep(0.4)
         assert len(screen.lines) <= max(1, rows - 1)
     assert screen.lines == []
+
+
+def test_the_figures_are_kept_and_the_name_is_cut(wide: Screen) -> None:
+    figures = "12.3 MB of 120 MB, 12.3 MB/s"
+    with live(wide).step(f"pull registry.test:5000/team/{'application' * 9}") as step:
+        step.tell(lambda: figures)
+        assert wait_until(lambda: len(wide.lines) == 1, 20)
+        name, _, said = wide.lines[0].rpartition(": ")
+        assert re.fullmatch(rf"[0-9.]+ s, {figures}", said)
+        assert re.match(r".{1,2} pull registry\.test:5000/.*…$", name)
+
+
+def test_of_a_digest_some_digits_are_drawn(wide: Screen) -> None:
+    reference = f"localhost:5055/guix-tasks-demo@sha256:{'0123456789abcdef' * 4}"
+    with transfer(Mock(console=live(wide)), "pull", reference) as progress:
+        assert wait_until(lambda: len(wide.lines) == 1, 20)
+        short = "pull localhost:5055/guix-tasks-demo@sha256:0123456789ab"
+        assert re.match(rf".{{1,2}} {short}: [0-9.]+ s$", wide.lines[0])
+        progress("a layer", "Downloading", 12_300_000, 120_000_000)
+        assert wait_until(lambda: "12.3 MB of 120 MB, " in wide.lines[0], 20), wide.lines
+
+
+def test_a_short_name_is_whole_whatever_is_done(wide: Screen) -> None:
+    with live(wide).step("buildx.setup") as step:
+        step.tell(lambda: "building " + "x" * 100)
+        assert wait_until(lambda: len(wide.lines) == 1, 20)
+        assert re.match(r".{1,2} buildx\.setup: [0-9.]+ s, building xxx", wide.lines[0])
+
+
+@pytest.mark.parametrize("typed", [b"\x03", b"\x03\x03"])
+def test_what_a_terminal_echoes_leaves_no_line_behind(typed: bytes) -> None:
+    """A line of the log that fills the width, and the ^C that the terminal itself writes there."""
+    script = """
+import sys, time
+from guix_tasks.console import Console, Display
+try:
+    with Console(display=Display.LIVE).step("pull") as step:
+        step.log([b"a" * 500])
+        time.sleep(60)
+except KeyboardInterrupt:
+    print("stopped", file=sys.stderr)
+"""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    screen = pyte.Screen(80, 24)
+    stream = pyte.ByteStream(screen)
+    environment = {**os.environ, "TERM": "xterm-256color", "PYTHONUTF8": "1"}
+    for name in ("COLUMNS", "LINES", "NO_COLOR"):
+        environment.pop(name, None)
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509
+    ):  # fmt: skip
+        os.close(theirs)
+        with suppress(OSError):  # how Linux says that the other side is closed
+            while data := os.read(ours, 1 << 16):
+                stream.feed(data)
+                if typed and "aaa" in "".join(screen.display):
+                    os.write(ours, typed)
+                    typed = b""
+    os.close(ours)
+    assert [line.rstrip() for line in screen.display if line.strip()] == ["stopped"]
 
 
 def test_no_colour_is_no_colour(wide: Screen, monkeypatch: pytest.MonkeyPatch) -> None:

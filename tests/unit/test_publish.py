@@ -189,6 +189,16 @@ def test_an_image_that_was_not_reached_is_repaired_first(made: Site) -> None:
     assert made.engine.tags[IMAGE] == made.image("install").id
 
 
+def test_a_push_tells_of_the_container_that_is_not_committed(made: Site) -> None:
+    project = made.project()
+    push(project)
+    assert "is not committed yet" not in heard(project)
+    hands.run(made.project(), ["make"], stage=None, keep=True)
+    project = made.project()
+    push(project)
+    assert re.search(r"warning: the work container \S+ is not committed yet; ", heard(project))
+
+
 def test_a_hand_made_image_is_pushed_as_it_is(made: Site) -> None:
     hands.run(made.project(), ["make"], stage=None, keep=True)
     hands.commit(made.project())

@@ -130,6 +130,58 @@ def test_an_image_without_a_date_that_can_be_has_no_age(made: Site, created: str
     assert status_rows(made.project())[-1][4] == "-"
 
 
+class Terminal(Heard):
+    """A terminal as wide as COLUMNS says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results.isatty = lambda: True  # type: ignore[method-assign]
+
+
+def shown_status(site: Site, console: Heard) -> list[str]:
+    project = replace(site.project(), console=console)
+    show_status(project, size=False, plot="", as_json=False)
+    return console.results.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("columns", [45, 60, 80])
+def test_status_fits_a_narrow_terminal(
+    made: Site, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    wide = shown_status(made, Heard())
+    assert max(map(len, wide)) > 100
+    assert f"  {IMAGE}-pull  " in wide[2]
+    narrow = shown_status(made, Terminal())
+    assert max(map(len, narrow)) <= columns
+    tag = IMAGE.rpartition(":")[2]
+    assert re.match(rf"pull +{tag}-pull +", narrow[2])
+    assert "up to date" in narrow[2]
+    assert (f"guix@{COMMITS['guix'][:7]}" in narrow[2]) is (columns > 45)
+
+
+def test_status_is_whole_on_a_terminal_that_has_room(
+    made: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert shown_status(made, Terminal()) == shown_status(made, Heard())
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_status_tells_of_the_container_that_is_not_committed(made: Site, as_json: bool) -> None:
+    def said() -> str:
+        console = Heard()
+        project = replace(made.project(), console=console)
+        show_status(project, size=False, plot="", as_json=as_json)
+        return console.said.getvalue()
+
+    assert said() == ""
+    hands.run(made.project(), ["make"], stage=None, keep=True)
+    assert re.search(r"work container \S+-kept-run-\S+ is not committed yet; `inv commit`", said())
+    hands.commit(made.project())
+    assert said() == ""
+
+
 # --- Clean ----------------------------------------------------------------------------------
 
 
