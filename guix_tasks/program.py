@@ -84,7 +84,7 @@ class GroupedProgram(Program):
         """What is wrong with the command line, and what may be meant."""
         lacking = re.match(r"Flag <Argument: ([\w-]+).*> needed value", str(error))
         if lacking:
-            return f"--{lacking[1]} needs a value"
+            return f"--{lacking[1].replace('_', '-')} needs a value"
         unknown = re.fullmatch("No idea what (.+) is!", str(error), re.DOTALL)
         if not unknown:
             return str(error)
