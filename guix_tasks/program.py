@@ -46,8 +46,6 @@ def in_one_line(step: Callable[..., None]) -> Callable[..., None]:
             fail(program.advice(error))
         except ValueError as error:
             fail(bad_number(error, program.argv))
-        except (SyntaxError, ImportError) as error:
-            fail(f"tasks.py: {error}")
         except Exit as error:
             if error.message and error.code == 1:  # in Invoke's words
                 fail(error.message)
@@ -105,6 +103,8 @@ class GroupedProgram(Program):
         """Load the project's own tasks; where there are none, say how to begin."""
         try:
             super().load_collection()
+        except (SyntaxError, ImportError, ValueError) as error:
+            fail(f"tasks.py: {error}")
         except Exit as error:
             if isinstance(error.__context__, CollectionNotFound):
                 fail(f"{error.message} `{self.binary} init` writes the start of a project")

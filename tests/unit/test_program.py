@@ -147,6 +147,7 @@ def test_what_cannot_be_meant_is_one_line(
     [
         ("from guix_tasks.tasks import ns\nx = (\n", "tasks.py, line 2"),
         ("from guix_tasks.tasks import nss\n", "cannot import name 'nss'"),
+        ("from guix_tasks.tasks import ns\nns.add_collection(ns, 'pack')\n", "'pack'"),
         ("import nowhere_at_all  # and guix_tasks\n", "No module named 'nowhere_at_all'"),
     ],
 )
