@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from harness import ROOT, call
+from harness import ROOT, call, one_error
 
 from guix_tasks import paths
 from guix_tasks.errors import EngineError
@@ -164,5 +164,5 @@ def test_what_a_shell_is_told(words: tuple[str, ...], expected: set[str]) -> Non
 def test_a_shell_that_is_not_known() -> None:
     env = {"PATH": os.environ["PATH"]}
     result = call([str(ROOT / "inv"), "--print-completion-script=tcsh"], env, 60, ROOT)
-    assert result.returncode == 1
-    assert result.stderr == "there is no completion for tcsh; write one of: bash, fish, zsh\n"
+    error = one_error(result, 2)
+    assert error == "error: there is no completion for tcsh; write one of: bash, fish, zsh"

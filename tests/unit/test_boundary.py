@@ -714,6 +714,14 @@ def test_the_demo_is_never_dry(inv: Inv) -> None:
     assert inv.site.engine.calls == []
 
 
+@pytest.mark.parametrize("task", ["demo", "test"])
+def test_what_is_for_a_checkout_is_refused_elsewhere(inv: Inv, task: str) -> None:
+    done = inv(task)
+    assert (done.code, len(done.errors)) == (2, 1)
+    assert f"inv {task} is for a checkout of guix-tasks: " in done.errors[0]
+    assert inv.opened == []
+
+
 # --- Secrets --------------------------------------------------------------------------------
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +17,8 @@ from guix_tasks.program import GroupedProgram, completion_script
 from guix_tasks.tasks import GROUPS, grouped, ns
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from invoke.context import Context
 
 WIDTH = 80
@@ -96,3 +101,118 @@ def test_a_completion_script_is_printed(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_version_names_both(capsys: pytest.CaptureFixture[str]) -> None:
     shown = said(capsys, "--version", kind=GroupedProgram)
     assert re.fullmatch(r"guix-tasks\b.*\bInvoke 3\.\d+\.\d+\n", shown)
+
+
+def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:
+    """The status, and what was said on standard error, of a call with these arguments."""
+    with pytest.raises(SystemExit) as caught:
+        GroupedProgram(namespace=ns, binary="inv").run(["inv", *arguments])
+    return caught.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("pack --max-layers=many", "--max-layers: 'many' is not a whole number"),
+        ("registry.up --port abc", "--port: 'abc' is not a whole number"),
+        ("--command-timeout=soon status", "--command-timeout: 'soon' is not a whole number"),
+        ("instal", "there is no task 'instal'; did you mean install? `inv --list` shows all"),
+        ("--help instal", "there is no task 'instal'; did you mean install? `inv --list` "),
+        ("xyzzy", "there is no task 'xyzzy'; `inv --list` shows all"),
+        ("install --forse", "install has no option --forse; did you mean --force? `inv --help i"),
+        ("install --packag=x", "install has no option --packag; did you mean --package? "),
+        ("--dri install", "there is no option --dri; did you mean --dry? `inv --help` shows all"),
+        ("run hello", "a command comes after two dashes, as in `inv run -- hello`"),
+        ("run --keep hello --traditional", "as in `inv run -- hello`"),
+        ("run --kep", "run has no option --kep; did you mean --keep? "),
+        ("push --stage", "--stage needs a value"),
+        ("pack --max-layers", "--max-layers needs a value"),
+        ("--list nope", "'nope' not found"),
+        ("--print-completion-script=csh", "there is no completion for csh; write one of: bash"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: str, words: str
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", "unix:///no/engine.sock")  # none of them gets that far
+    code, said = ended(capsys, *arguments.split())
+    assert code == 2
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert words in said
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("from guix_tasks.tasks import ns\nx = (\n", "tasks.py, line 2"),
+        ("from guix_tasks.tasks import nss\n", "cannot import name 'nss'"),
+        ("from guix_tasks.tasks import ns\nns.add_collection(ns, 'pack')\n", "'pack'"),
+        ("import nowhere_at_all  # and guix_tasks\n", "No module named 'nowhere_at_all'"),
+    ],
+)
+def test_a_mistake_in_the_tasks_of_a_project_is_one_line(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    (tmp_path / "tasks.py").write_text(text)
+    result = call(tmp_path, "status")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: tasks.py: ")
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
+
+
+def test_tasks_that_are_not_found_have_a_hint(tmp_path: Path) -> None:
+    (tmp_path / "tasks.py").write_text("from guix_tasks.tasks import ns\n")
+    result = call(tmp_path, "--collection=nope", "status")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "`guix-tasks init`" in result.stderr
+
+
+def test_a_folder_without_tasks_has_these_and_a_hint(tmp_path: Path) -> None:
+    assert "Make an image" in call(tmp_path, "--list").stdout
+    hint = "note: there is no project here; `guix-tasks init` writes the start of one\n"
+    result = call(tmp_path, "pull", "--quiet", "--verbose")
+    assert result.returncode == 2
+    assert hint in result.stderr
+    (tmp_path / ".env").touch()
+    assert hint not in call(tmp_path, "pull", "--quiet", "--verbose").stderr
+
+
+def test_a_reader_that_has_gone_is_no_error(tmp_path: Path) -> None:
+    """As ``head`` does, which ends after its lines."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = call(tmp_path, "--list", stdout=writer)
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+def call(
+    folder: Path, *arguments: str, stdout: int = subprocess.PIPE
+) -> subprocess.CompletedProcess[str]:
+    """``guix-tasks`` in a folder, as a process of its own."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    argv = [sys.executable, "-m", "guix_tasks", *arguments]
+    return subprocess.run(
+        argv, cwd=folder, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60,
+        check=False,
+    )  # fmt: skip
+
+
+def test_the_help_shows_which_options_take_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = said(capsys, "--help", "pack", kind=GroupedProgram)
+    options = re.findall(r"^  (--\S+)", shown, re.MULTILINE)
+    expected = {"--package=STRING", "--symlink=STRING", "--relocatable", "--max-layers=INT"}
+    assert expected <= set(options)
+
+
+def test_without_a_task_the_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = said(capsys, kind=GroupedProgram)
+    assert shown.startswith(said(capsys, "--list", kind=GroupedProgram))
+    assert "--help" in shown
+    assert "Core options" not in shown
