@@ -55,8 +55,10 @@ def say_what_next(project: Project) -> None:
         "For real: cp .env.example .env, say there what you want, then ./inv pull install push",
         "The registry goes on running; `./inv registry.down` stops it.",
     ]
-    if project.engine.info().url == private_engine().url:
+    private = private_engine()
+    if project.engine.info().url == private.url:
         lines.append("So does the private Docker Engine; `./inv engine.down` stops it.")
+        lines.append(private.how_by_hand())
     for line in lines:
         project.console.say(line)
 

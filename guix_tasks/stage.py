@@ -289,7 +289,12 @@ def _is_same(image: Image, parent: Image, labels: Mapping[str, str]) -> bool:
 
 
 def say_done(project: Project, name: str, started: float) -> None:
-    """The line that ends a stage: its tag, its size, the seconds since ``started``."""
+    """The line that ends a stage: its tag, its size, the seconds since ``started``.
+
+    A dry run has ended none.
+    """
+    if project.engine.is_dry:
+        return
     tag = project.ledger.tag(name)
     image = project.engine.image(tag)
     size = f", {human_size(image.size)}" if image else ""

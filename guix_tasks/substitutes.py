@@ -49,7 +49,10 @@ def up(project: Project) -> None:
     """
     engine, settings, console = project.engine, project.settings, project.console
     if settings.network == "none":
-        raise UsageError("NETWORK=none: nobody reaches a server there; set another, or none at all")
+        raise UsageError(
+            "NETWORK=none: nobody reaches a server there; take the NETWORK line out, or name a "
+            "network"
+        )
     image = project.ledger.last_stage()
     if image is None:
         raise UsageError("no stage is there to serve from; run `inv base pull install` first")
@@ -62,6 +65,8 @@ def up(project: Project) -> None:
             engine.remove(server.id)
             engine.drop(server.image)
         _start(project, image)
+        if engine.is_dry:
+            return
         console.say(f"substitutes: the stage {stage} is served")
         server = find_server(engine, settings)
     if server:
@@ -76,9 +81,10 @@ def down(project: Project) -> None:
         return
     project.engine.remove(server.id)
     project.engine.drop(server.image)
-    project.console.say(
-        "substitutes: stopped; the key stays until `inv clean`, which removes volumes, too"
-    )
+    if not project.engine.is_dry:
+        project.console.say(
+            "substitutes: stopped; the key stays until `inv clean`, which removes volumes, too"
+        )
 
 
 def _serves(project: Project, server: Container, image: Image) -> bool:
@@ -173,14 +179,17 @@ def _tell(project: Project, server: Container) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, key)
     host = project.engine.info().name if listen.address == ANY else listen.address
-    console.say(f"substitutes: http://{host}:{listen.port}, its public key: {path}")
+    url = f"http://{host}:{listen.port}"
+    console.say(f"substitutes: {url}, its public key: {path}")
     if listen.is_loopback:
         console.say(
             "substitutes: other machines do not reach it; "
             f"`inv substitutes.up --listen {ANY}:{listen.port}` lets them"
         )
-    console.say("substitutes: for the .env of another machine, with the key beside it:")
-    for line in _lines(settings, f"http://{host}:{listen.port}", path):
+        return
+    known = f" and a name that it knows in the place of {host}" if listen.address == ANY else ""
+    console.say(f"substitutes: for the .env of another machine, with the key beside it{known}:")
+    for line in _lines(settings, url, path):
         console.result(line)
 
 
@@ -193,9 +202,9 @@ def key_file(settings: Settings) -> Path:
 def _lines(settings: Settings, url: str, key: Path) -> tuple[str, str]:
     """What another machine has to set to take from here first."""
     urls = settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS
-    # A folder of this machine is none of another's.
+    # A folder of this machine is none of another's, and so is its key.
     urls = tuple(each for each in urls if not each.startswith("file:"))
-    names = [key.name, *(each.name for each in settings.guix_substitute_keys)]
+    names = [key.name, *(each.name for each in settings.guix_substitute_keys if urls)]
     return (
         f'GUIX_SUBSTITUTE_URLS="{" ".join((url, *urls))}"',
         f'GUIX_SUBSTITUTE_KEYS="{" ".join(names)}"',

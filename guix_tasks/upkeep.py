@@ -195,6 +195,17 @@ def clean(project: Project, *, work_only: bool = False) -> list[str]:
     return removed
 
 
+def say_removed(project: Project, removed: list[str]) -> None:
+    """Say what ``clean`` removed; a dry run has shown the calls, and removed nothing."""
+    console = project.console
+    if not removed:
+        console.say("clean: nothing there")
+    elif not project.engine.is_dry:
+        for each in removed:
+            console.say(f"clean: removed {each}")
+        console.say(f"clean: {len(removed)} removed")
+
+
 def _clean_images(project: Project) -> list[str]:
     engine, ledger, settings = project.engine, project.ledger, project.settings
     removed = []

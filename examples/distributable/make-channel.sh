@@ -60,6 +60,7 @@ if ! [ -e "$repository" ]; then
          (openpgp-fingerprint "$key")))))
 END
     cat "$work/channels.scm" >"$here/channels.scm"
+    echo "make-channel: its entry is in channels.scm, its key in channel.key, which is yours alone"
 fi
 
 git clone --quiet "$repository" "$work/clone"
@@ -67,3 +68,4 @@ cd "$work/clone"
 cp -R "$here/channel/." .
 commit 'Update the channel.'
 git push --quiet origin master
+echo "make-channel: channel.git is at commit $(git rev-parse HEAD)"

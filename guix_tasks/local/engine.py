@@ -11,6 +11,7 @@ import ctypes
 import http.client
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -76,14 +77,16 @@ class PrivateEngine:
             self.folder.chmod(0o700)
             if self.running():
                 self._await(self.running)
-                console.say(f"the private engine runs already: {self.url}")
-                return
-            self._check_alone()
-            if not self.installed():
-                self._unpack(console)
-            self._clear()
-            self._start()
-        console.say(f"started the private engine: {self.url}")
+                said = "the private engine runs already"
+            else:
+                self._check_alone()
+                if not self.installed():
+                    self._unpack(console)
+                self._clear()
+                self._start()
+                said = "started the private engine"
+        console.say(f"{said}: {self.url}")
+        console.say(self.how_by_hand())
 
     def down(self, console: Console) -> None:
         """Stop it with all its containers; images and volumes stay."""
@@ -101,6 +104,14 @@ class PrivateEngine:
                 return
             self._clear()
         console.say(f"{said}; its images stay until {self.folder} is deleted")
+
+    def how_by_hand(self) -> str:
+        """What a shell needs for ``docker`` to be there and to speak to this engine."""
+        words = f"docker by hand: export DOCKER_HOST={shlex.quote(self.url)}"
+        program = self.docker_path()
+        if program and not shutil.which("docker"):
+            words += f' PATH="$PATH":{shlex.quote(str(program.parent))}'
+        return words
 
     @property
     def _root(self) -> Path:

@@ -340,13 +340,14 @@ def doctor(c: Context, json: bool = False) -> None:
 def clean(c: Context, work: bool = False) -> None:
     """Remove what these tasks made for this project.
 
-    Work containers, stage images and cache volumes: nothing else.
+    Work containers, the substitute server, stage images and volumes, and
+    IMAGE and TAGS where they are a stage: nothing else.
     """
     with opened(c) as project, project.alone("clean"):
         from guix_tasks.upkeep import clean as remove
+        from guix_tasks.upkeep import say_removed
 
-        removed = remove(project, work_only=work)
-        project.console.say(f"clean: {len(removed)} removed" if removed else "clean: nothing there")
+        say_removed(project, remove(project, work_only=work))
 
 
 def _after_dashes(argv: list[str]) -> list[str]:

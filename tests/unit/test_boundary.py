@@ -235,7 +235,12 @@ def test_status_clean_and_rollback(inv: Inv) -> None:
     done = inv("status")
     assert done.out.count("up to date") == 3
     assert inv("rollback").code == 0
-    assert "removed" in inv("clean").err
+    assert "removed" not in inv("--dry", "clean").err
+    said = inv("clean").err.splitlines()
+    removed = [line for line in said if line.startswith("clean: removed ")]
+    assert f"clean: removed {IMAGE}" in removed
+    assert f"clean: removed {IMAGE}-base" in removed
+    assert f"clean: {len(removed)} removed" in said
     assert not [tag for tag in inv.site.engine.tags if tag != BASE_IMAGE]
     assert "clean: nothing there" in inv("clean").err
 

@@ -295,6 +295,7 @@ def test_a_dry_run_shows_what_stages_would_run(made: Site) -> None:
     said = made.make("install", engine=dry.engine)
     dry.check()
     assert "+ guix package --install=tar" in said
+    assert f"install: {IMAGE}" not in said
     assert f"docker push {IMAGE}" not in dry.console.text
 
 

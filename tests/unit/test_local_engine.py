@@ -145,9 +145,34 @@ def test_one_that_answers_has_started(
     heard = Heard()
     try:
         alone.up(heard)
-        assert heard.text.getvalue() == f"started the private engine: {alone.url}\n"
+        by_hand = alone.how_by_hand()
+        assert heard.text.getvalue() == f"started the private engine: {alone.url}\n{by_hand}\n"
     finally:
         os.kill(int(pid.read_text()), 9)
+
+
+def test_one_that_runs_is_told_of(alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PrivateEngine, "running", lambda _: True)
+    monkeypatch.setattr(engine, "answers", lambda path: path == alone.socket)
+    heard = Heard()
+    alone.up(heard)
+    runs = f"the private engine runs already: {alone.url}"
+    assert heard.text.getvalue() == f"{runs}\n{alone.how_by_hand()}\n"
+
+
+def test_a_shell_is_told_how_docker_reaches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = PrivateEngine(tmp_path / "an engine")
+    by_hand = f"docker by hand: export DOCKER_HOST='unix://{private.socket}'"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert private.how_by_hand() == by_hand
+    program = private.folder / "root/usr/bin/docker"
+    program.parent.mkdir(parents=True)
+    program.touch(0o755)
+    assert private.how_by_hand() == f"{by_hand} PATH=\"$PATH\":'{program.parent}'"
+    (tmp_path / "docker").touch(0o755)
+    assert private.how_by_hand() == by_hand
 
 
 @pytest.mark.parametrize("folder", [True, False])

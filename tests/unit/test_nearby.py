@@ -97,6 +97,7 @@ def test_another_machine_is_told_what_to_set(made: Site, guix: Publishing) -> No
         GUIX_SUBSTITUTE_KEYS=str(own),
     )
     lines = heard(project).splitlines()
+    assert "in the place of fake" in heard(project)
     assert 'GUIX_SUBSTITUTE_URLS="http://fake:9 https://a.test"' in lines
     assert 'GUIX_SUBSTITUTE_KEYS="substitutes-app.pub own.pub"' in lines
     assert "other machines do not reach it" not in heard(project)
@@ -104,10 +105,27 @@ def test_another_machine_is_told_what_to_set(made: Site, guix: Publishing) -> No
 
 
 def test_guixs_own_servers_come_behind_it(made: Site, guix: Publishing) -> None:
-    project = up(made)
-    urls = " ".join(("http://127.0.0.1:8181", *DEFAULT_SUBSTITUTE_URLS))
+    project = up(made, SUBSTITUTES_LISTEN="10.0.0.1:9")
+    urls = " ".join(("http://10.0.0.1:9", *DEFAULT_SUBSTITUTE_URLS))
     assert f'GUIX_SUBSTITUTE_URLS="{urls}"' in heard(project).splitlines()
-    assert "`inv substitutes.up --listen 0.0.0.0:8181` lets them" in heard(project)
+    assert "in the place of" not in heard(project)
+
+
+def test_keys_of_servers_that_another_machine_lacks_are_left_out(
+    made: Site, guix: Publishing
+) -> None:
+    own = made.write("own.pub", "key")
+    folders = {"GUIX_SUBSTITUTE_URLS": "file:///here", "GUIX_SUBSTITUTE_KEYS": str(own)}
+    lines = heard(up(made, SUBSTITUTES_LISTEN="10.0.0.1:9", **folders)).splitlines()
+    assert 'GUIX_SUBSTITUTE_URLS="http://10.0.0.1:9"' in lines
+    assert 'GUIX_SUBSTITUTE_KEYS="substitutes-app.pub"' in lines
+
+
+def test_on_loopback_other_machines_are_told_nothing(made: Site, guix: Publishing) -> None:
+    said = heard(up(made))
+    assert "`inv substitutes.up --listen 0.0.0.0:8181` lets them" in said
+    assert "another machine" not in said
+    assert "GUIX_SUBSTITUTE" not in said
 
 
 def test_on_the_hosts_network_it_listens_there_itself(made: Site, guix: Publishing) -> None:
@@ -147,7 +165,7 @@ def test_without_a_stage_or_a_network_nothing_is_started(site: Site) -> None:
     with pytest.raises(UsageError, match="no stage is there to serve from"):
         substitutes.up(site.project())
     site.env["NETWORK"] = "none"
-    with pytest.raises(UsageError, match="NETWORK=none"):
+    with pytest.raises(UsageError, match="take the NETWORK line out, or name a network"):
         substitutes.up(site.project())
     assert site.engine.specs == []
 
@@ -164,7 +182,17 @@ def test_a_dry_run_shows_it(made: Site) -> None:
     engine = TracedEngine(made.engine, project.console, perform=False)
     substitutes.up(replace(project, engine=engine))
     assert "--publish=127.0.0.1:8181:8181" in heard(project)
+    assert "is served" not in heard(project)
     assert made.engine.all_containers == {}
+
+
+def test_a_dry_down_stops_nothing(made: Site, guix: Publishing) -> None:
+    project = up(made)
+    engine = TracedEngine(made.engine, project.console, perform=False)
+    substitutes.down(replace(project, engine=engine))
+    assert "+ docker rm" in heard(project)
+    assert "stopped" not in heard(project)
+    assert server(made)
 
 
 def test_down_leaves_the_key_and_clean_does_not(made: Site, guix: Publishing) -> None:
