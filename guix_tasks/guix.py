@@ -409,6 +409,21 @@ def fetch_mend(log: str) -> str:
     return next(found, "")
 
 
+_ERROR = re.compile(r"^(?:guix [\w-]+: |(/\S+:\d+:\d+: ))error: (.+)$", re.MULTILINE)
+
+
+def last_error(log: str) -> str:
+    """The last error of Guix in a log, with its place in a file; empty where there is none."""
+    found = _ERROR.findall(log)
+    return "".join(found[-1]) if found else ""
+
+
+def package_mend(error: str) -> str:
+    """How to find the package that an error of Guix does not know; empty where it is another."""
+    found = re.match(r"([\w.+-]+)(?:@\S+)?: (?:unknown package|package not found)", error)
+    return f"look for it with `inv run -- guix search {found[1]}`" if found else ""
+
+
 def build_fault(log: str) -> bool:
     """Whether something did not build, as a log tells."""
     return _BUILD.search(log) is not None
