@@ -414,8 +414,10 @@ _ERROR = re.compile(r"^(?:guix [\w-]+: |(/\S+:\d+:\d+: ))error: (.+)$", re.MULTI
 
 def last_error(log: str) -> str:
     """The last error of Guix in a log, with its place in a file; empty where there is none."""
-    found = _ERROR.findall(log)
-    return "".join(found[-1]) if found else ""
+    found = ["".join(each) for each in _ERROR.findall(log)]
+    # That a file does not load, with a colon behind it, Guix says after why, too.
+    told = [each for each in found if not each.endswith(":")]
+    return (told or found or [""])[-1].rstrip(":")
 
 
 def package_mend(error: str) -> str:

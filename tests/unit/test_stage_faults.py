@@ -204,6 +204,13 @@ def test_a_package_that_guix_does_not_know_is_named_with_how_to_find_one(site: S
     )
 
 
+def test_that_a_file_does_not_load_is_told_only_where_guix_says_no_more(site: Site) -> None:
+    load = b"guix pack: error: failed to load '/x/pack.scm':\nThrow to key `quit'\n"
+    assert failure(site, Try(1, [load])).startswith("own: failed to load '/x/pack.scm', and")
+    log = b"guix pack: error: x: unknown package\n" + load
+    assert failure(site, Try(1, [log])).startswith("own: x: unknown package, and")
+
+
 def test_an_error_in_a_file_is_told_with_its_place(site: Site) -> None:
     log = b"/x/manifest.scm:3:4: error: helo: unbound variable\nhint: Did you forget an import?\n"
     said = failure(site, Try(1, [log]))
