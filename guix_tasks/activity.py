@@ -48,6 +48,34 @@ _LINE = re.compile(
 _LISTED = re.compile(r" {2,3}/gnu/store/")
 
 
+_IN_PROGRESS = re.compile(rb"The following builds? (?:is|are) still in progress:$")
+_OF_LIST = re.compile(rb" +/gnu/store/")
+_HINT = re.compile(rb"hint: (?:Consider setting the necessary environment|After setting .PATH')")
+_OF_HINT = re.compile(rb"\s|$|Alternately, see |.*'\.$")
+
+
+class Noise:
+    """What Guix's log repeats, or says of a login shell, which an image has not."""
+
+    def __init__(self) -> None:
+        self._goes_on: re.Pattern[bytes] | None = None
+
+    def without(self, lines: list[bytes]) -> list[bytes]:
+        """The next lines of the log, without it and without what separates it."""
+        return [line for line in lines if not self._is_noise(line)]
+
+    def _is_noise(self, line: bytes) -> bool:
+        if self._goes_on and self._goes_on.match(line):
+            return True
+        self._goes_on = None
+        if _IN_PROGRESS.match(line):
+            self._goes_on = _OF_LIST
+        elif _HINT.match(line):
+            self._goes_on = _OF_HINT
+        # A dot stands for a part of what is downloaded.
+        return self._goes_on is not None or not line.strip(b". \t")
+
+
 class Activity:
     """What is being done, as one line."""
 

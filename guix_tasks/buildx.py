@@ -536,6 +536,11 @@ _OWN_FAULT = re.compile(
 )
 
 
+_ASKED = re.compile(
+    r'failed to resolve source metadata for \S+: (failed to do request: )?((Head|Get) "\S+": )?'
+)
+
+
 def _build_error(spec: BuildSpec, why: str) -> BuilderError:
     base = spec.args.get("BASE_IMAGE", "")
     if SCANNER in why:
@@ -549,8 +554,10 @@ def _build_error(spec: BuildSpec, why: str) -> BuilderError:
             "push it to a registry that the builder reaches, and name that in BASE_IMAGE"
         )
     if any(word in why for word in NO_BASE):
+        # Which image it was, and where it was asked for, is in it up to three times.
+        short = _ASKED.sub("", why.removeprefix(f"{base}: "))
         return BuilderError(
-            f"cannot get the base image {base}: {why}; set BASE_IMAGE to one that the engine has "
+            f"cannot get the base image {base}: {short}; set BASE_IMAGE to one that the engine has "
             "or can pull (`inv rootfs` makes one from Debian's packages)"
         )
     more = full_disk(why) or "; the output above says more"

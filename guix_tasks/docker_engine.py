@@ -628,10 +628,9 @@ _REGISTRY_MENDS = {
     "or `docker login`, and see that they may write there": (
         "no basic auth", "unauthorized", "authentication required", "denied",
     ),
-    "no registry listens there: start it (`inv registry.up` for a local one), or mend IMAGE": (
-        "connection refused",
-    ),
-    "there is no such registry: mend the host name in IMAGE": (
+    "no registry listens there: start it (`inv registry.up` for a local one), or mend the "
+    "reference": ("connection refused",),
+    "there is no such registry: mend the reference": (
         "no such host", "server misbehaving", "name resolution",
     ),
     "that registry speaks plain HTTP: add it to the engine's insecure-registries (for Podman, to "

@@ -409,6 +409,23 @@ def fetch_mend(log: str) -> str:
     return next(found, "")
 
 
+_ERROR = re.compile(r"^(?:guix [\w-]+: |(/\S+:\d+:\d+: ))error: (.+)$", re.MULTILINE)
+
+
+def last_error(log: str) -> str:
+    """The last error of Guix in a log, with its place in a file; empty where there is none."""
+    found = ["".join(each) for each in _ERROR.findall(log)]
+    # That a file does not load, with a colon behind it, Guix says after why, too.
+    told = [each for each in found if not each.endswith(":")]
+    return (told or found or [""])[-1].rstrip(":")
+
+
+def package_mend(error: str) -> str:
+    """How to find the package that an error of Guix does not know; empty where it is another."""
+    found = re.match(r"([\w.+-]+)(?:@\S+)?: (?:unknown package|package not found)", error)
+    return f"look for it with `inv run -- guix search {found[1]}`" if found else ""
+
+
 def build_fault(log: str) -> bool:
     """Whether something did not build, as a log tells."""
     return _BUILD.search(log) is not None

@@ -43,6 +43,7 @@ from guix_tasks.stages.pull import (
 )
 from guix_tasks.transfer import pull, push
 from guix_tasks.work import (
+    INPUTS,
     common_inputs,
     network,
     refuse_emulated,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from guix_tasks.engine import Image
+    from guix_tasks.settings import Settings
     from guix_tasks.stage import Project, Stage
 
 
@@ -145,7 +147,8 @@ class Lifecycle:
         before = inputs_of(image)
         changed = [each for each in {**before, **inputs} if before.get(each) != inputs.get(each)]
         if changed:
-            return f"{', '.join(sorted(changed))} changed"
+            names = sorted({_named(self._settings, each) for each in changed})
+            return f"{', '.join(names)} changed"
         if key_of(image) != key or (above.image and not is_child(image, above.image)):
             return f"{parent} is newer"
         return None
@@ -389,6 +392,21 @@ def make_each(project: Project, name: str, wishes: Wishes) -> None:
     for each in project.each_platform():
         Lifecycle(each).make(name, wishes)
         wishes = replace(wishes, update=False)
+
+
+def _named(settings: Settings, name: str) -> str:
+    """What a stage is made from, by the name that it has in the project."""
+    files = {
+        "Dockerfile": settings.dockerfile,
+        "channels.scm": settings.guix_channels_lock,
+        "manifest.scm": settings.guix_manifest,
+    }
+    if file := files.get(name):
+        inside = file.is_relative_to(settings.folder)
+        return str(file.relative_to(settings.folder) if inside else file)
+    # What reads the manifest is no file of the project's.
+    ours = {"manifest.scm": "GUIX_MANIFEST", "profile.scm": "command"}
+    return ours.get(name, name.removeprefix(f"{INPUTS}/"))
 
 
 def _packages(image: Image | None) -> dict[str, str]:

@@ -13,8 +13,9 @@ from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any
 
 from guix_tasks import guix
-from guix_tasks.activity import Activity, BuildSteps
+from guix_tasks.activity import Activity, BuildSteps, Noise
 from guix_tasks.annotations import oci_annotations
+from guix_tasks.console import Display
 from guix_tasks.errors import EngineError, StageError, full_disk
 from guix_tasks.failure import Failed, keep_failure, kept_log, log_path
 from guix_tasks.fetching import lent_access
@@ -32,12 +33,13 @@ from guix_tasks.ledger import (
 )
 from guix_tasks.lock import alone
 from guix_tasks.log import Log
+from guix_tasks.masking import clean
 from guix_tasks.nearby import nearby
 from guix_tasks.retry import retried
 from guix_tasks.rootless import take_back
 from guix_tasks.sandbox import settled
 from guix_tasks.watch import Faults, Lines
-from guix_tasks.wording import human_size, human_time, pasteable
+from guix_tasks.wording import human_size, human_time, pasteable, printable
 from guix_tasks.work import (
     FOLDER,
     IMAGE_FOLDER,
@@ -65,6 +67,9 @@ COLLECT = IMAGE_FOLDER / "collect.scm"
 
 STAGE_TRIES = 3
 """How often a stage is run where the network fails it."""
+
+_SAID_MOST = 200
+"""Characters that are told of an error of Guix."""
 
 _LOOKED_EACH = 1.0
 """Seconds after which an engine is asked again what came over a container's network."""
@@ -329,7 +334,7 @@ def perform(
         _limit(project, container, name, spent) as timed_out,
         _metered(project, container, activity, step),
     ):
-        log = Log(step.log, kept)
+        log = Log(_shown(project, step), kept)
         for is_log, data in project.engine.run(container):
             if not is_log:
                 output += data
@@ -346,14 +351,34 @@ def perform(
     if faults.servers.were_silent:
         raise faults.silence(f"{name}: ", _proxy_fault(project))
     if status:
-        mend = guix.fetch_mend(faults.last) or (faults.network_failed and _proxy_fault(project))
-        why = full_disk(faults.last) or f"; {mend or 'the output above says why'}"
-        error = StageError(
-            f"{name}: the command failed with exit status {status}, and nothing was committed{why}"
-        )
-        error.passes = faults.network_failed
-        raise error
+        raise _failed(project, name, status, faults)
     return output.decode(errors="replace")
+
+
+def _shown(project: Project, step: Step) -> Callable[[list[bytes]], None]:
+    """What shows the lines of a log: a plain one is not read as it comes, but as a page."""
+    if project.console.display is not Display.PLAIN:
+        return step.log
+    noise = Noise()
+    return lambda lines: step.log(noise.without(lines))
+
+
+def _failed(project: Project, name: str, status: int, faults: Faults) -> StageError:
+    """The error where a command failed: what Guix said last, else its exit status."""
+    # Cut only when the secrets are out of it: a part of one would not be known again.
+    said = printable(clean(guix.last_error(faults.last)))[:_SAID_MOST]
+    mend = (
+        guix.fetch_mend(faults.last)
+        or guix.package_mend(said)
+        or (faults.network_failed and _proxy_fault(project))
+        or f"the output above says {'more' if said else 'why'}"
+    )
+    error = StageError(
+        f"{name}: {said or f'the command failed with exit status {status}'}, and nothing was "
+        f"committed{full_disk(faults.last) or f'; {mend}'}"
+    )
+    error.passes = faults.network_failed
+    return error
 
 
 def _proxy_fault(project: Project) -> str:

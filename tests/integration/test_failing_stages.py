@@ -48,6 +48,7 @@ def test_what_does_not_build_leaves_what_one_needs(new_project: NewProject) -> N
     folder = bundle(project)
     assert folder.name.startswith("install-")
     assert f"{folder} has the logs" in error
+    assert "install: build of `/gnu/store/" in error
     assert "tried again" not in result.stderr
     assert "guix package --manifest=" in (folder / "command").read_text()
     assert "GUIX_MANIFEST=broken.scm" in (folder / "settings").read_text()
@@ -60,6 +61,8 @@ def test_what_does_not_build_leaves_what_one_needs(new_project: NewProject) -> N
 def test_a_container_that_failed_can_be_looked_into(new_project: NewProject) -> None:
     project = new_project("base", "pull", GUIX_PACKAGES="no-such-package")
     error = one_error(project.inv("install", "--keep-failed"), 4)
+    assert "install: no-such-package: unknown package" in error
+    assert "`inv run -- guix search no-such-package`" in error
     (name,) = project.containers()
     assert "docker commit " in error
     assert "is not committed" in one_error(project.inv("commit"), 2)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from guix_tasks.activity import Activity, BuildSteps
+from guix_tasks.activity import Activity, BuildSteps, Noise
 
 LOGS = Path(__file__).parent / "guix-logs"
 
@@ -146,3 +146,22 @@ def test_the_steps_of_a_build() -> None:
     ):
         steps.look([line])
         assert steps.text == text
+
+
+def without_noise(name: str) -> list[bytes]:
+    return Noise().without((LOGS / f"{name}.log").read_bytes().splitlines())
+
+
+@pytest.mark.parametrize("name", ["pull", "install"])
+def test_noise_is_left_out_and_nothing_else(name: str) -> None:
+    log, left = (LOGS / f"{name}.log").read_bytes().splitlines(), without_noise(name)
+    assert not [line for line in left if not line.strip(b".") or b"hint: " in line]
+    assert not [line for line in left if b"still in progress" in line or b"GUIX_PROFILE" in line]
+    for starts in (b"building ", b"substitut", b"The following derivation", b"guix ", b"collected"):
+        assert [x for x in left if x.startswith(starts)] == [x for x in log if x.startswith(starts)]
+
+
+@pytest.mark.parametrize("before", [b"hint: Consider setting the necessary environment x", b"."])
+def test_what_follows_noise_is_not_taken_for_it(before: bytes) -> None:
+    error = b"guix package: error: x: unknown package"
+    assert Noise().without([before, b"", error, b"  /gnu/store/x.drv"])[0] == error

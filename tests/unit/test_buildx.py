@@ -796,6 +796,17 @@ def test_a_base_image_out_of_reach_comes_before_its_cause(words: str) -> None:
     why = f"a/b:1: {words}: failed to do request: dial tcp: connection refused"
     told = buildx.failure(f"ERROR: {why}\n", spec(args={"BASE_IMAGE": "a/b:1"}))
     assert type(told) is BuilderError
+    why = why.removeprefix("a/b:1: ")
+    assert str(told).startswith(f"cannot get the base image a/b:1: {why}; set BASE_IMAGE")
+
+
+def test_why_a_base_image_is_out_of_reach_is_told_once_and_short() -> None:
+    why = "dial tcp: lookup registry-1.docker.io on 127.0.0.53:53: no such host"
+    log = (
+        "ERROR: failed to solve: a/b:1: failed to resolve source metadata for docker.io/a/b:1: "
+        f'failed to do request: Head "https://registry-1.docker.io/v2/a/b/manifests/1": {why}\n'
+    )
+    told = buildx.failure(log, spec(args={"BASE_IMAGE": "a/b:1"}))
     assert str(told).startswith(f"cannot get the base image a/b:1: {why}; set BASE_IMAGE")
 
 

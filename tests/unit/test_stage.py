@@ -192,7 +192,7 @@ def test_a_users_own_stage_is_a_few_lines(made: Site) -> None:
 def test_a_command_that_fails_commits_nothing(made: Site) -> None:
     before = outline(made.engine)
     made.env["GUIX_PACKAGES"] = "no-such-package"
-    with pytest.raises(StageError, match=r"install: the command failed with exit status 1"):
+    with pytest.raises(StageError, match="install: no-such-package: unknown package"):
         made.make("install")
     assert outline(made.engine) == before
     assert made.engine.all_containers == {}

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guix_tasks import hands, masking, upkeep
+from guix_tasks.console import Display
 from guix_tasks.engine import TracedEngine
 from guix_tasks.errors import FULL_DISK, EngineError, StageError, UsageError
 from guix_tasks.stage import STAGE_TRIES, Project, Stage, perform, run_stage
@@ -175,7 +176,7 @@ def test_each_try_finds_its_files(site: Site) -> None:
 
 def test_a_network_that_stays_away_is_told_after_the_last_try(site: Site) -> None:
     error = failure(site, *[Try(1, [b"try\n", NO_NETWORK])] * STAGE_TRIES)
-    assert error.startswith("own: the command failed with exit status 1")
+    assert error.startswith("own: Git error: failed to resolve address for git.test, and nothing")
     (folder,) = bundles(site)
     assert f"{folder} has the logs" in error
     assert (folder / "log").read_bytes().count(b"try\n") == STAGE_TRIES
@@ -190,6 +191,47 @@ def test_another_fault_is_not_tried_again(site: Site, waits: list[float], log: b
 
 def test_a_fault_of_the_network_that_was_overcome_long_ago_does_not_count(site: Site) -> None:
     failure(site, Try(1, [NO_NETWORK, *[b"building\n"] * 1000, b"guix pull: error: no space\n"]))
+
+
+# --- What Guix said ---------------------------------------------------------------------------
+
+
+def test_a_package_that_guix_does_not_know_is_named_with_how_to_find_one(site: Site) -> None:
+    log = [b"guix package: warning: old\nguix package: error: helo", b"@1: unknown package\nend\n"]
+    assert failure(site, Try(1, log)).startswith(
+        "own: helo@1: unknown package, and nothing was committed; "
+        "look for it with `inv run -- guix search helo`; "
+    )
+
+
+def test_that_a_file_does_not_load_is_told_only_where_guix_says_no_more(site: Site) -> None:
+    load = b"guix pack: error: failed to load '/x/pack.scm':\nThrow to key `quit'\n"
+    assert failure(site, Try(1, [load])).startswith("own: failed to load '/x/pack.scm', and")
+    log = b"guix pack: error: x: unknown package\n" + load
+    assert failure(site, Try(1, [log])).startswith("own: x: unknown package, and")
+
+
+def test_an_error_in_a_file_is_told_with_its_place(site: Site) -> None:
+    log = b"/x/manifest.scm:3:4: error: helo: unbound variable\nhint: Did you forget an import?\n"
+    said = failure(site, Try(1, [log]))
+    assert said.startswith("own: /x/manifest.scm:3:4: helo: unbound variable, and nothing was ")
+    assert "the output above says more" in said
+
+
+def test_what_guix_said_is_told_short_without_secrets_and_control_characters(site: Site) -> None:
+    masking.add("hunter2")
+    log = b"guix pull: error: \x1b[31m" + b"a" * 180 + b"hunter2" * 9 + b"\n"
+    said = failure(site, Try(1, [log]))
+    assert "hunter" not in said
+    assert "\x1b" not in said
+    assert len(said.partition(", and nothing was committed")[0]) <= len("own: ") + 200
+
+
+def test_what_a_build_said_is_no_error_of_guix(site: Site) -> None:
+    quoted = b"guix build: error: of a test\n"
+    assert failure(site, Try(1, [NOT_BUILT, QUOTES, quoted])).startswith(
+        "own: build of `/gnu/store/"
+    )
 
 
 # --- A build that fails -----------------------------------------------------------------------
@@ -211,7 +253,7 @@ def test_what_the_entry_point_quotes_of_builds_says_nothing_of_the_network(site:
     """Guix's own tests, built from source, say it all."""
     quoted = NO_NETWORK + SILENT % b"a.test" + SILENT % b"b.test"
     error = failure(site, Try(1, [b"guix pull: error: something else\n", QUOTES, quoted]))
-    assert "exit status 1" in error
+    assert error.startswith("own: something else, and nothing was committed; the output above says")
     assert "stop" not in site.engine.changing_calls()
 
 
@@ -554,7 +596,7 @@ def test_a_command_that_is_no_stage_is_performed_once(site: Site) -> None:
     project = site.project()
     work = Work("verify", ("verify",), {})
     with (
-        pytest.raises(StageError, match="verify: the command failed") as caught,
+        pytest.raises(StageError, match="verify: Git error: ") as caught,
         work_container(site.engine, site.settings(), "parent:1", work) as container,
     ):
         perform(project, container, "verify")
@@ -571,6 +613,36 @@ def test_a_dry_run_leaves_nothing(site: Site) -> None:
     )
     assert site.engine.changing_calls() == before
     assert bundles(site) == []
+
+
+# --- What is shown of it ------------------------------------------------------------------------
+
+NOISE = (
+    b".\n\nThe following build is still in progress:\n  /gnu/store/x-fonts-dir.drv\n\n"
+    b"hint: Consider setting the necessary environment variables by running:\n\n"
+    b'     GUIX_PROFILE="/root/.guix-profile"\n\n'
+    b'Alternately, see `guix package --search-paths -p\n"/root/.guix-profile"\'.\n\n\n'
+)
+
+
+def test_a_plain_log_is_shown_without_noise_and_kept_whole(site: Site) -> None:
+    log = b"one\n" + NOISE + b"two\n"
+    said = heard(run(site, Try(0, [log])))
+    assert "one\ntwo\n" in said
+    assert (site.folder / "out" / "logs" / "own.log").read_bytes() == log
+    failure(site, Try(1, [log]))
+    (folder,) = bundles(site)
+    assert (folder / "log").read_bytes() == log
+
+
+@pytest.mark.parametrize("display", [Display.VERBOSE, Display.QUIET])
+def test_other_displays_have_all_of_it(site: Site, display: Display) -> None:
+    site.engine.behaviour = Played([Try(1, [NOISE])])
+    project = site.project()
+    project.console.display = display
+    with pytest.raises(StageError):
+        run_stage(project, STAGE, parent(site))
+    assert NOISE.decode() in heard(project)
 
 
 # --- The whole log ------------------------------------------------------------------------------

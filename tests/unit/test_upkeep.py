@@ -61,6 +61,27 @@ def test_status_says_why(made: Site) -> None:
     assert states(made)["pull"] == "stale: base is newer"
 
 
+def test_status_names_files_as_the_project_does(made: Site) -> None:
+    made.write("scm/wanted.scm", '(specifications->manifest \'("tar"))')
+    made.env["GUIX_MANIFEST"] = "scm/wanted.scm"
+    assert states(made)["install"] == "stale: command, scm/wanted.scm changed"
+    made.make("install")
+    made.write("scm/wanted.scm", '(specifications->manifest \'("sed"))')
+    assert states(made)["install"] == "stale: scm/wanted.scm changed"
+    del made.env["GUIX_MANIFEST"]
+    assert states(made)["install"] == "stale: GUIX_MANIFEST, command changed"
+    made.write("sub/Other", "FROM y\n")
+    made.env["DOCKERFILE"] = "sub/Other"
+    assert states(made)["base"] == "stale: sub/Other changed"
+
+
+def test_status_names_the_lock_as_the_project_does(made: Site) -> None:
+    lock = made.settings().guix_channels_lock
+    assert lock
+    lock.write_text(lock.read_text() + "\n;; by hand\n")
+    assert states(made)["pull"] == f"stale: {lock.relative_to(made.folder)} changed"
+
+
 def test_status_says_that_the_lock_does_not_fit(made: Site) -> None:
     made.write("channels.scm", '(list (channel (name \'mine) (url "https://m.test")))')
     found = states(made)
