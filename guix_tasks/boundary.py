@@ -222,19 +222,13 @@ def declare(
     *,
     taken: Collection[str],
 ) -> OwnStage:
-    """Add a stage to those that each project here has; called while ``tasks.py`` is imported.
-
-    Where it can be none, ``inv`` ends with one line that says so.
-    """
-    from guix_tasks.errors import UsageError
+    """Add a stage to those that each project here has."""
     from guix_tasks.ledger import STAGES
     from guix_tasks.own import declared
 
     parents = [*STAGES, *(each.name for each in _own)]
-    try:
+    with _importing():
         own = declared(name, command, parent, inputs, parents=parents, taken=taken)
-    except UsageError as error:
-        raise Exit(f"error: tasks.py: {error}", error.exit_code) from None
     _own.append(own)
     return own
 
@@ -247,12 +241,20 @@ def declare_test(
     *,
     taken: Collection[str],
 ) -> OwnTest:
-    """A test of what is packed; where it can be none, ``inv`` ends as ``declare`` lets it."""
-    from guix_tasks.errors import UsageError
+    """A test of what is packed."""
     from guix_tasks.own import declared_test
 
-    try:
+    with _importing():
         return declared_test(name, command, image, inputs, taken=taken)
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """While ``tasks.py`` is imported: what is wrong there ends ``inv`` with one line."""
+    from guix_tasks.errors import UsageError
+
+    try:
+        yield
     except UsageError as error:
         raise Exit(f"error: tasks.py: {error}", error.exit_code) from None
 
