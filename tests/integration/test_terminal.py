@@ -118,7 +118,7 @@ def test_a_terminal_shows_what_goes_on_and_keeps_a_line_a_stage(new_project: New
     assert watched.ever(rf"^{TURN} install: {TIME}, (building|listing) .* \([1-6] of 6\)")
     assert watched.ever(rf"^{TURN} install: {TIME}, committing$")
     assert watched.ever(r"^  │ \+ guix package --install=hello --install=greet$")
-    assert watched.ever(r"^  │ successfully built /gnu/store/\w+-greet-1\.0\.drv$")
+    assert watched.ever(r"^  │ (?!\+ guix package )")
     # The first call of a machine says besides which sandbox it has chosen.
     kept = [line for line in watched.lines if not line.startswith("sandbox: ")]
     assert max(map(len, watched.seen)) <= 1 + 1 + 1 + 6
@@ -172,10 +172,19 @@ def test_a_narrow_terminal_that_changes_its_size(new_project: NewProject) -> Non
     assert not is_live(watched.lines)
 
 
+LONG_LINE = """
+(format (current-error-port) "/gnu/store/~a~%" (make-string 300 #\\a))
+(sleep 120)
+(specifications->manifest '("hello"))
+"""
+
+
 @pytest.mark.parametrize("columns", [200, 60])
 def test_ctrl_c_leaves_the_terminal_as_it_was(new_project: NewProject, columns: int) -> None:
     """Also where the last line of the log, with the ^C behind it, is longer than the terminal."""
     project = new_project("base", "pull")
+    (project.folder / "manifest.scm").write_text(LONG_LINE)
+    project.set(GUIX_MANIFEST="manifest.scm")
     with project.unharmed():
         watched = Watched(project, "install", size=(columns, 40))
         watched.until(lambda lines: is_live(lines) and "/gnu/store/" in lines[-1])
