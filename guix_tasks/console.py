@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, TextIO
 
 from guix_tasks import folding, masking
 from guix_tasks.errors import BuilderError, StageError
-from guix_tasks.wording import human_size, human_time, pasteable, printable
+from guix_tasks.wording import pasteable, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from guix_tasks.progress import LivePart
 
     Table = tuple[Sequence[str], Iterable[Sequence[str]]]
-
-__all__ = ["Console", "Display", "Step", "human_size", "human_time", "printable", "settled_display"]
 
 
 class Display(Enum):

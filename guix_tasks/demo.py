@@ -12,7 +12,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks import hands
-from guix_tasks.console import human_size, human_time
 from guix_tasks.engine import ContainerSpec, run_to_end
 from guix_tasks.errors import CheckError
 from guix_tasks.ledger import STAGES
@@ -25,6 +24,7 @@ from guix_tasks.publish import push
 from guix_tasks.transfer import pull
 from guix_tasks.upkeep import clean
 from guix_tasks.verify import verify
+from guix_tasks.wording import human_size, human_time
 from guix_tasks.work import PROJECT_LABEL, network
 from guix_tasks.work import project as project_name
 

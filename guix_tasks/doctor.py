@@ -20,7 +20,6 @@ from urllib.parse import quote, unquote, urlsplit
 
 from guix_tasks import guix, podman
 from guix_tasks.builders import find_builder, needed_syntax
-from guix_tasks.console import human_size, printable
 from guix_tasks.errors import EngineError, GuixTasksError, UsageError
 from guix_tasks.fetching import by_ssh, lent_access, mirrored
 from guix_tasks.local.registry import accounts
@@ -29,6 +28,7 @@ from guix_tasks.settings import Driver
 from guix_tasks.settings.parsers import channel_credentials
 from guix_tasks.stages.pull import lock_misfits, lock_text, misfit, wanted_text
 from guix_tasks.transfer import credentials
+from guix_tasks.wording import human_size, printable
 from guix_tasks.work import binds, proxy_out_of_reach, refuse_emulated
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
-from guix_tasks.console import human_size, human_time
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.ledger import HAND_MADE, STAGE_LABEL
 from guix_tasks.publish import image_to_use
 from guix_tasks.reference import quoted
 from guix_tasks.settings.parsers import check_text
 from guix_tasks.stage import commit_image
+from guix_tasks.wording import human_size, human_time
 from guix_tasks.work import (
     Work,
     drop_environment,

@@ -16,8 +16,8 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, TypeVar
 
-from guix_tasks.console import human_time
 from guix_tasks.errors import GuixTasksError
+from guix_tasks.wording import human_time
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
-from guix_tasks.console import human_size
 from guix_tasks.lifecycle import Lifecycle
 from guix_tasks.publish import image_to_use
 from guix_tasks.stage import perform
+from guix_tasks.wording import human_size
 from guix_tasks.work import Work, work_container
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guix_tasks import guix
-from guix_tasks.console import human_size, human_time
 from guix_tasks.errors import UsageError
 from guix_tasks.ledger import CHANNELS_LABEL, HAND_MADE, PREVIOUS, SQUASH, proven_stage
 from guix_tasks.lifecycle import Lifecycle
 from guix_tasks.publish import pushed_references
 from guix_tasks.sizes import picture, size_rows, sizes
+from guix_tasks.wording import human_size, human_time
 from guix_tasks.work import PROJECT_LABEL, find_server, uncommitted, work_containers
 from guix_tasks.work import project as project_name
 

@@ -6,11 +6,11 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from guix_tasks.console import human_size
 from guix_tasks.errors import CheckError
 from guix_tasks.forecast import forecast
 from guix_tasks.lifecycle import Lifecycle, Wishes
 from guix_tasks.reference import Platform
+from guix_tasks.wording import human_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

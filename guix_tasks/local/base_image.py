@@ -8,13 +8,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks import paths
-from guix_tasks.console import human_size, human_time
 from guix_tasks.engine import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError, GuixTasksError
 from guix_tasks.local.debian import on_debian
 from guix_tasks.local.rootfs import PACKAGES, SUITE, container_argv, debian_rootfs, described
 from guix_tasks.log import Log
 from guix_tasks.retry import retried
+from guix_tasks.wording import human_size, human_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -60,8 +60,7 @@ def add_stage(
     ``summary`` is what ``inv --list`` says.  ``IMAGE`` follows the stage that was added last, of
     those that were made.
     """
-    names = [*ns.task_names, *ns.collections]
-    stage = declare(name, command, parent, inputs, taken=names)
+    stage = declare(name, command, parent, inputs, taken=_names())
     ns.add_task(own.stage_task(stage, summary))
 
 
@@ -80,6 +79,9 @@ def add_test(
     network, and fails as any other does.  The ``inputs`` are files and folders of the project,
     which it finds below ``/test``.
     """
-    names = [*ns.task_names, *ns.collections]
-    test = declare_test(name, command, image, inputs, taken=names)
+    test = declare_test(name, command, image, inputs, taken=_names())
     ns.add_task(own.test_task(test, summary))
+
+
+def _names() -> list[str]:
+    return [*ns.task_names, *ns.collections]

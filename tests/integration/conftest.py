@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
@@ -16,8 +15,8 @@ from harness import (
     OFFLINE,
     ROOT,
     Docker,
+    Made,
     Project,
-    Result,
     Workshop,
     builder_environment,
     free_port,
@@ -222,14 +221,6 @@ def locked(registry: LocalRegistry, tmp_path_factory: pytest.TempPathFactory) ->
 def workshop(docker: Docker, registry: LocalRegistry, offline: Path) -> Workshop:
     data = registry.folder.parents[1]
     return Workshop(docker, f"localhost:{registry.port}", offline, data)
-
-
-@dataclass(frozen=True)
-class Made:
-    """The offline example, made by one call for each task."""
-
-    project: Project
-    calls: dict[str, Result]
 
 
 @pytest.fixture(scope="session")

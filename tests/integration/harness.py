@@ -438,6 +438,14 @@ CONTENTS = """
 """
 
 
+@dataclass(frozen=True)
+class Made:
+    """The offline example, made by one call for each task."""
+
+    project: Project
+    calls: dict[str, Result]
+
+
 def contents(docker: Docker, image: str) -> str:
     """What is in an image, store items and all, as far as it must not depend on how it was made."""
     said = docker.run(image, "sh", "-c", CONTENTS, options=("--entrypoint=/entry-point.sh",))

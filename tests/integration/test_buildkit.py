@@ -30,8 +30,8 @@ from guix_tasks.reference import Platform
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from conftest import Made, NewProject
-    from harness import Docker, Project, Workshop
+    from conftest import NewProject
+    from harness import Docker, Made, Project, Workshop
 
     from guix_tasks.buildx import Buildx
     from guix_tasks.docker_engine import DockerEngine

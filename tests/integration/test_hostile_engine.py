@@ -25,8 +25,8 @@ from guix_tasks.work import IMAGE_FOLDER, PROJECT_LABEL
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from conftest import Made, NewProject
-    from harness import Project, Workshop
+    from conftest import NewProject
+    from harness import Made, Project, Workshop
 
 pytestmark = [pytest.mark.engine, pytest.mark.soak]
 

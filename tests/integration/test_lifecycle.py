@@ -39,7 +39,8 @@ from guix_tasks.work import PROJECT_LABEL
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from conftest import Made, NewProject
+    from conftest import NewProject
+    from harness import Made
 
 
 pytestmark = pytest.mark.engine

@@ -9,12 +9,11 @@ import re
 import signal
 import subprocess
 import tarfile
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from docker import APIClient
-from harness import Docker, Project, Result, Workshop, call, eventually, inv_argv, one_error
+from harness import Docker, Made, Project, Workshop, call, eventually, inv_argv, one_error
 from podmen import Podman, served
 
 from guix_tasks.docker_engine import DEFAULT_SOCKET
@@ -60,12 +59,6 @@ def podman(base_image: str, docker: Docker) -> Iterator[Podman]:
 def shop(podman: Podman, workshop: Workshop) -> Workshop:
     there = Docker(podman.url, workshop.docker.folder)
     return Workshop(there, workshop.registry, workshop.offline, workshop.data)
-
-
-@dataclass(frozen=True)
-class Made:
-    project: Project
-    calls: dict[str, Result]
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 from harness import contents
 
 if TYPE_CHECKING:
-    from conftest import Made, NewProject
-    from harness import Docker
+    from conftest import NewProject
+    from harness import Docker, Made
 
 pytestmark = pytest.mark.engine
 

@@ -18,8 +18,8 @@ from planted import PLANTED
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from conftest import Made, NewProject
-    from harness import Docker, Project
+    from conftest import NewProject
+    from harness import Docker, Made, Project
 
 pytestmark = pytest.mark.engine
 

@@ -12,9 +12,10 @@ from fake_engine import STEADY, Heard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guix_tasks.console import Console, human_size, human_time, printable
+from guix_tasks.console import Console
 from guix_tasks.log import Log
 from guix_tasks.transfer import TransferProgress
+from guix_tasks.wording import human_size, human_time, printable
 
 
 @pytest.mark.parametrize(

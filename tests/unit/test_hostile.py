@@ -51,7 +51,6 @@ from guix_tasks import (
 )
 from guix_tasks.bake import Bind, Definition, Recipe, bake_file, dockerfile
 from guix_tasks.build_folder import hand_over, write_mounts
-from guix_tasks.console import printable
 from guix_tasks.engine import BuildSpec, ContainerSpec
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, SettingsError
 from guix_tasks.failure import Failed, keep_failure
@@ -75,6 +74,7 @@ from guix_tasks.stages.install import ASKED_LABEL, given_packages
 from guix_tasks.stages.pull import misfit
 from guix_tasks.tasks import ns
 from guix_tasks.upkeep import status_rows
+from guix_tasks.wording import printable
 from guix_tasks.work import common_files, environment
 
 if TYPE_CHECKING:

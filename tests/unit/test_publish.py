@@ -19,12 +19,12 @@ from fake_engine import (
 )
 
 from guix_tasks import hands
-from guix_tasks.console import human_size
 from guix_tasks.engine import Credentials, TracedEngine
 from guix_tasks.errors import RegistryError, UsageError
 from guix_tasks.ledger import PREVIOUS, STAGES
 from guix_tasks.publish import image_to_use, push
 from guix_tasks.stage import Stage, run_stage
+from guix_tasks.wording import human_size
 
 if TYPE_CHECKING:
     from pathlib import Path
