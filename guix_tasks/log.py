@@ -6,7 +6,7 @@ import re
 from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
 
 class Log:
@@ -50,3 +50,16 @@ class Log:
         if not self._SUSPECT.search(line):
             return line
         return self._CONTROL.sub(b"", line.rstrip(b"\r").split(b"\r")[-1])
+
+
+def results(
+    output: Iterable[tuple[bool, bytes]], show: Callable[[list[bytes]], None]
+) -> Iterator[bytes]:
+    """What a command was run for, as it comes, while its log is shown."""
+    log = Log(show)
+    for is_log, data in output:
+        if is_log:
+            log.add(data)
+        else:
+            yield data
+    log.end()

@@ -12,7 +12,7 @@ from guix_tasks.engine import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError, GuixTasksError
 from guix_tasks.local.debian import on_debian
 from guix_tasks.local.rootfs import PACKAGES, SUITE, container_argv, debian_rootfs, described
-from guix_tasks.log import Log
+from guix_tasks.log import results
 from guix_tasks.retry import retried
 from guix_tasks.wording import human_size, human_time
 
@@ -75,13 +75,7 @@ def _in_container(engine: Engine, console: Console, packages: Sequence[str]) -> 
         network=None if engine.info().has_bridge else "host",
     )
     with console.step("rootfs") as step:
-        log = Log(step.log)
-        for is_log, data in run_to_end(engine, spec, _failed):
-            if is_log:
-                log.add(data)
-            else:
-                yield data
-        log.end()
+        yield from results(run_to_end(engine, spec, _failed), step.log)
 
 
 def _failed(status: int) -> BuilderError:

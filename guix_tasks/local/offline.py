@@ -18,7 +18,7 @@ from guix_tasks.engine import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError
 from guix_tasks.local.debian import Apt
 from guix_tasks.local.rootfs import SUITE
-from guix_tasks.log import Log
+from guix_tasks.log import results
 
 if TYPE_CHECKING:
     from guix_tasks.console import Console
@@ -96,13 +96,5 @@ def _run(
             "its output is above"
         )
 
-    output = bytearray()
     with console.step("offline example") as step:
-        log = Log(step.log)
-        for is_log, data in run_to_end(engine, spec, failed):
-            if is_log:
-                log.add(data)
-            else:
-                output += data
-        log.end()
-    return bytes(output)
+        return b"".join(results(run_to_end(engine, spec, failed), step.log))
