@@ -90,6 +90,7 @@ ABOUT = {
     "BUILDKIT_SYNTAX": About("docker/dockerfile:1.20", "`buildx.build`"),
     "BUILDX_URL": About("https://mirror.example/buildx", "`buildx.setup`"),
     "BUILDX_SHA256": About(_SHA256, "`buildx.setup`"),
+    "ENGINE_IMAGE_STORE": About("containerd", "`engine.up`"),
     "OUTPUT": About("quiet", "all that take their time"),
     "RELEASE_URL": About("https://example.org/downloads/1.0", "`release`"),
     "DOCKER_USERNAME": About("me", "`push`, and what is pulled"),

@@ -374,21 +374,24 @@ def probe(buildx: Buildx, builder: str, syntax: str | None) -> None:
 
 
 def build(buildx: Buildx, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
-    """``docker buildx build --load`` by the engine itself; the ID of the image.
+    """Run ``docker buildx build --load`` on the engine itself and return the image's ID.
 
-    Raises ``BuilderError``.
+    The ID is the one by which the engine's image store knows the image: the digest of its
+    manifest in the containerd store, of its configuration in the classic one.
+
+    Raise ``BuilderError`` if the build fails.
     """
     with (
         tempfile.TemporaryDirectory(prefix="guix-tasks-") as folder,
         signed_in(buildx) as program,
     ):
-        answer = Path(folder) / "iid"
+        metadata = Path(folder) / "metadata.json"
         secret = {name: text for name, text in spec.args.items() if holds_secret(f"{name}={text}")}
         plain = {name: text for name, text in spec.args.items() if name not in secret}
         secret = {**spec.proxies, **secret}
         argv = (
             buildx.program, "build", f"--builder={buildx.own}", "--load", "--progress=plain",
-            "--provenance=false", f"--iidfile={answer}",
+            "--provenance=false", f"--metadata-file={metadata}",
             *(["--allow=network.host"] if spec.network == "host" else []),
             *build_options(replace(spec, args=plain)),
             # Command lines are for all users to see; what has no value there has it from here.
@@ -397,9 +400,10 @@ def build(buildx: Buildx, spec: BuildSpec, output: Callable[[bytes], None]) -> s
         log = _run(argv, {**program.environment, **secret}, output)
         if log is not None:
             raise build_error(spec, cause(log))
-        if not answer.exists():
+        built = _json_object(_text(metadata)).get("containerimage.digest")
+        if not built:
             raise build_error(spec, "the builder ended without naming an image")
-        return answer.read_text().strip()
+        return str(built)
 
 
 # --- What goes wrong ------------------------------------------------------------------------

@@ -135,10 +135,7 @@ def show(console: Console, findings: list[Finding], *, as_json: bool) -> None:
 
 def _engine(patient: Patient) -> Iterator[Finding]:
     info = patient.engine.info()
-    said = (
-        f"{info.name} at {info.url} ({info.origin}), {info.kind}, {info.platform}, "
-        f"{info.storage_driver}"
-    )
+    said = f"{info.name} at {info.url} ({info.origin}), {info.kind}, {info.platform}, {info.store}"
     yield Finding("engine", State.OK, said)
     limits = ", ".join([f"cgroups v{info.cgroups or '?'}", *info.security])
     yield Finding("host", State.OK, limits)

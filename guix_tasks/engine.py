@@ -45,6 +45,15 @@ class EngineInfo:
     """What limits its containers, by name: ``seccomp``, ``apparmor``, ``rootless``…"""
     context: str | None = None
     """The Docker CLI's context that names it."""
+    uses_containerd: bool = False
+    """Whether containerd keeps its images (the default since Docker Engine 29), not a classic
+    storage driver.  Identifiers, sizes and digests of images differ between the two."""
+
+    @property
+    def store(self) -> str:
+        """The image store, as Docker's documentation calls it."""
+        name = self.storage_driver or "?"
+        return f"containerd image store ({name})" if self.uses_containerd else name
 
     @property
     def kind(self) -> str:
@@ -72,7 +81,7 @@ class Image:
     config: Mapping[str, Any]
     """The configuration in the words of the Docker API (``Env``, ``Cmd``, …)."""
     size: int
-    """In bytes, all layers."""
+    """Bytes on the engine's disk, as ``docker images`` shows them."""
     created: str
     platform: str
     digests: tuple[str, ...] = ()

@@ -25,6 +25,7 @@ from guix_tasks.errors import EngineError
 from guix_tasks.local import process
 from guix_tasks.local.debian import Apt, host_suite
 from guix_tasks.local.process import Service, disk_trouble_is, locked
+from guix_tasks.settings.values import ImageStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,20 +71,25 @@ class PrivateEngine:
     def buildx_path(self) -> Path | None:
         return self._program("usr/libexec/docker/cli-plugins/docker-buildx")
 
-    def up(self, console: Console) -> None:
-        """Unpack it if need be, start it, and wait until it answers."""
+    def up(self, console: Console, store: ImageStore | None = None) -> None:
+        """Unpack it if necessary, start it, and wait until it answers.
+
+        ``store`` is where it keeps images; None is Docker's own default for that version.  Raise
+        ``EngineError`` if the engine already runs with another store.
+        """
         self._check_host()
         with disk_trouble_is(EngineError), locked(self.folder / "lock"):
             self.folder.chmod(0o700)
             if self.running():
                 self._await(self.running)
+                self._check_store(store)
                 said = "the private engine runs already"
             else:
                 self._check_alone()
                 if not self.installed():
                     self._unpack(console)
                 self._clear()
-                self._start()
+                self._start(store)
                 said = "started the private engine"
         console.say(f"{said}: {self.url}")
         console.say(self.how_by_hand())
@@ -169,9 +175,21 @@ class PrivateEngine:
         apt = Apt(paths.cache_home() / "apt", list(dict.fromkeys((own, SUITE))))
         apt.unpacked([*(f"{name}/{SUITE}" for name in PACKAGES), f"runc/{own}"], self._root)
 
-    def _start(self) -> None:
-        configuration = self.folder / "daemon.json"
-        configuration.write_text(json.dumps(self._configure(), indent=2) + "\n")
+    @property
+    def _configuration(self) -> Path:
+        return self.folder / "daemon.json"
+
+    def _check_store(self, store: ImageStore | None) -> None:
+        current = json.loads(self._configuration.read_text()).get("features", {})
+        if store and current != _features(store):
+            raise EngineError(
+                f"the private engine already runs with another image store than {store.value}; "
+                "stop it first (`inv engine.down`): each store has its own images"
+            )
+
+    def _start(self, store: ImageStore | None) -> None:
+        configuration = self._configuration
+        configuration.write_text(json.dumps(self._configure(store), indent=2) + "\n")
         programs = [self._root / "usr/bin", self._root / "usr/sbin"]
         started = self._daemon.start(["--config-file", str(configuration)], programs)
         try:
@@ -193,8 +211,9 @@ class PrivateEngine:
             return
         raise EngineError(f"the private engine did not start: {cause}; see {self._daemon.log}")
 
-    def _configure(self) -> dict[str, object]:
+    def _configure(self, store: ImageStore | None) -> dict[str, object]:
         return {
+            **({"features": _features(store)} if store else {}),
             "hosts": [self.url],
             "data-root": str(self.folder / "data"),
             "exec-root": str(self._run),
@@ -236,6 +255,11 @@ class PrivateEngine:
         if (self._run / "unmount-on-shutdown").exists():
             points += mounts_below(self.folder, table)
         return list(dict.fromkeys(points))
+
+
+def _features(store: ImageStore) -> dict[str, bool]:
+    # docs.docker.com/engine/storage/containerd
+    return {"containerd-snapshotter": store is ImageStore.CONTAINERD}
 
 
 _MNT_DETACH = 2

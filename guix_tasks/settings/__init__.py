@@ -27,13 +27,23 @@ from guix_tasks.errors import SettingsError
 from guix_tasks.reference import ImageReference, Platform, quoted
 from guix_tasks.settings import nodes, parsers
 from guix_tasks.settings.sources import Setting, Sources
-from guix_tasks.settings.values import Driver, Listen, Mount, Node, Output, Sandbox, Secret
+from guix_tasks.settings.values import (
+    Driver,
+    ImageStore,
+    Listen,
+    Mount,
+    Node,
+    Output,
+    Sandbox,
+    Secret,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = [
     "Driver",
+    "ImageStore",
     "Listen",
     "Mount",
     "Node",
@@ -248,6 +258,13 @@ class Settings:
     )
     buildx_sha256: str | None = _setting(
         parsers.optional(parsers.sha256), "The SHA-256 checksum of that file, 64 hex digits."
+    )
+
+    engine_image_store: ImageStore | None = _setting(
+        parsers.optional(parsers.one_of(ImageStore, "an image store")),
+        "The image store of engine.up's engine: containerd, overlay2; empty: Docker's default.",
+        group="The private engine",
+        option="image-store",
     )
 
     output: Display = _setting(

@@ -47,6 +47,15 @@ class Sandbox(Enum):
     """Builds are not isolated from one another; under QEMU they cannot be."""
 
 
+class ImageStore(Enum):
+    """Where a Docker Engine keeps images (docs.docker.com/engine/storage)."""
+
+    CONTAINERD = "containerd"
+    """The image store of containerd, the default of new installations since Engine 29."""
+    OVERLAY2 = "overlay2"
+    """Docker's classic storage driver."""
+
+
 class Driver(Enum):
     """Where a builder's BuildKit runs (docs.docker.com/build/builders/drivers)."""
 

@@ -7,27 +7,36 @@ from typing import TYPE_CHECKING
 from invoke.collection import Collection
 from invoke.tasks import task
 
-from guix_tasks.boundary import guarded, left_at_showing, opened, opened_single
+from guix_tasks.boundary import (
+    guarded,
+    left_at_showing,
+    opened,
+    opened_settings,
+    opened_single,
+)
 from guix_tasks.tasks.output import long_task
 
 if TYPE_CHECKING:
     from invoke.context import Context
 
 
-@task(name="up", auto_shortflags=False)
-def engine_up(c: Context) -> None:
+@task(
+    name="up",
+    help={"image-store": "containerd or overlay2, instead of ENGINE_IMAGE_STORE"},
+    auto_shortflags=False,
+)
+def engine_up(c: Context, image_store: str = "") -> None:
     """Start a private Docker Engine, if there is none.
 
-    It is unpacked from Debian's packages into a folder of its own; nothing
-    is installed.
+    It is unpacked from Debian's packages into a directory of its own;
+    nothing is installed.
     """
-    with guarded():
+    with opened_settings({"ENGINE_IMAGE_STORE": image_store}) as (settings, console):
         if left_at_showing(c, "engine.up"):
             return
-        from guix_tasks.console import Console
         from guix_tasks.local.engine import private_engine
 
-        private_engine().up(Console())
+        private_engine().up(console, settings.engine_image_store)
 
 
 @task(name="down", auto_shortflags=False)

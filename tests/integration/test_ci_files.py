@@ -282,7 +282,7 @@ def docker_in_docker(island: Island, certificates: Path) -> Iterator[None]:
     configuration = engine.folder / "dind.json"
     configuration.write_text(
         json.dumps(
-            engine._configure()
+            engine._configure(None)
             | {
                 # The socket is for the test alone.
                 "hosts": [engine.url, "tcp://127.0.0.1:2376"],

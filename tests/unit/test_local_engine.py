@@ -60,7 +60,7 @@ def test_it_is_in_the_users_data_folder(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_its_configuration_leaves_the_host_alone(alone: PrivateEngine) -> None:
-    configuration = alone._configure()
+    configuration = alone._configure(None)
     assert configuration["hosts"] == [alone.url]
     assert configuration["bridge"] == "none"
     untouched = ("iptables", "ip6tables", "ip-forward")
