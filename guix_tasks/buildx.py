@@ -373,11 +373,17 @@ def probe(buildx: Buildx, builder: str, syntax: str | None) -> None:
 # --- Building -------------------------------------------------------------------------------
 
 
-def build(buildx: Buildx, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
+_COMPRESSED = ",compression=gzip,force-compression=true"
+
+
+def build(
+    buildx: Buildx, spec: BuildSpec, output: Callable[[bytes], None], *, compress: bool = False
+) -> str:
     """Run ``docker buildx build --load`` on the engine itself and return the image's ID.
 
     The ID is the one by which the engine's image store knows the image: the digest of its
-    manifest in the containerd store, of its configuration in the classic one.
+    manifest in the containerd store, of its configuration in the classic one.  ``compress`` packs
+    the layers of the base image, too, which the containerd store would push as they are.
 
     Raise ``BuilderError`` if the build fails.
     """
@@ -390,8 +396,9 @@ def build(buildx: Buildx, spec: BuildSpec, output: Callable[[bytes], None]) -> s
         plain = {name: text for name, text in spec.args.items() if name not in secret}
         secret = {**spec.proxies, **secret}
         argv = (
-            buildx.program, "build", f"--builder={buildx.own}", "--load", "--progress=plain",
-            "--provenance=false", f"--metadata-file={metadata}",
+            buildx.program, "build", f"--builder={buildx.own}", "--progress=plain",
+            f"--output=type=docker{_COMPRESSED if compress else ''}", "--provenance=false",
+            f"--metadata-file={metadata}",
             *(["--allow=network.host"] if spec.network == "host" else []),
             *build_options(replace(spec, args=plain)),
             # Command lines are for all users to see; what has no value there has it from here.

@@ -129,6 +129,7 @@ def _greet(project: Project, reference: str) -> None:
     for _, data in run_to_end(engine, spec, partial(_failed, reference)):
         project.console.stream(data)
         said += data
+    engine.untag(reference)
     if GREETING not in said.decode():
         raise CheckError(f"hello in {reference} said {said!r}")
 

@@ -452,7 +452,28 @@ class DockerEngine:
 
     def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
         program = find_buildx(self._environment, self.address)
-        return buildx.build(program, spec, output) if program else self._classic_build(spec, output)
+        if program is None:
+            return self._classic_build(spec, output)
+        compress = self._is_uncompressed(spec.args.get("BASE_IMAGE", ""))
+        return buildx.build(program, spec, output, compress=compress)
+
+    def _is_uncompressed(self, reference: str) -> bool:
+        """Return whether the containerd store keeps an image as it is in an archive.
+
+        ``docker load`` leaves layers as they come, and a push would send them so.
+        """
+        if not reference or not self.info().uses_containerd:
+            return False
+        with self._speaking(f"look at the image {reference}"):
+            try:
+                manifests = self._inspected(reference).get("Manifests") or ()
+            except docker.errors.NotFound:
+                return False
+        content = sum(each["Size"]["Content"] for each in manifests)
+        unpacked = sum(each["ImageData"]["Size"]["Unpacked"] for each in manifests
+                       if "ImageData" in each)  # fmt: skip
+        # What is unpacked is counted in blocks.  Packed files come to half of it, about.
+        return bool(unpacked) and content > 0.9 * unpacked
 
     def _classic_build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
         if spec.secrets:

@@ -27,7 +27,8 @@ _LONG_DIGEST = re.compile(r"(?<=@sha256:[0-9a-f]{12})[0-9a-f]+")
 class TransferProgress:
     """Tells how a push or a pull gets on: what is drawn while it does, else a line a layer."""
 
-    _DONE = ("Pushed", "Pull complete", "Layer already exists", "Already exists", "Mounted from")
+    _MOVED = ("Pushed", "Pull complete")
+    _DONE = (*_MOVED, "Layer already exists", "Already exists", "Mounted from")
 
     def __init__(self, console: Console, what: str, step: Step) -> None:
         self._console = console
@@ -35,6 +36,7 @@ class TransferProgress:
         self._step = step
         self._sizes: dict[str, tuple[int, int]] = {}
         self._done: set[str] = set()
+        self._unmeasured = False
         self._started = time.monotonic()
         step.tell(lambda: self.text)
 
@@ -47,6 +49,8 @@ class TransferProgress:
             size = self._sizes.get(layer, (0, 0))[1]
             amount = f" ({human_size(size)})" if size else ""
             self._console.say(f"{self._what}: {layer} {status.lower()}{amount}")
+        if status.startswith(self._MOVED) and layer not in self._sizes:
+            self._unmeasured = True
         if done:
             self._done.add(layer)
             size = self._sizes.get(layer, (0, 0))[1]
@@ -54,8 +58,14 @@ class TransferProgress:
 
     @property
     def moved(self) -> int:
-        """Bytes that went over the network so far, as far as the engine tells."""
+        """Bytes that went over the network so far, as far as the engine reports them."""
         return sum(current for current, _ in [*self._sizes.values()])
+
+    def summary(self, *, exact: bool) -> str:
+        """What was moved; ``exact`` if the engine reports the bytes of every layer that has any."""
+        if exact or not self._unmeasured:
+            return f"{human_size(self.moved)} moved"
+        return f"at least {human_size(self.moved)} moved" if self.moved else "small layers moved"
 
     @property
     def text(self) -> str:
@@ -82,7 +92,9 @@ def transfer(project: Project, what: str, reference: str) -> Iterator[TransferPr
         yield progress
     if not project.engine.is_dry:
         took = human_time(time.monotonic() - started)
-        console.say(f"{what}: {reference}, {human_size(progress.moved)} moved, {took}")
+        # The containerd store reports no bytes of a layer that is moved at once.
+        moved = progress.summary(exact=not project.engine.info().uses_containerd)
+        console.say(f"{what}: {reference}, {moved}, {took}")
 
 
 def push(project: Project, reference: str) -> str:

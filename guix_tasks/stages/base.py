@@ -102,11 +102,12 @@ def _arguments(settings: Settings) -> dict[str, str]:
 
 
 def _base_image(engine: Engine, settings: Settings, known: str) -> str:
-    """The base image's name, and what tells one content of that name from another.
+    """Return the base image's name, and what distinguishes one content of that name from another.
 
-    That is the digest that a registry knows it by, as any machine can ask for it; where none
-    does, a digest of its layers and configuration, since its ID and date differ from build to
-    build.  An image that gets a registry's digest by being pushed is still the same.
+    That is the digest by which a registry knows the image, because any machine can ask for it.
+    For an image that no registry has, it is a digest of its layers and configuration, because
+    its ID and date differ from build to build.  ``known`` is what the current base stage was made
+    from: an image that got a registry's digest by being pushed is still the same.
     """
     reference = settings.base_image
     image = engine.image(str(reference))
@@ -114,11 +115,17 @@ def _base_image(engine: Engine, settings: Settings, known: str) -> str:
         here = known.startswith(f"{reference} ")
         return known if here else f"{reference} {engine.remote_digest(str(reference)) or ''}"
     config = (f"{name}={value}" for name, value in sorted(image.config.items()))
-    content = text_digest(*image.layers, *config)
-    digests = [each.partition("@") for each in image.digests]
-    forms = [*(digest for name, _, digest in digests if name == reference.name), content]
-    names = [f"{reference} {form}" for form in forms]
-    return known if known in names else names[0]
+    content = f"{reference} {text_digest(*image.layers, *config)}"
+    digests = [digest for name, _, digest in (each.partition("@") for each in image.digests)
+               if name == reference.name]  # fmt: skip
+    names = [f"{reference} {digest}" for digest in digests]
+    if known in (*names, content):
+        return known
+    if names and engine.info().uses_containerd:
+        # This store gives every image a digest, also one that was never in a registry.
+        names = [f"{reference} {digest}" for digest in digests
+                 if digest == engine.remote_digest(str(reference))]  # fmt: skip
+    return (names or [content])[0]
 
 
 def _dockerfile_digest(spec: BuildSpec) -> str:
