@@ -24,7 +24,7 @@ from harness import (
     new_python,
     pip,
 )
-from island import Island, raised
+from island import Island, raised, supply
 from planted import PLANTED
 
 from guix_tasks import buildx, paths
@@ -37,6 +37,7 @@ from guix_tasks.local.engine import PrivateEngine, private_engine
 from guix_tasks.local.offline import make_material
 from guix_tasks.local.process import Service
 from guix_tasks.local.registry import LocalRegistry, local_registry
+from guix_tasks.settings import ImageStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,8 +90,64 @@ def no_secret_leaks(soak: Soak) -> Iterator[None]:
         soak.tell("no secret leaks", PLANTED.told)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test on the machine's engine, or, if it is marked so, on one with the other store too.
+
+    Tests of one store run together, because engines are started once.
+    """
+    if "store" in metafunc.fixturenames:
+        both = metafunc.definition.get_closest_marker("both_stores")
+        stores = [MACHINES, *([pytest.param(OTHER, id=OTHER)] if both else [])]
+        metafunc.parametrize("store", stores, indirect=True, scope="session")
+
+
+MACHINES = pytest.param("machine", id=pytest.HIDDEN_PARAM)
+OTHER = "other-store"
+
+
 @pytest.fixture(scope="session")
-def engine() -> Iterator[DockerEngine]:
+def store(request: pytest.FixtureRequest) -> str:
+    """Which engine a test runs on: that of the machine, or one with the other image store."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def engine(store: str, request: pytest.FixtureRequest) -> DockerEngine:
+    """The engine that a test runs on."""
+    if store == OTHER:
+        island: Island = request.getfixturevalue("other_store")
+        return island.client()
+    machines: DockerEngine = request.getfixturevalue("machine_engine")
+    return machines
+
+
+@pytest.fixture(scope="session")
+def image_store(store: str, request: pytest.FixtureRequest) -> str:
+    """The image store that a private engine of a test is to have; empty is Docker's default."""
+    if store != OTHER:
+        return ""
+    machines: DockerEngine = request.getfixturevalue("machine_engine")
+    uses_containerd = machines.info().uses_containerd
+    return str((ImageStore.OVERLAY2 if uses_containerd else ImageStore.CONTAINERD).value)
+
+
+@pytest.fixture(scope="session")
+def other_store(
+    machine_docker: Docker,
+    machine_base: str,
+    machine_registry: LocalRegistry,
+    programs: Path,
+    image_store: str,
+) -> Iterator[Island]:
+    """An engine with the image store that the machine's engine does not use."""
+    with raised(programs, image_store) as island:
+        island.ok("engine.up")
+        supply(island, machine_registry.folder / "root", machine_docker, machine_base)
+        yield island
+
+
+@pytest.fixture(scope="session")
+def machine_engine() -> Iterator[DockerEngine]:
     """The engine of this machine; where there is none, a private one for the time of the tests."""
     private = private_engine()
     before = private.running()
@@ -138,29 +195,60 @@ def engine_host(engine: DockerEngine) -> str:
 
 @pytest.fixture(scope="session")
 def docker(engine_host: str, tmp_path_factory: pytest.TempPathFactory) -> Docker:
-    config, own = tmp_path_factory.mktemp("docker"), buildx.docker_folder(os.environ)
-    if (own / "cli-plugins").is_dir():
-        (config / "cli-plugins").symlink_to(own / "cli-plugins")
-    return Docker(engine_host, config)
+    return _docker(engine_host, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def base_image(engine: DockerEngine) -> str:
-    """An image that has Debian's Guix."""
-    if engine.image(BASE_TAG) is None:
-        make_base(engine, Console(), BASE_TAG)
+def machine_docker(
+    machine_engine: DockerEngine, tmp_path_factory: pytest.TempPathFactory
+) -> Docker:
+    return _docker(machine_engine.address.url, tmp_path_factory)
+
+
+def _docker(host: str, tmp_path_factory: pytest.TempPathFactory) -> Docker:
+    config, own = tmp_path_factory.mktemp("docker"), buildx.docker_folder(os.environ)
+    if (own / "cli-plugins").is_dir():
+        (config / "cli-plugins").symlink_to(own / "cli-plugins")
+    return Docker(host, config)
+
+
+@pytest.fixture(scope="session")
+def machine_base(machine_engine: DockerEngine) -> str:
+    """An image that has Debian's Guix, on the engine of this machine."""
+    if machine_engine.image(BASE_TAG) is None:
+        make_base(machine_engine, Console(), BASE_TAG)
     return BASE_TAG
 
 
 @pytest.fixture(scope="session")
-def offline(engine: DockerEngine, base_image: str) -> Path:
+def base_image(machine_base: str, engine: DockerEngine) -> str:
+    """The same image on the engine that a test runs on."""
+    assert engine.image(machine_base)
+    return machine_base
+
+
+@pytest.fixture(scope="session")
+def offline(machine_engine: DockerEngine, machine_base: str) -> Path:
     """The channels and substitutes of the offline example."""
-    make_material(engine, Console(), base_image, OFFLINE)
+    make_material(machine_engine, Console(), machine_base, OFFLINE)
     return OFFLINE / "out"
 
 
 @pytest.fixture(scope="session")
-def registry(tmp_path_factory: pytest.TempPathFactory, docker: Docker) -> Iterator[LocalRegistry]:
+def registry(store: str, docker: Docker, request: pytest.FixtureRequest) -> LocalRegistry:
+    """A registry that the engine of a test reaches, and that docker has logged in to."""
+    if store == OTHER:
+        found: LocalRegistry = request.getfixturevalue("other_store").registry
+    else:
+        found = request.getfixturevalue("machine_registry")
+    log_in(docker, found)
+    return found
+
+
+@pytest.fixture(scope="session")
+def machine_registry(
+    tmp_path_factory: pytest.TempPathFactory, machine_docker: Docker
+) -> Iterator[LocalRegistry]:
     """A registry of the tests' own; only the program is the one that may be here already.
 
     It is where ``inv`` finds it, with the account, and docker has logged in to it.
@@ -172,7 +260,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory, docker: Docker) -> Iterat
         (folder / "root").symlink_to(shared.folder / "root")
     own = LocalRegistry(folder, free_port())
     own.up(Console())
-    log_in(docker, own)
+    log_in(machine_docker, own)
     yield own
     own.down(Console())
 
@@ -190,8 +278,8 @@ def programs() -> Path:
 
 
 @pytest.fixture
-def island(programs: Path) -> Iterator[Island]:
-    with raised(programs) as place:
+def island(programs: Path, image_store: str) -> Iterator[Island]:
+    with raised(programs, image_store) as place:
         yield place
 
 

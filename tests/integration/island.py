@@ -43,6 +43,8 @@ class Island:
 
     folder: Path
     holder: int
+    store: str = ""
+    """The image store of its engine; empty is Docker's default."""
 
     @property
     def engine(self) -> PrivateEngine:
@@ -63,7 +65,11 @@ class Island:
     @property
     def environment(self) -> dict[str, str]:
         """Nothing that says where an engine is."""
-        own = {"HOME": str(self.folder), "XDG_DATA_HOME": str(self.folder)}
+        own = {
+            "HOME": str(self.folder),
+            "XDG_DATA_HOME": str(self.folder),
+            "ENGINE_IMAGE_STORE": self.store,
+        }
         return {"PATH": os.environ["PATH"], **own}
 
     def inv(self, *arguments: str, **environment: str) -> Result:
@@ -100,7 +106,7 @@ class Island:
 
 
 @contextmanager
-def raised(programs: Path) -> Iterator[Island]:
+def raised(programs: Path, store: str = "") -> Iterator[Island]:
     """An island with the unpacked programs of an engine."""
     if os.geteuid() != 0:
         pytest.skip("the private engine needs root")
@@ -109,7 +115,7 @@ def raised(programs: Path) -> Iterator[Island]:
     # Not in pytest's folder: the path of a socket has to be short.
     with tempfile.TemporaryDirectory() as folder:
         holder = subprocess.Popen(["unshare", "--net", "--mount", "--", "sleep", "infinity"])
-        island = Island(Path(folder), holder.pid)
+        island = Island(Path(folder), holder.pid, store)
         try:
             _furnish(island, programs)
             yield island
@@ -146,22 +152,32 @@ def _is_apart(pid: int) -> bool:
     )
 
 
+def bring_image(reference: str, source: Docker, target: Docker) -> None:
+    """Copy an image from one engine to another."""
+    save = subprocess.Popen(source.argv("save", reference), stdout=subprocess.PIPE)
+    subprocess.run(target.argv("load"), stdin=save.stdout, check=True, capture_output=True)
+    assert save.wait() == 0
+
+
 def settle(island: Island, registry: Path, workshop: Workshop) -> Workshop:
-    """Start engine and registry there, bring the base image over; what to make projects with.
+    """Start engine and registry there, copy the base image; what to make projects with.
 
     ``registry`` are the unpacked programs of one, ``workshop`` is that of the engine that is here.
     """
     island.ok("engine.up")
-    return supply(island, registry, workshop)
+    return supplied(island, registry, workshop)
 
 
-def supply(island: Island, registry: Path, workshop: Workshop) -> Workshop:
+def supplied(island: Island, registry: Path, workshop: Workshop) -> Workshop:
     """The same, where an engine runs there already."""
+    supply(island, registry, workshop.docker, BASE_TAG)
+    where = f"localhost:{island.registry.port}"
+    return Workshop(island.docker, where, workshop.offline, island.folder)
+
+
+def supply(island: Island, registry: Path, source: Docker, base: str) -> None:
+    """Start a registry next to the engine that runs there, and copy the base image to it."""
     island.registry.folder.mkdir()
     (island.registry.folder / "root").symlink_to(registry)
     island.ok("registry.up")
-    save = subprocess.Popen(workshop.docker.argv("save", BASE_TAG), stdout=subprocess.PIPE)
-    subprocess.run(island.docker.argv("load"), stdin=save.stdout, check=True, capture_output=True)
-    assert save.wait() == 0
-    where = f"localhost:{island.registry.port}"
-    return Workshop(island.docker, where, workshop.offline, island.folder)
+    bring_image(base, source, island.docker)

@@ -93,10 +93,12 @@ def make(project: Project, engine: DockerEngine) -> Configs:
     return Configs(before, *map(project.docker.config, (project.tag("pull"), project.image)))
 
 
+@pytest.mark.both_stores
 def test_the_stage_is_committed(configs: Configs) -> None:
     assert configs.stage["Labels"][CHANNELS_LABEL] == "x"
 
 
+@pytest.mark.both_stores
 @pytest.mark.parametrize("committed", ["stage", "by_hand"])
 @pytest.mark.parametrize(
     "key",
@@ -119,6 +121,7 @@ def test_a_part_of_the_configuration_is_kept(configs: Configs, committed: str, k
     assert plain(getattr(configs, committed)).get(key) == plain(configs.before).get(key)
 
 
+@pytest.mark.both_stores
 @pytest.mark.parametrize("committed", ["stage", "by_hand"])
 def test_nothing_else_comes_in(configs: Configs, committed: str) -> None:
     assert plain(getattr(configs, committed)) == plain(configs.before)

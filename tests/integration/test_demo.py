@@ -36,6 +36,7 @@ def checkout(folder: Path, material: Path) -> Path:
     return folder
 
 
+@pytest.mark.both_stores
 def test_the_demo_in_a_fresh_checkout(
     island: Island, registry: LocalRegistry, workshop: Workshop, tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ def keys(docker: Docker, project: Project) -> dict[str, str]:
     return {stage: docker.labels(project.tag(stage))[KEY_LABEL] for stage in STAGES}
 
 
+@pytest.mark.both_stores
 def test_nothing_changed_nothing_is_run(project: Project) -> None:
     project.ok("push")
     before = project.tags()
@@ -61,6 +62,7 @@ def test_a_lock_of_other_channels_names_update(project: Project) -> None:
     assert "inv pull --update" in refused.stderr
 
 
+@pytest.mark.both_stores
 def test_a_fresh_machine_resumes_from_the_cache(
     new_project: NewProject, docker: Docker, tmp_path: Path
 ) -> None:
@@ -89,6 +91,7 @@ def test_a_fresh_machine_resumes_from_the_cache(
     assert not docker.ok("image", "ls", "--quiet", cache)
 
 
+@pytest.mark.both_stores
 def test_changes_in_a_row_do_not_make_it_grow(project: Project, docker: Docker) -> None:
     count = len(layers(docker, project.image))
     for packages in ("hello", "hello tar", "greet"):
@@ -125,6 +128,7 @@ def test_caches_are_on_volumes_and_go_with_the_project(
     assert project.volumes() == []
 
 
+@pytest.mark.both_stores
 def test_squash_makes_one_layer_above_the_base(project: Project, docker: Docker) -> None:
     before = docker.config(project.image)
     project.ok("squash")
@@ -147,6 +151,7 @@ def test_squash_makes_one_layer_above_the_base(project: Project, docker: Docker)
     project.ok("verify")
 
 
+@pytest.mark.both_stores
 def test_rollback_and_back(project: Project) -> None:
     first = project.id()
     project.set(GUIX_PACKAGES="hello")
@@ -161,6 +166,7 @@ def test_rollback_and_back(project: Project) -> None:
     assert project.id() == second
 
 
+@pytest.mark.both_stores
 def test_what_is_in_the_image(project: Project, tmp_path: Path) -> None:
     table = project.ok("status", "--size", f"--plot={tmp_path / 'sizes.svg'}").stdout
     assert [line.split()[1] for line in table.splitlines() if line.startswith("stage ")] == list(

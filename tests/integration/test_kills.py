@@ -156,6 +156,7 @@ def ward(
         yield Ward(patient, usual)
 
 
+@pytest.mark.both_stores
 def test_any_moment_can_be_the_last(ward: Ward, soak: Soak) -> None:
     chance = ward.patient.chance
     killed: Counter[str] = Counter()

@@ -82,6 +82,7 @@ def pushed(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iter
         project.remove()
 
 
+@pytest.mark.both_stores
 def test_the_digest_is_all_that_is_on_standard_output(pushed: Pushed) -> None:
     reference = re.escape(pushed.project.image)
     assert re.fullmatch(rf"{reference}@sha256:[0-9a-f]{{64}}\n", pushed.call.stdout)
@@ -93,6 +94,7 @@ def test_a_missing_parent_is_made_first(pushed: Pushed) -> None:
     assert "commit: nothing to commit\n" in pushed.call.stderr
 
 
+@pytest.mark.both_stores
 def test_one_call_does_what_several_do(pushed: Pushed, made: Made) -> None:
     one = pushed.project.docker.config(pushed.image)
     several = made.project.docker.config(made.project.image)
@@ -103,6 +105,7 @@ def test_one_call_does_what_several_do(pushed: Pushed, made: Made) -> None:
     assert one == several
 
 
+@pytest.mark.both_stores
 def test_the_image_is_configured_as_its_base(pushed: Pushed, made: Made) -> None:
     ours = pushed.project.docker.config(pushed.image)
     base = made.project.docker.config(made.project.tag("base"))
@@ -113,6 +116,7 @@ def test_the_image_is_configured_as_its_base(pushed: Pushed, made: Made) -> None
     assert ours == {**base, "User": "root"}
 
 
+@pytest.mark.both_stores
 def test_nothing_of_the_work_containers_is_in_the_image(pushed: Pushed) -> None:
     labels = pushed.project.docker.labels(pushed.image)
     assert not labels[PROJECT_LABEL]
@@ -152,6 +156,7 @@ def test_hello_runs(pushed: Pushed, user: str) -> None:
 # --- stages
 
 
+@pytest.mark.both_stores
 def test_what_is_up_to_date_is_not_run_again(project: Project) -> None:
     with project.unharmed():
         result = project.ok("pull", "install")
@@ -160,6 +165,7 @@ def test_what_is_up_to_date_is_not_run_again(project: Project) -> None:
     assert "container" not in result.stderr
 
 
+@pytest.mark.both_stores
 def test_a_stale_parent_stops_a_stage_until_it_is_mended(new_project: NewProject) -> None:
     project = new_project("base", "pull", "install", BUILD_ARGS="NOTE=1")
     project.dockerfile(NOTED)
@@ -241,6 +247,7 @@ def test_a_stage_that_takes_too_long_is_stopped(new_project: NewProject) -> None
         assert "STAGE_TIMEOUT (1.0 s)" in one_error(project.inv("pull"), 4)
 
 
+@pytest.mark.both_stores
 def test_base_leaves_no_nameless_image(new_project: NewProject) -> None:
     project = new_project()
     project.dockerfile(f"{SIMPLE}LABEL of={project.repository}\n")
@@ -270,6 +277,7 @@ def test_output_is_shown_while_a_command_runs(project: Project) -> None:
     assert project.containers() == []
 
 
+@pytest.mark.both_stores
 def test_what_run_kept_becomes_the_image(project: Project) -> None:
     before, stages = project.tags(), [project.id(stage) for stage in STAGES]
     project.ok("run", "--keep", "--", "sh", "-c", "echo made >/by-hand")
@@ -291,6 +299,7 @@ def test_a_command_that_failed_is_not_kept(project: Project) -> None:
         assert "nothing to commit" in project.ok("commit").stderr
 
 
+@pytest.mark.both_stores
 def test_a_stage_can_be_left_for_commit(new_project: NewProject) -> None:
     project = new_project("base", "pull")
     before = project.tags()
@@ -338,6 +347,7 @@ def test_an_error_has_a_line_of_its_own(project: Project) -> None:
 # --- what there is, and away with it
 
 
+@pytest.mark.both_stores
 def test_status(new_project: NewProject, workshop: Workshop) -> None:
     project = new_project("base", "pull")
     rows = {line.split()[0]: line for line in project.ok("status").stdout.splitlines()}
@@ -350,6 +360,7 @@ def test_status(new_project: NewProject, workshop: Workshop) -> None:
         assert f"{name}@{workshop.commit_of(name)[:7]}" in rows["pull"]
 
 
+@pytest.mark.both_stores
 def test_clean_removes_what_is_ours_alone(project: Project) -> None:
     project.dockerfile(f"FROM {project.tag('install')}\nCOPY Dockerfile /mine\n")
     theirs = f"{project.repository}:mine"
@@ -372,6 +383,7 @@ def test_clean_removes_what_is_ours_alone(project: Project) -> None:
     assert project.docker.run(theirs, "hello").stdout == GREETING
 
 
+@pytest.mark.both_stores
 def test_clean_after_base_alone(new_project: NewProject) -> None:
     project = new_project()
     project.dockerfile(SIMPLE)
@@ -382,6 +394,7 @@ def test_clean_after_base_alone(new_project: NewProject) -> None:
     assert "nothing there" in project.ok("clean").stderr
 
 
+@pytest.mark.both_stores
 def test_clean_leaves_the_container_that_a_user_made_of_the_image(new_project: NewProject) -> None:
     project = new_project()
     project.dockerfile(f"{SIMPLE}LABEL of={project.repository}\n")
@@ -499,6 +512,7 @@ def test_two_at_a_time_leave_each_other_alone(project: Project) -> None:
         assert first.signal(signal.SIGTERM) == 130
 
 
+@pytest.mark.both_stores
 def test_the_run_after_a_kill_mends_everything(new_project: NewProject) -> None:
     project = new_project("base", "pull")
     started = project.start("install")

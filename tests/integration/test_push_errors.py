@@ -25,6 +25,7 @@ def tiny(new_project: NewProject, registry: str) -> Project:
     return project
 
 
+@pytest.mark.both_stores
 def test_a_registry_that_is_down(new_project: NewProject) -> None:
     project = tiny(new_project, f"localhost:{free_port()}")
     with project.unharmed():
@@ -34,6 +35,7 @@ def test_a_registry_that_is_down(new_project: NewProject) -> None:
     assert "inv registry.up" in error
 
 
+@pytest.mark.both_stores
 def test_a_registry_that_is_unknown(new_project: NewProject) -> None:
     project = tiny(new_project, "registry.invalid")
     with project.unharmed():
@@ -59,6 +61,7 @@ def test_a_registry_that_refuses(
     assert "wrong-one" not in result.stdout + result.stderr
 
 
+@pytest.mark.both_stores
 @pytest.mark.parametrize("way", ["environment", "env file", "file"])
 def test_the_right_password(new_project: NewProject, locked: str, way: str) -> None:
     project = tiny(new_project, locked)

@@ -84,6 +84,7 @@ def test_doctor_knows_the_account(new_project: NewProject) -> None:
     assert found[1].endswith("answers to the account that `inv registry.up` made")
 
 
+@pytest.mark.both_stores
 def test_a_cache_there_is_filled_and_taken_from(
     new_project: NewProject, registry: LocalRegistry
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_base_image_there_is_had(
     assert made.returncode == 0, made.stderr
 
 
+@pytest.mark.both_stores
 def test_platforms_are_joined_there(new_project: NewProject, docker: Docker) -> None:
     project = tiny(new_project, PLATFORMS="linux/amd64")
     project.ok("push")
