@@ -180,11 +180,13 @@ class PrivateEngine:
         return self.folder / "daemon.json"
 
     def _check_store(self, store: ImageStore | None) -> None:
-        current = json.loads(self._configuration.read_text()).get("features", {})
-        if store and current != _features(store):
+        if store is None:
+            return
+        running = json.loads(self._configuration.read_text())
+        if running.get("features") != _features(store):
             raise EngineError(
-                f"the private engine already runs with another image store than {store.value}; "
-                "stop it first (`inv engine.down`): each store has its own images"
+                f"the private engine already runs, and was not started with the image store "
+                f"{store.value}; run `inv engine.down` first (each store has its own images)"
             )
 
     def _start(self, store: ImageStore | None) -> None:

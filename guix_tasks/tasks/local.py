@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @task(
     name="up",
-    help={"image-store": "containerd or overlay2, instead of ENGINE_IMAGE_STORE"},
+    help={"image_store": "containerd or overlay2, instead of ENGINE_IMAGE_STORE"},
     auto_shortflags=False,
 )
 def engine_up(c: Context, image_store: str = "") -> None:

@@ -27,11 +27,11 @@ from guix_tasks.errors import FULL_DISK, BuilderError, GuixTasksError, RegistryE
 STUB = """#!/bin/sh
 printf '%s\\0' "$@" >"$STUB/argv"
 env >"$STUB/env"
-for word; do case $word in --iidfile=*) answer=${word#*=} ;; esac; done
+for word; do case $word in --metadata-file=*) answer=${word#*=} ;; esac; done
 cat "$STUB/log" >&2
 echo "not shown"
 [ -n "$STATUS" ] && exit "$STATUS"
-echo sha256:abc >"$answer"
+cat "$STUB/metadata" >"$answer"
 """
 
 
@@ -41,6 +41,7 @@ def stub(tmp_path: Path) -> Path:
     program.write_text(STUB)
     program.chmod(0o755)
     (tmp_path / "log").write_text("#1 one\n#2 two\n")
+    (tmp_path / "metadata").write_text('{"containerimage.digest": "sha256:abc"}')
     return program
 
 
@@ -64,10 +65,25 @@ def test_a_build_answers_the_image_and_shows_its_log(stub: Path) -> None:
     assert image == "sha256:abc"
     assert b"".join(log) == b"#1 one\n#2 two\n"
     words = argv(stub)
-    assert words[:5] == ["build", "--builder=default", "--load", "--progress=plain",
-                         "--provenance=false"]  # fmt: skip
+    assert words[:5] == ["build", "--builder=default", "--progress=plain",
+                         "--output=type=docker", "--provenance=false"]  # fmt: skip
     assert words[-4:] == ["--file=/d", "--build-arg=A=1 $x", "--platform=linux/arm64", "/c d"]
     assert not [word for word in words if word.startswith("--allow")]
+
+
+def test_an_image_is_the_one_that_its_store_knows_not_its_configuration(stub: Path) -> None:
+    known = {"containerimage.config.digest": "sha256:c", "containerimage.digest": "sha256:m"}
+    (stub.parent / "metadata").write_text(json.dumps(known))
+    assert build(stub, spec())[0] == "sha256:m"
+    (stub.parent / "metadata").write_text("{}")
+    with pytest.raises(BuilderError, match="the builder ended without naming an image"):
+        build(stub, spec())
+
+
+def test_layers_are_compressed_if_the_base_is_not(stub: Path) -> None:
+    environment = {"STUB": str(stub.parent), "PATH": os.environ["PATH"]}
+    buildx.build(Buildx(str(stub), environment), spec(), print, compress=True)
+    assert "--output=type=docker,compression=gzip,force-compression=true" in argv(stub)
 
 
 def test_the_hosts_network_is_allowed_where_it_is_asked_for(stub: Path) -> None:

@@ -182,6 +182,29 @@ def test_what_is_unpacked_after_a_pull_does_not_count_as_moved() -> None:
         assert progress.moved == 1000
 
 
+@pytest.mark.parametrize(
+    ("events", "exact", "summary"),
+    [
+        ([("Pushing", 5, 1000), ("Pushed", 0, 0)], True, "1 kB moved"),
+        ([("Layer already exists", 0, 0)], False, "0 B moved"),
+        ([("Pushed", 0, 0)], True, "0 B moved"),
+        ([("Pushed", 0, 0)], False, "small layers moved"),
+    ],
+)
+def test_bytes_that_the_engine_does_not_report_are_not_taken_for_none(
+    events: list[tuple[str, int, int]], exact: bool, summary: str
+) -> None:
+    console = Heard()
+    with console.step("push x", has_log=False) as step:
+        progress = TransferProgress(console, "push x", step)
+        for status, current, total in events:
+            progress("aaa", status, current, total)
+    assert progress.summary(exact=exact) == summary
+    progress("bbb", "Pushing", 10, 20)
+    progress("ccc", "Pushed", 0, 0)
+    assert progress.summary(exact=False).startswith("at least ")
+
+
 # --- Logs -----------------------------------------------------------------------------------
 
 PIECES = [b"one\ntw", b"o\r 10%\r\x1b[K 100%\nb\xe9\xff", b"\0", b"\n", b"no end"]

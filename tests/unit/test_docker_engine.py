@@ -12,7 +12,7 @@ import pytest
 
 from guix_tasks import docker_engine
 from guix_tasks.docker_engine import Address, DockerEngine
-from guix_tasks.errors import FULL_DISK, EngineError
+from guix_tasks.errors import FULL_DISK, EngineError, RegistryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,17 +20,60 @@ if TYPE_CHECKING:
 CHUNK = b'{"status": "Pushed"}\r\n'
 
 
+DIGEST = f"sha256:{'d' * 64}"
+
+INFO = {
+    "OSType": "linux",
+    "Architecture": "x86_64",
+    "ServerVersion": "29.0",
+    "Driver": "overlayfs",
+    "DriverStatus": [["driver-type", "io.containerd.snapshotter.v1"]],
+}
+
+IMAGE = {
+    "Id": DIGEST,
+    "Os": "linux",
+    "Architecture": "amd64",
+    "RootFS": {"Layers": ["sha256:l"]},
+    "Config": {},
+    "Size": 174,
+}
+
+PACKED = {"Size": {"Content": 174, "Total": 915}, "ImageData": {"Size": {"Unpacked": 741}}}
+AS_LOADED = {"Size": {"Content": 740, "Total": 1481}, "ImageData": {"Size": {"Unpacked": 741}}}
+
+
 class Played(BaseHTTPRequestHandler):
-    """Dies in the middle of a push, and has no room for a tag."""
+    """Dies in the middle of one push, and has no room for a tag.
+
+    Its images are in the containerd store.
+    """
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        self.answer(200, {"ApiVersion": "1.47"})
+        if self.path.endswith("/info"):
+            self.answer(200, INFO)
+        elif self.path.endswith("/images/packed:t/json?manifests=1"):
+            self.answer(200, {**IMAGE, "Manifests": [PACKED]})
+        elif self.path.endswith("/images/loaded:t/json?manifests=1"):
+            self.answer(200, {**IMAGE, "Manifests": [AS_LOADED]})
+        elif self.path.endswith("/images/classic:t/json?manifests=1"):
+            self.answer(200, IMAGE)
+        elif "/images/" in self.path:
+            self.answer(404, {"message": "No such image: x"})
+        else:
+            self.answer(200, {"ApiVersion": "1.48"})
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if self.path.endswith("/push?tag=t"):
+        if self.path.endswith("/push?tag=containerd"):
+            self.answer(200, {"status": f"containerd: digest: {DIGEST} size: 1638"})
+        elif self.path.endswith("/push?tag=classic"):
+            self.answer(200, {"aux": {"Tag": "classic", "Digest": DIGEST, "Size": 1638}})
+        elif self.path.endswith("/push?tag=silent"):
+            self.answer(200, {"status": f"Pushed {DIGEST}"})
+        elif self.path.endswith("/push?tag=t"):
             self.send_response(200)
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
@@ -67,6 +110,38 @@ def test_a_full_disk_is_told_with_what_mends_it() -> None:
     with played() as engine, pytest.raises(EngineError) as raised:
         engine.tag("sha256:0", "localhost:1/x:t")
     assert str(raised.value).endswith(f"no space left on device; {FULL_DISK}")
+
+
+@pytest.mark.parametrize("store", ["classic", "containerd"])
+def test_a_push_answers_the_digest_that_either_store_reports(store: str) -> None:
+    with played() as engine:
+        assert engine.push(f"localhost:1/x:{store}", None) == DIGEST
+
+
+def test_a_push_without_a_digest_is_an_error() -> None:
+    with played() as engine, pytest.raises(RegistryError, match="the registry answered no digest"):
+        engine.push("localhost:1/x:silent", None)
+
+
+@pytest.mark.parametrize(("reference", "size"), [("packed:t", 915), ("classic:t", 174)])
+def test_the_size_is_what_docker_images_shows(reference: str, size: int) -> None:
+    with played() as engine:
+        image = engine.image(reference)
+        assert image is not None
+        assert image.size == size
+        assert engine.image("missing:t") is None
+
+
+def test_only_what_was_loaded_uncompressed_is_compressed_by_a_build() -> None:
+    with played() as engine:
+        references = ("loaded:t", "packed:t", "classic:t", "missing:t", "")
+        assert [each for each in references if engine._is_uncompressed(each)] == ["loaded:t"]
+
+
+def test_the_store_is_known() -> None:
+    with played() as engine:
+        assert engine.info().uses_containerd
+        assert engine.info().store == "containerd image store (overlayfs)"
 
 
 @pytest.mark.parametrize("fault", ["connect: connection refused", "lookup r.test: no such host"])

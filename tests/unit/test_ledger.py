@@ -27,6 +27,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from guix_tasks import fingerprint, work
+from guix_tasks.annotations import BASE_DIGEST
 from guix_tasks.engine import Image
 from guix_tasks.ledger import (
     HAND_MADE,
@@ -624,6 +625,35 @@ def test_a_push_of_the_base_image_changes_no_key(site: Site) -> None:
     before = site.keys()["base"]
     site.engine.push("registry.test/own:1", None)
     assert site.keys()["base"] == before
+
+
+def test_a_base_image_of_equal_content_and_other_packing_changes_no_key(site: Site) -> None:
+    """The containerd store gives every image a digest, as if it were in a registry."""
+    engine, reference = site.engine, "registry.test/own:1"
+    engine.about = replace(engine.about, uses_containerd=True)
+    site.env["BASE_IMAGE"] = reference
+    content = engine.make_image({}, {PROFILE: b"certs"}, tag=reference)
+
+    def load(manifest: str) -> None:
+        image = replace(content, id=manifest, digests=(f"registry.test/own@{manifest}",))
+        engine.all_images[manifest] = image
+        engine.tags[reference] = manifest
+
+    load("sha256:gzip")
+    site.make("base")
+    base = site.image("base")
+    assert BASE_DIGEST not in base.labels
+    load("sha256:uncompressed")
+    assert site.make("base") == "base: up to date\n"
+    # Once a registry has it, and says so, any machine can ask for it.
+    engine.push(reference, None)
+    digest = engine.remote_digest(reference)
+    assert digest is not None
+    engine.all_images["sha256:gzip"] = replace(content, digests=(f"registry.test/own@{digest}",))
+    engine.tags[reference] = "sha256:gzip"
+    assert site.why("base") is None
+    site.make("base", force=True)
+    assert site.image("base").labels[BASE_DIGEST] == digest
 
 
 def test_the_lock_that_pull_writes_does_not_make_base_stale(site: Site) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import socket
 import sys
@@ -21,6 +22,7 @@ from guix_tasks.local.engine import (
     other_engine,
     private_engine,
 )
+from guix_tasks.settings import ImageStore
 
 
 class Heard(Console):
@@ -67,6 +69,28 @@ def test_its_configuration_leaves_the_host_alone(alone: PrivateEngine) -> None:
     assert [configuration[name] for name in untouched] == [False] * 3
     for name in ("data-root", "exec-root", "pidfile", "init-path"):
         assert str(configuration[name]).startswith(f"{alone.folder}/")
+
+
+@pytest.mark.parametrize("store", ImageStore)
+def test_the_image_store_is_dockers_default_or_the_one_that_is_set(
+    alone: PrivateEngine, store: ImageStore
+) -> None:
+    assert "features" not in alone._configure(None)
+    uses_containerd = store is ImageStore.CONTAINERD
+    assert alone._configure(store)["features"] == {"containerd-snapshotter": uses_containerd}
+
+
+def test_a_running_engine_does_not_change_its_store(
+    alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PrivateEngine, "running", lambda _: True)
+    monkeypatch.setattr(engine, "answers", lambda path: path == alone.socket)
+    alone.folder.mkdir(parents=True, exist_ok=True)
+    configuration = alone._configure(ImageStore.CONTAINERD)
+    (alone.folder / "daemon.json").write_text(json.dumps(configuration))
+    alone.up(Heard(), ImageStore.CONTAINERD)
+    with pytest.raises(EngineError, match=r"image store overlay2; run `inv engine.down` first"):
+        alone.up(Heard(), ImageStore.OVERLAY2)
 
 
 def test_not_root(alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from guix_tasks.ledger import STAGES
 from guix_tasks.reference import ImageReference, Platform
 from guix_tasks.settings import (
     Driver,
+    ImageStore,
     Listen,
     Mount,
     Node,
@@ -183,6 +184,9 @@ GOOD: list[tuple[str, str, Any]] = [
             Node("c", (), (("env.A", "x y"),)),
         ),
     ),
+    ("ENGINE_IMAGE_STORE", "containerd", ImageStore.CONTAINERD),
+    ("ENGINE_IMAGE_STORE", "overlay2", ImageStore.OVERLAY2),
+    ("ENGINE_IMAGE_STORE", "", None),
     ("OUTPUT", "auto", Display.AUTO),
     ("OUTPUT", "plain", Display.PLAIN),
     ("OUTPUT", "quiet", Display.QUIET),
@@ -375,6 +379,7 @@ BAD = [
     ("BUILDX_NODES", "tcp://a", "has no host or no port"),
     ("BUILDX_NODES", "a,platform=linux/s390x", "Guix has no system for platform 'linux/s390x'"),
     ("BUILDX_NODES", "'a\nb'", "has a control character"),
+    ("ENGINE_IMAGE_STORE", "vfs", "write one of: containerd, overlay2"),
     ("OUTPUT", "loud", "write one of: auto, plain, quiet, verbose, live"),
     ("BUILDX_OUTPUT", "tar", "write one of: registry, oci, docker, load"),
     ("BUILDX_ATTESTATIONS", "sbom none", "'none' is not an attestation"),
@@ -573,7 +578,7 @@ def test_later_wins(project: Path, name: str) -> None:
 
 def test_the_table_of_values_has_every_setting() -> None:
     few = {"GUIX_FALLBACK", "GUIX_REQUIRE_SUBSTITUTES", "GUIX_SANDBOX", "OUTPUT"}
-    few |= {"BUILDX_DRIVER", "BUILDX_OUTPUT", "BUILDX_ATTESTATIONS"}
+    few |= {"BUILDX_DRIVER", "BUILDX_OUTPUT", "BUILDX_ATTESTATIONS", "ENGINE_IMAGE_STORE"}
     assert {*VALUES, *few} == {name for name, _, _ in GOOD}
 
 
