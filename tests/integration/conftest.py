@@ -24,7 +24,7 @@ from harness import (
     new_python,
     pip,
 )
-from island import Island, raised, supply
+from island import Island, import_image, raised, start_registry
 from planted import PLANTED
 
 from guix_tasks import buildx, paths
@@ -142,7 +142,8 @@ def other_store(
     """An engine with the image store that the machine's engine does not use."""
     with raised(programs, image_store) as island:
         island.ok("engine.up")
-        supply(island, machine_registry.folder / "root", machine_docker, machine_base)
+        start_registry(island, machine_registry.folder / "root")
+        import_image(machine_base, machine_docker, island.docker)
         yield island
 
 

@@ -152,32 +152,42 @@ def _is_apart(pid: int) -> bool:
     )
 
 
-def bring_image(reference: str, source: Docker, target: Docker) -> None:
-    """Copy an image from one engine to another."""
-    save = subprocess.Popen(source.argv("save", reference), stdout=subprocess.PIPE)
-    subprocess.run(target.argv("load"), stdin=save.stdout, check=True, capture_output=True)
-    assert save.wait() == 0
-
-
 def settle(island: Island, registry: Path, workshop: Workshop) -> Workshop:
     """Start engine and registry there, copy the base image; what to make projects with.
 
     ``registry`` are the unpacked programs of one, ``workshop`` is that of the engine that is here.
     """
     island.ok("engine.up")
-    return supplied(island, registry, workshop)
+    return supply(island, registry, workshop)
 
 
-def supplied(island: Island, registry: Path, workshop: Workshop) -> Workshop:
+def supply(island: Island, registry: Path, workshop: Workshop) -> Workshop:
     """The same, where an engine runs there already."""
-    supply(island, registry, workshop.docker, BASE_TAG)
+    start_registry(island, registry)
+    load_image(BASE_TAG, workshop.docker, island.docker)
     where = f"localhost:{island.registry.port}"
     return Workshop(island.docker, where, workshop.offline, island.folder)
 
 
-def supply(island: Island, registry: Path, source: Docker, base: str) -> None:
-    """Start a registry next to the engine that runs there, and copy the base image to it."""
+def start_registry(island: Island, programs: Path) -> None:
+    """Start a registry that the engine there reaches, from its unpacked programs."""
     island.registry.folder.mkdir()
-    (island.registry.folder / "root").symlink_to(registry)
+    (island.registry.folder / "root").symlink_to(programs)
     island.ok("registry.up")
-    bring_image(base, source, island.docker)
+
+
+def load_image(reference: str, source: Docker, target: Docker) -> None:
+    """Copy an image from one engine to another, packed as the first engine has it."""
+    save = subprocess.Popen(source.argv("save", reference), stdout=subprocess.PIPE)
+    subprocess.run(target.argv("load"), stdin=save.stdout, check=True, capture_output=True)
+    assert save.wait() == 0
+
+
+def import_image(reference: str, source: Docker, target: Docker) -> None:
+    """Copy the files of an image from one engine to another, as `inv rootfs` makes an image."""
+    container = source.ok("create", reference, "none")
+    export = subprocess.Popen(source.argv("export", container), stdout=subprocess.PIPE)
+    argv = target.argv("import", "-", reference)
+    subprocess.run(argv, stdin=export.stdout, check=True, capture_output=True)
+    assert export.wait() == 0
+    source.ok("rm", container)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from ci import FailedJobError, Pipeline, Runner, Workflow
 from harness import LOCK, ROOT, call, eventually, log_in
-from island import supplied
+from island import supply
 from planted import ENVIRONMENT, PLANTED
 
 from guix_tasks import buildx
@@ -327,7 +327,7 @@ def test_the_pipeline_of_gitlab(
         pytest.skip("the certificates are made by openssl")
     certificates = tmp_path / "certificates"
     with docker_in_docker(island, certificates):
-        settled = supplied(island, registry.folder / "root", workshop)
+        settled = supply(island, registry.folder / "root", workshop)
         project = settled.project(tmp_path / "project")
         account = log_in(island.docker, island.registry)
         PLANTED.know(account.password)

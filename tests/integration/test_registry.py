@@ -115,7 +115,6 @@ def test_a_base_image_there_is_had(
     assert made.returncode == 0, made.stderr
 
 
-@pytest.mark.both_stores
 def test_platforms_are_joined_there(new_project: NewProject, docker: Docker) -> None:
     project = tiny(new_project, PLATFORMS="linux/amd64")
     project.ok("push")
