@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from guix_tasks.reference import DEFAULT_TAG, ImageReference, check_tag, quoted
+from guix_tasks.result_paths import conflict
 from guix_tasks.settings.values import Listen, Mount, Secret
 
 if TYPE_CHECKING:
@@ -353,6 +354,11 @@ def _mount(text: str, base: Path) -> Mount:
     inside = PurePosixPath(target.lstrip("/"))
     if not target.startswith("/") or ".." in inside.parts or not inside.parts:
         raise ValueError(f"{quoted(target)} is not a place in a container; write /FOLDER/NAME")
+    if reason := conflict(f"/{inside}"):
+        raise ValueError(
+            f"{quoted(target)} {reason}, and a commit takes nothing of what is on a mount, so the "
+            "image would lack what the stages make; mount it elsewhere"
+        )
     outside = path(source, base)
     _mode(outside)  # raises where nothing is there
     return Mount(outside, f"/{inside}", mode == "ro")
