@@ -471,7 +471,7 @@ def commit_image(
             return image
         if image:
             own_layers = len(image.layers) - len(parent.layers)
-            config = {**config, **image.config, "Labels": dict(image.labels)}
+            config = {**config, **committed_config(image, {})}
             engine.drop(image.id)
     raise EngineError(f"the engine commits {tag} in a way that is not understood")
 

@@ -29,6 +29,7 @@ from guix_tasks.activity import VERBOSITY
 from guix_tasks.engine import ContainerSpec
 from guix_tasks.errors import REFUSED, EngineError, StageError, UsageError
 from guix_tasks.fingerprint import file_digest, text_digest, tree_digest
+from guix_tasks.pipes import read_file
 from guix_tasks.reference import Platform
 from guix_tasks.result_paths import SUBSTITUTE_CACHE
 from guix_tasks.rootless import USER, lend
@@ -332,9 +333,9 @@ def common_files(settings: Settings, nearby: Nearby | None = None) -> dict[str, 
     if nearby:
         files[NEARBY_KEY] = nearby.key
     for number, key in enumerate(settings.guix_substitute_keys):
-        files[f"keys/{number}-{key.name}"] = key.read_bytes()
+        files[f"keys/{number}-{key.name}"] = read_file(key)
     if settings.extra_ca_file:
-        files[EXTRA_CA] = settings.extra_ca_file.read_bytes()
+        files[EXTRA_CA] = read_file(settings.extra_ca_file)
     return files
 
 

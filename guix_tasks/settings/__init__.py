@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from guix_tasks import masking
 from guix_tasks.console import Display
 from guix_tasks.errors import SettingsError
+from guix_tasks.pipes import read_text
 from guix_tasks.reference import ImageReference, Platform, quoted
 from guix_tasks.settings import nodes, parsers
 from guix_tasks.settings.sources import Setting, Sources
@@ -84,7 +85,7 @@ class Settings:
         group="The base stage",
     )
     dockerfile: Path = _setting(
-        parsers.path, "The Dockerfile of the base stage.", default="Dockerfile"
+        parsers.dockerfile, "The Dockerfile of the base stage.", default="Dockerfile"
     )
     build_context: Path = _setting(
         parsers.path, "The folder that the Dockerfile copies from.", default="."
@@ -550,7 +551,7 @@ def _channels_text(values: Mapping[str, Any]) -> str:
     """The channels file; empty where it cannot be read, which is told by whoever needs it."""
     with suppress(OSError, UnicodeDecodeError):
         if path := values["GUIX_CHANNELS"]:
-            return str(path.read_text(encoding="utf-8"))
+            return read_text(path)
     return ""
 
 

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from guix_tasks.pipes import is_pipe, read_text, reopenable
 from guix_tasks.reference import DEFAULT_TAG, ImageReference, check_tag, quoted
 from guix_tasks.result_paths import conflict
 from guix_tasks.settings.values import Listen, Mount, Secret
@@ -270,6 +271,14 @@ def path(text: str, base: Path) -> Path:
     return base / text
 
 
+def dockerfile(text: str, base: Path) -> Path:
+    """Take a path to what a builder reads by itself, which it could not if we had to as well."""
+    place = path(text, base)
+    if is_pipe(place):
+        raise ValueError(f"{quoted(str(place))} is a pipe, which cannot be read twice; name a file")
+    return place
+
+
 def file(text: str, base: Path) -> Path:
     """Take a path to something that is there, and no folder."""
     place = path(text, base)
@@ -311,7 +320,7 @@ def secret_file(text: str, base: Path) -> Secret:
     Its path is not repeated in an error: a password may be there by mistake.
     """
     try:
-        secret = (base / text).read_text(encoding="utf-8-sig").removesuffix("\n")
+        secret = read_text(base / text, "utf-8-sig").removesuffix("\n")
     except OSError as error:
         raise ValueError(f"the file: {error.strerror}; make it, or name another") from None
     except UnicodeDecodeError:
@@ -326,7 +335,7 @@ def certificates(text: str, base: Path) -> Path:
     place = file(text, base)
     shown = quoted(str(place))
     try:
-        pem = place.read_text(encoding="ascii", errors="replace")
+        pem = read_text(place, "ascii", "replace")
     except OSError as error:
         raise ValueError(f"{shown}: {error.strerror}; name a file that can be read") from None
     if "PRIVATE KEY-----" in pem:
@@ -431,7 +440,11 @@ def build_secret(text: str, base: Path) -> tuple[str, Path]:
     if not equals or not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise ValueError(f"{quoted(text)} is not a secret's ID with its file; write ID=FILE")
     _plain_path(source, base)
-    return name, file(source, base)
+    place = file(source, base)
+    try:
+        return name, reopenable(place)
+    except OSError as error:
+        raise ValueError(f"{quoted(str(place))}: {error.strerror}; name another file") from None
 
 
 def cache_backend(text: str, base: Path) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dotenv.parser import Binding, parse_stream
 from dotenv.variables import Variable, parse_variables
 
+from guix_tasks.pipes import is_pipe, read_once
 from guix_tasks.reference import quoted
 from guix_tasks.settings.parsers import check_text
 
@@ -169,7 +170,12 @@ class Sources:
     def _read(self, path: Path, label: str, asked_by: str, *, optional: bool) -> str:
         """The text of an env file; empty, with the problem noted, where it cannot be had."""
         try:
-            return path.read_bytes().decode("utf-8-sig")
+            content = read_once(path)
+            if not content and is_pipe(path):
+                self.notes.append(
+                    f"{asked_by}{label}: nothing was written to this pipe, so it sets nothing"
+                )
+            return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = error.object[: error.start].count(b"\n") + 1
             self.problems.append(f"{label}:{line}: is not UTF-8; save the file as UTF-8")
