@@ -451,7 +451,11 @@ def load_settings(
     for path in (project / ".env", project / ".env.local"):
         sources.add_file(path, _shown(path, cwd), optional=True)
     for name in filter(None, map(str.strip, environ.get("ENV_FILE", "").split(","))):
-        sources.add_file(cwd / name, _shown(cwd / name, cwd), asked_by="environment: ENV_FILE: ")
+        path = cwd / name
+        # Nobody has files next to standard input, or to what a shell passes as /dev/fd/63.
+        base = cwd if path.is_relative_to("/dev") or path.is_relative_to("/proc") else path.parent
+        label, asked_by = _shown(path, cwd), "environment: ENV_FILE: "
+        sources.add_file(path, label, base=base, asked_by=asked_by)
     sources.add_environ(cwd)
     sources.add_overrides(overrides, cwd)
     return _settings(sources, environ, project)

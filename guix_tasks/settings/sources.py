@@ -73,11 +73,18 @@ class Sources:
         self._variables = ChainMap(outer, self._written)
 
     def add_file(
-        self, path: Path, label: str, *, optional: bool = False, asked_by: str = ""
+        self,
+        path: Path,
+        label: str,
+        *,
+        base: Path | None = None,
+        optional: bool = False,
+        asked_by: str = "",
     ) -> None:
         """Add an env file, ``label`` in messages.  It may be missing where it is ``optional``.
 
-        An error about the file itself begins with ``asked_by``: what named the file.
+        Relative paths in it start from ``base``, by default the file's own directory.  An error
+        about the file itself begins with ``asked_by``: what named the file.
         """
         text = self._read(path, label, asked_by, optional=optional)
         layer: dict[str, _Given] = {}
@@ -101,7 +108,7 @@ class Sources:
                 self.problems.append(f"{where}: {name}is set on line {first[key]} too; keep one")
             else:
                 first[key] = line
-                self._add_value(layer, key, value, path.parent, where)
+                self._add_value(layer, key, value, base or path.parent, where)
         self._add_layer(layer)
 
     def add_environ(self, cwd: Path) -> None:

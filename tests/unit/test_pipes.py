@@ -61,6 +61,16 @@ def test_env_file_is_read_once_for_all_tasks(tmp_path: Path, form: str) -> None:
     assert {each.tags for each in settings} == {("2",)}
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_relative_paths_in_a_pipe_start_from_a_directory_with_files(
+    tmp_path: Path, form: str
+) -> None:
+    (tmp_path / "manifest.scm").write_text("(a)")
+    with pipe(tmp_path, "GUIX_MANIFEST=manifest.scm\n", form) as path:
+        found = load(tmp_path, ENV_FILE=path)
+    assert found.guix_manifest == tmp_path / "manifest.scm"
+
+
 def test_env_file_of_the_project_can_be_a_pipe(tmp_path: Path) -> None:
     with pipe(tmp_path, "IMAGE=example.org/mine:1\n", name=".env"):
         found = {str(load(tmp_path).image) for _ in range(2)}
@@ -117,7 +127,7 @@ CHANNELS = '(list (channel (name \'guix) (url "https://guix.test")))'
 @pytest.mark.parametrize(
     ("name", "content", "read"),
     [
-        ("GUIX_CHANNELS", CHANNELS, lambda settings: wanted_text(settings).encode()),
+        ("GUIX_CHANNELS", CHANNELS, lambda s: (wanted_text(s) or "").encode()),
         ("GUIX_MANIFEST", "(a)", lambda settings: install_stage(settings).files["manifest.scm"]),
         ("SSH_KNOWN_HOSTS", "host key", _known_hosts),
         ("EXTRA_CA_FILE", AUTHORITY.read_text(), lambda s: common_files(s)["extra-ca.pem"]),

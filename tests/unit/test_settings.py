@@ -912,6 +912,7 @@ def test_no_secret_in_a_repr_or_in_an_error(project: Path) -> None:
         'DOCKER_PASSWORD="hunter2\0"\n',
     ]
     for text in texts:
+        pipes.forget()
         (project / ".env").write_text(text)
         with pytest.raises(SettingsError) as caught:
             load_settings(project, project, environ if "${" in text else {})
