@@ -173,7 +173,10 @@ def _caches(recipe: Recipe) -> list[str]:
     if not recipe.cache:
         return []
     mounts = [f"type=cache,id={recipe.cache}-tmp,target=/tmp,mode=1777,sharing=private"]
+    taken = {bind.target for bind in recipe.binds}
     for name, target in CACHES.items():
+        if target in taken:
+            continue
         # A 32-bit program under QEMU fails on the inode numbers of a 64-bit file system.
         if name == "home" and any(platform.is_32_bit for platform in recipe.platforms):
             mounts.append(f"type=tmpfs,target={target}")

@@ -14,6 +14,7 @@ from guix_tasks.bake import ENVIRONMENT, WORK, Bind
 from guix_tasks.errors import BuilderError, UsageError
 from guix_tasks.fetching import access_files
 from guix_tasks.pieces import as_file
+from guix_tasks.pipes import read_file
 from guix_tasks.reference import quoted
 from guix_tasks.settings.values import Sandbox
 from guix_tasks.work import EXTRA_CA, common_files
@@ -41,7 +42,7 @@ def write_secrets(settings: Settings, folder: Path, channels: str | None) -> dic
     """
     files = {} if channels is None else access_files(settings, channels)
     if settings.extra_ca_file:
-        files[EXTRA_CA] = settings.extra_ca_file.read_bytes()
+        files[EXTRA_CA] = read_file(settings.extra_ca_file)
     paths = {name: folder / "secrets" / str(number) for number, name in enumerate(files)}
     (folder / "secrets").mkdir(exist_ok=True)
     for name, content in files.items():

@@ -23,6 +23,7 @@ from guix_tasks.builders import find_builder, needed_syntax
 from guix_tasks.errors import EngineError, GuixTasksError, UsageError
 from guix_tasks.fetching import by_ssh, lent_access, mirrored
 from guix_tasks.local.registry import accounts
+from guix_tasks.pipes import read_text
 from guix_tasks.sandbox import OTHER_FAULTS, probe
 from guix_tasks.settings import Driver
 from guix_tasks.settings.parsers import channel_credentials
@@ -421,7 +422,9 @@ def _answers(settings: Settings, question: _Question, answer: _Answer) -> Findin
         trust = None
         if settings.extra_ca_file:
             trust = ssl.create_default_context()
-            trust.load_verify_locations(settings.extra_ca_file)
+            trust.load_verify_locations(
+                cadata=read_text(settings.extra_ca_file, "ascii", "replace")
+            )
         # Only http and https come here.
         with urllib.request.urlopen(  # noqa: S310
             _request(question.address), timeout=_WAIT, context=trust

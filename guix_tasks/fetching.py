@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import UsageError
+from guix_tasks.pipes import read_file
 from guix_tasks.settings.parsers import channel_credentials
 from guix_tasks.work import IMAGE_FOLDER
 
@@ -105,7 +106,7 @@ def mirrored(settings: Settings, url: str) -> str:
 def _known_hosts(settings: Settings) -> bytes:
     path = settings.ssh_known_hosts or Path.home() / ".ssh" / "known_hosts"
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise UsageError(
             f"SSH_KNOWN_HOSTS: {path}: {error.strerror}; channels are fetched by SSH from hosts "

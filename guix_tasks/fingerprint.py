@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks import paths
+from guix_tasks.pipes import read_file
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
@@ -88,7 +89,7 @@ def _entry(root: Path, name: str) -> str:
 def _file_digest(path: str) -> str:
     found = Path(path).stat()
     if found.st_size < WORTH_CACHING:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return hashlib.sha256(read_file(Path(path))).hexdigest()
     key = text_digest(path, str(found.st_size), str(found.st_mtime_ns), str(found.st_ino))
     kept = paths.cache_home() / "digests" / key
     with suppress(OSError):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.errors import CheckError, StageError, UsageError
+from guix_tasks.pipes import read_file
 from guix_tasks.reference import Platform
 from guix_tasks.stage import run_again
 from guix_tasks.work import FOLDER, IMAGE_FOLDER, Work, work_container
@@ -40,7 +41,7 @@ def forecast(
     files = {
         "stage": f"#!/bin/sh\nexec {shlex.join(argv)}\n".encode(),
         "weather.scm": (IMAGE_FOLDER / "weather.scm").read_bytes(),
-        **({"manifest.scm": manifest.read_bytes()} if manifest else {}),
+        **({"manifest.scm": read_file(manifest)} if manifest else {}),
         # Not the daemon asks, and this container is never committed.
         **({"keys/nearby.pub": near.key} if near else {}),
     }

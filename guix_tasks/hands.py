@@ -13,6 +13,7 @@ from guix_tasks.publish import image_to_use
 from guix_tasks.reference import quoted
 from guix_tasks.settings.parsers import check_text
 from guix_tasks.stage import commit_image
+from guix_tasks.volumes import check_volumes
 from guix_tasks.wording import human_size, human_time
 from guix_tasks.work import (
     Work,
@@ -50,6 +51,8 @@ def run(project: Project, argv: Sequence[str], *, stage: str | None, keep: bool)
     if keep:
         refuse_second(project.engine, project.settings)
     image = image_to_use(project, stage)
+    if keep:
+        check_volumes(project.settings, image)
     project = project.settled(image, as_root=True)
     work = Work("run", tuple(argv), {}, keep=keep)
     with work_container(project.engine, project.settings, image.id, work) as container:
@@ -91,6 +94,7 @@ def shell(project: Project, docker: Sequence[str], environment: dict[str, str], 
         if not drop:
             refuse_second(project.engine, project.settings)
         image = image_to_use(project, stage)
+        check_volumes(settings, image)
         settings = project.settled(image, as_root=True).settings
         with work_container(engine, settings, image.id, work) as new:
             status = _attach(project, [*attach, new], environment)
@@ -117,6 +121,7 @@ def commit(project: Project) -> None:
     parent = engine.image(container.image)
     if parent is None:
         raise EngineError(f"the image of {container.name} is gone, so its configuration is unknown")
+    check_volumes(project.settings, parent)
     drop_environment(engine, container.id)
     before, started = engine.image(reference), time.monotonic()
     with console.step("commit", has_log=False):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, UsageError
+from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, SettingsError, UsageError
 from guix_tasks.forecast import require_substitutes
 from guix_tasks.ledger import (
     CHANNELS_LABEL,
@@ -42,6 +42,7 @@ from guix_tasks.stages.pull import (
     write_lock,
 )
 from guix_tasks.transfer import pull, push
+from guix_tasks.volumes import check_volumes
 from guix_tasks.work import (
     INPUTS,
     common_inputs,
@@ -305,6 +306,11 @@ class Lifecycle:
         parent = project.engine.image(built)
         if parent is None:
             raise EngineError(f"the engine built {built} and does not have it; run it again")
+        try:
+            check_volumes(settings, parent)
+        except SettingsError:
+            project.engine.drop(built)
+            raise
         # Asked for after the build, which has brought the base image if it was not here.
         inputs = base_inputs(project.engine, settings, {})
         labels = {**stage_labels("base", "", inputs), **base_annotations(settings, inputs)}

@@ -19,6 +19,7 @@ from guix_tasks.oci import oci_archive
 from guix_tasks.packs import Packed, save
 from guix_tasks.paths import write_whole
 from guix_tasks.pieces import as_file
+from guix_tasks.pipes import read_file
 from guix_tasks.publish import image_to_use, refuse_stale
 from guix_tasks.reference import Platform, quoted
 from guix_tasks.settings.parsers import check_text, package
@@ -141,7 +142,7 @@ def _files(settings: Settings, wanted: guix.Pack, packages: Sequence[str]) -> di
     return {
         "stage": f"#!/bin/sh\nexec {shlex.join(argv)}\n".encode(),
         "pack.scm": guix.pack_manifest(theirs, packages).encode(),
-        **({"manifest.scm": manifest.read_bytes()} if manifest else {}),
+        **({"manifest.scm": read_file(manifest)} if manifest else {}),
     }
 
 

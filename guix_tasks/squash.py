@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING
 from guix_tasks.errors import UsageError
 from guix_tasks.ledger import KEY_LABEL, SQUASH, STAGE_LABEL, is_above, squash_key
 from guix_tasks.stage import commit_image, perform, say_done
+from guix_tasks.volumes import check_volumes
 from guix_tasks.work import FOLDER, Work, archive, work_container
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def squash(project: Project) -> None:
     last, base = ledger.last_stage(), ledger.find("base")
     if last is None or base is None or not is_above(last, base) or last.id == base.id:
         raise UsageError("nothing to squash: there is no stage on the base; run `inv install`")
+    check_volumes(project.settings, base)
     before = ledger.find(SQUASH)
     if ledger.newest() != last:
         console.say("squash: up to date")

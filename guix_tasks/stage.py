@@ -38,6 +38,7 @@ from guix_tasks.nearby import nearby
 from guix_tasks.retry import retried
 from guix_tasks.rootless import take_back
 from guix_tasks.sandbox import settled
+from guix_tasks.volumes import check_volumes
 from guix_tasks.watch import Faults, Lines
 from guix_tasks.wording import human_size, human_time, pasteable, printable
 from guix_tasks.work import (
@@ -177,6 +178,7 @@ def run_stage(
     Raises ``StageError`` when a command fails; then nothing is committed and no tag has moved, and
     the container is left only with ``keep_failed``.
     """
+    check_volumes(project.settings, parent)
     project = project.settled(parent, as_root=stage.as_root)
     console, settings = project.console, project.settings
     if not commit or keep_failed:
@@ -469,7 +471,7 @@ def commit_image(
             return image
         if image:
             own_layers = len(image.layers) - len(parent.layers)
-            config = {**config, **image.config, "Labels": dict(image.labels)}
+            config = {**config, **committed_config(image, {})}
             engine.drop(image.id)
     raise EngineError(f"the engine commits {tag} in a way that is not understood")
 

@@ -29,7 +29,9 @@ from guix_tasks.activity import VERBOSITY
 from guix_tasks.engine import ContainerSpec
 from guix_tasks.errors import REFUSED, EngineError, StageError, UsageError
 from guix_tasks.fingerprint import file_digest, text_digest, tree_digest
+from guix_tasks.pipes import read_file
 from guix_tasks.reference import Platform
+from guix_tasks.result_paths import SUBSTITUTE_CACHE
 from guix_tasks.rootless import USER, lend
 from guix_tasks.settings.values import Sandbox
 
@@ -86,7 +88,7 @@ _UNCONFINED = {"apparmor": "apparmor=unconfined", "selinux": "label=disable"}
 """What of an engine's security, by its name, keeps a build from its mounts, and how to have it
 not.  ``privileged`` goes without it, too."""
 
-CACHES = {"home": "/root/.cache", "substitutes": "/var/guix/substitute"}
+CACHES = {"home": "/root/.cache", "substitutes": SUBSTITUTE_CACHE}
 """The caches of a work container that are no part of an image, and where they are found."""
 
 ROOTLESS_CACHES = {"rootless": "/tmp/guix-tasks-cache"}  # noqa: S108 -- the container's own
@@ -331,9 +333,9 @@ def common_files(settings: Settings, nearby: Nearby | None = None) -> dict[str, 
     if nearby:
         files[NEARBY_KEY] = nearby.key
     for number, key in enumerate(settings.guix_substitute_keys):
-        files[f"keys/{number}-{key.name}"] = key.read_bytes()
+        files[f"keys/{number}-{key.name}"] = read_file(key)
     if settings.extra_ca_file:
-        files[EXTRA_CA] = settings.extra_ca_file.read_bytes()
+        files[EXTRA_CA] = read_file(settings.extra_ca_file)
     return files
 
 
@@ -406,11 +408,13 @@ def refuse_emulated(engine: Engine, settings: Settings) -> None:
 
 
 def cache_volumes(settings: Settings) -> dict[str, str]:
-    """The named volumes of this project's caches, with the folders that they are seen at."""
-    prefix, in_memory = cache_prefix(settings), memory_folders(settings)
-    folders = {
-        name: target for name, target in _caches(settings).items() if target not in in_memory
-    }
+    """The named volumes of this project's caches, with the folders that they are seen at.
+
+    One of ``MOUNTS`` at the same place is the cache instead: an engine takes no two.
+    """
+    prefix = cache_prefix(settings)
+    taken = {*memory_folders(settings), *(mount.target for mount in settings.mounts)}
+    folders = {name: target for name, target in _caches(settings).items() if target not in taken}
     return {f"{prefix}-{name}": target for name, target in folders.items()} if prefix else {}
 
 
@@ -421,7 +425,8 @@ def memory_folders(settings: Settings) -> tuple[str, ...]:
     """
     small = settings.platform is not None and settings.platform.is_32_bit
     home, *_ = _caches(settings).values()
-    return (home,) if small and settings.cache_volume else ()
+    mounted = home in (mount.target for mount in settings.mounts)
+    return (home,) if small and settings.cache_volume and not mounted else ()
 
 
 def _caches(settings: Settings) -> Mapping[str, str]:

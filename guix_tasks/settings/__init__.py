@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from guix_tasks import masking
 from guix_tasks.console import Display
 from guix_tasks.errors import SettingsError
+from guix_tasks.pipes import read_text
 from guix_tasks.reference import ImageReference, Platform, quoted
 from guix_tasks.settings import nodes, parsers
 from guix_tasks.settings.sources import Setting, Sources
@@ -94,7 +95,7 @@ class Settings:
         group="The base stage",
     )
     dockerfile: Path = _setting(
-        parsers.path, "The Dockerfile of the base stage.", default="Dockerfile"
+        parsers.dockerfile, "The Dockerfile of the base stage.", default="Dockerfile"
     )
     build_context: Path = _setting(
         parsers.path, "The folder that the Dockerfile copies from.", default="."
@@ -467,7 +468,11 @@ def load_settings(
     for path in (project / ".env", project / ".env.local"):
         sources.add_file(path, _shown(path, cwd), optional=True)
     for name in filter(None, map(str.strip, environ.get("ENV_FILE", "").split(","))):
-        sources.add_file(cwd / name, _shown(cwd / name, cwd), asked_by="environment: ENV_FILE: ")
+        path = cwd / name
+        # Nobody has files next to standard input, or to what a shell passes as /dev/fd/63.
+        base = cwd if path.is_relative_to("/dev") or path.is_relative_to("/proc") else path.parent
+        label, asked_by = _shown(path, cwd), "environment: ENV_FILE: "
+        sources.add_file(path, label, base=base, asked_by=asked_by)
     sources.add_environ(cwd)
     sources.add_overrides(overrides, cwd)
     return _settings(sources, environ, project)
@@ -567,7 +572,7 @@ def _channels_text(values: Mapping[str, Any]) -> str:
     """The channels file; empty where it cannot be read, which is told by whoever needs it."""
     with suppress(OSError, UnicodeDecodeError):
         if path := values["GUIX_CHANNELS"]:
-            return str(path.read_text(encoding="utf-8"))
+            return read_text(path)
     return ""
 
 

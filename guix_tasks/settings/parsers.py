@@ -17,7 +17,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
+from guix_tasks.pipes import is_pipe, read_text, reopenable
 from guix_tasks.reference import DEFAULT_TAG, ImageReference, check_tag, quoted
+from guix_tasks.result_paths import conflict
 from guix_tasks.settings.values import Listen, Mount, Secret
 
 if TYPE_CHECKING:
@@ -269,6 +271,14 @@ def path(text: str, base: Path) -> Path:
     return base / text
 
 
+def dockerfile(text: str, base: Path) -> Path:
+    """Take a path to what a builder reads by itself, which it could not if we had to as well."""
+    place = path(text, base)
+    if is_pipe(place):
+        raise ValueError(f"{quoted(str(place))} is a pipe, which cannot be read twice; name a file")
+    return place
+
+
 def file(text: str, base: Path) -> Path:
     """Take a path to something that is there, and no folder."""
     place = path(text, base)
@@ -310,7 +320,7 @@ def secret_file(text: str, base: Path) -> Secret:
     Its path is not repeated in an error: a password may be there by mistake.
     """
     try:
-        secret = (base / text).read_text(encoding="utf-8-sig").removesuffix("\n")
+        secret = read_text(base / text, "utf-8-sig").removesuffix("\n")
     except OSError as error:
         raise ValueError(f"the file: {error.strerror}; make it, or name another") from None
     except UnicodeDecodeError:
@@ -325,7 +335,7 @@ def certificates(text: str, base: Path) -> Path:
     place = file(text, base)
     shown = quoted(str(place))
     try:
-        pem = place.read_text(encoding="ascii", errors="replace")
+        pem = read_text(place, "ascii", "replace")
     except OSError as error:
         raise ValueError(f"{shown}: {error.strerror}; name a file that can be read") from None
     if "PRIVATE KEY-----" in pem:
@@ -353,6 +363,11 @@ def _mount(text: str, base: Path) -> Mount:
     inside = PurePosixPath(target.lstrip("/"))
     if not target.startswith("/") or ".." in inside.parts or not inside.parts:
         raise ValueError(f"{quoted(target)} is not a place in a container; write /FOLDER/NAME")
+    if reason := conflict(f"/{inside}"):
+        raise ValueError(
+            f"{quoted(target)} {reason}, and a commit takes nothing of what is on a mount, so the "
+            "image would lack what the stages make; mount it elsewhere"
+        )
     outside = path(source, base)
     _mode(outside)  # raises where nothing is there
     return Mount(outside, f"/{inside}", mode == "ro")
@@ -425,7 +440,11 @@ def build_secret(text: str, base: Path) -> tuple[str, Path]:
     if not equals or not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
         raise ValueError(f"{quoted(text)} is not a secret's ID with its file; write ID=FILE")
     _plain_path(source, base)
-    return name, file(source, base)
+    place = file(source, base)
+    try:
+        return name, reopenable(place)
+    except OSError as error:
+        raise ValueError(f"{quoted(str(place))}: {error.strerror}; name another file") from None
 
 
 def cache_backend(text: str, base: Path) -> str:

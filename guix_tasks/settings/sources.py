@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dotenv.parser import Binding, parse_stream
 from dotenv.variables import Variable, parse_variables
 
+from guix_tasks.pipes import is_pipe, read_once
 from guix_tasks.reference import quoted
 from guix_tasks.settings.parsers import check_text
 
@@ -72,11 +73,18 @@ class Sources:
         self._variables = ChainMap(outer, self._written)
 
     def add_file(
-        self, path: Path, label: str, *, optional: bool = False, asked_by: str = ""
+        self,
+        path: Path,
+        label: str,
+        *,
+        base: Path | None = None,
+        optional: bool = False,
+        asked_by: str = "",
     ) -> None:
         """Add an env file, ``label`` in messages.  It may be missing where it is ``optional``.
 
-        An error about the file itself begins with ``asked_by``: what named the file.
+        Relative paths in it start from ``base``, by default the file's own directory.  An error
+        about the file itself begins with ``asked_by``: what named the file.
         """
         text = self._read(path, label, asked_by, optional=optional)
         layer: dict[str, _Given] = {}
@@ -100,7 +108,7 @@ class Sources:
                 self.problems.append(f"{where}: {name}is set on line {first[key]} too; keep one")
             else:
                 first[key] = line
-                self._add_value(layer, key, value, path.parent, where)
+                self._add_value(layer, key, value, base or path.parent, where)
         self._add_layer(layer)
 
     def add_environ(self, cwd: Path) -> None:
@@ -169,7 +177,12 @@ class Sources:
     def _read(self, path: Path, label: str, asked_by: str, *, optional: bool) -> str:
         """The text of an env file; empty, with the problem noted, where it cannot be had."""
         try:
-            return path.read_bytes().decode("utf-8-sig")
+            content = read_once(path)
+            if not content and is_pipe(path):
+                self.notes.append(
+                    f"{asked_by}{label}: nothing was written to this pipe, so it sets nothing"
+                )
+            return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = error.object[: error.start].count(b"\n") + 1
             self.problems.append(f"{label}:{line}: is not UTF-8; save the file as UTF-8")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from guix_tasks import guix
 from guix_tasks.errors import UsageError
 from guix_tasks.ledger import PACKAGES_LABEL
+from guix_tasks.pipes import read_file
 from guix_tasks.stage import Stage
 from guix_tasks.work import FOLDER
 
@@ -31,7 +32,7 @@ def install_stage(settings: Settings, given: tuple[str, ...] = ()) -> Stage:
         )
     files = {}
     if manifest:
-        files["manifest.scm"] = manifest.read_bytes()
+        files["manifest.scm"] = read_file(manifest)
         files["profile.scm"] = guix.union_manifest(f"{FOLDER}/manifest.scm").encode()
     asked = {ASKED_LABEL: " ".join(packages if given else ())}
     return Stage(

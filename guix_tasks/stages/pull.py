@@ -10,6 +10,7 @@ from guix_tasks.errors import StageError, UsageError
 from guix_tasks.fingerprint import text_digest
 from guix_tasks.ledger import CHANNELS_LABEL
 from guix_tasks.paths import write_whole
+from guix_tasks.pipes import read_text
 from guix_tasks.reference import quoted
 from guix_tasks.stage import Stage
 from guix_tasks.work import FOLDER
@@ -155,7 +156,7 @@ def wanted_text(settings: Settings) -> str | None:
 
 def _text(name: str, path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8").strip()
+        return read_text(path).strip()
     except UnicodeDecodeError:
         raise UsageError(f"{name}: {path} is not UTF-8; write a channels file") from None
     except OSError as error:

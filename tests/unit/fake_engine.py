@@ -29,7 +29,7 @@ from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
 from hypothesis import settings as hypothesis_settings
 
-from guix_tasks import fingerprint
+from guix_tasks import fingerprint, pipes
 from guix_tasks.annotations import CREATED
 from guix_tasks.console import Console
 from guix_tasks.engine import (
@@ -760,6 +760,7 @@ class Site:
         empty = "".join(f"{name}=\n" for name, value in self.env.items() if not value)
         if empty or (self.folder / ".env").exists():
             self.write(".env", empty)
+        pipes.forget()
         return load_settings(self.folder, self.folder, self.env)
 
     def project(self, engine: Engine | None = None) -> Project:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_engine import Site, made_site, new_site, serial
 
-from guix_tasks import fingerprint, masking
+from guix_tasks import fingerprint, masking, pipes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def no_secrets() -> Iterator[None]:
-    """Each test is a process of its own, to which no secret is known as yet."""
+    """Each test is a process of its own, which knows no secret and has read no file as yet."""
     masking.forget()
+    pipes.forget()
     yield
     masking.forget()
 

@@ -36,7 +36,15 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.program import Program
 
-from guix_tasks import boundary, builder_setup, buildx, docker_engine, fingerprint, podman_engine
+from guix_tasks import (
+    boundary,
+    builder_setup,
+    buildx,
+    docker_engine,
+    fingerprint,
+    pipes,
+    podman_engine,
+)
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.settings import settings_reference
 from guix_tasks.tasks import ns
@@ -71,6 +79,7 @@ class Inv:
     def __call__(self, *argv: str) -> Result:
         boundary._engines.clear()
         fingerprint._file_digest.cache_clear()
+        pipes.forget()
         lines = (f"{name}='{value}'\n" for name, value in self.site.env.items())
         self.site.write(".env", "".join(lines))
         self.monkeypatch.setattr(sys, "argv", ["inv", *argv])

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from guix_tasks import masking
+from guix_tasks import masking, pipes
 from guix_tasks.console import Display
 from guix_tasks.errors import SettingsError
 from guix_tasks.ledger import STAGES
@@ -63,6 +63,7 @@ def load(
     environ: Mapping[str, str] | None = None,
     overrides: Overrides | None = None,
 ) -> Settings:
+    pipes.forget()
     (project / ".env").write_bytes(text if isinstance(text, bytes) else text.encode())
     return load_settings(project, project, environ or {}, overrides or {})
 
@@ -916,6 +917,7 @@ def test_no_secret_in_a_repr_or_in_an_error(project: Path) -> None:
         'DOCKER_PASSWORD="hunter2\0"\n',
     ]
     for text in texts:
+        pipes.forget()
         (project / ".env").write_text(text)
         with pytest.raises(SettingsError) as caught:
             load_settings(project, project, environ if "${" in text else {})
