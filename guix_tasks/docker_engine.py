@@ -10,10 +10,9 @@ from datetime import datetime
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any
 
 import docker
-import docker.api.build
 import docker.context
 import docker.errors
 import docker.types
@@ -22,6 +21,7 @@ import requests
 import urllib3.exceptions
 
 from guix_tasks import buildx, podman, retry
+from guix_tasks.build_context import context_archive
 from guix_tasks.docker_over_ssh import client_over_ssh
 from guix_tasks.engine import Container, EngineInfo, Image, Layer
 from guix_tasks.errors import (
@@ -270,10 +270,6 @@ class DockerEngine:
         self._api.inspect_distribution(reference, _auth(account))  # type: ignore[no-untyped-call]
         return True
 
-    def context_files(self, spec: BuildSpec) -> list[str]:
-        found = docker.utils.exclude_paths(str(spec.context), _ignored(spec))
-        return [name for name in found if not (spec.context / name).is_dir()]
-
     def volumes(self, labels: Mapping[str, str]) -> list[str]:
         with self._speaking("list volumes"):
             found = self._api.volumes(filters={"label": _filters(labels)})["Volumes"] or ()
@@ -454,13 +450,12 @@ class DockerEngine:
     def _build_events(self, spec: BuildSpec) -> Iterator[dict[str, Any]]:
         for host, account in self._own_accounts().items():
             _log_in(self._slow, host, account)
-        # Not by the SDK, which sends the text of a Dockerfile that is elsewhere as a second name.
-        dockerfile = docker.api.build.process_dockerfile(str(spec.dockerfile), str(spec.context))
-        context = docker.utils.tar(spec.context, _ignored(spec), dockerfile)
+        # Not packed by the SDK, which has rules of its own for .dockerignore.
+        context, dockerfile = context_archive(spec.context, spec.dockerfile)
         return self._slow.build(
-            fileobj=cast("IO[bytes]", context),
+            fileobj=context,
             custom_context=True,
-            dockerfile=dockerfile[0],
+            dockerfile=dockerfile,
             buildargs={**spec.proxies, **spec.args},
             platform=spec.platform,
             network_mode=spec.network,
@@ -576,14 +571,6 @@ class DockerEngine:
             )
         mend = "`inv engine.up`" if self.address.origin == "private engine" else "start it"
         return f"{where} does not answer: {_cause(text)}; {mend}, or choose another by DOCKER_HOST"
-
-
-def _ignored(spec: BuildSpec) -> list[str]:
-    """The patterns of files that a build's context is sent without."""
-    own = spec.dockerfile.with_name(f"{spec.dockerfile.name}.dockerignore")
-    ignore = own if own.exists() else spec.context / ".dockerignore"
-    rules = ignore.read_text().splitlines() if ignore.exists() else []
-    return [rule.strip() for rule in rules if rule.strip() and not rule.startswith("#")]
 
 
 def _log_in(api: docker.APIClient, host: str, credentials: Credentials) -> None:
