@@ -106,7 +106,8 @@ def context_archive(context: Path, dockerfile: Path) -> tuple[IO[bytes], str]:
     try:
         rules = _rules(context, dockerfile, name, names)
         archive = tempfile.TemporaryFile()  # noqa: SIM115 -- for the caller, who closes it
-        with tarfile.open(fileobj=archive, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        # GNU's format has names as the bytes that they are.
+        with tarfile.open(fileobj=archive, mode="w", format=tarfile.GNU_FORMAT) as tar:
             for entry in entries:
                 if rules is None or entry.name != IGNORE_FILE:
                     _add(tar, entry)

@@ -135,6 +135,16 @@ def link(context: Path, target: str, name: str = "current") -> None:
     (context / name).symlink_to(target)
 
 
+def become_file(link: Path) -> None:
+    link.unlink()
+    link.write_text("./no//where")
+
+
+def become_pipe(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 def replace_by_copy(context: Path) -> None:
     (context / "docs/b.md").unlink()
     (context / "docs/b.md").write_text("docs/a.md")
@@ -154,14 +164,8 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "link to a directory": lambda context: link(context, "docs"),
     "dangling link": lambda context: link(context, "nowhere", "dangling"),
     "another text of the same target": lambda context: link(context, "no/where", "dangling"),
-    "link becomes a file": lambda context: (
-        (context / "dangling").unlink(),
-        (context / "dangling").write_text("./no//where"),
-    ),
-    "file becomes a pipe": lambda context: (
-        (context / "docs/a.md").unlink(),
-        os.mkfifo(context / "docs/a.md"),
-    ),
+    "link becomes a file": lambda context: become_file(context / "dangling"),
+    "file becomes a pipe": lambda context: become_pipe(context / "docs/a.md"),
     "hard link": lambda context: os.link(context / "docs/a.md", context / "docs/z.md"),
 }
 
