@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from guix_tasks import paths
 from guix_tasks.dockerignore import Matcher, Matches, PatternError, read_patterns
 from guix_tasks.errors import UsageError
 from guix_tasks.fingerprint import file_digest, list_digest, text_digest
@@ -91,6 +92,31 @@ def ignore_file(context: Path, dockerfile: Path) -> Path | None:
         if real.is_file() and real.is_relative_to(os.path.realpath(file.parent)):
             return file
     return None
+
+
+@contextmanager
+def linked_context(context: Path, dockerfile: Path) -> Iterator[Path]:
+    """The context by a path that is another one if the mode of a directory has changed.
+
+    BuildKit keeps what it was sent for the next build from the same path, and does not notice
+    there that only the mode of a directory is another: the image would have the old one.  If
+    there can be no link, that is left at it.
+    """
+    real = os.path.realpath(context)
+    found = (each for each in context_entries(context, dockerfile) if stat.S_ISDIR(each.mode))
+    modes = (f"{each.name} {each.mode:o}" for each in found)
+    link = paths.cache_home() / "contexts" / text_digest(real, *modes)
+    try:
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(real)
+    except OSError:
+        link = context
+    try:
+        yield link
+    finally:
+        if link != context:
+            link.unlink(missing_ok=True)
 
 
 def context_archive(context: Path, dockerfile: Path) -> tuple[IO[bytes], str]:

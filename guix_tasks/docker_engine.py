@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from http import HTTPStatus
@@ -21,7 +21,7 @@ import requests
 import urllib3.exceptions
 
 from guix_tasks import buildx, podman, retry
-from guix_tasks.build_context import context_archive
+from guix_tasks.build_context import context_archive, linked_context
 from guix_tasks.docker_over_ssh import client_over_ssh
 from guix_tasks.engine import Container, EngineInfo, Image, Layer
 from guix_tasks.errors import (
@@ -427,7 +427,10 @@ class DockerEngine:
 
     def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
         program = find_buildx(self._environment, self.address)
-        return buildx.build(program, spec, output) if program else self._classic_build(spec, output)
+        if program is None:
+            return self._classic_build(spec, output)
+        with linked_context(spec.context, spec.dockerfile) as context:
+            return buildx.build(program, replace(spec, context=context), output)
 
     def _classic_build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
         if spec.secrets:

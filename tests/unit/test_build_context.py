@@ -17,12 +17,18 @@ from guix_tasks.build_context import (
     context_archive,
     context_digest,
     context_entries,
+    linked_context,
 )
 from guix_tasks.dockerignore import Matcher, read_patterns
 from guix_tasks.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -282,6 +288,32 @@ def test_file_that_cannot_be_read_is_a_usage_error(
     monkeypatch.setattr("guix_tasks.build_context.file_digest", refuse)
     with pytest.raises(UsageError, match=r"BUILD_CONTEXT: cannot read .*: Permission denied; "):
         digest(context)
+
+
+# --- The path that BuildKit is given --------------------------------------------------------
+
+
+def link_of(context: Path) -> Path:
+    with linked_context(context, context / "Dockerfile") as link:
+        assert link.resolve() == context.resolve()
+        return link
+
+
+def test_context_has_another_path_if_the_mode_of_a_directory_changes(context: Path) -> None:
+    before = link_of(context)
+    (context / "docs/a.md").write_text("new")
+    assert link_of(context) == before
+    assert not before.is_symlink()
+    (context / "docs").chmod(0o700)
+    assert link_of(context) != before
+
+
+def test_context_has_its_own_path_if_there_can_be_no_link(
+    context: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert link_of(context) == context
 
 
 # --- The archive for an engine without BuildKit ---------------------------------------------
