@@ -62,7 +62,14 @@ from guix_tasks.settings import Driver, Output, Sandbox
 from guix_tasks.stage import STAGE_TRIES, build_log, stage_files
 from guix_tasks.stages.base import base_spec, other_platform
 from guix_tasks.stages.install import install_stage
-from guix_tasks.stages.pull import lock_text, pull_stage, stage_to_run, wanted_text, write_lock
+from guix_tasks.stages.pull import (
+    lock_text,
+    pull_stage,
+    stage_to_run,
+    uncompared_lock,
+    wanted_text,
+    write_lock,
+)
 from guix_tasks.transfer import credentials
 from guix_tasks.watch import Steps
 from guix_tasks.wording import human_size, human_time
@@ -120,6 +127,8 @@ def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
         install_stage(settings)
     else:
         stage_to_run(settings, update=wishes.update, authenticate=wishes.authenticate)
+        if not wishes.update and (line := uncompared_lock(settings)):
+            project.console.say(line)
     _refuse(project, wishes)
     builder = _builder(project, buildx)
     for platform in settings.platforms:

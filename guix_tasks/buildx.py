@@ -559,6 +559,11 @@ def _build_error(spec: BuildSpec, why: str) -> BuilderError:
             f"the SBOM's scanner {SCANNER} is out of the builder's reach: {why}; leave sbom out of "
             "BUILDX_ATTESTATIONS"
         )
+    if "invalid UTF-8" in why:
+        return BuilderError(
+            f"a name in BUILD_CONTEXT is not UTF-8, which BuildKit cannot send: {why}; rename the "
+            "file, or name it in .dockerignore"
+        )
     if "unknown scheme oci-layout" in why:
         return BuilderError(
             f"only the engine has {base}, and this builder is one that no image can be handed to; "

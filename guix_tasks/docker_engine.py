@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import docker
-import docker.api.build
 import docker.context
 import docker.errors
 import docker.types
@@ -23,6 +22,7 @@ import requests
 import urllib3.exceptions
 
 from guix_tasks import buildx, podman, retry
+from guix_tasks.build_context import context_archive, linked_context
 from guix_tasks.docker_over_ssh import client_over_ssh
 from guix_tasks.engine import Container, EngineInfo, Image, Layer
 from guix_tasks.errors import (
@@ -291,10 +291,6 @@ class DockerEngine:
         self._api.inspect_distribution(reference, _auth(account))  # type: ignore[no-untyped-call]
         return True
 
-    def context_files(self, spec: BuildSpec) -> list[str]:
-        found = docker.utils.exclude_paths(str(spec.context), _ignored(spec))
-        return [name for name in found if not (spec.context / name).is_dir()]
-
     def volumes(self, labels: Mapping[str, str]) -> list[str]:
         with self._speaking("list volumes"):
             found = self._api.volumes(filters={"label": _filters(labels)})["Volumes"] or ()
@@ -455,7 +451,8 @@ class DockerEngine:
         if program is None:
             return self._classic_build(spec, output)
         compress = self._is_uncompressed(spec.args.get("BASE_IMAGE", ""))
-        return buildx.build(program, spec, output, compress=compress)
+        linked = replace(spec, context=linked_context(spec.context, spec.dockerfile))
+        return buildx.build(program, linked, output, compress=compress)
 
     def _is_uncompressed(self, reference: str) -> bool:
         """Return whether the containerd store keeps an image as it is in an archive.
@@ -496,13 +493,12 @@ class DockerEngine:
     def _build_events(self, spec: BuildSpec) -> Iterator[dict[str, Any]]:
         for host, account in self._own_accounts().items():
             _log_in(self._slow, host, account)
-        # Not by the SDK, which sends the text of a Dockerfile that is elsewhere as a second name.
-        dockerfile = docker.api.build.process_dockerfile(str(spec.dockerfile), str(spec.context))
-        context = docker.utils.tar(spec.context, _ignored(spec), dockerfile)
+        # Not packed by the SDK, which has rules of its own for .dockerignore.
+        context, dockerfile = context_archive(spec.context, spec.dockerfile)
         return self._slow.build(
-            fileobj=cast("IO[bytes]", context),
+            fileobj=context,
             custom_context=True,
-            dockerfile=dockerfile[0],
+            dockerfile=dockerfile,
             buildargs={**spec.proxies, **spec.args},
             platform=spec.platform,
             network_mode=spec.network,
@@ -632,14 +628,6 @@ def _disk_usage(image: Mapping[str, Any]) -> int:
     """
     totals = [manifest["Size"]["Total"] for manifest in image.get("Manifests") or ()]
     return sum(totals) or int(image["Size"])
-
-
-def _ignored(spec: BuildSpec) -> list[str]:
-    """The patterns of files that a build's context is sent without."""
-    own = spec.dockerfile.with_name(f"{spec.dockerfile.name}.dockerignore")
-    ignore = own if own.exists() else spec.context / ".dockerignore"
-    rules = ignore.read_text().splitlines() if ignore.exists() else []
-    return [rule.strip() for rule in rules if rule.strip() and not rule.startswith("#")]
 
 
 def _log_in(api: docker.APIClient, host: str, credentials: Credentials) -> None:

@@ -207,9 +207,6 @@ class Engine(Protocol):
         """
         ...
 
-    def context_files(self, spec: BuildSpec) -> list[str]:
-        """The files of a build's context, as its ``.dockerignore`` leaves them."""
-
     def volumes(self, labels: Mapping[str, str]) -> list[str]:
         """The names of all volumes with these labels."""
 
@@ -367,9 +364,6 @@ class TracedEngine:
 
     def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
         return self._engine.greet_registry(reference, credentials)
-
-    def context_files(self, spec: BuildSpec) -> list[str]:
-        return self._engine.context_files(spec)
 
     def volumes(self, labels: Mapping[str, str]) -> list[str]:
         return self._engine.volumes(labels)

@@ -13,15 +13,17 @@ import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from guix_tasks import paths
 from guix_tasks.pipes import read_file
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Iterator, Sequence
+
+T = TypeVar("T")
 
 WORTH_THREADS = 200
 """Files from which hashing several at once beats starting threads."""
@@ -49,28 +51,33 @@ def content_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def tree_digest(
-    root: Path, files: Iterable[str] | None = None, *, without: Collection[Path] = ()
-) -> str:
-    """The digest of a file, or of a folder: all of it, or some files by relative name.
+def list_digest(describe: Callable[[T], str], items: Sequence[T]) -> str:
+    """The digest of a list of items, each of which is described by a text."""
+    if len(items) < WORTH_THREADS:
+        return text_digest(*map(describe, items))
+    # Reading releases the interpreter, so several files are hashed at once.
+    with ThreadPoolExecutor() as pool:
+        return text_digest(*pool.map(describe, items))
 
-    ``without`` are folders that do not count, by their real paths.
+
+def tree_digest(root: Path, *, without: Collection[Path] = ()) -> str:
+    """The digest of a file, or of all that is in a directory.
+
+    Directories in ``without``, by their real paths, do not count.
     """
     if not root.is_dir():
         return file_digest(root)
-    names = sorted(_walk(root, without) if files is None else files)
-    if len(names) < WORTH_THREADS:
-        return text_digest(*(_entry(root, name) for name in names))
-    # Reading releases the interpreter, so several files are hashed at once.
-    with ThreadPoolExecutor() as pool:
-        return text_digest(*pool.map(lambda name: _entry(root, name), names))
+    return list_digest(partial(_entry, root), sorted(_walk(root, without)))
 
 
 def _walk(root: Path, without: Collection[Path]) -> Iterator[str]:
+    """The names of files, links and empty directories; those with files are in their names."""
     real = root.resolve()
     for folder, folders, names in os.walk(root):
         place = os.path.relpath(folder, root)
         folders[:] = [each for each in folders if real / place / each not in without]
+        if place != os.curdir and not folders and not names:
+            yield os.path.normpath(place)
         links = (each for each in folders if (Path(folder) / each).is_symlink())
         yield from (os.path.normpath(f"{place}/{name}") for name in (*names, *links))
 
@@ -90,7 +97,9 @@ def _file_digest(path: str) -> str:
     found = Path(path).stat()
     if found.st_size < WORTH_CACHING:
         return hashlib.sha256(read_file(Path(path))).hexdigest()
-    key = text_digest(path, str(found.st_size), str(found.st_mtime_ns), str(found.st_ino))
+    # The time of change, too: a tool that keeps the time of modification cannot set that.
+    state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    key = text_digest(path, *map(str, state))
     kept = paths.cache_home() / "digests" / key
     with suppress(OSError):
         return kept.read_text()

@@ -38,6 +38,7 @@ from guix_tasks.stages.pull import (
     misfit,
     pull_stage,
     stage_to_run,
+    uncompared_lock,
     wanted_text,
     write_lock,
 )
@@ -250,8 +251,11 @@ class Lifecycle:
             update=wishes.update,
             authenticate=not wishes.disable_authentication,
         )
-        if not wishes.update and lock_text(self._settings) and (changed := self._changed_program()):
-            raise UsageError(lock_misfits(self._settings, changed))
+        if not wishes.update and lock_text(self._settings):
+            if changed := self._changed_program():
+                raise UsageError(lock_misfits(self._settings, changed))
+            if not self._ledger.find("pull") and (line := uncompared_lock(self._settings)):
+                self._project.console.say(line)
         if self._settings.guix_channels_lock is None:
             self._project.console.say("pull: the channels float; GUIX_CHANNELS_LOCK would spare it")
         return stage

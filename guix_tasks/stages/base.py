@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from guix_tasks.annotations import BASE_DIGEST, BASE_NAME
+from guix_tasks.build_context import context_digest, context_entries
 from guix_tasks.engine import BuildSpec
 from guix_tasks.errors import UsageError
 from guix_tasks.fingerprint import file_digest, text_digest, tree_digest
@@ -12,7 +13,6 @@ from guix_tasks.work import IMAGE_FOLDER, network, platform_input
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from guix_tasks.engine import Engine, Image
     from guix_tasks.settings import Settings
@@ -64,7 +64,7 @@ def base_inputs(engine: Engine, settings: Settings, known: Mapping[str, str]) ->
     arguments = {name: text for name, text in spec.args.items() if name != BASE_INPUT}
     return {
         "Dockerfile": _dockerfile_digest(spec),
-        "build context": tree_digest(spec.context, _context_files(engine, settings, spec)),
+        "build context": _context_digest(settings, spec),
         "build arguments": text_digest(*sorted(f"{n}={text}" for n, text in arguments.items())),
         "image/": tree_digest(IMAGE_FOLDER),
         BASE_INPUT: _base_image(engine, settings, known.get(BASE_INPUT, "")),
@@ -80,17 +80,15 @@ def base_annotations(settings: Settings, inputs: Mapping[str, str]) -> dict[str,
     return {BASE_NAME: str(settings.base_image), **known}
 
 
-def _context_files(engine: Engine, settings: Settings, spec: BuildSpec) -> list[str]:
-    """The build's context without the lock, and the logs, which are written after it is made."""
-    lock = settings.guix_channels_lock
-    lock = lock.resolve() if lock else None
-    logs = settings.logs
+def _context_digest(settings: Settings, spec: BuildSpec) -> str:
+    """The digest of the build context without what is written after the base is made.
 
-    def stays(path: Path) -> bool:
-        return path != lock and logs.isdisjoint(path.parents)
-
-    files = engine.context_files(spec)
-    return [each for each in files if stays((spec.context / each).resolve())]
+    That is the lock, and logs.
+    """
+    without = set(settings.logs)
+    if lock := settings.guix_channels_lock:
+        without |= {lock.parent.resolve() / lock.name, lock.resolve()}
+    return context_digest(context_entries(spec.context, spec.dockerfile), without)
 
 
 def _arguments(settings: Settings) -> dict[str, str]:

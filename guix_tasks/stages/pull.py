@@ -119,6 +119,17 @@ def lock_misfits(settings: Settings, problem: str) -> str:
     )
 
 
+def uncompared_lock(settings: Settings) -> str | None:
+    """A line for a lock that cannot be compared, since ``GUIX_CHANNELS`` computes its channels."""
+    wanted = wanted_text(settings)
+    if not wanted or guix.is_literal(wanted) or not lock_text(settings):
+        return None
+    return (
+        f"pull: {settings.guix_channels_lock} holds, and cannot be compared with GUIX_CHANNELS, "
+        "which computes its channels; `inv pull --update` locks anew"
+    )
+
+
 def write_lock(settings: Settings, channels: str) -> bool:
     """Write what was pulled to ``GUIX_CHANNELS_LOCK``; whether that was not there yet.
 
@@ -145,18 +156,24 @@ def lock_text(settings: Settings) -> str | None:
     Raises ``UsageError`` where it cannot be read.
     """
     path = settings.guix_channels_lock
-    return _text("GUIX_CHANNELS_LOCK", path) if path and path.exists() else None
+    return _text("GUIX_CHANNELS_LOCK", path).strip() if path and path.exists() else None
 
 
 def wanted_text(settings: Settings) -> str | None:
-    """What ``GUIX_CHANNELS`` holds.  Raises ``UsageError`` where it cannot be read."""
+    """What ``GUIX_CHANNELS`` holds.
+
+    Raises ``UsageError`` if it cannot be read, or if Guile could not read it.
+    """
     path = settings.guix_channels
-    return _text("GUIX_CHANNELS", path) if path else None
+    text = _text("GUIX_CHANNELS", path) if path else None
+    if text and (error := guix.syntax_error(text)):
+        raise UsageError(f"{path}:{error[0]}: {error[1]}; correct this line")
+    return None if text is None else text.strip()
 
 
 def _text(name: str, path: Path) -> str:
     try:
-        return read_text(path).strip()
+        return read_text(path)
     except UnicodeDecodeError:
         raise UsageError(f"{name}: {path} is not UTF-8; write a channels file") from None
     except OSError as error:
@@ -167,26 +184,44 @@ def misfit(wanted: str | None, lock: str) -> str | None:
     """Why a lock is not one of these channels, or None.
 
     A channels file is a program, so only what it spells out can be compared: a channel it names
-    must be in the lock, from the same URL and at the commit that it asks for, if any.
+    must be in the lock, from the same URL and branch, trusted by the same introduction, and at
+    the commit that it asks for, if any.
     """
-    return next(_misfits(wanted or "", guix.channels(lock)), None)
+    return next(_misfits(wanted or "", lock), None)
 
 
-def _misfits(wanted: str, locked: dict[str, guix.Channel]) -> Iterator[str]:
-    asked = guix.channels(wanted)
+def _misfits(wanted: str, lock: str) -> Iterator[str]:
+    if error := guix.syntax_error(lock):
+        yield f"in line {error[0]}, {error[1]}"
+    asked, locked = guix.channels(wanted), guix.channels(lock)
     if not locked:
         yield "it names no channel"
     for name, channel in asked.items():
         if name not in locked:
             yield f"it lacks the channel {name}"
-            continue
-        other = locked[name]
-        if channel.url != other.url:
-            yield f"{name} is from {other.url}, not from {channel.url}"
-        if channel.commit not in (None, other.commit):
-            yield f"{name} is at {other.commit}, not at {channel.commit}"
-        if channel.branch and other.branch not in (None, channel.branch):
-            yield f"{name} is of the branch {other.branch}, not of {channel.branch}"
+        else:
+            yield from _differences(channel, locked[name])
     surplus = locked.keys() - asked.keys()
     if surplus and guix.is_literal(wanted):
         yield f"it has the channel {min(surplus)}"
+
+
+def _differences(asked: guix.Channel, locked: guix.Channel) -> Iterator[str]:
+    name = asked.name
+    if asked.url != locked.url:
+        yield f"{name} is from {locked.url}, not from {asked.url}"
+    if asked.commit not in (None, locked.commit):
+        yield f"{name} is at {locked.commit}, not at {asked.commit}"
+    computed = asked.computed | locked.computed
+    wanted, there = (each.branch or guix.DEFAULT_BRANCH for each in (asked, locked))
+    if wanted != there and "branch" not in computed:
+        yield f"{name} is of the branch {there}, not of {wanted}"
+    if asked.introduction != locked.introduction and "introduction" not in computed:
+        yield f"{name} {_trust(locked)}, and in GUIX_CHANNELS {_trust(asked)}"
+
+
+def _trust(channel: guix.Channel) -> str:
+    found = channel.introduction
+    if found is None:
+        return "has no introduction"
+    return f"is introduced by commit {found.commit} of key {found.fingerprint.upper()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from guix_tasks.ledger import KEY_LABEL
 
 if TYPE_CHECKING:
     from conftest import NewProject
-    from harness import Docker, Project
+    from harness import Docker, Project, Workshop
 
 pytestmark = pytest.mark.engine
 
@@ -60,6 +61,56 @@ def test_a_lock_of_other_channels_names_update(project: Project) -> None:
         refused = project.inv("pull")
     assert refused.returncode == 2
     assert "inv pull --update" in refused.stderr
+
+
+CHANNEL_CHANGES = {
+    "branch": (
+        r"(\(name .offline\))", r'\1 (branch "next")', "is of the branch master, not of next",
+    ),
+    "key": (
+        r'(openpgp-fingerprint\s+")....', r"\g<1>0000", "and in GUIX_CHANNELS is introduced by",
+    ),
+    "first commit": (
+        r'(make-channel-introduction\s+")....', r"\g<1>0000", "introduced by commit 0000",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "expected"), CHANNEL_CHANGES.values(), ids=CHANNEL_CHANGES
+)
+def test_change_of_the_channels_is_refused_until_the_lock_is_updated(
+    project: Project, workshop: Workshop, pattern: str, replacement: str, expected: str
+) -> None:
+    text = (workshop.offline / "channels.scm").read_text()
+    channels = project.folder / "channels.scm"
+    channels.write_text(text)
+    project.set(GUIX_CHANNELS="channels.scm")
+    assert "pull: up to date" in project.ok("pull").stderr
+    changed = re.sub(pattern, replacement, text)
+    assert changed != text
+    channels.write_text(changed)
+    assert "GUIX_CHANNELS changed" in project.ok("status").stdout
+    with project.unharmed():
+        refused, push = project.inv("pull"), project.inv("push")
+    assert (refused.returncode, push.returncode) == (2, 2)
+    assert expected in refused.stderr
+    assert "`inv pull --update` locks anew" in refused.stderr
+    assert "GUIX_CHANNELS changed" in push.stderr
+
+
+def test_channels_with_an_open_parenthesis_are_an_error_everywhere(
+    project: Project, workshop: Workshop
+) -> None:
+    text = (workshop.offline / "channels.scm").read_text().rstrip()
+    (project.folder / "channels.scm").write_text(f"\n{text[:-1]}\n")
+    project.set(GUIX_CHANNELS="channels.scm")
+    with project.unharmed():
+        for task in ("pull", "status", "push"):
+            result = project.inv(task)
+            assert result.returncode == 2, task
+            assert f"{project.folder / 'channels.scm'}:2: ( is not closed" in result.stderr
+            assert "Traceback" not in result.stderr
 
 
 @pytest.mark.both_stores

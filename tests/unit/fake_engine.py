@@ -255,7 +255,7 @@ def _counted(
 
 
 READING = frozenset(
-    {"info", "image", "containers", "remote_digest", "greet_registry", "context_files", "volumes"}
+    {"info", "image", "containers", "remote_digest", "greet_registry", "volumes"}
     | {"layers", "save", "unnamed", "wait", "copy_out"}
 )
 """The calls that change nothing."""
@@ -410,18 +410,6 @@ class FakeEngine:
         if self.registry.refusal:
             raise RegistryError(f"cannot ask for {reference}: {self.registry.refusal}")
         return self.about.product != "Podman" or credentials is not None
-
-    @_counted
-    def context_files(self, spec: BuildSpec) -> list[str]:
-        """All files, but for those that ``.dockerignore`` names."""
-        ignore = spec.context / ".dockerignore"
-        rules = ignore.read_text().split() if ignore.exists() else []
-        found = [
-            str(path.relative_to(spec.context))
-            for path in spec.context.rglob("*")
-            if path.is_symlink() or not path.is_dir()
-        ]
-        return [name for name in found if not any(Path(name).match(rule) for rule in rules)]
 
     @_counted
     def volumes(self, labels: Mapping[str, str]) -> list[str]:

@@ -158,6 +158,14 @@ def test_a_base_image_that_is_not_to_be_had_is_named(stub: Path, why: str) -> No
     assert "\n" not in str(caught.value)
 
 
+def test_name_that_is_not_utf8_is_explained(stub: Path) -> None:
+    why = "grpc: failed to unmarshal the received message: string field contains invalid UTF-8"
+    (stub.parent / "log").write_text(f"ERROR: failed to solve: Internal: {why}\n")
+    with pytest.raises(BuilderError, match=r"^a name in BUILD_CONTEXT is not UTF-8, ") as caught:
+        build(stub, spec(), status="1")
+    assert str(caught.value).endswith("; rename the file, or name it in .dockerignore")
+
+
 def test_a_build_that_is_interrupted_is_stopped(stub: Path) -> None:
     stub.write_text("#!/bin/sh\necho $$ >&2\nexec sleep 60\n")
     seen: list[int] = []

@@ -228,7 +228,6 @@ def test_everything_is_handed_on(made: Site) -> None:
     plain.make_image({}, {"/x": b""}, tag="base:1")
     assert engine.info() == plain.info()
     assert engine.image(IMAGE) == plain.image(IMAGE)
-    assert engine.context_files(spec) == ["file"]
     assert engine.remote_digest(BASE_IMAGE) == plain.remote_digest(BASE_IMAGE)
     engine.make_volume("v", {"a": "b"})
     assert engine.volumes({"a": "b"}) == ["v"]

@@ -72,15 +72,31 @@ def test_a_tree_is_its_names_and_contents(
     assert (digest == tree_digest(plant(folder / "other", other))) == (one == other)
 
 
-def test_only_the_files_that_are_named_count(tmp_path: Path) -> None:
-    folder = plant(tmp_path / "x", {"a": b"1", "b": b"2"})
-    before = tree_digest(folder, ["a"])
-    assert tree_digest(folder, ["b"]) != before
-    assert tree_digest(folder, ["a", "b"]) == tree_digest(folder, ["b", "a"]) == tree_digest(folder)
-    (folder / "b").write_bytes(b"3")
-    forget()
-    assert tree_digest(folder, ["a"]) == before
-    assert tree_digest(folder, []) == tree_digest(plant(tmp_path / "empty", {}))
+def test_empty_directory_counts(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "x", {"a": b"1"})
+    before = tree_digest(folder)
+    (folder / "deep").mkdir()
+    empty = tree_digest(folder)
+    assert empty != before
+    (folder / "deep" / "er").mkdir()
+    assert tree_digest(folder) not in (before, empty)
+
+
+def test_link_to_a_directory_counts_by_its_target(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "x", {"one/a": b"1", "two/a": b"1"})
+    (folder / "current").symlink_to("one")
+    before = tree_digest(folder)
+    (folder / "current").unlink()
+    (folder / "current").symlink_to("two")
+    assert tree_digest(folder) != before
+
+
+def test_directory_left_out_does_not_count(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "x", {"a": b"1"})
+    before = tree_digest(folder, without=[folder / "logs"])
+    plant(folder / "logs", {"one": b"1"})
+    assert tree_digest(folder, without=[folder / "logs"]) == before
+    assert tree_digest(folder) != before
 
 
 def test_a_mode_counts_where_it_makes_a_program(tmp_path: Path) -> None:
@@ -154,6 +170,15 @@ def test_a_large_file_is_not_read_twice(large: Path, cache: Path) -> None:
     found.write_text("from the cache")
     forget()
     assert file_digest(large) == "from the cache"
+
+
+def test_a_large_file_that_keeps_size_and_time_is_read_again(large: Path) -> None:
+    os.utime(large, ns=(1, 1))
+    digest = file_digest(large)
+    large.write_bytes(b"9876543210")
+    os.utime(large, ns=(1, 1))
+    forget()
+    assert file_digest(large) != digest
 
 
 @pytest.mark.parametrize("content", [b"9876543210", b"0123456789+"])

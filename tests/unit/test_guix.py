@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from guix_tasks import guix
-from guix_tasks.guix import Channel
+from guix_tasks.guix import Channel, Introduction
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -205,6 +205,10 @@ INTRODUCTION = """(introduction
             (openpgp-fingerprint
               "BBB0 2DDF 2CEA F6A8 0D1D  E643 A2A0 6DF2 A33A 54FA")))"""
 
+INTRODUCED = Introduction(
+    "9edb3f66fd807b096b48283debdcddccfea34bad", "bbb02ddf2ceaf6a80d1de643a2a06df2a33a54fa"
+)
+
 DESCRIBED = f"""(list (channel
         (name 'guix)
         (url "https://git.guix.gnu.org/guix.git")
@@ -222,7 +226,7 @@ DESCRIBED = f"""(list (channel
 
 def test_what_guix_describe_prints() -> None:
     assert guix.channels(DESCRIBED) == {
-        "guix": Channel("guix", "https://git.guix.gnu.org/guix.git", "master", COMMIT),
+        "guix": Channel("guix", "https://git.guix.gnu.org/guix.git", "master", COMMIT, INTRODUCED),
         "nonguix": Channel("nonguix", "https://gitlab.com/nonguix/nonguix", None, COMMIT[::-1]),
     }
     assert guix.commits(DESCRIBED) == {"guix": COMMIT, "nonguix": COMMIT[::-1]}
@@ -235,13 +239,69 @@ LITERAL = {
     "lines": '(channel\n\t(name \'a)\n  (url\n "u"))',
     "in a program": '(cons* (channel (name \'a) (url "u")) %default-channels)',
     "a comment": '; (channel (name \'b) (url "v"))\n(channel (name \'a) ; the first\n (url "u"))',
-    "an introduction": f'(channel (name \'a) (url "u") {INTRODUCTION})',
+    "a block comment": '#| (channel (name \'b) #| (url |# "v") |#(channel (name \'a) (url "u"))',
+    "a character": '(list #\\( #\\; (channel (name \'a) (url "u")))',
 }
 
 
 @pytest.mark.parametrize("text", LITERAL.values(), ids=LITERAL)
 def test_a_channel_that_is_spelled_out(text: str) -> None:
     assert guix.channels(text) == {"a": Channel("a", "u")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (INTRODUCTION, INTRODUCED),
+        (INTRODUCTION.replace("BBB0 2DDF", "bbb02d\n df"), INTRODUCED),
+        ("", None),
+        ("(introduction #f)", None),
+    ],
+)
+def test_introduction_is_commit_and_key(fields: str, expected: Introduction | None) -> None:
+    (found,) = guix.channels(f'(list (channel (name \'a) (url "u") {fields}))').values()
+    assert (found.introduction, found.computed) == (expected, frozenset())
+
+
+def test_channel_of_guix_has_the_introduction_that_is_built_in() -> None:
+    text = '(list (channel (name \'guix) (url "https://git.guix.gnu.org/guix.git")))'
+    assert guix.channels(text)["guix"].introduction == INTRODUCED
+    assert guix.channels(text.replace("gnu.org", "x.test"))["guix"].introduction is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "computed"),
+    [
+        ("(branch %branch)", {"branch"}),
+        ('(commit (getenv "C"))', {"commit"}),
+        ("(introduction %mine)", {"introduction"}),
+        ('(introduction (make-channel-introduction "c" %key))', {"introduction"}),
+        ("(inherit %other)", {"branch", "commit", "introduction"}),
+        ('(inherit %other) (branch "b")', {"commit", "introduction"}),
+    ],
+)
+def test_field_that_is_computed_is_unknown(fields: str, computed: set[str]) -> None:
+    text = f'(list (channel (name \'a) (url "u") {fields}))'
+    assert guix.channels(text)["a"].computed == computed
+    assert not guix.is_literal(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (DESCRIBED, None),
+        ("", None),
+        ('(a [b] #\\( #\\) "(\\"" ; (\n #| ( #| ( |# |# #;(b))', None),
+        ("(list\n (a\n (b)", (2, "( is not closed")),
+        ("(list (a)))", (1, "unexpected )")),
+        ("\n(list (a])", (2, "unexpected ]")),
+        ("(list\n [a)", (2, "unexpected )")),
+        ('(a\n "b)', (2, "the string is not closed")),
+        ("(a\n\n#| #| |#)", (3, "the comment is not closed")),
+    ],
+)
+def test_syntax_error_has_its_line(text: str, expected: tuple[int, str] | None) -> None:
+    assert guix.syntax_error(text) == expected
 
 
 def test_a_semicolon_in_an_address_is_no_comment() -> None:

@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from guix_tasks import fingerprint, work
 from guix_tasks.annotations import BASE_DIGEST
 from guix_tasks.engine import Image
+from guix_tasks.errors import UsageError
 from guix_tasks.ledger import (
     HAND_MADE,
     INPUTS_LABEL,
@@ -337,6 +338,12 @@ CHANGES = (
         ("base",),
         "build context",
     ),
+    Change(
+        "a file that others may write",
+        lambda s, t: (s.folder / "context/file").chmod(0o666),
+        ("base",),
+        "build context",
+    ),
     Change("where a link leads", link, ("base",), "build context"),
     Change("a build argument", set_to("BUILD_ARGS", "A={}"), ("base",), "build arguments"),
     Change("its name", set_to("BUILD_ARGS", "{}=1"), ("base",), "build arguments"),
@@ -503,7 +510,7 @@ def shuffle(site: Site) -> None:
 NEUTRAL: dict[str, Callable[[Site], object]] = {
     "times": touch,
     "order": shuffle,
-    "writable by the group": lambda site: (site.folder / "context/file").chmod(0o664),
+    "writable by the group": lambda site: (site.folder / "mounted/file").chmod(0o664),
     "substitute servers": lambda site: site.env.update(GUIX_SUBSTITUTE_URLS="https://s.test"),
     "network": lambda site: site.env.update(NETWORK="host"),
     "cores": lambda site: site.env.update(GUIX_CORES="3", GUIX_MAX_JOBS="2"),
@@ -673,6 +680,28 @@ def test_what_dockerignore_names_is_no_part_of_the_key(site: Site) -> None:
     before = site.keys()["base"]
     site.write("context/a.log", "x")
     assert site.keys()["base"] == before
+
+
+@pytest.mark.parametrize(
+    ("rules", "name"),
+    [
+        ("build\n", "Build/a.txt"),
+        ("*\n!**/*.py\n", "src/app/mod.py"),
+        ("readme.md\n", "README.md"),
+        ("[a-c]\n", "d"),
+    ],
+)
+def test_what_dockerignore_leaves_is_part_of_the_key(site: Site, rules: str, name: str) -> None:
+    site.write("context/.dockerignore", rules)
+    before = site.keys()["base"]
+    site.write(f"context/{name}", "x")
+    assert site.keys()["base"] != before
+
+
+def test_dockerignore_that_is_malformed_is_an_error_with_its_line(site: Site) -> None:
+    site.write("context/.dockerignore", "a\n[\n")
+    with pytest.raises(UsageError, match=r"context/\.dockerignore:2: malformed pattern \["):
+        site.make("base")
 
 
 def test_labels_of_stage_say_its_key(made: Site) -> None:

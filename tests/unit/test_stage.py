@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import signal
 import threading
 from contextlib import suppress
@@ -17,6 +18,7 @@ from fake_engine import (
     CHANNELS,
     COMMITS,
     IMAGE,
+    INTRODUCTION,
     PROFILE,
     READING,
     STEADY,
@@ -489,7 +491,17 @@ def test_update_with_nothing_new_commits_nothing(made: Site) -> None:
     assert made.why("install") is None
 
 
+GUIX = channel("guix", "https://guix.test")
+OTHER_KEY = GUIX.replace("ABCD", "0000", 1)
+OTHER_COMMIT = GUIX.replace("1" * 40, NEW)
+
 MISFITS = {
+    "another branch": (
+        f'(channel (name \'guix) (url "https://guix.test") (branch "b") {INTRODUCTION})',
+        "is of the branch master, not of b",
+    ),
+    "another key": (OTHER_KEY, "guix is introduced by commit"),
+    "another first commit": (OTHER_COMMIT, f"in GUIX_CHANNELS is introduced by commit {NEW}"),
     "another channel": (channel("mine", "https://m.test"), "it lacks the channel mine"),
     "another address": (channel("guix", "https://fork.test"), "not from https://fork.test"),
     "another commit": (channel("guix", "https://guix.test", NEW), f"not at {NEW}"),
@@ -506,11 +518,44 @@ def test_a_lock_that_does_not_fit_names_update(made: Site, asked: str, said: str
     assert "`inv pull --update`" in str(caught.value)
 
 
+@pytest.mark.parametrize("asked", [asked for asked, _ in MISFITS.values()], ids=MISFITS)
+def test_lock_that_does_not_fit_makes_pull_stale(made: Site, asked: str) -> None:
+    made.write("channels.scm", f"(list {asked})\n")
+    assert (made.why("pull") or "").startswith("GUIX_CHANNELS changed (")
+    assert (made.why("install") or "").startswith("pull: GUIX_CHANNELS changed (")
+
+
+@pytest.mark.parametrize("text", ["(list\n (channel", "(list))"])
+def test_channels_that_guile_cannot_read_are_an_error_with_their_line(
+    made: Site, text: str
+) -> None:
+    made.write("channels.scm", f"; mine\n{text}\n")
+    line = made.folder / f"channels.scm:{text.count(chr(10)) + 2}: "
+    for stage in ("pull", "install"):
+        with pytest.raises(UsageError, match=re.escape(str(line))):
+            made.why(stage)
+    for update in (False, True):
+        with pytest.raises(UsageError, match=re.escape(str(line))):
+            made.make("pull", update=update)
+
+
+def test_lock_that_guile_cannot_read_names_its_line(made: Site) -> None:
+    made.lock.write_text(f"{made.lock.read_text()})")
+    with pytest.raises(UsageError, match=r"in line 2, unexpected \); `inv pull --update`"):
+        made.make("pull")
+    made.make("pull", update=True)
+    assert made.why("pull") is None
+
+
 def test_update_mends_a_lock_that_does_not_fit(made: Site) -> None:
     asked = (channel("guix", "https://guix.test"), channel("mine", "https://m.test"))
     made.write("channels.scm", f"(list {' '.join(asked)})\n")
     made.make("pull", update=True)
     assert COMMITS["mine"] in made.lock.read_text()
+
+
+def introduced(commit: str = "1", key: str = "AB") -> str:
+    return f'(make-channel-introduction "{commit}" (openpgp-fingerprint "{key}"))'
 
 
 def spelled(**fields: str) -> str:
@@ -524,7 +569,46 @@ def spelled(**fields: str) -> str:
         (spelled(), spelled(commit='"a"'), None),
         (None, spelled(commit='"a"'), None),
         (spelled(branch='"b"'), spelled(branch='"b"', commit='"a"'), None),
-        (spelled(branch='"b"'), spelled(commit='"a"'), None),
+        (spelled(branch='"b"'), spelled(commit='"a"'), "guix is of the branch master, not of b"),
+        (spelled(), spelled(branch='"b"'), "guix is of the branch b, not of master"),
+        (spelled(branch='"master"'), spelled(), None),
+        (spelled(), spelled(branch='"master"'), None),
+        (spelled(branch="%branch"), spelled(branch='"b"'), None),
+        (spelled(commit="%commit"), spelled(commit='"a"'), None),
+        (spelled(introduction=introduced()), spelled(introduction=introduced()), None),
+        (
+            spelled(introduction=introduced("AB", "CDEF")),
+            spelled(introduction=introduced("ab", "cd ef")),
+            None,
+        ),
+        (
+            spelled(introduction=introduced("1a")),
+            spelled(introduction=introduced("2b")),
+            (
+                "guix is introduced by commit 2b of key AB, and in GUIX_CHANNELS is introduced by "
+                "commit 1a of key AB"
+            ),
+        ),
+        (
+            spelled(introduction=introduced(key="AB")),
+            spelled(introduction=introduced(key="CD")),
+            (
+                "guix is introduced by commit 1 of key CD, and in GUIX_CHANNELS is introduced by "
+                "commit 1 of key AB"
+            ),
+        ),
+        (
+            spelled(introduction=introduced()),
+            spelled(),
+            "guix has no introduction, and in GUIX_CHANNELS is introduced by commit 1 of key AB",
+        ),
+        (
+            spelled(),
+            spelled(introduction=introduced()),
+            "guix is introduced by commit 1 of key AB, and in GUIX_CHANNELS has no introduction",
+        ),
+        (spelled(introduction="%mine"), spelled(introduction=introduced()), None),
+        (spelled(), f"{spelled()})", "in line 1, unexpected )"),
         ("%default-channels", spelled(commit='"a"'), None),
         (spelled(branch='"b"'), spelled(branch='"c"'), "guix is of the branch c, not of b"),
         (spelled(commit='"b"'), spelled(commit='"a"'), "guix is at a, not at b"),
@@ -542,6 +626,16 @@ NOT_LITERAL = {
     "inherited": '(list (channel (inherit %default-guix-channel) (url "https://guix.test")))',
     "computed": f'(cons {channel("mine", "https://m.test")} (load "others.scm"))',
 }
+
+
+@pytest.mark.parametrize("text", NOT_LITERAL.values(), ids=NOT_LITERAL)
+def test_lock_of_computed_channels_is_named_on_a_fresh_machine(site: Site, text: str) -> None:
+    site.write("channels.scm", text)
+    site.lock.write_text(LOCKED + channel("mine", "https://m.test", NEW))
+    site.engine.guix.evaluate = lambda _text: site.lock.read_text()
+    said = site.make("pull")
+    assert "holds, and cannot be compared with GUIX_CHANNELS" in said
+    assert "`inv pull --update` locks anew" in said
 
 
 @pytest.mark.parametrize("text", NOT_LITERAL.values(), ids=NOT_LITERAL)

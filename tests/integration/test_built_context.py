@@ -1,0 +1,320 @@
+"""What the key takes for the build context is what a real build copies, for random trees."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import stat
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from guix_tasks import docker_engine, fingerprint
+from guix_tasks.build_context import context_digest, context_entries
+from guix_tasks.engine import BuildSpec
+from guix_tasks.errors import BuilderError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from random import Random
+
+    from soak import Soak
+
+    from guix_tasks.build_context import Entry
+    from guix_tasks.docker_engine import DockerEngine
+
+pytestmark = pytest.mark.engine
+
+NAMES = [
+    "a", "b", "A", "ab", "a.py", "b.txt", ".x", "é", "[a]", "a|b", "b^", "a b", "n\nl", "a{2}",
+]  # fmt: skip
+PARTS = [
+    "*", "**", "?", "a*", "*.py", "[ab]", "[^a]", "[a-b]*", "a?", "**b", "a**", r"\[a\]", r"\**",
+    "a|b*", "a{2}*", ".", "..", "{a,b}", "é*", "^a*", "[*]",
+]  # fmt: skip
+MALFORMED = ["[", "!", "[]a]", "[b-a]", "a[", "\\", "[-x]"]
+
+DOCKERFILE = "FROM scratch\nARG NUMBER\nLABEL number=$NUMBER\nCOPY . /ctx/\n"
+
+Content = tuple[str, int, "bytes | str", frozenset[str]]
+"""Type, mode, content or target of a link, and all names of the file within the context."""
+
+
+@dataclass
+class Tree:
+    """A build context at random."""
+
+    root: Path
+    random: Random
+    classic: bool
+    """For the engine's own builder, which keeps names that are not UTF-8, and no setgid bit."""
+
+    @property
+    def dockerfile(self) -> Path:
+        return self.root / "Dockerfile"
+
+    def plant(self) -> None:
+        self.root.mkdir()
+        self.dockerfile.write_text(DOCKERFILE)
+        for _ in range(self.random.randint(3, 14)):
+            self.add()
+        self.write_rules()
+
+    def write_rules(self) -> None:
+        for name in (".dockerignore", "Dockerfile.dockerignore"):
+            (self.root / name).unlink(missing_ok=True)
+        name = self.random.choice([".dockerignore", ".dockerignore", "Dockerfile.dockerignore"])
+        lines = [self.rule() for _ in range(self.random.randint(0, 6))]
+        (self.root / name).write_text("\n".join(lines), encoding="utf-8")
+
+    def rule(self) -> str:
+        if self.random.random() < 0.01:
+            return self.random.choice(MALFORMED)
+        parts = [
+            self.random.choice(PARTS if self.random.random() < 0.5 else NAMES).partition("\n")[0]
+            for _ in range(self.random.choice([1, 1, 1, 2, 2, 3]))
+        ]
+        before = self.random.choice(["", "", "", "!", "!", "/", "!/", " ", "! ", "./", "#"])
+        return before + "/".join(parts) + self.random.choice(["", "", "", "/", " ", "\r"])
+
+    def directories(self) -> list[Path]:
+        return [self.root, *(each for each in self.paths() if is_directory(each))]
+
+    def paths(self) -> list[Path]:
+        found = (Path(each) / name for each, folders, files in os.walk(self.root)
+                 for name in (*folders, *files))  # fmt: skip
+        kept = {"Dockerfile", ".dockerignore", "Dockerfile.dockerignore"}
+        return sorted(each for each in found if each.name not in kept)
+
+    def new_path(self) -> Path:
+        name = self.random.choice(NAMES)
+        if self.classic and self.random.random() < 0.1:
+            name = "n\udcff"
+        return self.random.choice(self.directories()) / name
+
+    def add(self) -> None:
+        path = self.new_path()
+        if os.path.lexists(path):
+            return
+        kind = self.random.choice(["file"] * 5 + ["directory"] * 4 + ["link"] * 2 + ["hard"] * 2
+                                  + ["pipe", "socket"])  # fmt: skip
+        files = [each for each in self.paths() if stat.S_ISREG(each.lstat().st_mode)]
+        if kind == "file":
+            path.write_text(self.random.choice(["", "1", "2", "three"]))
+        elif kind == "directory":
+            path.mkdir()
+        elif kind == "link":
+            path.symlink_to(self.random.choice([*NAMES, "../a", "./a//b", "/etc", "."]))
+        elif kind == "hard" and files:
+            os.link(self.random.choice(files), path)
+        elif kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "socket":
+            bind(path)
+        if os.path.lexists(path) and self.random.random() < 0.4:
+            self.change_mode(path)
+
+    def change_mode(self, path: Path) -> None:
+        if not path.is_symlink():
+            own = 0o700 if path.is_dir() else 0o600
+            mode = own | self.random.choice([0, 0o4, 0o44, 0o66, 0o55, 0o111, 0o1022, 0o2050])
+            path.chmod(mode if path.is_dir() or not self.classic else mode & 0o1777)
+
+    def edit(self) -> str:
+        """Change one thing, which the build may see or not."""
+        paths = self.paths()
+        kind = self.random.choice(["add", "remove", "mode", "content", "rename", "time", "rules"])
+        path = self.random.choice(paths) if paths else self.root
+        if kind == "add" or not paths:
+            self.add()
+        elif kind == "remove":
+            shutil.rmtree(path) if is_directory(path) else path.unlink()
+        elif kind == "mode":
+            self.change_mode(path)
+        elif kind == "content" and stat.S_ISREG(path.lstat().st_mode):
+            path.write_text(f"edited {self.random.random()}")
+        elif kind == "rename":
+            target = self.new_path()
+            if not os.path.lexists(target) and path not in target.parents:
+                path.rename(target)
+        elif kind == "time":
+            os.utime(path, (1, 1), follow_symlinks=False)
+        elif kind == "rules":
+            self.write_rules()
+        return f"{kind} {path.relative_to(self.root)}"
+
+    def described(self) -> str:
+        """The tree and its rules, for who looks into a failure."""
+        rules = {name: (self.root / name).read_bytes() for name in
+                 (".dockerignore", "Dockerfile.dockerignore")
+                 if (self.root / name).exists()}  # fmt: skip
+        entries = [
+            f"{each.lstat().st_mode:o} {each.relative_to(self.root)}" for each in self.paths()
+        ]
+        return f"{rules} {entries}"
+
+
+def is_directory(path: Path) -> bool:
+    return stat.S_ISDIR(path.lstat().st_mode)
+
+
+def bind(path: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{folder}/s")  # the name of a socket may not be long
+        Path(folder, "s").rename(path)
+
+
+def grouped(found: dict[str, Content], links: dict[str, str]) -> dict[str, Content]:
+    """Give every name of a file what its first one has."""
+    names: dict[str, set[str]] = {}
+    for name, target in links.items():
+        names.setdefault(target, {target}).add(name)
+    whole = dict(found)
+    for target, group in names.items():
+        kind, mode, content, _ = found[target]
+        whole |= dict.fromkeys(group, (kind, mode, content, frozenset(group)))
+    return whole
+
+
+def expected(entries: list[Entry]) -> dict[str, Content]:
+    found, links = dict[str, Content](), dict[str, str]()
+    for each in entries:
+        kind = "bcd-lp"[[stat.S_IFBLK, stat.S_IFCHR, stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK,
+                         stat.S_IFIFO].index(stat.S_IFMT(each.mode))]  # fmt: skip
+        if kind == "-" and each.target:
+            links[each.name] = each.target
+            continue
+        content = each.path.read_bytes() if each.has_content else each.target
+        found[each.name] = kind, stat.S_IMODE(each.mode), content or b"", frozenset()
+    return grouped(found, links)
+
+
+KINDS = {tarfile.DIRTYPE: "d", tarfile.REGTYPE: "-", tarfile.SYMTYPE: "l", tarfile.FIFOTYPE: "p"}
+
+
+def built(engine: DockerEngine, image: str) -> dict[str, Content]:
+    """What is below ``/ctx`` in an image."""
+    found, links = dict[str, Content](), dict[str, str]()
+    with tempfile.TemporaryFile() as file:
+        file.writelines(engine.save(image))
+        file.seek(0)
+        with tarfile.open(fileobj=file) as archive:
+            manifest = archive.extractfile("manifest.json")
+            assert manifest
+            for name in json.load(manifest)[0]["Layers"]:
+                layer = archive.extractfile(name)
+                with tarfile.open(fileobj=layer) as tar:
+                    for each in tar:
+                        inside = each.name.removeprefix("ctx").removeprefix("/")
+                        if each.islnk():
+                            links[inside] = each.linkname.removeprefix("ctx/")
+                        elif inside:
+                            content = tar.extractfile(each) if each.isfile() else None
+                            text = content.read() if content else each.linkname or b""
+                            found[inside] = KINDS[each.type], each.mode, text, frozenset()
+    return grouped(found, links)
+
+
+class Builds:
+    """Builds of one builder, whose images are removed."""
+
+    def __init__(self, engine: DockerEngine) -> None:
+        self.engine = engine
+        self.images: set[str] = set()
+        self.refusal = ""
+
+    def build(self, tree: Tree) -> dict[str, Content] | None:
+        """What a build copies; None if it fails.
+
+        No cache may answer: both builders take a copy from theirs if the mode of a directory is
+        all that changed.  BuildKit has another one for each place of a context, and the engine's
+        own builder one for each label.
+        """
+        number = secrets.token_hex(8)
+        tree.root = tree.root.rename(tree.root.with_name(number))
+        arguments = {"NUMBER": number}
+        spec = BuildSpec(tree.root, tree.dockerfile, arguments)
+        try:
+            image = self.engine.build(spec, lambda _: None)
+        except (BuilderError, UsageError) as error:
+            self.refusal = str(error)
+            return None
+        self.images.add(image)
+        return built(self.engine, image)
+
+
+@pytest.fixture(params=["buildx", "classic"])
+def builds(
+    request: pytest.FixtureRequest, engine: DockerEngine, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Builds]:
+    if request.param == "classic":
+        monkeypatch.setattr(docker_engine, "find_buildx", lambda *_: None)
+    elif docker_engine.find_buildx(os.environ, engine.address) is None:
+        pytest.skip("buildx is not on this machine")
+    made = Builds(engine)
+    yield made
+    for image in made.images:
+        engine.drop(image)
+
+
+def look(tree: Tree) -> tuple[dict[str, Content] | None, str]:
+    """What the key sees, and the key; None for a malformed ignore file."""
+    fingerprint._file_digest.cache_clear()
+    try:
+        entries = context_entries(tree.root, tree.dockerfile)
+    except UsageError:
+        return None, ""
+    return expected(entries), context_digest(entries)
+
+
+@pytest.mark.soak
+def test_key_sees_what_the_builder_sees(
+    builds: Builds, request: pytest.FixtureRequest, soak: Soak, tmp_path: Path
+) -> None:
+    name = str(request.node.callspec.params["builds"])
+    classic = name == "classic"
+    random = soak.chance(f"build contexts {name}")
+    tried = changed = malformed = 0
+    for number in range(soak.times(5, 400)):
+        tree = Tree(tmp_path / f"{number}", random, classic)
+        tree.plant()
+        edits: list[str] = []
+        before: tuple[dict[str, Content] | None, str] | None = None
+        for _ in range(3):
+            seen, key = look(tree)
+            if classic and seen == {}:
+                break  # such a builder has nothing to copy then, and fails
+            copied = builds.build(tree)
+            about = f"--seed={soak.seed}, tree {number}, {edits}: {tree.described()}"
+            assert copied == seen, f"{about}: {builds.refusal}"
+            if before:
+                assert (key != before[1]) == (copied != before[0]), about
+                changed += key != before[1]
+            tried, malformed = tried + 1, malformed + (seen is None)
+            before = copied, key
+            edits.append(tree.edit())
+        shutil.rmtree(tree.root)
+    soak.tell(
+        f"a key sees what the builder sees ({name})",
+        f"{tried} builds of random trees, {changed} that changed, {malformed} malformed",
+    )
+
+
+@pytest.mark.parametrize("builds", ["buildx"], indirect=True)
+def test_mode_of_a_directory_reaches_the_next_image(builds: Builds, tmp_path: Path) -> None:
+    """BuildKit alone would not notice it, in what it keeps of the same context."""
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /ctx/\n")
+    spec = BuildSpec(tmp_path, tmp_path / "Dockerfile")
+    for mode in (0o755, 0o1777, 0o700):
+        (tmp_path / "spool").chmod(mode)
+        image = builds.engine.build(spec, lambda _: None)
+        builds.images.add(image)
+        assert built(builds.engine, image)["spool"][1] == mode
