@@ -51,7 +51,8 @@ from guix_tasks.builders import (
     needed_syntax,
     refuse_platform,
 )
-from guix_tasks.buildx import Builder, csv_field, signed_in
+from guix_tasks.buildx import Builder, csv_field, refuse_without_accounts, with_accounts
+from guix_tasks.credentials import accounts_for, credentials_for, remote_digest
 from guix_tasks.digests import Pushed, save
 from guix_tasks.errors import BuilderError, StageError, UsageError
 from guix_tasks.fetching import agent_socket, by_ssh, programs
@@ -63,7 +64,6 @@ from guix_tasks.stage import STAGE_TRIES, build_log, stage_files
 from guix_tasks.stages.base import base_spec, other_platform
 from guix_tasks.stages.install import install_stage
 from guix_tasks.stages.pull import lock_text, pull_stage, stage_to_run, wanted_text, write_lock
-from guix_tasks.transfer import credentials
 from guix_tasks.watch import Steps
 from guix_tasks.wording import human_size, human_time
 from guix_tasks.work import IMAGE_FOLDER, cache_prefix, network, project_digest
@@ -121,15 +121,15 @@ def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
     else:
         stage_to_run(settings, update=wishes.update, authenticate=wishes.authenticate)
     _refuse(project, wishes)
+    accounts = accounts_for(project.engine, settings)
+    if settings.buildx_output is Output.REGISTRY:
+        refuse_without_accounts(buildx, accounts, settings.image.registry)
+    buildx = with_accounts(buildx, accounts)
     builder = _builder(project, buildx)
     for platform in settings.platforms:
         refuse_platform(settings, builder, platform)
-    registry = settings.image.registry
-    with (
-        tempfile.TemporaryDirectory(prefix="guix-tasks-") as folder,
-        signed_in(buildx, registry, credentials(project)) as program,
-    ):
-        baking = _Baking(project, program, builder, Path(folder), wishes)
+    with tempfile.TemporaryDirectory(prefix="guix-tasks-") as folder:
+        baking = _Baking(project, buildx, builder, Path(folder), wishes)
         answer = baking.bake()
     took = human_time(time.monotonic() - started)
     if answer:
@@ -169,7 +169,9 @@ def _refuse(project: Project, wishes: BuildWishes) -> None:
         project.engine.info()  # raises where there is none to load it into
     if settings.buildx_output is Output.REGISTRY and settings.builds_beside_engine:
         # Better now than after hours; the builder is where the engine is.
-        project.engine.greet_registry(str(settings.image), credentials(project))
+        reference = str(settings.image)
+        account = credentials_for(project.engine, settings, reference)
+        project.engine.greet_registry(reference, account)
 
 
 @dataclass(frozen=True)
@@ -280,8 +282,8 @@ class _Baking:
         write_step(self._settings, self.folder, RESOLVE, files, again=True)
 
     def _handed_over(self) -> dict[str, str]:
-        reference = self._settings.base_image
-        image = only_here(self.project.engine, reference)
+        settings, reference = self._settings, self._settings.base_image
+        image = only_here(self.project.engine, settings)
         if image is None:
             return {}
         self.project.console.say(
@@ -396,7 +398,8 @@ class _Baking:
     def _annotations(self, platform: Platform) -> dict[str, str]:
         settings, created = self._settings, self._answer(platform, CREATED)
         known = settings.builds_beside_engine
-        digest = self.project.engine.remote_digest(str(settings.base_image)) if known else None
+        base, engine = str(settings.base_image), self.project.engine
+        digest = remote_digest(engine, settings, base) if known else None
         found = {
             **oci.oci_annotations(settings.folder),
             oci.CREATED: created,

@@ -673,15 +673,15 @@ def test_one_that_the_builder_can_get_is_not(site: Site, fake: FakeBuildx, place
 # --- Secrets --------------------------------------------------------------------------------
 
 
-def test_credentials_are_in_a_file_of_dockers_and_nowhere_else(
-    site: Site, fake: FakeBuildx
-) -> None:
+def test_credentials_are_in_the_environment_and_nowhere_else(site: Site, fake: FakeBuildx) -> None:
     site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD="hunter2-x")  # noqa: S106
     shown = said(site, fake)
     pair = base64.b64encode(b"some-user:hunter2-x").decode()
     for call in bakes(fake):
-        assert json.loads(call.config)["auths"] == {"registry.test": {"auth": pair}}
-        kept = repr((call.argv, call.env, call.files))
+        assert json.loads(call.env.pop("DOCKER_AUTH_CONFIG")) == {
+            "auths": {"registry.test": {"auth": pair}}
+        }
+        kept = repr((call.argv, call.env, call.files, call.config))
         assert "hunter2-x" not in kept
         assert pair not in kept
     assert "hunter2-x" not in shown
