@@ -12,11 +12,9 @@ import itertools
 import json
 import re
 import secrets
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks import annotations as oci
@@ -57,6 +55,7 @@ from guix_tasks.digests import Pushed, save
 from guix_tasks.errors import BuilderError, StageError, UsageError
 from guix_tasks.fetching import agent_socket, by_ssh, programs
 from guix_tasks.guix import commits
+from guix_tasks.paths import temporary_directory
 from guix_tasks.reference import Platform, quoted
 from guix_tasks.retry import TRIES, retried
 from guix_tasks.settings import Driver, Output, Sandbox
@@ -69,6 +68,8 @@ from guix_tasks.wording import human_size, human_time
 from guix_tasks.work import IMAGE_FOLDER, cache_prefix, network, project_digest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from guix_tasks.buildx import Buildx
     from guix_tasks.settings import Settings
     from guix_tasks.stage import Project, Stage
@@ -128,8 +129,8 @@ def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
     builder = _builder(project, buildx)
     for platform in settings.platforms:
         refuse_platform(settings, builder, platform)
-    with tempfile.TemporaryDirectory(prefix="guix-tasks-") as folder:
-        baking = _Baking(project, buildx, builder, Path(folder), wishes)
+    with temporary_directory() as folder:
+        baking = _Baking(project, buildx, builder, folder, wishes)
         answer = baking.bake()
     took = human_time(time.monotonic() - started)
     if answer:

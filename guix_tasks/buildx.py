@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import tempfile
 import threading
 from collections import deque
 from contextlib import contextmanager, suppress
@@ -31,6 +30,7 @@ from guix_tasks.errors import (
 )
 from guix_tasks.local.engine import private_engine
 from guix_tasks.masking import holds_secret
+from guix_tasks.paths import temporary_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -321,11 +321,11 @@ def probe(buildx: Buildx, builder: str, syntax: str | None) -> None:
 
     Nothing is built.  Raises ``BuilderError`` for what it lacks; see ``UNKNOWN_FLAG``.
     """
-    with tempfile.TemporaryDirectory(prefix="guix-tasks-") as empty:
+    with temporary_directory() as empty:
         buildx.ask(
             "build", f"--builder={builder}", "--call=check", "--allow=security.insecure",
             *([f"--build-arg=BUILDKIT_SYNTAX={syntax}"] if syntax else []),
-            "--file=-", empty, text=PROBE,
+            "--file=-", str(empty), text=PROBE,
         )  # fmt: skip
 
 
@@ -338,8 +338,8 @@ def build(buildx: Buildx, spec: BuildSpec, output: Callable[[bytes], None]) -> s
     Raises ``BuilderError``.
     """
     program = with_accounts(buildx, spec.accounts) if spec.accounts else buildx
-    with tempfile.TemporaryDirectory(prefix="guix-tasks-") as folder:
-        answer = Path(folder) / "iid"
+    with temporary_directory() as folder:
+        answer = folder / "iid"
         secret = {name: text for name, text in spec.args.items() if holds_secret(f"{name}={text}")}
         plain = {name: text for name, text in spec.args.items() if name not in secret}
         secret = {**spec.proxies, **secret}
