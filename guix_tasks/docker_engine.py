@@ -601,8 +601,8 @@ def _checked(
 
 
 _REGISTRY_MENDS = {
-    "the credentials are missing or refused: set DOCKER_USERNAME and DOCKER_PASSWORD, "
-    "or `docker login`, and see that they may write there": (
+    "the credentials are missing or refused: set DOCKER_USERNAME and DOCKER_PASSWORD for the "
+    "registry of IMAGE, or `docker login` for any, and see that they may write there": (
         "no basic auth", "unauthorized", "authentication required", "denied",
     ),
     "no registry listens there: start it (`inv registry.up` for a local one), or mend the "
