@@ -92,10 +92,16 @@ ABOUT = {
     "BUILDX_SHA256": About(_SHA256, "`buildx.setup`"),
     "OUTPUT": About("quiet", "all that take their time"),
     "RELEASE_URL": About("https://example.org/downloads/1.0", "`release`"),
-    "DOCKER_USERNAME": About("me", "what is pushed to the registry of `IMAGE`, or pulled from it"),
-    "DOCKER_USERNAME_FILE": About("secrets/user", "what is pushed to the registry of `IMAGE`, or pulled from it"),
-    "DOCKER_PASSWORD": About("a token", "what is pushed to the registry of `IMAGE`, or pulled from it"),
-    "DOCKER_PASSWORD_FILE": About("/run/secrets/token", "what is pushed to the registry of `IMAGE`, or pulled from it"),
+    "DOCKER_USERNAME": About("me", "`push`, and what is pulled there"),
+    "DOCKER_USERNAME_FILE": About(
+        "secrets/user", "`push`, and what is pulled there"
+    ),
+    "DOCKER_PASSWORD": About(
+        "a token", "`push`, and what is pulled there"
+    ),
+    "DOCKER_PASSWORD_FILE": About(
+        "/run/secrets/token", "`push`, and what is pulled there"
+    ),
     "DOCKER_HOST": About("ssh://me@build-box", "all"),
     "DOCKER_CONTEXT": About("build-box", "all"),
     "DOCKER_CONFIG": About("/srv/docker-config", "all"),
