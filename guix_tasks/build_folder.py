@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from guix_tasks.bake import ENVIRONMENT, WORK, Bind
+from guix_tasks.credentials import remote_digest
 from guix_tasks.errors import BuilderError, UsageError
 from guix_tasks.fetching import access_files
 from guix_tasks.pieces import as_file
@@ -97,16 +98,17 @@ def _refuse_mount(mount: Mount) -> None:
         )
 
 
-def only_here(engine: Engine, reference: ImageReference) -> Image | None:
-    """The image, where the engine has it and the registry has not, or has another of its name.
+def only_here(engine: Engine, settings: Settings) -> Image | None:
+    """The base image, where the engine has it and the registry has not, or has another of its name.
 
     That an image has a registry's digest proves nothing: the containerd image store gives one to
     every image.
     """
+    reference = settings.base_image
     image = engine.image(str(reference))
     if image is None:
         return None
-    held = f"{reference.name}@{engine.remote_digest(str(reference))}"
+    held = f"{reference.name}@{remote_digest(engine, settings, str(reference))}"
     return None if held in image.digests else image
 
 

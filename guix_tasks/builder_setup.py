@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from guix_tasks import buildx as command
 from guix_tasks.builders import builder_name, find_builder, lacking, needed_syntax
 from guix_tasks.buildx import INSECURE_REFUSED, UNKNOWN_FLAG
+from guix_tasks.credentials import accounts_for, credentials_for
 from guix_tasks.engine import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError
 from guix_tasks.log import Log
@@ -70,6 +71,8 @@ def set_up(project: Project, buildx: Buildx, wishes: SetupWishes) -> None:
     cannot be made; what was begun of it is removed.
     """
     settings, console = project.settings, project.console
+    # The image of BuildKit, or of its frontend, may be in a private registry.
+    buildx = command.with_accounts(buildx, accounts_for(project.engine, settings))
     if settings.buildx_driver is not Driver.DOCKER:
         _make(project, buildx, recreate=wishes.recreate)
     if buildx.perform:
@@ -298,7 +301,8 @@ def _binfmt_argv(missing: Sequence[Platform]) -> list[str]:
 def _install_emulators(project: Project, names: str) -> None:
     engine, console = project.engine, project.console
     if engine.image(BINFMT_IMAGE) is None:
-        pull = partial(engine.pull, BINFMT_IMAGE, None)
+        account = credentials_for(engine, project.settings, BINFMT_IMAGE)
+        pull = partial(engine.pull, BINFMT_IMAGE, account)
         retried(console, "the pull", pull, host="docker.io")
     image = engine.image(BINFMT_IMAGE)
     if image is None:

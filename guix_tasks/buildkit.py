@@ -12,11 +12,9 @@ import itertools
 import json
 import re
 import secrets
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks import annotations as oci
@@ -51,11 +49,13 @@ from guix_tasks.builders import (
     needed_syntax,
     refuse_platform,
 )
-from guix_tasks.buildx import Builder, csv_field, signed_in
+from guix_tasks.buildx import Builder, csv_field, refuse_without_accounts, with_accounts
+from guix_tasks.credentials import accounts_for, credentials_for, remote_digest
 from guix_tasks.digests import Pushed, save
 from guix_tasks.errors import BuilderError, StageError, UsageError
 from guix_tasks.fetching import agent_socket, by_ssh, programs
 from guix_tasks.guix import commits
+from guix_tasks.paths import temporary_directory
 from guix_tasks.reference import Platform, quoted
 from guix_tasks.retry import TRIES, retried
 from guix_tasks.settings import Driver, Output, Sandbox
@@ -70,12 +70,13 @@ from guix_tasks.stages.pull import (
     wanted_text,
     write_lock,
 )
-from guix_tasks.transfer import credentials
 from guix_tasks.watch import Steps
 from guix_tasks.wording import human_size, human_time
 from guix_tasks.work import IMAGE_FOLDER, cache_prefix, network, project_digest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from guix_tasks.buildx import Buildx
     from guix_tasks.settings import Settings
     from guix_tasks.stage import Project, Stage
@@ -130,15 +131,15 @@ def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
         if not wishes.update and (line := uncompared_lock(settings)):
             project.console.say(line)
     _refuse(project, wishes)
+    accounts = accounts_for(project.engine, settings)
+    if settings.buildx_output is Output.REGISTRY:
+        refuse_without_accounts(buildx, accounts, settings.image.registry)
+    buildx = with_accounts(buildx, accounts)
     builder = _builder(project, buildx)
     for platform in settings.platforms:
         refuse_platform(settings, builder, platform)
-    registry = settings.image.registry
-    with (
-        tempfile.TemporaryDirectory(prefix="guix-tasks-") as folder,
-        signed_in(buildx, registry, credentials(project)) as program,
-    ):
-        baking = _Baking(project, program, builder, Path(folder), wishes)
+    with temporary_directory() as folder:
+        baking = _Baking(project, buildx, builder, folder, wishes)
         answer = baking.bake()
     took = human_time(time.monotonic() - started)
     if answer:
@@ -178,7 +179,9 @@ def _refuse(project: Project, wishes: BuildWishes) -> None:
         project.engine.info()  # raises where there is none to load it into
     if settings.buildx_output is Output.REGISTRY and settings.builds_beside_engine:
         # Better now than after hours; the builder is where the engine is.
-        project.engine.greet_registry(str(settings.image), credentials(project))
+        reference = str(settings.image)
+        account = credentials_for(project.engine, settings, reference)
+        project.engine.greet_registry(reference, account)
 
 
 @dataclass(frozen=True)
@@ -289,8 +292,8 @@ class _Baking:
         write_step(self._settings, self.folder, RESOLVE, files, again=True)
 
     def _handed_over(self) -> dict[str, str]:
-        reference = self._settings.base_image
-        image = only_here(self.project.engine, reference)
+        settings, reference = self._settings, self._settings.base_image
+        image = only_here(self.project.engine, settings)
         if image is None:
             return {}
         self.project.console.say(
@@ -405,7 +408,8 @@ class _Baking:
     def _annotations(self, platform: Platform) -> dict[str, str]:
         settings, created = self._settings, self._answer(platform, CREATED)
         known = settings.builds_beside_engine
-        digest = self.project.engine.remote_digest(str(settings.base_image)) if known else None
+        base, engine = str(settings.base_image), self.project.engine
+        digest = remote_digest(engine, settings, base) if known else None
         found = {
             **oci.oci_annotations(settings.folder),
             oci.CREATED: created,

@@ -6,22 +6,21 @@ run as what it is, a program of its own: that needs no ``docker`` command beside
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
-import tempfile
 import threading
 from collections import deque
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks import retry
+from guix_tasks.accounts import AUTH_CONFIG, auth_config, docker_folder
 from guix_tasks.engine import build_options
 from guix_tasks.errors import (
     BuilderError,
@@ -32,12 +31,14 @@ from guix_tasks.errors import (
 )
 from guix_tasks.local.engine import private_engine
 from guix_tasks.masking import holds_secret
+from guix_tasks.paths import temporary_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from guix_tasks.accounts import Accounts
     from guix_tasks.console import Console
-    from guix_tasks.engine import BuildSpec, Credentials
+    from guix_tasks.engine import BuildSpec
 
 PROGRAM = "docker-buildx"
 
@@ -49,11 +50,6 @@ SYSTEM_PLUGINS = (
     "/opt/homebrew/lib/docker/cli-plugins",
 )
 """Where the Docker CLI looks for plugins of all users, and Homebrew puts them."""
-
-
-def docker_folder(environment: Mapping[str, str]) -> Path:
-    """The Docker CLI's own folder, where a user's plugins, contexts and accounts are."""
-    return Path(environment.get("DOCKER_CONFIG") or Path.home() / ".docker")
 
 
 def plugin_path(environment: Mapping[str, str]) -> Path:
@@ -85,8 +81,6 @@ class Buildx:
     """Where each call that changes something is shown."""
     perform: bool = True
     """Whether such a call is made; a dry run leaves it at showing it."""
-    accounts: Mapping[str, Credentials] = field(default_factory=dict)
-    """Accounts besides those of Docker's own configuration, by registry; see ``signed_in``."""
 
     def ask(self, *arguments: str, text: str = "") -> str:
         """Standard output of a call that changes nothing.  Raises what ``failure`` makes of it."""
@@ -199,75 +193,41 @@ def csv_field(field: str) -> str:
     return f'"{field.replace(chr(34), chr(34) * 2)}"' if set(field) & set(',"\r\n') else field
 
 
-@contextmanager
-def signed_in(
-    buildx: Buildx, registry: str = "", credentials: Credentials | None = None
-) -> Iterator[Buildx]:
-    """The program with an account for one registry, and with those that it has itself.
+def with_accounts(buildx: Buildx, accounts: Accounts) -> Buildx:
+    """Give the program the accounts that Docker's own configuration does not have.
 
-    They are in a file that only this user can read and that is gone at the end: never on a
-    command line.  The rest of Docker's folder (contexts, builders) is seen through links.
+    They are in its environment, which other users cannot read: in no file and on no command line.
+    The accounts of ``DOCKER_AUTH_CONFIG`` are among the given ones.
     """
-    accounts = {**({registry: credentials} if credentials else {}), **buildx.accounts}
-    if not accounts:
-        yield buildx
-        return
-    original = docker_folder(buildx.environment)
-    with tempfile.TemporaryDirectory(prefix="guix-tasks-") as place:
-        folder = Path(place)
-        for each in original.iterdir() if original.is_dir() else ():
-            if each.name != "config.json":
-                (folder / each.name).symlink_to(each.absolute())
-        # buildx would make it here, and so lose what it keeps in it.
-        if not (original / "buildx").exists() and not buildx.environment.get("BUILDX_CONFIG"):
-            with suppress(OSError):  # a home that cannot be written
-                (original / "buildx").mkdir(parents=True, exist_ok=True)
-                (folder / "buildx").symlink_to((original / "buildx").absolute())
-        # What this variable holds comes before the file, to the Docker CLI.
-        environment = {**buildx.environment, "DOCKER_CONFIG": place}
-        more = _json_object(environment.pop("DOCKER_AUTH_CONFIG", ""))
-        config = _json_object(_text(original / "config.json"))
-        auths = {**_object(config.get("auths")), **_object(more.get("auths"))}
-        config = {**config, "auths": auths}
-        for host, account in accounts.items():
-            config = _with_account(config, host, account)
-        file = os.open(folder / "config.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(file, "w") as writer:
-            json.dump(config, writer)
-        yield replace(buildx, environment=environment)
+    if not accounts.given:
+        return buildx
+    environment = {**buildx.environment, AUTH_CONFIG: auth_config(accounts.given)}
+    return replace(buildx, environment=environment)
 
 
-def _with_account(
-    config: Mapping[str, object], registry: str, credentials: Credentials
-) -> dict[str, object]:
-    host = "https://index.docker.io/v1/" if registry == "docker.io" else registry
-    pair = f"{credentials.username}:{credentials.password}".encode()
-    account = {"auth": base64.b64encode(pair).decode()}
-    return {
-        **config,
-        "auths": {**_object(config.get("auths")), host: account},
-        # An empty helper means this file, whatever store there is for all others.
-        "credHelpers": {**_object(config.get("credHelpers")), host: ""},
-    }
+def refuse_without_accounts(buildx: Buildx, accounts: Accounts, host: str) -> None:
+    """Raise ``BuilderError`` if the program is too old to get the account of a registry."""
+    if host in accounts.given and not accounts.of_docker(host) and (why := _blind(buildx)):
+        raise BuilderError(f"cannot give buildx the account of {host}: {why}")
 
 
-def _text(path: Path) -> str:
+_FIRST_WITH_ACCOUNTS = (0, 26)
+"""The version of buildx whose Docker library (28.3) reads ``DOCKER_AUTH_CONFIG``."""
+
+
+def _blind(buildx: Buildx) -> str:
+    """Why the program does not read ``DOCKER_AUTH_CONFIG``, with a hint; empty if it does."""
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError):
+        said = buildx.ask("version")
+    except GuixTasksError:
         return ""
-
-
-def _json_object(text: str) -> dict[str, object]:
-    """The object that a JSON text holds; an empty one where it holds none."""
-    try:
-        return _object(json.loads(text))
-    except (ValueError, RecursionError):
-        return {}
-
-
-def _object(value: object) -> dict[str, object]:
-    return value if isinstance(value, dict) else {}
+    version = re.search(r"\bv?(\d+)\.(\d+)\.\d+", said)
+    if version is None or (int(version[1]), int(version[2])) >= _FIRST_WITH_ACCOUNTS:
+        return ""
+    return (
+        f"buildx {version[0]} does not read {AUTH_CONFIG}, as 0.26 and newer do; install a newer "
+        "one (BUILDX_URL and `inv buildx.setup`), or sign in with `docker login`"
+    )
 
 
 # --- Builders -------------------------------------------------------------------------------
@@ -362,11 +322,11 @@ def probe(buildx: Buildx, builder: str, syntax: str | None) -> None:
 
     Nothing is built.  Raises ``BuilderError`` for what it lacks; see ``UNKNOWN_FLAG``.
     """
-    with tempfile.TemporaryDirectory(prefix="guix-tasks-") as empty:
+    with temporary_directory() as empty:
         buildx.ask(
             "build", f"--builder={builder}", "--call=check", "--allow=security.insecure",
             *([f"--build-arg=BUILDKIT_SYNTAX={syntax}"] if syntax else []),
-            "--file=-", empty, text=PROBE,
+            "--file=-", str(empty), text=PROBE,
         )  # fmt: skip
 
 
@@ -387,11 +347,9 @@ def build(
 
     Raise ``BuilderError`` if the build fails.
     """
-    with (
-        tempfile.TemporaryDirectory(prefix="guix-tasks-") as folder,
-        signed_in(buildx) as program,
-    ):
-        metadata = Path(folder) / "metadata.json"
+    program = with_accounts(buildx, spec.accounts) if spec.accounts else buildx
+    with temporary_directory() as folder:
+        metadata = folder / "metadata.json"
         secret = {name: text for name, text in spec.args.items() if holds_secret(f"{name}={text}")}
         plain = {name: text for name, text in spec.args.items() if name not in secret}
         secret = {**spec.proxies, **secret}
@@ -406,11 +364,17 @@ def build(
         )  # fmt: skip
         log = _run(argv, {**program.environment, **secret}, output)
         if log is not None:
-            raise build_error(spec, cause(log))
-        built = _json_object(_text(metadata)).get("containerimage.digest")
-        if not built:
-            raise build_error(spec, "the builder ended without naming an image")
-        return str(built)
+            raise build_error(spec, cause(log) + _account_hint(buildx, spec))
+        try:
+            return str(json.loads(metadata.read_bytes())["containerimage.digest"])
+        except (OSError, ValueError, LookupError):
+            raise build_error(spec, "the builder ended without naming an image") from None
+
+
+def _account_hint(buildx: Buildx, spec: BuildSpec) -> str:
+    """The hint that an old program did not get the accounts of a build, if so."""
+    why = _blind(buildx) if spec.accounts and spec.accounts.given else ""
+    return f"; {why}" if why else ""
 
 
 # --- What goes wrong ------------------------------------------------------------------------

@@ -22,8 +22,9 @@ import requests
 import urllib3.exceptions
 
 from guix_tasks import buildx, podman, retry
+from guix_tasks.accounts import HUB, docker_key
 from guix_tasks.build_context import context_archive, linked_context
-from guix_tasks.docker_over_ssh import client_over_ssh
+from guix_tasks.docker_over_ssh import Client, client_over_ssh
 from guix_tasks.engine import Container, EngineInfo, Image, Layer
 from guix_tasks.errors import (
     REFUSED,
@@ -34,14 +35,14 @@ from guix_tasks.errors import (
     RegistryError,
     full_disk,
 )
-from guix_tasks.local import registry
 from guix_tasks.reference import ImageReference
 from guix_tasks.ssh import Ssh
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from guix_tasks.engine import BuildSpec, ContainerSpec, Credentials, Progress
+    from guix_tasks.accounts import Credentials
+    from guix_tasks.engine import BuildSpec, ContainerSpec, Progress
 
 DEFAULT_SOCKET = Path("/var/run/docker.sock")
 
@@ -132,8 +133,7 @@ def find_buildx(environment: Mapping[str, str], address: Address | None) -> buil
         ours.pop("DOCKER_CONTEXT", None)
         ours["DOCKER_HOST"] = address.url
     own = address.context if address else None
-    accounts = registry.accounts(address.url) if address else {}
-    return buildx.Buildx(program, ours, own or "default", accounts=accounts)
+    return buildx.Buildx(program, ours, own or "default")
 
 
 _NO_ANSWER = (
@@ -257,7 +257,7 @@ class DockerEngine:
     def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
         try:
             found = self._api.inspect_distribution(  # type: ignore[no-untyped-call]
-                reference, self._auth(reference, credentials)
+                reference, _auth(credentials)
             )
         except (docker.errors.DockerException, requests.RequestException):
             return None
@@ -267,10 +267,9 @@ class DockerEngine:
         host, what = ImageReference.parse(reference).registry, f"ask for {reference}"
         with self._speaking(what):
             try:
-                account = self._account(reference, credentials)
-                if account:
-                    _log_in(self._api, "" if host == "docker.io" else host, account)
-                return self._is_asked(reference, account)
+                if credentials and credentials.password:
+                    _log_in(self._api, "" if host == HUB else host, credentials)
+                return self._is_asked(reference, credentials)
             except docker.errors.NotFound:
                 pass
             except docker.errors.APIError as error:
@@ -279,11 +278,6 @@ class DockerEngine:
                     r"unknown: (artifact|repository) \S+ not found", why := _line(error)
                 ):
                     raise _registry_error(what, why) from None
-            except docker.errors.DockerException as error:
-                raise RegistryError(
-                    f"cannot {what}: Docker's own configuration gives no account: {_line(error)}; "
-                    "mend its config.json, or set DOCKER_USERNAME and DOCKER_PASSWORD"
-                ) from None
         return True
 
     def _is_asked(self, reference: str, account: Credentials | None) -> bool:
@@ -491,8 +485,8 @@ class DockerEngine:
         return str(image)
 
     def _build_events(self, spec: BuildSpec) -> Iterator[dict[str, Any]]:
-        for host, account in self._own_accounts().items():
-            _log_in(self._slow, host, account)
+        accounts = spec.accounts.every() if spec.accounts else {}
+        self._slow.give({docker_key(host): _auth(each) for host, each in accounts.items()})
         # Not packed by the SDK, which has rules of its own for .dockerignore.
         context, dockerfile = context_archive(spec.context, spec.dockerfile)
         return self._slow.build(
@@ -506,10 +500,6 @@ class DockerEngine:
             forcerm=True,
             decode=True,
         )
-
-    def _own_accounts(self) -> Mapping[str, Credentials]:
-        """Those of registries that guix-tasks has started."""
-        return registry.accounts(self.address.url)
 
     def push(
         self, reference: str, credentials: Credentials | None, progress: Progress | None = None
@@ -528,9 +518,8 @@ class DockerEngine:
         self, reference: str, credentials: Credentials | None
     ) -> Iterator[dict[str, Any]]:
         repository, _, tag = reference.rpartition(":")
-        account = self._auth(reference, credentials)
         events: Iterator[dict[str, Any]] = self._slow.push(
-            repository, tag, stream=True, decode=True, auth_config=account
+            repository, tag, stream=True, decode=True, auth_config=_auth(credentials)
         )
         return events
 
@@ -556,33 +545,25 @@ class DockerEngine:
             try:
                 events = self._slow.pull(
                     repository, tag, stream=True, decode=True,
-                    auth_config=self._auth(reference, credentials), platform=platform,
+                    auth_config=_auth(credentials), platform=platform,
                 )  # fmt: skip
             except docker.errors.APIError as error:
                 raise _registry_error(f"pull {reference}", _line(error)) from None
             for _ in _checked(events, f"pull {reference}", progress):
                 pass
 
-    def _account(self, reference: str, given: Credentials | None) -> Credentials | None:
-        """The given account, but for a local registry of ours, which knows one only."""
-        host = ImageReference.parse(reference).registry
-        return registry.accounts(self.address.url).get(host, given)
-
-    def _auth(self, reference: str, given: Credentials | None) -> dict[str, str] | None:
-        return _auth(self._account(reference, given))
-
     @cached_property
-    def _api(self) -> docker.APIClient:
+    def _api(self) -> Client:
         return self._client(PROBE_TIMEOUT, "auto")
 
     @cached_property
-    def _slow(self) -> docker.APIClient:
+    def _slow(self) -> Client:
         return self._client(WORK_TIMEOUT, self._api.api_version)
 
-    def _client(self, timeout: int, version: str) -> docker.APIClient:
+    def _client(self, timeout: int, version: str) -> Client:
         if self._ssh:
             return client_over_ssh(self._ssh, timeout, version)
-        return docker.APIClient(
+        return Client(
             base_url=self.address.url,
             tls=self.address.tls or False,
             timeout=timeout,
@@ -631,13 +612,7 @@ def _disk_usage(image: Mapping[str, Any]) -> int:
 
 
 def _log_in(api: docker.APIClient, host: str, credentials: Credentials) -> None:
-    try:
-        api.login(credentials.username, credentials.password, registry=host, reauth=True)
-    except docker.errors.APIError:
-        raise
-    except docker.errors.DockerException:
-        # The SDK looks into Docker's own configuration first, which is none of this account's.
-        return
+    api.login(credentials.username, credentials.password, registry=host, reauth=True)
 
 
 def _filters(labels: Mapping[str, str]) -> list[str]:
@@ -645,9 +620,11 @@ def _filters(labels: Mapping[str, str]) -> list[str]:
 
 
 def _auth(credentials: Credentials | None) -> dict[str, str] | None:
-    """None lets the SDK look in Docker's own configuration and credential helpers."""
+    """An account in the words of Docker's API; see ``Client``, too, which looks for no other."""
     if credentials is None:
         return None
+    if credentials.identity_token:
+        return {"identitytoken": credentials.identity_token}
     return {"username": credentials.username, "password": credentials.password}
 
 
@@ -671,8 +648,8 @@ _PUSHED = re.compile(r"\S+: digest: (sha256:[0-9a-f]{64}) size: \d+")
 """The line of status that ends a push from the containerd store."""
 
 _REGISTRY_MENDS = {
-    "the credentials are missing or refused: set DOCKER_USERNAME and DOCKER_PASSWORD, "
-    "or `docker login`, and see that they may write there": (
+    "the credentials are missing or refused: set DOCKER_USERNAME and DOCKER_PASSWORD for the "
+    "registry of IMAGE, or `docker login` for any, and see that they may write there": (
         "no basic auth", "unauthorized", "authentication required", "denied",
     ),
     "no registry listens there: start it (`inv registry.up` for a local one), or mend the "

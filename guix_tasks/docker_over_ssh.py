@@ -8,20 +8,49 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import docker
+import docker.auth
 import docker.constants
 import docker.transport
 import docker.transport.unixconn
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from guix_tasks.ssh import Ssh
 
 
-def client_over_ssh(ssh: Ssh, timeout: int, version: str) -> docker.APIClient:
+class Client(docker.APIClient):
+    """The SDK's client without its own look into Docker's configuration.
+
+    Accounts are handed to it, and a broken config.json is none of its business.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.give({})
+
+    @property
+    def _general_configs(self) -> dict[str, Any]:
+        return {"auths": {}}  # an empty dictionary would let the SDK read the file
+
+    @_general_configs.setter
+    def _general_configs(self, _: object) -> None: ...
+
+    def give(self, accounts: Mapping[str, Any]) -> None:
+        """Set the accounts of a build, by the names that Docker's configuration has for hosts."""
+        self._auth_configs = _Given({"auths": dict(accounts)})
+
+
+class _Given(docker.auth.AuthConfig):
+    is_empty = False  # else the SDK reads the file
+
+
+def client_over_ssh(ssh: Ssh, timeout: int, version: str) -> Client:
     """A client with a ``timeout`` in seconds; ``auto`` is the version that the engine has."""
     way = _OverSsh(ssh, timeout)
 
-    def client(version: str) -> docker.APIClient:
-        made = docker.APIClient(base_url="unix:///ssh", timeout=timeout, version=version)
+    def client(version: str) -> Client:
+        made = Client(base_url="unix:///ssh", timeout=timeout, version=version)
         made.mount("http+docker://", way)
         return made
 

@@ -20,6 +20,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from guix_tasks import guix, podman
 from guix_tasks.builders import find_builder, needed_syntax
+from guix_tasks.credentials import credentials_for, remote_digest
 from guix_tasks.errors import EngineError, GuixTasksError, UsageError
 from guix_tasks.fetching import by_ssh, lent_access, mirrored
 from guix_tasks.local.registry import accounts
@@ -28,7 +29,6 @@ from guix_tasks.sandbox import OTHER_FAULTS, probe
 from guix_tasks.settings import Driver
 from guix_tasks.settings.parsers import channel_credentials
 from guix_tasks.stages.pull import lock_misfits, lock_text, misfit, wanted_text
-from guix_tasks.transfer import credentials
 from guix_tasks.wording import human_size, printable
 from guix_tasks.work import binds, proxy_out_of_reach, refuse_emulated
 
@@ -185,7 +185,7 @@ def _base_image(patient: Patient) -> Iterator[Finding]:
     image = patient.engine.image(reference)
     if image:
         yield Finding("base image", State.OK, f"{reference} is here, {human_size(image.size)}")
-    elif patient.engine.remote_digest(reference):
+    elif remote_digest(patient.engine, patient.settings, reference):
         yield Finding("base image", State.OK, f"{reference} is in its registry")
     elif patient.project.ledger.find("base"):
         # A builder keeps what it began from to itself.
@@ -260,12 +260,17 @@ _PRIVILEGES = "use an engine that lets containers have privileges, or try GUIX_S
 
 def _registry(patient: Patient) -> Iterator[Finding]:
     """Ask for the image, without a push; that it is not there yet is no fault."""
-    reference, account = patient.settings.image, credentials(patient.project)
+    reference = patient.settings.image
+    account = credentials_for(patient.engine, patient.settings, str(reference))
     if not patient.engine.greet_registry(str(reference), account):
         said = f"{reference.registry} was not asked, which Podman does for an account alone"
         yield Finding("registry", State.NOTE, said, "set DOCKER_USERNAME and DOCKER_PASSWORD")
         return
-    who = "to DOCKER_USERNAME" if account else "with what Docker's own configuration says"
+    who = (
+        "to DOCKER_USERNAME"
+        if patient.settings.docker_username
+        else "with what Docker's own configuration says"
+    )
     if reference.registry in accounts(patient.engine.info().url):
         who = "to the account that `inv registry.up` made"
     yield Finding("registry", State.OK, f"{reference.registry} answers {who}")

@@ -9,13 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol
 
-from guix_tasks import masking
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from datetime import datetime
     from pathlib import Path
 
+    from guix_tasks.accounts import Accounts, Credentials
     from guix_tasks.console import Console
     from guix_tasks.errors import NoEngineError
 
@@ -167,21 +166,15 @@ class BuildSpec:
     """``host`` or ``none``; a build can join no other network."""
     proxies: Mapping[str, str] = field(default_factory=dict, repr=False)
     """More arguments, of the names that builders keep out of histories and of their caches."""
-
-
-@dataclass(frozen=True)
-class Credentials:
-    """What a registry is shown.  Never printed."""
-
-    username: str
-    password: str = field(repr=False)
-
-    def __post_init__(self) -> None:
-        masking.add(self.password, f"{self.username}:{self.password}")
+    accounts: Accounts | None = field(default=None, repr=False, compare=False)
+    """The accounts of the registries that the Dockerfile's images come from."""
 
 
 class Engine(Protocol):
-    """A Docker Engine.  Every method may raise ``EngineError``."""
+    """A Docker Engine.  Every method may raise ``EngineError``.
+
+    ``credentials`` are the account of the reference's registry; None asks it without an account.
+    """
 
     is_dry: bool
     """Whether calls that would change something are left at being shown."""

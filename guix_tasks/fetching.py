@@ -11,7 +11,6 @@ import re
 import socket
 import socketserver
 import struct
-import tempfile
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import UsageError
+from guix_tasks.paths import temporary_directory
 from guix_tasks.pipes import read_file
 from guix_tasks.settings.parsers import channel_credentials
 from guix_tasks.work import IMAGE_FOLDER
@@ -177,8 +177,8 @@ def _relay(agent: Path) -> Iterator[Path]:
                         answer = _message(there)
                     self.request.sendall(answer)
 
-    with tempfile.TemporaryDirectory(prefix="guix-tasks-") as folder:
-        path = Path(folder) / "agent"
+    with temporary_directory() as folder:
+        path = folder / "agent"
         with socketserver.ThreadingUnixStreamServer(str(path), Handler) as server:
             server.daemon_threads = True
             path.chmod(0o666)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from guix_tasks.credentials import accounts_for
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, SettingsError, UsageError
 from guix_tasks.forecast import require_substitutes
 from guix_tasks.ledger import (
@@ -295,7 +296,8 @@ class Lifecycle:
         """Build the base stage."""
         started = time.monotonic()
         project, settings = self._project, self._settings
-        spec = base_spec(settings, network(project.engine, settings))
+        accounts = accounts_for(project.engine, settings)
+        spec = replace(base_spec(settings, network(project.engine, settings)), accounts=accounts)
         try:
             with build_log(project, "base") as log:
                 project.console.detail(f"base: {settings.dockerfile} on {settings.base_image}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from guix_tasks.buildx import signed_in
+from guix_tasks.buildx import refuse_without_accounts, with_accounts
+from guix_tasks.credentials import accounts_for
 from guix_tasks.digests import folder_of, load
 from guix_tasks.errors import BuilderError, RegistryError, UsageError
-from guix_tasks.transfer import credentials
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,22 +37,24 @@ def join(project: Project, buildx: Buildx) -> str:
     for platform, part in parts.items():
         console.say(f"manifest: {platform} is {part.reference}")
     sources = list(dict.fromkeys(part.reference for part in parts.values()))
-    with signed_in(buildx, image.registry, credentials(project)) as program:
-        try:
-            program.change(
-                "imagetools", "create", f"--builder={buildx.own}", "--progress=none",
-                *(f"--tag={each}" for each in settings.references), *sources,
-            )  # fmt: skip
-            if not buildx.perform:
-                return ""
-            said = program.ask(
-                "imagetools", "inspect", f"--builder={buildx.own}", "--format={{json .Manifest}}",
-                str(image),
-            )  # fmt: skip
-        except (BuilderError, RegistryError) as error:
-            raise RegistryError(
-                f"cannot join {image}: {error}; where an image is gone, push its platform again"
-            ) from None
+    accounts = accounts_for(project.engine, settings)
+    refuse_without_accounts(buildx, accounts, image.registry)
+    program = with_accounts(buildx, accounts)
+    try:
+        program.change(
+            "imagetools", "create", f"--builder={buildx.own}", "--progress=none",
+            *(f"--tag={each}" for each in settings.references), *sources,
+        )  # fmt: skip
+        if not buildx.perform:
+            return ""
+        said = program.ask(
+            "imagetools", "inspect", f"--builder={buildx.own}", "--format={{json .Manifest}}",
+            str(image),
+        )  # fmt: skip
+    except (BuilderError, RegistryError) as error:
+        raise RegistryError(
+            f"cannot join {image}: {error}; where an image is gone, push its platform again"
+        ) from None
     try:
         return str(json.loads(said)["digest"])
     except (ValueError, LookupError, TypeError):

@@ -15,8 +15,9 @@ from guix_tasks.reference import ImageReference
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from guix_tasks.accounts import Credentials
     from guix_tasks.docker_engine import Address
-    from guix_tasks.engine import BuildSpec, ContainerSpec, Credentials, Image
+    from guix_tasks.engine import BuildSpec, ContainerSpec, Image
 
 
 def open_engine(address: Address, environment: Mapping[str, str]) -> DockerEngine:
@@ -63,7 +64,7 @@ class PodmanEngine(DockerEngine):
 
     def _is_asked(self, reference: str, account: Credentials | None) -> bool:  # noqa: ARG002
         # Its API asks no registry for an image; an account has been tried by now.
-        return account is not None
+        return account is not None and not account.identity_token
 
     def _security(self, spec: ContainerSpec) -> list[str]:
         if any(map(profile, spec.security)) and not self.info().is_local:
@@ -102,11 +103,6 @@ class PodmanEngine(DockerEngine):
     def _build_events(self, spec: BuildSpec) -> Iterator[dict[str, Any]]:
         with self._plain_http(spec.args.get("BASE_IMAGE", "scratch")):
             return super()._build_events(spec)
-
-    def _own_accounts(self) -> Mapping[str, Credentials]:
-        # It logs in by plain HTTP to the first of a loopback registry's names alone.
-        found = super()._own_accounts()
-        return {host: found[host] for host in found if host.startswith("localhost")}
 
     def _push_events(
         self, reference: str, credentials: Credentials | None

@@ -6,12 +6,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks import guix
+from guix_tasks.credentials import remote_digest
 from guix_tasks.digests import Pushed, save
 from guix_tasks.errors import RegistryError, UsageError
 from guix_tasks.ledger import CHANNELS_LABEL, HAND_MADE, SQUASH, proven_stage
 from guix_tasks.lifecycle import Lifecycle
 from guix_tasks.retry import retried
-from guix_tasks.transfer import credentials, push_once
+from guix_tasks.transfer import push_once
 from guix_tasks.work import uncommitted
 
 if TYPE_CHECKING:
@@ -69,8 +70,7 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
 def _push(project: Project, reference: str) -> str:
     """Push a tag, and see that the registry holds what it said that it took; the digest."""
     digest = push_once(project, reference)
-    account = credentials(project)
-    held = project.engine.remote_digest(reference, account) if digest else None
+    held = remote_digest(project.engine, project.settings, reference) if digest else None
     if held not in (None, digest):
         raise RegistryError(
             f"{reference} was pushed as {digest}, and the registry holds {held}: somebody else "

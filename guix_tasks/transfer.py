@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from guix_tasks.engine import Credentials
+from guix_tasks.credentials import credentials_for
 from guix_tasks.reference import ImageReference
 from guix_tasks.retry import retried
 from guix_tasks.wording import human_size, human_time
@@ -75,14 +75,6 @@ class TransferProgress:
         return f"{human_size(self.moved)} of {human_size(whole)}{said}" if whole else ""
 
 
-def credentials(project: Project) -> Credentials | None:
-    """What the settings say; None leaves it to Docker's own configuration."""
-    settings = project.settings
-    if settings.docker_username and settings.docker_password:
-        return Credentials(settings.docker_username.reveal(), settings.docker_password.reveal())
-    return None
-
-
 @contextmanager
 def transfer(project: Project, what: str, reference: str) -> Iterator[TransferProgress]:
     """The progress of one push or pull, and the line that ends it: what was moved, and how long."""
@@ -104,16 +96,18 @@ def push(project: Project, reference: str) -> str:
 
 
 def push_once(project: Project, reference: str) -> str:
+    account = credentials_for(project.engine, project.settings, reference)
     with transfer(project, "push", reference) as progress:
-        return project.engine.push(reference, credentials(project), progress)
+        return project.engine.push(reference, account, progress)
 
 
 def pull(project: Project, reference: str) -> None:
     """Pull a reference, and again after a fault that passes; that it is not there is none."""
 
     def once() -> None:
+        account = credentials_for(project.engine, project.settings, reference)
         with transfer(project, "pull", reference) as progress:
-            project.engine.pull(reference, credentials(project), progress=progress)
+            project.engine.pull(reference, account, progress=progress)
 
     host = ImageReference.parse(reference).registry
     retried(project.console, "the pull", once, host=host)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks import paths
+from guix_tasks.accounts import HUB, docker_accounts
 from guix_tasks.engine import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError, GuixTasksError
 from guix_tasks.local.debian import on_debian
@@ -60,8 +62,8 @@ def _in_container(engine: Engine, console: Console, packages: Sequence[str]) -> 
     console.say(f"rootfs: this host is not Debian, so it is made in a container of {DEBIAN_IMAGE}")
     if engine.image(DEBIAN_IMAGE) is None:
         try:
-            pull = partial(engine.pull, DEBIAN_IMAGE, None)
-            retried(console, "the pull", pull, host="docker.io")
+            pull = partial(engine.pull, DEBIAN_IMAGE, docker_accounts(os.environ).find(HUB))
+            retried(console, "the pull", pull, host=HUB)
         except GuixTasksError as error:
             raise BuilderError(
                 f"rootfs needs a Debian host or the image {DEBIAN_IMAGE}, and there is neither: "

@@ -10,6 +10,7 @@ import ctypes
 import http.client
 import io
 import json
+import os
 import secrets
 import shlex
 import shutil
@@ -21,7 +22,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks import paths
-from guix_tasks.engine import ContainerSpec, Credentials
+from guix_tasks.accounts import HUB, Credentials, docker_accounts
+from guix_tasks.engine import ContainerSpec
 from guix_tasks.errors import RegistryError
 from guix_tasks.local import process
 from guix_tasks.local.debian import Apt, host_suite, on_debian
@@ -43,7 +45,6 @@ _OTHER_SUITE = "sid"
 
 # What stands in for Debian's package where the registry is a container.
 _IMAGE = "registry:3"
-_HUB = "docker.io"
 _IMAGE_CONFIGURATION = "/etc/distribution/config.yml"
 _IMAGE_ACCOUNTS = "/etc/distribution/htpasswd"
 _LABEL = "org.guix-tasks.registry"
@@ -306,8 +307,8 @@ class ContainerRegistry:
     def _start(self, account: Account, console: Console) -> None:
         self._remove()
         if self.engine.image(_IMAGE) is None:
-            pull = partial(self.engine.pull, _IMAGE, None)
-            retried(console, "the pull", pull, host=_HUB)
+            pull = partial(self.engine.pull, _IMAGE, docker_accounts(os.environ).find(HUB))
+            retried(console, "the pull", pull, host=HUB)
         container = self.engine.create(
             ContainerSpec(
                 name=self._name,

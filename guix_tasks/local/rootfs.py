@@ -11,7 +11,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import tempfile
 import threading
 from collections import deque
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, cast
 
 from guix_tasks.errors import BuilderError
 from guix_tasks.local.debian import KEYRING, Apt, host_suite, on_debian
+from guix_tasks.paths import temporary_directory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -67,8 +67,8 @@ def debian_rootfs(
     apt = Apt(apt_folder, [host_suite() or SUITE], failure=BuilderError)
     _check_host()
     environment = _mmdebstrap(apt, console)
-    with tempfile.TemporaryDirectory() as scratch:
-        settings = Path(scratch, "apt.conf")
+    with temporary_directory() as scratch:
+        settings = scratch / "apt.conf"
         settings.write_text(_machine_settings())
         keyring = [f"--keyring={KEYRING}"] if KEYRING.exists() else []
         how = [f"--aptopt={settings}", *keyring]

@@ -284,7 +284,7 @@ class Settings:
 
     docker_username: Secret | None = _setting(
         parsers.optional(parsers.plain(Secret)),
-        "The user to push as; taken literally, with any ${...} in it.",
+        "The user at the registry of IMAGE; taken literally, with any ${...} in it.",
         group="The registry's account",
         secret=True,
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks.annotations import BASE_DIGEST, BASE_NAME
 from guix_tasks.build_context import context_digest, context_entries
+from guix_tasks.credentials import remote_digest
 from guix_tasks.engine import BuildSpec
 from guix_tasks.errors import UsageError
 from guix_tasks.fingerprint import file_digest, text_digest, tree_digest
@@ -40,7 +41,9 @@ def other_platform_only(engine: Engine, settings: Settings) -> str | None:
     """That the base image cannot be had for the platform that is asked for, if it is so."""
     wanted, reference = settings.platform, str(settings.base_image)
     image = engine.image(reference)
-    if not wanted or not image or image.platform == str(wanted) or engine.remote_digest(reference):
+    if not wanted or not image or image.platform == str(wanted):
+        return None
+    if remote_digest(engine, settings, reference):
         return None
     return other_platform(reference, image, str(wanted))
 
@@ -111,7 +114,9 @@ def _base_image(engine: Engine, settings: Settings, known: str) -> str:
     image = engine.image(str(reference))
     if image is None:
         here = known.startswith(f"{reference} ")
-        return known if here else f"{reference} {engine.remote_digest(str(reference)) or ''}"
+        if here:
+            return known
+        return f"{reference} {remote_digest(engine, settings, str(reference)) or ''}"
     config = (f"{name}={value}" for name, value in sorted(image.config.items()))
     content = f"{reference} {text_digest(*image.layers, *config)}"
     digests = [digest for name, _, digest in (each.partition("@") for each in image.digests)
@@ -121,8 +126,8 @@ def _base_image(engine: Engine, settings: Settings, known: str) -> str:
         return known
     if names and engine.info().uses_containerd:
         # This store gives every image a digest, also one that was never in a registry.
-        names = [f"{reference} {digest}" for digest in digests
-                 if digest == engine.remote_digest(str(reference))]  # fmt: skip
+        remote = remote_digest(engine, settings, str(reference))
+        names = [f"{reference} {digest}" for digest in digests if digest == remote]
     return (names or [content])[0]
 
 

@@ -27,7 +27,8 @@ from harness import (
 from island import Island, import_image, raised, start_registry
 from planted import PLANTED
 
-from guix_tasks import buildx, paths
+from guix_tasks import paths
+from guix_tasks.accounts import docker_folder
 from guix_tasks.console import Console
 from guix_tasks.docker_engine import DockerEngine, find_engine
 from guix_tasks.errors import EngineError, NoEngineError
@@ -207,7 +208,7 @@ def machine_docker(
 
 
 def _docker(host: str, tmp_path_factory: pytest.TempPathFactory) -> Docker:
-    config, own = tmp_path_factory.mktemp("docker"), buildx.docker_folder(os.environ)
+    config, own = tmp_path_factory.mktemp("docker"), docker_folder(os.environ)
     if (own / "cli-plugins").is_dir():
         (config / "cli-plugins").symlink_to(own / "cli-plugins")
     return Docker(host, config)

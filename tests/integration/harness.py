@@ -33,7 +33,7 @@ from guix_tasks.work import PROJECT_LABEL
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from guix_tasks.engine import Credentials
+    from guix_tasks.accounts import Credentials
     from guix_tasks.local.registry import LocalRegistry
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,6 @@ import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import pytest
 from harness import ROOT
 from island import settle
 
@@ -72,10 +71,8 @@ class Patient:
         if stage != "commit":
             # One that is squashed may answer to the install stage.
             assert project.id() in (project.id("install"), project.id(SQUASH))
-        # Its registry has the port of the one of this machine's user, who may have started that.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("XDG_DATA_HOME", str(self.island.folder))
-            assert self.engine.remote_digest(project.image) == digest
+        account = self.island.registry.account.credentials()
+        assert self.engine.remote_digest(project.image, account) == digest
         # What lost its name only then goes with the run after.
         project.ok("base")
         nameless = self.nameless()

@@ -25,12 +25,13 @@ from harness import one_error
 
 from guix_tasks import retry
 from guix_tasks.console import Console
+from guix_tasks.credentials import remote_digest
 from guix_tasks.errors import RegistryError
 from guix_tasks.publish import push
 from guix_tasks.retry import LONGEST_ASKED
 from guix_tasks.settings import load_isolated
 from guix_tasks.stage import Project as EngineProject
-from guix_tasks.transfer import credentials, pull
+from guix_tasks.transfer import pull
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -291,7 +292,7 @@ class Rig:
             self.errors.append(str(error))
             return False
         reference = str(project.settings.image)
-        assert self.engine.remote_digest(reference, credentials(project)) == digest
+        assert remote_digest(self.engine, project.settings, reference) == digest
         return True
 
     def pulled(self, project: EngineProject, image: Image) -> bool:

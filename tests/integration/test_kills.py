@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import signal
 import time
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import errors, eventually
+from harness import builder_environment, errors, eventually
 from island import raised
 from patient import admit
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+    from conftest import NewProject
     from harness import Running, Workshop
     from patient import Patient
     from soak import Soak
@@ -76,7 +78,9 @@ class Ward:
         patient.prepare(stage)
         before = project.tags()
         began = time.monotonic()
-        started = project.start(stage)
+        place = project.folder / "tmp"
+        place.mkdir(exist_ok=True)
+        started = project.start(stage, env={"TMPDIR": str(place)})
         moment = self.moment(stage, within=STARTING if who == CONTAINER else 0)
         if who == CONTAINER:
             eventually(lambda: self.working() != [] or started.has_ended(), "a container")
@@ -86,6 +90,7 @@ class Ward:
         in_time = started.goes_on(moment) and self.kill(who, started)
         stopping = time.monotonic()
         status = started.inv.wait(timeout=60)
+        assert_no_password(place, self.patient.island.registry)
         took = time.monotonic() - stopping
         if who in SIGNALS and status in (1, -signal.Signals[who]) and not errors(started.said()):
             in_time = False  # it had done its work, and Python was about to end
@@ -136,6 +141,23 @@ class Ward:
         return in_time
 
 
+def assert_no_password(place: Path, registry: LocalRegistry) -> None:
+    """See that no file of a temporary directory holds the password of a registry."""
+    account = registry.account.credentials()
+    assert account
+    pair = f"{account.username}:{account.password}".encode()
+    secrets = {account.password.encode(), base64.b64encode(pair)}
+    # What removes directories after a kill needs a moment.
+    eventually(lambda: not any(holds(file, secrets) for file in place.rglob("*")), "no password", 5)
+
+
+def holds(path: Path, secrets: set[bytes]) -> bool:
+    try:
+        return path.is_file() and any(each in path.read_bytes() for each in secrets)
+    except OSError:  # it has just gone
+        return False
+
+
 @pytest.fixture(scope="module")
 def ward(
     programs: Path,
@@ -154,6 +176,29 @@ def ward(
             patient.project.ok(stage)
             usual[stage] = time.monotonic() - started
         yield Ward(patient, usual)
+
+
+SLOW = "ARG BASE_IMAGE\nFROM $BASE_IMAGE\nRUN echo under-way && sleep 30\n"
+
+
+def test_a_killed_base_leaves_no_password(
+    new_project: NewProject, registry: LocalRegistry, tmp_path: Path
+) -> None:
+    """Not even while the builder still works: buildx has the account from its environment."""
+    place = tmp_path / "tmp"
+    place.mkdir()
+    project = new_project()
+    project.dockerfile(SLOW)
+    environment = {**builder_environment("buildx"), "TMPDIR": str(place)}
+    started = project.start("base", env=environment)
+    started.await_output("under-way")
+    account = registry.account.credentials()
+    assert account
+    pair = base64.b64encode(f"{account.username}:{account.password}".encode())
+    assert [file for file in place.rglob("*") if holds(file, {pair})] == []
+    assert started.signal(signal.SIGKILL) == -signal.SIGKILL
+    assert_no_password(place, registry)
+    eventually(lambda: list(place.iterdir()) == [], "the end of the temporary directory", 10)
 
 
 @pytest.mark.both_stores

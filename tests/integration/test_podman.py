@@ -15,6 +15,7 @@ import pytest
 from docker import APIClient
 from harness import Docker, Made, Project, Workshop, call, eventually, inv_argv, one_error
 from podmen import Podman, served
+from recording_registry import serving
 
 from guix_tasks.docker_engine import DEFAULT_SOCKET
 from guix_tasks.ledger import PACKAGES_LABEL, STAGES
@@ -290,3 +291,30 @@ def _config(podman: Podman, image: str) -> dict[str, Any]:
 
 def _unnamed(project: Project) -> set[str]:
     return set(project.docker.ok("image", "ls", "--filter=dangling=true", "--quiet").split())
+
+
+def test_each_registry_gets_its_own_account(shop: Workshop, tmp_path: Path) -> None:
+    """Of a private base image, and of what is pushed."""
+    with serving("deployer:for-home") as home, serving("baser:for-base") as base:
+        account = {"DOCKER_USERNAME": "baser", "DOCKER_PASSWORD": "for-base"}
+        model = shop.project(tmp_path / "base", f"{base.host}/x/base", **account)
+        account = {"DOCKER_USERNAME": "deployer", "DOCKER_PASSWORD": "for-home"}
+        reference = f"{base.host}/x/base:t"
+        project = shop.project(
+            tmp_path / "home", f"{home.host}/x/app", BASE_IMAGE=reference, **account
+        )
+        try:
+            model.dockerfile("FROM scratch\nCOPY Dockerfile /\n")
+            model.ok("base", "push")
+            model.remove()
+            base.forget()
+            project.dockerfile("ARG BASE_IMAGE\nFROM $BASE_IMAGE\nCOPY Dockerfile /again\n")
+            auths = {"auths": {base.host: {"auth": base.auth}}}
+            env = {"DOCKER_AUTH_CONFIG": json.dumps(auths)}
+            made = project.inv("base", "push", env=env)
+            assert made.returncode == 0, made.stderr
+            assert (home.seen, base.seen) == ({home.account}, {base.account})
+        finally:
+            model.remove()
+            project.remove()
+            project.docker("rmi", reference)

@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import IO, Any, Concatenate, ParamSpec, TypeVar
+from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from hypothesis import settings as hypothesis_settings
 
@@ -36,7 +36,6 @@ from guix_tasks.engine import (
     BuildSpec,
     Container,
     ContainerSpec,
-    Credentials,
     Engine,
     EngineInfo,
     Image,
@@ -50,6 +49,9 @@ from guix_tasks.lifecycle import Lifecycle, State, Wishes
 from guix_tasks.publish import push
 from guix_tasks.settings import Settings, load_settings
 from guix_tasks.stage import Project
+
+if TYPE_CHECKING:
+    from guix_tasks.accounts import Credentials
 
 P = ParamSpec("P")
 R = TypeVar("R")

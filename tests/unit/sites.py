@@ -30,6 +30,15 @@ def no_ci_job(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def no_accounts(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The accounts, and the local registry, of whoever runs the tests are not to be found."""
+    home = str(tmp_path_factory.getbasetemp() / "nobody")
+    monkeypatch.setenv("DOCKER_CONFIG", home)
+    monkeypatch.setenv("XDG_DATA_HOME", home)
+    monkeypatch.delenv("DOCKER_AUTH_CONFIG", raising=False)
+
+
 @pytest.fixture
 def serial_hashing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are hashed one after the other: threads would only make small tests slow."""

@@ -165,27 +165,29 @@ def saved(index: bytes | None, name: str = "blobs/sha256/x") -> bytes:
 GOOD_INDEX = json.dumps({"manifests": [{"digest": "sha256:abc"}, {"digest": "x"}]}).encode()
 
 
-def test_an_image_is_only_here_where_no_registry_has_it() -> None:
+def test_an_image_is_only_here_where_no_registry_has_it(tmp_path: Path) -> None:
+    made = settings(tmp_path, BASE_IMAGE=str(REFERENCE))
     engine = FakeEngine(FakeRegistry())
-    assert only_here(engine, REFERENCE) is None
+    assert only_here(engine, made) is None
     image = an_image(engine)
-    assert getattr(only_here(engine, REFERENCE), "id", None) == image.id
+    assert getattr(only_here(engine, made), "id", None) == image.id
     engine.all_images[image.id] = replace(image, digests=("elsewhere.test/base@sha256:1",))
-    assert only_here(engine, REFERENCE)
+    assert only_here(engine, made)
     # The containerd image store gives a digest to what was never pushed.
     engine.all_images[image.id] = replace(image, digests=("registry.test/base@sha256:1",))
-    assert only_here(engine, REFERENCE)
+    assert only_here(engine, made)
 
 
-def test_an_image_that_was_pulled_is_not_handed_over() -> None:
+def test_an_image_that_was_pulled_is_not_handed_over(tmp_path: Path) -> None:
+    made = settings(tmp_path, BASE_IMAGE=str(REFERENCE))
     registry = FakeRegistry()
     publish_base(registry, str(REFERENCE))
     engine = FakeEngine(registry)
     engine.pull(str(REFERENCE), None)
-    assert only_here(engine, REFERENCE) is None
+    assert only_here(engine, made) is None
     # As run and commit does, it goes by the image that is here.
     publish_base(registry, str(REFERENCE), "newer")
-    assert only_here(engine, REFERENCE)
+    assert only_here(engine, made)
 
 
 @pytest.mark.parametrize("size", [1, 511, 10_240, 1 << 20])

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,7 +33,7 @@ from guix_tasks.own import OwnStage
 from guix_tasks.stage import STAGE_TRIES, Project
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
 RESOLVED = f"(list {channel('guix', 'https://guix.test', COMMITS['guix'])})"
 REPORT = f"(list\n  {channel('guix', 'https://guix.test', COMMITS['guix'])})"
@@ -673,15 +680,15 @@ def test_one_that_the_builder_can_get_is_not(site: Site, fake: FakeBuildx, place
 # --- Secrets --------------------------------------------------------------------------------
 
 
-def test_credentials_are_in_a_file_of_dockers_and_nowhere_else(
-    site: Site, fake: FakeBuildx
-) -> None:
+def test_credentials_are_in_the_environment_and_nowhere_else(site: Site, fake: FakeBuildx) -> None:
     site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD="hunter2-x")  # noqa: S106
     shown = said(site, fake)
     pair = base64.b64encode(b"some-user:hunter2-x").decode()
     for call in bakes(fake):
-        assert json.loads(call.config)["auths"] == {"registry.test": {"auth": pair}}
-        kept = repr((call.argv, call.env, call.files))
+        assert json.loads(call.env.pop("DOCKER_AUTH_CONFIG")) == {
+            "auths": {"registry.test": {"auth": pair}}
+        }
+        kept = repr((call.argv, call.env, call.files, call.config))
         assert "hunter2-x" not in kept
         assert pair not in kept
     assert "hunter2-x" not in shown
@@ -715,6 +722,57 @@ def test_a_dry_run_shows_no_secret_of_the_bake_file(site: Site, fake: FakeBuildx
     assert '"VERSION": "1.0"' in shown
     assert "type=s3,bucket=buck,secret_access_key=***" in shown
     assert "hunter" not in shown
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from fake_buildx import FakeBuildx
+from fake_engine import new_site
+from guix_tasks.buildkit import BuildWishes, build
+place = Path(sys.argv[1])
+site = new_site(place / "site", BUILDX_DRIVER="docker-container", BUILD_ARGS="TOKEN=hunter2-x")
+fake = FakeBuildx(place / "fake")
+fake.add()
+fake.fail("too late", "bake", sleeps=60)
+project = site.project()
+build(project, fake.program(project.console), BuildWishes())
+"""
+
+
+def test_a_killed_build_leaves_no_secret(tmp_path: Path) -> None:
+    """What BuildKit is handed is in files: they go when ``inv`` does."""
+    place = tmp_path / "tmp"
+    place.mkdir()
+    here = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "TMPDIR": str(place),
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])]),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)], env=environment, start_new_session=True
+    ) as process:
+        try:
+            await_true(lambda: any("hunter2-x" in text(each) for each in place.rglob("bake.json")))
+            process.kill()
+            process.wait()
+            await_true(lambda: list(place.iterdir()) == [])
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # the buildx that outlives it
+
+
+def await_true(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def text(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_text()
+    return ""
 
 
 def test_nothing_is_left_of_the_folder(site: Site, fake: FakeBuildx, tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ import io
 import json
 import os
 import re
-import stat
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from fake_engine import STEADY, Heard
@@ -20,9 +22,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from guix_tasks import buildx
-from guix_tasks.buildx import BuilderNode, Buildx, csv_field, parse_builder, signed_in
-from guix_tasks.engine import BuildSpec, Credentials
+from guix_tasks.accounts import Accounts, Credentials
+from guix_tasks.buildx import (
+    BuilderNode,
+    Buildx,
+    csv_field,
+    parse_builder,
+    refuse_without_accounts,
+    with_accounts,
+)
+from guix_tasks.engine import BuildSpec
 from guix_tasks.errors import FULL_DISK, BuilderError, GuixTasksError, RegistryError, StageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 STUB = """#!/bin/sh
 printf '%s\\0' "$@" >"$STUB/argv"
@@ -477,157 +490,99 @@ def test_fields_are_read_as_they_were_written(fields: list[str]) -> None:
     assert next(csv.reader(io.StringIO(line, newline=""), strict=True)) == fields
 
 
-# --- The account ----------------------------------------------------------------------------
+# --- Accounts -------------------------------------------------------------------------------
 
 ACCOUNT = Credentials("me", "hunter2-€:x")
 CODED = base64.b64encode("me:hunter2-€:x".encode()).decode()
+VERSION = "github.com/docker/buildx v{} 0123456"
 
 
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    """Docker's own folder, with something of every kind in it."""
-    folder = tmp_path / "docker"
-    (folder / "buildx").mkdir(parents=True)
-    (folder / "contexts").mkdir()
-    (folder / "contexts" / "mine").write_text("a context")
-    (folder / "ca.pem").write_text("a certificate")
-    return folder
+def accounts(tmp_path: Path, **given: Credentials) -> Accounts:
+    return Accounts({"DOCKER_CONFIG": str(tmp_path / "docker"), "PATH": os.environ["PATH"]}, given)
 
 
-def with_config(home: Path, program: Buildx, config: object = None) -> Buildx:
-    if config is not None:
-        text = config if isinstance(config, str) else json.dumps(config)
-        (home / "config.json").write_text(text)
-    environment = {**program.environment, "DOCKER_CONFIG": str(home)}
-    return replace(program, environment=environment)
-
-
-def account_file(program: Buildx) -> Path:
-    return Path(program.environment["DOCKER_CONFIG"]) / "config.json"
-
-
-def test_the_account_is_in_a_file_of_this_user_alone_and_gone_afterwards(
-    home: Path, program: Buildx, stub: Path
+def test_an_account_is_in_the_environment_and_in_no_file(
+    stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_account = with_config(home, program)
-    with signed_in(with_account, "a.example:5000", ACCOUNT) as signed:
-        file = account_file(signed)
-        assert stat.S_IMODE(file.stat().st_mode) == 0o600
-        assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
-        assert json.loads(file.read_text()) == {
-            "auths": {"a.example:5000": {"auth": CODED}},
-            "credHelpers": {"a.example:5000": ""},
+    place = tmp_path / "tmp"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    given = accounts(tmp_path, **{"a.example:5000": ACCOUNT, "docker.io": ACCOUNT})
+    monkeypatch.setattr(buildx, "_run", partial(ran, buildx._run, place))
+    build(stub, spec(accounts=given))
+    environment = (stub.parent / "env").read_text()
+    (line,) = [each for each in environment.splitlines() if each.startswith("DOCKER_AUTH_CONFIG=")]
+    assert json.loads(line.partition("=")[2]) == {
+        "auths": {
+            "a.example:5000": {"auth": CODED},
+            "https://index.docker.io/v1/": {"auth": CODED},
         }
-        signed.ask("bake", "x")
-    assert not file.parent.exists()
-    seen = (stub.parent / "env").read_text() + "".join(argv(stub))
-    assert "hunter2" not in seen
-    assert CODED not in seen
-    assert "hunter2" not in repr(signed)
-
-
-def test_the_accounts_of_the_program_itself_come_too(home: Path, program: Buildx) -> None:
-    own = replace(program, accounts={"localhost:5055": ACCOUNT})
-    assert "hunter2" not in repr(own)
-    with signed_in(with_config(home, own)) as signed:
-        assert list(json.loads(account_file(signed).read_text())["auths"]) == ["localhost:5055"]
-    other = Credentials("other", "pass")
-    with signed_in(with_config(home, own), "a.example", other) as signed:
-        auths = json.loads(account_file(signed).read_text())["auths"]
-        assert sorted(auths) == ["a.example", "localhost:5055"]
-        assert auths["localhost:5055"] == {"auth": CODED}
-    # The local registry knows no account but its own.
-    with signed_in(with_config(home, own), "localhost:5055", other) as signed:
-        auths = json.loads(account_file(signed).read_text())["auths"]
-        assert auths == {"localhost:5055": {"auth": CODED}}
-
-
-def test_docker_hub_has_a_name_of_its_own(home: Path, program: Buildx) -> None:
-    with signed_in(with_config(home, program), "docker.io", ACCOUNT) as signed:
-        assert list(json.loads(account_file(signed).read_text())["auths"]) == [
-            "https://index.docker.io/v1/"
-        ]
-
-
-def test_the_users_own_accounts_and_stores_stay(home: Path, program: Buildx) -> None:
-    config = {
-        "auths": {"b.example": {"auth": "b"}, "a.example": {"identitytoken": "old"}},
-        "credsStore": "desktop",
-        "credHelpers": {"c.example": "ecr-login", "a.example": "pass"},
-        "currentContext": "mine",
     }
-    original = with_config(home, program, config)
-    with signed_in(original, "a.example", ACCOUNT) as signed:
-        assert json.loads(account_file(signed).read_text()) == {
-            **config,
-            "auths": {"b.example": {"auth": "b"}, "a.example": {"auth": CODED}},
-            # Empty: the file, and not the store of all the others.
-            "credHelpers": {"c.example": "ecr-login", "a.example": ""},
-        }
-    assert json.loads((home / "config.json").read_text()) == config
+    assert "hunter2" not in "".join(argv(stub))
+    assert CODED not in "".join(argv(stub))
+    assert not (tmp_path / "docker").exists()
 
 
-@pytest.mark.parametrize(
-    "config", ["", "{", "[]", "null", "\x00", '{"auths": [], "credHelpers": "x"}']
-)
-def test_a_broken_configuration_does_no_harm(home: Path, program: Buildx, config: str) -> None:
-    with signed_in(with_config(home, program, config), "a.example", ACCOUNT) as signed:
-        assert json.loads(account_file(signed).read_text()) == {
-            "auths": {"a.example": {"auth": CODED}},
-            "credHelpers": {"a.example": ""},
-        }
-    assert (home / "config.json").read_text() == config
+def ran(
+    run: Callable[..., str | None], place: Path, *arguments: object, **options: float
+) -> str | None:
+    """Run the program, and see that no file of ours holds a password meanwhile."""
+    answer = run(*arguments, **options)
+    files = [each for each in place.rglob("*") if each.is_file()]
+    assert files
+    for file in files:
+        assert CODED not in file.read_text()
+        assert "hunter2" not in file.read_text()
+    return answer
 
 
-def test_the_rest_of_dockers_folder_is_seen_and_kept(home: Path, program: Buildx) -> None:
-    with signed_in(with_config(home, program), "a.example", ACCOUNT) as signed:
-        folder = account_file(signed).parent
-        assert (folder / "contexts" / "mine").read_text() == "a context"
-        assert (folder / "ca.pem").read_text() == "a certificate"
-        (folder / "buildx" / "instance").write_text("made meanwhile")
-    assert (home / "buildx" / "instance").read_text() == "made meanwhile"
-    assert (home / "contexts" / "mine").exists()
+def test_without_an_account_the_environment_is_left_as_it_is(stub: Path, tmp_path: Path) -> None:
+    program = Buildx(str(stub), {"DOCKER_AUTH_CONFIG": "{odd"})
+    assert with_accounts(program, accounts(tmp_path)) is program
 
 
-def test_what_buildx_begins_to_keep_is_kept(tmp_path: Path, program: Buildx) -> None:
-    fresh = tmp_path / "fresh"
-    with signed_in(with_config(fresh, program), "a.example", ACCOUNT) as signed:
-        (account_file(signed).parent / "buildx" / "x").write_text("x")
-    assert (fresh / "buildx" / "x").exists()
-    other = tmp_path / "other"
-    elsewhere = with_config(other, program)
-    elsewhere = replace(
-        elsewhere, environment={**elsewhere.environment, "BUILDX_CONFIG": str(tmp_path / "own")}
+def answering(stub: Path, version: str, build_fails: str = "") -> Buildx:
+    """A program of a version."""
+    stub.write_text(
+        f'#!/bin/sh\n[ "$1" = version ] && echo "{VERSION.format(version)}" && exit\n'
+        f'echo "{build_fails}" >&2\nexit 1\n'
     )
-    with signed_in(elsewhere, "a.example", ACCOUNT):
-        pass
-    assert not other.exists()
+    return Buildx(str(stub), {"PATH": os.environ["PATH"]})
 
 
-def test_a_home_that_cannot_be_written_does_no_harm(tmp_path: Path, program: Buildx) -> None:
-    (tmp_path / "file").touch()
-    nowhere = with_config(tmp_path / "file" / "docker", program)
-    with signed_in(nowhere, "a.example", ACCOUNT) as signed:
-        assert account_file(signed).exists()
+@pytest.mark.parametrize("version", ["0.26.0", "0.29.1+ds1", "1.0.0", "1.2.3-dev"])
+def test_a_program_that_reads_accounts_is_not_refused(
+    stub: Path, tmp_path: Path, version: str
+) -> None:
+    given = accounts(tmp_path, **{"a.example": ACCOUNT})
+    refuse_without_accounts(answering(stub, version), given, "a.example")
 
 
-def test_the_account_is_gone_after_an_error_too(home: Path, program: Buildx) -> None:
-    files = []
+def test_a_program_that_reads_no_accounts_is_refused_where_one_is_needed(
+    stub: Path, tmp_path: Path
+) -> None:
+    given, old = accounts(tmp_path, **{"a.example": ACCOUNT}), answering(stub, "0.13.1+ds1")
+    with pytest.raises(BuilderError) as caught:
+        refuse_without_accounts(old, given, "a.example")
+    assert str(caught.value).startswith("cannot give buildx the account of a.example: buildx ")
+    assert "`docker login`" in str(caught.value)
+    refuse_without_accounts(old, given, "b.example")
+    # `docker login` has written one where every version reads it.
+    (tmp_path / "docker").mkdir()
+    config = {"auths": {"a.example": {"auth": CODED}}}
+    (tmp_path / "docker" / "config.json").write_text(json.dumps(config))
+    refuse_without_accounts(old, given, "a.example")
 
-    def interrupted() -> None:
-        with signed_in(with_config(home, program), "a.example", ACCOUNT) as signed:
-            files.append(account_file(signed))
-            raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert not files[0].parent.exists()
-
-
-def test_without_an_account_docker_is_left_as_it_is(home: Path, program: Buildx) -> None:
-    original = with_config(home, program, {"credsStore": "x"})
-    with signed_in(original, "a.example", None) as signed:
-        assert signed is original
+def test_a_build_that_fails_names_the_account_that_an_old_program_did_not_get(
+    stub: Path, tmp_path: Path
+) -> None:
+    given = spec(accounts=accounts(tmp_path, **{"a.example": ACCOUNT}))
+    for version, told in (("0.13.1", True), ("0.26.0", False)):
+        program = answering(stub, version, "ERROR: pull access denied")
+        with pytest.raises(BuilderError) as caught:
+            buildx.build(program, given, print)
+        assert ("does not read DOCKER_AUTH_CONFIG" in str(caught.value)) is told
 
 
 # --- Builders -------------------------------------------------------------------------------

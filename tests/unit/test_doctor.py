@@ -40,8 +40,9 @@ from guix_tasks import (
     podman_engine,
     sandbox,
 )
+from guix_tasks.accounts import Credentials
 from guix_tasks.doctor import CHECKS, Finding, Patient, State, examine, show
-from guix_tasks.engine import Credentials, TracedEngine
+from guix_tasks.engine import TracedEngine
 from guix_tasks.errors import EngineError
 from guix_tasks.guix import DEFAULT_SUBSTITUTE_URLS
 from guix_tasks.settings import settings_reference

@@ -19,10 +19,10 @@ from fake_engine import (
 )
 
 from guix_tasks import hands, masking
+from guix_tasks.accounts import Credentials
 from guix_tasks.engine import (
     BuildSpec,
     ContainerSpec,
-    Credentials,
     Engine,
     EngineInfo,
     Image,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from dataclasses import replace
@@ -26,7 +27,7 @@ JOINED = f"sha256:{'d' * 64}"
 
 STUB = """#!/bin/sh
 printf '%s\\n' "$@" -- >>"$STUB/argv"
-cat "$DOCKER_CONFIG/config.json" >>"$STUB/accounts"
+printf '%s\n' "$DOCKER_AUTH_CONFIG" >>"$STUB/accounts"
 case $2 in
   create) [ -f "$STUB/refusal" ] && { cat "$STUB/refusal" >&2; exit 1; } ;;
   inspect) cat "$STUB/answer" ;;
@@ -178,7 +179,10 @@ def test_it_comes_with_the_account_that_is_set(tmp_path: Path, stub: Buildx) -> 
     pushed(site, "linux/amd64")
     join(made, stub)
     folder = tmp_path / "stub"
-    assert (folder / "accounts").read_text().count("registry.test") == 4  # two calls
+    pair = base64.b64encode(b"me:hunter2").decode()
+    shown = (folder / "accounts").read_text().splitlines()
+    expected = {"auths": {"registry.test": {"auth": pair}}}
+    assert [json.loads(each) for each in shown if each] == 2 * [expected]
     assert "hunter2" not in (folder / "argv").read_text() + heard(made)
     assert (folder / "config" / "config.json").read_text() == "{}"
 

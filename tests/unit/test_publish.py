@@ -19,7 +19,8 @@ from fake_engine import (
 )
 
 from guix_tasks import hands
-from guix_tasks.engine import Credentials, TracedEngine
+from guix_tasks.accounts import Credentials
+from guix_tasks.engine import TracedEngine
 from guix_tasks.errors import RegistryError, UsageError
 from guix_tasks.ledger import PREVIOUS, STAGES
 from guix_tasks.publish import image_to_use, push

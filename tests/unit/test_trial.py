@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fake_engine import FakeContainer, Output, Site, heard, made_site, outline
+from fake_engine import FakeContainer, FakeEngine, Output, Site, heard, made_site, outline
 
 from guix_tasks.engine import ContainerSpec, TracedEngine, run_to_end
 from guix_tasks.errors import CheckError, UsageError
@@ -172,3 +172,14 @@ def test_a_container_that_is_run_to_its_end_is_gone_however_it_ends(site: Site) 
     next(pieces)
     pieces.close()  # type: ignore[attr-defined]
     assert site.engine.all_containers == {}
+
+
+def test_the_image_of_a_test_is_pulled_without_another_registrys_account(site: Site) -> None:
+    registry, image = site.engine.registry, "elsewhere.test/debian:1"
+    other = FakeEngine(registry)
+    other.make_image({}, {"/etc/debian_version": b"13"}, tag=image)
+    other.push(image, None)
+    registry.seen.clear()
+    site.env.update(DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2")  # noqa: S106
+    try_pack(site.project(), replace(CHECK, image=image))
+    assert registry.seen == [None]
