@@ -7,10 +7,12 @@ a task before may have written it.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import select
 import stat
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -61,10 +63,13 @@ def is_pipe(path: Path) -> bool:
 def reopenable(path: Path) -> Path:
     """Return a path at which this process and its children can read a file any number of times.
 
-    For a pipe that is a file in memory, which goes with this process.  Raises ``OSError``.
+    For a pipe that is a file in memory, which goes with this process.  Raises ``OSError``, also
+    on a system that has no such files.
     """
     if not is_pipe(path):
         return path
+    if sys.platform != "linux":
+        raise OSError(errno.EOPNOTSUPP, "cannot be read more than once, because it is a pipe")
     file = os.memfd_create("guix-tasks")
     with os.fdopen(file, "wb", closefd=False) as memory:
         memory.write(read_file(path))
