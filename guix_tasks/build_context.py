@@ -279,8 +279,10 @@ class _Walker:
         first = self._first_names.setdefault((status.st_dev, status.st_ino), name)
         if first != name:
             return Entry(name, path, mode, first)
-        # BuildKit asks twice, when it lists a file and when it reads it, and not in the same way.
-        return Entry(name, path, mode, is_emptied=self._matcher.ignores(name))
+        # BuildKit asks twice, when it lists a file and when it reads it, and not in the same way:
+        # there is a difference if a pattern comes behind an exception.
+        emptied = bool(self._matcher.exceptions) and self._matcher.ignores(name)
+        return Entry(name, path, mode, is_emptied=emptied)
 
 
 def _names(directory: Path) -> Iterator[str]:
@@ -309,7 +311,8 @@ def _tolerated(*, ignored: bool) -> Iterator[None]:
 
 def _description(entry: Entry) -> str:
     content = file_digest(entry.path) if entry.has_content else ""
-    return text_digest(entry.name, f"{entry.mode:o}", entry.target, str(entry.device), content)
+    # No name has a zero in it.
+    return f"{entry.name}\0{entry.mode:o}\0{entry.target}\0{entry.device}\0{content}"
 
 
 def _counted(entries: Sequence[Entry], without: AbstractSet[Path]) -> list[Entry]:
