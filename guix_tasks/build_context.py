@@ -12,7 +12,7 @@ import re
 import stat
 import tarfile
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -94,13 +94,12 @@ def ignore_file(context: Path, dockerfile: Path) -> Path | None:
     return None
 
 
-@contextmanager
-def linked_context(context: Path, dockerfile: Path) -> Iterator[Path]:
+def linked_context(context: Path, dockerfile: Path) -> Path:
     """The context by a path that is another one if the mode of a directory has changed.
 
     BuildKit keeps what it was sent for the next build from the same path, and does not notice
-    there that only the mode of a directory is another: the image would have the old one.  If
-    there can be no link, that is left at it.
+    there that only the mode of a directory is another: the image would have the old one.  The
+    path is a link among the caches, or the context itself if there can be no link.
     """
     real = os.path.realpath(context)
     found = (each for each in context_entries(context, dockerfile) if stat.S_ISDIR(each.mode))
@@ -108,15 +107,12 @@ def linked_context(context: Path, dockerfile: Path) -> Iterator[Path]:
     link = paths.cache_home() / "contexts" / text_digest(real, *modes)
     try:
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(real)
+        # It stays, since another project may be built from the same context meanwhile.
+        with suppress(FileExistsError):
+            link.symlink_to(real)
     except OSError:
-        link = context
-    try:
-        yield link
-    finally:
-        if link != context:
-            link.unlink(missing_ok=True)
+        return context
+    return link
 
 
 def context_archive(context: Path, dockerfile: Path) -> tuple[IO[bytes], str]:

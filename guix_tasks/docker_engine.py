@@ -429,8 +429,8 @@ class DockerEngine:
         program = find_buildx(self._environment, self.address)
         if program is None:
             return self._classic_build(spec, output)
-        with linked_context(spec.context, spec.dockerfile) as context:
-            return buildx.build(program, replace(spec, context=context), output)
+        context = linked_context(spec.context, spec.dockerfile)
+        return buildx.build(program, replace(spec, context=context), output)
 
     def _classic_build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
         if spec.secrets:
