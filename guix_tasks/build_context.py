@@ -12,7 +12,7 @@ import re
 import stat
 import tarfile
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -108,10 +108,9 @@ def linked_context(context: Path, dockerfile: Path) -> Path:
     link = paths.cache_home() / "contexts" / text_digest(real, *modes)
     try:
         link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.is_symlink():
+        # It stays, since another project may be built from the same context meanwhile.
+        with suppress(FileExistsError):
             link.symlink_to(real)
-    except FileExistsError:
-        pass  # another process made it just now
     except OSError:
         return context
     return link
@@ -277,8 +276,10 @@ class _Walker:
         first = self._first_names.setdefault((status.st_dev, status.st_ino), name)
         if first != name:
             return Entry(name, path, mode, first)
-        # BuildKit asks twice, when it lists a file and when it reads it, and not in the same way.
-        return Entry(name, path, mode, is_emptied=self._matcher.ignores(name))
+        # BuildKit asks twice, when it lists a file and when it reads it, and not in the same way:
+        # there is a difference if a pattern comes behind an exception.
+        emptied = bool(self._matcher.exceptions) and self._matcher.ignores(name)
+        return Entry(name, path, mode, is_emptied=emptied)
 
 
 def _names(directory: Path) -> Iterator[str]:
@@ -307,7 +308,8 @@ def _tolerated(*, ignored: bool) -> Iterator[None]:
 
 def _description(entry: Entry) -> str:
     content = file_digest(entry.path) if entry.has_content else ""
-    return text_digest(entry.name, f"{entry.mode:o}", entry.target, str(entry.device), content)
+    # No name has a zero in it.
+    return f"{entry.name}\0{entry.mode:o}\0{entry.target}\0{entry.device}\0{content}"
 
 
 def _counted(entries: Sequence[Entry], without: AbstractSet[Path]) -> list[Entry]:
