@@ -17,20 +17,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from guix_tasks.engine.discovery import find_engine
 from measure import Command, Containers, Meter, Wire
 
-from guix_tasks import buildx, paths
-from guix_tasks.docker_engine import DockerEngine, find_engine
+from dev.offline import make_material
+from guix_tasks import files
+from guix_tasks.bootstrap.base_image import BASE_TAG, make_base
+from guix_tasks.bootstrap.engine import private_engine
+from guix_tasks.bootstrap.registry import LocalRegistry, local_registry
+from guix_tasks.buildkit import buildx
+from guix_tasks.engine.docker import DockerEngine
 from guix_tasks.guix import channels
-from guix_tasks.local.base_image import BASE_TAG, make_base
-from guix_tasks.local.engine import private_engine
-from guix_tasks.local.offline import make_material
-from guix_tasks.local.registry import LocalRegistry, local_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from guix_tasks.console import Console
+    from guix_tasks.ui.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
 REPOSITORY = "benchmark"
@@ -176,7 +178,7 @@ def _link_buildx(configuration: Path) -> None:
 
 def _material(engine: DockerEngine, console: Console) -> Path:
     """Substitutes, and channels with the packages to measure with, in two commits each."""
-    folder = paths.cache_home() / "benchmark"
+    folder = files.cache_home() / "benchmark"
     ignore = shutil.ignore_patterns("out", "channels.lock.scm")
     shutil.copytree(ROOT / "examples/offline", folder, ignore=ignore, dirs_exist_ok=True)
     shutil.copy(_HERE / "packages.scm", folder / "channels/offline/offline/benchmark.scm")

@@ -7,13 +7,13 @@ import os
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING
 
-from guix_tasks import paths
-from guix_tasks.fingerprint import text_digest
+from guix_tasks import files
+from guix_tasks.files import text_digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from guix_tasks.console import Console
+    from guix_tasks.ui.console import Console
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def alone(console: Console, engine: str, image: str, task: str) -> Iterator[None
 
 
 def _open(name: str) -> IO[str] | None:
-    folder = paths.cache_home() / "locks"
+    folder = files.cache_home() / "locks"
     with suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return (folder / name).open("a+")

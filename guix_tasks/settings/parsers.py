@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from guix_tasks.reference import DEFAULT_TAG, ImageReference, check_tag, quoted
+from guix_tasks.oci.reference import DEFAULT_TAG, ImageReference, check_tag, quoted
 from guix_tasks.settings.values import Listen, Mount, Secret
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from guix_tasks.reference import Platform
+    from guix_tasks.oci.reference import Platform
 
 
 class Secret:

@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
+from guix_tasks.engine.discovery import find_engine
 from harness import (
     HTPASSWD,
     OFFLINE,
@@ -27,24 +28,24 @@ from harness import (
 from island import Island, raised
 from planted import PLANTED
 
-from guix_tasks import buildx, paths
-from guix_tasks.console import Console
-from guix_tasks.docker_engine import DockerEngine, find_engine
+from dev.offline import make_material
+from guix_tasks import files
+from guix_tasks.bootstrap import service as service_module
+from guix_tasks.bootstrap.base_image import BASE_TAG, PLAIN_TAG, make_base, make_plain
+from guix_tasks.bootstrap.engine import PrivateEngine, private_engine
+from guix_tasks.bootstrap.registry import LocalRegistry, local_registry
+from guix_tasks.bootstrap.service import Service
+from guix_tasks.buildkit import buildx
+from guix_tasks.engine.docker import DockerEngine
 from guix_tasks.errors import EngineError, NoEngineError
-from guix_tasks.local import process
-from guix_tasks.local.base_image import BASE_TAG, PLAIN_TAG, make_base, make_plain
-from guix_tasks.local.engine import PrivateEngine, private_engine
-from guix_tasks.local.offline import make_material
-from guix_tasks.local.process import Service
-from guix_tasks.local.registry import LocalRegistry, local_registry
+from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from guix_tasks.engine.discovery import Address
     from soak import Soak
-
-    from guix_tasks.docker_engine import Address
 
 STAGES = ("base", "pull", "install")
 
@@ -182,7 +183,7 @@ def programs() -> Path:
     """An engine's unpacked packages; of the one that is here, or a copy for the tests alone."""
     if private_engine().installed():
         return private_engine().folder / "root"
-    kept = PrivateEngine(paths.cache_home() / "tests" / "engine")
+    kept = PrivateEngine(files.cache_home() / "tests" / "engine")
     if not kept.installed():
         kept.folder.mkdir(parents=True, exist_ok=True)
         kept._unpack(Console())
@@ -212,7 +213,7 @@ def locked(registry: LocalRegistry, tmp_path_factory: pytest.TempPathFactory) ->
         registry.folder / "root/usr/bin/docker-registry", folder / "pid", folder / "log"
     )
     service.start(["serve", str(folder / "configuration")])
-    assert process.wait_until(lambda: "listening on" in service.log.read_text(), 20)
+    assert service_module.wait_until(lambda: "listening on" in service.log.read_text(), 20)
     yield f"localhost:{port}"
     service.stop(20)
 

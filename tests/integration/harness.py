@@ -25,16 +25,16 @@ import planted
 import pytest
 from planted import PLANTED
 
-from guix_tasks import buildx
-from guix_tasks.local import process
-from guix_tasks.local.base_image import BASE_TAG
-from guix_tasks.work import PROJECT_LABEL
+from guix_tasks.bootstrap import service
+from guix_tasks.bootstrap.base_image import BASE_TAG
+from guix_tasks.buildkit import buildx
+from guix_tasks.stages.container import PROJECT_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from guix_tasks.engine import Credentials
-    from guix_tasks.local.registry import LocalRegistry
+    from guix_tasks.bootstrap.registry import LocalRegistry
+    from guix_tasks.engine.api import Credentials
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = ROOT / "examples" / "offline"
@@ -505,7 +505,7 @@ def pip(python: str, *arguments: str) -> None:
 def running(*argv: str) -> list[int]:
     """The processes of this machine, those in containers too, that run a command."""
     command = "\0".join((*argv, "")).encode()
-    return [pid for pid in process.processes() if _command_of(pid) == command]
+    return [pid for pid in service.processes() if _command_of(pid) == command]
 
 
 def _command_of(pid: int) -> bytes:

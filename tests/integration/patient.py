@@ -10,7 +10,7 @@ import pytest
 from harness import ROOT
 from island import settle
 
-from guix_tasks.ledger import HAND_MADE, PREVIOUS, SQUASH, is_above, is_child, proven_stage
+from guix_tasks.stages.images import HAND_MADE, PREVIOUS, SQUASH, is_above, is_child, proven_stage
 
 if TYPE_CHECKING:
     import random
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from harness import Project, Workshop
     from island import Island
 
-    from guix_tasks.docker_engine import DockerEngine
-    from guix_tasks.engine import Image
+    from guix_tasks.engine.api import Image
+    from guix_tasks.engine.docker import DockerEngine
 
 PARENTS = {"base": "", "pull": "base", "install": "pull"}
 MADE = (*PARENTS, SQUASH)

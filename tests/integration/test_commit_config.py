@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from guix_tasks.stages.project import Project as EngineProject
+from guix_tasks.stages.stage import Stage
 
-from guix_tasks.console import Console
-from guix_tasks.docker_engine import DockerEngine
-from guix_tasks.ledger import CHANNELS_LABEL
+from guix_tasks.engine.docker import DockerEngine
 from guix_tasks.settings import load_isolated
-from guix_tasks.stage import Project as EngineProject
-from guix_tasks.stage import Stage, run_stage
 from guix_tasks.stages.base import base_spec
-from guix_tasks.work import network
+from guix_tasks.stages.container import network
+from guix_tasks.stages.images import CHANNELS_LABEL
+from guix_tasks.stages.runner import run_stage
+from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

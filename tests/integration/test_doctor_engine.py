@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from harness import PASSWORD, ROOT, USER, free_port
 
-from guix_tasks.local.base_image import BASE_TAG
+from guix_tasks.bootstrap.base_image import BASE_TAG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

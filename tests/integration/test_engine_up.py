@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from guix_tasks.engine.discovery import Address
 from harness import eventually, one_error, running
 
-from guix_tasks.docker_engine import Address, DockerEngine
-from guix_tasks.engine import ContainerSpec
-from guix_tasks.local.engine import answers
+from guix_tasks.bootstrap.engine import answers
+from guix_tasks.engine.api import ContainerSpec
+from guix_tasks.engine.docker import DockerEngine
 
 if TYPE_CHECKING:
     from island import Island
 
-    from guix_tasks.local.engine import PrivateEngine
+    from guix_tasks.bootstrap.engine import PrivateEngine
 
 pytestmark = pytest.mark.engine
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from guix_tasks.buildx import find_program
+from guix_tasks.buildkit.buildx import find_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -302,7 +302,8 @@ def test_only_the_scripts_go_to_the_builder(docker: Docker, tmp_path: Path) -> N
     with tarfile.open(fileobj=io.BytesIO(exported.stdout)) as tar:
         names = {member.name for member in tar if member.isfile() and member.size}
     assert names == {
-        f"guix_tasks/image/{name}.sh" for name in ("entry-point", "install-guix", "prepare")
+        f"guix_tasks/stages/resources/{name}.sh"
+        for name in ("entry-point", "install-guix", "prepare")
     }
 
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from docker import APIClient
+from guix_tasks.engine.discovery import DEFAULT_SOCKET
 from harness import Docker, Made, Project, Workshop, call, eventually, inv_argv, one_error
 from podmen import Podman, served
 
-from guix_tasks.docker_engine import DEFAULT_SOCKET
-from guix_tasks.ledger import PACKAGES_LABEL, STAGES
-from guix_tasks.podman import UNFINISHED_LABEL
-from guix_tasks.work import PROJECT_LABEL
+from guix_tasks.engine.podman_api import UNFINISHED_LABEL
+from guix_tasks.stages.container import PROJECT_LABEL
+from guix_tasks.stages.images import PACKAGES_LABEL, STAGES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -27,12 +27,12 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
+from guix_tasks.stages.project import Project
 from hypothesis import settings as hypothesis_settings
 
-from guix_tasks import fingerprint
-from guix_tasks.annotations import CREATED
-from guix_tasks.console import Console
-from guix_tasks.engine import (
+from guix_tasks import files as files_module
+from guix_tasks.commands.push import push
+from guix_tasks.engine.api import (
     BuildSpec,
     Container,
     ContainerSpec,
@@ -45,11 +45,11 @@ from guix_tasks.engine import (
 )
 from guix_tasks.errors import BuilderError, EngineError, RegistryError
 from guix_tasks.guix import CHANNELS_FILE
-from guix_tasks.ledger import KEY_LABEL, LAYERS_LABEL, STAGES, Ledger, proven_stage
-from guix_tasks.lifecycle import Lifecycle, State, Wishes
-from guix_tasks.publish import push
+from guix_tasks.oci.labels import CREATED
 from guix_tasks.settings import Settings, load_settings
-from guix_tasks.stage import Project
+from guix_tasks.stages.images import KEY_LABEL, LAYERS_LABEL, STAGES, Ledger, proven_stage
+from guix_tasks.stages.lifecycle import Lifecycle, State, Wishes
+from guix_tasks.ui.console import Console
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -763,7 +763,7 @@ class Site:
         return load_settings(self.folder, self.folder, self.env)
 
     def project(self, engine: Engine | None = None) -> Project:
-        fingerprint._file_digest.cache_clear()
+        files_module._file_digest.cache_clear()
         return Project(self.settings(), engine or self.engine, Heard())
 
     @property

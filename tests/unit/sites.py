@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_engine import Site, made_site, new_site, serial
 
-from guix_tasks import fingerprint, masking
+from guix_tasks import files
+from guix_tasks.ui import redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def no_secrets() -> Iterator[None]:
     """Each test is a process of its own, to which no secret is known as yet."""
-    masking.forget()
+    redact.forget()
     yield
-    masking.forget()
+    redact.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def no_ci_job(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def serial_hashing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are hashed one after the other: threads would only make small tests slow."""
-    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
+    monkeypatch.setattr(files, "ThreadPoolExecutor", serial)
 
 
 @pytest.fixture

@@ -29,26 +29,24 @@ from fake_engine import (
     outline,
     serial,
 )
+from guix_tasks.engine.dry_run import TracedEngine
 from invoke.program import Program
 
-from guix_tasks import (
-    boundary,
-    buildx,
-    docker_engine,
-    doctor,
-    fingerprint,
-    podman_engine,
-    sandbox,
-)
-from guix_tasks.doctor import CHECKS, Finding, Patient, State, examine, show
-from guix_tasks.engine import Credentials, TracedEngine
+from guix_tasks import files
+from guix_tasks.buildkit import buildx
+from guix_tasks.cli import session
+from guix_tasks.commands import doctor
+from guix_tasks.commands.doctor import CHECKS, Finding, Patient, State, examine, show
+from guix_tasks.engine import docker, podman
+from guix_tasks.engine.api import Credentials
 from guix_tasks.errors import EngineError
 from guix_tasks.guix import DEFAULT_SUBSTITUTE_URLS
 from guix_tasks.settings import settings_reference
+from guix_tasks.stages import sandbox
 from guix_tasks.tasks import ns
 
 if TYPE_CHECKING:
-    from guix_tasks.buildx import Buildx
+    from guix_tasks.buildkit.buildx import Buildx
 
 OK, NOTE, FAILED = State.OK, State.NOTE, State.FAILED
 PASSWORD = "hunter2"  # noqa: S105
@@ -63,11 +61,11 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name.upper(), raising=False)
     for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setattr(docker_engine, "DEFAULT_SOCKET", tmp_path / "no.sock")
-    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
+    monkeypatch.setattr(docker, "DEFAULT_SOCKET", tmp_path / "no.sock")
+    monkeypatch.setattr(files, "ThreadPoolExecutor", serial)
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
     yield
-    boundary._engines.clear()
+    session._engines.clear()
 
 
 @pytest.fixture
@@ -155,7 +153,7 @@ def test_an_engine_that_tells_no_time_is_not_said_to_be_right(site: Site) -> Non
     ],
 )
 def test_the_time_of_an_engine_is_read(text: str, expected: str | None) -> None:
-    found = docker_engine._time(text)
+    found = docker._time(text)
     assert (found and found.isoformat()) == expected
 
 
@@ -955,12 +953,12 @@ def inv(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     site.write("tasks.py", "")
     monkeypatch.chdir(site.folder)
     monkeypatch.setenv("DOCKER_HOST", "unix:///fake.sock")
-    monkeypatch.setattr(podman_engine, "open_engine", lambda _address, _environ: site.engine)
+    monkeypatch.setattr(podman, "open_engine", lambda _address, _environ: site.engine)
     monkeypatch.setattr(buildx, "find_program", lambda _environment: None)
 
     def call(*argv: str) -> Done:
-        boundary._engines.clear()
-        boundary._told.clear()
+        session._engines.clear()
+        session._told.clear()
         lines = (f"{name}='{value}'\n" for name, value in site.env.items())
         site.write(".env", "".join(lines))
         monkeypatch.setattr(sys, "argv", ["inv", *argv])
@@ -1056,7 +1054,7 @@ def test_the_engine_is_asked_anew_after_other_tasks(
         opened.append(address)
         return site.engine
 
-    monkeypatch.setattr(podman_engine, "open_engine", open_engine)
+    monkeypatch.setattr(podman, "open_engine", open_engine)
     assert inv("base", "doctor").code == 0
     assert len(opened) == 2
 

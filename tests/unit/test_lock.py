@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_engine import Heard
 
-from guix_tasks import paths
-from guix_tasks.lock import alone
+from guix_tasks import files
+from guix_tasks.files import alone
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,8 +88,8 @@ def test_an_error_lets_go_of_it() -> None:
 
 
 def test_where_no_lock_can_be_made_the_work_goes_on(cache: Path) -> None:
-    paths.cache_home().parent.mkdir(exist_ok=True)
-    paths.cache_home().write_text("in its place")
+    files.cache_home().parent.mkdir(exist_ok=True)
+    files.cache_home().write_text("in its place")
     console = Heard()
     come_second(console).join(timeout=10)
     assert console.text == "at work\n"

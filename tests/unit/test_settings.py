@@ -17,11 +17,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from guix_tasks import masking
-from guix_tasks.console import Display
 from guix_tasks.errors import SettingsError
-from guix_tasks.ledger import STAGES
-from guix_tasks.reference import ImageReference, Platform
+from guix_tasks.oci.reference import ImageReference, Platform
 from guix_tasks.settings import (
     Driver,
     Listen,
@@ -35,7 +32,10 @@ from guix_tasks.settings import (
     load_settings,
     settings_reference,
 )
-from guix_tasks.work import environment
+from guix_tasks.stages.container import environment
+from guix_tasks.stages.images import STAGES
+from guix_tasks.ui import redact
+from guix_tasks.ui.console import Display
 
 ROOT = Path(__file__).parents[2]
 HEX = "0123456789abcdef" * 4
@@ -715,7 +715,7 @@ def test_proxies_of_dockers_own_configuration_are_weaker(project: Path) -> None:
     found = load(project, "", environ).proxies
     assert (found["http_proxy"], found["no_proxy"]) == ("http://a:hunter2@b.test", "d.test")
     assert "https_proxy" not in found
-    assert masking.clean("hunter2") == "***"
+    assert redact.clean("hunter2") == "***"
 
 
 def test_work_containers_get_the_proxies_of_the_settings(
@@ -1046,7 +1046,7 @@ def test_an_account_in_a_channels_url_is_pointed_out_and_not_shown(
     said = ".env:1: GUIX_CHANNELS: a URL has a user or a password in it"
     assert [note.startswith(said) for note in settings.notes] == [True] * noted
     if noted and "hunter2" in url:
-        assert masking.clean("said hunter2") == "said ***"
+        assert redact.clean("said hunter2") == "said ***"
 
 
 def test_a_build_argument_that_is_secret_is_pointed_out(project: Path) -> None:
@@ -1067,7 +1067,7 @@ def test_what_the_settings_hold_is_known_to_the_filter(project: Path) -> None:
         "BUILDX_CACHE_TO=type=s3,bucket=buck,secret_access_key=hunter3\n",
         {"https_proxy": "http://me:hunter4@proxy.test"},
     )
-    said = masking.clean(
+    said = redact.clean(
         "me pass%20word abcdefghij { hunter1 1.2.3 buck hunter3 hunter4 bWU6cGFzcyB3b3Jk"
     )
     assert said == "me *** *** { *** 1.2.3 buck *** *** ***"

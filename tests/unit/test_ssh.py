@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from guix_tasks.engine.discovery import Address
 
-from guix_tasks.docker_engine import Address, DockerEngine
+from guix_tasks.engine.docker import DockerEngine
+from guix_tasks.engine.ssh import Ssh, arguments
 from guix_tasks.errors import EngineError
-from guix_tasks.ssh import Ssh, arguments
 
 if TYPE_CHECKING:
     from pathlib import Path

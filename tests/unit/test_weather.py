@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fake_engine import FakeContainer, FakeGuix, Heard, Output, Site, heard, outline
+from guix_tasks.engine.dry_run import TracedEngine
 
 from guix_tasks import guix
-from guix_tasks.engine import TracedEngine
+from guix_tasks.commands.weather import weather
 from guix_tasks.errors import CheckError, StageError, UsageError
 from guix_tasks.guix import Forecast
-from guix_tasks.weather import weather
-from guix_tasks.work import FOLDER
+from guix_tasks.stages.container import FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from guix_tasks.stage import Project
+    from guix_tasks.stages.project import Project
 
 pytestmark = pytest.mark.usefixtures("serial_hashing")
 

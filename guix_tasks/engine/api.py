@@ -1,0 +1,527 @@
+"""What guix-tasks asks of a Docker Engine, and the values it speaks in.
+
+The stages own this narrow protocol.  ``docker_engine.DockerEngine`` is the real one;
+``TracedEngine`` shows every call that changes something and, on a dry run, leaves it at that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Protocol
+
+from guix_tasks.ui import redact
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from datetime import datetime
+    from pathlib import Path
+
+    from guix_tasks.errors import NoEngineError
+    from guix_tasks.ui.console import Console
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """An engine as it describes itself, and where it was found."""
+
+    url: str
+    origin: str
+    """Which rule found it: ``DOCKER_HOST``, ``context NAME``, ``default socket``…"""
+    name: str
+    version: str
+    platform: str
+    storage_driver: str
+    has_bridge: bool
+    """Whether containers get a network by default; the private engine has none to give."""
+    root: str = ""
+    """The folder of its images, on its own machine."""
+    time: datetime | None = None
+    """What its clock shows."""
+    product: str = "Docker"
+    """``Docker`` or ``Podman``."""
+    cgroups: str = ""
+    """The version of its cgroups."""
+    security: tuple[str, ...] = ()
+    """What limits its containers, by name: ``seccomp``, ``apparmor``, ``rootless``…"""
+    context: str | None = None
+    """The Docker CLI's context that names it."""
+
+    @property
+    def kind(self) -> str:
+        """What it is, with its version."""
+        return f"{self.product} {self.version}{', rootless' if self.is_rootless else ''}"
+
+    @property
+    def is_rootless(self) -> bool:
+        """Whether it has the rights of a user only, who is not root."""
+        return "rootless" in self.security
+
+    @property
+    def is_local(self) -> bool:
+        """Whether paths of this machine mean the same to the engine."""
+        return self.url.startswith("unix://")
+
+
+@dataclass(frozen=True)
+class Image:
+    """A local image."""
+
+    id: str
+    layers: tuple[str, ...]
+    """The diff IDs, lowest layer first."""
+    config: Mapping[str, Any]
+    """The configuration in the words of the Docker API (``Env``, ``Cmd``, …)."""
+    size: int
+    """In bytes, all layers."""
+    created: str
+    platform: str
+    digests: tuple[str, ...] = ()
+    """``NAME@sha256:…`` of every registry that is known to hold it."""
+    tags: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        return self.config.get("Labels") or {}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer, and what made it."""
+
+    size: int
+    """In bytes, unpacked."""
+    made_by: str
+
+
+@dataclass(frozen=True)
+class ContainerSpec:
+    """A container to be made.  ``command`` is all of it: the image's ENTRYPOINT is not used."""
+
+    name: str
+    image: str
+    command: tuple[str, ...]
+    labels: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Beware: a commit takes it into the image."""
+    privileged: bool = False
+    unmasked: bool = False
+    """With all of ``/proc``: where some is hidden, Linux lets no user namespace mount it anew."""
+    security: tuple[str, ...] = ()
+    """As ``docker run --security-opt`` takes them."""
+    capabilities: tuple[str, ...] | None = None
+    """Those that it has; None: what the engine gives by default."""
+    network: str | None = None
+    publish: Mapping[int, int] = field(default_factory=dict)
+    """Ports of the engine's machine, with the container's ports that they lead to."""
+    publish_on: str = "127.0.0.1"
+    """The address of the machine that they are on."""
+    binds: tuple[str, ...] = ()
+    """``SOURCE:TARGET[:ro]``, as ``docker run --volume`` takes them."""
+    scratch: str | None = None
+    """A folder that is on a volume of its own, which goes with the container."""
+    memory_folders: tuple[str, ...] = ()
+    """Folders that are in memory."""
+    memory: int | None = None
+    """In bytes."""
+    user: str | None = None
+    tty: bool = False
+    init: bool = True
+    no_healthcheck: bool = False
+    platform: str | None = None
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container that the engine has."""
+
+    id: str
+    name: str
+    image: str
+    labels: Mapping[str, str]
+    running: bool
+    created: int
+    """Seconds since the epoch."""
+    addresses: Mapping[str, str] = field(default_factory=dict)
+    """By the names of its networks; none on the host's."""
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """An image build: what ``docker build`` takes."""
+
+    context: Path
+    dockerfile: Path
+    args: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, Path] = field(default_factory=dict)
+    platform: str | None = None
+    network: str | None = None
+    """``host`` or ``none``; a build can join no other network."""
+    proxies: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """More arguments, of the names that builders keep out of histories and of their caches."""
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What a registry is shown.  Never printed."""
+
+    username: str
+    password: str = field(repr=False)
+
+    def __post_init__(self) -> None:
+        redact.add(self.password, f"{self.username}:{self.password}")
+
+
+class Engine(Protocol):
+    """A Docker Engine.  Every method may raise ``EngineError``."""
+
+    is_dry: bool
+    """Whether calls that would change something are left at being shown."""
+
+    def info(self) -> EngineInfo: ...
+
+    def image(self, reference: str) -> Image | None:
+        """The local image that a tag or an ID names."""
+
+    def unnamed(self, labels: Mapping[str, str]) -> list[str]:
+        """The IDs of images with these labels that have no tag, and that no image is made from."""
+
+    def containers(self, labels: Mapping[str, str]) -> list[Container]:
+        """All containers with these labels, newest first."""
+
+    def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
+        """The digest that a registry has for a reference; None where it cannot be told."""
+
+    def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
+        """Ask a registry for an image, which need not be there; False where that cannot be asked.
+
+        Raises ``RegistryError`` where it cannot be reached or refuses the account.
+        """
+        ...
+
+    def context_files(self, spec: BuildSpec) -> list[str]:
+        """The files of a build's context, as its ``.dockerignore`` leaves them."""
+
+    def volumes(self, labels: Mapping[str, str]) -> list[str]:
+        """The names of all volumes with these labels."""
+
+    def make_volume(self, name: str, labels: Mapping[str, str]) -> None:
+        """Make a volume, unless it is there."""
+
+    def remove_volume(self, name: str) -> None:
+        """Remove a volume.  One that is not there is no error."""
+
+    def tag(self, image: str, reference: str) -> None: ...
+
+    def untag(self, reference: str) -> None:
+        """Remove a tag, and the image with its last tag.  A tag that is not there is no error."""
+
+    def drop(self, image: str) -> None:
+        """Remove an image that no tag, container or other image holds; else leave it be."""
+
+    def layers(self, image: str) -> list[Layer]:
+        """What an image is made of, lowest first; steps that made no layer are left out."""
+
+    def save(self, image: str) -> Iterator[bytes]:
+        """An image as the tar archive that ``docker save`` makes."""
+
+    def create(self, spec: ContainerSpec) -> str:
+        """Make a container without starting it; its ID."""
+
+    def copy_in(self, container: str, archive: bytes | IO[bytes]) -> None:
+        """Unpack a tar archive at the root of a container's file system."""
+
+    def copy_out(self, container: str, path: str) -> Iterator[bytes]:
+        """A file or folder of a container, as a tar archive; nothing where there is none."""
+
+    def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
+        """Start a container; its output as (is standard error, bytes), until it ends."""
+
+    def received(self, container: str) -> int | None:
+        """Bytes that came to a container over its network so far; None where it has not its own."""
+
+    def start(self, container: str) -> None:
+        """Start a container and leave it to itself."""
+
+    def wait(self, container: str) -> int:
+        """The exit status of a container, once it has one."""
+
+    def stop(self, container: str, seconds: int) -> None:
+        """SIGTERM, and SIGKILL after so many seconds."""
+
+    def remove(self, container: str) -> None:
+        """Remove a container, running or not.  One that is not there is no error."""
+
+    def commit(self, container: str, config: Mapping[str, Any]) -> str:
+        """Make an image of a container with exactly this configuration; its ID, as yet no tag."""
+
+    def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
+        """Make an image of one layer from a tar archive; its ID."""
+
+    def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
+        """Build an image, its log given to ``output``; its ID.  Raises ``BuilderError``."""
+
+    def push(
+        self, reference: str, credentials: Credentials | None, progress: Progress | None = None
+    ) -> str:
+        """Push a tag; the digest that the registry answered.  Raises ``RegistryError``."""
+
+    def pull(
+        self,
+        reference: str,
+        credentials: Credentials | None,
+        platform: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Pull a reference, to local images.  Raises ``RegistryError``."""
+
+
+class Progress(Protocol):
+    """Told of each event of a push or a pull."""
+
+    def __call__(self, layer: str, status: str, current: int, total: int) -> None: ...
+
+
+def run_to_end(
+    engine: Engine,
+    spec: ContainerSpec,
+    failure: Callable[[int], Exception],
+    prepare: Callable[[str], None] | None = None,
+) -> Iterator[tuple[bool, bytes]]:
+    """Run a container to its end, and remove it; its output, as it comes, as that of ``run``.
+
+    ``prepare`` is called with its ID before it starts.  Raises what ``failure`` makes of an exit
+    status that is not 0.
+    """
+    container = engine.create(spec)
+    try:
+        if prepare:
+            prepare(container)
+        yield from engine.run(container)
+        status = engine.wait(container)
+    finally:
+        engine.remove(container)
+    if status:
+        raise failure(status)
+
+
+class NoEngine:
+    """Stands where a machine has no engine and none is needed: BuildKit is somewhere else.
+
+    It has no image; any other call raises the error that said so.
+    """
+
+    is_dry = False
+
+    def __init__(self, error: NoEngineError) -> None:
+        self._error = error
+
+    def image(self, reference: str) -> Image | None:  # noqa: ARG002 -- it has none of any name
+        return None
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise self._error
+
+
+class TracedEngine:
+    """Prints every call that changes something, as a ``docker`` command.
+
+    With ``perform=False`` (``inv --dry``) the call is left at that: reading goes to the real
+    engine, and a tag that would have been set is remembered, so that the stages after it see
+    what they would find.
+    """
+
+    def __init__(self, engine: Engine, console: Console, *, perform: bool) -> None:
+        self._engine = engine
+        self._console = console
+        self._perform = perform
+        self.is_dry = not perform
+        self._images: dict[str, Image | None] = {}
+        self._started: set[str] = set()
+        self._specs: dict[str, ContainerSpec] = {}
+
+    def info(self) -> EngineInfo:
+        return self._engine.info()
+
+    def image(self, reference: str) -> Image | None:
+        if reference in self._images:
+            return self._images[reference]
+        return self._engine.image(reference)
+
+    def unnamed(self, labels: Mapping[str, str]) -> list[str]:
+        return self._engine.unnamed(labels)
+
+    def containers(self, labels: Mapping[str, str]) -> list[Container]:
+        return self._engine.containers(labels)
+
+    def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
+        return self._engine.remote_digest(reference, credentials)
+
+    def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
+        return self._engine.greet_registry(reference, credentials)
+
+    def context_files(self, spec: BuildSpec) -> list[str]:
+        return self._engine.context_files(spec)
+
+    def volumes(self, labels: Mapping[str, str]) -> list[str]:
+        return self._engine.volumes(labels)
+
+    def make_volume(self, name: str, labels: Mapping[str, str]) -> None:
+        self._show("volume", "create", name)
+        if self._perform:
+            self._engine.make_volume(name, labels)
+
+    def remove_volume(self, name: str) -> None:
+        self._show("volume", "rm", name)
+        if self._perform:
+            self._engine.remove_volume(name)
+
+    def tag(self, image: str, reference: str) -> None:
+        self._show("tag", image, reference)
+        if self._perform:
+            self._engine.tag(image, reference)
+        else:
+            self._images[reference] = self.image(image)
+
+    def untag(self, reference: str) -> None:
+        self._show("image", "rm", reference)
+        if self._perform:
+            self._engine.untag(reference)
+        else:
+            self._images[reference] = None
+
+    def drop(self, image: str) -> None:
+        found = self.image(image)
+        remembered = [each and each.id for each in self._images.values()]
+        if found and not found.tags and found.id not in remembered:
+            self._show("image", "rm", image)
+        if self._perform:
+            self._engine.drop(image)
+
+    def layers(self, image: str) -> list[Layer]:
+        return self._engine.layers(image)
+
+    def save(self, image: str) -> Iterator[bytes]:
+        return self._engine.save(image)
+
+    def create(self, spec: ContainerSpec) -> str:
+        self._console.command(create_argv(spec))
+        if self._perform:
+            return self._engine.create(spec)
+        self._specs[spec.name] = spec
+        return spec.name
+
+    def copy_in(self, container: str, archive: bytes | IO[bytes]) -> None:
+        self._show("cp", "-", f"{container}:/")
+        if self._perform:
+            self._engine.copy_in(container, archive)
+
+    def copy_out(self, container: str, path: str) -> Iterator[bytes]:
+        return self._engine.copy_out(container, path)
+
+    def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
+        self._show("start", "--attach", container)
+        self._started.add(container)
+        return self._engine.run(container) if self._perform else iter(())
+
+    def received(self, container: str) -> int | None:
+        return self._engine.received(container)
+
+    def start(self, container: str) -> None:
+        self._show("start", container)
+        if self._perform:
+            self._engine.start(container)
+
+    def wait(self, container: str) -> int:
+        return self._engine.wait(container) if self._perform else 0
+
+    def stop(self, container: str, seconds: int) -> None:
+        self._show("stop", f"--time={seconds}", container)
+        if self._perform:
+            self._engine.stop(container, seconds)
+
+    def remove(self, container: str) -> None:
+        self._show("rm", "--force", container)
+        if self._perform:
+            self._engine.remove(container)
+
+    def commit(self, container: str, config: Mapping[str, Any]) -> str:
+        self._show("commit", container)
+        if self._perform:
+            return self._engine.commit(container, config)
+        # A commit adds one layer to those of the container's image, if the container was run.
+        image = f"dry-run:{container}"
+        spec = self._specs.get(container)
+        parent = self.image(spec.image) if spec else None
+        if parent:
+            layers = (*parent.layers, *([image] if container in self._started else []))
+            self._images[image] = replace(parent, id=image, layers=layers, config=config)
+        return image
+
+    def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
+        self._show("import", "-", reference)
+        return self._engine.import_rootfs(archive, reference) if self._perform else reference
+
+    def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
+        self._console.command(("docker", "build", *build_options(spec), str(spec.context)))
+        if self._perform:
+            return self._engine.build(spec, output)
+        built = "dry-run:build"
+        self._images[built] = Image(built, (built,), {}, 0, "", self.info().platform)
+        return built
+
+    def push(
+        self, reference: str, credentials: Credentials | None, progress: Progress | None = None
+    ) -> str:
+        self._show("push", reference)
+        return self._engine.push(reference, credentials, progress) if self._perform else ""
+
+    def pull(
+        self,
+        reference: str,
+        credentials: Credentials | None,
+        platform: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._show("pull", reference)
+        if self._perform:
+            self._engine.pull(reference, credentials, platform, progress)
+
+    def _show(self, *words: str) -> None:
+        self._console.command(("docker", *words))
+
+
+def create_argv(spec: ContainerSpec) -> Sequence[str]:
+    """The ``docker create`` that makes this container."""
+    entry, *arguments = spec.command
+    return (
+        "docker", "create", f"--name={spec.name}",
+        *(["--privileged"] if spec.privileged else []),
+        *(f"--security-opt={option}" for option in spec.security),
+        *(["--security-opt=systempaths=unconfined"] if spec.unmasked else []),
+        *(["--cap-drop=ALL"] if spec.capabilities is not None else []),
+        *(f"--cap-add={each}" for each in spec.capabilities or ()),
+        *(["--init"] if spec.init else []),
+        *(["--interactive", "--tty"] if spec.tty else []),
+        *([f"--network={spec.network}"] if spec.network else []),
+        *([f"--memory={spec.memory}"] if spec.memory else []),
+        *([f"--user={spec.user}"] if spec.user else []),
+        *([f"--platform={spec.platform}"] if spec.platform else []),
+        *(f"--publish={spec.publish_on}:{ours}:{theirs}" for ours, theirs in spec.publish.items()),
+        *(f"--volume={bind}" for bind in spec.binds),
+        *([f"--volume={spec.scratch}"] if spec.scratch else []),
+        *(f"--tmpfs={folder}" for folder in spec.memory_folders),
+        *(f"--env={name}={value}" for name, value in spec.environment.items()),
+        *(f"--label={name}={value}" for name, value in spec.labels.items()),
+        f"--entrypoint={entry}", spec.image, *arguments,
+    )  # fmt: skip
+
+
+def build_options(spec: BuildSpec) -> Sequence[str]:
+    """The options that ``docker build`` and ``docker buildx build`` share."""
+    return (
+        f"--file={spec.dockerfile}",
+        *(f"--build-arg={name}={value}" for name, value in spec.args.items()),
+        *(f"--secret=id={name},src={path}" for name, path in spec.secrets.items()),
+        *([f"--platform={spec.platform}"] if spec.platform else []),
+        *([f"--network={spec.network}"] if spec.network else []),
+    )

@@ -1,0 +1,27 @@
+"""What the demo says at its end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_engine import Site, heard
+
+from dev import demo
+from guix_tasks.bootstrap.engine import PrivateEngine
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_private_engine_is_told_of_with_how_to_reach_it(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private: bool
+) -> None:
+    engine = PrivateEngine(tmp_path / "engine")
+    monkeypatch.setattr(demo, "private_engine", lambda: engine)
+    project = site.project()
+    if private:
+        monkeypatch.setattr(PrivateEngine, "url", project.engine.info().url)
+    demo.say_what_next(project)
+    assert (engine.how_by_hand() in heard(project)) is private
