@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from guix_tasks.engine.discovery import find_engine
 from measure import Command, Containers, Meter, Wire
 
 from dev.offline import make_material
@@ -26,6 +25,8 @@ from guix_tasks.bootstrap.base_image import BASE_TAG, make_base
 from guix_tasks.bootstrap.engine import private_engine
 from guix_tasks.bootstrap.registry import LocalRegistry, local_registry
 from guix_tasks.buildkit import buildx
+from guix_tasks.cli.session import helpers
+from guix_tasks.engine.discovery import find_engine
 from guix_tasks.engine.docker import DockerEngine
 from guix_tasks.guix import channels
 
@@ -141,7 +142,7 @@ def testbed(console: Console) -> Iterator[Testbed]:
     docker = shutil.which("docker") or private_engine().docker_path()
     if docker is None:
         raise RuntimeError("the shell lines need the docker command line, which is not here")
-    engine = DockerEngine(address, os.environ)
+    engine = DockerEngine(address, helpers(os.environ))
     if engine.image(BASE_TAG) is None:
         make_base(engine, console, BASE_TAG)
     with ExitStack() as stack:
@@ -169,7 +170,7 @@ def testbed(console: Console) -> Iterator[Testbed]:
 
 def _link_buildx(configuration: Path) -> None:
     """Give the docker command line the plugin that guix-tasks finds, so that all have the same."""
-    program = buildx.find_program(os.environ)
+    program = buildx.find_program(os.environ, private_engine().buildx_path())
     if program:
         plugins = configuration / "cli-plugins"
         plugins.mkdir(parents=True)

@@ -11,13 +11,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from guix_tasks.commands.clean import clean
-
 from dev.offline import make_material
 from guix_tasks.bootstrap.base_image import BASE_TAG, make_base
 from guix_tasks.bootstrap.engine import private_engine
 from guix_tasks.bootstrap.registry import registry_for
-from guix_tasks.commands import commit
+from guix_tasks.commands.clean import clean
+from guix_tasks.commands.commit import commit
 from guix_tasks.commands.push import push
 from guix_tasks.commands.verify import verify
 from guix_tasks.engine.api import ContainerSpec, run_to_end
@@ -33,9 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from guix_tasks.stages.project import Project
-
     from guix_tasks.engine.api import Engine
+    from guix_tasks.stages.project import Project
     from guix_tasks.ui.console import Console
 
 ENV_FILE = "examples/offline/.env"
@@ -88,7 +86,7 @@ def run_demo(project: Project) -> None:
     watch, lifecycle = Stopwatch(project), Lifecycle(project)
     steps: dict[str, Callable[[], object]] = {
         **{stage: partial(lifecycle.make, stage, Wishes()) for stage in STAGES},
-        "commit": lambda: commit.commit(project),
+        "commit": lambda: commit(project),
         "verify": lambda: verify(project),
     }
     for name, step in steps.items():

@@ -16,10 +16,9 @@ from invoke.program import Program
 from invoke.util import helpline
 
 from guix_tasks.cli.session import project_folder
-from guix_tasks.cli.tasks import grouped
+from guix_tasks.cli.tasks import grouped, ns
 from guix_tasks.commands.init import has_these_tasks
 from guix_tasks.errors import UsageError
-from guix_tasks.tasks import ns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -1,33 +1,35 @@
-"""Between Invoke and the rest: opens settings and engine, and lets no error through raw.
+"""The session of one task: settings, engine and console.
 
-With ``tasks/`` the only part that knows Invoke.  All else is imported when a task runs, so that
-``inv --list`` costs next to nothing and works where a package is missing.
+All but Invoke is imported when a task runs, so that ``inv --list`` costs next to nothing and works
+where a package is missing.
 """
 
 from __future__ import annotations
 
-import errno
 import os
-import signal
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from invoke.exceptions import Exit
 
+from guix_tasks.cli.errors import guarded
+
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
-    from types import FrameType, TracebackType
+    from collections.abc import Iterator, Mapping, Sequence
 
     from invoke.context import Context
 
     from guix_tasks.buildkit.buildx import Buildx
     from guix_tasks.commands.doctor import Finding
     from guix_tasks.engine.api import Engine
+    from guix_tasks.engine.discovery import Address
+    from guix_tasks.engine.docker import Build, Helpers
     from guix_tasks.settings import Settings
-    from guix_tasks.stages.declarations import OwnStage, OwnTest
+    from guix_tasks.stages.declarations import OwnStage
     from guix_tasks.stages.project import Project
     from guix_tasks.ui.console import Console
 
@@ -41,7 +43,7 @@ _display = ""
 _engines: dict[tuple[str, bool, bool], Engine] = {}
 """The engines that this process has opened: `inv pull install push` opens one."""
 
-_own: list[OwnStage] = []
+custom_stages: list[OwnStage] = []
 """The stages that the project's ``tasks.py`` has added."""
 
 
@@ -86,6 +88,11 @@ def opened_settings(
         yield settings, console
 
 
+def chosen_display() -> str:
+    """How much the running task is to show by its options; empty where none says so."""
+    return _display
+
+
 def _console(settings: Settings) -> Console:
     from guix_tasks.ui.console import Console, settled_display
 
@@ -117,40 +124,6 @@ def opened_single(
 
 
 @contextmanager
-def open_demo(c: Context, folder: Path) -> Iterator[Project]:
-    """The offline example, with all that it needs set up: engine, base image, registry.
-
-    Its settings are its own: neither the user's nor the environment's.
-    """
-    from dev.demo import ENV_FILE, prepare
-    from guix_tasks.errors import UsageError
-    from guix_tasks.settings import load_isolated
-    from guix_tasks.ui.console import Console, Display, settled_display
-
-    if c.config.run.dry:
-        raise UsageError("the demo does real work only; leave --dry out")
-    if not (folder / ENV_FILE).exists():
-        raise UsageError(f"inv demo is for a checkout of guix-tasks: {folder} has no {ENV_FILE}")
-    chosen = settled_display(Display(_display or "auto"), sys.stderr, os.environ)
-    console = Console(display=chosen)
-    prepare(engine_or_private(c, console), console, folder)
-    yield open_project(c, replace(load_isolated(folder / ENV_FILE), output=chosen))
-
-
-def engine_or_private(c: Context, console: Console) -> Engine:
-    """The engine of this machine; where there is none, a private one is started."""
-    from guix_tasks.bootstrap.engine import private_engine
-    from guix_tasks.engine.discovery import find_engine
-    from guix_tasks.errors import NoEngineError
-
-    try:
-        find_engine(_docker_variables(os.environ), private_engine().socket)
-    except NoEngineError:
-        private_engine().up(console)
-    return _engine(c, {}, console)
-
-
-@contextmanager
 def opened_with_buildx(
     c: Context, *, needs_engine: bool = True, install: bool = False
 ) -> Iterator[tuple[Project, Buildx]]:
@@ -176,6 +149,7 @@ def opened_with_buildx(
 
 def examine(c: Context) -> list[Finding]:
     """What ``doctor`` finds; settings or an engine that fail are findings, too."""
+    from guix_tasks.bootstrap.registry import accounts
     from guix_tasks.commands.doctor import Finding as Found
     from guix_tasks.commands.doctor import Patient, State, failed
     from guix_tasks.commands.doctor import examine as look
@@ -192,7 +166,7 @@ def examine(c: Context) -> list[Finding]:
         project = open_project(c, settings)
     except GuixTasksError as error:
         return [*notes, failed("engine", error)]
-    patient = Patient(project, lambda: _find_buildx(project, install=False))
+    patient = Patient(project, lambda: _find_buildx(project, install=False), accounts)
     return [*notes, Found("settings", State.OK, "read"), *look(patient)]
 
 
@@ -206,133 +180,12 @@ def open_project(c: Context, settings: Settings, *, needs_engine: bool = True) -
     settings = replace(settings, output=console.display)
     _tell(settings, console)
     try:
-        engine = _engine(c, settings.docker_environment, console)
+        engine = open_engine_for(c, settings.docker_environment, console)
     except NoEngineError as error:
         if needs_engine:
             raise
         engine = cast("Engine", NoEngine(error))
-    return Project(settings, engine, console, tuple(_own))
-
-
-def declare(
-    name: str,
-    command: str | Sequence[str],
-    parent: str,
-    inputs: str | Sequence[str],
-    *,
-    taken: Collection[str],
-) -> OwnStage:
-    """Add a stage to those that each project here has."""
-    from guix_tasks.stages.declarations import declared
-    from guix_tasks.stages.images import STAGES
-
-    parents = [*STAGES, *(each.name for each in _own)]
-    with _importing():
-        own = declared(name, command, parent, inputs, parents=parents, taken=taken)
-    _own.append(own)
-    return own
-
-
-def declare_test(
-    name: str,
-    command: str | Sequence[str],
-    image: str,
-    inputs: str | Sequence[str],
-    *,
-    taken: Collection[str],
-) -> OwnTest:
-    """A test of what is packed."""
-    from guix_tasks.stages.declarations import declared_test
-
-    with _importing():
-        return declared_test(name, command, image, inputs, taken=taken)
-
-
-@contextmanager
-def _importing() -> Iterator[None]:
-    """While ``tasks.py`` is imported: what is wrong there ends ``inv`` with one line."""
-    from guix_tasks.errors import UsageError
-
-    try:
-        yield
-    except UsageError as error:
-        raise Exit(f"error: tasks.py: {error}", error.exit_code) from None
-
-
-@contextmanager
-def guarded() -> Iterator[None]:
-    """Turn what a user can cause into one line and an exit code."""
-    from guix_tasks.errors import (
-        EngineError,
-        GuixTasksError,
-        SettingsError,
-        StoppedError,
-        UsageError,
-    )
-    from guix_tasks.ui.console import Console
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise StoppedError
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    _hide_in_what_others_say()
-    try:
-        yield
-    except SettingsError as error:
-        for problem in error.problems:
-            Console().error(problem)
-        raise Exit(code=error.exit_code) from None
-    except GuixTasksError as error:
-        Console().error(str(error))
-        raise Exit(code=error.exit_code) from None
-    except KeyboardInterrupt:
-        Console().error("stopped; what was under way has been undone")
-        raise Exit(code=StoppedError.exit_code) from None
-    except OSError as error:
-        Console().error(
-            f"{error.filename or 'a file'}: {error.strerror or error}; mend it and run again"
-        )
-        code = EngineError.exit_code if error.errno == errno.ENOSPC else UsageError.exit_code
-        raise Exit(code=code) from None
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("docker", "dotenv", "requests"):
-            raise
-        Console().error(
-            f"the Python of this inv ({sys.executable}) lacks the package {error.name}; "
-            "use ./inv, or `pip install guix-tasks` into the environment that inv runs in"
-        )
-        raise Exit(code=2) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _hide_in_what_others_say() -> None:
-    """Let tracebacks, and what libraries log under ``inv --debug``, pass the filter of all else."""
-    import logging
-    import threading
-    import traceback
-
-    from guix_tasks.ui.redact import clean
-
-    class Masked(logging.Formatter):
-        def __init__(self, own: logging.Formatter) -> None:
-            super().__init__()
-            self._own = own
-
-        def format(self, record: logging.LogRecord) -> str:
-            return clean(self._own.format(record))
-
-    for handler in logging.root.handlers:
-        if not isinstance(handler.formatter, Masked):
-            handler.setFormatter(Masked(handler.formatter or logging.Formatter()))
-
-    def tell(
-        kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        sys.stderr.write(clean("".join(traceback.format_exception(kind, error, trace))))
-
-    sys.excepthook = tell
-    threading.excepthook = lambda args: tell(args.exc_type, args.exc_value, args.exc_traceback)
+    return Project(settings, engine, console, tuple(custom_stages))
 
 
 def project_folder(start: Path) -> Path:
@@ -376,7 +229,7 @@ def _find_buildx(project: Project, *, install: bool) -> Buildx | None:
     """The buildx program, set to the project's engine; installed for the user if need be."""
     from guix_tasks.bootstrap.buildx_plugin import install_plugin
     from guix_tasks.bootstrap.engine import private_engine
-    from guix_tasks.buildkit.buildx import find_buildx, plugin_path
+    from guix_tasks.buildkit.buildx import plugin_path
     from guix_tasks.engine.discovery import find_engine
     from guix_tasks.errors import NoEngineError
 
@@ -386,20 +239,43 @@ def _find_buildx(project: Project, *, install: bool) -> Buildx | None:
         address = find_engine(environment, private_engine().socket)
     except NoEngineError:
         address = None
-    found = find_buildx(environment, address)
+    found = local_buildx(environment, address)
     if found is None and install:
         target = plugin_path(environment)
         install_plugin(target, settings.buildx_url, settings.buildx_sha256, project.console)
-        found = find_buildx(environment, address)
+        found = local_buildx(environment, address)
     return found
+
+
+def local_buildx(environment: Mapping[str, str], address: Address | None) -> Buildx | None:
+    """The buildx program of this machine, the private engine's included, set to an engine."""
+    from guix_tasks.bootstrap.engine import private_engine
+    from guix_tasks.bootstrap.registry import accounts
+    from guix_tasks.buildkit.buildx import find_buildx
+
+    private = private_engine().buildx_path()
+    return find_buildx(environment, address, private=private, accounts=accounts)
+
+
+def helpers(environment: Mapping[str, str]) -> Helpers:
+    """What an engine uses of this machine: local registries' accounts, and buildx."""
+    from guix_tasks.bootstrap.registry import accounts
+    from guix_tasks.buildkit.buildx import build
+    from guix_tasks.engine.docker import Helpers
+
+    def find_build(address: Address) -> Build | None:
+        found = local_buildx(environment, address)
+        return partial(build, found) if found else None
+
+    return Helpers(accounts, find_build)
 
 
 def _engine_variables(of_settings: Mapping[str, str]) -> dict[str, str]:
     """Docker's own variables; those of the process's environment come first."""
-    return {**of_settings, **_docker_variables(os.environ)}
+    return {**of_settings, **docker_variables(os.environ)}
 
 
-def _engine(c: Context, of_settings: Mapping[str, str], console: Console) -> Engine:
+def open_engine_for(c: Context, of_settings: Mapping[str, str], console: Console) -> Engine:
     from guix_tasks.bootstrap.engine import private_engine
     from guix_tasks.engine.discovery import find_engine
     from guix_tasks.engine.dry_run import TracedEngine
@@ -410,14 +286,14 @@ def _engine(c: Context, of_settings: Mapping[str, str], console: Console) -> Eng
     dry, echo = bool(c.config.run.dry), bool(c.config.run.echo)
     key = (address.url, dry, echo)
     if key not in _engines:
-        engine: Engine = open_engine(address, {**os.environ, **environment})
+        engine: Engine = open_engine(address, helpers({**os.environ, **environment}))
         info = engine.info()
         console.say(f"engine: {info.name} at {info.url} ({info.origin}), {info.kind}")
         _engines[key] = TracedEngine(engine, console, perform=not dry) if dry or echo else engine
     return _engines[key]
 
 
-def _docker_variables(environment: Mapping[str, str]) -> dict[str, str]:
+def docker_variables(environment: Mapping[str, str]) -> dict[str, str]:
     # An empty value counts as unset, as everywhere.
     return {
         name: value for name, value in environment.items() if name.startswith("DOCKER_") and value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from http import HTTPStatus
@@ -21,10 +21,9 @@ import docker.utils
 import requests
 import urllib3.exceptions
 
-from guix_tasks.bootstrap import registry
-from guix_tasks.buildkit import buildx
-from guix_tasks.engine import diagnose, podman_api, retry
+from guix_tasks.engine import diagnose, retry
 from guix_tasks.engine.api import Container, EngineInfo, Image, Layer
+from guix_tasks.engine.discovery import Address, error_line
 from guix_tasks.engine.docker_ssh import client_over_ssh
 from guix_tasks.engine.ssh import Ssh
 from guix_tasks.errors import (
@@ -32,7 +31,6 @@ from guix_tasks.errors import (
     BuilderError,
     EngineError,
     GuixTasksError,
-    NoEngineError,
     RegistryError,
     full_disk,
 )
@@ -43,7 +41,9 @@ if TYPE_CHECKING:
 
     from guix_tasks.engine.api import BuildSpec, ContainerSpec, Credentials, Progress
 
-DEFAULT_SOCKET = Path("/var/run/docker.sock")
+    Build = Callable[[BuildSpec, Callable[[bytes], None]], str]
+    """Builds, and hands on what is said of it as it comes; the ID of the image."""
+
 
 PROBE_TIMEOUT = 60
 """Seconds that a call which only reads may take."""
@@ -54,82 +54,6 @@ WORK_TIMEOUT = 6 * 60 * 60
 A commit that the client gives up on is finished by the engine all the same, so giving up early
 only loses track of it.
 """
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where an engine is, and which rule says so."""
-
-    url: str
-    origin: str
-    tls: Any = field(default=None, repr=False)
-    context: str | None = None
-
-
-def find_engine(environment: Mapping[str, str], private_socket: Path) -> Address:
-    """The first engine that is configured.
-
-    In turn: ``DOCKER_HOST``, the CLI's context, the default socket, the private engine's socket.
-    Whether it answers is not asked: one that is configured and does not answer is an error,
-    never a reason to use another.  Raises ``NoEngineError`` where none is configured.
-    """
-    if environment.get("DOCKER_HOST"):
-        try:
-            arguments = docker.utils.kwargs_from_env(environment=dict(environment))
-        except docker.errors.DockerException as error:
-            raise EngineError(
-                f"DOCKER_CERT_PATH has no certificates for DOCKER_HOST: {_line(error)}"
-            ) from None
-        return Address(environment["DOCKER_HOST"], "DOCKER_HOST", arguments.get("tls"))
-    context = _context(environment)
-    if context:
-        return context
-    for socket, origin in ((DEFAULT_SOCKET, "default socket"), (private_socket, "private engine")):
-        if socket.is_socket():
-            return Address(f"unix://{socket}", origin)
-    other = next((each for each in podman_api.sockets() if each.is_socket()), None)
-    raise NoEngineError(
-        "no Docker Engine on this machine: DOCKER_HOST is not set, no context is chosen, "
-        f"{DEFAULT_SOCKET} is not there; install Docker, or run `inv engine.up` for a private one"
-        + (f", or use the Podman that is here: DOCKER_HOST=unix://{other}" if other else "")
-    )
-
-
-def _context(environment: Mapping[str, str]) -> Address | None:
-    name = environment.get("DOCKER_CONTEXT") or None
-    try:
-        context = docker.context.ContextAPI.get_context(name)
-        arguments = docker.context.ContextAPI.kwargs_from_context(name, dict(environment))
-    except (docker.errors.DockerException, OSError, ValueError) as error:
-        raise EngineError(
-            f"the Docker context {name or 'that is chosen'} cannot be read: {_line(error)}; "
-            "see `docker context ls`"
-        ) from None
-    if context is None:
-        raise EngineError(f"there is no Docker context {name!r}; see `docker context ls`")
-    if context.Name == "default":
-        return None
-    url = arguments.get("base_url", "")
-    return Address(url, f"context {context.Name}", arguments.get("tls"), context.Name)
-
-
-def find_buildx(environment: Mapping[str, str], address: Address | None) -> buildx.Buildx | None:
-    """The buildx program, set to an engine if there is one; None where it is not on this machine.
-
-    Its own builder is the engine itself: any other may not see the engine's images.
-    """
-    program = buildx.find_program(environment)
-    if program is None:
-        return None
-    ours = {name: value for name, value in environment.items() if name != "BUILDX_BUILDER"}
-    if address and address.context:
-        ours["DOCKER_CONTEXT"] = address.context
-    elif address:
-        ours.pop("DOCKER_CONTEXT", None)
-        ours["DOCKER_HOST"] = address.url
-    own = address.context if address else None
-    accounts = registry.accounts(address.url) if address else {}
-    return buildx.Buildx(program, ours, own or "default", accounts=accounts)
 
 
 _NO_ANSWER = (
@@ -143,15 +67,28 @@ _NO_ANSWER = (
 """What an engine that dies, or is not there, makes the SDK raise."""
 
 
+@dataclass(frozen=True)
+class Helpers:
+    """What of this machine an engine uses besides its API."""
+
+    accounts: Callable[[str], Mapping[str, Credentials]] = lambda _url: {}
+    """The accounts of local registries of ours, by host, for the engine at a URL."""
+    find_build: Callable[[Address], Build | None] = lambda _address: None
+    """What builds by BuildKit on an engine; None where buildx is not on this machine."""
+
+
+_NO_HELPERS = Helpers()
+
+
 class DockerEngine:
     """A real engine.  Connects with the first call that needs it."""
 
     is_dry = False
     product = "Docker"
 
-    def __init__(self, address: Address, environment: Mapping[str, str]) -> None:
+    def __init__(self, address: Address, helpers: Helpers = _NO_HELPERS) -> None:
         self.address = address
-        self._environment = environment
+        self._helpers = helpers
 
     def info(self) -> EngineInfo:
         return self._info
@@ -256,13 +193,14 @@ class DockerEngine:
             except docker.errors.APIError as error:
                 # As some registries say that an image, or its repository, is not there.
                 if not re.match(
-                    r"unknown: (artifact|repository) \S+ not found", why := _line(error)
+                    r"unknown: (artifact|repository) \S+ not found", why := error_line(error)
                 ):
                     raise _registry_error(what, why) from None
             except docker.errors.DockerException as error:
                 raise RegistryError(
-                    f"cannot {what}: Docker's own configuration gives no account: {_line(error)}; "
-                    "mend its config.json, or set DOCKER_USERNAME and DOCKER_PASSWORD"
+                    f"cannot {what}: Docker's own configuration gives no account: "
+                    f"{error_line(error)}; mend its config.json, or set DOCKER_USERNAME and "
+                    "DOCKER_PASSWORD"
                 ) from None
         return True
 
@@ -431,8 +369,8 @@ class DockerEngine:
         return repository, tag
 
     def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
-        program = find_buildx(self._environment, self.address)
-        return buildx.build(program, spec, output) if program else self._classic_build(spec, output)
+        build = self._helpers.find_build(self.address) or self._classic_build
+        return build(spec, output)
 
     def _classic_build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
         if spec.secrets:
@@ -445,11 +383,11 @@ class DockerEngine:
             try:
                 for event in self._build_events(spec):
                     if "error" in event:
-                        raise diagnose.build_error(spec, _line(event["error"]))
+                        raise diagnose.build_error(spec, error_line(event["error"]))
                     output(event.get("stream", "").encode())
                     image = (event.get("aux") or {}).get("ID", image)
             except docker.errors.APIError as error:
-                raise diagnose.build_error(spec, _line(error)) from None
+                raise diagnose.build_error(spec, error_line(error)) from None
         return str(image)
 
     def _build_events(self, spec: BuildSpec) -> Iterator[dict[str, Any]]:
@@ -472,7 +410,7 @@ class DockerEngine:
 
     def _own_accounts(self) -> Mapping[str, Credentials]:
         """Those of registries that guix-tasks has started."""
-        return registry.accounts(self.address.url)
+        return self._helpers.accounts(self.address.url)
 
     def push(
         self, reference: str, credentials: Credentials | None, progress: Progress | None = None
@@ -518,14 +456,14 @@ class DockerEngine:
                     auth_config=self._auth(reference, credentials), platform=platform,
                 )  # fmt: skip
             except docker.errors.APIError as error:
-                raise _registry_error(f"pull {reference}", _line(error)) from None
+                raise _registry_error(f"pull {reference}", error_line(error)) from None
             for _ in _checked(events, f"pull {reference}", progress):
                 pass
 
     def _account(self, reference: str, given: Credentials | None) -> Credentials | None:
         """The given account, but for a local registry of ours, which knows one only."""
         host = ImageReference.parse(reference).registry
-        return registry.accounts(self.address.url).get(host, given)
+        return self._helpers.accounts(self.address.url).get(host, given)
 
     def _auth(self, reference: str, given: Credentials | None) -> dict[str, str] | None:
         return _auth(self._account(reference, given))
@@ -560,7 +498,7 @@ class DockerEngine:
         except GuixTasksError:
             raise
         except docker.errors.APIError as error:
-            why = _line(error)
+            why = error_line(error)
             raise EngineError(f"{REFUSED} {what}: {why}{full_disk(why)}") from None
         except _NO_ANSWER as error:
             raise EngineError(self._unreachable(error)) from None
@@ -700,13 +638,6 @@ def _platform(system: str, machine: str) -> str:
     # The engine gives the kernel's name of the machine here, OCI's in an image.
     names = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm/v7", "i686": "386"}
     return f"{system}/{names.get(machine, machine)}"
-
-
-def _line(error: object) -> str:
-    """The cause in one line: the engine's own explanation where there is one."""
-    text = getattr(error, "explanation", None) or error
-    plain = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
-    return " ".join(plain.split())
 
 
 def _cause(text: str) -> str:

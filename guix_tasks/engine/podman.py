@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from guix_tasks.engine import podman_api
-from guix_tasks.engine.docker import DockerEngine, profile
+from guix_tasks.engine.docker import DockerEngine, Helpers, profile
 from guix_tasks.errors import REFUSED, BuilderError, EngineError
 from guix_tasks.oci.reference import ImageReference
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from guix_tasks.engine.discovery import Address
 
 
-def open_engine(address: Address, environment: Mapping[str, str]) -> DockerEngine:
+def open_engine(address: Address, helpers: Helpers) -> DockerEngine:
     """The engine at an address, of whichever kind it is.  Raises ``EngineError``."""
-    engine = DockerEngine(address, environment)
+    engine = DockerEngine(address, helpers)
     is_podman = engine.answers_as(podman_api.is_podman)
-    return PodmanEngine(address, environment) if is_podman else engine
+    return PodmanEngine(address, helpers) if is_podman else engine
 
 
 class PodmanEngine(DockerEngine):

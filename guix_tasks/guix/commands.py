@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 PROFILE = "/var/guix/profiles/per-user/root/guix-profile"
 """Root's default profile, by the path that other users may follow, too (``/root`` is closed)."""
@@ -154,144 +154,8 @@ def pack_suffix(pack_format: str, item: str) -> str:
     return f".{pack_format}{ending}" if pack_format in IMAGES else ending
 
 
-@dataclass(frozen=True)
-class Channel:
-    """A channel as a channels file spells it out."""
-
-    name: str
-    url: str
-    branch: str | None = None
-    commit: str | None = None
-
-
-def channels(text: str) -> dict[str, Channel]:
-    """The channels that a channels file spells out, by name.
-
-    The file is a Scheme program; what it computes is not seen here, only forms such as
-    ``(channel (name 'guix) (url "…"))``.  ``guix describe`` prints nothing else.
-    """
-    return {channel.name: channel for channel, _ in _spelled_out(text)}
-
-
-def _spelled_out(text: str) -> Iterator[tuple[Channel, dict[str, Any]]]:
-    """Each channel that a channels file spells out, and all that its form has, by name."""
-    for form in _forms(_read(text)):
-        fields = {each[0]: each[1] for each in form[1:] if _is_field(each)}
-        known = {
-            name: fields[name] for name in ("name", "url", "branch", "commit") if name in fields
-        }
-        if form[0] == "channel" and {"name", "url"} <= known.keys():
-            everything = {each[0]: each[1:] for each in form[1:] if _is_named(each)}
-            yield Channel(**known), everything
-
-
-_OFFICIAL_URLS = ("https://git.guix.gnu.org/guix.git", "https://git.savannah.gnu.org/git/guix.git")
-"""Where Guix is from (``%default-channel-url``, and what that was before 1.5)."""
-
-
-def unauthenticated(text: str) -> list[str]:
-    """The channels that a channels file spells out without an introduction, by name.
-
-    Guix authenticates none of these, and says nothing, but for its own channel: that has an
-    introduction built in for its own address, and is refused from any other.  What a channel
-    inherits is not seen here; ``guix describe`` spells it out.
-    """
-    return [
-        channel.name
-        for channel, fields in _spelled_out(text)
-        if fields.get("introduction", ["#f"]) == ["#f"]
-        and "inherit" not in fields
-        and (channel.name != "guix" or channel.url not in _OFFICIAL_URLS)
-    ]
-
-
-def is_literal(text: str) -> bool:
-    """Whether a channels file spells out all its channels: one list of them and nothing else."""
-    forms = _read(text)
-    one = forms[0] if len(forms) == 1 and isinstance(forms[0], list) else []
-    spelled = [each for each in one[1:] if isinstance(each, list) and each[:1] == ["channel"]]
-    return one[:1] == ["list"] and len(one) == len(spelled) + 1 == len(channels(text)) + 1
-
-
-_TOKEN = re.compile(
-    r"""\s+|;[^\n]*|\#\|.*?\|\#|(\#;|[()[\]]|"(?:[^"\\]|\\.)*"|[^\s()[\]";]+)""", re.DOTALL
-)
-
-
-def _read(text: str) -> list[Any]:
-    """Scheme's data as lists and words; strings without their quotes, quoted words without theirs.
-
-    Comments are left out, those of one datum (``#;``) included.  Parentheses that do not match
-    are taken as they come: Guix itself will say so better.
-    """
-    stack: list[list[Any]] = [[]]
-    skipped: list[tuple[int, int]] = []  # where, and at which depth, the datum to be left out is
-    for word in _TOKEN.findall(text):
-        if word in ("(", "["):
-            stack.append([])
-            continue
-        if word in (")", "]"):
-            if len(stack) > 1:
-                done = stack.pop()
-                stack[-1].append(done)
-        elif word == "#;":
-            skipped.append((len(stack), len(stack[-1])))
-            continue
-        elif word.strip("'`,@"):
-            stack[-1].append(word[1:-1] if word.startswith('"') else word.lstrip("'`,@"))
-        if skipped and skipped[-1] == (len(stack), len(stack[-1]) - 1):
-            skipped.pop()
-            stack[-1].pop()
-    while len(stack) > 1:
-        done = stack.pop()
-        stack[-1].append(done)
-    return stack[0]
-
-
-def _forms(data: list[Any]) -> Iterator[list[Any]]:
-    """Every list in the data, the outer ones first, that begins with a word."""
-    # Not by recursion: a text may be deeper than Python lets calls be.
-    waiting = [*reversed(data)]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, list) and each:
-            if isinstance(each[0], str):
-                yield each
-            waiting.extend(reversed(each))
-
-
-def _is_field(datum: object) -> bool:
-    return isinstance(datum, list) and len(datum) == 2 and all(isinstance(e, str) for e in datum)  # noqa: PLR2004
-
-
-def _is_named(datum: object) -> bool:
-    return isinstance(datum, list) and bool(datum) and isinstance(datum[0], str)
-
-
-def commits(text: str) -> dict[str, str]:
-    """The commit of each channel in what ``guix describe --format=channels`` printed."""
-    return {name: channel.commit for name, channel in channels(text).items() if channel.commit}
-
-
 DEFAULT_SUBSTITUTE_URLS = ("https://ci.guix.gnu.org", "https://bordeaux.guix.gnu.org")
 """What Guix asks for substitutes where it is not told (``%default-substitute-urls``)."""
-
-# Guix 1.5, substitutes.scm, scripts/substitute.scm, scripts/pull.scm and git.scm.
-_SILENT = re.compile(
-    r"guix substitute: warning: (\S+): (?:host not found|(?:TLS )?connection failed): "
-)
-_NETWORK = re.compile(
-    r"usually happens due to networking issues"
-    r"|^guix [a-z-]+: error: (?!.*unknown package)"
-    r"(?:Git error(?!.*(?:status code: 4|authentication|credentials|certificate|hostkey"
-    r"|object not found|cannot locate))"
-    r"|.*(?:\bTLS|connect|timed out|resolv|unexpected EOF))"
-    r"|guix substitute: error: "
-    r"|In procedure (getaddrinfo|connect): ",
-    re.MULTILINE,
-)
-_BUILD = re.compile(r"builder for [`']\S+' failed|build of \S+ failed")
-_BUILD_LOG = re.compile(r"'(/var/log/guix/drvs/[0-9a-z]{2}/[0-9a-z]{30}-[\w+.?=-]+)'", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -370,70 +234,6 @@ def publish_script(address: str, port: int, keys: str) -> str:
 def is_publishing(line: str) -> bool:
     """Whether a line of ``guix publish`` says that it listens."""
     return "guix publish: publishing /gnu/store on " in line
-
-
-def silent_servers(log: str) -> set[str]:
-    """The hosts of the substitute servers that did not answer, as a log tells."""
-    return {host.lower() for host in _SILENT.findall(log)}
-
-
-def network_fault(log: str) -> bool:
-    """Whether a command failed for want of a network, and not because something does not build."""
-    return _NETWORK.search(log) is not None and not build_fault(log)
-
-
-_FETCH_MENDS = {
-    r"authentication required|refused the credentials|status code: 40[13]": (
-        "the channel's server does not let it in: see that GUIX_CHANNEL_CREDENTIALS has an account "
-        "for its address, which may read there"
-    ),
-    r"remote rejected authentication|SSH credentials|no auth sock|ssh agent": (
-        "the channel's host takes no key of your SSH agent: `ssh-add` the right one, and name the "
-        "user in the channel's URL, as ssh://git@HOST/PATH"
-    ),
-    r"remote ssh hostkey": (
-        "SSH_KNOWN_HOSTS does not have the host's key: check it, and add what `ssh-keyscan` says"
-    ),
-    r"certificate (?:is invalid|verif)|could not be verified|tls-certificate-error": (
-        "no authority that is trusted vouches for the server: name that authority's certificate in "
-        "EXTRA_CA_FILE"
-    ),
-}
-"""What libgit2, libssh2 and Guix say where a server may not be used, and what mends it."""
-
-
-def fetch_mend(log: str) -> str:
-    """What mends a fault between Guix and a server, as a log tells; empty where it tells none."""
-    faults = "\n".join(re.findall(r"^(?:guix .*error:|X\.509) .*$", log, re.MULTILINE))
-    found = (mend for says, mend in _FETCH_MENDS.items() if re.search(says, faults))
-    return next(found, "")
-
-
-_ERROR = re.compile(r"^(?:guix [\w-]+: |(/\S+:\d+:\d+: ))error: (.+)$", re.MULTILINE)
-
-
-def last_error(log: str) -> str:
-    """The last error of Guix in a log, with its place in a file; empty where there is none."""
-    found = ["".join(each) for each in _ERROR.findall(log)]
-    # That a file does not load, with a colon behind it, Guix says after why, too.
-    told = [each for each in found if not each.endswith(":")]
-    return (told or found or [""])[-1].rstrip(":")
-
-
-def package_mend(error: str) -> str:
-    """How to find the package that an error of Guix does not know; empty where it is another."""
-    found = re.match(r"([\w.+-]+)(?:@\S+)?: (?:unknown package|package not found)", error)
-    return f"look for it with `inv run -- guix search {found[1]}`" if found else ""
-
-
-def build_fault(log: str) -> bool:
-    """Whether something did not build, as a log tells."""
-    return _BUILD.search(log) is not None
-
-
-def build_logs(log: str) -> list[str]:
-    """Where the build logs are that a log points to."""
-    return list(dict.fromkeys(_BUILD_LOG.findall(log)))
 
 
 def script(

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import shlex
 import threading
 import time
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any
 
 from guix_tasks import guix
 from guix_tasks.engine.retry import retried
 from guix_tasks.errors import EngineError, StageError, full_disk
-from guix_tasks.files import alone, file_digest, text_digest
 from guix_tasks.guix.progress import Activity, BuildSteps, Noise
 from guix_tasks.oci.labels import oci_annotations
 from guix_tasks.stages.channel_access import lent_access
 from guix_tasks.stages.container import (
     FOLDER,
-    IMAGE_FOLDER,
     PROJECT_LABEL,
     Work,
     common_inputs,
@@ -35,8 +29,6 @@ from guix_tasks.stages.diagnostics import Failed, keep_failure, kept_log, log_pa
 from guix_tasks.stages.images import (
     IMAGE_LABEL,
     LAYERS_LABEL,
-    STAGES,
-    Ledger,
     is_child,
     key_of,
     proven_stage,
@@ -45,24 +37,19 @@ from guix_tasks.stages.images import (
 )
 from guix_tasks.stages.log_faults import Faults, Lines
 from guix_tasks.stages.ownership import take_back
-from guix_tasks.stages.sandbox import settled
-from guix_tasks.stages.substitute_server import nearby
+from guix_tasks.stages.stage import Stage, stage_files
 from guix_tasks.ui.console import Display
 from guix_tasks.ui.format import human_size, human_time, pasteable, printable
 from guix_tasks.ui.log import Log
 from guix_tasks.ui.redact import clean
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
-    from guix_tasks.engine.api import Engine, Image
-    from guix_tasks.settings import Settings
-    from guix_tasks.stages.container import Nearby
-    from guix_tasks.stages.declarations import OwnStage
-    from guix_tasks.ui.console import Console, Step
+    from guix_tasks.engine.api import Image
+    from guix_tasks.stages.project import Project
+    from guix_tasks.ui.console import Step
 
-
-COLLECT = IMAGE_FOLDER / "collect.scm"
 
 STAGE_TRIES = 3
 """How often a stage is run where the network fails it."""
@@ -72,92 +59,6 @@ _SAID_MOST = 200
 
 _LOOKED_EACH = 1.0
 """Seconds after which an engine is asked again what came over a container's network."""
-
-
-@dataclass(frozen=True)
-class Project:
-    """One project on one engine: all that a stage needs."""
-
-    settings: Settings
-    engine: Engine
-    console: Console
-    own: tuple[OwnStage, ...] = ()
-    """The stages that its ``tasks.py`` adds, in their order."""
-
-    @cached_property
-    def ledger(self) -> Ledger:
-        names = (*STAGES, *(own.name for own in self.own))
-        return Ledger(self.engine, self.settings, names)
-
-    def settled(self, image: Image, *, as_root: bool = False) -> Project:
-        """This project with the rights that containers of an image get here.
-
-        ``as_root`` is for what a person would do as root.
-        """
-        base = self.ledger.find("base")
-        found = settled(self.engine, self.settings, self.console, image, base, as_root=as_root)
-        return replace(self, settings=found)
-
-    def nearby(self, task: str) -> Nearby | None:
-        """The substitute server that ``substitutes.up`` has started, for a work of this task."""
-        found, newest = nearby(self.engine, self.settings, self.console), self.ledger.last_stage()
-        if found:
-            is_newest = newest is not None and newest.id == found.image
-            age = "" if is_newest else ", of an older image; `inv substitutes.up` serves the newest"
-            self.console.say(f"{task}: substitutes come from {found.url} first{age}")
-        return found
-
-    def alone(self, task: str) -> AbstractContextManager[None]:
-        """Keep another ``inv`` of this user from changing the image at the same time."""
-        if self.engine.is_dry:
-            return nullcontext()
-        return alone(self.console, self.engine.info().url, str(self.settings.image), task)
-
-    def each_platform(self) -> list[Project]:
-        """This project for one platform after the other: an engine makes one at a time."""
-        return [replace(self, settings=each) for each in self.settings.each_platform()]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Commands that make one image of another, as data."""
-
-    name: str
-    commands: Sequence[Sequence[str]]
-    """Argument lists, run in order in one work container."""
-    report: Sequence[str]
-    """The argument list whose standard output describes what was made."""
-    labels: Callable[[str], Mapping[str, str]]
-    """The labels that a report gives the image."""
-    files: Mapping[str, bytes] = field(default_factory=dict)
-    """What the commands find below ``work.FOLDER``."""
-    given: Mapping[str, str] = field(default_factory=dict)
-    """More of what it is made from, by name, with the digest of each content."""
-    folder: str | None = None
-    """Where the commands start, if that is not where the image's do."""
-    fetches: str | None = None
-    """The channels file of the channels that it fetches, where it fetches any."""
-    as_root: bool = False
-    """Whether its commands change more than the store, Guix's state and root's profiles."""
-    keep: str | None = None
-    """A profile such as the next stage is to build: what that takes is not collected."""
-    settled: Callable[[str], Stage] | None = None
-    """The stage that would make the same again, by a report, where that is another one."""
-    check: Callable[[str], None] | None = None
-    """Raises ``StageError`` where what was made, by a report, must not be had."""
-
-    def inputs(self, common: Mapping[str, str]) -> dict[str, str]:
-        """What the stage is made from, by name, with the digest of each content."""
-        words = [shlex.join(command) for command in (*self.commands, self.report)]
-        words += [self.keep or "", file_digest(COLLECT)]
-        files = {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
-        return {"command": text_digest(*words), **files, **self.given, **common}
-
-
-def stage_files(stage: Stage) -> dict[str, bytes]:
-    """What a stage's commands need below ``work.FOLDER``; ``stage`` is the script to run."""
-    script = guix.script(stage.commands, stage.report, FOLDER, keep=stage.keep, start=stage.folder)
-    return {**stage.files, "stage": script.encode(), "collect.scm": COLLECT.read_bytes()}
 
 
 def run_stage(

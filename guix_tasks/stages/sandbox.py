@@ -16,9 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guix_tasks import files as files_module
 from guix_tasks.errors import REFUSED, EngineError
-from guix_tasks.files import text_digest
+from guix_tasks.files import cache_home, text_digest, write_whole
 from guix_tasks.settings.values import Sandbox
 from guix_tasks.stages.container import FOLDER, Work, time_limit, work_container
 
@@ -60,7 +59,7 @@ def settled(
     key = text_digest(
         info.url, info.version, *info.security, text_digest(*layers), *map(str, order)
     )
-    kept = files_module.cache_home() / "sandbox" / key
+    kept = cache_home() / "sandbox" / key
     with suppress(OSError, ValueError):
         return replace(settings, guix_sandbox=Sandbox(kept.read_text()))
     found = None if engine.is_dry else _try(engine, settings, console, image, order)
@@ -69,7 +68,7 @@ def settled(
     # Only a cache: where it cannot be written, it is tried again.
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        files_module.write_whole(kept, found.value.encode())
+        write_whole(kept, found.value.encode())
     return replace(settings, guix_sandbox=found)
 
 

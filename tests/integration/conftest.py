@@ -10,7 +10,6 @@ import sys
 from typing import TYPE_CHECKING, Protocol
 
 import pytest
-from guix_tasks.engine.discovery import find_engine
 from harness import (
     HTPASSWD,
     OFFLINE,
@@ -36,6 +35,8 @@ from guix_tasks.bootstrap.engine import PrivateEngine, private_engine
 from guix_tasks.bootstrap.registry import LocalRegistry, local_registry
 from guix_tasks.bootstrap.service import Service
 from guix_tasks.buildkit import buildx
+from guix_tasks.cli.session import helpers
+from guix_tasks.engine.discovery import find_engine
 from guix_tasks.engine.docker import DockerEngine
 from guix_tasks.errors import EngineError, NoEngineError
 from guix_tasks.ui.console import Console
@@ -44,8 +45,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from guix_tasks.engine.discovery import Address
     from soak import Soak
+
+    from guix_tasks.engine.discovery import Address
 
 STAGES = ("base", "pull", "install")
 
@@ -96,7 +98,7 @@ def engine() -> Iterator[DockerEngine]:
     private = private_engine()
     before = private.running()
     try:
-        found = DockerEngine(_address(), os.environ)
+        found = DockerEngine(_address(), helpers(os.environ))
         found.info()
     except EngineError as error:
         pytest.fail(str(error), pytrace=False)

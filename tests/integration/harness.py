@@ -27,6 +27,7 @@ from planted import PLANTED
 
 from guix_tasks.bootstrap import service
 from guix_tasks.bootstrap.base_image import BASE_TAG
+from guix_tasks.bootstrap.engine import private_engine
 from guix_tasks.buildkit import buildx
 from guix_tasks.stages.container import PROJECT_LABEL
 
@@ -538,7 +539,7 @@ def errors(output: str) -> list[str]:
 
 def builder_environment(name: str) -> dict[str, str]:
     """The environment in which inv finds buildx, or does not; skips where that cannot be had."""
-    program = buildx.find_program(os.environ)
+    program = buildx.find_program(os.environ, private_engine().buildx_path())
     folders = os.environ["PATH"].split(os.pathsep)
     if name == "buildx":
         if program is None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from guix_tasks.engine.discovery import DEFAULT_SOCKET, Address
 from harness import Docker, Workshop, call, eventually, inv_argv
 
 from guix_tasks.bootstrap import service
@@ -22,6 +21,8 @@ from guix_tasks.bootstrap.apt import host_suite
 from guix_tasks.bootstrap.base_image import BASE_TAG
 from guix_tasks.bootstrap.engine import PrivateEngine, mounts_below
 from guix_tasks.bootstrap.registry import LocalRegistry
+from guix_tasks.cli.session import helpers
+from guix_tasks.engine.discovery import DEFAULT_SOCKET, Address
 from guix_tasks.engine.docker import DockerEngine
 from guix_tasks.ui.console import Console
 
@@ -59,7 +60,7 @@ class Island:
 
     def client(self) -> DockerEngine:
         """The engine, as the product speaks to it."""
-        return DockerEngine(Address(self.engine.url, "test"), {})
+        return DockerEngine(Address(self.engine.url, "test"), helpers({}))
 
     @property
     def environment(self) -> dict[str, str]:

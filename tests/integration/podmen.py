@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from guix_tasks.engine.discovery import Address
 
 from guix_tasks import files
 from guix_tasks.bootstrap import service as service_module
 from guix_tasks.bootstrap.apt import Apt, host_suite
 from guix_tasks.bootstrap.engine import answers
+from guix_tasks.cli.session import helpers
+from guix_tasks.engine.discovery import Address
 from guix_tasks.engine.podman import PodmanEngine, open_engine
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class Podman:
 
     def client(self) -> PodmanEngine:
         """It, as the product speaks to it."""
-        engine = open_engine(Address(self.url, "test"), {})
+        engine = open_engine(Address(self.url, "test"), helpers({}))
         assert isinstance(engine, PodmanEngine)
         return engine
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from guix_tasks.engine.discovery import DEFAULT_SOCKET
 from harness import call, inv_argv, one_error, without
+
+from guix_tasks.engine.discovery import DEFAULT_SOCKET
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -30,7 +30,7 @@ from guix_tasks.buildkit.bakefile import (
     dockerfile,
     label_argument,
 )
-from guix_tasks.buildkit.buildx import find_buildx
+from guix_tasks.cli.session import local_buildx
 from guix_tasks.engine.api import BuildSpec
 from guix_tasks.oci.reference import Platform
 from guix_tasks.stages.images import CHANNELS_LABEL, PACKAGES_LABEL
@@ -78,7 +78,7 @@ class Builder:
 def engines_own(engine: DockerEngine, tmp_path_factory: pytest.TempPathFactory) -> Builder:
     """The builder that is the engine itself."""
     config = str(tmp_path_factory.mktemp("docker"))
-    found = find_buildx({**os.environ, "DOCKER_CONFIG": config}, engine.address)
+    found = local_buildx({**os.environ, "DOCKER_CONFIG": config}, engine.address)
     if found is None:
         pytest.skip("buildx is not on this machine")
     environment = {**builder_environment("buildx"), "DOCKER_CONFIG": config}

@@ -18,6 +18,7 @@ from harness import LOCK, ROOT, call, eventually, log_in
 from island import supply
 from planted import ENVIRONMENT, PLANTED
 
+from guix_tasks.bootstrap.engine import private_engine
 from guix_tasks.buildkit import buildx
 from guix_tasks.commands.init import CI_FILES
 from guix_tasks.stages.images import STAGES
@@ -53,7 +54,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def plugin() -> str:
-    program = buildx.find_program(os.environ)
+    program = buildx.find_program(os.environ, private_engine().buildx_path())
     if program is None:
         pytest.skip("buildx is not on this machine, and `inv manifest` needs it")
     return program

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from guix_tasks.stages.project import Project as EngineProject
-from guix_tasks.stages.stage import Stage
 
+from guix_tasks.cli.session import helpers
 from guix_tasks.engine.docker import DockerEngine
 from guix_tasks.settings import load_isolated
 from guix_tasks.stages.base import base_spec
 from guix_tasks.stages.container import network
 from guix_tasks.stages.images import CHANNELS_LABEL
+from guix_tasks.stages.project import Project as EngineProject
 from guix_tasks.stages.runner import run_stage
+from guix_tasks.stages.stage import Stage
 from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def configs(
         with pytest.MonkeyPatch.context() as patch:
             # The builder is to be the one that the command line finds.
             patch.setenv("HOME", project.environment["HOME"])
-            made = make(project, DockerEngine(engine.address, project.environment))
+            made = make(project, DockerEngine(engine.address, helpers(project.environment)))
         yield made
     finally:
         project.remove()

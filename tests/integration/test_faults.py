@@ -21,7 +21,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import pytest
-from guix_tasks.stages.project import Project as EngineProject
 from harness import one_error
 
 from guix_tasks.commands.push import push
@@ -29,6 +28,7 @@ from guix_tasks.engine import retry
 from guix_tasks.engine.retry import LONGEST_ASKED
 from guix_tasks.errors import RegistryError
 from guix_tasks.settings import load_isolated
+from guix_tasks.stages.project import Project as EngineProject
 from guix_tasks.stages.transfer import credentials, pull
 from guix_tasks.ui.console import Console
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from guix_tasks.bootstrap.engine import private_engine
 from guix_tasks.buildkit.buildx import find_program
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def eventually(condition: Callable[[], bool], what: str, seconds: float = 20) ->
 def build_command(docker: Docker, builder: str) -> list[str]:
     if builder == "classic":
         return ["docker", "build", "--force-rm"]
-    program = find_program(docker.environment)
+    program = find_program(docker.environment, private_engine().buildx_path())
     if program is None:
         pytest.skip("this machine has no buildx")
     return [program, "build", "--builder=default", "--load", "--allow=network.host"]

@@ -248,7 +248,7 @@ def test_a_bug(new_project: NewProject) -> None:
     (project.folder / "tasks.py").write_text(
         "import os\n"
         "from invoke.tasks import task\n"
-        "from guix_tasks.boundary import opened\n"
+        "from guix_tasks.cli.session import opened\n"
         "@task\n"
         "def bug(c):\n"
         "    with opened(c) as project:\n"

@@ -24,8 +24,8 @@ from guix_tasks.buildkit.bakefile import (
     dockerfile,
     resolve_script,
 )
-from guix_tasks.buildkit.buildx import find_buildx
 from guix_tasks.buildkit.context import write_environment, write_secrets, write_step
+from guix_tasks.cli.session import local_buildx
 from guix_tasks.engine.api import BuildSpec
 from guix_tasks.oci.reference import Platform
 from guix_tasks.settings import load_settings
@@ -229,7 +229,7 @@ def test_a_step_of_a_build(
     assert forge.token not in insecure + bake_file(definition)
     (folder / "Dockerfile").write_text(insecure.replace("--security=insecure ", ""))
     (folder / "bake.json").write_text(bake_file(definition))
-    program = find_buildx({**os.environ, **builder_environment("buildx")}, engine.address)
+    program = local_buildx({**os.environ, **builder_environment("buildx")}, engine.address)
     assert program
     log: list[bytes] = []
     program.stream(

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from docker import APIClient
-from guix_tasks.engine.discovery import DEFAULT_SOCKET
 from harness import Docker, Made, Project, Workshop, call, eventually, inv_argv, one_error
 from podmen import Podman, served
 
+from guix_tasks.engine.discovery import DEFAULT_SOCKET
 from guix_tasks.engine.podman_api import UNFINISHED_LABEL
 from guix_tasks.stages.container import PROJECT_LABEL
 from guix_tasks.stages.images import PACKAGES_LABEL, STAGES

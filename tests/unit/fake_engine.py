@@ -27,7 +27,6 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import IO, Any, Concatenate, ParamSpec, TypeVar
 
-from guix_tasks.stages.project import Project
 from hypothesis import settings as hypothesis_settings
 
 from guix_tasks import files as files_module
@@ -49,6 +48,7 @@ from guix_tasks.oci.labels import CREATED
 from guix_tasks.settings import Settings, load_settings
 from guix_tasks.stages.images import KEY_LABEL, LAYERS_LABEL, STAGES, Ledger, proven_stage
 from guix_tasks.stages.lifecycle import Lifecycle, State, Wishes
+from guix_tasks.stages.project import Project
 from guix_tasks.ui.console import Console
 
 P = ParamSpec("P")

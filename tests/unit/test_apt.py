@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import guix_tasks.local
+import guix_tasks.bootstrap
 from guix_tasks.bootstrap import apt as apt_module
 from guix_tasks.bootstrap.apt import Apt, complaint, debian_address, file_names, host_suite, unpack
 from guix_tasks.errors import BuilderError, EngineError
@@ -171,7 +171,7 @@ def test_a_package_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_no_module_names_a_mirror_or_a_registry() -> None:
-    (folder,) = guix_tasks.local.__path__
+    (folder,) = guix_tasks.bootstrap.__path__
     for module in Path(folder).glob("*.py"):
         hosts = re.findall(
             r"https?://[^\s\"'{]+|[\w-]+\.debian\.org|docker\.io/", module.read_text()

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from fake_engine import STEADY
-from guix_tasks.stages.stage import Stage
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,6 +31,7 @@ from guix_tasks.buildkit.bakefile import (
 )
 from guix_tasks.engine.api import BuildSpec
 from guix_tasks.oci.reference import Platform
+from guix_tasks.stages.stage import Stage
 
 AMD64, ARM64 = Platform.parse("linux/amd64"), Platform.parse("linux/arm64")
 ARM32 = Platform.parse("linux/arm/v7")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_buildx import DIGEST, FLAGS, NAME, REFUSED, UNKNOWN_FLAG, Call, FakeBuildx
 from fake_engine import BASE_IMAGE, COMMITS, IMAGE, Heard, Site, channel, heard, new_site
-from guix_tasks.stages.project import Project
 
 from guix_tasks.buildkit.build import BuildWishes, build
 from guix_tasks.engine.api import NoEngine
@@ -24,6 +23,7 @@ from guix_tasks.errors import (
 from guix_tasks.oci.labels import BASE_DIGEST, BASE_NAME, CREATED
 from guix_tasks.stages.declarations import OwnStage
 from guix_tasks.stages.images import CHANNELS_LABEL, PACKAGES_LABEL, PREVIOUS
+from guix_tasks.stages.project import Project
 from guix_tasks.stages.runner import STAGE_TRIES
 
 if TYPE_CHECKING:

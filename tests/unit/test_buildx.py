@@ -204,17 +204,10 @@ def test_the_cause_is_one_line(log: str, cause: str) -> None:
 # --- The program ----------------------------------------------------------------------------
 
 
-class NoEngine:
-    @staticmethod
-    def buildx_path() -> Path | None:
-        return None
-
-
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without buildx."""
     monkeypatch.setattr(buildx, "SYSTEM_PLUGINS", (str(tmp_path / "system"),))
-    monkeypatch.setattr(buildx, "private_engine", NoEngine)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path
@@ -245,12 +238,9 @@ def test_it_is_where_the_docker_command_finds_it(bare: Path) -> None:
     assert buildx.find_program({"DOCKER_CONFIG": ""}) == home
 
 
-def test_the_private_engines_comes_before_the_path(
-    bare: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_private_engines_comes_before_the_path(bare: Path) -> None:
     place(bare / "bin")
-    monkeypatch.setattr(NoEngine, "buildx_path", staticmethod(lambda: bare / "own"))
-    assert buildx.find_program({}) == str(bare / "own")
+    assert buildx.find_program({}, bare / "own") == str(bare / "own")
 
 
 def test_what_is_no_program_is_passed_over(bare: Path) -> None:
@@ -769,7 +759,7 @@ def test_a_known_fault_is_told_with_what_mends_it(
 def test_every_row_of_the_table_has_been_tried() -> None:
     marks = test_a_known_fault_is_told_with_what_mends_it.pytestmark  # type: ignore[attr-defined]
     tried = "\n".join(f"{each}" for mark in marks for each, _, _ in mark.args[1])
-    for words, (_, mend) in buildx._MENDS.items():
+    for words, (_, mend) in diagnose._MENDS.items():
         assert re.search(words, tried, re.IGNORECASE), mend
 
 

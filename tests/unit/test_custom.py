@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from fake_engine import IMAGE, FakeEngine, Site, heard, new_site, outline
-from guix_tasks.commands.clean import clean
-from guix_tasks.engine.dry_run import TracedEngine
-from guix_tasks.stages.stage import stage_files
 
+from guix_tasks.commands.clean import clean
 from guix_tasks.commands.push import image_to_use, push
 from guix_tasks.commands.sizes import sizes
 from guix_tasks.commands.squash import squash
 from guix_tasks.commands.status import STATUS_HEADER, status_rows
+from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import StageError, UsageError
 from guix_tasks.stages.container import FOLDER
 from guix_tasks.stages.custom import own_stage
@@ -32,12 +31,12 @@ from guix_tasks.stages.images import (
     proven_stage,
     squash_key,
 )
+from guix_tasks.stages.stage import stage_files
 from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
-    from guix_tasks.stages.project import Project
-
     from guix_tasks.engine.api import Engine
+    from guix_tasks.stages.project import Project
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from fake_engine import FakeContainer, Output, Site, heard, made_site, outline
-from guix_tasks.engine.dry_run import TracedEngine
 
 from guix_tasks.commands.custom_test import try_each, try_pack
 from guix_tasks.commands.pack_records import Packed, save
 from guix_tasks.engine.api import ContainerSpec, run_to_end
+from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import CheckError, UsageError
 from guix_tasks.guix import TARBALL
 from guix_tasks.stages.container import PROJECT_LABEL

@@ -9,9 +9,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 import pytest
-from guix_tasks.engine.discovery import Address
 
 from guix_tasks.engine import docker
+from guix_tasks.engine.discovery import Address
 from guix_tasks.engine.docker import DockerEngine
 from guix_tasks.errors import FULL_DISK, EngineError
 
@@ -54,7 +54,7 @@ class Played(BaseHTTPRequestHandler):
 def played() -> Iterator[DockerEngine]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Played) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield DockerEngine(Address(f"tcp://127.0.0.1:{server.server_address[1]}", "test"), {})
+        yield DockerEngine(Address(f"tcp://127.0.0.1:{server.server_address[1]}", "test"))
         server.shutdown()
 
 

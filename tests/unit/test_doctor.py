@@ -29,7 +29,6 @@ from fake_engine import (
     outline,
     serial,
 )
-from guix_tasks.engine.dry_run import TracedEngine
 from invoke.program import Program
 
 from guix_tasks import files
@@ -37,8 +36,9 @@ from guix_tasks.buildkit import buildx
 from guix_tasks.cli import session
 from guix_tasks.commands import doctor
 from guix_tasks.commands.doctor import CHECKS, Finding, Patient, State, examine, show
-from guix_tasks.engine import docker, podman
+from guix_tasks.engine import discovery, docker, podman
 from guix_tasks.engine.api import Credentials
+from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import EngineError
 from guix_tasks.guix import DEFAULT_SUBSTITUTE_URLS
 from guix_tasks.settings import settings_reference
@@ -61,7 +61,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name.upper(), raising=False)
     for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setattr(docker, "DEFAULT_SOCKET", tmp_path / "no.sock")
+    monkeypatch.setattr(discovery, "DEFAULT_SOCKET", tmp_path / "no.sock")
     monkeypatch.setattr(files, "ThreadPoolExecutor", serial)
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
     yield
@@ -954,7 +954,7 @@ def inv(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     monkeypatch.chdir(site.folder)
     monkeypatch.setenv("DOCKER_HOST", "unix:///fake.sock")
     monkeypatch.setattr(podman, "open_engine", lambda _address, _environ: site.engine)
-    monkeypatch.setattr(buildx, "find_program", lambda _environment: None)
+    monkeypatch.setattr(buildx, "find_program", lambda *_: None)
 
     def call(*argv: str) -> Done:
         session._engines.clear()

@@ -17,10 +17,9 @@ from fake_engine import (
     Site,
     outline,
 )
-from guix_tasks.commands.clean import clean
-from guix_tasks.engine.dry_run import TracedEngine, create_argv
 
 from guix_tasks.commands import commit, rollback, run, shell
+from guix_tasks.commands.clean import clean
 from guix_tasks.commands.push import push
 from guix_tasks.commands.status import status_rows
 from guix_tasks.commands.verify import verify
@@ -34,6 +33,7 @@ from guix_tasks.engine.api import (
     NoEngine,
     build_options,
 )
+from guix_tasks.engine.dry_run import TracedEngine, create_argv
 from guix_tasks.errors import CheckError, NoEngineError
 from guix_tasks.stages.images import STAGES
 from guix_tasks.ui import redact
@@ -192,7 +192,7 @@ def test_any_other_call_of_it_says_that_there_is_none(call: str) -> None:
 
 
 def test_importing_it_imports_no_docker() -> None:
-    code = "import sys, guix_tasks.tasks, guix_tasks.engine; assert 'docker' not in sys.modules"
+    code = "import sys, guix_tasks.tasks, guix_tasks.engine.api; assert 'docker' not in sys.modules"
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
 

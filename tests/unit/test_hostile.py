@@ -49,8 +49,9 @@ from guix_tasks.buildkit.context import hand_over, write_mounts
 from guix_tasks.cli import session
 from guix_tasks.commands.sizes import picture
 from guix_tasks.commands.status import status_rows
-from guix_tasks.engine import diagnose, docker, podman
+from guix_tasks.engine import diagnose, discovery, docker, podman
 from guix_tasks.engine.api import BuildSpec, ContainerSpec
+from guix_tasks.engine.discovery import error_line
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, SettingsError
 from guix_tasks.files import write_whole
 from guix_tasks.oci.reference import ImageReference, Platform
@@ -220,7 +221,7 @@ def _no_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
         monkeypatch.delenv(name, raising=False)
     for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setattr(docker, "DEFAULT_SOCKET", tmp_path / "no.sock")
+    monkeypatch.setattr(discovery, "DEFAULT_SOCKET", tmp_path / "no.sock")
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
     yield
     session._engines.clear()
@@ -415,7 +416,7 @@ def test_any_message_of_an_engine_a_registry_or_a_builder(attempt: Attempt, tmp_
         console = Heard()
         for error in (
             docker._registry_error("push x", text),
-            EngineError(docker._line(text)),
+            EngineError(error_line(text)),
             diagnose.failure(text),
             diagnose.failure(f"ERROR: {text}", spec),
         ):

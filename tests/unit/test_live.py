@@ -140,7 +140,7 @@ def test_what_a_terminal_echoes_leaves_no_line_behind(typed: bytes) -> None:
     """A line of the log that fills the width, and the ^C that the terminal itself writes there."""
     script = """
 import sys, time
-from guix_tasks.console import Console, Display
+from guix_tasks.ui.console import Console, Display
 try:
     with Console(display=Display.LIVE).step("pull") as step:
         step.log([b"a" * 500])
@@ -256,5 +256,5 @@ def test_without_rich_nothing_is_drawn(wide: Screen, monkeypatch: pytest.MonkeyP
 
 
 def test_rich_is_not_imported_before_something_is_drawn() -> None:
-    script = "import sys, guix_tasks.tasks, guix_tasks.stage; print('rich' in sys.modules)"
+    script = "import sys, guix_tasks.tasks, guix_tasks.stages.runner; print('rich' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", script]) == b"False\n"

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fake_engine import IMAGE, FakeContainer, Output, Site, heard, outline
-from guix_tasks.engine.dry_run import TracedEngine
 
 from guix_tasks import guix
 from guix_tasks.commands import pack
+from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import EngineError, StageError, UsageError
 from guix_tasks.guix import Pack
 from guix_tasks.stages.container import FOLDER

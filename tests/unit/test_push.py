@@ -17,15 +17,15 @@ from fake_engine import (
     Site,
     heard,
 )
-from guix_tasks.engine.dry_run import TracedEngine
-from guix_tasks.stages.stage import Stage
 
 from guix_tasks.commands import commit, rollback, run
 from guix_tasks.commands.push import image_to_use, push
 from guix_tasks.engine.api import Credentials
+from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import RegistryError, UsageError
 from guix_tasks.stages.images import PREVIOUS, STAGES
 from guix_tasks.stages.runner import run_stage
+from guix_tasks.stages.stage import Stage
 from guix_tasks.ui.format import human_size
 
 if TYPE_CHECKING:

@@ -21,7 +21,9 @@ from fake_engine import (
 )
 
 from guix_tasks.commands import commit as commit_module
-from guix_tasks.commands import rollback, run, shell
+from guix_tasks.commands import rollback
+from guix_tasks.commands import run as run_module
+from guix_tasks.commands import shell as shell_module
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.stages.container import (
     ENTRY_POINT,
@@ -43,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 def run(site: Site, *argv: str, stage: str | None = None, keep: bool = False) -> tuple[int, str]:
     project = site.project()
-    return run.run(project, argv, stage=stage, keep=keep), heard(project)
+    return run_module.run(project, argv, stage=stage, keep=keep), heard(project)
 
 
 def commit(site: Site) -> str:
@@ -74,7 +76,7 @@ def test_the_output_and_the_status_are_the_commands_own(made: Site) -> None:
 
     made.engine.behaviour = behaviour
     project = made.project()
-    assert run.run(project, ["x"], stage=None, keep=False) == 7
+    assert run_module.run(project, ["x"], stage=None, keep=False) == 7
     assert heard(project) == "out\nerr\n"
     assert made.engine.all_containers == {}
 
@@ -255,7 +257,7 @@ def terminal(made: Site, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]
 
 def shell(site: Site, *, stage: str | None = None, fresh: bool = False) -> tuple[int, str]:
     project = site.project()
-    status = shell.shell(project, ["docker"], {"DOCKER_HOST": "x"}, stage=stage, fresh=fresh)
+    status = shell_module.shell(project, ["docker"], {"DOCKER_HOST": "x"}, stage=stage, fresh=fresh)
     return status, heard(project)
 
 
@@ -320,5 +322,5 @@ def test_a_shell_that_is_open_is_not_entered_twice(
 def test_an_argument_that_the_engine_would_change_is_refused(made: Site) -> None:
     before = made.engine.changing_calls()
     with pytest.raises(UsageError, match=r"run: 'caf\\udce9' has a NUL or a broken character"):
-        run.run(made.project(), ["ls", "caf\udce9"], stage=None, keep=False)
+        run_module.run(made.project(), ["ls", "caf\udce9"], stage=None, keep=False)
     assert made.engine.changing_calls() == before

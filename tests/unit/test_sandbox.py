@@ -11,7 +11,7 @@ import pytest
 from fake_engine import FakeContainer, FakeGuix, Output, Site, made_site
 
 from guix_tasks import files
-from guix_tasks.commands import commit, run
+from guix_tasks.commands import run
 from guix_tasks.commands.verify import verify
 from guix_tasks.errors import EngineError, StageError
 from guix_tasks.stages import container as container_module
@@ -191,7 +191,6 @@ def test_what_is_done_by_hand_and_verified_is_done_as_root(made: Site) -> None:
 
 def test_a_dry_run_tries_nothing(made: Site) -> None:
     from guix_tasks.engine.dry_run import TracedEngine  # noqa: PLC0415
-
     from guix_tasks.ui.console import Console  # noqa: PLC0415
 
     before = len(made.engine.specs)

@@ -40,7 +40,7 @@ from guix_tasks import files as files_module
 from guix_tasks.buildkit import buildx
 from guix_tasks.cli import errors, session
 from guix_tasks.commands import buildx_setup
-from guix_tasks.engine import discovery, docker, podman
+from guix_tasks.engine import discovery, podman
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.settings import settings_reference
 from guix_tasks.tasks import ns
@@ -102,7 +102,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     monkeypatch.delenv("ENV_FILE", raising=False)
-    monkeypatch.setattr(docker, "DEFAULT_SOCKET", tmp_path / "no.sock")
+    monkeypatch.setattr(discovery, "DEFAULT_SOCKET", tmp_path / "no.sock")
     monkeypatch.setattr(files_module, "ThreadPoolExecutor", serial)
     monkeypatch.setattr(buildx_setup, "refuse_silent", lambda _endpoint: None)
     for module in (sys, threading):
@@ -356,7 +356,7 @@ def test_an_emulated_platform_is_one_line(inv: Inv) -> None:
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeBuildx:
     """A buildx on this machine, without a builder."""
     made = FakeBuildx(tmp_path / "buildx", answers={"resolved": LOCK.strip(), "pull": LOCK.strip()})
-    monkeypatch.setattr(buildx, "find_program", lambda _environment: str(made.path))
+    monkeypatch.setattr(buildx, "find_program", lambda *_: str(made.path))
     return made
 
 
@@ -445,7 +445,7 @@ def test_a_step_that_fails_has_the_exit_code_of_a_stage(inv: Inv, fake: FakeBuil
 
 @pytest.mark.parametrize("task", ["buildx.build", "buildx.status", "buildx.down", "manifest"])
 def test_without_buildx_setup_is_named(inv: Inv, task: str) -> None:
-    inv.monkeypatch.setattr(buildx, "find_program", lambda _environment: None)
+    inv.monkeypatch.setattr(buildx, "find_program", lambda *_: None)
     done = inv(task)
     assert done.code == 6
     assert done.errors == [
@@ -465,7 +465,7 @@ def plugin_at(inv: Inv, fake: FakeBuildx) -> Path:
     inv.monkeypatch.setenv("DOCKER_CONFIG", str(folder))
     target = folder / "cli-plugins" / "docker-buildx"
     inv.monkeypatch.setattr(
-        buildx, "find_program", lambda _environment: str(target) if target.exists() else None
+        buildx, "find_program", lambda *_: str(target) if target.exists() else None
     )
     return target
 

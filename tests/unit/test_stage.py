@@ -33,8 +33,6 @@ from fake_engine import (
     outline,
     publish_base,
 )
-from guix_tasks.stages.project import Project
-from guix_tasks.stages.stage import Stage
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -61,8 +59,10 @@ from guix_tasks.stages.images import (
     is_child,
     proven_stage,
 )
+from guix_tasks.stages.project import Project
 from guix_tasks.stages.pull import AUTHENTICATION_LABEL, misfit, stage_to_run, write_lock
 from guix_tasks.stages.runner import commit_image, run_stage
+from guix_tasks.stages.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

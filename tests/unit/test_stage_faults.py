@@ -18,14 +18,11 @@ from fake_engine import (
     heard,
     new_site,
 )
-from guix_tasks.engine.dry_run import TracedEngine
-from guix_tasks.stages.project import Project
-from guix_tasks.stages.stage import Stage
 from hypothesis import given
 from hypothesis import strategies as st
 
 from guix_tasks.commands import clean, commit
-from guix_tasks.commands import status as status_module
+from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import FULL_DISK, EngineError, StageError, UsageError
 from guix_tasks.stages.container import (
     ENTRY_POINT,
@@ -37,7 +34,9 @@ from guix_tasks.stages.container import (
     work_container,
 )
 from guix_tasks.stages.log_faults import Lines, Servers
+from guix_tasks.stages.project import Project
 from guix_tasks.stages.runner import STAGE_TRIES, perform, run_stage
+from guix_tasks.stages.stage import Stage
 from guix_tasks.ui import redact
 from guix_tasks.ui.console import Display
 

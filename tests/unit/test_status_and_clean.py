@@ -17,12 +17,12 @@ from fake_engine import (
     Site,
     heard,
 )
-from guix_tasks.commands.clean import clean
-from guix_tasks.engine.dry_run import TracedEngine
 
 from guix_tasks.commands import commit, run
+from guix_tasks.commands.clean import clean
 from guix_tasks.commands.status import STATUS_HEADER, show_sizes, show_status, status_rows
 from guix_tasks.engine.api import ContainerSpec
+from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.engine.podman_api import UNFINISHED_LABEL
 from guix_tasks.errors import UsageError
 from guix_tasks.stages.container import PROJECT_LABEL

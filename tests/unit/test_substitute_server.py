@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fake_engine import FakeContainer, FakeGuix, Output, Site, heard, outline
-from guix_tasks.engine.dry_run import TracedEngine
 
-from guix_tasks.commands import clean, status, substitutes
+from guix_tasks.commands import clean, substitutes
 from guix_tasks.engine.api import Container
+from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.guix import DEFAULT_SUBSTITUTE_URLS
 from guix_tasks.stages import substitute_server

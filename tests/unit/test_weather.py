@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fake_engine import FakeContainer, FakeGuix, Heard, Output, Site, heard, outline
-from guix_tasks.engine.dry_run import TracedEngine
 
 from guix_tasks import guix
 from guix_tasks.commands.weather import weather
+from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import CheckError, StageError, UsageError
 from guix_tasks.guix import Forecast
 from guix_tasks.stages.container import FOLDER

@@ -19,7 +19,6 @@ from guix_tasks.cli.session import (
     opened_with_buildx,
 )
 from guix_tasks.cli.tasks.output import long_task
-from guix_tasks.commands import rollback, run, shell
 
 if TYPE_CHECKING:
     from invoke.context import Context
@@ -120,9 +119,9 @@ def commit(c: Context) -> None:
     left.
     """
     with opened_single(c) as project, project.alone("commit"):
-        from guix_tasks.commands import commit
+        from guix_tasks.commands.commit import commit
 
-        commit.commit(project)
+        commit(project)
 
 
 @long_task()
@@ -138,9 +137,9 @@ def squash(c: Context) -> None:
 def rollback(c: Context) -> None:
     """Let IMAGE be what it was before it last moved."""
     with opened_single(c) as project, project.alone("rollback"):
-        from guix_tasks.commands import commit
+        from guix_tasks.commands.rollback import rollback
 
-        rollback.rollback(project)
+        rollback(project)
 
 
 @long_task(help={"stage": "the image of this stage instead of IMAGE"})
@@ -274,9 +273,9 @@ def run(c: Context, stage: str = "", keep: bool = False) -> None:
     ends with its status.
     """
     with opened_single(c) as project:
-        from guix_tasks.commands import commit
+        from guix_tasks.commands.run import run
 
-        status = run.run(project, _after_dashes(sys.argv), stage=stage or None, keep=keep)
+        status = run(project, _after_dashes(sys.argv), stage=stage or None, keep=keep)
         if status:
             raise Exit(code=status)
 
@@ -294,10 +293,10 @@ def shell(c: Context, stage: str = "", fresh: bool = False) -> None:
     The container is left, for `inv commit` or the next `inv shell`.
     """
     with opened_single(c) as project:
-        from guix_tasks.commands import commit
+        from guix_tasks.commands.shell import shell
 
         docker, environment = docker_command(project)
-        shell.shell(project, docker, environment, stage=stage or None, fresh=fresh)
+        shell(project, docker, environment, stage=stage or None, fresh=fresh)
 
 
 @task(
