@@ -74,8 +74,6 @@ def open_demo(c: Context, folder: Path) -> Iterator[Project]:
 
     if c.config.run.dry:
         raise UsageError("the demo does real work only; leave --dry out")
-    if not (folder / ENV_FILE).exists():
-        raise UsageError(f"inv demo is for a checkout of guix-tasks: {folder} has no {ENV_FILE}")
     chosen = settled_display(Display(chosen_display() or "auto"), sys.stderr, os.environ)
     console = Console(display=chosen)
     prepare(engine_or_private(c, console), console, folder)

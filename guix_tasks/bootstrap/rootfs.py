@@ -55,7 +55,7 @@ done
 rm -f etc/apt/apt.conf.d/99mmdebstrap var/cache/debconf/*-old var/lib/dpkg/*-old"""
 
 # A Dockerfile on it may be one line, and guix-daemon fails without build users.
-_PREPARE = Path(__file__).parents[1] / "image" / "prepare.sh"
+_PREPARE = Path(__file__).parents[1] / "stages" / "resources" / "prepare.sh"
 
 _CHUNK = 1 << 20
 

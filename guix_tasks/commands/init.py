@@ -11,7 +11,7 @@ from guix_tasks.errors import UsageError
 if TYPE_CHECKING:
     from guix_tasks.ui.console import Console
 
-START = Path(__file__).parent / "start"
+START = Path(__file__).parent / "templates"
 
 # Here their names are plain ones: what begins with a dot is easily left out of a package.
 FILES = {

@@ -160,7 +160,7 @@ DEFAULT_SUBSTITUTE_URLS = ("https://ci.guix.gnu.org", "https://bordeaux.guix.gnu
 
 @dataclass(frozen=True)
 class Forecast:
-    """What substitutes there are for one system, as ``image/weather.scm`` says."""
+    """What substitutes there are for one system, as ``resources/weather.scm`` says."""
 
     system: str
     wanted: dict[str, str]
@@ -186,7 +186,7 @@ _THERE = ("stored", "substitutable")
 def weather_argv(
     program: str, systems: Sequence[str], manifest: str | None, packages: Sequence[str]
 ) -> tuple[str, ...]:
-    """Ask the substitute servers, by ``image/weather.scm``."""
+    """Ask the substitute servers, by ``resources/weather.scm``."""
     return ("guix", "repl", "--", program, " ".join(systems), manifest or "", *packages)
 
 

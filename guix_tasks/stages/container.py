@@ -55,7 +55,7 @@ _NAME = "guix-tasks"
 _KEPT_NAME = "guix-tasks-kept"
 _SERVER_NAME = "guix-tasks-substitutes"
 
-IMAGE_FOLDER = Path(__file__).parent / "image"
+IMAGE_FOLDER = Path(__file__).parent / "resources"
 """What goes into an image and into work containers, the entry point above all."""
 
 CAPABILITIES = (

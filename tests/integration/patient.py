@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,7 +15,6 @@ from guix_tasks.stages.images import HAND_MADE, PREVIOUS, SQUASH, is_above, is_c
 
 if TYPE_CHECKING:
     import random
-    from pathlib import Path
 
     from harness import Project, Workshop
     from island import Island
@@ -129,7 +129,8 @@ def admit(
 ) -> Patient:
     """A project that has nothing yet, on an island where all is there that it needs."""
     project = settle(island, registry, workshop).project(folder)
-    shutil.copytree(ROOT / "guix_tasks" / "image", folder / "context" / "guix_tasks" / "image")
+    resources = Path("guix_tasks", "stages", "resources")
+    shutil.copytree(ROOT / resources, folder / "context" / resources)
     project.set(
         BUILD_CONTEXT="context",
         DOCKERFILE=str(folder / "Dockerfile"),

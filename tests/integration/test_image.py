@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).resolve().parents[2]
-ENTRY_POINT = ROOT / "guix_tasks" / "image" / "entry-point.sh"
+ENTRY_POINT = ROOT / "guix_tasks" / "stages" / "resources" / "entry-point.sh"
 HERE = Path(__file__).resolve().parent / "image"
 
 UNAVAILABLE = 69

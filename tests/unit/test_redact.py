@@ -70,7 +70,7 @@ def test_bytes_without_a_secret_come_out_unchanged(pieces: list[bytes]) -> None:
 
 
 @STEADY
-@given(st.text(st.characters(exclude_characters="@=")))
+@given(st.text(st.characters(codec="utf-8", exclude_characters="@=")))
 def test_text_without_a_secret_is_said_as_it_is(text: str) -> None:
     redact.forget()
     redact.add("a-secret-that-is-in-none-of-it")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("serial_hashing")
 
-# What image/weather.scm printed with Guix 1.5, in the offline example.
+# What resources/weather.scm printed with Guix 1.5, in the offline example.
 RECORDED = """\
 weather:system\tx86_64-linux
 weather:wanted\thello@2.12.2\tsubstitutable
