@@ -17,7 +17,6 @@ from guix_tasks.cli.session import (
     docker_variables,
     open_engine_for,
     open_project,
-    project_folder,
 )
 from guix_tasks.cli.tasks.output import long_task
 
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from guix_tasks.stages.project import Project
     from guix_tasks.ui.console import Console
 
+CHECKOUT = Path(__file__).parents[1]
+
 
 @long_task()
 def demo(c: Context) -> None:
@@ -38,7 +39,7 @@ def demo(c: Context) -> None:
     It starts an engine where there is none, and uses the settings of
     examples/offline/ alone.
     """
-    with guarded(), open_demo(c, project_folder(Path.cwd())) as project:
+    with guarded(), open_demo(c, CHECKOUT) as project:
         from dev.demo import run_demo, say_what_next
 
         run_demo(project)
@@ -58,7 +59,7 @@ def test(c: Context, unit: bool = False, only: str = "", soak: bool = False) -> 
     with guarded():
         from dev.checks import run_checks
 
-        run_checks(project_folder(Path.cwd()), unit_only=unit, only=only, soak=soak)
+        run_checks(CHECKOUT, unit_only=unit, only=only, soak=soak)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def test_it_works_where_packages_are_missing(tmp_path: Path) -> None:
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **without("docker dotenv", tmp_path)}
     result = call(inv_argv("--list"), env, 60, tmp_path)
     assert result.returncode == 0, result.stderr
-    for name in ("base", "pull", "install", "push", "engine.up", "registry.up"):
+    for name in ("base", "pull", "install", "push", "engine.up", "registry.up", "demo", "test"):
         assert re.search(rf"^  {re.escape(name)} ", result.stdout, re.MULTILINE)
 
 
@@ -38,5 +38,7 @@ def test_it_works_in_a_checkout_without_settings(tmp_path: Path) -> None:
 def test_the_demo_and_the_tests_are_tasks_of_a_checkout_alone(tmp_path: Path) -> None:
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     for folder, there in ((ROOT, {"demo", "test"}), (tmp_path, set[str]())):
-        shown = call(inv_argv("--list"), env, 60, folder).stdout
+        argv = [sys.executable, "-m", "guix_tasks", "--list"]
+        shown = call(argv, {**env, "PYTHONPATH": str(ROOT)}, 60, folder).stdout
+        assert re.search("^  init ", shown, re.MULTILINE)
         assert set(re.findall(r"^  (demo|test) ", shown, re.MULTILINE)) == there

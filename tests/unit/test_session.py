@@ -73,7 +73,7 @@ class Inv:
     capsys: pytest.CaptureFixture[str]
     monkeypatch: pytest.MonkeyPatch
     opened: list[str] = field(default_factory=list)
-    tasks: Collection = ns
+    tasks: Collection = field(default_factory=lambda: ns)
 
     def __call__(self, *argv: str) -> Result:
         session._engines.clear()
