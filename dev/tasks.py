@@ -12,12 +12,7 @@ from typing import TYPE_CHECKING
 from invoke.tasks import task
 
 from guix_tasks.cli.errors import guarded
-from guix_tasks.cli.session import (
-    chosen_display,
-    docker_variables,
-    open_engine_for,
-    open_project,
-)
+from guix_tasks.cli.session import chosen_display, docker_variables, open_engine_for, open_project
 from guix_tasks.cli.tasks.output import long_task
 
 if TYPE_CHECKING:

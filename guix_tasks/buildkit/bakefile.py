@@ -2,7 +2,7 @@
 
 The insecure steps are in a Dockerfile of this package's own, linked to the base by a named
 context, so that a user's ``Dockerfile`` never needs ``RUN --security`` and parses everywhere.  A
-step finds below ``work.FOLDER`` what a work container finds there, and runs the same script.
+step finds below ``container.FOLDER`` what a work container finds there, and runs the same script.
 
 Pure: nothing is run here.
 """
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from guix_tasks.engine.api import BuildSpec
-    from guix_tasks.oci.reference import Platform
+    from guix_tasks.oci.platform import Platform
     from guix_tasks.stages.stage import Stage
 
 WORK = "work"
-"""The named context that holds a folder for each stage, seen by its step at ``work.FOLDER``."""
+"""The named context that holds a folder for each stage, seen by its step at ``container.FOLDER``."""
 
 ENVIRONMENT = "environment"
 """The secret that holds the environment of the steps: in no layer, in no key, in no history."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from guix_tasks.buildkit import buildx as command
 from guix_tasks.engine.diagnose import INSECURE_REFUSED, NO_BASE, UNKNOWN_FLAG
 from guix_tasks.errors import BuilderError, RegistryError, UsageError
-from guix_tasks.oci.reference import Platform
+from guix_tasks.oci.platform import Platform
 from guix_tasks.settings import Driver, Sandbox
 
 if TYPE_CHECKING:

@@ -23,9 +23,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks.engine.api import build_options
 from guix_tasks.engine.diagnose import build_error, cause, failure
-from guix_tasks.errors import (
-    BuilderError,
-)
+from guix_tasks.errors import BuilderError
 from guix_tasks.ui.redact import holds_secret
 
 if TYPE_CHECKING:

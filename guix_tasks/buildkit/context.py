@@ -52,7 +52,7 @@ def write_secrets(settings: Settings, folder: Path, channels: str | None) -> dic
 def write_step(
     settings: Settings, folder: Path, name: str, files: Mapping[str, bytes], *, again: bool
 ) -> None:
-    """What a step sees at ``work.FOLDER``; ``again`` lets it be like no step in the cache."""
+    """What a step sees at ``container.FOLDER``; ``again`` lets it be like no step in the cache."""
     # The secret is mounted over an empty file.
     everything = {**common_files(settings), **files, ENVIRONMENT: b""}
     everything.pop(EXTRA_CA, None)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from guix_tasks.buildkit.buildx import Builder, BuilderNode, Buildx
-    from guix_tasks.oci.reference import Platform
+    from guix_tasks.oci.platform import Platform
     from guix_tasks.settings import Settings
     from guix_tasks.stages.project import Project
 

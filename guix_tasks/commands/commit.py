@@ -1,4 +1,4 @@
-"""Work done by hand: one command, a shell, and the commit of what they left."""
+"""Commit the work container that a shell, a command or a stage has left."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import EngineError, UsageError
-from guix_tasks.stages.container import (
-    drop_environment,
-    kept_containers,
-)
+from guix_tasks.stages.container import drop_environment, kept_containers
 from guix_tasks.stages.images import HAND_MADE, STAGE_LABEL
 from guix_tasks.stages.runner import commit_image
 from guix_tasks.ui.format import human_size, human_time

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from guix_tasks.buildkit.buildx import Buildx
-    from guix_tasks.oci.reference import Platform
+    from guix_tasks.oci.platform import Platform
     from guix_tasks.settings import Settings
     from guix_tasks.stages.project import Project
     from guix_tasks.stages.push_records import Pushed

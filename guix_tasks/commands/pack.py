@@ -18,7 +18,8 @@ from guix_tasks.commands.push import image_to_use, refuse_stale
 from guix_tasks.errors import EngineError, StageError, UsageError
 from guix_tasks.files import write_whole
 from guix_tasks.oci.archive import oci_archive
-from guix_tasks.oci.reference import Platform, quoted
+from guix_tasks.oci.platform import Platform
+from guix_tasks.oci.reference import quoted
 from guix_tasks.oci.tar import as_file
 from guix_tasks.settings.parsers import check_text, package
 from guix_tasks.stages.container import FOLDER, Work, work_container

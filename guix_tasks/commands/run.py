@@ -8,11 +8,7 @@ from guix_tasks.commands.push import image_to_use
 from guix_tasks.errors import UsageError
 from guix_tasks.oci.reference import quoted
 from guix_tasks.settings.parsers import check_text
-from guix_tasks.stages.container import (
-    Work,
-    refuse_second,
-    work_container,
-)
+from guix_tasks.stages.container import Work, refuse_second, work_container
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING
 from guix_tasks.commands.commit import refuse_running
 from guix_tasks.commands.push import image_to_use
 from guix_tasks.errors import UsageError
-from guix_tasks.stages.container import (
-    Work,
-    fill,
-    kept_containers,
-    refuse_second,
-    work_container,
-)
+from guix_tasks.stages.container import Work, fill, kept_containers, refuse_second, work_container
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

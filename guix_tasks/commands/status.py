@@ -1,4 +1,4 @@
-"""Status and clean: what there is of a project, and away with it."""
+"""Status: the stages of a project and ``IMAGE``, as a table or as JSON."""
 
 from __future__ import annotations
 

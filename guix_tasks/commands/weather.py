@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import CheckError
-from guix_tasks.oci.reference import Platform
+from guix_tasks.oci.platform import Platform
 from guix_tasks.stages.lifecycle import Lifecycle, Wishes
 from guix_tasks.stages.substitutes import forecast
 from guix_tasks.ui.format import human_size

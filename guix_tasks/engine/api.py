@@ -1,6 +1,6 @@
 """What guix-tasks asks of a Docker Engine, and the values it speaks in.
 
-The stages own this narrow protocol.  ``docker_engine.DockerEngine`` is the real one;
+The stages own this narrow protocol.  ``docker.DockerEngine`` is the real one;
 ``TracedEngine`` shows every call that changes something and, on a dry run, leaves it at that.
 """
 

@@ -6,13 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from guix_tasks.engine import retry
-from guix_tasks.errors import (
-    BuilderError,
-    GuixTasksError,
-    RegistryError,
-    StageError,
-    full_disk,
-)
+from guix_tasks.errors import BuilderError, GuixTasksError, RegistryError, StageError, full_disk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Which engine is to be used."""
+"""Find the engine that is configured."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ import docker.types
 import docker.utils
 
 from guix_tasks.engine import podman_api
-from guix_tasks.errors import (
-    EngineError,
-    NoEngineError,
-)
+from guix_tasks.errors import EngineError, NoEngineError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

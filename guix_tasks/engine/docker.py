@@ -1,4 +1,4 @@
-"""The Docker Engine behind the ``Engine`` protocol: the only import of the docker SDK."""
+"""The Docker Engine behind the ``Engine`` protocol, by the docker SDK."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class PodmanEngine(DockerEngine):
         return [*spec.security, *(["unmask=ALL"] if spec.unmasked else [])]
 
     def commit(self, container: str, config: Mapping[str, Any]) -> str:
-        # See ``podman``: a commit takes no configuration.
+        # See ``podman_api``: a commit takes no configuration.
         with self._speaking("commit a container"):
             changes = [f"LABEL {podman_api.UNFINISHED_LABEL}=yes"]
             unfinished = self._slow.commit(container, changes=changes)["Id"]

@@ -22,7 +22,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from guix_tasks.errors import SettingsError
-from guix_tasks.oci.reference import ImageReference, Platform, quoted
+from guix_tasks.oci.platform import Platform
+from guix_tasks.oci.reference import ImageReference, quoted
 from guix_tasks.settings import nodes, parsers
 from guix_tasks.settings.sources import Setting, Sources
 from guix_tasks.settings.values import Driver, Listen, Mount, Node, Output, Sandbox, Secret

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from guix_tasks.settings import Settings
 
 ACCESS = "access"
-"""The folder below ``work.FOLDER`` that is a home for libgit2."""
+"""The folder below ``container.FOLDER`` that is a home for libgit2."""
 
 _SETTINGS, _HOSTS, _CREDENTIALS = ".gitconfig", ".ssh/known_hosts", "credentials"
 ACCESS_FILES = tuple(f"{ACCESS}/{name}" for name in (_SETTINGS, _HOSTS, _CREDENTIALS))
@@ -42,7 +42,7 @@ _BY_SSH = re.compile(r'"((?:git\+)?ssh://[^"\s]+|[\w.-]+@[\w.-]+:[^"\s]+)"', re.
 
 @dataclass(frozen=True)
 class Access:
-    """What a work container gets: files below ``work.FOLDER``, and mounts."""
+    """What a work container gets: files below ``container.FOLDER``, and mounts."""
 
     files: Mapping[str, bytes]
     binds: tuple[str, ...] = ()

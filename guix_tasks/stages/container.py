@@ -30,7 +30,7 @@ from guix_tasks.engine.api import ContainerSpec
 from guix_tasks.errors import REFUSED, EngineError, StageError, UsageError
 from guix_tasks.files import file_digest, text_digest, tree_digest
 from guix_tasks.guix.progress import VERBOSITY
-from guix_tasks.oci.reference import Platform
+from guix_tasks.oci.platform import Platform
 from guix_tasks.settings.values import Sandbox
 from guix_tasks.stages.ownership import USER, lend
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from guix_tasks.engine.api import Engine, Image
-    from guix_tasks.oci.reference import ImageReference, Platform
+    from guix_tasks.oci.platform import Platform
+    from guix_tasks.oci.reference import ImageReference
     from guix_tasks.settings import Settings
     from guix_tasks.ui.console import Console
 

@@ -9,12 +9,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks.engine.retry import retried
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, UsageError
-from guix_tasks.stages.base import (
-    base_annotations,
-    base_inputs,
-    base_spec,
-    other_platform_only,
-)
+from guix_tasks.stages.base import base_annotations, base_inputs, base_spec, other_platform_only
 from guix_tasks.stages.container import (
     INPUTS,
     common_inputs,

@@ -1,4 +1,4 @@
-"""One project on one engine."""
+"""A project on an engine."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from guix_tasks.files import alone
-from guix_tasks.stages.images import (
-    STAGES,
-    Ledger,
-)
+from guix_tasks.stages.images import STAGES, Ledger
 from guix_tasks.stages.sandbox import settled
 from guix_tasks.stages.substitute_server import nearby
 

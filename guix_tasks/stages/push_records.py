@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from guix_tasks.errors import UsageError
 from guix_tasks.files import write_whole
-from guix_tasks.oci.reference import ImageReference, Platform
+from guix_tasks.oci.platform import Platform
+from guix_tasks.oci.reference import ImageReference
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

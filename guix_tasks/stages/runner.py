@@ -1,4 +1,4 @@
-"""What a stage is, and how one is run in a work container and committed."""
+"""Run a stage in a work container and commit it."""
 
 from __future__ import annotations
 

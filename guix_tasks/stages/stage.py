@@ -9,10 +9,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.files import file_digest, text_digest
-from guix_tasks.stages.container import (
-    FOLDER,
-    IMAGE_FOLDER,
-)
+from guix_tasks.stages.container import FOLDER, IMAGE_FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +30,7 @@ class Stage:
     labels: Callable[[str], Mapping[str, str]]
     """The labels that a report gives the image."""
     files: Mapping[str, bytes] = field(default_factory=dict)
-    """What the commands find below ``work.FOLDER``."""
+    """What the commands find below ``container.FOLDER``."""
     given: Mapping[str, str] = field(default_factory=dict)
     """More of what it is made from, by name, with the digest of each content."""
     folder: str | None = None
@@ -58,6 +55,6 @@ class Stage:
 
 
 def stage_files(stage: Stage) -> dict[str, bytes]:
-    """What a stage's commands need below ``work.FOLDER``; ``stage`` is the script to run."""
+    """What a stage's commands need below ``container.FOLDER``; ``stage`` is the script to run."""
     script = guix.script(stage.commands, stage.report, FOLDER, keep=stage.keep, start=stage.folder)
     return {**stage.files, "stage": script.encode(), "collect.scm": COLLECT.read_bytes()}

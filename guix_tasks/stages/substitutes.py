@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.errors import CheckError, StageError, UsageError
-from guix_tasks.oci.reference import Platform
+from guix_tasks.oci.platform import Platform
 from guix_tasks.stages.container import FOLDER, IMAGE_FOLDER, Work, work_container
 from guix_tasks.stages.runner import run_again
 

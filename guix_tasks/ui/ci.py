@@ -2,7 +2,7 @@
 
 What a build prints must not be taken for a command to the CI system: GitHub's runner is told to
 obey none until it hears a word that no build can know.  GitLab's marks need a carriage return and
-an escape sequence, which no line of a log has here (``console.Log``).
+an escape sequence, which no line of a log has here (``ui.log``).
 """
 
 from __future__ import annotations

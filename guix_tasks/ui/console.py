@@ -63,7 +63,7 @@ def settled_display(wanted: Display, err: TextIO, environment: Mapping[str, str]
 
 
 class Console:
-    """Prints headings, commands and tables, without the secrets that ``masking`` knows.
+    """Prints headings, commands and tables, without the secrets that ``redact`` knows.
 
     ``out`` takes results, ``err`` takes everything else; they are looked up when they are
     used, so that a test that replaces ``sys.stdout`` sees the output.

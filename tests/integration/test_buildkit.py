@@ -32,7 +32,7 @@ from guix_tasks.buildkit.bakefile import (
 )
 from guix_tasks.cli.session import local_buildx
 from guix_tasks.engine.api import BuildSpec
-from guix_tasks.oci.reference import Platform
+from guix_tasks.oci.platform import Platform
 from guix_tasks.stages.images import CHANNELS_LABEL, PACKAGES_LABEL
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from guix_tasks.buildkit.bakefile import (
 from guix_tasks.buildkit.context import write_environment, write_secrets, write_step
 from guix_tasks.cli.session import local_buildx
 from guix_tasks.engine.api import BuildSpec
-from guix_tasks.oci.reference import Platform
+from guix_tasks.oci.platform import Platform
 from guix_tasks.settings import load_settings
 from guix_tasks.stages.channel_access import programs
 from guix_tasks.stages.container import IMAGE_FOLDER

@@ -30,7 +30,7 @@ from guix_tasks.buildkit.bakefile import (
     resolve_script,
 )
 from guix_tasks.engine.api import BuildSpec
-from guix_tasks.oci.reference import Platform
+from guix_tasks.oci.platform import Platform
 from guix_tasks.stages.stage import Stage
 
 AMD64, ARM64 = Platform.parse("linux/amd64"), Platform.parse("linux/arm64")

@@ -16,7 +16,7 @@ from guix_tasks.buildkit.builder import (
 )
 from guix_tasks.buildkit.buildx import Builder, BuilderNode
 from guix_tasks.errors import BuilderError, RegistryError, UsageError
-from guix_tasks.oci.reference import Platform
+from guix_tasks.oci.platform import Platform
 from guix_tasks.settings import Settings, load_settings
 
 if TYPE_CHECKING:

@@ -13,13 +13,7 @@ from fake_engine import BASE_IMAGE, COMMITS, IMAGE, Heard, Site, channel, heard,
 
 from guix_tasks.buildkit.build import BuildWishes, build
 from guix_tasks.engine.api import NoEngine
-from guix_tasks.errors import (
-    BuilderError,
-    NoEngineError,
-    RegistryError,
-    StageError,
-    UsageError,
-)
+from guix_tasks.errors import BuilderError, NoEngineError, RegistryError, StageError, UsageError
 from guix_tasks.oci.labels import BASE_DIGEST, BASE_NAME, CREATED
 from guix_tasks.stages.declarations import OwnStage
 from guix_tasks.stages.images import CHANNELS_LABEL, PACKAGES_LABEL, PREVIOUS

@@ -9,14 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import (
-    BASE_IMAGE,
-    IMAGE,
-    FakeEngine,
-    Heard,
-    Site,
-    outline,
-)
+from fake_engine import BASE_IMAGE, IMAGE, FakeEngine, Heard, Site, outline
 
 from guix_tasks.commands import commit, rollback, run, shell
 from guix_tasks.commands.clean import clean

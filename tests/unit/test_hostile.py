@@ -24,25 +24,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
-from fake_engine import (
-    BASE_IMAGE,
-    IMAGE,
-    Heard,
-    Site,
-    channel,
-    made_site,
-    new_site,
-    serial,
-)
+from fake_engine import BASE_IMAGE, IMAGE, Heard, Site, channel, made_site, new_site, serial
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from invoke.program import Program
 
 from guix_tasks import files as files_module
 from guix_tasks import guix
-from guix_tasks import (
-    settings as settings_module,
-)
+from guix_tasks import settings as settings_module
 from guix_tasks.buildkit import buildx
 from guix_tasks.buildkit.bakefile import Bind, Definition, Recipe, bake_file, dockerfile
 from guix_tasks.buildkit.context import hand_over, write_mounts
@@ -54,7 +43,8 @@ from guix_tasks.engine.api import BuildSpec, ContainerSpec
 from guix_tasks.engine.discovery import error_line
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, SettingsError
 from guix_tasks.files import write_whole
-from guix_tasks.oci.reference import ImageReference, Platform
+from guix_tasks.oci.platform import Platform
+from guix_tasks.oci.reference import ImageReference
 from guix_tasks.settings import load_settings, nodes
 from guix_tasks.settings.values import Driver
 from guix_tasks.stages.container import common_files, environment

@@ -14,7 +14,7 @@ from fake_engine import Site, heard, new_site
 from guix_tasks.buildkit.buildx import Buildx
 from guix_tasks.commands.manifest import join
 from guix_tasks.errors import RegistryError, UsageError
-from guix_tasks.oci.reference import Platform
+from guix_tasks.oci.platform import Platform
 from guix_tasks.stages.push_records import Pushed, save
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pytest
 from fake_engine import new_site
 
 from guix_tasks.errors import UsageError
-from guix_tasks.oci.reference import Platform
+from guix_tasks.oci.platform import Platform
 from guix_tasks.stages.push_records import Pushed, folder_of, load, save
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from guix_tasks.errors import SettingsError
-from guix_tasks.oci.reference import ImageReference, Platform
+from guix_tasks.oci.platform import Platform
+from guix_tasks.oci.reference import ImageReference
 from guix_tasks.settings import (
     Driver,
     Listen,

@@ -9,15 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import (
-    STEADY,
-    FakeContainer,
-    Heard,
-    Output,
-    Site,
-    heard,
-    new_site,
-)
+from fake_engine import STEADY, FakeContainer, Heard, Output, Site, heard, new_site
 from hypothesis import given
 from hypothesis import strategies as st
 

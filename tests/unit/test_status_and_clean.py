@@ -8,15 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import (
-    BASE_IMAGE,
-    COMMITS,
-    IMAGE,
-    FakeEngine,
-    Heard,
-    Site,
-    heard,
-)
+from fake_engine import BASE_IMAGE, COMMITS, IMAGE, FakeEngine, Heard, Site, heard
 
 from guix_tasks.commands import commit, run
 from guix_tasks.commands.clean import clean

@@ -29,7 +29,7 @@ NAMES = {
     "base", "pull", "install", "commit", "verify", "push", "run", "shell", "squash", "rollback",
     "status", "clean", "rootfs", "engine.up", "engine.down", "registry.up",
     "registry.down", "manifest", "init", "pack", "release", "buildx.build", "buildx.setup",
-    "buildx.status", "buildx.down", "substitutes.up", "substitutes.down", "weather",
+    "buildx.status", "buildx.down", "substitutes.up", "substitutes.down", "weather", "doctor",
 }  # fmt: skip
 
 TASKS: dict[str, Task[Any]] = {name: ns[name] for name in sorted(ns.task_names)}
