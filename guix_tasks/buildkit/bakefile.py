@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from guix_tasks.stages.stage import Stage
 
 WORK = "work"
-"""The named context that holds a folder for each stage, seen by its step at ``container.FOLDER``."""
+"""The named context that holds a folder for each stage, seen by its step at ``FOLDER``."""
 
 ENVIRONMENT = "environment"
 """The secret that holds the environment of the steps: in no layer, in no key, in no history."""
