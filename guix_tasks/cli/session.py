@@ -149,7 +149,6 @@ def opened_with_buildx(
 
 def examine(c: Context) -> list[Finding]:
     """What ``doctor`` finds; settings or an engine that fail are findings, too."""
-    from guix_tasks.bootstrap.registry import accounts
     from guix_tasks.commands.doctor import Finding as Found
     from guix_tasks.commands.doctor import Patient, State, failed
     from guix_tasks.commands.doctor import examine as look
@@ -166,7 +165,7 @@ def examine(c: Context) -> list[Finding]:
         project = open_project(c, settings)
     except GuixTasksError as error:
         return [*notes, failed("engine", error)]
-    patient = Patient(project, lambda: _find_buildx(project, install=False), accounts)
+    patient = Patient(project, lambda: _find_buildx(project, install=False))
     return [*notes, Found("settings", State.OK, "read"), *look(patient)]
 
 

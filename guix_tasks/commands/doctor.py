@@ -32,7 +32,7 @@ from guix_tasks.stages.transfer import credentials
 from guix_tasks.ui.format import human_size, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Iterator
 
     from guix_tasks.buildkit.buildx import Buildx
     from guix_tasks.engine.api import Engine
@@ -78,8 +78,6 @@ class Patient:
 
     project: Project
     buildx: Callable[[], Buildx | None]
-    accounts: Callable[[str], Collection[str]] = lambda _url: ()
-    """The hosts of the local registries whose account is known, by the engine's URL."""
 
     @property
     def settings(self) -> Settings:
@@ -270,7 +268,7 @@ def _registry(patient: Patient) -> Iterator[Finding]:
         yield Finding("registry", State.NOTE, said, "set DOCKER_USERNAME and DOCKER_PASSWORD")
         return
     who = "to DOCKER_USERNAME" if account else "with what Docker's own configuration says"
-    if reference.registry in patient.accounts(patient.engine.info().url):
+    if reference.registry in patient.engine.local_accounts():
         who = "to the account that `inv registry.up` made"
     yield Finding("registry", State.OK, f"{reference.registry} answers {who}")
 

@@ -178,6 +178,10 @@ class Engine(Protocol):
 
     def info(self) -> EngineInfo: ...
 
+    def local_accounts(self) -> Mapping[str, Credentials]:
+        """The accounts of the local registries that were started for it, by their hosts."""
+        ...
+
     def image(self, reference: str) -> Image | None:
         """The local image that a tag or an ID names."""
 

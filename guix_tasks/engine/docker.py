@@ -93,6 +93,9 @@ class DockerEngine:
     def info(self) -> EngineInfo:
         return self._info
 
+    def local_accounts(self) -> Mapping[str, Credentials]:
+        return self._helpers.accounts(self.address.url)
+
     @cached_property
     def _info(self) -> EngineInfo:
         with self._speaking("be asked for its version"):
@@ -410,7 +413,7 @@ class DockerEngine:
 
     def _own_accounts(self) -> Mapping[str, Credentials]:
         """Those of registries that guix-tasks has started."""
-        return self._helpers.accounts(self.address.url)
+        return self.local_accounts()
 
     def push(
         self, reference: str, credentials: Credentials | None, progress: Progress | None = None
@@ -463,7 +466,7 @@ class DockerEngine:
     def _account(self, reference: str, given: Credentials | None) -> Credentials | None:
         """The given account, but for a local registry of ours, which knows one only."""
         host = ImageReference.parse(reference).registry
-        return self._helpers.accounts(self.address.url).get(host, given)
+        return self.local_accounts().get(host, given)
 
     def _auth(self, reference: str, given: Credentials | None) -> dict[str, str] | None:
         return _auth(self._account(reference, given))

@@ -44,6 +44,9 @@ class TracedEngine:
     def info(self) -> EngineInfo:
         return self._engine.info()
 
+    def local_accounts(self) -> Mapping[str, Credentials]:
+        return self._engine.local_accounts()
+
     def image(self, reference: str) -> Image | None:
         if reference in self._images:
             return self._images[reference]

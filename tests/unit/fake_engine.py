@@ -82,6 +82,7 @@ class FakeRegistry:
     layers: dict[str, Files] = field(default_factory=dict)
     refusal: str = ""
     seen: list[Credentials | None] = field(default_factory=list)
+    local_accounts: dict[str, Credentials] = field(default_factory=dict)
 
     def put(self, reference: str, image: Image) -> None:
         self.images[reference] = replace(image, digests=(), tags=())
@@ -355,6 +356,9 @@ class FakeEngine:
 
     def info(self) -> EngineInfo:
         return self.about
+
+    def local_accounts(self) -> dict[str, Credentials]:
+        return self.registry.local_accounts
 
     @_counted
     def image(self, reference: str) -> Image | None:

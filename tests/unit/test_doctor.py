@@ -443,6 +443,11 @@ def test_without_an_account_dockers_own_configuration_is_used(site: Site) -> Non
     assert site.engine.registry.seen == [None]
 
 
+def test_the_account_of_a_local_registry_is_named(site: Site) -> None:
+    site.engine.registry.local_accounts = {"registry.test": Credentials("local", PASSWORD)}
+    assert one(site, "registry").said.endswith("to the account that `inv registry.up` made")
+
+
 def test_a_registry_that_refuses_is_told_with_its_mend(site: Site) -> None:
     site.engine.registry.refusal = "unauthorized; set DOCKER_USERNAME"
     assert one(site, "registry") == Finding(
