@@ -19,18 +19,21 @@ from typing import TYPE_CHECKING, Protocol
 
 from measure import Command, Containers, Meter, Wire
 
-from guix_tasks import buildx, paths
-from guix_tasks.docker_engine import DockerEngine, find_engine
+from dev.offline import make_material
+from guix_tasks import files
+from guix_tasks.bootstrap.base_image import BASE_TAG, make_base
+from guix_tasks.bootstrap.engine import private_engine
+from guix_tasks.bootstrap.registry import LocalRegistry, local_registry
+from guix_tasks.buildkit import buildx
+from guix_tasks.cli.session import helpers
+from guix_tasks.engine.discovery import find_engine
+from guix_tasks.engine.docker import DockerEngine
 from guix_tasks.guix import channels
-from guix_tasks.local.base_image import BASE_TAG, make_base
-from guix_tasks.local.engine import private_engine
-from guix_tasks.local.offline import make_material
-from guix_tasks.local.registry import LocalRegistry, local_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from guix_tasks.console import Console
+    from guix_tasks.ui.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
 REPOSITORY = "benchmark"
@@ -139,7 +142,7 @@ def testbed(console: Console) -> Iterator[Testbed]:
     docker = shutil.which("docker") or private_engine().docker_path()
     if docker is None:
         raise RuntimeError("the shell lines need the docker command line, which is not here")
-    engine = DockerEngine(address, os.environ)
+    engine = DockerEngine(address, helpers(os.environ))
     if engine.image(BASE_TAG) is None:
         make_base(engine, console, BASE_TAG)
     with ExitStack() as stack:
@@ -167,7 +170,7 @@ def testbed(console: Console) -> Iterator[Testbed]:
 
 def _link_buildx(configuration: Path) -> None:
     """Give the docker command line the plugin that guix-tasks finds, so that all have the same."""
-    program = buildx.find_program(os.environ)
+    program = buildx.find_program(os.environ, private_engine().buildx_path())
     if program:
         plugins = configuration / "cli-plugins"
         plugins.mkdir(parents=True)
@@ -176,7 +179,7 @@ def _link_buildx(configuration: Path) -> None:
 
 def _material(engine: DockerEngine, console: Console) -> Path:
     """Substitutes, and channels with the packages to measure with, in two commits each."""
-    folder = paths.cache_home() / "benchmark"
+    folder = files.cache_home() / "benchmark"
     ignore = shutil.ignore_patterns("out", "channels.lock.scm")
     shutil.copytree(ROOT / "examples/offline", folder, ignore=ignore, dirs_exist_ok=True)
     shutil.copy(_HERE / "packages.scm", folder / "channels/offline/offline/benchmark.scm")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING
 
-from guix_tasks.wording import human_size
+from guix_tasks.ui.format import human_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -36,8 +36,8 @@ from contestants import (
 from measure import blob, blobs, pushed_layers, store_size
 from report import Sample, verdicts, write
 
-from guix_tasks.console import Console
 from guix_tasks.errors import GuixTasksError
+from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
     from types import FrameType

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from guix_tasks import errors
-from guix_tasks.console import Display
+from guix_tasks.cli.tasks import grouped
 from guix_tasks.settings import (
     Settings,
     example_text,
@@ -23,7 +23,8 @@ from guix_tasks.settings import (
     settings_reference,
     values,
 )
-from guix_tasks.tasks import grouped, ns
+from guix_tasks.tasks import ns
+from guix_tasks.ui.console import Display
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

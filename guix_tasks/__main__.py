@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from guix_tasks.program import main
+from guix_tasks.cli.program import main
 
 if __name__ == "__main__":
     main()

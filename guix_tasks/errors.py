@@ -1,6 +1,6 @@
 """What can go wrong, by kind; each kind has its exit code.
 
-A message is one line: the cause first, then what mends it.  ``boundary`` is the one
+A message is one line: the cause first, then what mends it.  ``cli.errors`` is the one
 place that catches these, prints the line and ends with the code.
 """
 
@@ -15,7 +15,7 @@ class GuixTasksError(Exception):
     exit_code: int = 1
 
     passes: bool = False
-    """Whether the same may go well a little later; see ``retry``."""
+    """Whether the same may go well a little later; see ``engine.retry``."""
 
 
 class CheckError(GuixTasksError):

@@ -21,11 +21,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from guix_tasks import masking
-from guix_tasks.console import Display
 from guix_tasks.errors import SettingsError
-from guix_tasks.pipes import read_text
-from guix_tasks.reference import ImageReference, Platform, quoted
+from guix_tasks.files import read_text
+from guix_tasks.oci.platform import Platform
+from guix_tasks.oci.reference import ImageReference, quoted
 from guix_tasks.settings import nodes, parsers
 from guix_tasks.settings.sources import Setting, Sources
 from guix_tasks.settings.values import (
@@ -38,6 +37,8 @@ from guix_tasks.settings.values import (
     Sandbox,
     Secret,
 )
+from guix_tasks.ui import redact
+from guix_tasks.ui.console import Display
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -498,7 +499,7 @@ def _shown(path: Path, cwd: Path) -> str:
 def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Settings:
     values, proxies = sources.values(), dict(_proxies(environ))
     # Before anything is said of them: what is wrong may hold a secret, too.
-    masking.add(*_secrets(sources, values, proxies))
+    redact.add(*_secrets(sources, values, proxies))
     _check_together(sources, values)
     if sources.problems:
         raise SettingsError(list(dict.fromkeys(sources.problems)))
@@ -537,9 +538,9 @@ def _secrets(
         yield account.rpartition("@")[0].partition(":")[2]
     for name, text in sources.written().items():
         if name != "BUILD_SECRETS" and not name.endswith("_FILE"):
-            yield from masking.secrets_in(text)
+            yield from redact.secrets_in(text)
     yield from (text for _, text in _secret_arguments(values))
-    yield from masking.secrets_in(_channels_text(values))
+    yield from redact.secrets_in(_channels_text(values))
     for path in (values["BUILD_SECRETS"] or {}).values():
         with suppress(OSError), path.open("rb") as file:
             yield file.read(_SECRET_FILE_MAX).decode(errors="surrogateescape")
@@ -547,7 +548,7 @@ def _secrets(
 
 def _secret_arguments(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     arguments = values["BUILD_ARGS"] or {}
-    return [(name, text) for name, text in arguments.items() if masking.is_secret_name(name)]
+    return [(name, text) for name, text in arguments.items() if redact.is_secret_name(name)]
 
 
 def _careless(sources: Sources, values: Mapping[str, Any]) -> list[str]:
@@ -559,7 +560,7 @@ def _careless(sources: Sources, values: Mapping[str, Any]) -> list[str]:
         for name, text in _secret_arguments(values)
         if text
     ]
-    if masking.has_account(_channels_text(values)):
+    if redact.has_account(_channels_text(values)):
         notes.append(
             f"{origins['GUIX_CHANNELS']}: a URL has a user or a password in it, which Guix keeps "
             "in the image, and which is in its labels and in the lock; GUIX_CHANNEL_CREDENTIALS "

@@ -14,7 +14,8 @@ import re
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from guix_tasks.reference import Platform, quoted
+from guix_tasks.oci.platform import Platform
+from guix_tasks.oci.reference import quoted
 from guix_tasks.settings.values import Driver, Node
 
 if TYPE_CHECKING:

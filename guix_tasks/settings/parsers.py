@@ -17,9 +17,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from guix_tasks.pipes import is_pipe, read_text, reopenable
-from guix_tasks.reference import DEFAULT_TAG, ImageReference, check_tag, quoted
-from guix_tasks.result_paths import conflict
+from guix_tasks.files import is_pipe, read_text, reopenable
+from guix_tasks.guix.result_paths import conflict
+from guix_tasks.oci.reference import DEFAULT_TAG, ImageReference, check_tag, quoted
 from guix_tasks.settings.values import Listen, Mount, Secret
 
 if TYPE_CHECKING:

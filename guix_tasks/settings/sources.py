@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from dotenv.parser import Binding, parse_stream
 from dotenv.variables import Variable, parse_variables
 
-from guix_tasks.pipes import is_pipe, read_once
-from guix_tasks.reference import quoted
+from guix_tasks.files import is_pipe, read_once
+from guix_tasks.oci.reference import quoted
 from guix_tasks.settings.parsers import check_text
 
 if TYPE_CHECKING:

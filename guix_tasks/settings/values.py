@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from guix_tasks.reference import Platform
+    from guix_tasks.oci.platform import Platform
 
 
 class Secret:
@@ -39,7 +39,7 @@ class Sandbox(Enum):
     AUTO = "auto"
     """The fewest rights with which Guix builds on this engine, its builds isolated."""
     ROOTLESS = "rootless"
-    """Nothing in it runs as root, and no right is added; see ``rootless``."""
+    """Nothing in it runs as root, and no right is added; see ``stages.ownership``."""
     CAPABILITIES = "capabilities"
     """The rights that a daemon of root needs, and no others; see ``sandbox``."""
     PRIVILEGED = "privileged"

@@ -1,1 +1,1 @@
-"""The built-in stages: each module says what one is, in data."""
+"""Stages: what each is, as data; in which order; and how one is run and committed."""

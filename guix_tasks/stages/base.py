@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from guix_tasks.annotations import BASE_DIGEST, BASE_NAME
-from guix_tasks.build_context import context_digest, context_entries
-from guix_tasks.credentials import remote_digest
-from guix_tasks.engine import BuildSpec
+from guix_tasks.engine.api import BuildSpec
+from guix_tasks.engine.build_context import context_digest, context_entries
+from guix_tasks.engine.credentials import remote_digest
 from guix_tasks.errors import UsageError
-from guix_tasks.fingerprint import file_digest, text_digest, tree_digest
-from guix_tasks.work import IMAGE_FOLDER, network, platform_input
+from guix_tasks.files import file_digest, text_digest, tree_digest
+from guix_tasks.oci.labels import BASE_DIGEST, BASE_NAME
+from guix_tasks.stages.container import IMAGE_FOLDER, network, platform_input
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from guix_tasks.engine import Engine, Image
+    from guix_tasks.engine.api import Engine, Image
     from guix_tasks.settings import Settings
 
 BASE_INPUT = "BASE_IMAGE"

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.errors import UsageError
-from guix_tasks.ledger import PACKAGES_LABEL
-from guix_tasks.pipes import read_file
-from guix_tasks.stage import Stage
-from guix_tasks.work import FOLDER
+from guix_tasks.files import read_file
+from guix_tasks.stages.container import FOLDER
+from guix_tasks.stages.images import PACKAGES_LABEL
+from guix_tasks.stages.stage import Stage
 
 if TYPE_CHECKING:
-    from guix_tasks.engine import Image
+    from guix_tasks.engine.api import Image
     from guix_tasks.settings import Settings
 
 

@@ -7,19 +7,17 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.errors import StageError, UsageError
-from guix_tasks.fingerprint import text_digest
-from guix_tasks.ledger import CHANNELS_LABEL
-from guix_tasks.paths import write_whole
-from guix_tasks.pipes import read_text
-from guix_tasks.reference import quoted
-from guix_tasks.stage import Stage
-from guix_tasks.work import FOLDER
+from guix_tasks.files import read_text, text_digest, write_whole
+from guix_tasks.oci.reference import quoted
+from guix_tasks.stages.container import FOLDER
+from guix_tasks.stages.images import CHANNELS_LABEL
+from guix_tasks.stages.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from guix_tasks.engine import Image
+    from guix_tasks.engine.api import Image
     from guix_tasks.settings import Settings
 
 

@@ -27,18 +27,20 @@ from harness import (
 from island import Island, import_image, raised, start_registry
 from planted import PLANTED
 
-from guix_tasks import paths
-from guix_tasks.accounts import docker_folder
-from guix_tasks.console import Console
-from guix_tasks.docker_engine import DockerEngine, find_engine
+from dev.offline import make_material
+from guix_tasks import files
+from guix_tasks.bootstrap import service as service_module
+from guix_tasks.bootstrap.base_image import BASE_TAG, PLAIN_TAG, make_base, make_plain
+from guix_tasks.bootstrap.engine import PrivateEngine, private_engine
+from guix_tasks.bootstrap.registry import LocalRegistry, local_registry
+from guix_tasks.bootstrap.service import Service
+from guix_tasks.cli.session import helpers
+from guix_tasks.engine.accounts import docker_folder
+from guix_tasks.engine.discovery import find_engine
+from guix_tasks.engine.docker import DockerEngine
 from guix_tasks.errors import EngineError, NoEngineError
-from guix_tasks.local import process
-from guix_tasks.local.base_image import BASE_TAG, PLAIN_TAG, make_base, make_plain
-from guix_tasks.local.engine import PrivateEngine, private_engine
-from guix_tasks.local.offline import make_material
-from guix_tasks.local.process import Service
-from guix_tasks.local.registry import LocalRegistry, local_registry
 from guix_tasks.settings import ImageStore
+from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 
     from soak import Soak
 
-    from guix_tasks.docker_engine import Address
+    from guix_tasks.engine.discovery import Address
 
 STAGES = ("base", "pull", "install")
 
@@ -154,7 +156,7 @@ def machine_engine() -> Iterator[DockerEngine]:
     private = private_engine()
     before = private.running()
     try:
-        found = DockerEngine(_address(), os.environ)
+        found = DockerEngine(_address(), helpers(os.environ))
         found.info()
     except EngineError as error:
         pytest.fail(str(error), pytrace=False)
@@ -272,7 +274,7 @@ def programs() -> Path:
     """An engine's unpacked packages; of the one that is here, or a copy for the tests alone."""
     if private_engine().installed():
         return private_engine().folder / "root"
-    kept = PrivateEngine(paths.cache_home() / "tests" / "engine")
+    kept = PrivateEngine(files.cache_home() / "tests" / "engine")
     if not kept.installed():
         kept.folder.mkdir(parents=True, exist_ok=True)
         kept._unpack(Console())
@@ -302,7 +304,7 @@ def locked(registry: LocalRegistry, tmp_path_factory: pytest.TempPathFactory) ->
         registry.folder / "root/usr/bin/docker-registry", folder / "pid", folder / "log"
     )
     service.start(["serve", str(folder / "configuration")])
-    assert process.wait_until(lambda: "listening on" in service.log.read_text(), 20)
+    assert service_module.wait_until(lambda: "listening on" in service.log.read_text(), 20)
     yield f"localhost:{port}"
     service.stop(20)
 

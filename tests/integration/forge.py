@@ -21,10 +21,10 @@ from urllib.parse import urlsplit
 
 from harness import eventually, free_port
 
-from guix_tasks import paths
-from guix_tasks.local.base_image import BASE_TAG
-from guix_tasks.local.debian import Apt
-from guix_tasks.local.rootfs import SUITE
+from guix_tasks import files
+from guix_tasks.bootstrap.apt import Apt
+from guix_tasks.bootstrap.base_image import BASE_TAG
+from guix_tasks.bootstrap.rootfs import SUITE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,10 +96,10 @@ class Forge:
 
 @contextmanager
 def serving(docker: Docker, offline: Path, folder: Path) -> Iterator[Forge]:
-    programs = paths.cache_home() / "tests" / "forge"
+    programs = files.cache_home() / "tests" / "forge"
     if not programs.exists():
         programs.parent.mkdir(parents=True, exist_ok=True)
-        Apt(paths.cache_home() / "apt", [SUITE]).unpacked(PACKAGES, programs)
+        Apt(files.cache_home() / "apt", [SUITE]).unpacked(PACKAGES, programs)
     name, port = f"guix-tasks-test-{token_hex(6)}", free_port()
     forge = Forge(docker, folder, port, name, substitutes=offline / "substitutes")
     docker.ok(

@@ -25,16 +25,17 @@ import planted
 import pytest
 from planted import PLANTED
 
-from guix_tasks import buildx
-from guix_tasks.local import process
-from guix_tasks.local.base_image import BASE_TAG
-from guix_tasks.work import PROJECT_LABEL
+from guix_tasks.bootstrap import service
+from guix_tasks.bootstrap.base_image import BASE_TAG
+from guix_tasks.bootstrap.engine import private_engine
+from guix_tasks.buildkit import buildx
+from guix_tasks.stages.container import PROJECT_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from guix_tasks.accounts import Credentials
-    from guix_tasks.local.registry import LocalRegistry
+    from guix_tasks.bootstrap.registry import LocalRegistry
+    from guix_tasks.engine.accounts import Credentials
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = ROOT / "examples" / "offline"
@@ -505,7 +506,7 @@ def pip(python: str, *arguments: str) -> None:
 def running(*argv: str) -> list[int]:
     """The processes of this machine, those in containers too, that run a command."""
     command = "\0".join((*argv, "")).encode()
-    return [pid for pid in process.processes() if _command_of(pid) == command]
+    return [pid for pid in service.processes() if _command_of(pid) == command]
 
 
 def _command_of(pid: int) -> bytes:
@@ -538,7 +539,7 @@ def errors(output: str) -> list[str]:
 
 def builder_environment(name: str) -> dict[str, str]:
     """The environment in which inv finds buildx, or does not; skips where that cannot be had."""
-    program = buildx.find_program(os.environ)
+    program = buildx.find_program(os.environ, private_engine().buildx_path())
     folders = os.environ["PATH"].split(os.pathsep)
     if name == "buildx":
         if program is None:

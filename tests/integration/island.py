@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING
 import pytest
 from harness import Docker, Workshop, call, eventually, inv_argv
 
-from guix_tasks.console import Console
-from guix_tasks.docker_engine import DEFAULT_SOCKET, Address, DockerEngine
-from guix_tasks.local import process
-from guix_tasks.local.base_image import BASE_TAG
-from guix_tasks.local.debian import host_suite
-from guix_tasks.local.engine import PrivateEngine, mounts_below
-from guix_tasks.local.registry import LocalRegistry
+from guix_tasks.bootstrap import service
+from guix_tasks.bootstrap.apt import host_suite
+from guix_tasks.bootstrap.base_image import BASE_TAG
+from guix_tasks.bootstrap.engine import PrivateEngine, mounts_below
+from guix_tasks.bootstrap.registry import LocalRegistry
+from guix_tasks.cli.session import helpers
+from guix_tasks.engine.discovery import DEFAULT_SOCKET, Address
+from guix_tasks.engine.docker import DockerEngine
+from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +62,7 @@ class Island:
 
     def client(self) -> DockerEngine:
         """The engine, as the product speaks to it."""
-        return DockerEngine(Address(self.engine.url, "test"), {})
+        return DockerEngine(Address(self.engine.url, "test"), helpers({}))
 
     @property
     def environment(self) -> dict[str, str]:
@@ -101,7 +103,7 @@ class Island:
         """Whether nothing of an engine is left but its files."""
         table = Path(f"/proc/{self.holder}/mountinfo").read_text()
         mounts = mounts_below(self.engine.folder, table)
-        processes = process.processes_below(self.engine.folder)
+        processes = service.processes_below(self.engine.folder)
         return not mounts and not processes and not self.engine.socket.exists()
 
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness import ROOT
 from island import settle
 
-from guix_tasks.ledger import HAND_MADE, PREVIOUS, SQUASH, is_above, is_child, proven_stage
+from guix_tasks.stages.images import HAND_MADE, PREVIOUS, SQUASH, is_above, is_child, proven_stage
 
 if TYPE_CHECKING:
     import random
-    from pathlib import Path
 
     from harness import Project, Workshop
     from island import Island
 
-    from guix_tasks.docker_engine import DockerEngine
-    from guix_tasks.engine import Image
+    from guix_tasks.engine.api import Image
+    from guix_tasks.engine.docker import DockerEngine
 
 PARENTS = {"base": "", "pull": "base", "install": "pull"}
 MADE = (*PARENTS, SQUASH)
@@ -126,7 +126,8 @@ def admit(
 ) -> Patient:
     """A project that has nothing yet, on an island where all is there that it needs."""
     project = settle(island, registry, workshop).project(folder)
-    shutil.copytree(ROOT / "guix_tasks" / "image", folder / "context" / "guix_tasks" / "image")
+    resources = Path("guix_tasks", "stages", "resources")
+    shutil.copytree(ROOT / resources, folder / "context" / resources)
     project.set(
         BUILD_CONTEXT="context",
         DOCKERFILE=str(folder / "Dockerfile"),

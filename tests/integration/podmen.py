@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from guix_tasks import paths
-from guix_tasks.docker_engine import Address
-from guix_tasks.local import process
-from guix_tasks.local.debian import Apt, host_suite
-from guix_tasks.local.engine import answers
-from guix_tasks.podman_engine import PodmanEngine, open_engine
+from guix_tasks import files
+from guix_tasks.bootstrap import service as service_module
+from guix_tasks.bootstrap.apt import Apt, host_suite
+from guix_tasks.bootstrap.engine import answers
+from guix_tasks.cli.session import helpers
+from guix_tasks.engine.discovery import Address
+from guix_tasks.engine.podman import PodmanEngine, open_engine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,10 +56,10 @@ def unpacked() -> Path:
     own = host_suite()
     if os.geteuid() != 0 or own is None:
         pytest.skip("Podman is unpacked from Debian's packages, and run, by root")
-    root = paths.cache_home() / "tests" / f"podman-{own}"
+    root = files.cache_home() / "tests" / f"podman-{own}"
     if not root.exists():
         root.parent.mkdir(parents=True, exist_ok=True)
-        apt = Apt(paths.cache_home() / "apt", [own], status=STATUS)
+        apt = Apt(files.cache_home() / "apt", [own], status=STATUS)
         apt.unpacked(PACKAGES, root, closure=True)
     return root
 
@@ -86,7 +87,7 @@ class Podman:
 
     def client(self) -> PodmanEngine:
         """It, as the product speaks to it."""
-        engine = open_engine(Address(self.url, "test"), {})
+        engine = open_engine(Address(self.url, "test"), helpers({}))
         assert isinstance(engine, PodmanEngine)
         return engine
 
@@ -102,7 +103,7 @@ def served() -> Iterator[Podman]:
     podman = Podman(folder, _started(root, folder))
     try:
         log = folder / "log"
-        assert process.wait_until(lambda: answers(podman.socket), 30), log.read_text()
+        assert service_module.wait_until(lambda: answers(podman.socket), 30), log.read_text()
         yield podman
         client = podman.client()
         for container in client.containers({}):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from harness import call, inv_argv, one_error, without
 
-from guix_tasks.docker_engine import DEFAULT_SOCKET
+from guix_tasks.engine.discovery import DEFAULT_SOCKET
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -132,9 +132,6 @@ def test_no_permission_on_the_socket(tmp_path: Path, closed_socket: str) -> None
 @pytest.mark.parametrize("package", ["docker", "dotenv", "requests"])
 @pytest.mark.parametrize("task", ["status", "pull", "registry.up", "demo"])
 def test_a_missing_package_is_named(tmp_path: Path, package: str, task: str) -> None:
-    # The demo is for a checkout, which has this file.
-    (tmp_path / "examples" / "offline").mkdir(parents=True)
-    (tmp_path / "examples" / "offline" / ".env").touch()
     error = one_error(inv(tmp_path, task, **without(package, tmp_path)), 2)
     assert f"lacks the package {package}" in error
     assert "./inv" in error

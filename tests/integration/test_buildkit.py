@@ -20,12 +20,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from harness import LOCK, Result, builder_environment, contents, free_port, one_error
 
-from guix_tasks import buildx, guix
-from guix_tasks.bake import ASKED_TARGET, Definition, Recipe, bake_file, dockerfile, label_argument
-from guix_tasks.docker_engine import find_buildx
-from guix_tasks.engine import BuildSpec
-from guix_tasks.ledger import CHANNELS_LABEL, PACKAGES_LABEL
-from guix_tasks.reference import Platform
+from guix_tasks import guix
+from guix_tasks.buildkit import buildx
+from guix_tasks.buildkit.bakefile import (
+    ASKED_TARGET,
+    Definition,
+    Recipe,
+    bake_file,
+    dockerfile,
+    label_argument,
+)
+from guix_tasks.cli.session import local_buildx
+from guix_tasks.engine.api import BuildSpec
+from guix_tasks.oci.platform import Platform
+from guix_tasks.stages.images import CHANNELS_LABEL, PACKAGES_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,8 +41,8 @@ if TYPE_CHECKING:
     from conftest import NewProject
     from harness import Docker, Made, Project, Workshop
 
-    from guix_tasks.buildx import Buildx
-    from guix_tasks.docker_engine import DockerEngine
+    from guix_tasks.buildkit.buildx import Buildx
+    from guix_tasks.engine.docker import DockerEngine
 
 pytestmark = pytest.mark.engine
 
@@ -70,7 +78,7 @@ class Builder:
 def engines_own(engine: DockerEngine, tmp_path_factory: pytest.TempPathFactory) -> Builder:
     """The builder that is the engine itself."""
     config = str(tmp_path_factory.mktemp("docker"))
-    found = find_buildx({**os.environ, "DOCKER_CONFIG": config}, engine.address)
+    found = local_buildx({**os.environ, "DOCKER_CONFIG": config}, engine.address)
     if found is None:
         pytest.skip("buildx is not on this machine")
     environment = {**builder_environment("buildx"), "DOCKER_CONFIG": config}

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from guix_tasks import docker_engine, fingerprint
-from guix_tasks.build_context import context_digest, context_entries
-from guix_tasks.engine import BuildSpec
+from guix_tasks import files as files_module
+from guix_tasks.cli.session import local_buildx
+from guix_tasks.engine.api import BuildSpec
+from guix_tasks.engine.build_context import context_digest, context_entries
+from guix_tasks.engine.docker import Helpers
 from guix_tasks.errors import BuilderError, UsageError
 
 if TYPE_CHECKING:
@@ -27,8 +29,8 @@ if TYPE_CHECKING:
 
     from soak import Soak
 
-    from guix_tasks.build_context import Entry
-    from guix_tasks.docker_engine import DockerEngine
+    from guix_tasks.engine.build_context import Entry
+    from guix_tasks.engine.docker import DockerEngine
 
 pytestmark = pytest.mark.engine
 
@@ -255,8 +257,8 @@ def builds(
     request: pytest.FixtureRequest, engine: DockerEngine, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Builds]:
     if request.param == "classic":
-        monkeypatch.setattr(docker_engine, "find_buildx", lambda *_: None)
-    elif docker_engine.find_buildx(os.environ, engine.address) is None:
+        monkeypatch.setattr(engine, "_helpers", Helpers())
+    elif local_buildx(os.environ, engine.address) is None:
         pytest.skip("buildx is not on this machine")
     made = Builds(engine)
     yield made
@@ -266,7 +268,7 @@ def builds(
 
 def look(tree: Tree) -> tuple[dict[str, Content] | None, str]:
     """What the key sees, and the key; None for a malformed ignore file."""
-    fingerprint._file_digest.cache_clear()
+    files_module._file_digest.cache_clear()
     try:
         entries = context_entries(tree.root, tree.dockerfile)
     except UsageError:

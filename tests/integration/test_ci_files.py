@@ -18,9 +18,10 @@ from harness import LOCK, ROOT, call, eventually, log_in
 from island import supply
 from planted import ENVIRONMENT, PLANTED
 
-from guix_tasks import buildx
-from guix_tasks.ledger import STAGES
-from guix_tasks.starter import CI_FILES
+from guix_tasks.bootstrap.engine import private_engine
+from guix_tasks.buildkit import buildx
+from guix_tasks.commands.init import CI_FILES
+from guix_tasks.stages.images import STAGES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from harness import Docker, Project, Workshop
     from island import Island
 
-    from guix_tasks.local.registry import LocalRegistry
+    from guix_tasks.bootstrap.registry import LocalRegistry
 
 GITHUB, GITLAB = (target for target, _ in CI_FILES.values())
 
@@ -53,7 +54,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def plugin() -> str:
-    program = buildx.find_program(os.environ)
+    program = buildx.find_program(os.environ, private_engine().buildx_path())
     if program is None:
         pytest.skip("buildx is not on this machine, and `inv manifest` needs it")
     return program

@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from guix_tasks.console import Console
-from guix_tasks.docker_engine import DockerEngine
-from guix_tasks.ledger import CHANNELS_LABEL
+from guix_tasks.cli.session import helpers
+from guix_tasks.engine.docker import DockerEngine
 from guix_tasks.settings import load_isolated
-from guix_tasks.stage import Project as EngineProject
-from guix_tasks.stage import Stage, run_stage
 from guix_tasks.stages.base import base_spec
-from guix_tasks.work import network
+from guix_tasks.stages.container import network
+from guix_tasks.stages.images import CHANNELS_LABEL
+from guix_tasks.stages.project import Project as EngineProject
+from guix_tasks.stages.runner import run_stage
+from guix_tasks.stages.stage import Stage
+from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +74,7 @@ def configs(
         with pytest.MonkeyPatch.context() as patch:
             # The builder is to be the one that the command line finds.
             patch.setenv("HOME", project.environment["HOME"])
-            made = make(project, DockerEngine(engine.address, project.environment))
+            made = make(project, DockerEngine(engine.address, helpers(project.environment)))
         yield made
     finally:
         project.remove()

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from harness import ROOT, call, one_error
 
-from guix_tasks import paths
+from guix_tasks import files
+from guix_tasks.bootstrap.apt import Apt, host_suite
 from guix_tasks.errors import EngineError
-from guix_tasks.local.debian import Apt, host_suite
 
 PROMPT = "READY:"
 SECONDS = 20
@@ -34,11 +34,11 @@ def shells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         suite = host_suite()
         if shutil.which(name) or not suite:
             continue
-        root = paths.cache_home() / "tests" / name
+        root = files.cache_home() / "tests" / name
         if not root.exists():
             root.parent.mkdir(parents=True, exist_ok=True)
             try:
-                Apt(paths.cache_home() / "apt", [suite]).unpacked(packages, root)
+                Apt(files.cache_home() / "apt", [suite]).unpacked(packages, root)
             except EngineError as error:
                 pytest.skip(f"{name} is not here, and cannot be had: {error}")
         found[name] = root

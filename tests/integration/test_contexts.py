@@ -19,8 +19,8 @@ import pytest
 from harness import Docker, Result, Witness, call, free_port, inv_argv, one_error
 from podmen import as_installed, unpacked
 
-from guix_tasks.local import process
-from guix_tasks.work import PROJECT_LABEL
+from guix_tasks.bootstrap import service
+from guix_tasks.stages.container import PROJECT_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -263,7 +263,7 @@ def _sshd(folder: Path, engine: str, path: str) -> Iterator[Far]:
     )  # fmt: skip
     try:
         log = folder / "log"
-        assert process.wait_until(lambda: "listening" in log.read_text(), 20), log.read_text()
+        assert service.wait_until(lambda: "listening" in log.read_text(), 20), log.read_text()
         yield Far(port, folder)
     finally:
         started.terminate()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from harness import Workshop
     from island import Island
 
-    from guix_tasks.local.registry import LocalRegistry
+    from guix_tasks.bootstrap.registry import LocalRegistry
 
 pytestmark = pytest.mark.engine
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from harness import PASSWORD, ROOT, USER, free_port
 
-from guix_tasks.local.base_image import BASE_TAG
+from guix_tasks.bootstrap.base_image import BASE_TAG
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -102,8 +102,8 @@ def probe(project: Project, folder: Path, options: Sequence[str], before: str = 
     """Run the probe by the entry point, as the doctor does, in a container of one's own."""
     name, work = project.container_name(), folder / "var/guix/guix-tasks"
     work.mkdir(parents=True)
-    for file in ("probe.sh", "probe.scm", "image/entry-point.sh"):
-        shutil.copy(ROOT / "guix_tasks" / file, work)
+    for file in ("probe.sh", "probe.scm", "resources/entry-point.sh"):
+        shutil.copy(ROOT / "guix_tasks" / "stages" / file, work)
         (work / file.rpartition("/")[2]).chmod(0o755)
     command = f"{before} && exec /var/guix/guix-tasks/probe.sh"
     project.docker.ok(

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING
 import pytest
 from harness import eventually, one_error, running
 
-from guix_tasks.docker_engine import Address, DockerEngine
-from guix_tasks.engine import ContainerSpec
-from guix_tasks.local.engine import answers
+from guix_tasks.bootstrap.engine import answers
+from guix_tasks.cli.session import helpers
+from guix_tasks.engine.api import ContainerSpec
+from guix_tasks.engine.discovery import Address
+from guix_tasks.engine.docker import DockerEngine
 
 if TYPE_CHECKING:
     from island import Island
 
-    from guix_tasks.local.engine import PrivateEngine
+    from guix_tasks.bootstrap.engine import PrivateEngine
 
 pytestmark = pytest.mark.engine
 
@@ -38,7 +40,7 @@ def is_deserted(island: Island) -> bool:
 
 def start_container(engine: PrivateEngine) -> None:
     """A container that runs the programs of this machine."""
-    client = DockerEngine(Address(engine.url, "test"), {})
+    client = DockerEngine(Address(engine.url, "test"), helpers({}))
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         tar.addfile(tarfile.TarInfo("empty"))
@@ -80,7 +82,7 @@ def test_a_crash_is_mended_by_the_next_up(island: Island) -> None:
     assert "started the private engine" in island.ok("engine.up")
     assert answers(island.engine.socket)
     assert sleepers() == []
-    client = DockerEngine(Address(island.engine.url, "test"), {})
+    client = DockerEngine(Address(island.engine.url, "test"), helpers({}))
     assert client.image("island:latest")
     assert not any(each.running for each in client.containers({}))
     island.ok("engine.down")

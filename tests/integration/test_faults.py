@@ -23,15 +23,15 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias
 import pytest
 from harness import one_error
 
-from guix_tasks import retry
-from guix_tasks.console import Console
-from guix_tasks.credentials import remote_digest
+from guix_tasks.commands.push import push
+from guix_tasks.engine import retry
+from guix_tasks.engine.credentials import remote_digest
+from guix_tasks.engine.retry import LONGEST_ASKED
 from guix_tasks.errors import RegistryError
-from guix_tasks.publish import push
-from guix_tasks.retry import LONGEST_ASKED
 from guix_tasks.settings import load_isolated
-from guix_tasks.stage import Project as EngineProject
-from guix_tasks.transfer import pull
+from guix_tasks.stages.project import Project as EngineProject
+from guix_tasks.stages.transfer import pull
+from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from harness import Docker, Project
     from soak import Soak
 
-    from guix_tasks.docker_engine import DockerEngine
-    from guix_tasks.engine import Image
-    from guix_tasks.local.registry import LocalRegistry
+    from guix_tasks.bootstrap.registry import LocalRegistry
+    from guix_tasks.engine.api import Image
+    from guix_tasks.engine.docker import DockerEngine
 
 pytestmark = pytest.mark.engine
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from patient import Patient
     from soak import Soak
 
-    from guix_tasks.local.registry import LocalRegistry
+    from guix_tasks.bootstrap.registry import LocalRegistry
 
 pytestmark = [pytest.mark.engine, pytest.mark.soak]
 

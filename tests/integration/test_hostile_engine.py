@@ -10,7 +10,8 @@ import pytest
 from harness import LOCK, OFFLINE, one_error
 
 from guix_tasks.guix import UNAUTHENTICATED
-from guix_tasks.ledger import (
+from guix_tasks.stages.container import IMAGE_FOLDER, PROJECT_LABEL
+from guix_tasks.stages.images import (
     CHANNELS_LABEL,
     INPUTS_LABEL,
     KEY_LABEL,
@@ -20,7 +21,6 @@ from guix_tasks.ledger import (
 )
 from guix_tasks.stages.install import ASKED_LABEL
 from guix_tasks.stages.pull import AUTHENTICATION_LABEL
-from guix_tasks.work import IMAGE_FOLDER, PROJECT_LABEL
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from guix_tasks.buildx import find_program
+from guix_tasks.bootstrap.engine import private_engine
+from guix_tasks.buildkit.buildx import find_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).resolve().parents[2]
-ENTRY_POINT = ROOT / "guix_tasks" / "image" / "entry-point.sh"
+ENTRY_POINT = ROOT / "guix_tasks" / "stages" / "resources" / "entry-point.sh"
 HERE = Path(__file__).resolve().parent / "image"
 
 UNAVAILABLE = 69
@@ -194,7 +195,7 @@ def eventually(condition: Callable[[], bool], what: str, seconds: float = 20) ->
 def build_command(docker: Docker, builder: str) -> list[str]:
     if builder == "classic":
         return ["docker", "build", "--force-rm"]
-    program = find_program(docker.environment)
+    program = find_program(docker.environment, private_engine().buildx_path())
     if program is None:
         pytest.skip("this machine has no buildx")
     return [program, "build", "--builder=default", "--load", "--allow=network.host"]
@@ -302,7 +303,8 @@ def test_only_the_scripts_go_to_the_builder(docker: Docker, tmp_path: Path) -> N
     with tarfile.open(fileobj=io.BytesIO(exported.stdout)) as tar:
         names = {member.name for member in tar if member.isfile() and member.size}
     assert names == {
-        f"guix_tasks/image/{name}.sh" for name in ("entry-point", "install-guix", "prepare")
+        f"guix_tasks/stages/resources/{name}.sh"
+        for name in ("entry-point", "install-guix", "prepare")
     }
 
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from harness import LOCK
 
-from guix_tasks.ledger import KEY_LABEL
+from guix_tasks.stages.images import KEY_LABEL
 
 if TYPE_CHECKING:
     from conftest import NewProject

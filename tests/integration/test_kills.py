@@ -15,8 +15,8 @@ from harness import builder_environment, errors, eventually
 from island import raised
 from patient import admit
 
-from guix_tasks.ledger import SQUASH
-from guix_tasks.work import PROJECT_LABEL
+from guix_tasks.stages.container import PROJECT_LABEL
+from guix_tasks.stages.images import SQUASH
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from patient import Patient
     from soak import Soak
 
-    from guix_tasks.local.registry import LocalRegistry
+    from guix_tasks.bootstrap.registry import LocalRegistry
 
 pytestmark = [pytest.mark.engine, pytest.mark.soak]
 

@@ -16,9 +16,9 @@ import pytest
 from harness import ROOT, Docker, Terminal, builder_environment, call, one_error
 from planted import PLANTED
 
-from guix_tasks.local import process
-from guix_tasks.local.base_image import BASE_TAG
-from guix_tasks.work import FOLDER
+from guix_tasks.bootstrap import service
+from guix_tasks.bootstrap.base_image import BASE_TAG
+from guix_tasks.stages.container import FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,9 +49,9 @@ def watched() -> Iterator[None]:
 
     def watch() -> None:
         while not over.is_set():
-            for pid in process.processes():
+            for pid in service.processes():
                 with suppress(OSError):  # it has ended
-                    seen.add((process.PROC / str(pid) / "cmdline").read_bytes())
+                    seen.add((service.PROC / str(pid) / "cmdline").read_bytes())
             over.wait(0.005)
 
     thread = threading.Thread(target=watch)
@@ -248,7 +248,7 @@ def test_a_bug(new_project: NewProject) -> None:
     (project.folder / "tasks.py").write_text(
         "import os\n"
         "from invoke.tasks import task\n"
-        "from guix_tasks.boundary import opened\n"
+        "from guix_tasks.cli.session import opened\n"
         "@task\n"
         "def bug(c):\n"
         "    with opened(c) as project:\n"

@@ -25,16 +25,16 @@ from harness import (
 )
 
 from guix_tasks import guix
-from guix_tasks.annotations import CREATED
-from guix_tasks.ledger import (
+from guix_tasks.bootstrap.registry import answers
+from guix_tasks.oci.labels import CREATED
+from guix_tasks.stages.container import PROJECT_LABEL
+from guix_tasks.stages.images import (
     CHANNELS_LABEL,
     IMAGE_LABEL,
     LAYERS_LABEL,
     PACKAGES_LABEL,
     STAGES,
 )
-from guix_tasks.local.registry import answers
-from guix_tasks.work import PROJECT_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from harness import errors, one_error
 
-from guix_tasks.local.base_image import BASE_TAG
+from guix_tasks.bootstrap.base_image import BASE_TAG
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,7 +13,8 @@ from harness import LOCK, builder_environment, one_error
 from planted import PLANTED
 from test_leaks import look_at_layers, watched
 
-from guix_tasks.bake import (
+from guix_tasks.bootstrap.base_image import BASE_TAG
+from guix_tasks.buildkit.bakefile import (
     ASKED_TARGET,
     RESOLVE,
     WORK,
@@ -23,14 +24,13 @@ from guix_tasks.bake import (
     dockerfile,
     resolve_script,
 )
-from guix_tasks.build_folder import write_environment, write_secrets, write_step
-from guix_tasks.docker_engine import find_buildx
-from guix_tasks.engine import BuildSpec
-from guix_tasks.fetching import programs
-from guix_tasks.local.base_image import BASE_TAG
-from guix_tasks.reference import Platform
+from guix_tasks.buildkit.context import write_environment, write_secrets, write_step
+from guix_tasks.cli.session import local_buildx
+from guix_tasks.engine.api import BuildSpec
+from guix_tasks.oci.platform import Platform
 from guix_tasks.settings import load_settings
-from guix_tasks.work import IMAGE_FOLDER
+from guix_tasks.stages.channel_access import programs
+from guix_tasks.stages.container import IMAGE_FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from conftest import NewProject
     from harness import Docker, Project
 
-    from guix_tasks.docker_engine import DockerEngine
+    from guix_tasks.engine.docker import DockerEngine
 
 pytestmark = [pytest.mark.engine]
 
@@ -229,7 +229,7 @@ def test_a_step_of_a_build(
     assert forge.token not in insecure + bake_file(definition)
     (folder / "Dockerfile").write_text(insecure.replace("--security=insecure ", ""))
     (folder / "bake.json").write_text(bake_file(definition))
-    program = find_buildx({**os.environ, **builder_environment("buildx")}, engine.address)
+    program = local_buildx({**os.environ, **builder_environment("buildx")}, engine.address)
     assert program
     log: list[bytes] = []
     program.stream(

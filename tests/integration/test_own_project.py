@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 from harness import call, one_error
 
-from guix_tasks.ledger import STAGES
-from guix_tasks.starter import FILES
+from guix_tasks.commands.init import FILES
+from guix_tasks.stages.images import STAGES
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from conftest import NewProject
     from harness import Docker, Project
 
-    from guix_tasks.local.registry import LocalRegistry
+    from guix_tasks.bootstrap.registry import LocalRegistry
 
 pytestmark = pytest.mark.engine
 

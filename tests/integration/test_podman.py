@@ -17,10 +17,10 @@ from harness import Docker, Made, Project, Workshop, call, eventually, inv_argv,
 from podmen import Podman, served
 from recording_registry import serving
 
-from guix_tasks.docker_engine import DEFAULT_SOCKET
-from guix_tasks.ledger import PACKAGES_LABEL, STAGES
-from guix_tasks.podman import UNFINISHED_LABEL
-from guix_tasks.work import PROJECT_LABEL
+from guix_tasks.engine.discovery import DEFAULT_SOCKET
+from guix_tasks.engine.podman_api import UNFINISHED_LABEL
+from guix_tasks.stages.container import PROJECT_LABEL
+from guix_tasks.stages.images import PACKAGES_LABEL, STAGES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

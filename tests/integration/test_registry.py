@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 from harness import builder_environment, call, free_port, one_error
 
-from guix_tasks.local import process
-from guix_tasks.local.registry import USER, LocalRegistry, answers, asks_for_password
+from guix_tasks.bootstrap import service
+from guix_tasks.bootstrap.registry import USER, LocalRegistry, answers, asks_for_password
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,7 +74,7 @@ def test_the_password_is_this_users_and_in_no_output(
     pid = registry._service.pid()
     assert pid
     for shown in ("cmdline", "environ"):
-        assert secret.encode() not in (process.PROC / str(pid) / shown).read_bytes()
+        assert secret.encode() not in (service.PROC / str(pid) / shown).read_bytes()
 
 
 def test_doctor_knows_the_account(new_project: NewProject) -> None:
@@ -172,7 +172,7 @@ def test_one_of_an_older_version_is_started_anew(other: Other) -> None:
     del old["auth"]
     (folder / "old.yml").write_text(json.dumps(old))
     other.local._service.start(["serve", str(folder / "old.yml")])
-    assert process.wait_until(lambda: answers(other.port), 20)
+    assert service.wait_until(lambda: answers(other.port), 20)
     other.project.dockerfile(TINY)
     other.project.ok("base", "push")
     assert "asks for no password" in other.project.ok("registry.up", f"--port={other.port}").stderr

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from conftest import NewProject
     from harness import Docker, Project
 
-    from guix_tasks.docker_engine import DockerEngine
-    from guix_tasks.engine import EngineInfo
-    from guix_tasks.local.registry import LocalRegistry
+    from guix_tasks.bootstrap.registry import LocalRegistry
+    from guix_tasks.engine.api import EngineInfo
+    from guix_tasks.engine.docker import DockerEngine
 
 pytestmark = [pytest.mark.engine, pytest.mark.both_stores]
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from guix_tasks.buildx import Buildx
+from guix_tasks.buildkit.buildx import Buildx
 
 if TYPE_CHECKING:
-    from guix_tasks.console import Console
+    from guix_tasks.ui.console import Console
 
 NAME = "insecure-builder"
 SOCKET = "unix:///fake.sock"

@@ -29,10 +29,9 @@ from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from hypothesis import settings as hypothesis_settings
 
-from guix_tasks import fingerprint, pipes
-from guix_tasks.annotations import CREATED
-from guix_tasks.console import Console
-from guix_tasks.engine import (
+from guix_tasks import files as files_module
+from guix_tasks.commands.push import push
+from guix_tasks.engine.api import (
     BuildSpec,
     Container,
     ContainerSpec,
@@ -44,14 +43,15 @@ from guix_tasks.engine import (
 )
 from guix_tasks.errors import BuilderError, EngineError, RegistryError
 from guix_tasks.guix import CHANNELS_FILE
-from guix_tasks.ledger import KEY_LABEL, LAYERS_LABEL, STAGES, Ledger, proven_stage
-from guix_tasks.lifecycle import Lifecycle, State, Wishes
-from guix_tasks.publish import push
+from guix_tasks.oci.labels import CREATED
 from guix_tasks.settings import Settings, load_settings
-from guix_tasks.stage import Project
+from guix_tasks.stages.images import KEY_LABEL, LAYERS_LABEL, STAGES, Ledger, proven_stage
+from guix_tasks.stages.lifecycle import Lifecycle, State, Wishes
+from guix_tasks.stages.project import Project
+from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
-    from guix_tasks.accounts import Credentials
+    from guix_tasks.engine.accounts import Credentials
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -84,6 +84,7 @@ class FakeRegistry:
     layers: dict[str, Files] = field(default_factory=dict)
     refusal: str = ""
     seen: list[Credentials | None] = field(default_factory=list)
+    local_accounts: dict[str, Credentials] = field(default_factory=dict)
 
     def put(self, reference: str, image: Image) -> None:
         self.images[reference] = replace(image, digests=(), tags=())
@@ -357,6 +358,9 @@ class FakeEngine:
 
     def info(self) -> EngineInfo:
         return self.about
+
+    def local_accounts(self) -> dict[str, Credentials]:
+        return self.registry.local_accounts
 
     @_counted
     def image(self, reference: str) -> Image | None:
@@ -750,11 +754,11 @@ class Site:
         empty = "".join(f"{name}=\n" for name, value in self.env.items() if not value)
         if empty or (self.folder / ".env").exists():
             self.write(".env", empty)
-        pipes.forget()
+        files_module.forget_contents()
         return load_settings(self.folder, self.folder, self.env)
 
     def project(self, engine: Engine | None = None) -> Project:
-        fingerprint._file_digest.cache_clear()
+        files_module._file_digest.cache_clear()
         return Project(self.settings(), engine or self.engine, Heard())
 
     @property

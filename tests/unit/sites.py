@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_engine import Site, made_site, new_site, serial
 
-from guix_tasks import fingerprint, masking, pipes
+from guix_tasks import files
+from guix_tasks.ui import redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def no_secrets() -> Iterator[None]:
     """Each test is a process of its own, which knows no secret and has read no file as yet."""
-    masking.forget()
-    pipes.forget()
+    redact.forget()
+    files.forget_contents()
     yield
-    masking.forget()
+    redact.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def no_accounts(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
 @pytest.fixture
 def serial_hashing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are hashed one after the other: threads would only make small tests slow."""
-    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
+    monkeypatch.setattr(files, "ThreadPoolExecutor", serial)
 
 
 @pytest.fixture

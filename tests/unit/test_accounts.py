@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from guix_tasks.accounts import Accounts, Credentials, auth_config, docker_accounts
-from guix_tasks.credentials import accounts_for, credentials_for, remote_digest
-from guix_tasks.engine import NoEngine
+from guix_tasks.bootstrap.registry import Account, accounts
+from guix_tasks.engine.accounts import Accounts, Credentials, auth_config, docker_accounts
+from guix_tasks.engine.api import NoEngine
+from guix_tasks.engine.credentials import accounts_for, credentials_for, remote_digest
 from guix_tasks.errors import NoEngineError, RegistryError
-from guix_tasks.local.registry import Account, accounts
-from guix_tasks.masking import clean
+from guix_tasks.ui.redact import clean
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -225,7 +225,8 @@ def test_a_local_registry_gets_its_own_account_whatever_the_settings_have(
     account = Account(folder)
     account.make()
     (folder / "5056.engine").write_text(site.engine.about.url)
-    assert accounts(site.engine.about.url)
+    site.engine.registry.local_accounts = accounts(site.engine.about.url)
+    assert site.engine.registry.local_accounts
     site.env.update(
         IMAGE="localhost:5056/app:1", DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2:€"  # noqa: S106
     )  # fmt: skip

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from guix_tasks import fingerprint
-from guix_tasks.build_context import (
+from guix_tasks import files
+from guix_tasks.engine.build_context import (
     OUTSIDE,
     context_archive,
     context_digest,
     context_entries,
     linked_context,
 )
-from guix_tasks.dockerignore import Matcher, read_patterns
 from guix_tasks.errors import UsageError
+from guix_tasks.oci.dockerignore import Matcher, read_patterns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +52,7 @@ def names(context: Path, dockerfile: Path | None = None) -> list[str]:
 
 
 def digest(context: Path, without: frozenset[Path] = frozenset()) -> str:
-    fingerprint._file_digest.cache_clear()
+    files._file_digest.cache_clear()
     return context_digest(context_entries(context, context / "Dockerfile"), without)
 
 
@@ -285,7 +285,7 @@ def test_file_that_cannot_be_read_is_a_usage_error(
     def refuse(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("guix_tasks.build_context.file_digest", refuse)
+    monkeypatch.setattr("guix_tasks.engine.build_context.file_digest", refuse)
     with pytest.raises(UsageError, match=r"BUILD_CONTEXT: cannot read .*: Permission denied; "):
         digest(context)
 

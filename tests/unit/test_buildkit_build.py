@@ -18,19 +18,14 @@ import pytest
 from fake_buildx import DIGEST, FLAGS, NAME, REFUSED, UNKNOWN_FLAG, Call, FakeBuildx
 from fake_engine import BASE_IMAGE, COMMITS, IMAGE, Heard, Site, channel, heard, new_site
 
-from guix_tasks.annotations import BASE_DIGEST, BASE_NAME, CREATED
-from guix_tasks.buildkit import BuildWishes, build
-from guix_tasks.engine import NoEngine
-from guix_tasks.errors import (
-    BuilderError,
-    NoEngineError,
-    RegistryError,
-    StageError,
-    UsageError,
-)
-from guix_tasks.ledger import CHANNELS_LABEL, PACKAGES_LABEL, PREVIOUS
-from guix_tasks.own import OwnStage
-from guix_tasks.stage import STAGE_TRIES, Project
+from guix_tasks.buildkit.build import BuildWishes, build
+from guix_tasks.engine.api import NoEngine
+from guix_tasks.errors import BuilderError, NoEngineError, RegistryError, StageError, UsageError
+from guix_tasks.oci.labels import BASE_DIGEST, BASE_NAME, CREATED
+from guix_tasks.stages.declarations import OwnStage
+from guix_tasks.stages.images import CHANNELS_LABEL, PACKAGES_LABEL, PREVIOUS
+from guix_tasks.stages.project import Project
+from guix_tasks.stages.runner import STAGE_TRIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -729,7 +724,7 @@ import sys
 from pathlib import Path
 from fake_buildx import FakeBuildx
 from fake_engine import new_site
-from guix_tasks.buildkit import BuildWishes, build
+from guix_tasks.buildkit.build import BuildWishes, build
 place = Path(sys.argv[1])
 site = new_site(place / "site", BUILDX_DRIVER="docker-container", BUILD_ARGS="TOKEN=hunter2-x")
 fake = FakeBuildx(place / "fake")

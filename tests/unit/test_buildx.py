@@ -21,9 +21,8 @@ from fake_engine import STEADY, Heard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guix_tasks import buildx
-from guix_tasks.accounts import Accounts, Credentials
-from guix_tasks.buildx import (
+from guix_tasks.buildkit import buildx
+from guix_tasks.buildkit.buildx import (
     BuilderNode,
     Buildx,
     csv_field,
@@ -31,7 +30,9 @@ from guix_tasks.buildx import (
     refuse_without_accounts,
     with_accounts,
 )
-from guix_tasks.engine import BuildSpec
+from guix_tasks.engine import diagnose
+from guix_tasks.engine.accounts import Accounts, Credentials
+from guix_tasks.engine.api import BuildSpec
 from guix_tasks.errors import FULL_DISK, BuilderError, GuixTasksError, RegistryError, StageError
 
 if TYPE_CHECKING:
@@ -234,23 +235,16 @@ def test_a_build_without_an_answer_is_an_error(stub: Path) -> None:
     ],
 )
 def test_the_cause_is_one_line(log: str, cause: str) -> None:
-    assert buildx.cause(log) == cause
+    assert diagnose.cause(log) == cause
 
 
 # --- The program ----------------------------------------------------------------------------
-
-
-class NoEngine:
-    @staticmethod
-    def buildx_path() -> Path | None:
-        return None
 
 
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without buildx."""
     monkeypatch.setattr(buildx, "SYSTEM_PLUGINS", (str(tmp_path / "system"),))
-    monkeypatch.setattr(buildx, "private_engine", NoEngine)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path
@@ -281,12 +275,9 @@ def test_it_is_where_the_docker_command_finds_it(bare: Path) -> None:
     assert buildx.find_program({"DOCKER_CONFIG": ""}) == home
 
 
-def test_the_private_engines_comes_before_the_path(
-    bare: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_private_engines_comes_before_the_path(bare: Path) -> None:
     place(bare / "bin")
-    monkeypatch.setattr(NoEngine, "buildx_path", staticmethod(lambda: bare / "own"))
-    assert buildx.find_program({}) == str(bare / "own")
+    assert buildx.find_program({}, bare / "own") == str(bare / "own")
 
 
 def test_what_is_no_program_is_passed_over(bare: Path) -> None:
@@ -737,7 +728,7 @@ def test_a_known_fault_is_told_with_what_mends_it(
     why: str, kind: type[GuixTasksError], mend: str
 ) -> None:
     for given_spec in (None, spec()):
-        told = buildx.failure(f"#1 x\n\x1b[31mERROR: failed to solve: {why}\x1b[0m\n", given_spec)
+        told = diagnose.failure(f"#1 x\n\x1b[31mERROR: failed to solve: {why}\x1b[0m\n", given_spec)
         assert type(told) is kind
         assert str(told).startswith(f"{why}; ")
         assert mend in str(told)
@@ -747,33 +738,35 @@ def test_a_known_fault_is_told_with_what_mends_it(
 def test_every_row_of_the_table_has_been_tried() -> None:
     marks = test_a_known_fault_is_told_with_what_mends_it.pytestmark  # type: ignore[attr-defined]
     tried = "\n".join(f"{each}" for mark in marks for each, _, _ in mark.args[1])
-    for words, (_, mend) in buildx._MENDS.items():
+    for words, (_, mend) in diagnose._MENDS.items():
         assert re.search(words, tried, re.IGNORECASE), mend
 
 
 def test_a_command_of_guix_that_fails_is_the_stages_error() -> None:
     for before in ("target reports: failed to solve: ", "failed to build: failed to solve: "):
-        told = buildx.failure(f"ERROR: {before}{STEP} successfully: exit code: 137\n", spec())
+        told = diagnose.failure(f"ERROR: {before}{STEP} successfully: exit code: 137\n", spec())
         assert type(told) is StageError
         assert str(told).startswith("install: the command failed with exit status 137, and nothing")
 
 
 def test_a_step_of_the_users_dockerfile_is_not_a_stage() -> None:
     why = 'process "/bin/sh -c ./stage install" did not complete successfully: exit code: 2'
-    told = buildx.failure(f"ERROR: failed to solve: {why}\n", spec())
+    told = diagnose.failure(f"ERROR: failed to solve: {why}\n", spec())
     assert type(told) is BuilderError
     assert str(told) == f"/d does not build: {why}; the output above says more"
 
 
 def test_an_unknown_fault_is_told_as_it_is() -> None:
-    assert str(buildx.failure("ERROR: a; b\n")) == "a; b"
-    assert str(buildx.failure("", spec())).startswith("/d does not build: buildx gave no reason; ")
+    assert str(diagnose.failure("ERROR: a; b\n")) == "a; b"
+    assert str(diagnose.failure("", spec())).startswith(
+        "/d does not build: buildx gave no reason; "
+    )
 
 
-@pytest.mark.parametrize("words", buildx.NO_BASE)
+@pytest.mark.parametrize("words", diagnose.NO_BASE)
 def test_a_base_image_out_of_reach_comes_before_its_cause(words: str) -> None:
     why = f"a/b:1: {words}: failed to do request: dial tcp: connection refused"
-    told = buildx.failure(f"ERROR: {why}\n", spec(args={"BASE_IMAGE": "a/b:1"}))
+    told = diagnose.failure(f"ERROR: {why}\n", spec(args={"BASE_IMAGE": "a/b:1"}))
     assert type(told) is BuilderError
     why = why.removeprefix("a/b:1: ")
     assert str(told).startswith(f"cannot get the base image a/b:1: {why}; set BASE_IMAGE")
@@ -785,10 +778,10 @@ def test_why_a_base_image_is_out_of_reach_is_told_once_and_short() -> None:
         "ERROR: failed to solve: a/b:1: failed to resolve source metadata for docker.io/a/b:1: "
         f'failed to do request: Head "https://registry-1.docker.io/v2/a/b/manifests/1": {why}\n'
     )
-    told = buildx.failure(log, spec(args={"BASE_IMAGE": "a/b:1"}))
+    told = diagnose.failure(log, spec(args={"BASE_IMAGE": "a/b:1"}))
     assert str(told).startswith(f"cannot get the base image a/b:1: {why}; set BASE_IMAGE")
 
 
 def test_an_image_that_no_builder_can_be_handed_is_to_be_pushed() -> None:
-    told = buildx.failure("ERROR: unknown scheme oci-layout\n", spec(args={"BASE_IMAGE": "a:1"}))
+    told = diagnose.failure("ERROR: unknown scheme oci-layout\n", spec(args={"BASE_IMAGE": "a:1"}))
     assert str(told).startswith("only the engine has a:1, and this builder is one that no image")

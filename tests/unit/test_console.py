@@ -12,10 +12,10 @@ from fake_engine import STEADY, Heard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guix_tasks.console import Console
-from guix_tasks.log import Log
-from guix_tasks.transfer import TransferProgress
-from guix_tasks.wording import human_size, human_time, printable
+from guix_tasks.stages.transfer import TransferProgress
+from guix_tasks.ui.console import Console
+from guix_tasks.ui.format import human_size, human_time, printable
+from guix_tasks.ui.log import Log
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_engine import Site, heard
 
-from guix_tasks import demo
-from guix_tasks.local.engine import PrivateEngine
+from dev import demo
+from guix_tasks.bootstrap.engine import PrivateEngine
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from guix_tasks import docker_engine
-from guix_tasks.docker_engine import Address, DockerEngine
+from guix_tasks.engine import docker
+from guix_tasks.engine.discovery import Address
+from guix_tasks.engine.docker import DockerEngine
 from guix_tasks.errors import FULL_DISK, EngineError, RegistryError
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Played(BaseHTTPRequestHandler):
 def played() -> Iterator[DockerEngine]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Played) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield DockerEngine(Address(f"tcp://127.0.0.1:{server.server_address[1]}", "test"), {})
+        yield DockerEngine(Address(f"tcp://127.0.0.1:{server.server_address[1]}", "test"))
         server.shutdown()
 
 
@@ -147,7 +148,7 @@ def test_the_store_is_known() -> None:
 @pytest.mark.parametrize("fault", ["connect: connection refused", "lookup r.test: no such host"])
 def test_a_registry_out_of_reach_may_be_that_of_any_setting(fault: str) -> None:
     """``CACHE_IMAGE``, a base image, what ``push`` was told: the engine knows the reference."""
-    said = str(docker_engine._registry_error("push r.test/c:1", f"dial tcp: {fault}"))
+    said = str(docker._registry_error("push r.test/c:1", f"dial tcp: {fault}"))
     assert said.startswith(f"cannot push r.test/c:1: dial tcp: {fault}; ")
     assert "mend the reference" in said
     assert "IMAGE" not in said

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from guix_tasks.dockerignore import MAX_LINE, Matcher, Matches, PatternError, read_patterns
+from guix_tasks.oci.dockerignore import MAX_LINE, Matcher, Matches, PatternError, read_patterns
 
 FACTS: dict[str, tuple[str, str]] = {
     "*": ("fileutils.go abc", ""),

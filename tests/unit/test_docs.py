@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from guix_tasks.ledger import STAGES, inputs_of
-from guix_tasks.lifecycle import Lifecycle, _UntoldError
+from guix_tasks.cli.tasks import GROUPS
 from guix_tasks.settings import load_settings, settings_reference
-from guix_tasks.tasks import GROUPS, ns
+from guix_tasks.stages.images import STAGES, inputs_of
+from guix_tasks.stages.lifecycle import Lifecycle, _UntoldError
+from guix_tasks.tasks import ns
 
 if TYPE_CHECKING:
     from fake_engine import Site
 
-    from guix_tasks.engine import Image
+    from guix_tasks.engine.api import Image
 
 ROOT = Path(__file__).parents[2]
 TABLES = ROOT / "docs" / "tables.py"
@@ -72,7 +73,7 @@ def test_the_tables_are_up_to_date() -> None:
 
 def test_every_task_has_a_group() -> None:
     named = " ".join(GROUPS.values()).split()
-    assert sorted(named) == sorted(ns.task_names), "name it in guix_tasks/tasks/__init__.py"
+    assert sorted(named) == sorted(ns.task_names), "name it in guix_tasks/cli/tasks/__init__.py"
 
 
 def test_every_setting_has_an_example(about: dict[str, Any]) -> None:

@@ -31,25 +31,22 @@ from fake_engine import (
 )
 from invoke.program import Program
 
-from guix_tasks import (
-    boundary,
-    buildx,
-    docker_engine,
-    doctor,
-    fingerprint,
-    podman_engine,
-    sandbox,
-)
-from guix_tasks.accounts import Credentials
-from guix_tasks.doctor import CHECKS, Finding, Patient, State, examine, show
-from guix_tasks.engine import TracedEngine
+from guix_tasks import files
+from guix_tasks.buildkit import buildx
+from guix_tasks.cli import session
+from guix_tasks.commands import doctor
+from guix_tasks.commands.doctor import CHECKS, Finding, Patient, State, examine, show
+from guix_tasks.engine import discovery, docker, podman
+from guix_tasks.engine.accounts import Credentials
+from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import EngineError
 from guix_tasks.guix import DEFAULT_SUBSTITUTE_URLS
 from guix_tasks.settings import settings_reference
+from guix_tasks.stages import sandbox
 from guix_tasks.tasks import ns
 
 if TYPE_CHECKING:
-    from guix_tasks.buildx import Buildx
+    from guix_tasks.buildkit.buildx import Buildx
 
 OK, NOTE, FAILED = State.OK, State.NOTE, State.FAILED
 PASSWORD = "hunter2"  # noqa: S105
@@ -64,11 +61,11 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name.upper(), raising=False)
     for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setattr(docker_engine, "DEFAULT_SOCKET", tmp_path / "no.sock")
-    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
+    monkeypatch.setattr(discovery, "DEFAULT_SOCKET", tmp_path / "no.sock")
+    monkeypatch.setattr(files, "ThreadPoolExecutor", serial)
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
     yield
-    boundary._engines.clear()
+    session._engines.clear()
 
 
 @pytest.fixture
@@ -156,7 +153,7 @@ def test_an_engine_that_tells_no_time_is_not_said_to_be_right(site: Site) -> Non
     ],
 )
 def test_the_time_of_an_engine_is_read(text: str, expected: str | None) -> None:
-    found = docker_engine._time(text)
+    found = docker._time(text)
     assert (found and found.isoformat()) == expected
 
 
@@ -444,6 +441,11 @@ def test_without_an_account_dockers_own_configuration_is_used(site: Site) -> Non
     site.engine.registry.seen.clear()
     assert "Docker's own configuration" in one(site, "registry").said
     assert site.engine.registry.seen == [None]
+
+
+def test_the_account_of_a_local_registry_is_named(site: Site) -> None:
+    site.engine.registry.local_accounts = {"registry.test": Credentials("local", PASSWORD)}
+    assert one(site, "registry").said.endswith("to the account that `inv registry.up` made")
 
 
 def test_a_registry_that_refuses_is_told_with_its_mend(site: Site) -> None:
@@ -956,12 +958,12 @@ def inv(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     site.write("tasks.py", "")
     monkeypatch.chdir(site.folder)
     monkeypatch.setenv("DOCKER_HOST", "unix:///fake.sock")
-    monkeypatch.setattr(podman_engine, "open_engine", lambda _address, _environ: site.engine)
-    monkeypatch.setattr(buildx, "find_program", lambda _environment: None)
+    monkeypatch.setattr(podman, "open_engine", lambda _address, _environ: site.engine)
+    monkeypatch.setattr(buildx, "find_program", lambda *_: None)
 
     def call(*argv: str) -> Done:
-        boundary._engines.clear()
-        boundary._told.clear()
+        session._engines.clear()
+        session._told.clear()
         lines = (f"{name}='{value}'\n" for name, value in site.env.items())
         site.write(".env", "".join(lines))
         monkeypatch.setattr(sys, "argv", ["inv", *argv])
@@ -1057,7 +1059,7 @@ def test_the_engine_is_asked_anew_after_other_tasks(
         opened.append(address)
         return site.engine
 
-    monkeypatch.setattr(podman_engine, "open_engine", open_engine)
+    monkeypatch.setattr(podman, "open_engine", open_engine)
     assert inv("base", "doctor").code == 0
     assert len(opened) == 2
 

@@ -9,38 +9,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import (
-    BASE_IMAGE,
-    IMAGE,
-    FakeEngine,
-    Heard,
-    Site,
-    outline,
-)
+from fake_engine import BASE_IMAGE, IMAGE, FakeEngine, Heard, Site, outline
 
-from guix_tasks import hands, masking
-from guix_tasks.accounts import Credentials
-from guix_tasks.engine import (
+from guix_tasks.commands import commit, rollback, run, shell
+from guix_tasks.commands.clean import clean
+from guix_tasks.commands.push import push
+from guix_tasks.commands.status import status_rows
+from guix_tasks.commands.verify import verify
+from guix_tasks.engine.accounts import Credentials
+from guix_tasks.engine.api import (
     BuildSpec,
     ContainerSpec,
     Engine,
     EngineInfo,
     Image,
     NoEngine,
-    TracedEngine,
     build_options,
-    create_argv,
 )
+from guix_tasks.engine.dry_run import TracedEngine, create_argv
 from guix_tasks.errors import CheckError, NoEngineError
-from guix_tasks.ledger import STAGES
-from guix_tasks.publish import push
-from guix_tasks.upkeep import clean, status_rows
-from guix_tasks.verify import verify
+from guix_tasks.stages.images import STAGES
+from guix_tasks.ui import redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from guix_tasks.stage import Project
+    from guix_tasks.stages.project import Project
 
 
 pytestmark = pytest.mark.usefixtures("serial_hashing")
@@ -121,7 +115,7 @@ def test_the_fakes_and_the_traced_one_are_engines() -> None:
 def test_a_password_does_not_show() -> None:
     assert "hunter2" not in repr(Credentials("me", "hunter2"))
     # Wherever they come from, nobody who speaks shows them.
-    assert masking.clean("hunter2 bWU6aHVudGVyMg==") == "*** ***"
+    assert redact.clean("hunter2 bWU6aHVudGVyMg==") == "*** ***"
 
 
 @pytest.mark.parametrize(
@@ -191,7 +185,7 @@ def test_any_other_call_of_it_says_that_there_is_none(call: str) -> None:
 
 
 def test_importing_it_imports_no_docker() -> None:
-    code = "import sys, guix_tasks.tasks, guix_tasks.engine; assert 'docker' not in sys.modules"
+    code = "import sys, guix_tasks.tasks, guix_tasks.engine.api; assert 'docker' not in sys.modules"
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
 
@@ -333,14 +327,14 @@ def test_a_dry_run_of_status_after_a_stage(site: Site) -> None:
 
 
 def run_something(project: Project) -> object:
-    return hands.run(project, ["true"], stage=None, keep=False)
+    return run.run(project, ["true"], stage=None, keep=False)
 
 
 DRY: dict[str, Callable[[Project], object]] = {
     "clean": clean,
     "push": push,
     "run": run_something,
-    "rollback": hands.rollback,
+    "rollback": rollback.rollback,
 }
 
 
@@ -363,13 +357,13 @@ def test_a_dry_run_of_verify_checks_nothing_and_is_no_failure(made: Site) -> Non
 
 
 def left_container(made: Site) -> None:
-    hands.run(made.project(), ["make"], stage=None, keep=True)
+    run.run(made.project(), ["make"], stage=None, keep=True)
 
 
 def test_a_dry_run_of_commit(made: Site) -> None:
     left_container(made)
     dry = Dry(made)
-    hands.commit(dry.project)
+    commit.commit(dry.project)
     dry.check()
     assert dry.shown == ["commit", "tag", "tag", "rm"]
 
@@ -379,7 +373,7 @@ def test_a_dry_run_of_shell_starts_nothing(made: Site, monkeypatch: pytest.Monke
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(subprocess, "call", lambda argv, **_: called.append(argv))
     dry = Dry(made)
-    hands.shell(dry.project, ["docker"], {}, stage=None, fresh=False)
+    shell.shell(dry.project, ["docker"], {}, stage=None, fresh=False)
     dry.check()
     assert called == []
 

@@ -24,37 +24,32 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
-from fake_engine import (
-    BASE_IMAGE,
-    IMAGE,
-    Heard,
-    Site,
-    channel,
-    made_site,
-    new_site,
-    serial,
-)
+from fake_engine import BASE_IMAGE, IMAGE, Heard, Site, channel, made_site, new_site, serial
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from invoke.program import Program
 
-from guix_tasks import (
-    boundary,
-    buildx,
-    docker_engine,
-    fingerprint,
-    guix,
-    podman_engine,
-)
-from guix_tasks import (
-    settings as settings_module,
-)
-from guix_tasks.bake import Bind, Definition, Recipe, bake_file, dockerfile
-from guix_tasks.build_folder import hand_over, write_mounts
-from guix_tasks.engine import BuildSpec, ContainerSpec
+from guix_tasks import files as files_module
+from guix_tasks import guix
+from guix_tasks import settings as settings_module
+from guix_tasks.buildkit import buildx
+from guix_tasks.buildkit.bakefile import Bind, Definition, Recipe, bake_file, dockerfile
+from guix_tasks.buildkit.context import hand_over, write_mounts
+from guix_tasks.cli import session
+from guix_tasks.commands.sizes import picture
+from guix_tasks.commands.status import status_rows
+from guix_tasks.engine import diagnose, discovery, docker, podman
+from guix_tasks.engine.api import BuildSpec, ContainerSpec
+from guix_tasks.engine.discovery import error_line
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, SettingsError
-from guix_tasks.failure import Failed, keep_failure
-from guix_tasks.ledger import (
+from guix_tasks.files import write_whole
+from guix_tasks.oci.platform import Platform
+from guix_tasks.oci.reference import ImageReference
+from guix_tasks.settings import load_settings, nodes
+from guix_tasks.settings.values import Driver
+from guix_tasks.stages.container import common_files, environment
+from guix_tasks.stages.diagnostics import Failed, keep_failure
+from guix_tasks.stages.images import (
     CHANNELS_LABEL,
     INPUTS_LABEL,
     KEY_LABEL,
@@ -65,17 +60,10 @@ from guix_tasks.ledger import (
     proven_stage,
     seal,
 )
-from guix_tasks.paths import write_whole
-from guix_tasks.reference import ImageReference, Platform
-from guix_tasks.settings import load_settings, nodes
-from guix_tasks.settings.values import Driver
-from guix_tasks.sizes import picture
 from guix_tasks.stages.install import ASKED_LABEL, given_packages
 from guix_tasks.stages.pull import misfit
 from guix_tasks.tasks import ns
-from guix_tasks.upkeep import status_rows
-from guix_tasks.wording import printable
-from guix_tasks.work import common_files, environment
+from guix_tasks.ui.format import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -218,15 +206,15 @@ def _no_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 
     monkeypatch.setattr(subprocess.Popen, "__init__", checked)
     monkeypatch.setattr(os, "system", system)
-    monkeypatch.setattr(fingerprint, "ThreadPoolExecutor", serial)
+    monkeypatch.setattr(files_module, "ThreadPoolExecutor", serial)
     for name in (*NAMES, "ENV_FILE"):
         monkeypatch.delenv(name, raising=False)
     for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
-    monkeypatch.setattr(docker_engine, "DEFAULT_SOCKET", tmp_path / "no.sock")
+    monkeypatch.setattr(discovery, "DEFAULT_SOCKET", tmp_path / "no.sock")
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
     yield
-    boundary._engines.clear()
+    session._engines.clear()
     assert not list(tmp_path.rglob(CANARY))
 
 
@@ -417,14 +405,14 @@ def test_any_message_of_an_engine_a_registry_or_a_builder(attempt: Attempt, tmp_
     def check(text: str) -> None:
         console = Heard()
         for error in (
-            docker_engine._registry_error("push x", text),
-            EngineError(docker_engine._line(text)),
-            buildx.failure(text),
-            buildx.failure(f"ERROR: {text}", spec),
+            docker._registry_error("push x", text),
+            EngineError(error_line(text)),
+            diagnose.failure(text),
+            diagnose.failure(f"ERROR: {text}", spec),
         ):
             console.error(str(error))
         with pytest.raises(GuixTasksError) as caught:
-            list(docker_engine._checked(iter([{"error": text}]), "push x", None))
+            list(docker._checked(iter([{"error": text}]), "push x", None))
         console.error(str(caught.value))
         said = console.text
         assert said.count("\n") == len(said.split("\n")) - 1 == 5
@@ -472,13 +460,13 @@ def run(
     site: Site, argv: list[str], environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> Any:
     """``inv`` in this process, with streams such as a real one has: its code, and what it said."""
-    boundary._engines.clear()
-    boundary._told.clear()
-    fingerprint._file_digest.cache_clear()
+    session._engines.clear()
+    session._told.clear()
+    files_module._file_digest.cache_clear()
     out = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict")
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
     with monkeypatch.context() as patch:
-        patch.setattr(podman_engine, "open_engine", lambda *_: site.engine)
+        patch.setattr(podman, "open_engine", lambda *_: site.engine)
         patch.setattr(sys, "argv", ["inv", *argv])
         for name, value in environ.items():
             patch.setenv(name, value)

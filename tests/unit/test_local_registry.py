@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_engine import FakeEngine
 
-from guix_tasks import paths
-from guix_tasks.console import Console
-from guix_tasks.errors import RegistryError
-from guix_tasks.local import registry
-from guix_tasks.local.debian import Apt
-from guix_tasks.local.registry import (
+from guix_tasks import files
+from guix_tasks.bootstrap import registry
+from guix_tasks.bootstrap.apt import Apt
+from guix_tasks.bootstrap.registry import (
     PORT,
     USER,
     Account,
@@ -27,6 +25,8 @@ from guix_tasks.local.registry import (
     answers,
     local_registry,
 )
+from guix_tasks.errors import RegistryError
+from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +39,7 @@ def silent() -> Console:
 def test_it_is_in_the_users_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     local = local_registry()
-    assert local.folder == paths.data_home() / "registry"
+    assert local.folder == files.data_home() / "registry"
     assert (local.port, local.url) == (PORT, "http://127.0.0.1:5055")
     assert not local.running()
     assert not local.installed()

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_engine import Heard
 
-from guix_tasks import paths
-from guix_tasks.lock import alone
+from guix_tasks import files
+from guix_tasks.files import alone
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 HOLD = """
 import sys
-from guix_tasks.console import Console
-from guix_tasks.lock import alone
-with alone(Console(), "engine", "image:t", "pull"):
+from guix_tasks.ui.console import Console
+from guix_tasks.files import alone
+with alone(Console().say, "engine", "image:t", "pull"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -44,7 +44,7 @@ def holder() -> subprocess.Popen[str]:
 
 def come_second(console: Heard, image: str = "image:t") -> threading.Thread:
     def work() -> None:
-        with alone(console, "engine", image, "install"):
+        with alone(console.say, "engine", image, "install"):
             console.say("at work")
 
     second = threading.Thread(target=work)
@@ -80,7 +80,7 @@ def test_another_image_is_not_waited_for(holder: subprocess.Popen[str]) -> None:
 
 
 def test_an_error_lets_go_of_it() -> None:
-    with pytest.raises(ValueError, match="x"), alone(Heard(), "engine", "image:t", "pull"):
+    with pytest.raises(ValueError, match="x"), alone(Heard().say, "engine", "image:t", "pull"):
         raise ValueError("x")
     console = Heard()
     come_second(console).join(timeout=10)
@@ -88,8 +88,8 @@ def test_an_error_lets_go_of_it() -> None:
 
 
 def test_where_no_lock_can_be_made_the_work_goes_on(cache: Path) -> None:
-    paths.cache_home().parent.mkdir(exist_ok=True)
-    paths.cache_home().write_text("in its place")
+    files.cache_home().parent.mkdir(exist_ok=True)
+    files.cache_home().write_text("in its place")
     console = Heard()
     come_second(console).join(timeout=10)
     assert console.text == "at work\n"

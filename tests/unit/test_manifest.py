@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_engine import Site, heard, new_site
 
-from guix_tasks.buildx import Buildx
-from guix_tasks.digests import Pushed, save
+from guix_tasks.buildkit.buildx import Buildx
+from guix_tasks.commands.manifest import join
 from guix_tasks.errors import RegistryError, UsageError
-from guix_tasks.manifest import join
-from guix_tasks.reference import Platform
+from guix_tasks.oci.platform import Platform
+from guix_tasks.stages.push_records import Pushed, save
 
 if TYPE_CHECKING:
-    from guix_tasks.stage import Project
+    from guix_tasks.stages.project import Project
 
 NAME = "registry.test/team/app"
 DIGESTS = [f"sha256:{letter * 64}" for letter in "abc"]

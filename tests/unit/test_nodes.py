@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from guix_tasks.reference import Platform
+from guix_tasks.oci.platform import Platform
 from guix_tasks.settings import Driver, Node
 from guix_tasks.settings.nodes import node, problems
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_engine import IMAGE, FakeContainer, Output, Site, heard, outline
 
-from guix_tasks import guix, pack
-from guix_tasks.engine import TracedEngine
+from guix_tasks import guix
+from guix_tasks.commands import pack
+from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import EngineError, StageError, UsageError
 from guix_tasks.guix import Pack
-from guix_tasks.work import FOLDER
+from guix_tasks.stages.container import FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

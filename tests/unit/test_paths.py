@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from guix_tasks import paths
-from guix_tasks.paths import temporary_directory
+from guix_tasks import files
+from guix_tasks.files import temporary_directory
 
 HOLD = """
 import sys, time
-from guix_tasks.paths import temporary_directory
+from guix_tasks.files import temporary_directory
 with temporary_directory() as place:
     (place / "secret").write_text("hunter2")
     print(place, flush=True)
@@ -80,7 +80,7 @@ def test_what_was_left_all_the_same_goes_with_the_next(
     (place / "other").mkdir()
     with temporary_directory():
         assert left.exists()
-    monkeypatch.setattr(paths, "_FRESH", 0)
+    monkeypatch.setattr(files, "_FRESH", 0)
     with temporary_directory() as first, temporary_directory() as second:
         assert first.exists()
         assert second.exists()

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import pytest
 from test_settings import AUTHORITY
 
-from guix_tasks import pipes
-from guix_tasks.console import Display
+from guix_tasks import files
 from guix_tasks.errors import SettingsError
-from guix_tasks.fetching import _known_hosts
-from guix_tasks.fingerprint import file_digest, text_digest
+from guix_tasks.files import file_digest, text_digest
 from guix_tasks.settings import Settings, load_settings
+from guix_tasks.stages.channel_access import _known_hosts
+from guix_tasks.stages.container import common_files
 from guix_tasks.stages.install import install_stage
 from guix_tasks.stages.pull import wanted_text
-from guix_tasks.work import common_files
+from guix_tasks.ui.console import Display
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,7 +95,7 @@ def test_env_file_that_changes_during_a_call_does_not_change_its_settings(tmp_pa
     first = load(tmp_path)
     (tmp_path / ".env").write_text("IMAGE=example.org/two:1\n")
     assert load(tmp_path) == first
-    pipes.forget()
+    files.forget_contents()
     assert str(load(tmp_path).image) == "example.org/two:1"
 
 
@@ -147,7 +147,7 @@ def test_file_that_a_setting_names_is_read_once(
 def test_digest_of_a_pipe_is_that_of_its_content(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("(key)")
     with pipe(tmp_path, "(key)") as path:
-        pipes.read_file(Path(path))
+        files.read_file(Path(path))
         assert file_digest(Path(path)) == file_digest(tmp_path / "file") != text_digest("")
 
 
@@ -176,7 +176,7 @@ def test_regular_file_is_read_again(tmp_path: Path) -> None:
 def test_pipe_without_a_writer_is_reported_while_it_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipes, "_PATIENCE", 0.05)
+    monkeypatch.setattr(files, "_PATIENCE", 0.05)
     path = tmp_path / "p"
     os.mkfifo(path)
     writer = threading.Timer(0.5, path.write_text, args=["TAGS=1\n"])

@@ -13,8 +13,9 @@ from invoke.exceptions import Exit, ParseError
 from invoke.program import Program
 from invoke.tasks import task
 
-from guix_tasks.program import GroupedProgram, completion_script
-from guix_tasks.tasks import GROUPS, grouped, ns
+from guix_tasks.cli.program import GroupedProgram, completion_script
+from guix_tasks.cli.tasks import GROUPS, grouped
+from guix_tasks.tasks import ns
 
 if TYPE_CHECKING:
     from pathlib import Path

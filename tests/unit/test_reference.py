@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guix_tasks.reference import ImageReference, Platform, quoted
+from guix_tasks.oci.platform import Platform
+from guix_tasks.oci.reference import ImageReference, quoted
 
 SHA256 = "sha256:" + "0123456789abcdef" * 4
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fake_engine import Heard, new_site
 
+from guix_tasks.commands.pack_records import Packed, load, save
+from guix_tasks.commands.release import release
 from guix_tasks.errors import CheckError, UsageError
-from guix_tasks.packs import Packed, load, save
-from guix_tasks.release import release
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,9 +8,9 @@ from email.utils import format_datetime
 
 import pytest
 
-from guix_tasks import retry
-from guix_tasks.console import Console
+from guix_tasks.engine import retry
 from guix_tasks.errors import RegistryError
+from guix_tasks.ui.console import Console
 
 
 @pytest.fixture

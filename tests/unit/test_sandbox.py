@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_engine import FakeContainer, FakeGuix, Output, Site, made_site
 
-from guix_tasks import hands, paths, work
+from guix_tasks import files
+from guix_tasks.commands import run
+from guix_tasks.commands.verify import verify
 from guix_tasks.errors import EngineError, StageError
-from guix_tasks.rootless import USER
-from guix_tasks.stage import run_stage
+from guix_tasks.stages import container as container_module
+from guix_tasks.stages.ownership import USER
 from guix_tasks.stages.pull import pull_stage
-from guix_tasks.verify import verify
+from guix_tasks.stages.runner import run_stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from guix_tasks.engine import ContainerSpec
+    from guix_tasks.engine.api import ContainerSpec
 
 DENIED = "guix repl: error: clone: Operation not permitted"
 
@@ -115,7 +117,7 @@ def test_it_is_tried_once(made: Site) -> None:
 def test_what_was_kept_wrongly_is_tried_anew(made: Site) -> None:
     made.engine.behaviour = builds_with("capabilities")
     install(made)
-    for kept in (paths.cache_home() / "sandbox").iterdir():
+    for kept in (files.cache_home() / "sandbox").iterdir():
         kept.write_text("what no sandbox is called")
     containers, _ = install(made)
     assert containers == ["probe rootless", "probe capabilities", "install capabilities"]
@@ -141,7 +143,7 @@ def test_an_image_without_guix_says_so_itself(made: Site) -> None:
     made.engine.behaviour = behaviour
     with pytest.raises(StageError, match="install: the command failed with exit status 69"):
         install(made)
-    assert not (paths.cache_home() / "sandbox").exists()
+    assert not (files.cache_home() / "sandbox").exists()
 
 
 def test_an_engine_that_refuses_a_kind_is_no_error_if_it_takes_another(
@@ -180,7 +182,7 @@ def test_a_stage_that_needs_root_gets_it(made: Site) -> None:
 def test_what_is_done_by_hand_and_verified_is_done_as_root(made: Site) -> None:
     """With no more rights than that takes."""
     made.engine.behaviour = builds_with("rootless", "capabilities")
-    hands.run(made.project(), ["true"], stage=None, keep=False)
+    run.run(made.project(), ["true"], stage=None, keep=False)
     verify(made.project())
     kinds = {kind_of(spec) for spec in made.engine.specs if "-run-" in spec.name}
     kinds |= {kind_of(spec) for spec in made.engine.specs if "-verify-" in spec.name}
@@ -188,8 +190,8 @@ def test_what_is_done_by_hand_and_verified_is_done_as_root(made: Site) -> None:
 
 
 def test_a_dry_run_tries_nothing(made: Site) -> None:
-    from guix_tasks.console import Console  # noqa: PLC0415
-    from guix_tasks.engine import TracedEngine  # noqa: PLC0415
+    from guix_tasks.engine.dry_run import TracedEngine  # noqa: PLC0415
+    from guix_tasks.ui.console import Console  # noqa: PLC0415
 
     before = len(made.engine.specs)
     dry = TracedEngine(made.engine, Console(), perform=False)
@@ -198,7 +200,7 @@ def test_a_dry_run_tries_nothing(made: Site) -> None:
 
 
 def test_the_filter_refuses_what_no_build_needs() -> None:
-    profile = json.loads(Path(work.__file__).with_name("seccomp.json").read_text())
+    profile = json.loads(Path(container_module.__file__).with_name("seccomp.json").read_text())
     assert profile["defaultAction"] == "SCMP_ACT_ALLOW"
     (rule,) = profile["syscalls"]
     assert rule["action"] == "SCMP_ACT_ERRNO"

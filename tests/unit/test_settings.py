@@ -17,11 +17,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from guix_tasks import masking, pipes
-from guix_tasks.console import Display
+from guix_tasks import files
 from guix_tasks.errors import SettingsError
-from guix_tasks.ledger import STAGES
-from guix_tasks.reference import ImageReference, Platform
+from guix_tasks.oci.platform import Platform
+from guix_tasks.oci.reference import ImageReference
 from guix_tasks.settings import (
     Driver,
     ImageStore,
@@ -36,7 +35,10 @@ from guix_tasks.settings import (
     load_settings,
     settings_reference,
 )
-from guix_tasks.work import environment
+from guix_tasks.stages.container import environment
+from guix_tasks.stages.images import STAGES
+from guix_tasks.ui import redact
+from guix_tasks.ui.console import Display
 
 ROOT = Path(__file__).parents[2]
 HEX = "0123456789abcdef" * 4
@@ -63,7 +65,7 @@ def load(
     environ: Mapping[str, str] | None = None,
     overrides: Overrides | None = None,
 ) -> Settings:
-    pipes.forget()
+    files.forget_contents()
     (project / ".env").write_bytes(text if isinstance(text, bytes) else text.encode())
     return load_settings(project, project, environ or {}, overrides or {})
 
@@ -721,7 +723,7 @@ def test_proxies_of_dockers_own_configuration_are_weaker(project: Path) -> None:
     found = load(project, "", environ).proxies
     assert (found["http_proxy"], found["no_proxy"]) == ("http://a:hunter2@b.test", "d.test")
     assert "https_proxy" not in found
-    assert masking.clean("hunter2") == "***"
+    assert redact.clean("hunter2") == "***"
 
 
 def test_work_containers_get_the_proxies_of_the_settings(
@@ -917,7 +919,7 @@ def test_no_secret_in_a_repr_or_in_an_error(project: Path) -> None:
         'DOCKER_PASSWORD="hunter2\0"\n',
     ]
     for text in texts:
-        pipes.forget()
+        files.forget_contents()
         (project / ".env").write_text(text)
         with pytest.raises(SettingsError) as caught:
             load_settings(project, project, environ if "${" in text else {})
@@ -1053,7 +1055,7 @@ def test_an_account_in_a_channels_url_is_pointed_out_and_not_shown(
     said = ".env:1: GUIX_CHANNELS: a URL has a user or a password in it"
     assert [note.startswith(said) for note in settings.notes] == [True] * noted
     if noted and "hunter2" in url:
-        assert masking.clean("said hunter2") == "said ***"
+        assert redact.clean("said hunter2") == "said ***"
 
 
 def test_a_build_argument_that_is_secret_is_pointed_out(project: Path) -> None:
@@ -1074,7 +1076,7 @@ def test_what_the_settings_hold_is_known_to_the_filter(project: Path) -> None:
         "BUILDX_CACHE_TO=type=s3,bucket=buck,secret_access_key=hunter3\n",
         {"https_proxy": "http://me:hunter4@proxy.test"},
     )
-    said = masking.clean(
+    said = redact.clean(
         "me pass%20word abcdefghij { hunter1 1.2.3 buck hunter3 hunter4 bWU6cGFzcyB3b3Jk"
     )
     assert said == "me *** *** { *** 1.2.3 buck *** *** ***"

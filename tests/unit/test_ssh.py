@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from guix_tasks.docker_engine import Address, DockerEngine
+from guix_tasks.engine.discovery import Address
+from guix_tasks.engine.docker import DockerEngine
+from guix_tasks.engine.ssh import Ssh, arguments
 from guix_tasks.errors import EngineError
-from guix_tasks.ssh import Ssh, arguments
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,7 +48,7 @@ def test_what_ssh_is_called_with(url: str, expected: tuple[str, ...]) -> None:
 )
 def test_what_is_no_address(url: str, said: str) -> None:
     with pytest.raises(EngineError, match=said) as raised:
-        DockerEngine(Address(url, "test"), {}).info()
+        DockerEngine(Address(url, "test")).info()
     assert "secret1" not in str(raised.value)
 
 
@@ -78,7 +79,7 @@ def test_what_ssh_says_is_told(
     monkeypatch.setenv("PATH", str(tmp_path))
     url = "ssh://me@far.test:7"
     with pytest.raises(EngineError) as raised:
-        DockerEngine(Address(url, "DOCKER_HOST"), {}).info()
+        DockerEngine(Address(url, "DOCKER_HOST")).info()
     where = f"the Docker Engine at {url} (DOCKER_HOST)"
     line = told.strip().splitlines()[-1]
     mend = f"; {expected}" if expected else ""

@@ -47,7 +47,9 @@ from guix_tasks.errors import (
     StoppedError,
     UsageError,
 )
-from guix_tasks.ledger import (
+from guix_tasks.stages.base import base_spec
+from guix_tasks.stages.container import PROJECT_LABEL
+from guix_tasks.stages.images import (
     CHANNELS_LABEL,
     IMAGE_LABEL,
     KEY_LABEL,
@@ -59,15 +61,15 @@ from guix_tasks.ledger import (
     is_child,
     proven_stage,
 )
-from guix_tasks.stage import Project, Stage, commit_image, run_stage
-from guix_tasks.stages.base import base_spec
+from guix_tasks.stages.project import Project
 from guix_tasks.stages.pull import AUTHENTICATION_LABEL, misfit, stage_to_run, write_lock
-from guix_tasks.work import PROJECT_LABEL
+from guix_tasks.stages.runner import commit_image, run_stage
+from guix_tasks.stages.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from guix_tasks.engine import Image
+    from guix_tasks.engine.api import Image
 
 NEW = "c" * 40
 LOCKED = f"(list {channel('guix', 'https://guix.test', COMMITS['guix'])})\n"

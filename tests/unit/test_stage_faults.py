@@ -9,25 +9,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import (
-    STEADY,
-    FakeContainer,
-    Heard,
-    Output,
-    Site,
-    heard,
-    new_site,
-)
+from fake_engine import STEADY, FakeContainer, Heard, Output, Site, heard, new_site
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guix_tasks import hands, masking, upkeep
-from guix_tasks.console import Display
-from guix_tasks.engine import TracedEngine
+from guix_tasks.commands import clean, commit
+from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import FULL_DISK, EngineError, StageError, UsageError
-from guix_tasks.stage import STAGE_TRIES, Project, Stage, perform, run_stage
-from guix_tasks.watch import Lines, Servers
-from guix_tasks.work import (
+from guix_tasks.stages.container import (
     ENTRY_POINT,
     Work,
     common_inputs,
@@ -36,12 +25,18 @@ from guix_tasks.work import (
     kept_containers,
     work_container,
 )
+from guix_tasks.stages.log_faults import Lines, Servers
+from guix_tasks.stages.project import Project
+from guix_tasks.stages.runner import STAGE_TRIES, perform, run_stage
+from guix_tasks.stages.stage import Stage
+from guix_tasks.ui import redact
+from guix_tasks.ui.console import Display
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from guix_tasks.engine import Image
+    from guix_tasks.engine.api import Image
 
 STAGE = Stage("own", [("guix", "pull")], ("guix", "describe"), lambda report: {"report": report})
 
@@ -219,7 +214,7 @@ def test_an_error_in_a_file_is_told_with_its_place(site: Site) -> None:
 
 
 def test_what_guix_said_is_told_short_without_secrets_and_control_characters(site: Site) -> None:
-    masking.add("hunter2")
+    redact.add("hunter2")
     log = b"guix pull: error: \x1b[31m" + b"a" * 180 + b"hunter2" * 9 + b"\n"
     said = failure(site, Try(1, [log]))
     assert "hunter" not in said
@@ -557,13 +552,13 @@ def test_with_keep_failed_what_goes_well_is_not_left(site: Site) -> None:
 def test_a_container_that_failed_is_not_committed(site: Site) -> None:
     failure(site, Try(1), keep_failed=True)
     with pytest.raises(UsageError, match="ended with status 1, so it is not committed"):
-        hands.commit(site.project())
+        commit.commit(site.project())
     assert len(site.engine.all_containers) == 1
 
 
 def test_clean_drops_a_container_that_failed(site: Site) -> None:
     failure(site, Try(1), keep_failed=True)
-    assert len(upkeep.clean(site.project(), work_only=True)) == 1
+    assert len(clean.clean(site.project(), work_only=True)) == 1
     assert site.engine.all_containers == {}
 
 
@@ -649,7 +644,7 @@ def test_other_displays_have_all_of_it(site: Site, display: Display) -> None:
 
 
 def test_the_whole_log_of_the_last_run_is_kept_without_secrets(site: Site) -> None:
-    masking.add("hunter2")
+    redact.add("hunter2")
     log = site.folder / "out" / "logs" / "own.log"
     run(site, Try(0, [b"the first\n"]))
     assert log.read_bytes() == b"the first\n"

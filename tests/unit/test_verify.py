@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_engine import COMMITS, FakeContainer, Output, Site, heard, new_site
 
+from guix_tasks.commands.verify import CHECKS, verify
 from guix_tasks.errors import CheckError, StageError, UsageError
-from guix_tasks.verify import CHECKS, verify
-from guix_tasks.work import ENTRY_POINT, FOLDER
+from guix_tasks.stages.container import ENTRY_POINT, FOLDER
 
 if TYPE_CHECKING:
     from pathlib import Path

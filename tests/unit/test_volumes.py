@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_engine import BASE_IMAGE, IMAGE, PROFILE, Site, heard
 
-from guix_tasks import guix, hands, volumes
+from guix_tasks import guix
+from guix_tasks.commands import commit, run, shell
+from guix_tasks.commands.squash import squash
 from guix_tasks.errors import SettingsError
-from guix_tasks.ledger import STAGES
-from guix_tasks.result_paths import conflict
+from guix_tasks.guix.result_paths import conflict
 from guix_tasks.settings import load_settings
-from guix_tasks.squash import squash
-from guix_tasks.volumes import check_volumes
-from guix_tasks.work import CACHES, FOLDER, cache_volumes, memory_folders
+from guix_tasks.stages import volumes
+from guix_tasks.stages.container import CACHES, FOLDER, cache_volumes, memory_folders
+from guix_tasks.stages.images import STAGES
+from guix_tasks.stages.volumes import check_volumes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -197,26 +199,26 @@ def test_stage_on_an_old_image_is_refused_before_it_starts(old: Site) -> None:
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_run_is_refused_only_if_it_is_kept(old: Site, *, keep: bool) -> None:
-    def run() -> int:
-        return hands.run(old.project(), ["true"], stage=None, keep=keep)
+    def run_it() -> int:
+        return run.run(old.project(), ["true"], stage=None, keep=keep)
 
     if keep:
-        assert old.ran(lambda: refused(run)) == []
+        assert old.ran(lambda: refused(run_it)) == []
     else:
-        assert run() == 0
+        assert run_it() == 0
 
 
 def test_shell_is_refused(old: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    refused(lambda: hands.shell(old.project(), ["docker"], {}, stage=None, fresh=False))
+    refused(lambda: shell.shell(old.project(), ["docker"], {}, stage=None, fresh=False))
     assert old.engine.all_containers == {}
 
 
 def test_commit_is_refused_and_leaves_its_container(old: Site) -> None:
     with unchecked():
-        hands.run(old.project(), ["make"], stage=None, keep=True)
+        run.run(old.project(), ["make"], stage=None, keep=True)
     before = dict(old.engine.tags)
-    refused(lambda: hands.commit(old.project()))
+    refused(lambda: commit.commit(old.project()))
     assert old.engine.tags == before
     assert len(old.engine.all_containers) == 1
 

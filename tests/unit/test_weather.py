@@ -11,20 +11,20 @@ import pytest
 from fake_engine import FakeContainer, FakeGuix, Heard, Output, Site, heard, outline
 
 from guix_tasks import guix
-from guix_tasks.engine import TracedEngine
+from guix_tasks.commands.weather import weather
+from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import CheckError, StageError, UsageError
 from guix_tasks.guix import Forecast
-from guix_tasks.weather import weather
-from guix_tasks.work import FOLDER
+from guix_tasks.stages.container import FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from guix_tasks.stage import Project
+    from guix_tasks.stages.project import Project
 
 pytestmark = pytest.mark.usefixtures("serial_hashing")
 
-# What image/weather.scm printed with Guix 1.5, in the offline example.
+# What resources/weather.scm printed with Guix 1.5, in the offline example.
 RECORDED = """\
 weather:system\tx86_64-linux
 weather:wanted\thello@2.12.2\tsubstitutable

@@ -1,0 +1,1 @@
+"""What only a checkout of guix-tasks needs; not in the wheel."""

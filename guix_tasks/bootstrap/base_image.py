@@ -1,0 +1,84 @@
+"""A base image with Guix from Debian's packages, where no image registry is within reach."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+from guix_tasks import files
+from guix_tasks.bootstrap.apt import on_debian
+from guix_tasks.bootstrap.rootfs import PACKAGES, SUITE, container_argv, debian_rootfs, described
+from guix_tasks.engine.accounts import HUB, docker_accounts
+from guix_tasks.engine.api import ContainerSpec, run_to_end
+from guix_tasks.engine.retry import retried
+from guix_tasks.errors import BuilderError, GuixTasksError
+from guix_tasks.ui.format import human_size, human_time
+from guix_tasks.ui.log import results
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from guix_tasks.engine.api import Engine
+    from guix_tasks.ui.console import Console
+
+BASE_TAG = f"guix-tasks/debian-guix:{SUITE}"
+PLAIN_TAG = f"guix-tasks/debian:{SUITE}"
+"""Has no Guix: a place to try packs in."""
+DEBIAN_IMAGE = f"debian:{SUITE}-slim"
+
+
+def make_base(
+    engine: Engine, console: Console, tag: str, packages: Sequence[str] = PACKAGES
+) -> None:
+    """Make the image ``tag`` with these packages; where no Debian is, in a Debian container.
+
+    Raises ``BuilderError`` where neither can be done, with the reason.
+    """
+    started = time.monotonic()
+    with console.step("rootfs"):
+        if on_debian():
+            archive = debian_rootfs(files.cache_home() / "apt", console, packages)
+        else:
+            archive = _in_container(engine, console, packages)
+        # Imported while it is made.
+        engine.import_rootfs(archive, tag)
+    image = engine.image(tag)
+    size = human_size(image.size) if image else ""
+    took = human_time(time.monotonic() - started)
+    console.say(f"rootfs: {tag}: {described(packages)}; {size}, {took}")
+    if packages:
+        console.say(f"rootfs: use it as BASE_IMAGE={tag}")
+
+
+def make_plain(engine: Engine, console: Console, tag: str) -> None:
+    """Make the image ``tag`` without Guix, a place to try in what was packed."""
+    make_base(engine, console, tag, packages=())
+
+
+def _in_container(engine: Engine, console: Console, packages: Sequence[str]) -> Iterator[bytes]:
+    console.say(f"rootfs: this host is not Debian, so it is made in a container of {DEBIAN_IMAGE}")
+    if engine.image(DEBIAN_IMAGE) is None:
+        try:
+            pull = partial(engine.pull, DEBIAN_IMAGE, docker_accounts(os.environ).find(HUB))
+            retried(console, "the pull", pull, host=HUB)
+        except GuixTasksError as error:
+            raise BuilderError(
+                f"rootfs needs a Debian host or the image {DEBIAN_IMAGE}, and there is neither: "
+                f"{error}"
+            ) from None
+    spec = ContainerSpec(
+        name=f"guix-tasks-rootfs-{secrets.token_hex(3)}",
+        image=DEBIAN_IMAGE,
+        command=tuple(container_argv(packages)),
+        privileged=True,
+        network=None if engine.info().has_bridge else "host",
+    )
+    with console.step("rootfs") as step:
+        yield from results(run_to_end(engine, spec, _failed), step.log)
+
+
+def _failed(status: int) -> BuilderError:
+    return BuilderError(f"rootfs: mmdebstrap failed with status {status}; see above")

@@ -1,0 +1,124 @@
+"""What a bare machine lacks: an engine, a registry, a base image."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from invoke.collection import Collection
+from invoke.tasks import task
+
+from guix_tasks.cli.errors import guarded
+from guix_tasks.cli.session import left_at_showing, opened, opened_settings, opened_single
+from guix_tasks.cli.tasks.output import long_task
+
+if TYPE_CHECKING:
+    from invoke.context import Context
+
+
+@task(
+    name="up",
+    help={"image_store": "containerd or overlay2, instead of ENGINE_IMAGE_STORE"},
+    auto_shortflags=False,
+)
+def engine_up(c: Context, image_store: str = "") -> None:
+    """Start a private Docker Engine, if there is none.
+
+    It is unpacked from Debian's packages into a directory of its own;
+    nothing is installed.
+    """
+    with opened_settings({"ENGINE_IMAGE_STORE": image_store}) as (settings, console):
+        if left_at_showing(c, "engine.up"):
+            return
+        from guix_tasks.bootstrap.engine import private_engine
+
+        private_engine().up(console, settings.engine_image_store)
+
+
+@task(name="down", auto_shortflags=False)
+def engine_down(c: Context) -> None:
+    """Stop the private Docker Engine."""
+    with guarded():
+        if left_at_showing(c, "engine.down"):
+            return
+        from guix_tasks.bootstrap.engine import private_engine
+        from guix_tasks.ui.console import Console
+
+        private_engine().down(Console())
+
+
+@task(name="up", help={"port": "the port on loopback (default 5055)"}, auto_shortflags=False)
+def registry_up(c: Context, port: int = 5055) -> None:
+    """Start a registry on loopback, for `inv push`.
+
+    It asks for a password that is generated, and that the tasks know.
+    """
+    with opened(c) as project:
+        if left_at_showing(c, "registry.up"):
+            return
+        from guix_tasks.bootstrap.registry import registry_for
+
+        registry_for(project.engine, port).up(project.console)
+
+
+@task(name="down", help={"port": "the port on loopback (default 5055)"}, auto_shortflags=False)
+def registry_down(c: Context, port: int = 5055) -> None:
+    """Stop the local registry.
+
+    What was pushed to it stays.
+    """
+    with opened(c) as project:
+        if left_at_showing(c, "registry.down"):
+            return
+        from guix_tasks.bootstrap.registry import registry_for
+
+        registry_for(project.engine, port).down(project.console)
+
+
+@long_task(
+    help={
+        "tag": "the name of the image",
+        "plain": "without Guix: a place to try in what was packed",
+    }
+)
+def rootfs(c: Context, tag: str = "", plain: bool = False) -> None:
+    """Make a base image with Guix of Debian's packages.
+
+    For where BASE_IMAGE cannot be pulled; set it to the name that this
+    prints.
+    """
+    with opened(c) as project:
+        from guix_tasks.bootstrap.base_image import BASE_TAG, PLAIN_TAG, make_base, make_plain
+
+        make, usual = (make_plain, PLAIN_TAG) if plain else (make_base, BASE_TAG)
+        make(project.engine, project.console, tag or usual)
+
+
+@task(
+    name="up",
+    help={"listen": "ADDRESS:PORT instead of SUBSTITUTES_LISTEN, as 0.0.0.0:8181 for all machines"},
+    auto_shortflags=False,
+)
+def substitutes_up(c: Context, listen: str = "") -> None:
+    """Serve substitutes from the newest stage image."""
+    given = {"SUBSTITUTES_LISTEN": listen}
+    with opened_single(c, given) as project, project.alone("substitutes.up"):
+        from guix_tasks.commands.substitutes import up
+
+        up(project)
+
+
+@task(name="down", auto_shortflags=False)
+def substitutes_down(c: Context) -> None:
+    """Stop serving substitutes; the signing key stays."""
+    with opened_single(c) as project, project.alone("substitutes.down"):
+        from guix_tasks.commands.substitutes import down
+
+        down(project)
+
+
+engine = Collection("engine", engine_up, engine_down)
+registry = Collection("registry", registry_up, registry_down)
+substitutes = Collection("substitutes", substitutes_up, substitutes_down)
+
+tasks = (rootfs,)
+collections = (engine, registry, substitutes)

@@ -1,0 +1,29 @@
+"""The start of a project."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from invoke.tasks import task
+
+from guix_tasks.cli.errors import guarded
+
+if TYPE_CHECKING:
+    from invoke.context import Context
+
+
+@task(
+    help={"ci": "for which CI: github, gitlab, both, none, or auto: what Git's remote tells"},
+    auto_shortflags=False,
+)
+def init(c: Context, ci: str = "auto") -> None:
+    """Write a commented start of a project, here.
+
+    Nothing is overwritten.
+    """
+    with guarded():
+        from guix_tasks.commands.init import write_start
+        from guix_tasks.ui.console import Console
+
+        write_start(Path.cwd(), Console(), ci=ci, dry=bool(c.config.run.dry))

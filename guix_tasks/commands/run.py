@@ -1,0 +1,54 @@
+"""One command in a work container."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from guix_tasks.commands.push import image_to_use
+from guix_tasks.errors import UsageError
+from guix_tasks.oci.reference import quoted
+from guix_tasks.settings.parsers import check_text
+from guix_tasks.stages.container import Work, refuse_second, work_container
+from guix_tasks.stages.volumes import check_volumes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from guix_tasks.stages.project import Project
+
+
+def _refuse_broken(word: str) -> None:
+    """Refuse an argument that would reach the command as another: an engine takes UTF-8 alone."""
+    try:
+        check_text(word)
+    except ValueError as error:
+        raise UsageError(f"run: {quoted(word)} {error}") from None
+
+
+def run(project: Project, argv: Sequence[str], *, stage: str | None, keep: bool) -> int:
+    """Run one command in a work container of ``IMAGE``; its exit status.
+
+    With ``keep`` the container of a command that succeeded is left for ``commit``.
+    """
+    if not argv:
+        raise UsageError("run: no command; say `inv run -- COMMAND ARGUMENT…`")
+    for word in argv:
+        _refuse_broken(word)
+    if keep:
+        refuse_second(project.engine, project.settings)
+    image = image_to_use(project, stage)
+    if keep:
+        check_volumes(project.settings, image)
+    project = project.settled(image, as_root=True)
+    work = Work("run", tuple(argv), {}, keep=keep)
+    with work_container(project.engine, project.settings, image.id, work) as container:
+        for is_error, data in project.engine.run(container):
+            project.console.stream(data, error=is_error)
+        project.console.end_streams()
+        status = project.engine.wait(container)
+        if keep and status:
+            # What failed is not for committing.
+            project.engine.remove(container)
+        elif keep:
+            project.console.say("run: the container is kept; `inv commit` makes it the image")
+    return status

@@ -1,0 +1,97 @@
+"""What is in an image: bytes by stage, by layer, and the largest store items."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from xml.sax.saxutils import escape
+
+from guix_tasks.commands.push import image_to_use
+from guix_tasks.stages.container import Work, work_container
+from guix_tasks.stages.lifecycle import Lifecycle
+from guix_tasks.stages.runner import perform
+from guix_tasks.ui.format import human_size
+
+if TYPE_CHECKING:
+    from guix_tasks.stages.project import Project
+
+LARGEST = 15
+"""How many store items are named."""
+
+HASH_LENGTH = len("/gnu/store/") + 32 + 1
+"""What a store item's path has before its name."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A part of an image, and its bytes unpacked."""
+
+    group: str
+    name: str
+    size: int
+
+
+def sizes(project: Project) -> list[Size]:
+    """The parts of ``IMAGE``, by stage, layer and store item."""
+    image = image_to_use(project)
+    lifecycle, parts = Lifecycle(project), []
+    whole: dict[str | None, int] = {}
+    for stage in project.ledger.stages:
+        found = project.ledger.find(stage)
+        if found:
+            below = whole.get(lifecycle.parent_of(stage), 0)
+            parts.append(Size("stage", stage, found.size - below))
+            whole[stage] = found.size
+    for number, layer in enumerate(project.engine.layers(image.id), 1):
+        what = " ".join(layer.made_by.split()).removeprefix("/bin/sh -c ") or "commit"
+        parts.append(Size("layer", f"{number} {what[:60]}", layer.size))
+    return [*parts, *_store_items(project, image.id)]
+
+
+def _store_items(project: Project, image: str) -> list[Size]:
+    # In kilobytes on disk, as GNU's and busybox's du both have it.
+    measure = "du -sk /gnu/store/*-* 2>/dev/null | sort -rn | head -n " + str(LARGEST)
+    work = Work("sizes", ("-c", measure), {}, entry_point=("sh",), bare=True)
+    with work_container(project.engine, project.settings, image, work) as container:
+        said = perform(project, container, "sizes")
+    # The programs that say it are the image's own, and may say anything.
+    rows = re.findall(r"^([0-9]{1,15})\t(/gnu/store/.+)$", said, re.MULTILINE | re.ASCII)
+    return [Size("store item", path[HASH_LENGTH:], int(size) * 1024) for size, path in rows]
+
+
+def size_rows(parts: list[Size]) -> list[tuple[str, str, str]]:
+    return [(part.group, part.name, human_size(part.size)) for part in parts]
+
+
+ROW, LEFT, WIDTH, RIGHT, TOP = 22, 330, 420, 90, 44
+"""The measures of the picture, in pixels."""
+
+COLOURS = {"stage": "#3b6ea5", "layer": "#7a9e3f", "store item": "#c07f2a"}
+
+
+def picture(title: str, parts: list[Size]) -> str:
+    """The sizes as an SVG picture: a bar for each part, coloured by its group."""
+    widest = max((part.size for part in parts), default=1) or 1
+    height = TOP + ROW * len(parts) + 12
+    lines = [
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + RIGHT}" '
+            f'height="{height}" font-family="sans-serif" font-size="12">'
+        ),
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="12" y="24" font-size="15">{escape(title)}</text>',
+    ]
+    for number, part in enumerate(parts):
+        top = TOP + ROW * number
+        bar = max(1, round(WIDTH * part.size / widest))
+        name = f"{part.group}: {part.name}"[:48]
+        lines += [
+            f'<text x="{LEFT - 8}" y="{top + 14}" text-anchor="end">{escape(name)}</text>',
+            (
+                f'<rect x="{LEFT}" y="{top + 2}" width="{bar}" height="{ROW - 6}" '
+                f'fill="{COLOURS[part.group]}"/>'
+            ),
+            f'<text x="{LEFT + bar + 6}" y="{top + 14}">{human_size(part.size)}</text>',
+        ]
+    return "\n".join([*lines, "</svg>", ""])

@@ -1,0 +1,1 @@
+"""Docker and Podman: the only package that imports the docker SDK."""

@@ -1,0 +1,201 @@
+"""Accounts of registries, and where Docker's own configuration has them.
+
+An account belongs to one registry: it is looked up by the registry's host and sent to no other.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from guix_tasks.errors import RegistryError
+from guix_tasks.ui import redact
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+HUB = "docker.io"
+
+_HUB_KEY = "https://index.docker.io/v1/"
+"""The name under which Docker keeps the account of Docker Hub."""
+
+AUTH_CONFIG = "DOCKER_AUTH_CONFIG"
+"""The variable in which Docker's command line takes accounts, in the form of its config.json."""
+
+_TOKEN_USER = "<token>"  # noqa: S105 -- the user that a helper names for an identity token
+
+_HELPER_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Account of a registry.  Never printed."""
+
+    username: str
+    password: str = field(repr=False)
+    identity_token: str = field(default="", repr=False)
+    """A refresh token that takes the place of user and password."""
+
+    def __post_init__(self) -> None:
+        if self.password:
+            redact.add(self.password, f"{self.username}:{self.password}")
+        if self.identity_token:
+            redact.add(self.identity_token)
+
+
+@dataclass(frozen=True)
+class Accounts:
+    """The accounts of a project: the given ones first, then those of Docker's configuration."""
+
+    environment: Mapping[str, str] = field(repr=False)
+    """The environment of Docker's command line and of its credential helpers."""
+    given: Mapping[str, Credentials] = field(default_factory=dict)
+    """By host."""
+
+    def find(self, host: str) -> Credentials | None:
+        """Return the account of a registry, or None.
+
+        Raises ``RegistryError`` if the credential helper of Docker's configuration fails.
+        """
+        return self.given.get(host) or self.of_docker(host)
+
+    def of_docker(self, host: str) -> Credentials | None:
+        """Return the account that Docker's config.json or its credential helper has."""
+        config, key = self._config, docker_key(host)
+        helper = _object(config.get("credHelpers")).get(key, config.get("credsStore"))
+        if helper and isinstance(helper, str):
+            found = _ask_helper(helper, host, self.environment)
+            if found:
+                return found
+        auths = _object(config.get("auths"))
+        # The exact name wins over a URL of the same host.
+        names = sorted(auths, key=lambda name: name != key)
+        return next((_decoded(auths[name]) for name in names if _host(name) == host), None)
+
+    def every(self) -> dict[str, Credentials]:
+        """Return all accounts by host, for a build whose Dockerfile may name any registry.
+
+        A credential helper that fails is skipped, as Docker's command line does.
+        """
+        config = self._config
+        names = [*_object(config.get("auths")), *_object(config.get("credHelpers"))]
+        found = {}
+        for host in dict.fromkeys([*self.given, *map(_host, names)]):
+            with suppress(RegistryError):
+                if account := self.find(host):
+                    found[host] = account
+        return found
+
+    @property
+    def _config(self) -> dict[str, object]:
+        # A broken file counts as none; Docker's command line prints a warning and does the same.
+        try:
+            return _json_object((docker_folder(self.environment) / "config.json").read_bytes())
+        except (OSError, RuntimeError):
+            return {}
+
+
+def docker_accounts(environment: Mapping[str, str]) -> Accounts:
+    """Return the accounts of Docker's own: ``DOCKER_AUTH_CONFIG``, config.json, its helpers."""
+    return Accounts(environment, dict(_auth_config(environment.get(AUTH_CONFIG, ""))))
+
+
+def auth_config(accounts: Mapping[str, Credentials]) -> str:
+    """Return what ``DOCKER_AUTH_CONFIG`` is to hold for these accounts."""
+    auths = {
+        docker_key(host): {"auth": base64.b64encode(f"{a.username}:{a.password}".encode()).decode()}
+        for host, a in accounts.items()
+    }
+    return json.dumps({"auths": auths})
+
+
+def docker_folder(environment: Mapping[str, str]) -> Path:
+    """The Docker CLI's own folder, where a user's plugins, contexts and accounts are."""
+    return Path(environment.get("DOCKER_CONFIG") or Path.home() / ".docker")
+
+
+def docker_key(host: str) -> str:
+    """Return the name under which Docker keeps the account of a registry."""
+    return _HUB_KEY if host == HUB else host
+
+
+def _host(name: str) -> str:
+    """Return the host of a name in Docker's configuration, which may be a URL."""
+    host = name.partition("://")[2] or name
+    host = host.partition("/")[0]
+    return HUB if host == f"index.{HUB}" else host
+
+
+def _auth_config(text: str) -> Iterator[tuple[str, Credentials]]:
+    for name, entry in _object(_json_object(text).get("auths")).items():
+        account = _decoded(entry)
+        if account and not account.identity_token:  # which Docker does not take here either
+            yield _host(name), account
+
+
+def _decoded(entry: object) -> Credentials | None:
+    """Return the account that an entry of ``auths`` holds, or None for a broken or empty one."""
+    fields = _object(entry)
+    token, auth = fields.get("identitytoken"), fields.get("auth")
+    if token and isinstance(token, str):
+        return Credentials("", "", token)
+    if not isinstance(auth, str):
+        return None
+    try:
+        username, colon, password = base64.b64decode(auth).decode().partition(":")
+    except ValueError:
+        return None
+    password = password.strip("\0")
+    return Credentials(username, password) if username and colon and password else None
+
+
+def _ask_helper(helper: str, host: str, environment: Mapping[str, str]) -> Credentials | None:
+    """Ask a credential helper by the protocol of github.com/docker/docker-credential-helpers."""
+    program = f"docker-credential-{helper}"
+    try:
+        done = subprocess.run(
+            [program, "get"], input=docker_key(host), env=dict(environment), capture_output=True,
+            text=True, errors="replace", check=False, timeout=_HELPER_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise _helper_error(host, f"{program} does not answer") from None
+    except FileNotFoundError:
+        raise _helper_error(host, f"{program} not installed, or not on PATH") from None
+    except (OSError, ValueError) as error:
+        raise _helper_error(host, f"{program}: {getattr(error, 'strerror', error)}") from None
+    if done.returncode:
+        why = " ".join((done.stdout.strip() or done.stderr.strip()).split())
+        if "credentials not found" in why.lower():
+            return None
+        raise _helper_error(host, f"{program}: {why or f'exit status {done.returncode}'}")
+    answer = _json_object(done.stdout)
+    username, secret = answer.get("Username"), answer.get("Secret")
+    if not isinstance(username, str) or not isinstance(secret, str):
+        raise _helper_error(host, f"{program} gave an answer without Username and Secret")
+    if not secret:  # some print an empty answer for a server that they do not know
+        return None
+    return Credentials("", "", secret) if username == _TOKEN_USER else Credentials(username, secret)
+
+
+def _helper_error(host: str, why: str) -> RegistryError:
+    return RegistryError(
+        f"cannot get the account of {host} from Docker's own configuration: {why}; "
+        "fix its config.json, or set DOCKER_USERNAME and DOCKER_PASSWORD for the registry of IMAGE"
+    )
+
+
+def _json_object(text: str | bytes) -> dict[str, object]:
+    """The object that a JSON text holds; an empty one where it holds none."""
+    try:
+        return _object(json.loads(text))
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _object(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,218 @@
+"""An engine that shows each call that changes something and, on a dry run, leaves it at that."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import IO, TYPE_CHECKING, Any
+
+from guix_tasks.engine.api import (
+    BuildSpec,
+    Container,
+    ContainerSpec,
+    Engine,
+    EngineInfo,
+    Image,
+    Layer,
+    Progress,
+    build_options,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from guix_tasks.engine.accounts import Credentials
+    from guix_tasks.ui.console import Console
+
+
+class TracedEngine:
+    """Prints every call that changes something, as a ``docker`` command.
+
+    With ``perform=False`` (``inv --dry``) the call is left at that: reading goes to the real
+    engine, and a tag that would have been set is remembered, so that the stages after it see
+    what they would find.
+    """
+
+    def __init__(self, engine: Engine, console: Console, *, perform: bool) -> None:
+        self._engine = engine
+        self._console = console
+        self._perform = perform
+        self.is_dry = not perform
+        self._images: dict[str, Image | None] = {}
+        self._started: set[str] = set()
+        self._specs: dict[str, ContainerSpec] = {}
+
+    def info(self) -> EngineInfo:
+        return self._engine.info()
+
+    def local_accounts(self) -> Mapping[str, Credentials]:
+        return self._engine.local_accounts()
+
+    def image(self, reference: str) -> Image | None:
+        if reference in self._images:
+            return self._images[reference]
+        return self._engine.image(reference)
+
+    def unnamed(self, labels: Mapping[str, str]) -> list[str]:
+        return self._engine.unnamed(labels)
+
+    def containers(self, labels: Mapping[str, str]) -> list[Container]:
+        return self._engine.containers(labels)
+
+    def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
+        return self._engine.remote_digest(reference, credentials)
+
+    def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
+        return self._engine.greet_registry(reference, credentials)
+
+    def volumes(self, labels: Mapping[str, str]) -> list[str]:
+        return self._engine.volumes(labels)
+
+    def make_volume(self, name: str, labels: Mapping[str, str]) -> None:
+        self._show("volume", "create", name)
+        if self._perform:
+            self._engine.make_volume(name, labels)
+
+    def remove_volume(self, name: str) -> None:
+        self._show("volume", "rm", name)
+        if self._perform:
+            self._engine.remove_volume(name)
+
+    def tag(self, image: str, reference: str) -> None:
+        self._show("tag", image, reference)
+        if self._perform:
+            self._engine.tag(image, reference)
+        else:
+            self._images[reference] = self.image(image)
+
+    def untag(self, reference: str) -> None:
+        self._show("image", "rm", reference)
+        if self._perform:
+            self._engine.untag(reference)
+        else:
+            self._images[reference] = None
+
+    def drop(self, image: str) -> None:
+        found = self.image(image)
+        remembered = [each and each.id for each in self._images.values()]
+        if found and not found.tags and found.id not in remembered:
+            self._show("image", "rm", image)
+        if self._perform:
+            self._engine.drop(image)
+
+    def layers(self, image: str) -> list[Layer]:
+        return self._engine.layers(image)
+
+    def save(self, image: str) -> Iterator[bytes]:
+        return self._engine.save(image)
+
+    def create(self, spec: ContainerSpec) -> str:
+        self._console.command(create_argv(spec))
+        if self._perform:
+            return self._engine.create(spec)
+        self._specs[spec.name] = spec
+        return spec.name
+
+    def copy_in(self, container: str, archive: bytes | IO[bytes]) -> None:
+        self._show("cp", "-", f"{container}:/")
+        if self._perform:
+            self._engine.copy_in(container, archive)
+
+    def copy_out(self, container: str, path: str) -> Iterator[bytes]:
+        return self._engine.copy_out(container, path)
+
+    def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
+        self._show("start", "--attach", container)
+        self._started.add(container)
+        return self._engine.run(container) if self._perform else iter(())
+
+    def received(self, container: str) -> int | None:
+        return self._engine.received(container)
+
+    def start(self, container: str) -> None:
+        self._show("start", container)
+        if self._perform:
+            self._engine.start(container)
+
+    def wait(self, container: str) -> int:
+        return self._engine.wait(container) if self._perform else 0
+
+    def stop(self, container: str, seconds: int) -> None:
+        self._show("stop", f"--time={seconds}", container)
+        if self._perform:
+            self._engine.stop(container, seconds)
+
+    def remove(self, container: str) -> None:
+        self._show("rm", "--force", container)
+        if self._perform:
+            self._engine.remove(container)
+
+    def commit(self, container: str, config: Mapping[str, Any]) -> str:
+        self._show("commit", container)
+        if self._perform:
+            return self._engine.commit(container, config)
+        # A commit adds one layer to those of the container's image, if the container was run.
+        image = f"dry-run:{container}"
+        spec = self._specs.get(container)
+        parent = self.image(spec.image) if spec else None
+        if parent:
+            layers = (*parent.layers, *([image] if container in self._started else []))
+            self._images[image] = replace(parent, id=image, layers=layers, config=config)
+        return image
+
+    def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
+        self._show("import", "-", reference)
+        return self._engine.import_rootfs(archive, reference) if self._perform else reference
+
+    def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
+        self._console.command(("docker", "build", *build_options(spec), str(spec.context)))
+        if self._perform:
+            return self._engine.build(spec, output)
+        built = "dry-run:build"
+        self._images[built] = Image(built, (built,), {}, 0, "", self.info().platform)
+        return built
+
+    def push(
+        self, reference: str, credentials: Credentials | None, progress: Progress | None = None
+    ) -> str:
+        self._show("push", reference)
+        return self._engine.push(reference, credentials, progress) if self._perform else ""
+
+    def pull(
+        self,
+        reference: str,
+        credentials: Credentials | None,
+        platform: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._show("pull", reference)
+        if self._perform:
+            self._engine.pull(reference, credentials, platform, progress)
+
+    def _show(self, *words: str) -> None:
+        self._console.command(("docker", *words))
+
+
+def create_argv(spec: ContainerSpec) -> Sequence[str]:
+    """The ``docker create`` that makes this container."""
+    entry, *arguments = spec.command
+    return (
+        "docker", "create", f"--name={spec.name}",
+        *(["--privileged"] if spec.privileged else []),
+        *(f"--security-opt={option}" for option in spec.security),
+        *(["--security-opt=systempaths=unconfined"] if spec.unmasked else []),
+        *(["--cap-drop=ALL"] if spec.capabilities is not None else []),
+        *(f"--cap-add={each}" for each in spec.capabilities or ()),
+        *(["--init"] if spec.init else []),
+        *(["--interactive", "--tty"] if spec.tty else []),
+        *([f"--network={spec.network}"] if spec.network else []),
+        *([f"--memory={spec.memory}"] if spec.memory else []),
+        *([f"--user={spec.user}"] if spec.user else []),
+        *([f"--platform={spec.platform}"] if spec.platform else []),
+        *(f"--publish={spec.publish_on}:{ours}:{theirs}" for ours, theirs in spec.publish.items()),
+        *(f"--volume={bind}" for bind in spec.binds),
+        *([f"--volume={spec.scratch}"] if spec.scratch else []),
+        *(f"--tmpfs={folder}" for folder in spec.memory_folders),
+        *(f"--env={name}={value}" for name, value in spec.environment.items()),
+        *(f"--label={name}={value}" for name, value in spec.labels.items()),
+        f"--entrypoint={entry}", spec.image, *arguments,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Image references, platforms, labels and archives; pure."""

@@ -1,0 +1,1 @@
+"""What is shown: console, live display, CI logs, formats, redaction."""

@@ -1,0 +1,541 @@
+"""Work containers: what they are, what is copied into them, and that none is left."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_engine import (
+    BASE_CONFIG,
+    IMAGE,
+    STEADY,
+    FakeEngine,
+    Killed,
+    Site,
+    another_process,
+    new_site,
+)
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from guix_tasks.engine.api import ContainerSpec
+from guix_tasks.errors import EngineError, StageError, StoppedError, UsageError
+from guix_tasks.stages.container import (
+    ENTRY_POINT,
+    FOLDER,
+    IMAGE_FOLDER,
+    PROJECT_LABEL,
+    Work,
+    archive,
+    cache_volumes,
+    environment,
+    fill,
+    is_kept,
+    kept_containers,
+    memory_folders,
+    refuse_emulated,
+    sweep,
+    unstarted_container,
+    work_container,
+    work_containers,
+)
+from guix_tasks.stages.images import STAGES
+
+if TYPE_CHECKING:
+    from guix_tasks.settings import Settings
+
+WORK = Work("try", ("true", "a b"), {"stage": b"#!/bin/sh\n", "data/x": b"1"})
+
+
+pytestmark = pytest.mark.usefixtures("serial_hashing")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    site = new_site(tmp_path)
+    site.engine.make_image(BASE_CONFIG, {"/x": b""}, tag="work:1")
+    return site
+
+
+def spec_of(site: Site, work: Work = WORK) -> ContainerSpec:
+    with work_container(site.engine, site.settings(), "work:1", work):
+        pass
+    return site.engine.specs[-1]
+
+
+# --- The archive ----------------------------------------------------------------------------
+
+NAMES = st.from_regex(r"[a-z]{1,3}(/[a-z]{1,3}){0,2}", fullmatch=True)
+
+
+@STEADY
+@given(st.dictionaries(NAMES, st.binary(max_size=20), max_size=4))
+def test_an_archive_holds_its_files_below_the_folder(files: dict[str, bytes]) -> None:
+    with tarfile.open(fileobj=io.BytesIO(archive(files))) as tar:
+        members = tar.getmembers()
+        found = {
+            f"/{each.name}": file.read() for each in members if (file := tar.extractfile(each))
+        }
+    assert found == {f"{FOLDER}/{name}": content for name, content in files.items()}
+    seen: set[str] = set()
+    for member in members:
+        above = os.path.dirname(member.name)  # noqa: PTH120 -- "" for none, not "."
+        known = above in seen or f"/{above}" == os.path.dirname(FOLDER)  # noqa: PTH120
+        assert known, "a folder comes before what is in it"
+        seen.add(member.name)
+        assert member.uid == member.gid == 0
+
+
+def test_only_scripts_are_executable_and_only_root_reads_the_rest() -> None:
+    files = {"a": b"#!/bin/sh\n", "b": b"x", "c/d": b"y"}
+    with tarfile.open(fileobj=io.BytesIO(archive(files))) as tar:
+        modes = {each.name: each.mode for each in tar}
+    root = FOLDER.lstrip("/")
+    assert modes == {
+        root: 0o755, f"{root}/a": 0o755, f"{root}/b": 0o600,
+        f"{root}/c": 0o755, f"{root}/c/d": 0o600,
+    }  # fmt: skip
+
+
+def test_what_is_copied_in(site: Site) -> None:
+    site.write("a.pub", "key a")
+    site.write("sub/a.pub", "key b")
+    site.env["GUIX_SUBSTITUTE_KEYS"] = "a.pub sub/a.pub"
+    with work_container(site.engine, site.settings(), "work:1", WORK) as container:
+        box = site.engine.all_containers[container]
+    assert box.read(ENTRY_POINT) == (IMAGE_FOLDER / "entry-point.sh").read_bytes()
+    assert box.text(f"{FOLDER}/data/x") == "1"
+    keys = {path: text for path, text in box.changes.items() if "/keys/" in path}
+    assert sorted(keys.values(), key=str) == [b"key a", b"key b"]
+
+
+# --- The environment ------------------------------------------------------------------------
+
+
+def with_proxies(settings: Settings, proxies: dict[str, str]) -> Settings:
+    return replace(settings, proxies=proxies)
+
+
+@hypothesis_settings(STEADY, max_examples=10)
+@given(
+    value=st.text(
+        st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=30
+    )
+)
+def test_no_value_of_the_environment_reaches_a_shell_unquoted(
+    tmp_path_factory: pytest.TempPathFactory, value: str
+) -> None:
+    site = new_site(tmp_path_factory.getbasetemp() / "environment")
+    site.engine.make_image({}, {"/x": b""}, tag="work:1")
+    settings = with_proxies(site.settings(), {"https_proxy": value})
+    with work_container(site.engine, settings, "work:1", WORK) as container:
+        content = site.engine.all_containers[container].read(f"{FOLDER}/environment")
+    assert content is not None
+    script = content.decode() + 'printf %s "$https_proxy"\n'
+    done = subprocess.run(["sh"], input=script.encode(), capture_output=True, check=True)
+    assert done.stdout.decode() == value
+
+
+def test_the_environment_is_what_the_settings_say(site: Site) -> None:
+    site.env.update(
+        GUIX_CORES="0", GUIX_MAX_JOBS="2", GUIX_SUBSTITUTE_URLS="https://a.test https://b.test"
+    )
+    assert environment(site.settings()) == {
+        "GUIX_SUBSTITUTE_URLS": "https://a.test https://b.test",
+        "GUIX_CORES": "0",
+        "GUIX_MAX_JOBS": "2",
+        "GUIX_SANDBOX": "privileged",
+    }
+
+
+def test_what_is_not_set_is_not_in_the_environment(site: Site) -> None:
+    assert environment(site.settings()) == {"GUIX_SANDBOX": "privileged"}
+
+
+def test_nothing_secret_is_in_the_environment(site: Site) -> None:
+    site.env.update(DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2")  # noqa: S106
+    assert "hunter2" not in repr(environment(site.settings()))
+
+
+# --- The container --------------------------------------------------------------------------
+
+
+def test_a_work_container_runs_our_own_entry_point(site: Site) -> None:
+    spec = spec_of(site)
+    assert spec.command == (ENTRY_POINT, "true", "a b")
+    assert spec.privileged
+    assert spec.init
+    assert spec.environment == {}
+    assert spec.labels == {PROJECT_LABEL: IMAGE}
+
+
+def test_it_runs_as_root_and_unwatched_whatever_the_image_says(site: Site) -> None:
+    spec = spec_of(site)
+    assert spec.user == "root"
+    assert spec.no_healthcheck
+    site.engine.make_image({}, {"/x": b""}, tag="work:1")
+    spec = spec_of(site)
+    # What an image leaves open a commit would take from the container.
+    assert spec.user is None
+    assert not spec.no_healthcheck
+
+
+def test_what_the_settings_say_of_it(site: Site) -> None:
+    site.env.update(
+        MOUNTS="context:/a channels.scm:/b:ro",
+        STAGE_MEMORY="1g",
+        NETWORK="none",
+        PLATFORMS="linux/arm64",
+    )
+    spec = spec_of(site)
+    assert spec.binds[:2] == (
+        f"{site.folder}/context:/a",
+        f"{site.folder}/channels.scm:/b:ro",
+    )
+    assert spec.memory == 1 << 30
+    assert spec.network == "none"
+    assert spec.platform == "linux/arm64"
+
+
+@pytest.mark.parametrize(("has_bridge", "network"), [(True, None), (False, "host")])
+def test_an_engine_without_a_bridge_gives_its_own_network(
+    tmp_path: Path, *, has_bridge: bool, network: str | None
+) -> None:
+    site = Site(tmp_path, FakeEngine(has_bridge=has_bridge))
+    site.engine.make_image({}, {"/x": b""}, tag="work:1")
+    assert spec_of(site).network == network
+
+
+def test_an_engine_elsewhere_cannot_see_mounts(tmp_path: Path) -> None:
+    site = Site(tmp_path, FakeEngine(url="tcp://far.test:2376"), MOUNTS="context:/a")
+    site.engine.make_image({}, {"/x": b""}, tag="work:1")
+    with pytest.raises(UsageError, match=r"MOUNTS: .*tcp://far\.test:2376 .*unset MOUNTS"):
+        spec_of(site)
+    assert site.engine.all_containers == {}
+
+
+def test_a_bare_container_has_nothing_between_it_and_the_image(site: Site) -> None:
+    site.env["MOUNTS"] = "context:/a"
+    spec = spec_of(site, replace(WORK, bare=True))
+    assert (spec.binds, spec.scratch, spec.network) == ((), None, "none")
+    assert site.engine.all_volumes == {}
+
+
+def test_caches_are_on_volumes_of_the_project(site: Site) -> None:
+    spec = spec_of(site)
+    volumes = cache_volumes(site.settings())
+    assert set(spec.binds) == {f"{name}:{target}" for name, target in volumes.items()}
+    assert set(volumes.values()) == {"/root/.cache", "/var/guix/substitute"}
+    assert spec.scratch == "/tmp"  # noqa: S108
+    assert site.engine.all_volumes == {name: {PROJECT_LABEL: IMAGE} for name in volumes}
+
+
+def test_another_project_has_other_volumes(site: Site) -> None:
+    before = cache_volumes(site.settings())
+    site.env["IMAGE"] = "registry.test/other:1"
+    assert not before.keys() & cache_volumes(site.settings()).keys()
+    assert all(name.startswith("guix-tasks-cache-") for name in before)
+
+
+def test_without_cache_volumes_caches_stay_in_the_image(site: Site) -> None:
+    site.env["CACHE_VOLUME"] = ""
+    spec = spec_of(site)
+    assert (spec.binds, spec.scratch) == ((), None)
+    assert site.engine.all_volumes == {}
+
+
+def test_without_isolation_a_container_has_no_privilege(site: Site) -> None:
+    """But it may set the personality of builds, which Docker's seccomp profile refuses."""
+    assert (spec_of(site).privileged, spec_of(site).security) == (True, ())
+    site.env["GUIX_SANDBOX"] = "nochroot"
+    assert (spec_of(site).privileged, spec_of(site).security) == (False, ("seccomp=unconfined",))
+    assert environment(site.settings())["GUIX_SANDBOX"] == "nochroot"
+
+
+@pytest.mark.parametrize("platform", ["linux/386", "linux/arm/v7"])
+def test_the_cache_of_a_32_bit_platform_is_in_memory(site: Site, platform: str) -> None:
+    """There a program under QEMU fails on the inode numbers of a file system on disk."""
+    site.env["PLATFORMS"] = platform
+    spec = spec_of(site)
+    assert spec.memory_folders == ("/root/.cache",)
+    assert [bind.partition(":")[2] for bind in spec.binds] == ["/var/guix/substitute"]
+    assert spec.scratch == "/tmp"  # noqa: S108
+    assert all(name.endswith("-substitutes") for name in site.engine.all_volumes)
+
+
+@pytest.mark.parametrize("platform", ["", "linux/amd64", "linux/arm64"])
+def test_the_cache_of_a_64_bit_platform_is_on_disk(site: Site, platform: str) -> None:
+    site.env["PLATFORMS"] = platform
+    spec = spec_of(site)
+    assert spec.memory_folders == ()
+    assert len(spec.binds) == 2
+
+
+def test_without_caches_none_is_in_memory(site: Site) -> None:
+    site.env.update(PLATFORMS="linux/386", CACHE_VOLUME="")
+    assert memory_folders(site.settings()) == ()
+    assert spec_of(site).memory_folders == ()
+
+
+def test_a_bare_container_has_no_folder_in_memory(site: Site) -> None:
+    site.env["PLATFORMS"] = "linux/386"
+    assert spec_of(site, replace(WORK, bare=True)).memory_folders == ()
+
+
+@pytest.mark.parametrize(
+    ("own", "platform"),
+    [
+        ("linux/amd64", ""),
+        ("linux/amd64", "linux/amd64"),
+        ("linux/amd64", "linux/386"),
+        ("linux/arm64", "linux/arm64"),
+        ("linux/s390x", ""),
+    ],
+)
+def test_what_an_engine_runs_itself_is_not_refused(tmp_path: Path, own: str, platform: str) -> None:
+    site = Site(tmp_path, FakeEngine(platform=own), PLATFORMS=platform)
+    refuse_emulated(site.engine, site.settings())
+
+
+@pytest.mark.parametrize(
+    ("own", "platform"),
+    [
+        ("linux/amd64", "linux/arm64"),
+        ("linux/arm64", "linux/arm/v7"),
+        ("linux/386", "linux/amd64"),
+        ("linux/s390x", "linux/amd64"),
+        ("linux/armv8l", "linux/arm/v7"),
+    ],
+)
+def test_what_an_engine_emulates_is_refused_but_without_isolation(
+    tmp_path: Path, own: str, platform: str
+) -> None:
+    site = Site(tmp_path, FakeEngine(platform=own), PLATFORMS=platform)
+    with pytest.raises(UsageError) as caught:
+        refuse_emulated(site.engine, site.settings())
+    assert str(caught.value).startswith(f"{platform} is emulated by this engine ({own})")
+    assert "set GUIX_SANDBOX=nochroot" in str(caught.value)
+    site.env["GUIX_SANDBOX"] = "nochroot"
+    refuse_emulated(site.engine, site.settings())
+
+
+def test_two_containers_have_two_names(site: Site) -> None:
+    assert spec_of(site).name != spec_of(site).name
+
+
+# --- None is left ---------------------------------------------------------------------------
+
+
+def test_it_is_removed_at_the_end(site: Site) -> None:
+    spec_of(site)
+    assert site.engine.all_containers == {}
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("error", [EngineError("x"), KeyboardInterrupt(), ValueError()], ids=repr)
+def test_it_is_removed_after_an_error(site: Site, error: BaseException, *, keep: bool) -> None:
+    work = replace(WORK, keep=keep)
+    with (
+        pytest.raises(type(error)),
+        work_container(site.engine, site.settings(), "work:1", work),
+    ):
+        raise error
+    assert site.engine.all_containers == {}
+
+
+def test_it_is_removed_when_it_cannot_be_filled(site: Site) -> None:
+    def fault(_number: int, name: str, _when: str) -> None:
+        if name == "copy_in":
+            raise EngineError("no space left on device")
+
+    site.engine.fault = fault
+    with pytest.raises(EngineError, match="no space left"):
+        spec_of(site)
+    assert site.engine.all_containers == {}
+
+
+def test_an_engine_that_is_gone_does_not_hide_the_error(site: Site) -> None:
+    def fault(_number: int, name: str, _when: str) -> None:
+        if name == "remove":
+            raise EngineError("does not answer")
+
+    site.engine.fault = fault
+    settings = site.settings()
+    with (
+        pytest.raises(EngineError, match="the first"),
+        work_container(site.engine, settings, "work:1", WORK),
+    ):
+        raise EngineError("the first")
+
+
+def test_one_that_is_kept_is_left(site: Site) -> None:
+    spec_of(site, replace(WORK, keep=True))
+    spec_of(site)
+    (container,) = kept_containers(site.engine, site.settings())
+    assert is_kept(container)
+    assert work_containers(site.engine, site.settings()) == [container]
+
+
+KEEP_FAILED = replace(WORK, keep_failed=True)
+
+
+def fail(site: Site, work: Work, error: BaseException) -> None:
+    """Raise an error where work is done."""
+    with (
+        pytest.raises(type(error)),
+        work_container(site.engine, site.settings(), "work:1", work),
+    ):
+        raise error
+
+
+def test_one_that_failed_is_left_where_that_is_asked_for(site: Site) -> None:
+    fail(site, KEEP_FAILED, StageError("x"))
+    sweep(site.engine, site.settings())
+    (container,) = kept_containers(site.engine, site.settings())
+    assert is_kept(container)
+
+
+def test_one_that_failed_is_left_although_its_process_is_gone(site: Site) -> None:
+    with another_process():
+        fail(site, KEEP_FAILED, StageError("x"))
+    spec_of(site)
+    assert len(kept_containers(site.engine, site.settings())) == 1
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_one_that_failed_is_else_removed(site: Site, *, keep: bool) -> None:
+    fail(site, replace(WORK, keep=keep), StageError("x"))
+    assert site.engine.all_containers == {}
+
+
+@pytest.mark.parametrize(
+    "error", [EngineError("x"), KeyboardInterrupt(), StoppedError(), ValueError()], ids=repr
+)
+def test_only_one_whose_command_failed_is_left(site: Site, error: BaseException) -> None:
+    fail(site, KEEP_FAILED, error)
+    assert site.engine.all_containers == {}
+
+
+def test_one_that_did_not_fail_is_not_left(site: Site) -> None:
+    spec_of(site, KEEP_FAILED)
+    assert site.engine.all_containers == {}
+
+
+def test_one_that_failed_and_was_to_be_filled_is_removed(site: Site) -> None:
+    """Nothing has run in it."""
+
+    def fault(_number: int, name: str, _when: str) -> None:
+        if name == "copy_in":
+            raise EngineError("no space left on device")
+
+    site.engine.fault = fault
+    with pytest.raises(EngineError):
+        spec_of(site, KEEP_FAILED)
+    assert site.engine.all_containers == {}
+
+
+def test_an_unstarted_container_is_removed(site: Site) -> None:
+    with unstarted_container(site.engine, site.settings(), "work:1") as container:
+        assert site.engine.all_containers[container].changes == {}
+    assert site.engine.all_containers == {}
+    assert "run" not in site.engine.changing_calls()
+
+
+def test_a_container_can_be_filled_for_another_start(site: Site) -> None:
+    spec_of(site, replace(WORK, keep=True))
+    (container,) = kept_containers(site.engine, site.settings())
+    list(site.engine.run(container.id))
+    assert site.engine.all_containers[container.id].read(ENTRY_POINT) is None
+    fill(site.engine, site.settings(), container.id, WORK)
+    assert site.engine.all_containers[container.id].read(ENTRY_POINT)
+
+
+def leave(site: Site, *, keep: bool = False) -> str:
+    """Kill a process that has a work container; the container."""
+    context = work_container(site.engine, site.settings(), "work:1", replace(WORK, keep=keep))
+    with another_process():
+        container = context.__enter__()
+        site.engine.fault = _dead
+        with pytest.raises(Killed):
+            context.__exit__(Killed, Killed(), None)
+    site.engine.fault = lambda *_: None
+    assert container in site.engine.all_containers
+    return container
+
+
+def _dead(*_: object) -> None:
+    raise Killed
+
+
+def test_one_whose_process_died_is_removed_by_the_next(site: Site) -> None:
+    left = leave(site)
+    spec_of(site)
+    assert left not in site.engine.all_containers
+
+
+def test_one_whose_process_lives_is_not_removed(site: Site) -> None:
+    with work_container(site.engine, site.settings(), "work:1", WORK) as container:
+        spec_of(site)
+        assert container in site.engine.all_containers
+
+
+def test_one_of_another_machine_or_project_is_not_removed(site: Site) -> None:
+    left = leave(site)
+    site.env["IMAGE"] = "registry.test/other:1"
+    sweep(site.engine, site.settings())
+    assert left in site.engine.all_containers
+    site.env["IMAGE"] = IMAGE
+    box = site.engine.all_containers[left]
+    *words, host, pid, started = box.spec.name.split("-")
+    elsewhere = "-".join([*words, host[::-1], pid, started])
+    box.spec = replace(box.spec, name=elsewhere)
+    sweep(site.engine, site.settings())
+    assert left in site.engine.all_containers
+
+
+def test_one_that_was_kept_is_not_removed(site: Site) -> None:
+    spec_of(site, replace(WORK, keep=True))
+    sweep(site.engine, site.settings())
+    assert len(site.engine.all_containers) == 1
+
+
+def test_a_container_of_another_kind_is_left_alone(site: Site) -> None:
+    """Such as one that a user made with the project's label, by whatever name."""
+    for name in ("mine", "a-b", "guix-tasks-demo-0123456789ab"):
+        site.engine.create(ContainerSpec(name, "work:1", ("x",), {PROJECT_LABEL: IMAGE}))
+    sweep(site.engine, site.settings())
+    assert len(site.engine.all_containers) == 3
+
+
+def test_a_container_of_a_stage_image_is_not_one_of_ours(site: Site) -> None:
+    site.make(*STAGES)
+    site.engine.create(ContainerSpec("mine", IMAGE, ("x",)))
+    assert work_containers(site.engine, site.settings()) == []
+
+
+def test_a_machine_without_proc_removes_none(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a process cannot be told from a later one with its number."""
+    real = Path.read_text
+
+    def read_text(self: Path, encoding: str | None = None) -> str:
+        if str(self).startswith("/proc/"):
+            raise FileNotFoundError
+        return real(self, encoding)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    left = leave(site)
+    sweep(site.engine, site.settings())
+    assert left in site.engine.all_containers
+
+
+def test_everybody_may_read_what_is_the_projects() -> None:
+    with tarfile.open(fileobj=io.BytesIO(archive({"project/a": b"", "project/b": b"#!"}))) as tar:
+        modes = {Path(each.name).name: each.mode for each in tar if each.isfile()}
+    assert modes == {"a": 0o644, "b": 0o755}

@@ -1,0 +1,245 @@
+"""The folder that a BuildKit build is made from."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+import tarfile
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_engine import FakeEngine, FakeRegistry, new_site, publish_base
+
+from guix_tasks.buildkit.bakefile import Bind
+from guix_tasks.buildkit.context import (
+    hand_over,
+    only_here,
+    write_environment,
+    write_mounts,
+    write_step,
+)
+from guix_tasks.errors import BuilderError, UsageError
+from guix_tasks.oci.reference import ImageReference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from guix_tasks.engine.api import Image
+    from guix_tasks.settings import Settings
+
+
+def settings(tmp_path: Path, **env: str) -> Settings:
+    return new_site(tmp_path / "project", None, **env).settings()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    place = tmp_path / "build"
+    place.mkdir()
+    return place
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+# --- Steps ----------------------------------------------------------------------------------
+
+
+def test_a_step_has_what_a_work_container_has(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "a.pub").write_text("key\n")
+    made = settings(tmp_path, GUIX_SUBSTITUTE_KEYS=str(tmp_path / "a.pub"))
+    write_step(made, folder, "pull", {"stage": b"#!/bin/sh\n", "x/y.scm": b"()"}, again=False)
+    found = files(folder / "work" / "pull")
+    assert set(found) == {"entry-point.sh", "environment", "keys/0-a.pub", "stage", "x/y.scm"}
+    assert found["keys/0-a.pub"] == b"key\n"
+    assert found["x/y.scm"] == b"()"
+    modes = {name: stat.S_IMODE((folder / "work" / "pull" / name).stat().st_mode) for name in found}
+    assert {name for name, mode in modes.items() if mode == 0o755} == {"entry-point.sh", "stage"}
+    assert {mode for name, mode in modes.items() if "." in name and "entry" not in name} == {0o644}
+
+
+def test_the_environment_is_beside_the_steps_and_never_in_one(tmp_path: Path, folder: Path) -> None:
+    made = replace(settings(tmp_path), proxies={"https_proxy": "http://me:hunter2@proxy; '$x"})
+    write_environment(made, folder)
+    write_step(made, folder, "install", {}, again=False)
+    found = files(folder)
+    assert found.pop("environment").decode() == (
+        "GUIX_SANDBOX=privileged\nhttps_proxy='http://me:hunter2@proxy; '\"'\"'$x'\n"
+    )
+    assert found["work/install/environment"] == b""
+    assert not [name for name, content in found.items() if b"hunter2" in content]
+
+
+def test_the_same_step_is_the_same_unless_it_is_to_be_made_again(
+    tmp_path: Path, folder: Path
+) -> None:
+    made = settings(tmp_path)
+    for name in ("a", "b"):
+        write_step(made, folder, name, {"stage": b"x"}, again=False)
+    for name in ("c", "d"):
+        write_step(made, folder, name, {"stage": b"x"}, again=True)
+    a, b, c, d = (files(folder / "work" / name) for name in "abcd")
+    assert a == b
+    assert c.pop("again") != d.pop("again")
+    assert a == c == d
+
+
+# --- MOUNTS ---------------------------------------------------------------------------------
+
+
+def test_a_folder_is_a_context_and_a_file_is_copied(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "dir é").mkdir()
+    (tmp_path / "a,b $c").write_text("content")
+    made = settings(
+        tmp_path, MOUNTS=f"'{tmp_path}/dir é:/a:ro' '{tmp_path}/a,b $c:/b/c' {tmp_path}/build:/d"
+    )
+    binds, contexts = write_mounts(made, folder)
+    assert binds == [
+        Bind("mount-0", "", "/a", read_only=True),
+        Bind("work", "mounts/1", "/b/c", read_only=False),
+        Bind("mount-2", "", "/d", read_only=False),
+    ]
+    assert contexts == {"mount-0": tmp_path / "dir é", "mount-2": folder}
+    assert files(folder) == {"work/mounts/1": b"content"}
+
+
+def test_without_mounts_there_are_none(tmp_path: Path, folder: Path) -> None:
+    assert write_mounts(settings(tmp_path), folder) == ([], {})
+
+
+@pytest.mark.parametrize("target", ["/a b", "/a,b", "/a\nb", '/a"b', "/a'b", "/$a", "/é", "/a\\b"])
+def test_a_target_that_a_dockerfile_cannot_say_is_refused(
+    tmp_path: Path, folder: Path, target: str
+) -> None:
+    (mount,) = settings(tmp_path, MOUNTS="/etc:/x").mounts
+    made = replace(settings(tmp_path), mounts=(replace(mount, target=target),))
+    with pytest.raises(UsageError) as caught:
+        write_mounts(made, folder)
+    assert str(caught.value).startswith(f"MOUNTS: {target!r} has a character that a build step's")
+
+
+def test_what_is_neither_file_nor_folder_is_refused(tmp_path: Path, folder: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for source in (tmp_path / "fifo", "/dev/zero"):
+        with pytest.raises(UsageError, match=f"MOUNTS: {source} is neither a file nor a folder"):
+            write_mounts(settings(tmp_path, MOUNTS=f"{source}:/x"), folder)
+
+
+# --- The base image -------------------------------------------------------------------------
+
+REFERENCE = ImageReference.parse("registry.test/base:1")
+
+
+class Saving(FakeEngine):
+    """An engine that saves an image as it is told to."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        super().__init__(FakeRegistry())
+        self.pieces = pieces
+
+    def save(self, image: str) -> Iterator[bytes]:
+        return iter(self.pieces)
+
+
+def an_image(engine: FakeEngine) -> Image:
+    return engine.make_image({}, {"/x": b"x"}, tag=str(REFERENCE))
+
+
+def saved(index: bytes | None, name: str = "blobs/sha256/x") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for each, content in ((name, b"x" * 50_000), ("index.json", index)):
+            if content is not None:
+                member = tarfile.TarInfo(each)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+GOOD_INDEX = json.dumps({"manifests": [{"digest": "sha256:abc"}, {"digest": "x"}]}).encode()
+
+
+def test_an_image_is_only_here_where_no_registry_has_it(tmp_path: Path) -> None:
+    made = settings(tmp_path, BASE_IMAGE=str(REFERENCE))
+    engine = FakeEngine(FakeRegistry())
+    assert only_here(engine, made) is None
+    image = an_image(engine)
+    assert getattr(only_here(engine, made), "id", None) == image.id
+    engine.all_images[image.id] = replace(image, digests=("elsewhere.test/base@sha256:1",))
+    assert only_here(engine, made)
+    # The containerd image store gives a digest to what was never pushed.
+    engine.all_images[image.id] = replace(image, digests=("registry.test/base@sha256:1",))
+    assert only_here(engine, made)
+
+
+def test_an_image_that_was_pulled_is_not_handed_over(tmp_path: Path) -> None:
+    made = settings(tmp_path, BASE_IMAGE=str(REFERENCE))
+    registry = FakeRegistry()
+    publish_base(registry, str(REFERENCE))
+    engine = FakeEngine(registry)
+    engine.pull(str(REFERENCE), None)
+    assert only_here(engine, made) is None
+    # As run and commit does, it goes by the image that is here.
+    publish_base(registry, str(REFERENCE), "newer")
+    assert only_here(engine, made)
+
+
+@pytest.mark.parametrize("size", [1, 511, 10_240, 1 << 20])
+def test_an_image_is_handed_over_as_it_comes(folder: Path, size: int) -> None:
+    data = saved(GOOD_INDEX)
+    pieces = [data[start : start + size] for start in range(0, len(data), size)]
+    engine = Saving([b"", *pieces[:1], b"", *pieces[1:]])
+    context = hand_over(engine, an_image(engine), REFERENCE, folder)
+    assert context == f"oci-layout://{folder}/base-image@sha256:abc"
+    assert (folder / "base-image" / "blobs/sha256/x").read_bytes() == b"x" * 50_000
+
+
+def promising(kind: bytes) -> bytes:
+    """An archive whose only member has a terabyte that does not come."""
+    member = tarfile.TarInfo("x")
+    member.type, member.size = kind, 1 << 40
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def linking() -> bytes:
+    """A link to what is nowhere."""
+    member = tarfile.TarInfo("link")
+    member.type, member.linkname = tarfile.LNKTYPE, "nowhere"
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"no archive at all" * 100,
+        saved(GOOD_INDEX)[:20_000],
+        saved(None),
+        saved(b"{"),
+        saved(b"\xff"),
+        saved(b"[]"),
+        saved(b"null"),
+        saved(b'{"manifests": []}'),
+        saved(b'{"manifests": null}'),
+        saved(b'{"manifests": ["x"]}'),
+        saved(GOOD_INDEX, "../outside"),
+        saved(b"[" * 99_999),
+        promising(tarfile.REGTYPE),
+        # What a link points at is looked for among all that comes.
+        linking() + promising(tarfile.REGTYPE),
+    ],
+)
+def test_what_is_no_oci_layout_is_one_error(folder: Path, data: bytes) -> None:
+    engine = Saving([data])
+    with pytest.raises(BuilderError) as caught:
+        hand_over(engine, an_image(engine), REFERENCE, folder)
+    assert str(caught.value).startswith(
+        f"this engine cannot save {REFERENCE} as an OCI layout (Docker 25 and newer can); "
+    )
+    assert not (folder / "outside").exists()

@@ -1,0 +1,364 @@
+"""Stages of a project's own: what can be one, and that they are stages as the built-in ones are."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from fake_engine import IMAGE, FakeEngine, Site, heard, new_site, outline
+
+from guix_tasks.commands.clean import clean
+from guix_tasks.commands.push import image_to_use, push
+from guix_tasks.commands.sizes import sizes
+from guix_tasks.commands.squash import squash
+from guix_tasks.commands.status import STATUS_HEADER, status_rows
+from guix_tasks.engine.dry_run import TracedEngine
+from guix_tasks.errors import StageError, UsageError
+from guix_tasks.stages.container import FOLDER
+from guix_tasks.stages.custom import own_stage
+from guix_tasks.stages.declarations import OwnStage, declared
+from guix_tasks.stages.images import (
+    PACKAGES_LABEL,
+    PREVIOUS,
+    STAGES,
+    key_of,
+    proven_stage,
+    squash_key,
+)
+from guix_tasks.stages.stage import stage_files
+from guix_tasks.ui.console import Console
+
+if TYPE_CHECKING:
+    from guix_tasks.engine.api import Engine
+    from guix_tasks.stages.project import Project
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.usefixtures("serial_hashing")
+
+DEPS = OwnStage("deps", ("guix", "package", "--install=tar"), "install", ("deps.scm", "patches"))
+CHECKED = OwnStage("checked", ("guix", "package", "--install=check"), "deps")
+
+
+class OwnSite(Site):
+    """A project whose ``tasks.py`` adds two stages."""
+
+    own: tuple[OwnStage, ...] = (DEPS, CHECKED)
+
+    def __init__(self, folder: Path, engine: FakeEngine, **env: str) -> None:
+        super().__init__(folder, engine, **env)
+        self.write("deps.scm", "deps\n")
+        self.write("patches/one/fix.patch", "fix\n")
+
+    def project(self, engine: Engine | None = None) -> Project:
+        return replace(super().project(engine), own=self.own)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> OwnSite:
+    plain = new_site(tmp_path)
+    return OwnSite(tmp_path, plain.engine)
+
+
+@pytest.fixture
+def made(site: OwnSite) -> OwnSite:
+    site.make("base", "pull", "install", "deps", "checked")
+    return site
+
+
+def packages(site: Site, stage: str) -> set[str]:
+    return set(site.image(stage).labels[PACKAGES_LABEL].split())
+
+
+def states(site: Site) -> dict[str, str]:
+    rows = [dict(zip(STATUS_HEADER, row, strict=True)) for row in status_rows(site.project())]
+    return {row["stage"]: row["state"] for row in rows}
+
+
+# --- What can be one ------------------------------------------------------------------------
+
+
+def declare(**what: Any) -> OwnStage:
+    given = {"name": "deps", "command": "make", "parent": "install", "inputs": (), **what}
+    return declared(**given, parents=STAGES, taken=("push", "install"))
+
+
+def test_a_text_is_for_the_shell_and_a_list_is_not() -> None:
+    assert declare(command="a | b\nc").command == ("sh", "-euc", "a | b\nc")
+    assert declare(command=["a", "b c"]).command == ("a", "b c")
+
+
+def test_one_input_need_not_be_a_list() -> None:
+    assert declare(inputs="./deps.scm").inputs == ("deps.scm",)
+    assert declare(inputs=["a/b/", "c"]).inputs == ("a/b", "c")
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ({"name": "My-Deps"}, "'My-Deps' can be no stage's name"),
+        ({"name": ""}, "can be no stage's name"),
+        ({"name": "a" * 33}, "can be no stage's name"),
+        ({"name": PREVIOUS}, "can be no stage's name"),
+        ({"name": "push"}, "push is a task already"),
+        ({"name": "install"}, "install is a task already"),
+        ({"parent": "later"}, "no stage 'later' is there before it; name one of base, pull"),
+        ({"command": ""}, "its command is a text for the shell, or a list of words"),
+        ({"command": "\n "}, "its command is"),
+        ({"command": []}, "its command is"),
+        ({"command": [["make"]]}, "its command is"),
+        ({"inputs": "/etc/passwd"}, "does not lie below the folder of tasks.py"),
+        ({"inputs": "../x"}, "does not lie below"),
+        ({"inputs": "a/../../x"}, "does not lie below"),
+        ({"inputs": "."}, "does not lie below"),
+    ],
+)
+def test_what_can_be_none(what: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        declare(**what)
+
+
+# --- What is run ----------------------------------------------------------------------------
+
+
+def test_its_command_starts_where_its_inputs_are(site: OwnSite) -> None:
+    stage = own_stage(site.settings(), DEPS)
+    files = stage_files(stage)
+    assert files["project/deps.scm"] == b"deps\n"
+    assert files["project/patches/one/fix.patch"] == b"fix\n"
+    lines = files["stage"].decode().splitlines()
+    start = lines.index(f"cd {FOLDER}/project")
+    assert lines[start + 1] == "guix package --install=tar"
+
+
+def test_without_inputs_it_starts_where_the_image_does(site: OwnSite) -> None:
+    assert b"\ncd " not in stage_files(own_stage(site.settings(), CHECKED))["stage"]
+
+
+@pytest.mark.parametrize("missing", ["deps.scm", "patches"])
+def test_an_input_that_is_not_there(site: OwnSite, missing: str) -> None:
+    (site.folder / missing).rename(site.folder / "elsewhere")
+    with pytest.raises(UsageError, match=rf"stage deps: the input .*{missing}: No such file"):
+        site.make("deps")
+
+
+def test_an_input_that_is_an_empty_folder(site: OwnSite) -> None:
+    (site.folder / "patches/one/fix.patch").unlink()
+    with pytest.raises(UsageError, match=r"patches is an empty folder"):
+        site.make("deps")
+
+
+def test_a_link_to_a_folder_is_not_left_out_without_a_word(site: OwnSite) -> None:
+    (site.folder / "patches/more").symlink_to(site.folder)
+    with pytest.raises(UsageError, match=r"patches/more: Is a directory"):
+        site.make("deps")
+
+
+def test_a_link_to_a_file_is_the_file(site: OwnSite) -> None:
+    (site.folder / "patches/same").symlink_to("one/fix.patch")
+    assert stage_files(own_stage(site.settings(), DEPS))["project/patches/same"] == b"fix\n"
+
+
+# --- A stage as the others ------------------------------------------------------------------
+
+
+def test_it_is_made_with_the_parents_that_it_lacks(site: OwnSite) -> None:
+    said = site.make("checked")
+    for child, parent in (("checked", "deps"), ("deps", "install"), ("install", "pull")):
+        assert f"{child}: {IMAGE}-{parent} is missing, so {parent} comes first" in said
+    assert [proven_stage(site.image(name)) for name in (*STAGES, "deps", "checked")] == [
+        *STAGES,
+        "deps",
+        "checked",
+    ]
+    assert packages(site, "checked") >= {"hello@1.0", "tar@1.0", "check@1.0"}
+
+
+def test_image_follows_the_one_that_was_added_last(site: OwnSite) -> None:
+    for name in (*STAGES, "deps", "checked"):
+        site.make(name)
+        assert site.image().id == site.image(name).id
+    site.make("install", force=True)
+    assert site.image().id == site.image("checked").id
+
+
+def test_what_is_up_to_date_is_not_run(made: OwnSite) -> None:
+    assert made.ran(lambda: made.make("deps", "checked")) == []
+    assert made.make("checked") == "checked: up to date\n"
+    assert made.ran(lambda: made.make("deps", force=True)) == ["deps"]
+    assert made.why("checked") == "deps is newer"
+
+
+@pytest.mark.parametrize(
+    ("file", "why"),
+    [
+        ("deps.scm", "deps.scm changed"),
+        ("patches/one/fix.patch", "patches/one/fix.patch changed"),
+        ("patches/two.patch", "patches/two.patch changed"),
+    ],
+)
+def test_an_input_that_changes_makes_it_stale(made: OwnSite, file: str, why: str) -> None:
+    made.write(file, "other\n")
+    assert states(made) == {
+        **dict.fromkeys(STAGES, "up to date"),
+        "deps": f"stale: {why}",
+        "checked": f"stale: deps: {why}",
+        "IMAGE": "stage checked",
+    }
+    assert made.ran(lambda: made.make("checked", upstream=True)) == ["deps", "checked"]
+    assert made.why("checked") is None
+
+
+def test_another_command_makes_it_stale(made: OwnSite) -> None:
+    made.own = (replace(DEPS, command=("guix", "package", "--install=sed")), CHECKED)
+    assert made.why("deps") == "command changed"
+
+
+def test_a_stale_parent_is_refused(made: OwnSite) -> None:
+    made.env["GUIX_PACKAGES"] = "sed"
+    with pytest.raises(UsageError, match=r"run `inv install`, or `inv deps --upstream`"):
+        made.make("deps")
+    assert made.ran(lambda: made.make("deps", upstream=True)) == ["install", "deps"]
+    assert "sed@1.0" in packages(made, "deps")
+    assert "hello@1.0" not in packages(made, "deps")
+
+
+def test_what_install_was_given_is_not_forgotten(made: OwnSite) -> None:
+    made.make("install", packages=("sed",))
+    assert made.why("deps") == "install is newer"
+    assert made.ran(lambda: made.make("deps")) == ["deps"]
+    assert "sed@1.0" in packages(made, "deps")
+
+
+def test_a_command_that_fails_commits_nothing(made: OwnSite) -> None:
+    before = outline(made.engine)
+    made.own = (replace(DEPS, command=("guix", "package", "--install=no-such-package")), CHECKED)
+    with pytest.raises(StageError, match=r"deps: no-such-package: unknown .*out/failed/deps-"):
+        made.make("deps")
+    assert outline(made.engine) == before
+    assert made.engine.all_containers == {}
+
+
+def test_push_refuses_a_stale_one(made: OwnSite) -> None:
+    assert [*push(made.project())] == [IMAGE]
+    assert [*push(made.project(), "deps")] == [f"{IMAGE}-deps"]
+    made.write("deps.scm", "other\n")
+    with pytest.raises(UsageError, match=r"checked is stale .* run `inv checked --upstream`"):
+        push(made.project())
+
+
+def test_what_a_stage_made_that_is_no_more_is_pushed_with_a_warning(made: OwnSite) -> None:
+    made.own = (DEPS,)
+    project = made.project()
+    assert [*push(project)] == [IMAGE]
+    assert "made by none of these stages" in heard(project)
+    # What is made next takes its place.
+    made.make("deps")
+    assert made.image().id == made.image("deps").id
+
+
+def test_a_stage_that_is_not_there_is_told_with_those_that_are(made: OwnSite) -> None:
+    with pytest.raises(UsageError, match=r"there are base, pull, install, deps, checked and squ"):
+        image_to_use(made.project(), "nothing")
+
+
+def test_squash_takes_it_with_the_rest(made: OwnSite) -> None:
+    squash(made.project())
+    assert key_of(made.image()) == squash_key(made.image("checked"))
+    assert len(made.image().layers) == len(made.image("base").layers) + 1
+    made.write("deps.scm", "other\n")
+    with pytest.raises(UsageError, match="checked is stale"):
+        push(made.project())
+
+
+def test_clean_removes_it(made: OwnSite) -> None:
+    removed = clean(made.project())
+    assert {f"{IMAGE}-deps", f"{IMAGE}-checked", IMAGE} <= set(removed)
+    assert not [tag for tag in made.engine.tags if tag.startswith(IMAGE)]
+
+
+def test_sizes_are_those_above_the_parent(made: OwnSite) -> None:
+    made.own = (DEPS, CHECKED, replace(CHECKED, name="beside", parent="install"))
+    made.make("beside")
+    found = {part.name: part.size for part in sizes(made.project()) if part.group == "stage"}
+    assert [*found] == [*STAGES, "deps", "checked", "beside"]
+    install, beside = (made.engine._image(f"{IMAGE}-{each}") for each in ("install", "beside"))
+    assert install
+    assert beside
+    assert found["beside"] == beside.size - install.size
+
+
+def test_a_fresh_machine_takes_it_from_the_cache(tmp_path: Path) -> None:
+    first = new_site(tmp_path / "one")
+    one = OwnSite(tmp_path / "one", first.engine, CACHE_IMAGE="registry.test/cache")
+    one.make("checked")
+    two = OwnSite(tmp_path / "two", FakeEngine(one.engine.registry), **one.env)
+    two.write("channels.lock.scm", one.lock.read_text())
+    said: list[str] = []
+    assert two.ran(lambda: said.append(two.make("checked"))) == []
+    assert "checked: taken from registry.test/cache:checked-" in said[0]
+
+
+def test_a_dry_run_changes_nothing(made: OwnSite) -> None:
+    made.write("deps.scm", "other\n")
+    before = outline(made.engine)
+    dry = TracedEngine(made.engine, Console(), perform=False)
+    made.make("deps", engine=dry)
+    assert outline(made.engine) == before
+
+
+# --- tasks.py -------------------------------------------------------------------------------
+
+TASKS = """
+from guix_tasks.tasks import add_stage, ns
+
+add_stage("deps", "make", inputs="deps.scm", summary="Build what we need.")
+add_stage("checked", ["make", "check"], parent="deps")
+"""
+
+
+def inv(folder: Path, tasks: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (folder / "tasks.py").write_text(tasks)
+    argv = [sys.executable, *arguments]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+def test_its_task_is_listed_and_costs_no_import(tmp_path: Path) -> None:
+    found = inv(tmp_path, TASKS, "-X", "importtime", "-m", "invoke", "--list")
+    assert found.returncode == 0, found.stderr
+    lines = " ".join(found.stdout.split())
+    assert "deps Build what we need." in lines
+    assert "checked Make the stage checked of this project from deps." in lines
+    imported = set(re.findall(r"\|\s*(\w+)[\w.]*$", found.stderr, re.MULTILINE))
+    assert "guix_tasks" in imported
+    assert imported.isdisjoint({"docker", "requests", "urllib3", "dotenv"})
+
+
+def test_its_task_has_the_options_of_install(tmp_path: Path) -> None:
+    found = inv(tmp_path, TASKS, "-m", "invoke", "--help", "deps")
+    for option in ("--force", "--upstream", "--no-commit", "--keep-failed"):
+        assert option in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('add_stage("deps", "x")', "deps is a task already"),
+        ('add_stage("push", "x")', "push is a task already"),
+        ('add_stage("engine", "x")', "engine is a task already"),
+        ('add_stage("late", "x", parent="later")', "one of base, pull, install, deps, checked"),
+    ],
+)
+def test_a_mistake_in_it_is_one_line(tmp_path: Path, line: str, said: str) -> None:
+    found = inv(tmp_path, TASKS + line + "\n", "-m", "invoke", "--list")
+    assert found.returncode == 2
+    assert found.stderr.startswith("error: tasks.py: ")
+    assert said in found.stderr
+    assert len(found.stderr.splitlines()) == 1

@@ -1,0 +1,216 @@
+"""Digests of files and folders: the same content gives the same, anything else another."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_engine import STEADY
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from guix_tasks import files
+from guix_tasks.files import file_digest, text_digest, tree_digest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Tree = dict[str, bytes]
+
+TREES = st.dictionaries(
+    st.sampled_from(["a", "b", "c d", "deep/a", "deep/er/b", "é", "-x"]),
+    st.binary(max_size=4),
+    max_size=5,
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    forget()
+    return tmp_path / "cache"
+
+
+def forget() -> None:
+    """Start a new process, as it were."""
+    files._file_digest.cache_clear()
+
+
+def plant(folder: Path, tree: Tree, *, backwards: bool = False) -> Path:
+    forget()
+    folder.mkdir(parents=True)
+    for name in sorted(tree, reverse=backwards):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(tree[name])
+    return folder
+
+
+@STEADY
+@given(st.lists(st.text(max_size=3)), st.lists(st.text(max_size=3)))
+def test_no_two_lists_of_texts_run_into_one_another(one: list[str], other: list[str]) -> None:
+    assert (text_digest(*one) == text_digest(*other)) == (one == other)
+    assert text_digest("a", "b") != text_digest("ab")
+    assert text_digest("a") != text_digest("a", "")
+
+
+@hypothesis_settings(STEADY, max_examples=12)
+@given(TREES, TREES)
+def test_a_tree_is_its_names_and_contents(
+    tmp_path_factory: pytest.TempPathFactory, one: Tree, other: Tree
+) -> None:
+    folder = tmp_path_factory.mktemp("trees")
+    first = plant(folder / "x", one)
+    second = plant(folder / "y" / "z", one, backwards=True)
+    for path in second.rglob("*"):
+        os.utime(path, (1, 1))
+    digest = tree_digest(first)
+    forget()
+    assert digest == tree_digest(second)
+    assert (digest == tree_digest(plant(folder / "other", other))) == (one == other)
+
+
+def test_empty_directory_counts(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "x", {"a": b"1"})
+    before = tree_digest(folder)
+    (folder / "deep").mkdir()
+    empty = tree_digest(folder)
+    assert empty != before
+    (folder / "deep" / "er").mkdir()
+    assert tree_digest(folder) not in (before, empty)
+
+
+def test_link_to_a_directory_counts_by_its_target(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "x", {"one/a": b"1", "two/a": b"1"})
+    (folder / "current").symlink_to("one")
+    before = tree_digest(folder)
+    (folder / "current").unlink()
+    (folder / "current").symlink_to("two")
+    assert tree_digest(folder) != before
+
+
+def test_directory_left_out_does_not_count(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "x", {"a": b"1"})
+    before = tree_digest(folder, without=[folder / "logs"])
+    plant(folder / "logs", {"one": b"1"})
+    assert tree_digest(folder, without=[folder / "logs"]) == before
+    assert tree_digest(folder) != before
+
+
+def test_a_mode_counts_where_it_makes_a_program(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "x", {"a": b"1"})
+    before = tree_digest(folder)
+    (folder / "a").chmod(0o664)
+    assert tree_digest(folder) == before
+    (folder / "a").chmod(0o755)
+    assert tree_digest(folder) != before
+
+
+def test_a_link_is_where_it_leads(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "x", {"a": b"1", "b": b"1"})
+    (folder / "link").symlink_to("a")
+    to_a = tree_digest(folder)
+    for target in ("b", "nowhere", "/", ".."):
+        (folder / "link").unlink()
+        (folder / "link").symlink_to(target)
+        assert tree_digest(folder) != to_a, target
+    (folder / "link").unlink()
+    (folder / "link").write_bytes(b"1")
+    assert tree_digest(folder) != to_a
+
+
+def test_what_is_no_file_does_not_hang(tmp_path: Path) -> None:
+    folder = plant(tmp_path / "x", {"a": b"1"})
+    before = tree_digest(folder)
+    os.mkfifo(folder / "pipe")
+    assert tree_digest(folder) != before
+
+
+def test_a_file_is_a_tree_too(tmp_path: Path) -> None:
+    file = plant(tmp_path / "x", {"a": b"1"}) / "a"
+    assert tree_digest(file) == file_digest(file)
+
+
+def test_a_file_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        file_digest(tmp_path / "no")
+
+
+# --- Files of some size ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(files, "WORTH_CACHING", 4)
+    path = tmp_path / "large"
+    path.write_bytes(b"0123456789")
+    return path
+
+
+def kept(cache: Path) -> list[Path]:
+    folder = cache / "guix-tasks" / "digests"
+    return sorted(folder.iterdir()) if folder.exists() else []
+
+
+def test_a_large_file_has_the_digest_of_its_content(
+    large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = file_digest(large)
+    monkeypatch.setattr(files, "WORTH_CACHING", 1 << 20)
+    forget()
+    assert file_digest(large) == digest
+
+
+def test_a_large_file_is_not_read_twice(large: Path, cache: Path) -> None:
+    digest = file_digest(large)
+    (found,) = kept(cache)
+    assert found.read_text() == digest
+    found.write_text("from the cache")
+    forget()
+    assert file_digest(large) == "from the cache"
+
+
+def test_a_large_file_that_keeps_size_and_time_is_read_again(large: Path) -> None:
+    os.utime(large, ns=(1, 1))
+    digest = file_digest(large)
+    large.write_bytes(b"9876543210")
+    os.utime(large, ns=(1, 1))
+    forget()
+    assert file_digest(large) != digest
+
+
+@pytest.mark.parametrize("content", [b"9876543210", b"0123456789+"])
+def test_a_large_file_that_changed_is_read_again(large: Path, cache: Path, content: bytes) -> None:
+    digest = file_digest(large)
+    large.write_bytes(content)
+    os.utime(large, ns=(1, 1))
+    forget()
+    assert file_digest(large) != digest
+    assert len(kept(cache)) == 2
+
+
+def test_its_time_alone_changes_nothing(large: Path) -> None:
+    digest = file_digest(large)
+    os.utime(large, (1, 1))
+    forget()
+    assert file_digest(large) == digest
+
+
+def test_a_small_file_is_not_kept(tmp_path: Path, cache: Path) -> None:
+    path = tmp_path / "small"
+    path.write_bytes(b"x")
+    file_digest(path)
+    assert kept(cache) == []
+
+
+def test_a_cache_that_cannot_be_written_does_no_harm(large: Path, cache: Path) -> None:
+    digest = file_digest(large)
+    forget()
+    for each in kept(cache):
+        each.unlink()
+    (cache / "guix-tasks" / "digests").rmdir()
+    (cache / "guix-tasks" / "digests").write_text("in the way")
+    assert files.cache_home() == cache / "guix-tasks"
+    assert file_digest(large) == digest

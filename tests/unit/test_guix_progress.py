@@ -1,0 +1,167 @@
+"""What Guix is doing, by what it logged: Guix 1.5 with ``--verbosity=3``, in a real stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from guix_tasks.guix.progress import Activity, BuildSteps, Noise
+
+LOGS = Path(__file__).parent / "guix-logs"
+
+
+def told(name: str) -> list[str]:
+    """All that is told of a log, each of it once, in its order."""
+    activity, found = Activity(), [""]
+    for line in (LOGS / f"{name}.log").read_text().splitlines():
+        activity.look(line)
+        if activity.text != found[-1]:
+            found.append(activity.text)
+    assert not activity.is_building
+    return found[1:]
+
+
+def test_a_pull_is_told_from_its_channels_to_its_profile() -> None:
+    found = told("pull")
+    assert found[:3] == [
+        "updating the channel guix",
+        "updating the channel offline",
+        "computing what is to be built",
+    ]
+    assert "substitute 1 of 7: guile-3.0.9" in found
+    assert any(each.endswith("substitute 7 of 7: guile-3.0.9") for each in found)
+    assert any(each.startswith("building module-import-compiled (1 of 17)") for each in found)
+    assert "building package cache (16 of 17)" in found
+    assert found[-1] == "building profile with 2 packages (17 of 17)"
+
+
+def test_an_installation_is_told_with_its_hooks() -> None:
+    assert told("install") == [
+        "substitute 1 of 1: hello-2.12.2",
+        "building greet-1.0 (1 of 6); substitute 1 of 1: hello-2.12.2",
+        "building greet-1.0 (1 of 6)",
+        "building CA certificate bundle (2 of 6)",
+        "listing Emacs sub-directories (3 of 6)",
+        "building fonts directory (4 of 6)",
+        "building directory of Info manuals (5 of 6)",
+        "building profile with 2 packages (6 of 6)",
+    ]
+
+
+def after(*lines: str) -> Activity:
+    activity = Activity()
+    for line in lines:
+        activity.look(line)
+    return activity
+
+
+STORE = f"/gnu/store/{'a' * 32}"
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        (
+            "Updating channel 'guix' from Git repository at 'https://git.guix.gnu.org/guix.git'...",
+            "updating the channel guix",
+        ),
+        (
+            "Authenticating channel 'guix', commits bab8f04 to 934182c (1 new commit)...",
+            "authenticating the channel guix",
+        ),
+        (
+            "substitute: updating substitutes from 'https://ci.guix.gnu.org'... 100.0%",
+            "asking https://ci.guix.gnu.org for substitutes",
+        ),
+        ("Computing Guix derivation for 'x86_64-linux'... ", "computing Guix for x86_64-linux"),
+        (f"building {STORE}-a.drv...", "building a (1 of 1)"),
+        (f".substituting {STORE}-b-1...", "substitute 1 of 1: b-1"),
+        ("applying 2 grafts for git-2.46.0 ...", "applying 2 grafts for git-2.46.0 (1 of 1)"),
+        (f"checking {STORE}-a.drv...", ""),
+        ("building...", ""),
+        ("", ""),
+        ("\0 The following derivations will be built:", ""),
+    ],
+)
+def test_a_line_tells(line: str, text: str) -> None:
+    assert after(line).text == text
+
+
+PLAN = (
+    "12.5 MB will be downloaded:",
+    f"  {STORE}-a-1",
+    f"  {STORE}-b-1",
+    "The following graft will be made:",
+    f"   {STORE}-c-1.drv",
+)
+
+
+def test_substitutes_have_their_number_their_bytes_and_a_rate() -> None:
+    activity = after(*PLAN)
+    for second in range(3):
+        activity.receive(1_000_000, second)
+    activity.look(f"substituting {STORE}-a-1...")
+    assert activity.text == "substitute 1 of 2: a-1, 0 B of 12.5 MB"
+    for second in range(3, 8):
+        activity.receive(1_000_000 + (second - 2) * 500_000, second)
+    assert activity.text == "substitute 1 of 2: a-1, 2.5 MB of 12.5 MB, 500 kB/s"
+    # What is asked for beside the files themselves comes over the same network.
+    activity.receive(30_000_000, 8)
+    assert ", 12.5 MB of 12.5 MB, " in activity.text
+
+
+def test_where_no_bytes_are_counted_the_size_is_told() -> None:
+    assert after(*PLAN, f"substituting {STORE}-a-1...").text == ("substitute 1 of 2: a-1, 12.5 MB")
+
+
+def test_a_channel_comes_at_a_rate() -> None:
+    activity = after("Updating channel 'guix' from Git repository at 'https://x'...")
+    activity.receive(0, 0)
+    activity.receive(3_000_000, 2)
+    assert activity.text == "updating the channel guix, 1.5 MB/s"
+
+
+def test_a_later_plan_adds_to_the_first() -> None:
+    activity = after(*PLAN, "1,234 items will be downloaded", f"substituting {STORE}-a-1...")
+    assert "substitute 1 of 1236: " in activity.text
+
+
+def test_a_build_that_fails_is_no_longer_under_way() -> None:
+    activity = after(f"building {STORE}-a.drv...")
+    assert activity.is_building
+    activity.look(f"build of {STORE}-a.drv failed")
+    assert not activity.is_building
+
+
+def test_the_steps_of_a_build() -> None:
+    steps = BuildSteps()
+    assert steps.text == ""
+    for line, text in (
+        (b"#7 [3/4] RUN sh /tmp/x && rm -r /tmp/x", "step 3 of 4: RUN sh /tmp/x && rm -r /tmp/x"),
+        (b"#7 0.123 #8 [1/2] FROM x", "step 3 of 4: RUN sh /tmp/x && rm -r /tmp/x"),
+        (b"#8 [base 2/4] COPY a b", "step 2 of 4: COPY a b"),
+        (b"#9 [internal] load .dockerignore", "step 2 of 4: COPY a b"),
+        (b"Step 1/3 : FROM debian", "step 1 of 3: FROM debian"),
+    ):
+        steps.look([line])
+        assert steps.text == text
+
+
+def without_noise(name: str) -> list[bytes]:
+    return Noise().without((LOGS / f"{name}.log").read_bytes().splitlines())
+
+
+@pytest.mark.parametrize("name", ["pull", "install"])
+def test_noise_is_left_out_and_nothing_else(name: str) -> None:
+    log, left = (LOGS / f"{name}.log").read_bytes().splitlines(), without_noise(name)
+    assert not [line for line in left if not line.strip(b".") or b"hint: " in line]
+    assert not [line for line in left if b"still in progress" in line or b"GUIX_PROFILE" in line]
+    for starts in (b"building ", b"substitut", b"The following derivation", b"guix ", b"collected"):
+        assert [x for x in left if x.startswith(starts)] == [x for x in log if x.startswith(starts)]
+
+
+@pytest.mark.parametrize("before", [b"hint: Consider setting the necessary environment x", b"."])
+def test_what_follows_noise_is_not_taken_for_it(before: bytes) -> None:
+    error = b"guix package: error: x: unknown package"
+    assert Noise().without([before, b"", error, b"  /gnu/store/x.drv"])[0] == error

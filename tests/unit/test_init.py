@@ -1,0 +1,216 @@
+"""The start of a project: that nothing is overwritten, and that what is written is right."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from guix_tasks import guix
+from guix_tasks.commands.init import CI_FILES, FILES, START, image_name, write_start
+from guix_tasks.errors import UsageError
+from guix_tasks.settings import load_settings, settings_reference
+from guix_tasks.tasks import ns
+from guix_tasks.ui.console import Console
+
+ROOT = Path(__file__).parents[2]
+GITHUB, GITLAB = (target for target, _ in CI_FILES.values())
+ALL = {**FILES, **dict(CI_FILES.values())}
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_all_files_are_written_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_start(tmp_path, Console(), ci="both")
+    assert set(written(tmp_path)) == set(ALL)
+    *said, after = capsys.readouterr().err.splitlines()
+    assert said == [f"init: wrote {name}" for name in ALL]
+    assert "`inv base pull install verify push`" in after
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_is_overwritten(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("mine\n")
+    write_start(tmp_path, Console(), ci="both")
+    assert mine.read_text() == "mine\n"
+    assert set(written(tmp_path)) == set(ALL)
+    assert f"init: {name} is there, left alone" in capsys.readouterr().err
+
+
+def test_a_tasks_py_without_these_tasks_is_told_how_to_have_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tasks.py").write_text("from invoke import task\n")
+    write_start(tmp_path, Console())
+    assert "let your tasks.py say `from guix_tasks.tasks import ns`" in capsys.readouterr().err
+
+
+def test_a_link_to_nothing_is_something(tmp_path: Path) -> None:
+    (tmp_path / ".env").symlink_to(tmp_path / "elsewhere")
+    write_start(tmp_path, Console(), dry=True)
+    write_start(tmp_path, Console())
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "Dockerfile").write_text("")
+    write_start(tmp_path, Console(), dry=True)
+    assert set(written(tmp_path)) == {"Dockerfile"}
+    said = capsys.readouterr().err
+    assert "init: would write .env" in said
+    assert "init: Dockerfile is there, left alone" in said
+
+
+def test_half_a_file_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.open
+
+    def full(self: Path, mode: str = "r", **how: str) -> object:
+        file = write(self, mode, **how)  # type: ignore[call-overload]
+        if mode == "x":
+            file.close()  # what is written to it is lost
+        return file
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(ValueError, match="closed file"):
+        write_start(tmp_path, Console())
+    assert written(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("app", "app"), ("My App_2", "my-app-2"), ("ß", "my-image"), ("-x-", "x")],
+)
+def test_the_image_has_the_name_of_the_folder(tmp_path: Path, folder: str, name: str) -> None:
+    place = tmp_path / folder
+    place.mkdir()
+    assert image_name(place) == name
+    write_start(place, Console())
+    settings = load_settings(place, place, {})
+    assert str(settings.image) == f"localhost:5055/{name}:latest"
+
+
+def test_the_settings_are_read_without_a_note(tmp_path: Path) -> None:
+    write_start(tmp_path, Console())
+    settings = load_settings(tmp_path, tmp_path, {})
+    assert settings.notes == ()
+    assert settings.guix_channels == tmp_path / "channels.scm"
+    assert settings.guix_manifest == tmp_path / "manifest.scm"
+
+
+def test_the_settings_that_are_commented_out_are_there() -> None:
+    known = {name for name, _, _ in settings_reference()}
+    text = (START / "env").read_text()
+    assert set(re.findall(r"^#?([A-Z_]+)=", text, re.MULTILINE)) <= known
+
+
+def test_the_channel_is_guixs_own_with_its_introduction() -> None:
+    text = (START / "channels.scm").read_text()
+    assert guix.is_literal(text)
+    assert guix.unauthenticated(text) == []
+    assert [*guix.channels(text)] == ["guix"]
+    assert "9edb3f66fd807b096b48283debdcddccfea34bad" in text
+    assert "BBB0 2DDF 2CEA F6A8 0D1D  E643 A2A0 6DF2 A33A 54FA" in text
+
+
+def test_the_example_of_a_stage_is_one(tmp_path: Path) -> None:
+    lines = (START / "tasks.txt").read_text().splitlines()
+    example = "\n".join(line[6:] for line in lines if line.startswith("#     "))
+    ast.parse(example)
+    (tmp_path / "tasks.py").write_text(f"{example}\n")
+    listed = subprocess.run(
+        [sys.executable, "-m", "invoke", "--list"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "  deps " in listed.stdout, listed.stderr
+
+
+@pytest.mark.parametrize(
+    ("ci", "files"),
+    [
+        ("auto", {GITHUB}),
+        ("github", {GITHUB}),
+        ("gitlab", {GITLAB}),
+        ("both", {GITHUB, GITLAB}),
+        ("none", set()),
+    ],
+)
+def test_the_ci_is_chosen(tmp_path: Path, ci: str, files: set[str]) -> None:
+    write_start(tmp_path, Console(), ci=ci)
+    assert set(written(tmp_path)) == {*FILES, *files}
+
+
+def test_a_ci_that_there_is_not_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        write_start(tmp_path, Console(), ci="jenkins")
+    assert str(caught.value) == "--ci: 'jenkins' is none of auto, github, gitlab, both, none"
+    assert written(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://gitlab.com/me/it.git", GITLAB),
+        ("git@gitlab.com:me/it.git", GITLAB),
+        ("ssh://git@gitlab.example.org:2222/me/it.git", GITLAB),
+        ("https://me:secret@my.gitlab.example.org/it", GITLAB),
+        ("git@github.com:me/gitlab-tools.git", GITHUB),
+        ("https://github.com/gitlab/it", GITHUB),
+        ("/srv/gitlab/it.git", GITHUB),
+    ],
+)
+def test_gits_remote_tells_the_ci(tmp_path: Path, url: str, name: str) -> None:
+    place = tmp_path / "below" / "it"
+    place.mkdir(parents=True)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git/config").write_text(
+        f'[core]\n\tbare = false\n[remote "origin"]\n\turl = {url}\n'
+    )
+    write_start(place, Console())
+    assert {GITHUB, GITLAB} & set(written(place)) == {name}
+
+
+def test_what_the_files_say_of_tasks_and_settings_is_true() -> None:
+    settings = {name for name, _, _ in settings_reference()}
+    for source in ALL.values():
+        text = (START / source).read_text()
+        for call in re.findall(r"(?:`|run: |- )inv ((?:--[a-z]+ |[a-z.]+ ?)+)", text):
+            tasks = [word for word in call.split() if not word.startswith("--")]
+            assert set(tasks) <= {*ns.task_names, "deps"}, source
+    expected = {"IMAGE", "CACHE_IMAGE", "DOCKER_USERNAME", "DOCKER_PASSWORD", "PLATFORMS"}
+    for _, source in CI_FILES.values():
+        env = re.findall(r"^[ -]+([A-Z_]+):", (START / source).read_text(), re.MULTILINE)
+        assert expected <= set(env), source
+        assert set(env) - settings <= {"RUNNER", "DOCKER_TLS_CERTDIR"}, source
+
+
+def test_the_actions_of_the_workflow_are_pinned() -> None:
+    """To the commit, with its version behind it; one action at one version."""
+    used = re.findall(r"uses: (.*)", (START / "github.yml").read_text())
+    pinned = {
+        line: re.fullmatch(r"actions/([a-z-]+)@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)
+        for line in used
+    }
+    assert all(pinned.values()), used
+    names = [found[1] for found in pinned.values() if found]
+    assert len(names) == len(set(names)) == 4

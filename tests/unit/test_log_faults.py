@@ -1,0 +1,54 @@
+"""What the log of a build with stages in it tells while it comes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_engine import new_site
+
+from guix_tasks.errors import StageError
+from guix_tasks.stages.log_faults import Steps
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from guix_tasks.settings import Settings
+
+SILENT = b"guix substitute: warning: a.test: host not found: Name or service not known"
+EOF = b"guix pull: error: Git error: unexpected EOF"
+SHAPES = [
+    b"#12 0.345 %s\n",
+    b"#12 [linux/arm64 pull 1/1] 10.34 %s\n",
+    b"\x1b[34m => => # %s\x1b[0m\r\n",
+    b"12.34 %s\n",
+    b"%s\r",
+]
+"""How buildx shows a line of a step."""
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return new_site(tmp_path, None, GUIX_SUBSTITUTE_URLS="https://a.test").settings()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_fault_is_seen_however_it_is_shown(settings: Settings, shape: bytes) -> None:
+    steps = Steps(settings)
+    for byte in shape % EOF:
+        steps.add(bytes([byte]))
+    assert steps.network_failed
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_silent_servers_are_seen_however_it_is_shown(settings: Settings, shape: bytes) -> None:
+    with pytest.raises(StageError, match=r"no substitute server answers \(a.test\)") as caught:
+        Steps(settings).add(shape % SILENT)
+    assert caught.value.passes
+
+
+def test_a_build_that_failed_is_no_fault_of_the_network(settings: Settings) -> None:
+    steps = Steps(settings)
+    steps.add(b"#1 1.0 guix build: error: build of `/gnu/store/x.drv' failed\n#1 1.1 " + EOF)
+    steps.add(b"\n")
+    assert not steps.network_failed

@@ -1,0 +1,222 @@
+"""What is lent to the daemon's user in a container, and that root has it again."""
+
+from __future__ import annotations
+
+import copy
+import io
+import tarfile
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import IO, TYPE_CHECKING, cast
+
+import pytest
+from fake_engine import Site, made_site
+
+from guix_tasks.engine.api import ContainerSpec
+from guix_tasks.stages import ownership, runner
+from guix_tasks.stages.container import FOLDER, ROOTLESS_CACHES, Work, cache_volumes, work_container
+from guix_tasks.stages.images import STAGE_LABEL
+from guix_tasks.stages.ownership import lend, take_back
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from guix_tasks.engine.api import Engine
+
+ROOT_ONLY = "root:x:0:0:root:/root:/bin/sh\n"
+
+
+class Disk:
+    """The file system of one container, as far as an engine copies it in and out."""
+
+    def __init__(self, *folders: str, **files: str) -> None:
+        self.there: dict[str, tuple[tarfile.TarInfo, bytes]] = {}
+        self.written: list[str] = []
+        self.read: list[str] = []
+        for path in folders:
+            header = tarfile.TarInfo(path.lstrip("/"))
+            header.type, header.mode = tarfile.DIRTYPE, 0o750
+            self.there[path] = (header, b"")
+        for path, text in files.items():
+            header = tarfile.TarInfo(path.lstrip("/"))
+            header.mode, header.size = 0o640, len(text)
+            self.there[path] = (header, text.encode())
+
+    def copy_in(self, _container: str, archive: bytes | IO[bytes]) -> None:
+        assert isinstance(archive, bytes)
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            for member in tar:
+                file = tar.extractfile(member) if member.isfile() else None
+                self.there[f"/{member.name}"] = (member, file.read() if file else b"")
+                self.written.append(f"/{member.name}")
+
+    def copy_out(self, _container: str, path: str) -> Iterator[bytes]:
+        self.read.append(path)
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as tar:
+            for name, (header, content) in sorted(self.there.items()):
+                if name == path or name.startswith(f"{path}/"):
+                    member = copy.copy(header)
+                    # As Docker does: by the last part of what was asked for.
+                    member.name = str(PurePosixPath(name).relative_to(PurePosixPath(path).parent))
+                    tar.addfile(member, io.BytesIO(content))
+        yield from (buffer.getvalue()[each : each + 700] for each in range(0, buffer.tell(), 700))
+
+    def owners(self) -> dict[str, int]:
+        return {path: header.uid for path, (header, _) in self.there.items()}
+
+    def text(self, path: str) -> str:
+        return self.there[path][1].decode()
+
+    def as_engine(self) -> Engine:
+        return cast("Engine", self)
+
+
+@pytest.fixture
+def disk() -> Disk:
+    files = {
+        "/etc/passwd": ROOT_ONLY,
+        "/etc/group": "root:x:0:\nstaff:x:60706:\n",
+        "/gnu/store/a-guix": "item",
+        "/var/guix/db/db.sqlite": "database",
+        "/var/guix/db/reserved": "room",
+        "/etc/guix/acl": "keys",
+    }
+    return Disk("/gnu", "/gnu/store", "/root", "/var/guix", "/var/guix/db", "/etc/guix", **files)
+
+
+def test_what_the_daemon_writes_to_is_its_own(disk: Disk) -> None:
+    user = lend(disk.as_engine(), "x", ["/tmp/cache"])  # noqa: S108
+    owners = disk.owners()
+    lent = ("/gnu/store", "/gnu/store/.links", "/root", "/var/guix", "/var/guix/db/db.sqlite")
+    for path in (*lent, "/etc/guix/acl", "/var/log/guix", "/tmp/cache"):  # noqa: S108
+        assert owners[path] == user, path
+    assert disk.text("/var/guix/db/db.sqlite") == "database"
+    assert disk.there["/var/guix/db/db.sqlite"][0].mode == 0o640
+
+
+def test_what_is_to_stay_unread_is_given_without_a_look(disk: Disk) -> None:
+    folder = "/var/lib/secret"
+    user = lend(disk.as_engine(), "x", unread=[folder])
+    header, _ = disk.there[folder]
+    assert (header.uid, header.mode) == (user, 0o700)
+    assert folder not in disk.read
+
+
+def test_the_items_of_the_store_stay_as_they_are(disk: Disk) -> None:
+    """Or a layer would hold all of them again; and so would it what is only ever removed."""
+    lend(disk.as_engine(), "x")
+    assert not {"/gnu/store/a-guix", "/var/guix/db/reserved"} & {*disk.written}
+
+
+def test_root_has_all_of_it_again(disk: Disk) -> None:
+    before = disk.owners()
+    lend(disk.as_engine(), "x")
+    assert take_back(disk.as_engine(), "x")
+    assert before.items() <= disk.owners().items()
+    assert set(disk.owners().values()) == {0}
+    assert not take_back(disk.as_engine(), "x")
+
+
+def test_an_account_is_made_once_and_is_nobody_elses(disk: Disk) -> None:
+    user = lend(disk.as_engine(), "x")
+    assert user == 60707  # the usual one is a group here
+    assert disk.text("/etc/passwd").startswith(ROOT_ONLY)
+    assert f"\n{ownership.USER}:x:60707:60707:" in disk.text("/etc/passwd")
+    accounts = disk.text("/etc/passwd")
+    take_back(disk.as_engine(), "x")
+    assert lend(disk.as_engine(), "x") == user
+    assert disk.text("/etc/passwd") == accounts
+
+
+def test_an_account_that_the_image_has_is_taken() -> None:
+    accounts = f"{ROOT_ONLY}{ownership.USER}:x:123:123::/:/bin/false\n"
+    disk = Disk("/var/guix", **{"/etc/passwd": accounts})
+    assert lend(disk.as_engine(), "x") == 123
+    assert disk.text("/etc/passwd") == accounts
+    assert disk.owners()["/var/guix"] == 123
+
+
+def test_what_is_another_users_stays_so(disk: Disk) -> None:
+    header = disk.there["/var/guix/db"][0]
+    header.uid = header.gid = 5
+    lend(disk.as_engine(), "x")
+    assert disk.owners()["/var/guix/db"] == 5
+    take_back(disk.as_engine(), "x")
+    assert disk.owners()["/var/guix/db"] == 5
+
+
+def test_an_image_without_guix_is_no_trouble() -> None:
+    disk = Disk()
+    assert not take_back(disk.as_engine(), "x")
+    assert disk.written == []
+    assert lend(disk.as_engine(), "x") == 60706
+
+
+def test_a_link_leads_to_what_it_led_to(disk: Disk) -> None:
+    header = tarfile.TarInfo("var/guix/profile")
+    header.type, header.linkname = tarfile.SYMTYPE, "../../gnu/store/a-guix"
+    disk.there["/var/guix/link"] = (header, b"")
+    lend(disk.as_engine(), "x")
+    assert disk.there["/var/guix/link"][0].linkname == "../../gnu/store/a-guix"
+
+
+# --- In a work container --------------------------------------------------------------------
+
+
+def test_a_work_container_in_which_nothing_is_root(tmp_path: Path) -> None:
+    site = made_site(tmp_path)
+    site.env["GUIX_SANDBOX"] = "rootless"
+    site.make("install", force=True)
+    spec = site.engine.specs[-1]
+    assert (spec.user, spec.privileged, spec.capabilities) == (ownership.USER, False, ())
+    assert spec.unmasked
+    assert "no-new-privileges" in spec.security
+    assert [each.partition("=")[0] for each in spec.security[1:]] == ["seccomp"]
+
+
+def test_its_user_is_not_the_images(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit takes the container's user where there is none."""
+    monkeypatch.setattr(runner, "take_back", lambda *_: True)
+    project, parent = site.project(), site.engine.make_image({}, {"/a": b""})
+    spec = ContainerSpec("x", parent.id, ("true",), user=ownership.USER)
+    container = site.engine.create(spec)
+    image = runner.commit_image(project, container, parent, "a/b:c", {STAGE_LABEL: "pull"})
+    assert image.config["User"] == "root"
+
+
+def test_what_limits_mounts_on_the_engine_is_lifted(site: Site) -> None:
+    site.env["GUIX_SANDBOX"] = "rootless"
+    site.engine.about = replace(site.engine.about, security=("apparmor", "seccomp"))
+    site.make("base", "pull")
+    assert "apparmor=unconfined" in site.engine.specs[-1].security
+    assert "label=disable" not in site.engine.specs[-1].security
+
+
+def test_its_files_are_the_daemons(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site.env["GUIX_SANDBOX"] = "rootless"
+    site.make("base")
+    owners: dict[str, int] = {}
+    copy_in = site.engine.copy_in
+
+    def watched(container: str, archive: bytes) -> None:
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+            owners.update({f"/{each.name}": each.uid for each in tar})
+        copy_in(container, archive)
+
+    monkeypatch.setattr(site.engine, "copy_in", watched)
+    image, work = site.image("base").id, Work("x", (), {"a": b""})
+    with work_container(site.engine, site.settings(), image, work) as container:
+        environment = site.engine._container(container).text(f"{FOLDER}/environment")
+    assert owners[FOLDER] == owners[f"{FOLDER}/a"] == owners["/var/guix"] == 60706
+    assert "HOME=/root\n" in environment
+    assert f"XDG_CACHE_HOME={ROOTLESS_CACHES['rootless']}\n" in environment
+
+
+def test_its_caches_are_volumes_of_its_own(site: Site) -> None:
+    roots = cache_volumes(site.settings())
+    site.env["GUIX_SANDBOX"] = "rootless"
+    ours = cache_volumes(site.settings())
+    assert list(ours.values()) == list(ROOTLESS_CACHES.values())
+    assert not {*roots} & {*ours}

@@ -1,0 +1,326 @@
+"""One command, a shell, and the commit of what they left."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_engine import (
+    IMAGE,
+    FakeContainer,
+    Killed,
+    Output,
+    Site,
+    another_process,
+    heard,
+    new_site,
+    outline,
+)
+
+from guix_tasks.commands import commit as commit_module
+from guix_tasks.commands import rollback
+from guix_tasks.commands import run as run_module
+from guix_tasks.commands import shell as shell_module
+from guix_tasks.errors import EngineError, UsageError
+from guix_tasks.stages.container import (
+    ENTRY_POINT,
+    ENVIRONMENT,
+    PROJECT_LABEL,
+    Work,
+    kept_containers,
+    work_container,
+)
+from guix_tasks.stages.images import HAND_MADE, STAGES, proven_stage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+pytestmark = pytest.mark.usefixtures("serial_hashing")
+
+
+def run(site: Site, *argv: str, stage: str | None = None, keep: bool = False) -> tuple[int, str]:
+    project = site.project()
+    return run_module.run(project, argv, stage=stage, keep=keep), heard(project)
+
+
+def commit(site: Site) -> str:
+    project = site.project()
+    commit_module.commit(project)
+    return heard(project)
+
+
+def fails(container: FakeContainer) -> Output:
+    container.status = 3
+    yield True, b"no\n"
+
+
+# --- Run ------------------------------------------------------------------------------------
+
+
+def test_arguments_are_kept_exactly(made: Site) -> None:
+    argv = ("printf", "%s\n", "a b", "$HOME", "--keep", "")
+    run(made, *argv)
+    assert made.engine.specs[-1].command == (ENTRY_POINT, *argv)
+
+
+def test_the_output_and_the_status_are_the_commands_own(made: Site) -> None:
+    def behaviour(container: FakeContainer) -> Output:
+        container.status = 7
+        yield False, b"out\n"
+        yield True, b"err\n"
+
+    made.engine.behaviour = behaviour
+    project = made.project()
+    assert run_module.run(project, ["x"], stage=None, keep=False) == 7
+    assert heard(project) == "out\nerr\n"
+    assert made.engine.all_containers == {}
+
+
+def test_no_command_is_an_error(made: Site) -> None:
+    with pytest.raises(UsageError, match=r"run: no command; say `inv run -- COMMAND"):
+        run(made)
+    assert made.engine.specs == []
+
+
+def test_the_image_of_a_stage_can_be_used(made: Site) -> None:
+    run(made, "true", stage="pull")
+    assert made.engine.specs[-1].image == made.image("pull").id
+    run(made, "true")
+    assert made.engine.specs[-1].image == made.image("install").id
+
+
+def test_with_keep_the_container_is_left(made: Site) -> None:
+    _, said = run(made, "make", keep=True)
+    assert "`inv commit` makes it the image" in said
+    assert len(kept_containers(made.engine, made.settings())) == 1
+
+
+def test_what_failed_is_not_for_committing(made: Site) -> None:
+    made.engine.behaviour = fails
+    status, said = run(made, "make", keep=True)
+    assert status == 3
+    assert "inv commit" not in said
+    assert made.engine.all_containers == {}
+
+
+def test_a_second_container_is_refused(made: Site) -> None:
+    run(made, "make", keep=True)
+    before = dict(made.engine.all_containers)
+    with pytest.raises(UsageError, match=r"is not committed yet; .*`inv clean --work` drops it"):
+        run(made, "make", keep=True)
+    assert made.engine.all_containers == before
+    assert run(made, "true")[0] == 0
+
+
+# --- Commit ---------------------------------------------------------------------------------
+
+
+def test_nothing_to_commit_is_a_success(made: Site) -> None:
+    before = outline(made.engine)
+    assert commit(made) == "commit: nothing to commit\n"
+    assert outline(made.engine) == before
+
+
+def test_a_commit_is_image_and_the_stages_stay(made: Site) -> None:
+    stages = {stage: made.image(stage).id for stage in STAGES}
+    run(made, "make", keep=True)
+    said = commit(made)
+    image = made.image()
+    assert said.startswith(f"commit: {IMAGE}, ")
+    assert image.layers[:-1] == made.image("install").layers
+    assert "/made/make" in made.engine.files(image)
+    assert proven_stage(image) == HAND_MADE
+    assert {stage: made.image(stage).id for stage in STAGES} == stages
+    assert made.engine.all_containers == {}
+
+
+def test_a_commit_keeps_the_configuration(made: Site) -> None:
+    run(made, "make", keep=True)
+    commit(made)
+    found, before = made.image().config, made.image("install").config
+    assert {**found, "Labels": None} == {**before, "Labels": None}
+    assert found["Labels"]["maintainer"] == "me"
+
+
+def test_a_commit_of_nothing_is_hand_made_all_the_same(made: Site) -> None:
+    def nothing(_container: FakeContainer) -> Output:
+        _container.forget("/var/guix/guix-tasks")
+        yield True, b""
+
+    made.engine.behaviour = nothing
+    run(made, "true", keep=True)
+    commit(made)
+    assert proven_stage(made.image()) == HAND_MADE
+    assert made.image().layers == made.image("install").layers
+
+
+def test_the_next_stage_leaves_the_hand_made_image_behind_and_says_so(made: Site) -> None:
+    run(made, "make", keep=True)
+    commit(made)
+    hand_made = made.image()
+    said = made.make("install")
+    assert "what `inv commit` made is left behind" in said
+    assert made.image().id == made.image("install").id
+    project = made.project()
+    rollback.rollback(project)
+    assert made.image().id == hand_made.id
+    assert "is sha256:" in heard(project)
+
+
+def test_a_stage_that_was_not_committed_is_committed(made: Site) -> None:
+    made.env["GUIX_PACKAGES"] = "tar"
+    made.make("install", commit=False)
+    commit(made)
+    assert b"tar" in (made.engine.files(made.image())["/var/guix/profile"] or b"")
+    assert proven_stage(made.image()) == HAND_MADE
+
+
+def test_a_commit_of_what_was_never_started_holds_no_password(made: Site) -> None:
+    made.env["https_proxy"] = "http://me:hunter2@proxy.test"
+    project = made.project()
+    work = Work("shell", (), {}, keep=True, tty=True)
+    with work_container(made.engine, project.settings, made.image().id, work) as container:
+        assert "hunter2" in made.engine.all_containers[container].text(ENVIRONMENT)
+    commit(made)
+    assert made.engine.files(made.image())[ENVIRONMENT] == b""
+
+
+def test_one_that_still_runs_is_not_committed(made: Site) -> None:
+    run(made, "make", keep=True)
+    (box,) = made.engine.all_containers.values()
+    box.running = True
+    with pytest.raises(UsageError, match="is still running; leave its shell first"):
+        commit(made)
+    assert box.id in made.engine.all_containers
+
+
+def test_one_whose_image_is_gone_is_an_error(made: Site) -> None:
+    run(made, "make", keep=True)
+    made.engine.all_images.clear()
+    with pytest.raises(EngineError, match="its configuration is unknown"):
+        commit(made)
+
+
+def test_a_kill_while_it_runs_does_not_leave_it_for_commit(made: Site) -> None:
+    """It goes on in the engine, and may fail, or be half done."""
+
+    def killed(container: FakeContainer) -> Output:
+        yield True, b"half\n"
+        container.status, container.running = 137, False
+        made.engine.fault = dead
+        raise Killed
+
+    def dead(*_: object) -> None:
+        raise Killed
+
+    behaviour, made.engine.behaviour = made.engine.behaviour, killed
+    with another_process(), suppress(Killed):
+        run(made, "make", keep=True)
+    made.engine.behaviour, made.engine.fault = behaviour, lambda *_: None
+    before = made.image()
+    with suppress(UsageError):
+        commit(made)
+    assert made.image().id == before.id
+
+
+def test_rollback_of_nothing_is_an_error(tmp_path: Path) -> None:
+    site = new_site(tmp_path)
+    with pytest.raises(UsageError, match="has never been anything else"):
+        rollback.rollback(site.project())
+
+
+# --- Shell ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def terminal(made: Site, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
+    """The commands that were given the terminal; each leaves a file in the container."""
+    attached: list[Sequence[str]] = []
+
+    def call(argv: Sequence[str], env: dict[str, str]) -> int:
+        assert env == {"DOCKER_HOST": "x"}
+        attached.append(argv)
+        box = made.engine._container(argv[-1])
+        box.write(f"/made/{len(attached)}", "by hand")
+        box.forget("/var/guix/guix-tasks")
+        return 5
+
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(subprocess, "call", call)
+    return attached
+
+
+def shell(site: Site, *, stage: str | None = None, fresh: bool = False) -> tuple[int, str]:
+    project = site.project()
+    status = shell_module.shell(project, ["docker"], {"DOCKER_HOST": "x"}, stage=stage, fresh=fresh)
+    return status, heard(project)
+
+
+def test_a_shell_needs_a_terminal(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
+    with pytest.raises(UsageError, match=r"no terminal; use `inv run -- COMMAND`"):
+        shell(made)
+    assert made.engine.all_containers == {}
+
+
+def test_a_shell_is_attached_and_its_container_left(
+    made: Site, terminal: list[Sequence[str]]
+) -> None:
+    status, said = shell(made)
+    (container,) = made.engine.all_containers
+    assert terminal == [["docker", "start", "--attach", "--interactive", container]]
+    assert status == 5
+    assert "`inv commit` makes it the image" in said
+    spec = made.engine.specs[-1]
+    assert spec.tty
+    assert spec.command == (ENTRY_POINT,)
+    assert spec.labels == {PROJECT_LABEL: IMAGE}
+
+
+def test_a_shell_is_entered_again(made: Site, terminal: list[Sequence[str]]) -> None:
+    shell(made)
+    _, said = shell(made)
+    assert "entered again" in said
+    assert terminal[0] == terminal[1]
+    commit(made)
+    assert {"/made/1", "/made/2"} <= made.engine.files(made.image()).keys()
+
+
+def test_a_fresh_shell_drops_the_one_before(made: Site, terminal: list[Sequence[str]]) -> None:
+    shell(made)
+    shell(made, fresh=True, stage="base")
+    assert len(made.engine.all_containers) == 1
+    assert terminal[0] != terminal[1]
+    assert made.engine.specs[-1].image == made.image("base").id
+
+
+def test_a_shell_does_not_enter_the_container_of_a_command(
+    made: Site, terminal: list[Sequence[str]]
+) -> None:
+    run(made, "make", keep=True)
+    with pytest.raises(UsageError, match="is not committed yet"):
+        shell(made)
+    assert terminal == []
+
+
+def test_a_shell_that_is_open_is_not_entered_twice(
+    made: Site, terminal: list[Sequence[str]]
+) -> None:
+    shell(made)
+    (box,) = made.engine.all_containers.values()
+    box.running = True
+    with pytest.raises(UsageError, match="is still running"):
+        shell(made)
+    assert len(terminal) == 1
+
+
+def test_an_argument_that_the_engine_would_change_is_refused(made: Site) -> None:
+    before = made.engine.changing_calls()
+    with pytest.raises(UsageError, match=r"run: 'caf\\udce9' has a NUL or a broken character"):
+        run_module.run(made.project(), ["ls", "caf\udce9"], stage=None, keep=False)
+    assert made.engine.changing_calls() == before

@@ -1,0 +1,442 @@
+"""Status and clean."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+from fake_engine import BASE_IMAGE, COMMITS, IMAGE, FakeEngine, Heard, Site, heard
+
+from guix_tasks.commands import commit, run
+from guix_tasks.commands.clean import clean
+from guix_tasks.commands.status import STATUS_HEADER, show_sizes, show_status, status_rows
+from guix_tasks.engine.api import ContainerSpec
+from guix_tasks.engine.dry_run import TracedEngine
+from guix_tasks.engine.podman_api import UNFINISHED_LABEL
+from guix_tasks.errors import UsageError
+from guix_tasks.stages.container import PROJECT_LABEL
+from guix_tasks.stages.images import CONTAINER_LABEL, PREVIOUS, STAGES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+pytestmark = pytest.mark.usefixtures("serial_hashing")
+
+
+def states(site: Site) -> dict[str, str]:
+    rows = [dict(zip(STATUS_HEADER, row, strict=True)) for row in status_rows(site.project())]
+    return {row["stage"]: row["state"] for row in rows}
+
+
+# --- Status ---------------------------------------------------------------------------------
+
+
+def test_status_of_nothing(site: Site) -> None:
+    assert states(site) == dict.fromkeys((*STAGES, "IMAGE"), "missing")
+    assert site.engine.changing_calls() == []
+
+
+def test_status_of_what_is_up_to_date(made: Site) -> None:
+    up_to_date = dict.fromkeys(STAGES, "up to date")
+    assert states(made) == {**up_to_date, "IMAGE": "stage install"}
+
+
+def test_status_says_why(made: Site) -> None:
+    made.write("Dockerfile", "FROM y\n")
+    found = states(made)
+    assert found["base"] == "stale: Dockerfile changed"
+    assert found["pull"].startswith("stale: base")
+    assert found["install"].startswith("stale: ")
+    made.make("base")
+    assert states(made)["pull"] == "stale: base is newer"
+
+
+def test_status_names_files_as_the_project_does(made: Site) -> None:
+    made.write("scm/wanted.scm", '(specifications->manifest \'("tar"))')
+    made.env["GUIX_MANIFEST"] = "scm/wanted.scm"
+    assert states(made)["install"] == "stale: command, scm/wanted.scm changed"
+    made.make("install")
+    made.write("scm/wanted.scm", '(specifications->manifest \'("sed"))')
+    assert states(made)["install"] == "stale: scm/wanted.scm changed"
+    del made.env["GUIX_MANIFEST"]
+    assert states(made)["install"] == "stale: GUIX_MANIFEST, command changed"
+    made.write("sub/Other", "FROM y\n")
+    made.env["DOCKERFILE"] = "sub/Other"
+    assert states(made)["base"] == "stale: sub/Other changed"
+
+
+def test_status_names_the_lock_as_the_project_does(made: Site) -> None:
+    lock = made.settings().guix_channels_lock
+    assert lock
+    lock.write_text(lock.read_text() + "\n;; by hand\n")
+    assert states(made)["pull"] == f"stale: {lock.relative_to(made.folder)} changed"
+
+
+def test_status_says_that_the_lock_does_not_fit(made: Site) -> None:
+    made.write("channels.scm", '(list (channel (name \'mine) (url "https://m.test")))')
+    found = states(made)
+    assert found["base"] == "up to date"
+    assert found["pull"] == "stale: GUIX_CHANNELS changed (it lacks the channel mine)"
+    assert found["install"].startswith("stale: pull")
+
+
+def test_status_has_sizes_ages_and_channels(made: Site) -> None:
+    rows = [dict(zip(STATUS_HEADER, row, strict=True)) for row in status_rows(made.project())]
+    pull = rows[STAGES.index("pull")]
+    assert pull["image"] == f"{IMAGE}-pull"
+    assert pull["id"] == made.image("pull").id.removeprefix("sha256:")[:12]
+    assert pull["size"] == "3 kB"
+    assert pull["age"].endswith("min")
+    assert pull["channels"] == f"guix@{COMMITS['guix'][:7]}"
+    assert rows[0]["channels"] == "-"
+
+
+def test_status_says_what_image_stands_for(made: Site) -> None:
+    def image_is() -> str:
+        return states(made)["IMAGE"]
+
+    before = made.image("install")
+    made.engine.tag(before.id, "kept:1")
+    run.run(made.project(), ["make"], stage=None, keep=True)
+    commit.commit(made.project())
+    assert image_is() == "made by hand"
+    made.make("install", packages=("tar",))
+    made.engine.tag(before.id, IMAGE)
+    assert image_is() == "an earlier install"
+    made.engine.make_image(before.config, {"/mine": b""}, parent=before, tag=IMAGE)
+    assert image_is() == "not made here"
+    made.engine.untag(IMAGE)
+    assert image_is() == "missing"
+
+
+@pytest.mark.parametrize("created", ["", "0001-01-01T00:00:00Z"])
+def test_status_of_an_image_without_a_date(made: Site, created: str) -> None:
+    image = made.engine.make_image({}, {"/x": b""}, tag=IMAGE)
+    made.engine.all_images[image.id] = replace(image, created=created)
+    assert states(made)["IMAGE"] == "not made here"
+
+
+def test_sizes_are_shown_and_drawn(made: Site) -> None:
+    project = made.project()
+    show_sizes(project, str(made.folder / "sizes.svg"))
+    assert "stage" in heard(project)
+    assert (made.folder / "sizes.svg").read_text().startswith("<svg")
+    with pytest.raises(UsageError, match=r"--plot: .*: No such file or directory"):
+        show_sizes(made.project(), str(made.folder / "no" / "sizes.svg"))
+
+
+def test_programs_of_an_image_may_say_of_its_sizes_what_they_like(made: Site) -> None:
+    item = b"0" * 32 + b"-x"
+    said = b"\n1\nx\t/gnu/store/a\n7\t/gnu/store/" + item + b"\n1\t2\t3\n-1\t/gnu/store/b\n"
+    made.engine.behaviour = lambda _container: iter([(False, said)])
+    project = made.project()
+    show_sizes(project, "")
+    assert re.findall("store item +(.*)", heard(project)) == ["x        7.17 kB"]
+
+
+@pytest.mark.parametrize("created", ["0000-01-01T00:00:00Z", "never", ""])
+def test_an_image_without_a_date_that_can_be_has_no_age(made: Site, created: str) -> None:
+    image = made.image("install")
+    made.engine.all_images[image.id] = replace(image, created=created)
+    assert status_rows(made.project())[-1][4] == "-"
+
+
+class Terminal(Heard):
+    """A terminal as wide as COLUMNS says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results.isatty = lambda: True  # type: ignore[method-assign]
+
+
+def shown_status(site: Site, console: Heard) -> list[str]:
+    project = replace(site.project(), console=console)
+    show_status(project, size=False, plot="", as_json=False)
+    return console.results.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("columns", [45, 60, 80])
+def test_status_fits_a_narrow_terminal(
+    made: Site, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    wide = shown_status(made, Heard())
+    assert max(map(len, wide)) > 100
+    assert f"  {IMAGE}-pull  " in wide[2]
+    narrow = shown_status(made, Terminal())
+    assert max(map(len, narrow)) <= columns
+    tag = IMAGE.rpartition(":")[2]
+    assert re.match(rf"pull +{tag}-pull +", narrow[2])
+    assert "up to date" in narrow[2]
+    assert (f"guix@{COMMITS['guix'][:7]}" in narrow[2]) is (columns > 45)
+
+
+def test_status_is_whole_on_a_terminal_that_has_room(
+    made: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert shown_status(made, Terminal()) == shown_status(made, Heard())
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_status_tells_of_the_container_that_is_not_committed(made: Site, as_json: bool) -> None:
+    def said() -> str:
+        console = Heard()
+        project = replace(made.project(), console=console)
+        show_status(project, size=False, plot="", as_json=as_json)
+        return console.said.getvalue()
+
+    assert said() == ""
+    run.run(made.project(), ["make"], stage=None, keep=True)
+    assert re.search(r"work container \S+-kept-run-\S+ is not committed yet; `inv commit`", said())
+    commit.commit(made.project())
+    assert said() == ""
+
+
+# --- Clean ----------------------------------------------------------------------------------
+
+
+def others(site: Site) -> set[str]:
+    """What is on the engine and not the project's."""
+    engine = site.engine
+    install = site.image("install")
+    engine.make_image({}, {"/x": b""}, tag="debian:12")
+    engine.make_image(install.config, {"/mine": b""}, parent=install, tag="mine:1")
+    engine.make_image(install.config, {}, parent=install, tag="mine:2")
+    engine.make_image(install.config, {"/mine": b""}, parent=install, tag=f"{IMAGE}-mine")
+    engine.tag(install.id, "kept:1")
+    engine.create(ContainerSpec("mine", "debian:12", ("x",)))
+    engine.create(ContainerSpec("of-a-stage", "mine:1", ("x",)))
+    engine.create(ContainerSpec("another", "debian:12", ("x",), {PROJECT_LABEL: "another:1"}))
+    engine.make_volume("mine", {})
+    engine.make_volume("another", {PROJECT_LABEL: "another:1"})
+    return {"debian:12", "mine:1", "mine:2", f"{IMAGE}-mine", "kept:1"}
+
+
+def test_clean_removes_only_what_is_ours(made: Site) -> None:
+    made.env["TAGS"] = "stable"
+    made.push()
+    kept = others(made)
+    run.run(made.project(), ["make"], stage=None, keep=True)
+    removed = clean(made.project())
+    assert made.engine.tags.keys() == kept
+    names = {box.spec.name for box in made.engine.all_containers.values()}
+    assert names == {"mine", "of-a-stage", "another"}
+    assert made.engine.all_volumes.keys() == {"mine", "another"}
+    tags = {IMAGE, "registry.test/team/app:stable", f"{IMAGE}-{PREVIOUS}"}
+    assert {*tags, *(f"{IMAGE}-{stage}" for stage in STAGES)} <= set(removed)
+    assert len(removed) == len(tags) + len(STAGES) + 2 + 1
+
+
+def test_clean_leaves_what_others_made_of_image(made: Site) -> None:
+    install = made.image("install")
+    mine = made.engine.make_image(install.config, {"/mine": b""}, parent=install, tag=IMAGE)
+    clean(made.project())
+    assert made.engine.tags == {IMAGE: mine.id}
+
+
+def test_clean_leaves_what_has_a_stages_tag_and_is_not_the_stage(made: Site) -> None:
+    install = made.image("install")
+    made.engine.make_image(install.config, {"/mine": b""}, parent=install, tag=f"{IMAGE}-install")
+    clean(made.project())
+    assert f"{IMAGE}-install" in made.engine.tags
+
+
+def test_clean_of_the_work_containers_alone(made: Site) -> None:
+    run.run(made.project(), ["make"], stage=None, keep=True)
+    tags, volumes = dict(made.engine.tags), dict(made.engine.all_volumes)
+    (removed,) = clean(made.project(), work_only=True)
+    assert "-kept-run-" in removed
+    assert (made.engine.tags, made.engine.all_volumes) == (tags, volumes)
+    assert made.engine.all_containers == {}
+
+
+def test_clean_of_nothing(site: Site) -> None:
+    assert clean(site.project()) == []
+    assert site.engine.changing_calls() == []
+
+
+def test_clean_leaves_another_project_of_the_same_engine(made: Site, tmp_path: Path) -> None:
+    other = Site(tmp_path / "other", made.engine, IMAGE="registry.test/team/app:2")
+    other.make(*STAGES)
+    volumes = set(made.engine.all_volumes)
+    clean(made.project())
+    assert [other.why(stage) for stage in STAGES] == [None] * 3
+    assert other.engine.tags["registry.test/team/app:2"] == other.image("install").id
+    assert len(volumes - made.engine.all_volumes.keys()) == 2
+
+
+def test_after_clean_all_is_made_again(made: Site) -> None:
+    clean(made.project())
+    assert not [tag for tag in made.engine.tags if tag != BASE_IMAGE]
+    assert made.ran(lambda: made.make("install")) == ["label", "pull", "install"]
+    assert [made.why(stage) for stage in STAGES] == [None] * 3
+
+
+def test_clean_leaves_no_image_behind(made: Site) -> None:
+    """Neither with a tag nor without."""
+    made.make("install", packages=("tar",))
+    made.make("base", force=True)
+    made.make("install", upstream=True)
+    clean(made.project())
+    ours = [
+        image
+        for image in made.engine.all_images.values()
+        if any(name.startswith("org.guix-tasks") for name in image.labels)
+    ]
+    assert ours == []
+
+
+def test_an_engine_of_another_platform_has_its_own_tags(made: Site, tmp_path: Path) -> None:
+    other = Site(tmp_path / "other", made.engine, PLATFORMS="linux/arm64", GUIX_SANDBOX="nochroot")
+    other.lock.write_text(made.lock.read_text())
+    other.make("base")
+    clean(other.project())
+    assert f"{IMAGE}-base" in made.engine.tags
+    assert f"{IMAGE}-base-linux-arm64" not in made.engine.tags
+
+
+def make_both(site: Site) -> None:
+    """Make the stages for the engine's own platform and for another."""
+    site.env.update(GUIX_SANDBOX="nochroot", TAGS="stable", PLATFORMS="linux/amd64")
+    for platform in ("linux/amd64", "linux/arm64"):
+        site.env["PLATFORMS"] = platform
+        site.make(*STAGES)
+        site.push()
+    site.env["PLATFORMS"] = "linux/amd64 linux/arm64"
+
+
+def test_clean_removes_what_is_of_each_platform(site: Site) -> None:
+    make_both(site)
+    run.run(site.project().each_platform()[0], ["make"], stage=None, keep=True)
+    assert f"{IMAGE}-linux-arm64" in site.engine.tags
+    assert f"{IMAGE}-linux-amd64" in site.engine.tags
+    kept = others(site)
+    removed = clean(site.project())
+    assert site.engine.tags.keys() == kept
+    assert len(removed) == len(set(removed))
+    for tag in (IMAGE, f"{IMAGE}-base", f"{IMAGE}-linux-arm64", f"{IMAGE}-install-linux-arm64"):
+        assert tag in removed
+    assert site.engine.all_volumes.keys() == {"mine", "another"}
+
+
+def test_clean_removes_what_was_tagged_for_a_push_whatever_the_platforms_are_now(
+    site: Site,
+) -> None:
+    site.env["PLATFORMS"] = "linux/amd64"
+    site.make(*STAGES)
+    site.push()
+    del site.env["PLATFORMS"]
+    assert f"{IMAGE}-linux-amd64" in clean(site.project())
+    assert f"{IMAGE}-linux-amd64" not in site.engine.tags
+
+
+def test_a_dry_clean_of_several_platforms_shows_each_removal_once(site: Site) -> None:
+    make_both(site)
+    console = Heard()
+    project = site.project()
+    dry = TracedEngine(site.engine, console, perform=False)
+    removed = clean(replace(project, engine=dry))
+    shown = [line for line in console.text.splitlines() if line.startswith("+ ")]
+    assert len(shown) == len(set(shown)) == len(removed)
+
+
+def test_clean_of_one_platform_leaves_the_others(site: Site) -> None:
+    make_both(site)
+    site.env["PLATFORMS"] = "linux/arm64"
+    clean(site.project())
+    left = set(site.engine.tags)
+    assert {f"{IMAGE}-{stage}" for stage in STAGES} | {IMAGE} <= left
+    assert not [tag for tag in left if tag.endswith("arm64")]
+
+
+def test_status_has_rows_for_each_platform(site: Site) -> None:
+    make_both(site)
+    rows = [row for each in site.project().each_platform() for row in status_rows(each)]
+    found = [dict(zip(STATUS_HEADER, row, strict=True)) for row in rows]
+    assert [row["state"] for row in found] == [*["up to date"] * 3, "stage install"] * 2
+    assert [row["image"] for row in found if row["stage"] == "IMAGE"] == [
+        IMAGE, f"{IMAGE}-linux-arm64",
+    ]  # fmt: skip
+
+
+def test_the_fake_holds_what_a_container_uses() -> None:
+    """The fake itself: an image whose last tag goes stays as long as a container has it."""
+    engine = FakeEngine()
+    image = engine.make_image({}, {"/x": b""}, tag="a:1")
+    container = engine.create(ContainerSpec("c", "a:1", ("x",)))
+    engine.untag("a:1")
+    engine.drop(image.id)
+    assert engine.image(image.id)
+    engine.remove(container)
+    engine.drop(image.id)
+    assert engine.image(image.id) is None
+
+
+def test_status_for_machines(made: Site) -> None:
+    made.write("channels.scm", '(list (channel (name \'mine) (url "https://m.test")))')
+    project = made.project()
+    show_status(project, size=False, plot="", as_json=True)
+    found = json.loads(heard(project))
+    assert found["engine"] == {
+        "product": "Docker",
+        "version": "28",
+        "platform": "linux/amd64",
+        "url": "unix:///fake.sock",
+        "origin": "fake",
+        "rootless": False,
+        "storage_driver": "memory",
+    }
+    stages = {each["stage"]: each for each in found["stages"]}
+    assert list(stages) == [*STAGES, "IMAGE"]
+    pull, image = stages["pull"], made.image("pull")
+    assert pull == {
+        "stage": "pull",
+        "platform": "linux/amd64",
+        "image": f"{IMAGE}-pull",
+        "id": image.id,
+        "state": "stale",
+        "why": "GUIX_CHANNELS changed (it lacks the channel mine)",
+        "size": image.size,
+        "created": image.created,
+        "channels": {"guix": COMMITS["guix"]},
+    }
+    assert (stages["base"]["state"], stages["base"]["why"]) == ("up to date", None)
+    assert stages["IMAGE"]["state"] == "stage install"
+
+
+def test_status_for_machines_of_what_is_missing(made: Site) -> None:
+    made.engine.untag(f"{IMAGE}-install")
+    project = made.project()
+    show_status(project, size=False, plot="", as_json=True)
+    missing = json.loads(heard(project))["stages"][STAGES.index("install")]
+    assert missing["state"] == "missing"
+    assert [missing[name] for name in ("id", "why", "size", "created")] == [None] * 4
+    assert missing["channels"] == {}
+
+
+def test_sizes_for_machines(made: Site) -> None:
+    project = made.project()
+    show_status(project, size=True, plot=str(made.folder / "sizes.svg"), as_json=True)
+    parts = json.loads(heard(project)[heard(project).index("{\n") :])["parts"]
+    assert {"group", "name", "size"} == set(parts[0])
+    assert {each["group"] for each in parts} >= {"stage", "layer"}
+    assert (made.folder / "sizes.svg").read_text().startswith("<svg")
+
+
+def test_what_podman_committed_and_did_not_configure_is_removed(made: Site) -> None:
+    labels = {PROJECT_LABEL: IMAGE, UNFINISHED_LABEL: "yes"}
+    of_another = {**labels, PROJECT_LABEL: "other/x:t"}
+    by_hand = {PROJECT_LABEL: IMAGE}
+    gone, *kept = (
+        made.engine.make_image({"Labels": each}, {"/x": b""})
+        for each in (labels, of_another, by_hand)
+    )
+    made.project().ledger.drop_unnamed()
+    assert made.engine.image(gone.id) is None
+    assert all(made.engine.image(each.id) for each in kept)
+    assert CONTAINER_LABEL == PROJECT_LABEL
