@@ -205,23 +205,26 @@ def test_a_package_that_guix_does_not_know(new_project: NewProject) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    ("setting", "task", "stages"),
-    [("GUIX_CHANNELS", "pull", ("base",)), ("GUIX_MANIFEST", "install", ("base", "pull"))],
-)
-def test_a_file_that_is_no_scheme(
-    new_project: NewProject, setting: str, task: str, stages: tuple[str, ...]
-) -> None:
-    project = new_project(*stages, **{setting: "mine.scm"})
+def test_channels_that_do_not_parse_are_an_error_before_work(new_project: NewProject) -> None:
+    project = new_project("base", GUIX_CHANNELS="mine.scm")
     (project.folder / "mine.scm").write_text("(list (channel\n")
     with project.unharmed():
-        assert f"{task}: the command failed" in one_error(project.inv(task), 4)
+        assert "mine.scm:1: ( is not closed; " in one_error(project.inv("pull"), 2)
 
 
 @pytest.mark.engine
-def test_channels_that_do_not_fit_the_lock(new_project: NewProject) -> None:
-    project = new_project("base", "pull", GUIX_CHANNELS="mine.scm")
+def test_a_manifest_that_does_not_parse_is_an_error_of_guix(new_project: NewProject) -> None:
+    project = new_project("base", "pull", GUIX_MANIFEST="mine.scm")
     (project.folder / "mine.scm").write_text("(list (channel\n")
+    with project.unharmed():
+        assert "install: the command failed" in one_error(project.inv("install"), 4)
+
+
+@pytest.mark.engine
+def test_channels_that_do_not_fit_the_lock_name_update(new_project: NewProject) -> None:
+    project = new_project("base", "pull", GUIX_CHANNELS="mine.scm")
+    text = '(list (channel (name \'other) (url "https://other.test")))\n'
+    (project.folder / "mine.scm").write_text(text)
     with project.unharmed():
         assert "--update" in one_error(project.inv("pull"), 2)
 
