@@ -6,9 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from guix_tasks.errors import CheckError
 from guix_tasks.ui.console import Console
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 LOCK = "requirements-dev.txt"
 
@@ -28,19 +32,40 @@ LINTERS = (
 )
 
 
-def run_checks(project: Path, *, unit_only: bool, only: str, soak: bool = False) -> None:
-    """Run everything, and stop at the first that fails.  Raises ``CheckError`` for it.
+PROCESSES = 4
+"""At most so many tests at once: all of them use one engine."""
 
-    ``soak`` runs the tests with numbers alone, and raises those.
+NO_TESTS = 5
+"""The exit status of pytest if no test was chosen."""
+
+
+def run_checks(
+    project: Path, *, unit_only: bool, only: str, soak: bool = False, durations: int = 10
+) -> None:
+    """Run everything, and stop at the first that fails.  Raise ``CheckError`` for it.
+
+    ``soak`` runs only the tests with numbers, and raises those.  ``durations`` is how many of the
+    slowest tests are listed.
     """
     console = Console()
     _install_tools(project, console)
     if not only and not soak:
         for command in (*LINTERS, ("shellcheck", *_shell_scripts(project))):
             _call(project, console, command)
-    folders = ["tests/unit"] if unit_only else ["tests/unit", "tests/integration"]
+    directories = ["tests/unit"] if unit_only else ["tests/unit", "tests/integration"]
     chosen = [*(["-k", only] if only else []), *(["-m", "soak", "--soak"] if soak else [])]
-    _call(project, console, ("pytest", *folders, *chosen))
+    parallel = ["-n", "auto", f"--maxprocesses={PROCESSES}", "--no-loadscope-reorder"]
+    slowest = [f"--durations={durations}", "--durations-min=1"]
+    good = (0, NO_TESTS) if chosen else (0,)
+    statuses = {
+        _call(
+            project, console,
+            ("pytest", directory, *chosen, *slowest, *([] if soak else parallel)), good,
+        )
+        for directory in directories
+    }  # fmt: skip
+    if statuses == {NO_TESTS}:
+        raise CheckError(f"test: no test matches {only!r}")
 
 
 def _install_tools(project: Path, console: Console) -> None:
@@ -66,7 +91,9 @@ def _shell_scripts(project: Path) -> list[str]:
     )
 
 
-def _call(project: Path, console: Console, command: tuple[str, ...]) -> None:
+def _call(
+    project: Path, console: Console, command: tuple[str, ...], good: Collection[int] = (0,)
+) -> int:
     console.command(command)
     scripts = Path(sys.prefix) / "bin"
     path = os.pathsep.join((str(scripts), os.environ.get("PATH", os.defpath)))
@@ -74,5 +101,6 @@ def _call(project: Path, console: Console, command: tuple[str, ...]) -> None:
     status = subprocess.call(
         [scripts / program, *arguments], cwd=project, env={**os.environ, "PATH": path}
     )
-    if status:
+    if status not in good:
         raise CheckError(f"test: {program} failed with status {status}; its output is above")
+    return status

@@ -46,15 +46,18 @@ def demo(c: Context) -> None:
         "unit": "only what needs no engine",
         "only": "only the tests that match (pytest -k)",
         "soak": "only the tests with numbers, and those for an hour",
+        "durations": "how many of the slowest tests to list",
     },
     auto_shortflags=False,
 )
-def test(c: Context, unit: bool = False, only: str = "", soak: bool = False) -> None:
+def test(
+    c: Context, unit: bool = False, only: str = "", soak: bool = False, durations: int = 10
+) -> None:
     """Run the linters and tests of guix-tasks itself."""
     with guarded():
         from dev.checks import run_checks
 
-        run_checks(CHECKOUT, unit_only=unit, only=only, soak=soak)
+        run_checks(CHECKOUT, unit_only=unit, only=only, soak=soak, durations=durations)
 
 
 @contextmanager

@@ -10,8 +10,13 @@ from __future__ import annotations
 import random
 import secrets
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import pytest
+from parallel import is_worker
+
+if TYPE_CHECKING:
+    from xdist.workermanage import WorkerController
 
 _KEY = pytest.StashKey["Soak"]()
 
@@ -52,6 +57,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"seed of what is random: --seed={config.stash[_KEY].seed}"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand over what was tried to the process that reports it."""
+    if is_worker(session.config):
+        session.config.workeroutput["told"] = session.config.stash[_KEY].told  # type: ignore[attr-defined]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: WorkerController) -> None:
+    told = node.config.stash[_KEY].told
+    for promise, tried in getattr(node, "workeroutput", {}).get("told", {}).items():
+        told[promise] = f"{told[promise]}; {tried}" if promise in told else tried
 
 
 @pytest.fixture(scope="session")

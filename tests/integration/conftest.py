@@ -25,6 +25,7 @@ from harness import (
     pip,
 )
 from island import Island, import_image, raised, start_registry
+from parallel import OTHER_STORE, is_worker
 from planted import PLANTED
 
 from dev.offline import make_material
@@ -44,6 +45,7 @@ from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from soak import Soak
@@ -55,9 +57,19 @@ STAGES = ("base", "pull", "install")
 _NO_ENGINE = pytest.StashKey[str]()
 
 
-def pytest_configure() -> None:
-    """Let what tests start be stopped by Ctrl-C, also where this is a shell's background job."""
+_RAN_BEFORE = pytest.StashKey[bool]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let Ctrl-C stop what tests start, also if this is a shell's background job."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.stash[_RAN_BEFORE] = private_engine().running()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop the private engine if the tests started it, after the last process that uses it."""
+    if not is_worker(config) and not config.stash[_RAN_BEFORE] and private_engine().running():
+        private_engine().down(Console())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -65,6 +77,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     In CI that is a failure, of the fixture ``engine``.
     """
+    # The longest first: at the end no process should have much left while the others have none.
+    items.sort(key=lambda item: OTHER_STORE not in item.name)
     wanted = [item for item in items if item.get_closest_marker("engine")]
     if not wanted or os.geteuid() == 0 or os.environ.get("CI") == "true":
         return
@@ -105,7 +119,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 MACHINES = pytest.param("machine", id=pytest.HIDDEN_PARAM)
-OTHER = "other-store"
+OTHER = OTHER_STORE
 
 
 @pytest.fixture(scope="session")
@@ -151,19 +165,20 @@ def other_store(
 
 
 @pytest.fixture(scope="session")
-def machine_engine() -> Iterator[DockerEngine]:
-    """The engine of this machine; where there is none, a private one for the time of the tests."""
-    private = private_engine()
-    before = private.running()
+def machine_engine() -> DockerEngine:
+    """The engine of this machine; if there is none, a private one for the time of the tests."""
     try:
         found = DockerEngine(_address(), helpers(os.environ))
         found.info()
     except EngineError as error:
         pytest.fail(str(error), pytrace=False)
     _find_programs()
-    yield found
-    if private.running() and not before:
-        private.down(Console())
+    return found
+
+
+def made_once() -> AbstractContextManager[None]:
+    """Keep other processes of the same run from making the same thing at the same time."""
+    return service_module.locked(files.cache_home() / "tests" / "lock")
 
 
 def _address() -> Address:
@@ -219,8 +234,9 @@ def _docker(host: str, tmp_path_factory: pytest.TempPathFactory) -> Docker:
 @pytest.fixture(scope="session")
 def machine_base(machine_engine: DockerEngine) -> str:
     """An image that has Debian's Guix, on the engine of this machine."""
-    if machine_engine.image(BASE_TAG) is None:
-        make_base(machine_engine, Console(), BASE_TAG)
+    with made_once():
+        if machine_engine.image(BASE_TAG) is None:
+            make_base(machine_engine, Console(), BASE_TAG)
     return BASE_TAG
 
 
@@ -234,7 +250,8 @@ def base_image(machine_base: str, engine: DockerEngine) -> str:
 @pytest.fixture(scope="session")
 def offline(machine_engine: DockerEngine, machine_base: str) -> Path:
     """The channels and substitutes of the offline example."""
-    make_material(machine_engine, Console(), machine_base, OFFLINE)
+    with made_once():
+        make_material(machine_engine, Console(), machine_base, OFFLINE)
     return OFFLINE / "out"
 
 
@@ -263,7 +280,8 @@ def machine_registry(
     if shared.installed():
         (folder / "root").symlink_to(shared.folder / "root")
     own = LocalRegistry(folder, free_port())
-    own.up(Console())
+    with made_once():
+        own.up(Console())
     log_in(machine_docker, own)
     yield own
     own.down(Console())
@@ -275,9 +293,10 @@ def programs() -> Path:
     if private_engine().installed():
         return private_engine().folder / "root"
     kept = PrivateEngine(files.cache_home() / "tests" / "engine")
-    if not kept.installed():
-        kept.folder.mkdir(parents=True, exist_ok=True)
-        kept._unpack(Console())
+    with made_once():
+        if not kept.installed():
+            kept.folder.mkdir(parents=True, exist_ok=True)
+            kept._unpack(Console())
     return kept.folder / "root"
 
 
@@ -382,6 +401,7 @@ def builder(request: pytest.FixtureRequest, engine_host: str) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def plain_image(engine: DockerEngine) -> str:
     """A Debian that has no Guix; as the base image, it is made once."""
-    if engine.image(PLAIN_TAG) is None:
-        make_plain(engine, Console(), PLAIN_TAG)
+    with made_once():
+        if engine.image(PLAIN_TAG) is None:
+            make_plain(engine, Console(), PLAIN_TAG)
     return PLAIN_TAG

@@ -1,0 +1,34 @@
+"""Tests in several processes: those of a module stay together, and those of the other image store.
+
+pytest-xdist would otherwise make the fixtures of a module, and start the other engine, in each.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xdist.scheduler import LoadScopeScheduling
+
+if TYPE_CHECKING:
+    import pytest
+    from xdist.remote import Producer
+
+OTHER_STORE = "other-store"
+"""Part of the ID of a test that runs on an engine with the other image store."""
+
+
+class ByFixtures(LoadScopeScheduling):  # type: ignore[misc]
+    """Give a process all tests that share expensive fixtures."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path, _, name = nodeid.partition("::")
+        return OTHER_STORE if OTHER_STORE in name else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFixtures:
+    return ByFixtures(config, log)
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Return whether this process runs tests for another that reports them."""
+    return hasattr(config, "workerinput")
