@@ -63,7 +63,7 @@ class Docker:
         ours = {name: value for name, value in os.environ.items() if not name.startswith("DOCKER_")}
         return {**ours, "DOCKER_HOST": self.host, "DOCKER_CONFIG": str(self.folder)}
 
-    def __call__(self, *arguments: str, timeout: float = 60) -> Result:
+    def __call__(self, *arguments: str, timeout: float = 240) -> Result:
         return call(self.argv(*arguments), self.environment, timeout)
 
     def argv(self, *arguments: str) -> list[str]:
@@ -139,7 +139,7 @@ class Project:
         }
 
     def inv(
-        self, *arguments: str, env: dict[str, str] | None = None, timeout: float = 120
+        self, *arguments: str, env: dict[str, str] | None = None, timeout: float = 360
     ) -> Result:
         """Run the real command line to its end."""
         self._look()
@@ -150,7 +150,7 @@ class Project:
         PLANTED.look_at_output(f"inv {arguments}", result.stdout, result.stderr)
         return result
 
-    def ok(self, *arguments: str, timeout: float = 120) -> Result:
+    def ok(self, *arguments: str, timeout: float = 360) -> Result:
         """Run the real command line, which has to succeed."""
         result = self.inv(*arguments, timeout=timeout)
         assert result.returncode == 0, result.stderr
@@ -286,7 +286,7 @@ class Running:
     def signal(self, number: int) -> int:
         """Send a signal, and wait for the end; the exit status."""
         self.inv.send_signal(number)
-        status = self.inv.wait(timeout=30)
+        status = self.inv.wait(timeout=120)
         PLANTED.look_at_output("what was stopped", self.log.read_bytes())
         return status
 
@@ -332,7 +332,7 @@ class Terminal:
             pass
         os.close(self._ours)
         PLANTED.look_at_output("a terminal", self.said)
-        return self._process.wait(timeout=30)
+        return self._process.wait(timeout=120)
 
     def _read(self) -> bool:
         if not select.select([self._ours], [], [], 30)[0]:
@@ -516,7 +516,7 @@ def _command_of(pid: int) -> bytes:
         return b""
 
 
-def eventually(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
+def eventually(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not within {seconds} s: {what}"

@@ -76,7 +76,7 @@ class Island:
 
     def inv(self, *arguments: str, **environment: str) -> Result:
         """The command line there."""
-        return call([*self.enter, *inv_argv(*arguments)], {**self.environment, **environment}, 60)
+        return call([*self.enter, *inv_argv(*arguments)], {**self.environment, **environment}, 240)
 
     def ok(self, *arguments: str) -> str:
         result = self.inv(*arguments)
@@ -85,7 +85,7 @@ class Island:
 
     def do(self, *argv: str) -> None:
         """Run a program of this machine there."""
-        subprocess.run([*self.enter, *argv], check=True, capture_output=True, timeout=60)
+        subprocess.run([*self.enter, *argv], check=True, capture_output=True, timeout=240)
 
     @property
     def enter(self) -> list[str]:

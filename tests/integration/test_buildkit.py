@@ -176,7 +176,7 @@ def test_a_build_by_a_builder_that_cannot_do_it_touches_nothing(
     new_project: NewProject, engines_own: Builder
 ) -> None:
     project = new_project()
-    result = engines_own.inv(project, "buildx.build", timeout=300)
+    result = engines_own.inv(project, "buildx.build", timeout=600)
     if result.returncode == 0:
         pytest.skip("this engine's own builder can")
     with project.unharmed():

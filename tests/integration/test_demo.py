@@ -43,7 +43,7 @@ def test_the_demo_in_a_fresh_checkout(
     settle(island, registry.folder / "root", workshop)
     folder = checkout(tmp_path / "checkout", workshop.offline)
     inv = ["sh", "-c", 'cd "$0" && exec "$@"', str(folder), sys.executable, "-m", "invoke", "demo"]
-    made = call([*island.enter, *inv], island.environment, 180)
+    made = call([*island.enter, *inv], island.environment, 480)
     assert made.returncode == 0, made.stderr
     image, _, digest = made.stdout.strip().splitlines()[-1].partition("@")
     assert (image, digest[:7]) == ("localhost:5055/guix-tasks-demo", "sha256:")

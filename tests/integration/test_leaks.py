@@ -174,7 +174,7 @@ def test_the_tasks(new_project: NewProject, mode: tuple[str, ...], locked: str, 
             ("push",),
             ("buildx.status",),
         ):
-            said = project.inv(*mode, *call_, env=proxy, timeout=240)
+            said = project.inv(*mode, *call_, env=proxy, timeout=480)
             assert "Traceback" not in said.stderr
             if call_[0] == "run" and mode != ("--dry",):
                 assert "out http://me:***@127.0.0.1:9" in said.stdout

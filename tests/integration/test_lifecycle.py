@@ -71,7 +71,7 @@ class Pushed:
 def pushed(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
     project = workshop.project(tmp_path_factory.mktemp("pushed") / "project")
     try:
-        call = project.ok("pull", "install", "commit", "push", timeout=240)
+        call = project.ok("pull", "install", "commit", "push", timeout=480)
         image = f"{project.repository}@{call.stdout.strip().rpartition('@')[2]}"
         for tag in project.tags():
             project.docker.ok("rmi", f"{project.repository}:{tag}")
@@ -185,7 +185,7 @@ def test_a_stale_parent_stops_a_stage_until_it_is_mended(new_project: NewProject
         assert "`inv install" in one_error(project.inv("push"), 2)
     project.set(BUILD_ARGS="NOTE=2")
     project.ok("base")
-    project.ok("install", "--upstream", "push", timeout=180)
+    project.ok("install", "--upstream", "push", timeout=480)
     assert project.id() == project.id("install") != image
     assert project.docker.run(project.image, "cat", "/note").stdout == "2\n"
     assert project.docker.run(project.image, "hello").stdout == GREETING

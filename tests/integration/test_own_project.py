@@ -138,7 +138,7 @@ def test_a_project_with_stages_of_its_own(own: Project, docker: Docker) -> None:
     cache = f"{own.repository}-cache"
     own.set(CACHE_IMAGE=cache)
     # --- made, with all parents
-    said = own.ok("tested", timeout=300).stderr
+    said = own.ok("tested", timeout=600).stderr
     for child, parent in (("tested", "deps"), ("deps", "install"), ("install", "pull")):
         assert f"{child}: {own.tag(parent)} is missing, so {parent} comes first" in said
     assert own.id() == own.id("tested")

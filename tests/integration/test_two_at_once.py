@@ -27,7 +27,7 @@ def test_one_waits_and_says_for_whom(
     other = second.start("pull", "install", env=shared)
     other.await_output(f"waiting for `inv pull` (process {one.inv.pid}), which uses {first.image}")
     assert "in a" not in other.said()
-    assert [one.inv.wait(timeout=120), other.inv.wait(timeout=120)] == [0, 0]
+    assert [one.inv.wait(timeout=300), other.inv.wait(timeout=300)] == [0, 0]
     assert "pull: up to date" in other.said()
     assert (one.said() + other.said()).count("install: in a") == 1
     assert first.containers() == []
