@@ -21,7 +21,7 @@ from guix_tasks.commands.status import STATUS_HEADER, status_rows
 from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import StageError, UsageError
 from guix_tasks.stages.container import FOLDER
-from guix_tasks.stages.custom import own_stage
+from guix_tasks.stages.custom import custom_stage
 from guix_tasks.stages.declarations import OwnStage, declared
 from guix_tasks.stages.images import (
     PACKAGES_LABEL,
@@ -102,21 +102,21 @@ def test_one_input_need_not_be_a_list() -> None:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ({"name": "My-Deps"}, "'My-Deps' can be no stage's name"),
-        ({"name": ""}, "can be no stage's name"),
-        ({"name": "a" * 33}, "can be no stage's name"),
-        ({"name": PREVIOUS}, "can be no stage's name"),
-        ({"name": "push"}, "push is a task already"),
-        ({"name": "install"}, "install is a task already"),
-        ({"parent": "later"}, "no stage 'later' is there before it; name one of base, pull"),
-        ({"command": ""}, "its command is a text for the shell, or a list of words"),
+        ({"name": "My-Deps"}, "'My-Deps' cannot name a stage"),
+        ({"name": ""}, "cannot name a stage"),
+        ({"name": "a" * 33}, "cannot name a stage"),
+        ({"name": PREVIOUS}, "cannot name a stage"),
+        ({"name": "push"}, "push is already a task"),
+        ({"name": "install"}, "install is already a task"),
+        ({"parent": "later"}, "no earlier stage is named 'later'; choose one of base, pull"),
+        ({"command": ""}, "the command must be a string for the shell or a list of strings"),
         ({"command": "\n "}, "its command is"),
         ({"command": []}, "its command is"),
         ({"command": [["make"]]}, "its command is"),
-        ({"inputs": "/etc/passwd"}, "does not lie below the folder of tasks.py"),
-        ({"inputs": "../x"}, "does not lie below"),
-        ({"inputs": "a/../../x"}, "does not lie below"),
-        ({"inputs": "."}, "does not lie below"),
+        ({"inputs": "/etc/passwd"}, "is not below the directory of tasks.py"),
+        ({"inputs": "../x"}, "is not below"),
+        ({"inputs": "a/../../x"}, "is not below"),
+        ({"inputs": "."}, "is not below"),
     ],
 )
 def test_what_can_be_none(what: dict[str, Any], said: str) -> None:
@@ -128,7 +128,7 @@ def test_what_can_be_none(what: dict[str, Any], said: str) -> None:
 
 
 def test_its_command_starts_where_its_inputs_are(site: OwnSite) -> None:
-    stage = own_stage(site.settings(), DEPS)
+    stage = custom_stage(site.settings(), DEPS)
     files = stage_files(stage)
     assert files["project/deps.scm"] == b"deps\n"
     assert files["project/patches/one/fix.patch"] == b"fix\n"
@@ -138,7 +138,7 @@ def test_its_command_starts_where_its_inputs_are(site: OwnSite) -> None:
 
 
 def test_without_inputs_it_starts_where_the_image_does(site: OwnSite) -> None:
-    assert b"\ncd " not in stage_files(own_stage(site.settings(), CHECKED))["stage"]
+    assert b"\ncd " not in stage_files(custom_stage(site.settings(), CHECKED))["stage"]
 
 
 @pytest.mark.parametrize("missing", ["deps.scm", "patches"])
@@ -150,7 +150,7 @@ def test_an_input_that_is_not_there(site: OwnSite, missing: str) -> None:
 
 def test_an_input_that_is_an_empty_folder(site: OwnSite) -> None:
     (site.folder / "patches/one/fix.patch").unlink()
-    with pytest.raises(UsageError, match=r"patches is an empty folder"):
+    with pytest.raises(UsageError, match=r"patches is an empty directory"):
         site.make("deps")
 
 
@@ -162,7 +162,7 @@ def test_a_link_to_a_folder_is_not_left_out_without_a_word(site: OwnSite) -> Non
 
 def test_a_link_to_a_file_is_the_file(site: OwnSite) -> None:
     (site.folder / "patches/same").symlink_to("one/fix.patch")
-    assert stage_files(own_stage(site.settings(), DEPS))["project/patches/same"] == b"fix\n"
+    assert stage_files(custom_stage(site.settings(), DEPS))["project/patches/same"] == b"fix\n"
 
 
 # --- A stage as the others ------------------------------------------------------------------
@@ -350,9 +350,9 @@ def test_its_task_has_the_options_of_install(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('add_stage("deps", "x")', "deps is a task already"),
-        ('add_stage("push", "x")', "push is a task already"),
-        ('add_stage("engine", "x")', "engine is a task already"),
+        ('add_stage("deps", "x")', "deps is already a task"),
+        ('add_stage("push", "x")', "push is already a task"),
+        ('add_stage("engine", "x")', "engine is already a task"),
         ('add_stage("late", "x", parent="later")', "one of base, pull, install, deps, checked"),
     ],
 )

@@ -144,10 +144,10 @@ def test_a_dry_run_shows_what_it_would_do(site: Site) -> None:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ({"name": "push"}, "push is a task already; take another name for the test"),
-        ({"name": "My"}, "'My' can be no test's name"),
+        ({"name": "push"}, "push is already a task; choose another name for the test"),
+        ({"name": "My"}, "'My' cannot name a test"),
         ({"command": ""}, "test check: its command is"),
-        ({"inputs": "../x"}, "test check: the input '../x' does not lie below"),
+        ({"inputs": "../x"}, "test check: the input '../x' is not below"),
         ({"image": 1}, "its image is a name"),
     ],
 )
