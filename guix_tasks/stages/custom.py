@@ -30,7 +30,7 @@ def custom_stage(settings: Settings, declaration: OwnStage) -> Stage:
         labels=lambda report: {PACKAGES_LABEL: " ".join(guix.installed(report))},
         files=files,
         as_root=True,
-        folder=f"{FOLDER}/{INPUTS}" if files else None,
+        directory=f"{FOLDER}/{INPUTS}" if files else None,
     )
 
 

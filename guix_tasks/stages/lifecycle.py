@@ -148,8 +148,8 @@ class Lifecycle:
     def state(self, name: str, packages: tuple[str, ...] | None = None) -> State:
         """Compare a stage's image with its current inputs and its current parent.
 
-        The image is up to date if its key equals the key of the inputs and of the parent's
-        inputs, and if it was committed from the parent's current image.
+        The image is up to date if the parent is, if the image's inputs and key equal the current
+        ones, and if it was committed from the parent's current image.
 
         ``packages`` are the packages of ``install --package``; by default those that the image
         was made with, so that ``inv push`` accepts such an image.
@@ -163,32 +163,13 @@ class Lifecycle:
             return State(image, key=None, why=str(reason) if image else None)
         if inputs is None:
             return State(image, key=None, why=None)
+        parent = self._parent_state(name)
+        if parent.key is None:
+            return State(image, key=None, why=parent.why)
 
-        parent = self.parent_of(name)
-        if parent is None:
-            parent_state = State(None, key="", why=None)
-        else:
-            parent_state = self.state(parent)
-            if parent_state.why and parent_state.why.partition(": ")[0] not in self._ledger.stages:
-                parent_state = replace(parent_state, why=f"{parent}: {parent_state.why}")
-        if parent_state.key is None:
-            return State(image, key=None, why=parent_state.why)
-
-        key = stage_key(name, parent_state.key, inputs)
-        if image is None:
-            return State(None, key, why=None)
-        return State(image, key, self._stale_reason(image, key, inputs, parent, parent_state))
-
-    def _stale_reason(
-        self,
-        image: Image,
-        key: str,
-        inputs: Mapping[str, str],
-        parent: str | None,
-        parent_state: State,
-    ) -> str | None:
-        if parent_state.why:
-            return parent_state.why
+        key = stage_key(name, parent.key, inputs)
+        if image is None or parent.why:
+            return State(image, key, why=parent.why if image else None)
         recorded = inputs_of(image)
         changed = {
             _input_name(self._settings, name)
@@ -196,10 +177,19 @@ class Lifecycle:
             if recorded.get(name) != inputs.get(name)
         }
         if changed:
-            return f"{', '.join(sorted(changed))} changed"
-        if key_of(image) != key or (parent_state.image and not is_child(image, parent_state.image)):
-            return f"{parent} is newer"
-        return None
+            return State(image, key, why=f"{', '.join(sorted(changed))} changed")
+        is_current = key_of(image) == key and (not parent.image or is_child(image, parent.image))
+        return State(image, key, why=None if is_current else f"{self.parent_of(name)} is newer")
+
+    def _parent_state(self, name: str) -> State:
+        """Return the state of a stage's parent, with the name of the stale stage in its reason."""
+        parent = self.parent_of(name)
+        if parent is None:
+            return State(None, key="", why=None)
+        state = self.state(parent)
+        if state.why and state.why.partition(": ")[0] not in self._ledger.stages:
+            return replace(state, why=f"{parent}: {state.why}")
+        return state
 
     def _inputs(
         self, name: str, image: Image | None, packages: tuple[str, ...]
@@ -220,7 +210,7 @@ class Lifecycle:
                 return None
             if mismatch := misfit(wanted, channels):
                 raise _StaleError(f"GUIX_CHANNELS changed ({mismatch})")
-            # `--disable-authentication` is no setting: the image records it.
+            # `--disable-authentication` is not a setting.  Only the image records it.
             stage = pull_stage(channels, wanted, authenticate=is_authenticated(image))
         elif packages or settings.guix_packages or settings.guix_manifest:
             stage = install_stage(settings, packages)

@@ -34,7 +34,7 @@ class Stage:
     """Files of the commands, by path below ``container.FOLDER``."""
     given: Mapping[str, str] = field(default_factory=dict)
     """Additional inputs: digests by name."""
-    folder: str | None = None
+    directory: str | None = None
     """Working directory of the commands, by default that of the image."""
     fetches: str | None = None
     """Channels file of the channels that the stage fetches, or None if it fetches none."""
@@ -60,5 +60,7 @@ class Stage:
 
 def stage_files(stage: Stage) -> dict[str, bytes]:
     """Return all files of a stage below ``container.FOLDER``; ``stage`` is the script to run."""
-    script = guix.script(stage.commands, stage.report, FOLDER, keep=stage.keep, start=stage.folder)
+    script = guix.script(
+        stage.commands, stage.report, FOLDER, keep=stage.keep, start=stage.directory
+    )
     return {**stage.files, "stage": script.encode(), "collect.scm": COLLECT.read_bytes()}

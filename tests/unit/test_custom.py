@@ -110,16 +110,16 @@ def test_one_input_need_not_be_a_list() -> None:
         ({"name": "install"}, "install is already a task"),
         ({"parent": "later"}, "no earlier stage is named 'later'; choose one of base, pull"),
         ({"command": ""}, "the command must be a string for the shell or a list of strings"),
-        ({"command": "\n "}, "its command is"),
-        ({"command": []}, "its command is"),
-        ({"command": [["make"]]}, "its command is"),
+        ({"command": "\n "}, "the command must be"),
+        ({"command": []}, "the command must be"),
+        ({"command": [["make"]]}, "the command must be"),
         ({"inputs": "/etc/passwd"}, "is not below the directory of tasks.py"),
         ({"inputs": "../x"}, "is not below"),
         ({"inputs": "a/../../x"}, "is not below"),
         ({"inputs": "."}, "is not below"),
     ],
 )
-def test_what_can_be_none(what: dict[str, Any], said: str) -> None:
+def test_invalid_stage_is_refused(what: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         declare(**what)
 
@@ -127,7 +127,7 @@ def test_what_can_be_none(what: dict[str, Any], said: str) -> None:
 # --- What is run ----------------------------------------------------------------------------
 
 
-def test_its_command_starts_where_its_inputs_are(site: OwnSite) -> None:
+def test_command_starts_in_the_directory_of_its_inputs(site: OwnSite) -> None:
     stage = custom_stage(site.settings(), DEPS)
     files = stage_files(stage)
     assert files["project/deps.scm"] == b"deps\n"
@@ -137,24 +137,26 @@ def test_its_command_starts_where_its_inputs_are(site: OwnSite) -> None:
     assert lines[start + 1] == "guix package --install=tar"
 
 
-def test_without_inputs_it_starts_where_the_image_does(site: OwnSite) -> None:
+def test_command_without_inputs_starts_in_the_directory_of_the_image(site: OwnSite) -> None:
     assert b"\ncd " not in stage_files(custom_stage(site.settings(), CHECKED))["stage"]
 
 
 @pytest.mark.parametrize("missing", ["deps.scm", "patches"])
-def test_an_input_that_is_not_there(site: OwnSite, missing: str) -> None:
+def test_missing_input_is_reported(site: OwnSite, missing: str) -> None:
     (site.folder / missing).rename(site.folder / "elsewhere")
-    with pytest.raises(UsageError, match=rf"stage deps: the input .*{missing}: No such file"):
+    with pytest.raises(
+        UsageError, match=rf"stage deps: cannot read the input .*{missing}: No such file"
+    ):
         site.make("deps")
 
 
-def test_an_input_that_is_an_empty_folder(site: OwnSite) -> None:
+def test_empty_input_directory_is_reported(site: OwnSite) -> None:
     (site.folder / "patches/one/fix.patch").unlink()
     with pytest.raises(UsageError, match=r"patches is an empty directory"):
         site.make("deps")
 
 
-def test_a_link_to_a_folder_is_not_left_out_without_a_word(site: OwnSite) -> None:
+def test_link_to_a_directory_is_reported(site: OwnSite) -> None:
     (site.folder / "patches/more").symlink_to(site.folder)
     with pytest.raises(UsageError, match=r"patches/more: Is a directory"):
         site.make("deps")

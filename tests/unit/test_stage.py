@@ -173,7 +173,7 @@ def test_a_commit_that_is_not_understood_is_an_error(site: Site) -> None:
         commit_image(Project(project.settings, odd, project.console), "x", parent, IMAGE, {})
 
 
-def test_a_users_custom_stage_is_a_few_lines(made: Site) -> None:
+def test_stage_is_a_few_lines_of_data(made: Site) -> None:
     project = made.project()
     stage = Stage(
         name="tests",
@@ -1173,7 +1173,7 @@ def test_an_engine_that_loses_what_it_made_is_an_error(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(site.engine, "build", lambda _spec, _output: "sha256:gone")
-    with pytest.raises(EngineError, match="does not have it"):
+    with pytest.raises(EngineError, match="which the engine has built"):
         site.make("base")
 
 
