@@ -41,7 +41,7 @@ def base_spec(settings: Settings, network: str | None) -> BuildSpec:
     )
 
 
-def other_platform_only(engine: Engine, settings: Settings) -> str | None:
+def base_platform_error(engine: Engine, settings: Settings) -> str | None:
     """Return an error line if no base image for the platform of the settings is available."""
     platform, reference = settings.platform, str(settings.base_image)
     image = engine.image(reference)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from guix_tasks.engine.credentials import accounts_for
 from guix_tasks.engine.retry import retried
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, SettingsError, UsageError
-from guix_tasks.stages.base import base_annotations, base_inputs, base_spec, other_platform_only
+from guix_tasks.stages.base import base_annotations, base_inputs, base_platform_error, base_spec
 from guix_tasks.stages.container import (
     INPUTS,
     common_inputs,
@@ -54,8 +54,6 @@ from guix_tasks.stages.transfer import pull, push
 from guix_tasks.stages.volumes import check_volumes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from guix_tasks.engine.api import Image
     from guix_tasks.settings import Settings
     from guix_tasks.stages.project import Project
@@ -172,9 +170,9 @@ class Lifecycle:
             return State(image, key, why=parent.why if image else None)
         recorded = inputs_of(image)
         changed = {
-            _input_name(self._settings, name)
-            for name in recorded.keys() | inputs.keys()
-            if recorded.get(name) != inputs.get(name)
+            _input_name(self._settings, input_name)
+            for input_name in recorded.keys() | inputs.keys()
+            if recorded.get(input_name) != inputs.get(input_name)
         }
         if changed:
             return State(image, key, why=f"{', '.join(sorted(changed))} changed")
@@ -275,7 +273,7 @@ class Lifecycle:
                 image_id = retried(project.console, "the build", build, host=host)
         except BuilderError:
             # The builder's message is only that it cannot get the base image.
-            if reason := other_platform_only(project.engine, settings):
+            if reason := base_platform_error(project.engine, settings):
                 raise BuilderError(reason) from None
             raise
         built = project.engine.image(image_id)

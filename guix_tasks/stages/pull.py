@@ -186,10 +186,10 @@ def misfit(wanted: str | None, lock: str) -> str | None:
     names must be in the lock, with the same URL, branch and introduction, and at the commit that
     it names, if any.
     """
-    return next(_misfits(wanted or "", lock), None)
+    return next(_mismatches(wanted or "", lock), None)
 
 
-def _misfits(wanted: str, lock: str) -> Iterator[str]:
+def _mismatches(wanted: str, lock: str) -> Iterator[str]:
     if error := guix.syntax_error(lock):
         yield f"in line {error[0]}, {error[1]}"
     channels, locked = guix.channels(wanted), guix.channels(lock)

@@ -49,7 +49,7 @@ CHECKED = OwnStage("checked", ("guix", "package", "--install=check"), "deps")
 class OwnSite(Site):
     """A project whose ``tasks.py`` adds two stages."""
 
-    own: tuple[OwnStage, ...] = (DEPS, CHECKED)
+    stages: tuple[OwnStage, ...] = (DEPS, CHECKED)
 
     def __init__(self, folder: Path, engine: FakeEngine, **env: str) -> None:
         super().__init__(folder, engine, **env)
@@ -57,7 +57,7 @@ class OwnSite(Site):
         self.write("patches/one/fix.patch", "fix\n")
 
     def project(self, engine: Engine | None = None) -> Project:
-        return replace(super().project(engine), own=self.own)
+        return replace(super().project(engine), own=self.stages)
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_an_input_that_changes_makes_it_stale(made: OwnSite, file: str, why: str
 
 
 def test_another_command_makes_it_stale(made: OwnSite) -> None:
-    made.own = (replace(DEPS, command=("guix", "package", "--install=sed")), CHECKED)
+    made.stages = (replace(DEPS, command=("guix", "package", "--install=sed")), CHECKED)
     assert made.why("deps") == "command changed"
 
 
@@ -240,7 +240,7 @@ def test_what_install_was_given_is_not_forgotten(made: OwnSite) -> None:
 
 def test_a_command_that_fails_commits_nothing(made: OwnSite) -> None:
     before = outline(made.engine)
-    made.own = (replace(DEPS, command=("guix", "package", "--install=no-such-package")), CHECKED)
+    made.stages = (replace(DEPS, command=("guix", "package", "--install=no-such-package")), CHECKED)
     with pytest.raises(StageError, match=r"deps: no-such-package: unknown .*out/failed/deps-"):
         made.make("deps")
     assert outline(made.engine) == before
@@ -256,7 +256,7 @@ def test_push_refuses_a_stale_one(made: OwnSite) -> None:
 
 
 def test_what_a_stage_made_that_is_no_more_is_pushed_with_a_warning(made: OwnSite) -> None:
-    made.own = (DEPS,)
+    made.stages = (DEPS,)
     project = made.project()
     assert [*push(project)] == [IMAGE]
     assert "made by none of these stages" in heard(project)
@@ -286,7 +286,7 @@ def test_clean_removes_it(made: OwnSite) -> None:
 
 
 def test_sizes_are_those_above_the_parent(made: OwnSite) -> None:
-    made.own = (DEPS, CHECKED, replace(CHECKED, name="beside", parent="install"))
+    made.stages = (DEPS, CHECKED, replace(CHECKED, name="beside", parent="install"))
     made.make("beside")
     found = {part.name: part.size for part in sizes(made.project()) if part.group == "stage"}
     assert [*found] == [*STAGES, "deps", "checked", "beside"]
