@@ -23,7 +23,7 @@ BASE_INPUT = "BASE_IMAGE"
 
 
 def base_spec(settings: Settings, network: str | None) -> BuildSpec:
-    """Return the build of the base stage; a build can join no network except host and none."""
+    """Return the build of the base stage.  Of the networks, builds support only host and none."""
     arguments = {BASE_INPUT: str(settings.base_image), **settings.build_args}
     if settings.guix_binary_url:
         arguments["GUIX_BINARY_URL"] = settings.guix_binary_url

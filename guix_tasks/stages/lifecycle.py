@@ -344,7 +344,7 @@ class Lifecycle:
             if image is None:
                 if line := uncompared_lock(settings):
                     console.say(line)
-            elif stage.given.get(CHANNELS_INPUT) != inputs_of(image).get(CHANNELS_INPUT):
+            elif stage.extra_inputs.get(CHANNELS_INPUT) != inputs_of(image).get(CHANNELS_INPUT):
                 raise UsageError(lock_misfits(settings, "it computes its channels and has changed"))
         if settings.guix_channels_lock is None:
             console.say(

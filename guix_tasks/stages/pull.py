@@ -58,7 +58,7 @@ def pull_stage(
         labels=lambda report: {CHANNELS_LABEL: report, **trust},
         files={"channels.scm": channels.encode()} if channels else {},
         keep=guix.CURRENT_GUIX,
-        given={CHANNELS_INPUT: text_digest(wanted or "")} if computed else {},
+        extra_inputs={CHANNELS_INPUT: text_digest(wanted or "")} if computed else {},
         settled=partial(pull_stage, wanted=wanted, authenticate=authenticate),
         check=_check_authenticated if authenticate else None,
         fetches=channels or "",

@@ -32,7 +32,7 @@ class Stage:
     """Return the image's additional labels for a report."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Files of the commands, by path below ``container.FOLDER``."""
-    given: Mapping[str, str] = field(default_factory=dict)
+    extra_inputs: Mapping[str, str] = field(default_factory=dict)
     """Additional inputs: digests by name."""
     directory: str | None = None
     """Working directory of the commands, by default that of the image."""
@@ -55,7 +55,7 @@ class Stage:
         words = [shlex.join(command) for command in (*self.commands, self.report)]
         words += [self.keep or "", file_digest(COLLECT)]
         files = {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
-        return {"command": text_digest(*words), **files, **self.given, **common}
+        return {"command": text_digest(*words), **files, **self.extra_inputs, **common}
 
 
 def stage_files(stage: Stage) -> dict[str, bytes]:
