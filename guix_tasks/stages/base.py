@@ -1,4 +1,4 @@
-"""Stage base: the project's Dockerfile on the base image."""
+"""Stage base: build the project's Dockerfile on the base image."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from guix_tasks.stages.container import IMAGE_FOLDER, network, platform_input
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from guix_tasks.engine.api import Engine, Image
     from guix_tasks.settings import Settings
@@ -22,51 +23,56 @@ BASE_INPUT = "BASE_IMAGE"
 
 
 def base_spec(settings: Settings, network: str | None) -> BuildSpec:
-    """The build that makes the base stage, with a network if a build can join it."""
-    arguments = _arguments(settings)
-    # A builder takes HTTP_PROXY and http_proxy for one, and either of them if both are given.
-    own = {name.lower() for name in arguments}
+    """Return the build of the base stage.  Of the networks, builds support only host and none."""
+    arguments = {BASE_INPUT: str(settings.base_image), **settings.build_args}
+    if settings.guix_binary_url:
+        arguments["GUIX_BINARY_URL"] = settings.guix_binary_url
+        arguments["GUIX_BINARY_SHA256"] = settings.guix_binary_sha256 or ""
+    # A builder treats HTTP_PROXY and http_proxy as one argument and uses either if both are set.
+    names = {name.lower() for name in arguments}
     return BuildSpec(
         context=settings.build_context,
         dockerfile=settings.dockerfile,
         args=arguments,
         secrets=settings.build_secrets,
-        proxies={name: url for name, url in settings.proxies.items() if name.lower() not in own},
+        proxies={name: url for name, url in settings.proxies.items() if name.lower() not in names},
         platform=str(settings.platform) if settings.platform else None,
         network=network if network in ("host", "none") else None,
     )
 
 
-def other_platform_only(engine: Engine, settings: Settings) -> str | None:
-    """That the base image cannot be had for the platform that is asked for, if it is so."""
-    wanted, reference = settings.platform, str(settings.base_image)
+def base_platform_error(engine: Engine, settings: Settings) -> str | None:
+    """Return an error line if no base image for the platform of the settings is available."""
+    platform, reference = settings.platform, str(settings.base_image)
     image = engine.image(reference)
-    if not wanted or not image or image.platform == str(wanted):
+    if not platform or not image or image.platform == str(platform):
         return None
     if remote_digest(engine, settings, reference):
         return None
-    return other_platform(reference, image, str(wanted))
+    return other_platform(reference, image, str(platform))
 
 
-def other_platform(reference: str, image: Image, wanted: str) -> str:
+def other_platform(reference: str, image: Image, platform: str) -> str:
     return (
-        f"only the engine has {reference}, and that for {image.platform} alone, not for {wanted}; "
-        "push one for all of PLATFORMS to a registry, and name that in BASE_IMAGE"
+        f"{reference} is in no registry, and the engine's image is for {image.platform}, not for "
+        f"{platform}; push an image for all PLATFORMS to a registry and set BASE_IMAGE to it"
     )
 
 
 def base_inputs(engine: Engine, settings: Settings, known: Mapping[str, str]) -> dict[str, str]:
-    """What the base stage is made from, by name, with the digest of each content.
+    """Return the inputs of the base stage: digests by name.
 
-    ``known`` are the inputs of the image that is there: the base image need not be here to tell
-    that nothing changed.  Raises ``UsageError`` where the Dockerfile cannot be read.
+    ``known`` are the inputs of the current image of the stage.  With them the base image need not
+    be in the engine to find that nothing changed.
+
+    Raise ``UsageError`` if the Dockerfile or the build context cannot be read.
     """
     spec = base_spec(settings, network(engine, settings))
     if not spec.context.is_dir():
-        raise UsageError(f"BUILD_CONTEXT: {spec.context} is not a folder; name one")
+        raise UsageError(f"BUILD_CONTEXT: {spec.context} is not a directory; choose a directory")
     arguments = {name: text for name, text in spec.args.items() if name != BASE_INPUT}
     return {
-        "Dockerfile": _dockerfile_digest(spec),
+        "Dockerfile": _dockerfile_digest(spec.dockerfile),
         "build context": _context_digest(settings, spec),
         "build arguments": text_digest(*sorted(f"{n}={text}" for n, text in arguments.items())),
         "image/": tree_digest(IMAGE_FOLDER),
@@ -76,65 +82,58 @@ def base_inputs(engine: Engine, settings: Settings, known: Mapping[str, str]) ->
 
 
 def base_annotations(settings: Settings, inputs: Mapping[str, str]) -> dict[str, str]:
-    """What an image made from these inputs is built on, in the words of OCI, as labels."""
+    """Return the OCI labels that name the base image of an image made from these inputs."""
     _, _, digest = inputs[BASE_INPUT].partition(" ")
-    # Of an image that is in no registry, what is there tells its content.
-    known = {BASE_DIGEST: digest} if digest.startswith("sha256:") else {}
-    return {BASE_NAME: str(settings.base_image), **known}
+    # A base image that is in no registry has a content digest without a prefix instead.
+    digest_label = {BASE_DIGEST: digest} if digest.startswith("sha256:") else {}
+    return {BASE_NAME: str(settings.base_image), **digest_label}
 
 
 def _context_digest(settings: Settings, spec: BuildSpec) -> str:
-    """The digest of the build context without what is written after the base is made.
+    """Return the digest of the build context without the lock and the logs.
 
-    That is the lock, and logs.
+    Both are written after the base stage is made.
     """
-    without = set(settings.logs)
+    excluded = set(settings.logs)
     if lock := settings.guix_channels_lock:
-        without |= {lock.parent.resolve() / lock.name, lock.resolve()}
-    return context_digest(context_entries(spec.context, spec.dockerfile), without)
-
-
-def _arguments(settings: Settings) -> dict[str, str]:
-    arguments = {BASE_INPUT: str(settings.base_image), **settings.build_args}
-    if settings.guix_binary_url:
-        arguments["GUIX_BINARY_URL"] = settings.guix_binary_url
-        arguments["GUIX_BINARY_SHA256"] = settings.guix_binary_sha256 or ""
-    return arguments
+        excluded |= {lock.parent.resolve() / lock.name, lock.resolve()}
+    return context_digest(context_entries(spec.context, spec.dockerfile), excluded)
 
 
 def _base_image(engine: Engine, settings: Settings, known: str) -> str:
-    """Return the base image's name, and what distinguishes one content of that name from another.
+    """Return the base image's reference and digest, separated by a space.
 
-    That is the digest by which a registry knows the image, because any machine can ask for it.
-    For an image that no registry has, it is a digest of its layers and configuration, because
-    its ID and date differ from build to build.  ``known`` is what the current base stage was made
-    from: an image that got a registry's digest by being pushed is still the same.
+    The digest is the one of the registry, which is the same on all machines.  An image that is in
+    no registry has a digest of its layers and configuration instead, because its ID and date
+    differ between builds.
+
+    ``known`` is the input that the current base stage was made from.  It is returned if it still
+    describes the image: a push adds a registry's digest to an image whose content is the same.
     """
     reference = settings.base_image
     image = engine.image(str(reference))
     if image is None:
-        here = known.startswith(f"{reference} ")
-        if here:
+        if known.startswith(f"{reference} "):
             return known
         return f"{reference} {remote_digest(engine, settings, str(reference)) or ''}"
+
     config = (f"{name}={value}" for name, value in sorted(image.config.items()))
-    content = f"{reference} {text_digest(*image.layers, *config)}"
-    digests = [digest for name, _, digest in (each.partition("@") for each in image.digests)
-               if name == reference.name]  # fmt: skip
-    names = [f"{reference} {digest}" for digest in digests]
-    if known in (*names, content):
+    content_digest = text_digest(*image.layers, *config)
+    digests = [text.removeprefix(f"{reference.name}@") for text in image.digests
+               if text.startswith(f"{reference.name}@")]  # fmt: skip
+    if known in [f"{reference} {digest}" for digest in (*digests, content_digest)]:
         return known
-    if names and engine.info().uses_containerd:
-        # This store gives every image a digest, also one that was never in a registry.
+    if digests and engine.info().uses_containerd:
+        # containerd's image store gives a digest even to an image that is in no registry.
         remote = remote_digest(engine, settings, str(reference))
-        names = [f"{reference} {digest}" for digest in digests if digest == remote]
-    return (names or [content])[0]
+        digests = [digest for digest in digests if digest == remote]
+    return f"{reference} {digests[0] if digests else content_digest}"
 
 
-def _dockerfile_digest(spec: BuildSpec) -> str:
+def _dockerfile_digest(dockerfile: Path) -> str:
     try:
-        return file_digest(spec.dockerfile)
+        return file_digest(dockerfile)
     except OSError as error:
         raise UsageError(
-            f"DOCKERFILE: {spec.dockerfile}: {error.strerror}; name one that can be read"
+            f"DOCKERFILE: cannot read {dockerfile}: {error.strerror}; choose a readable file"
         ) from None

@@ -1,4 +1,4 @@
-"""Stages of a project's own: what its ``tasks.py`` says, with the files that are named there."""
+"""Custom stages: the declarations of a project's ``tasks.py`` with the content of their inputs."""
 
 from __future__ import annotations
 
@@ -19,45 +19,47 @@ if TYPE_CHECKING:
     from guix_tasks.stages.declarations import OwnStage
 
 
-def own_stage(settings: Settings, own: OwnStage) -> Stage:
-    """The stage as data.  Raises ``UsageError`` where an input cannot be read."""
-    found = input_files(settings, f"stage {own.name}", own.inputs)
-    files = {f"{INPUTS}/{name}": content for name, content in found.items()}
+def custom_stage(settings: Settings, declaration: OwnStage) -> Stage:
+    """Return the stage of a declaration.  Raise ``UsageError`` if an input cannot be read."""
+    inputs = input_files(settings, f"stage {declaration.name}", declaration.inputs)
+    files = {f"{INPUTS}/{name}": content for name, content in inputs.items()}
     return Stage(
-        name=own.name,
-        commands=[own.command],
+        name=declaration.name,
+        commands=[declaration.command],
         report=guix.list_installed_argv(),
         labels=lambda report: {PACKAGES_LABEL: " ".join(guix.installed(report))},
         files=files,
         as_root=True,
-        folder=f"{FOLDER}/{INPUTS}" if files else None,
+        directory=f"{FOLDER}/{INPUTS}" if files else None,
     )
 
 
-def input_files(settings: Settings, what: str, inputs: Sequence[str]) -> dict[str, bytes]:
-    """The files, and those of the folders, by their names relative to the project.
+def input_files(settings: Settings, owner: str, inputs: Sequence[str]) -> dict[str, bytes]:
+    """Return the content of input files and directories, by path relative to the project.
 
-    Raises ``UsageError`` in the name of ``what`` they are for, where one cannot be read.
+    Raise ``UsageError`` if an input cannot be read or is an empty directory.  Its message begins
+    with ``owner``, for example ``stage deps``.
     """
-    return dict(file for name in inputs for file in _files(settings, what, name))
+    return dict(file for name in inputs for file in _files(settings, owner, name))
 
 
-def _files(settings: Settings, what: str, name: str) -> Iterator[tuple[str, bytes]]:
+def _files(settings: Settings, owner: str, name: str) -> Iterator[tuple[str, bytes]]:
     path = settings.folder / name
-    found = sorted(_walk(path)) if path.is_dir() else [path]
-    if not found:
-        raise UsageError(f"{what}: the input {path} is an empty folder; name another")
+    files = sorted(_walk(path)) if path.is_dir() else [path]
+    if not files:
+        raise UsageError(f"{owner}: the input {path} is an empty directory; choose another input")
     try:
-        for each in found:
-            yield str(each.relative_to(settings.folder)), each.read_bytes()
+        for file in files:
+            yield str(file.relative_to(settings.folder)), file.read_bytes()
     except OSError as error:
         raise UsageError(
-            f"{what}: the input {error.filename}: {error.strerror}; name what can be read"
+            f"{owner}: cannot read the input {error.filename}: {error.strerror}; "
+            "choose a readable file"
         ) from None
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(folder):
-        # A link to a folder is not followed, and so cannot be read: better told than left out.
-        links = [name for name in folders if Path(place, name).is_symlink()]
-        yield from (Path(place, name) for name in [*names, *links])
+def _walk(root: Path) -> Iterator[Path]:
+    for directory, subdirectories, names in os.walk(root):
+        # os.walk does not follow links to directories.  Reading one fails, which reports it.
+        links = [name for name in subdirectories if Path(directory, name).is_symlink()]
+        yield from (Path(directory, name) for name in [*names, *links])

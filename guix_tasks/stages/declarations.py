@@ -1,4 +1,4 @@
-"""Stages and tests of a project's own, as its ``tasks.py`` declares them."""
+"""Declarations of the custom stages and tests in a project's ``tasks.py``."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
 _NAME = re.compile(r"[a-z][a-z0-9]{0,31}", re.ASCII)
-"""What can be a part of a tag, of a container's name and of a folder's, and a task's name."""
+"""Names that are valid in a tag, a container name, a directory name and a task name."""
 
-_TAKEN = frozenset({"previous", "linux"})
-"""What tags of the ledger end in otherwise."""
+_RESERVED = frozenset({"previous", "linux"})
+"""Names that would collide with tags of ``images.Ledger``."""
 
 
 @dataclass(frozen=True)
 class OwnStage:
-    """A command that makes one image of another, in the words of whoever wants it run."""
+    """A stage of ``add_stage``: a command that turns one image into another."""
 
     name: str
     command: tuple[str, ...]
     """An argument list, run in a work container."""
     parent: str
-    """The stage that it is made from."""
+    """Name of the stage whose image the command runs in."""
     inputs: tuple[str, ...] = ()
-    """Files and folders of the project that the command finds in the folder it starts in."""
+    """Files and directories of the project, copied into the command's working directory."""
 
 
 @dataclass(frozen=True)
 class OwnTest:
-    """A command that tries what was packed, in a container without Guix."""
+    """A test of ``add_test``: a command that runs the packed files in a container without Guix."""
 
     name: str
     command: tuple[str, ...]
     """An argument list."""
     image: str = ""
-    """The image of that container; empty: one that has nothing at all."""
+    """Image of the container; by default an empty image."""
     inputs: tuple[str, ...] = ()
-    """Files and folders of the project that the command finds below ``/test``."""
+    """Files and directories of the project, copied below ``/test``."""
 
 
 def declared(
@@ -54,19 +54,20 @@ def declared(
     parents: Collection[str],
     taken: Collection[str],
 ) -> OwnStage:
-    """A stage whose parent is one of ``parents``, under a name that is not ``taken``.
+    """Return a custom stage.
 
-    As in a Dockerfile, a command that is a text is for the shell, and a list is run as it is.
-    Raises ``UsageError`` where it can be no stage.
+    As in a Dockerfile, a command that is a string runs in a shell, and a list runs as it is.
+
+    Raise ``UsageError`` if the name is invalid or ``taken``, if the parent is not one of
+    ``parents``, or if the command or an input is invalid.
     """
-    _refuse_name("stage", name, taken)
+    owner = f"stage {name}"
+    _check_name("stage", name, taken)
     if parent not in parents:
         raise UsageError(
-            f"stage {name}: no stage {parent!r} is there before it; name one of "
-            f"{', '.join(parents)}"
+            f"{owner}: no earlier stage is named {parent!r}; choose one of {', '.join(parents)}"
         )
-    what = f"stage {name}"
-    return OwnStage(name, _argv(what, command), parent, _inputs(what, inputs))
+    return OwnStage(name, _argv(owner, command), parent, _inputs(owner, inputs))
 
 
 def declared_test(
@@ -77,36 +78,38 @@ def declared_test(
     *,
     taken: Collection[str],
 ) -> OwnTest:
-    """A test, its command taken as that of a stage is.  Raises ``UsageError`` as well."""
-    _refuse_name("test", name, taken)
-    what = f"test {name}"
+    """Return a custom test.  Commands and errors are those of ``declared``."""
+    owner = f"test {name}"
+    _check_name("test", name, taken)
     if not isinstance(image, str):
-        raise UsageError(f"{what}: its image is a name, as debian:stable-slim")
-    return OwnTest(name, _argv(what, command), image, _inputs(what, inputs))
+        raise UsageError(f"{owner}: the image must be a name, for example debian:stable-slim")
+    return OwnTest(name, _argv(owner, command), image, _inputs(owner, inputs))
 
 
-def _refuse_name(kind: str, name: str, taken: Collection[str]) -> None:
-    if not _NAME.fullmatch(name) or name in _TAKEN:
+def _check_name(kind: str, name: str, taken: Collection[str]) -> None:
+    if not _NAME.fullmatch(name) or name in _RESERVED:
         raise UsageError(
-            f"{name!r} can be no {kind}'s name; take small letters and digits, as deps"
+            f"{name!r} cannot name a {kind}; use lowercase letters and digits, for example deps"
         )
     if name in taken:
-        raise UsageError(f"{name} is a task already; take another name for the {kind}")
+        raise UsageError(f"{name} is already a task; choose another name for the {kind}")
 
 
-def _argv(what: str, command: str | Sequence[str]) -> tuple[str, ...]:
+def _argv(owner: str, command: str | Sequence[str]) -> tuple[str, ...]:
     argv = ("sh", "-euc", command) if isinstance(command, str) else tuple(command)
     if not all(isinstance(word, str) for word in argv) or not "".join(argv[-1:]).strip():
-        raise UsageError(f"{what}: its command is a text for the shell, or a list of words")
+        raise UsageError(
+            f"{owner}: the command must be a string for the shell or a list of strings"
+        )
     return argv
 
 
-def _inputs(what: str, inputs: str | Sequence[str]) -> tuple[str, ...]:
-    paths = [PurePosixPath(each) for each in ([inputs] if isinstance(inputs, str) else inputs)]
+def _inputs(owner: str, inputs: str | Sequence[str]) -> tuple[str, ...]:
+    paths = [PurePosixPath(path) for path in ([inputs] if isinstance(inputs, str) else inputs)]
     for path in paths:
         if path.is_absolute() or ".." in path.parts or not path.parts:
             raise UsageError(
-                f"{what}: the input {str(path)!r} does not lie below the folder of tasks.py; "
-                "MOUNTS lends stages what lies elsewhere"
+                f"{owner}: the input {str(path)!r} is not below the directory of tasks.py; "
+                "mount files from elsewhere with MOUNTS"
             )
     return tuple(map(str, paths))

@@ -1,12 +1,13 @@
-"""Which image answers to a stage, and to which key.
+"""Tags, labels and keys of stage images.
 
-State lives in the engine, in tags and labels, and nowhere else.  For ``IMAGE=REPO:T`` stage S is
-the local tag ``REPO:T-S``; setting it is the commit point of the stage, and ``IMAGE`` follows.
+All state is in the engine, as tags and labels.  For ``IMAGE=REPO:T`` the image of stage S has the
+local tag ``REPO:T-S``.  Setting that tag is the commit point of the stage; ``IMAGE`` is moved
+afterwards.
 
-Labels are inherited by every image made ``FROM`` another, so a label alone proves nothing.
-``org.guix-tasks.layers`` therefore says how many layers the stage image has, and which ones it
-has from its parent (its own is not known before the commit that sets the label).  Any image made
-from it has more.
+An image that is built ``FROM`` a stage image inherits its labels, so a stage label alone proves
+nothing.  The label ``org.guix-tasks.layers`` (see ``seal``) therefore records the number of layers
+and a digest of the parent's layers.  The digest of the stage's own layer is not part of it,
+because the layer exists only after the commit that sets the label.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ if TYPE_CHECKING:
     from guix_tasks.ui.console import Console
 
 STAGES = ("base", "pull", "install")
-"""The built-in stages, each made from the one before it."""
+"""The built-in stages in order; each is the parent of the next."""
 
 SQUASH = "squash"
-"""What ``inv squash`` makes of the last stage: its tag, and what the label says."""
+"""Stage name of an image that ``inv squash`` made, in its tag and its label."""
 
 HAND_MADE = "commit"
-"""What the label says of an image that ``inv commit`` made of a work container."""
+"""Stage name of an image that ``inv commit`` made, in its label."""
 
 PREVIOUS = "previous"
-"""The tag of what ``IMAGE`` was before it last moved."""
+"""Tag of the image that ``IMAGE`` referred to before it last moved."""
 
 _PREFIX = "org.guix-tasks."
 STAGE_LABEL = f"{_PREFIX}stage"
@@ -46,23 +47,24 @@ KEY_LABEL = f"{_PREFIX}key"
 INPUTS_LABEL = f"{_PREFIX}inputs"
 LAYERS_LABEL = f"{_PREFIX}layers"
 IMAGE_LABEL = f"{_PREFIX}image"
-"""Whose image it is: the project's name, which is the image that it makes."""
+"""``IMAGE`` of the project that made the image."""
 CONTAINER_LABEL = f"{_PREFIX}project"
-"""Of work containers, and of what Podman commits until it is given its configuration."""
+"""``IMAGE`` of a work container's project; also on Podman's unfinished commits."""
 CHANNELS_LABEL = f"{_PREFIX}channels"
 PACKAGES_LABEL = f"{_PREFIX}packages"
 
 
 def stage_key(stage: str, parent: str, inputs: Mapping[str, str]) -> str:
-    """The key of a stage: its parent's key and its own inputs, and nothing that varies by itself.
+    """Return the key of a stage: a digest of its name, its parent's key and its inputs.
 
-    An image's ID is no input, since two builds of the same content differ in it, nor is a date.
+    Inputs contain nothing that differs between two builds of the same content, such as image IDs
+    and dates.
     """
     return text_digest(stage, parent, json.dumps(dict(inputs), sort_keys=True))
 
 
 def stage_labels(stage: str, parent: str, inputs: Mapping[str, str]) -> dict[str, str]:
-    """The labels by which a stage image is found again, and that say what it was made from."""
+    """Return the labels that identify a stage image and record its key and its inputs."""
     return {
         STAGE_LABEL: stage,
         KEY_LABEL: stage_key(stage, parent, inputs),
@@ -75,17 +77,17 @@ def key_of(image: Image) -> str:
 
 
 def inputs_of(image: Image) -> dict[str, str]:
-    """What a stage image was made from, by name; nothing where its label is not one of ours."""
+    """Return the recorded inputs of an image, digests by name; empty if the label is invalid."""
     try:
-        found = json.loads(image.labels.get(INPUTS_LABEL, "{}"))
+        inputs = json.loads(image.labels.get(INPUTS_LABEL, "{}"))
     except (ValueError, RecursionError):
         return {}
-    known = isinstance(found, dict) and all(isinstance(each, str) for each in found.values())
-    return found if known else {}
+    is_valid = isinstance(inputs, dict) and all(isinstance(text, str) for text in inputs.values())
+    return inputs if is_valid else {}
 
 
 def squash_key(stage: Image) -> str:
-    """The key of a stage's image squashed."""
+    """Return the key of the squashed image of a stage image."""
     return stage_key(SQUASH, key_of(stage), {})
 
 
@@ -93,18 +95,19 @@ _CONFIGURATION = (
     "Cmd", "Entrypoint", "Env", "ExposedPorts", "Healthcheck", "Labels", "OnBuild", "Shell",
     "StopSignal", "User", "Volumes", "WorkingDir",
 )  # fmt: skip
-"""What a Dockerfile can change of an image without giving it a layer."""
+"""Fields that a Dockerfile can change without adding a layer."""
 
 
-def seal(parent: Sequence[str], own: int, config: Mapping[str, Any]) -> str:
-    """The ``.layers`` label of an image with so many layers of its own (0 or 1) on these.
+def seal(parent_layers: Sequence[str], own_layers: int, config: Mapping[str, Any]) -> str:
+    """Return the ``.layers`` label of an image with 0 or 1 layers on top of its parent's.
 
-    Its configuration is sealed with them: an image made ``FROM`` a stage may add no layer.
+    The label covers the configuration as well, because an image that is built ``FROM`` a stage
+    image may add no layer.
     """
-    said = {name: config[name] for name in _CONFIGURATION if config.get(name)}
-    said["Labels"] = {**(config.get("Labels") or {}), LAYERS_LABEL: ""}
-    text = text_digest(*parent, json.dumps(said, sort_keys=True))
-    return f"{len(parent) + own} {parent_digest(parent)} {text}"
+    sealed = {name: config[name] for name in _CONFIGURATION if config.get(name)}
+    sealed["Labels"] = {**(config.get("Labels") or {}), LAYERS_LABEL: ""}
+    content = text_digest(*parent_layers, json.dumps(sealed, sort_keys=True))
+    return f"{len(parent_layers) + own_layers} {parent_digest(parent_layers)} {content}"
 
 
 def parent_digest(layers: Sequence[str]) -> str:
@@ -112,20 +115,19 @@ def parent_digest(layers: Sequence[str]) -> str:
 
 
 def proven_stage(image: Image) -> str | None:
-    """The stage that an image says it is, if its own layers bear it out."""
-    below = image.layers[:-1]
-    truths = (seal(image.layers, 0, image.config), seal(below, 1, image.config))
-    return image.labels.get(STAGE_LABEL) if image.labels.get(LAYERS_LABEL) in truths else None
+    """Return the stage of an image, or None if its layers do not match its ``.layers`` label."""
+    seals = (seal(image.layers, 0, image.config), seal(image.layers[:-1], 1, image.config))
+    return image.labels.get(STAGE_LABEL) if image.labels.get(LAYERS_LABEL) in seals else None
 
 
 def is_child(image: Image, parent: Image) -> bool:
-    """Whether a stage image was made from this very parent, by one commit."""
-    own = image.labels.get(LAYERS_LABEL, "").split()
-    return len(own) > 1 and own[1] == parent_digest(parent.layers)
+    """Whether a stage image was committed from a container of exactly this parent."""
+    fields = image.labels.get(LAYERS_LABEL, "").split()
+    return len(fields) > 1 and fields[1] == parent_digest(parent.layers)
 
 
 def is_above(image: Image, base: Image) -> bool:
-    """Whether an image has all the layers of another, and more."""
+    """Whether an image has all layers of ``base`` and at least one more."""
     return len(image.layers) > len(base.layers) and image.layers[: len(base.layers)] == base.layers
 
 
@@ -136,97 +138,95 @@ class Ledger:
     engine: Engine
     settings: Settings
     stages: tuple[str, ...] = STAGES
-    """The built-in ones and those of the project's own, each after its parent."""
+    """Built-in and custom stages, each after its parent."""
 
     @property
     def image(self) -> ImageReference:
-        """``IMAGE``; for a platform that is not the engine's own, its own tag beside that."""
+        """``IMAGE``, with the platform in its tag if that is not the engine's platform."""
         image, foreign = self.settings.image, foreign_platform(self.engine, self.settings)
         return image.with_tag(f"{image.tag}-{foreign.tag_suffix}") if foreign else image
 
     def tag(self, stage: str) -> str:
-        """The tag that is the commit point of a stage."""
+        """Return the image reference of a stage; setting it is the commit point of the stage."""
         image, foreign = self.settings.image, foreign_platform(self.engine, self.settings)
         suffix = f"-{foreign.tag_suffix}" if foreign else ""
         return str(image.with_tag(f"{image.tag}-{stage}{suffix}"))
 
     def find(self, stage: str) -> Image | None:
-        """The image that answers to a stage."""
+        """Return the image of a stage, or None if its tag is missing or on another image."""
         image = self.engine.image(self.tag(stage))
         return image if image and proven_stage(image) == stage else None
 
     def last_stage(self) -> Image | None:
-        """The image of the last stage that there is."""
-        found = (self.find(stage) for stage in reversed(self.stages))
-        return next((image for image in found if image), None)
+        """Return the image of the last stage that has one."""
+        images = (self.find(stage) for stage in reversed(self.stages))
+        return next((image for image in images if image), None)
 
     def newest(self) -> Image | None:
-        """What ``IMAGE`` is to stand for: the last stage, squashed if that has been done."""
+        """Return the image that ``IMAGE`` should refer to: the last stage, squashed if possible."""
         last, squashed = self.last_stage(), self.find(SQUASH)
         if last and squashed and key_of(squashed) == squash_key(last):
             return squashed
         return last
 
     def previous(self) -> Image | None:
-        """What ``IMAGE`` stood for before it last moved."""
+        """Return the image that ``IMAGE`` referred to before it last moved."""
         return self.engine.image(self.tag(PREVIOUS))
 
     def repair(self) -> None:
-        """Let ``IMAGE`` stand for the newest stage, where an earlier run did not get to it.
+        """Move ``IMAGE`` to the newest stage if an interrupted run did not.
 
-        What others made of ``IMAGE``, or ``inv commit`` or ``inv rollback`` did, is left alone.
+        Images of other tools and of ``inv commit`` stay, as does the result of ``inv rollback``.
         """
-        current, newest, previous = (
-            self.engine.image(str(self.image)),
-            self.newest(),
-            self.previous(),
-        )
+        current = self.engine.image(str(self.image))
+        newest, previous = self.newest(), self.previous()
         rolled_back = newest and previous and newest.id == previous.id
         if current is None or (proven_stage(current) in (*self.stages, SQUASH) and not rolled_back):
             self._move(current, newest)
 
     def point_image(self, console: Console) -> None:
-        """Let ``IMAGE`` stand for the newest stage, and tell where a hand-made one stays."""
+        """Move ``IMAGE`` to the newest stage; print how to restore an image of ``inv commit``."""
         current = self.engine.image(str(self.image))
         if current and proven_stage(current) == HAND_MADE:
-            console.say(f"{self.image}: what `inv commit` made is left behind: `inv rollback`")
+            console.say(
+                f"{self.image}: replaced the image of `inv commit`; `inv rollback` restores it"
+            )
         self._move(current, self.newest())
 
     def roll_back(self) -> Image | None:
-        """Let ``IMAGE`` be what it was before, and that what it is; None where it was nothing."""
+        """Swap ``IMAGE`` and the previous image; return the latter, or None if there is none."""
         current, previous = self.engine.image(str(self.image)), self.previous()
         if previous:
             self._move(current, previous)
         return previous
 
     def keep(self, current: Image | None) -> None:
-        """Remember what ``IMAGE`` stands for as what it was before."""
+        """Tag the current image as the previous one, and drop the one that had the tag."""
         if current:
-            forgotten = self.previous()
+            dropped = self.previous()
             self.engine.tag(current.id, self.tag(PREVIOUS))
-            if forgotten and forgotten.id != current.id:
-                self.engine.drop(forgotten.id)
+            if dropped and dropped.id != current.id:
+                self.engine.drop(dropped.id)
 
     def drop_unnamed(self) -> None:
-        """Remove the images that a run which was killed had not tagged yet, or not removed."""
+        """Remove the untagged images of a killed run."""
         name = str(self.settings.image)
-        for each in self.engine.unnamed({IMAGE_LABEL: name}):
-            image = self.engine.image(each)
+        for image_id in self.engine.unnamed({IMAGE_LABEL: name}):
+            image = self.engine.image(image_id)
             if image and proven_stage(image):
                 self.engine.drop(image.id)
-        for each in self.engine.unnamed(
-            {CONTAINER_LABEL: name, podman_api.UNFINISHED_LABEL: "yes"}
-        ):
-            self.engine.drop(each)
+        unfinished = {CONTAINER_LABEL: name, podman_api.UNFINISHED_LABEL: "yes"}
+        for image_id in self.engine.unnamed(unfinished):
+            self.engine.drop(image_id)
 
     def _move(self, current: Image | None, target: Image | None) -> None:
         if target and (current is None or current.id != target.id):
-            # IMAGE first: a kill in between leaves it right, and only what it was is lost.
+            # IMAGE first: after a kill between the two calls only the previous image is lost.
             self.engine.tag(target.id, str(self.image))
             self.keep(current)
 
 
 def foreign_platform(engine: Engine, settings: Settings) -> Platform | None:
-    """The platform asked for, where it is not the engine's own."""
+    """Return the platform of the settings, or None if it is the engine's platform."""
     platform = settings.platform
     return platform if platform and str(platform) != engine.info().platform else None

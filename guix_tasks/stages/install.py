@@ -1,4 +1,4 @@
-"""Stage install: the packages, on top of what the base's profile has."""
+"""Stage install: add packages to the profile of the base image."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ if TYPE_CHECKING:
 
 
 ASKED_LABEL = "org.guix-tasks.asked"
-"""The packages that ``install --package`` was given, in the place of ``GUIX_PACKAGES``."""
+"""Packages of ``install --package``, which replace ``GUIX_PACKAGES``."""
 
 
-def install_stage(settings: Settings, given: tuple[str, ...] = ()) -> Stage:
-    """``guix package`` of ``GUIX_MANIFEST``, and of ``GUIX_PACKAGES`` or the ``given`` ones.
+def install_stage(settings: Settings, packages: tuple[str, ...] = ()) -> Stage:
+    """Return the stage that installs ``GUIX_MANIFEST`` and ``packages`` or ``GUIX_PACKAGES``.
 
-    Raises ``UsageError`` where both are empty.
+    Raise ``UsageError`` if there is nothing to install.
     """
-    manifest, packages = settings.guix_manifest, given or settings.guix_packages
+    label = {ASKED_LABEL: " ".join(packages)}
+    manifest, packages = settings.guix_manifest, packages or settings.guix_packages
     if not manifest and not packages:
         raise UsageError(
-            "nothing to install: set GUIX_PACKAGES or GUIX_MANIFEST, or say `--package NAME`"
+            "cannot install: no packages are specified; set GUIX_PACKAGES or GUIX_MANIFEST, or "
+            "pass `--package NAME`"
         )
     files = {}
     if manifest:
         files["manifest.scm"] = read_file(manifest)
         files["profile.scm"] = guix.union_manifest(f"{FOLDER}/manifest.scm").encode()
-    asked = {ASKED_LABEL: " ".join(packages if given else ())}
     return Stage(
         name="install",
         commands=[guix.install_argv(f"{FOLDER}/profile.scm" if manifest else None, packages)],
         report=guix.list_installed_argv(),
-        labels=lambda report: {PACKAGES_LABEL: " ".join(guix.installed(report)), **asked},
+        labels=lambda report: {PACKAGES_LABEL: " ".join(guix.installed(report)), **label},
         files=files,
     )
 
 
 def given_packages(image: Image | None) -> tuple[str, ...]:
-    """The packages that an install image was made with by ``--package``."""
+    """Return the packages of ``--package`` that an install image was made with."""
     return tuple(image.labels.get(ASKED_LABEL, "").split()) if image else ()

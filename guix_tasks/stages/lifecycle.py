@@ -1,4 +1,8 @@
-"""The stages of a project in their order: which is up to date, and making those that are not."""
+"""Order of a project's stages: decide which ones are up to date, and make the others.
+
+``Lifecycle.make`` is the whole procedure; ``Lifecycle.state`` is the rule that decides whether a
+stage is up to date.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import TYPE_CHECKING
 from guix_tasks.engine.credentials import accounts_for
 from guix_tasks.engine.retry import retried
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, SettingsError, UsageError
-from guix_tasks.stages.base import base_annotations, base_inputs, base_spec, other_platform_only
+from guix_tasks.stages.base import base_annotations, base_inputs, base_platform_error, base_spec
 from guix_tasks.stages.container import (
     INPUTS,
     common_inputs,
@@ -19,7 +23,7 @@ from guix_tasks.stages.container import (
     sweep,
     unstarted_container,
 )
-from guix_tasks.stages.custom import own_stage
+from guix_tasks.stages.custom import custom_stage
 from guix_tasks.stages.images import (
     CHANNELS_LABEL,
     PACKAGES_LABEL,
@@ -50,8 +54,6 @@ from guix_tasks.stages.transfer import pull, push
 from guix_tasks.stages.volumes import check_volumes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from guix_tasks.engine.api import Image
     from guix_tasks.settings import Settings
     from guix_tasks.stages.project import Project
@@ -60,36 +62,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wishes:
-    """How a stage is to be made, where that differs from the usual."""
+    """Options of one ``inv STAGE`` call."""
 
     force: bool = False
-    """Although nothing changed."""
+    """Run the stage even if it is up to date."""
     upstream: bool = False
-    """With stale parents brought up to date first."""
+    """Make stale parents first, instead of raising an error."""
     update: bool = False
-    """With the channels as they are now, whatever the lock says."""
+    """Pull the newest commits of the channels and ignore the lock."""
     commit: bool = True
     keep_failed: bool = False
-    """With the container of a command that failed left."""
+    """Keep the container of a command that fails."""
     packages: tuple[str, ...] = ()
-    """Instead of ``GUIX_PACKAGES``."""
+    """Packages to install in place of ``GUIX_PACKAGES``."""
     disable_authentication: bool = False
-    """With channels that nobody vouches for."""
+    """Pull channels without authenticating their commits."""
 
 
 @dataclass(frozen=True)
 class State:
-    """A stage, as it is and as it should be."""
+    """A stage's current image, compared with the stage's current inputs."""
 
     image: Image | None
     key: str | None
-    """What its inputs come to now; None where only a run can tell."""
+    """Key of the current inputs, or None if only running the stage can tell."""
     why: str | None
-    """Why the image does not answer to it; None where it does, or where there is none."""
+    """Reason why the image is stale, or None if the image is up to date or missing."""
+
+    @property
+    def is_up_to_date(self) -> bool:
+        return self.image is not None and self.key is not None and self.why is None
 
 
-class _UntoldError(Exception):
-    """What a stage is made from cannot be told before it is run."""
+class _StaleError(Exception):
+    """The image of a stage is stale, and no inputs are known that would reproduce it."""
 
 
 class Lifecycle:
@@ -99,175 +105,137 @@ class Lifecycle:
         self._project = project
         self._ledger = project.ledger
         self._settings = project.settings
-        self._own = {own.name: own for own in project.own}
+        self._custom = {stage.name: stage for stage in project.own}
+
+    def make(self, name: str, options: Wishes) -> None:
+        """Bring a stage up to date, and its missing parents before it.
+
+        An image with the right key is reused, first the local one, then one from
+        ``CACHE_IMAGE``.  Otherwise the stage runs.
+        """
+        refuse_emulated(self._project.engine, self._settings)
+        sweep(self._project.engine, self._settings)
+        self._ledger.drop_unnamed()
+        state = self.state(name, options.packages)
+        self._drop_cache_tag(name, state.image)
+
+        reuse = not self._must_run(name, state.image, options)
+        if reuse and (state.is_up_to_date or self._take_from_cache(name, state)):
+            self._project.console.say(f"{name}: up to date")
+        elif name == "base":
+            self._build_base()
+        else:
+            self._run(name, options)
+
+        if options.commit:
+            if name == "pull":
+                self._write_lock()
+            self._ledger.point_image(self._project.console)
+
+    def _must_run(self, name: str, image: Image | None, options: Wishes) -> bool:
+        """Whether the options require a run even if no input has changed."""
+        if options.force or not options.commit:
+            return True
+        if name == "pull":
+            floating = options.update or self._settings.guix_channels_lock is None
+            # Unauthenticated channels do not satisfy a pull that authenticates.
+            return floating or not (options.disable_authentication or is_authenticated(image))
+        # A label records the packages of `--package`, because `inv push` compares them.
+        return name == "install" and options.packages != given_packages(image)
+
+    def state(self, name: str, packages: tuple[str, ...] | None = None) -> State:
+        """Compare a stage's image with its current inputs and its current parent.
+
+        The image is up to date if the parent is, if the image's inputs and key equal the current
+        ones, and if it was committed from the parent's current image.
+
+        ``packages`` are the packages of ``install --package``; by default those that the image
+        was made with, so that ``inv push`` accepts such an image.
+        """
+        image = self._ledger.find(name)
+        if packages is None:
+            packages = given_packages(image)
+        try:
+            inputs = self._inputs(name, image, packages)
+        except _StaleError as reason:
+            return State(image, key=None, why=str(reason) if image else None)
+        if inputs is None:
+            return State(image, key=None, why=None)
+        parent = self._parent_state(name)
+        if parent.key is None:
+            return State(image, key=None, why=parent.why)
+
+        key = stage_key(name, parent.key, inputs)
+        if image is None or parent.why:
+            return State(image, key, why=parent.why if image else None)
+        recorded = inputs_of(image)
+        changed = {
+            _input_name(self._settings, input_name)
+            for input_name in recorded.keys() | inputs.keys()
+            if recorded.get(input_name) != inputs.get(input_name)
+        }
+        if changed:
+            return State(image, key, why=f"{', '.join(sorted(changed))} changed")
+        is_current = key_of(image) == key and (not parent.image or is_child(image, parent.image))
+        return State(image, key, why=None if is_current else f"{self.parent_of(name)} is newer")
+
+    def _parent_state(self, name: str) -> State:
+        """Return the state of a stage's parent, with the name of the stale stage in its reason."""
+        parent = self.parent_of(name)
+        if parent is None:
+            return State(None, key="", why=None)
+        state = self.state(parent)
+        if state.why and state.why.partition(": ")[0] not in self._ledger.stages:
+            return replace(state, why=f"{parent}: {state.why}")
+        return state
+
+    def _inputs(
+        self, name: str, image: Image | None, packages: tuple[str, ...]
+    ) -> dict[str, str] | None:
+        """Return a stage's current inputs, or None if only running the stage can tell.
+
+        Raise ``_StaleError`` if the settings no longer ask for what is in the image.
+        """
+        engine, settings = self._project.engine, self._settings
+        if name == "base":
+            return base_inputs(engine, settings, inputs_of(image) if image else {})
+        if name in self._custom:
+            stage = custom_stage(settings, self._custom[name])
+        elif name == "pull":
+            wanted = wanted_text(settings)
+            channels = lock_text(settings) or (image and image.labels.get(CHANNELS_LABEL))
+            if not channels:
+                return None
+            if mismatch := misfit(wanted, channels):
+                raise _StaleError(f"GUIX_CHANNELS changed ({mismatch})")
+            # `--disable-authentication` is not a setting.  Only the image records it.
+            stage = pull_stage(channels, wanted, authenticate=is_authenticated(image))
+        elif packages or settings.guix_packages or settings.guix_manifest:
+            stage = install_stage(settings, packages)
+        else:
+            raise _StaleError("no packages are specified")
+        return stage.inputs(common_inputs(engine, settings))
 
     def parent_of(self, name: str) -> str | None:
-        """The stage that a stage is made from.
+        """Return the stage that a stage is made from, or None for base.
 
-        ``install`` starts from base only where neither channels nor a lock are set and none
-        were pulled.
+        The parent of install is base if no channels are configured, locked or pulled.
         """
-        if name in self._own:
-            return self._own[name].parent
+        if name in self._custom:
+            return self._custom[name].parent
         if name == "base":
             return None
         if name == "install":
             lock = self._settings.guix_channels_lock
-            asked = self._settings.guix_channels or (lock and lock.exists())
-            if not asked and not self._ledger.find("pull"):
+            configured = self._settings.guix_channels or (lock and lock.exists())
+            if not configured and not self._ledger.find("pull"):
                 return "base"
         return STAGES[STAGES.index(name) - 1]
 
-    def state(self, name: str, packages: tuple[str, ...] | None = None) -> State:
-        """Compare a stage's image with its inputs, and with the parent that it was made from.
+    def parent_image(self, name: str, options: Wishes) -> Image:
+        """Return the image that a stage starts from, and make it first if it is missing.
 
-        ``packages`` are those of ``install --package``; where they are not said, those that the
-        image was made with: whoever pushes what was installed so has not forgotten about it.
-        """
-        image = self._ledger.find(name)
-        try:
-            inputs = self._inputs(
-                name, image, given_packages(image) if packages is None else packages
-            )
-        except _UntoldError as why:
-            return State(image, None, str(why) or None if image else None)
-        parent = self.parent_of(name)
-        above = self.state(parent) if parent else State(None, "", None)
-        if above.key is None:
-            return State(image, None, above.why and f"{parent}: {above.why}")
-        key = stage_key(name, above.key, inputs)
-        return State(image, key, self._why(image, key, inputs, parent, above) if image else None)
-
-    def _why(
-        self, image: Image, key: str, inputs: Mapping[str, str], parent: str | None, above: State
-    ) -> str | None:
-        if above.why:
-            return above.why if ": " in above.why else f"{parent}: {above.why}"
-        before = inputs_of(image)
-        changed = [each for each in {**before, **inputs} if before.get(each) != inputs.get(each)]
-        if changed:
-            names = sorted({_named(self._settings, each) for each in changed})
-            return f"{', '.join(names)} changed"
-        if key_of(image) != key or (above.image and not is_child(image, above.image)):
-            return f"{parent} is newer"
-        return None
-
-    def _inputs(self, name: str, image: Image | None, packages: tuple[str, ...]) -> dict[str, str]:
-        """What a stage is made from now.  ``_UntoldError`` says why that cannot be told."""
-        engine, settings = self._project.engine, self._settings
-        if name == "base":
-            return base_inputs(engine, settings, inputs_of(image) if image else {})
-        if name in self._own:
-            stage = own_stage(settings, self._own[name])
-        elif name == "pull":
-            stage = pull_stage(
-                self._channels_to_come(image),
-                wanted_text(settings),
-                # Whoever asked for it to be disabled has not forgotten about it.
-                authenticate=is_authenticated(image),
-            )
-        elif packages or settings.guix_packages or settings.guix_manifest:
-            stage = install_stage(settings, packages)
-        else:
-            raise _UntoldError("nothing is asked for any more")
-        return stage.inputs(common_inputs(engine, settings))
-
-    def _channels_to_come(self, image: Image | None) -> str:
-        """The channels that a pull would get: those of the lock, or those that it got before."""
-        wanted, lock = wanted_text(self._settings), lock_text(self._settings)
-        channels = lock or (image.labels.get(CHANNELS_LABEL) if image else None)
-        if not channels:
-            raise _UntoldError
-        if problem := misfit(wanted, channels):
-            raise _UntoldError(f"GUIX_CHANNELS changed ({problem})")
-        return channels
-
-    def make(self, name: str, wishes: Wishes) -> None:
-        """Make a stage and the parents that it lacks, unless it is up to date."""
-        refuse_emulated(self._project.engine, self._settings)
-        sweep(self._project.engine, self._settings)
-        self._ledger.drop_unnamed()
-        state = self.state(name, wishes.packages)
-        self._drop_cache_tag(name, state.image)
-        again = wishes.force or not wishes.commit or self._is_floating(name, wishes)
-        # Who asked for the packages is on the label, and what push compares.
-        again = again or (name == "install" and wishes.packages != given_packages(state.image))
-        # What was pulled without authentication does for nobody who wants it authenticated.
-        trusts = wishes.disable_authentication or is_authenticated(state.image)
-        again = again or (name == "pull" and not trusts)
-        if not again and (self._up_to_date(state) or self._from_cache(name, state)):
-            self._project.console.say(f"{name}: up to date")
-        elif name == "base":
-            self._build()
-        else:
-            self._run(name, wishes)
-        if name == "pull" and wishes.commit:
-            self._write_lock()
-        if wishes.commit:
-            self._ledger.point_image(self._project.console)
-
-    @staticmethod
-    def _up_to_date(state: State) -> bool:
-        return state.image is not None and state.key is not None and state.why is None
-
-    def _is_floating(self, name: str, wishes: Wishes) -> bool:
-        if name != "pull":
-            return False
-        return wishes.update or self._settings.guix_channels_lock is None
-
-    def _run(self, name: str, wishes: Wishes) -> None:
-        started = time.monotonic()
-        stage = self._stage(name, wishes)
-        parent = self.parent_image(name, wishes)
-        if name == "install" and self._settings.guix_require_substitutes:
-            require_substitutes(self._project, parent, wishes.packages)
-        before = self._ledger.find(name)
-        image = run_stage(
-            self._project,
-            stage,
-            parent,
-            commit=wishes.commit,
-            force=wishes.force,
-            keep_failed=wishes.keep_failed,
-        )
-        if image:
-            self._say_what_went(name, before, image)
-            say_done(self._project, name, started)
-            self._ledger.point_image(self._project.console)
-            if before:
-                self._project.engine.drop(before.id)
-            self._to_cache(name, image)
-
-    def _stage(self, name: str, wishes: Wishes) -> Stage:
-        if name in self._own:
-            return own_stage(self._settings, self._own[name])
-        if name == "install":
-            return install_stage(self._settings, wishes.packages)
-        stage = stage_to_run(
-            self._settings,
-            update=wishes.update,
-            authenticate=not wishes.disable_authentication,
-        )
-        if not wishes.update and lock_text(self._settings):
-            if changed := self._changed_program():
-                raise UsageError(lock_misfits(self._settings, changed))
-            if not self._ledger.find("pull") and (line := uncompared_lock(self._settings)):
-                self._project.console.say(line)
-        if self._settings.guix_channels_lock is None:
-            self._project.console.say("pull: the channels float; GUIX_CHANNELS_LOCK would spare it")
-        return stage
-
-    def _changed_program(self) -> str | None:
-        """Whether channels that are computed are computed otherwise than when they were locked."""
-        image = self._ledger.find("pull")
-        before = inputs_of(image).get(CHANNELS_INPUT) if image else None
-        now = pull_stage("", wanted_text(self._settings)).given.get(CHANNELS_INPUT)
-        return "it computes its channels, and has changed" if image and now != before else None
-
-    def parent_image(self, name: str, wishes: Wishes) -> Image:
-        """The image that a stage starts from; made first, with a line that says so, if missing.
-
-        A stale one is brought up to date if that is wished, and is a ``UsageError`` if not.
+        A stale parent is made again with ``options.upstream``.  Raise ``UsageError`` without it.
         """
         parent = self.parent_of(name) or "base"
         state = self.state(parent)
@@ -275,9 +243,9 @@ class Lifecycle:
             self._project.console.say(
                 f"{name}: {self._ledger.tag(parent)} is missing, so {parent} comes first"
             )
-            self.make(parent, Wishes(upstream=wishes.upstream))
+            self.make(parent, Wishes(upstream=options.upstream))
         elif state.why:
-            if not wishes.upstream:
+            if not options.upstream:
                 raise UsageError(
                     f"{parent} is stale ({state.why}); run `inv {parent}`, "
                     f"or `inv {name} --upstream`"
@@ -285,11 +253,14 @@ class Lifecycle:
             self.make(parent, Wishes(upstream=True))
         image = self._ledger.find(parent)
         if image is None:
-            raise EngineError(f"the engine has lost {self._ledger.tag(parent)}; run it again")
+            raise EngineError(
+                f"cannot find {self._ledger.tag(parent)}: the engine no longer has it; "
+                f"run `inv {parent}`"
+            )
         return image
 
-    def _build(self) -> None:
-        """Build the base stage."""
+    def _build_base(self) -> None:
+        """Build the Dockerfile and commit the result with the labels of the base stage."""
         started = time.monotonic()
         project, settings = self._project, self._settings
         accounts = accounts_for(project.engine, settings)
@@ -299,89 +270,133 @@ class Lifecycle:
                 project.console.detail(f"base: {settings.dockerfile} on {settings.base_image}")
                 build = partial(project.engine.build, spec, log.add)
                 host = settings.base_image.registry
-                built = retried(project.console, "the build", build, host=host)
+                image_id = retried(project.console, "the build", build, host=host)
         except BuilderError:
-            # The builder says only that it cannot get the image.
-            if why := other_platform_only(project.engine, settings):
-                raise BuilderError(why) from None
+            # The builder's message is only that it cannot get the base image.
+            if reason := base_platform_error(project.engine, settings):
+                raise BuilderError(reason) from None
             raise
-        parent = project.engine.image(built)
-        if parent is None:
-            raise EngineError(f"the engine built {built} and does not have it; run it again")
+        built = project.engine.image(image_id)
+        if built is None:
+            raise EngineError(
+                f"cannot find {image_id}, which the engine has built; run `inv base` again"
+            )
         try:
-            check_volumes(settings, parent)
+            check_volumes(settings, built)
         except SettingsError:
-            project.engine.drop(built)
+            project.engine.drop(image_id)
             raise
-        # Asked for after the build, which has brought the base image if it was not here.
+        # The build has pulled the base image if it was missing, so its digest is known now.
         inputs = base_inputs(project.engine, settings, {})
         labels = {**stage_labels("base", "", inputs), **base_annotations(settings, inputs)}
-        # The label that proves a stage names the layers, which are known only now.
+        # The label that proves a stage contains the layers, which exist only after the build.
         with (
             project.console.step("base", has_log=False) as step,
-            unstarted_container(project.engine, settings, built) as container,
+            unstarted_container(project.engine, settings, image_id) as container,
         ):
             step.tell(lambda: "committing")
             tag = self._ledger.tag("base")
-            image = commit_image(project, container, parent, tag, labels, own_layers=0)
+            image = commit_image(project, container, built, tag, labels, own_layers=0)
         say_done(project, "base", started)
-        self._to_cache("base", image)
+        self._push_to_cache("base", image)
+
+    def _run(self, name: str, options: Wishes) -> None:
+        """Run a stage on its parent's image and replace the stage's image with the result."""
+        started = time.monotonic()
+        project = self._project
+        stage = self._stage(name, options)
+        parent = self.parent_image(name, options)
+        if name == "install" and self._settings.guix_require_substitutes:
+            require_substitutes(project, parent, options.packages)
+        replaced = self._ledger.find(name)
+        image = run_stage(
+            project,
+            stage,
+            parent,
+            commit=options.commit,
+            force=options.force,
+            keep_failed=options.keep_failed,
+        )
+        if image is None:
+            return
+        packages, replaced_packages = _packages(image), _packages(replaced)
+        removed = [replaced_packages[name] for name in replaced_packages.keys() - packages.keys()]
+        if packages and removed:
+            project.console.say(f"{name}: removed {' '.join(sorted(removed))}")
+        say_done(project, name, started)
+        self._ledger.point_image(project.console)
+        if replaced:
+            project.engine.drop(replaced.id)
+        self._push_to_cache(name, image)
+
+    def _stage(self, name: str, options: Wishes) -> Stage:
+        """Return a stage as it is to run now; raise ``UsageError`` if a lock does not fit."""
+        settings, console = self._settings, self._project.console
+        if name in self._custom:
+            return custom_stage(settings, self._custom[name])
+        if name == "install":
+            return install_stage(settings, options.packages)
+        stage = stage_to_run(
+            settings, update=options.update, authenticate=not options.disable_authentication
+        )
+        if not options.update and lock_text(settings):
+            image = self._ledger.find("pull")
+            if image is None:
+                if line := uncompared_lock(settings):
+                    console.say(line)
+            elif stage.extra_inputs.get(CHANNELS_INPUT) != inputs_of(image).get(CHANNELS_INPUT):
+                raise UsageError(lock_misfits(settings, "it computes its channels and has changed"))
+        if settings.guix_channels_lock is None:
+            console.say(
+                "pull: the channels are not locked, so every `inv pull` fetches them; "
+                "set GUIX_CHANNELS_LOCK to lock them"
+            )
+        return stage
 
     def _write_lock(self) -> None:
-        """Write what the pull stage got to ``GUIX_CHANNELS_LOCK``, where it is not there yet."""
+        """Write the channels of the pull stage to ``GUIX_CHANNELS_LOCK`` if they changed."""
         image = self._ledger.find("pull")
         channels = image.labels.get(CHANNELS_LABEL, "") if image else ""
         if write_lock(self._settings, channels):
             lock = self._settings.guix_channels_lock
             self._project.console.say(f"pull: the channels are locked in {lock}")
 
-    def _say_what_went(self, name: str, before: Image | None, after: Image) -> None:
-        there, found = _packages(after), _packages(before)
-        gone = [found[package] for package in found.keys() - there.keys()]
-        if gone and there:
-            self._project.console.say(f"{name}: no longer in it: {' '.join(sorted(gone))}")
-
-    def _from_cache(self, name: str, state: State) -> bool:
-        """Take a finished stage from ``CACHE_IMAGE``, where one with this key is there."""
+    def _take_from_cache(self, name: str, state: State) -> bool:
+        """Tag the image with the state's key from ``CACHE_IMAGE``; return whether it exists."""
         reference = self._cache_reference(name, state.key)
         if reference is None:
             return False
-        project = self._project
+        engine = self._project.engine
         try:
-            pull(project, reference)
+            pull(self._project, reference)
         except GuixTasksError:
-            return False  # a cache that misses, or is out of reach, is no error
-        image = project.engine.image(reference)
-        taken = image is not None and proven_stage(image) == name and key_of(image) == state.key
-        if image and taken:
-            self._forget_strangers(name, image)
-            project.engine.tag(image.id, self._ledger.tag(name))
-            project.console.say(f"{name}: taken from {reference}")
-        project.engine.untag(reference)
-        return taken
+            return False  # A missing image or an unreachable cache is not an error.
+        image = engine.image(reference)
+        is_valid = image is not None and proven_stage(image) == name and key_of(image) == state.key
+        if image and is_valid:
+            parent = self.parent_of(name)
+            parent_image = self._ledger.find(parent) if parent else None
+            if parent and parent_image and not is_child(image, parent_image):
+                engine.untag(self._ledger.tag(parent))
+            engine.tag(image.id, self._ledger.tag(name))
+            self._project.console.say(f"{name}: taken from {reference}")
+        engine.untag(reference)
+        return is_valid
 
-    def _forget_strangers(self, name: str, image: Image) -> None:
-        """Untag the parent that is here, if it is not the one that this image was made from."""
-        parent = self.parent_of(name)
-        here = self._ledger.find(parent) if parent else None
-        if parent and here and not is_child(image, here):
-            self._project.engine.untag(self._ledger.tag(parent))
-
-    def _to_cache(self, name: str, image: Image) -> None:
-        project = self._project
+    def _push_to_cache(self, name: str, image: Image) -> None:
         reference = self._cache_reference(name, key_of(image))
         if reference is None:
             return
-        project.engine.tag(image.id, reference)
+        self._project.engine.tag(image.id, reference)
         try:
-            push(project, reference)
+            push(self._project, reference)
         except GuixTasksError as error:
-            project.console.warn(f"{name} was not put into CACHE_IMAGE: {error}")
+            self._project.console.warn(f"{name} was not pushed to CACHE_IMAGE: {error}")
         finally:
-            project.engine.untag(reference)
+            self._project.engine.untag(reference)
 
     def _drop_cache_tag(self, name: str, image: Image | None) -> None:
-        """Remove what a run that was killed on its way to ``CACHE_IMAGE`` has left."""
+        """Remove the ``CACHE_IMAGE`` tag that a killed run left on an image."""
         reference = self._cache_reference(name, key_of(image)) if image else None
         if image and reference in image.tags:
             self._project.engine.untag(str(reference))
@@ -391,19 +406,19 @@ class Lifecycle:
         return str(cache.with_tag(f"{name}-{key}")) if cache and key else None
 
 
-def make_each(project: Project, name: str, wishes: Wishes) -> None:
-    """Make a stage for every platform of a project, one after the other.
+def make_each(project: Project, name: str, options: Wishes) -> None:
+    """Make a stage for each platform of a project in turn.
 
-    The channels are asked for anew once: the other platforms pull what the first one locked, even
-    if there is something newer by then.
+    ``options.update`` applies to the first platform only.  The others pull the commits that the
+    first one locked, so that all platforms have the same.
     """
-    for each in project.each_platform():
-        Lifecycle(each).make(name, wishes)
-        wishes = replace(wishes, update=False)
+    for single in project.each_platform():
+        Lifecycle(single).make(name, options)
+        options = replace(options, update=False)
 
 
-def _named(settings: Settings, name: str) -> str:
-    """What a stage is made from, by the name that it has in the project."""
+def _input_name(settings: Settings, name: str) -> str:
+    """Return the file or setting of a project that an input comes from."""
     files = {
         "Dockerfile": settings.dockerfile,
         "channels.scm": settings.guix_channels_lock,
@@ -412,12 +427,12 @@ def _named(settings: Settings, name: str) -> str:
     if file := files.get(name):
         inside = file.is_relative_to(settings.folder)
         return str(file.relative_to(settings.folder) if inside else file)
-    # What reads the manifest is no file of the project's.
-    ours = {"manifest.scm": "GUIX_MANIFEST", "profile.scm": "command"}
-    return ours.get(name, name.removeprefix(f"{INPUTS}/"))
+    # guix-tasks writes profile.scm, so a change of it is a change of the command.
+    names = {"manifest.scm": "GUIX_MANIFEST", "profile.scm": "command"}
+    return names.get(name, name.removeprefix(f"{INPUTS}/"))
 
 
 def _packages(image: Image | None) -> dict[str, str]:
-    """The packages in an image by name, whatever their versions are."""
-    found = image.labels.get(PACKAGES_LABEL, "").split() if image else ()
-    return {package.partition("@")[0]: package for package in found}
+    """Return an image's packages, ``NAME@VERSION`` by name."""
+    packages = image.labels.get(PACKAGES_LABEL, "").split() if image else ()
+    return {package.partition("@")[0]: package for package in packages}

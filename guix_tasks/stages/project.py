@@ -1,4 +1,4 @@
-"""A project on an engine."""
+"""The project that stages and tasks work on."""
 
 from __future__ import annotations
 
@@ -22,43 +22,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Project:
-    """One project on one engine: all that a stage needs."""
+    """One project on one engine, with the console that reports its progress."""
 
     settings: Settings
     engine: Engine
     console: Console
     own: tuple[OwnStage, ...] = ()
-    """The stages that its ``tasks.py`` adds, in their order."""
+    """Custom stages of the project's ``tasks.py``, in order."""
 
     @cached_property
     def ledger(self) -> Ledger:
-        names = (*STAGES, *(own.name for own in self.own))
+        names = (*STAGES, *(stage.name for stage in self.own))
         return Ledger(self.engine, self.settings, names)
 
     def settled(self, image: Image, *, as_root: bool = False) -> Project:
-        """This project with the rights that containers of an image get here.
+        """Return this project with ``GUIX_SANDBOX=auto`` resolved for containers of an image.
 
-        ``as_root`` is for what a person would do as root.
+        ``as_root`` is for commands that need root, such as those of custom stages.
         """
         base = self.ledger.find("base")
-        found = settled(self.engine, self.settings, self.console, image, base, as_root=as_root)
-        return replace(self, settings=found)
+        settings = settled(self.engine, self.settings, self.console, image, base, as_root=as_root)
+        return replace(self, settings=settings)
 
     def nearby(self, task: str) -> Nearby | None:
-        """The substitute server that ``substitutes.up`` has started, for a work of this task."""
-        found, newest = nearby(self.engine, self.settings, self.console), self.ledger.last_stage()
-        if found:
-            is_newest = newest is not None and newest.id == found.image
+        """Return the local substitute server, and print that the task uses it.
+
+        Return None if ``inv substitutes.up`` has started none that work containers can reach.
+        """
+        server = nearby(self.engine, self.settings, self.console)
+        if server:
+            newest = self.ledger.last_stage()
+            is_newest = newest is not None and newest.id == server.image
             age = "" if is_newest else ", of an older image; `inv substitutes.up` serves the newest"
-            self.console.say(f"{task}: substitutes come from {found.url} first{age}")
-        return found
+            self.console.say(f"{task}: substitutes come from {server.url} first{age}")
+        return server
 
     def alone(self, task: str) -> AbstractContextManager[None]:
-        """Keep another ``inv`` of this user from changing the image at the same time."""
+        """Lock the image against other ``inv`` processes of this user for the length of a block."""
         if self.engine.is_dry:
             return nullcontext()
         return alone(self.console.say, self.engine.info().url, str(self.settings.image), task)
 
     def each_platform(self) -> list[Project]:
-        """This project for one platform after the other: an engine makes one at a time."""
-        return [replace(self, settings=each) for each in self.settings.each_platform()]
+        """Return this project for each platform, because an engine builds for one at a time."""
+        return [replace(self, settings=settings) for settings in self.settings.each_platform()]

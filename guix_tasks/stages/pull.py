@@ -1,4 +1,4 @@
-"""Stage pull: Guix itself, from the channels asked for."""
+"""Stage pull: update Guix from the channels of ``GUIX_CHANNELS`` or of the lock."""
 
 from __future__ import annotations
 
@@ -24,29 +24,32 @@ if TYPE_CHECKING:
 CHANNELS_INPUT = "GUIX_CHANNELS"
 
 AUTHENTICATION_LABEL = "org.guix-tasks.authentication"
-"""``disabled`` where the channels were pulled with ``--disable-authentication``."""
+"""``disabled`` if the channels were pulled with ``--disable-authentication``, else empty."""
+
+_INTRODUCTION_HINT = (
+    "add the `(introduction ...)` that its authors publish to its form in GUIX_CHANNELS, or pass "
+    "`--disable-authentication` to trust the server"
+)
 
 
 def pull_stage(
     channels: str | None, wanted: str | None = None, *, authenticate: bool = True
 ) -> Stage:
-    """``guix pull`` of this channels file; of what the image itself knows where there is none.
+    """Return the stage that pulls a channels file, or the image's own channels without one.
 
-    The stage is settled by what was pulled: pulled again by the commits that it got, it would
-    come out the same, so that is what its key is made of.  ``wanted`` is what ``GUIX_CHANNELS``
-    holds: where it computes channels, none can tell what of it matters, so all of it does.
+    The key is that of a pull of the commits that were fetched, because the same commits give the
+    same result.  ``wanted`` is the content of ``GUIX_CHANNELS``.  If that is a program that
+    computes its channels, all of it is an input, because nothing shows which parts matter.
 
-    Without ``authenticate`` the command is another, and so is the key.  The commits that come out
-    are the same, but nobody vouches for them: neither ``CACHE_IMAGE`` nor a later ``inv pull``
-    may take such an image for one whose channels were authenticated.
+    Without ``authenticate`` the command and so the key differ.  Neither ``CACHE_IMAGE`` nor a
+    later ``inv pull`` may use such an image as one whose channels were authenticated.
     """
     computed = wanted is not None and not guix.is_literal(wanted)
     file = f"{FOLDER}/channels.scm" if channels else None
     commands = [guix.pull_argv(file, authenticate=authenticate)]
     trust = {AUTHENTICATION_LABEL: "" if authenticate else "disabled"}
     if channels:
-        # The image says what was pulled, whether by a lock or not, and its own `guix pull` stays
-        # there.
+        # The commits are recorded in the image, so that a `guix pull` inside it stays at them.
         commands.append(("sh", "-c", guix.record_channels()))
     return Stage(
         name="pull",
@@ -55,57 +58,50 @@ def pull_stage(
         labels=lambda report: {CHANNELS_LABEL: report, **trust},
         files={"channels.scm": channels.encode()} if channels else {},
         keep=guix.CURRENT_GUIX,
-        given={CHANNELS_INPUT: text_digest(wanted or "")} if computed else {},
+        extra_inputs={CHANNELS_INPUT: text_digest(wanted or "")} if computed else {},
         settled=partial(pull_stage, wanted=wanted, authenticate=authenticate),
-        check=_refuse_unauthenticated if authenticate else None,
+        check=_check_authenticated if authenticate else None,
         fetches=channels or "",
     )
 
 
 def is_authenticated(image: Image | None) -> bool:
-    """Whether no pull with ``--disable-authentication`` is in an image of the pull stage."""
+    """Whether an image of the pull stage, if there is one, was pulled with authentication."""
     return image is None or not image.labels.get(AUTHENTICATION_LABEL)
 
 
-def _refuse_unauthenticated(channels: str) -> None:
-    """Refuse what was pulled of channels that Guix could not authenticate.
+def _check_authenticated(channels: str) -> None:
+    """Raise ``StageError`` if Guix pulled a channel that has no introduction.
 
-    Only here is it seen of channels that a file computes, and of those that channels depend on:
-    Guix itself takes them without a word.
+    Guix accepts such a channel silently.  Computed channels and dependencies of channels are
+    known only after the pull.
     """
     if names := guix.unauthenticated(channels):
         raise StageError(
-            f"pull: the channel {quoted(names[0])} has no introduction, so nothing authenticated "
-            f"what was pulled; {_mends()}"
+            f"pull: the channel {quoted(names[0])} has no introduction, so Guix did not "
+            f"authenticate the commits that it pulled; {_INTRODUCTION_HINT}"
         )
 
 
-def _mends() -> str:
-    return (
-        "write the `(introduction ...)` that its authors publish into its form in GUIX_CHANNELS, "
-        "or say `--disable-authentication` to trust whoever serves it"
-    )
-
-
 def stage_to_run(settings: Settings, *, update: bool = False, authenticate: bool = True) -> Stage:
-    """The stage that pulls what the lock says, else (or to ``update``) what is asked for.
+    """Return the stage that pulls the lock, or ``GUIX_CHANNELS`` without a lock or to ``update``.
 
-    Raises ``UsageError`` where the lock is not one of ``GUIX_CHANNELS``, and where Guix could not
-    ``authenticate`` a channel that is spelled out.
+    Raise ``UsageError`` if the lock does not match ``GUIX_CHANNELS``, or if ``authenticate`` is
+    true and a channel has no introduction.
     """
     wanted = wanted_text(settings)
     lock = None if update else lock_text(settings)
     if lock and (problem := misfit(wanted, lock)):
         raise UsageError(lock_misfits(settings, problem))
-    unknown = guix.unauthenticated(lock or wanted or "") if authenticate else []
-    if unknown:
-        # A lock has what its channels had when it was made.
-        path, again = settings.guix_channels, ""
+    unauthenticated = guix.unauthenticated(lock or wanted or "") if authenticate else []
+    if unauthenticated:
+        path, hint = settings.guix_channels, _INTRODUCTION_HINT
         if lock:
-            path, again = settings.guix_channels_lock, " (and `inv pull --update`)"
+            # An introduction reaches the lock only when the lock is updated.
+            path, hint = settings.guix_channels_lock, f"{hint} (and `inv pull --update`)"
         raise UsageError(
-            f"{path}: the channel {quoted(unknown[0])} has no introduction, so nothing "
-            f"authenticates it; {_mends()}{again}"
+            f"{path}: the channel {quoted(unauthenticated[0])} has no introduction, so Guix cannot "
+            f"authenticate it; {hint}"
         )
     return pull_stage(lock or wanted, wanted, authenticate=authenticate)
 
@@ -113,25 +109,28 @@ def stage_to_run(settings: Settings, *, update: bool = False, authenticate: bool
 def lock_misfits(settings: Settings, problem: str) -> str:
     return (
         f"{settings.guix_channels_lock} does not fit GUIX_CHANNELS: {problem}; "
-        "`inv pull --update` locks anew"
+        "`inv pull --update` updates the lock"
     )
 
 
 def uncompared_lock(settings: Settings) -> str | None:
-    """A line for a lock that cannot be compared, since ``GUIX_CHANNELS`` computes its channels."""
+    """Return a line that reports a lock of a ``GUIX_CHANNELS`` that computes its channels.
+
+    Return None if the lock can be compared with ``GUIX_CHANNELS``, or if either is missing.
+    """
     wanted = wanted_text(settings)
     if not wanted or guix.is_literal(wanted) or not lock_text(settings):
         return None
     return (
-        f"pull: {settings.guix_channels_lock} holds, and cannot be compared with GUIX_CHANNELS, "
-        "which computes its channels; `inv pull --update` locks anew"
+        f"pull: using {settings.guix_channels_lock} without comparing it with GUIX_CHANNELS, "
+        "which computes its channels; `inv pull --update` updates the lock"
     )
 
 
 def write_lock(settings: Settings, channels: str) -> bool:
-    """Write what was pulled to ``GUIX_CHANNELS_LOCK``; whether that was not there yet.
+    """Write the pulled channels to ``GUIX_CHANNELS_LOCK`` and return whether the file changed.
 
-    Raises ``UsageError`` where it cannot be written.
+    Raise ``UsageError`` if the file cannot be written.
     """
     path = settings.guix_channels_lock
     if path is None or not channels:
@@ -143,24 +142,24 @@ def write_lock(settings: Settings, channels: str) -> bool:
         write_whole(path, content)
     except OSError as error:
         raise UsageError(
-            f"GUIX_CHANNELS_LOCK: {path}: {error.strerror}; name a file that can be written"
+            f"GUIX_CHANNELS_LOCK: cannot write {path}: {error.strerror}; choose a writable file"
         ) from None
     return True
 
 
 def lock_text(settings: Settings) -> str | None:
-    """What ``GUIX_CHANNELS_LOCK`` holds; None where it is empty or the file is yet to be made.
+    """Return the content of ``GUIX_CHANNELS_LOCK``, or None if it is unset or does not exist.
 
-    Raises ``UsageError`` where it cannot be read.
+    Raise ``UsageError`` if the file cannot be read.
     """
     path = settings.guix_channels_lock
     return _text("GUIX_CHANNELS_LOCK", path).strip() if path and path.exists() else None
 
 
 def wanted_text(settings: Settings) -> str | None:
-    """What ``GUIX_CHANNELS`` holds.
+    """Return the content of ``GUIX_CHANNELS``, or None if it is unset.
 
-    Raises ``UsageError`` if it cannot be read, or if Guile could not read it.
+    Raise ``UsageError`` if the file cannot be read or is not valid Scheme.
     """
     path = settings.guix_channels
     text = _text("GUIX_CHANNELS", path) if path else None
@@ -175,51 +174,55 @@ def _text(name: str, path: Path) -> str:
     except UnicodeDecodeError:
         raise UsageError(f"{name}: {path} is not UTF-8; write a channels file") from None
     except OSError as error:
-        raise UsageError(f"{name}: {path}: {error.strerror}; name a channels file") from None
+        raise UsageError(
+            f"{name}: cannot read {path}: {error.strerror}; choose a channels file"
+        ) from None
 
 
 def misfit(wanted: str | None, lock: str) -> str | None:
-    """Why a lock is not one of these channels, or None.
+    """Return the first difference between a lock and ``GUIX_CHANNELS``, or None.
 
-    A channels file is a program, so only what it spells out can be compared: a channel it names
-    must be in the lock, from the same URL and branch, trusted by the same introduction, and at
-    the commit that it asks for, if any.
+    A channels file is a program, so only its literal parts can be compared.  Each channel that it
+    names must be in the lock, with the same URL, branch and introduction, and at the commit that
+    it names, if any.
     """
-    return next(_misfits(wanted or "", lock), None)
+    return next(_mismatches(wanted or "", lock), None)
 
 
-def _misfits(wanted: str, lock: str) -> Iterator[str]:
+def _mismatches(wanted: str, lock: str) -> Iterator[str]:
     if error := guix.syntax_error(lock):
         yield f"in line {error[0]}, {error[1]}"
-    asked, locked = guix.channels(wanted), guix.channels(lock)
+    channels, locked = guix.channels(wanted), guix.channels(lock)
     if not locked:
         yield "it names no channel"
-    for name, channel in asked.items():
+    for name, channel in channels.items():
         if name not in locked:
             yield f"it lacks the channel {name}"
         else:
             yield from _differences(channel, locked[name])
-    surplus = locked.keys() - asked.keys()
+    surplus = locked.keys() - channels.keys()
     if surplus and guix.is_literal(wanted):
         yield f"it has the channel {min(surplus)}"
 
 
-def _differences(asked: guix.Channel, locked: guix.Channel) -> Iterator[str]:
-    name = asked.name
-    if asked.url != locked.url:
-        yield f"{name} is from {locked.url}, not from {asked.url}"
-    if asked.commit not in (None, locked.commit):
-        yield f"{name} is at {locked.commit}, not at {asked.commit}"
-    computed = asked.computed | locked.computed
-    wanted, there = (each.branch or guix.DEFAULT_BRANCH for each in (asked, locked))
-    if wanted != there and "branch" not in computed:
-        yield f"{name} is of the branch {there}, not of {wanted}"
-    if asked.introduction != locked.introduction and "introduction" not in computed:
-        yield f"{name} {_trust(locked)}, and in GUIX_CHANNELS {_trust(asked)}"
+def _differences(channel: guix.Channel, locked: guix.Channel) -> Iterator[str]:
+    name = channel.name
+    if channel.url != locked.url:
+        yield f"{name} is from {locked.url}, not from {channel.url}"
+    if channel.commit not in (None, locked.commit):
+        yield f"{name} is at {locked.commit}, not at {channel.commit}"
+    computed = channel.computed | locked.computed
+    branch = channel.branch or guix.DEFAULT_BRANCH
+    locked_branch = locked.branch or guix.DEFAULT_BRANCH
+    if branch != locked_branch and "branch" not in computed:
+        yield f"{name} is on branch {locked_branch}, not on {branch}"
+    if channel.introduction != locked.introduction and "introduction" not in computed:
+        yield f"{name} {_introduced(locked)}, and in GUIX_CHANNELS {_introduced(channel)}"
 
 
-def _trust(channel: guix.Channel) -> str:
-    found = channel.introduction
-    if found is None:
+def _introduced(channel: guix.Channel) -> str:
+    introduction = channel.introduction
+    if introduction is None:
         return "has no introduction"
-    return f"is introduced by commit {found.commit} of key {found.fingerprint.upper()}"
+    key = introduction.fingerprint.upper()
+    return f"is introduced by commit {introduction.commit} of key {key}"

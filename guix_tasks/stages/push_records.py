@@ -1,4 +1,4 @@
-"""What platforms were pushed: ``out/digests/*.json``, one file for each job of a CI matrix."""
+"""Push records: ``out/digests/*.json``, one file for each job of a CI matrix."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pushed:
-    """An image, or an index of images, that a registry has."""
+    """An image or an image index that was pushed to a registry."""
 
     repository: str
     platforms: Sequence[Platform]
     digest: str
     commits: Mapping[str, str] = field(default_factory=dict)
-    """The commit of each channel that it was made of; empty where that is not known."""
+    """Commits of the channels, by channel name; empty if they are unknown."""
 
     @property
     def reference(self) -> str:
@@ -38,13 +38,14 @@ def folder_of(settings: Settings) -> Path:
 
 
 def save(settings: Settings, pushed: Pushed) -> Path:
-    """Write what was pushed for some platforms, in the place of what was there; the file."""
-    folder = folder_of(settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{'_'.join(sorted(each.tag_suffix for each in pushed.platforms))}.json"
+    """Write the push record and return its path.  A record of the same platforms is replaced."""
+    directory = folder_of(settings)
+    directory.mkdir(parents=True, exist_ok=True)
+    names = sorted(platform.tag_suffix for platform in pushed.platforms)
+    path = directory / f"{'_'.join(names)}.json"
     record = {
         "repository": pushed.repository,
-        "platforms": [str(each) for each in pushed.platforms],
+        "platforms": [str(platform) for platform in pushed.platforms],
         "digest": pushed.digest,
         "commits": dict(pushed.commits),
     }
@@ -53,19 +54,19 @@ def save(settings: Settings, pushed: Pushed) -> Path:
 
 
 def load(settings: Settings) -> dict[Path, Pushed]:
-    """All that was pushed, by file.  Raises ``UsageError`` for a file that is not of this kind."""
+    """Return all push records by path.  Raise ``UsageError`` for an invalid record."""
     return {path: _read(path) for path in sorted(folder_of(settings).glob("[!.]*.json"))}
 
 
 def _read(path: Path) -> Pushed:
     try:
         record = json.loads(path.read_text())
-        platforms = tuple(Platform.parse(each) for each in record["platforms"])
-        _ = platforms[0]
+        platforms = tuple(Platform.parse(text) for text in record["platforms"])
+        _ = platforms[0]  # A record without a platform is invalid.
         reference = ImageReference.parse(f"{record['repository']}@{record['digest']}")
         commits = {str(name): str(commit) for name, commit in record.get("commits", {}).items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UsageError(
-            f"{path} is not what a push wrote; delete it, and push that platform again"
+            f"{path} is not a push record; delete it and push that platform again"
         ) from None
     return Pushed(reference.name, platforms, str(reference.digest), commits)

@@ -1,4 +1,4 @@
-"""A stage as data, and the key of what it is made from."""
+"""A stage as data: its commands, their files, and the inputs that its key is made of."""
 
 from __future__ import annotations
 
@@ -16,45 +16,51 @@ if TYPE_CHECKING:
 
 
 COLLECT = IMAGE_FOLDER / "collect.scm"
+"""Script that deletes what a stage added to the store and does not need, before the commit."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands that make one image of another, as data."""
+    """Commands that turn one image into another."""
 
     name: str
     commands: Sequence[Sequence[str]]
     """Argument lists, run in order in one work container."""
     report: Sequence[str]
-    """The argument list whose standard output describes what was made."""
+    """Argument list of a command that describes the result on its standard output."""
     labels: Callable[[str], Mapping[str, str]]
-    """The labels that a report gives the image."""
+    """Return the image's additional labels for a report."""
     files: Mapping[str, bytes] = field(default_factory=dict)
-    """What the commands find below ``container.FOLDER``."""
-    given: Mapping[str, str] = field(default_factory=dict)
-    """More of what it is made from, by name, with the digest of each content."""
-    folder: str | None = None
-    """Where the commands start, if that is not where the image's do."""
+    """Files of the commands, by path below ``container.FOLDER``."""
+    extra_inputs: Mapping[str, str] = field(default_factory=dict)
+    """Additional inputs: digests by name."""
+    directory: str | None = None
+    """Working directory of the commands, by default that of the image."""
     fetches: str | None = None
-    """The channels file of the channels that it fetches, where it fetches any."""
+    """Channels file of the channels that the stage fetches, or None if it fetches none."""
     as_root: bool = False
-    """Whether its commands change more than the store, Guix's state and root's profiles."""
+    """Whether the commands write outside the store, Guix's state and root's profiles."""
     keep: str | None = None
-    """A profile such as the next stage is to build: what that takes is not collected."""
+    """Profile whose build dependencies survive garbage collection, for the next stage."""
     settled: Callable[[str], Stage] | None = None
-    """The stage that would make the same again, by a report, where that is another one."""
+    """Return the pinned stage that reproduces a report's result; its inputs become the key."""
     check: Callable[[str], None] | None = None
-    """Raises ``StageError`` where what was made, by a report, must not be had."""
+    """Raise ``StageError`` if a report's result must not be committed."""
 
     def inputs(self, common: Mapping[str, str]) -> dict[str, str]:
-        """What the stage is made from, by name, with the digest of each content."""
+        """Return the digests of everything that determines the result, by name.
+
+        ``common`` are the inputs that all stages share.
+        """
         words = [shlex.join(command) for command in (*self.commands, self.report)]
         words += [self.keep or "", file_digest(COLLECT)]
         files = {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
-        return {"command": text_digest(*words), **files, **self.given, **common}
+        return {"command": text_digest(*words), **files, **self.extra_inputs, **common}
 
 
 def stage_files(stage: Stage) -> dict[str, bytes]:
-    """What a stage's commands need below ``container.FOLDER``; ``stage`` is the script to run."""
-    script = guix.script(stage.commands, stage.report, FOLDER, keep=stage.keep, start=stage.folder)
+    """Return all files of a stage below ``container.FOLDER``; ``stage`` is the script to run."""
+    script = guix.script(
+        stage.commands, stage.report, FOLDER, keep=stage.keep, start=stage.directory
+    )
     return {**stage.files, "stage": script.encode(), "collect.scm": COLLECT.read_bytes()}

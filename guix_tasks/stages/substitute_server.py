@@ -1,4 +1,4 @@
-"""The substitute server near by: whether ``substitutes.up`` has started one that stages reach."""
+"""The local substitute server of ``inv substitutes.up``, as work containers reach it."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ if TYPE_CHECKING:
     from guix_tasks.ui.console import Console
 
 LISTEN_LABEL = "org.guix-tasks.substitutes"
-"""``ADDRESS:PORT`` of the machine that the server is reached at."""
+"""``ADDRESS:PORT`` on the engine's machine that the server listens on."""
 
 KEYS = "/var/lib/guix-tasks"
-"""Where its key pair is, in its container."""
+"""Directory of the server's key pair in its container."""
 
 PUBLIC_KEY = f"{KEYS}/signing-key.pub"
 
-ANY = "0.0.0.0"  # noqa: S104 -- where a user asks for it
+ANY = "0.0.0.0"  # noqa: S104 -- only at a user's request
 
-_USUAL_NETWORKS = ("bridge", "podman")
-"""The network of a container that names none, by the engine's kind."""
+_DEFAULT_NETWORKS = ("bridge", "podman")
+"""Networks that Docker and Podman use for a container without an explicit network."""
 
 
 def nearby(engine: Engine, settings: Settings, console: Console) -> Nearby | None:
-    """The server that is up, if work containers reach it; where they do not, say so."""
+    """Return the running server, or None with a message if work containers cannot reach it."""
     server = find_server(engine, settings)
     if server is None or not server.running:
         return None
     url, key = server_url(engine, settings, server), public_key(engine, server)
     if url is None or not key:
         console.say(
-            "substitutes: work containers do not reach the server that is up; after a change of "
+            "substitutes: work containers cannot reach the running server; after a change of "
             "NETWORK, run `inv substitutes.up` again"
         )
         return None
@@ -43,22 +43,21 @@ def nearby(engine: Engine, settings: Settings, console: Console) -> Nearby | Non
 
 
 def server_url(engine: Engine, settings: Settings, server: Container) -> str | None:
-    """Where a work container reaches a server; None where it does not."""
+    """Return the URL of a server for work containers, or None if they cannot reach it."""
     address, _, port = server.labels[LISTEN_LABEL].rpartition(":")
-    name = network(engine, settings)
-    if name == "host":
+    work_network = network(engine, settings)
+    if work_network == "host":
         return f"http://{'127.0.0.1' if address == ANY else address}:{port}"
-    names = (name,) if name else _USUAL_NETWORKS
-    found = (server.addresses.get(each) for each in names)
-    host = next((each for each in found if each), None)
-    return f"http://{host}:{port}" if host else None
+    networks = (work_network,) if work_network else _DEFAULT_NETWORKS
+    hosts = [host for name in networks if (host := server.addresses.get(name))]
+    return f"http://{hosts[0]}:{port}" if hosts else None
 
 
 def public_key(engine: Engine, server: Container) -> bytes:
-    """The key that its substitutes are signed by; nothing where it has none as yet."""
-    pieces = b"".join(engine.copy_out(server.id, PUBLIC_KEY))
-    if not pieces:
+    """Return the key that the server signs substitutes with, or nothing if it has none yet."""
+    archive = b"".join(engine.copy_out(server.id, PUBLIC_KEY))
+    if not archive:
         return b""
-    with tarfile.open(fileobj=io.BytesIO(pieces)) as tar:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         file = tar.extractfile(tar.getmembers()[0])
         return file.read() if file else b""

@@ -1,4 +1,4 @@
-"""Which substitutes there are for what is to be installed, asked in a work container."""
+"""Availability of substitutes for the packages to install, as ``guix weather`` reports it."""
 
 from __future__ import annotations
 
@@ -22,47 +22,48 @@ if TYPE_CHECKING:
 def forecast(
     project: Project, image: Image, systems: Sequence[str], packages: Sequence[str] = ()
 ) -> list[guix.Forecast]:
-    """Ask for ``GUIX_MANIFEST`` and ``GUIX_PACKAGES``, or these packages, with an image's Guix.
+    """Query the substitutes of ``GUIX_MANIFEST`` and of ``packages`` or ``GUIX_PACKAGES``.
 
-    Nothing is fetched, and nothing committed.  Nothing is found on a dry run.  Raises
-    ``UsageError`` where nothing is wanted, and ``StageError`` where Guix fails or no server
-    answers.
+    An image's Guix does so in a work container that is not committed.  Return one forecast for
+    each system, and none on a dry run.
+
+    Raise ``UsageError`` if no packages are specified, and ``StageError`` if Guix fails or no
+    substitute server answers.
     """
     settings = project.settings
     manifest, packages = settings.guix_manifest, packages or settings.guix_packages
     if not manifest and not packages:
         raise UsageError(
-            "nothing to ask for: set GUIX_PACKAGES or GUIX_MANIFEST, or say `--package NAME`"
+            "cannot query substitutes: no packages are specified; set GUIX_PACKAGES or "
+            "GUIX_MANIFEST, or pass `--package NAME`"
         )
     project = project.settled(image)
-    near = project.nearby("weather")
-    theirs = f"{FOLDER}/manifest.scm" if manifest else None
-    argv = guix.weather_argv(f"{FOLDER}/weather.scm", systems, theirs, packages)
+    server = project.nearby("weather")
+    manifest_file = f"{FOLDER}/manifest.scm" if manifest else None
+    argv = guix.weather_argv(f"{FOLDER}/weather.scm", systems, manifest_file, packages)
     files = {
         "stage": f"#!/bin/sh\nexec {shlex.join(argv)}\n".encode(),
         "weather.scm": (IMAGE_FOLDER / "weather.scm").read_bytes(),
         **({"manifest.scm": read_file(manifest)} if manifest else {}),
-        # Not the daemon asks, and this container is never committed.
-        **({"keys/nearby.pub": near.key} if near else {}),
+        # Guix itself must trust the key, not only the daemon.  The key reaches no image, because
+        # this container is never committed.
+        **({"keys/nearby.pub": server.key} if server else {}),
     }
-    work = Work("weather", (f"{FOLDER}/stage",), files, nearby=near)
+    work = Work("weather", (f"{FOLDER}/stage",), files, nearby=server)
     with work_container(project.engine, project.settings, image.id, work) as container:
-        found = guix.forecasts(run_again(project, container, work))
-    if len(found) != len(systems) and not project.engine.is_dry:
-        raise StageError("weather: Guix did not say what there is; the output above says why")
-    return found
+        forecasts = guix.forecasts(run_again(project, container, work))
+    if len(forecasts) != len(systems) and not project.engine.is_dry:
+        raise StageError("weather: Guix did not report all systems; see the output above")
+    return forecasts
 
 
 def require_substitutes(project: Project, image: Image, packages: Sequence[str]) -> None:
-    """Refuse to go on with ``install`` where something would be built.
-
-    Raises ``CheckError``, and what ``forecast`` raises.
-    """
+    """Raise ``CheckError`` if ``install`` would build a package, and the errors of ``forecast``."""
     system = Platform.parse(image.platform).guix_system
-    for found in forecast(project, image, [system], packages):
-        if found.missing:
+    for result in forecast(project, image, [system], packages):
+        if result.missing:
             raise CheckError(
-                f"install: no substitute for {' '.join(found.missing)}, and "
-                "GUIX_REQUIRE_SUBSTITUTES is set: try again when `inv weather` finds them, or set "
-                "it to no"
+                f"install: no substitute for {' '.join(result.missing)}, and "
+                "GUIX_REQUIRE_SUBSTITUTES is set; retry when `inv weather` finds them, or set "
+                "GUIX_REQUIRE_SUBSTITUTES=no"
             )

@@ -65,7 +65,7 @@ def test_a_lock_of_other_channels_names_update(project: Project) -> None:
 
 CHANNEL_CHANGES = {
     "branch": (
-        r"(\(name .offline\))", r'\1 (branch "next")', "is of the branch master, not of next",
+        r"(\(name .offline\))", r'\1 (branch "next")', "is on branch master, not on next",
     ),
     "key": (
         r'(openpgp-fingerprint\s+")....', r"\g<1>0000", "and in GUIX_CHANNELS is introduced by",
@@ -95,7 +95,7 @@ def test_change_of_the_channels_is_refused_until_the_lock_is_updated(
         refused, push = project.inv("pull"), project.inv("push")
     assert (refused.returncode, push.returncode) == (2, 2)
     assert expected in refused.stderr
-    assert "`inv pull --update` locks anew" in refused.stderr
+    assert "`inv pull --update` updates the lock" in refused.stderr
     assert "GUIX_CHANNELS changed" in push.stderr
 
 

@@ -207,7 +207,7 @@ def greeter(
 
 def test_another_list_of_packages_replaces_the_first(greeter: tuple[Project, Result]) -> None:
     project, call = greeter
-    assert re.search(r"^install: no longer in it: hello@\S+$", call.stderr, re.MULTILINE)
+    assert re.search(r"^install: removed hello@\S+$", call.stderr, re.MULTILINE)
     greeting = f"{guix.PROFILE}/share/greeting"
     assert project.docker.run(project.image, "cat", greeting).stdout == "hello from a channel\n"
     assert project.docker.run(project.image, "hello").returncode == 127
@@ -289,7 +289,7 @@ def test_what_run_kept_becomes_the_image(project: Project) -> None:
     assert project.docker.run(project.image, "cat", "/by-hand").stdout == "made\n"
     hand_made = project.id()
     result = project.ok("install", "--package", "hello")
-    assert f"{project.image}: what `inv commit` made is left behind" in result.stderr
+    assert f"{project.image}: replaced the image of `inv commit`" in result.stderr
     assert project.id() == project.id("install") != hand_made
 
 

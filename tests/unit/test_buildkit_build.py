@@ -128,7 +128,7 @@ def test_without_packages_it_pulls_alone(site: Site, fake: FakeBuildx) -> None:
 
 def test_nothing_to_do_is_told_before_anything_is_done(site: Site, fake: FakeBuildx) -> None:
     site.env["GUIX_PACKAGES"] = ""
-    with pytest.raises(UsageError, match="nothing to install"):
+    with pytest.raises(UsageError, match="cannot install: no packages"):
         bake(site, fake, pull=False)
     assert fake.calls() == []
 

@@ -21,7 +21,7 @@ from guix_tasks.commands.status import STATUS_HEADER, status_rows
 from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import StageError, UsageError
 from guix_tasks.stages.container import FOLDER
-from guix_tasks.stages.custom import own_stage
+from guix_tasks.stages.custom import custom_stage
 from guix_tasks.stages.declarations import OwnStage, declared
 from guix_tasks.stages.images import (
     PACKAGES_LABEL,
@@ -49,7 +49,7 @@ CHECKED = OwnStage("checked", ("guix", "package", "--install=check"), "deps")
 class OwnSite(Site):
     """A project whose ``tasks.py`` adds two stages."""
 
-    own: tuple[OwnStage, ...] = (DEPS, CHECKED)
+    stages: tuple[OwnStage, ...] = (DEPS, CHECKED)
 
     def __init__(self, folder: Path, engine: FakeEngine, **env: str) -> None:
         super().__init__(folder, engine, **env)
@@ -57,7 +57,7 @@ class OwnSite(Site):
         self.write("patches/one/fix.patch", "fix\n")
 
     def project(self, engine: Engine | None = None) -> Project:
-        return replace(super().project(engine), own=self.own)
+        return replace(super().project(engine), own=self.stages)
 
 
 @pytest.fixture
@@ -102,24 +102,24 @@ def test_one_input_need_not_be_a_list() -> None:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ({"name": "My-Deps"}, "'My-Deps' can be no stage's name"),
-        ({"name": ""}, "can be no stage's name"),
-        ({"name": "a" * 33}, "can be no stage's name"),
-        ({"name": PREVIOUS}, "can be no stage's name"),
-        ({"name": "push"}, "push is a task already"),
-        ({"name": "install"}, "install is a task already"),
-        ({"parent": "later"}, "no stage 'later' is there before it; name one of base, pull"),
-        ({"command": ""}, "its command is a text for the shell, or a list of words"),
-        ({"command": "\n "}, "its command is"),
-        ({"command": []}, "its command is"),
-        ({"command": [["make"]]}, "its command is"),
-        ({"inputs": "/etc/passwd"}, "does not lie below the folder of tasks.py"),
-        ({"inputs": "../x"}, "does not lie below"),
-        ({"inputs": "a/../../x"}, "does not lie below"),
-        ({"inputs": "."}, "does not lie below"),
+        ({"name": "My-Deps"}, "'My-Deps' cannot name a stage"),
+        ({"name": ""}, "cannot name a stage"),
+        ({"name": "a" * 33}, "cannot name a stage"),
+        ({"name": PREVIOUS}, "cannot name a stage"),
+        ({"name": "push"}, "push is already a task"),
+        ({"name": "install"}, "install is already a task"),
+        ({"parent": "later"}, "no earlier stage is named 'later'; choose one of base, pull"),
+        ({"command": ""}, "the command must be a string for the shell or a list of strings"),
+        ({"command": "\n "}, "the command must be"),
+        ({"command": []}, "the command must be"),
+        ({"command": [["make"]]}, "the command must be"),
+        ({"inputs": "/etc/passwd"}, "is not below the directory of tasks.py"),
+        ({"inputs": "../x"}, "is not below"),
+        ({"inputs": "a/../../x"}, "is not below"),
+        ({"inputs": "."}, "is not below"),
     ],
 )
-def test_what_can_be_none(what: dict[str, Any], said: str) -> None:
+def test_invalid_stage_is_refused(what: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         declare(**what)
 
@@ -127,8 +127,8 @@ def test_what_can_be_none(what: dict[str, Any], said: str) -> None:
 # --- What is run ----------------------------------------------------------------------------
 
 
-def test_its_command_starts_where_its_inputs_are(site: OwnSite) -> None:
-    stage = own_stage(site.settings(), DEPS)
+def test_command_starts_in_the_directory_of_its_inputs(site: OwnSite) -> None:
+    stage = custom_stage(site.settings(), DEPS)
     files = stage_files(stage)
     assert files["project/deps.scm"] == b"deps\n"
     assert files["project/patches/one/fix.patch"] == b"fix\n"
@@ -137,24 +137,26 @@ def test_its_command_starts_where_its_inputs_are(site: OwnSite) -> None:
     assert lines[start + 1] == "guix package --install=tar"
 
 
-def test_without_inputs_it_starts_where_the_image_does(site: OwnSite) -> None:
-    assert b"\ncd " not in stage_files(own_stage(site.settings(), CHECKED))["stage"]
+def test_command_without_inputs_starts_in_the_directory_of_the_image(site: OwnSite) -> None:
+    assert b"\ncd " not in stage_files(custom_stage(site.settings(), CHECKED))["stage"]
 
 
 @pytest.mark.parametrize("missing", ["deps.scm", "patches"])
-def test_an_input_that_is_not_there(site: OwnSite, missing: str) -> None:
+def test_missing_input_is_reported(site: OwnSite, missing: str) -> None:
     (site.folder / missing).rename(site.folder / "elsewhere")
-    with pytest.raises(UsageError, match=rf"stage deps: the input .*{missing}: No such file"):
+    with pytest.raises(
+        UsageError, match=rf"stage deps: cannot read the input .*{missing}: No such file"
+    ):
         site.make("deps")
 
 
-def test_an_input_that_is_an_empty_folder(site: OwnSite) -> None:
+def test_empty_input_directory_is_reported(site: OwnSite) -> None:
     (site.folder / "patches/one/fix.patch").unlink()
-    with pytest.raises(UsageError, match=r"patches is an empty folder"):
+    with pytest.raises(UsageError, match=r"patches is an empty directory"):
         site.make("deps")
 
 
-def test_a_link_to_a_folder_is_not_left_out_without_a_word(site: OwnSite) -> None:
+def test_link_to_a_directory_is_reported(site: OwnSite) -> None:
     (site.folder / "patches/more").symlink_to(site.folder)
     with pytest.raises(UsageError, match=r"patches/more: Is a directory"):
         site.make("deps")
@@ -162,7 +164,7 @@ def test_a_link_to_a_folder_is_not_left_out_without_a_word(site: OwnSite) -> Non
 
 def test_a_link_to_a_file_is_the_file(site: OwnSite) -> None:
     (site.folder / "patches/same").symlink_to("one/fix.patch")
-    assert stage_files(own_stage(site.settings(), DEPS))["project/patches/same"] == b"fix\n"
+    assert stage_files(custom_stage(site.settings(), DEPS))["project/patches/same"] == b"fix\n"
 
 
 # --- A stage as the others ------------------------------------------------------------------
@@ -216,7 +218,7 @@ def test_an_input_that_changes_makes_it_stale(made: OwnSite, file: str, why: str
 
 
 def test_another_command_makes_it_stale(made: OwnSite) -> None:
-    made.own = (replace(DEPS, command=("guix", "package", "--install=sed")), CHECKED)
+    made.stages = (replace(DEPS, command=("guix", "package", "--install=sed")), CHECKED)
     assert made.why("deps") == "command changed"
 
 
@@ -238,7 +240,7 @@ def test_what_install_was_given_is_not_forgotten(made: OwnSite) -> None:
 
 def test_a_command_that_fails_commits_nothing(made: OwnSite) -> None:
     before = outline(made.engine)
-    made.own = (replace(DEPS, command=("guix", "package", "--install=no-such-package")), CHECKED)
+    made.stages = (replace(DEPS, command=("guix", "package", "--install=no-such-package")), CHECKED)
     with pytest.raises(StageError, match=r"deps: no-such-package: unknown .*out/failed/deps-"):
         made.make("deps")
     assert outline(made.engine) == before
@@ -254,7 +256,7 @@ def test_push_refuses_a_stale_one(made: OwnSite) -> None:
 
 
 def test_what_a_stage_made_that_is_no_more_is_pushed_with_a_warning(made: OwnSite) -> None:
-    made.own = (DEPS,)
+    made.stages = (DEPS,)
     project = made.project()
     assert [*push(project)] == [IMAGE]
     assert "made by none of these stages" in heard(project)
@@ -284,7 +286,7 @@ def test_clean_removes_it(made: OwnSite) -> None:
 
 
 def test_sizes_are_those_above_the_parent(made: OwnSite) -> None:
-    made.own = (DEPS, CHECKED, replace(CHECKED, name="beside", parent="install"))
+    made.stages = (DEPS, CHECKED, replace(CHECKED, name="beside", parent="install"))
     made.make("beside")
     found = {part.name: part.size for part in sizes(made.project()) if part.group == "stage"}
     assert [*found] == [*STAGES, "deps", "checked", "beside"]
@@ -350,9 +352,9 @@ def test_its_task_has_the_options_of_install(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('add_stage("deps", "x")', "deps is a task already"),
-        ('add_stage("push", "x")', "push is a task already"),
-        ('add_stage("engine", "x")', "engine is a task already"),
+        ('add_stage("deps", "x")', "deps is already a task"),
+        ('add_stage("push", "x")', "push is already a task"),
+        ('add_stage("engine", "x")', "engine is already a task"),
         ('add_stage("late", "x", parent="later")', "one of base, pull, install, deps, checked"),
     ],
 )

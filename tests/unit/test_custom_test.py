@@ -128,7 +128,7 @@ def test_without_a_tarball_it_says_how_to_make_one(site: Site) -> None:
 
 
 def test_an_input_that_is_not_there_is_told(site: Site) -> None:
-    with pytest.raises(UsageError, match=r"test bare: the input .*gone"):
+    with pytest.raises(UsageError, match=r"test bare: cannot read the input .*gone"):
         try_pack(site.project(), replace(BARE, inputs=("gone",)))
 
 
@@ -144,11 +144,11 @@ def test_a_dry_run_shows_what_it_would_do(site: Site) -> None:
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ({"name": "push"}, "push is a task already; take another name for the test"),
-        ({"name": "My"}, "'My' can be no test's name"),
-        ({"command": ""}, "test check: its command is"),
-        ({"inputs": "../x"}, "test check: the input '../x' does not lie below"),
-        ({"image": 1}, "its image is a name"),
+        ({"name": "push"}, "push is already a task; choose another name for the test"),
+        ({"name": "My"}, "'My' cannot name a test"),
+        ({"command": ""}, "test check: the command must be"),
+        ({"inputs": "../x"}, "test check: the input '../x' is not below"),
+        ({"image": 1}, "the image must be a name"),
     ],
 )
 def test_what_can_be_no_test(what: dict[str, Any], said: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 from guix_tasks.cli.tasks import GROUPS
 from guix_tasks.settings import load_settings, settings_reference
 from guix_tasks.stages.images import STAGES, inputs_of
-from guix_tasks.stages.lifecycle import Lifecycle, _UntoldError
+from guix_tasks.stages.lifecycle import Lifecycle, _StaleError
 from guix_tasks.tasks import ns
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def is_changed(lifecycle: Lifecycle, stage: str, image: Image) -> bool:
     """Whether what a stage is made from changed, its parent left out."""
     try:
         return lifecycle._inputs(stage, image, ()) != inputs_of(image)
-    except _UntoldError:
+    except _StaleError:
         return True
 
 

@@ -253,7 +253,7 @@ def test_a_hand_made_image_that_is_left_behind_is_said(made: Site) -> None:
     hand_made = made.engine.make_image(config, {}, parent=hand_made, tag=IMAGE)
     console = Heard()
     made.ledger.point_image(console)
-    assert "what `inv commit` made is left behind" in console.text
+    assert "replaced the image of `inv commit`" in console.text
     assert made.image().id == made.image("install").id
     assert made.image(PREVIOUS).id == hand_made.id
     console = Heard()

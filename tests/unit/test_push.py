@@ -259,7 +259,7 @@ def test_image_to_use_is_image_or_a_stage(made: Site) -> None:
     assert image_to_use(project, "base").id == made.image("base").id
 
 
-def test_a_users_own_stage_can_be_pushed(made: Site) -> None:
+def test_stage_built_from_the_api_can_be_pushed(made: Site) -> None:
     describe = ("guix", "describe")
     run_stage(
         made.project(), Stage("tests", [describe], describe, lambda _: {}), made.image("install")

@@ -101,14 +101,14 @@ def test_a_file_that_no_push_wrote_is_named(
     with pytest.raises(UsageError) as caught:
         load(settings)
     assert str(caught.value) == (
-        f"{place} is not what a push wrote; delete it, and push that platform again"
+        f"{place} is not a push record; delete it and push that platform again"
     )
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(settings: Settings) -> None:
     place = save(settings, Pushed("debian", (AMD64,), DIGEST))
     place.with_name("x.json").mkdir()
-    with pytest.raises(UsageError, match=r"x\.json is not what a push wrote"):
+    with pytest.raises(UsageError, match=r"x\.json is not a push record"):
         load(settings)
 
 

@@ -164,7 +164,7 @@ def test_the_next_stage_leaves_the_hand_made_image_behind_and_says_so(made: Site
     commit(made)
     hand_made = made.image()
     said = made.make("install")
-    assert "what `inv commit` made is left behind" in said
+    assert "replaced the image of `inv commit`" in said
     assert made.image().id == made.image("install").id
     project = made.project()
     rollback.rollback(project)

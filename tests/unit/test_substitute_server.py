@@ -234,7 +234,7 @@ def test_stages_ask_it_first_and_no_image_knows(made: Site, guix: Publishing) ->
 def test_what_is_not_reached_is_told(made: Site, guix: Publishing) -> None:
     up(made, NETWORK="net")
     said = made.make("install", force=True)
-    assert "work containers do not reach the server that is up" in said
+    assert "work containers cannot reach the running server" in said
     assert "GUIX_SUBSTITUTE_URLS" not in guix.given[-1]["environment"]
 
 
