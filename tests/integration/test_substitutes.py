@@ -204,7 +204,7 @@ def test_the_weather_turns_when_a_server_comes_up(new_project: NewProject) -> No
         result = project.inv("weather")
         assert "missing: greet@1.0" in result.stdout
         assert "1 of 2 available" in result.stdout
-        assert "not all has a substitute for" in one_error(result, 1)
+        assert "substitutes are missing for" in one_error(result, 1)
         (found,) = forecast(project, "--package=greet", status=1)
         assert found["wanted"] == {"greet@1.0": "missing"}
     project.ok("substitutes.up")

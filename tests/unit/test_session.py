@@ -250,7 +250,7 @@ def test_status_clean_and_rollback(inv: Inv) -> None:
     assert f"clean: removed {IMAGE}-base" in removed
     assert f"clean: {len(removed)} removed" in said
     assert not [tag for tag in inv.site.engine.tags if tag != BASE_IMAGE]
-    assert "clean: nothing there" in inv("clean").err
+    assert "clean: nothing to remove" in inv("clean").err
 
 
 def test_dry_changes_nothing_and_shows_everything(inv: Inv) -> None:
@@ -550,7 +550,7 @@ def test_usage(inv: Inv) -> None:
     done = inv("push")
     assert done.code == 2
     (error,) = done.errors
-    assert error.startswith(f"error: there is no {IMAGE} on this engine; run `inv install`, or")
+    assert error.startswith(f"error: {IMAGE} does not exist on this engine; run `inv install`, or")
 
 
 def test_no_engine(inv: Inv) -> None:
