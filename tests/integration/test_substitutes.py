@@ -156,7 +156,7 @@ def test_the_newest_is_served_once_asked_for(served: Project) -> None:
     served.ok("install", "--package=hello")
     said = served.ok("weather", "--package=greet").stderr
     assert "of an older image; `inv substitutes.up` serves the newest" in said
-    assert "the stage install is served\n" in served.ok("substitutes.up").stderr
+    assert "serving the stage install\n" in served.ok("substitutes.up").stderr
     assert inspected(served)["Image"] == served.id("install") != first["Image"]
     assert served.docker("image", "inspect", first["Image"]).returncode == 0  # the model's
 
@@ -171,7 +171,7 @@ def test_it_comes_up_once_and_goes_without_a_trace(served: Project, base_image: 
     assert inspected(served)["Id"] == first
     served.ok("substitutes.down")
     assert served.containers() == []
-    assert "no server of this project is there" in served.ok("substitutes.down").stderr
+    assert "no server of this project is running" in served.ok("substitutes.down").stderr
     served.ok("substitutes.up")
     assert key.read_text() == public
     assert signing_key(served, base_image) == number
@@ -288,7 +288,7 @@ def test_what_cannot_be_served_is_one_line(new_project: NewProject) -> None:
     project = new_project()
     assert one_error(project.inv("substitutes.up"), 2).startswith("error: NETWORK=none: nobody")
     project.set(NETWORK="host")
-    assert "no stage is there to serve from" in one_error(project.inv("substitutes.up"), 2)
+    assert "there is no stage to serve" in one_error(project.inv("substitutes.up"), 2)
     assert "is no address" in one_error(project.inv("substitutes.up", "--listen=8181"), 2)
     project = new_project("base", NETWORK="host")
     with socket.socket() as taken, project.unharmed():
@@ -306,5 +306,5 @@ def test_a_dry_run_starts_nothing(project: Project) -> None:
         said = project.ok("--dry", "substitutes.up").stderr
     assert "--user=guix-daemon" in said
     assert "--cap-drop=ALL" in said
-    assert "is served" not in said
+    assert "serving" not in said
     assert shlex.split(said.partition("+ docker create")[2].splitlines()[0])

@@ -189,7 +189,9 @@ def test_a_commit_needs_room_for_another_image(
 )
 def test_a_disk_that_cannot_be_seen_is_not_judged(site: Site, fields: dict[str, str]) -> None:
     about(site, **fields)
-    assert one(site, "disk") == Finding("disk", NOTE, "the engine's disk is not visible from this machine")
+    assert one(site, "disk") == Finding(
+        "disk", NOTE, "the engine's disk is not visible from this machine"
+    )
 
 
 def test_a_folder_that_is_closed_to_this_user_is_not_judged(
@@ -230,7 +232,10 @@ def test_podman_is_not_asked_what_it_cannot_tell(site: Site) -> None:
     assert ", Podman 4.3.1, rootless, linux/amd64" in engine.message
     site.env["BASE_IMAGE"] = "registry.test/none:1"
     image, registry = one(site, "base image"), one(site, "registry")
-    assert (image.state, image.hint) == (NOTE, "`podman pull registry.test/none:1` shows whether it can be pulled")
+    assert (image.state, image.hint) == (
+        NOTE,
+        "`podman pull registry.test/none:1` shows whether it can be pulled",
+    )
     assert registry.state is NOTE
     assert "was not tested" in registry.message
     site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD=PASSWORD)

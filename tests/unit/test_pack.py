@@ -148,8 +148,18 @@ def test_packages_that_are_named_are_packed_instead(made: Site) -> None:
 @pytest.mark.parametrize(
     ("wanted", "name", "packages", "said"),
     [
-        (Pack("oci", compression="xz"), "", [], "--compression: .* OCI archive support only gzip and none"),
-        (Pack("zip"), "", [], "--format: guix pack does not support 'zip'; choose one of tarball, .*appimage$"),
+        (
+            Pack("oci", compression="xz"),
+            "",
+            [],
+            "--compression: .* OCI archive support only gzip and none",
+        ),
+        (
+            Pack("zip"),
+            "",
+            [],
+            "--format: guix pack does not support 'zip'; choose one of tarball, .*appimage$",
+        ),
         (Pack(compression="rar"), "", [], "--compression: .*; choose one of gzip, .*none$"),
         (Pack(max_layers=3), "", [], "--max-layers: .* docker or oci"),
         (Pack("docker", max_layers=-1), "", [], "--max-layers: use a number above 0"),

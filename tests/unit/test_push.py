@@ -138,7 +138,9 @@ def test_a_push_ends_with_what_it_moved_and_how_long_it_took(made: Site) -> None
 
 @pytest.mark.parametrize("stage", ["", "base"])
 def test_nothing_to_push_names_the_command(site: Site, stage: str) -> None:
-    with pytest.raises(UsageError, match=rf"does not exist on this engine; run `inv {stage or 'install'}`"):
+    with pytest.raises(
+        UsageError, match=rf"does not exist on this engine; run `inv {stage or 'install'}`"
+    ):
         site.push(stage or None)
     assert pushed(site) == set()
 

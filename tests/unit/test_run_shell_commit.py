@@ -169,7 +169,7 @@ def test_the_next_stage_leaves_the_hand_made_image_behind_and_says_so(made: Site
     project = made.project()
     rollback.rollback(project)
     assert made.image().id == hand_made.id
-    assert "is sha256:" in heard(project)
+    assert "is now sha256:" in heard(project)
 
 
 def test_a_stage_that_was_not_committed_is_committed(made: Site) -> None:

@@ -108,7 +108,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("ENV_FILE", raising=False)
     monkeypatch.setattr(discovery, "DEFAULT_SOCKET", tmp_path / "no.sock")
     monkeypatch.setattr(files_module, "ThreadPoolExecutor", serial)
-    monkeypatch.setattr(buildx_setup, "refuse_silent", lambda _endpoint: None)
+    monkeypatch.setattr(buildx_setup, "check_endpoint", lambda _endpoint: None)
     for module in (sys, threading):
         monkeypatch.setattr(module, "excepthook", module.excepthook)
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
@@ -523,7 +523,7 @@ def test_joining_needs_no_engine(inv: Inv, fake: FakeBuildx) -> None:
     inv.monkeypatch.delenv("DOCKER_HOST")
     done = inv("manifest")
     assert done.code == 2
-    assert "nothing of registry.test/team/app is in" in done.errors[0]
+    assert "no push record of registry.test/team/app" in done.errors[0]
 
 
 def test_bad_settings_of_the_buildkit_way_are_told(inv: Inv, fake: FakeBuildx) -> None:

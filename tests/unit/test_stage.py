@@ -418,7 +418,7 @@ def test_a_lock_alone_makes_pull_come_first(site: Site) -> None:
 def test_no_commit_leaves_the_container(made: Site) -> None:
     before = outline(made.engine)
     said = made.make("install", commit=False)
-    assert "`inv commit` commits it as IMAGE" in said
+    assert "`inv commit` makes it the image" in said
     assert outline(made.engine) == before
     (container,) = made.engine.all_containers.values()
     assert "-kept-" in container.spec.name
