@@ -74,8 +74,8 @@ def run_pack_test(project: Project, test: OwnTest, image: str = "") -> None:
 
     def failed(status: int) -> CheckError:
         return CheckError(
-            f"{test.name}: {shlex.join(test.command)} ended with status {status} in {location}; the "
-            "output above shows the reason"
+            f"{test.name}: {shlex.join(test.command)} ended with status {status} in {location}; "
+            "the output above shows the reason"
         )
 
     with _test_image(project, image) as reference:

@@ -111,6 +111,6 @@ def _check_commits(parts: Mapping[Platform, Pushed]) -> None:
             if commits[name] != expected[name]:
                 raise UsageError(
                     f"{first} was built from {name} at {expected[name]:.7}, {platform} at "
-                    f"{commits[name]:.7}; commit GUIX_CHANNELS_LOCK, which `inv pull` writes, to "
-                    "version control and push all platforms again"
+                    f"{commits[name]:.7}; commit GUIX_CHANNELS_LOCK, which `inv pull` writes, and "
+                    "push all platforms again"
                 )

@@ -95,7 +95,7 @@ def test_another_machine_downloads_what_it_would_build(
     assert served.ok("substitutes.up").stdout == ""
     port = served.settings["SUBSTITUTES_LISTEN"].rpartition(":")[2]
     said = served.ok("substitutes.up", f"--listen=0.0.0.0:{port}")
-    (host,) = re.findall("in the place of ([^:]*)", said.stderr)
+    (host,) = re.findall(r"replace (\S+) with a name", said.stderr)
     lines = dict(line.split("=", 1) for line in said.stdout.splitlines())
     other = new_project("base", NETWORK="host")
     (ours,) = (served.folder / "out").glob("*.pub")

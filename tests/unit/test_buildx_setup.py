@@ -17,9 +17,9 @@ from guix_tasks.commands.buildx_setup import (
     STATUS_HEADER,
     SetupWishes,
     cache_size,
+    check_endpoint,
     create_argv,
     parse_cache_size,
-    check_endpoint,
     set_up,
     status_rows,
     take_down,
@@ -92,7 +92,7 @@ def test_an_endpoint_that_nobody_listens_at_is_named(tmp_path: Path) -> None:
         with pytest.raises(BuilderError, match="does not answer") as caught:
             check_endpoint(endpoint)
         assert endpoint in str(caught.value)
-        assert "mend BUILDX_NODES" in str(caught.value)
+        assert "correct BUILDX_NODES" in str(caught.value)
 
 
 def test_where_one_of_the_nodes_is_silent_nothing_is_made(
@@ -175,7 +175,7 @@ def test_a_builder_has_the_proxies_that_hold_no_account(site: Site, fake: FakeBu
     assert "hunter2" not in repr(fake.calls("create"))
     assert "env.https_proxy" not in options
     site.env.update(http_proxy="http://q.test:1", https_proxy="")
-    assert "is there" in setup(site, fake)
+    assert "exists" in setup(site, fake)
 
 
 def test_an_option_with_commas_is_one_option(site: Site) -> None:
@@ -254,7 +254,7 @@ def test_what_is_otherwise_is_reported_and_left_alone(
     told = refused(site, fake)
     assert said in told
     assert "`inv buildx.setup --recreate` (keeps the cache)" in told
-    assert told.endswith("or mend BUILDX_DRIVER and BUILDX_NODES")
+    assert told.endswith("or change BUILDX_DRIVER and BUILDX_NODES")
     assert fake.changes() == []
 
 
@@ -383,7 +383,9 @@ def binfmt(site: Site, fake: FakeBuildx, *, works: bool = True, status: int = 0)
 def test_a_platform_that_no_node_has_is_told_with_the_command(site: Site, fake: FakeBuildx) -> None:
     site.env["PLATFORMS"] = "linux/amd64 linux/arm64 linux/arm/v7"
     said = setup(site, fake)
-    assert "warning: no node supports linux/arm64, linux/arm/v7: `docker run --privileged --rm" in said
+    assert (
+        "warning: no node supports linux/arm64, linux/arm/v7: `docker run --privileged --rm" in said
+    )
     assert f"{BINFMT_IMAGE} --install arm64,arm`" in said
     assert site.engine.specs == []
 

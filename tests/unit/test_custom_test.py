@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fake_engine import FakeContainer, FakeEngine, Output, Site, heard, made_site, outline
 
-from guix_tasks.commands.custom_test import try_each, run_pack_test
+from guix_tasks.commands.custom_test import run_pack_test, try_each
 from guix_tasks.commands.pack_records import Packed, save
 from guix_tasks.engine.api import ContainerSpec, run_to_end
 from guix_tasks.engine.dry_run import TracedEngine

@@ -121,7 +121,7 @@ def test_exactly_the_platforms_that_are_named_are_joined(tmp_path: Path, stub: B
 def test_a_platform_that_is_missing_is_named(tmp_path: Path, stub: Buildx) -> None:
     site, made = project(tmp_path, PLATFORMS="linux/amd64 linux/arm64 linux/riscv64")
     pushed(site, "linux/arm64")
-    assert refusal(made, stub).split(": ")[0].endswith("no push record of linux/amd64, linux/riscv64")
+    assert "no push record of linux/amd64, linux/riscv64: " in refusal(made, stub)
 
 
 def test_what_comes_along_and_is_not_wanted_is_refused(tmp_path: Path, stub: Buildx) -> None:

@@ -174,7 +174,9 @@ def test_without_a_stage_or_a_network_nothing_is_started(site: Site) -> None:
 
 def test_one_that_does_not_start_is_told_and_removed(made: Site) -> None:
     made.engine.behaviour = Publishing("guix publish: error: bind: Address already in use\n")
-    with pytest.raises(EngineError, match=r"cannot start the substitute server: .*in use; if its port"):
+    with pytest.raises(
+        EngineError, match=r"cannot start the substitute server: .*in use; if its port"
+    ):
         substitutes.up(made.project())
     assert made.engine.all_containers == {}
 
