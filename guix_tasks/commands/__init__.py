@@ -1,1 +1,1 @@
-"""What each task does, a module for each, named after the task."""
+"""Implementation of the tasks, one module per task."""

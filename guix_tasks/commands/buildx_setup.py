@@ -1,8 +1,8 @@
-"""Builders that allow insecure steps: made, looked at, removed.
+"""Create, inspect and remove the builder that allows insecure steps.
 
-A builder belongs to the user, not to a project, and another tool may have made it.  So one that is
-not as it should be is reported, and only made anew when that is asked for; and the builder that
-the user has selected stays selected.
+A builder belongs to the user, not to a project, and another tool may have created it. So a builder
+that does not match the settings is only recreated on request, and the user's selected builder stays
+selected.
 """
 
 from __future__ import annotations
@@ -38,58 +38,59 @@ if TYPE_CHECKING:
 
 ENTITLEMENTS = ("security.insecure", "network.host")
 
-_FLAGS = shlex.join(f"--allow-insecure-entitlement={each}" for each in ENTITLEMENTS)
+_FLAGS = shlex.join(f"--allow-insecure-entitlement={name}" for name in ENTITLEMENTS)
 
-_WITH_DAEMON = (Driver.CONTAINER, Driver.KUBERNETES)
-"""The drivers that start a ``buildkitd`` of their own."""
+_DAEMON_DRIVERS = (Driver.CONTAINER, Driver.KUBERNETES)
+"""Drivers that start their own ``buildkitd``."""
 
-# BuildKit clips the log of a step at 2 MiB, and so just the end, which one needs.
-_LOGS = {"env.BUILDKIT_STEP_LOG_MAX_SIZE": "-1", "env.BUILDKIT_STEP_LOG_MAX_SPEED": "-1"}
+# By default BuildKit truncates the log of a step at 2 MiB and so loses its error message.
+_LOG_OPTIONS = {"env.BUILDKIT_STEP_LOG_MAX_SIZE": "-1", "env.BUILDKIT_STEP_LOG_MAX_SPEED": "-1"}
 
 BINFMT_IMAGE = "tonistiigi/binfmt:latest"
-"""What Docker's documentation on multi-platform builds names for emulation."""
+"""Image that installs emulators, from Docker's documentation on multi-platform builds."""
 
 STATUS_HEADER = ("node", "endpoint", "status", "BuildKit", "platforms", "entitlements")
 
 
 @dataclass(frozen=True)
 class SetupWishes:
-    """How the builder is to be made, where that differs from the usual."""
+    """Options of `inv buildx.setup`."""
 
     recreate: bool = False
-    """Made anew where it is there already, with its cache kept."""
+    """Recreate an existing builder and keep its cache."""
     use: bool = False
-    """Selected for the user's own ``docker buildx`` too."""
+    """Select the builder for the user's `docker buildx`."""
     binfmt: bool = False
-    """Emulators installed for the platforms that it lacks."""
+    """Install emulators for the platforms that no node supports."""
 
 
-def set_up(project: Project, buildx: Buildx, wishes: SetupWishes) -> None:
-    """Let there be a builder as the settings want it, running, that allows insecure steps.
+def set_up(project: Project, buildx: Buildx, options: SetupWishes) -> None:
+    """Create and start the builder of the settings, and check that it allows insecure steps.
 
-    Raises ``BuilderError`` for one that is otherwise and is not to be made anew, and for one that
-    cannot be made; what was begun of it is removed.
+    Raise ``BuilderError`` if an existing builder does not match the settings, unless
+    ``options.recreate`` is set, or if the builder cannot be created. A partly created builder is
+    removed.
     """
     settings, console = project.settings, project.console
-    # The image of BuildKit, or of its frontend, may be in a private registry.
+    # The images of BuildKit and of its frontend may be in a private registry.
     buildx = command.with_accounts(buildx, accounts_for(project.engine, settings))
     if settings.buildx_driver is not Driver.DOCKER:
-        _make(project, buildx, recreate=wishes.recreate)
+        _ensure_builder(project, buildx, recreate=options.recreate)
     if buildx.perform:
-        _check(project, buildx, install=wishes.binfmt)
-    elif wishes.binfmt and settings.platforms:
-        found = command.inspect(buildx, builder_name(settings, buildx))
-        if missing := lacking(settings.platforms, found):
+        _check(project, buildx, install=options.binfmt)
+    elif options.binfmt and settings.platforms:
+        builder = command.inspect(buildx, builder_name(settings, buildx))
+        if missing := lacking(settings.platforms, builder):
             console.command(_binfmt_argv(missing))
-    if wishes.use:
+    if options.use:
         name = builder_name(settings, buildx)
         buildx.change("use", name)
         if buildx.perform:
-            console.say(f"buildx.setup: `docker buildx` builds with {name} from now on")
+            console.say(f"buildx.setup: `docker buildx` now builds with {name}")
 
 
 def _check(project: Project, buildx: Buildx, *, install: bool) -> None:
-    """See that the builder does what it is for."""
+    """Check the entitlements, the frontend and the platforms of the builder."""
     settings = project.settings
     builder = find_builder(settings, buildx)
     syntax = needed_syntax(settings, buildx, builder.name)
@@ -100,32 +101,32 @@ def _check(project: Project, buildx: Buildx, *, install: bool) -> None:
     _check_platforms(project, buildx, builder, install=install)
 
 
-def _make(project: Project, buildx: Buildx, *, recreate: bool) -> None:
+def _ensure_builder(project: Project, buildx: Buildx, *, recreate: bool) -> None:
     settings, console = project.settings, project.console
     name = settings.buildx_builder
-    wanted = _nodes(project, buildx)
-    found = command.inspect(buildx, name)
-    wrong = list(_differences(settings, found, wanted)) if found else []
-    if found and wrong and not recreate:
+    nodes = _nodes(project, buildx)
+    builder = command.inspect(buildx, name)
+    differences = list(_differences(settings, builder, nodes)) if builder else []
+    if builder and differences and not recreate:
         raise BuilderError(
-            f"the builder {name} is not as it should be: {'; '.join(wrong)}; "
-            "`inv buildx.setup --recreate` makes it anew and keeps its cache, or mend "
-            "BUILDX_DRIVER and BUILDX_NODES"
+            f"builder {name} does not match the settings: {'; '.join(differences)}; recreate it "
+            "with `inv buildx.setup --recreate` (keeps the cache), or change BUILDX_DRIVER and "
+            "BUILDX_NODES"
         )
-    if found and not recreate:
-        idle = [node.name for node in found.nodes if node.status != "running"]
+    if builder and not recreate:
+        idle = [node.name for node in builder.nodes if node.status != "running"]
         if idle:
-            console.say(f"buildx.setup: {', '.join(idle)} does not run; starting it")
+            console.say(f"buildx.setup: {', '.join(idle)} is not running; starting it")
             buildx.change("inspect", "--bootstrap", name)
         else:
-            console.say(f"buildx.setup: {name} is there")
+            console.say(f"buildx.setup: {name} exists")
         return
     if buildx.perform:
-        for node in wanted:
-            refuse_silent(node.endpoint)
-    if found:
+        for node in nodes:
+            check_endpoint(node.endpoint)
+    if builder:
         buildx.change("rm", "--keep-state", name)
-    _create(project, buildx, wanted)
+    _create(project, buildx, nodes)
 
 
 def _nodes(project: Project, buildx: Buildx) -> tuple[Node, ...]:
@@ -133,26 +134,28 @@ def _nodes(project: Project, buildx: Buildx) -> tuple[Node, ...]:
         return project.settings.buildx_nodes
     if project.settings.buildx_driver is Driver.KUBERNETES:
         return (Node(f"kubernetes://{project.settings.buildx_builder}0"),)
-    # buildx takes a context by its name, with the certificates that belong to it.
+    # buildx finds the certificates of a Docker context by the name of the context.
     return (Node(project.engine.info().url if buildx.own == "default" else buildx.own),)
 
 
 def _create(project: Project, buildx: Buildx, nodes: tuple[Node, ...]) -> None:
     settings, console = project.settings, project.console
     name = settings.buildx_builder
-    console.say(f"buildx.setup: making {name} ({settings.buildx_driver.value})")
+    console.say(f"buildx.setup: creating {name} ({settings.buildx_driver.value})")
     with_account = [
         name
         for name, value in settings.proxies.items()
         if "@" in value and name.lower() != "ftp_proxy"
     ]
-    if with_account and settings.buildx_driver in _WITH_DAEMON:
+    if with_account and settings.buildx_driver in _DAEMON_DRIVERS:
         console.warn(
-            f"the builder itself goes without {with_account[0]}, whose account all could see; "
-            "name a proxy without one, or a registry mirror in the builder's own configuration"
+            f"the builder does not use {with_account[0]}, as every user could see its account; "
+            "set a proxy without an account, or a registry mirror in the builder's configuration"
         )
     if settings.buildx_driver is Driver.KUBERNETES:
-        console.warn("the driver kubernetes is experimental: guix-tasks was never run with it")
+        console.warn(
+            "the driver kubernetes is experimental: guix-tasks has never been tested with it"
+        )
     try:
         for number, node in enumerate(nodes):
             buildx.change(*create_argv(settings, node, append=number > 0))
@@ -166,43 +169,45 @@ def _create(project: Project, buildx: Buildx, nodes: tuple[Node, ...]) -> None:
         raise
 
 
-def refuse_silent(endpoint: str) -> None:
-    """Refuse an endpoint at which nobody listens: buildx would try for 20 s and not say which."""
+def check_endpoint(endpoint: str) -> None:
+    """Raise ``BuilderError`` if nothing listens; buildx would retry for 20 s and not name it."""
     parts = urlsplit(endpoint)
     try:
         if parts.scheme == "tcp":
             socket.create_connection((parts.hostname, parts.port or 0), timeout=5).close()
         elif parts.scheme == "unix":
-            with socket.socket(socket.AF_UNIX) as there:
-                there.connect(parts.path)
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(parts.path)
     except OSError as error:
         raise BuilderError(
-            f"nobody answers at {endpoint}: {error.strerror or error}; start what is to be there, "
-            "or mend BUILDX_NODES"
+            f"{endpoint} does not answer: {error.strerror or error}; start its daemon, or correct "
+            "BUILDX_NODES"
         ) from None
 
 
 def _undo(project: Project, buildx: Buildx) -> None:
-    """Remove what was begun of a builder; the error that is under way is the one to tell."""
+    """Remove a partly created builder; a failure is only a warning, because an error is raised."""
     name = project.settings.buildx_builder
     try:
         if command.inspect(buildx, name):
             buildx.change("rm", "--keep-state", name)
     except GuixTasksError as error:
-        project.console.warn(f"{name} is half made ({error}); `inv buildx.down` removes it")
+        project.console.warn(
+            f"{name} is only partly created ({error}); `inv buildx.down` removes it"
+        )
 
 
 def create_argv(settings: Settings, node: Node, *, append: bool) -> list[str]:
-    """The ``buildx create`` of a node."""
+    """Return the arguments of ``buildx create`` for a node."""
     driver = settings.buildx_driver
     endpoint = ["--", node.endpoint]
-    options = (command.csv_field("=".join(each)) for each in _options(settings, node))
+    options = (command.csv_field("=".join(option)) for option in _options(settings, node))
     if driver is Driver.KUBERNETES:
         endpoint = [f"--node={node.endpoint.removeprefix('kubernetes://')}"]
     return [
         "create", f"--name={settings.buildx_builder}", f"--driver={driver.value}",
         *(["--append"] if append else []),
-        *([f"--buildkitd-flags={_FLAGS}"] if driver in _WITH_DAEMON else []),
+        *([f"--buildkitd-flags={_FLAGS}"] if driver in _DAEMON_DRIVERS else []),
         *(f"--driver-opt={option}" for option in options),
         *([f"--platform={','.join(map(str, node.platforms))}"] if node.platforms else []),
         *endpoint,
@@ -210,17 +215,17 @@ def create_argv(settings: Settings, node: Node, *, append: bool) -> list[str]:
 
 
 def _options(settings: Settings, node: Node) -> list[tuple[str, str]]:
-    # The host's network, so that a registry on localhost is reached.
+    # Only the host's network reaches a registry on localhost.
     network = {"network": "host"} if settings.buildx_driver is Driver.CONTAINER else {}
-    own = settings.buildx_driver in _WITH_DAEMON
-    own_options = {**_LOGS, **_proxies(settings)} if own else {}
-    return sorted({**network, **own_options, **dict(node.options)}.items())
+    has_daemon = settings.buildx_driver in _DAEMON_DRIVERS
+    daemon_options = {**_LOG_OPTIONS, **_proxies(settings)} if has_daemon else {}
+    return sorted({**network, **daemon_options, **dict(node.options)}.items())
 
 
 def _proxies(settings: Settings) -> dict[str, str]:
-    """What the builder's own downloads go through, but for a proxy with an account.
+    """Return the proxy variables of ``buildkitd``, except proxies with an account.
 
-    Options are seen on the command line, and by whoever may look at the builder.
+    Every user can see the options on the command line and in the description of the builder.
     """
     return {
         f"env.{name}": value
@@ -229,72 +234,71 @@ def _proxies(settings: Settings) -> dict[str, str]:
     }
 
 
-def _differences(settings: Settings, found: Builder, wanted: tuple[Node, ...]) -> Iterator[str]:
-    """In which ways a builder is not what the settings want."""
+def _differences(settings: Settings, builder: Builder, nodes: tuple[Node, ...]) -> Iterator[str]:
+    """Yield the differences between a builder and the settings."""
     driver = settings.buildx_driver
-    if found.driver != driver.value:
-        yield f"its driver is {found.driver}, not {driver.value}"
+    if builder.driver != driver.value:
+        yield f"its driver is {builder.driver}, not {driver.value}"
         return
-    if len(found.nodes) != len(wanted):
-        yield f"it has {len(found.nodes)} nodes, not {len(wanted)}"
+    if len(builder.nodes) != len(nodes):
+        yield f"it has {len(builder.nodes)} nodes, not {len(nodes)}"
         return
-    for node, want in zip(found.nodes, wanted, strict=True):
-        yield from _node_differences(settings, node, want)
+    for node, expected in zip(builder.nodes, nodes, strict=True):
+        yield from _node_differences(settings, node, expected)
 
 
-def _node_differences(settings: Settings, node: BuilderNode, want: Node) -> Iterator[str]:
+def _node_differences(settings: Settings, node: BuilderNode, expected: Node) -> Iterator[str]:
     driver = settings.buildx_driver
     if driver is Driver.KUBERNETES:
-        if node.name != want.endpoint.removeprefix("kubernetes://"):
+        if node.name != expected.endpoint.removeprefix("kubernetes://"):
             yield f"its node is {node.name}"
-    elif node.endpoint != want.endpoint:
-        yield f"its node {node.name} is at {node.endpoint}, not at {want.endpoint}"
-    if driver in _WITH_DAEMON and ENTITLEMENTS[0] not in entitlements(node):
-        yield f"its node {node.name} was made without the entitlement {ENTITLEMENTS[0]}"
-    there = dict(node.options)
-    # That another's builder clips logs, or has another proxy, is no reason to replace it.
-    beside = {*_LOGS, *_proxies(settings)}
-    asked = (pair for pair in _options(settings, want) if pair[0] not in beside)
-    for name, value in asked:
-        if there.get(name) != value:
-            yield f"its node {node.name} was made without {name}={value}"
-    if want.platforms and set(map(str, want.platforms)) != set(node.fixed):
-        wanted = ", ".join(map(str, want.platforms))
-        given = ", ".join(node.fixed) or "all that it has"
-        yield f"its node {node.name} is for {given}, not {wanted}"
+    elif node.endpoint != expected.endpoint:
+        yield f"its node {node.name} is at {node.endpoint}, not at {expected.endpoint}"
+    if driver in _DAEMON_DRIVERS and ENTITLEMENTS[0] not in entitlements(node):
+        yield f"its node {node.name} was created without the entitlement {ENTITLEMENTS[0]}"
+    options = dict(node.options)
+    # Truncated logs or another proxy are no reason to replace a builder of another tool.
+    optional = {*_LOG_OPTIONS, *_proxies(settings)}
+    for name, value in _options(settings, expected):
+        if name not in optional and options.get(name) != value:
+            yield f"its node {node.name} was created without {name}={value}"
+    if expected.platforms and set(map(str, expected.platforms)) != set(node.fixed):
+        platforms = ", ".join(map(str, expected.platforms))
+        current = ", ".join(node.fixed) or "all that it supports"
+        yield f"its node {node.name} is for {current}, not {platforms}"
 
 
 def entitlements(node: BuilderNode) -> list[str]:
-    """What the flags of a node's ``buildkitd`` allow."""
+    """Return the entitlements in the flags of a node's ``buildkitd``."""
     words = " ".join(node.flags)
     return sorted(set(re.findall(r"--allow-insecure-entitlement[= ](\S+)", words)))
 
 
 def _check_platforms(project: Project, buildx: Buildx, builder: Builder, *, install: bool) -> None:
-    """See that every platform has a node, by emulation if need be."""
+    """Check that every platform has a node. With ``install``, install missing emulators."""
     missing = lacking(project.settings.platforms, builder)
     if not missing:
         return
     argv = _binfmt_argv(missing)
-    shown = ", ".join(map(str, missing))
+    names = ", ".join(map(str, missing))
     if not install:
         project.console.warn(
-            f"no node has {shown}: `{shlex.join(argv)}` lets the engine's machine emulate it "
-            "(`inv buildx.setup --binfmt` runs that); a machine of that kind in BUILDX_NODES is "
-            "faster"
+            f"no node supports {names}: `{shlex.join(argv)}` installs the emulator on the engine's "
+            "machine (`inv buildx.setup --binfmt` runs it); a machine of that platform in "
+            "BUILDX_NODES is faster"
         )
         return
     _install_emulators(project, argv[-1])
-    left = lacking(missing, command.inspect(buildx, builder.name))
-    if left:
+    still_missing = lacking(missing, command.inspect(buildx, builder.name))
+    if still_missing:
         raise BuilderError(
-            f"the builder has no {', '.join(map(str, left))} yet; `inv buildx.setup --recreate` "
-            "lets it look again"
+            f"the builder does not support {', '.join(map(str, still_missing))} yet; "
+            "`inv buildx.setup --recreate` lets it detect the emulators"
         )
 
 
 def _binfmt_argv(missing: Sequence[Platform]) -> list[str]:
-    names = ",".join(each.architecture for each in missing)
+    names = ",".join(platform.architecture for platform in missing)
     return ["docker", "run", "--privileged", "--rm", BINFMT_IMAGE, "--install", names]
 
 
@@ -306,7 +310,7 @@ def _install_emulators(project: Project, names: str) -> None:
         retried(console, "the pull", pull, host="docker.io")
     image = engine.image(BINFMT_IMAGE)
     if image is None:
-        raise EngineError(f"the engine pulled {BINFMT_IMAGE} and does not have it")
+        raise EngineError(f"the engine pulled {BINFMT_IMAGE}, but the image does not exist")
     spec = ContainerSpec(
         name=container_name("binfmt"),
         image=image.id,
@@ -317,7 +321,9 @@ def _install_emulators(project: Project, names: str) -> None:
     )
 
     def failed(_status: int) -> BuilderError:
-        return BuilderError(f"emulators for {names} were not installed; the output above says why")
+        return BuilderError(
+            f"cannot install emulators for {names}; the output above shows the reason"
+        )
 
     with console.step("binfmt") as step:
         log = Log(step.log)
@@ -326,13 +332,13 @@ def _install_emulators(project: Project, names: str) -> None:
         log.end()
 
 
-# --- Status and down ------------------------------------------------------------------------
+# --- buildx.status and buildx.down ----------------------------------------------------------
 
 
 def status_rows(project: Project, buildx: Buildx) -> list[tuple[str, ...]]:
-    """A row for each node of the builder.  Raises ``BuilderError`` where there is none."""
+    """Return a row for each node. Raise ``BuilderError`` if the builder does not exist."""
     builder = find_builder(project.settings, buildx)
-    allowed = _allowed(project.settings, buildx, builder)
+    detected = _detected_entitlements(project.settings, buildx, builder)
     return [
         (
             node.name,
@@ -340,14 +346,14 @@ def status_rows(project: Project, buildx: Buildx) -> list[tuple[str, ...]]:
             f"{node.status or 'unreachable'}" + (f": {node.error}" if node.error else ""),
             node.version or "-",
             " ".join(node.platforms) or "-",
-            " ".join(entitlements(node) or allowed) or "none",
+            " ".join(entitlements(node) or detected) or "none",
         )
         for node in builder.nodes
     ]
 
 
-def _allowed(settings: Settings, buildx: Buildx, builder: Builder) -> list[str]:
-    """What a builder without flags of ours says that it allows."""
+def _detected_entitlements(settings: Settings, buildx: Buildx, builder: Builder) -> list[str]:
+    """Return the entitlements of a builder without flags, detected by a build."""
     if any(node.flags for node in builder.nodes):
         return []
     try:
@@ -355,13 +361,13 @@ def _allowed(settings: Settings, buildx: Buildx, builder: Builder) -> list[str]:
     except GuixTasksError as error:
         if INSECURE_REFUSED.search(str(error)):
             return []
-        # The entitlement is looked at first, so a frontend was only asked where it is given.
+        # BuildKit checks the entitlement before it runs a frontend.
         return [ENTITLEMENTS[0] if UNKNOWN_FLAG in str(error) else "unknown"]
     return [ENTITLEMENTS[0]]
 
 
 def cache_size(project: Project, buildx: Buildx) -> str:
-    """What the cache of the builder takes, all nodes together; ``unknown`` where none answers."""
+    """Return the cache size of all nodes together, or ``unknown`` if no node answers."""
     try:
         name = builder_name(project.settings, buildx)
         return parse_cache_size(buildx.ask("du", f"--builder={name}"))
@@ -370,7 +376,7 @@ def cache_size(project: Project, buildx: Buildx) -> str:
 
 
 def parse_cache_size(listing: str) -> str:
-    """The total in what ``buildx du`` printed."""
+    """Return the total of the output of ``buildx du``."""
     fields: Mapping[str, str] = dict(
         line.split(":", 1) for line in listing.splitlines() if line.startswith("Total:")
     )
@@ -378,13 +384,13 @@ def parse_cache_size(listing: str) -> str:
 
 
 def take_down(project: Project, buildx: Buildx, *, keep_cache: bool) -> None:
-    """Remove the builder, and its cache unless that is to be kept."""
+    """Remove the builder and, unless ``keep_cache`` is true, its cache."""
     settings, console = project.settings, project.console
     name = settings.buildx_builder
     if settings.buildx_driver is Driver.DOCKER:
-        console.say("buildx.down: the builder is the engine itself; nothing to remove")
+        console.say("buildx.down: the engine itself is the builder; nothing to remove")
     elif command.inspect(buildx, name) is None:
-        console.say(f"buildx.down: there is no builder {name}")
+        console.say(f"buildx.down: builder {name} does not exist")
     else:
         buildx.change("rm", *(["--keep-state"] if keep_cache else []), name)
-        console.say(f"buildx.down: removed {name}" + (", its cache kept" if keep_cache else ""))
+        console.say(f"buildx.down: removed {name}" + (", kept its cache" if keep_cache else ""))

@@ -1,4 +1,4 @@
-"""Remove what a project has made on an engine."""
+"""Remove the containers, images and volumes of a project."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def clean(project: Project, *, work_only: bool = False) -> list[str]:
-    """Remove the work containers, stage images and volumes of this project, nothing else.
+    """Remove the project's containers, stage images and volumes, and return their names.
 
-    ``IMAGE`` and ``TAGS`` go with the stage image that they stand for.  What was removed.
+    ``IMAGE`` and ``TAGS`` are removed if they point to a stage image of the project.
     """
     engine, settings = project.engine, project.settings
     removed = []
@@ -28,8 +28,8 @@ def clean(project: Project, *, work_only: bool = False) -> list[str]:
     if server := find_server(engine, settings):
         engine.remove(server.id)
         removed.append(server.name)
-    for each in project.each_platform():
-        removed += _clean_images(each)
+    for platform_project in project.each_platform():
+        removed += _clean_images(platform_project)
     project.ledger.drop_unnamed()
     for volume in engine.volumes({PROJECT_LABEL: project_name(settings)}):
         engine.remove_volume(volume)
@@ -38,13 +38,13 @@ def clean(project: Project, *, work_only: bool = False) -> list[str]:
 
 
 def say_removed(project: Project, removed: list[str]) -> None:
-    """Say what ``clean`` removed; a dry run has shown the calls, and removed nothing."""
+    """Print the names that ``clean`` removed, except in a dry run."""
     console = project.console
     if not removed:
-        console.say("clean: nothing there")
+        console.say("clean: nothing to remove")
     elif not project.engine.is_dry:
-        for each in removed:
-            console.say(f"clean: removed {each}")
+        for name in removed:
+            console.say(f"clean: removed {name}")
         console.say(f"clean: {len(removed)} removed")
 
 
@@ -52,17 +52,17 @@ def _clean_images(project: Project) -> list[str]:
     engine, ledger, settings = project.engine, project.ledger, project.settings
     removed = []
     stages = {stage: image for stage in (*ledger.stages, SQUASH) if (image := ledger.find(stage))}
-    before = ledger.previous()
-    if before and proven_stage(before):
-        stages[PREVIOUS] = before
+    previous = ledger.previous()
+    if previous and proven_stage(previous):
+        stages[PREVIOUS] = previous
     ids = {image.id for image in stages.values()}
-    others = dict.fromkeys([str(ledger.image), *pushed_references(settings)])
-    ours = [each for each in others if (image := engine.image(each)) and image.id in ids]
-    # What a push for one platform has tagged, whatever PLATFORMS is now.
-    by_platform = f"{settings.image}-linux-"
-    tags = {tag for image in stages.values() for tag in image.tags if tag.startswith(by_platform)}
-    ours += sorted(tags.difference(ours))
-    for reference in [*ours, *(ledger.tag(stage) for stage in reversed(stages))]:
+    candidates = dict.fromkeys([str(ledger.image), *pushed_references(settings)])
+    references = [ref for ref in candidates if (image := engine.image(ref)) and image.id in ids]
+    # Tags of earlier pushes for one platform, which may not be in PLATFORMS any more.
+    prefix = f"{settings.image}-linux-"
+    tags = {tag for image in stages.values() for tag in image.tags if tag.startswith(prefix)}
+    references += sorted(tags.difference(references))
+    for reference in [*references, *(ledger.tag(stage) for stage in reversed(stages))]:
         engine.untag(reference)
         removed.append(reference)
     return removed

@@ -1,4 +1,4 @@
-"""Commit the work container that a shell, a command or a stage has left."""
+"""Commit the work container that a shell, a command or a stage kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def commit(project: Project) -> None:
-    """Commit the work container that was left, as ``IMAGE``; where there is none, say so."""
+    """Commit the kept work container, if there is one, as ``IMAGE``.
+
+    Raise ``UsageError`` if it is running or its command failed, and ``EngineError`` if its image no
+    longer exists.
+    """
     engine, console = project.engine, project.console
     project.ledger.drop_unnamed()
     kept = kept_containers(engine, project.settings)
@@ -26,27 +30,29 @@ def commit(project: Project) -> None:
         console.say("commit: nothing to commit")
         return
     container, reference = kept[0], str(project.ledger.image)
-    refuse_running(container)
-    # What ended a shell says nothing of what was done in it.
+    check_stopped(container)
+    # The exit status of a shell is that of its last command only.
     if "-shell-" not in container.name and (status := engine.wait(container.id)):
         raise UsageError(
-            f"the command of {container.name} ended with status {status}, so it is not committed; "
-            "`inv clean --work` drops it"
+            f"cannot commit {container.name}: its command ended with status {status}; "
+            "`inv clean --work` removes it"
         )
     parent = engine.image(container.image)
     if parent is None:
-        raise EngineError(f"the image of {container.name} is gone, so its configuration is unknown")
+        raise EngineError(
+            f"cannot commit {container.name}: its image, and so its configuration, no longer exists"
+        )
     check_volumes(project.settings, parent)
     drop_environment(engine, container.id)
-    before, started = engine.image(reference), time.monotonic()
+    current, started = engine.image(reference), time.monotonic()
     with console.step("commit", has_log=False):
         image = commit_image(project, container.id, parent, reference, {STAGE_LABEL: HAND_MADE})
-        project.ledger.keep(before)
+        project.ledger.keep(current)
         engine.remove(container.id)
-    took = human_time(time.monotonic() - started)
-    console.say(f"commit: {reference}, {human_size(image.size)}, {took}")
+    duration = human_time(time.monotonic() - started)
+    console.say(f"commit: {reference}, {human_size(image.size)}, {duration}")
 
 
-def refuse_running(container: Container) -> None:
+def check_stopped(container: Container) -> None:
     if container.running:
-        raise UsageError(f"{container.name} is still running; leave its shell first")
+        raise UsageError(f"{container.name} is still running; exit its shell first")

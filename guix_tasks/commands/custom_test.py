@@ -1,4 +1,4 @@
-"""Trial: what was packed is tried in a container that has no Guix."""
+"""Run custom tests of a packed tarball in a container without Guix."""
 
 from __future__ import annotations
 
@@ -29,56 +29,59 @@ if TYPE_CHECKING:
     from guix_tasks.stages.declarations import OwnTest
     from guix_tasks.stages.project import Project
 
-FOLDER = "/test"
-"""Where the command finds its inputs."""
+INPUTS_DIRECTORY = "/test"
+"""Directory of the test's inputs in the container."""
 
 _STORE = "/gnu"
-"""What a container has none of before the tarball is unpacked."""
+"""Directory that must not exist before the tarball is unpacked."""
 
 
 def try_each(project: Project, test: OwnTest, image: str) -> None:
-    """Run a test for each platform.  Raises ``CheckError`` for the first that fails."""
-    for each in project.each_platform():
-        try_pack(each, test, image)
+    """Run a test for each platform. Raise ``CheckError`` as soon as one fails."""
+    for platform_project in project.each_platform():
+        run_pack_test(platform_project, test, image)
 
 
-def try_pack(project: Project, test: OwnTest, image: str = "") -> None:
-    """Unpack the last tarball at the root of a container without network, and run a command there.
+def run_pack_test(project: Project, test: OwnTest, image: str = "") -> None:
+    """Unpack the latest tarball in a container without network and run the test's command.
 
-    The container is one of ``image``, or of the test's.  Raises ``UsageError`` where nothing is
-    packed or that image has a store itself, and ``CheckError`` where the command fails.
+    The container is created from ``image``, else from the image of the test, else from an empty
+    image.
+
+    Raise ``UsageError`` if there is no tarball or if the image contains a store, and ``CheckError``
+    if the command fails.
     """
     engine, settings, console = project.engine, project.settings, project.console
     path = _tarball(settings, Platform.parse(str(settings.platform or engine.info().platform)))
     files = input_files(settings, f"test {test.name}", test.inputs)
-    place = image or test.image
-    where = f"a container of {place}" if place else "a container with nothing else"
-    console.say(f"{test.name}: {path.name} in {where}")
+    image = image or test.image
+    location = f"a container of {image}" if image else "an empty container"
+    console.say(f"{test.name}: {path.name} in {location}")
     console.command(test.command)
     sweep(engine, settings)
 
     def prepare(container: str) -> None:
-        # Of a folder that is there the first piece is enough.
+        # One chunk proves that the directory exists.
         if not engine.is_dry and next(engine.copy_out(container, _STORE), b""):
             raise UsageError(
-                f"{test.name}: {place} has a {_STORE} itself, so it proves nothing; name an image "
-                "without Guix"
+                f"{test.name}: {image} contains {_STORE}, so the test would prove nothing; use "
+                "an image without Guix"
             )
         with path.open("rb") as tarball:
             engine.copy_in(container, tarball)
         if files:
-            engine.copy_in(container, archive(files, folder=FOLDER, mode=0o644))
+            engine.copy_in(container, archive(files, folder=INPUTS_DIRECTORY, mode=0o644))
 
     def failed(status: int) -> CheckError:
         return CheckError(
-            f"{test.name}: {shlex.join(test.command)} ended with status {status} in {where}; the "
-            "output above says why"
+            f"{test.name}: {shlex.join(test.command)} ended with status {status} in {location}; "
+            "the output above shows the reason"
         )
 
-    with _image(project, place) as found:
+    with _test_image(project, image) as reference:
         spec = ContainerSpec(
             name=container_name("test"),
-            image=found,
+            image=reference,
             command=test.command,
             labels={PROJECT_LABEL: project_name(settings)},
             network="none",
@@ -99,33 +102,33 @@ def _tarball(settings: Settings, platform: Platform) -> Path:
         path = settings.output_folder / packed.file
         if path.exists() and content_digest(path) == packed.sha256:
             return path
-        raise UsageError(f"{path} is not what was packed; run `inv pack` again")
+        raise UsageError(f"{path} differs from the packed file; run `inv pack` again")
     raise UsageError(
-        f"no tarball for {system} is in {settings.output_folder}; run `inv pack` first"
+        f"{settings.output_folder} contains no tarball for {system}; run `inv pack` first"
     )
 
 
 @contextmanager
-def _image(project: Project, name: str) -> Iterator[str]:
-    """The image of this name, pulled if need be; without a name, an empty one for a while."""
+def _test_image(project: Project, name: str) -> Iterator[str]:
+    """Provide an image, pulled if it is missing; without a name, a temporary empty image."""
     engine = project.engine
     if not name:
         tag = f"guix-tasks/nothing:{secrets.token_hex(6)}"
         try:
-            yield engine.import_rootfs(_nothing(), tag)
+            yield engine.import_rootfs(_empty_archive(), tag)
         finally:
             engine.untag(tag)
         return
     try:
         reference = str(ImageReference.parse(name))
     except ValueError as error:
-        raise UsageError(f"the image {name!r}: {error}") from None
+        raise UsageError(f"invalid image {name!r}: {error}") from None
     if engine.image(reference) is None:
         pull(project, reference)
     yield reference
 
 
-def _nothing() -> Iterator[bytes]:
+def _empty_archive() -> Iterator[bytes]:
     buffer = io.BytesIO()
     tarfile.open(fileobj=buffer, mode="w").close()
     yield buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Doctor: what can be wrong on this machine, one line each, with what mends it."""
+"""Checks of this machine, each with a finding and a hint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -41,41 +41,38 @@ if TYPE_CHECKING:
     from guix_tasks.stages.project import Project
     from guix_tasks.ui.console import Console
 
-_LEAST_DISK = 4_000_000_000
-"""Bytes that a pull and an install of Guix' own packages take, about."""
+_MIN_FREE_BYTES = 4_000_000_000
+"""Approximate size in bytes of a pull and an install of Guix's own packages."""
 
-_CLOCK_SECONDS = 60
-"""How much clocks may differ: certificates and signatures are told by the time."""
+_MAX_CLOCK_SECONDS = 60
+"""Maximum clock difference. Certificates and signatures are only valid for a period of time."""
 
-_WAIT = 10.0
-"""Seconds that a server may take to answer."""
-
-_PROBE_SECONDS = 120
-"""Seconds that a tiny build may take, under emulation, too."""
+_TIMEOUT = 10.0
+"""Seconds to wait for a server."""
 
 
 class State(Enum):
-    """How a check came out."""
+    """Severity of a finding."""
 
     OK = "ok"
     NOTE = "note"
-    """Not as it could be, and nothing that has to be mended."""
+    """Worth knowing, but needs no fix."""
     FAILED = "failed"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found, and what mends it."""
+    """Result of a check."""
 
     check: str
     state: State
-    said: str
-    mend: str = ""
+    message: str
+    hint: str = ""
 
 
 @dataclass(frozen=True)
 class Patient:
-    """What is examined: a project, and how its buildx is found."""
+    """Project to examine, with a function that finds its buildx."""
 
     project: Project
     buildx: Callable[[], Buildx | None]
@@ -90,13 +87,14 @@ class Patient:
 
 
 def examine(patient: Patient) -> list[Finding]:
-    """Make every check; none of them changes anything.
+    """Run all checks and return their findings.
 
-    They mostly wait for others, so they are made side by side.
+    No check changes anything. The checks run in parallel, because most of their time is spent
+    waiting for servers.
     """
     with ThreadPoolExecutor(max_workers=len(CHECKS)) as pool:
-        found = [pool.submit(_findings, name, check, patient) for name, check in CHECKS.items()]
-        return [finding for each in found for finding in each.result()]
+        futures = [pool.submit(_findings, name, check, patient) for name, check in CHECKS.items()]
+        return [finding for future in futures for finding in future.result()]
 
 
 def _findings(
@@ -108,27 +106,32 @@ def _findings(
     except GuixTasksError as error:
         findings.append(failed(name, error))
     except OSError as error:
-        # Such as a file that may not be read; the other checks still have something to say.
-        said = f"{error.filename or 'a file'}: {error.strerror or error}"
-        findings.append(Finding(name, State.FAILED, said, "mend it and look again"))
+        # For example an unreadable file, which does not concern the other checks.
+        message = f"{error.filename or 'a file'}: {error.strerror or error}"
+        hint = "correct this and run `inv doctor` again"
+        findings.append(Finding(name, State.FAILED, message, hint))
     return findings
 
 
 def failed(check: str, error: GuixTasksError) -> Finding:
-    """An error as a finding: its message is the cause, and what mends it."""
-    said, _, mend = str(error).partition("; ")
-    return Finding(check, State.FAILED, said, mend)
+    """Convert an error to a finding; its text is split into message and hint."""
+    message, _, hint = str(error).partition("; ")
+    return Finding(check, State.FAILED, message, hint)
 
 
 def show(console: Console, findings: list[Finding], *, as_json: bool) -> None:
-    """A line for each finding, or all as JSON for a machine."""
+    """Print one line per finding, or all findings as JSON."""
     if as_json:
-        rows = [{**asdict(each), "state": each.state.value} for each in findings]
+        rows = [
+            {"check": f.check, "state": f.state.value, "said": f.message, "mend": f.hint}
+            for f in findings
+        ]
         console.result(json.dumps(rows, indent=2))
         return
-    for each in findings:
-        mend = f"; {each.mend}" if each.mend else ""
-        console.result(f"{each.state.value:6} {printable(f'{each.check}: {each.said}{mend}')}")
+    for finding in findings:
+        hint = f"; {finding.hint}" if finding.hint else ""
+        line = printable(f"{finding.check}: {finding.message}{hint}")
+        console.result(f"{finding.state.value:6} {line}")
 
 
 # --- The engine and its machine -------------------------------------------------------------
@@ -136,25 +139,25 @@ def show(console: Console, findings: list[Finding], *, as_json: bool) -> None:
 
 def _engine(patient: Patient) -> Iterator[Finding]:
     info = patient.engine.info()
-    said = f"{info.name} at {info.url} ({info.origin}), {info.kind}, {info.platform}, {info.store}"
-    yield Finding("engine", State.OK, said)
+    engine = f"{info.name} at {info.url} ({info.origin})"
+    yield Finding("engine", State.OK, f"{engine}, {info.kind}, {info.platform}, {info.store}")
     limits = ", ".join([f"cgroups v{info.cgroups or '?'}", *info.security])
     yield Finding("host", State.OK, limits)
     if info.is_rootless:
         yield Finding(
-            "host", State.NOTE, "a rootless engine, whose privileged containers have the user's "
-            "rights only", "if the sandbox check fails, use an engine that runs as root",
+            "host", State.NOTE, "the engine is rootless: its privileged containers have only the "
+            "user's rights", "if the sandbox check fails, use an engine that runs as root",
         )  # fmt: skip
     if info.time is None:
-        yield Finding("clock", State.NOTE, "the engine does not tell its time")
+        yield Finding("clock", State.NOTE, "the engine does not report its time")
         return
     drift = (datetime.now(timezone.utc) - info.time).total_seconds()
-    if abs(drift) > _CLOCK_SECONDS:
-        where = "behind" if drift > 0 else "ahead of"
+    if abs(drift) > _MAX_CLOCK_SECONDS:
+        direction = "behind" if drift > 0 else "ahead of"
         yield Finding(
             "clock", State.FAILED,
-            f"the engine's clock is {abs(drift):.0f} s {where} this machine's",
-            "set both by NTP: certificates are told by the time",
+            f"the engine's clock is {abs(drift):.0f} s {direction} this machine's",
+            "set both clocks by NTP: certificates are valid for a period of time",
         )  # fmt: skip
     else:
         yield Finding("clock", State.OK, f"{abs(drift):.0f} s between this machine and the engine")
@@ -163,300 +166,314 @@ def _engine(patient: Patient) -> Iterator[Finding]:
 def _disk(patient: Patient) -> Iterator[Finding]:
     info = patient.engine.info()
     free = None
-    with suppress(OSError):  # it may be in a machine of its own, or closed to this user
+    with suppress(OSError):  # The directory may be in a virtual machine or closed to this user.
         free = shutil.disk_usage(info.root).free if info.is_local and info.root else None
     if free is None:
-        yield Finding("disk", State.NOTE, "the engine's disk cannot be seen from here")
+        yield Finding("disk", State.NOTE, "the engine's disk is not visible from this machine")
         return
     image = patient.project.ledger.newest() or patient.engine.image(
         str(patient.settings.base_image)
     )
-    # A commit needs room for another image beside the one that it replaces.
-    wanted = max(_LEAST_DISK, 2 * image.size if image else 0)
-    said = f"{human_size(free)} free at {info.root}; about {human_size(wanted)} is needed"
-    if free < wanted:
-        yield Finding("disk", State.FAILED, said, "make room: `inv clean`, `docker system prune`")
+    # During a commit the new and the old image are both on the disk.
+    needed = max(_MIN_FREE_BYTES, 2 * image.size if image else 0)
+    message = f"{human_size(free)} free at {info.root}; about {human_size(needed)} is needed"
+    if free < needed:
+        hint = "free some space: `inv clean`, `docker system prune`"
+        yield Finding("disk", State.FAILED, message, hint)
     else:
-        yield Finding("disk", State.OK, said)
+        yield Finding("disk", State.OK, message)
 
 
 def _base_image(patient: Patient) -> Iterator[Finding]:
     reference = str(patient.settings.base_image)
     image = patient.engine.image(reference)
     if image:
-        yield Finding("base image", State.OK, f"{reference} is here, {human_size(image.size)}")
+        yield Finding(
+            "base image", State.OK, f"{reference} is on the engine, {human_size(image.size)}"
+        )
     elif remote_digest(patient.engine, patient.settings, reference):
         yield Finding("base image", State.OK, f"{reference} is in its registry")
     elif patient.project.ledger.find("base"):
-        # A builder keeps what it began from to itself.
+        # BuildKit does not store the image of a FROM line on the engine.
         yield Finding(
-            "base image", State.NOTE, f"{reference} is not to be had now; what was made of it is"
-        )
+            "base image", State.NOTE,
+            f"{reference} is unavailable; the existing base stage can still be used",
+        )  # fmt: skip
     elif patient.engine.info().product == podman_api.NAME:
-        said = f"{reference} is not here, and Podman cannot be asked whether its registry has it"
-        yield Finding("base image", State.NOTE, said, f"`podman pull {reference}` tells")
+        yield Finding(
+            "base image", State.NOTE,
+            f"{reference} is not on the engine, and Podman cannot query its registry",
+            f"`podman pull {reference}` shows whether it can be pulled",
+        )  # fmt: skip
     else:
         yield Finding(
-            "base image", State.FAILED, f"{reference} is neither here nor to be had",
-            "set BASE_IMAGE to one that the engine can pull, or `inv rootfs`",
+            "base image", State.FAILED, f"{reference} is neither on the engine nor in its registry",
+            "set BASE_IMAGE to an image that the engine can pull, or run `inv rootfs`",
         )  # fmt: skip
 
 
 def _mounts(patient: Patient) -> Iterator[Finding]:
-    """Whether the engine can see them at all; that they are here is for the settings to tell."""
+    """Check that the engine sees MOUNTS; their existence is checked with the settings."""
     if binds(patient.engine, patient.settings):
         yield Finding("mounts", State.OK, "the engine is on this machine and sees MOUNTS")
 
 
 def _sandbox(patient: Patient) -> Iterator[Finding]:
-    """Build a tiny derivation in a work container, as a stage would."""
+    """Build a tiny derivation in a work container with the sandbox of the stages."""
     kind = patient.settings.guix_sandbox.value
     if patient.engine.is_dry:
-        yield Finding("sandbox", State.NOTE, f"{kind}: not tried in a dry run")
+        yield Finding("sandbox", State.NOTE, f"{kind}: not tested in a dry run")
         return
     for project in patient.project.each_platform():
         try:
             refuse_emulated(project.engine, project.settings)
         except UsageError as error:
-            # Another platform's turn; BuildKit may have a machine for this one.
+            # BuildKit may have a node for this platform.
             yield replace(failed("sandbox", error), state=State.NOTE)
             continue
-        yield _tried(project)
+        yield _probe_sandbox(project)
         return
 
 
-def _tried(project: Project) -> Finding:
-    kind, made = project.settings.guix_sandbox.value, project.ledger.find("base")
-    image = made or project.engine.image(str(project.settings.base_image))
-    wanted = project.settings.platform
-    if image is None or not (made or image.platform.startswith(str(wanted or ""))):
-        return Finding("sandbox", State.NOTE, f"{kind}: not tried, for want of an image with Guix")
+def _probe_sandbox(project: Project) -> Finding:
+    kind, base_stage = project.settings.guix_sandbox.value, project.ledger.find("base")
+    image = base_stage or project.engine.image(str(project.settings.base_image))
+    platform = str(project.settings.platform or "")
+    if image is None or not (base_stage or image.platform.startswith(platform)):
+        message = f"{kind}: not tested, because the engine has no image with Guix"
+        return Finding("sandbox", State.NOTE, message)
     try:
         settings = project.settled(image).settings
         kind = settings.guix_sandbox.value
-        why = probe(project.engine, settings, image)
+        problem = probe(project.engine, settings, image)
     except EngineError as error:
-        found = failed("sandbox", error)
-        refused = not found.mend and re.search("privileged|permitted|denied", found.said)
-        return replace(found, mend=_PRIVILEGES) if refused else found
-    if why is None:
+        finding = failed("sandbox", error)
+        refused = not finding.hint and re.search("privileged|permitted|denied", finding.message)
+        return replace(finding, hint=_PRIVILEGES_HINT) if refused else finding
+    if problem is None:
         return Finding("sandbox", State.OK, f"{kind}: Guix builds in a work container")
-    if not made and "no guix-daemon" in why:
-        # The Dockerfile may be what puts it there.
+    if not base_stage and "no guix-daemon" in problem:
+        # The Dockerfile may install Guix.
         return Finding(
             "sandbox", State.NOTE,
-            f"{kind}: not tried, as there is no Guix in {project.settings.base_image}",
-            "`inv base` makes an image with Guix, if the Dockerfile installs it",
+            f"{kind}: not tested, because {project.settings.base_image} does not contain Guix",
+            "`inv base` builds an image with Guix if the Dockerfile installs it",
         )  # fmt: skip
-    mend = next((mend for words, mend in OTHER_FAULTS.items() if words in why), _PRIVILEGES)
-    said = f"{kind}: Guix cannot build in a work container: {why}"
-    return Finding("sandbox", State.FAILED, said, mend)
+    hint = next(
+        (hint for words, hint in OTHER_FAULTS.items() if words in problem), _PRIVILEGES_HINT
+    )
+    message = f"{kind}: Guix cannot build in a work container: {problem}"
+    return Finding("sandbox", State.FAILED, message, hint)
 
 
-_PRIVILEGES = "use an engine that lets containers have privileges, or try GUIX_SANDBOX=nochroot"
+_PRIVILEGES_HINT = "use an engine that allows privileged containers, or try GUIX_SANDBOX=nochroot"
 
-# --- What it speaks with --------------------------------------------------------------------
+# --- Registry, proxy and BuildKit -----------------------------------------------------------
 
 
 def _registry(patient: Patient) -> Iterator[Finding]:
-    """Ask for the image, without a push; that it is not there yet is no fault."""
+    """Query the registry for the image. A missing image is not an error."""
     reference = patient.settings.image
     account = credentials_for(patient.engine, patient.settings, str(reference))
     if not patient.engine.greet_registry(str(reference), account):
-        said = f"{reference.registry} was not asked, which Podman does for an account alone"
-        yield Finding("registry", State.NOTE, said, "set DOCKER_USERNAME and DOCKER_PASSWORD")
+        yield Finding(
+            "registry", State.NOTE,
+            f"{reference.registry} was not tested: Podman only tests registries with an account",
+            "set DOCKER_USERNAME and DOCKER_PASSWORD",
+        )  # fmt: skip
         return
-    who = (
-        "to DOCKER_USERNAME"
-        if patient.settings.docker_username
-        else "with what Docker's own configuration says"
-    )
     if reference.registry in patient.engine.local_accounts():
-        who = "to the account that `inv registry.up` made"
-    yield Finding("registry", State.OK, f"{reference.registry} answers {who}")
+        account_source = "the account that `inv registry.up` created"
+    elif patient.settings.docker_username:
+        account_source = "DOCKER_USERNAME"
+    else:
+        account_source = "the account of Docker's configuration, if any"
+    yield Finding("registry", State.OK, f"{reference.registry} answers to {account_source}")
 
 
 def _proxies(patient: Patient) -> Iterator[Finding]:
-    if why := proxy_out_of_reach(patient.engine, patient.settings):
-        yield failed("proxy", UsageError(why))
+    if problem := proxy_out_of_reach(patient.engine, patient.settings):
+        yield failed("proxy", UsageError(problem))
     elif patient.settings.proxies:
         names = ", ".join(name for name in patient.settings.proxies if name.islower())
-        yield Finding("proxy", State.OK, f"{names}: stages, builds and these checks use it")
+        yield Finding("proxy", State.OK, f"{names}: used by stages, builds and these checks")
 
 
 def _buildx(patient: Patient) -> Iterator[Finding]:
     buildx = patient.buildx()
     if buildx is None:
-        yield Finding(
-            "buildx", State.NOTE, "not on this machine", "`inv buildx.setup` installs it for you"
-        )
+        hint = "`inv buildx.setup` installs it for your user"
+        yield Finding("buildx", State.NOTE, "not installed on this machine", hint)
         return
     version = buildx.ask("version").split()
     yield Finding("buildx", State.OK, f"{version[1] if version[1:] else '?'} at {buildx.program}")
     try:
         builder = find_builder(patient.settings, buildx)
         if idle := [node for node in builder.nodes if node.status != "running"]:
-            # To ask it would start it.
-            why = next((f": {node.error}" for node in idle if node.error), "")
-            yield Finding(
-                "builder", State.NOTE,
-                f"{', '.join(node.name for node in idle)} does not run{why}",
-                _START.get(patient.settings.buildx_driver, "`inv buildx.setup` starts it"),
-            )  # fmt: skip
+            # A further check would start the builder.
+            reason = next((f": {node.error}" for node in idle if node.error), "")
+            hint = "`inv buildx.setup` starts it"
+            if patient.settings.buildx_driver is Driver.REMOTE:
+                hint = "start its buildkitd, or correct BUILDX_NODES"
+            message = f"{', '.join(node.name for node in idle)} is not running{reason}"
+            yield Finding("builder", State.NOTE, message, hint)
             return
         syntax = needed_syntax(patient.settings, buildx, builder.name)
     except GuixTasksError as error:
-        # Run and commit does without.
-        said, _, mend = str(error).partition("; ")
-        yield Finding("builder", State.NOTE, said, mend)
+        # Stages that run in work containers need no builder.
+        yield replace(failed("builder", error), state=State.NOTE)
     else:
-        own = f"the frontend {syntax}" if syntax else "its own frontend"
-        yield Finding("builder", State.OK, f"{builder.name} runs insecure steps with {own}")
+        frontend = f"the frontend {syntax}" if syntax else "its built-in frontend"
+        yield Finding("builder", State.OK, f"{builder.name} runs insecure steps with {frontend}")
 
 
-_START = {Driver.REMOTE: "start its buildkitd, or mend BUILDX_NODES"}
+# --- Channels and substitutes ---------------------------------------------------------------
 
 
 def _channels(patient: Patient) -> Iterator[Finding]:
     settings = patient.settings
-    lock, wanted = lock_text(settings), wanted_text(settings)
-    if lock and (problem := misfit(wanted, lock)):
+    lock, configured = lock_text(settings), wanted_text(settings)
+    if lock and (problem := misfit(configured, lock)):
         yield failed("channels", UsageError(lock_misfits(settings, problem)))
         return
-    text = lock or wanted
+    text = lock or configured
     if text is None:
-        yield Finding("channels", State.NOTE, "those of the base image; none are set")
+        yield Finding(
+            "channels", State.NOTE, "no channels are set; those of the base image are used"
+        )
         return
     channels = guix.channels(text).values()
     if not channels:
-        yield Finding("channels", State.NOTE, "GUIX_CHANNELS computes them; none was asked")
+        yield Finding(
+            "channels", State.NOTE, "GUIX_CHANNELS computes the channels; none was tested"
+        )
     for channel in channels:
-        # Nobody is to read a token here.
         url = mirrored(settings, channel.url)
-        name, shown = f"channel {channel.name}", re.sub(r"//[^/@]*@", "//", url)
+        # The URL may contain a token.
+        name, shown_url = f"channel {channel.name}", re.sub(r"//[^/@]*@", "//", url)
         if url.startswith(("https://", "http://")) and settings.network != "none":
-            # What Git asks first (gitprotocol-http(5)); Guix' libgit2 speaks no older protocol.
+            # The first request of Git's smart protocol, see gitprotocol-http(5). Guix's libgit2
+            # supports no older protocol.
             address = f"{url.rstrip('/')}/info/refs?service=git-upload-pack"
-            answer = _Answer(re.compile(rb"service=git-upload-pack"), "a Git repository")
-            mend = "mend GUIX_CHANNELS or the network; a private one: GUIX_CHANNEL_CREDENTIALS"
-            question = _Question(name, shown, _with_account(settings, address), mend)
-            yield _answers(settings, question, answer)
+            service = _Service(
+                name, shown_url, _with_account(settings, address),
+                "a Git repository", re.compile(rb"service=git-upload-pack"),
+                "correct GUIX_CHANNELS or the network; for a private channel set "
+                "GUIX_CHANNEL_CREDENTIALS",
+            )  # fmt: skip
+            yield _contact(settings, service)
         elif url.startswith(("file://", "/")):
-            yield _mounted(settings, name, url.removeprefix("file://"))
+            yield _check_mounted(settings, name, url.removeprefix("file://"))
         elif by_ssh(settings, f'"{url}"'):
-            yield _by_ssh(patient, name, url)
+            try:
+                with lent_access(patient.engine, settings, f'"{url}"'):
+                    yield Finding(name, State.OK, "an SSH agent and known hosts are available")
+            except UsageError as error:
+                yield failed(name, error)
         else:
-            yield Finding(name, State.NOTE, f"{shown} was not asked")
-
-
-def _by_ssh(patient: Patient, name: str, url: str) -> Finding:
-    try:
-        with lent_access(patient.engine, patient.settings, f'"{url}"'):
-            return Finding(name, State.OK, "there are an SSH agent and known hosts for it")
-    except UsageError as error:
-        return failed(name, error)
+            yield Finding(name, State.NOTE, f"{shown_url} was not tested")
 
 
 def _with_account(settings: Settings, address: str) -> str:
-    """An address with the account that opens it at pull."""
-    given = settings.guix_channel_credentials
-    for start, user, password in channel_credentials(given.reveal() if given else ""):
-        if address.startswith(start):
+    """Add the account of ``GUIX_CHANNEL_CREDENTIALS`` that `inv pull` uses for an address."""
+    credentials = settings.guix_channel_credentials
+    for prefix, user, password in channel_credentials(credentials.reveal() if credentials else ""):
+        if address.startswith(prefix):
             account = f"{quote(user, safe='')}:{quote(password, safe='')}@"
             return address.replace("://", f"://{account}", 1)
     return address
 
 
-def _mounted(settings: Settings, name: str, path: str, inside: str = "") -> Finding:
-    """A place in a work container, which is there if a mount brings it, with a file in it."""
-    # Of two mounts, the one that is below the other is seen.
-    for mount in sorted(settings.mounts, key=lambda each: len(each.target), reverse=True):
+def _check_mounted(settings: Settings, check: str, path: str, file: str = "") -> Finding:
+    """Check that a mount provides a path of the work container, and in it ``file``."""
+    # If mounts are nested, the innermost one is visible.
+    for mount in sorted(settings.mounts, key=lambda mount: len(mount.target), reverse=True):
         below = path.removeprefix(mount.target)
         if path.startswith(mount.target) and below[:1] in ("", "/"):
             source = mount.source / below.lstrip("/")
-            wanted = source / inside if inside else source
-            if wanted.exists():
-                return Finding(name, State.OK, f"{path} is {source}")
-            said = f"{path} would be {source}, and {wanted} is not there"
-            return Finding(name, State.FAILED, said, "mend MOUNTS")
-    return Finding(name, State.NOTE, f"{path} is to be in the base image; MOUNTS does not have it")
+            required = source / file if file else source
+            if required.exists():
+                return Finding(check, State.OK, f"{path} is {source}")
+            message = f"{path} is mounted from {source}, but {required} does not exist"
+            return Finding(check, State.FAILED, message, "correct MOUNTS")
+    message = f"{path} must be in the base image, because MOUNTS does not contain it"
+    return Finding(check, State.NOTE, message)
 
 
 def _substitutes(patient: Patient) -> Iterator[Finding]:
     settings = patient.settings
-    name, file = "substitutes", "nix-cache-info"
-    for given in settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS:
-        url = given.rstrip("/")
+    check, file = "substitutes", "nix-cache-info"
+    for configured_url in settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS:
+        url = configured_url.rstrip("/")
         if url.startswith("file://"):
-            yield _mounted(settings, name, url.removeprefix("file://"), file)
+            yield _check_mounted(settings, check, url.removeprefix("file://"), file)
         elif settings.network == "none":
-            yield Finding(name, State.NOTE, f"{url} is out of reach: NETWORK=none")
+            yield Finding(check, State.NOTE, f"{url} is unreachable with NETWORK=none")
         else:
-            mend = "without it everything is built from source: mend GUIX_SUBSTITUTE_URLS"
-            answer = _Answer(re.compile(rb"^StoreDir:", re.MULTILINE), "a substitute server")
-            yield _answers(settings, _Question(name, url, f"{url}/{file}", mend), answer)
+            service = _Service(
+                check, url, f"{url}/{file}",
+                "a substitute server", re.compile(rb"^StoreDir:", re.MULTILINE),
+                "correct GUIX_SUBSTITUTE_URLS: without substitutes Guix builds everything from "
+                "source",
+            )  # fmt: skip
+            yield _contact(settings, service)
         if url not in guix.DEFAULT_SUBSTITUTE_URLS and not settings.guix_substitute_keys:
             yield Finding(
-                name, State.NOTE, f"no key for {url} is set",
-                "what it serves is refused unless the base image trusts it: GUIX_SUBSTITUTE_KEYS",
+                check, State.NOTE, f"no key is set for {url}",
+                "set GUIX_SUBSTITUTE_KEYS, or Guix refuses its substitutes unless the base image "
+                "trusts the key",
             )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """How an answer begins, and from whom such a one comes: a portal answers anything."""
+class _Service:
+    """HTTP service that a check contacts."""
 
-    begins: re.Pattern[bytes]
+    check: str
+    shown_url: str
+    url: str
+    """Request URL. It may contain an account, so it is never printed."""
     kind: str
+    response: re.Pattern[bytes]
+    """Pattern that only a response of this kind of service matches, not a captive portal's."""
+    hint: str
 
 
-@dataclass(frozen=True)
-class _Question:
-    """Who is asked, for which check."""
-
-    name: str
-    shown: str
-    address: str
-    """May hold an account, and so is not shown."""
-    mend: str
-
-
-def _answers(settings: Settings, question: _Question, answer: _Answer) -> Finding:
-    name, shown, mend = question.name, question.shown, question.mend
+def _contact(settings: Settings, service: _Service) -> Finding:
+    check, url, hint = service.check, service.shown_url, service.hint
     try:
-        trust = None
+        tls = None
         if settings.extra_ca_file:
-            trust = ssl.create_default_context()
-            trust.load_verify_locations(
-                cadata=read_text(settings.extra_ca_file, "ascii", "replace")
-            )
-        # Only http and https come here.
+            tls = ssl.create_default_context()
+            tls.load_verify_locations(cadata=read_text(settings.extra_ca_file, "ascii", "replace"))
+        # Callers pass only http and https URLs.
         with urllib.request.urlopen(  # noqa: S310
-            _request(question.address), timeout=_WAIT, context=trust
+            _git_request(service.url), timeout=_TIMEOUT, context=tls
         ) as body:
-            if answer.begins.search(body.read(1000)):
-                return Finding(name, State.OK, f"{shown} answers")
-            return Finding(name, State.FAILED, f"{shown} answers, but not as {answer.kind}", mend)
+            if service.response.search(body.read(1000)):
+                return Finding(check, State.OK, f"{url} answers")
+            return Finding(check, State.FAILED, f"{url} answers, but not as {service.kind}", hint)
     except urllib.error.HTTPError as error:
         reason = " ".join(f"{error.code} {error.reason}".split())
-        return Finding(name, State.FAILED, f"{shown} answers {reason}", mend)
+        return Finding(check, State.FAILED, f"{url} answers {reason}", hint)
     except (OSError, ValueError, http.client.HTTPException) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(cause, ssl.SSLCertVerificationError):
-            mend = guix.fetch_mend("guix error: certificate verification") or mend
+            hint = guix.fetch_mend("guix error: certificate verification") or hint
         cause = " ".join(str(cause).split()) or type(cause).__name__
-        return Finding(name, State.FAILED, f"{shown} does not answer: {cause}", mend)
+        return Finding(check, State.FAILED, f"{url} does not answer: {cause}", hint)
 
 
-def _request(address: str) -> urllib.request.Request:
-    """A request as Git would make it: of Python's own, many a server's guard wants nothing."""
-    parts = urlsplit(address)
-    account, at, place = parts.netloc.rpartition("@")
-    url = parts._replace(netloc=place).geturl()
-    request = urllib.request.Request(url, headers={"User-Agent": "git/2 guix-tasks"})  # noqa: S310
+def _git_request(url: str) -> urllib.request.Request:
+    """Return a request with Git's user agent, because many servers refuse Python's."""
+    parts = urlsplit(url)
+    account, at, host = parts.netloc.rpartition("@")
+    request = urllib.request.Request(  # noqa: S310
+        parts._replace(netloc=host).geturl(), headers={"User-Agent": "git/2 guix-tasks"}
+    )
     if at:
-        pair = base64.b64encode(unquote(account).encode()).decode()
-        request.add_unredirected_header("Authorization", f"Basic {pair}")
+        token = base64.b64encode(unquote(account).encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")
     return request
 
 
@@ -472,4 +489,4 @@ CHECKS: dict[str, Callable[[Patient], Iterator[Finding]]] = {
     "channels": _channels,
     "substitutes": _substitutes,
 }
-"""Each in the order in which its findings are shown."""
+"""Checks by name, in the order of the output."""

@@ -1,4 +1,4 @@
-"""The start of a project of one's own: commented files for an empty folder."""
+"""Write the files of a new project."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from guix_tasks.errors import UsageError
 if TYPE_CHECKING:
     from guix_tasks.ui.console import Console
 
-START = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 
-# Here their names are plain ones: what begins with a dot is easily left out of a package.
+# The templates have no leading dots, because packaging tools often omit hidden files.
 FILES = {
     "tasks.py": "tasks.txt",
     ".env": "env",
@@ -29,42 +29,42 @@ CI_FILES = {
     "gitlab": (".gitlab-ci.yml", "gitlab.yml"),
 }
 CI = ("auto", *CI_FILES, "both", "none")
-"""For which CI a file is written; ``auto`` looks at where the folder's Git repository pushes to."""
+"""Values of ``--ci``; ``auto`` depends on the remotes of the Git repository."""
 
 NAME = "my-image"
-"""What the files call the image; the folder's name takes its place."""
+"""Name of the image in the templates; the name of the project directory replaces it."""
 
 
-def write_start(folder: Path, console: Console, *, ci: str = CI[0], dry: bool = False) -> None:
-    """Write the files that are not there yet, and say which those are and what comes next.
+def write_start(directory: Path, console: Console, *, ci: str = CI[0], dry: bool = False) -> None:
+    """Write the files that do not exist yet, and print their names and the next steps.
 
-    Raises ``UsageError`` for a CI that is none of ``CI``, ``OSError`` where one cannot be written.
+    Raise ``UsageError`` if ``ci`` is not in ``CI``, and ``OSError`` if a file cannot be written.
     """
-    files = {**FILES, **ci_files(folder, ci)}
-    name = image_name(folder)
+    files = {**FILES, **ci_files(directory, ci)}
+    name = image_name(directory)
     for target, source in files.items():
-        content = (START / source).read_text(encoding="utf-8").replace(NAME, name)
-        is_new = _is_missing(folder / target) if dry else _write_new(folder / target, content)
+        content = (TEMPLATES / source).read_text(encoding="utf-8").replace(NAME, name)
+        is_new = _is_missing(directory / target) if dry else _write_new(directory / target, content)
         verb = "would write" if dry else "wrote"
-        console.say(f"init: {verb} {target}" if is_new else f"init: {target} is there, left alone")
-    if not (dry or has_these_tasks(folder)):
-        console.say("init: let your tasks.py say `from guix_tasks.tasks import ns`")
-    console.say("init: next: look into .env, then `inv base pull install verify push`")
+        console.say(f"init: {verb} {target}" if is_new else f"init: {target} exists, unchanged")
+    if not (dry or has_these_tasks(directory)):
+        console.say("init: add `from guix_tasks.tasks import ns` to your tasks.py")
+    console.say("init: next: edit .env, then run `inv base pull install verify push`")
 
 
-def ci_files(folder: Path, ci: str) -> dict[str, str]:
-    """The files for a CI; for GitHub's where nothing tells which.  Raises ``UsageError``."""
+def ci_files(directory: Path, ci: str) -> dict[str, str]:
+    """Return the files of a CI by path; ``auto`` falls back to GitHub."""
     if ci not in CI:
-        raise UsageError(f"--ci: {ci!r} is none of {', '.join(CI)}")
+        raise UsageError(f"--ci: {ci!r} is not one of {', '.join(CI)}")
     if ci == "auto":
-        ci = "gitlab" if _pushes_to_gitlab(folder) else "github"
+        ci = "gitlab" if _has_gitlab_remote(directory) else "github"
     return dict(pair for name, pair in CI_FILES.items() if ci in (name, "both"))
 
 
-def _pushes_to_gitlab(folder: Path) -> bool:
-    """Whether the Git repository of a folder has a remote with ``gitlab`` in its host's name."""
-    found = (each / ".git/config" for each in (folder, *folder.parents))
-    config = next((each for each in found if each.is_file()), None)
+def _has_gitlab_remote(directory: Path) -> bool:
+    """Check whether the Git repository has a remote whose host name contains ``gitlab``."""
+    paths = (parent / ".git/config" for parent in (directory, *directory.parents))
+    config = next((path for path in paths if path.is_file()), None)
     try:
         text = config.read_text(encoding="utf-8", errors="replace") if config else ""
     except OSError:
@@ -72,17 +72,17 @@ def _pushes_to_gitlab(folder: Path) -> bool:
     return bool(re.search(r"^\s*url\s*=\s*(\w+://)?([^/\s]*@)?[^/:\s]*gitlab", text, re.MULTILINE))
 
 
-def has_these_tasks(folder: Path) -> bool:
-    """Whether a project's ``tasks.py`` speaks of this package at all."""
+def has_these_tasks(directory: Path) -> bool:
+    """Check whether the ``tasks.py`` of a project mentions this package."""
     try:
-        return b"guix_tasks" in (folder / "tasks.py").read_bytes()
+        return b"guix_tasks" in (directory / "tasks.py").read_bytes()
     except OSError:
         return False
 
 
-def image_name(folder: Path) -> str:
-    """The folder's name as the last part of an image's, which has small letters and digits."""
-    words = re.findall(r"[a-z0-9]+", folder.resolve().name.lower())
+def image_name(directory: Path) -> str:
+    """Convert the directory's name to a repository name in lower case."""
+    words = re.findall(r"[a-z0-9]+", directory.resolve().name.lower())
     return "-".join(words) or NAME
 
 
@@ -91,7 +91,7 @@ def _is_missing(path: Path) -> bool:
 
 
 def _write_new(path: Path, content: str) -> bool:
-    """Write a file wholly, unless something has its name already."""
+    """Write a file unless its path exists. A failed write leaves no partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         file = path.open("x", encoding="utf-8")

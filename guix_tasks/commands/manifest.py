@@ -1,4 +1,4 @@
-"""Manifest: what was pushed for each platform, joined under ``IMAGE``."""
+"""Join the images of all platforms to a multi-platform ``IMAGE``."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ if TYPE_CHECKING:
 
 
 def join(project: Project, buildx: Buildx) -> str:
-    """Make ``IMAGE`` and ``TAGS`` an index of what the platforms' jobs pushed; its digest.
+    """Push an index of the platforms' images as ``IMAGE`` and ``TAGS`` and return its digest.
 
-    With ``PLATFORMS`` exactly those are joined, and it is an error if one is missing.  Raises
-    ``UsageError`` and ``RegistryError``.
+    With ``PLATFORMS``, join exactly those platforms, else all that have a push record.
+
+    Raise ``UsageError`` if the push records are incomplete or inconsistent, and ``RegistryError``
+    if the registry refuses.
     """
     settings, console = project.settings, project.console
     if not buildx.perform and not load(settings):
-        # The pushes before it were left at being shown, too.
-        console.say(f"manifest: nothing is in {folder_of(settings)} yet")
+        # In a dry run the pushes wrote no records either.
+        console.say(f"manifest: {folder_of(settings)} contains no push record yet")
         return ""
     parts = _parts(settings)
     image = settings.image
@@ -39,76 +41,76 @@ def join(project: Project, buildx: Buildx) -> str:
     sources = list(dict.fromkeys(part.reference for part in parts.values()))
     accounts = accounts_for(project.engine, settings)
     refuse_without_accounts(buildx, accounts, image.registry)
-    program = with_accounts(buildx, accounts)
+    buildx = with_accounts(buildx, accounts)
     try:
-        program.change(
+        buildx.change(
             "imagetools", "create", f"--builder={buildx.own}", "--progress=none",
-            *(f"--tag={each}" for each in settings.references), *sources,
+            *(f"--tag={reference}" for reference in settings.references), *sources,
         )  # fmt: skip
         if not buildx.perform:
             return ""
-        said = program.ask(
+        output = buildx.ask(
             "imagetools", "inspect", f"--builder={buildx.own}", "--format={{json .Manifest}}",
             str(image),
         )  # fmt: skip
     except (BuilderError, RegistryError) as error:
         raise RegistryError(
-            f"cannot join {image}: {error}; where an image is gone, push its platform again"
+            f"cannot join {image}: {error}; if an image is missing, push its platform again"
         ) from None
     try:
-        return str(json.loads(said)["digest"])
+        return str(json.loads(output)["digest"])
     except (ValueError, LookupError, TypeError):
         raise RegistryError(
-            f"{image} is joined, but the registry does not say its digest; "
-            f"`docker buildx imagetools inspect {image}` shows what is there"
+            f"{image} is joined, but the registry reports no digest; "
+            f"`docker buildx imagetools inspect {image}` shows the manifest"
         ) from None
 
 
 def _parts(settings: Settings) -> dict[Platform, Pushed]:
-    """What is to be joined, by platform."""
-    found: dict[Platform, tuple[Path, Pushed]] = {}
-    folder = folder_of(settings)
+    """Return the push record of each platform to join."""
+    records: dict[Platform, tuple[Path, Pushed]] = {}
+    directory = folder_of(settings)
     for path, pushed in load(settings).items():
         if pushed.repository != settings.image.name:
             continue
         for platform in pushed.platforms:
-            if platform in found:
+            if platform in records:
                 raise UsageError(
-                    f"{platform} is in {found[platform][0]} and in {path}; delete the older one"
+                    f"{platform} is in {records[platform][0]} and in {path}; delete the older file"
                 )
-            found[platform] = (path, pushed)
-    if not found:
+            records[platform] = (path, pushed)
+    if not records:
         raise UsageError(
-            f"nothing of {settings.image.name} is in {folder}: `PLATFORMS=... inv push`, or "
-            "`inv buildx.build --by-digest`, writes it there"
+            f"{directory} contains no push record of {settings.image.name}; "
+            "`PLATFORMS=... inv push` or `inv buildx.build --by-digest` writes one"
         )
-    missing = [str(each) for each in settings.platforms if each not in found]
+    missing = [str(platform) for platform in settings.platforms if platform not in records]
     if missing:
         raise UsageError(
-            f"{', '.join(missing)} is not in {folder}: it was not pushed, or its job's file was "
-            "not brought here"
+            f"{directory} contains no push record of {', '.join(missing)}: it was not pushed, or "
+            "the file of its job was not copied to this machine"
         )
-    wanted = settings.platforms or tuple(found)
-    for path, pushed in map(found.__getitem__, wanted):
-        if surplus := [str(each) for each in pushed.platforms if each not in wanted]:
+    platforms = settings.platforms or tuple(records)
+    for path, pushed in map(records.__getitem__, platforms):
+        if surplus := [str(platform) for platform in pushed.platforms if platform not in platforms]:
             raise UsageError(
-                f"{path} has {', '.join(surplus)} too, which PLATFORMS does not name; add that to "
-                "PLATFORMS, or push the others by themselves"
+                f"{path} also contains {', '.join(surplus)}, which is not in PLATFORMS; add it to "
+                "PLATFORMS, or push the other platforms separately"
             )
-    parts = {platform: found[platform][1] for platform in wanted}
-    _refuse_mixture(parts)
+    parts = {platform: records[platform][1] for platform in platforms}
+    _check_commits(parts)
     return parts
 
 
-def _refuse_mixture(parts: Mapping[Platform, Pushed]) -> None:
-    """Refuse platforms that were made of different commits, as jobs without a lock may be."""
-    known = [(platform, part.commits) for platform, part in parts.items() if part.commits]
-    for platform, commits in known:
-        first, expected = known[0]
+def _check_commits(parts: Mapping[Platform, Pushed]) -> None:
+    """Raise ``UsageError`` if jobs without a lock built platforms from different commits."""
+    built_from = [(platform, part.commits) for platform, part in parts.items() if part.commits]
+    for platform, commits in built_from:
+        first, expected = built_from[0]
         for name in expected.keys() & commits.keys():
             if commits[name] != expected[name]:
                 raise UsageError(
-                    f"{first} was made of {name} at {expected[name]:.7}, {platform} at "
-                    f"{commits[name]:.7}: commit GUIX_CHANNELS_LOCK, which `inv pull` writes, and "
+                    f"{first} was built from {name} at {expected[name]:.7}, {platform} at "
+                    f"{commits[name]:.7}; commit GUIX_CHANNELS_LOCK, which `inv pull` writes, and "
                     "push all platforms again"
                 )

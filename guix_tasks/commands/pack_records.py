@@ -1,12 +1,12 @@
-"""What was packed: ``out/build-*.json``, one file for each system and format.
+"""Pack records: ``out/build-*.json``, one file per system and format.
 
-Each job of a CI matrix hands its own on; ``inv release`` joins them.
+Each job of a CI matrix uploads its records; ``inv release`` joins them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence  # noqa: TC003 -- a field's
+from collections.abc import Sequence  # noqa: TC003 -- type of a field
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -23,40 +23,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Packed:
-    """A file of ``out/`` that ``inv pack`` made."""
+    """Record of a file in ``out/`` that ``inv pack`` wrote."""
 
     system: str
-    """As Guix calls it: ``x86_64-linux``."""
+    """Guix system, for example ``x86_64-linux``."""
     format: str
     file: str
-    """Its name in ``out/``."""
+    """File name in ``out/``."""
     sha256: str
     channels: Sequence[dict[str, str]]
     """Name, URL and commit of each channel of the Guix that packed it."""
 
 
 def save(settings: Settings, packed: Packed) -> Path:
-    """Write down what was packed, in the place of the last of this system and format; the file."""
+    """Write a record, replacing that of the same system and format, and return its path."""
     format_ = "" if packed.format == TARBALL else f"-{packed.format}"
     path = settings.output_folder / f"build-{packed.system}{format_}.json"
-    # It is published, and the URL of a channel may hold a token.
+    # The record is published, and the URL of a channel may contain a token.
     write_whole(path, clean(f"{json.dumps(asdict(packed), indent=2)}\n").encode())
     return path
 
 
 def load(settings: Settings) -> list[Packed]:
-    """All that was packed.  Raises ``UsageError`` for a file that does not say so."""
+    """Return all pack records. Raise ``UsageError`` if one is invalid."""
     return [_read(path) for path in sorted(settings.output_folder.glob("build-*.json"))]
 
 
 def _read(path: Path) -> Packed:
     try:
         packed = Packed(**json.loads(path.read_text(encoding="utf-8")))
-        words = (packed.system, packed.format, packed.file, packed.sha256)
-        known = all(isinstance(each, str) and each for each in words) and "/" not in packed.file
-        channels = isinstance(packed.channels, list)
+        texts = (packed.system, packed.format, packed.file, packed.sha256)
+        valid = (
+            all(isinstance(text, str) and text for text in texts)
+            and "/" not in packed.file
+            and isinstance(packed.channels, list)
+        )
     except (OSError, ValueError, TypeError, RecursionError):
-        known = channels = False
-    if not known or not channels:
-        raise UsageError(f"{path} is not what `inv pack` wrote; delete it, and pack again")
+        valid = False
+    if not valid:
+        raise UsageError(
+            f"{path} is not a record of `inv pack`; delete it and run `inv pack` again"
+        )
     return packed

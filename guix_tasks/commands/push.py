@@ -1,4 +1,4 @@
-"""Push: what the project made goes to its registry."""
+"""Push images to the registry."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ if TYPE_CHECKING:
 
 
 def push(project: Project, stage: str | None = None) -> dict[str, str]:
-    """Push ``IMAGE`` and ``TAGS``, or the tag of one stage; the digest of each reference.
+    """Push ``IMAGE`` and ``TAGS``, or the tag of one stage, and return the digests by reference.
 
-    With ``PLATFORMS`` the platform's own tag is pushed instead, for an engine can push no digest,
-    and what the registry answered is written down for ``inv manifest``.
+    With ``PLATFORMS``, push a tag of the platform instead, because an engine cannot push by digest,
+    and write a push record for ``inv manifest``.
 
-    Raises ``UsageError`` where there is nothing to push or the stage is stale, and
-    ``RegistryError`` where the registry refuses.
+    Raise ``UsageError`` if there is nothing to push or the stage is stale, and ``RegistryError`` if
+    the registry refuses.
     """
     ledger, engine = project.ledger, project.engine
     image = image_to_use(project, stage)
-    refuse_stale(project, image, "push")
-    # Nor is it known of what a stage made that tasks.py no longer has.
+    check_up_to_date(project, image, "push")
+    # A stage that tasks.py no longer declares cannot be checked either.
     if proven_stage(image) not in (*ledger.stages, SQUASH, HAND_MADE):
         project.console.warn(
-            f"{ledger.image} was made by none of these stages, so nobody knows whether it is up to "
-            "date; pushing it as it is"
+            f"{ledger.image} was not built by a stage of this project; pushing it without an "
+            "up-to-date check"
         )
-    if left := uncommitted(engine, project.settings):
-        project.console.warn(left)
+    if warning := uncommitted(engine, project.settings):
+        project.console.warn(warning)
     references = [ledger.tag(stage)] if stage else pushed_references(project.settings)
     digests = {}
     for reference in references:
         if not stage and reference != str(ledger.image):
-            before = engine.image(reference)
+            replaced_image = engine.image(reference)
             engine.tag(image.id, reference)
-            if before:
-                engine.drop(before.id)
+            if replaced_image:
+                engine.drop(replaced_image.id)
         digests[reference] = retried(
             project.console,
             "the push",
@@ -62,25 +62,25 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
         pushed = Pushed(project.settings.image.name, (platform,), digest, commits)
         path = save(project.settings, pushed)
         project.console.say(
-            f"push: {path}; `inv manifest` joins the platforms under {project.settings.image}"
+            f"push: wrote {path}; `inv manifest` joins the platforms as {project.settings.image}"
         )
     return digests
 
 
 def _push(project: Project, reference: str) -> str:
-    """Push a tag, and see that the registry holds what it said that it took; the digest."""
+    """Push a tag, check that the registry has the pushed digest, and return it."""
     digest = push_once(project, reference)
-    held = remote_digest(project.engine, project.settings, reference) if digest else None
-    if held not in (None, digest):
+    stored = remote_digest(project.engine, project.settings, reference) if digest else None
+    if stored not in (None, digest):
         raise RegistryError(
-            f"{reference} was pushed as {digest}, and the registry holds {held}: somebody else "
-            "pushes that tag, or the registry is at fault; push again"
+            f"{reference} was pushed as {digest}, but the registry has {stored}: either another "
+            "client pushes the same tag, or the registry is faulty; push again"
         )
     return digest
 
 
 def pushed_references(settings: Settings) -> list[str]:
-    """What ``push`` pushes: ``IMAGE`` and ``TAGS``, or the tag of the one platform."""
+    """Return the references to push: ``IMAGE`` and ``TAGS``, or the tag of the platform."""
     image = settings.image
     if settings.platform:
         return [str(image.with_tag(f"{image.tag}-{settings.platform.tag_suffix}"))]
@@ -92,28 +92,28 @@ def _stage_image(project: Project, stage: str) -> tuple[Image | None, str]:
         return project.ledger.find(stage), project.ledger.tag(stage)
     except ValueError:
         raise UsageError(
-            f"--stage: {stage!r} can be no stage; "
-            f"name {', '.join(project.ledger.stages)} or {SQUASH}"
+            f"--stage: {stage!r} is not a valid stage name; "
+            f"use {', '.join(project.ledger.stages)} or {SQUASH}"
         ) from None
 
 
-def refuse_stale(project: Project, image: Image, task: str) -> None:
-    """Refuse for a task an image that is its stage's and no longer answers to what is asked for.
+def check_up_to_date(project: Project, image: Image, task: str) -> None:
+    """Raise ``UsageError`` if an image is that of a stale stage.
 
-    One that was made by hand, or rolled back to, is taken as it is.
+    An image that was committed by hand or restored by ``inv rollback`` is not checked.
     """
     ledger = project.ledger
     stage = proven_stage(ledger.last_stage() or image)
     current = ledger.find(stage) if stage in ledger.stages else None
     is_stage = current and image.id in (current.id, getattr(ledger.find(SQUASH), "id", None))
-    why = Lifecycle(project).state(stage).why if stage and is_stage else None
-    if why:
+    reason = Lifecycle(project).state(stage).why if stage and is_stage else None
+    if reason:
         upstream = "" if stage == "base" else " --upstream"
-        raise UsageError(f"{stage} is stale ({why}); run `inv {stage}{upstream}`, then {task}")
+        raise UsageError(f"{stage} is stale ({reason}); run `inv {stage}{upstream}`, then {task}")
 
 
 def image_to_use(project: Project, stage: str | None = None) -> Image:
-    """What ``IMAGE``, or the tag of one stage, stands for.  ``UsageError`` where it is missing."""
+    """Return ``IMAGE`` or the image of a stage. Raise ``UsageError`` if it does not exist."""
     ledger = project.ledger
     ledger.repair()
     if stage:
@@ -123,12 +123,12 @@ def image_to_use(project: Project, stage: str | None = None) -> Image:
         image = project.engine.image(reference)
     if image is None and stage not in (None, *ledger.stages, SQUASH):
         raise UsageError(
-            f"there is no {reference} on this engine: no stage {stage!r} was made; "
-            f"there are {', '.join(ledger.stages)} and {SQUASH}"
+            f"{reference} does not exist on this engine: the project has no stage {stage!r}; "
+            f"its stages are {', '.join(ledger.stages)} and {SQUASH}"
         )
     if image is None:
         raise UsageError(
-            f"there is no {reference} on this engine; run `inv {stage or 'install'}`, or "
+            f"{reference} does not exist on this engine; run `inv {stage or 'install'}`, or "
             "`docker pull` it if buildx.build pushed it"
         )
     return image

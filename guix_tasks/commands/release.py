@@ -1,4 +1,4 @@
-"""Release: ``out/build.json``, which says where each system's packs are to be had."""
+"""Write ``out/build.json``, the index of packed files."""
 
 from __future__ import annotations
 
@@ -20,59 +20,63 @@ if TYPE_CHECKING:
 
 
 def release(settings: Settings, console: Console) -> Path:
-    """Write ``build.json`` for what was packed, here or in the jobs of a CI matrix; the file.
+    """Write ``build.json`` for all packs, also those of other CI jobs, and return its path.
 
-    Its form is that of metacall/guix: URL and SHA-256 by Guix system, and by a further name below
-    that where it is no tarball.  What it says already of a pack that did not change, and of what
-    was not packed, stays.  Raises ``UsageError``, and ``CheckError`` for a file that is not the one
-    that was packed.
+    The format is that of metacall/guix: URL and SHA-256 by Guix system. Formats other than a
+    tarball have an entry with their name below the system. Existing entries of unchanged packs, and
+    of packs without a record, are kept.
+
+    Raise ``UsageError`` if there is no pack or no URL, and ``CheckError`` if a file differs from
+    its record.
     """
     path = settings.output_folder / "build.json"
     packs, entries = load(settings), _read(path)
     if not packs:
-        raise UsageError(f"nothing to release: no pack is in {path.parent}; run `inv pack` first")
+        raise UsageError(
+            f"nothing to release: {path.parent} contains no pack; run `inv pack` first"
+        )
     for packed in packs:
         _check(settings, packed, console)
         entry = entries.setdefault(packed.system, {})
-        own = entry if packed.format == TARBALL else entry.setdefault(packed.format, {})
-        if own.get("sha256") == packed.sha256 and own.get("url"):
-            console.say(f"release: {packed.file}: unchanged, at {own['url']}")
+        record = entry if packed.format == TARBALL else entry.setdefault(packed.format, {})
+        if record.get("sha256") == packed.sha256 and record.get("url"):
+            console.say(f"release: {packed.file}: unchanged, at {record['url']}")
             continue
-        url = _url(settings, packed.file)
-        own.update(url=url, sha256=packed.sha256, channels=packed.channels)
-        console.say(f"release: {packed.file}: to be at {url}")
+        if not settings.release_url:
+            raise UsageError(
+                f"the URL of {packed.file} is not set; set RELEASE_URL, or use `--url https://...`"
+            )
+        url = f"{settings.release_url.rstrip('/')}/{quote(packed.file)}"
+        record.update(url=url, sha256=packed.sha256, channels=packed.channels)
+        console.say(f"release: {packed.file}: upload it to {url}")
     write_whole(path, f"{json.dumps(entries, indent=2, sort_keys=True)}\n".encode())
     return path
 
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """What is released already; of each system's entry, what is no pack is kept as it is."""
+    """Return the entries of an existing ``build.json``; unknown keys of an entry are kept."""
     if not path.exists():
         return {}
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         entries = None
-    known = isinstance(entries, dict) and all(
-        isinstance(each, dict) and all(isinstance(each.get(f, {}), dict) for f in PACK_FORMATS)
-        for each in entries.values()
+    valid = isinstance(entries, dict) and all(
+        isinstance(entry, dict) and all(isinstance(entry.get(f, {}), dict) for f in PACK_FORMATS)
+        for entry in entries.values()
     )
-    if not known:
-        raise UsageError(f"{path} is no build.json; delete it, or put the released one there")
+    if not valid:
+        raise UsageError(
+            f"{path} is not a valid build.json; delete it, or restore the released one"
+        )
     return dict(entries)
 
 
 def _check(settings: Settings, packed: Packed, console: Console) -> None:
     file = settings.output_folder / packed.file
     if not file.exists():
-        console.say(f"release: {packed.file} is not here; its SHA-256 is what its job said")
+        console.say(f"release: {packed.file} does not exist here; using the SHA-256 of its record")
     elif content_digest(file) != packed.sha256:
-        raise CheckError(f"{file} is not what was packed: its SHA-256 is another; pack it again")
-
-
-def _url(settings: Settings, name: str) -> str:
-    if not settings.release_url:
-        raise UsageError(
-            f"where {name} will be is not said: set RELEASE_URL, or say `--url https://...`"
+        raise CheckError(
+            f"{file} differs from the packed file: the SHA-256 does not match; run `inv pack` again"
         )
-    return f"{settings.release_url.rstrip('/')}/{quote(name)}"

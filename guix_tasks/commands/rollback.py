@@ -11,8 +11,11 @@ if TYPE_CHECKING:
 
 
 def rollback(project: Project) -> None:
-    """Let ``IMAGE`` be what it was before it last moved; called again, what it is now."""
+    """Restore the previous ``IMAGE``. A second call undoes the first.
+
+    Raise ``UsageError`` if there is no previous image.
+    """
     image = project.ledger.roll_back()
     if image is None:
-        raise UsageError(f"{project.ledger.image} has never been anything else on this engine")
-    project.console.say(f"rollback: {project.ledger.image} is {image.id} again")
+        raise UsageError(f"{project.ledger.image} has no previous image on this engine")
+    project.console.say(f"rollback: {project.ledger.image} is now {image.id}")

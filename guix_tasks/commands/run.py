@@ -1,4 +1,4 @@
-"""One command in a work container."""
+"""Run one command in a work container."""
 
 from __future__ import annotations
 
@@ -17,23 +17,21 @@ if TYPE_CHECKING:
     from guix_tasks.stages.project import Project
 
 
-def _refuse_broken(word: str) -> None:
-    """Refuse an argument that would reach the command as another: an engine takes UTF-8 alone."""
-    try:
-        check_text(word)
-    except ValueError as error:
-        raise UsageError(f"run: {quoted(word)} {error}") from None
-
-
 def run(project: Project, argv: Sequence[str], *, stage: str | None, keep: bool) -> int:
-    """Run one command in a work container of ``IMAGE``; its exit status.
+    """Run one command in a work container of ``IMAGE`` and return its exit status.
 
-    With ``keep`` the container of a command that succeeded is left for ``commit``.
+    With ``keep``, the container of a successful command is kept for ``commit``.
+
+    Raise ``UsageError`` if there is no command or if an argument is not valid UTF-8 text, because
+    the engine would change it.
     """
     if not argv:
-        raise UsageError("run: no command; say `inv run -- COMMAND ARGUMENT…`")
-    for word in argv:
-        _refuse_broken(word)
+        raise UsageError("run: the command is missing; use `inv run -- COMMAND ARGUMENT…`")
+    try:
+        for argument in argv:
+            check_text(argument)
+    except ValueError as error:
+        raise UsageError(f"run: {quoted(argument)} {error}") from None
     if keep:
         refuse_second(project.engine, project.settings)
     image = image_to_use(project, stage)
@@ -47,8 +45,7 @@ def run(project: Project, argv: Sequence[str], *, stage: str | None, keep: bool)
         project.console.end_streams()
         status = project.engine.wait(container)
         if keep and status:
-            # What failed is not for committing.
             project.engine.remove(container)
         elif keep:
-            project.console.say("run: the container is kept; `inv commit` makes it the image")
+            project.console.say("run: kept the container; `inv commit` commits it as IMAGE")
     return status

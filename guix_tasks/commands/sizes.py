@@ -1,4 +1,4 @@
-"""What is in an image: bytes by stage, by layer, and the largest store items."""
+"""Sizes of an image: by stage, by layer, and of the largest store items."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from guix_tasks.stages.project import Project
 
 LARGEST = 15
-"""How many store items are named."""
+"""Number of store items to show."""
 
-HASH_LENGTH = len("/gnu/store/") + 32 + 1
-"""What a store item's path has before its name."""
+PREFIX_LENGTH = len("/gnu/store/") + 32 + 1
+"""Length of a store item's path before the name: directory, hash and hyphen."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """A part of an image, and its bytes unpacked."""
+    """Size of a part of an image, in bytes when unpacked."""
 
     group: str
     name: str
@@ -33,31 +33,31 @@ class Size:
 
 
 def sizes(project: Project) -> list[Size]:
-    """The parts of ``IMAGE``, by stage, layer and store item."""
+    """Return the sizes of the stages, layers and largest store items of ``IMAGE``."""
     image = image_to_use(project)
     lifecycle, parts = Lifecycle(project), []
-    whole: dict[str | None, int] = {}
+    totals: dict[str | None, int] = {}
     for stage in project.ledger.stages:
-        found = project.ledger.find(stage)
-        if found:
-            below = whole.get(lifecycle.parent_of(stage), 0)
-            parts.append(Size("stage", stage, found.size - below))
-            whole[stage] = found.size
+        stage_image = project.ledger.find(stage)
+        if stage_image:
+            parent_size = totals.get(lifecycle.parent_of(stage), 0)
+            parts.append(Size("stage", stage, stage_image.size - parent_size))
+            totals[stage] = stage_image.size
     for number, layer in enumerate(project.engine.layers(image.id), 1):
-        what = " ".join(layer.made_by.split()).removeprefix("/bin/sh -c ") or "commit"
-        parts.append(Size("layer", f"{number} {what[:60]}", layer.size))
+        command = " ".join(layer.made_by.split()).removeprefix("/bin/sh -c ") or "commit"
+        parts.append(Size("layer", f"{number} {command[:60]}", layer.size))
     return [*parts, *_store_items(project, image.id)]
 
 
 def _store_items(project: Project, image: str) -> list[Size]:
-    # In kilobytes on disk, as GNU's and busybox's du both have it.
+    # GNU and BusyBox du both support -k, kibibytes on disk.
     measure = "du -sk /gnu/store/*-* 2>/dev/null | sort -rn | head -n " + str(LARGEST)
     work = Work("sizes", ("-c", measure), {}, entry_point=("sh",), bare=True)
     with work_container(project.engine, project.settings, image, work) as container:
-        said = perform(project, container, "sizes")
-    # The programs that say it are the image's own, and may say anything.
-    rows = re.findall(r"^([0-9]{1,15})\t(/gnu/store/.+)$", said, re.MULTILINE | re.ASCII)
-    return [Size("store item", path[HASH_LENGTH:], int(size) * 1024) for size, path in rows]
+        output = perform(project, container, "sizes")
+    # The image may contain any program with the name of du.
+    rows = re.findall(r"^([0-9]{1,15})\t(/gnu/store/.+)$", output, re.MULTILINE | re.ASCII)
+    return [Size("store item", path[PREFIX_LENGTH:], int(size) * 1024) for size, path in rows]
 
 
 def size_rows(parts: list[Size]) -> list[tuple[str, str, str]]:
@@ -65,13 +65,13 @@ def size_rows(parts: list[Size]) -> list[tuple[str, str, str]]:
 
 
 ROW, LEFT, WIDTH, RIGHT, TOP = 22, 330, 420, 90, 44
-"""The measures of the picture, in pixels."""
+"""Dimensions of the chart in pixels."""
 
 COLOURS = {"stage": "#3b6ea5", "layer": "#7a9e3f", "store item": "#c07f2a"}
 
 
 def picture(title: str, parts: list[Size]) -> str:
-    """The sizes as an SVG picture: a bar for each part, coloured by its group."""
+    """Draw an SVG bar chart with one bar per part, coloured by group."""
     widest = max((part.size for part in parts), default=1) or 1
     height = TOP + ROW * len(parts) + 12
     lines = [

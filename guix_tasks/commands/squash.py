@@ -1,4 +1,4 @@
-"""Squash: everything above the base stage as one layer."""
+"""Squash all layers above the base stage into one layer."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ if TYPE_CHECKING:
 
 WHITEOUT = ".wh."
 OPAQUE = ".wh..wh..opq"
-"""How a layer says that a file, or all of a folder, of a lower layer is gone (OCI image spec)."""
+"""Names that mark a deleted file, or a replaced directory, of a lower layer (OCI image spec)."""
 
-DOCKERS = ("etc/hostname", "etc/hosts", "etc/resolv.conf")
-"""What Docker puts over an image's own in each container, where it cannot be replaced then."""
+DOCKER_MOUNTS = ("etc/hostname", "etc/hosts", "etc/resolv.conf")
+"""Files that Docker mounts over those of the image in each container; they cannot be replaced."""
 
 
 def squash(project: Project) -> None:
-    """Make of the last stage an image with one layer above the base, its configuration kept.
+    """Squash the last stage into an image with one layer above the base and the same configuration.
 
-    The engine itself unpacks the layers one over the other, in a container of the base, which is
-    then committed.  Raises ``UsageError`` where there is nothing above a base.
+    The engine unpacks the layers into a container of the base stage, which is then committed.
+
+    Raise ``UsageError`` if there is no stage above the base.
     """
     started = time.monotonic()
     ledger, console = project.ledger, project.console
     ledger.drop_unnamed()
     last, base = ledger.last_stage(), ledger.find("base")
     if last is None or base is None or not is_above(last, base) or last.id == base.id:
-        raise UsageError("nothing to squash: there is no stage on the base; run `inv install`")
+        raise UsageError("nothing to squash: there is no stage above the base; run `inv install`")
     check_volumes(project.settings, base)
-    before = ledger.find(SQUASH)
+    replaced_image = ledger.find(SQUASH)
     if ledger.newest() != last:
         console.say("squash: up to date")
     else:
@@ -51,32 +52,34 @@ def squash(project: Project) -> None:
             _squash(project, base, last)
         say_done(project, SQUASH, started)
     ledger.point_image(console)
-    if before:
-        project.engine.drop(before.id)
+    if replaced_image:
+        project.engine.drop(replaced_image.id)
 
 
 def _squash(project: Project, base: Image, last: Image) -> None:
     engine = project.engine
-    # Each start removes what the next layer says is gone, which a folder cannot say of itself.
-    remove = f"xargs -0 rm -rf -- <{FOLDER}/gone && rm -rf {FOLDER}"
-    work = Work(SQUASH, ("-c", remove), {"gone": b""}, entry_point=("sh",), bare=True, plain=True)
+    # Unpacking deletes nothing, so each start removes the files that the next layer deletes.
+    remove = f"xargs -0 rm -rf -- <{FOLDER}/deleted && rm -rf {FOLDER}"
+    work = Work(
+        SQUASH, ("-c", remove), {"deleted": b""}, entry_point=("sh",), bare=True, plain=True
+    )
     with (
-        _saved(project, last) as saved,
+        _saved_image(project, last) as saved,
         work_container(engine, project.settings, base.id, work) as container,
     ):
         for layer in _layers(saved)[len(base.layers) :]:
-            gone, there = _read(saved, layer)
-            with there:
-                engine.copy_in(container, archive({"gone": "\0".join(gone).encode()}))
+            deleted, files = _split_layer(saved, layer)
+            with files:
+                engine.copy_in(container, archive({"deleted": "\0".join(deleted).encode()}))
                 perform(project, container, SQUASH)
-                engine.copy_in(container, there)
+                engine.copy_in(container, files)
         labels = {STAGE_LABEL: SQUASH, KEY_LABEL: squash_key(last)}
         commit_image(project, container, base, project.ledger.tag(SQUASH), labels, like=last)
 
 
 @contextmanager
-def _saved(project: Project, image: Image) -> Iterator[tarfile.TarFile]:
-    """An image as ``docker save`` gives it, on disk while it is read."""
+def _saved_image(project: Project, image: Image) -> Iterator[tarfile.TarFile]:
+    """Save an image to a temporary file, as ``docker save`` does, and open the archive."""
     with tempfile.TemporaryFile(prefix="guix-tasks-") as file:
         for chunk in project.engine.save(image.id):
             file.write(chunk)
@@ -86,28 +89,28 @@ def _saved(project: Project, image: Image) -> Iterator[tarfile.TarFile]:
 
 
 def _layers(saved: tarfile.TarFile) -> list[str]:
-    """The names of the layers in a saved image, lowest first."""
+    """Return the names of the layers in a saved image, lowest first."""
     manifest = saved.extractfile("manifest.json")
     return list(json.load(manifest)[0]["Layers"]) if manifest else []
 
 
-def _read(saved: tarfile.TarFile, name: str) -> tuple[list[str], IO[bytes]]:
-    """What a layer says is gone, and the layer without those words, as a file of its own."""
-    gone = []
-    there = tempfile.TemporaryFile(prefix="guix-tasks-")  # noqa: SIM115 -- the caller closes it
+def _split_layer(saved: tarfile.TarFile, name: str) -> tuple[list[str], IO[bytes]]:
+    """Split a layer into the paths that it deletes and an archive of the files that it adds."""
+    deleted = []
+    files = tempfile.TemporaryFile(prefix="guix-tasks-")  # noqa: SIM115 -- the caller closes it
     with (
         tarfile.open(fileobj=saved.extractfile(name)) as layer,
-        tarfile.open(fileobj=there, mode="w", format=tarfile.PAX_FORMAT) as copy,
+        tarfile.open(fileobj=files, mode="w", format=tarfile.PAX_FORMAT) as copy,
     ):
         for member in layer:
             path = PurePosixPath("/", member.name)
-            if member.name in DOCKERS:
+            if member.name in DOCKER_MOUNTS:
                 continue
             if path.name == OPAQUE:
-                gone.append(str(path.parent))
+                deleted.append(str(path.parent))
             elif path.name.startswith(WHITEOUT):
-                gone.append(str(path.with_name(path.name.removeprefix(WHITEOUT))))
+                deleted.append(str(path.with_name(path.name.removeprefix(WHITEOUT))))
             else:
                 copy.addfile(member, layer.extractfile(member) if member.isreg() else None)
-    there.seek(0)
-    return gone, there
+    files.seek(0)
+    return deleted, files

@@ -1,4 +1,4 @@
-"""Status: the stages of a project and ``IMAGE``, as a table or as JSON."""
+"""Show the stages of a project and ``IMAGE`` as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -27,55 +27,55 @@ if TYPE_CHECKING:
 
 STATUS_HEADER = ("stage", "image", "id", "size", "age", "state", "channels")
 
-_SPARED = ("id", "age", "channels")
-"""What a narrow terminal does without, first to last."""
+_OPTIONAL_COLUMNS = ("id", "age", "channels")
+"""Columns that a narrow terminal omits, in this order."""
 
 
 @dataclass(frozen=True)
-class Standing:
-    """A tag of the project: what it is, and how it stands with it."""
+class TagStatus:
+    """Status of one tag of the project."""
 
     stage: str
-    """The stage that the tag is of, or ``IMAGE``."""
+    """Stage of the tag, or ``IMAGE``."""
     reference: str
     image: Image | None
     state: str
-    """Of a stage ``up to date``, ``stale`` or ``missing``; of ``IMAGE`` what it stands for."""
-    why: str = ""
-    """Why a stage is stale."""
+    """``up to date``, ``stale`` or ``missing``; for ``IMAGE`` a description of its origin."""
+    reason: str = ""
+    """Reason why a stage is stale."""
 
 
-def standings(project: Project) -> list[Standing]:
-    """Each stage, then ``IMAGE``."""
+def tag_statuses(project: Project) -> list[TagStatus]:
+    """Return the status of each stage and of ``IMAGE``."""
     ledger, lifecycle = project.ledger, Lifecycle(project)
-    found = []
+    statuses = []
     for stage in ledger.stages:
         state = lifecycle.state(stage)
         word = "missing" if not state.image else "stale" if state.why else "up to date"
-        why = state.why if state.image and state.why else ""
-        found.append(Standing(stage, ledger.tag(stage), state.image, word, why))
+        reason = state.why if state.image and state.why else ""
+        statuses.append(TagStatus(stage, ledger.tag(stage), state.image, word, reason))
     reference = str(ledger.image)
     image = project.engine.image(reference)
-    return [*found, Standing("IMAGE", reference, image, _stands_for(project, image))]
+    return [*statuses, TagStatus("IMAGE", reference, image, _origin(project, image))]
 
 
 def show_status(project: Project, *, size: bool, plot: str, as_json: bool) -> None:
-    """Show the stages of each platform, or what is in ``IMAGE``; or both as JSON, for a machine."""
+    """Show the stages of each platform or the sizes of ``IMAGE``, or both as JSON."""
     if as_json:
         parts = sizes(project) if size or plot else None
-        _draw(project, parts or [], plot)
+        _write_plot(project, parts or [], plot)
         project.console.result(json.dumps(_document(project, parts), indent=2))
     elif size or plot:
         show_sizes(project, plot)
     else:
-        rows = [row for each in project.each_platform() for row in status_rows(each)]
-        project.console.table(STATUS_HEADER, rows, narrower=_narrower(rows))
-    if left := uncommitted(project.engine, project.settings):
-        project.console.note(left)
+        rows = [row for platform in project.each_platform() for row in status_rows(platform)]
+        project.console.table(STATUS_HEADER, rows, narrower=_narrower_tables(rows))
+    if note := uncommitted(project.engine, project.settings):
+        project.console.note(note)
 
 
 def _document(project: Project, parts: list[Size] | None) -> dict[str, Any]:
-    """What docs/how-to/engines.md describes, for machines: no key of it is to be renamed."""
+    """Return the JSON document of docs/how-to/engines.md. Its keys must not change."""
     info = project.engine.info()
     engine = {
         "product": info.product,
@@ -86,20 +86,24 @@ def _document(project: Project, parts: list[Size] | None) -> dict[str, Any]:
         "rootless": info.is_rootless,
         "storage_driver": info.storage_driver,
     }
-    stages = [_entry(each, found) for each in project.each_platform() for found in standings(each)]
-    whole = {"engine": engine, "stages": stages}
-    return whole if parts is None else {**whole, "parts": [asdict(each) for each in parts]}
+    stages = [
+        _json_entry(platform, status)
+        for platform in project.each_platform()
+        for status in tag_statuses(platform)
+    ]
+    document = {"engine": engine, "stages": stages}
+    return document if parts is None else {**document, "parts": [asdict(part) for part in parts]}
 
 
-def _entry(project: Project, found: Standing) -> dict[str, Any]:
-    image = found.image
+def _json_entry(project: Project, status: TagStatus) -> dict[str, Any]:
+    image = status.image
     return {
-        "stage": found.stage,
+        "stage": status.stage,
         "platform": str(project.settings.platform or project.engine.info().platform),
-        "image": found.reference,
+        "image": status.reference,
         "id": image and image.id,
-        "state": found.state,
-        "why": found.why or None,
+        "state": status.state,
+        "why": status.reason or None,
         "size": image and image.size,
         "created": image and (image.created or None),
         "channels": guix.commits(image.labels.get(CHANNELS_LABEL, "")) if image else {},
@@ -107,20 +111,26 @@ def _entry(project: Project, found: Standing) -> dict[str, Any]:
 
 
 def status_rows(project: Project) -> list[tuple[str, ...]]:
-    """A row for each stage and one for ``IMAGE``."""
+    """Return a table row for each stage and one for ``IMAGE``."""
     return [
-        (each.stage, *_cells(each.reference, each.image, f"{each.state}{why}"))
-        for each in standings(project)
-        for why in [f": {each.why}" if each.why else ""]
+        (
+            status.stage,
+            *_cells(
+                status.reference,
+                status.image,
+                f"{status.state}: {status.reason}" if status.reason else status.state,
+            ),
+        )
+        for status in tag_statuses(project)
     ]
 
 
-def _narrower(rows: list[tuple[str, ...]]) -> Iterator[Table]:
-    """The table with the tags alone, for one project has one name, then without some columns."""
-    short = [(stage, reference.rpartition(":")[2], *rest) for stage, reference, *rest in rows]
-    for count in range(len(_SPARED) + 1):
-        kept = [name not in _SPARED[:count] for name in STATUS_HEADER]
-        yield tuple(compress(STATUS_HEADER, kept)), [tuple(compress(row, kept)) for row in short]
+def _narrower_tables(rows: list[tuple[str, ...]]) -> Iterator[Table]:
+    """Yield the table with tags instead of references, then with ever fewer columns."""
+    rows = [(stage, reference.rpartition(":")[2], *rest) for stage, reference, *rest in rows]
+    for count in range(len(_OPTIONAL_COLUMNS) + 1):
+        kept = [name not in _OPTIONAL_COLUMNS[:count] for name in STATUS_HEADER]
+        yield tuple(compress(STATUS_HEADER, kept)), [tuple(compress(row, kept)) for row in rows]
 
 
 def _cells(reference: str, image: Image | None, state: str) -> tuple[str, ...]:
@@ -133,37 +143,39 @@ def _cells(reference: str, image: Image | None, state: str) -> tuple[str, ...]:
 
 
 def _age(image: Image) -> str:
-    """How old an image is; its date is what whoever made it says."""
+    """Return the age of an image, or "-" if its builder wrote no valid date."""
     try:
-        made = datetime.fromisoformat(image.created[:19]).replace(tzinfo=timezone.utc)
+        created = datetime.fromisoformat(image.created[:19]).replace(tzinfo=timezone.utc)
     except ValueError:
         return "-"
-    return human_time((datetime.now(timezone.utc) - made).total_seconds())
+    return human_time((datetime.now(timezone.utc) - created).total_seconds())
 
 
-def _stands_for(project: Project, image: Image | None) -> str:
+def _origin(project: Project, image: Image | None) -> str:
     if image is None:
         return "missing"
     for stage in (*project.ledger.stages, SQUASH):
-        found = project.ledger.find(stage)
-        if found and found.id == image.id:
+        stage_image = project.ledger.find(stage)
+        if stage_image and stage_image.id == image.id:
             return f"stage {stage}"
-    proven = proven_stage(image)
-    if proven == HAND_MADE:
+    former_stage = proven_stage(image)
+    if former_stage == HAND_MADE:
         return "made by hand"
-    return f"an earlier {proven}" if proven else "not made here"
+    return f"an earlier {former_stage}" if former_stage else "not made here"
 
 
 def show_sizes(project: Project, plot: str) -> None:
-    """Show what is in ``IMAGE``, as a table, and as a picture in the file ``plot`` names."""
+    """Show the sizes of the parts of ``IMAGE``; if ``plot`` is set, also write that SVG file."""
     parts = sizes(project)
     project.console.table(("part", "name", "size"), size_rows(parts))
-    _draw(project, parts, plot)
+    _write_plot(project, parts, plot)
 
 
-def _draw(project: Project, parts: list[Size], plot: str) -> None:
+def _write_plot(project: Project, parts: list[Size], plot: str) -> None:
     if plot:
         try:
             Path(plot).write_text(picture(str(project.ledger.image), parts), encoding="utf-8")
         except OSError as error:
-            raise UsageError(f"--plot: {plot}: {error.strerror}; name another file") from None
+            raise UsageError(
+                f"--plot: cannot write {plot}: {error.strerror}; use another file"
+            ) from None

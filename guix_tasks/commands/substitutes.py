@@ -1,4 +1,4 @@
-"""Substitutes near by: ``guix publish`` of the newest stage image, in a container."""
+"""Serve substitutes locally: run ``guix publish`` of the newest stage image in a container."""
 
 from __future__ import annotations
 
@@ -38,28 +38,30 @@ if TYPE_CHECKING:
     from guix_tasks.stages.project import Project
 
 START_SECONDS = 60.0
-"""How long the server may take to listen."""
+"""Seconds until the server must listen."""
 
 
 def up(project: Project) -> None:
-    """Serve the store of the newest stage image, and say how other machines are to use it.
+    """Serve the store of the newest stage image and print the settings for other machines.
 
-    One that serves it already is left alone.  Raises ``UsageError`` where there is nothing to
-    serve or no network to serve on, ``EngineError`` where the server does not start.
+    A server that already serves this image keeps running.
+
+    Raise ``UsageError`` if there is no stage image or no network, and ``EngineError`` if the server
+    does not start.
     """
     engine, settings, console = project.engine, project.settings, project.console
     if settings.network == "none":
         raise UsageError(
-            "NETWORK=none: nobody reaches a server there; take the NETWORK line out, or name a "
-            "network"
+            "NETWORK=none: a substitute server would be unreachable; remove the NETWORK line, or "
+            "set a network"
         )
     image = project.ledger.last_stage()
     if image is None:
-        raise UsageError("no stage is there to serve from; run `inv base pull install` first")
+        raise UsageError("there is no stage to serve; run `inv base pull install` first")
     stage = proven_stage(image)
     server = find_server(engine, settings)
     if server and _serves(project, server, image):
-        console.say(f"substitutes: the stage {stage} is served already")
+        console.say(f"substitutes: already serving the stage {stage}")
     else:
         if server:
             engine.remove(server.id)
@@ -67,40 +69,40 @@ def up(project: Project) -> None:
         _start(project, image)
         if engine.is_dry:
             return
-        console.say(f"substitutes: the stage {stage} is served")
+        console.say(f"substitutes: serving the stage {stage}")
         server = find_server(engine, settings)
     if server:
-        _tell(project, server)
+        _print_settings(project, server)
 
 
 def down(project: Project) -> None:
-    """Stop serving; the key pair stays, for the next time."""
+    """Stop the server and keep its key pair."""
     server = find_server(project.engine, project.settings)
     if server is None:
-        project.console.say("substitutes: no server of this project is there")
+        project.console.say("substitutes: no server of this project is running")
         return
     project.engine.remove(server.id)
     project.engine.drop(server.image)
     if not project.engine.is_dry:
         project.console.say(
-            "substitutes: stopped; the key stays until `inv clean`, which removes volumes, too"
+            "substitutes: stopped; the key is kept until `inv clean`, which also removes volumes"
         )
 
 
 def _serves(project: Project, server: Container, image: Image) -> bool:
-    listens = server.labels.get(LISTEN_LABEL) == str(project.settings.substitutes_listen)
-    reached = listens and server_url(project.engine, project.settings, server)
-    return bool(reached) and server.running and server.image == image.id
+    has_address = server.labels.get(LISTEN_LABEL) == str(project.settings.substitutes_listen)
+    url = has_address and server_url(project.engine, project.settings, server)
+    return bool(url) and server.running and server.image == image.id
 
 
 def _start(project: Project, image: Image) -> None:
-    """Start the server, in which nothing is root and no right is given.
+    """Start the server as an unprivileged user without capabilities.
 
-    It asks Guix's daemon what is in the store, which reads that from a database that it has to
-    own, so that and a daemon are the unprivileged user's.
+    ``guix publish`` queries the daemon, which must own the database of the store. So the daemon
+    runs as the same user, which gets the database.
     """
     engine = project.engine
-    # It fetches and builds nothing.
+    # The server neither fetches nor builds.
     settings = replace(
         project.settings,
         guix_sandbox=Sandbox.ROOTLESS,
@@ -143,7 +145,7 @@ def _spec(project: Project, image: Image) -> ContainerSpec:
 
 
 def _volume(settings: Settings) -> str:
-    """Where the key pair is kept; nothing else sees that volume."""
+    """Return the volume of the key pair; only the server mounts it."""
     return f"{settings.cache_volume or 'guix-tasks'}-{project_digest(settings)}-signing-key"
 
 
@@ -154,22 +156,22 @@ def _script(spec: ContainerSpec, settings: Settings) -> bytes:
 
 
 def _await_start(project: Project, container: str) -> None:
-    """Start the container and come back when it listens; it stays when this process has gone."""
-    lines, last = Lines(), ""
+    """Start the container and wait until it listens; it outlives this process."""
+    lines, last_line = Lines(), ""
     with time_limit(project.engine, container, START_SECONDS, grace=1):
         for _, data in project.engine.run(container):
             for line in lines.add(data):
                 if guix.is_publishing(line):
                     return
-                last = line.strip() or last
+                last_line = line.strip() or last_line
     if not project.engine.is_dry:
         raise EngineError(
-            f"the substitute server did not start ({last or 'it said nothing'}); where its port "
-            "is taken, choose another by SUBSTITUTES_LISTEN"
+            f"cannot start the substitute server: {last_line or 'no output'}; "
+            "if its port is in use, set another in SUBSTITUTES_LISTEN"
         )
 
 
-def _tell(project: Project, server: Container) -> None:
+def _print_settings(project: Project, server: Container) -> None:
     settings, console = project.settings, project.console
     listen = settings.substitutes_listen
     key = public_key(project.engine, server)
@@ -180,31 +182,31 @@ def _tell(project: Project, server: Container) -> None:
     write_whole(path, key)
     host = project.engine.info().name if listen.address == ANY else listen.address
     url = f"http://{host}:{listen.port}"
-    console.say(f"substitutes: {url}, its public key: {path}")
+    console.say(f"substitutes: {url}, public key: {path}")
     if listen.is_loopback:
         console.say(
-            "substitutes: other machines do not reach it; "
-            f"`inv substitutes.up --listen {ANY}:{listen.port}` lets them"
+            "substitutes: unreachable for other machines; "
+            f"`inv substitutes.up --listen {ANY}:{listen.port}` makes it reachable"
         )
         return
-    known = f" and a name that it knows in the place of {host}" if listen.address == ANY else ""
-    console.say(f"substitutes: for the .env of another machine, with the key beside it{known}:")
-    for line in _lines(settings, url, path):
+    name = f"; replace {host} with a name that it resolves" if listen.address == ANY else ""
+    console.say(f"substitutes: for .env of another machine, with the key next to it{name}:")
+    for line in _client_settings(settings, url, path):
         console.result(line)
 
 
 def key_file(settings: Settings) -> Path:
-    """Where its public key is written; the keys of several projects can lie beside each other."""
+    """Return the path of the public key. The name differs between projects."""
     name = settings.image.repository.rpartition("/")[2]
     return settings.output_folder / f"substitutes-{name}.pub"
 
 
-def _lines(settings: Settings, url: str, key: Path) -> tuple[str, str]:
-    """What another machine has to set to take from here first."""
+def _client_settings(settings: Settings, url: str, key: Path) -> tuple[str, str]:
+    """Return the settings with which another machine asks this server first."""
     urls = settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS
-    # A folder of this machine is none of another's, and so is its key.
-    urls = tuple(each for each in urls if not each.startswith("file:"))
-    names = [key.name, *(each.name for each in settings.guix_substitute_keys if urls)]
+    # Another machine cannot read the directories of this one and needs no key for them.
+    urls = tuple(url for url in urls if not url.startswith("file:"))
+    names = [key.name, *(path.name for path in settings.guix_substitute_keys if urls)]
     return (
         f'GUIX_SUBSTITUTE_URLS="{" ".join((url, *urls))}"',
         f'GUIX_SUBSTITUTE_KEYS="{" ".join(names)}"',

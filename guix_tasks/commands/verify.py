@@ -1,4 +1,4 @@
-"""Verify: an image tested from outside, in a fresh container."""
+"""Test an image in a fresh container."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ CHECKS = ("daemon", "build", "channels", "packages", "certificates")
 
 
 def verify(project: Project, stage: str | None = None) -> None:
-    """Run every check and say how it went.  ``CheckError`` names those that failed.
+    """Run all checks and print their results. Raise ``CheckError`` if a check fails.
 
-    The image's own entry point starts the daemon, where it has one; that is what its users get.
+    If the image has an entry point, that starts the daemon, as it does for users of the image.
     """
     image = image_to_use(project, stage)
     project = project.settled(image, as_root=True)
@@ -33,8 +33,8 @@ def verify(project: Project, stage: str | None = None) -> None:
         (f"{FOLDER}/verify",),
         {
             "verify": Path(__file__).with_suffix(".sh").read_bytes(),
-            "commits": _lines(guix.commits(image.labels.get(CHANNELS_LABEL, "")).values()),
-            "packages": _lines(_rows(image)),
+            "commits": _to_lines(guix.commits(image.labels.get(CHANNELS_LABEL, "")).values()),
+            "packages": _to_lines(_package_rows(image)),
         },
         entry_point=tuple(image.config.get("Entrypoint") or (ENTRY_POINT,)),
         environment=guix_environment(project.settings),
@@ -43,29 +43,29 @@ def verify(project: Project, stage: str | None = None) -> None:
         report = perform(project, container, "verify")
     if project.engine.is_dry:
         return
-    answers = dict(_answers(report))
+    results = dict(_parse_results(report))
     for check in CHECKS:
-        project.console.say(f"verify: {check}: {answers.get(check, 'was not reached')}")
-    wrong = [check for check in CHECKS if answers.get(check) != "ok"]
-    if wrong:
-        raise CheckError(f"verify: {project.ledger.image} failed: {', '.join(wrong)}")
+        project.console.say(f"verify: {check}: {results.get(check, 'not reached')}")
+    failures = [check for check in CHECKS if results.get(check) != "ok"]
+    if failures:
+        raise CheckError(f"verify: {project.ledger.image} failed: {', '.join(failures)}")
 
 
-def _answers(report: str) -> Iterator[tuple[str, str]]:
-    """Each check with ``ok``, or with ``failed: REASON``."""
+def _parse_results(report: str) -> Iterator[tuple[str, str]]:
+    """Yield the name of each check with ``ok`` or ``failed: REASON``."""
     for line in report.splitlines():
         verdict, _, rest = line.partition(" ")
         name, _, reason = rest.partition(": ")
         yield name, f"failed: {reason}" if verdict == "failed" else verdict
 
 
-def _rows(image: Image) -> Iterator[str]:
-    """The packages that the image's label names, as name, version and output by tabs."""
+def _package_rows(image: Image) -> Iterator[str]:
+    """Yield name, version and output of each package of the image's label, separated by tabs."""
     for package in image.labels.get(PACKAGES_LABEL, "").split():
         name, _, rest = package.partition("@")
         version, _, output = rest.partition(":")
         yield f"{name}\t{version}\t{output or 'out'}"
 
 
-def _lines(texts: Iterable[str]) -> bytes:
+def _to_lines(texts: Iterable[str]) -> bytes:
     return "".join(f"{text}\n" for text in texts).encode()

@@ -1,13 +1,13 @@
 #!/bin/sh
-# Checks an image from within a fresh container of it.  One line a check on standard output:
-# "ok NAME" or "failed NAME: reason".  What is expected lies beside this file.
+# Check an image inside a fresh container.  Print one line per check to standard output:
+# "ok NAME" or "failed NAME: reason".  The expected values are in files next to this one.
 set -u
 here=/var/guix/guix-tasks
 
 ok() { printf 'ok %s\n' "$1"; }
 failed() { printf 'failed %s: %s\n' "$1" "$2"; }
 
-# The last line of a command's errors, which is where Guix says what is wrong.
+# Report the last line of a failed command, which is Guix's error message.
 check() {
   name=$1
   shift
@@ -18,7 +18,7 @@ check() {
 
 daemon_answers() { guix gc --references "$(readlink -f "$(command -v guix)")" || guix gc --list-roots; }
 
-# Salted, so that it is built and not found in the store.
+# The current time is in the derivation, so that it is never in the store already.
 derivation_builds() {
   guix build --no-grafts --expression="
     (begin (use-modules (guix gexp))
@@ -26,32 +26,32 @@ derivation_builds() {
         #~(call-with-output-file #\$output (lambda (port) (display \"$(date +%s%N)\" port)))))"
 }
 
-channels_are_right() {
-  guix describe --format=channels >"$here/channels.got"
+channels_match() {
+  guix describe --format=channels >"$here/channels.actual"
   while read -r commit; do
-    grep -q "$commit" "$here/channels.got" || { echo "$commit is not what guix describe names" >&2; return 1; }
+    grep -q "$commit" "$here/channels.actual" || { echo "guix describe does not list $commit" >&2; return 1; }
   done <"$here/commits"
 }
 
-packages_are_there() {
-  guix package --list-installed | tr -d ' ' | cut -f 1,2,3 >"$here/packages.got"
+packages_are_installed() {
+  guix package --list-installed | tr -d ' ' | cut -f 1,2,3 >"$here/packages.actual"
   while IFS='	' read -r name version output; do
-    grep -qx "$name	$version	$output" "$here/packages.got" ||
+    grep -qx "$name	$version	$output" "$here/packages.actual" ||
       { echo "$name@$version:$output is not in the profile" >&2; return 1; }
   done <"$here/packages"
 }
 
-certificates_are_there() {
+certificates_exist() {
   for bundle in "${SSL_CERT_FILE:-}" /etc/ssl/certs/ca-certificates.crt \
     /var/guix/profiles/per-user/root/guix-profile/etc/ssl/certs/ca-certificates.crt; do
     [ -n "$bundle" ] && grep -qs 'BEGIN CERTIFICATE' "$bundle" && return 0
   done
-  echo 'no bundle of certificates where SSL_CERT_FILE, Debian or Guix has it' >&2
+  echo 'no certificate bundle at SSL_CERT_FILE or at the paths of Debian and Guix' >&2
   return 1
 }
 
 check daemon daemon_answers
 check build derivation_builds
-check channels channels_are_right
-check packages packages_are_there
-check certificates certificates_are_there
+check channels channels_match
+check packages packages_are_installed
+check certificates certificates_exist

@@ -1,4 +1,4 @@
-"""Weather: whether there are substitutes, before hours are spent on building."""
+"""Report which packages have substitutes and which must be built."""
 
 from __future__ import annotations
 
@@ -20,50 +20,53 @@ if TYPE_CHECKING:
 
 
 def weather(project: Project, *, as_json: bool = False) -> None:
-    """Print what has a substitute, for each of ``PLATFORMS``.
+    """Print the available substitutes for each of ``PLATFORMS``.
 
-    The Guix of the stage that ``install`` starts from is asked, for the engine's own platform: it
-    knows of all systems.  Raises ``CheckError`` where something has none.
+    Guix of the parent image of ``install`` queries the servers. It runs on the engine's platform
+    and can query for every system.
+
+    Raise ``CheckError`` if a substitute is missing.
     """
     platforms = project.settings.platforms
-    own = replace(project, settings=replace(project.settings, platforms=()))
-    image = Lifecycle(own).parent_image("install", Wishes())
-    systems = [each.guix_system for each in platforms or (Platform.parse(image.platform),)]
-    found = forecast(own, image, list(dict.fromkeys(systems)))
-    for line in (
-        [json.dumps([_entry(each) for each in found], indent=2)] if as_json else _lines(found)
-    ):
-        project.console.result(line)
-    lacking = [f"{each.system} ({' '.join(each.missing)})" for each in found if each.missing]
-    if lacking:
-        raise CheckError(f"weather: not all has a substitute for {', '.join(lacking)}")
+    native = replace(project, settings=replace(project.settings, platforms=()))
+    image = Lifecycle(native).parent_image("install", Wishes())
+    systems = [platform.guix_system for platform in platforms or (Platform.parse(image.platform),)]
+    forecasts = forecast(native, image, list(dict.fromkeys(systems)))
+    if as_json:
+        project.console.result(json.dumps([_json_entry(result) for result in forecasts], indent=2))
+    else:
+        for line in _lines(forecasts):
+            project.console.result(line)
+    missing = [f"{r.system} ({' '.join(r.missing)})" for r in forecasts if r.missing]
+    if missing:
+        raise CheckError(f"weather: substitutes are missing for {', '.join(missing)}")
 
 
-def _entry(found: Forecast) -> dict[str, object]:
+def _json_entry(result: Forecast) -> dict[str, object]:
     return {
-        "system": found.system,
-        "wanted": found.wanted,
-        "missing": found.missing,
-        "items": found.items,
-        "download_bytes": found.packed,
-        "download_unknown_items": found.unknown,
-        "store_bytes": found.unpacked,
+        "system": result.system,
+        "wanted": result.wanted,
+        "missing": result.missing,
+        "items": result.items,
+        "download_bytes": result.packed,
+        "download_unknown_items": result.unknown,
+        "store_bytes": result.unpacked,
     }
 
 
 def _lines(forecasts: list[Forecast]) -> Iterator[str]:
-    for found in forecasts:
-        there = len(found.wanted) - len(found.missing)
-        yield f"{found.system}: {there} of {len(found.wanted)} available, {_sizes(found)}"
-        for name in found.missing:
-            state = "not for this system" if found.wanted[name] == "unsupported" else "missing"
+    for result in forecasts:
+        available = len(result.wanted) - len(result.missing)
+        yield f"{result.system}: {available} of {len(result.wanted)} available, {_sizes(result)}"
+        for name in result.missing:
+            state = "not for this system" if result.wanted[name] == "unsupported" else "missing"
             yield f"  {state}: {name}"
 
 
-def _sizes(found: Forecast) -> str:
-    if not found.items:
+def _sizes(result: Forecast) -> str:
+    if not result.items:
         return "nothing to download"
-    download = f"{human_size(found.packed)} to download"
-    if found.unknown:
-        download = f"at least {download}" if found.packed else "a download of unknown size"
-    return f"{download} ({human_size(found.unpacked)} of store items)"
+    download = f"{human_size(result.packed)} to download"
+    if result.unknown:
+        download = f"at least {download}" if result.packed else "a download of unknown size"
+    return f"{download} ({human_size(result.unpacked)} of store items)"

@@ -204,7 +204,7 @@ def test_a_builder_that_is_not_there(new_project: NewProject, engines_own: Build
         error = one_error(missing.inv(project, task), 6)
         assert "nobody-made-it" in error
         assert "`inv buildx.setup` makes it" in error
-    assert "there is no builder" in missing.ok(project, "buildx.down").stderr
+    assert "builder nobody-made-it does not exist" in missing.ok(project, "buildx.down").stderr
 
 
 def plain_definition(folder: Path, base: str, labels: dict[str, str], user: str) -> Definition:
@@ -290,8 +290,8 @@ def test_a_remote_builder_that_does_not_answer(
     far = engines_own.but(BUILDX_DRIVER="remote", BUILDX_NODES=endpoint, BUILDX_BUILDER="far")
     project = new_project()
     error = one_error(far.inv(project, "buildx.setup"), 6)
-    assert "mend BUILDX_NODES" in error
-    assert "there is no builder far" in far.ok(project, "buildx.down").stderr
+    assert "correct BUILDX_NODES" in error
+    assert "builder far does not exist" in far.ok(project, "buildx.down").stderr
 
 
 # --- A builder that runs insecure steps ------------------------------------------------------
@@ -320,7 +320,7 @@ def test_the_image_is_the_same_both_ways(
 def test_a_builder_is_made_anew_with_its_cache(insecure: Builder, new_project: NewProject) -> None:
     """Where all is well nothing is done; the selected builder is another before and after."""
     project = new_project()
-    assert "is there" in insecure.ok(project, "buildx.setup").stderr
+    assert "exists" in insecure.ok(project, "buildx.setup").stderr
     before = insecure.ok(project, "buildx.status").stdout
     assert "network.host security.insecure" in before
     said = insecure.ok(project, "--echo", "buildx.setup", "--recreate").stderr

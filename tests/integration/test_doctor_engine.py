@@ -165,7 +165,9 @@ def test_a_base_image_that_is_not_to_be_had(new_project: NewProject) -> None:
     project.set(BASE_IMAGE=f"{project.repository}:nope")
     found = examine(project)
     assert found.failed == {"base image"}
-    assert f"{project.repository}:nope is neither here nor to be had" in found.said("base image")
+    assert f"{project.repository}:nope is neither on the engine nor in its registry" in found.said(
+        "base image"
+    )
     assert found.state("sandbox") == "note"
 
 

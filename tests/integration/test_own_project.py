@@ -94,7 +94,7 @@ def test_a_tasks_py_of_another_kind_is_in_nobodys_way(program: Path, tmp_path: P
     (folder / "tasks.py").write_text("from invoke import task\n")
     result = run(program / "guix-tasks", folder, "init")
     assert result.returncode == 0, result.stderr
-    assert "init: tasks.py is there, left alone" in result.stderr
+    assert "init: tasks.py exists, unchanged" in result.stderr
 
 
 def test_guix_tasks_is_inv_where_there_is_a_tasks_py(program: Path, tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def test_doctor_knows_the_account(new_project: NewProject) -> None:
     said = new_project().inv("doctor").stdout
     found = re.search(r"^ok +registry: (.*)$", said, re.MULTILINE)
     assert found
-    assert found[1].endswith("answers to the account that `inv registry.up` made")
+    assert found[1].endswith("answers to the account that `inv registry.up` created")
 
 
 @pytest.mark.both_stores

@@ -17,9 +17,9 @@ from guix_tasks.commands.buildx_setup import (
     STATUS_HEADER,
     SetupWishes,
     cache_size,
+    check_endpoint,
     create_argv,
     parse_cache_size,
-    refuse_silent,
     set_up,
     status_rows,
     take_down,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _endpoints_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of these tests are names only."""
-    monkeypatch.setattr(buildx_setup, "refuse_silent", lambda _endpoint: None)
+    monkeypatch.setattr(buildx_setup, "check_endpoint", lambda _endpoint: None)
 
 
 @pytest.fixture
@@ -73,32 +73,32 @@ def made(fake: FakeBuildx, name: str = NAME) -> Builder:
 
 def test_an_endpoint_that_is_listened_at_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        refuse_silent(f"tcp://127.0.0.1:{server.getsockname()[1]}")
+        check_endpoint(f"tcp://127.0.0.1:{server.getsockname()[1]}")
     with socket.socket(socket.AF_UNIX) as local:
         local.bind(str(tmp_path / "s"))
         local.listen()
-        refuse_silent(f"unix://{tmp_path}/s")
+        check_endpoint(f"unix://{tmp_path}/s")
 
 
 @pytest.mark.parametrize("endpoint", ["ssh://b.test", "a-context", "kubernetes://x"])
 def test_what_only_others_can_reach_is_left_to_them(endpoint: str) -> None:
-    refuse_silent(endpoint)
+    check_endpoint(endpoint)
 
 
 def test_an_endpoint_that_nobody_listens_at_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         free = f"tcp://127.0.0.1:{server.getsockname()[1]}"
     for endpoint in (free, f"unix://{tmp_path}/none"):
-        with pytest.raises(BuilderError, match="nobody answers at") as caught:
-            refuse_silent(endpoint)
+        with pytest.raises(BuilderError, match="does not answer") as caught:
+            check_endpoint(endpoint)
         assert endpoint in str(caught.value)
-        assert "mend BUILDX_NODES" in str(caught.value)
+        assert "correct BUILDX_NODES" in str(caught.value)
 
 
 def test_where_one_of_the_nodes_is_silent_nothing_is_made(
     site: Site, fake: FakeBuildx, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(buildx_setup, "refuse_silent", refuse_silent)
+    monkeypatch.setattr(buildx_setup, "check_endpoint", check_endpoint)
     site.env |= {"BUILDX_DRIVER": "remote", "BUILDX_NODES": "unix:///none"}
     assert "unix:///none" in refused(site, fake)
     assert fake.calls("create") == []
@@ -114,7 +114,7 @@ def test_a_missing_one_is_made_on_the_engine_and_started(site: Site, fake: FakeB
     assert (builder.driver, node.endpoint, node.status) == ("docker-container", SOCKET, "running")
     assert node.flags == tuple(FLAGS.split())
     assert dict(node.options) == OPTIONS
-    assert f"making {NAME} (docker-container)" in said
+    assert f"creating {NAME} (docker-container)" in said
     assert f"{NAME} (docker-container) runs insecure steps\n" in said
 
 
@@ -130,7 +130,7 @@ def test_the_builder_that_the_user_has_selected_stays_selected(
 def test_it_is_selected_where_that_is_asked_for(site: Site, fake: FakeBuildx) -> None:
     said = setup(site, fake, use=True)
     assert fake.state["selected"] == NAME
-    assert f"builds with {NAME} from now on" in said
+    assert f"`docker buildx` now builds with {NAME}" in said
 
 
 def test_one_that_cannot_do_it_is_not_selected(site: Site, fake: FakeBuildx) -> None:
@@ -169,13 +169,13 @@ def test_an_option_of_a_node_comes_before_the_usual_one(site: Site, fake: FakeBu
 def test_a_builder_has_the_proxies_that_hold_no_account(site: Site, fake: FakeBuildx) -> None:
     """Its options are for all to see; and where a proxy is another day's, it stays as it is."""
     site.env.update(http_proxy="http://p.test:1", https_proxy="http://me:hunter2@p.test:1")
-    assert "goes without https_proxy" in setup(site, fake)
+    assert "does not use https_proxy" in setup(site, fake)
     options = dict(made(fake).nodes[0].options)
     assert options["env.http_proxy"] == options["env.HTTP_PROXY"] == "http://p.test:1"
     assert "hunter2" not in repr(fake.calls("create"))
     assert "env.https_proxy" not in options
     site.env.update(http_proxy="http://q.test:1", https_proxy="")
-    assert "is there" in setup(site, fake)
+    assert "exists" in setup(site, fake)
 
 
 def test_an_option_with_commas_is_one_option(site: Site) -> None:
@@ -205,7 +205,7 @@ def test_in_a_cluster_a_node_is_named_and_it_is_said_to_be_untried(
     assert call.argv[-1] == f"--node={NAME}0"
     assert "network=host" not in call.text
     assert "warning: the driver kubernetes is experimental" in said
-    assert f"{NAME} is there" in setup(site, fake)
+    assert f"{NAME} exists" in setup(site, fake)
 
 
 def test_the_engine_itself_is_not_made_and_is_looked_at(site: Site, fake: FakeBuildx) -> None:
@@ -226,13 +226,13 @@ def test_a_frontend_that_it_needs_is_said(site: Site, fake: FakeBuildx) -> None:
 def test_nothing_is_changed_where_all_is_well(site: Site, fake: FakeBuildx) -> None:
     setup(site, fake)
     before = fake.changes()
-    assert f"{NAME} is there" in setup(site, fake)
+    assert f"{NAME} exists" in setup(site, fake)
     assert fake.changes() == before
 
 
 def test_one_that_is_stopped_is_started(site: Site, fake: FakeBuildx) -> None:
     fake.add(status="stopped")
-    assert f"{NAME}0 does not run; starting it" in setup(site, fake)
+    assert f"{NAME}0 is not running; starting it" in setup(site, fake)
     assert fake.changes() == [f"inspect --bootstrap {NAME}"]
     assert made(fake).nodes[0].status == "running"
 
@@ -242,9 +242,9 @@ def test_one_that_is_stopped_is_started(site: Site, fake: FakeBuildx) -> None:
     [
         ("remote", {}, "its driver is remote, not docker-container"),
         ("", {"endpoint": "tcp://b.test:1"}, f"{NAME}0 is at tcp://b.test:1, not at {SOCKET}"),
-        ("", {"flags": ""}, "made without the entitlement security.insecure"),
-        ("", {"options": {**OPTIONS, "network": "bridge"}}, "made without network=host"),
-        ("", {"options": {}}, "made without network=host"),
+        ("", {"flags": ""}, "created without the entitlement security.insecure"),
+        ("", {"options": {**OPTIONS, "network": "bridge"}}, "created without network=host"),
+        ("", {"options": {}}, "created without network=host"),
     ],
 )
 def test_what_is_otherwise_is_reported_and_left_alone(
@@ -253,8 +253,8 @@ def test_what_is_otherwise_is_reported_and_left_alone(
     fake.add(driver=driver or "docker-container", status="stopped", **there)
     told = refused(site, fake)
     assert said in told
-    assert "`inv buildx.setup --recreate` makes it anew and keeps its cache" in told
-    assert told.endswith("or mend BUILDX_DRIVER and BUILDX_NODES")
+    assert "`inv buildx.setup --recreate` (keeps the cache)" in told
+    assert told.endswith("or change BUILDX_DRIVER and BUILDX_NODES")
     assert fake.changes() == []
 
 
@@ -267,7 +267,7 @@ def test_another_number_of_nodes_is_reported(site: Site, fake: FakeBuildx) -> No
 def test_other_platforms_of_a_node_are_reported(site: Site, fake: FakeBuildx) -> None:
     site.env["BUILDX_NODES"] = f"{SOCKET},platform=linux/amd64"
     fake.add()
-    assert f"{NAME}0 is for all that it has, not linux/amd64" in refused(site, fake)
+    assert f"{NAME}0 is for all that it supports, not linux/amd64" in refused(site, fake)
     setup(site, fake, recreate=True)
     site.env["BUILDX_NODES"] = f"{SOCKET},platform=linux/arm64"
     assert f"{NAME}0 is for linux/amd64, not linux/arm64" in refused(site, fake)
@@ -294,9 +294,9 @@ def test_one_that_works_stays_where_the_new_one_could_not_be_made(
     site: Site, fake: FakeBuildx, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake.add()
-    monkeypatch.setattr(buildx_setup, "refuse_silent", refuse_silent)
+    monkeypatch.setattr(buildx_setup, "check_endpoint", check_endpoint)
     site.env["BUILDX_NODES"] = "unix:///none"
-    assert "nobody answers at unix:///none" in refused(site, fake, recreate=True)
+    assert "unix:///none does not answer" in refused(site, fake, recreate=True)
     assert fake.changes() == []
 
 
@@ -353,8 +353,9 @@ def test_the_error_that_is_told_is_the_first(site: Site, fake: FakeBuildx) -> No
     project = site.project()
     with pytest.raises(BuilderError, match="no route to host"):
         set_up(project, fake.program(), SetupWishes())
-    assert f"warning: {NAME} is half made (it does not go away); `inv buildx.down`" in heard(
-        project
+    assert (
+        f"warning: {NAME} is only partly created (it does not go away); `inv buildx.down`"
+        in heard(project)
     )
 
 
@@ -382,7 +383,9 @@ def binfmt(site: Site, fake: FakeBuildx, *, works: bool = True, status: int = 0)
 def test_a_platform_that_no_node_has_is_told_with_the_command(site: Site, fake: FakeBuildx) -> None:
     site.env["PLATFORMS"] = "linux/amd64 linux/arm64 linux/arm/v7"
     said = setup(site, fake)
-    assert "warning: no node has linux/arm64, linux/arm/v7: `docker run --privileged --rm" in said
+    assert (
+        "warning: no node supports linux/arm64, linux/arm/v7: `docker run --privileged --rm" in said
+    )
     assert f"{BINFMT_IMAGE} --install arm64,arm`" in said
     assert site.engine.specs == []
 
@@ -409,7 +412,7 @@ def test_emulators_that_cannot_be_installed_are_an_error(site: Site, fake: FakeB
     site.env["PLATFORMS"] = "linux/arm64"
     fake.add()
     binfmt(site, fake, works=False, status=1)
-    assert "emulators for arm64 were not installed" in refused(site, fake, binfmt=True, use=True)
+    assert "cannot install emulators for arm64" in refused(site, fake, binfmt=True, use=True)
     assert site.engine.all_containers == {}
     assert fake.state["selected"] == "mine"
 
@@ -420,7 +423,7 @@ def test_a_builder_that_does_not_see_its_emulators_is_an_error(
     site.env["PLATFORMS"] = "linux/arm64"
     fake.add()
     binfmt(site, fake, works=False)
-    assert "has no linux/arm64 yet; `inv buildx.setup --recreate`" in refused(
+    assert "does not support linux/arm64 yet; `inv buildx.setup --recreate`" in refused(
         site, fake, binfmt=True
     )
 
@@ -550,13 +553,13 @@ def test_down_removes_it(site: Site, fake: FakeBuildx, *, keep: bool, argv: str)
     take_down(project, fake.program(), keep_cache=keep)
     assert fake.changes() == [argv]
     assert list(fake.state["builders"]) == ["other"]
-    assert (", its cache kept" in heard(project)) == keep
+    assert (", kept its cache" in heard(project)) == keep
 
 
 def test_down_of_none_says_so(site: Site, fake: FakeBuildx) -> None:
     project = site.project()
     take_down(project, fake.program(), keep_cache=False)
-    assert heard(project) == f"buildx.down: there is no builder {NAME}\n"
+    assert heard(project) == f"buildx.down: builder {NAME} does not exist\n"
 
 
 def test_down_leaves_the_engine(site: Site, fake: FakeBuildx) -> None:
@@ -564,5 +567,5 @@ def test_down_leaves_the_engine(site: Site, fake: FakeBuildx) -> None:
     site.env["BUILDX_DRIVER"] = "docker"
     project = site.project()
     take_down(project, fake.program(), keep_cache=False)
-    assert "the engine itself; nothing to remove" in heard(project)
+    assert "the engine itself is the builder; nothing to remove" in heard(project)
     assert fake.changes() == []

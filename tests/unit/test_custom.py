@@ -259,14 +259,16 @@ def test_what_a_stage_made_that_is_no_more_is_pushed_with_a_warning(made: OwnSit
     made.stages = (DEPS,)
     project = made.project()
     assert [*push(project)] == [IMAGE]
-    assert "made by none of these stages" in heard(project)
+    assert "not built by a stage of this project" in heard(project)
     # What is made next takes its place.
     made.make("deps")
     assert made.image().id == made.image("deps").id
 
 
 def test_a_stage_that_is_not_there_is_told_with_those_that_are(made: OwnSite) -> None:
-    with pytest.raises(UsageError, match=r"there are base, pull, install, deps, checked and squ"):
+    with pytest.raises(
+        UsageError, match=r"its stages are base, pull, install, deps, checked and squ"
+    ):
         image_to_use(made.project(), "nothing")
 
 

@@ -106,15 +106,15 @@ def about(site: Site, **fields: object) -> None:
 def test_the_engine_is_told_with_the_rule_that_found_it(site: Site) -> None:
     about(site, cgroups="2", security=("seccomp", "apparmor"))
     engine, host, _ = find(site, "engine")
-    assert engine.said == "fake at unix:///fake.sock (fake), Docker 28, linux/amd64, memory"
-    assert (host.state, host.said) == (OK, "cgroups v2, seccomp, apparmor")
+    assert engine.message == "fake at unix:///fake.sock (fake), Docker 28, linux/amd64, memory"
+    assert (host.state, host.message) == (OK, "cgroups v2, seccomp, apparmor")
 
 
 def test_a_rootless_engine_is_a_note_with_what_to_do(site: Site) -> None:
     about(site, security=("seccomp", "rootless"))
-    (note,) = (each for each in find(site, "engine") if each.state is NOTE and each.mend)
-    assert "rootless" in note.said
-    assert "an engine that runs as root" in note.mend
+    (note,) = (each for each in find(site, "engine") if each.state is NOTE and each.hint)
+    assert "rootless" in note.message
+    assert "an engine that runs as root" in note.hint
 
 
 @pytest.mark.parametrize(
@@ -132,12 +132,12 @@ def test_a_clock_that_is_off_is_told_with_its_direction(
     about(site, time=datetime.now(timezone.utc) + timedelta(seconds=seconds))
     clock = find(site, "engine")[-1]
     assert (clock.check, clock.state) == ("clock", state)
-    assert said in clock.said
-    assert "-" not in clock.said
+    assert said in clock.message
+    assert "-" not in clock.message
 
 
 def test_an_engine_that_tells_no_time_is_not_said_to_be_right(site: Site) -> None:
-    assert find(site, "engine")[-1] == Finding("clock", NOTE, "the engine does not tell its time")
+    assert find(site, "engine")[-1] == Finding("clock", NOTE, "the engine does not report its time")
 
 
 @pytest.mark.parametrize(
@@ -166,8 +166,8 @@ def test_room_on_the_engines_disk(
     about(site, root=str(tmp_path))
     disk = one(site, "disk")
     assert disk.state is state
-    assert f"free at {tmp_path}; about 4 GB is needed" in disk.said
-    assert ("`inv clean`" in disk.mend) == (state is FAILED)
+    assert f"free at {tmp_path}; about 4 GB is needed" in disk.message
+    assert ("`inv clean`" in disk.hint) == (state is FAILED)
 
 
 def test_a_commit_needs_room_for_another_image(
@@ -189,7 +189,9 @@ def test_a_commit_needs_room_for_another_image(
 )
 def test_a_disk_that_cannot_be_seen_is_not_judged(site: Site, fields: dict[str, str]) -> None:
     about(site, **fields)
-    assert one(site, "disk") == Finding("disk", NOTE, "the engine's disk cannot be seen from here")
+    assert one(site, "disk") == Finding(
+        "disk", NOTE, "the engine's disk is not visible from this machine"
+    )
 
 
 def test_a_folder_that_is_closed_to_this_user_is_not_judged(
@@ -208,7 +210,7 @@ def test_a_folder_that_is_closed_to_this_user_is_not_judged(
 
 
 def test_a_base_image_that_is_here(site: Site) -> None:
-    assert one(site, "base image").said.startswith(f"{BASE_IMAGE} is here, ")
+    assert one(site, "base image").message.startswith(f"{BASE_IMAGE} is on the engine, ")
 
 
 def test_a_base_image_that_is_in_its_registry(site: Site) -> None:
@@ -220,19 +222,22 @@ def test_a_base_image_that_is_nowhere(site: Site) -> None:
     site.env["BASE_IMAGE"] = "registry.test/none:1"
     found = one(site, "base image")
     assert found.state is FAILED
-    assert "registry.test/none:1" in found.said
-    assert "`inv rootfs`" in found.mend
+    assert "registry.test/none:1" in found.message
+    assert "`inv rootfs`" in found.hint
 
 
 def test_podman_is_not_asked_what_it_cannot_tell(site: Site) -> None:
     about(site, product="Podman", version="4.3.1", security=("rootless",))
     engine = next(each for each in find(site, "engine") if each.check == "engine")
-    assert ", Podman 4.3.1, rootless, linux/amd64" in engine.said
+    assert ", Podman 4.3.1, rootless, linux/amd64" in engine.message
     site.env["BASE_IMAGE"] = "registry.test/none:1"
     image, registry = one(site, "base image"), one(site, "registry")
-    assert (image.state, image.mend) == (NOTE, "`podman pull registry.test/none:1` tells")
+    assert (image.state, image.hint) == (
+        NOTE,
+        "`podman pull registry.test/none:1` shows whether it can be pulled",
+    )
     assert registry.state is NOTE
-    assert "was not asked" in registry.said
+    assert "was not tested" in registry.message
     site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD=PASSWORD)
     assert one(site, "registry").state is OK
 
@@ -285,7 +290,7 @@ def test_a_probe_is_run_as_a_stage_is_and_reaches_nothing(site: Site) -> None:
 
 def test_a_probe_without_isolation_has_no_privilege(site: Site) -> None:
     site.env["GUIX_SANDBOX"] = "nochroot"
-    assert one(site, "sandbox").said.startswith("nochroot: Guix builds")
+    assert one(site, "sandbox").message.startswith("nochroot: Guix builds")
     assert not site.engine.specs[0].privileged
     assert site.engine.specs[0].security == ("seccomp=unconfined",)
 
@@ -306,8 +311,8 @@ def test_a_container_that_may_not_fork_is_told_by_guix_own_line(site: Site) -> N
     site.engine.behaviour = fails("substitute: looking", CLONE, "entry-point: the last lines")
     found = one(site, "sandbox")
     assert found.state is FAILED
-    assert found.said.endswith(f"Guix cannot build in a work container: {CLONE}")
-    assert "GUIX_SANDBOX=nochroot" in found.mend
+    assert found.message.endswith(f"Guix cannot build in a work container: {CLONE}")
+    assert "GUIX_SANDBOX=nochroot" in found.hint
 
 
 @pytest.mark.parametrize(
@@ -318,8 +323,8 @@ def test_a_container_that_may_not_fork_is_told_by_guix_own_line(site: Site) -> N
             "GUIX_SUBSTITUTE_KEYS",
         ),
         (["exec /var/guix/guix-tasks/entry-point.sh: exec format error"], "--binfmt"),
-        (["Segmentation fault"], "privileges"),
-        ([], "privileges"),
+        (["Segmentation fault"], "privileged"),
+        ([], "privileged"),
     ],
     ids=["key", "emulator", "other", "nothing"],
 )
@@ -327,22 +332,22 @@ def test_what_mends_a_sandbox_fits_its_cause(site: Site, lines: list[str], mend:
     site.engine.behaviour = fails(*lines, status=69)
     found = one(site, "sandbox")
     assert found.state is FAILED
-    assert (lines[-1] if lines else "it ended with status 69") in found.said
-    assert mend in found.mend
+    assert (lines[-1] if lines else "it ended with status 69") in found.message
+    assert mend in found.hint
 
 
 def test_a_base_image_that_gets_guix_by_the_dockerfile_is_no_fault(site: Site) -> None:
     site.engine.behaviour = fails(NO_GUIX, status=69)
     found = one(site, "sandbox")
     assert found.state is NOTE
-    assert "`inv base`" in found.mend
+    assert "`inv base`" in found.hint
 
 
 def test_a_base_stage_without_guix_is_one(made: Site) -> None:
     made.engine.behaviour = fails(NO_GUIX, status=69)
     found = one(made, "sandbox")
     assert found.state is FAILED
-    assert "BASE_IMAGE" in found.mend
+    assert "BASE_IMAGE" in found.hint
 
 
 def fault_at(call: str, message: str) -> Callable[[int, str, str], None]:
@@ -356,8 +361,8 @@ def fault_at(call: str, message: str) -> Callable[[int, str, str], None]:
 @pytest.mark.parametrize(
     ("refusal", "mend"),
     [
-        ("privileged mode is incompatible with user namespaces", doctor._PRIVILEGES),
-        ("authorization denied by plugin", doctor._PRIVILEGES),
+        ("privileged mode is incompatible with user namespaces", doctor._PRIVILEGES_HINT),
+        ("authorization denied by plugin", doctor._PRIVILEGES_HINT),
         ("no space left on device", ""),
     ],
 )
@@ -366,8 +371,8 @@ def test_an_engine_that_refuses_privileges_gets_the_mend_for_that(
 ) -> None:
     site.engine.fault = fault_at("create", f"the engine could not make a container: {refusal}")
     found = one(site, "sandbox")
-    assert (found.state, found.mend) == (FAILED, mend)
-    assert found.said.endswith(refusal)
+    assert (found.state, found.hint) == (FAILED, mend)
+    assert found.message.endswith(refusal)
 
 
 @pytest.mark.parametrize("call", ["create", "copy_in", "run", "wait", "remove"])
@@ -389,7 +394,7 @@ def test_a_build_that_never_ends_is_stopped(site: Site, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(sandbox, "PROBE_SECONDS", 0.1)
     site.engine.behaviour = hangs
-    assert "it did not end within 0.1 s" in one(site, "sandbox").said
+    assert "it did not end within 0.1 s" in one(site, "sandbox").message
     assert site.engine.all_containers == {}
 
 
@@ -397,8 +402,8 @@ def test_a_platform_that_is_emulated_is_noted_and_the_other_one_probed(site: Sit
     site.env["PLATFORMS"] = "linux/arm64 linux/amd64"
     note, found = find(site, "sandbox")
     assert note.state is NOTE
-    assert "linux/arm64 is emulated" in note.said
-    assert "GUIX_SANDBOX=nochroot" in note.said
+    assert "linux/arm64 is emulated" in note.message
+    assert "GUIX_SANDBOX=nochroot" in note.message
     assert found.state is OK
     assert [spec.platform for spec in site.engine.specs] == ["linux/amd64"]
 
@@ -418,7 +423,7 @@ def test_mounts_that_the_engine_cannot_see(site: Site) -> None:
     about(site, url="tcp://far.test:2375")
     found = one(site, "mounts")
     assert found.state is FAILED
-    assert "tcp://far.test:2375" in found.said
+    assert "tcp://far.test:2375" in found.message
 
 
 def test_without_mounts_there_is_nothing_to_say_of_them(site: Site) -> None:
@@ -433,19 +438,19 @@ def test_a_registry_is_greeted_with_the_account_which_is_not_shown(site: Site) -
     site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD=PASSWORD)
     site.engine.registry.seen.clear()
     found = one(site, "registry")
-    assert (found.state, found.said) == (OK, "registry.test answers to DOCKER_USERNAME")
+    assert (found.state, found.message) == (OK, "registry.test answers to DOCKER_USERNAME")
     assert site.engine.registry.seen == [Credentials("some-user", PASSWORD)]
 
 
 def test_without_an_account_dockers_own_configuration_is_used(site: Site) -> None:
     site.engine.registry.seen.clear()
-    assert "Docker's own configuration" in one(site, "registry").said
+    assert "Docker's configuration" in one(site, "registry").message
     assert site.engine.registry.seen == [None]
 
 
 def test_the_account_of_a_local_registry_is_named(site: Site) -> None:
     site.engine.registry.local_accounts = {"registry.test": Credentials("local", PASSWORD)}
-    assert one(site, "registry").said.endswith("to the account that `inv registry.up` made")
+    assert one(site, "registry").message.endswith("to the account that `inv registry.up` created")
 
 
 def test_a_registry_that_refuses_is_told_with_its_mend(site: Site) -> None:
@@ -479,7 +484,7 @@ def program(fake: FakeBuildx, inspected: str = "") -> Buildx:
 
 def builder(site: Site, fake: FakeBuildx, inspected: str = "") -> Finding:
     version, found = find(site, "buildx", program(fake, inspected))
-    assert version.said.startswith("v0.26.1 at ")
+    assert version.message.startswith("v0.26.1 at ")
     assert found.check == "builder"
     return found
 
@@ -487,7 +492,7 @@ def builder(site: Site, fake: FakeBuildx, inspected: str = "") -> Finding:
 def test_a_machine_without_buildx_is_told_who_installs_it(site: Site) -> None:
     found = one(site, "buildx")
     assert found.state is NOTE
-    assert "`inv buildx.setup`" in found.mend
+    assert "`inv buildx.setup`" in found.hint
 
 
 def test_a_buildx_that_is_of_another_machine_is_one_finding(site: Site, fake: FakeBuildx) -> None:
@@ -496,13 +501,13 @@ def test_a_buildx_that_is_of_another_machine_is_one_finding(site: Site, fake: Fa
     broken = replace(fake.program(), program=str(fake.folder / "alien"))
     (found,) = find(site, "buildx", broken)
     assert found.state is FAILED
-    assert "Exec format error" in found.said
+    assert "Exec format error" in found.message
 
 
 def test_a_buildx_that_fails_is_one_finding(site: Site, fake: FakeBuildx) -> None:
     fake.fail("ERROR: cannot read its configuration", "version")
     (found,) = find(site, "buildx", fake.program())
-    assert (found.state, found.said) == (FAILED, "cannot read its configuration")
+    assert (found.state, found.message) == (FAILED, "cannot read its configuration")
 
 
 def test_a_builder_that_is_not_there_is_no_fault(site: Site, fake: FakeBuildx) -> None:
@@ -516,7 +521,7 @@ def test_a_builder_that_does_it_all(site: Site, fake: FakeBuildx) -> None:
     fake.add()
     found = builder(site, fake)
     assert found.state is OK
-    assert found.said == f"{NAME} runs insecure steps with its own frontend"
+    assert found.message == f"{NAME} runs insecure steps with its built-in frontend"
 
 
 def test_a_builder_with_an_old_frontend_names_the_one_that_it_fetches(
@@ -524,11 +529,11 @@ def test_a_builder_with_an_old_frontend_names_the_one_that_it_fetches(
 ) -> None:
     fake.add()
     fake.fail(UNKNOWN_FLAG, "build", without=("BUILDKIT_SYNTAX",))
-    assert builder(site, fake).said.endswith("with the frontend docker/dockerfile:1")
+    assert builder(site, fake).message.endswith("with the frontend docker/dockerfile:1")
     fake.fail(NO_IMAGE, "build", "BUILDKIT_SYNTAX")
     found = builder(site, fake)
     assert found.state is NOTE
-    assert "out of its reach" in found.said
+    assert "out of its reach" in found.message
 
 
 def test_a_builder_that_allows_no_insecure_steps(site: Site, fake: FakeBuildx) -> None:
@@ -536,7 +541,7 @@ def test_a_builder_that_allows_no_insecure_steps(site: Site, fake: FakeBuildx) -
     fake.fail(REFUSED, "build")
     found = builder(site, fake)
     assert found.state is NOTE
-    assert "--recreate" in found.mend
+    assert "--recreate" in found.hint
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -548,7 +553,7 @@ def test_a_builder_that_is_stopped_is_not_started(
     fake.add(status="stopped")
     found = builder(site, fake)
     assert found == Finding(
-        "builder", NOTE, f"{NAME}{others} does not run", "`inv buildx.setup` starts it"
+        "builder", NOTE, f"{NAME}{others} is not running", "`inv buildx.setup` starts it"
     )
     assert fake.changes() == []
     assert fake.verbs() == ["inspect"]
@@ -560,8 +565,8 @@ def test_a_node_that_cannot_be_reached_is_told_with_why(site: Site, fake: FakeBu
         r"Name: r\nDriver: remote\n\nNodes:\nName: r0\nEndpoint: tcp://b.test:1\nError: no route\n"
     )
     found = builder(site, fake, text)
-    assert found.said == "r0 does not run: no route"
-    assert "BUILDX_NODES" in found.mend
+    assert found.message == "r0 is not running: no route"
+    assert "BUILDX_NODES" in found.hint
 
 
 # --- Servers --------------------------------------------------------------------------------
@@ -638,7 +643,7 @@ def bad(request: pytest.FixtureRequest, start: StartServer) -> tuple[str, str]:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_WAIT", 0.3)
+    monkeypatch.setattr(doctor, "_TIMEOUT", 0.3)
 
 
 def pull_from(site: Site, *urls: str) -> None:
@@ -662,9 +667,9 @@ def test_a_channel_that_answers_badly(site: Site, bad: tuple[str, str]) -> None:
     pull_from(site, url)
     found = one(site, "channels")
     assert found.state is FAILED
-    assert found.said.startswith(f"{url} {said}")
-    assert "\n" not in found.said
-    assert "GUIX_CHANNELS" in found.mend
+    assert found.message.startswith(f"{url} {said}")
+    assert "\n" not in found.message
+    assert "GUIX_CHANNELS" in found.hint
 
 
 @pytest.mark.parametrize(
@@ -680,7 +685,7 @@ def test_a_channel_at_no_place_is_one_finding(site: Site, url: str, said: str) -
     pull_from(site, url)
     found = one(site, "channels")
     assert found.state is FAILED
-    assert said in found.said
+    assert said in found.message
 
 
 def test_each_channel_has_a_finding(site: Site, start: StartServer) -> None:
@@ -716,8 +721,8 @@ def test_the_lock_says_what_is_pulled(site: Site, start: StartServer) -> None:
     site.lock.write_text(f"(list {channel('c0', 'https://else.test', 'a' * 40)})\n")
     found = one(site, "channels")
     assert (found.check, found.state) == ("channels", FAILED)
-    assert "does not fit GUIX_CHANNELS: c0 is from https://else.test" in found.said
-    assert "--update" in found.mend
+    assert "does not fit GUIX_CHANNELS: c0 is from https://else.test" in found.message
+    assert "--update" in found.hint
 
 
 def test_without_channels_those_of_the_image_are_named(site: Site) -> None:
@@ -729,13 +734,13 @@ def test_channels_that_are_computed_are_not_passed_over_in_silence(site: Site) -
     site.write("channels.scm", "%default-channels\n")
     found = one(site, "channels")
     assert found.state is NOTE
-    assert "computes" in found.said
+    assert "computes" in found.message
 
 
 def test_a_lock_that_cannot_be_read(site: Site) -> None:
     site.lock.write_bytes(b"\xff")
     found = one(site, "channels")
-    assert (found.state, found.mend) == (FAILED, "write a channels file")
+    assert (found.state, found.hint) == (FAILED, "write a channels file")
 
 
 def test_without_a_network_nobody_is_asked(site: Site, start: StartServer) -> None:
@@ -744,7 +749,7 @@ def test_without_a_network_nobody_is_asked(site: Site, start: StartServer) -> No
     site.env.update(NETWORK="none", GUIX_SUBSTITUTE_URLS=server.url)
     found = [*find(site, "channels"), *find(site, "substitutes")]
     assert {each.state for each in found} == {NOTE}
-    assert "NETWORK=none" in found[1].said
+    assert "NETWORK=none" in found[1].message
     assert server.asked == []
 
 
@@ -758,15 +763,15 @@ def test_a_channel_on_a_mount(site: Site, form: str) -> None:
     pull_from(site, form)
     found = one(site, "channels")
     assert found.state is OK
-    assert str(site.folder / "channels") in found.said
+    assert str(site.folder / "channels") in found.message
 
 
 def test_a_channel_that_its_mount_does_not_have(site: Site) -> None:
     site.env["MOUNTS"] = "context:/srv"
     pull_from(site, "file:///srv/guix")
     found = one(site, "channels")
-    assert (found.state, found.mend) == (FAILED, "mend MOUNTS")
-    assert str(site.folder / "context" / "guix") in found.said
+    assert (found.state, found.hint) == (FAILED, "correct MOUNTS")
+    assert str(site.folder / "context" / "guix") in found.message
 
 
 @pytest.mark.parametrize("mounts", ["", "context:/srv/gui", "context:/other"])
@@ -806,13 +811,13 @@ def test_a_substitute_server_that_answers_badly(site: Site, bad: tuple[str, str]
     serve(site, url)
     found = one(site, "substitutes")
     assert found.state is FAILED
-    assert found.said.startswith(f"{url} {said}")
-    assert "GUIX_SUBSTITUTE_URLS" in found.mend
+    assert found.message.startswith(f"{url} {said}")
+    assert "GUIX_SUBSTITUTE_URLS" in found.hint
 
 
 def test_a_substitute_server_that_is_down(site: Site) -> None:
     serve(site, "http://127.0.0.1:1")
-    assert "Connection refused" in one(site, "substitutes").said
+    assert "Connection refused" in one(site, "substitutes").message
 
 
 def test_a_substitute_server_without_a_key_is_noted(site: Site, start: StartServer) -> None:
@@ -820,17 +825,17 @@ def test_a_substitute_server_without_a_key_is_noted(site: Site, start: StartServ
     answers, note = find(site, "substitutes")
     assert answers.state is OK
     assert note.state is NOTE
-    assert "GUIX_SUBSTITUTE_KEYS" in note.mend
+    assert "GUIX_SUBSTITUTE_KEYS" in note.hint
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
 def test_guix_own_servers_need_no_key(site: Site, slash: str) -> None:
     site.env["GUIX_SUBSTITUTE_URLS"] = f"{DEFAULT_SUBSTITUTE_URLS[0]}{slash}"
-    assert "out of reach" in one(site, "substitutes").said
+    assert "unreachable" in one(site, "substitutes").message
 
 
 def test_guix_own_servers_are_asked_where_none_are_set(site: Site) -> None:
-    asked = [each.said.split()[0] for each in find(site, "substitutes")]
+    asked = [each.message.split()[0] for each in find(site, "substitutes")]
     assert asked == [*DEFAULT_SUBSTITUTE_URLS]
 
 
@@ -840,7 +845,7 @@ def test_substitutes_on_a_mount_need_what_guix_reads_first(site: Site) -> None:
     serve(site, "file:///srv")
     found = one(site, "substitutes")
     assert found.state is FAILED
-    assert "nix-cache-info is not there" in found.said
+    assert "nix-cache-info does not exist" in found.message
     site.write("substitutes/nix-cache-info", "StoreDir: /gnu/store\n")
     assert one(site, "substitutes").state is OK
 
@@ -863,10 +868,10 @@ def test_an_engine_that_is_gone_in_the_middle_leaves_the_other_findings(site: Si
 
     site.engine.fault = gone
     found = {each.check: each for each in examine(Patient(site.project(), lambda: None))}
-    assert (found["sandbox"].said, found["registry"].said) == (
+    assert (found["sandbox"].message, found["registry"].message) == (
         ("the Docker Engine does not answer: gone",) * 2
     )
-    assert found["sandbox"].mend == "start it"
+    assert found["sandbox"].hint == "start it"
     assert found["base image"].state is OK
     assert found["buildx"].state is NOTE
 
@@ -885,7 +890,7 @@ def test_a_file_that_may_not_be_read_is_a_finding_of_its_check(
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     found = one(site, "sandbox")
     assert found.state is FAILED
-    assert found.said == f"{site.folder / 'a.pub'}: Permission denied"
+    assert found.message == f"{site.folder / 'a.pub'}: Permission denied"
     assert site.engine.all_containers == {}
 
 
@@ -903,7 +908,7 @@ def test_a_dry_look_makes_no_container(site: Site) -> None:
     console = Heard()
     project = site.project(TracedEngine(site.engine, console, perform=False))
     found = {each.check: each for each in examine(Patient(project, lambda: None))}
-    assert "dry run" in found["sandbox"].said
+    assert "dry run" in found["sandbox"].message
     assert found["registry"].state is OK
     assert site.engine.changing_calls() == []
     assert console.text == ""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from guix_tasks import guix
-from guix_tasks.commands.init import CI_FILES, FILES, START, image_name, write_start
+from guix_tasks.commands.init import CI_FILES, FILES, TEMPLATES, image_name, write_start
 from guix_tasks.errors import UsageError
 from guix_tasks.settings import load_settings, settings_reference
 from guix_tasks.tasks import ns
@@ -51,7 +51,7 @@ def test_nothing_is_overwritten(
     write_start(tmp_path, Console(), ci="both")
     assert mine.read_text() == "mine\n"
     assert set(written(tmp_path)) == set(ALL)
-    assert f"init: {name} is there, left alone" in capsys.readouterr().err
+    assert f"init: {name} exists, unchanged" in capsys.readouterr().err
 
 
 def test_a_tasks_py_without_these_tasks_is_told_how_to_have_them(
@@ -59,7 +59,7 @@ def test_a_tasks_py_without_these_tasks_is_told_how_to_have_them(
 ) -> None:
     (tmp_path / "tasks.py").write_text("from invoke import task\n")
     write_start(tmp_path, Console())
-    assert "let your tasks.py say `from guix_tasks.tasks import ns`" in capsys.readouterr().err
+    assert "add `from guix_tasks.tasks import ns` to your tasks.py" in capsys.readouterr().err
 
 
 def test_a_link_to_nothing_is_something(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert set(written(tmp_path)) == {"Dockerfile"}
     said = capsys.readouterr().err
     assert "init: would write .env" in said
-    assert "init: Dockerfile is there, left alone" in said
+    assert "init: Dockerfile exists, unchanged" in said
 
 
 def test_half_a_file_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,12 +116,12 @@ def test_the_settings_are_read_without_a_note(tmp_path: Path) -> None:
 
 def test_the_settings_that_are_commented_out_are_there() -> None:
     known = {name for name, _, _ in settings_reference()}
-    text = (START / "env").read_text()
+    text = (TEMPLATES / "env").read_text()
     assert set(re.findall(r"^#?([A-Z_]+)=", text, re.MULTILINE)) <= known
 
 
 def test_the_channel_is_guixs_own_with_its_introduction() -> None:
-    text = (START / "channels.scm").read_text()
+    text = (TEMPLATES / "channels.scm").read_text()
     assert guix.is_literal(text)
     assert guix.unauthenticated(text) == []
     assert [*guix.channels(text)] == ["guix"]
@@ -130,7 +130,7 @@ def test_the_channel_is_guixs_own_with_its_introduction() -> None:
 
 
 def test_the_example_of_a_stage_is_one(tmp_path: Path) -> None:
-    lines = (START / "tasks.txt").read_text().splitlines()
+    lines = (TEMPLATES / "tasks.txt").read_text().splitlines()
     example = "\n".join(line[6:] for line in lines if line.startswith("#     "))
     ast.parse(example)
     (tmp_path / "tasks.py").write_text(f"{example}\n")
@@ -163,7 +163,7 @@ def test_the_ci_is_chosen(tmp_path: Path, ci: str, files: set[str]) -> None:
 def test_a_ci_that_there_is_not_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         write_start(tmp_path, Console(), ci="jenkins")
-    assert str(caught.value) == "--ci: 'jenkins' is none of auto, github, gitlab, both, none"
+    assert str(caught.value) == "--ci: 'jenkins' is not one of auto, github, gitlab, both, none"
     assert written(tmp_path) == {}
 
 
@@ -193,20 +193,20 @@ def test_gits_remote_tells_the_ci(tmp_path: Path, url: str, name: str) -> None:
 def test_what_the_files_say_of_tasks_and_settings_is_true() -> None:
     settings = {name for name, _, _ in settings_reference()}
     for source in ALL.values():
-        text = (START / source).read_text()
+        text = (TEMPLATES / source).read_text()
         for call in re.findall(r"(?:`|run: |- )inv ((?:--[a-z]+ |[a-z.]+ ?)+)", text):
             tasks = [word for word in call.split() if not word.startswith("--")]
             assert set(tasks) <= {*ns.task_names, "deps"}, source
     expected = {"IMAGE", "CACHE_IMAGE", "DOCKER_USERNAME", "DOCKER_PASSWORD", "PLATFORMS"}
     for _, source in CI_FILES.values():
-        env = re.findall(r"^[ -]+([A-Z_]+):", (START / source).read_text(), re.MULTILINE)
+        env = re.findall(r"^[ -]+([A-Z_]+):", (TEMPLATES / source).read_text(), re.MULTILINE)
         assert expected <= set(env), source
         assert set(env) - settings <= {"RUNNER", "DOCKER_TLS_CERTDIR"}, source
 
 
 def test_the_actions_of_the_workflow_are_pinned() -> None:
     """To the commit, with its version behind it; one action at one version."""
-    used = re.findall(r"uses: (.*)", (START / "github.yml").read_text())
+    used = re.findall(r"uses: (.*)", (TEMPLATES / "github.yml").read_text())
     pinned = {
         line: re.fullmatch(r"actions/([a-z-]+)@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)
         for line in used

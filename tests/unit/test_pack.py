@@ -148,16 +148,26 @@ def test_packages_that_are_named_are_packed_instead(made: Site) -> None:
 @pytest.mark.parametrize(
     ("wanted", "name", "packages", "said"),
     [
-        (Pack("oci", compression="xz"), "", [], "--compression: .* OCI archive take gzip or none"),
-        (Pack("zip"), "", [], "--format: guix pack has no 'zip'; it has tarball, .*appimage$"),
-        (Pack(compression="rar"), "", [], "--compression: .*; it has gzip, .*none$"),
+        (
+            Pack("oci", compression="xz"),
+            "",
+            [],
+            "--compression: .* OCI archive support only gzip and none",
+        ),
+        (
+            Pack("zip"),
+            "",
+            [],
+            "--format: guix pack does not support 'zip'; choose one of tarball, .*appimage$",
+        ),
+        (Pack(compression="rar"), "", [], "--compression: .*; choose one of gzip, .*none$"),
         (Pack(max_layers=3), "", [], "--max-layers: .* docker or oci"),
-        (Pack("docker", max_layers=-1), "", [], "--max-layers: write a number above 0"),
+        (Pack("docker", max_layers=-1), "", [], "--max-layers: use a number above 0"),
         (Pack("appimage"), "", [], "needs `--entry-point PROGRAM`"),
-        (Pack(symlinks=("/bin",)), "", [], "--symlink: '/bin' cannot be used; write SOURCE=TARGET"),
+        (Pack(symlinks=("/bin",)), "", [], "--symlink: '/bin' is invalid; use SOURCE=TARGET"),
         (Pack(symlinks=("/bin=\udce9",)), "", [], "--symlink: .* broken character"),
-        (Pack(entry_point="a\nb"), "", [], "--entry-point: .* write a program"),
-        (Pack(), "../x", [], "--name: '../x' cannot be used; write letters and digits"),
+        (Pack(entry_point="a\nb"), "", [], "--entry-point: .* use a program"),
+        (Pack(), "../x", [], "--name: '../x' is invalid; use letters and digits"),
         (Pack(), ".x", [], "--name: "),
         (Pack(), "", ["-r"], "--package: '-r' is not a package"),
     ],
@@ -216,7 +226,7 @@ def test_a_guix_that_says_nothing_is_an_error(made: Site) -> None:
         yield True, b"well\n"
 
     made.engine.behaviour = says_nothing
-    with pytest.raises(StageError, match="did not say what it made"):
+    with pytest.raises(StageError, match="printed no store item"):
         run(made)
     assert out(made) == []
 
@@ -233,10 +243,10 @@ def _archive(kind: bytes, size: int) -> bytes:
 @pytest.mark.parametrize(
     ("archive", "said"),
     [
-        (b"", "did not send all"),
-        (b"nonsense" * 200, "did not send all"),
-        (_archive(tarfile.REGTYPE, 1 << 20)[: 1 << 19], "did not send all"),
-        (_archive(tarfile.DIRTYPE, 0), "is no file"),
+        (b"", "sent only a part of it"),
+        (b"nonsense" * 200, "sent only a part of it"),
+        (_archive(tarfile.REGTYPE, 1 << 20)[: 1 << 19], "sent only a part of it"),
+        (_archive(tarfile.DIRTYPE, 0), "is not a regular file"),
     ],
     ids=["nothing", "nonsense", "half", "a folder"],
 )

@@ -73,7 +73,7 @@ def test_a_platform_is_pushed_by_its_own_tag_and_written_down(site: Site, platfo
         "digest": digests[reference],
         "commits": {"guix": COMMITS["guix"]},
     }
-    assert "`inv manifest` joins the platforms under" in heard(project)
+    assert "`inv manifest` joins the platforms as" in heard(project)
 
 
 def test_another_push_of_a_platform_takes_the_place_of_the_one_before(site: Site) -> None:
@@ -138,7 +138,9 @@ def test_a_push_ends_with_what_it_moved_and_how_long_it_took(made: Site) -> None
 
 @pytest.mark.parametrize("stage", ["", "base"])
 def test_nothing_to_push_names_the_command(site: Site, stage: str) -> None:
-    with pytest.raises(UsageError, match=rf"there is no .*; run `inv {stage or 'install'}`"):
+    with pytest.raises(
+        UsageError, match=rf"does not exist on this engine; run `inv {stage or 'install'}`"
+    ):
         site.push(stage or None)
     assert pushed(site) == set()
 
@@ -209,7 +211,7 @@ def test_an_image_that_no_stage_made_is_pushed_with_a_warning(made: Site) -> Non
     other = made.engine.make_image({}, {"/x": b""}, tag=IMAGE)
     project = made.project()
     push(project)
-    assert "made by none of these stages" in heard(project)
+    assert "not built by a stage of this project" in heard(project)
     found = made.engine.registry.find(IMAGE)
     assert found
     assert found.layers == other.layers
@@ -223,7 +225,7 @@ def test_a_registry_that_holds_another_image_is_not_believed(
     made: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeEngine, "remote_digest", lambda *_: "sha256:other")
-    with pytest.raises(RegistryError, match="the registry holds sha256:other"):
+    with pytest.raises(RegistryError, match="the registry has sha256:other"):
         made.push()
 
 

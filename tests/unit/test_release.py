@@ -104,21 +104,21 @@ def test_a_part_of_another_job_needs_no_file(settings: Settings) -> None:
     (settings.output_folder / made.file).unlink()
     console = Heard()
     release(settings, console)
-    assert f"{made.file} is not here" in console.text
+    assert f"{made.file} does not exist here" in console.text
     assert released(settings) == {"aarch64-linux": entry(made)}
 
 
 def test_a_file_that_changed_is_not_released(settings: Settings) -> None:
     made = packed(settings)
     (settings.output_folder / made.file).write_text("other")
-    with pytest.raises(CheckError, match=r"is not what was packed: .* pack it again"):
+    with pytest.raises(CheckError, match=r"differs from the packed file: .* run `inv pack` again"):
         release(settings, Heard())
     assert not (settings.output_folder / "build.json").exists()
 
 
 def test_an_address_is_needed(settings: Settings) -> None:
     packed(settings)
-    with pytest.raises(UsageError, match="set RELEASE_URL, or say `--url"):
+    with pytest.raises(UsageError, match="set RELEASE_URL, or use `--url"):
         release(replace(settings, release_url=None), Heard())
 
 
@@ -146,7 +146,7 @@ def test_a_name_is_quoted_in_an_address(settings: Settings) -> None:
 def test_a_part_that_is_none_is_named(settings: Settings, text: str) -> None:
     path = settings.output_folder / "build-x86_64-linux.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(UsageError, match=r"build-x86_64-linux.json is not what `inv pack` wrote"):
+    with pytest.raises(UsageError, match=r"build-x86_64-linux.json is not a record of `inv pack`"):
         load(settings)
 
 
@@ -157,6 +157,6 @@ def test_a_build_json_that_is_none_is_named(settings: Settings, text: str) -> No
     packed(settings, format_="docker")
     path = settings.output_folder / "build.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(UsageError, match=r"build.json is no build.json; delete it"):
+    with pytest.raises(UsageError, match=r"build.json is not a valid build.json; delete it"):
         release(settings, Heard())
     assert path.read_bytes() == text.encode(errors="surrogateescape")

@@ -82,7 +82,7 @@ def test_the_output_and_the_status_are_the_commands_own(made: Site) -> None:
 
 
 def test_no_command_is_an_error(made: Site) -> None:
-    with pytest.raises(UsageError, match=r"run: no command; say `inv run -- COMMAND"):
+    with pytest.raises(UsageError, match=r"run: the command is missing; use `inv run -- COMMAND"):
         run(made)
     assert made.engine.specs == []
 
@@ -96,7 +96,7 @@ def test_the_image_of_a_stage_can_be_used(made: Site) -> None:
 
 def test_with_keep_the_container_is_left(made: Site) -> None:
     _, said = run(made, "make", keep=True)
-    assert "`inv commit` makes it the image" in said
+    assert "`inv commit` commits it as IMAGE" in said
     assert len(kept_containers(made.engine, made.settings())) == 1
 
 
@@ -169,7 +169,7 @@ def test_the_next_stage_leaves_the_hand_made_image_behind_and_says_so(made: Site
     project = made.project()
     rollback.rollback(project)
     assert made.image().id == hand_made.id
-    assert "is sha256:" in heard(project)
+    assert "is now sha256:" in heard(project)
 
 
 def test_a_stage_that_was_not_committed_is_committed(made: Site) -> None:
@@ -194,7 +194,7 @@ def test_one_that_still_runs_is_not_committed(made: Site) -> None:
     run(made, "make", keep=True)
     (box,) = made.engine.all_containers.values()
     box.running = True
-    with pytest.raises(UsageError, match="is still running; leave its shell first"):
+    with pytest.raises(UsageError, match="is still running; exit its shell first"):
         commit(made)
     assert box.id in made.engine.all_containers
 
@@ -202,7 +202,7 @@ def test_one_that_still_runs_is_not_committed(made: Site) -> None:
 def test_one_whose_image_is_gone_is_an_error(made: Site) -> None:
     run(made, "make", keep=True)
     made.engine.all_images.clear()
-    with pytest.raises(EngineError, match="its configuration is unknown"):
+    with pytest.raises(EngineError, match="its configuration, no longer exists"):
         commit(made)
 
 
@@ -230,7 +230,7 @@ def test_a_kill_while_it_runs_does_not_leave_it_for_commit(made: Site) -> None:
 
 def test_rollback_of_nothing_is_an_error(tmp_path: Path) -> None:
     site = new_site(tmp_path)
-    with pytest.raises(UsageError, match="has never been anything else"):
+    with pytest.raises(UsageError, match="has no previous image"):
         rollback.rollback(site.project())
 
 
@@ -263,7 +263,7 @@ def shell(site: Site, *, stage: str | None = None, fresh: bool = False) -> tuple
 
 def test_a_shell_needs_a_terminal(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
-    with pytest.raises(UsageError, match=r"no terminal; use `inv run -- COMMAND`"):
+    with pytest.raises(UsageError, match=r"not a terminal; use `inv run -- COMMAND`"):
         shell(made)
     assert made.engine.all_containers == {}
 
@@ -275,7 +275,7 @@ def test_a_shell_is_attached_and_its_container_left(
     (container,) = made.engine.all_containers
     assert terminal == [["docker", "start", "--attach", "--interactive", container]]
     assert status == 5
-    assert "`inv commit` makes it the image" in said
+    assert "`inv commit` commits it as IMAGE" in said
     spec = made.engine.specs[-1]
     assert spec.tty
     assert spec.command == (ENTRY_POINT,)
@@ -285,7 +285,7 @@ def test_a_shell_is_attached_and_its_container_left(
 def test_a_shell_is_entered_again(made: Site, terminal: list[Sequence[str]]) -> None:
     shell(made)
     _, said = shell(made)
-    assert "entered again" in said
+    assert "re-entering the kept work container" in said
     assert terminal[0] == terminal[1]
     commit(made)
     assert {"/made/1", "/made/2"} <= made.engine.files(made.image()).keys()

@@ -108,7 +108,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("ENV_FILE", raising=False)
     monkeypatch.setattr(discovery, "DEFAULT_SOCKET", tmp_path / "no.sock")
     monkeypatch.setattr(files_module, "ThreadPoolExecutor", serial)
-    monkeypatch.setattr(buildx_setup, "refuse_silent", lambda _endpoint: None)
+    monkeypatch.setattr(buildx_setup, "check_endpoint", lambda _endpoint: None)
     for module in (sys, threading):
         monkeypatch.setattr(module, "excepthook", module.excepthook)
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
@@ -250,7 +250,7 @@ def test_status_clean_and_rollback(inv: Inv) -> None:
     assert f"clean: removed {IMAGE}-base" in removed
     assert f"clean: {len(removed)} removed" in said
     assert not [tag for tag in inv.site.engine.tags if tag != BASE_IMAGE]
-    assert "clean: nothing there" in inv("clean").err
+    assert "clean: nothing to remove" in inv("clean").err
 
 
 def test_dry_changes_nothing_and_shows_everything(inv: Inv) -> None:
@@ -523,7 +523,7 @@ def test_joining_needs_no_engine(inv: Inv, fake: FakeBuildx) -> None:
     inv.monkeypatch.delenv("DOCKER_HOST")
     done = inv("manifest")
     assert done.code == 2
-    assert "nothing of registry.test/team/app is in" in done.errors[0]
+    assert "no push record of registry.test/team/app" in done.errors[0]
 
 
 def test_bad_settings_of_the_buildkit_way_are_told(inv: Inv, fake: FakeBuildx) -> None:
@@ -550,7 +550,7 @@ def test_usage(inv: Inv) -> None:
     done = inv("push")
     assert done.code == 2
     (error,) = done.errors
-    assert error.startswith(f"error: there is no {IMAGE} on this engine; run `inv install`, or")
+    assert error.startswith(f"error: {IMAGE} does not exist on this engine; run `inv install`, or")
 
 
 def test_no_engine(inv: Inv) -> None:

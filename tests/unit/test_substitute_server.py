@@ -85,7 +85,7 @@ def test_the_newest_stage_is_served_with_no_right(made: Site, guix: Publishing) 
     assert spec.binds == (f"{volume}:{substitute_server.KEYS}",)
     assert "--listen=0.0.0.0 --port=8181" in guix.scripts[0]
     assert "serves" not in heard(project)
-    assert "the stage install is served\n" in heard(project)
+    assert "serving the stage install\n" in heard(project)
     assert (made.folder / "out/substitutes-app.pub").read_text() == KEY
     assert outline(made.engine) == before
 
@@ -99,10 +99,10 @@ def test_another_machine_is_told_what_to_set(made: Site, guix: Publishing) -> No
         GUIX_SUBSTITUTE_KEYS=str(own),
     )
     lines = heard(project).splitlines()
-    assert "in the place of fake" in heard(project)
+    assert "replace fake with a name" in heard(project)
     assert 'GUIX_SUBSTITUTE_URLS="http://fake:9 https://a.test"' in lines
     assert 'GUIX_SUBSTITUTE_KEYS="substitutes-app.pub own.pub"' in lines
-    assert "other machines do not reach it" not in heard(project)
+    assert "unreachable for other machines" not in heard(project)
     assert server(made).spec.publish_on == "0.0.0.0"  # noqa: S104
 
 
@@ -125,7 +125,7 @@ def test_keys_of_servers_that_another_machine_lacks_are_left_out(
 
 def test_on_loopback_other_machines_are_told_nothing(made: Site, guix: Publishing) -> None:
     said = heard(up(made))
-    assert "`inv substitutes.up --listen 0.0.0.0:8181` lets them" in said
+    assert "`inv substitutes.up --listen 0.0.0.0:8181` makes it reachable" in said
     assert "another machine" not in said
     assert "GUIX_SUBSTITUTE" not in said
 
@@ -139,7 +139,7 @@ def test_on_the_hosts_network_it_listens_there_itself(made: Site, guix: Publishi
 def test_once_is_enough(made: Site, guix: Publishing) -> None:
     up(made, NETWORK="host")
     first = server(made).id
-    assert "is served already" in heard(up(made))
+    assert "already serving the stage" in heard(up(made))
     assert server(made).id == first
     # Other settings, another image, or one that has ended: a new one.
     up(made, SUBSTITUTES_LISTEN="127.0.0.1:9")
@@ -164,17 +164,19 @@ def test_what_is_left_of_an_older_image_goes_with_it(made: Site, guix: Publishin
 
 
 def test_without_a_stage_or_a_network_nothing_is_started(site: Site) -> None:
-    with pytest.raises(UsageError, match="no stage is there to serve from"):
+    with pytest.raises(UsageError, match="there is no stage to serve"):
         substitutes.up(site.project())
     site.env["NETWORK"] = "none"
-    with pytest.raises(UsageError, match="take the NETWORK line out, or name a network"):
+    with pytest.raises(UsageError, match="remove the NETWORK line, or set a network"):
         substitutes.up(site.project())
     assert site.engine.specs == []
 
 
 def test_one_that_does_not_start_is_told_and_removed(made: Site) -> None:
     made.engine.behaviour = Publishing("guix publish: error: bind: Address already in use\n")
-    with pytest.raises(EngineError, match=r"did not start \(.*in use\); where its port"):
+    with pytest.raises(
+        EngineError, match=r"cannot start the substitute server: .*in use; if its port"
+    ):
         substitutes.up(made.project())
     assert made.engine.all_containers == {}
 
@@ -184,7 +186,7 @@ def test_a_dry_run_shows_it(made: Site) -> None:
     engine = TracedEngine(made.engine, project.console, perform=False)
     substitutes.up(replace(project, engine=engine))
     assert "--publish=127.0.0.1:8181:8181" in heard(project)
-    assert "is served" not in heard(project)
+    assert "serving" not in heard(project)
     assert made.engine.all_containers == {}
 
 

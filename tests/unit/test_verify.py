@@ -49,7 +49,7 @@ def test_what_was_not_reached_has_failed(made: Site) -> None:
     project = made.project()
     with pytest.raises(CheckError, match="failed: channels, packages, certificates"):
         verify(project)
-    assert "verify: packages: was not reached" in heard(project)
+    assert "verify: packages: not reached" in heard(project)
 
 
 def test_a_container_that_fails_is_an_error(made: Site) -> None:

@@ -140,7 +140,7 @@ def test_what_is_missing_is_named_and_is_a_failure(made: Site) -> None:
     with pytest.raises(CheckError) as raised:
         weather(project)
     assert str(raised.value) == (
-        "weather: not all has a substitute for x86_64-linux (greet@1.0 git@2.52.0:send-email), "
+        "weather: substitutes are missing for x86_64-linux (greet@1.0 git@2.52.0:send-email), "
         "powerpc64le-linux (hello@2.12.2 icecat@140.6.0-gnu1)"
     )
     assert "'x86_64-linux powerpc64le-linux'" in asked[0]

@@ -1,5 +1,5 @@
-;; The channels that `inv pull` pulls.  The introduction is what makes Guix refuse commits that its
-;; developers have not signed; each channel that you add here needs its own.
+;; Channels that `inv pull` pulls.  The introduction makes Guix reject commits that its developers
+;; have not signed.  Each channel that you add needs its own introduction.
 (list (channel
        (name 'guix)
        (url "https://git.guix.gnu.org/guix.git")

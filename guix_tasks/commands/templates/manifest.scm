@@ -1,3 +1,3 @@
-;; The packages that `inv install` installs.  `inv run -- guix search WORD` finds their names.
+;; Packages that `inv install` installs.  Find names with `inv run -- guix search WORD`.
 (specifications->manifest
  '("hello"))
