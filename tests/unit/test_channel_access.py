@@ -119,7 +119,7 @@ def test_without_an_agent_or_known_hosts_nothing_is_begun(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(site.folder))
-    for missing in (r"SSH_KNOWN_HOSTS: .*/\.ssh/known_hosts: No such file", "SSH_AUTH_SOCK names"):
+    for missing in (r"SSH_KNOWN_HOSTS: .*/\.ssh/known_hosts: No such file", "SSH_AUTH_SOCK is not"):
         with (
             pytest.raises(UsageError, match=missing),
             lent_access(site.engine, site.settings(), BY_SSH),

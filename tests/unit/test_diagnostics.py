@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from guix_tasks.engine.api import ContainerSpec
 from guix_tasks.errors import EngineError
 from guix_tasks.stages import diagnostics
-from guix_tasks.stages.diagnostics import Failed, keep_failure
+from guix_tasks.stages.diagnostics import Failure, save_diagnostics
 
 if TYPE_CHECKING:
     from guix_tasks.settings import Settings
@@ -40,11 +40,11 @@ def site(tmp_path: Path) -> Site:
     return site
 
 
-def failed_one(site: Site, log: bytes = b"log\n", **files: bytes) -> Failed:
+def failed_one(site: Site, log: bytes = b"log\n", **files: bytes) -> Failure:
     """A container that has failed, with files by their paths."""
     container = site.engine.create(ContainerSpec("failed", "work:1", ("x",)))
     site.engine.all_containers[container].changes.update(files)
-    return Failed("install", container, b"#!/bin/sh\nguix package\n", io.BytesIO(log))
+    return Failure("install", container, b"#!/bin/sh\nguix package\n", io.BytesIO(log))
 
 
 def points_to(*paths: str) -> bytes:
@@ -52,8 +52,8 @@ def points_to(*paths: str) -> bytes:
     return "".join(f"View build log at '{path}'.\n" for path in paths).encode()
 
 
-def kept(site: Site, failed: Failed, settings: Settings | None = None) -> Path:
-    folder = keep_failure(site.engine, settings or site.settings(), failed)
+def kept(site: Site, failed: Failure, settings: Settings | None = None) -> Path:
+    folder = save_diagnostics(site.engine, settings or site.settings(), failed)
     assert folder
     return folder
 
@@ -143,7 +143,7 @@ def test_the_build_logs_of_what_failed_are_in_it(
 def test_a_build_log_without_an_end_is_kept_in_part(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diagnostics, "_LOG_MOST", 1000)
+    monkeypatch.setattr(diagnostics, "_MAX_LOG", 1000)
     for text in (b"a line\n" * 5000, b"0" * 100_000):
         failed = failed_one(site, points_to(DRV), **{DRV: gzip.compress(text)})
         kept_log = kept(site, failed) / KEPT_DRV
@@ -154,7 +154,7 @@ def test_a_build_log_without_an_end_is_kept_in_part(
 def test_a_build_log_that_never_ends_to_come_is_left_out(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diagnostics, "_COPY_MOST", 10_000)
+    monkeypatch.setattr(diagnostics, "_MAX_ARCHIVE", 10_000)
     monkeypatch.setattr(site.engine, "copy_out", lambda *_: itertools.repeat(b"x" * 1000))
     folder = kept(site, failed_one(site, points_to(DRV)))
     assert {each.name for each in folder.iterdir()} == {"log", "command", "settings", "versions"}
@@ -382,8 +382,8 @@ def test_no_password_gets_through(
     site = Site(tmp_path_factory.getbasetemp() / "secrets", FakeEngine())
     settings = with_proxy(site, f"http://me:{password}@proxy.test:3128")
     log = f"{around}{password}{around}\nhttp://me:{password}@proxy.test:3128\n".encode()
-    failed = Failed("pull", "none", b"", io.BytesIO(log))
-    folder = keep_failure(site.engine, settings, failed)
+    failed = Failure("pull", "none", b"", io.BytesIO(log))
+    folder = save_diagnostics(site.engine, settings, failed)
     assert folder
     assert password.encode() not in (folder / "log").read_bytes()
     shutil.rmtree(folder)
@@ -401,7 +401,7 @@ def test_two_failures_in_one_second_leave_two_folders(site: Site, still: str) ->
 
 def test_a_folder_that_cannot_be_made_is_no_error(site: Site) -> None:
     site.write("out", "a file")
-    assert keep_failure(site.engine, site.settings(), failed_one(site)) is None
+    assert save_diagnostics(site.engine, site.settings(), failed_one(site)) is None
 
 
 def full_disk(path: Path, *_: object) -> int:
@@ -410,7 +410,7 @@ def full_disk(path: Path, *_: object) -> int:
 
 def test_a_full_disk_leaves_nothing_half_done(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    assert keep_failure(site.engine, site.settings(), failed_one(site)) is None
+    assert save_diagnostics(site.engine, site.settings(), failed_one(site)) is None
     assert left(site) == []
 
 
@@ -420,7 +420,7 @@ def test_a_log_that_cannot_be_read_is_no_error(site: Site) -> None:
             raise OSError(errno.ENOSPC, f"{offset} {whence}")
 
     failed = replace(failed_one(site), log=Broken())
-    assert keep_failure(site.engine, site.settings(), failed) is None
+    assert save_diagnostics(site.engine, site.settings(), failed) is None
     assert left(site) == []
 
 
@@ -430,7 +430,7 @@ def test_ctrl_c_leaves_nothing_half_done(site: Site, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(site.engine, "copy_out", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        keep_failure(site.engine, site.settings(), failed_one(site, points_to(DRV)))
+        save_diagnostics(site.engine, site.settings(), failed_one(site, points_to(DRV)))
     assert left(site) == []
 
 

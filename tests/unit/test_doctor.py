@@ -327,7 +327,7 @@ def test_what_mends_a_sandbox_fits_its_cause(site: Site, lines: list[str], mend:
     site.engine.behaviour = fails(*lines, status=69)
     found = one(site, "sandbox")
     assert found.state is FAILED
-    assert (lines[-1] if lines else "it ended with status 69") in found.said
+    assert (lines[-1] if lines else "the probe ended with status 69") in found.said
     assert mend in found.mend
 
 
@@ -389,7 +389,7 @@ def test_a_build_that_never_ends_is_stopped(site: Site, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(sandbox, "PROBE_SECONDS", 0.1)
     site.engine.behaviour = hangs
-    assert "it did not end within 0.1 s" in one(site, "sandbox").said
+    assert "the probe did not end within 0.1 s" in one(site, "sandbox").said
     assert site.engine.all_containers == {}
 
 

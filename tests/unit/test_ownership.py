@@ -16,7 +16,7 @@ from guix_tasks.engine.api import ContainerSpec
 from guix_tasks.stages import ownership, runner
 from guix_tasks.stages.container import FOLDER, ROOTLESS_CACHES, Work, cache_volumes, work_container
 from guix_tasks.stages.images import STAGE_LABEL
-from guix_tasks.stages.ownership import lend, take_back
+from guix_tasks.stages.ownership import lend, restore_ownership
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,10 +113,10 @@ def test_the_items_of_the_store_stay_as_they_are(disk: Disk) -> None:
 def test_root_has_all_of_it_again(disk: Disk) -> None:
     before = disk.owners()
     lend(disk.as_engine(), "x")
-    assert take_back(disk.as_engine(), "x")
+    assert restore_ownership(disk.as_engine(), "x")
     assert before.items() <= disk.owners().items()
     assert set(disk.owners().values()) == {0}
-    assert not take_back(disk.as_engine(), "x")
+    assert not restore_ownership(disk.as_engine(), "x")
 
 
 def test_an_account_is_made_once_and_is_nobody_elses(disk: Disk) -> None:
@@ -125,7 +125,7 @@ def test_an_account_is_made_once_and_is_nobody_elses(disk: Disk) -> None:
     assert disk.text("/etc/passwd").startswith(ROOT_ONLY)
     assert f"\n{ownership.USER}:x:60707:60707:" in disk.text("/etc/passwd")
     accounts = disk.text("/etc/passwd")
-    take_back(disk.as_engine(), "x")
+    restore_ownership(disk.as_engine(), "x")
     assert lend(disk.as_engine(), "x") == user
     assert disk.text("/etc/passwd") == accounts
 
@@ -143,13 +143,13 @@ def test_what_is_another_users_stays_so(disk: Disk) -> None:
     header.uid = header.gid = 5
     lend(disk.as_engine(), "x")
     assert disk.owners()["/var/guix/db"] == 5
-    take_back(disk.as_engine(), "x")
+    restore_ownership(disk.as_engine(), "x")
     assert disk.owners()["/var/guix/db"] == 5
 
 
 def test_an_image_without_guix_is_no_trouble() -> None:
     disk = Disk()
-    assert not take_back(disk.as_engine(), "x")
+    assert not restore_ownership(disk.as_engine(), "x")
     assert disk.written == []
     assert lend(disk.as_engine(), "x") == 60706
 
@@ -178,7 +178,7 @@ def test_a_work_container_in_which_nothing_is_root(tmp_path: Path) -> None:
 
 def test_its_user_is_not_the_images(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A commit takes the container's user where there is none."""
-    monkeypatch.setattr(runner, "take_back", lambda *_: True)
+    monkeypatch.setattr(runner, "restore_ownership", lambda *_: True)
     project, parent = site.project(), site.engine.make_image({}, {"/a": b""})
     spec = ContainerSpec("x", parent.id, ("true",), user=ownership.USER)
     container = site.engine.create(spec)

@@ -70,7 +70,7 @@ def test_the_fewest_rights_that_do_are_taken(made: Site) -> None:
     made.engine.behaviour = builds_with("rootless", "capabilities", "privileged")
     containers, said = install(made)
     assert containers == ["probe rootless", "install rootless"]
-    assert "sandbox: rootless: Guix builds with it\n" in said
+    assert "sandbox: rootless: Guix can build\n" in said
     assert "install: in a rootless container\n" in said
 
 
@@ -91,7 +91,7 @@ def test_where_they_do_not_do_it_says_why(made: Site) -> None:
     probes = ["probe rootless", "probe capabilities", "probe privileged"]
     assert containers == [*probes, "install privileged"]
     why = f"rootless fails ({DENIED}); capabilities fails ({DENIED})"
-    assert f"sandbox: privileged, since {why}\n" in said
+    assert f"sandbox: privileged, because {why}\n" in said
 
 
 def test_podman_lends_nothing_to_who_is_not_root(made: Site) -> None:
@@ -100,7 +100,7 @@ def test_podman_lends_nothing_to_who_is_not_root(made: Site) -> None:
     made.engine.behaviour = builds_with("rootless", "capabilities")
     containers, said = install(made)
     assert containers == ["probe capabilities", "install capabilities"]
-    assert "Podman does not tell whose they are" in said
+    assert "Podman does not report the owners of files" in said
     made.env["GUIX_SANDBOX"] = "rootless"
     with pytest.raises(EngineError, match="set GUIX_SANDBOX to auto or capabilities"):
         install(made)
@@ -158,7 +158,7 @@ def test_an_engine_that_refuses_a_kind_is_no_error_if_it_takes_another(
 
     monkeypatch.setattr(made.engine, "create", refusing)
     _, said = install(made)
-    assert "sandbox: privileged, since rootless fails (the engine could not" in said
+    assert "sandbox: privileged, because rootless fails (the engine could not" in said
 
 
 def test_an_engine_that_is_gone_is_told_as_it_is(

@@ -25,7 +25,7 @@ from guix_tasks.stages.container import (
     kept_containers,
     work_container,
 )
-from guix_tasks.stages.log_faults import Lines, Servers
+from guix_tasks.stages.log_faults import Lines, SubstituteServers
 from guix_tasks.stages.project import Project
 from guix_tasks.stages.runner import STAGE_TRIES, perform, run_stage
 from guix_tasks.stages.stage import Stage
@@ -173,7 +173,7 @@ def test_a_network_that_stays_away_is_told_after_the_last_try(site: Site) -> Non
     error = failure(site, *[Try(1, [b"try\n", NO_NETWORK])] * STAGE_TRIES)
     assert error.startswith("own: Git error: failed to resolve address for git.test, and nothing")
     (folder,) = bundles(site)
-    assert f"{folder} has the logs" in error
+    assert f"the logs are in {folder}" in error
     assert (folder / "log").read_bytes().count(b"try\n") == STAGE_TRIES
     assert site.engine.all_containers == {}
 
@@ -210,7 +210,7 @@ def test_an_error_in_a_file_is_told_with_its_place(site: Site) -> None:
     log = b"/x/manifest.scm:3:4: error: helo: unbound variable\nhint: Did you forget an import?\n"
     said = failure(site, Try(1, [log]))
     assert said.startswith("own: /x/manifest.scm:3:4: helo: unbound variable, and nothing was ")
-    assert "the output above says more" in said
+    assert "see the output above for more" in said
 
 
 def test_what_guix_said_is_told_short_without_secrets_and_control_characters(site: Site) -> None:
@@ -248,7 +248,7 @@ def test_what_the_entry_point_quotes_of_builds_says_nothing_of_the_network(site:
     """Guix's own tests, built from source, say it all."""
     quoted = NO_NETWORK + SILENT % b"a.test" + SILENT % b"b.test"
     error = failure(site, Try(1, [b"guix pull: error: something else\n", QUOTES, quoted]))
-    assert error.startswith("own: something else, and nothing was committed; the output above says")
+    assert error.startswith("own: something else, and nothing was committed; see the output above")
     assert "stop" not in site.engine.changing_calls()
 
 
@@ -278,7 +278,9 @@ def test_lines_are_the_same_however_a_log_is_cut(words: list[bytes], size: int) 
 def test_where_no_server_answers_a_stage_is_stopped(site: Site) -> None:
     log = [SILENT % b"a.test", NOT_FOUND % b"b.test", b"building everything\n"]
     error = failure(site, *[Try(0, log)] * STAGE_TRIES)
-    assert error.startswith("own: no substitute server answers (a.test, b.test), and all would be")
+    assert error.startswith(
+        "own: no substitute server answers (a.test, b.test), and Guix would build"
+    )
     assert "GUIX_SUBSTITUTE_URLS" in error
     assert "GUIX_FALLBACK=yes" in error
     (folder,) = bundles(site)
@@ -316,8 +318,8 @@ def test_a_warning_in_pieces_is_a_warning(site: Site, size: int) -> None:
 def told(site: Site, urls: str, *hosts: bytes) -> bool:
     """Whether all of these servers are silent, where that is said of some hosts."""
     site.env["GUIX_SUBSTITUTE_URLS"] = urls
-    servers = Servers(site.settings())
-    return any(servers.all_silent((SILENT % host).decode()) for host in hosts)
+    servers = SubstituteServers(site.settings())
+    return any(servers.look((SILENT % host).decode()) for host in hosts)
 
 
 def test_guixs_own_servers_are_watched_where_none_are_set(site: Site) -> None:
@@ -348,9 +350,9 @@ def test_of_two_servers_on_one_host_it_cannot_be_told_which_is_silent(site: Site
 
 
 def test_it_is_said_once_that_all_are_silent(site: Site) -> None:
-    servers = Servers(site.settings())
+    servers = SubstituteServers(site.settings())
     lines = [(SILENT % host).decode() for host in (b"a.test", b"b.test", b"a.test")]
-    assert [servers.all_silent(line) for line in lines] == [False, True, False]
+    assert [servers.look(line) for line in lines] == [False, True, False]
 
 
 # --- STAGE_TIMEOUT ----------------------------------------------------------------------------
@@ -503,12 +505,12 @@ def test_a_full_disk_does_not_hide_why_a_stage_failed(
 ) -> None:
     monkeypatch.setattr("tempfile.SpooledTemporaryFile", FullDisk)
     error = failure(site, Try(1, [b"a line\n"]))
-    assert error.endswith("the output above says why")
+    assert error.endswith("see the output above")
 
 
 def test_where_no_bundle_can_be_written_the_error_names_none(site: Site) -> None:
     site.write("out", "a file, not a folder")
-    assert "has the logs" not in failure(site, Try(1))
+    assert "the logs are in" not in failure(site, Try(1))
 
 
 # --- What is left -------------------------------------------------------------------------------
@@ -539,7 +541,7 @@ def test_with_keep_failed_it_is_left_and_the_error_says_how_to_enter_it(site: Si
     error = failure(site, Try(1), keep_failed=True)
     (container,) = kept_containers(site.engine, site.settings())
     assert f"`docker commit {container.id[:12]} failed && docker run " in error
-    assert "`inv clean --work` drops it" in error
+    assert "`inv clean --work` removes the container" in error
     assert "\n" not in error
 
 
@@ -572,7 +574,7 @@ def test_the_next_run_leaves_a_container_that_failed(site: Site) -> None:
 @pytest.mark.parametrize("on", [{"keep_failed": True}, {"commit": False}], ids=str)
 def test_a_second_container_is_not_left_beside_it(site: Site, on: dict[str, bool]) -> None:
     failure(site, Try(1), keep_failed=True)
-    with pytest.raises(UsageError, match=r"not committed yet; .*`inv clean --work` drops it"):
+    with pytest.raises(UsageError, match=r"not committed yet; .*`inv clean --work` removes it"):
         run(site, Try(), **on)
     assert len(site.engine.all_containers) == 1
 
