@@ -106,13 +106,8 @@ def run_stage(
         pinned = stage.settled(report) if stage.settled and report else stage
         inputs = pinned.inputs(common_inputs(project.engine, settings))
         labels = {**stage_labels(stage.name, key_of(parent), inputs), **stage.labels(report)}
-        current = project.ledger.find(stage.name)
-        if (
-            not force
-            and current
-            and is_child(current, parent)
-            and labels.items() <= current.labels.items()
-        ):
+        current = None if force else project.ledger.find(stage.name)
+        if current and is_child(current, parent) and labels.items() <= current.labels.items():
             console.say(f"{stage.name}: unchanged")
             return None
         return commit_image(project, container, parent, project.ledger.tag(stage.name), labels)
