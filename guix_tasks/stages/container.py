@@ -344,7 +344,7 @@ def common_files(settings: Settings, nearby: Nearby | None = None) -> dict[str, 
         "entry-point.sh": (IMAGE_FOLDER / "entry-point.sh").read_bytes(),
         "environment": "".join(
             f"{name}={shlex.quote(value)}\n" for name, value in variables.items()
-        ).encode(errors="surrogateescape"),  # the environment of the process may be no UTF-8
+        ).encode(errors="surrogateescape"),  # it need not be UTF-8
     }
     if nearby:
         files[NEARBY_KEY] = nearby.key

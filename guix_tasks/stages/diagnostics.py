@@ -59,7 +59,7 @@ def log_path(settings: Settings, name: str) -> Path:
 
 
 @contextmanager
-def kept_log(settings: Settings, name: str) -> Iterator[IO[bytes]]:
+def saved_log(settings: Settings, name: str) -> Iterator[IO[bytes]]:
     """Yield a file for a log, which is saved without secrets at ``log_path`` after the block.
 
     A log that cannot be written is not an error.

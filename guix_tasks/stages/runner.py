@@ -25,7 +25,7 @@ from guix_tasks.stages.container import (
     time_limit,
     work_container,
 )
-from guix_tasks.stages.diagnostics import Failure, kept_log, log_path, save_diagnostics
+from guix_tasks.stages.diagnostics import Failure, log_path, save_diagnostics, saved_log
 from guix_tasks.stages.images import (
     IMAGE_LABEL,
     LAYERS_LABEL,
@@ -144,7 +144,7 @@ def run_again(project: Project, container: str, work: Work) -> str:
     starts = itertools.count()
     started = time.monotonic()
 
-    with project.console.step(work.name) as step, kept_log(project.settings, work.name) as log:
+    with project.console.step(work.name) as step, saved_log(project.settings, work.name) as log:
         step.log_file = log_path(project.settings, work.name)
 
         def attempt() -> str:
@@ -381,7 +381,7 @@ def committed_config(image: Image, labels: Mapping[str, str]) -> dict[str, Any]:
 def build_log(project: Project, name: str) -> Iterator[Log]:
     """Yield the log for the build of a Dockerfile; it is shown and saved at ``log_path``."""
     steps = BuildSteps()
-    with project.console.step(name) as step, kept_log(project.settings, name) as log_file:
+    with project.console.step(name) as step, saved_log(project.settings, name) as log_file:
         step.log_file = log_path(project.settings, name)
         step.tell(lambda: steps.text)
 
