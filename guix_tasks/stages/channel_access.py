@@ -1,7 +1,7 @@
-"""What a stage that fetches channels gets for it: accounts, an SSH agent, mirrors.
+"""Credentials, SSH agent and mirrors for stages that fetch channels.
 
-It is there for the time of the stage.  In the container it lies in memory; it is in no image, in
-no key, and in no URL, since Guix keeps those in its caches and in what it says of the channels.
+They exist only while the stage runs, in the container's memory. They are in no image, in no key
+and in no URL, because Guix keeps URLs in its caches and in descriptions of channels.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ if TYPE_CHECKING:
     from guix_tasks.settings import Settings
 
 ACCESS = "access"
-"""The folder below ``container.FOLDER`` that is a home for libgit2."""
+"""Subdirectory of ``container.FOLDER`` that is the home directory of libgit2."""
 
-_SETTINGS, _HOSTS, _CREDENTIALS = ".gitconfig", ".ssh/known_hosts", "credentials"
-ACCESS_FILES = tuple(f"{ACCESS}/{name}" for name in (_SETTINGS, _HOSTS, _CREDENTIALS))
+_CONFIG, _HOSTS, _CREDENTIALS = ".gitconfig", ".ssh/known_hosts", "credentials"
+ACCESS_FILES = tuple(f"{ACCESS}/{name}" for name in (_CONFIG, _HOSTS, _CREDENTIALS))
 
-AGENT = "/dev/shm/guix-tasks-agent"  # noqa: S108 -- the container's own, and never committed
+AGENT = "/dev/shm/guix-tasks-agent"  # noqa: S108 -- inside the container, and never committed
 
 _BY_SSH = re.compile(r'"((?:git\+)?ssh://[^"\s]+|[\w.-]+@[\w.-]+:[^"\s]+)"', re.ASCII)
-"""A URL, or an address as scp takes it, in a channels file."""
+"""An SSH URL or an address in the form of scp, in a channels file."""
 
 
 @dataclass(frozen=True)
 class Access:
-    """What a work container gets: files below ``container.FOLDER``, and mounts."""
+    """Files in ``container.FOLDER`` and mounts that let a work container fetch channels."""
 
     files: Mapping[str, bytes]
     binds: tuple[str, ...] = ()
 
 
 def programs() -> dict[str, bytes]:
-    """The ``guix`` that knows of ``ACCESS``, the same whatever is there."""
+    """Return the ``guix`` wrapper that reads ``ACCESS``; it is the same for all settings."""
     return {
         "bin/guix": (IMAGE_FOLDER / "guix.sh").read_bytes(),
         "fetch.scm": (IMAGE_FOLDER / "fetch.scm").read_bytes(),
@@ -57,25 +57,25 @@ def programs() -> dict[str, bytes]:
 
 
 def access_files(settings: Settings, channels: str) -> dict[str, bytes]:
-    """The files of ``ACCESS`` for a channels file; none where Guix needs nothing of it.
+    """Return the files of ``ACCESS`` for a channels file; none if Guix needs none of them.
 
-    Raises ``UsageError`` where a channel is fetched by SSH, and no host is known.
+    Raise ``UsageError`` if a channel is fetched by SSH and there are no known hosts.
     """
-    given = settings.guix_channel_credentials
-    known = _known_hosts(settings) if by_ssh(settings, channels) else b""
-    if not (given or known or settings.guix_channel_mirrors or settings.proxies):
+    credentials = settings.guix_channel_credentials
+    known_hosts = _known_hosts(settings) if by_ssh(settings, channels) else b""
+    if not (credentials or known_hosts or settings.guix_channel_mirrors or settings.proxies):
         return {}
-    # Whoever a repository of a file:// URL belongs to: what is trusted is who signed commits.
+    # Any user may own the repository of a file:// URL: trust comes from signed commits.
     lines = ["[include]", "\tpath = /root/.gitconfig", "[safe]", "\tdirectory = *"]
     for url, mirror in settings.guix_channel_mirrors.items():
         lines += [f'[url "{mirror}"]', f"\tinsteadOf = {url}"]
-    files = {_SETTINGS: "\n".join([*lines, ""]).encode()}
-    if known:
-        files[_HOSTS] = known
-    if given:
-        # What JSON writes as a text is one of Guile's, too.
+    files = {_CONFIG: "\n".join([*lines, ""]).encode()}
+    if known_hosts:
+        files[_HOSTS] = known_hosts
+    if credentials:
+        # A JSON string is a valid Guile string.
         rows = ([json.dumps(word, ensure_ascii=False) for word in row]
-                for row in channel_credentials(given.reveal()))  # fmt: skip
+                for row in channel_credentials(credentials.reveal()))  # fmt: skip
         files[_CREDENTIALS] = "".join(
             ["(", *(f"({' '.join(row)})\n" for row in rows), ")\n"]
         ).encode()
@@ -83,22 +83,22 @@ def access_files(settings: Settings, channels: str) -> dict[str, bytes]:
 
 
 def by_ssh(settings: Settings, channels: str) -> str:
-    """The first URL in a channels file that is fetched by SSH, from a mirror if there is one."""
-    found = (mirrored(settings, url) for url in _urls(channels))
-    return next((url for url in found if _BY_SSH.fullmatch(f'"{url}"')), "")
+    """Return the first SSH URL of a channels file, after ``GUIX_CHANNEL_MIRRORS``, or ""."""
+    urls = (mirrored(settings, url) for url in _urls(channels))
+    return next((url for url in urls if _BY_SSH.fullmatch(f'"{url}"')), "")
 
 
 def _urls(channels: str) -> list[str]:
-    # Also where the file computes its channels.
+    # Any string literal counts, because a channels file can compute its channels.
     return re.findall(r'"((?:[a-z+]+://|[\w.-]+@[\w.-]+:)[^"\s]+)"', channels)
 
 
 def mirrored(settings: Settings, url: str) -> str:
-    """Where a URL is fetched from: of what it begins with, Git takes the longest."""
+    """Replace the longest prefix of a URL that has a mirror, as Git does."""
     mirrors = settings.guix_channel_mirrors
-    for start in sorted(mirrors, key=len, reverse=True):
-        if url.startswith(start):
-            return mirrors[start] + url.removeprefix(start)
+    for prefix in sorted(mirrors, key=len, reverse=True):
+        if url.startswith(prefix):
+            return mirrors[prefix] + url.removeprefix(prefix)
     return url
 
 
@@ -108,16 +108,18 @@ def _known_hosts(settings: Settings) -> bytes:
         return read_file(path)
     except OSError as error:
         raise UsageError(
-            f"SSH_KNOWN_HOSTS: {path}: {error.strerror}; channels are fetched by SSH from hosts "
-            "that are known alone: name a file that `ssh-keyscan` wrote, and that you have checked"
+            f"SSH_KNOWN_HOSTS: {path}: {error.strerror}; SSH fetches channels only from known "
+            "hosts: specify a file written by `ssh-keyscan` whose keys you have verified"
         ) from None
 
 
 @contextmanager
 def lent_access(engine: Engine, settings: Settings, channels: str | None) -> Iterator[Access]:
-    """What a work container needs to fetch the channels of a file, for the time of the block.
+    """Yield the access that a work container needs to fetch the channels of a channels file.
 
-    None: it fetches none.  Raises ``UsageError`` where a channel cannot be fetched.
+    It ends with the block. ``channels`` is None for a stage that fetches none.
+
+    Raise ``UsageError`` if a channel cannot be fetched.
     """
     if channels is None:
         yield Access({})
@@ -129,55 +131,57 @@ def lent_access(engine: Engine, settings: Settings, channels: str | None) -> Ite
     agent = agent_socket(settings, url)
     if not engine.info().is_local:
         raise UsageError(
-            f"the engine at {engine.info().url} is on another machine, and your SSH agent cannot "
-            f"be lent to it for {_shown(url)}; use an https URL with GUIX_CHANNEL_CREDENTIALS, "
+            f"the engine at {engine.info().url} is on another machine and cannot use your SSH "
+            f"agent for {_without_user(url)}; use an https URL with GUIX_CHANNEL_CREDENTIALS, "
             "`inv buildx.build`, or a local engine"
         )
-    with _relay(agent) as place:
-        yield Access(files, (f"{place}:{AGENT}",))
+    with _agent_relay(agent) as path:
+        yield Access(files, (f"{path}:{AGENT}",))
 
 
-def _shown(url: str) -> str:
+def _without_user(url: str) -> str:
     return re.sub(r"//[^/@]*@", "//", url)
 
 
 def agent_socket(settings: Settings, url: str) -> Path:
-    """The socket of the user's agent.  Raises ``UsageError`` where there is none."""
+    """Return the socket of the user's SSH agent. Raise ``UsageError`` if there is none."""
     agent = settings.ssh_agent
     if agent is None or not agent.is_socket():
         raise UsageError(
-            f"{_shown(url)} is fetched by SSH, and SSH_AUTH_SOCK names no agent; start one and add "
-            'your key: `eval "$(ssh-agent)" && ssh-add`'
+            f"cannot fetch {_without_user(url)} by SSH: SSH_AUTH_SOCK is not the socket of an SSH "
+            'agent; start an agent and add your key: `eval "$(ssh-agent)" && ssh-add`'
         )
     return agent
 
 
 _LIST, _SIGN = 11, 13
-_REFUSED = b"\0\0\0\1\5"
-"""Of the agent's protocol: what may be asked of it, and the answer to all else."""
+"""Requests of the agent protocol that the relay passes on."""
+
+_FAILURE = b"\0\0\0\1\5"
+"""Answer of the agent protocol to all other requests."""
 
 
 @contextmanager
-def _relay(agent: Path) -> Iterator[Path]:
-    """A socket that leads to an agent, which may be listed and may sign, and no more.
+def _agent_relay(agent: Path) -> Iterator[Path]:
+    """Yield a socket on which an SSH agent lists its keys and signs, and does nothing else.
 
-    Every user of the container may open it, whoever the work container runs as; on this machine
-    the folder that it is in is closed to others.
+    Every user of the container can open it, whatever user the container runs as. On this machine
+    the directory of the socket is closed to other users.
     """
 
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            with socket.socket(socket.AF_UNIX) as there:
-                there.connect(str(agent))
-                while asked := _message(self.request):
-                    answer = _REFUSED
-                    if asked[4] in (_LIST, _SIGN):
-                        there.sendall(asked)
-                        answer = _message(there)
-                    self.request.sendall(answer)
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(str(agent))
+                while request := _read_message(self.request):
+                    response = _FAILURE
+                    if request[4] in (_LIST, _SIGN):
+                        connection.sendall(request)
+                        response = _read_message(connection)
+                    self.request.sendall(response)
 
-    with temporary_directory() as folder:
-        path = folder / "agent"
+    with temporary_directory() as directory:
+        path = directory / "agent"
         with socketserver.ThreadingUnixStreamServer(str(path), Handler) as server:
             server.daemon_threads = True
             path.chmod(0o666)
@@ -189,23 +193,23 @@ def _relay(agent: Path) -> Iterator[Path]:
                 server.shutdown()
 
 
-_LONGEST = 256 << 10
-"""Bytes of a message, as OpenSSH's own agent has it."""
+_MAX_MESSAGE = 256 << 10
+"""Maximum bytes of a message, as in OpenSSH's agent."""
 
 
-def _message(connection: socket.socket) -> bytes:
-    """The next message with its length; empty at the end, and for what is none."""
-    head = _exactly(connection, 4)
+def _read_message(connection: socket.socket) -> bytes:
+    """Read a message with its length; return nothing at the end or if the length is invalid."""
+    head = _read_exactly(connection, 4)
     size = struct.unpack(">I", head)[0] if head else 0
-    body = _exactly(connection, size) if 0 < size <= _LONGEST else b""
+    body = _read_exactly(connection, size) if 0 < size <= _MAX_MESSAGE else b""
     return head + body if body else b""
 
 
-def _exactly(connection: socket.socket, size: int) -> bytes:
+def _read_exactly(connection: socket.socket, size: int) -> bytes:
     data = b""
     while len(data) < size:
-        piece = connection.recv(size - len(data))
-        if not piece:
+        chunk = connection.recv(size - len(data))
+        if not chunk:
             return b""
-        data += piece
+        data += chunk
     return data

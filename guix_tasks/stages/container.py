@@ -1,9 +1,9 @@
-"""Work containers: where a command of Guix runs, and what a stage commits.
+"""Work containers, in which Guix runs and which stages commit.
 
-They run guix-tasks' own entry point, whatever the image has: a user's image may come with one
-that neither waits for the daemon's socket nor stops the daemon cleanly.  It and the other files
-a command needs are copied in below ``FOLDER``, since a bind mount does not reach a remote
-engine; the entry point removes the folder at its end, so a commit holds none of it.
+Every work container runs the entry point of guix-tasks, because that of a user's image may
+neither wait for the daemon's socket nor stop the daemon cleanly. The entry point and the files of
+a command are copied to ``FOLDER``: a bind mount does not reach a remote engine. The entry point
+removes that directory at its end, so no commit contains it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from guix_tasks import guix
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from guix_tasks.settings import Settings
 
 FOLDER = "/var/guix/guix-tasks"
-"""In a folder that belongs to whom the daemon is, who has to remove it."""
+"""Private directory of a work container. The daemon's user owns its parent and can delete it."""
 ENTRY_POINT = f"{FOLDER}/entry-point.sh"
 ENVIRONMENT = f"{FOLDER}/environment"
 INPUTS = "project"
-"""Below ``FOLDER``: files of a project, which everybody may read; no other is there."""
+"""Subdirectory of ``FOLDER`` for files of a project, the only ones that every user may read."""
 NEARBY_KEY = "nearby.pub"
-"""Below ``FOLDER``: what only the daemon of this container trusts."""
+"""File in ``FOLDER``: a substitute key that only the daemon of this container trusts."""
 EXTRA_CA = "extra-ca.pem"
 PROJECT_LABEL = "org.guix-tasks.project"
 
@@ -57,86 +57,100 @@ _KEPT_NAME = "guix-tasks-kept"
 _SERVER_NAME = "guix-tasks-substitutes"
 
 IMAGE_FOLDER = Path(__file__).parent / "resources"
-"""What goes into an image and into work containers, the entry point above all."""
+"""Files of images and work containers, for example the entry point."""
 
 CAPABILITIES = (
     "CHOWN", "DAC_OVERRIDE", "FOWNER", "KILL", "NET_ADMIN", "SETGID", "SETUID", "SYS_ADMIN",
     "SYS_CHROOT",
 )  # fmt: skip
-"""Without any one of these the daemon does not build, or (KILL) does not end what it started."""
+"""Capabilities that the daemon needs to build, or (KILL) to stop its builds."""
 
-_FILTER = f"seccomp={Path(__file__).with_name('seccomp.json')}"
+_SECCOMP = f"seccomp={Path(__file__).with_name('seccomp.json')}"
 
-_RIGHTS: Mapping[Sandbox, Mapping[str, Any]] = {
-    Sandbox.ROOTLESS: {
-        "user": USER,
-        "capabilities": (),
-        "security": ("no-new-privileges", _FILTER),
-        # A build has a /proc of its own.
-        "unmasked": True,
-    },
-    Sandbox.CAPABILITIES: {"capabilities": CAPABILITIES, "security": (_FILTER,)},
-    Sandbox.PRIVILEGED: {"privileged": True},
+
+@dataclass(frozen=True)
+class _Privileges:
+    """Privileges of a container, with the names and defaults of ``ContainerSpec``."""
+
+    privileged: bool = False
+    capabilities: tuple[str, ...] | None = None
+    security: tuple[str, ...] = ()
+    unmasked: bool = False
+    user: str | None = None
+
+
+_PRIVILEGES: Mapping[Sandbox, _Privileges] = {
+    Sandbox.ROOTLESS: _Privileges(
+        user=USER,
+        capabilities=(),
+        security=("no-new-privileges", _SECCOMP),
+        unmasked=True,  # a build mounts its own /proc
+    ),
+    Sandbox.CAPABILITIES: _Privileges(capabilities=CAPABILITIES, security=(_SECCOMP,)),
+    Sandbox.PRIVILEGED: _Privileges(privileged=True),
     # Without a chroot the daemon needs no privilege, but it sets the personality of builds,
-    # which Docker's own filter refuses.
-    Sandbox.NOCHROOT: {"security": ("seccomp=unconfined",)},
-    # Comes to one of the others before anything is run; see ``sandbox.settled``.
-    Sandbox.AUTO: {},
+    # which Docker's default filter refuses.
+    Sandbox.NOCHROOT: _Privileges(security=("seccomp=unconfined",)),
+    # ``sandbox.settled`` replaces ``auto`` before a container runs.
+    Sandbox.AUTO: _Privileges(),
 }
 
 _UNCONFINED = {"apparmor": "apparmor=unconfined", "selinux": "label=disable"}
-"""What of an engine's security, by its name, keeps a build from its mounts, and how to have it
-not.  ``privileged`` goes without it, too."""
+"""Options that turn off a security module of the engine which would refuse a build's mounts.
+
+Docker turns it off for privileged containers.
+"""
 
 CACHES = {"home": "/root/.cache", "substitutes": SUBSTITUTE_CACHE}
-"""The caches of a work container that are no part of an image, and where they are found."""
+"""Caches of a work container, by name, with their directories; no image contains them."""
 
-ROOTLESS_CACHES = {"rootless": "/tmp/guix-tasks-cache"}  # noqa: S108 -- the container's own
-"""The same where nothing is root's: there Guix has but one."""
+ROOTLESS_CACHES = {"rootless": "/tmp/guix-tasks-cache"}  # noqa: S108 -- inside the container
+"""The same for a container without root, where Guix has only one cache."""
 
 
 @dataclass(frozen=True)
 class Nearby:
-    """A substitute server beside the work containers, which no image is to know of."""
+    """The local substitute server; no image refers to it."""
 
     url: str
-    """As work containers reach it."""
+    """Its address for work containers."""
     key: bytes
-    """The public one."""
+    """Its public key."""
     image: str
     """The ID of the image whose store it serves."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One command for a work container, with the files that it finds below ``FOLDER``."""
+    """One command for a work container, with its files in ``FOLDER``."""
 
     name: str
     argv: tuple[str, ...]
     files: Mapping[str, bytes]
     keep: bool = False
     keep_failed: bool = False
-    """Left where its command fails, for whoever wants to look into it."""
+    """Keep the container for inspection if the command fails."""
     tty: bool = False
     bare: bool = False
-    """Without mounts, volumes and network: nothing comes between the command and the image."""
+    """No mounts, volumes or network: the command sees only the image."""
     plain: bool = False
-    """With no rights for Guix, which is not run in it."""
+    """No privileges, because the command does not run Guix."""
     entry_point: tuple[str, ...] = (ENTRY_POINT,)
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Of the container itself, and so of an image that is committed from it."""
+    """Environment of the container, and so of an image that is committed from it."""
     nearby: Nearby | None = None
-    """Asked for substitutes before all others."""
+    """The substitute server that Guix asks first."""
     binds: tuple[str, ...] = ()
-    """Mounts of its own, where nothing of them stays in an image."""
+    """Additional mounts, which leave nothing in an image."""
 
 
 @contextmanager
 def work_container(engine: Engine, settings: Settings, image: str, work: Work) -> Iterator[str]:
-    """A container of ``image``, ready to run, that is removed at the end.
+    """Create a container of ``image``, ready to run, and remove it at the end; yield its ID.
 
-    One that is to be kept is left only when the block ends without an error.  Containers that
-    an earlier call could not remove, because it was killed, are removed first.
+    A container with ``work.keep`` stays if the block ends without an error, one with
+    ``work.keep_failed`` if the block raises ``StageError``. Containers of killed runs are removed
+    first.
     """
     sweep(engine, settings)
     for volume in () if work.bare else cache_volumes(settings):
@@ -154,8 +168,7 @@ def work_container(engine: Engine, settings: Settings, image: str, work: Work) -
     except BaseException as error:
         if work.keep_failed and isinstance(error, StageError):
             raise
-        # Where the engine itself is gone, the error that says so is the one to tell; the next
-        # run removes the container.
+        # A lost engine must not replace the error of the block. The next run removes the container.
         with _uninterrupted(), suppress(EngineError):
             engine.remove(container)
         raise
@@ -163,27 +176,30 @@ def work_container(engine: Engine, settings: Settings, image: str, work: Work) -
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait until the block has ended.
+    """Delay Ctrl-C and SIGTERM until the end of the block.
 
-    The engine goes on with a call whose client has gone, and nobody would know of its result.
+    The engine completes a call even if its client is gone, and its result would be lost.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
 
 @contextmanager
 def time_limit(
     engine: Engine, container: str, seconds: float | None, *, grace: int
 ) -> Iterator[threading.Event]:
-    """Stop a container when its time is up; the event says that it was.  None: no limit."""
+    """Stop a container after ``seconds`` (None: no limit); the event is set if that happened.
+
+    ``grace`` is the time in seconds between SIGTERM and SIGKILL.
+    """
     timed_out = threading.Event()
 
     def stop() -> None:
         timed_out.set()
-        # Where the engine is gone, whoever waits for the container hears of it.
+        # A lost engine is reported by the call that waits for the container.
         with suppress(EngineError):
             engine.stop(container, seconds=grace)
 
@@ -200,7 +216,7 @@ def time_limit(
 
 @contextmanager
 def unstarted_container(engine: Engine, settings: Settings, image: str) -> Iterator[str]:
-    """A container that is never run: a way to give an image another configuration."""
+    """Create a container that never runs, to give an image another configuration by a commit."""
     work = Work("label", ("true",), {}, bare=True, plain=True)
     spec = _spec(engine, settings, image, work)
     container = spec.name
@@ -214,7 +230,7 @@ def unstarted_container(engine: Engine, settings: Settings, image: str) -> Itera
 
 
 def fill(engine: Engine, settings: Settings, container: str, work: Work) -> None:
-    """Copy in what the entry point and the command need for one start."""
+    """Copy the files of the entry point and of the command in, for one start."""
     owner = 0
     if settings.guix_sandbox is Sandbox.ROOTLESS and not (work.plain or engine.is_dry):
         owner = lend(engine, container, ROOTLESS_CACHES.values())
@@ -223,103 +239,103 @@ def fill(engine: Engine, settings: Settings, container: str, work: Work) -> None
 
 
 def drop_environment(engine: Engine, container: str) -> None:
-    """Empty the environment of a container that was never run: it may hold a password."""
+    """Empty the environment file of a container that never ran: it can contain a password."""
     if b"".join(engine.copy_out(container, ENVIRONMENT)):
         engine.copy_in(container, archive({"environment": b""}))
 
 
 def kept_containers(engine: Engine, settings: Settings) -> list[Container]:
-    """The work containers that were left for ``commit``, newest first."""
-    return [each for each in work_containers(engine, settings) if is_kept(each)]
+    """Return the work containers that are kept for ``commit``, newest first."""
+    return [container for container in work_containers(engine, settings) if is_kept(container)]
 
 
 def work_containers(engine: Engine, settings: Settings) -> list[Container]:
-    """The work containers of this project, newest first."""
-    found = engine.containers({PROJECT_LABEL: project(settings)})
-    return [each for each in found if each.name != server_name(settings)]
+    """Return the work containers of this project, newest first."""
+    containers = engine.containers({PROJECT_LABEL: project(settings)})
+    return [container for container in containers if container.name != server_name(settings)]
 
 
 def server_name(settings: Settings) -> str:
-    """What the container is called that ``substitutes.up`` starts."""
+    """Return the name of the container that ``substitutes.up`` starts."""
     return f"{_SERVER_NAME}-{project_digest(settings)}"
 
 
 def find_server(engine: Engine, settings: Settings) -> Container | None:
-    """The container that ``substitutes.up`` has started, running or not."""
-    found = engine.containers({PROJECT_LABEL: project(settings)})
-    return next((each for each in found if each.name == server_name(settings)), None)
+    """Return the container that ``substitutes.up`` started, running or not."""
+    name, containers = server_name(settings), engine.containers({PROJECT_LABEL: project(settings)})
+    return next((container for container in containers if container.name == name), None)
 
 
 def is_kept(container: Container) -> bool:
+    """Return whether a work container is kept for ``commit`` or inspection."""
     return container.name.startswith(_KEPT_NAME)
 
 
 def uncommitted(engine: Engine, settings: Settings) -> str:
-    """What is to be said of a container that was left for ``commit``; empty where none was."""
+    """Return the warning about a work container that is not committed; empty if there is none."""
     kept = kept_containers(engine, settings)
     if not kept:
         return ""
     return (
         f"the work container {kept[0].name} is not committed yet; "
-        "`inv commit` keeps what it holds, `inv clean --work` drops it"
+        "`inv commit` commits it, `inv clean --work` removes it"
     )
 
 
 def refuse_second(engine: Engine, settings: Settings) -> None:
-    """Refuse to leave a second container, since ``commit`` could take but one of them."""
-    if left := uncommitted(engine, settings):
-        raise UsageError(left)
+    """Raise ``UsageError`` if a container is kept already: ``commit`` can take only one."""
+    if warning := uncommitted(engine, settings):
+        raise UsageError(warning)
 
 
 def sweep(engine: Engine, settings: Settings) -> None:
-    """Remove the containers whose ``inv`` died before it could."""
+    """Remove the containers of killed runs."""
     for container in work_containers(engine, settings):
         if not is_kept(container) and _owner_is_gone(container.name):
             engine.remove(container.id)
 
 
 def project(settings: Settings) -> str:
-    """What tells one project's containers from another's: the image that they make."""
+    """Return the name that identifies a project: the image that it builds."""
     return str(settings.image)
 
 
 def project_digest(settings: Settings) -> str:
-    """The project's name as a word that any other name can hold."""
+    """Return a short digest of the project's name, for the names of containers and volumes."""
     return _short(project(settings))
 
 
 def archive(
     files: Mapping[str, bytes], owner: int = 0, *, folder: str = FOLDER, mode: int = 0o600
 ) -> bytes:
-    """A tar archive of ``files`` below a folder; scripts are executable, nothing else is.
+    """Return a tar archive of ``files`` in a directory, owned by the user ID ``owner``.
 
-    But for those of the project, only the owner, by its ID, may read them, if not said otherwise:
-    an environment can hold a token.
+    Scripts (``#!``) are executable, and files of the project can be read by every user. ``mode``
+    is that of all other files: by default private, because the environment can contain a token.
     """
+    parents = {parent for name in files for parent in Path(name).parents}
+    directories = {folder, *(f"{folder}/{parent}" for parent in parents if parent.name)}
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        folders = {parent for name in files for parent in (folder, *_parents(folder, name))}
-        for each in sorted(folders):
-            member = tarfile.TarInfo(each.lstrip("/"))
+        for directory in sorted(directories if files else ()):
+            member = tarfile.TarInfo(directory.lstrip("/"))
             member.type, member.mode = tarfile.DIRTYPE, 0o755
             member.uid = member.gid = owner
             tar.addfile(member)
         for name, content in sorted(files.items()):
             member = tarfile.TarInfo(f"{folder}/{name}".lstrip("/"))
             member.size = len(content)
-            own = 0o644 if name.startswith(f"{INPUTS}/") else mode
-            member.mode = 0o755 if content.startswith(b"#!") else own
+            if content.startswith(b"#!"):
+                member.mode = 0o755
+            else:
+                member.mode = 0o644 if name.startswith(f"{INPUTS}/") else mode
             member.uid = member.gid = owner
             tar.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
 
 
-def _parents(folder: str, name: str) -> list[str]:
-    return [f"{folder}/{parent}" for parent in Path(name).parents if parent.name]
-
-
 def common_files(settings: Settings, nearby: Nearby | None = None) -> dict[str, bytes]:
-    """What every entry point finds beside it below ``FOLDER``."""
+    """Return the files that every entry point needs in ``FOLDER``."""
     variables = environment(settings)
     if nearby:
         urls = settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS
@@ -328,7 +344,7 @@ def common_files(settings: Settings, nearby: Nearby | None = None) -> dict[str, 
         "entry-point.sh": (IMAGE_FOLDER / "entry-point.sh").read_bytes(),
         "environment": "".join(
             f"{name}={shlex.quote(value)}\n" for name, value in variables.items()
-        ).encode(errors="surrogateescape"),  # the bytes of the process's environment
+        ).encode(errors="surrogateescape"),  # it need not be UTF-8
     }
     if nearby:
         files[NEARBY_KEY] = nearby.key
@@ -340,40 +356,40 @@ def common_files(settings: Settings, nearby: Nearby | None = None) -> dict[str, 
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """What the entry point and the command find in their environment.
+    """Return the environment of the entry point and of the command.
 
-    It is copied in as a file and sourced, not given to the container: the environment of a
-    container ends up in the image that is committed from it.
+    It is copied in as a file and sourced, because a commit stores the environment of the
+    container in the image.
     """
-    guix = guix_environment(settings)
+    variables = guix_environment(settings)
     if settings.output.logs_builds:
-        options = f"{guix.get('GUIX_BUILD_OPTIONS', '')} --verbosity={VERBOSITY}"
-        guix["GUIX_BUILD_OPTIONS"] = options.strip()
-    return {**guix, **settings.proxies}
+        options = f"{variables.get('GUIX_BUILD_OPTIONS', '')} --verbosity={VERBOSITY}"
+        variables["GUIX_BUILD_OPTIONS"] = options.strip()
+    return {**variables, **settings.proxies}
 
 
 def guix_environment(settings: Settings) -> dict[str, str]:
-    """The daemon's part of it, which holds no secret, as a proxy's address may."""
-    wanted = {
+    """Return the variables for Guix and its daemon, which contain no secret."""
+    variables = {
         "GUIX_SUBSTITUTE_URLS": " ".join(settings.guix_substitute_urls),
         "GUIX_CORES": settings.guix_cores,
         "GUIX_MAX_JOBS": settings.guix_max_jobs,
         "GUIX_SANDBOX": settings.guix_sandbox.value,
-        # Not on the command line, which is in the key: what is built is the same.
+        # Not on the command line: that is in the key, and the option changes no result.
         "GUIX_BUILD_OPTIONS": "--fallback" if settings.guix_fallback else "",
     }
     if settings.guix_sandbox is Sandbox.ROOTLESS:
-        # Whoever the container's user is, the profiles are root's.
-        wanted |= {"HOME": "/root", "USER": "root", "LOGNAME": "root"}
-        wanted["XDG_CACHE_HOME"] = ROOTLESS_CACHES["rootless"]
-    return {name: str(value) for name, value in wanted.items() if value not in (None, "")}
+        # The profiles are those of root, whatever the user of the container.
+        variables |= {"HOME": "/root", "USER": "root", "LOGNAME": "root"}
+        variables["XDG_CACHE_HOME"] = ROOTLESS_CACHES["rootless"]
+    return {name: str(value) for name, value in variables.items() if value not in (None, "")}
 
 
 def common_inputs(engine: Engine, settings: Settings) -> dict[str, str]:
-    """What every stage that runs in a work container is made from, besides its own.
+    """Return the inputs that all stages share, by name, with the digest of each content.
 
-    Substitute servers are not among it: what they serve is what would be built here, or it is
-    refused; the keys that they are trusted by end up in the image.
+    Substitute servers are no input, because Guix accepts only substitutes signed by a trusted
+    key. The keys are inputs, because the image contains them.
     """
     return {
         "entry point": file_digest(IMAGE_FOLDER / "entry-point.sh"),
@@ -388,45 +404,48 @@ def common_inputs(engine: Engine, settings: Settings) -> dict[str, str]:
 
 
 def platform_input(engine: Engine, settings: Settings) -> dict[str, str]:
+    """Return the platform of the image, by default that of the engine, as an input."""
     return {"platform": str(settings.platform or engine.info().platform)}
 
 
 def refuse_emulated(engine: Engine, settings: Settings) -> None:
-    """Refuse a platform on which Guix could not isolate its builds, before anything is done."""
+    """Raise ``UsageError`` for an emulated platform, on which Guix cannot isolate its builds."""
     platform = settings.platform
     if platform is None or settings.guix_sandbox is Sandbox.NOCHROOT:
         return
-    own = engine.info().platform
-    native = False
-    with suppress(ValueError):  # there are engines of platforms that Guix has no system for
-        native = Platform.parse(own).runs(platform)
-    if not native:
-        raise UsageError(
-            f"{platform} is emulated by this engine ({own}), and Guix cannot isolate its builds "
-            "there: set GUIX_SANDBOX=nochroot, or use an engine of that kind"
-        )
+    native = engine.info().platform
+    # Guix may have no system for the platform of the engine.
+    with suppress(ValueError):
+        if Platform.parse(native).runs(platform):
+            return
+    raise UsageError(
+        f"{platform} is emulated by this engine ({native}), and Guix cannot isolate its builds "
+        f"under emulation; set GUIX_SANDBOX=nochroot, or use an engine of {platform}"
+    )
 
 
 def cache_volumes(settings: Settings) -> dict[str, str]:
-    """The named volumes of this project's caches, with the folders that they are seen at.
+    """Return the cache volumes of this project, by name, with the directories of their mounts.
 
-    One of ``MOUNTS`` at the same place is the cache instead: an engine takes no two.
+    A mount of ``MOUNTS`` at the same directory replaces the volume.
     """
     prefix = cache_prefix(settings)
+    if prefix is None:
+        return {}
     taken = {*memory_folders(settings), *(mount.target for mount in settings.mounts)}
-    folders = {name: target for name, target in _caches(settings).items() if target not in taken}
-    return {f"{prefix}-{name}": target for name, target in folders.items()} if prefix else {}
+    caches = _caches(settings).items()
+    return {f"{prefix}-{name}": target for name, target in caches if target not in taken}
 
 
 def memory_folders(settings: Settings) -> tuple[str, ...]:
-    """The caches that are in memory.
+    """Return the directories of the caches that are in memory.
 
     A 32-bit program under QEMU fails on the large inode numbers of a file system on disk.
     """
-    small = settings.platform is not None and settings.platform.is_32_bit
+    is_32_bit = settings.platform is not None and settings.platform.is_32_bit
     home, *_ = _caches(settings).values()
     mounted = home in (mount.target for mount in settings.mounts)
-    return (home,) if small and settings.cache_volume and not mounted else ()
+    return (home,) if is_32_bit and settings.cache_volume and not mounted else ()
 
 
 def _caches(settings: Settings) -> Mapping[str, str]:
@@ -434,26 +453,26 @@ def _caches(settings: Settings) -> Mapping[str, str]:
 
 
 def cache_prefix(settings: Settings) -> str | None:
-    """What the names of this project's caches begin with; None where there are to be none."""
+    """Return the prefix of the names of this project's caches; None without ``CACHE_VOLUME``."""
     prefix = settings.cache_volume
     return f"{prefix}-{project_digest(settings)}" if prefix else None
 
 
 def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> ContainerSpec:
+    """Describe the container of a work."""
     parent = engine.image(image)
     config = parent.config if parent else {}
-    rights = {} if work.plain else dict(_RIGHTS[settings.guix_sandbox])
-    if "security" in rights:
-        known = engine.info().security
-        rights["security"] += tuple(off for name, off in _UNCONFINED.items() if name in known)
-    if "user" in rights and engine.info().product == podman_api.NAME:
-        # Somebody else's would become root's afterwards.
+    privileges = _Privileges() if work.plain else _PRIVILEGES[settings.guix_sandbox]
+    if privileges.user and engine.info().product == podman_api.NAME:
+        # Files of other users would become root's in the image.
         raise EngineError(
-            f"{REFUSED} lend Guix's folders to a user who is not root: Podman does not tell whose "
-            "they are; set GUIX_SANDBOX to auto or capabilities"
+            f"{REFUSED} give Guix's directories to a user other than root: Podman does not report "
+            "the owners of files; set GUIX_SANDBOX to auto or capabilities"
         )
-    # The daemon of the others is root's; an image may be made for another user.
-    rights.setdefault("user", "root" if config.get("User") else None)
+    security = privileges.security
+    if security:
+        modules = engine.info().security
+        security += tuple(off for module, off in _UNCONFINED.items() if module in modules)
     volumes = {} if work.bare else cache_volumes(settings)
     mounts = () if work.bare else binds(engine, settings)
     return ContainerSpec(
@@ -462,28 +481,31 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         command=(*work.entry_point, *work.argv),
         labels={PROJECT_LABEL: project(settings)},
         environment=work.environment,
+        privileged=privileges.privileged,
+        unmasked=privileges.unmasked,
+        security=security,
+        capabilities=privileges.capabilities,
         network="none" if work.bare else network(engine, settings),
-        binds=(*mounts, *(":".join(each) for each in volumes.items()), *work.binds),
+        binds=(*mounts, *(f"{name}:{target}" for name, target in volumes.items()), *work.binds),
+        # Builds leave gigabytes there, which belong on disk and not in the image.
+        scratch="/tmp" if volumes else None,  # noqa: S108 -- inside the container
         memory_folders=() if work.bare else memory_folders(settings),
-        # What builds leave there is gigabytes: on disk, and not in the image.
-        scratch="/tmp" if volumes else None,  # noqa: S108 -- the container's own
         memory=settings.stage_memory,
+        # A daemon with privileges runs as root, but an image can name another user.
+        user=privileges.user or ("root" if config.get("User") else None),
         tty=work.tty,
         no_healthcheck=bool(config.get("Healthcheck")),
         platform=str(settings.platform) if settings.platform else None,
-        **rights,
     )
 
 
 def network(engine: Engine, settings: Settings) -> str | None:
-    """``NETWORK``; an engine without a bridge gives containers none, so there it is the host's."""
-    if settings.network:
-        return settings.network
-    return None if engine.info().has_bridge else "host"
+    """Return ``NETWORK``, by default that of the engine, or the host's if there is no bridge."""
+    return settings.network or (None if engine.info().has_bridge else "host")
 
 
 def proxy_out_of_reach(engine: Engine, settings: Settings) -> str:
-    """Why containers do not reach a proxy of the environment, and what mends it; else empty."""
+    """Return why containers cannot reach a proxy, with a hint; empty if they can."""
     if network(engine, settings) in ("host", "none"):
         return ""
     for name, url in settings.proxies.items():
@@ -492,13 +514,13 @@ def proxy_out_of_reach(engine: Engine, settings: Settings) -> str:
             if name.lower() != "no_proxy" and re.fullmatch(r"localhost|127\.[\d.]+|::1", host):
                 return (
                     f"the proxy {name} is at {host}, which in a container is the container itself; "
-                    "set NETWORK=host, or let it listen at an address that containers reach"
+                    "set NETWORK=host, or run the proxy on an address that containers can reach"
                 )
     return ""
 
 
 def binds(engine: Engine, settings: Settings) -> tuple[str, ...]:
-    """``MOUNTS`` for the engine.  Raises ``UsageError`` where the engine cannot see the files."""
+    """Return ``MOUNTS`` as volumes. Raise ``UsageError`` if the engine cannot see the files."""
     if settings.mounts and not engine.info().is_local:
         raise UsageError(
             f"MOUNTS: the engine at {engine.info().url} is on another machine and cannot see "
@@ -510,25 +532,24 @@ def binds(engine: Engine, settings: Settings) -> tuple[str, ...]:
     )
 
 
-def container_name(what: str, *, keep: bool = False) -> str:
-    """A name that tells who made the container, and whether it is to be kept.
+def container_name(task: str, *, keep: bool = False) -> str:
+    """Return a name that identifies the process of a container, and whether to keep it.
 
-    A label could say it as well, but labels of a container end up in the image that is committed
-    from it.
+    Labels cannot record that, because a commit copies them into the image.
     """
     pid = os.getpid()
     prefix = _KEPT_NAME if keep else _NAME
-    return f"{prefix}-{what}-{secrets.token_hex(3)}-{_host()}-{pid}-{_started(pid)}"
+    return f"{prefix}-{task}-{secrets.token_hex(3)}-{_host()}-{pid}-{_started(pid)}"
 
 
 def _owner_is_gone(name: str) -> bool:
-    """Whether the ``inv`` that made a container is a process of this machine that has ended."""
+    """Return whether a container's process ran on this machine and has ended."""
     host, pid, started = ("", "", "", *name.split("-"))[-3:]
     return host == _host() and pid.isdigit() and _started(int(pid)) != started
 
 
 def _host() -> str:
-    # Two containers may have one host name; their process IDs are then not of one kind.
+    # Two containers can have one host name but separate process IDs.
     with suppress(OSError):
         return _short(f"{socket.gethostname()} {Path('/proc/self/ns/pid').readlink()}")
     return _short(socket.gethostname())
@@ -539,13 +560,13 @@ def _short(text: str) -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process started, in ticks since boot; empty for one that is not there.
+    """Return when a process started, in ticks since boot; empty if it does not exist.
 
-    A process ID alone proves nothing, since they are used again.
+    Process IDs are reused, so an ID alone does not identify a process.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return ""
-    # proc(5): the name, in parentheses, may itself hold spaces; starttime is field 22.
+    # proc(5): the name, in parentheses, can contain spaces; starttime is field 22.
     return stat.rpartition(")")[2].split()[19]

@@ -1,4 +1,4 @@
-"""What one needs to find out why a stage failed: ``out/failed/STAGE-TIME/``."""
+"""Logs of stages, and diagnostics of a failed stage in ``out/failed/STAGE-TIME/``."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ if TYPE_CHECKING:
     from guix_tasks.settings import Settings
 
 _IN_MEMORY = 1 << 20
-"""Bytes of a log from which it is on disk while it comes."""
+"""Bytes of a log that are kept in memory before they go to a file."""
 
 _BUILD_LOGS = 10
-"""Logs of failed builds that are kept."""
+"""Maximum number of saved build logs."""
 
-_COPY_MOST = 64 << 20
-"""Bytes of such a log as it is in the container, packed: a file there may have no end."""
+_MAX_ARCHIVE = 64 << 20
+"""Maximum bytes of a build log's archive: a file of a container can be endless."""
 
-_LOG_MOST = 64 << 20
-"""Bytes of such a log, unpacked: what a container packs may be without an end."""
+_MAX_LOG = 64 << 20
+"""Maximum bytes of a decompressed build log: a container can compress endless data."""
 
 
 @dataclass(frozen=True)
-class Failed:
+class Failure:
     """A command that failed in a work container."""
 
     name: str
@@ -53,18 +53,18 @@ class Failed:
 
 
 def log_path(settings: Settings, name: str) -> Path:
-    """Where the whole log of a stage's last run is, without secrets."""
+    """Return the path of the complete log of a stage's last run."""
     suffix = f"-{settings.platform.tag_suffix}" if settings.platform else ""
     return settings.output_folder / "logs" / f"{name}{suffix}.log"
 
 
 @contextmanager
-def kept_log(settings: Settings, name: str) -> Iterator[IO[bytes]]:
-    """A file for a log, which is at ``log_path`` when the block has ended.
+def saved_log(settings: Settings, name: str) -> Iterator[IO[bytes]]:
+    """Yield a file for a log, which is saved without secrets at ``log_path`` after the block.
 
-    That it could not be written is no fault of whose log it is.
+    A log that cannot be written is not an error.
     """
-    log = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 -- see below
+    log = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 -- closed below
     path = log_path(settings, name)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -73,7 +73,9 @@ def kept_log(settings: Settings, name: str) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             if log.tell():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _copy_hidden(log, unfinished)
+                log.seek(0)
+                with unfinished.open("wb") as file:
+                    file.writelines(map(hidden, log))
                 unfinished.replace(path)
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
@@ -81,94 +83,91 @@ def kept_log(settings: Settings, name: str) -> Iterator[IO[bytes]]:
             log.close()
 
 
-def _copy_hidden(log: IO[bytes], path: Path) -> None:
-    log.seek(0)
-    with path.open("wb") as file:
-        file.writelines(map(hidden, log))
+def save_diagnostics(engine: Engine, settings: Settings, failure: Failure) -> Path | None:
+    """Save log, command, build logs, settings and versions of a failed stage, without secrets.
 
-
-def keep_failure(engine: Engine, settings: Settings, failed: Failed) -> Path | None:
-    """Keep log, command, build logs, settings and versions of a stage; where.
-
-    No secret is among it.  None where it cannot be written: the stage's own error is the one to
-    tell.
+    Return the directory, or None if it cannot be written: that error must not replace the
+    stage's.
     """
     time = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-    folder = settings.output_folder / "failed" / f"{failed.name}-{time}"
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    directory = settings.output_folder / "failed" / f"{failure.name}-{time}"
+    unfinished = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
-        _fill(unfinished, engine, settings, failed)
-        return _finished(unfinished, folder)
+        _write(unfinished, engine, settings, failure)
+        return _rename(unfinished, directory)
     except OSError:
         return None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _fill(folder: Path, engine: Engine, settings: Settings, failed: Failed) -> None:
-    written = "".join(f"{name}={text}\n" for name, text in settings.written.items() if text)
-    (folder / "command").write_bytes(hidden(failed.command))
-    (folder / "settings").write_bytes(to_bytes(clean(written)))
-    # Where the engine is gone, the rest is still worth keeping.
+def _write(directory: Path, engine: Engine, settings: Settings, failure: Failure) -> None:
+    text = "".join(f"{name}={value}\n" for name, value in settings.written.items() if value)
+    (directory / "command").write_bytes(hidden(failure.command))
+    (directory / "settings").write_bytes(to_bytes(clean(text)))
+    # A lost engine must not prevent the rest.
     with suppress(EngineError):
         info = engine.info()
-        about = f"{info.kind} ({info.storage_driver}, {info.platform})\n"
-        (folder / "versions").write_text(about, encoding="utf-8")
-    failed.log.seek(0)
+        versions = f"{info.kind} ({info.storage_driver}, {info.platform})\n"
+        (directory / "versions").write_text(versions, encoding="utf-8")
+    failure.log.seek(0)
     paths: dict[str, None] = {}
-    with (folder / "log").open("wb") as log:
-        for line in failed.log:
+    with (directory / "log").open("wb") as log:
+        for line in failure.log:
             log.write(hidden(line))
             paths.update(dict.fromkeys(guix.build_logs(line.decode(errors="replace"))))
     for path in itertools.islice(paths, _BUILD_LOGS):
-        # Of one that cannot be read to its end what came is kept.
+        # A truncated build log is kept as far as it can be read.
         with suppress(EngineError, tarfile.TarError, OSError, EOFError, zlib.error):
-            archive = _joined(engine.copy_out(failed.container, path))
-            _unpack(archive, path, folder)
+            archive = _read_archive(engine.copy_out(failure.container, path))
+            _unpack(archive, path, directory)
 
 
-def _joined(pieces: Iterator[bytes]) -> bytes:
-    """What was copied out; raises ``EOFError`` where it has no end that is near."""
-    found = bytearray()
-    for piece in pieces:
-        found += piece
-        if len(found) > _COPY_MOST:
+def _read_archive(chunks: Iterator[bytes]) -> bytes:
+    """Join the chunks of an archive. Raise ``EOFError`` if it exceeds ``_MAX_ARCHIVE``."""
+    archive = bytearray()
+    for chunk in chunks:
+        archive += chunk
+        if len(archive) > _MAX_ARCHIVE:
             raise EOFError
-    return bytes(found)
+    return bytes(archive)
 
 
-def _unpack(archive: bytes, path: str, folder: Path) -> None:
-    """Write the one build log in an archive, with its derivation's name and compressed."""
+def _unpack(archive: bytes, path: str, directory: Path) -> None:
+    """Save the build log of an archive, compressed, under the name of its derivation.
+
+    Guix splits the name: ``ab/cd-NAME.drv.gz`` belongs to ``abcd-NAME.drv``.
+    """
     *_, start, rest = path.split("/")
-    plain = re.sub(r"\.(gz|bz2)$", "", rest)
-    name = clean(start + plain)
+    name = clean(start + re.sub(r"\.(gz|bz2)$", "", rest))
     with tarfile.open(fileobj=BytesIO(archive), mode="r:") as tar:
-        member = next((each for each in tar if each.isfile()), None)
+        member = next((member for member in tar if member.isfile()), None)
         file = tar.extractfile(member) if member else None
         if file:
-            with gzip.open(folder / f"{name}.gz", "wb") as log:
-                log.writelines(hidden(line) for line in _lines(file, rest))
+            with gzip.open(directory / f"{name}.gz", "wb") as log:
+                log.writelines(hidden(line) for line in _log_lines(file, rest))
 
 
-def _lines(file: IO[bytes], name: str) -> Iterator[bytes]:
-    plain: IO[bytes] = file
+def _log_lines(file: IO[bytes], name: str) -> Iterator[bytes]:
+    """Decompress a build log, up to ``_MAX_LOG``."""
+    log: IO[bytes] = file
     if name.endswith(".gz"):
-        plain = cast("IO[bytes]", gzip.GzipFile(fileobj=file))
+        log = cast("IO[bytes]", gzip.GzipFile(fileobj=file))
     elif name.endswith(".bz2"):
-        plain = bz2.BZ2File(file)
-    left = _LOG_MOST
-    while left > 0 and (line := plain.readline(left)):
-        left -= len(line)
+        log = bz2.BZ2File(file)
+    remaining = _MAX_LOG
+    while remaining > 0 and (line := log.readline(remaining)):
+        remaining -= len(line)
         yield line
 
 
-def _finished(unfinished: Path, folder: Path) -> Path:
-    """Give a folder its name; a number is added where another failure of this second has it."""
+def _rename(unfinished: Path, directory: Path) -> Path:
+    """Rename a directory; add a number if another failure of the same second has the name."""
     for number in itertools.count(1):
-        name = folder.name if number == 1 else f"{folder.name}-{number}"
+        name = directory.name if number == 1 else f"{directory.name}-{number}"
         try:
-            return unfinished.rename(folder.with_name(name))
+            return unfinished.rename(directory.with_name(name))
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise

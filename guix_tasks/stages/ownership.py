@@ -1,9 +1,9 @@
-"""Containers in which nothing runs as root, and the folders that are lent to their user.
+"""Owners of Guix's directories in containers in which nothing runs as root.
 
-Guix's daemon needs no privilege where it owns the store and its state ("Build Environment Setup"
-in Guix's manual).  Those of an image are root's, and what gives them to another user has to be
-root.  So nothing in the container does: the engine itself sets the owner, by the headers of an
-archive that is copied in.  The store items stay root's, or a layer would hold all of them again.
+Guix's daemon needs no privilege if it owns the store and its state ("Build Environment Setup" in
+Guix's manual). In an image root owns them, and only root can change that. Nothing in the container
+runs as root, so the engine sets the owner, by the headers of an archive that is copied in. Store
+items keep their owner, because a layer would otherwise contain all of them again.
 """
 
 from __future__ import annotations
@@ -22,34 +22,37 @@ if TYPE_CHECKING:
     from guix_tasks.engine.api import Engine
 
 USER = "guix-daemon"
-"""As Guix's own installer calls the account of an unprivileged daemon."""
+"""Account of an unprivileged daemon, with the name that Guix's installer uses."""
 
-_FOLDERS = ("/gnu", "/gnu/store", "/gnu/store/.links", "/root", "/root/.config")
-"""Lent without what is in them, and made where they are missing."""
+_DIRECTORIES = ("/gnu", "/gnu/store", "/gnu/store/.links", "/root", "/root/.config")
+"""Directories that change owner without their content; missing ones are created."""
 
 _TREES = ("/var/guix", "/var/log/guix", "/etc/guix", "/root/.config/guix")
-"""Lent with all that is in them: Guix's state, of which the database is the largest part."""
+"""Directories that change owner with their content: Guix's state, mostly its database."""
 
-_LEFT = "var/guix/db/reserved"
-"""8 MB that the daemon only ever removes, for room where the disk is full."""
+_RESERVED = "var/guix/db/reserved"
+"""8 MB that the daemon only ever removes, to free space on a full disk: it keeps its owner."""
 
 _ACCOUNTS, _GROUPS = "/etc/passwd", "/etc/group"
 
-_ID = 60706
-"""The first of those that nobody gives out (systemd.io/UIDS-GIDS), for the account where the image
-has none: the same in each image, since the files of a cache outlive them."""
+_FIRST_ID = 60706
+"""ID of the account if the image has none, the first that no system assigns (systemd.io/UIDS-GIDS).
+
+It is the same in every image, because cache volumes are shared.
+"""
 
 
 def lend(
     engine: Engine, container: str, more: Iterable[str] = (), unread: Iterable[str] = ()
 ) -> int:
-    """Give what the daemon needs, and ``more`` folders, to ``USER``; the user's ID.
+    """Give Guix's directories and ``more`` directories to ``USER`` and return the user ID.
 
-    The account is made where the image has none.  Folders that are to stay ``unread`` become that
-    user's alone.
+    The account is created if the image has none. ``unread`` are directories to create that only
+    that user can read.
     """
-    accounts, groups = (_text(engine, container, each) for each in (_ACCOUNTS, _GROUPS))
-    user, account = _user_in(accounts), []
+    accounts = _read_text(engine, container, _ACCOUNTS)
+    groups = _read_text(engine, container, _GROUPS)
+    user, account = _user_id(accounts), []
     if user is None:
         user = _free_id(accounts, groups)
         line = f"{USER}:x:{user}:{user}:Guix daemon:/var/empty:/usr/sbin/nologin\n"
@@ -57,33 +60,33 @@ def lend(
             _file(_ACCOUNTS, accounts + line),
             _file(_GROUPS, f"{groups}{USER}:x:{user}:\n"),
         ]
-    lent = _handed_over(engine, container, 0, user, (*_FOLDERS, *more))
-    own = ((_missing(folder, user, 0o700), None) for folder in unread)
-    _copy_in(engine, container, (*account, *lent, *own))
+    changed = _change_owner(engine, container, 0, user, (*_DIRECTORIES, *more))
+    private = ((_directory(path, user, 0o700), None) for path in unread)
+    _copy_in(engine, container, (*account, *changed, *private))
     return user
 
 
-def take_back(engine: Engine, container: str) -> bool:
-    """Let root own again what was lent, as in any image; whether something was."""
+def restore_ownership(engine: Engine, container: str) -> bool:
+    """Give Guix's directories back to root; return whether another user owned them."""
     state = next(_members(engine, container, _TREES[0]), None)
     if state is None or state[0].uid == 0:
         return False
-    _copy_in(engine, container, _handed_over(engine, container, state[0].uid, 0, _FOLDERS))
+    _copy_in(engine, container, _change_owner(engine, container, state[0].uid, 0, _DIRECTORIES))
     return True
 
 
 _Member = tuple[tarfile.TarInfo, "bytes | None"]
 
 
-def _handed_over(
-    engine: Engine, container: str, old: int, new: int, folders: Iterable[str]
+def _change_owner(
+    engine: Engine, container: str, old: int, new: int, directories: Iterable[str]
 ) -> Iterator[_Member]:
-    """What is one user's in these folders and in the trees, as another's."""
-    for folder in (*folders, *_TREES):
-        members = _members(engine, container, folder)
-        first = next(members, (_missing(folder, old), None))
-        for header, content in (first, *(members if folder in _TREES else ())):
-            if header.uid == old and header.name != _LEFT:
+    """Yield the files of user ``old`` in directories and trees, as files of user ``new``."""
+    for path in (*directories, *_TREES):
+        members = _members(engine, container, path)
+        first = next(members, (_directory(path, old), None))
+        for header, content in (first, *(members if path in _TREES else ())):
+            if header.uid == old and header.name != _RESERVED:
                 header.uid = header.gid = new
                 yield header, content
 
@@ -92,19 +95,19 @@ def _copy_in(engine: Engine, container: str, members: Iterable[_Member]) -> None
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for header, content in members:
-            header.uname = header.gname = ""  # names of the engine's machine
+            header.uname = header.gname = ""  # the names are of the engine's machine
             tar.addfile(header, None if content is None else io.BytesIO(content))
     engine.copy_in(container, buffer.getvalue())
 
 
 def _members(engine: Engine, container: str, path: str) -> Iterator[_Member]:
-    """What is at a path in a container, with its full name; nothing where nothing is there."""
+    """Yield the files at a path of a container, with full names; none if the path is missing."""
     parent = path.rpartition("/")[0].lstrip("/")
-    pieces = engine.copy_out(container, path)
-    first = next(pieces, None)
+    chunks = engine.copy_out(container, path)
+    first = next(chunks, None)
     if first is None:
         return
-    with tarfile.open(fileobj=as_file(itertools.chain([first], pieces)), mode="r|") as tar:
+    with tarfile.open(fileobj=as_file(itertools.chain([first], chunks)), mode="r|") as tar:
         for member in tar:
             file = tar.extractfile(member) if member.isfile() else None
             member.name = f"{parent}/{member.name}".lstrip("/")
@@ -113,26 +116,26 @@ def _members(engine: Engine, container: str, path: str) -> Iterator[_Member]:
             yield member, file.read() if file else None
 
 
-def _text(engine: Engine, container: str, path: str) -> str:
+def _read_text(engine: Engine, container: str, path: str) -> str:
     _, content = next(_members(engine, container, path), (None, b""))
     return (content or b"").decode(errors="surrogateescape")
 
 
-def _user_in(accounts: str) -> int | None:
-    fields = (line.split(":") for line in accounts.splitlines())
-    found = (each[2] for each in fields if each[0] == USER and len(each) > 2)  # noqa: PLR2004
-    # The file is whatever the image has; a user's ID has 32 bits.
-    return next((int(each) for each in found if re.fullmatch("[0-9]{1,10}", each)), None)
+def _user_id(accounts: str) -> int | None:
+    """Return the ID of ``USER``; the file is that of any image, so an ID can be malformed."""
+    lines = (line.split(":") for line in accounts.splitlines())
+    ids = (fields[2] for fields in lines if fields[0] == USER and len(fields) > 2)  # noqa: PLR2004
+    return next((int(user) for user in ids if re.fullmatch("[0-9]{1,10}", user)), None)
 
 
 def _free_id(accounts: str, groups: str) -> int:
     lines = [*accounts.splitlines(), *groups.splitlines()]
     taken = {line.split(":")[2] for line in lines if line.count(":") > 1}
-    return next(each for each in itertools.count(_ID) if str(each) not in taken)
+    return next(user for user in itertools.count(_FIRST_ID) if str(user) not in taken)
 
 
-def _missing(folder: str, owner: int, mode: int = 0o755) -> tarfile.TarInfo:
-    header = tarfile.TarInfo(folder.lstrip("/"))
+def _directory(path: str, owner: int, mode: int = 0o755) -> tarfile.TarInfo:
+    header = tarfile.TarInfo(path.lstrip("/"))
     header.type, header.mode, header.uid = tarfile.DIRTYPE, mode, owner
     return header
 

@@ -1,4 +1,4 @@
-"""Run a stage in a work container and commit it."""
+"""Run a stage's commands in a work container and commit the result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from guix_tasks.stages.container import (
     time_limit,
     work_container,
 )
-from guix_tasks.stages.diagnostics import Failed, keep_failure, kept_log, log_path
+from guix_tasks.stages.diagnostics import Failure, log_path, save_diagnostics, saved_log
 from guix_tasks.stages.images import (
     IMAGE_LABEL,
     LAYERS_LABEL,
@@ -35,8 +35,8 @@ from guix_tasks.stages.images import (
     seal,
     stage_labels,
 )
-from guix_tasks.stages.log_faults import Faults, Lines
-from guix_tasks.stages.ownership import take_back
+from guix_tasks.stages.log_faults import Lines, LogFaults
+from guix_tasks.stages.ownership import restore_ownership
 from guix_tasks.stages.stage import Stage, stage_files
 from guix_tasks.stages.volumes import check_volumes
 from guix_tasks.ui.console import Display
@@ -53,13 +53,13 @@ if TYPE_CHECKING:
 
 
 STAGE_TRIES = 3
-"""How often a stage is run where the network fails it."""
+"""Number of times a stage runs if the network fails."""
 
-_SAID_MOST = 200
-"""Characters that are told of an error of Guix."""
+_ERROR_LENGTH = 200
+"""Maximum characters of an error of Guix in a message."""
 
-_LOOKED_EACH = 1.0
-"""Seconds after which an engine is asked again what came over a container's network."""
+_METER_INTERVAL = 1.0
+"""Seconds between two readings of a container's network traffic."""
 
 
 def run_stage(
@@ -73,10 +73,11 @@ def run_stage(
 ) -> Image | None:
     """Run a stage's commands in a container of ``parent`` and commit it as the stage's image.
 
-    With ``commit=False`` the container is left for ``inv commit``.  None where there is no new
-    image, because it is left or because, without ``force``, what came out is what is there.
-    Raises ``StageError`` when a command fails; then nothing is committed and no tag has moved, and
-    the container is left only with ``keep_failed``.
+    Return None if nothing was committed: with ``commit=False`` the container is kept for
+    ``inv commit``; without ``force`` a result that equals the current image is not committed.
+
+    Raise ``StageError`` if a command fails. No tag moves in that case, and the container is
+    removed unless ``keep_failed`` is true.
     """
     check_volumes(project.settings, parent)
     project = project.settled(parent, as_root=stage.as_root)
@@ -85,7 +86,7 @@ def run_stage(
         refuse_second(project.engine, settings)
     with (
         console.step(stage.name) as step,
-        _container(project, stage, parent, keep=not commit, keep_failed=keep_failed) as (
+        _stage_container(project, stage, parent, keep=not commit, keep_failed=keep_failed) as (
             container,
             work,
         ),
@@ -98,25 +99,25 @@ def run_stage(
         if stage.check:
             stage.check(report)
         if not commit:
-            console.say(f"{stage.name}: done and left as it is; `inv commit` makes it the image")
+            console.say(f"{stage.name}: not committed; `inv commit` commits the container")
             return None
-        # A dry run has no report, and so settles nothing.
-        settled = stage.settled(report) if stage.settled and report else stage
-        inputs = settled.inputs(common_inputs(project.engine, settings))
+
+        # A dry run has no report to pin the stage by.
+        pinned = stage.settled(report) if stage.settled and report else stage
+        inputs = pinned.inputs(common_inputs(project.engine, settings))
         labels = {**stage_labels(stage.name, key_of(parent), inputs), **stage.labels(report)}
-        there = project.ledger.find(stage.name)
-        if not force and there and _is_same(there, parent, labels):
-            console.say(f"{stage.name}: nothing new")
+        current = None if force else project.ledger.find(stage.name)
+        if current and is_child(current, parent) and labels.items() <= current.labels.items():
+            console.say(f"{stage.name}: unchanged")
             return None
-        tag = project.ledger.tag(stage.name)
-        return commit_image(project, container, parent, tag, labels)
+        return commit_image(project, container, parent, project.ledger.tag(stage.name), labels)
 
 
 @contextmanager
-def _container(
+def _stage_container(
     project: Project, stage: Stage, parent: Image, *, keep: bool, keep_failed: bool
 ) -> Iterator[tuple[str, Work]]:
-    """A container of ``parent`` with all that the stage is lent, and what it is to do."""
+    """Create the container of a stage, with access to its channels; yield its ID and its work."""
     engine, settings = project.engine, project.settings
     with lent_access(engine, settings, stage.fetches) as access:
         work = Work(
@@ -133,205 +134,173 @@ def _container(
 
 
 def run_again(project: Project, container: str, work: Work) -> str:
-    """Run a work in its container, and again after a fault of the network; its output.
+    """Run a work's script, its file ``stage``, and return its standard output.
 
-    It goes on in the same container, so what is fetched is not fetched again.  Its command
-    is its file ``stage``.  Raises ``StageError``, which says where the logs are kept.
+    After a network failure the same container is started again, so that nothing that Guix has
+    downloaded is downloaded twice.
+
+    Raise ``StageError`` with the path of the diagnostics.
     """
     starts = itertools.count()
     started = time.monotonic()
 
-    def once() -> str:
-        spent = 0.0
-        if next(starts):
-            # The entry point has removed what it was given for the first start.
-            fill(project.engine, project.settings, container, work)
-            spent = time.monotonic() - started
-        return perform(project, container, work.name, log, spent)
-
-    with project.console.step(work.name) as step, kept_log(project.settings, work.name) as log:
+    with project.console.step(work.name) as step, saved_log(project.settings, work.name) as log:
         step.log_file = log_path(project.settings, work.name)
+
+        def attempt() -> str:
+            elapsed = 0.0
+            if next(starts):
+                # The entry point removed its files at the end of the first start.
+                fill(project.engine, project.settings, container, work)
+                elapsed = time.monotonic() - started
+            return perform(project, container, work.name, log_file=log, elapsed=elapsed)
+
         try:
-            return retried(project.console, work.name, once, tries=STAGE_TRIES)
+            return retried(project.console, work.name, attempt, tries=STAGE_TRIES)
         except StageError as error:
-            raise _with_bundle(project, container, work, log, error) from None
-
-
-@contextmanager
-def build_log(project: Project, name: str) -> Iterator[Log]:
-    """What the log of a build of a Dockerfile goes to: it is shown as it comes, and kept."""
-    building = BuildSteps()
-    with project.console.step(name) as step, kept_log(project.settings, name) as kept:
-        step.log_file = log_path(project.settings, name)
-        step.tell(lambda: building.text)
-
-        def show(lines: list[bytes]) -> None:
-            step.log(lines)
-            building.look(lines)
-
-        log = Log(show, kept)
-        try:
-            yield log
-        finally:
-            log.end()
-
-
-def _with_bundle(
-    project: Project, container: str, work: Work, log: IO[bytes], error: StageError
-) -> StageError:
-    """The error, with where it is kept what one needs to look into it."""
-    failed = Failed(work.name, container, work.files["stage"], log)
-    kept = keep_failure(project.engine, project.settings, failed)
-    said = str(error) + (f"; {kept} has the logs" if kept else "")
-    if work.keep_failed:
-        said += (
-            f"; `docker commit {container[:12]} failed && docker run --rm -it --privileged "
-            "--entrypoint sh failed` enters what it left, `inv clean --work` drops it"
-        )
-    return StageError(said)
-
-
-def _is_same(image: Image, parent: Image, labels: Mapping[str, str]) -> bool:
-    return is_child(image, parent) and labels.items() <= image.labels.items()
-
-
-def say_done(project: Project, name: str, started: float) -> None:
-    """The line that ends a stage: its tag, its size, the seconds since ``started``.
-
-    A dry run has ended none.
-    """
-    if project.engine.is_dry:
-        return
-    tag = project.ledger.tag(name)
-    image = project.engine.image(tag)
-    size = f", {human_size(image.size)}" if image else ""
-    project.console.say(f"{name}: {tag}{size}, {human_time(time.monotonic() - started)}")
+            failure = Failure(work.name, container, work.files["stage"], log)
+            path = save_diagnostics(project.engine, project.settings, failure)
+            hints = [f"the logs are in {path}"] if path else []
+            if work.keep_failed:
+                hints.append(
+                    f"`docker commit {container[:12]} failed && docker run --rm -it --privileged "
+                    "--entrypoint sh failed` opens a shell in a copy of the container, "
+                    "`inv clean --work` removes the container"
+                )
+            raise StageError("; ".join([str(error), *hints])) from None
 
 
 def perform(
     project: Project,
     container: str,
     name: str,
-    kept: IO[bytes] | None = None,
-    spent: float = 0,
+    *,
+    log_file: IO[bytes] | None = None,
+    elapsed: float = 0,
 ) -> str:
-    """Run a work container to its end, its log shown, and ``kept``, as it comes; its output.
+    """Run a work container to its end, show its log, and return its standard output.
 
-    ``spent`` are the seconds of ``STAGE_TIMEOUT`` that earlier tries have taken.  Raises
-    ``StageError`` where its command fails or takes longer than that, and where no substitute
-    server answers, unless ``GUIX_FALLBACK`` lets it build from source.
+    ``log_file`` receives the log. ``elapsed`` is the part of ``STAGE_TIMEOUT``, in seconds, that
+    earlier attempts took.
+
+    Raise ``StageError`` if the command fails or exceeds ``STAGE_TIMEOUT``, or if no substitute
+    server answers and ``GUIX_FALLBACK`` is off.
     """
-    output, lines, faults = bytearray(), Lines(), Faults(project.settings)
+    output, lines, faults = bytearray(), Lines(), LogFaults(project.settings)
     activity, logs_builds = Activity(), project.settings.output.logs_builds
 
-    def look(line: str) -> None:
+    def read(line: str) -> None:
         activity.look(line)
-        # What a build says may be anything; of builds themselves only Guix's own lines count.
-        said_by_build = logs_builds and activity.is_building and not guix.build_fault(line)
-        if not said_by_build and faults.look(line):
+        # A build can print anything, so only Guix's own report of a failed build counts.
+        from_build = logs_builds and activity.is_building and not guix.build_fault(line)
+        if not from_build and faults.look(line):
             project.engine.stop(container, seconds=10)
 
     with (
         project.console.step(name) as step,
-        _limit(project, container, name, spent) as timed_out,
-        _metered(project, container, activity, step),
+        _stage_timeout(project, container, name, elapsed) as timed_out,
+        _network_meter(project, container, activity, step),
     ):
-        log = Log(_shown(project, step), kept)
+        log = Log(_log_sink(project, step), log_file)
         for is_log, data in project.engine.run(container):
             if not is_log:
                 output += data
                 continue
             log.add(data)
             for line in lines.add(data):
-                look(line)
+                read(line)
         log.end()
         for line in lines.add(b"\n"):
-            look(line)
+            read(line)
         status = project.engine.wait(container)
     if timed_out.is_set():
-        raise _too_long(project, name)
-    if faults.servers.were_silent:
-        raise faults.silence(f"{name}: ", _proxy_fault(project))
+        raise _timeout_error(project, name)
+    if faults.servers.all_silent:
+        raise faults.silence_error(f"{name}: ", _proxy_fault(project))
     if status:
-        raise _failed(project, name, status, faults)
+        raise _command_error(project, name, status, faults)
     return output.decode(errors="replace")
 
 
-def _shown(project: Project, step: Step) -> Callable[[list[bytes]], None]:
-    """What shows the lines of a log: a plain one is not read as it comes, but as a page."""
-    if project.console.display is not Display.PLAIN:
-        return step.log
-    noise = Noise()
-    return lambda lines: step.log(noise.without(lines))
-
-
-def _failed(project: Project, name: str, status: int, faults: Faults) -> StageError:
-    """The error where a command failed: what Guix said last, else its exit status."""
-    # Cut only when the secrets are out of it: a part of one would not be known again.
-    said = printable(clean(guix.last_error(faults.last)))[:_SAID_MOST]
-    mend = (
-        guix.fetch_mend(faults.last)
-        or guix.package_mend(said)
-        or (faults.network_failed and _proxy_fault(project))
-        or f"the output above says {'more' if said else 'why'}"
-    )
-    error = StageError(
-        f"{name}: {said or f'the command failed with exit status {status}'}, and nothing was "
-        f"committed{full_disk(faults.last) or f'; {mend}'}"
-    )
-    error.passes = faults.network_failed
-    return error
-
-
-def _proxy_fault(project: Project) -> str:
-    # Where the engine is gone, the error that is under way is the one to tell.
-    with suppress(EngineError):
-        return proxy_out_of_reach(project.engine, project.settings)
-    return ""
+@contextmanager
+def _stage_timeout(
+    project: Project, container: str, name: str, elapsed: float
+) -> Iterator[threading.Event]:
+    """Stop a container at ``STAGE_TIMEOUT``; the event is set if that happened."""
+    limit = project.settings.stage_timeout
+    # With less than a second left the container could be stopped before it has started.
+    if limit and elapsed and limit - elapsed < 1:
+        raise _timeout_error(project, name)
+    remaining = limit - elapsed if limit else None
+    with time_limit(project.engine, container, remaining, grace=10) as timed_out:
+        yield timed_out
 
 
 @contextmanager
-def _metered(project: Project, container: str, activity: Activity, step: Step) -> Iterator[None]:
-    """Show what Guix does in a container, with what comes over its network, where that is drawn."""
+def _network_meter(
+    project: Project, container: str, activity: Activity, step: Step
+) -> Iterator[None]:
+    """Show Guix's activity in a container, on a terminal with the rate of its downloads."""
     step.tell(lambda: activity.text)
     if not step.is_live or project.engine.is_dry:
         yield
         return
     ended = threading.Event()
 
-    def ask() -> None:
-        # Where the engine is gone, whoever waits for the container hears of it.
+    def measure() -> None:
+        # A lost engine is reported by the call that waits for the container.
         with suppress(EngineError):
-            while not ended.wait(_LOOKED_EACH):
+            while not ended.wait(_METER_INTERVAL):
                 total = project.engine.received(container)
                 if total is not None:
                     activity.receive(total, time.monotonic())
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=measure, daemon=True)
     thread.start()
     try:
         yield
     finally:
         ended.set()
-        # Where the engine does not answer, it is not waited for.
-        thread.join(_LOOKED_EACH)
+        # An engine that does not answer must not delay the end of the stage.
+        thread.join(_METER_INTERVAL)
 
 
-def _too_long(project: Project, name: str) -> StageError:
+def _log_sink(project: Project, step: Step) -> Callable[[list[bytes]], None]:
+    """Return the function that shows log lines; without a terminal it leaves out the noise."""
+    if project.console.display is not Display.PLAIN:
+        return step.log
+    noise = Noise()
+    return lambda lines: step.log(noise.without(lines))
+
+
+def _timeout_error(project: Project, name: str) -> StageError:
     limit = human_time(project.settings.stage_timeout or 0)
     return StageError(f"{name}: stopped after STAGE_TIMEOUT ({limit}); nothing was committed")
 
 
-@contextmanager
-def _limit(project: Project, container: str, name: str, spent: float) -> Iterator[threading.Event]:
-    """``STAGE_TIMEOUT`` for a container; the event says that its time was up."""
-    limit = project.settings.stage_timeout
-    # With less than a second the container might be stopped before it has started.
-    if limit and spent and limit - spent < 1:
-        raise _too_long(project, name)
-    left = limit - spent if limit else None
-    with time_limit(project.engine, container, left, grace=10) as timed_out:
-        yield timed_out
+def _command_error(project: Project, name: str, status: int, faults: LogFaults) -> StageError:
+    """Describe a failed command by the last error of Guix, or else by its exit status."""
+    # Redact first: a part of a secret would not be recognised.
+    message = printable(clean(guix.last_error(faults.tail)))[:_ERROR_LENGTH]
+    hint = (
+        guix.fetch_mend(faults.tail)
+        or guix.package_mend(message)
+        or (faults.network_failed and _proxy_fault(project))
+        or ("see the output above for more" if message else "see the output above")
+    )
+    error = StageError(
+        f"{name}: {message or f'the command failed with exit status {status}'}, and nothing was "
+        f"committed{full_disk(faults.tail) or f'; {hint}'}"
+    )
+    error.passes = faults.network_failed
+    return error
+
+
+def _proxy_fault(project: Project) -> str:
+    # A lost engine must not replace the error of the stage.
+    with suppress(EngineError):
+        return proxy_out_of_reach(project.engine, project.settings)
+    return ""
 
 
 def commit_image(
@@ -344,44 +313,61 @@ def commit_image(
     like: Image | None = None,
     own_layers: int = 1,
 ) -> Image:
-    """Commit a container of ``parent`` with more labels and the configuration of its parent.
+    """Commit a container of ``parent`` with additional labels, and tag the image.
 
-    The labels of OCI are added, which say when and of which revision it was made.
+    The image gets the configuration of ``like``, by default of ``parent``, the annotations of OCI
+    and the label that proves its layers (``images.seal``). ``own_layers`` is the expected number
+    of layers on ``parent``. Only a proven image is tagged.
 
-    ``like`` is the image whose configuration it is to have, where that is another.  The label
-    that proves a stage is made before the commit.  Where it turns out wrong, since Docker gives
-    no layer to a container that changed nothing, it is made again of what came out.  Only what
-    is proven gets the tag.
+    Raise ``EngineError`` if the label cannot be proven.
     """
     engine = project.engine
-    ours = {**oci_annotations(project.settings.folder), IMAGE_LABEL: str(project.settings.image)}
-    config = committed_config(like or parent, {**ours, **labels})
-    if not engine.is_dry and take_back(engine, container):
-        # A commit takes the container's user where the image has none, which is root.
+    labels = {
+        **oci_annotations(project.settings.folder),
+        IMAGE_LABEL: str(project.settings.image),
+        **labels,
+    }
+    config = committed_config(like or parent, labels)
+    if not engine.is_dry and restore_ownership(engine, container):
+        # If the image has no user, root, a commit takes that of the container.
         config["User"] = config.get("User") or "root"
-    for _ in range(2):
-        config["Labels"][LAYERS_LABEL] = seal(parent.layers, own_layers, config)
-        committed = engine.commit(container, config)
-        image = engine.image(committed)
-        if image is None and engine.is_dry:
-            engine.tag(committed, tag)
-            return parent
-        if image and proven_stage(image):
-            engine.tag(image.id, tag)
-            return image
-        if image:
-            own_layers = len(image.layers) - len(parent.layers)
-            config = {**config, **committed_config(image, {})}
-            engine.drop(image.id)
-    raise EngineError(f"the engine commits {tag} in a way that is not understood")
+
+    image_id = _sealed_commit(project, container, parent, config, own_layers)
+    image = engine.image(image_id)
+    if image is None and engine.is_dry:
+        engine.tag(image_id, tag)
+        return parent
+    if image and not proven_stage(image):
+        # Docker adds no layer if the container changed nothing, and may complete the
+        # configuration. The seal has to match the image as the engine made it.
+        engine.drop(image.id)
+        own_layers = len(image.layers) - len(parent.layers)
+        config |= committed_config(image, {})
+        image = engine.image(_sealed_commit(project, container, parent, config, own_layers))
+    if image and proven_stage(image):
+        engine.tag(image.id, tag)
+        return image
+    if image:
+        engine.drop(image.id)
+    raise EngineError(
+        f"cannot commit {tag}: the engine changes the layers or the configuration of its commits"
+    )
+
+
+def _sealed_commit(
+    project: Project, container: str, parent: Image, config: Mapping[str, Any], own_layers: int
+) -> str:
+    """Commit a container with the label that proves its layers and ``config``."""
+    labels = {**config["Labels"], LAYERS_LABEL: seal(parent.layers, own_layers, config)}
+    return project.engine.commit(container, {**config, "Labels": labels})
 
 
 def committed_config(image: Image, labels: Mapping[str, str]) -> dict[str, Any]:
-    """The configuration for a commit that is to be like an image, but for some labels.
+    """Return the configuration for a commit: that of an image with additional labels.
 
-    A commit takes from the container what is left open here, so nothing is: the stage's command
-    must not become the image's.  The container's label of the project cannot be taken out, only
-    emptied; left as it is, it would make every container of the image look like one of ours.
+    It leaves nothing open, because a commit takes the rest from the container, and the stage's
+    command must not become the image's. The project label of work containers cannot be removed,
+    so it is emptied: otherwise every container of the image would be taken for a work container.
     """
     return {
         **image.config,
@@ -389,3 +375,35 @@ def committed_config(image: Image, labels: Mapping[str, str]) -> dict[str, Any]:
         "Cmd": image.config.get("Cmd") or [],
         "Labels": {**image.labels, **labels, PROJECT_LABEL: ""},
     }
+
+
+@contextmanager
+def build_log(project: Project, name: str) -> Iterator[Log]:
+    """Yield the log for the build of a Dockerfile; it is shown and saved at ``log_path``."""
+    steps = BuildSteps()
+    with project.console.step(name) as step, saved_log(project.settings, name) as log_file:
+        step.log_file = log_path(project.settings, name)
+        step.tell(lambda: steps.text)
+
+        def show(lines: list[bytes]) -> None:
+            step.log(lines)
+            steps.look(lines)
+
+        log = Log(show, log_file)
+        try:
+            yield log
+        finally:
+            log.end()
+
+
+def say_done(project: Project, name: str, started: float) -> None:
+    """Print the tag and the size of a stage's image and the time since ``started``.
+
+    ``started`` is a value of ``time.monotonic``. A dry run prints nothing.
+    """
+    if project.engine.is_dry:
+        return
+    tag = project.ledger.tag(name)
+    image = project.engine.image(tag)
+    size = f", {human_size(image.size)}" if image else ""
+    project.console.say(f"{name}: {tag}{size}, {human_time(time.monotonic() - started)}")

@@ -1,12 +1,15 @@
-"""Which rights a work container gets: the fewest with which Guix builds on this engine.
+"""Privileges of work containers: the fewest with which Guix builds on an engine.
 
-``privileged`` is what everyone gives: all capabilities, all devices of the host, no filter of
-system calls.  ``capabilities`` has those that a daemon of root needs to isolate its builds, each of
-them (found by leaving it out), no device, and a filter that refuses system calls that nothing in a
-build needs (modules, kexec, BPF, keys, other namespaces, …).  It is no wall against a root that
-means harm: with SYS_ADMIN it can mount a fresh ``/proc`` and write what the host obeys.  In a
-``rootless`` one, with the same filter, nothing is root: the daemon isolates its builds by a user
-namespace, in which it has rights over what is its own alone.
+``GUIX_SANDBOX`` has these values:
+
+* ``rootless``: nothing runs as root. The daemon isolates its builds in a user namespace, in which
+  it has rights only over its own processes and mounts. The filter is that of ``capabilities``.
+* ``capabilities``: the capabilities that a root daemon needs to isolate its builds, no device, and
+  a filter of system calls that no build needs (modules, kexec, BPF, keys, other namespaces, ...).
+  Each capability is necessary, as leaving it out showed. A malicious root can escape: with
+  SYS_ADMIN it can mount a fresh ``/proc`` and write to it.
+* ``privileged``: all capabilities, all devices of the host, no filter.
+* ``nochroot``: builds are not isolated. ``auto`` never selects it.
 """
 
 from __future__ import annotations
@@ -29,10 +32,10 @@ if TYPE_CHECKING:
     from guix_tasks.ui.console import Console
 
 ORDER = (Sandbox.ROOTLESS, Sandbox.CAPABILITIES, Sandbox.PRIVILEGED)
-"""What ``auto`` tries, the safer one first; what is not isolated has to be asked for by name."""
+"""Values that ``auto`` tries, the safest first."""
 
 PROBE_SECONDS = 120.0
-"""How long the probe may take."""
+"""Time limit of the probe."""
 
 
 def settled(
@@ -44,84 +47,86 @@ def settled(
     *,
     as_root: bool,
 ) -> Settings:
-    """The settings with what ``auto`` comes to for containers of an image.
+    """Resolve ``GUIX_SANDBOX=auto`` for containers of an image and return the settings.
 
-    It is tried once and remembered, for this engine and the ``base`` stage, if the image is made
-    from that: whether there are users to build as is said there.  Raises ``EngineError`` where
-    nothing works.
+    The result is cached for this engine and for the layers of ``base``, which define the build
+    users, or for those of the image if it has another base.
+
+    Raise ``EngineError`` if no value works.
     """
     if settings.guix_sandbox is not Sandbox.AUTO:
         return settings
     order = ORDER[1:] if as_root else ORDER
     info = engine.info()
-    below = base.layers if base else ()
-    layers = below if image.layers[: len(below)] == below and below else image.layers
+    base_layers = base.layers if base else ()
+    is_based = base_layers and image.layers[: len(base_layers)] == base_layers
+    layers = base_layers if is_based else image.layers
     key = text_digest(
         info.url, info.version, *info.security, text_digest(*layers), *map(str, order)
     )
-    kept = cache_home() / "sandbox" / key
+    cached = cache_home() / "sandbox" / key
     with suppress(OSError, ValueError):
-        return replace(settings, guix_sandbox=Sandbox(kept.read_text()))
-    found = None if engine.is_dry else _try(engine, settings, console, image, order)
-    if found is None:
+        return replace(settings, guix_sandbox=Sandbox(cached.read_text()))
+    sandbox = None if engine.is_dry else _first_working(engine, settings, console, image, order)
+    if sandbox is None:
         return replace(settings, guix_sandbox=order[0])
-    # Only a cache: where it cannot be written, it is tried again.
+    # Without the cache the next run probes again.
     with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, found.value.encode())
-    return replace(settings, guix_sandbox=found)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(cached, sandbox.value.encode())
+    return replace(settings, guix_sandbox=sandbox)
 
 
 OTHER_FAULTS = {
-    "no guix-daemon": "let BASE_IMAGE, or the Dockerfile, be one with Guix",
-    "substitute key": "mend GUIX_SUBSTITUTE_KEYS",
+    "no guix-daemon": "set BASE_IMAGE to an image with Guix, or install Guix in the Dockerfile",
+    "substitute key": "correct GUIX_SUBSTITUTE_KEYS",
     "xec format error": "`inv buildx.setup --binfmt` installs the emulator",
 }
-"""What mends a fault that no rights would, by words of it."""
+"""Hints for faults that no privilege repairs, by words of the error."""
 
 
-def _try(
+def _first_working(
     engine: Engine, settings: Settings, console: Console, image: Image, order: Sequence[Sandbox]
 ) -> Sandbox | None:
-    """The first kind that does; None where it cannot be told, since no rights would help."""
-    reasons: list[str] = []
-    for kind in order:
+    """Return the first value with which Guix builds, or None after a fault of another kind."""
+    failures: list[str] = []
+    for sandbox in order:
         try:
-            why = probe(engine, replace(settings, guix_sandbox=kind), image)
+            error_line = probe(engine, replace(settings, guix_sandbox=sandbox), image)
         except EngineError as error:
-            # One that is gone is another matter than one that refuses these rights.
+            # An engine that refuses these privileges may grant the next; a lost engine does not.
             if not str(error).startswith(REFUSED):
                 raise
-            why = str(error)
-        if why is None:
-            because = f", since {'; '.join(reasons)}" if reasons else ": Guix builds with it"
-            console.say(f"sandbox: {kind.value}{because}")
-            return kind
-        if any(words in why for words in OTHER_FAULTS):
-            return None  # whoever uses the image says it better
-        reasons.append(f"{kind.value} fails ({why})")
+            error_line = str(error)
+        if error_line is None:
+            reason = f", because {'; '.join(failures)}" if failures else ": Guix can build"
+            console.say(f"sandbox: {sandbox.value}{reason}")
+            return sandbox
+        if any(words in error_line for words in OTHER_FAULTS):
+            return None  # the stage reports it in full
+        failures.append(f"{sandbox.value} fails ({error_line})")
     raise EngineError(
-        f"Guix cannot build in a container of this engine: {', '.join(reasons)}; `inv doctor` says "
-        "more, GUIX_SANDBOX=nochroot does without isolation"
+        f"Guix cannot build in a container of this engine: {', '.join(failures)}; run `inv doctor` "
+        "for details, or set GUIX_SANDBOX=nochroot to build without isolation"
     )
 
 
 def probe(engine: Engine, settings: Settings, image: Image) -> str | None:
-    """Build a tiny derivation in a container of an image; why that failed, if it did."""
-    folder = Path(__file__).parent
-    files = {name: (folder / name).read_bytes() for name in ("probe.sh", "probe.scm")}
+    """Build a tiny derivation in a container of an image; return the error line if it fails."""
+    directory = Path(__file__).parent
+    files = {name: (directory / name).read_bytes() for name in ("probe.sh", "probe.scm")}
     work = Work("probe", (f"{FOLDER}/probe.sh",), files, bare=True)
     with (
         work_container(engine, settings, image.id, work) as container,
-        time_limit(engine, container, PROBE_SECONDS, grace=5) as late,
+        time_limit(engine, container, PROBE_SECONDS, grace=5) as timed_out,
     ):
         log = b"".join(data for _, data in engine.run(container))
         status = engine.wait(container)
-    if late.is_set():
-        return f"it did not end within {PROBE_SECONDS} s"
+    if timed_out.is_set():
+        return f"the probe did not end within {PROBE_SECONDS} s"
     if status == 0:
         return None
     lines = [line.strip() for line in log.decode(errors="replace").splitlines() if line.strip()]
-    known = ("substitute key", "no guix-daemon", "error:")
-    told = (line for words in known for line in lines if words in line)
-    return next(told, lines[-1] if lines else f"it ended with status {status}")
+    marks = ("substitute key", "no guix-daemon", "error:")
+    error_lines = (line for mark in marks for line in lines if mark in line)
+    return next(error_lines, lines[-1] if lines else f"the probe ended with status {status}")

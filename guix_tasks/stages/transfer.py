@@ -1,4 +1,4 @@
-"""Images on their way to a registry and back."""
+"""Push images to a registry and pull them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     from guix_tasks.ui.console import Console, Step
 
 
-_LONG_DIGEST = re.compile(r"(?<=@sha256:[0-9a-f]{12})[0-9a-f]+")
-"""What nobody reads of a digest."""
+_DIGEST_REST = re.compile(r"(?<=@sha256:[0-9a-f]{12})[0-9a-f]+")
+"""The digits of a digest that the live display leaves out."""
 
 
 class TransferProgress:
-    """Tells how a push or a pull gets on: what is drawn while it does, else a line a layer."""
+    """Show the progress of a push or a pull: live on a terminal, otherwise one line per layer."""
 
     _MOVED = ("Pushed", "Pull complete")
     _DONE = (*_MOVED, "Layer already exists", "Already exists", "Mounted from")
 
-    def __init__(self, console: Console, what: str, step: Step) -> None:
+    def __init__(self, console: Console, title: str, step: Step) -> None:
         self._console = console
-        self._what = what
+        self._title = title
         self._step = step
         self._sizes: dict[str, tuple[int, int]] = {}
         self._done: set[str] = set()
@@ -41,14 +41,14 @@ class TransferProgress:
         step.tell(lambda: self.text)
 
     def __call__(self, layer: str, status: str, current: int, total: int) -> None:
-        # What was downloaded is then unpacked, with numbers of its own.
+        # After its download a layer is extracted, with other numbers.
         if total and status != "Extracting":
             self._sizes[layer] = (min(current, total), total)
         done = status.startswith(self._DONE)
         if done and layer not in self._done and not self._step.is_live:
             size = self._sizes.get(layer, (0, 0))[1]
             amount = f" ({human_size(size)})" if size else ""
-            self._console.say(f"{self._what}: {layer} {status.lower()}{amount}")
+            self._console.say(f"{self._title}: {layer} {status.lower()}{amount}")
         if status.startswith(self._MOVED) and layer not in self._sizes:
             self._unmeasured = True
         if done:
@@ -58,56 +58,58 @@ class TransferProgress:
 
     @property
     def moved(self) -> int:
-        """Bytes that went over the network so far, as far as the engine reports them."""
+        """Bytes moved over the network so far, as reported by the engine."""
         return sum(current for current, _ in [*self._sizes.values()])
 
     def summary(self, *, exact: bool) -> str:
-        """What was moved; ``exact`` if the engine reports the bytes of every layer that has any."""
+        """Describe the moved bytes; ``exact`` if the engine reports the bytes of every layer."""
         if exact or not self._unmeasured:
             return f"{human_size(self.moved)} moved"
         return f"at least {human_size(self.moved)} moved" if self.moved else "small layers moved"
 
     @property
     def text(self) -> str:
-        whole = sum(total for _, total in [*self._sizes.values()])
+        """The moved bytes, the total and the rate; empty while the total is unknown."""
+        total = sum(size for _, size in [*self._sizes.values()])
         rate = self.moved / max(0.1, time.monotonic() - self._started)
-        said = f", {human_size(int(rate))}/s" if rate else ""
-        return f"{human_size(self.moved)} of {human_size(whole)}{said}" if whole else ""
+        rate_text = f", {human_size(int(rate))}/s" if rate else ""
+        return f"{human_size(self.moved)} of {human_size(total)}{rate_text}" if total else ""
 
 
 @contextmanager
-def transfer(project: Project, what: str, reference: str) -> Iterator[TransferProgress]:
-    """The progress of one push or pull, and the line that ends it: what was moved, and how long."""
+def transfer(project: Project, action: str, reference: str) -> Iterator[TransferProgress]:
+    """Show the progress of one push or pull; at the end, print the moved bytes and the time."""
     console, started = project.console, time.monotonic()
-    with console.step(f"{what} {_LONG_DIGEST.sub('', reference)}", has_log=False) as step:
-        progress = TransferProgress(console, f"{what} {reference}", step)
+    with console.step(f"{action} {_DIGEST_REST.sub('', reference)}", has_log=False) as step:
+        progress = TransferProgress(console, f"{action} {reference}", step)
         yield progress
     if not project.engine.is_dry:
-        took = human_time(time.monotonic() - started)
-        # The containerd store reports no bytes of a layer that is moved at once.
+        duration = human_time(time.monotonic() - started)
+        # The containerd store reports no bytes for a layer that is moved in one piece.
         moved = progress.summary(exact=not project.engine.info().uses_containerd)
-        console.say(f"{what}: {reference}, {moved}, {took}")
+        console.say(f"{action}: {reference}, {moved}, {duration}")
 
 
 def push(project: Project, reference: str) -> str:
-    """Push a tag, and again after a fault that passes; the digest that the registry answered."""
+    """Push a tag, retrying transient failures, and return the digest in the registry."""
     host = ImageReference.parse(reference).registry
     return retried(project.console, "the push", partial(push_once, project, reference), host=host)
 
 
 def push_once(project: Project, reference: str) -> str:
+    """Push a tag without retries and return the digest in the registry."""
     account = credentials_for(project.engine, project.settings, reference)
     with transfer(project, "push", reference) as progress:
         return project.engine.push(reference, account, progress)
 
 
 def pull(project: Project, reference: str) -> None:
-    """Pull a reference, and again after a fault that passes; that it is not there is none."""
+    """Pull a reference, retrying transient failures. A missing image is not retried."""
 
-    def once() -> None:
+    def attempt() -> None:
         account = credentials_for(project.engine, project.settings, reference)
         with transfer(project, "pull", reference) as progress:
             project.engine.pull(reference, account, progress=progress)
 
     host = ImageReference.parse(reference).registry
-    retried(project.console, "the pull", once, host=host)
+    retried(project.console, "the pull", attempt, host=host)

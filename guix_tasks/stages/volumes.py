@@ -1,8 +1,8 @@
-"""Volumes that an image declares where stages write: what is written there is never committed.
+"""Check that an image declares no volume where stages write their results.
 
-The engine puts a volume at each ``VOLUME`` of an image, in every container of it.  Whether there is
-one is read from the image, which also knows those of ``BASE_IMAGE``; the Dockerfile is read only
-to name the line.
+The engine mounts a volume at each ``VOLUME`` of an image, in all of its containers, and a commit
+excludes volumes. The volumes are read from the image, which includes those of ``BASE_IMAGE``. The
+Dockerfile is only read for the line number of the error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class _Instruction(NamedTuple):
-    """An instruction of a Dockerfile, its lines joined."""
+    """An instruction of a Dockerfile, with its continuation lines joined."""
 
     line: int
     name: str
@@ -30,48 +30,48 @@ class _Instruction(NamedTuple):
 
 
 def check_volumes(settings: Settings, image: Image) -> None:
-    """Raise ``SettingsError`` if a volume of an image is where stages write their results."""
+    """Raise ``SettingsError`` if an image declares a volume where stages write their results."""
     volumes = sorted(image.config.get("Volumes") or {})
-    found = {volume: reason for volume in volumes if (reason := conflict(volume))}
-    if not found:
+    conflicts = {volume: reason for volume in volumes if (reason := conflict(volume))}
+    if not conflicts:
         return
-    stages = _last_stage(settings)
+    instructions = _last_build_stage(settings)
     raise SettingsError(
         [
-            f"{_origin(settings, stages, volume)} {reason}, and a commit takes nothing of what is "
-            "on a volume, so the image would lack what the stages make; "
-            f"{_hint(stages, volume)}"
-            for volume, reason in found.items()
+            f"{_origin(settings, instructions, volume)} {reason}, and a commit takes nothing of "
+            "what is on a volume, so the image would lack what the stages make; "
+            f"{_hint(instructions, volume)}"
+            for volume, reason in conflicts.items()
         ]
     )
 
 
 def _origin(settings: Settings, instructions: Sequence[_Instruction], volume: str) -> str:
-    """Name the line that declares a volume, else the base image that brings it."""
+    """Name the line that declares a volume, or else the base image that declares it."""
     file = settings.dockerfile
-    inside = file.is_relative_to(settings.folder)
-    shown = file.relative_to(settings.folder) if inside else file
+    in_project = file.is_relative_to(settings.folder)
+    path = file.relative_to(settings.folder) if in_project else file
     if line := _declaration(instructions, volume):
-        return f"{shown}:{line}: VOLUME {volume}"
+        return f"{path}:{line}: VOLUME {volume}"
     first = instructions[0] if instructions else None
     if first and "BASE_IMAGE" not in first.text:
-        return f"{shown}:{first.line}: FROM {first.text}: its VOLUME {volume}"
+        return f"{path}:{first.line}: FROM {first.text}: its VOLUME {volume}"
     return f"{settings.origin('BASE_IMAGE')}: {settings.base_image}: its VOLUME {volume}"
 
 
 def _hint(instructions: Sequence[_Instruction], volume: str) -> str:
     if _declaration(instructions, volume):
         return "remove it from that line"
-    return "no Dockerfile can undo it, so use a base image without it"
+    return "no Dockerfile can remove a volume, so use a base image without it"
 
 
 def _declaration(instructions: Sequence[_Instruction], volume: str) -> int | None:
-    """Return the line of the last ``VOLUME`` that is this one, or can be by its variables."""
-    declared = [each for each in instructions if each.name == "VOLUME"]
-    for matches in (_is_literally, _can_be):
-        for each in reversed(declared):
-            if any(matches(word, volume) for word in _words(each.text)):
-                return each.line
+    """Return the line of the last ``VOLUME`` that declares a volume, perhaps by a variable."""
+    declarations = [instruction for instruction in instructions if instruction.name == "VOLUME"]
+    for matches in (_is_literally, _can_expand_to):
+        for declaration in reversed(declarations):
+            if any(matches(word, volume) for word in _words(declaration.text)):
+                return declaration.line
     return None
 
 
@@ -79,26 +79,26 @@ def _is_literally(word: str, volume: str) -> bool:
     return normal_path(word) == normal_path(volume)
 
 
-def _can_be(word: str, volume: str) -> bool:
+def _can_expand_to(word: str, volume: str) -> bool:
     texts = re.split(r"\$(?:\w+|\{[^}]*\})", word)
     return len(texts) > 1 and bool(re.fullmatch(".*".join(map(re.escape, texts)), volume))
 
 
 def _words(text: str) -> list[str]:
-    """Return the paths of a ``VOLUME``, in either of its forms."""
+    """Return the paths of a ``VOLUME``, in its JSON form or its plain form."""
     try:
-        found = json.loads(text)
+        paths = json.loads(text)
     except ValueError:
-        found = None
-    if isinstance(found, list):
-        return [str(each) for each in found]
+        paths = None
+    if isinstance(paths, list):
+        return [str(path) for path in paths]
     return [word.replace('"', "").replace("'", "") for word in text.split()]
 
 
-def _last_stage(settings: Settings) -> list[_Instruction]:
-    """Return the instructions of the Dockerfile's last stage, after those of its parents in it.
+def _last_build_stage(settings: Settings) -> list[_Instruction]:
+    """Return the ``FROM`` and ``VOLUME`` instructions of the last build stage and its ancestors.
 
-    The first one is the ``FROM`` of the image that is no stage.
+    The first instruction is the ``FROM`` of an image that is not a build stage.
     """
     try:
         text = settings.dockerfile.read_text(encoding="utf-8", errors="replace")
@@ -106,23 +106,22 @@ def _last_stage(settings: Settings) -> list[_Instruction]:
         return []
     stages: dict[str, list[_Instruction]] = {}
     current: list[_Instruction] = []
-    for each in _instructions(text):
-        if each.name == "FROM":
-            words = [word for word in each.text.split() if not word.startswith("--")]
-            parent = words[0].lower() if words else ""
-            source = each._replace(text=words[0] if words else "")
-            current = [*stages.get(parent, [source])]
+    for instruction in _instructions(text):
+        if instruction.name == "FROM":
+            words = [word for word in instruction.text.split() if not word.startswith("--")]
+            image = words[0] if words else ""
+            current = [*stages.get(image.lower(), [instruction._replace(text=image)])]
             if len(words) == len(("image", "AS", "name")):
                 stages[words[2].lower()] = current
         else:
-            current.append(each)
-    return [each for each in current if each.name in ("FROM", "VOLUME")]
+            current.append(instruction)
+    return [instruction for instruction in current if instruction.name in ("FROM", "VOLUME")]
 
 
 def _instructions(text: str) -> Iterator[_Instruction]:
-    """Split a Dockerfile by the rules of its reference: comments, continued lines, here-documents.
+    """Split a Dockerfile by the rules of its reference: comments, continuation, here-documents.
 
-    What stands in a here-document is no instruction.
+    The lines of a here-document are not instructions.
     """
     directive = re.match(r"(?:\s*#\s*\w+\s*=.*\n)*?\s*#\s*escape\s*=\s*(\S)", text, re.IGNORECASE)
     escape = directive[1] if directive else "\\"
@@ -130,7 +129,7 @@ def _instructions(text: str) -> Iterator[_Instruction]:
     for number, line in lines:
         words = "" if _is_comment(line) else line.rstrip()
         while words.endswith(escape):
-            # Neither a comment nor an empty line ends a line that is continued.
+            # Comments and empty lines do not end a continued line.
             more = (next_line.rstrip() for _, next_line in lines if not _is_comment(next_line))
             words = words.removesuffix(escape) + next(filter(None, more), "")
         name, *rest = words.split(maxsplit=1) or [""]

@@ -156,7 +156,7 @@ def test_a_key_that_is_none_is_a_failure(new_project: NewProject) -> None:
     found = examine(project)
     assert found.failed == {"sandbox"}
     assert found.said("sandbox").endswith(
-        "cannot authorise the substitute key 0-junk.pub; mend GUIX_SUBSTITUTE_KEYS"
+        "cannot authorise the substitute key 0-junk.pub; correct GUIX_SUBSTITUTE_KEYS"
     )
 
 

@@ -47,7 +47,7 @@ def test_what_does_not_build_leaves_what_one_needs(new_project: NewProject) -> N
     assert project.containers() == []
     folder = bundle(project)
     assert folder.name.startswith("install-")
-    assert f"{folder} has the logs" in error
+    assert f"the logs are in {folder}" in error
     assert "install: build of `/gnu/store/" in error
     assert "tried again" not in result.stderr
     assert "guix package --manifest=" in (folder / "command").read_text()

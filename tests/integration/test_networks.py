@@ -120,7 +120,9 @@ def test_an_ssh_agent(new_project: NewProject, forge: Forge, offline: Path) -> N
         assert "SSH_KNOWN_HOSTS: " in one_error(project.inv("pull"), 2)
         (project.folder / "nobody").write_text("")
         project.set(SSH_KNOWN_HOSTS=forge.file("known_hosts"))
-        assert "SSH_AUTH_SOCK names no agent" in one_error(project.inv("pull"), 2)
+        assert "SSH_AUTH_SOCK is not the socket of an SSH agent" in one_error(
+            project.inv("pull"), 2
+        )
         empty = project.inv("pull", env={"SSH_AUTH_SOCK": forge.file("empty")})
         assert "takes no key of your SSH agent" in one_error(empty, 4)
         agent = {"SSH_AUTH_SOCK": forge.file("agent")}

@@ -87,7 +87,7 @@ def test_the_first_line_says_what_it_is(whole: Made, podman: Podman) -> None:
 
 def test_it_gets_the_fewest_rights_that_podman_lets_have(whole: Made) -> None:
     said = whole.calls["pull"].stderr
-    assert "Podman does not tell whose they are" in said
+    assert "Podman does not report the owners of files" in said
     assert "pull: in a capabilities container" in said
 
 
@@ -251,7 +251,7 @@ def test_what_podman_cannot_do_is_said_in_a_line(bare: Project) -> None:
     bare.set(BUILD_SECRETS="", GUIX_SANDBOX="rootless")
     bare.ok("base")
     error = one_error(bare.inv("pull"), 3)
-    assert "Podman does not tell whose they are; set GUIX_SANDBOX to auto" in error
+    assert "Podman does not report the owners of files; set GUIX_SANDBOX to auto" in error
 
 
 def test_clean_leaves_nothing(bare: Project) -> None:

@@ -1,4 +1,4 @@
-"""What a stage that fetches channels gets for it, and that no more is lent than it needs."""
+"""Credentials, SSH agent and mirrors for stages that fetch channels, and their limits."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def message(kind: int, text: bytes = b"") -> bytes:
     return (1 + len(text)).to_bytes(4, "big") + bytes([kind]) + text
 
 
-def test_nothing_is_needed_for_what_everybody_may_fetch(site: Site) -> None:
+def test_public_channel_needs_no_access_files(site: Site) -> None:
     assert access_files(site.settings(), BY_HTTPS) == {}
     with lent_access(site.engine, site.settings(), BY_HTTPS) as access:
         assert access.files == programs()
@@ -70,7 +70,7 @@ def test_nothing_is_needed_for_what_everybody_may_fetch(site: Site) -> None:
         assert access.files == {}
 
 
-def test_credentials_are_a_list_that_guile_reads(site: Site) -> None:
+def test_credentials_are_a_guile_list(site: Site) -> None:
     site.env["GUIX_CHANNEL_CREDENTIALS"] = (
         'https://me:a%22b%5Cc%40d@forge.test:8/x/ http://to"ken@other.test'
     )
@@ -84,7 +84,7 @@ def test_credentials_are_a_list_that_guile_reads(site: Site) -> None:
     assert b"forge" not in files["access/.gitconfig"]
 
 
-def test_a_mirror_stands_for_what_begins_so_and_the_longest_wins(site: Site) -> None:
+def test_longest_matching_mirror_is_used(site: Site) -> None:
     site.env["GUIX_CHANNEL_MIRRORS"] = (
         "https://forge.test/=https://near.test/ https://forge.test/a=ssh://git@c.test/b"
     )
@@ -111,15 +111,15 @@ def test_a_mirror_stands_for_what_begins_so_and_the_longest_wins(site: Site) -> 
         ("file:///a@b:c", False),
     ],
 )
-def test_what_is_fetched_by_ssh(site: Site, url: str, is_by_ssh: bool) -> None:
+def test_ssh_urls_are_recognised(site: Site, url: str, is_by_ssh: bool) -> None:
     assert by_ssh(site.settings(), BY_HTTPS + f'(computed "{url}")') == (url if is_by_ssh else "")
 
 
-def test_without_an_agent_or_known_hosts_nothing_is_begun(
+def test_missing_agent_or_known_hosts_is_an_error(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(site.folder))
-    for missing in (r"SSH_KNOWN_HOSTS: .*/\.ssh/known_hosts: No such file", "SSH_AUTH_SOCK names"):
+    for missing in (r"SSH_KNOWN_HOSTS: .*/\.ssh/known_hosts: No such file", "SSH_AUTH_SOCK is not"):
         with (
             pytest.raises(UsageError, match=missing),
             lent_access(site.engine, site.settings(), BY_SSH),
@@ -128,7 +128,7 @@ def test_without_an_agent_or_known_hosts_nothing_is_begun(
         site.write(".ssh/known_hosts", "forge.test ssh-ed25519 AAAA\n")
 
 
-def test_an_engine_elsewhere_cannot_be_lent_the_agent(site: Site) -> None:
+def test_remote_engine_cannot_use_the_agent(site: Site) -> None:
     far = FakeEngine(url="tcp://far.test:2376")
     site.env["SSH_KNOWN_HOSTS"] = str(site.write("hosts", "x"))
     with an_agent([]) as agent:
@@ -140,7 +140,7 @@ def test_an_engine_elsewhere_cannot_be_lent_the_agent(site: Site) -> None:
             pass
 
 
-def test_the_agent_may_be_listed_and_may_sign_and_no_more(site: Site) -> None:
+def test_relay_passes_on_only_list_and_sign(site: Site) -> None:
     site.env["SSH_KNOWN_HOSTS"] = str(site.write("hosts", "x"))
     asked: list[bytes] = []
     with an_agent(asked) as agent:
@@ -181,9 +181,7 @@ def test_the_agent_may_be_listed_and_may_sign_and_no_more(site: Site) -> None:
         ("http://[", "", False),
     ],
 )
-def test_a_proxy_on_loopback_is_not_reached_from_a_container(
-    site: Site, proxy: str, network: str, is_out: bool
-) -> None:
+def test_proxy_on_loopback_is_reported(site: Site, proxy: str, network: str, is_out: bool) -> None:
     site.env.update(https_proxy=proxy, no_proxy="localhost", NETWORK=network)
     why = proxy_out_of_reach(site.engine, site.settings())
     assert ("set NETWORK=host" in why) == is_out

@@ -77,7 +77,7 @@ NAMES = st.from_regex(r"[a-z]{1,3}(/[a-z]{1,3}){0,2}", fullmatch=True)
 
 @STEADY
 @given(st.dictionaries(NAMES, st.binary(max_size=20), max_size=4))
-def test_an_archive_holds_its_files_below_the_folder(files: dict[str, bytes]) -> None:
+def test_archive_contains_its_files_in_the_directory(files: dict[str, bytes]) -> None:
     with tarfile.open(fileobj=io.BytesIO(archive(files))) as tar:
         members = tar.getmembers()
         found = {
@@ -104,7 +104,7 @@ def test_only_scripts_are_executable_and_only_root_reads_the_rest() -> None:
     }  # fmt: skip
 
 
-def test_what_is_copied_in(site: Site) -> None:
+def test_entry_point_and_files_are_copied_in(site: Site) -> None:
     site.write("a.pub", "key a")
     site.write("sub/a.pub", "key b")
     site.env["GUIX_SUBSTITUTE_KEYS"] = "a.pub sub/a.pub"
@@ -143,7 +143,7 @@ def test_no_value_of_the_environment_reaches_a_shell_unquoted(
     assert done.stdout.decode() == value
 
 
-def test_the_environment_is_what_the_settings_say(site: Site) -> None:
+def test_environment_contains_the_settings(site: Site) -> None:
     site.env.update(
         GUIX_CORES="0", GUIX_MAX_JOBS="2", GUIX_SUBSTITUTE_URLS="https://a.test https://b.test"
     )
@@ -155,7 +155,7 @@ def test_the_environment_is_what_the_settings_say(site: Site) -> None:
     }
 
 
-def test_what_is_not_set_is_not_in_the_environment(site: Site) -> None:
+def test_unset_settings_are_not_in_the_environment(site: Site) -> None:
     assert environment(site.settings()) == {"GUIX_SANDBOX": "privileged"}
 
 
@@ -167,7 +167,7 @@ def test_nothing_secret_is_in_the_environment(site: Site) -> None:
 # --- The container --------------------------------------------------------------------------
 
 
-def test_a_work_container_runs_our_own_entry_point(site: Site) -> None:
+def test_work_container_runs_the_entry_point_of_guix_tasks(site: Site) -> None:
     spec = spec_of(site)
     assert spec.command == (ENTRY_POINT, "true", "a b")
     assert spec.privileged
@@ -187,7 +187,7 @@ def test_it_runs_as_root_and_unwatched_whatever_the_image_says(site: Site) -> No
     assert not spec.no_healthcheck
 
 
-def test_what_the_settings_say_of_it(site: Site) -> None:
+def test_settings_determine_the_container(site: Site) -> None:
     site.env.update(
         MOUNTS="context:/a channels.scm:/b:ro",
         STAGE_MEMORY="1g",
@@ -221,7 +221,7 @@ def test_an_engine_elsewhere_cannot_see_mounts(tmp_path: Path) -> None:
     assert site.engine.all_containers == {}
 
 
-def test_a_bare_container_has_nothing_between_it_and_the_image(site: Site) -> None:
+def test_bare_container_has_no_mounts_and_no_network(site: Site) -> None:
     site.env["MOUNTS"] = "context:/a"
     spec = spec_of(site, replace(WORK, bare=True))
     assert (spec.binds, spec.scratch, spec.network) == ((), None, "none")
@@ -284,7 +284,7 @@ def test_without_caches_none_is_in_memory(site: Site) -> None:
     assert spec_of(site).memory_folders == ()
 
 
-def test_a_bare_container_has_no_folder_in_memory(site: Site) -> None:
+def test_bare_container_has_no_directory_in_memory(site: Site) -> None:
     site.env["PLATFORMS"] = "linux/386"
     assert spec_of(site, replace(WORK, bare=True)).memory_folders == ()
 
@@ -299,7 +299,7 @@ def test_a_bare_container_has_no_folder_in_memory(site: Site) -> None:
         ("linux/s390x", ""),
     ],
 )
-def test_what_an_engine_runs_itself_is_not_refused(tmp_path: Path, own: str, platform: str) -> None:
+def test_native_platform_is_accepted(tmp_path: Path, own: str, platform: str) -> None:
     site = Site(tmp_path, FakeEngine(platform=own), PLATFORMS=platform)
     refuse_emulated(site.engine, site.settings())
 
@@ -314,7 +314,7 @@ def test_what_an_engine_runs_itself_is_not_refused(tmp_path: Path, own: str, pla
         ("linux/armv8l", "linux/arm/v7"),
     ],
 )
-def test_what_an_engine_emulates_is_refused_but_without_isolation(
+def test_emulated_platform_is_accepted_only_with_nochroot(
     tmp_path: Path, own: str, platform: str
 ) -> None:
     site = Site(tmp_path, FakeEngine(platform=own), PLATFORMS=platform)
@@ -333,14 +333,16 @@ def test_two_containers_have_two_names(site: Site) -> None:
 # --- None is left ---------------------------------------------------------------------------
 
 
-def test_it_is_removed_at_the_end(site: Site) -> None:
+def test_container_is_removed_at_the_end(site: Site) -> None:
     spec_of(site)
     assert site.engine.all_containers == {}
 
 
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("error", [EngineError("x"), KeyboardInterrupt(), ValueError()], ids=repr)
-def test_it_is_removed_after_an_error(site: Site, error: BaseException, *, keep: bool) -> None:
+def test_container_is_removed_after_an_error(
+    site: Site, error: BaseException, *, keep: bool
+) -> None:
     work = replace(WORK, keep=keep)
     with (
         pytest.raises(type(error)),
@@ -350,7 +352,7 @@ def test_it_is_removed_after_an_error(site: Site, error: BaseException, *, keep:
     assert site.engine.all_containers == {}
 
 
-def test_it_is_removed_when_it_cannot_be_filled(site: Site) -> None:
+def test_container_is_removed_if_files_cannot_be_copied_in(site: Site) -> None:
     def fault(_number: int, name: str, _when: str) -> None:
         if name == "copy_in":
             raise EngineError("no space left on device")
@@ -361,7 +363,7 @@ def test_it_is_removed_when_it_cannot_be_filled(site: Site) -> None:
     assert site.engine.all_containers == {}
 
 
-def test_an_engine_that_is_gone_does_not_hide_the_error(site: Site) -> None:
+def test_lost_engine_does_not_hide_the_error(site: Site) -> None:
     def fault(_number: int, name: str, _when: str) -> None:
         if name == "remove":
             raise EngineError("does not answer")
@@ -375,7 +377,7 @@ def test_an_engine_that_is_gone_does_not_hide_the_error(site: Site) -> None:
         raise EngineError("the first")
 
 
-def test_one_that_is_kept_is_left(site: Site) -> None:
+def test_kept_container_stays(site: Site) -> None:
     spec_of(site, replace(WORK, keep=True))
     spec_of(site)
     (container,) = kept_containers(site.engine, site.settings())
@@ -395,14 +397,14 @@ def fail(site: Site, work: Work, error: BaseException) -> None:
         raise error
 
 
-def test_one_that_failed_is_left_where_that_is_asked_for(site: Site) -> None:
+def test_failed_container_stays_with_keep_failed(site: Site) -> None:
     fail(site, KEEP_FAILED, StageError("x"))
     sweep(site.engine, site.settings())
     (container,) = kept_containers(site.engine, site.settings())
     assert is_kept(container)
 
 
-def test_one_that_failed_is_left_although_its_process_is_gone(site: Site) -> None:
+def test_failed_container_survives_the_next_sweep(site: Site) -> None:
     with another_process():
         fail(site, KEEP_FAILED, StageError("x"))
     spec_of(site)
@@ -410,7 +412,7 @@ def test_one_that_failed_is_left_although_its_process_is_gone(site: Site) -> Non
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_one_that_failed_is_else_removed(site: Site, *, keep: bool) -> None:
+def test_failed_container_is_removed_without_keep_failed(site: Site, *, keep: bool) -> None:
     fail(site, replace(WORK, keep=keep), StageError("x"))
     assert site.engine.all_containers == {}
 
@@ -418,17 +420,17 @@ def test_one_that_failed_is_else_removed(site: Site, *, keep: bool) -> None:
 @pytest.mark.parametrize(
     "error", [EngineError("x"), KeyboardInterrupt(), StoppedError(), ValueError()], ids=repr
 )
-def test_only_one_whose_command_failed_is_left(site: Site, error: BaseException) -> None:
+def test_keep_failed_applies_only_to_failed_commands(site: Site, error: BaseException) -> None:
     fail(site, KEEP_FAILED, error)
     assert site.engine.all_containers == {}
 
 
-def test_one_that_did_not_fail_is_not_left(site: Site) -> None:
+def test_successful_container_is_removed_with_keep_failed(site: Site) -> None:
     spec_of(site, KEEP_FAILED)
     assert site.engine.all_containers == {}
 
 
-def test_one_that_failed_and_was_to_be_filled_is_removed(site: Site) -> None:
+def test_container_that_failed_before_its_start_is_removed(site: Site) -> None:
     """Nothing has run in it."""
 
     def fault(_number: int, name: str, _when: str) -> None:
@@ -448,7 +450,7 @@ def test_an_unstarted_container_is_removed(site: Site) -> None:
     assert "run" not in site.engine.changing_calls()
 
 
-def test_a_container_can_be_filled_for_another_start(site: Site) -> None:
+def test_files_can_be_copied_in_for_another_start(site: Site) -> None:
     spec_of(site, replace(WORK, keep=True))
     (container,) = kept_containers(site.engine, site.settings())
     list(site.engine.run(container.id))
@@ -474,19 +476,19 @@ def _dead(*_: object) -> None:
     raise Killed
 
 
-def test_one_whose_process_died_is_removed_by_the_next(site: Site) -> None:
+def test_container_of_a_killed_run_is_removed_by_the_next_run(site: Site) -> None:
     left = leave(site)
     spec_of(site)
     assert left not in site.engine.all_containers
 
 
-def test_one_whose_process_lives_is_not_removed(site: Site) -> None:
+def test_container_of_a_running_process_is_not_removed(site: Site) -> None:
     with work_container(site.engine, site.settings(), "work:1", WORK) as container:
         spec_of(site)
         assert container in site.engine.all_containers
 
 
-def test_one_of_another_machine_or_project_is_not_removed(site: Site) -> None:
+def test_container_of_another_machine_or_project_is_not_removed(site: Site) -> None:
     left = leave(site)
     site.env["IMAGE"] = "registry.test/other:1"
     sweep(site.engine, site.settings())
@@ -500,7 +502,7 @@ def test_one_of_another_machine_or_project_is_not_removed(site: Site) -> None:
     assert left in site.engine.all_containers
 
 
-def test_one_that_was_kept_is_not_removed(site: Site) -> None:
+def test_kept_container_is_not_removed(site: Site) -> None:
     spec_of(site, replace(WORK, keep=True))
     sweep(site.engine, site.settings())
     assert len(site.engine.all_containers) == 1
@@ -514,7 +516,7 @@ def test_a_container_of_another_kind_is_left_alone(site: Site) -> None:
     assert len(site.engine.all_containers) == 3
 
 
-def test_a_container_of_a_stage_image_is_not_one_of_ours(site: Site) -> None:
+def test_container_of_a_stage_image_is_not_a_work_container(site: Site) -> None:
     site.make(*STAGES)
     site.engine.create(ContainerSpec("mine", IMAGE, ("x",)))
     assert work_containers(site.engine, site.settings()) == []
@@ -535,7 +537,7 @@ def test_a_machine_without_proc_removes_none(site: Site, monkeypatch: pytest.Mon
     assert left in site.engine.all_containers
 
 
-def test_everybody_may_read_what_is_the_projects() -> None:
+def test_files_of_the_project_are_readable_by_every_user() -> None:
     with tarfile.open(fileobj=io.BytesIO(archive({"project/a": b"", "project/b": b"#!"}))) as tar:
         modes = {Path(each.name).name: each.mode for each in tar if each.isfile()}
     assert modes == {"a": 0o644, "b": 0o755}

@@ -1,4 +1,4 @@
-"""What a stage that failed leaves: that all of it is there, and that no secret is."""
+"""Diagnostics of a failed stage: they are complete and contain no secret."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from guix_tasks.engine.api import ContainerSpec
 from guix_tasks.errors import EngineError
 from guix_tasks.stages import diagnostics
-from guix_tasks.stages.diagnostics import Failed, keep_failure
+from guix_tasks.stages.diagnostics import Failure, save_diagnostics
 
 if TYPE_CHECKING:
     from guix_tasks.settings import Settings
@@ -40,11 +40,11 @@ def site(tmp_path: Path) -> Site:
     return site
 
 
-def failed_one(site: Site, log: bytes = b"log\n", **files: bytes) -> Failed:
+def failed_one(site: Site, log: bytes = b"log\n", **files: bytes) -> Failure:
     """A container that has failed, with files by their paths."""
     container = site.engine.create(ContainerSpec("failed", "work:1", ("x",)))
     site.engine.all_containers[container].changes.update(files)
-    return Failed("install", container, b"#!/bin/sh\nguix package\n", io.BytesIO(log))
+    return Failure("install", container, b"#!/bin/sh\nguix package\n", io.BytesIO(log))
 
 
 def points_to(*paths: str) -> bytes:
@@ -52,8 +52,8 @@ def points_to(*paths: str) -> bytes:
     return "".join(f"View build log at '{path}'.\n" for path in paths).encode()
 
 
-def kept(site: Site, failed: Failed, settings: Settings | None = None) -> Path:
-    folder = keep_failure(site.engine, settings or site.settings(), failed)
+def kept(site: Site, failed: Failure, settings: Settings | None = None) -> Path:
+    folder = save_diagnostics(site.engine, settings or site.settings(), failed)
     assert folder
     return folder
 
@@ -90,7 +90,7 @@ def still(monkeypatch: pytest.MonkeyPatch) -> str:
 # --- What is in it --------------------------------------------------------------------------
 
 
-def test_it_holds_log_command_settings_and_versions(site: Site, still: str) -> None:
+def test_diagnostics_contain_log_command_settings_and_versions(site: Site, still: str) -> None:
     folder = kept(site, failed_one(site))
     assert folder == site.folder / "out" / "failed" / f"install-{still}"
     assert {each.name for each in folder.iterdir()} == {"log", "command", "settings", "versions"}
@@ -100,7 +100,7 @@ def test_it_holds_log_command_settings_and_versions(site: Site, still: str) -> N
     assert (folder / "versions").read_text() == "Docker 28 (memory, linux/amd64)\n"
 
 
-def test_what_is_not_set_is_not_among_the_settings(site: Site) -> None:
+def test_unset_settings_are_not_saved(site: Site) -> None:
     lines = (kept(site, failed_one(site)) / "settings").read_text().splitlines()
     assert [line for line in lines if line.endswith("=")] == []
 
@@ -132,7 +132,7 @@ def test_a_huge_log_is_never_in_memory(site: Site) -> None:
     [(".gz", gzip.compress), (".bz2", bz2.compress), ("", bytes)],
     ids=["gzip", "bzip2", "plain"],
 )
-def test_the_build_logs_of_what_failed_are_in_it(
+def test_build_logs_of_failed_builds_are_saved(
     site: Site, ending: str, packed: type[bytes]
 ) -> None:
     path = DRV.removesuffix(".gz") + ending
@@ -140,10 +140,8 @@ def test_the_build_logs_of_what_failed_are_in_it(
     assert gzip.decompress((folder / KEPT_DRV).read_bytes()) == b"cc: error\n"
 
 
-def test_a_build_log_without_an_end_is_kept_in_part(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(diagnostics, "_LOG_MOST", 1000)
+def test_endless_build_log_is_saved_in_part(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnostics, "_MAX_LOG", 1000)
     for text in (b"a line\n" * 5000, b"0" * 100_000):
         failed = failed_one(site, points_to(DRV), **{DRV: gzip.compress(text)})
         kept_log = kept(site, failed) / KEPT_DRV
@@ -151,10 +149,10 @@ def test_a_build_log_without_an_end_is_kept_in_part(
         site.engine.remove(failed.container)
 
 
-def test_a_build_log_that_never_ends_to_come_is_left_out(
+def test_endless_archive_of_a_build_log_is_left_out(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diagnostics, "_COPY_MOST", 10_000)
+    monkeypatch.setattr(diagnostics, "_MAX_ARCHIVE", 10_000)
     monkeypatch.setattr(site.engine, "copy_out", lambda *_: itertools.repeat(b"x" * 1000))
     folder = kept(site, failed_one(site, points_to(DRV)))
     assert {each.name for each in folder.iterdir()} == {"log", "command", "settings", "versions"}
@@ -235,7 +233,7 @@ def test_an_archive_cannot_choose_what_it_is_written_to(
     ],
     ids=["empty", "junk", "symlink", "link", "fifo", "folder", "cut off", "compressed"],
 )
-def test_an_odd_archive_leaves_the_rest_of_the_bundle(
+def test_invalid_archive_does_not_prevent_the_rest(
     site: Site, monkeypatch: pytest.MonkeyPatch, archive: bytes
 ) -> None:
     monkeypatch.setattr(site.engine, "copy_out", lambda *_: iter([archive]))
@@ -321,7 +319,7 @@ def test_a_proxy_without_a_password_hides_nothing(site: Site, url: str) -> None:
     assert (folder / "log").read_bytes() == log
 
 
-def test_of_a_secret_in_another_both_are_hidden(site: Site) -> None:
+def test_secret_inside_another_secret_is_hidden(site: Site) -> None:
     site.env.update(DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2-and-more")  # noqa: S106
     settings = with_proxy(site, "http://me:hunter2@proxy.test")
     folder = kept(site, failed_one(site, b"hunter2-and-more hunter2\n"), settings)
@@ -382,8 +380,8 @@ def test_no_password_gets_through(
     site = Site(tmp_path_factory.getbasetemp() / "secrets", FakeEngine())
     settings = with_proxy(site, f"http://me:{password}@proxy.test:3128")
     log = f"{around}{password}{around}\nhttp://me:{password}@proxy.test:3128\n".encode()
-    failed = Failed("pull", "none", b"", io.BytesIO(log))
-    folder = keep_failure(site.engine, settings, failed)
+    failed = Failure("pull", "none", b"", io.BytesIO(log))
+    folder = save_diagnostics(site.engine, settings, failed)
     assert folder
     assert password.encode() not in (folder / "log").read_bytes()
     shutil.rmtree(folder)
@@ -392,16 +390,16 @@ def test_no_password_gets_through(
 # --- Where it cannot be written -------------------------------------------------------------
 
 
-def test_two_failures_in_one_second_leave_two_folders(site: Site, still: str) -> None:
+def test_two_failures_in_one_second_leave_two_directories(site: Site, still: str) -> None:
     failed = failed_one(site)
     names = [kept(site, failed).name for _ in range(3)]
     assert names == [f"install-{still}", f"install-{still}-2", f"install-{still}-3"]
     assert left(site) == names
 
 
-def test_a_folder_that_cannot_be_made_is_no_error(site: Site) -> None:
+def test_directory_that_cannot_be_created_is_not_an_error(site: Site) -> None:
     site.write("out", "a file")
-    assert keep_failure(site.engine, site.settings(), failed_one(site)) is None
+    assert save_diagnostics(site.engine, site.settings(), failed_one(site)) is None
 
 
 def full_disk(path: Path, *_: object) -> int:
@@ -410,17 +408,17 @@ def full_disk(path: Path, *_: object) -> int:
 
 def test_a_full_disk_leaves_nothing_half_done(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    assert keep_failure(site.engine, site.settings(), failed_one(site)) is None
+    assert save_diagnostics(site.engine, site.settings(), failed_one(site)) is None
     assert left(site) == []
 
 
-def test_a_log_that_cannot_be_read_is_no_error(site: Site) -> None:
+def test_unreadable_log_is_not_an_error(site: Site) -> None:
     class Broken(io.BytesIO):
         def seek(self, offset: int, whence: int = 0) -> int:
             raise OSError(errno.ENOSPC, f"{offset} {whence}")
 
     failed = replace(failed_one(site), log=Broken())
-    assert keep_failure(site.engine, site.settings(), failed) is None
+    assert save_diagnostics(site.engine, site.settings(), failed) is None
     assert left(site) == []
 
 
@@ -430,11 +428,11 @@ def test_ctrl_c_leaves_nothing_half_done(site: Site, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(site.engine, "copy_out", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        keep_failure(site.engine, site.settings(), failed_one(site, points_to(DRV)))
+        save_diagnostics(site.engine, site.settings(), failed_one(site, points_to(DRV)))
     assert left(site) == []
 
 
-def test_an_engine_that_is_gone_leaves_the_log(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_engine_does_not_prevent_the_log(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: object) -> bytes:
         raise EngineError("the engine does not answer")
 

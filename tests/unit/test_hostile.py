@@ -48,7 +48,7 @@ from guix_tasks.oci.reference import ImageReference
 from guix_tasks.settings import load_settings, nodes
 from guix_tasks.settings.values import Driver
 from guix_tasks.stages.container import common_files, environment
-from guix_tasks.stages.diagnostics import Failed, keep_failure
+from guix_tasks.stages.diagnostics import Failure, save_diagnostics
 from guix_tasks.stages.images import (
     CHANNELS_LABEL,
     INPUTS_LABEL,
@@ -751,7 +751,9 @@ def test_an_archive_of_a_container_writes_nothing_but_logs_in_out(
         log = "".join(f"View build log at '/var/log/guix/drvs/{name}'.\n" for name in names).encode(
             errors="replace"
         )
-        kept = keep_failure(site.engine, found, Failed("install", container, b"x", io.BytesIO(log)))
+        kept = save_diagnostics(
+            site.engine, found, Failure("install", container, b"x", io.BytesIO(log))
+        )
         assert kept
         assert kept.parent == out / "failed"
         files = everything_below(kept)

@@ -1,4 +1,4 @@
-"""What the log of a build with stages in it tells while it comes."""
+"""Network faults in the log of a BuildKit build whose steps are stages."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_fault_is_seen_however_it_is_shown(settings: Settings, shape: bytes) -> None:
+def test_network_fault_is_detected_in_every_log_format(settings: Settings, shape: bytes) -> None:
     steps = Steps(settings)
     for byte in shape % EOF:
         steps.add(bytes([byte]))
@@ -41,13 +41,13 @@ def test_a_fault_is_seen_however_it_is_shown(settings: Settings, shape: bytes) -
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_silent_servers_are_seen_however_it_is_shown(settings: Settings, shape: bytes) -> None:
+def test_silent_servers_are_detected_in_every_log_format(settings: Settings, shape: bytes) -> None:
     with pytest.raises(StageError, match=r"no substitute server answers \(a.test\)") as caught:
         Steps(settings).add(shape % SILENT)
     assert caught.value.passes
 
 
-def test_a_build_that_failed_is_no_fault_of_the_network(settings: Settings) -> None:
+def test_failed_build_is_not_a_network_fault(settings: Settings) -> None:
     steps = Steps(settings)
     steps.add(b"#1 1.0 guix build: error: build of `/gnu/store/x.drv' failed\n#1 1.1 " + EOF)
     steps.add(b"\n")

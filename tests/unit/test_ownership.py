@@ -1,4 +1,4 @@
-"""What is lent to the daemon's user in a container, and that root has it again."""
+"""Owners of Guix's directories: changed to the daemon's user and back to root."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from guix_tasks.engine.api import ContainerSpec
 from guix_tasks.stages import ownership, runner
 from guix_tasks.stages.container import FOLDER, ROOTLESS_CACHES, Work, cache_volumes, work_container
 from guix_tasks.stages.images import STAGE_LABEL
-from guix_tasks.stages.ownership import lend, take_back
+from guix_tasks.stages.ownership import lend, restore_ownership
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,7 +86,7 @@ def disk() -> Disk:
     return Disk("/gnu", "/gnu/store", "/root", "/var/guix", "/var/guix/db", "/etc/guix", **files)
 
 
-def test_what_the_daemon_writes_to_is_its_own(disk: Disk) -> None:
+def test_daemon_owns_its_state_and_the_store_directories(disk: Disk) -> None:
     user = lend(disk.as_engine(), "x", ["/tmp/cache"])  # noqa: S108
     owners = disk.owners()
     lent = ("/gnu/store", "/gnu/store/.links", "/root", "/var/guix", "/var/guix/db/db.sqlite")
@@ -96,7 +96,7 @@ def test_what_the_daemon_writes_to_is_its_own(disk: Disk) -> None:
     assert disk.there["/var/guix/db/db.sqlite"][0].mode == 0o640
 
 
-def test_what_is_to_stay_unread_is_given_without_a_look(disk: Disk) -> None:
+def test_unread_directory_is_created_private_to_the_user(disk: Disk) -> None:
     folder = "/var/lib/secret"
     user = lend(disk.as_engine(), "x", unread=[folder])
     header, _ = disk.there[folder]
@@ -104,33 +104,33 @@ def test_what_is_to_stay_unread_is_given_without_a_look(disk: Disk) -> None:
     assert folder not in disk.read
 
 
-def test_the_items_of_the_store_stay_as_they_are(disk: Disk) -> None:
+def test_store_items_keep_their_owner(disk: Disk) -> None:
     """Or a layer would hold all of them again; and so would it what is only ever removed."""
     lend(disk.as_engine(), "x")
     assert not {"/gnu/store/a-guix", "/var/guix/db/reserved"} & {*disk.written}
 
 
-def test_root_has_all_of_it_again(disk: Disk) -> None:
+def test_root_owns_every_directory_after_a_restore(disk: Disk) -> None:
     before = disk.owners()
     lend(disk.as_engine(), "x")
-    assert take_back(disk.as_engine(), "x")
+    assert restore_ownership(disk.as_engine(), "x")
     assert before.items() <= disk.owners().items()
     assert set(disk.owners().values()) == {0}
-    assert not take_back(disk.as_engine(), "x")
+    assert not restore_ownership(disk.as_engine(), "x")
 
 
-def test_an_account_is_made_once_and_is_nobody_elses(disk: Disk) -> None:
+def test_account_is_created_once_with_a_free_id(disk: Disk) -> None:
     user = lend(disk.as_engine(), "x")
     assert user == 60707  # the usual one is a group here
     assert disk.text("/etc/passwd").startswith(ROOT_ONLY)
     assert f"\n{ownership.USER}:x:60707:60707:" in disk.text("/etc/passwd")
     accounts = disk.text("/etc/passwd")
-    take_back(disk.as_engine(), "x")
+    restore_ownership(disk.as_engine(), "x")
     assert lend(disk.as_engine(), "x") == user
     assert disk.text("/etc/passwd") == accounts
 
 
-def test_an_account_that_the_image_has_is_taken() -> None:
+def test_account_of_the_image_is_used() -> None:
     accounts = f"{ROOT_ONLY}{ownership.USER}:x:123:123::/:/bin/false\n"
     disk = Disk("/var/guix", **{"/etc/passwd": accounts})
     assert lend(disk.as_engine(), "x") == 123
@@ -138,23 +138,23 @@ def test_an_account_that_the_image_has_is_taken() -> None:
     assert disk.owners()["/var/guix"] == 123
 
 
-def test_what_is_another_users_stays_so(disk: Disk) -> None:
+def test_files_of_another_user_keep_their_owner(disk: Disk) -> None:
     header = disk.there["/var/guix/db"][0]
     header.uid = header.gid = 5
     lend(disk.as_engine(), "x")
     assert disk.owners()["/var/guix/db"] == 5
-    take_back(disk.as_engine(), "x")
+    restore_ownership(disk.as_engine(), "x")
     assert disk.owners()["/var/guix/db"] == 5
 
 
-def test_an_image_without_guix_is_no_trouble() -> None:
+def test_image_without_guix_is_accepted() -> None:
     disk = Disk()
-    assert not take_back(disk.as_engine(), "x")
+    assert not restore_ownership(disk.as_engine(), "x")
     assert disk.written == []
     assert lend(disk.as_engine(), "x") == 60706
 
 
-def test_a_link_leads_to_what_it_led_to(disk: Disk) -> None:
+def test_links_keep_their_targets(disk: Disk) -> None:
     header = tarfile.TarInfo("var/guix/profile")
     header.type, header.linkname = tarfile.SYMTYPE, "../../gnu/store/a-guix"
     disk.there["/var/guix/link"] = (header, b"")
@@ -165,7 +165,7 @@ def test_a_link_leads_to_what_it_led_to(disk: Disk) -> None:
 # --- In a work container --------------------------------------------------------------------
 
 
-def test_a_work_container_in_which_nothing_is_root(tmp_path: Path) -> None:
+def test_rootless_container_has_the_daemon_user_and_no_capability(tmp_path: Path) -> None:
     site = made_site(tmp_path)
     site.env["GUIX_SANDBOX"] = "rootless"
     site.make("install", force=True)
@@ -176,9 +176,9 @@ def test_a_work_container_in_which_nothing_is_root(tmp_path: Path) -> None:
     assert [each.partition("=")[0] for each in spec.security[1:]] == ["seccomp"]
 
 
-def test_its_user_is_not_the_images(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_committed_image_has_the_user_root(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A commit takes the container's user where there is none."""
-    monkeypatch.setattr(runner, "take_back", lambda *_: True)
+    monkeypatch.setattr(runner, "restore_ownership", lambda *_: True)
     project, parent = site.project(), site.engine.make_image({}, {"/a": b""})
     spec = ContainerSpec("x", parent.id, ("true",), user=ownership.USER)
     container = site.engine.create(spec)
@@ -186,7 +186,7 @@ def test_its_user_is_not_the_images(site: Site, monkeypatch: pytest.MonkeyPatch)
     assert image.config["User"] == "root"
 
 
-def test_what_limits_mounts_on_the_engine_is_lifted(site: Site) -> None:
+def test_security_modules_of_the_engine_are_turned_off(site: Site) -> None:
     site.env["GUIX_SANDBOX"] = "rootless"
     site.engine.about = replace(site.engine.about, security=("apparmor", "seccomp"))
     site.make("base", "pull")
@@ -194,7 +194,9 @@ def test_what_limits_mounts_on_the_engine_is_lifted(site: Site) -> None:
     assert "label=disable" not in site.engine.specs[-1].security
 
 
-def test_its_files_are_the_daemons(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_a_rootless_container_belong_to_the_daemon(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site.env["GUIX_SANDBOX"] = "rootless"
     site.make("base")
     owners: dict[str, int] = {}
@@ -214,7 +216,7 @@ def test_its_files_are_the_daemons(site: Site, monkeypatch: pytest.MonkeyPatch) 
     assert f"XDG_CACHE_HOME={ROOTLESS_CACHES['rootless']}\n" in environment
 
 
-def test_its_caches_are_volumes_of_its_own(site: Site) -> None:
+def test_rootless_container_has_separate_cache_volumes(site: Site) -> None:
     roots = cache_volumes(site.settings())
     site.env["GUIX_SANDBOX"] = "rootless"
     ours = cache_volumes(site.settings())

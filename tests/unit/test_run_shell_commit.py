@@ -111,7 +111,7 @@ def test_what_failed_is_not_for_committing(made: Site) -> None:
 def test_a_second_container_is_refused(made: Site) -> None:
     run(made, "make", keep=True)
     before = dict(made.engine.all_containers)
-    with pytest.raises(UsageError, match=r"is not committed yet; .*`inv clean --work` drops it"):
+    with pytest.raises(UsageError, match=r"is not committed yet; .*`inv clean --work` removes it"):
         run(made, "make", keep=True)
     assert made.engine.all_containers == before
     assert run(made, "true")[0] == 0

@@ -1,4 +1,4 @@
-"""Sandboxes: what each gives a work container, and which one `auto` comes to."""
+"""``GUIX_SANDBOX``: privileges of each value, and the value that ``auto`` selects."""
 
 from __future__ import annotations
 
@@ -66,15 +66,15 @@ def install(site: Site) -> tuple[list[str], str]:
     return [f"{spec.name.split('-')[2]} {kind_of(spec)}" for spec in made], said
 
 
-def test_the_fewest_rights_that_do_are_taken(made: Site) -> None:
+def test_auto_selects_the_fewest_privileges_that_work(made: Site) -> None:
     made.engine.behaviour = builds_with("rootless", "capabilities", "privileged")
     containers, said = install(made)
     assert containers == ["probe rootless", "install rootless"]
-    assert "sandbox: rootless: Guix builds with it\n" in said
+    assert "sandbox: rootless: Guix can build\n" in said
     assert "install: in a rootless container\n" in said
 
 
-def test_it_is_tried_again_where_another_dockerfile_is_on_the_same_base_image(made: Site) -> None:
+def test_probe_is_repeated_for_another_dockerfile_on_the_same_base_image(made: Site) -> None:
     """One may make the users that builds run as, and the other not."""
     made.engine.behaviour = builds_with("rootless", "capabilities", "privileged")
     install(made)
@@ -85,28 +85,28 @@ def test_it_is_tried_again_where_another_dockerfile_is_on_the_same_base_image(ma
     assert install(made)[0] == ["install privileged"]
 
 
-def test_where_they_do_not_do_it_says_why(made: Site) -> None:
+def test_reason_of_a_failed_probe_is_printed(made: Site) -> None:
     made.engine.behaviour = builds_with("privileged")
     containers, said = install(made)
     probes = ["probe rootless", "probe capabilities", "probe privileged"]
     assert containers == [*probes, "install privileged"]
     why = f"rootless fails ({DENIED}); capabilities fails ({DENIED})"
-    assert f"sandbox: privileged, since {why}\n" in said
+    assert f"sandbox: privileged, because {why}\n" in said
 
 
-def test_podman_lends_nothing_to_who_is_not_root(made: Site) -> None:
+def test_podman_refuses_rootless(made: Site) -> None:
     """It says of each file in a container that it is the container's user's."""
     made.engine.about = replace(made.engine.about, product="Podman")
     made.engine.behaviour = builds_with("rootless", "capabilities")
     containers, said = install(made)
     assert containers == ["probe capabilities", "install capabilities"]
-    assert "Podman does not tell whose they are" in said
+    assert "Podman does not report the owners of files" in said
     made.env["GUIX_SANDBOX"] = "rootless"
     with pytest.raises(EngineError, match="set GUIX_SANDBOX to auto or capabilities"):
         install(made)
 
 
-def test_it_is_tried_once(made: Site) -> None:
+def test_result_of_the_probe_is_cached(made: Site) -> None:
     made.engine.behaviour = builds_with("capabilities")
     install(made)
     containers, said = install(made)
@@ -114,7 +114,7 @@ def test_it_is_tried_once(made: Site) -> None:
     assert "sandbox:" not in said
 
 
-def test_what_was_kept_wrongly_is_tried_anew(made: Site) -> None:
+def test_invalid_cache_is_ignored(made: Site) -> None:
     made.engine.behaviour = builds_with("capabilities")
     install(made)
     for kept in (files.cache_home() / "sandbox").iterdir():
@@ -123,7 +123,7 @@ def test_what_was_kept_wrongly_is_tried_anew(made: Site) -> None:
     assert containers == ["probe rootless", "probe capabilities", "install capabilities"]
 
 
-def test_without_isolation_only_where_it_is_asked_for_by_name(made: Site) -> None:
+def test_auto_never_selects_nochroot(made: Site) -> None:
     made.engine.behaviour = builds_with("nochroot")
     with pytest.raises(EngineError, match=r"cannot build in a container.*GUIX_SANDBOX=nochroot"):
         install(made)
@@ -132,7 +132,7 @@ def test_without_isolation_only_where_it_is_asked_for_by_name(made: Site) -> Non
     assert install(made)[0] == ["install nochroot"]
 
 
-def test_an_image_without_guix_says_so_itself(made: Site) -> None:
+def test_image_without_guix_is_reported_by_the_stage(made: Site) -> None:
     """No rights would help it, so nothing is remembered."""
     no_guix = b"entry-point: error: this image has no guix-daemon: it was built on a base without"
 
@@ -146,9 +146,7 @@ def test_an_image_without_guix_says_so_itself(made: Site) -> None:
     assert not (files.cache_home() / "sandbox").exists()
 
 
-def test_an_engine_that_refuses_a_kind_is_no_error_if_it_takes_another(
-    made: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refused_value_is_skipped(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     create = made.engine.create
 
     def refusing(spec: ContainerSpec) -> str:
@@ -158,12 +156,10 @@ def test_an_engine_that_refuses_a_kind_is_no_error_if_it_takes_another(
 
     monkeypatch.setattr(made.engine, "create", refusing)
     _, said = install(made)
-    assert "sandbox: privileged, since rootless fails (the engine could not" in said
+    assert "sandbox: privileged, because rootless fails (the engine could not" in said
 
 
-def test_an_engine_that_is_gone_is_told_as_it_is(
-    made: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lost_engine_is_reported_unchanged(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(_spec: ContainerSpec) -> str:
         raise EngineError("the Docker Engine at x does not answer")
 
@@ -172,14 +168,14 @@ def test_an_engine_that_is_gone_is_told_as_it_is(
         install(made)
 
 
-def test_a_stage_that_needs_root_gets_it(made: Site) -> None:
+def test_stage_that_needs_root_runs_as_root(made: Site) -> None:
     made.engine.behaviour = builds_with("rootless", "capabilities")
     stage = replace(pull_stage(None), as_root=True)
     run_stage(made.project(), stage, made.image("base"), force=True)
     assert kind_of(made.engine.specs[-1]) == "capabilities"
 
 
-def test_what_is_done_by_hand_and_verified_is_done_as_root(made: Site) -> None:
+def test_run_and_verify_run_as_root(made: Site) -> None:
     """With no more rights than that takes."""
     made.engine.behaviour = builds_with("rootless", "capabilities")
     run.run(made.project(), ["true"], stage=None, keep=False)
@@ -189,7 +185,7 @@ def test_what_is_done_by_hand_and_verified_is_done_as_root(made: Site) -> None:
     assert kinds == {"capabilities"}
 
 
-def test_a_dry_run_tries_nothing(made: Site) -> None:
+def test_dry_run_does_not_probe(made: Site) -> None:
     from guix_tasks.engine.dry_run import TracedEngine  # noqa: PLC0415
     from guix_tasks.ui.console import Console  # noqa: PLC0415
 
@@ -199,7 +195,7 @@ def test_a_dry_run_tries_nothing(made: Site) -> None:
     assert len(made.engine.specs) == before
 
 
-def test_the_filter_refuses_what_no_build_needs() -> None:
+def test_filter_refuses_system_calls_that_no_build_needs() -> None:
     profile = json.loads(Path(container_module.__file__).with_name("seccomp.json").read_text())
     assert profile["defaultAction"] == "SCMP_ACT_ALLOW"
     (rule,) = profile["syscalls"]

@@ -213,7 +213,7 @@ def test_the_options_of_the_stages_are_handed_on(inv: Inv) -> None:
     inv.site.write("Dockerfile", "FROM y\n")
     assert inv("install").code == 2
     assert inv("install", "--upstream").code == 0
-    assert "`inv commit` makes it" in inv("install", "--no-commit").err
+    assert "`inv commit` commits" in inv("install", "--no-commit").err
     assert inv("commit").code == 0
     inv.site.engine.guix.heads["guix"] = "c" * 40
     inv("pull", "--update")

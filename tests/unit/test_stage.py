@@ -169,7 +169,7 @@ def test_a_commit_that_is_not_understood_is_an_error(site: Site) -> None:
             return iter(())
 
     odd = Odd()
-    with pytest.raises(EngineError, match="in a way that is not understood"):
+    with pytest.raises(EngineError, match="the engine changes the layers or the configuration"):
         commit_image(Project(project.settings, odd, project.console), "x", parent, IMAGE, {})
 
 
@@ -420,7 +420,7 @@ def test_a_lock_alone_makes_pull_come_first(site: Site) -> None:
 def test_no_commit_leaves_the_container(made: Site) -> None:
     before = outline(made.engine)
     said = made.make("install", commit=False)
-    assert "`inv commit` makes it the image" in said
+    assert "`inv commit` commits the container" in said
     assert outline(made.engine) == before
     (container,) = made.engine.all_containers.values()
     assert "-kept-" in container.spec.name
@@ -489,7 +489,7 @@ def test_update_moves_the_lock(made: Site) -> None:
 
 def test_update_with_nothing_new_commits_nothing(made: Site) -> None:
     before, lock = outline(made.engine), made.lock.read_text()
-    assert "pull: nothing new" in made.make("pull", update=True)
+    assert "pull: unchanged" in made.make("pull", update=True)
     assert outline(made.engine) == before
     assert made.lock.read_text() == lock
     assert made.why("install") is None
@@ -714,7 +714,7 @@ def test_floating_channels_with_nothing_new_change_nothing(floating: Site) -> No
     before = outline(floating.engine)
     said = floating.make("pull")
     assert "set GUIX_CHANNELS_LOCK to lock them" in said
-    assert "pull: nothing new" in said
+    assert "pull: unchanged" in said
     assert outline(floating.engine) == before
     assert floating.make("install") == "install: up to date\n"
 

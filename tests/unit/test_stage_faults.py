@@ -1,4 +1,4 @@
-"""A stage that fails: what is tried again, what is stopped, and what is left of it."""
+"""Failing stages: retries, early stops, messages and diagnostics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from guix_tasks.stages.container import (
     kept_containers,
     work_container,
 )
-from guix_tasks.stages.log_faults import Lines, Servers
+from guix_tasks.stages.log_faults import Lines, SubstituteServers
 from guix_tasks.stages.project import Project
 from guix_tasks.stages.runner import STAGE_TRIES, perform, run_stage
 from guix_tasks.stages.stage import Stage
@@ -126,9 +126,7 @@ def bundles(site: Site) -> list[Path]:
 # --- Tried again ----------------------------------------------------------------------------
 
 
-def test_a_fault_of_the_network_is_tried_again_in_the_same_container(
-    site: Site, waits: list[float]
-) -> None:
+def test_network_fault_is_retried_in_the_same_container(site: Site, waits: list[float]) -> None:
     project = run(site, Try(1, [NO_NETWORK], b"half of a rep"), Try())
     assert "own is tried again in " in heard(project)
     assert len(site.engine.specs) == 1
@@ -137,7 +135,7 @@ def test_a_fault_of_the_network_is_tried_again_in_the_same_container(
     assert site.engine.all_containers == {}
 
 
-def test_what_is_committed_is_told_by_the_try_that_went_well_alone(site: Site) -> None:
+def test_report_is_only_that_of_the_successful_attempt(site: Site) -> None:
     run(site, Try(1, [NO_NETWORK], b"half of a rep"), Try(report=b"all of it\n"))
     assert site.image("own").labels["report"] == "all of it"
 
@@ -151,47 +149,47 @@ def test_what_is_committed_is_told_by_the_try_that_went_well_alone(site: Site) -
         "disk I/O error",
     ],
 )
-def test_a_full_disk_is_told(site: Site, word: str) -> None:
+def test_full_disk_is_reported(site: Site, word: str) -> None:
     error = failure(site, Try(1, [f"guix pull: error: write failed: {word}\n".encode()]))
     assert FULL_DISK in error
     assert FULL_DISK not in failure(site, Try(1, [NOT_BUILT]))
 
 
-def test_a_full_disk_is_not_tried_again(site: Site) -> None:
+def test_full_disk_is_not_retried(site: Site) -> None:
     """Although a substitute that cannot be stored looks like one that could not be fetched."""
     full = b"guix substitute: error: write: No space left on device\n"
     assert FULL_DISK in failure(site, Try(1, [NO_NETWORK, full]))
 
 
-def test_each_try_finds_its_files(site: Site) -> None:
+def test_each_attempt_has_its_files(site: Site) -> None:
     site.engine.behaviour = played = Played([Try(1, [NO_NETWORK]), Try(1, [NO_NETWORK]), Try()])
     run_stage(site.project(), STAGE, parent(site))
     assert played.given == [True] * 3
 
 
-def test_a_network_that_stays_away_is_told_after_the_last_try(site: Site) -> None:
+def test_lasting_network_fault_is_reported_after_the_last_attempt(site: Site) -> None:
     error = failure(site, *[Try(1, [b"try\n", NO_NETWORK])] * STAGE_TRIES)
     assert error.startswith("own: Git error: failed to resolve address for git.test, and nothing")
     (folder,) = bundles(site)
-    assert f"{folder} has the logs" in error
+    assert f"the logs are in {folder}" in error
     assert (folder / "log").read_bytes().count(b"try\n") == STAGE_TRIES
     assert site.engine.all_containers == {}
 
 
 @pytest.mark.parametrize("log", [b"", b"guix pull: error: x: unknown package\n", NOT_BUILT])
-def test_another_fault_is_not_tried_again(site: Site, waits: list[float], log: bytes) -> None:
+def test_other_fault_is_not_retried(site: Site, waits: list[float], log: bytes) -> None:
     failure(site, Try(1, [log]))
     assert (starts(site), waits) == (1, [])
 
 
-def test_a_fault_of_the_network_that_was_overcome_long_ago_does_not_count(site: Site) -> None:
+def test_network_fault_outside_the_last_lines_does_not_count(site: Site) -> None:
     failure(site, Try(1, [NO_NETWORK, *[b"building\n"] * 1000, b"guix pull: error: no space\n"]))
 
 
 # --- What Guix said ---------------------------------------------------------------------------
 
 
-def test_a_package_that_guix_does_not_know_is_named_with_how_to_find_one(site: Site) -> None:
+def test_unknown_package_is_reported_with_a_search_command(site: Site) -> None:
     log = [b"guix package: warning: old\nguix package: error: helo", b"@1: unknown package\nend\n"]
     assert failure(site, Try(1, log)).startswith(
         "own: helo@1: unknown package, and nothing was committed; "
@@ -199,21 +197,21 @@ def test_a_package_that_guix_does_not_know_is_named_with_how_to_find_one(site: S
     )
 
 
-def test_that_a_file_does_not_load_is_told_only_where_guix_says_no_more(site: Site) -> None:
+def test_load_failure_is_reported_only_without_a_better_error(site: Site) -> None:
     load = b"guix pack: error: failed to load '/x/pack.scm':\nThrow to key `quit'\n"
     assert failure(site, Try(1, [load])).startswith("own: failed to load '/x/pack.scm', and")
     log = b"guix pack: error: x: unknown package\n" + load
     assert failure(site, Try(1, [log])).startswith("own: x: unknown package, and")
 
 
-def test_an_error_in_a_file_is_told_with_its_place(site: Site) -> None:
+def test_error_in_a_file_is_reported_with_its_line(site: Site) -> None:
     log = b"/x/manifest.scm:3:4: error: helo: unbound variable\nhint: Did you forget an import?\n"
     said = failure(site, Try(1, [log]))
     assert said.startswith("own: /x/manifest.scm:3:4: helo: unbound variable, and nothing was ")
-    assert "the output above says more" in said
+    assert "see the output above for more" in said
 
 
-def test_what_guix_said_is_told_short_without_secrets_and_control_characters(site: Site) -> None:
+def test_error_of_guix_is_shortened_redacted_and_printable(site: Site) -> None:
     redact.add("hunter2")
     log = b"guix pull: error: \x1b[31m" + b"a" * 180 + b"hunter2" * 9 + b"\n"
     said = failure(site, Try(1, [log]))
@@ -222,7 +220,7 @@ def test_what_guix_said_is_told_short_without_secrets_and_control_characters(sit
     assert len(said.partition(", and nothing was committed")[0]) <= len("own: ") + 200
 
 
-def test_what_a_build_said_is_no_error_of_guix(site: Site) -> None:
+def test_output_of_a_build_is_not_an_error_of_guix(site: Site) -> None:
     quoted = b"guix build: error: of a test\n"
     assert failure(site, Try(1, [NOT_BUILT, QUOTES, quoted])).startswith(
         "own: build of `/gnu/store/"
@@ -233,38 +231,38 @@ def test_what_a_build_said_is_no_error_of_guix(site: Site) -> None:
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_a_build_that_speaks_of_the_network_is_not_tried_again(site: Site, *, after: bool) -> None:
+def test_build_that_mentions_the_network_is_not_retried(site: Site, *, after: bool) -> None:
     words = [b"In procedure connect: Connection refused\n", b"curl: (28) timed out\n", NO_NETWORK]
     failure(site, Try(1, [NOT_BUILT, *words] if after else [*words, NOT_BUILT]))
 
 
 @pytest.mark.parametrize("size", [1, 7, 16, 1000])
-def test_a_build_that_failed_is_seen_however_the_log_is_cut(site: Site, size: int) -> None:
+def test_failed_build_is_detected_in_a_log_of_any_chunk_size(site: Site, size: int) -> None:
     log = NOT_BUILT + b"In procedure connect: refused\n" * 500
     failure(site, Try(1, [log[at : at + size] for at in range(0, len(log), size)]))
 
 
-def test_what_the_entry_point_quotes_of_builds_says_nothing_of_the_network(site: Site) -> None:
+def test_quoted_build_log_is_not_a_network_fault(site: Site) -> None:
     """Guix's own tests, built from source, say it all."""
     quoted = NO_NETWORK + SILENT % b"a.test" + SILENT % b"b.test"
     error = failure(site, Try(1, [b"guix pull: error: something else\n", QUOTES, quoted]))
-    assert error.startswith("own: something else, and nothing was committed; the output above says")
+    assert error.startswith("own: something else, and nothing was committed; see the output above")
     assert "stop" not in site.engine.changing_calls()
 
 
-def test_what_the_entry_point_quotes_does_not_hide_a_fault_of_the_network(site: Site) -> None:
+def test_quoted_build_log_does_not_hide_a_network_fault(site: Site) -> None:
     """Builds that were stopped since another could not be fetched."""
     run(site, Try(1, [NO_NETWORK, QUOTES, NOT_BUILT]), Try())
 
 
-def test_a_last_line_without_an_end_counts(site: Site) -> None:
+def test_last_line_without_newline_counts(site: Site) -> None:
     run(site, Try(1, [NO_NETWORK.rstrip()]), Try())
     failure(site, Try(1, [NO_NETWORK, NOT_BUILT.rstrip()]))
 
 
 @STEADY
 @given(st.lists(st.sampled_from([b"a", b"\n", b"\r", b"\xc3", b"\xa9", b" b "])), st.integers(1, 5))
-def test_lines_are_the_same_however_a_log_is_cut(words: list[bytes], size: int) -> None:
+def test_lines_are_the_same_for_any_chunk_size(words: list[bytes], size: int) -> None:
     log = b"".join(words) + b"\n"
     lines = Lines()
     found = [each for at in range(0, len(log), size) for each in lines.add(log[at : at + size])]
@@ -275,10 +273,12 @@ def test_lines_are_the_same_however_a_log_is_cut(words: list[bytes], size: int) 
 # --- Silent servers ---------------------------------------------------------------------------
 
 
-def test_where_no_server_answers_a_stage_is_stopped(site: Site) -> None:
+def test_stage_stops_if_no_server_answers(site: Site) -> None:
     log = [SILENT % b"a.test", NOT_FOUND % b"b.test", b"building everything\n"]
     error = failure(site, *[Try(0, log)] * STAGE_TRIES)
-    assert error.startswith("own: no substitute server answers (a.test, b.test), and all would be")
+    assert error.startswith(
+        "own: no substitute server answers (a.test, b.test), and Guix would build"
+    )
     assert "GUIX_SUBSTITUTE_URLS" in error
     assert "GUIX_FALLBACK=yes" in error
     (folder,) = bundles(site)
@@ -286,12 +286,12 @@ def test_where_no_server_answers_a_stage_is_stopped(site: Site) -> None:
     assert site.engine.changing_calls().count("stop") == STAGE_TRIES
 
 
-def test_servers_that_answer_the_next_time_are_enough(site: Site) -> None:
+def test_stage_succeeds_if_servers_answer_the_next_attempt(site: Site) -> None:
     run(site, Try(0, [SILENT % b"a.test", SILENT % b"b.test"]), Try(0, [SILENT % b"a.test"]))
     assert starts(site) == 2
 
 
-def test_servers_of_two_tries_are_not_added_up(site: Site) -> None:
+def test_silent_servers_are_counted_per_attempt(site: Site) -> None:
     run(site, Try(1, [SILENT % b"a.test", NO_NETWORK]), Try(0, [SILENT % b"b.test"]))
 
 
@@ -307,7 +307,7 @@ def test_fallback_lets_guix_build_from_source(site: Site) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 5, 30, 100])
-def test_a_warning_in_pieces_is_a_warning(site: Site, size: int) -> None:
+def test_warning_is_detected_for_any_chunk_size(site: Site, size: int) -> None:
     log = b"\r\x1b[K" + SILENT % b"a.test" + SILENT % b"b.test" + b"building\n"
     pieces = [log[at : at + size] for at in range(0, len(log), size)]
     assert "no substitute server" in failure(site, *[Try(0, pieces)] * STAGE_TRIES)
@@ -316,8 +316,8 @@ def test_a_warning_in_pieces_is_a_warning(site: Site, size: int) -> None:
 def told(site: Site, urls: str, *hosts: bytes) -> bool:
     """Whether all of these servers are silent, where that is said of some hosts."""
     site.env["GUIX_SUBSTITUTE_URLS"] = urls
-    servers = Servers(site.settings())
-    return any(servers.all_silent((SILENT % host).decode()) for host in hosts)
+    servers = SubstituteServers(site.settings())
+    return any(servers.look((SILENT % host).decode()) for host in hosts)
 
 
 def test_guixs_own_servers_are_watched_where_none_are_set(site: Site) -> None:
@@ -330,7 +330,7 @@ def test_a_server_is_known_by_its_host_alone(site: Site) -> None:
     assert told(site, "http://[::1]:8080", b"::1")
 
 
-def test_a_folder_is_a_server_that_answers(site: Site) -> None:
+def test_file_url_counts_as_a_server_that_answers(site: Site) -> None:
     assert not told(site, "file:///srv/substitutes https://a.test", b"a.test")
     assert not told(site, "file:///srv/substitutes", b"a.test")
 
@@ -342,15 +342,15 @@ def test_without_a_network_no_server_is_expected_to_answer(site: Site) -> None:
     assert told(site, "https://a.test", b"a.test")
 
 
-def test_of_two_servers_on_one_host_it_cannot_be_told_which_is_silent(site: Site) -> None:
+def test_two_servers_on_one_host_are_not_watched(site: Site) -> None:
     assert not told(site, "http://a.test:1 http://a.test:2", b"a.test")
     assert told(site, "http://a.test:1 http://a.test:1", b"a.test")
 
 
-def test_it_is_said_once_that_all_are_silent(site: Site) -> None:
-    servers = Servers(site.settings())
+def test_silence_is_reported_once(site: Site) -> None:
+    servers = SubstituteServers(site.settings())
     lines = [(SILENT % host).decode() for host in (b"a.test", b"b.test", b"a.test")]
-    assert [servers.all_silent(line) for line in lines] == [False, True, False]
+    assert [servers.look(line) for line in lines] == [False, True, False]
 
 
 # --- STAGE_TIMEOUT ----------------------------------------------------------------------------
@@ -387,13 +387,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_all_tries_together_have_the_time_of_one_stage(site: Site, clock: Clock) -> None:
+def test_all_attempts_share_the_stage_timeout(site: Site, clock: Clock) -> None:
     site.env["STAGE_TIMEOUT"] = "100s"
     run(site, Try(1, [NO_NETWORK]), Try(1, [NO_NETWORK]), Try())
     assert clock.limits == [100, 98, 94]
 
 
-def test_the_first_try_has_all_the_time(
+def test_first_attempt_has_the_whole_timeout(
     site: Site, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long it took to get there."""
@@ -408,7 +408,7 @@ def test_the_first_try_has_all_the_time(
     assert clock.limits == [1]
 
 
-def test_a_stage_whose_time_is_up_is_not_tried_again(site: Site, clock: Clock) -> None:
+def test_stage_is_not_retried_after_its_timeout(site: Site, clock: Clock) -> None:
     site.env["STAGE_TIMEOUT"] = "2s"
     error = failure(site, Try(1, [NO_NETWORK]))
     assert error.startswith("own: stopped after STAGE_TIMEOUT (2.0 s)")
@@ -416,7 +416,7 @@ def test_a_stage_whose_time_is_up_is_not_tried_again(site: Site, clock: Clock) -
     assert clock.limits == [2]
 
 
-def test_without_a_limit_there_is_none(site: Site, clock: Clock) -> None:
+def test_no_timeout_without_the_setting(site: Site, clock: Clock) -> None:
     run(site, Try(1, [NO_NETWORK]), Try())
     assert clock.limits == []
 
@@ -425,7 +425,7 @@ def test_without_a_limit_there_is_none(site: Site, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("keep_failed", [False, True])
-def test_ctrl_c_between_two_tries_leaves_nothing(
+def test_ctrl_c_between_two_attempts_leaves_nothing(
     site: Site, monkeypatch: pytest.MonkeyPatch, *, keep_failed: bool
 ) -> None:
     def interrupt(_seconds: float) -> None:
@@ -439,7 +439,7 @@ def test_ctrl_c_between_two_tries_leaves_nothing(
 
 
 @pytest.mark.parametrize("call", ["copy_in", "run", "wait", "stop"])
-def test_an_engine_that_dies_in_a_later_try_is_the_error(site: Site, call: str) -> None:
+def test_engine_lost_in_a_later_attempt_is_reported(site: Site, call: str) -> None:
     def fault(_number: int, name: str, _when: str) -> None:
         if name == call and starts(site) >= 2 - (call in ("copy_in", "stop")):
             raise EngineError("the engine does not answer")
@@ -451,7 +451,7 @@ def test_an_engine_that_dies_in_a_later_try_is_the_error(site: Site, call: str) 
     assert site.engine.all_containers == {}
 
 
-def test_an_engine_that_dies_as_a_stage_fails_does_not_hide_why(
+def test_engine_lost_during_a_failure_does_not_hide_the_error(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = "/var/log/guix/drvs/ab/" + "c" * 30 + "-x.drv.gz"
@@ -498,17 +498,17 @@ def test_a_full_disk_does_not_fail_a_stage(site: Site, monkeypatch: pytest.Monke
     assert site.image("own")
 
 
-def test_a_full_disk_does_not_hide_why_a_stage_failed(
+def test_full_disk_does_not_hide_the_error_of_a_stage(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.SpooledTemporaryFile", FullDisk)
     error = failure(site, Try(1, [b"a line\n"]))
-    assert error.endswith("the output above says why")
+    assert error.endswith("see the output above")
 
 
-def test_where_no_bundle_can_be_written_the_error_names_none(site: Site) -> None:
+def test_error_names_no_diagnostics_if_none_could_be_written(site: Site) -> None:
     site.write("out", "a file, not a folder")
-    assert "has the logs" not in failure(site, Try(1))
+    assert "the logs are in" not in failure(site, Try(1))
 
 
 # --- What is left -------------------------------------------------------------------------------
@@ -535,15 +535,15 @@ def test_without_keep_failed_no_container_is_left(site: Site) -> None:
     assert site.engine.all_containers == {}
 
 
-def test_with_keep_failed_it_is_left_and_the_error_says_how_to_enter_it(site: Site) -> None:
+def test_keep_failed_leaves_the_container_and_prints_how_to_enter_it(site: Site) -> None:
     error = failure(site, Try(1), keep_failed=True)
     (container,) = kept_containers(site.engine, site.settings())
     assert f"`docker commit {container.id[:12]} failed && docker run " in error
-    assert "`inv clean --work` drops it" in error
+    assert "`inv clean --work` removes the container" in error
     assert "\n" not in error
 
 
-def test_with_keep_failed_what_goes_well_is_not_left(site: Site) -> None:
+def test_keep_failed_removes_a_successful_container(site: Site) -> None:
     run(site, Try(), keep_failed=True)
     assert site.engine.all_containers == {}
     assert site.image("own")
@@ -556,7 +556,7 @@ def test_a_container_that_failed_is_not_committed(site: Site) -> None:
     assert len(site.engine.all_containers) == 1
 
 
-def test_clean_drops_a_container_that_failed(site: Site) -> None:
+def test_clean_removes_a_failed_container(site: Site) -> None:
     failure(site, Try(1), keep_failed=True)
     assert len(clean.clean(site.project(), work_only=True)) == 1
     assert site.engine.all_containers == {}
@@ -570,14 +570,14 @@ def test_the_next_run_leaves_a_container_that_failed(site: Site) -> None:
 
 
 @pytest.mark.parametrize("on", [{"keep_failed": True}, {"commit": False}], ids=str)
-def test_a_second_container_is_not_left_beside_it(site: Site, on: dict[str, bool]) -> None:
+def test_second_container_is_refused(site: Site, on: dict[str, bool]) -> None:
     failure(site, Try(1), keep_failed=True)
-    with pytest.raises(UsageError, match=r"not committed yet; .*`inv clean --work` drops it"):
+    with pytest.raises(UsageError, match=r"not committed yet; .*`inv clean --work` removes it"):
         run(site, Try(), **on)
     assert len(site.engine.all_containers) == 1
 
 
-def test_a_container_that_is_left_by_hand_is_not_left_where_it_failed(site: Site) -> None:
+def test_failed_container_is_removed_without_commit(site: Site) -> None:
     failure(site, Try(1), commit=False)
     assert site.engine.all_containers == {}
 
@@ -585,7 +585,7 @@ def test_a_container_that_is_left_by_hand_is_not_left_where_it_failed(site: Site
 # --- Without a log to keep, and without running -------------------------------------------------
 
 
-def test_a_command_that_is_no_stage_is_performed_once(site: Site) -> None:
+def test_command_of_another_task_is_not_retried(site: Site) -> None:
     parent(site)
     site.engine.behaviour = Played([Try(1, [NO_NETWORK])])
     project = site.project()
@@ -631,7 +631,7 @@ def test_a_plain_log_is_shown_without_noise_and_kept_whole(site: Site) -> None:
 
 
 @pytest.mark.parametrize("display", [Display.VERBOSE, Display.QUIET])
-def test_other_displays_have_all_of_it(site: Site, display: Display) -> None:
+def test_other_displays_show_the_whole_log(site: Site, display: Display) -> None:
     site.engine.behaviour = Played([Try(1, [NOISE])])
     project = site.project()
     project.console.display = display
@@ -653,14 +653,14 @@ def test_the_whole_log_of_the_last_run_is_kept_without_secrets(site: Site) -> No
     assert [*log.parent.iterdir()] == [log]
 
 
-def test_a_dry_run_keeps_the_log_that_is_there(site: Site) -> None:
+def test_dry_run_keeps_the_existing_log(site: Site) -> None:
     run(site, Try(0, [b"the first\n"]))
     project = site.project(TracedEngine(site.engine, Heard(), perform=False))
     run_stage(project, STAGE, parent(site), force=True)
     assert (site.folder / "out" / "logs" / "own.log").read_bytes() == b"the first\n"
 
 
-def test_what_a_build_says_is_no_fault_of_a_server(site: Site) -> None:
+def test_output_of_a_build_is_not_a_silent_server(site: Site) -> None:
     """With ``--verbose`` it is in the log, and a test of Guix itself may say anything."""
     site.env["OUTPUT"] = "verbose"
     drv = b"/gnu/store/" + b"a" * 32 + b"-guix.drv"
@@ -680,7 +680,7 @@ def test_what_a_build_says_is_no_fault_of_a_server(site: Site) -> None:
         ("live", "yes", "--fallback --verbosity=3"),
     ],
 )
-def test_how_much_is_shown_changes_what_guix_logs_and_no_key(
+def test_output_changes_the_log_of_guix_and_no_key(
     site: Site, shown: str, fallback: str, options: str | None
 ) -> None:
     before = STAGE.inputs(common_inputs(site.engine, site.settings()))
