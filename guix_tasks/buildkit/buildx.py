@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guix_tasks.engine.accounts import AUTH_CONFIG, auth_config, docker_folder
+from guix_tasks.engine.accounts import AUTH_CONFIG, auth_config, docker_config_directory
 from guix_tasks.engine.api import build_options
 from guix_tasks.engine.diagnose import build_error, cause, failure
 from guix_tasks.errors import BuilderError, GuixTasksError
@@ -48,7 +48,7 @@ SYSTEM_PLUGINS = (
 
 def plugin_path(environment: Mapping[str, str]) -> Path:
     """Where the Docker CLI looks for a user's own plugin."""
-    return docker_folder(environment) / "cli-plugins" / PROGRAM
+    return docker_config_directory(environment) / "cli-plugins" / PROGRAM
 
 
 def find_program(environment: Mapping[str, str], private: Path | None = None) -> str | None:

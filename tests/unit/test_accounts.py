@@ -120,7 +120,7 @@ def test_a_store_is_asked_for_all_and_an_empty_helper_means_the_file(tmp_path: P
 @pytest.mark.parametrize(
     ("helper", "host", "why"),
     [
-        ("nowhere", "a.example", "docker-credential-nowhere not installed"),
+        ("nowhere", "a.example", "docker-credential-nowhere is not installed"),
         ("test", "locked.example", "docker-credential-test: the key ring is locked"),
         ("test", "odd.example", "without Username and Secret"),
         ("a\0b", "a.example", "null byte"),

@@ -364,7 +364,7 @@ def fault_at(call: str, message: str) -> Callable[[int, str, str], None]:
 def test_an_engine_that_refuses_privileges_gets_the_mend_for_that(
     site: Site, refusal: str, mend: str
 ) -> None:
-    site.engine.fault = fault_at("create", f"the engine could not make a container: {refusal}")
+    site.engine.fault = fault_at("create", f"the engine could not create a container: {refusal}")
     found = one(site, "sandbox")
     assert (found.state, found.mend) == (FAILED, mend)
     assert found.said.endswith(refusal)
@@ -451,7 +451,7 @@ def test_the_account_of_a_local_registry_is_named(site: Site) -> None:
 def test_a_registry_that_refuses_is_told_with_its_mend(site: Site) -> None:
     site.engine.registry.refusal = "unauthorized; set DOCKER_USERNAME"
     assert one(site, "registry") == Finding(
-        "registry", FAILED, f"cannot ask for {IMAGE}: unauthorized", "set DOCKER_USERNAME"
+        "registry", FAILED, f"cannot look up {IMAGE}: unauthorized", "set DOCKER_USERNAME"
     )
 
 
@@ -992,7 +992,7 @@ def test_one_failure_is_exit_code_1(inv: Inv, site: Site) -> None:
     done = inv("doctor")
     assert done.code == 1
     failed = [line for line in done.out.splitlines() if line.startswith("failed ")]
-    assert failed == [f"failed registry: cannot ask for {IMAGE}: connection refused; start it"]
+    assert failed == [f"failed registry: cannot look up {IMAGE}: connection refused; start it"]
 
 
 def test_a_note_is_no_failure(inv: Inv, site: Site) -> None:

@@ -153,7 +153,7 @@ def test_an_engine_that_refuses_a_kind_is_no_error_if_it_takes_another(
 
     def refusing(spec: ContainerSpec) -> str:
         if spec.capabilities is not None:
-            raise EngineError("the engine could not make a container: seccomp is not enabled")
+            raise EngineError("the engine could not create a container: seccomp is not enabled")
         return create(spec)
 
     monkeypatch.setattr(made.engine, "create", refusing)

@@ -130,7 +130,7 @@ def test_a_fault_of_the_network_is_tried_again_in_the_same_container(
     site: Site, waits: list[float]
 ) -> None:
     project = run(site, Try(1, [NO_NETWORK], b"half of a rep"), Try())
-    assert "own is tried again in " in heard(project)
+    assert "own is retried in " in heard(project)
     assert len(site.engine.specs) == 1
     assert (starts(site), len(waits)) == (2, 1)
     assert bundles(site) == []
