@@ -95,7 +95,9 @@ class Accounts:
     def _config(self) -> dict[str, object]:
         # A broken file counts as empty; Docker's command line does the same after a warning.
         try:
-            return _json_object((docker_config_directory(self.environment) / "config.json").read_bytes())
+            return _json_object(
+                (docker_config_directory(self.environment) / "config.json").read_bytes()
+            )
         except (OSError, RuntimeError):
             return {}
 

@@ -316,7 +316,10 @@ class DockerEngine:
             self._work_api.put_archive(container, "/", archive)
 
     def copy_out(self, container: str, path: str) -> Iterator[bytes]:
-        with self._engine_errors(f"copy {path} out of a container"), suppress(docker.errors.NotFound):
+        with (
+            self._engine_errors(f"copy {path} out of a container"),
+            suppress(docker.errors.NotFound),
+        ):
             yield from self._work_api.get_archive(container, path)[0]
 
     def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
@@ -536,9 +539,8 @@ class DockerEngine:
                 "the socket (`sudo usermod -aG docker $USER`, then log in again)"
             )
         start = "`inv engine.up`" if self.address.origin == "private engine" else "start it"
-        return (
-            f"{engine} does not answer: {_root_cause(text)}; {start}, or set DOCKER_HOST to another one"
-        )
+        cause = _root_cause(text)
+        return f"{engine} does not answer: {cause}; {start}, or set DOCKER_HOST to another one"
 
 
 def _disk_usage(image: Mapping[str, Any]) -> int:

@@ -58,9 +58,7 @@ def is_loopback(host: str) -> bool:
     return host.partition(":")[0] == "localhost" or host.startswith("127.")
 
 
-def configured_image(
-    inspected: Mapping[str, Any], config: Mapping[str, Any]
-) -> tuple[str, bytes]:
+def configured_image(inspected: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, bytes]:
     """Return the ID and the archive of a copy of an image with another configuration.
 
     ``inspected`` is the libpod API's description of the image. The copy has the same layers and

@@ -467,7 +467,9 @@ class FakeEngine:
     def create(self, spec: ContainerSpec) -> str:
         image = self._image(spec.image)
         if image is None:
-            raise EngineError(f"the engine could not create a container: No such image: {spec.image}")
+            raise EngineError(
+                f"the engine could not create a container: No such image: {spec.image}"
+            )
         if any(box.spec.name == spec.name for box in self.all_containers.values()):
             raise EngineError(f"the engine could not create a container: {spec.name} is in use")
         config: dict[str, Any] = {

@@ -508,7 +508,7 @@ def test_a_buildx_that_fails_is_one_finding(site: Site, fake: FakeBuildx) -> Non
 def test_a_builder_that_is_not_there_is_no_fault(site: Site, fake: FakeBuildx) -> None:
     found = builder(site, fake)
     assert found == Finding(
-        "builder", NOTE, f"there is no builder '{NAME}'", "`inv buildx.setup` makes it"
+        "builder", NOTE, f"there is no builder '{NAME}'", "`inv buildx.setup` creates it"
     )
 
 

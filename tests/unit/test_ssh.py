@@ -61,7 +61,7 @@ def test_invalid_address_is_an_error(url: str, reason: str) -> None:
         ),
         (
             "bash: line 1: docker: command not found\n",
-            "the docker command is missing on the host, or not on the PATH of `ssh -p 7 me@far.test`",
+            "the docker command is missing on the host, or not on the PATH of `ssh -p 7 me@far.te",
         ),
         (
             "permission denied while trying to connect to the docker API\n",
