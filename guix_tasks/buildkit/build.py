@@ -104,7 +104,7 @@ class BuildWishes:
     """Require that Guix authenticates all channels."""
 
 
-def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
+def build(project: Project, buildx: Buildx, options: BuildWishes) -> str:
     """Build the image and output it as set by ``BUILDX_OUTPUT``.
 
     Return the pushed reference with its digest, the path of an archive, or the loaded tag; empty
@@ -131,13 +131,13 @@ def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
             "`inv push` pushes an image with all stages, built by run and commit"
         )
     # Errors of the lock and of the settings are raised before anything is built.
-    if not wishes.pull:
+    if not options.pull:
         install_stage(settings)
     else:
-        stage_to_run(settings, update=wishes.update, authenticate=wishes.authenticate)
-        if not wishes.update and (line := uncompared_lock(settings)):
+        stage_to_run(settings, update=options.update, authenticate=options.authenticate)
+        if not options.update and (line := uncompared_lock(settings)):
             project.console.say(line)
-    _check_output(project, wishes)
+    _check_output(project, options)
     accounts = accounts_for(project.engine, settings)
     if settings.buildx_output is Output.REGISTRY:
         refuse_without_accounts(buildx, accounts, settings.image.registry)
@@ -146,7 +146,7 @@ def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
     for platform in settings.platforms:
         check_platform(settings, builder, platform)
     with temporary_directory() as directory:
-        output = _Build(project, buildx, builder, directory, wishes).run()
+        output = _Build(project, buildx, builder, directory, options).run()
     if output:
         duration = human_time(time.monotonic() - started)
         project.console.say(f"buildx.build: {output}, {duration}")
@@ -170,10 +170,10 @@ def _builder(project: Project, buildx: Buildx) -> Builder:
     return find_builder(settings, buildx)
 
 
-def _check_output(project: Project, wishes: BuildWishes) -> None:
+def _check_output(project: Project, options: BuildWishes) -> None:
     """Raise an error for a ``BUILDX_OUTPUT`` that would fail after the build."""
     settings = project.settings
-    if wishes.by_digest and settings.buildx_output is not Output.REGISTRY:
+    if options.by_digest and settings.buildx_output is not Output.REGISTRY:
         raise UsageError("--by-digest is a way to push; set BUILDX_OUTPUT=registry")
     if len(settings.platforms) > 1 and settings.buildx_output in (Output.LOAD, Output.DOCKER):
         raise UsageError(
@@ -183,7 +183,7 @@ def _check_output(project: Project, wishes: BuildWishes) -> None:
     if settings.buildx_output is Output.LOAD:
         project.engine.info()  # raises an error if there is no engine
     if settings.buildx_output is Output.REGISTRY and settings.builds_beside_engine:
-        # The builder is next to the engine, so the engine's registry check is valid for it.
+        # The account is checked before a build of hours; the builder is next to the engine.
         reference = str(settings.image)
         account = credentials_for(project.engine, settings, reference)
         project.engine.greet_registry(reference, account)
@@ -197,7 +197,7 @@ class _Build:
     buildx: Buildx
     builder: Builder
     directory: Path
-    wishes: BuildWishes
+    options: BuildWishes
 
     @property
     def _settings(self) -> Settings:
@@ -274,12 +274,12 @@ class _Build:
     @cached_property
     def _floats(self) -> bool:
         """True if the build pulls channels and no lock fixes their commits."""
-        return self.wishes.pull and (self.wishes.update or not lock_text(self._settings))
+        return self.options.pull and (self.options.update or not lock_text(self._settings))
 
     @property
     def _channels(self) -> str | None:
         """Content of the channels file to fetch, or None if nothing is fetched."""
-        if not self.wishes.pull:
+        if not self.options.pull:
             return None
         settings = self._settings
         return (None if self._floats else lock_text(settings)) or wanted_text(settings) or ""
@@ -289,7 +289,7 @@ class _Build:
         files = {
             **programs(),
             "stage": resolve_script(
-                channels=channels is not None, authenticate=self.wishes.authenticate
+                channels=channels is not None, authenticate=self.options.authenticate
             ),
             "resolve.scm": (IMAGE_FOLDER / "resolve.scm").read_bytes(),
             **({"channels.scm": channels.encode()} if channels is not None else {}),
@@ -324,7 +324,7 @@ class _Build:
     def _with_stages(self, definition: Definition) -> Definition:
         settings, console = self._settings, self.project.console
         stages = []
-        if self.wishes.pull:
+        if self.options.pull:
             stages.append(self._pull())
         if settings.guix_manifest or settings.guix_packages or not stages:
             stages.append(install_stage(settings))
@@ -333,7 +333,7 @@ class _Build:
             for argv in stage.commands:
                 console.command(argv)
             files = {**stage_files(stage), **(programs() if stage.fetches is not None else {})}
-            write_step(settings, self.directory, stage.name, files, force=self.wishes.force)
+            write_step(settings, self.directory, stage.name, files, force=self.options.force)
         recipe = replace(definition.recipe, stages=stages, user=self._user(), resolve=False)
         return replace(definition, recipe=recipe)
 
@@ -343,7 +343,7 @@ class _Build:
         The step of resolved channels equals the step of their lock in later builds, so that its
         result is in the cache.
         """
-        authenticate = self.wishes.authenticate
+        authenticate = self.options.authenticate
         if not self._floats:
             return stage_to_run(self._settings, authenticate=authenticate)
         resolved = self._resolved()
@@ -443,7 +443,7 @@ class _Build:
             return self._archive(replace(definition, tags=tags), output)
         if output is Output.LOAD:
             return self._load(replace(definition, tags=tags, output="type=docker"))
-        if self.wishes.by_digest:
+        if self.options.by_digest:
             by_digest = (
                 f"type=image,name={image.name},push-by-digest=true,name-canonical=true,push=true"
             )

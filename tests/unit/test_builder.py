@@ -1,4 +1,4 @@
-"""The builder that is used: found, asked what it can do, refused where it cannot."""
+"""Selection of the builder, its features and its errors."""
 
 from __future__ import annotations
 

@@ -49,13 +49,13 @@ def fake(tmp_path: Path) -> FakeBuildx:
     return made
 
 
-def bake(site: Site, fake: FakeBuildx, **wishes: bool) -> str:
-    return build(site.project(), fake.program(), BuildWishes(**wishes))
+def bake(site: Site, fake: FakeBuildx, **options: bool) -> str:
+    return build(site.project(), fake.program(), BuildWishes(**options))
 
 
-def said(site: Site, fake: FakeBuildx, **wishes: bool) -> str:
+def said(site: Site, fake: FakeBuildx, **options: bool) -> str:
     project = site.project()
-    build(project, fake.program(), BuildWishes(**wishes))
+    build(project, fake.program(), BuildWishes(**options))
     return heard(project)
 
 
@@ -409,7 +409,7 @@ def test_buildkit_elsewhere_needs_no_engine(site: Site, fake: FakeBuildx, platfo
 
 
 @pytest.mark.parametrize(
-    ("env", "wishes", "words"),
+    ("env", "options", "words"),
     [
         ({"BUILDX_OUTPUT": "oci"}, {"by_digest": True}, "--by-digest .* BUILDX_OUTPUT=registry"),
         (
@@ -425,11 +425,11 @@ def test_buildkit_elsewhere_needs_no_engine(site: Site, fake: FakeBuildx, platfo
     ],
 )
 def test_what_no_builder_can_do_is_told_before_anything_is_done(
-    site: Site, fake: FakeBuildx, env: dict[str, str], wishes: dict[str, bool], words: str
+    site: Site, fake: FakeBuildx, env: dict[str, str], options: dict[str, bool], words: str
 ) -> None:
     site.env.update(env)
     with pytest.raises(UsageError, match=words):
-        bake(site, fake, **wishes)
+        bake(site, fake, **options)
     assert fake.calls() == []
 
 

@@ -1,4 +1,4 @@
-"""The folder that a BuildKit build is made from."""
+"""Inputs of a BuildKit build."""
 
 from __future__ import annotations
 
