@@ -471,9 +471,7 @@ def test_stages_of_a_projects_own_are_not_in_it(site: Site, fake: FakeBuildx) ->
     stages = tuple(OwnStage(name, ("make",), "install") for name in ("deps", "tested"))
     project = replace(site.project(), own=stages)
     build(project, fake.program(), BuildWishes())
-    assert "warning: deps and tested will not be in the image: buildx.build" in heard(
-        project
-    )
+    assert "warning: deps and tested will not be in the image: buildx.build" in heard(project)
 
 
 # --- Where it goes --------------------------------------------------------------------------
