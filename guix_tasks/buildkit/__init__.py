@@ -1,1 +1,1 @@
-"""Builds by BuildKit: the buildx command line, its builders, what a build is made from."""
+"""BuildKit builds: the buildx command line, its builders, the inputs of a build, and bake."""

@@ -1,8 +1,8 @@
-"""The stages as steps of one BuildKit build: a Dockerfile and a bake file, as data.
+"""The Dockerfile and the bake file of a BuildKit build, generated from the stages.
 
-The insecure steps are in a Dockerfile of this package's own, linked to the base by a named
-context, so that a user's ``Dockerfile`` never needs ``RUN --security`` and parses everywhere.  A
-step finds below ``container.FOLDER`` what a work container finds there, and runs the same script.
+The insecure steps are in a generated Dockerfile, which gets the base as a named context. A user's
+``Dockerfile`` therefore needs no ``RUN --security``, which old frontends cannot parse. A step sees
+the same files as a work container and runs the same script.
 
 Pure: nothing is run here.
 """
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from guix_tasks.stages.stage import Stage
 
 WORK = "work"
-"""The named context that holds a folder for each stage, seen by its step at ``FOLDER``."""
+"""Named context with a directory of files for each stage."""
 
 ENVIRONMENT = "environment"
-"""The secret that holds the environment of the steps: in no layer, in no key, in no history."""
+"""Secret with the environment of the steps, which is in no layer, cache key or history."""
 
 REPORTS = "/.guix-tasks-reports"
 CREATED = "created"
-OWNER = "/tmp/guix-tasks-owner"  # noqa: S108 -- the container's own, where every user may write
+OWNER = "/tmp/guix-tasks-owner"  # noqa: S108 -- in the container, where every user may write
 
 RESOLVE = "resolve"
-"""The step that asks which commits floating channels are at."""
+"""Step that resolves floating channels to commits."""
 
 ASKED_TARGET = "asked"
 REPORTS_TARGET = "reports"
@@ -48,46 +48,46 @@ DIGEST_KEY = "containerimage.digest"
 
 @dataclass(frozen=True)
 class Bind:
-    """A file or folder of this machine that steps see."""
+    """A file or directory of this machine that is mounted in steps."""
 
     context: str
-    """The name of the context that it is in."""
+    """Name of the context with the file or directory."""
     source: str
-    """Where in that; empty: all of it."""
+    """Path in the context; empty for the whole context."""
     target: str
     read_only: bool
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a Dockerfile of the insecure steps is written from."""
+    """Contents of the Dockerfile of the insecure steps."""
 
     platforms: Sequence[Platform]
     stages: Sequence[Stage] = ()
     resolve: bool = False
-    """Whether the channels float, and so are to be asked for."""
+    """True if a step resolves floating channels."""
     network: str | None = None
     binds: Sequence[Bind] = ()
     cache: str | None = None
-    """What the names of the builder's cache mounts begin with; None: caches stay in the image."""
+    """Prefix of the IDs of cache mounts, or None to leave caches in the image."""
     ssh: bool = False
-    """Whether channels are fetched with the user's SSH agent."""
+    """True if channels are fetched with the user's SSH agent."""
     user: str = ""
-    """The user that the image of the base is for, if not root."""
+    """User of the base image, or empty for root."""
     labels: Sequence[str] = ()
-    """The names of the labels that each platform's image gets; their values are arguments."""
+    """Names of the labels of the images. Their values are build arguments."""
 
 
 def dockerfile(recipe: Recipe) -> str:
-    """The Dockerfile of the insecure steps."""
-    return "\n".join([*_asked(recipe), *_made(recipe), *_images(recipe)]) + "\n"
+    """Return the Dockerfile of the insecure steps."""
+    return "\n".join([*_queries(recipe), *_stages(recipe), *_images(recipe)]) + "\n"
 
 
-def _asked(recipe: Recipe) -> list[str]:
-    """What is to be known before the stages: the base's user, and where floating channels are."""
-    # Where a user has no name, `id -un` prints the number, and then fails.
+def _queries(recipe: Recipe) -> list[str]:
+    """Return the steps before the stages: the base's user and the commits of floating channels."""
+    # For a user without a name, `id -un` prints the number and fails.
     name = f"{{ id -un >{OWNER}/name || id -u >{OWNER}/name; }}"
-    who = f"mkdir {OWNER} && id -u >{OWNER}/user && {name}"
+    command = f"mkdir {OWNER} && id -u >{OWNER}/user && {name}"
     resolved = [
         "FROM base AS resolving",
         "USER root",
@@ -96,7 +96,7 @@ def _asked(recipe: Recipe) -> list[str]:
     ]
     return [
         "FROM base AS owner",
-        _shell(who),
+        _shell(command),
         "",
         *(resolved if recipe.resolve else []),
         f"FROM scratch AS {ASKED_TARGET}",
@@ -105,8 +105,8 @@ def _asked(recipe: Recipe) -> list[str]:
     ]
 
 
-def _made(recipe: Recipe) -> list[str]:
-    """The stages, each on the one before, and their reports."""
+def _stages(recipe: Recipe) -> list[str]:
+    """Return the steps of the stages and of their reports."""
     lines, parent = [], "base"
     for stage in recipe.stages:
         lines += ["", f"FROM {parent} AS {stage.name}"]
@@ -118,7 +118,7 @@ def _made(recipe: Recipe) -> list[str]:
 
 
 def _images(recipe: Recipe) -> list[str]:
-    """The image of each platform, with its labels; that of the platform being built is the one."""
+    """Return the labelled image of each platform and the target that selects one of them."""
     parent = recipe.stages[-1].name if recipe.stages else "base"
     lines = []
     for platform in recipe.platforms:
@@ -127,12 +127,12 @@ def _images(recipe: Recipe) -> list[str]:
         for number, name in enumerate(recipe.labels):
             argument = label_argument(platform, number)
             lines += [f"ARG {argument}", f'LABEL {name}="${{{argument}}}"']
-    ours = f"{IMAGE_TARGET}-${{TARGETOS}}${{TARGETARCH}}${{TARGETVARIANT}}"
-    return [*lines, "", f"FROM {ours} AS {IMAGE_TARGET}"]
+    selected = f"{IMAGE_TARGET}-${{TARGETOS}}${{TARGETARCH}}${{TARGETVARIANT}}"
+    return [*lines, "", f"FROM {selected} AS {IMAGE_TARGET}"]
 
 
 def label_argument(platform: Platform, number: int) -> str:
-    """The build argument with the value of a platform's label, by its place among the labels."""
+    """Return the build argument with the value of the label at an index of ``Recipe.labels``."""
     return f"LABEL_{number}_{_word(platform)}"
 
 
@@ -140,12 +140,12 @@ def _word(platform: Platform) -> str:
     return str(platform).replace("/", "")
 
 
-def _step(recipe: Recipe, folder: str, stage: str) -> str:
-    """The ``RUN`` of a stage, with what is in its folder; that ends up in no layer."""
-    # Mounted whether there or not: a step is the same with them and without.
+def _step(recipe: Recipe, source: str, stage: str) -> str:
+    """Return the ``RUN`` of a stage, which mounts its files from ``source`` in ``WORK``."""
+    # Optional files are mounted even if they are missing, so that the cache key is the same.
     names = (EXTRA_CA, *(ACCESS_FILES if stage == "pull" else ()))
     mounts = [
-        f"type=bind,from={WORK},source={folder},target={FOLDER},rw",
+        f"type=bind,from={WORK},source={source},target={FOLDER},rw",
         f"type=secret,id={ENVIRONMENT},target={FOLDER}/{ENVIRONMENT}",
         *(f"type=secret,id={_secret_id(name)},target={FOLDER}/{name}" for name in names),
         *(["type=ssh"] if recipe.ssh and stage == "pull" else []),
@@ -156,7 +156,7 @@ def _step(recipe: Recipe, folder: str, stage: str) -> str:
         "RUN --security=insecure",
         *([f"--network={recipe.network}"] if recipe.network else []),
         *(f"--mount={mount}" for mount in mounts),
-        # The name is for whoever reads the log, and for the error that names it.
+        # The entry point ignores the stage's name. The log shows it, and errors are parsed for it.
         json.dumps([ENTRY_POINT, f"{FOLDER}/stage", stage]),
     ]
     return " \\\n    ".join(words)
@@ -169,15 +169,18 @@ def _bind(bind: Bind) -> str:
 
 
 def _caches(recipe: Recipe) -> list[str]:
-    """What a work container has on volumes.  Each build has a ``/tmp`` of its own, on disk."""
+    """Return the mounts that replace the volumes of a work container.
+
+    Each build has a private ``/tmp`` on disk.
+    """
     if not recipe.cache:
         return []
     mounts = [f"type=cache,id={recipe.cache}-tmp,target=/tmp,mode=1777,sharing=private"]
-    taken = {bind.target for bind in recipe.binds}
+    bound = {bind.target for bind in recipe.binds}
     for name, target in CACHES.items():
-        if target in taken:
+        if target in bound:
             continue
-        # A 32-bit program under QEMU fails on the inode numbers of a 64-bit file system.
+        # A 32-bit program under QEMU fails with the inode numbers of a 64-bit file system.
         if name == "home" and any(platform.is_32_bit for platform in recipe.platforms):
             mounts.append(f"type=tmpfs,target={target}")
         else:
@@ -186,15 +189,18 @@ def _caches(recipe: Recipe) -> list[str]:
 
 
 def _descriptions(recipe: Recipe) -> list[str]:
-    """The reports of the stages, asked of what the last of them made."""
+    """Return the commands that write the reports of all stages in the last stage's image."""
     path = f'PATH="{guix.CURRENT_GUIX}/bin:{guix.PROFILE}/bin:$PATH"'
     reports = (f"{path} {shlex.join(s.report)} >{REPORTS}/{s.name}" for s in recipe.stages)
-    # In a step, so that it is when the image was made and not when it was found in the cache.
+    # The time comes from a step, so that a cached image keeps the time of its build.
     return [f"mkdir -p {REPORTS}", *reports, f"date -u +%Y-%m-%dT%H:%M:%SZ >{REPORTS}/{CREATED}"]
 
 
 def resolve_script(*, channels: bool, authenticate: bool = True) -> bytes:
-    """What the step ``RESOLVE`` runs; with ``channels`` they are those of a file."""
+    """Return the script of the step ``RESOLVE``.
+
+    ``channels`` is true if the step has a channels file, false for Guix's default channels.
+    """
     argv = ["guix", "repl", "--", f"{FOLDER}/resolve.scm"]
     argv += [] if authenticate else [guix.UNAUTHENTICATED]
     argv += [f"{FOLDER}/channels.scm"] if channels else []
@@ -203,24 +209,24 @@ def resolve_script(*, channels: bool, authenticate: bool = True) -> bytes:
 
 
 def _shell(command: str) -> str:
-    # Not the image's SHELL, which may be anything.
+    # The exec form is independent of the image's SHELL.
     return "RUN " + json.dumps(["/bin/sh", "-c", command])
 
 
 @dataclass(frozen=True)
 class Definition:
-    """What a bake file is written from."""
+    """Contents of a bake file."""
 
     base: BuildSpec
     base_contexts: Mapping[str, str]
-    """What stands for an image that the builder could not get, by its reference."""
+    """Contexts that replace images that the builder cannot pull, by reference."""
     recipe: Recipe
-    folder: Path
-    """Where the Dockerfile, the context ``work`` and the file with the environment are."""
+    directory: Path
+    """Directory of the Dockerfile, the context ``work`` and the file of ``ENVIRONMENT``."""
     contexts: Mapping[str, Path]
     syntax: str | None = None
     secrets: Mapping[str, Path] = field(default_factory=dict)
-    """More files that steps see, by their IDs; those of ``SECRETS`` that there are."""
+    """Other secret files of the steps, by name."""
     ssh_agent: Path | None = None
     label_values: Mapping[str, str] | None = None
     tags: Sequence[str] = ()
@@ -231,7 +237,7 @@ class Definition:
 
 
 def bake_file(definition: Definition) -> str:
-    """The bake file, in JSON."""
+    """Return the bake file in JSON."""
     base, recipe = definition.base, definition.recipe
     shared: dict[str, Any] = {
         "platforms": [str(platform) for platform in recipe.platforms],
@@ -240,8 +246,8 @@ def bake_file(definition: Definition) -> str:
     }
     steps = {
         **shared,
-        "context": str(definition.folder / "empty"),
-        "dockerfile": str(definition.folder / "Dockerfile"),
+        "context": str(definition.directory / "empty"),
+        "dockerfile": str(definition.directory / "Dockerfile"),
         "contexts": {
             "base": "target:base",
             **{name: str(path) for name, path in definition.contexts.items()},
@@ -251,7 +257,7 @@ def bake_file(definition: Definition) -> str:
             **(definition.label_values or {}),
         },
         "secret": [
-            _secret(ENVIRONMENT, definition.folder / ENVIRONMENT),
+            _secret(ENVIRONMENT, definition.directory / ENVIRONMENT),
             *(_secret(_secret_id(name), path) for name, path in definition.secrets.items()),
         ],
         **({"ssh": [f"default={definition.ssh_agent}"]} if definition.ssh_agent else {}),
@@ -267,8 +273,12 @@ def bake_file(definition: Definition) -> str:
             "secret": [_secret(name, path) for name, path in base.secrets.items()],
             **_network(base.network),
         },
-        ASKED_TARGET: {**steps, "target": ASKED_TARGET, "output": [_local(definition.folder)]},
-        REPORTS_TARGET: {**steps, "target": REPORTS_TARGET, "output": [_local(definition.folder)]},
+        ASKED_TARGET: {**steps, "target": ASKED_TARGET, "output": [_reports(definition.directory)]},
+        REPORTS_TARGET: {
+            **steps,
+            "target": REPORTS_TARGET,
+            "output": [_reports(definition.directory)],
+        },
         IMAGE_TARGET: {
             **steps,
             "target": IMAGE_TARGET,
@@ -282,10 +292,10 @@ def bake_file(definition: Definition) -> str:
 
 
 def _network(network: str | None, *entitlements: str) -> dict[str, Any]:
-    wanted = [*entitlements, *(["network.host"] if network == "host" else [])]
+    required = [*entitlements, *(["network.host"] if network == "host" else [])]
     return {
         **({"network": network} if network else {}),
-        **({"entitlements": wanted} if wanted else {}),
+        **({"entitlements": required} if required else {}),
     }
 
 
@@ -297,21 +307,19 @@ def _secret(name: str, path: Path) -> str:
     return f"id={name},{csv_field(f'src={path}')}"
 
 
-def _local(folder: Path) -> str:
-    return ",".join(["type=local", csv_field(f"dest={folder / 'reports'}")])
+def _reports(directory: Path) -> str:
+    return ",".join(["type=local", csv_field(f"dest={directory / 'reports'}")])
 
 
-def _attestations(wanted: Sequence[str]) -> list[str]:
-    provenance = (
-        "type=provenance,mode=min" if "provenance" in wanted else ("type=provenance,disabled=true")
-    )
-    return [provenance, *(["type=sbom"] if "sbom" in wanted else [])]
+def _attestations(kinds: Sequence[str]) -> list[str]:
+    provenance = "mode=min" if "provenance" in kinds else "disabled=true"
+    return [f"type=provenance,{provenance}", *(["type=sbom"] if "sbom" in kinds else [])]
 
 
 def _escaped(value: Any) -> Any:
-    """Let bake take text as it is: in its strings ``${...}`` and ``%{...}`` are templates."""
+    """Escape ``${...}`` and ``%{...}``, which are templates in bake's strings."""
     if isinstance(value, str):
         return value.replace("${", "$${").replace("%{", "%%{")
     if isinstance(value, dict):
-        return {name: _escaped(each) for name, each in value.items()}
-    return [_escaped(each) for each in value] if isinstance(value, list) else value
+        return {name: _escaped(item) for name, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, list) else value

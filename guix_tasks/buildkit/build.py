@@ -1,9 +1,10 @@
-"""The BuildKit way: pull and install as insecure steps of one build, sent where it is wanted.
+"""Build of the pull and install stages with BuildKit, as insecure steps of one build.
 
-Three calls of bake, each of which finds the work of the one before in BuildKit's cache: the base
-and what is to be known of it, the steps with their reports, and the image with the labels that the
-reports give it.  So the channels are locked, and the labels say what is in the image, as with run
-and commit; and nothing is pushed unless all of it is made.
+There are three calls of bake. The first builds the base and queries its user and the commits of
+floating channels. The second runs the steps and gets their reports. The third adds the labels,
+whose values come from the reports, and outputs the image. Each call finds the results of the
+previous one in BuildKit's cache. Channels are locked and images labelled as by run and commit.
+Nothing is pushed unless the complete image was built.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ from guix_tasks.buildkit.bakefile import (
 )
 from guix_tasks.buildkit.builder import (
     builder_name,
+    check_platform,
     find_builder,
     native_platforms,
     needed_syntax,
-    refuse_platform,
 )
 from guix_tasks.buildkit.buildx import Builder, csv_field, refuse_without_accounts, with_accounts
 from guix_tasks.buildkit.context import (
-    hand_over,
-    only_here,
+    local_base_image,
+    save_as_layout,
     write_environment,
     write_mounts,
     write_secrets,
@@ -90,70 +91,72 @@ _WITH_ATTESTATIONS = (Output.REGISTRY, Output.OCI)
 
 @dataclass(frozen=True)
 class BuildWishes:
-    """How the image is to be built, where that differs from the usual."""
+    """Options of one `inv buildx.build` call."""
 
     pull: bool = True
     update: bool = False
-    """With the channels as they are now, whatever the lock says."""
+    """Pull the current commits of the channels instead of those of the lock."""
     force: bool = False
-    """Every step of Guix again, whatever the builder's cache has."""
+    """Run every Guix step, even if the builder's cache has its result."""
     by_digest: bool = False
-    """Pushed by digest alone, for ``inv manifest`` to join."""
+    """Push by digest, without a tag, for ``inv manifest``."""
     authenticate: bool = True
-    """Only channels that somebody vouches for."""
+    """Require that Guix authenticates all channels."""
 
 
-def build(project: Project, buildx: Buildx, wishes: BuildWishes) -> str:
-    """Build the image and put it where ``BUILDX_OUTPUT`` says.
+def build(project: Project, buildx: Buildx, options: BuildWishes) -> str:
+    """Build the image and output it as set by ``BUILDX_OUTPUT``.
 
-    The answer is the reference with its digest, the path of an archive, or the tag that was
-    loaded; empty on a dry run.  Raises ``BuilderError``, ``StageError`` or ``RegistryError``.
+    Return the pushed reference with its digest, the path of an archive, or the loaded tag; empty
+    in a dry run.
+
+    Raise ``UsageError`` if the settings do not allow the build, ``BuilderError`` or ``StageError``
+    if it fails, and ``RegistryError`` if the registry refuses it.
     """
     started = time.monotonic()
     settings = project.settings
     if settings.stage_memory:
         project.console.warn(
             "STAGE_MEMORY is for work containers; a builder's memory is an option of its nodes, "
-            "as BUILDX_NODES=...,memory=4g"
+            "for example BUILDX_NODES=...,memory=4g"
         )
     if settings.guix_require_substitutes:
         project.console.warn(
-            "GUIX_REQUIRE_SUBSTITUTES is for work containers; `inv weather` asks for BuildKit, too"
+            "GUIX_REQUIRE_SUBSTITUTES is for work containers; with BuildKit, run `inv weather`"
         )
     if project.own:
-        names = " and ".join(own.name for own in project.own)
+        names = " and ".join(stage.name for stage in project.own)
         project.console.warn(
-            f"{names} will not be in it: buildx.build makes the built-in stages, and "
-            "`inv push` pushes what run and commit made"
+            f"{names} will not be in the image: buildx.build builds only the built-in stages; "
+            "`inv push` pushes an image with all stages, built by run and commit"
         )
-    # A lock that does not fit, and nothing to do, are told of before anything is built.
-    if not wishes.pull:
+    # Errors of the lock and of the settings are raised before anything is built.
+    if not options.pull:
         install_stage(settings)
     else:
-        stage_to_run(settings, update=wishes.update, authenticate=wishes.authenticate)
-        if not wishes.update and (line := uncompared_lock(settings)):
+        stage_to_run(settings, update=options.update, authenticate=options.authenticate)
+        if not options.update and (line := uncompared_lock(settings)):
             project.console.say(line)
-    _refuse(project, wishes)
+    _check_output(project, options)
     accounts = accounts_for(project.engine, settings)
     if settings.buildx_output is Output.REGISTRY:
         refuse_without_accounts(buildx, accounts, settings.image.registry)
     buildx = with_accounts(buildx, accounts)
     builder = _builder(project, buildx)
     for platform in settings.platforms:
-        refuse_platform(settings, builder, platform)
-    with temporary_directory() as folder:
-        baking = _Baking(project, buildx, builder, folder, wishes)
-        answer = baking.bake()
-    took = human_time(time.monotonic() - started)
-    if answer:
-        project.console.say(f"buildx.build: {answer}, {took}")
-    return answer
+        check_platform(settings, builder, platform)
+    with temporary_directory() as directory:
+        output = _Build(project, buildx, builder, directory, options).run()
+    if output:
+        duration = human_time(time.monotonic() - started)
+        project.console.say(f"buildx.build: {output}, {duration}")
+    return output
 
 
 def _builder(project: Project, buildx: Buildx) -> Builder:
-    """The builder, started where none of its nodes can say what it is.
+    """Return the builder; start it if no node reports its platforms.
 
-    A dry run goes on without one: it may be what the task before would have made.
+    A dry run continues without a builder, which a previous task of a real run may create.
     """
     settings = project.settings
     name = builder_name(settings, buildx)
@@ -167,35 +170,34 @@ def _builder(project: Project, buildx: Buildx) -> Builder:
     return find_builder(settings, buildx)
 
 
-def _refuse(project: Project, wishes: BuildWishes) -> None:
-    """Refuse what no builder can do, before anything is done."""
+def _check_output(project: Project, options: BuildWishes) -> None:
+    """Raise an error for a ``BUILDX_OUTPUT`` that would fail after the build."""
     settings = project.settings
-    if wishes.by_digest and settings.buildx_output is not Output.REGISTRY:
+    if options.by_digest and settings.buildx_output is not Output.REGISTRY:
         raise UsageError("--by-digest is a way to push; set BUILDX_OUTPUT=registry")
-    several = len(settings.platforms) > 1
-    if several and settings.buildx_output in (Output.LOAD, Output.DOCKER):
+    if len(settings.platforms) > 1 and settings.buildx_output in (Output.LOAD, Output.DOCKER):
         raise UsageError(
-            f"BUILDX_OUTPUT={settings.buildx_output.value} holds one platform; name one in "
-            "PLATFORMS, or set BUILDX_OUTPUT to registry or oci"
+            f"BUILDX_OUTPUT={settings.buildx_output.value} holds one platform; set PLATFORMS to "
+            "one, or set BUILDX_OUTPUT to registry or oci"
         )
     if settings.buildx_output is Output.LOAD:
-        project.engine.info()  # raises where there is none to load it into
+        project.engine.info()  # raises an error if there is no engine
     if settings.buildx_output is Output.REGISTRY and settings.builds_beside_engine:
-        # Better now than after hours; the builder is where the engine is.
+        # The account is checked before a build of hours; the builder is next to the engine.
         reference = str(settings.image)
         account = credentials_for(project.engine, settings, reference)
         project.engine.greet_registry(reference, account)
 
 
 @dataclass(frozen=True)
-class _Baking:
-    """One build: the folder that it is made from, and the calls of bake."""
+class _Build:
+    """One build: the directory of its inputs and the calls of bake."""
 
     project: Project
     buildx: Buildx
     builder: Builder
-    folder: Path
-    wishes: BuildWishes
+    directory: Path
+    options: BuildWishes
 
     @property
     def _settings(self) -> Settings:
@@ -203,17 +205,17 @@ class _Baking:
 
     @cached_property
     def _platforms(self) -> tuple[Platform, ...]:
-        """Those of the settings, else the first node's own."""
+        """The platforms of the settings, else the first node's native platform."""
         if self._settings.platforms:
             return self._settings.platforms
         native = next(native_platforms(self.builder), None)
         return (native or Platform.parse(self.project.engine.info().platform),)
 
-    def bake(self) -> str:
-        """Make it and put it where it is wanted; what that is."""
+    def run(self) -> str:
+        """Build the image, output it, and return its reference or path."""
         settings, say = self._settings, self.project.console.say
-        known = self.builder.nodes or self.buildx.perform
-        syntax = needed_syntax(settings, self.buildx, self.builder.name) if known else None
+        exists = self.builder.nodes or self.buildx.perform
+        syntax = needed_syntax(settings, self.buildx, self.builder.name) if exists else None
         say(
             f"buildx.build: {', '.join(map(str, self._platforms))} with {self.builder.name} "
             f"({self.builder.driver})"
@@ -221,49 +223,49 @@ class _Baking:
         )
         say(f"base: {settings.dockerfile} on {settings.base_image}")
         definition = self._definition(syntax)
-        self._call(definition, ASKED_TARGET)
+        self._bake(definition, ASKED_TARGET)
         definition = self._with_stages(definition)
-        self._call(definition, REPORTS_TARGET)
+        self._bake(definition, REPORTS_TARGET)
         for stage, platform in itertools.product(definition.recipe.stages, self._platforms):
-            self._check(stage, self._answer(platform, stage.name))
+            self._check(stage, self._report(platform, stage.name))
         self._lock()
-        return self._put(self._with_labels(definition))
+        return self._output(self._with_labels(definition))
 
-    # --- what it is made from ---
+    # --- inputs ---
 
     def _definition(self, syntax: str | None) -> Definition:
-        settings, folder = self._settings, self.folder
-        for each in ("empty", WORK):
-            (folder / each).mkdir()
-        write_environment(settings, folder)
-        binds, contexts = write_mounts(settings, folder)
+        settings, directory = self._settings, self.directory
+        for name in ("empty", WORK):
+            (directory / name).mkdir()
+        write_environment(settings, directory)
+        binds, contexts = write_mounts(settings, directory)
         if self._floats:
             self._write_resolve()
         channels = self._channels
         url = by_ssh(settings, channels or "")
-        own = self.builder.driver == Driver.DOCKER.value
-        reachable = network(self.project.engine, settings) if own else settings.network
-        if reachable not in (None, "host", "none"):
+        is_engine = self.builder.driver == Driver.DOCKER.value
+        build_network = network(self.project.engine, settings) if is_engine else settings.network
+        if build_network not in (None, "host", "none"):
             self.project.console.warn(
-                f"NETWORK={reachable}: a build can join no network but host and none; it takes "
-                "the builder's default"
+                f"NETWORK={build_network}: a build can only join host and none; using the "
+                "builder's default network"
             )
-            reachable = None
+            build_network = None
         recipe = Recipe(
             platforms=self._platforms,
             resolve=self._floats,
-            network=reachable,
+            network=build_network,
             binds=binds,
             cache=cache_prefix(settings),
             ssh=bool(url),
         )
         return Definition(
-            base=base_spec(settings, reachable),
-            base_contexts={} if own else self._handed_over(),
+            base=base_spec(settings, build_network),
+            base_contexts={} if is_engine else self._base_contexts(),
             recipe=recipe,
-            folder=folder,
-            contexts={WORK: folder / WORK, **contexts},
-            secrets=write_secrets(settings, folder, channels),
+            directory=directory,
+            contexts={WORK: directory / WORK, **contexts},
+            secrets=write_secrets(settings, directory, channels),
             ssh_agent=agent_socket(settings, url) if url else None,
             syntax=syntax,
             cache_from=[*settings.buildx_cache_from, *self._registry_cache()],
@@ -271,47 +273,48 @@ class _Baking:
 
     @cached_property
     def _floats(self) -> bool:
-        """Whether no lock says which commits of the channels are to be pulled."""
-        return self.wishes.pull and (self.wishes.update or not lock_text(self._settings))
+        """True if the build pulls channels and no lock fixes their commits."""
+        return self.options.pull and (self.options.update or not lock_text(self._settings))
 
     @property
     def _channels(self) -> str | None:
-        """The channels file of what is to be fetched; None where nothing is."""
-        if not self.wishes.pull:
+        """Content of the channels file to fetch, or None if nothing is fetched."""
+        if not self.options.pull:
             return None
         settings = self._settings
         return (None if self._floats else lock_text(settings)) or wanted_text(settings) or ""
 
     def _write_resolve(self) -> None:
-        wanted = wanted_text(self._settings)
+        channels = wanted_text(self._settings)
         files = {
             **programs(),
             "stage": resolve_script(
-                channels=wanted is not None, authenticate=self.wishes.authenticate
+                channels=channels is not None, authenticate=self.options.authenticate
             ),
             "resolve.scm": (IMAGE_FOLDER / "resolve.scm").read_bytes(),
-            **({"channels.scm": wanted.encode()} if wanted is not None else {}),
+            **({"channels.scm": channels.encode()} if channels is not None else {}),
         }
-        write_step(self._settings, self.folder, RESOLVE, files, again=True)
+        write_step(self._settings, self.directory, RESOLVE, files, force=True)
 
-    def _handed_over(self) -> dict[str, str]:
-        settings, reference = self._settings, self._settings.base_image
-        image = only_here(self.project.engine, settings)
+    def _base_contexts(self) -> dict[str, str]:
+        """Return the context that replaces a base image that only the engine has, if any."""
+        settings, engine, reference = self._settings, self.project.engine, self._settings.base_image
+        image = local_base_image(engine, settings)
         if image is None:
             return {}
         self.project.console.say(
-            f"base: handing {reference} ({human_size(image.size)}) to the builder, since its "
+            f"base: copying {reference} ({human_size(image.size)}) to the builder, because its "
             "registry does not have it"
         )
-        others = [str(each) for each in self._platforms if str(each) != image.platform]
+        others = [str(other) for other in self._platforms if str(other) != image.platform]
         if others:
             raise BuilderError(other_platform(str(reference), image, ", ".join(others)))
         if not self.buildx.perform:
             return {}
-        return {str(reference): hand_over(self.project.engine, image, reference, self.folder)}
+        return {str(reference): save_as_layout(engine, image, reference, self.directory)}
 
     def _registry_cache(self, *more: str) -> list[str]:
-        """``CACHE_IMAGE`` as a build cache, where the builder can make one."""
+        """Return ``CACHE_IMAGE`` as a build cache; empty if the builder has no registry cache."""
         cache = self._settings.cache_image
         if cache is None or self.builder.driver == Driver.DOCKER.value:
             return []
@@ -321,7 +324,7 @@ class _Baking:
     def _with_stages(self, definition: Definition) -> Definition:
         settings, console = self._settings, self.project.console
         stages = []
-        if self.wishes.pull:
+        if self.options.pull:
             stages.append(self._pull())
         if settings.guix_manifest or settings.guix_packages or not stages:
             stages.append(install_stage(settings))
@@ -330,20 +333,21 @@ class _Baking:
             for argv in stage.commands:
                 console.command(argv)
             files = {**stage_files(stage), **(programs() if stage.fetches is not None else {})}
-            write_step(settings, self.folder, stage.name, files, again=self.wishes.force)
+            write_step(settings, self.directory, stage.name, files, force=self.options.force)
         recipe = replace(definition.recipe, stages=stages, user=self._user(), resolve=False)
         return replace(definition, recipe=recipe)
 
     def _pull(self) -> Stage:
-        """The stage that pulls what the lock says, or what was just resolved.
+        """Return the stage that pulls the locked or the resolved commits.
 
-        A pull of floating channels is so the same step as the one of their lock, from then on.
+        The step of resolved channels equals the step of their lock in later builds, so that its
+        result is in the cache.
         """
-        trust = self.wishes.authenticate
+        authenticate = self.options.authenticate
         if not self._floats:
-            return stage_to_run(self._settings, authenticate=trust)
+            return stage_to_run(self._settings, authenticate=authenticate)
         resolved = self._resolved()
-        stage = pull_stage(resolved, wanted_text(self._settings), authenticate=trust)
+        stage = pull_stage(resolved, wanted_text(self._settings), authenticate=authenticate)
         self._check(stage, resolved)
         return stage
 
@@ -352,84 +356,86 @@ class _Baking:
         if stage.check:
             stage.check(report)
 
-    # --- what came out ---
+    # --- reports ---
 
     def _resolved(self) -> str:
-        return self._answer(self._platforms[0], f"{RESOLVE}d")
+        return self._report(self._platforms[0], f"{RESOLVE}d")
 
     def _user(self) -> str:
-        """The user that the image of the base is for, if not root; its name where it can be one.
+        """Return the base image's user for a Dockerfile: name or UID, or empty for root.
 
-        It is the base that says so, and it goes into a Dockerfile.
+        The base image controls this value, so it is validated.
         """
         first = self._platforms[0]
-        uid, name = self._answer(first, "user"), self._answer(first, "name")
+        uid, name = self._report(first, "user"), self._report(first, "name")
         if uid in ("", "0"):
             return ""
-        said = [each for each in (name, uid) if re.fullmatch(r"\w[\w.@-]*", each, re.ASCII)]
-        if not said:
-            raise BuilderError(
-                f"the user of {self._settings.base_image} has no name that can be one: "
-                f"{quoted(name)}; mend its /etc/passwd, or use another BASE_IMAGE"
-            )
-        return said[0]
+        for user in (name, uid):
+            if re.fullmatch(r"\w[\w.@-]*", user, re.ASCII):
+                return user
+        raise BuilderError(
+            f"the user of {self._settings.base_image} has an invalid name: {quoted(name)}; fix the "
+            "image's /etc/passwd, or use another BASE_IMAGE"
+        )
 
     def _lock(self) -> None:
-        """Lock what was pulled, in the words that it was asked for in, so that nothing changes.
+        """Lock the pulled channels with the text of the request if it has the same commits.
 
-        The words are in the key of the step: others for the same would let it be run again.
+        The text is in the cache key of the step, so another text would repeat the pull.
         """
-        report = self._answer(self._platforms[0], "pull")
-        asked = self._resolved() if self._floats else lock_text(self._settings)
-        same = asked and commits(asked) == commits(report)
-        if write_lock(self._settings, asked if asked and same else report):
+        report = self._report(self._platforms[0], "pull")
+        request = self._resolved() if self._floats else lock_text(self._settings)
+        if request and commits(request) == commits(report):
+            report = request
+        if write_lock(self._settings, report):
             lock = self._settings.guix_channels_lock
             self.project.console.say(f"pull: the channels are locked in {lock}")
 
-    def _answer(self, platform: Platform, name: str) -> str:
-        """What a platform's build has said; several platforms have a folder each."""
-        reports = self.folder / "reports"
-        own = reports / str(platform).replace("/", "_")
-        path = (own if own.is_dir() else reports) / name
+    def _report(self, platform: Platform, name: str) -> str:
+        """Return a report of a platform's build, or an empty string."""
+        directory = self.directory / "reports"
+        # BuildKit writes a directory for each platform if there are several.
+        subdirectory = directory / str(platform).replace("/", "_")
+        path = (subdirectory if subdirectory.is_dir() else directory) / name
         return path.read_text().strip() if path.exists() else ""
 
     def _with_labels(self, definition: Definition) -> Definition:
-        labels: dict[Platform, dict[str, str]] = {each: {} for each in self._platforms}
-        for platform, own in labels.items():
-            own.update(self._annotations(platform))
+        labels: dict[Platform, dict[str, str]] = {}
+        for platform in self._platforms:
+            labels[platform] = self._annotations(platform)
             for stage in definition.recipe.stages:
-                own.update(stage.labels(self._answer(platform, stage.name)))
-        names = sorted({name for each in labels.values() for name in each})
+                labels[platform].update(stage.labels(self._report(platform, stage.name)))
+        names = sorted({name for texts in labels.values() for name in texts})
         values = {
-            label_argument(platform, number): own.get(name, "")
-            for platform, own in labels.items()
+            label_argument(platform, number): texts.get(name, "")
+            for platform, texts in labels.items()
             for number, name in enumerate(names)
         }
         recipe = replace(definition.recipe, labels=names)
         return replace(definition, recipe=recipe, label_values=values)
 
     def _annotations(self, platform: Platform) -> dict[str, str]:
-        settings, created = self._settings, self._answer(platform, CREATED)
-        known = settings.builds_beside_engine
-        base, engine = str(settings.base_image), self.project.engine
-        digest = remote_digest(engine, settings, base) if known else None
-        found = {
+        settings, base = self._settings, str(self._settings.base_image)
+        digest = None
+        if settings.builds_beside_engine:
+            digest = remote_digest(self.project.engine, settings, base)
+        annotations = {
             **oci.oci_annotations(settings.folder),
-            oci.CREATED: created,
-            oci.BASE_NAME: str(settings.base_image),
+            oci.CREATED: self._report(platform, CREATED),
+            oci.BASE_NAME: base,
             oci.BASE_DIGEST: digest or "",
         }
-        return {name: text for name, text in found.items() if text}
+        return {name: text for name, text in annotations.items() if text}
 
-    # --- where it goes ---
+    # --- output ---
 
-    def _put(self, definition: Definition) -> str:
+    def _output(self, definition: Definition) -> str:
         settings, output = self._settings, self._settings.buildx_output
         image = settings.image
         tags = settings.references
         definition = replace(
             definition,
-            # Docker's own format has no place for them.
+            # Docker's image format cannot store attestations.
             attestations=settings.buildx_attestations if output in _WITH_ATTESTATIONS else (),
             cache_to=[*settings.buildx_cache_to, *self._registry_cache("mode=max")],
         )
@@ -437,81 +443,81 @@ class _Baking:
             return self._archive(replace(definition, tags=tags), output)
         if output is Output.LOAD:
             return self._load(replace(definition, tags=tags, output="type=docker"))
-        if self.wishes.by_digest:
-            wanted = (
+        if self.options.by_digest:
+            by_digest = (
                 f"type=image,name={image.name},push-by-digest=true,name-canonical=true,push=true"
             )
-            digest = self._call(replace(definition, output=wanted), IMAGE_TARGET)
+            digest = self._bake(replace(definition, output=by_digest), IMAGE_TARGET)
             if digest:
-                made_of = commits(self._answer(self._platforms[0], "pull"))
-                path = save(settings, Pushed(image.name, self._platforms, digest, made_of))
+                channels = commits(self._report(self._platforms[0], "pull"))
+                path = save(settings, Pushed(image.name, self._platforms, digest, channels))
                 self.project.console.say(
                     f"buildx.build: {path}; `inv manifest` joins it under {image}"
                 )
             return f"{image.name}@{digest}" if digest else ""
-        digest = self._call(replace(definition, tags=tags, output="type=registry"), IMAGE_TARGET)
+        digest = self._bake(replace(definition, tags=tags, output="type=registry"), IMAGE_TARGET)
         return f"{image}@{digest}" if digest else ""
 
     def _load(self, definition: Definition) -> str:
-        """Let the engine have it where the stages would, and keep what was there before."""
+        """Load the image into the engine under the stages' tag, and keep the previous image."""
         engine, ledger = self.project.engine, self.project.ledger
         image = str(ledger.image)
         if ledger.image != self._settings.image:
             definition = replace(definition, tags=[image])
-        before = engine.image(image)
-        self._call(definition, IMAGE_TARGET)
+        previous = engine.image(image)
+        self._bake(definition, IMAGE_TARGET)
         if not self.buildx.perform:
             return ""
-        now = engine.image(image)
-        if before and now and before.id != now.id:
-            ledger.keep(before)
+        current = engine.image(image)
+        if previous and current and previous.id != current.id:
+            ledger.keep(previous)
         return image
 
     def _archive(self, definition: Definition, output: Output) -> str:
-        image, folder = self._settings.image, self._settings.output_folder
+        image, directory = self._settings.image, self._settings.output_folder
         if self.buildx.perform:
-            folder.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
         name = f"{image.repository.rpartition('/')[2]}-{image.tag}.{output.value}.tar"
-        unfinished = folder / f".{name}.{secrets.token_hex(4)}"
+        unfinished = directory / f".{name}.{secrets.token_hex(4)}"
         try:
-            wanted = f"type={output.value},{csv_field(f'dest={unfinished}')}"
-            self._call(replace(definition, output=wanted), IMAGE_TARGET)
+            archive = f"type={output.value},{csv_field(f'dest={unfinished}')}"
+            self._bake(replace(definition, output=archive), IMAGE_TARGET)
             if not self.buildx.perform:
                 return ""
-            unfinished.replace(folder / name)
+            unfinished.replace(directory / name)
         finally:
             unfinished.unlink(missing_ok=True)
-        return str(folder / name)
+        return str(directory / name)
 
-    def _call(self, definition: Definition, target: str) -> str:
-        """One call of bake; the digest of what was made, where there is one."""
-        folder, console = self.folder, self.project.console
-        (folder / "Dockerfile").write_text(dockerfile(definition.recipe))
-        (folder / "bake.json").write_text(bake_file(definition))
+    def _bake(self, definition: Definition, target: str) -> str:
+        """Build a target with bake and return the image's digest, if it has one."""
+        directory, console = self.directory, self.project.console
+        (directory / "Dockerfile").write_text(dockerfile(definition.recipe))
+        (directory / "bake.json").write_text(bake_file(definition))
         if not self.buildx.perform and target == IMAGE_TARGET:
             for file in ("Dockerfile", "bake.json"):
-                console.say(f"--- {file}\n{(folder / file).read_text()}")
-        metadata = folder / "metadata.json"
+                console.say(f"--- {file}\n{(directory / file).read_text()}")
+        metadata = directory / "metadata.json"
         environment = {
             **self.buildx.environment,
             "BUILDX_METADATA_PROVENANCE": "disabled",
         }
-        # What bake may read and write is what its file says, and that is ours.
+        # All paths are safe to allow, because the bake file is generated.
         allowed = ["security.insecure", "fs=*", *(["ssh"] if definition.ssh_agent else [])]
         if definition.recipe.network == "host":
             allowed.append("network.host")
         arguments = (
-            "bake", f"--builder={self.builder.name}", f"--file={folder / 'bake.json'}",
-            *(f"--allow={each}" for each in allowed),
+            "bake", f"--builder={self.builder.name}", f"--file={directory / 'bake.json'}",
+            *(f"--allow={entitlement}" for entitlement in allowed),
             f"--metadata-file={metadata}", "--progress=plain", target,
         )  # fmt: skip
         limit = self._settings.stage_timeout
-        whole = limit * max(1, len(definition.recipe.stages)) if limit else None
+        total = limit * max(1, len(definition.recipe.stages)) if limit else None
         started = time.monotonic()
 
-        def once() -> None:
-            left = whole - (time.monotonic() - started) if whole else None
-            if left is not None and left <= 0:
+        def attempt() -> None:
+            remaining = total - (time.monotonic() - started) if total else None
+            if remaining is not None and remaining <= 0:
                 raise TimeoutError
             steps = Steps(self._settings)
 
@@ -521,21 +527,21 @@ class _Baking:
 
             try:
                 replace(self.buildx, environment=environment).stream(
-                    *arguments, output=output, spec=definition.base, seconds=left
+                    *arguments, output=output, spec=definition.base, seconds=remaining
                 )
             except StageError as error:
                 error.passes = error.passes or steps.network_failed
                 raise
 
-        # What was made is in the builder's cache, so trying again goes on from there.
+        # A retry continues with the finished steps from the builder's cache.
         tries = TRIES if target == IMAGE_TARGET else STAGE_TRIES
         try:
             with build_log(self.project, "buildx.build") as log:
-                retried(console, "the build", once, tries, self._settings.image.registry)
+                retried(console, "the build", attempt, tries, self._settings.image.registry)
         except TimeoutError:
-            taken = human_time(limit or 0)
             raise StageError(
-                f"buildx.build: stopped after STAGE_TIMEOUT ({taken} a stage); nothing was pushed"
+                f"buildx.build: stopped after STAGE_TIMEOUT ({human_time(limit or 0)} a stage); "
+                "nothing was pushed"
             ) from None
         if not self.buildx.perform:
             return ""

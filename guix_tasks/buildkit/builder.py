@@ -1,4 +1,4 @@
-"""The builder that the settings name, and whether it can do what is asked of it."""
+"""The builder of the settings, and checks of its features."""
 
 from __future__ import annotations
 
@@ -20,82 +20,87 @@ if TYPE_CHECKING:
 _ALLOW_INSECURE = {
     Driver.DOCKER: 'put {"builder": {"entitlements": {"security-insecure": true}}} into the '
     "engine's daemon.json and restart it, or use BUILDX_DRIVER=docker-container",
-    Driver.CONTAINER: "`inv buildx.setup --recreate` makes one that does",
-    Driver.KUBERNETES: "`inv buildx.setup --recreate` makes one that does",
+    Driver.CONTAINER: "run `inv buildx.setup --recreate`, which allows them",
+    Driver.KUBERNETES: "run `inv buildx.setup --recreate`, which allows them",
     Driver.REMOTE: "start its buildkitd with --allow-insecure-entitlement security.insecure",
 }
 
 
 def builder_name(settings: Settings, buildx: Buildx) -> str:
-    """The name of the builder that the settings mean, be it there or not."""
+    """Return the name of the settings' builder, which may not exist."""
     return buildx.own if settings.buildx_driver is Driver.DOCKER else settings.buildx_builder
 
 
 def find_builder(settings: Settings, buildx: Buildx) -> Builder:
-    """The builder that the settings name.  Raises ``BuilderError`` where there is none."""
+    """Return the settings' builder.
+
+    Raise ``BuilderError`` if it does not exist or has another driver.
+    """
     name = builder_name(settings, buildx)
-    found = command.inspect(buildx, name)
-    if found is None:
-        raise BuilderError(f"there is no builder {name!r}; `inv buildx.setup` makes it")
+    builder = command.inspect(buildx, name)
+    if builder is None:
+        raise BuilderError(f"there is no builder {name!r}; `inv buildx.setup` creates it")
     driver = settings.buildx_driver.value
-    if found.driver != driver:
+    if builder.driver != driver:
         raise BuilderError(
-            f"the builder {name} has the driver {found.driver}, not {driver}; mend BUILDX_DRIVER "
-            "or BUILDX_BUILDER, or `inv buildx.setup --recreate`"
+            f"the builder {name} has the driver {builder.driver}, not {driver}; change "
+            "BUILDX_DRIVER or BUILDX_BUILDER, or run `inv buildx.setup --recreate`"
         )
-    return found
+    return builder
 
 
 def native_platforms(builder: Builder) -> Iterator[Platform]:
-    """What a builder's machines are, or were said to be for."""
+    """Yield the platforms that were set for a builder's nodes, else their native platforms."""
     for node in builder.nodes:
-        for each in node.fixed or node.platforms[:1]:
-            with suppress(ValueError):  # there are platforms that Guix has no system for
-                yield Platform.parse(each)
+        for platform in node.fixed or node.platforms[:1]:
+            with suppress(ValueError):  # Guix has no system for some platforms
+                yield Platform.parse(platform)
 
 
 def has_platform(builder: Builder, platform: Platform) -> bool:
-    """Whether a node of the builder says that it has a platform, by emulation if need be."""
+    """Return True if a node of the builder reports a platform, native or emulated."""
     return any(str(platform) in node.platforms for node in builder.nodes)
 
 
 def lacking(platforms: Sequence[Platform], builder: Builder | None) -> list[Platform]:
-    """Those of the platforms that no node of the builder has; all, where there is no builder."""
-    return [each for each in platforms if not (builder and has_platform(builder, each))]
+    """Return the platforms that no node has; all of them without a builder."""
+    return [platform for platform in platforms if not (builder and has_platform(builder, platform))]
 
 
-def refuse_platform(settings: Settings, builder: Builder, platform: Platform) -> None:
-    """Refuse a platform that a builder lacks, or on which Guix could not isolate its builds."""
+def check_platform(settings: Settings, builder: Builder, platform: Platform) -> None:
+    """Check that a builder can build a platform.
+
+    Raise ``BuilderError`` if no node has the platform, and ``UsageError`` if it is emulated, where
+    Guix cannot isolate builds, but the settings require isolation.
+    """
     if not any(node.platforms for node in builder.nodes):
-        return  # it is not running yet, and buildx starts it
+        return  # the platforms are unknown until buildx starts the builder
     if not has_platform(builder, platform):
         raise BuilderError(
             f"the builder {builder.name} has no {platform}; `inv buildx.setup --binfmt` adds it by "
-            "emulation, to go with GUIX_SANDBOX=nochroot; a node of its own in BUILDX_NODES is "
-            "faster"
+            "emulation, which needs GUIX_SANDBOX=nochroot; a native node in BUILDX_NODES is faster"
         )
-    native = any(each.runs(platform) for each in native_platforms(builder))
-    if not native and settings.guix_sandbox is not Sandbox.NOCHROOT:
+    is_native = any(native.runs(platform) for native in native_platforms(builder))
+    if not is_native and settings.guix_sandbox is not Sandbox.NOCHROOT:
         raise UsageError(
             f"{platform} is emulated by the builder {builder.name}, and Guix cannot isolate its "
-            "builds there: set GUIX_SANDBOX=nochroot, or give BUILDX_NODES a machine of that kind"
+            "builds there: set GUIX_SANDBOX=nochroot, or add a native node to BUILDX_NODES"
         )
 
 
 def needed_syntax(settings: Settings, buildx: Buildx, builder: str) -> str | None:
-    """The frontend to ask the builder for; None where its own knows insecure steps.
+    """Return the Dockerfile frontend to use, or None if the built-in one has insecure steps.
 
-    Raises ``BuilderError`` where the builder does not allow such steps, or where the frontend that
-    it would need is out of its reach.
+    Raise ``BuilderError`` if the builder does not allow insecure steps, or if it needs a frontend
+    that it cannot pull.
     """
     try:
         command.probe(buildx, builder, None)
     except BuilderError as error:
         if INSECURE_REFUSED.search(str(error)):
-            mend = _ALLOW_INSECURE[settings.buildx_driver]
             raise BuilderError(
                 f"the builder {builder} does not allow insecure steps (security.insecure is not "
-                f"allowed by its configuration); {mend}"
+                f"allowed by its configuration); {_ALLOW_INSECURE[settings.buildx_driver]}"
             ) from None
         if UNKNOWN_FLAG not in str(error):
             raise
@@ -108,8 +113,8 @@ def needed_syntax(settings: Settings, buildx: Buildx, builder: str) -> str | Non
         if any(words in str(error) for words in NO_BASE):
             raise BuilderError(
                 f"the builder {builder} has a Dockerfile frontend older than 1.20 (`{UNKNOWN_FLAG}`"
-                f"), and {syntax} is out of its reach; set BUILDKIT_SYNTAX to one that it can get, "
-                "or use a builder with BuildKit 0.26 or newer"
+                f"), and cannot pull {syntax}; set BUILDKIT_SYNTAX to one that it can pull, or use "
+                "a builder with BuildKit 0.26 or newer"
             ) from None
         raise
     return syntax

@@ -1,7 +1,7 @@
-"""The buildx command line: argument lists in, parsed answers out.
+"""The buildx program: argument lists in, parsed output out.
 
-The docker SDK cannot speak to BuildKit, so images are built through buildx's own program.  It is
-run as what it is, a program of its own: that needs no ``docker`` command beside it.
+The docker SDK does not support BuildKit, so images are built with buildx. The plugin
+``docker-buildx`` runs as a program, which needs no ``docker`` command.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guix_tasks.engine.accounts import AUTH_CONFIG, auth_config, docker_folder
+from guix_tasks.engine.accounts import AUTH_CONFIG, auth_config, docker_config_directory
 from guix_tasks.engine.api import build_options
 from guix_tasks.engine.diagnose import build_error, cause, failure
 from guix_tasks.errors import BuilderError, GuixTasksError
@@ -43,40 +43,43 @@ SYSTEM_PLUGINS = (
     "/usr/libexec/docker/cli-plugins",
     "/opt/homebrew/lib/docker/cli-plugins",
 )
-"""Where the Docker CLI looks for plugins of all users, and Homebrew puts them."""
+"""Directories in which the Docker CLI, or Homebrew, has plugins for all users."""
 
 
 def plugin_path(environment: Mapping[str, str]) -> Path:
-    """Where the Docker CLI looks for a user's own plugin."""
-    return docker_folder(environment) / "cli-plugins" / PROGRAM
+    """Return the path of the plugin in the user's Docker directory."""
+    return docker_config_directory(environment) / "cli-plugins" / PROGRAM
 
 
 def find_program(environment: Mapping[str, str], private: Path | None = None) -> str | None:
-    """The plugin, where the Docker CLI would find it, or the private engine's."""
-    for program in (plugin_path(environment), *(Path(f) / PROGRAM for f in SYSTEM_PLUGINS)):
+    """Return the plugin that the Docker CLI would find, else ``private``, else the one on PATH."""
+    for program in (plugin_path(environment), *(Path(d) / PROGRAM for d in SYSTEM_PLUGINS)):
         if os.access(program, os.X_OK):
             return str(program)
     return str(private) if private else shutil.which(PROGRAM)
 
 
-# --- Running it -----------------------------------------------------------------------------
+# --- Program --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Buildx:
-    """The buildx program, in the environment in which it finds the project's engine."""
+    """The buildx program and an environment that selects the project's engine."""
 
     program: str
     environment: Mapping[str, str]
     own: str = "default"
-    """The builder that is the engine itself, whatever builder the user has selected."""
+    """Name of the engine's built-in builder, regardless of the builder that the user selected."""
     shown_on: Console | None = None
-    """Where each call that changes something is shown."""
+    """Console that prints each call that changes state, or None."""
     perform: bool = True
-    """Whether such a call is made; a dry run leaves it at showing it."""
+    """False in a dry run: calls that change state are only printed."""
 
     def ask(self, *arguments: str, text: str = "") -> str:
-        """Standard output of a call that changes nothing.  Raises what ``failure`` makes of it."""
+        """Make a call that only reads and return its standard output.
+
+        Raise the error of ``diagnose.failure`` if it fails. ``text`` is the standard input.
+        """
         done = subprocess.run(
             [self.program, *arguments], env=dict(self.environment), input=text,
             capture_output=True, text=True, errors="replace", check=False,
@@ -86,7 +89,7 @@ class Buildx:
         return done.stdout
 
     def change(self, *arguments: str) -> str:
-        """Standard output of a call that changes something."""
+        """Make a call that changes state and return its standard output; empty in a dry run."""
         return self.ask(*arguments) if self._show(arguments) else ""
 
     def stream(
@@ -96,9 +99,10 @@ class Buildx:
         spec: BuildSpec | None = None,
         seconds: float | None = None,
     ) -> None:
-        """A call that takes its time, its log given to ``output`` as it comes.
+        """Make a long call that changes state, and stream its log to ``output``.
 
-        Raises what ``failure`` makes of it, and ``TimeoutError`` where it takes longer than it may.
+        Raise the error of ``diagnose.failure`` if it fails, and ``TimeoutError`` if it takes more
+        than ``seconds``.
         """
         if self._show(arguments):
             argv = [self.program, *arguments]
@@ -118,22 +122,22 @@ def find_buildx(
     *,
     private: Path | None = None,
 ) -> Buildx | None:
-    """The buildx program, set to an engine if there is one; None where it is not on this machine.
+    """Return buildx for the engine at an address, or None if buildx is not installed.
 
-    Its own builder is the engine itself: any other may not see the engine's images.
+    The default builder is the engine's built-in one: another may not have the engine's images.
     ``private`` is the buildx of the private engine.
     """
     program = find_program(environment, private)
     if program is None:
         return None
-    ours = {name: value for name, value in environment.items() if name != "BUILDX_BUILDER"}
+    variables = {name: value for name, value in environment.items() if name != "BUILDX_BUILDER"}
     if address and address.context:
-        ours["DOCKER_CONTEXT"] = address.context
+        variables["DOCKER_CONTEXT"] = address.context
     elif address:
-        ours.pop("DOCKER_CONTEXT", None)
-        ours["DOCKER_HOST"] = address.url
-    own = address.context if address else None
-    return Buildx(program, ours, own or "default")
+        variables.pop("DOCKER_CONTEXT", None)
+        variables["DOCKER_HOST"] = address.url
+    context = address.context if address else None
+    return Buildx(program, variables, context or "default")
 
 
 def _run(
@@ -143,46 +147,50 @@ def _run(
     *,
     seconds: float | None = None,
 ) -> str | None:
-    """Run a program, its standard error shown; the end of that where it fails, else None."""
-    ends = os.pipe()
+    """Run a program and stream its standard error to ``output``.
+
+    Return the end of its standard error if the program fails, else None. Raise ``TimeoutError`` if
+    it takes more than ``seconds``.
+    """
+    read_end, write_end = os.pipe()
     tail: deque[bytes] = deque(maxlen=200)
-    late = threading.Event()
+    timed_out = threading.Event()
     with (
-        os.fdopen(ends[0], "rb", 0) as ours,
-        os.fdopen(ends[1], "wb", 0) as theirs,
+        os.fdopen(read_end, "rb", 0) as reader,
+        os.fdopen(write_end, "wb", 0) as writer,
         subprocess.Popen(
             argv, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=theirs,
+            stderr=writer,
         ) as process,
-        _alarm(process, seconds, late),
+        _deadline(process, seconds, timed_out),
     ):  # fmt: skip
-        theirs.close()
+        writer.close()
         try:
-            for data in _pieces(ours.fileno()):
+            while data := os.read(read_end, 1 << 16):
                 output(data)
                 tail.append(data)
         except BaseException:
             process.terminate()
             raise
         finally:
-            ours.close()
-    if late.is_set():
+            reader.close()
+    if timed_out.is_set():
         raise TimeoutError
     return b"".join(tail).decode(errors="replace") if process.returncode else None
 
 
 _GRACE = 10.0
-"""The seconds in which buildx may let go of a build that is stopped."""
+"""Seconds between SIGTERM and SIGKILL, in which buildx can cancel the build."""
 
 
 @contextmanager
-def _alarm(
-    process: subprocess.Popen[bytes], seconds: float | None, late: threading.Event
+def _deadline(
+    process: subprocess.Popen[bytes], seconds: float | None, timed_out: threading.Event
 ) -> Iterator[None]:
-    """Stop a program when its time is up, gently at first; the event says that it was."""
+    """Stop a process after some seconds with SIGTERM, then SIGKILL, and set ``timed_out``."""
 
     def stop() -> None:
-        late.set()
+        timed_out.set()
         process.terminate()
         try:
             process.wait(_GRACE)
@@ -200,21 +208,16 @@ def _alarm(
             timer.cancel()
 
 
-def _pieces(descriptor: int) -> Iterator[bytes]:
-    while data := os.read(descriptor, 1 << 16):
-        yield data
-
-
 def csv_field(field: str) -> str:
-    """A field of comma-separated values, which is how buildx reads an option."""
+    """Quote a field of comma-separated values, the format of buildx options."""
     return f'"{field.replace(chr(34), chr(34) * 2)}"' if set(field) & set(',"\r\n') else field
 
 
 def with_accounts(buildx: Buildx, accounts: Accounts) -> Buildx:
-    """Give the program the accounts that Docker's own configuration does not have.
+    """Add the accounts that are not in Docker's config.json to the program's environment.
 
-    They are in its environment, which other users cannot read: in no file and on no command line.
-    The accounts of ``DOCKER_AUTH_CONFIG`` are among the given ones.
+    Other users can read command lines and perhaps files, but not the environment. ``given``
+    includes the accounts of ``DOCKER_AUTH_CONFIG``, which this replaces.
     """
     if not accounts.given:
         return buildx
@@ -224,26 +227,28 @@ def with_accounts(buildx: Buildx, accounts: Accounts) -> Buildx:
 
 def refuse_without_accounts(buildx: Buildx, accounts: Accounts, host: str) -> None:
     """Raise ``BuilderError`` if the program is too old to get the account of a registry."""
-    if host in accounts.given and not accounts.of_docker(host) and (why := _blind(buildx)):
-        raise BuilderError(f"cannot give buildx the account of {host}: {why}")
+    if host in accounts.given and not accounts.of_docker(host):
+        reason = _unsupported_accounts(buildx)
+        if reason:
+            raise BuilderError(f"cannot give buildx the account of {host}: {reason}")
 
 
 _FIRST_WITH_ACCOUNTS = (0, 26)
-"""The version of buildx whose Docker library (28.3) reads ``DOCKER_AUTH_CONFIG``."""
+"""First version of buildx whose Docker library (28.3) reads ``DOCKER_AUTH_CONFIG``."""
 
 
-def _blind(buildx: Buildx) -> str:
-    """Why the program does not read ``DOCKER_AUTH_CONFIG``, with a hint; empty if it does."""
+def _unsupported_accounts(buildx: Buildx) -> str:
+    """Return an error with a hint if the program ignores ``DOCKER_AUTH_CONFIG``, else nothing."""
     try:
-        said = buildx.ask("version")
+        answer = buildx.ask("version")
     except GuixTasksError:
         return ""
-    version = re.search(r"\bv?(\d+)\.(\d+)\.\d+", said)
+    version = re.search(r"\bv?(\d+)\.(\d+)\.\d+", answer)
     if version is None or (int(version[1]), int(version[2])) >= _FIRST_WITH_ACCOUNTS:
         return ""
     return (
         f"buildx {version[0]} does not read {AUTH_CONFIG}, as 0.26 and newer do; install a newer "
-        "one (BUILDX_URL and `inv buildx.setup`), or sign in with `docker login`"
+        "one (BUILDX_URL and `inv buildx.setup`), or run `docker login`"
     )
 
 
@@ -259,12 +264,12 @@ class BuilderNode:
     status: str = ""
     version: str = ""
     flags: tuple[str, ...] = ()
-    """Of its ``buildkitd``."""
+    """Flags of the node's ``buildkitd``."""
     options: tuple[tuple[str, str], ...] = ()
     platforms: tuple[str, ...] = ()
-    """The native one first."""
+    """Native platform first."""
     fixed: tuple[str, ...] = ()
-    """Those of them that somebody said it is for."""
+    """The platforms that were set with ``buildx create --platform``."""
     error: str = ""
 
 
@@ -278,39 +283,42 @@ class Builder:
 
 
 def inspect(buildx: Buildx, name: str) -> Builder | None:
-    """The builder of a name; None where there is none."""
+    """Return the builder with this name, or None."""
     try:
         text = buildx.ask("inspect", name)
     except BuilderError as error:
         if f'no builder "{name}" found' in str(error):
             return None
         raise
-    if trouble := _fields(text.partition("\nNodes:\n")[0]).get("Error"):
-        raise failure(f"ERROR: {trouble}")
+    if error_line := _fields(text.partition("\nNodes:\n")[0]).get("Error"):
+        raise failure(f"ERROR: {error_line}")
     return parse_builder(text)
 
 
 def parse_builder(text: str) -> Builder:
-    """What ``buildx inspect`` prints: a head, and a block of ``Key: value`` lines for each node."""
-    head, _, rest = text.partition("\nNodes:\n")
-    blocks = re.split(r"^(?=Name:)", rest, flags=re.MULTILINE)
-    about = _fields(head)
+    """Parse the output of ``buildx inspect``.
+
+    It has ``Key: value`` lines of the builder, then a block of such lines for each node.
+    """
+    head, _, nodes = text.partition("\nNodes:\n")
+    blocks = re.split(r"^(?=Name:)", nodes, flags=re.MULTILINE)
+    fields = _fields(head)
     return Builder(
-        about.get("Name", ""),
-        about.get("Driver", ""),
+        fields.get("Name", ""),
+        fields.get("Driver", ""),
         tuple(_node(_fields(block)) for block in blocks if block.strip()),
     )
 
 
 def _fields(block: str) -> dict[str, str]:
-    # What is indented belongs to lists that nobody here asks for.
+    # Indented lines belong to lists that are not used here.
     lines = (line.partition(":") for line in block.splitlines() if not line.startswith(" "))
     return {key: value.strip() for key, colon, value in lines if colon}
 
 
 def _node(fields: Mapping[str, str]) -> BuilderNode:
     options = (word.partition("=") for word in _words(fields.get("Driver Options", "")))
-    platforms = [each.strip() for each in fields.get("Platforms", "").split(",") if each.strip()]
+    platforms = list(filter(None, map(str.strip, fields.get("Platforms", "").split(","))))
     return BuilderNode(
         name=fields.get("Name", ""),
         endpoint=fields.get("Endpoint", ""),
@@ -318,8 +326,8 @@ def _node(fields: Mapping[str, str]) -> BuilderNode:
         version=fields.get("BuildKit version", ""),
         flags=tuple(fields.get("BuildKit daemon flags", "").split()),
         options=tuple((name, value) for name, _, value in options),
-        platforms=tuple(each.rstrip("*") for each in platforms),
-        fixed=tuple(each.rstrip("*") for each in platforms if each.endswith("*")),
+        platforms=tuple(platform.rstrip("*") for platform in platforms),
+        fixed=tuple(platform.rstrip("*") for platform in platforms if platform.endswith("*")),
         error=fields.get("Error", ""),
     )
 
@@ -331,13 +339,14 @@ def _words(text: str) -> list[str]:
 
 
 PROBE = "FROM scratch\nRUN --security=insecure true\n"
-"""A Dockerfile that is only parsed: no step of it is run."""
+"""Dockerfile of ``probe``; it is only checked, and no step runs."""
 
 
 def probe(buildx: Buildx, builder: str, syntax: str | None) -> None:
-    """Ask a builder whether it lets a step be insecure and its frontend knows such a step.
+    """Check that a builder allows insecure steps and that its frontend supports them.
 
-    Nothing is built.  Raises ``BuilderError`` for what it lacks; see ``UNKNOWN_FLAG``.
+    Nothing is built. Raise ``BuilderError`` with the builder's message if the check fails;
+    ``INSECURE_REFUSED`` and ``UNKNOWN_FLAG`` tell the two cases apart.
     """
     with temporary_directory() as empty:
         buildx.ask(
@@ -347,7 +356,7 @@ def probe(buildx: Buildx, builder: str, syntax: str | None) -> None:
         )  # fmt: skip
 
 
-# --- Building -------------------------------------------------------------------------------
+# --- Build ----------------------------------------------------------------------------------
 
 
 _COMPRESSED = ",compression=gzip,force-compression=true"
@@ -356,17 +365,17 @@ _COMPRESSED = ",compression=gzip,force-compression=true"
 def build(
     buildx: Buildx, spec: BuildSpec, output: Callable[[bytes], None], *, compress: bool = False
 ) -> str:
-    """Run ``docker buildx build --load`` on the engine itself and return the image's ID.
+    """Run ``docker buildx build --load`` on the engine's built-in builder, return the image's ID.
 
-    The ID is the one by which the engine's image store knows the image: the digest of its
-    manifest in the containerd store, of its configuration in the classic one.  ``compress`` packs
-    the layers of the base image, too, which the containerd store would push as they are.
+    The ID is the digest of the manifest in the containerd image store, and the digest of the
+    configuration in the classic one. ``compress`` also compresses the layers of the base image,
+    which the containerd store would otherwise push uncompressed.
 
     Raise ``BuilderError`` if the build fails.
     """
     program = with_accounts(buildx, spec.accounts) if spec.accounts else buildx
-    with temporary_directory() as folder:
-        metadata = folder / "metadata.json"
+    with temporary_directory() as directory:
+        metadata = directory / "metadata.json"
         secret = {name: text for name, text in spec.args.items() if holds_secret(f"{name}={text}")}
         plain = {name: text for name, text in spec.args.items() if name not in secret}
         secret = {**spec.proxies, **secret}
@@ -376,19 +385,17 @@ def build(
             f"--metadata-file={metadata}",
             *(["--allow=network.host"] if spec.network == "host" else []),
             *build_options(replace(spec, args=plain)),
-            # Command lines are for all users to see; what has no value there has it from here.
+            # All users can read command lines. An argument without a value takes it from the
+            # environment.
             *(f"--build-arg={name}" for name in secret), str(spec.context),
         )  # fmt: skip
         log = _run(argv, {**program.environment, **secret}, output)
         if log is not None:
-            raise build_error(spec, cause(log) + _account_hint(buildx, spec))
+            hint = ""
+            if spec.accounts and spec.accounts.given:
+                hint = _unsupported_accounts(buildx)
+            raise build_error(spec, cause(log) + (hint and f"; {hint}"))
         try:
             return str(json.loads(metadata.read_bytes())["containerimage.digest"])
         except (OSError, ValueError, LookupError):
-            raise build_error(spec, "the builder ended without naming an image") from None
-
-
-def _account_hint(buildx: Buildx, spec: BuildSpec) -> str:
-    """The hint that an old program did not get the accounts of a build, if so."""
-    why = _blind(buildx) if spec.accounts and spec.accounts.given else ""
-    return f"; {why}" if why else ""
+            raise build_error(spec, "the builder reported no image") from None

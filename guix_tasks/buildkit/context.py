@@ -1,4 +1,4 @@
-"""The folder that a BuildKit build is made from: what its steps see, and what is handed to it."""
+"""Inputs of a BuildKit build: the files of its steps, its mounts, secrets and base image."""
 
 from __future__ import annotations
 
@@ -29,92 +29,106 @@ if TYPE_CHECKING:
     from guix_tasks.settings import Mount, Settings
 
 
-def write_environment(settings: Settings, folder: Path) -> None:
-    """The environment of the steps, which is mounted as a secret: it may hold a token."""
+def write_environment(settings: Settings, directory: Path) -> None:
+    """Write the environment of the steps, which is a secret because it may contain a token."""
     if settings.guix_sandbox is not Sandbox.NOCHROOT:
-        settings = replace(settings, guix_sandbox=Sandbox.PRIVILEGED)  # what a step is
-    (folder / ENVIRONMENT).write_bytes(common_files(settings)[ENVIRONMENT])
+        # An insecure step has the rights of a privileged container.
+        settings = replace(settings, guix_sandbox=Sandbox.PRIVILEGED)
+    (directory / ENVIRONMENT).write_bytes(common_files(settings)[ENVIRONMENT])
 
 
-def write_secrets(settings: Settings, folder: Path, channels: str | None) -> dict[str, Path]:
-    """What is mounted as secrets besides, since a step is the same without it; by its names.
+def write_secrets(settings: Settings, directory: Path, channels: str | None) -> dict[str, Path]:
+    """Write the files that steps get as secrets, which are in no cache key; return them by name.
 
-    ``channels`` is the channels file of what is fetched, where anything is.  Raises ``UsageError``.
+    ``channels`` is the content of the channels file to fetch, or None if nothing is fetched.
+
+    Raise ``UsageError`` if a file cannot be read.
     """
     files = {} if channels is None else access_files(settings, channels)
     if settings.extra_ca_file:
         files[EXTRA_CA] = read_file(settings.extra_ca_file)
-    paths = {name: folder / "secrets" / str(number) for number, name in enumerate(files)}
-    (folder / "secrets").mkdir(exist_ok=True)
+    paths = {name: directory / "secrets" / str(number) for number, name in enumerate(files)}
+    (directory / "secrets").mkdir(exist_ok=True)
     for name, content in files.items():
         paths[name].write_bytes(content)
     return paths
 
 
 def write_step(
-    settings: Settings, folder: Path, name: str, files: Mapping[str, bytes], *, again: bool
+    settings: Settings, directory: Path, name: str, files: Mapping[str, bytes], *, force: bool
 ) -> None:
-    """What a step sees at ``container.FOLDER``; ``again`` lets it be like no step in the cache."""
-    # The secret is mounted over an empty file.
-    everything = {**common_files(settings), **files, ENVIRONMENT: b""}
-    everything.pop(EXTRA_CA, None)
-    if again:
-        everything["again"] = secrets.token_bytes(16)
-    for file, content in everything.items():
-        path = folder / WORK / name / file
+    """Write the files that a step sees in ``/var/guix/guix-tasks``.
+
+    ``force`` adds a random file, so that the step equals no step in the builder's cache.
+    """
+    # The empty file is the mount point of the secret.
+    contents = {**common_files(settings), **files, ENVIRONMENT: b""}
+    contents.pop(EXTRA_CA, None)
+    if force:
+        contents["again"] = secrets.token_bytes(16)
+    for file, content in contents.items():
+        path = directory / WORK / name / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         path.chmod(0o755 if content.startswith(b"#!") else 0o644)
 
 
-def write_mounts(settings: Settings, folder: Path) -> tuple[list[Bind], dict[str, Path]]:
-    """``MOUNTS``, and the named contexts that they are in; a file is copied into one of ours."""
+def write_mounts(settings: Settings, directory: Path) -> tuple[list[Bind], dict[str, Path]]:
+    """Return the mounts of ``MOUNTS`` and the named contexts that contain them.
+
+    A directory is a context. A file is copied into the context ``WORK``.
+
+    Raise ``UsageError`` if a build step cannot have a mount.
+    """
     binds, contexts = [], {}
     for number, mount in enumerate(settings.mounts):
         name, source = f"mount-{number}", ""
-        _refuse_mount(mount)
+        _check_mount(mount)
         if mount.source.is_dir():
             contexts[name] = mount.source
         else:
             name, source = WORK, f"mounts/{number}"
-            copy = folder / name / source
+            copy = directory / name / source
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(mount.source, copy)
         binds.append(Bind(name, source, mount.target, mount.read_only))
     return binds, contexts
 
 
-def _refuse_mount(mount: Mount) -> None:
+def _check_mount(mount: Mount) -> None:
     if not mount.source.is_dir() and not mount.source.is_file():
         raise UsageError(
-            f"MOUNTS: {mount.source} is neither a file nor a folder, and a build is handed nothing "
-            "else; leave it out"
+            f"MOUNTS: {mount.source} is neither a file nor a directory, and a build step can mount "
+            "nothing else; remove it"
         )
-    # In a Dockerfile a blank ends a target, a comma too, and what is not ASCII is garbled.
+    # In a Dockerfile, blanks and commas end a target, and BuildKit garbles non-ASCII characters.
     if not re.fullmatch(r"[\w./+:@%~=-]+", mount.target, re.ASCII):
         raise UsageError(
             f"MOUNTS: {quoted(mount.target)} has a character that a build step's mount cannot "
-            "have; write letters, digits, and '.', '_' or '-' between them"
+            "have; use letters, digits, '.', '_' and '-'"
         )
 
 
-def only_here(engine: Engine, settings: Settings) -> Image | None:
-    """The base image, where the engine has it and the registry has not, or has another of its name.
+def local_base_image(engine: Engine, settings: Settings) -> Image | None:
+    """Return the engine's base image if its registry has no image or another one of this name.
 
-    That an image has a registry's digest proves nothing: the containerd image store gives one to
-    every image.
+    A digest of the registry's name proves nothing: the containerd image store gives one to every
+    image.
     """
     reference = settings.base_image
     image = engine.image(str(reference))
     if image is None:
         return None
-    held = f"{reference.name}@{remote_digest(engine, settings, str(reference))}"
-    return None if held in image.digests else image
+    remote = f"{reference.name}@{remote_digest(engine, settings, str(reference))}"
+    return None if remote in image.digests else image
 
 
-def hand_over(engine: Engine, image: Image, reference: ImageReference, folder: Path) -> str:
-    """An image of the engine as a context that any builder can read."""
-    layout = folder / "base-image"
+def save_as_layout(engine: Engine, image: Image, reference: ImageReference, directory: Path) -> str:
+    """Save an image of the engine as an OCI layout and return it as the value of a named context.
+
+    Raise ``BuilderError`` if the engine cannot save an OCI layout.
+    """
+    layout = directory / "base-image"
     stream = as_file(engine.save(image.id))
     try:
         with tarfile.open(fileobj=stream, mode="r|") as tar:
@@ -124,6 +138,6 @@ def hand_over(engine: Engine, image: Image, reference: ImageReference, folder: P
     except (OSError, ValueError, LookupError, TypeError, RecursionError, tarfile.TarError):
         raise BuilderError(
             f"this engine cannot save {reference} as an OCI layout (Docker 25 and newer can); push "
-            "it to a registry that the builder reaches, and name that in BASE_IMAGE"
+            "it to a registry that the builder reaches, and set BASE_IMAGE to that reference"
         ) from None
     return f"oci-layout://{layout}@{digest}"

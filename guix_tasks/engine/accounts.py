@@ -1,6 +1,6 @@
-"""Accounts of registries, and where Docker's own configuration has them.
+"""Accounts of registries, read from Docker's configuration.
 
-An account belongs to one registry: it is looked up by the registry's host and sent to no other.
+An account is looked up by the host of its registry and sent to no other registry.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 HUB = "docker.io"
 
 _HUB_KEY = "https://index.docker.io/v1/"
-"""The name under which Docker keeps the account of Docker Hub."""
+"""Key of Docker Hub's account in Docker's configuration."""
 
 AUTH_CONFIG = "DOCKER_AUTH_CONFIG"
-"""The variable in which Docker's command line takes accounts, in the form of its config.json."""
+"""Variable with accounts for Docker's command line, in the form of its config.json."""
 
-_TOKEN_USER = "<token>"  # noqa: S105 -- the user that a helper names for an identity token
+_TOKEN_USER = "<token>"  # noqa: S105 -- a helper's user name for an identity token
 
 _HELPER_SECONDS = 60.0
 
@@ -39,7 +39,7 @@ class Credentials:
     username: str
     password: str = field(repr=False)
     identity_token: str = field(default="", repr=False)
-    """A refresh token that takes the place of user and password."""
+    """Refresh token that replaces user and password."""
 
     def __post_init__(self) -> None:
         if self.password:
@@ -50,28 +50,28 @@ class Credentials:
 
 @dataclass(frozen=True)
 class Accounts:
-    """The accounts of a project: the given ones first, then those of Docker's configuration."""
+    """Accounts of a project: ``given``, then those of Docker's configuration."""
 
     environment: Mapping[str, str] = field(repr=False)
-    """The environment of Docker's command line and of its credential helpers."""
+    """Environment of Docker's command line and of its credential helpers."""
     given: Mapping[str, Credentials] = field(default_factory=dict)
     """By host."""
 
     def find(self, host: str) -> Credentials | None:
         """Return the account of a registry, or None.
 
-        Raises ``RegistryError`` if the credential helper of Docker's configuration fails.
+        Raise ``RegistryError`` if the credential helper of Docker's configuration fails.
         """
         return self.given.get(host) or self.of_docker(host)
 
     def of_docker(self, host: str) -> Credentials | None:
-        """Return the account that Docker's config.json or its credential helper has."""
+        """Return the account from Docker's config.json or its credential helper, or None."""
         config, key = self._config, docker_key(host)
         helper = _object(config.get("credHelpers")).get(key, config.get("credsStore"))
         if helper and isinstance(helper, str):
-            found = _ask_helper(helper, host, self.environment)
-            if found:
-                return found
+            account = _ask_helper(helper, host, self.environment)
+            if account:
+                return account
         auths = _object(config.get("auths"))
         # The exact name wins over a URL of the same host.
         names = sorted(auths, key=lambda name: name != key)
@@ -84,29 +84,31 @@ class Accounts:
         """
         config = self._config
         names = [*_object(config.get("auths")), *_object(config.get("credHelpers"))]
-        found = {}
+        accounts = {}
         for host in dict.fromkeys([*self.given, *map(_host, names)]):
             with suppress(RegistryError):
                 if account := self.find(host):
-                    found[host] = account
-        return found
+                    accounts[host] = account
+        return accounts
 
     @property
     def _config(self) -> dict[str, object]:
-        # A broken file counts as none; Docker's command line prints a warning and does the same.
+        # A broken file counts as empty; Docker's command line does the same after a warning.
         try:
-            return _json_object((docker_folder(self.environment) / "config.json").read_bytes())
+            return _json_object(
+                (docker_config_directory(self.environment) / "config.json").read_bytes()
+            )
         except (OSError, RuntimeError):
             return {}
 
 
 def docker_accounts(environment: Mapping[str, str]) -> Accounts:
-    """Return the accounts of Docker's own: ``DOCKER_AUTH_CONFIG``, config.json, its helpers."""
+    """Return Docker's accounts: ``DOCKER_AUTH_CONFIG``, config.json and credential helpers."""
     return Accounts(environment, dict(_auth_config(environment.get(AUTH_CONFIG, ""))))
 
 
 def auth_config(accounts: Mapping[str, Credentials]) -> str:
-    """Return what ``DOCKER_AUTH_CONFIG`` is to hold for these accounts."""
+    """Return the value of ``DOCKER_AUTH_CONFIG`` for these accounts."""
     auths = {
         docker_key(host): {"auth": base64.b64encode(f"{a.username}:{a.password}".encode()).decode()}
         for host, a in accounts.items()
@@ -114,18 +116,18 @@ def auth_config(accounts: Mapping[str, Credentials]) -> str:
     return json.dumps({"auths": auths})
 
 
-def docker_folder(environment: Mapping[str, str]) -> Path:
-    """The Docker CLI's own folder, where a user's plugins, contexts and accounts are."""
+def docker_config_directory(environment: Mapping[str, str]) -> Path:
+    """Return the user's directory of Docker's plugins, contexts and accounts."""
     return Path(environment.get("DOCKER_CONFIG") or Path.home() / ".docker")
 
 
 def docker_key(host: str) -> str:
-    """Return the name under which Docker keeps the account of a registry."""
+    """Return the key of a registry's account in Docker's configuration."""
     return _HUB_KEY if host == HUB else host
 
 
 def _host(name: str) -> str:
-    """Return the host of a name in Docker's configuration, which may be a URL."""
+    """Return the host in a key of Docker's configuration, which may be a URL."""
     host = name.partition("://")[2] or name
     host = host.partition("/")[0]
     return HUB if host == f"index.{HUB}" else host
@@ -134,12 +136,12 @@ def _host(name: str) -> str:
 def _auth_config(text: str) -> Iterator[tuple[str, Credentials]]:
     for name, entry in _object(_json_object(text).get("auths")).items():
         account = _decoded(entry)
-        if account and not account.identity_token:  # which Docker does not take here either
+        if account and not account.identity_token:  # Docker ignores tokens here as well
             yield _host(name), account
 
 
 def _decoded(entry: object) -> Credentials | None:
-    """Return the account that an entry of ``auths`` holds, or None for a broken or empty one."""
+    """Return the account in an entry of ``auths``, or None for a broken or empty one."""
     fields = _object(entry)
     token, auth = fields.get("identitytoken"), fields.get("auth")
     if token and isinstance(token, str):
@@ -165,32 +167,32 @@ def _ask_helper(helper: str, host: str, environment: Mapping[str, str]) -> Crede
     except subprocess.TimeoutExpired:
         raise _helper_error(host, f"{program} does not answer") from None
     except FileNotFoundError:
-        raise _helper_error(host, f"{program} not installed, or not on PATH") from None
+        raise _helper_error(host, f"{program} is not installed, or not on PATH") from None
     except (OSError, ValueError) as error:
         raise _helper_error(host, f"{program}: {getattr(error, 'strerror', error)}") from None
     if done.returncode:
-        why = " ".join((done.stdout.strip() or done.stderr.strip()).split())
-        if "credentials not found" in why.lower():
+        reason = " ".join((done.stdout.strip() or done.stderr.strip()).split())
+        if "credentials not found" in reason.lower():
             return None
-        raise _helper_error(host, f"{program}: {why or f'exit status {done.returncode}'}")
+        raise _helper_error(host, f"{program}: {reason or f'exit status {done.returncode}'}")
     answer = _json_object(done.stdout)
     username, secret = answer.get("Username"), answer.get("Secret")
     if not isinstance(username, str) or not isinstance(secret, str):
-        raise _helper_error(host, f"{program} gave an answer without Username and Secret")
-    if not secret:  # some print an empty answer for a server that they do not know
+        raise _helper_error(host, f"{program} printed an answer without Username and Secret")
+    if not secret:  # some helpers print an empty answer for an unknown host
         return None
     return Credentials("", "", secret) if username == _TOKEN_USER else Credentials(username, secret)
 
 
-def _helper_error(host: str, why: str) -> RegistryError:
+def _helper_error(host: str, reason: str) -> RegistryError:
     return RegistryError(
-        f"cannot get the account of {host} from Docker's own configuration: {why}; "
+        f"cannot get the account of {host} from Docker's configuration: {reason}; "
         "fix its config.json, or set DOCKER_USERNAME and DOCKER_PASSWORD for the registry of IMAGE"
     )
 
 
 def _json_object(text: str | bytes) -> dict[str, object]:
-    """The object that a JSON text holds; an empty one where it holds none."""
+    """Return the object in a JSON text, or an empty one if it has none."""
     try:
         return _object(json.loads(text))
     except (ValueError, RecursionError):

@@ -1,7 +1,9 @@
-"""What guix-tasks asks of a Docker Engine, and the values it speaks in.
+"""The container engine protocol and its values.
 
-The stages own this narrow protocol.  ``docker.DockerEngine`` is the real one;
-``TracedEngine`` shows every call that changes something and, on a dry run, leaves it at that.
+To support another container engine, implement ``Engine``. ``docker.DockerEngine`` is the complete
+implementation; ``podman.PodmanEngine`` overrides the calls in which Podman differs from Docker.
+``podman.open_engine`` chooses one of the two. ``dry_run.TracedEngine`` wraps any engine, prints
+each call that changes state, and skips these calls in a dry run.
 """
 
 from __future__ import annotations
@@ -20,52 +22,52 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """An engine as it describes itself, and where it was found."""
+    """Description of an engine, as reported by the engine, and the origin of its address."""
 
     url: str
     origin: str
-    """Which rule found it: ``DOCKER_HOST``, ``context NAME``, ``default socket``…"""
+    """The rule that found the engine: ``DOCKER_HOST``, ``context NAME``, ``default socket``…"""
     name: str
     version: str
     platform: str
     storage_driver: str
     has_bridge: bool
-    """Whether containers get a network by default; the private engine has none to give."""
+    """True if containers get a network by default. The private engine has no such network."""
     root: str = ""
-    """The folder of its images, on its own machine."""
+    """Directory of the engine's images, on the engine's machine."""
     time: datetime | None = None
-    """What its clock shows."""
+    """Time of the engine's clock."""
     product: str = "Docker"
     """``Docker`` or ``Podman``."""
     cgroups: str = ""
-    """The version of its cgroups."""
+    """Version of the cgroups."""
     security: tuple[str, ...] = ()
-    """What limits its containers, by name: ``seccomp``, ``apparmor``, ``rootless``…"""
+    """Names of the security options: ``seccomp``, ``apparmor``, ``rootless``…"""
     context: str | None = None
-    """The Docker CLI's context that names it."""
+    """Name of the Docker context with the engine's address."""
     uses_containerd: bool = False
-    """Whether containerd keeps its images (the default since Docker Engine 29), not a classic
-    storage driver.  Identifiers, sizes and digests of images differ between the two."""
+    """True if the engine keeps images in the containerd image store (the default since Docker
+    Engine 29), false for a classic storage driver. IDs, sizes and digests differ between them."""
 
     @property
     def store(self) -> str:
-        """The image store, as Docker's documentation calls it."""
+        """The image store, as named in Docker's documentation."""
         name = self.storage_driver or "?"
         return f"containerd image store ({name})" if self.uses_containerd else name
 
     @property
     def kind(self) -> str:
-        """What it is, with its version."""
+        """Product and version."""
         return f"{self.product} {self.version}{', rootless' if self.is_rootless else ''}"
 
     @property
     def is_rootless(self) -> bool:
-        """Whether it has the rights of a user only, who is not root."""
+        """True if the engine runs with the rights of a user other than root."""
         return "rootless" in self.security
 
     @property
     def is_local(self) -> bool:
-        """Whether paths of this machine mean the same to the engine."""
+        """True if the engine and this machine share a file system, so that paths are equal."""
         return self.url.startswith("unix://")
 
 
@@ -75,15 +77,15 @@ class Image:
 
     id: str
     layers: tuple[str, ...]
-    """The diff IDs, lowest layer first."""
+    """Diff IDs, lowest layer first."""
     config: Mapping[str, Any]
-    """The configuration in the words of the Docker API (``Env``, ``Cmd``, …)."""
+    """Configuration with the keys of the Docker API (``Env``, ``Cmd``, …)."""
     size: int
-    """Bytes on the engine's disk, as ``docker images`` shows them."""
+    """Bytes on the engine's disk, as shown by ``docker images``."""
     created: str
     platform: str
     digests: tuple[str, ...] = ()
-    """``NAME@sha256:…`` of every registry that is known to hold it."""
+    """``NAME@sha256:…`` of every registry that is known to have the image."""
     tags: tuple[str, ...] = ()
 
     @property
@@ -93,41 +95,45 @@ class Image:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer, and what made it."""
+    """A layer of an image and the command that created it."""
 
     size: int
-    """In bytes, unpacked."""
+    """In bytes, uncompressed."""
     made_by: str
 
 
 @dataclass(frozen=True)
 class ContainerSpec:
-    """A container to be made.  ``command`` is all of it: the image's ENTRYPOINT is not used."""
+    """Options of a new container.
+
+    ``command`` is the complete command line: it replaces both ENTRYPOINT and CMD of the image.
+    """
 
     name: str
     image: str
     command: tuple[str, ...]
     labels: Mapping[str, str] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Beware: a commit takes it into the image."""
+    """A commit copies these variables into the image."""
     privileged: bool = False
     unmasked: bool = False
-    """With all of ``/proc``: where some is hidden, Linux lets no user namespace mount it anew."""
+    """Mount ``/proc`` completely. With parts of it hidden, Linux does not let a user namespace
+    mount another one."""
     security: tuple[str, ...] = ()
-    """As ``docker run --security-opt`` takes them."""
+    """Values of ``docker run --security-opt``."""
     capabilities: tuple[str, ...] | None = None
-    """Those that it has; None: what the engine gives by default."""
+    """All capabilities of the container, or None for the engine's default."""
     network: str | None = None
     publish: Mapping[int, int] = field(default_factory=dict)
-    """Ports of the engine's machine, with the container's ports that they lead to."""
+    """Container port by host port."""
     publish_on: str = "127.0.0.1"
-    """The address of the machine that they are on."""
+    """Host address of the published ports."""
     binds: tuple[str, ...] = ()
-    """``SOURCE:TARGET[:ro]``, as ``docker run --volume`` takes them."""
+    """``SOURCE:TARGET[:ro]``, the values of ``docker run --volume``."""
     scratch: str | None = None
-    """A folder that is on a volume of its own, which goes with the container."""
+    """Directory on an anonymous volume, which is removed with the container."""
     memory_folders: tuple[str, ...] = ()
-    """Folders that are in memory."""
+    """Directories in memory, as with ``docker run --tmpfs``."""
     memory: int | None = None
     """In bytes."""
     user: str | None = None
@@ -139,7 +145,7 @@ class ContainerSpec:
 
 @dataclass(frozen=True)
 class Container:
-    """A container that the engine has."""
+    """A container of the engine, running or not."""
 
     id: str
     name: str
@@ -149,12 +155,12 @@ class Container:
     created: int
     """Seconds since the epoch."""
     addresses: Mapping[str, str] = field(default_factory=dict)
-    """By the names of its networks; none on the host's."""
+    """IP address by network name; empty on the host's network."""
 
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """An image build: what ``docker build`` takes."""
+    """Options of an image build, as for ``docker build``."""
 
     context: Path
     dockerfile: Path
@@ -162,110 +168,86 @@ class BuildSpec:
     secrets: Mapping[str, Path] = field(default_factory=dict)
     platform: str | None = None
     network: str | None = None
-    """``host`` or ``none``; a build can join no other network."""
+    """``host`` or ``none``. A build cannot join another network."""
     proxies: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """More arguments, of the names that builders keep out of histories and of their caches."""
+    """Predefined proxy arguments, which builders keep out of image histories and cache keys."""
     accounts: Accounts | None = field(default=None, repr=False, compare=False)
-    """The accounts of the registries that the Dockerfile's images come from."""
+    """Accounts of the registries from which the Dockerfile's images come."""
 
 
 class Engine(Protocol):
-    """A Docker Engine.  Every method may raise ``EngineError``.
+    """A container engine.
 
-    ``credentials`` are the account of the reference's registry; None asks it without an account.
+    Every method may raise ``EngineError``. ``image`` parameters are an ID or a tag, ``container``
+    parameters an ID. ``labels`` select objects that have all of these labels.
+
+    ``credentials`` is the account of the registry of ``reference``, or None for anonymous access.
     """
 
     is_dry: bool
-    """Whether calls that would change something are left at being shown."""
+    """True if calls that change state are only printed (``inv --dry``)."""
 
-    def info(self) -> EngineInfo: ...
+    def info(self) -> EngineInfo:
+        """Return the description of the engine."""
+        ...
 
     def local_accounts(self) -> Mapping[str, Credentials]:
-        """The accounts of the local registries that were started for it, by their hosts."""
+        """Return the accounts of the local registries that serve this engine, by host."""
         ...
+
+    # --- images ---
 
     def image(self, reference: str) -> Image | None:
-        """The local image that a tag or an ID names."""
+        """Return the local image with this tag or ID, or None."""
 
     def unnamed(self, labels: Mapping[str, str]) -> list[str]:
-        """The IDs of images with these labels that have no tag, and that no image is made from."""
-
-    def containers(self, labels: Mapping[str, str]) -> list[Container]:
-        """All containers with these labels, newest first."""
-
-    def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
-        """The digest that a registry has for a reference; None where it cannot be told."""
-
-    def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
-        """Ask a registry for an image, which need not be there; False where that cannot be asked.
-
-        Raises ``RegistryError`` where it cannot be reached or refuses the account.
-        """
-        ...
-
-    def volumes(self, labels: Mapping[str, str]) -> list[str]:
-        """The names of all volumes with these labels."""
-
-    def make_volume(self, name: str, labels: Mapping[str, str]) -> None:
-        """Make a volume, unless it is there."""
-
-    def remove_volume(self, name: str) -> None:
-        """Remove a volume.  One that is not there is no error."""
-
-    def tag(self, image: str, reference: str) -> None: ...
-
-    def untag(self, reference: str) -> None:
-        """Remove a tag, and the image with its last tag.  A tag that is not there is no error."""
-
-    def drop(self, image: str) -> None:
-        """Remove an image that no tag, container or other image holds; else leave it be."""
+        """Return the IDs of images without a tag and without child images."""
 
     def layers(self, image: str) -> list[Layer]:
-        """What an image is made of, lowest first; steps that made no layer are left out."""
+        """Return the layers of an image, lowest first, without empty layers."""
+
+    def tag(self, image: str, reference: str) -> None:
+        """Set a tag. An existing tag moves to the image."""
+
+    def untag(self, reference: str) -> None:
+        """Remove a tag, and the image if this was its last tag. A missing tag is not an error."""
+
+    def drop(self, image: str) -> None:
+        """Remove an image if no tag, container or other image refers to it."""
 
     def save(self, image: str) -> Iterator[bytes]:
-        """An image as the tar archive that ``docker save`` makes."""
-
-    def create(self, spec: ContainerSpec) -> str:
-        """Make a container without starting it; its ID."""
-
-    def copy_in(self, container: str, archive: bytes | IO[bytes]) -> None:
-        """Unpack a tar archive at the root of a container's file system."""
-
-    def copy_out(self, container: str, path: str) -> Iterator[bytes]:
-        """A file or folder of a container, as a tar archive; nothing where there is none."""
-
-    def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
-        """Start a container; its output as (is standard error, bytes), until it ends."""
-
-    def received(self, container: str) -> int | None:
-        """Bytes that came to a container over its network so far; None where it has not its own."""
-
-    def start(self, container: str) -> None:
-        """Start a container and leave it to itself."""
-
-    def wait(self, container: str) -> int:
-        """The exit status of a container, once it has one."""
-
-    def stop(self, container: str, seconds: int) -> None:
-        """SIGTERM, and SIGKILL after so many seconds."""
-
-    def remove(self, container: str) -> None:
-        """Remove a container, running or not.  One that is not there is no error."""
-
-    def commit(self, container: str, config: Mapping[str, Any]) -> str:
-        """Make an image of a container with exactly this configuration; its ID, as yet no tag."""
+        """Return an image as the tar archive of ``docker save``."""
 
     def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
-        """Make an image of one layer from a tar archive; its ID."""
+        """Create an image with one layer from a tar archive and return its ID."""
 
     def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
-        """Build an image, its log given to ``output``; its ID.  Raises ``BuilderError``."""
+        """Build an image, pass the log to ``output`` and return the image's ID.
+
+        Raise ``BuilderError`` if the build fails.
+        """
+
+    # --- registries ---
+
+    def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
+        """Return the digest of a reference in its registry, or None if it is unknown."""
+
+    def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
+        """Check that the registry of a reference answers and accepts the account.
+
+        The image itself may be missing. Return False if the engine has no call for this check.
+
+        Raise ``RegistryError`` if the registry is unreachable or refuses the account.
+        """
+        ...
 
     def push(
         self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> str:
-        """Push a tag; the digest that the registry answered.  Raises ``RegistryError``."""
+        """Push a tag and return the digest from the registry's answer.
+
+        Raise ``RegistryError`` if the push fails.
+        """
 
     def pull(
         self,
@@ -274,11 +256,66 @@ class Engine(Protocol):
         platform: str | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Pull a reference, to local images.  Raises ``RegistryError``."""
+        """Pull a reference into the local images.
+
+        Raise ``RegistryError`` if the pull fails.
+        """
+
+    # --- volumes ---
+
+    def volumes(self, labels: Mapping[str, str]) -> list[str]:
+        """Return the names of the volumes with these labels."""
+
+    def make_volume(self, name: str, labels: Mapping[str, str]) -> None:
+        """Create a volume. An existing volume of this name is left unchanged."""
+
+    def remove_volume(self, name: str) -> None:
+        """Remove a volume. A missing volume is not an error."""
+
+    # --- containers ---
+
+    def containers(self, labels: Mapping[str, str]) -> list[Container]:
+        """Return the containers with these labels, running or not, newest first."""
+
+    def create(self, spec: ContainerSpec) -> str:
+        """Create a container without starting it and return its ID."""
+
+    def copy_in(self, container: str, archive: bytes | IO[bytes]) -> None:
+        """Unpack a tar archive into the root directory of a container."""
+
+    def copy_out(self, container: str, path: str) -> Iterator[bytes]:
+        """Return a file or directory of a container as a tar archive; empty if it is missing."""
+
+    def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
+        """Start a container and yield its output until it exits.
+
+        The items are ``(is_standard_error, data)``.
+        """
+
+    def start(self, container: str) -> None:
+        """Start a container in the background."""
+
+    def received(self, container: str) -> int | None:
+        """Return the bytes received over a container's network, or None on a shared network."""
+
+    def wait(self, container: str) -> int:
+        """Wait until a container exits and return its exit status."""
+
+    def stop(self, container: str, seconds: int) -> None:
+        """Send SIGTERM, and SIGKILL after ``seconds``."""
+
+    def remove(self, container: str) -> None:
+        """Remove a container, running or not. A missing container is not an error."""
+
+    def commit(self, container: str, config: Mapping[str, Any]) -> str:
+        """Commit a container with exactly this image configuration and return the image's ID.
+
+        The image has no tag yet.
+        """
 
 
 class Progress(Protocol):
-    """Told of each event of a push or a pull."""
+    """Callback for the events of a push or a pull. ``current`` and ``total`` are in bytes."""
 
     def __call__(self, layer: str, status: str, current: int, total: int) -> None: ...
 
@@ -289,10 +326,11 @@ def run_to_end(
     failure: Callable[[int], Exception],
     prepare: Callable[[str], None] | None = None,
 ) -> Iterator[tuple[bool, bytes]]:
-    """Run a container to its end, and remove it; its output, as it comes, as that of ``run``.
+    """Run a container, yield its output like ``Engine.run``, and remove the container.
 
-    ``prepare`` is called with its ID before it starts.  Raises what ``failure`` makes of an exit
-    status that is not 0.
+    ``prepare`` is called with the container's ID before the start.
+
+    Raise ``failure(status)`` if the exit status is not 0.
     """
     container = engine.create(spec)
     try:
@@ -307,9 +345,9 @@ def run_to_end(
 
 
 class NoEngine:
-    """Stands where a machine has no engine and none is needed: BuildKit is somewhere else.
+    """Placeholder engine for a machine without one, if a remote BuildKit does the build.
 
-    It has no image; any other call raises the error that said so.
+    It has no images. Every other call raises the error of the failed search for an engine.
     """
 
     is_dry = False
@@ -317,7 +355,7 @@ class NoEngine:
     def __init__(self, error: NoEngineError) -> None:
         self._error = error
 
-    def image(self, reference: str) -> Image | None:  # noqa: ARG002 -- it has none of any name
+    def image(self, reference: str) -> Image | None:  # noqa: ARG002 -- there are no images
         return None
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -325,7 +363,7 @@ class NoEngine:
 
 
 def build_options(spec: BuildSpec) -> Sequence[str]:
-    """The options that ``docker build`` and ``docker buildx build`` share."""
+    """Return the options that ``docker build`` and ``docker buildx build`` share."""
     return (
         f"--file={spec.dockerfile}",
         *(f"--build-arg={name}={value}" for name, value in spec.args.items()),

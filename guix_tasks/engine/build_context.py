@@ -1,7 +1,7 @@
-"""The build context as BuildKit sends it: which entries, and what of them reaches an image.
+"""The build context: its entries as BuildKit sends them, its digest, and its archive.
 
-The walk is that of github.com/tonistiigi/fsutil (``filter.go``), which ``docker buildx`` uses.
-Owners and times do not count: BuildKit sends all files as root's, and its cache ignores times.
+The walk follows github.com/tonistiigi/fsutil (``filter.go``), which ``docker buildx`` uses. The
+digest ignores owners and times: BuildKit sends all files as root's, and its cache ignores times.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 IGNORE_FILE = ".dockerignore"
 
 OUTSIDE = ".guix-tasks.dockerfile"
-"""The name that a Dockerfile from outside of the context has within it."""
+"""Name in the archive of a Dockerfile from outside the context."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Entry:
     name: str
     """Relative to the context."""
     path: Path
-    """Without a symbolic link, unless it is one."""
+    """Real path of the parent directory, joined with the entry's base name."""
     mode: int
-    """Type and permissions, as in ``st_mode``."""
+    """Type and permissions, like ``st_mode``."""
     target: str = ""
-    """Where a symbolic link leads, or the first name of a file that has several (hard links)."""
+    """Target of a symbolic link, or the first name of a file with several hard links."""
     device: int = 0
     is_emptied: bool = False
-    """Whether BuildKit sends the file without its content."""
+    """True if BuildKit sends the file without its content."""
 
     @property
     def has_content(self) -> bool:
@@ -54,9 +54,9 @@ class Entry:
 
 
 def context_entries(context: Path, dockerfile: Path) -> list[Entry]:
-    """The entries that ``COPY . .`` copies.
+    """Return the entries that ``COPY . .`` copies.
 
-    Raises ``UsageError`` if the ignore file or a directory cannot be read.
+    Raise ``UsageError`` if the ignore file or a directory cannot be read.
     """
     file = ignore_file(context, dockerfile)
     try:
@@ -69,10 +69,12 @@ def context_entries(context: Path, dockerfile: Path) -> list[Entry]:
 
 
 def context_digest(entries: Sequence[Entry], without: AbstractSet[Path] = frozenset()) -> str:
-    """The digest of a build context.
+    """Return the digest of a build context.
 
-    Files and directories in ``without``, by their real paths, do not count, nor does a directory
-    that holds nothing else.  Raises ``UsageError`` if a file cannot be read.
+    Files and directories in ``without`` are excluded, and so are directories that contain nothing
+    else. ``without`` has real paths.
+
+    Raise ``UsageError`` if a file cannot be read.
     """
     try:
         return list_digest(_description, _counted(entries, without))
@@ -81,13 +83,12 @@ def context_digest(entries: Sequence[Entry], without: AbstractSet[Path] = frozen
 
 
 def ignore_file(context: Path, dockerfile: Path) -> Path | None:
-    """The ignore file of a build: the Dockerfile's own, or else that of the context.
+    """Return the ignore file of a build: ``DOCKERFILE.dockerignore``, else ``.dockerignore``.
 
-    BuildKit follows a link only within the directory that it is in, and takes what is no file
-    for missing.
+    Like BuildKit, skip whatever is not a file, and links that leave the directory.
     """
-    own = dockerfile.with_name(f"{dockerfile.name}{IGNORE_FILE}")
-    for file in (own, context / IGNORE_FILE):
+    specific = dockerfile.with_name(f"{dockerfile.name}{IGNORE_FILE}")
+    for file in (specific, context / IGNORE_FILE):
         real = Path(os.path.realpath(file))
         if real.is_file() and real.is_relative_to(os.path.realpath(file.parent)):
             return file
@@ -95,20 +96,19 @@ def ignore_file(context: Path, dockerfile: Path) -> Path | None:
 
 
 def linked_context(context: Path, dockerfile: Path) -> Path:
-    """Return a path to the context that differs if the mode of a directory differs.
+    """Return a link to the context whose path depends on the modes of all directories.
 
-    BuildKit keeps what it was sent for the next build from the same path, and does not notice
-    there that only the mode of a directory changed: the image would have the old one.  The path
-    is a link, which stays for other builds of the same context; if none can be made, it is the
-    context's own.
+    BuildKit keeps the content of a context path for the next build and does not notice if only
+    the mode of a directory changes: the image would have the old mode. Return ``context`` itself
+    if no link can be created.
     """
     real = os.path.realpath(context)
-    found = (each for each in context_entries(context, dockerfile) if stat.S_ISDIR(each.mode))
-    modes = (f"{each.name} {each.mode:o}" for each in found)
+    entries = context_entries(context, dockerfile)
+    modes = (f"{entry.name} {entry.mode:o}" for entry in entries if stat.S_ISDIR(entry.mode))
     link = files.cache_home() / "contexts" / text_digest(real, *modes)
     try:
         link.parent.mkdir(parents=True, exist_ok=True)
-        # It stays, since another project may be built from the same context meanwhile.
+        # The link stays, because another project may use the same context at the same time.
         with suppress(FileExistsError):
             link.symlink_to(real)
     except OSError:
@@ -117,56 +117,60 @@ def linked_context(context: Path, dockerfile: Path) -> Path:
 
 
 def context_archive(context: Path, dockerfile: Path) -> tuple[IO[bytes], str]:
-    """The context for an engine that builds without BuildKit, and the Dockerfile's name in it.
+    """Return the context's archive for a build without BuildKit, and the Dockerfile's name in it.
 
-    Such an engine reads the Dockerfile and ``.dockerignore`` in the archive, and removes those of
-    the two that ``.dockerignore`` matches.  So the archive has an ignored one as well, and a
-    ``.dockerignore`` that matches it.  Raises ``UsageError`` if a file cannot be read.
+    The engine reads the Dockerfile and ``.dockerignore`` from the archive and then removes each
+    of the two that ``.dockerignore`` matches. The archive therefore contains both even if they
+    are ignored, and its ``.dockerignore`` matches them.
+
+    Raise ``UsageError`` if a file cannot be read.
     """
     entries = context_entries(context, dockerfile)
     names = {entry.name for entry in entries}
-    name = _name_within(context, dockerfile, names)
+    name = _name_in_archive(context, dockerfile, names)
     try:
-        rules = _rules(context, dockerfile, name, names)
-        archive = tempfile.TemporaryFile()  # noqa: SIM115 -- for the caller, who closes it
-        # GNU's format has names as the bytes that they are.
+        ignore = _archive_ignore_file(context, dockerfile, name, names)
+        archive = tempfile.TemporaryFile()  # noqa: SIM115 -- the caller closes it
+        # GNU's format stores names as bytes, without a re-encoding.
         with tarfile.open(fileobj=archive, mode="w", format=tarfile.GNU_FORMAT) as tar:
             for entry in entries:
-                if rules is None or entry.name != IGNORE_FILE:
+                if ignore is None or entry.name != IGNORE_FILE:
                     _add(tar, entry)
-            if rules is not None:
-                _add_content(tar, tarfile.TarInfo(IGNORE_FILE), rules)
+            if ignore is not None:
+                _add_content(tar, IGNORE_FILE, ignore)
             if name not in names:
-                _add_content(tar, tarfile.TarInfo(name), dockerfile.read_bytes())
+                _add_content(tar, name, dockerfile.read_bytes())
     except OSError as error:
         raise _unreadable(error) from None
     archive.seek(0)
     return archive, name
 
 
-def _name_within(context: Path, dockerfile: Path, names: Collection[str]) -> str:
+def _name_in_archive(context: Path, dockerfile: Path, names: Collection[str]) -> str:
     name = os.path.relpath(os.path.realpath(dockerfile), os.path.realpath(context))
     directory = name.rpartition("/")[0]
-    # An engine that removes the file would leave a directory that is ignored.
+    # The engine removes an ignored Dockerfile, but not its ignored directory.
     is_reachable = name in names or not directory or directory in names
     return name if is_reachable else OUTSIDE
 
 
-def _rules(context: Path, dockerfile: Path, name: str, names: Collection[str]) -> bytes | None:
-    """What to send as ``.dockerignore``, or None for the file itself, if there is one."""
-    own = context / IGNORE_FILE
-    ignored = [each for each in (name, IGNORE_FILE) if each not in names]
+def _archive_ignore_file(
+    context: Path, dockerfile: Path, name: str, names: Collection[str]
+) -> bytes | None:
+    """Return the archive's ``.dockerignore``, or None for the context's file, if any."""
+    file = context / IGNORE_FILE
+    ignored = [path for path in (name, IGNORE_FILE) if path not in names]
     if IGNORE_FILE in names:
-        if not ignored or (ignore_file(context, dockerfile) == own and name != OUTSIDE):
+        if not ignored or (ignore_file(context, dockerfile) == file and name != OUTSIDE):
             return None
-        return own.read_bytes() + f"\n{_quoted(name)}\n".encode()
-    if ignored == [IGNORE_FILE] and not own.exists():
+        return file.read_bytes() + f"\n{_escaped(name)}\n".encode()
+    if ignored == [IGNORE_FILE] and not file.exists():
         return None
-    return "".join(f"{_quoted(each)}\n" for each in ignored).encode()
+    return "".join(f"{_escaped(path)}\n" for path in ignored).encode()
 
 
-def _quoted(name: str) -> str:
-    """The pattern that matches this name alone."""
+def _escaped(name: str) -> str:
+    """Return the pattern that matches only this name."""
     return re.sub(r"[!-,:-@\[-^`{-~]", r"\\\g<0>", name)
 
 
@@ -186,7 +190,8 @@ def _add(tar: tarfile.TarFile, entry: Entry) -> None:
         tar.addfile(info)
 
 
-def _add_content(tar: tarfile.TarFile, info: tarfile.TarInfo, content: bytes) -> None:
+def _add_content(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
     info.size = len(content)
     tar.addfile(info, io.BytesIO(content))
 
@@ -204,7 +209,7 @@ _TAR_TYPES = {
 def _unreadable(error: OSError) -> UsageError:
     return UsageError(
         f"BUILD_CONTEXT: cannot read {error.filename}: {error.strerror}; "
-        f"change its permissions, or name it in {IGNORE_FILE}"
+        f"change its permissions, or list it in {IGNORE_FILE}"
     )
 
 
@@ -213,17 +218,18 @@ def _unreadable(error: OSError) -> UsageError:
 
 @dataclass
 class _Level:
-    """A directory that is being walked."""
+    """A directory on the path of the walk."""
 
-    rest: Iterator[str]
-    directory: Entry | None
-    """What is still to be sent of it: None if it has been, or is the context itself."""
+    names: Iterator[str]
+    """Names that are still to be visited."""
+    unsent: Entry | None
+    """The directory's entry until it is sent; None for the context itself."""
     prefix: str
     matches: Matches | None
 
 
 class _Walker:
-    """Walks a context in BuildKit's order, as far as its ignore file lets it."""
+    """Walk of a context in BuildKit's order, without the ignored entries."""
 
     def __init__(self, context: Path, matcher: Matcher) -> None:
         self._context = Path(os.path.realpath(context))
@@ -235,7 +241,7 @@ class _Walker:
         self._levels = [_Level(_names(self._context), None, "", None)]
         while self._levels:
             level = self._levels[-1]
-            name = next(level.rest, None)
+            name = next(level.names, None)
             if name is None:
                 self._levels.pop()
             else:
@@ -244,56 +250,53 @@ class _Walker:
     def _visit(self, name: str, parent: Matches | None) -> Iterator[Entry]:
         ignored, matches = self._matcher.ignores_below(name, parent)
         path = self._context / name
-        with _tolerated(ignored=ignored):
+        with _skip_unreadable(ignored=ignored):
             status = path.lstat()
             is_directory = stat.S_ISDIR(status.st_mode)
             if ignored and (not is_directory or self._matcher.skips(name)):
                 return
             entry = self._entry(name, path, status)
             if not ignored:
-                yield from self._unsent()
+                yield from self._ignored_parents()
                 yield entry
             if is_directory:
                 unsent = entry if ignored else None
                 self._levels.append(_Level(_names(path), unsent, f"{name}/", matches))
 
-    def _unsent(self) -> Iterator[Entry]:
-        """Directories that are ignored themselves, above an entry that is not."""
+    def _ignored_parents(self) -> Iterator[Entry]:
+        """Yield ignored directories that contain an entry that is not ignored."""
         for level in self._levels:
-            if level.directory:
-                yield level.directory
-                level.directory = None
+            if level.unsent:
+                yield level.unsent
+                level.unsent = None
 
     def _entry(self, name: str, path: Path, status: os.stat_result) -> Entry:
         mode = status.st_mode
         if stat.S_ISLNK(mode):
-            return Entry(name, path, stat.S_IFLNK | 0o777, target=_target(path))
+            target = os.readlink(path)  # noqa: PTH115 -- a Path would normalize a/./b
+            return Entry(name, path, stat.S_IFLNK | 0o777, target=target)
         if stat.S_ISSOCK(mode):
-            # It arrives as a file, since archives know no sockets, and cannot be read.
+            # BuildKit's archive cannot have a socket, so it has an empty file.
             return Entry(name, path, stat.S_IFREG | stat.S_IMODE(mode), is_emptied=True)
         if not stat.S_ISREG(mode):
             return Entry(name, path, mode, device=0 if stat.S_ISDIR(mode) else status.st_rdev)
         first = self._first_names.setdefault((status.st_dev, status.st_ino), name)
         if first != name:
             return Entry(name, path, mode, first)
-        # BuildKit asks twice, when it lists a file and when it reads it, and not in the same way:
-        # there is a difference if a pattern comes behind an exception.
+        # BuildKit matches a file twice, when it lists it and when it reads it, with different
+        # results if a pattern follows an exception.
         emptied = bool(self._matcher.exceptions) and self._matcher.ignores(name)
         return Entry(name, path, mode, is_emptied=emptied)
 
 
 def _names(directory: Path) -> Iterator[str]:
-    with os.scandir(directory) as found:
-        return iter(sorted((each.name for each in found), key=os.fsencode))
-
-
-def _target(link: Path) -> str:
-    return os.readlink(link)  # noqa: PTH115 -- a Path would be another text for a/./b
+    with os.scandir(directory) as entries:
+        return iter(sorted((entry.name for entry in entries), key=os.fsencode))
 
 
 @contextmanager
-def _tolerated(*, ignored: bool) -> Iterator[None]:
-    """Pass over what is gone meanwhile and, if it is ignored, over what cannot be read."""
+def _skip_unreadable(*, ignored: bool) -> Iterator[None]:
+    """Skip entries that were deleted during the walk and, if ignored, unreadable ones."""
     try:
         yield
     except FileNotFoundError:
@@ -308,18 +311,18 @@ def _tolerated(*, ignored: bool) -> Iterator[None]:
 
 def _description(entry: Entry) -> str:
     content = file_digest(entry.path) if entry.has_content else ""
-    # No name has a zero in it.
+    # No name contains a zero byte.
     return f"{entry.name}\0{entry.mode:o}\0{entry.target}\0{entry.device}\0{content}"
 
 
 def _counted(entries: Sequence[Entry], without: AbstractSet[Path]) -> list[Entry]:
     above = {parent for path in without for parent in path.parents}
     counted: list[Entry] = []
-    holds: set[str] = set()
-    for entry in reversed(entries):  # what a directory holds comes first then
+    not_empty: set[str] = set()
+    for entry in reversed(entries):  # the content of a directory precedes it in this order
         if entry.path in without or not without.isdisjoint(entry.path.parents):
             continue
-        if entry.path not in above or entry.name in holds:
-            holds.add(entry.name.rpartition("/")[0])
+        if entry.path not in above or entry.name in not_empty:
+            not_empty.add(entry.name.rpartition("/")[0])
             counted.append(entry)
     return counted[::-1]

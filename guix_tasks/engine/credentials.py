@@ -1,4 +1,4 @@
-"""The account that a registry gets, for every way to it: the engine, buildx, Podman, ``doctor``."""
+"""Choice of the account for a registry, shared by the engine, buildx and ``doctor``."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def accounts_for(engine: Engine, settings: Settings) -> Accounts:
     """Return the accounts of a project.
 
-    Those of local registries of ours come first, as each of them knows one account only.  That of
-    the settings is for the registry of ``IMAGE`` alone.  Then come ``DOCKER_AUTH_CONFIG`` and
-    Docker's config.json with its credential helpers.
+    Accounts of local registries started by ``registry.up`` come first, because each of them has
+    only one account. The account of the settings is used only for the registry of ``IMAGE``. Then
+    come ``DOCKER_AUTH_CONFIG`` and Docker's config.json with its credential helpers.
     """
     accounts = docker_accounts({**os.environ, **settings.docker_environment})
     given = dict(accounts.given)
@@ -29,7 +29,7 @@ def accounts_for(engine: Engine, settings: Settings) -> Accounts:
         given[settings.image.registry] = Credentials(
             settings.docker_username.reveal(), settings.docker_password.reveal()
         )
-    with suppress(NoEngineError):  # nothing is its localhost then
+    with suppress(NoEngineError):  # there are no local registries without an engine
         given |= engine.local_accounts()
     return replace(accounts, given=given)
 
@@ -37,13 +37,13 @@ def accounts_for(engine: Engine, settings: Settings) -> Accounts:
 def credentials_for(engine: Engine, settings: Settings, reference: str) -> Credentials | None:
     """Return the account for the registry of an image reference, or None.
 
-    Raises ``RegistryError`` if the credential helper of Docker's configuration fails.
+    Raise ``RegistryError`` if the credential helper of Docker's configuration fails.
     """
     return accounts_for(engine, settings).find(ImageReference.parse(reference).registry)
 
 
 def remote_digest(engine: Engine, settings: Settings, reference: str) -> str | None:
-    """Return the digest that a registry has for a reference, or None if it cannot be told."""
+    """Return the digest of a reference in its registry, or None if it is unknown."""
     try:
         return engine.remote_digest(reference, credentials_for(engine, settings, reference))
     except RegistryError:

@@ -1,4 +1,4 @@
-"""What the messages of builders mean: their kind of error, and what fixes it."""
+"""Exceptions and hints for the error messages of builders."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 _CONTROL = re.compile(
-    # What draws on a terminal (ECMA-48), and other characters that have no place in a line.
+    # Terminal control sequences (ECMA-48) and other control characters.
     r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)?|[ -/]*[0-~])"
     r"|[\x00-\x08\x0e-\x1b\x1f\x7f]"
 )
 
 
 def cause(log: str) -> str:
-    """The line of a build's log that says why it failed."""
+    """Return the line of a build's log with the error."""
     lines = [line.strip() for line in _CONTROL.sub("", log).splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR: ")]
     text = errors[-1] if errors else (lines[-1] if lines else "buildx gave no reason")
-    # A target of bake stands before the error.
+    # bake prefixes the error with the target.
     return re.sub(r"^(ERROR: |target [\w-]+: |failed to build: |failed to solve: )+", "", text)
 
 
@@ -44,55 +44,55 @@ _OTHER_DRIVER = (
 )
 
 
-_HOST_NETWORK = "`inv buildx.setup --recreate` makes one that does, or set NETWORK=none"
+_HOST_NETWORK = "run `inv buildx.setup --recreate`, which allows it, or set NETWORK=none"
 
 
 _OLD_FRONTEND = (
-    "the builder's Dockerfile frontend is older than 1.20: set BUILDKIT_SYNTAX to one that it can "
-    "get, or use a builder with BuildKit 0.26 or newer"
+    "the builder's Dockerfile frontend is older than 1.20: set BUILDKIT_SYNTAX to one that the "
+    "builder can pull, or use a builder with BuildKit 0.26 or newer"
 )
 
 
 _NO_PLATFORM = (
-    "the builder, or the base image, does not have that platform: `inv buildx.setup --binfmt`, or "
-    "mend PLATFORMS"
+    "the builder or the base image does not have this platform: run `inv buildx.setup --binfmt`, "
+    "or change PLATFORMS"
 )
 
 
 _REFUSED = (
-    "the registry refuses: see that it is there (`inv registry.up` for a local one), and that "
-    "DOCKER_USERNAME and DOCKER_PASSWORD, or `docker login`, may write there"
+    "the registry refuses: check that it runs (`inv registry.up` for a local one), and that the "
+    "account of DOCKER_USERNAME and DOCKER_PASSWORD, or of `docker login`, may write to it"
 )
 
 
 _NO_REGISTRY = (
     "no registry listens there for the builder: start it (`inv registry.up` for a local one), or "
-    "mend IMAGE; a builder in a network of its own does not see this machine's localhost "
+    "change IMAGE; a builder in a separate network cannot reach this machine's localhost "
     "(`inv buildx.setup --recreate`)"
 )
 
 
-_CACHE = "mend BUILDX_CACHE_FROM or BUILDX_CACHE_TO"
+_CACHE = "fix BUILDX_CACHE_FROM or BUILDX_CACHE_TO"
 
 
 _UNREACHABLE = (
-    "what a node needs cannot be reached: start it, or mend BUILDX_DRIVER and BUILDX_NODES; "
-    "`inv buildx.status` shows the nodes that there are"
+    "the builder's node is unreachable: start it, or fix BUILDX_DRIVER and BUILDX_NODES; "
+    "`inv buildx.status` shows the nodes"
 )
 
 
-_MENDS: Mapping[str, tuple[type[GuixTasksError], str]] = {
-    INSECURE_REFUSED.pattern: (BuilderError, "`inv buildx.setup` says what mends it"),
+_HINTS: Mapping[str, tuple[type[GuixTasksError], str]] = {
+    INSECURE_REFUSED.pattern: (BuilderError, "run `inv buildx.setup`, which prints the fix"),
     r"network\.host is not allowed|granting entitlement network\.host": (
         BuilderError, f"the builder does not allow steps on the host's network: {_HOST_NETWORK}",
     ),
     re.escape(UNKNOWN_FLAG): (BuilderError, _OLD_FRONTEND),
-    r"no builder .* found": (BuilderError, "`inv buildx.setup` makes it"),
+    r"no builder .* found": (BuilderError, "run `inv buildx.setup` to create it"),
     r"multi-?platform|multiple platforms": (
-        BuilderError, f"this builder makes one platform at a time: {_OTHER_DRIVER}",
+        BuilderError, f"this builder builds one platform at a time: {_OTHER_DRIVER}",
     ),
     r"(attestation|cache export|(oci|docker) exporter).* not supported|exporter .* not be found": (
-        BuilderError, f"the engine's own builder cannot do that: {_OTHER_DRIVER}",
+        BuilderError, f"the engine's built-in builder cannot do that: {_OTHER_DRIVER}",
     ),
     r"exec format error|no match for platform|does not match the specified platform": (
         BuilderError, _NO_PLATFORM,
@@ -108,7 +108,7 @@ _MENDS: Mapping[str, tuple[type[GuixTasksError], str]] = {
         BuilderError, _UNREACHABLE,
     ),
 }  # fmt: skip
-"""What mends a fault, and its kind, by words that buildx's message for it has."""
+"""Exception and hint, by a pattern of buildx's message."""
 
 
 _STEP = re.compile(
@@ -118,7 +118,7 @@ _STEP = re.compile(
 
 
 SCANNER = "docker/buildkit-syft-scanner"
-"""What BuildKit makes an SBOM with."""
+"""Image with which BuildKit generates an SBOM."""
 
 
 NO_BASE = (
@@ -127,71 +127,71 @@ NO_BASE = (
     "manifest unknown",
     "manifest for",
 )
-"""What builders say where the image that a Dockerfile begins from cannot be had."""
+"""Messages of builders about an unavailable base image."""
 
 
 def failure(log: str, spec: BuildSpec | None = None) -> GuixTasksError:
-    """The error that a log of buildx tells of, in one line, with what mends it if it is known.
+    """Return the error in a log of buildx, in one line, with a hint if one is known.
 
-    ``spec`` is what was being built, if anything was.
+    ``spec`` has the options of the build, if the call was one.
     """
-    why = cause(log)
-    if spec and any(words in why for words in NO_BASE):
-        return build_error(spec, why)
-    if step := _STEP.search(why):
+    reason = cause(log)
+    if spec and any(words in reason for words in NO_BASE):
+        return build_error(spec, reason)
+    if step := _STEP.search(reason):
         return StageError(
             f"{step['stage']}: the command failed with exit status {step['status']}, and nothing "
-            "was pushed; the output above says why"
+            "was pushed; see the output above"
         )
-    for words, (kind, mend) in _MENDS.items():
-        if re.search(words, why, re.IGNORECASE):
-            error = kind(f"{why}; {mend}")
-            error.passes = retry.passes(why)
+    for pattern, (kind, hint) in _HINTS.items():
+        if re.search(pattern, reason, re.IGNORECASE):
+            error = kind(f"{reason}; {hint}")
+            error.passes = retry.passes(reason)
             return error
-    return build_error(spec, why) if spec else BuilderError(f"{why}{full_disk(why)}")
+    return build_error(spec, reason) if spec else BuilderError(f"{reason}{full_disk(reason)}")
 
 
-def build_error(spec: BuildSpec, why: str) -> BuilderError:
-    """The failure of a build in one line, with what mends it where that is known."""
-    error = _build_error(spec, why)
-    # What a step said, or a Dockerfile has, is nothing of a network; a number in it may look so.
-    error.passes = retry.passes(why) and not _OWN_FAULT.search(why)
+def build_error(spec: BuildSpec, reason: str) -> BuilderError:
+    """Return the error of a failed build, in one line, with a hint if one is known."""
+    error = _build_error(spec, reason)
+    # A number in the output of a step, or in a Dockerfile, may look like an HTTP status.
+    error.passes = retry.passes(reason) and not _PERMANENT.search(reason)
     return error
 
 
-_OWN_FAULT = re.compile(
+_PERMANENT = re.compile(
     r"did not complete successfully|non-zero code|parse error|not found|failed to compute cache key"
 )
 
 
-_ASKED = re.compile(
+_REQUEST = re.compile(
     r'failed to resolve source metadata for \S+: (failed to do request: )?((Head|Get) "\S+": )?'
 )
 
 
-def _build_error(spec: BuildSpec, why: str) -> BuilderError:
+def _build_error(spec: BuildSpec, reason: str) -> BuilderError:
     base = spec.args.get("BASE_IMAGE", "")
-    if SCANNER in why:
+    if SCANNER in reason:
         return BuilderError(
-            f"the SBOM's scanner {SCANNER} is out of the builder's reach: {why}; leave sbom out of "
+            f"the builder cannot pull the SBOM scanner {SCANNER}: {reason}; remove sbom from "
             "BUILDX_ATTESTATIONS"
         )
-    if "invalid UTF-8" in why:
+    if "invalid UTF-8" in reason:
         return BuilderError(
-            f"a name in BUILD_CONTEXT is not UTF-8, which BuildKit cannot send: {why}; rename the "
-            "file, or name it in .dockerignore"
+            f"a name in BUILD_CONTEXT is not UTF-8, which BuildKit cannot send: {reason}; rename "
+            "the file, or list it in .dockerignore"
         )
-    if "unknown scheme oci-layout" in why:
+    if "unknown scheme oci-layout" in reason:
         return BuilderError(
-            f"only the engine has {base}, and this builder is one that no image can be handed to; "
-            "push it to a registry that the builder reaches, and name that in BASE_IMAGE"
+            f"only the engine has {base}, and this builder cannot read an image of the engine; "
+            "push it to a registry that the builder reaches, and set BASE_IMAGE to that reference"
         )
-    if any(word in why for word in NO_BASE):
-        # Which image it was, and where it was asked for, is in it up to three times.
-        short = _ASKED.sub("", why.removeprefix(f"{base}: "))
+    if any(words in reason for words in NO_BASE):
+        # The message repeats the reference and the URL up to three times.
+        short = _REQUEST.sub("", reason.removeprefix(f"{base}: "))
         return BuilderError(
             f"cannot get the base image {base}: {short}; set BASE_IMAGE to one that the engine has "
-            "or can pull (`inv rootfs` makes one from Debian's packages)"
+            "or can pull (`inv rootfs` builds one from Debian's packages)"
         )
-    more = full_disk(why) or "; the output above says more"
-    return BuilderError(f"{spec.dockerfile} does not build: {why}{more}")
+    hint = full_disk(reason) or "; see the output above"
+    return BuilderError(f"cannot build {spec.dockerfile}: {reason}{hint}")

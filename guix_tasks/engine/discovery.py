@@ -1,4 +1,4 @@
-"""Find the engine that is configured."""
+"""Discovery of the configured engine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULT_SOCKET = Path("/var/run/docker.sock")
 
 @dataclass(frozen=True)
 class Address:
-    """Where an engine is, and which rule says so."""
+    """Address of an engine and the rule that found it."""
 
     url: str
     origin: str
@@ -32,11 +32,14 @@ class Address:
 
 
 def find_engine(environment: Mapping[str, str], private_socket: Path) -> Address:
-    """The first engine that is configured.
+    """Return the first configured engine.
 
-    In turn: ``DOCKER_HOST``, the CLI's context, the default socket, the private engine's socket.
-    Whether it answers is not asked: one that is configured and does not answer is an error,
-    never a reason to use another.  Raises ``NoEngineError`` where none is configured.
+    The order is ``DOCKER_HOST``, the Docker context, the default socket, the private engine's
+    socket. No connection is made: a configured engine that does not answer is an error later and
+    never a reason to use another one.
+
+    Raise ``NoEngineError`` if no engine is configured, ``EngineError`` if the configuration is
+    broken.
     """
     if environment.get("DOCKER_HOST"):
         try:
@@ -52,11 +55,11 @@ def find_engine(environment: Mapping[str, str], private_socket: Path) -> Address
     for socket, origin in ((DEFAULT_SOCKET, "default socket"), (private_socket, "private engine")):
         if socket.is_socket():
             return Address(f"unix://{socket}", origin)
-    other = next((each for each in podman_api.sockets() if each.is_socket()), None)
+    podman = next((socket for socket in podman_api.sockets() if socket.is_socket()), None)
     raise NoEngineError(
-        "no Docker Engine on this machine: DOCKER_HOST is not set, no context is chosen, "
-        f"{DEFAULT_SOCKET} is not there; install Docker, or run `inv engine.up` for a private one"
-        + (f", or use the Podman that is here: DOCKER_HOST=unix://{other}" if other else "")
+        "no Docker Engine on this machine: DOCKER_HOST is not set, no Docker context is selected, "
+        f"{DEFAULT_SOCKET} does not exist; install Docker, or run `inv engine.up` for a private "
+        "one" + (f", or use this machine's Podman: DOCKER_HOST=unix://{podman}" if podman else "")
     )
 
 
@@ -67,8 +70,8 @@ def _context(environment: Mapping[str, str]) -> Address | None:
         arguments = docker.context.ContextAPI.kwargs_from_context(name, dict(environment))
     except (docker.errors.DockerException, OSError, ValueError) as error:
         raise EngineError(
-            f"the Docker context {name or 'that is chosen'} cannot be read: {error_line(error)}; "
-            "see `docker context ls`"
+            f"cannot read the {f'Docker context {name}' if name else 'selected Docker context'}: "
+            f"{error_line(error)}; see `docker context ls`"
         ) from None
     if context is None:
         raise EngineError(f"there is no Docker context {name!r}; see `docker context ls`")
@@ -79,7 +82,7 @@ def _context(environment: Mapping[str, str]) -> Address | None:
 
 
 def error_line(error: object) -> str:
-    """The cause in one line: the engine's own explanation where there is one."""
-    text = getattr(error, "explanation", None) or error
-    plain = text.decode(errors="replace") if isinstance(text, bytes) else str(text)
-    return " ".join(plain.split())
+    """Return an error's message in one line: the engine's explanation if it has one."""
+    message = getattr(error, "explanation", None) or error
+    text = message.decode(errors="replace") if isinstance(message, bytes) else str(message)
+    return " ".join(text.split())

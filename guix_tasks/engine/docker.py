@@ -1,4 +1,4 @@
-"""The Docker Engine behind the ``Engine`` protocol, by the docker SDK."""
+"""Implementation of the ``Engine`` protocol for Docker Engine, with the docker SDK."""
 
 from __future__ import annotations
 
@@ -46,33 +46,33 @@ if TYPE_CHECKING:
 
 
 PROBE_TIMEOUT = 60
-"""Seconds that a call which only reads may take."""
+"""Timeout in seconds of calls that only read."""
 
 WORK_TIMEOUT = 6 * 60 * 60
-"""Seconds for a commit, an import, a push.
+"""Timeout in seconds of calls that do long work: a commit, an import, a push.
 
-A commit that the client gives up on is finished by the engine all the same, so giving up early
-only loses track of it.
+The engine finishes a commit even if the client disconnects, so a shorter timeout would only lose
+the result.
 """
 
 
 _CONTAINERD_STORE = "io.containerd.snapshotter.v1"
-"""The type of its storage driver that an engine reports if containerd keeps its images."""
+"""Type of the storage driver, as reported by an engine with the containerd image store."""
 
 
 _NO_ANSWER = (
     docker.errors.DockerException,
     docker.errors.StreamParseError,
     requests.RequestException,
-    # The SDK reads answers that come bit by bit from below `requests`.
+    # The SDK reads streams from urllib3, below `requests`.
     urllib3.exceptions.HTTPError,
     OSError,
 )
-"""What an engine that dies, or is not there, makes the SDK raise."""
+"""Exceptions of the SDK if the engine is missing or dies during a call."""
 
 
 class Build(Protocol):
-    """Build an image, pass on the output as it comes, and return the image's ID."""
+    """Function that builds an image, streams the log to ``output`` and returns the image's ID."""
 
     def __call__(
         self, spec: BuildSpec, output: Callable[[bytes], None], *, compress: bool
@@ -81,19 +81,19 @@ class Build(Protocol):
 
 @dataclass(frozen=True)
 class Helpers:
-    """What of this machine an engine uses besides its API."""
+    """Functions of this machine that an engine needs in addition to its API."""
 
     accounts: Callable[[str], Mapping[str, Credentials]] = lambda _url: {}
-    """The accounts of local registries of ours, by host, for the engine at a URL."""
+    """Return the accounts of the local registries that serve the engine at a URL, by host."""
     find_build: Callable[[Address], Build | None] = lambda _address: None
-    """What builds by BuildKit on an engine; None where buildx is not on this machine."""
+    """Return a function that builds with BuildKit, or None if buildx is not installed."""
 
 
 _NO_HELPERS = Helpers()
 
 
 class DockerEngine:
-    """A real engine.  Connects with the first call that needs it."""
+    """A Docker Engine. The connection is opened by the first call that needs it."""
 
     is_dry = False
     product = "Docker"
@@ -110,7 +110,7 @@ class DockerEngine:
 
     @cached_property
     def _info(self) -> EngineInfo:
-        with self._speaking("be asked for its version"):
+        with self._engine_errors("report its version"):
             info = self._api.info()
             has_bridge = self._has_bridge(info)
         return EngineInfo(
@@ -134,34 +134,33 @@ class DockerEngine:
         networks = info.get("Plugins", {}).get("Network") or []
         return "bridge" in networks and bool(self._api.networks(names=["bridge"]))
 
-    def answers_as(self, is_it: Callable[[Mapping[str, Any]], bool]) -> bool:
-        """Whether it is of a kind that is told by its answer to ``/version``."""
-        with self._speaking("be asked for its version"):
-            return is_it(self._api.version())
+    def version(self) -> Mapping[str, Any]:
+        """Return the engine's answer to ``/version``."""
+        with self._engine_errors("report its version"):
+            answer: Mapping[str, Any] = self._api.version()
+        return answer
 
     def image(self, reference: str) -> Image | None:
-        with self._speaking(f"look at the image {reference}"):
+        with self._engine_errors(f"inspect the image {reference}"):
             try:
-                found = self._inspected(reference)
+                image = self._inspect(reference)
             except docker.errors.ImageNotFound:
                 return None
-        platform = "/".join(
-            part for part in (found["Os"], found["Architecture"], found.get("Variant")) if part
-        )
+        platform = (image["Os"], image["Architecture"], image.get("Variant"))
         return Image(
-            id=found["Id"],
-            layers=tuple(found["RootFS"].get("Layers") or ()),
-            config=found["Config"] or {},
-            size=_disk_usage(found),
-            created=found.get("Created") or "",
-            platform=platform,
-            digests=tuple(found.get("RepoDigests") or ()),
-            tags=tuple(found.get("RepoTags") or ()),
+            id=image["Id"],
+            layers=tuple(image["RootFS"].get("Layers") or ()),
+            config=image["Config"] or {},
+            size=_disk_usage(image),
+            created=image.get("Created") or "",
+            platform="/".join(filter(None, platform)),
+            digests=tuple(image.get("RepoDigests") or ()),
+            tags=tuple(image.get("RepoTags") or ()),
         )
 
-    def _inspected(self, reference: str) -> dict[str, Any]:
+    def _inspect(self, reference: str) -> dict[str, Any]:
         api, name = self._api, quote(reference, safe="/:")
-        # Not by the SDK: the containerd store measures an image only if asked for its manifests.
+        # The SDK has no parameter `manifests`, without which the containerd store reports no sizes.
         answer = api.get(
             f"{api.base_url}/v{api.api_version}/images/{name}/json",
             params={"manifests": "1"},
@@ -171,79 +170,64 @@ class DockerEngine:
             answer.raise_for_status()
         except requests.HTTPError as error:
             docker.errors.create_api_error_from_http_exception(error)
-        found: dict[str, Any] = answer.json()
-        return found
+        image: dict[str, Any] = answer.json()
+        return image
 
     def unnamed(self, labels: Mapping[str, str]) -> list[str]:
-        with self._speaking("list images"):
-            found = self._api.images(
+        with self._engine_errors("list images"):
+            ids = self._api.images(
                 quiet=True, filters={"dangling": True, "label": _filters(labels)}
             )
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(ids))
 
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
-        with self._speaking("list containers"):
-            found = self._api.containers(all=True, filters={"label": _filters(labels)})
-        containers = [
-            Container(
-                id=each["Id"],
-                name=each["Names"][0].lstrip("/"),
-                image=each["ImageID"],
-                labels=each["Labels"],
-                running=each["State"] in ("running", "paused", "restarting"),
-                created=each["Created"],
-                addresses={
-                    name: network["IPAddress"]
-                    for name, network in _networks(each).items()
-                    if network.get("IPAddress")
-                },
-            )
-            for each in found
-        ]
-        return sorted(containers, key=lambda each: each.created, reverse=True)
+        with self._engine_errors("list containers"):
+            containers = self._api.containers(all=True, filters={"label": _filters(labels)})
+        return sorted(
+            map(_container, containers), key=lambda container: container.created, reverse=True
+        )
 
     def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
         try:
-            found = self._api.inspect_distribution(  # type: ignore[no-untyped-call]
-                reference, _auth(credentials)
+            answer = self._api.inspect_distribution(  # type: ignore[no-untyped-call]
+                reference, _auth_config(credentials)
             )
         except (docker.errors.DockerException, requests.RequestException):
             return None
-        return str(found["Descriptor"]["digest"])
+        return str(answer["Descriptor"]["digest"])
 
     def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
-        host, what = ImageReference.parse(reference).registry, f"ask for {reference}"
-        with self._speaking(what):
+        host, action = ImageReference.parse(reference).registry, f"look up {reference}"
+        with self._engine_errors(action):
             try:
                 if credentials and credentials.password:
                     _log_in(self._api, "" if host == HUB else host, credentials)
-                return self._is_asked(reference, credentials)
+                return self._look_up(reference, credentials)
             except docker.errors.NotFound:
                 pass
             except docker.errors.APIError as error:
-                # As some registries say that an image, or its repository, is not there.
-                if not re.match(
-                    r"unknown: (artifact|repository) \S+ not found", why := error_line(error)
-                ):
-                    raise _registry_error(what, why) from None
+                # Some registries answer so for a missing image or repository.
+                reason = error_line(error)
+                if not re.match(r"unknown: (artifact|repository) \S+ not found", reason):
+                    raise _registry_error(action, reason) from None
         return True
 
-    def _is_asked(self, reference: str, account: Credentials | None) -> bool:
-        """Let the registry be asked for an image; whether it was."""
-        self._api.inspect_distribution(reference, _auth(account))  # type: ignore[no-untyped-call]
+    def _look_up(self, reference: str, account: Credentials | None) -> bool:
+        """Look up an image in its registry. Return False if the engine has no such call."""
+        self._api.inspect_distribution(reference, _auth_config(account))  # type: ignore[no-untyped-call]
         return True
 
     def volumes(self, labels: Mapping[str, str]) -> list[str]:
-        with self._speaking("list volumes"):
-            found = self._api.volumes(filters={"label": _filters(labels)})["Volumes"] or ()
-        return [each["Name"] for each in found]
+        with self._engine_errors("list volumes"):
+            volumes = self._api.volumes(filters={"label": _filters(labels)})["Volumes"] or ()
+        return [volume["Name"] for volume in volumes]
 
     def make_volume(self, name: str, labels: Mapping[str, str]) -> None:
-        with self._speaking(f"make the volume {name}"):
+        with self._engine_errors(f"create the volume {name}"):
             self._api.create_volume(name, labels=dict(labels))
 
     def remove_volume(self, name: str) -> None:
-        with self._speaking(f"remove the volume {name}"):
+        with self._engine_errors(f"remove the volume {name}"):
             try:
                 self._api.remove_volume(name)
             except docker.errors.NotFound:
@@ -251,41 +235,41 @@ class DockerEngine:
 
     def tag(self, image: str, reference: str) -> None:
         repository, _, tag = reference.rpartition(":")
-        with self._speaking(f"tag {reference}"):
+        with self._engine_errors(f"tag {reference}"):
             self._api.tag(image, repository, tag)
 
     def untag(self, reference: str) -> None:
-        with self._speaking(f"remove the tag {reference}"):
+        with self._engine_errors(f"remove the tag {reference}"):
             try:
                 self._api.remove_image(reference)
             except docker.errors.ImageNotFound:
                 return
             except docker.errors.APIError as error:
-                # A container is made of it, and goes on as it is without the image's name.
+                # A container uses the image. The container does not need the tag.
                 if error.status_code != HTTPStatus.CONFLICT:
                     raise
                 self._api.remove_image(reference, force=True)
 
     def drop(self, image: str) -> None:
-        found = self.image(image)
-        if found is None or found.tags:
+        inspected = self.image(image)
+        if inspected is None or inspected.tags:
             return
-        # Held by a container or by an image made from it: it stays, and goes with those.
-        with self._speaking("remove an image"), suppress(docker.errors.APIError):
-            self._slow.remove_image(image)
+        # The engine refuses to remove an image that a container or a child image uses.
+        with self._engine_errors("remove an image"), suppress(docker.errors.APIError):
+            self._work_api.remove_image(image)
 
     def layers(self, image: str) -> list[Layer]:
-        with self._speaking("ask what an image is made of"):
+        with self._engine_errors("list the layers of an image"):
             history = self._api.history(image)  # type: ignore[no-untyped-call]
         steps = [Layer(step["Size"], step["CreatedBy"]) for step in reversed(history)]
         return [step for step in steps if step.size]
 
     def save(self, image: str) -> Iterator[bytes]:
-        with self._speaking("save an image"):
-            yield from self._slow.get_image(image)
+        with self._engine_errors("save an image"):
+            yield from self._work_api.get_image(image)
 
     def create(self, spec: ContainerSpec) -> str:
-        with self._speaking(f"make a container of {spec.image}"):
+        with self._engine_errors(f"create a container from {spec.image}"):
             host = self._api.create_host_config(
                 privileged=spec.privileged,
                 security_opt=self._security(spec),
@@ -295,19 +279,19 @@ class DockerEngine:
                 network_mode=spec.network,
                 binds=list(spec.binds),
                 port_bindings={
-                    port: (spec.publish_on, ours) for ours, port in spec.publish.items()
+                    port: (spec.publish_on, host_port) for host_port, port in spec.publish.items()
                 },
                 mounts=[docker.types.Mount(spec.scratch, None)] if spec.scratch else None,
                 mem_limit=spec.memory,
                 init=spec.init,
             )
-            if spec.unmasked:  # what `docker run --security-opt systempaths=unconfined` sends
+            if spec.unmasked:  # the API's form of `--security-opt systempaths=unconfined`
                 host["MaskedPaths"] = host["ReadonlyPaths"] = []
             created = self._api.create_container(
                 spec.image,
                 name=spec.name,
-                # All in the entry point, and no command: what an image lacks can then be given
-                # back to it by a commit, whose merge takes the container's command else.
+                # No command: a commit merges the container's command into a configuration that
+                # has none.
                 entrypoint=list(spec.command),
                 labels=dict(spec.labels),
                 environment=dict(spec.environment),
@@ -318,8 +302,8 @@ class DockerEngine:
                 user=spec.user,
                 healthcheck={"test": ["NONE"]} if spec.no_healthcheck else None,
                 platform=spec.platform,
-                # Else the proxies of Docker's own configuration were in what is committed; those
-                # are among ours.
+                # The proxies of Docker's config.json are in the settings already, and variables
+                # of a container would be committed.
                 use_config_proxy=False,
             )
         return str(created["Id"])
@@ -328,15 +312,18 @@ class DockerEngine:
         return [_with_profile(option) for option in spec.security]
 
     def copy_in(self, container: str, archive: bytes | IO[bytes]) -> None:
-        with self._speaking("copy files into a container"):
-            self._slow.put_archive(container, "/", archive)
+        with self._engine_errors("copy files into a container"):
+            self._work_api.put_archive(container, "/", archive)
 
     def copy_out(self, container: str, path: str) -> Iterator[bytes]:
-        with self._speaking(f"copy {path} out of a container"), suppress(docker.errors.NotFound):
-            yield from self._slow.get_archive(container, path)[0]
+        with (
+            self._engine_errors(f"copy {path} out of a container"),
+            suppress(docker.errors.NotFound),
+        ):
+            yield from self._work_api.get_archive(container, path)[0]
 
     def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
-        with self._speaking("run a container"):
+        with self._engine_errors("run a container"):
             # Attached before the start, so that not a byte is missed.
             output = self._api.attach(container, stream=True, demux=True)
             self._api.start(container)
@@ -347,41 +334,41 @@ class DockerEngine:
                     yield False, out
 
     def received(self, container: str) -> int | None:
-        with self._speaking("ask what a container does"):
-            found = self._api.stats(container, stream=False, one_shot=True)
-        networks = found.get("networks") or {}
-        return sum(each["rx_bytes"] for each in networks.values()) if networks else None
+        with self._engine_errors("read the statistics of a container"):
+            stats = self._api.stats(container, stream=False, one_shot=True)
+        networks = stats.get("networks") or {}
+        return sum(network["rx_bytes"] for network in networks.values()) if networks else None
 
     def start(self, container: str) -> None:
-        with self._speaking("start a container"):
+        with self._engine_errors("start a container"):
             self._api.start(container)
 
     def wait(self, container: str) -> int:
-        with self._speaking("wait for a container"):
-            return int(self._slow.wait(container)["StatusCode"])
+        with self._engine_errors("wait for a container"):
+            return int(self._work_api.wait(container)["StatusCode"])
 
     def stop(self, container: str, seconds: int) -> None:
-        with self._speaking("stop a container"):
-            self._slow.stop(container, timeout=seconds)
+        with self._engine_errors("stop a container"):
+            self._work_api.stop(container, timeout=seconds)
 
     def remove(self, container: str) -> None:
-        with self._speaking("remove a container"):
+        with self._engine_errors("remove a container"):
             try:
-                self._slow.remove_container(container, v=True, force=True)
+                self._work_api.remove_container(container, v=True, force=True)
             except docker.errors.NotFound:
                 return
 
     def commit(self, container: str, config: Mapping[str, Any]) -> str:
-        with self._speaking("commit a container"):
-            return str(self._slow.commit(container, conf=dict(config))["Id"])
+        with self._engine_errors("commit a container"):
+            return str(self._work_api.commit(container, conf=dict(config))["Id"])
 
     def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
-        with self._speaking(f"import {reference}"):
-            answer = self._slow.import_image_from_data(archive, *self._import_name(reference))
+        with self._engine_errors(f"import {reference}"):
+            answer = self._work_api.import_image_from_data(archive, *self._import_name(reference))
         last = json.loads(answer.strip().splitlines()[-1])
         if "error" in last:
-            why = last["error"]
-            raise EngineError(f"{REFUSED} import {reference}: {why}{full_disk(why)}")
+            reason = last["error"]
+            raise EngineError(f"{REFUSED} import {reference}: {reason}{full_disk(reason)}")
         return str(last["status"])
 
     def _import_name(self, reference: str) -> tuple[str, str | None]:
@@ -397,31 +384,32 @@ class DockerEngine:
         return build(linked, output, compress=compress)
 
     def _is_uncompressed(self, reference: str) -> bool:
-        """Return whether the containerd store keeps an image as it is in an archive.
+        """Return True if the containerd store has uncompressed layers of an image.
 
-        ``docker load`` leaves layers as they come, and a push would send them so.
+        ``docker load`` keeps the layers as they are in the archive, and a push would upload them
+        uncompressed.
         """
         if not reference or not self.info().uses_containerd:
             return False
-        with self._speaking(f"look at the image {reference}"):
+        with self._engine_errors(f"inspect the image {reference}"):
             try:
-                manifests = self._inspected(reference).get("Manifests") or ()
+                manifests = self._inspect(reference).get("Manifests") or ()
             except docker.errors.NotFound:
                 return False
-        content = sum(each["Size"]["Content"] for each in manifests)
-        unpacked = sum(each["ImageData"]["Size"]["Unpacked"] for each in manifests
-                       if "ImageData" in each)  # fmt: skip
-        # What is unpacked is counted in blocks.  Packed files come to half of it, about.
+        content = sum(manifest["Size"]["Content"] for manifest in manifests)
+        unpacked = sum(manifest["ImageData"]["Size"]["Unpacked"] for manifest in manifests
+                       if "ImageData" in manifest)  # fmt: skip
+        # The unpacked size is a sum of blocks. Compressed layers have about half of it.
         return bool(unpacked) and content > 0.9 * unpacked
 
     def _classic_build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
         if spec.secrets:
             raise BuilderError(
-                "BUILD_SECRETS needs buildx, which is not on this machine; "
+                "BUILD_SECRETS needs buildx, which is not installed on this machine; "
                 "install the package docker-buildx (docker-buildx-plugin in Docker's own archive)"
             )
         image = ""
-        with self._speaking("build"):
+        with self._engine_errors("build"):
             try:
                 for event in self._build_events(spec):
                     if "error" in event:
@@ -434,10 +422,12 @@ class DockerEngine:
 
     def _build_events(self, spec: BuildSpec) -> Iterator[dict[str, Any]]:
         accounts = spec.accounts.every() if spec.accounts else {}
-        self._slow.give({docker_key(host): _auth(each) for host, each in accounts.items()})
-        # Not packed by the SDK, which has rules of its own for .dockerignore.
+        self._work_api.set_accounts(
+            {docker_key(host): _auth_config(account) for host, account in accounts.items()}
+        )
+        # The SDK would pack the context by different rules for .dockerignore.
         context, dockerfile = context_archive(spec.context, spec.dockerfile)
-        return self._slow.build(
+        return self._work_api.build(
             fileobj=context,
             custom_context=True,
             dockerfile=dockerfile,
@@ -453,29 +443,29 @@ class DockerEngine:
         self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> str:
         digest = ""
-        with self._speaking(f"push {reference}"):
+        with self._engine_errors(f"push {reference}"):
             events = self._push_events(reference, credentials)
-            # The call itself raises nothing when a push fails: the stream says so.
-            for event in _checked(events, f"push {reference}", progress):
-                digest = self._pushed(event) or digest
+            # A failed push raises nothing: the error is an event of the stream.
+            for event in _events(events, f"push {reference}", progress):
+                digest = self._pushed_digest(event) or digest
         if not digest:
-            raise RegistryError(f"{reference} was not pushed: the registry answered no digest")
+            raise RegistryError(f"cannot push {reference}: the registry answered no digest")
         return digest
 
     def _push_events(
         self, reference: str, credentials: Credentials | None
     ) -> Iterator[dict[str, Any]]:
         repository, _, tag = reference.rpartition(":")
-        events: Iterator[dict[str, Any]] = self._slow.push(
-            repository, tag, stream=True, decode=True, auth_config=_auth(credentials)
+        events: Iterator[dict[str, Any]] = self._work_api.push(
+            repository, tag, stream=True, decode=True, auth_config=_auth_config(credentials)
         )
         return events
 
     @staticmethod
-    def _pushed(event: Mapping[str, Any]) -> str:
-        """Return the digest that an event of a push reports, if any.
+    def _pushed_digest(event: Mapping[str, Any]) -> str:
+        """Return the digest in an event of a push, or an empty string.
 
-        The classic image store sends it as data, the containerd store in a line of status.
+        The classic image store sends the digest as data, the containerd store in a status line.
         """
         line = _PUSHED.fullmatch(event.get("status", ""))
         return str((event.get("aux") or {}).get("Digest", "")) or (line[1] if line else "")
@@ -489,15 +479,15 @@ class DockerEngine:
     ) -> None:
         name, at, digest = reference.partition("@")
         repository, _, tag = (name, at, digest) if at else reference.rpartition(":")
-        with self._speaking(f"pull {reference}"):
+        with self._engine_errors(f"pull {reference}"):
             try:
-                events = self._slow.pull(
+                events = self._work_api.pull(
                     repository, tag, stream=True, decode=True,
-                    auth_config=_auth(credentials), platform=platform,
+                    auth_config=_auth_config(credentials), platform=platform,
                 )  # fmt: skip
             except docker.errors.APIError as error:
                 raise _registry_error(f"pull {reference}", error_line(error)) from None
-            for _ in _checked(events, f"pull {reference}", progress):
+            for _ in _events(events, f"pull {reference}", progress):
                 pass
 
     @cached_property
@@ -505,7 +495,7 @@ class DockerEngine:
         return self._client(PROBE_TIMEOUT, "auto")
 
     @cached_property
-    def _slow(self) -> Client:
+    def _work_api(self) -> Client:
         return self._client(WORK_TIMEOUT, self._api.api_version)
 
     def _client(self, timeout: int, version: str) -> Client:
@@ -523,37 +513,41 @@ class DockerEngine:
         return Ssh(self.address.url) if self.address.url.startswith("ssh://") else None
 
     @contextmanager
-    def _speaking(self, what: str) -> Iterator[None]:
-        """Every fault of the engine or of the way to it becomes an ``EngineError``."""
+    def _engine_errors(self, action: str) -> Iterator[None]:
+        """Convert errors of the SDK and of the connection to ``EngineError``.
+
+        ``action`` completes the message "the engine could not ...".
+        """
         try:
             yield
         except GuixTasksError:
             raise
         except docker.errors.APIError as error:
-            why = error_line(error)
-            raise EngineError(f"{REFUSED} {what}: {why}{full_disk(why)}") from None
+            reason = error_line(error)
+            raise EngineError(f"{REFUSED} {action}: {reason}{full_disk(reason)}") from None
         except _NO_ANSWER as error:
             raise EngineError(self._unreachable(error)) from None
 
     def _unreachable(self, error: Exception) -> str:
-        where = f"the Docker Engine at {self.address.url} ({self.address.origin})"
+        engine = f"the Docker Engine at {self.address.url} ({self.address.origin})"
         text = str(error)
-        if self._ssh and (said := self._ssh.complaint()):
-            return f"{where} cannot be reached: {said}"
+        if self._ssh and (cause := self._ssh.error_line()):
+            return f"{engine} cannot be reached: {cause}"
         if "PermissionError" in text or "Permission denied" in text:
             return (
-                f"{where} may not be used by this user; run as root, or join the group that owns "
+                f"{engine} may not be used by this user; run as root, or join the group that owns "
                 "the socket (`sudo usermod -aG docker $USER`, then log in again)"
             )
-        mend = "`inv engine.up`" if self.address.origin == "private engine" else "start it"
-        return f"{where} does not answer: {_cause(text)}; {mend}, or choose another by DOCKER_HOST"
+        start = "`inv engine.up`" if self.address.origin == "private engine" else "start it"
+        cause = _root_cause(text)
+        return f"{engine} does not answer: {cause}; {start}, or set DOCKER_HOST to another one"
 
 
 def _disk_usage(image: Mapping[str, Any]) -> int:
-    """Return the bytes that an image takes on the engine's disk, as ``docker images`` shows them.
+    """Return the bytes that an image takes on the engine's disk, as shown by ``docker images``.
 
-    In the containerd store that is the content, which is packed, and what is unpacked from it.
-    Engines before 28 (API 1.48) report only the content there.
+    The containerd store holds both the compressed content and its unpacked files. Engines before
+    28 (API 1.48) report only the content of that store.
     """
     totals = [manifest["Size"]["Total"] for manifest in image.get("Manifests") or ()]
     return sum(totals) or int(image["Size"])
@@ -567,8 +561,11 @@ def _filters(labels: Mapping[str, str]) -> list[str]:
     return [f"{name}={value}" for name, value in labels.items()]
 
 
-def _auth(credentials: Credentials | None) -> dict[str, str] | None:
-    """An account in the words of Docker's API; see ``Client``, too, which looks for no other."""
+def _auth_config(credentials: Credentials | None) -> dict[str, str] | None:
+    """Return an account in the form of Docker's API.
+
+    ``Client`` prevents the SDK from searching for another account if this is None.
+    """
     if credentials is None:
         return None
     if credentials.identity_token:
@@ -576,13 +573,14 @@ def _auth(credentials: Credentials | None) -> dict[str, str] | None:
     return {"username": credentials.username, "password": credentials.password}
 
 
-def _checked(
-    events: Iterator[dict[str, Any]], what: str, progress: Progress | None
+def _events(
+    events: Iterator[dict[str, Any]], action: str, progress: Progress | None
 ) -> Iterator[dict[str, Any]]:
+    """Yield the events of a push or a pull, report progress, and raise an event's error."""
     for event in events:
         if "error" in event or "errorDetail" in event:
             detail = (event.get("errorDetail") or {}).get("message") or event.get("error", "")
-            raise _registry_error(what, " ".join(str(detail).split()))
+            raise _registry_error(action, " ".join(str(detail).split()))
         if progress and event.get("id"):
             amount = event.get("progressDetail") or {}
             progress(
@@ -593,74 +591,87 @@ def _checked(
 
 
 _PUSHED = re.compile(r"\S+: digest: (sha256:[0-9a-f]{64}) size: \d+")
-"""The line of status that ends a push from the containerd store."""
+"""Last status line of a push from the containerd store."""
 
-_REGISTRY_MENDS = {
+_REGISTRY_HINTS = {
     "the credentials are missing or refused: set DOCKER_USERNAME and DOCKER_PASSWORD for the "
-    "registry of IMAGE, or `docker login` for any, and see that they may write there": (
+    "registry of IMAGE, or run `docker login` for any registry, and check that the account may "
+    "write to it": (
         "no basic auth", "unauthorized", "authentication required", "denied",
     ),
-    "no registry listens there: start it (`inv registry.up` for a local one), or mend the "
+    "no registry listens there: start it (`inv registry.up` for a local one), or fix the "
     "reference": ("connection refused",),
-    "there is no such registry: mend the reference": (
+    "there is no such registry: fix the reference": (
         "no such host", "server misbehaving", "name resolution",
     ),
-    "that registry speaks plain HTTP: add it to the engine's insecure-registries (for Podman, to "
+    "the registry speaks plain HTTP: add it to the engine's insecure-registries (for Podman, to "
     "/etc/containers/registries.conf: [[registry]], location and insecure = true)": (
         "http response to https client",
     ),
-    "the engine does not trust its certificate: put its CA into the engine's certs.d": (
+    "the engine does not trust the registry's certificate: put its CA into the engine's certs.d": (
         "x509", "certificate",
     ),
-    "the registry has no such image: mend the reference": (
+    "the registry has no such image: fix the reference": (
         "manifest unknown", "not found", "does not exist",
     ),
 }  # fmt: skip
-"""What mends a fault, by words that the engine's message for it has."""
+"""Hints, with the words of the engine's messages to which they apply."""
 
 
-def _registry_error(what: str, detail: str) -> RegistryError:
+def _registry_error(action: str, detail: str) -> RegistryError:
     text = detail.lower()
-    mends = (mend for mend, words in _REGISTRY_MENDS.items() if any(word in text for word in words))
-    mend = next(mends, "")
-    said = f"; {mend}" if mend else full_disk(detail)
-    error = RegistryError(f"cannot {what}: {detail}{said}")
-    # A number in a name is no status.
-    reference = what.rpartition(" ")[2]
+    hints = (hint for hint, words in _REGISTRY_HINTS.items() if any(word in text for word in words))
+    hint = next(hints, "")
+    error = RegistryError(f"cannot {action}: {detail}{f'; {hint}' if hint else full_disk(detail)}")
+    # Names are removed because a number in a name is not an HTTP status.
+    reference = action.rpartition(" ")[2]
     for name in (reference, ImageReference.parse(reference).repository):
         detail = detail.replace(name, "")
     error.passes = retry.passes(detail)
     return error
 
 
-def _networks(container: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    return (container.get("NetworkSettings") or {}).get("Networks") or {}
+def _container(answer: Mapping[str, Any]) -> Container:
+    networks = (answer.get("NetworkSettings") or {}).get("Networks") or {}
+    return Container(
+        id=answer["Id"],
+        name=answer["Names"][0].lstrip("/"),
+        image=answer["ImageID"],
+        labels=answer["Labels"],
+        running=answer["State"] in ("running", "paused", "restarting"),
+        created=answer["Created"],
+        addresses={
+            name: network["IPAddress"]
+            for name, network in networks.items()
+            if network.get("IPAddress")
+        },
+    )
 
 
-def profile(option: str) -> Path | None:
-    """The file that an option names."""
+def seccomp_profile(option: str) -> Path | None:
+    """Return the file in the value of a security option, or None if the value is not a file."""
     value = option.partition("=")[2]
     return Path(value) if value.startswith("/") else None
 
 
 def _with_profile(option: str) -> str:
-    """An option with the content of its file, as Docker's API wants a seccomp profile."""
-    file = profile(option)
+    """Return a security option with the content of its file, as Docker's API expects it."""
+    file = seccomp_profile(option)
     return f"{option.partition('=')[0]}={file.read_text()}" if file else option
 
 
 def _security(info: Mapping[str, Any]) -> tuple[str, ...]:
-    # As "name=seccomp,profile=builtin".
+    # For example "name=seccomp,profile=builtin".
     options = info.get("SecurityOptions") or ()
-    found = [each.partition(",")[0].removeprefix("name=") for each in options]
-    # Podman says it beside the others.
-    return tuple(dict.fromkeys([*found, *(["rootless"] if info.get("Rootless") else [])]))
+    names = [option.partition(",")[0].removeprefix("name=") for option in options]
+    # Podman reports "Rootless" in a separate field.
+    return tuple(dict.fromkeys([*names, *(["rootless"] if info.get("Rootless") else [])]))
 
 
 def _time(text: str) -> datetime | None:
-    """The time that an engine gives, to the second."""
+    """Return the time of an engine's clock in seconds, or None if it cannot be parsed."""
     try:
-        # RFC 3339, with more digits of a second than Python reads, and perhaps an offset.
+        # RFC 3339, perhaps with an offset and with more fractional digits than Python accepts.
         zone = re.search(r"(Z|[+-][0-9:]+)$", text[19:])
         return datetime.fromisoformat(text[:19] + (zone[1] if zone else "Z").replace("Z", "+00:00"))
     except ValueError:
@@ -668,14 +679,14 @@ def _time(text: str) -> datetime | None:
 
 
 def _platform(system: str, machine: str) -> str:
-    # The engine gives the kernel's name of the machine here, OCI's in an image.
+    # `docker info` has the kernel's name of the architecture; images have OCI's name.
     names = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm/v7", "i686": "386"}
     return f"{system}/{names.get(machine, machine)}"
 
 
-def _cause(text: str) -> str:
-    """The innermost cause of what requests wraps in several exceptions."""
-    for known in (
+def _root_cause(text: str) -> str:
+    """Return the innermost cause in a message of requests, which nests several exceptions."""
+    for cause in (
         "Connection refused",
         "Connection reset by peer",
         "closed connection",
@@ -684,6 +695,6 @@ def _cause(text: str) -> str:
         "timed out",
         "Name or service",
     ):
-        if known in text:
-            return known.lower()
+        if cause in text:
+            return cause.lower()
     return " ".join(text.split())

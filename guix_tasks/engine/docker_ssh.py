@@ -1,6 +1,6 @@
-"""The docker SDK's client by way of the user's own ssh.
+"""Client of the docker SDK that connects with the ssh program.
 
-The SDK's own way wants paramiko here, also for the user's ssh client.
+The SDK's SSH support needs paramiko even if it runs the ssh program.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Client(docker.APIClient):
-    """The SDK's client without its own look into Docker's configuration.
+    """SDK client that does not read Docker's config.json.
 
-    Accounts are handed to it, and a broken config.json is none of its business.
+    Accounts come from ``set_accounts``, so that a broken config.json is not an error.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.give({})
+        self.set_accounts({})
 
     @property
     def _general_configs(self) -> dict[str, Any]:
@@ -36,23 +36,26 @@ class Client(docker.APIClient):
     @_general_configs.setter
     def _general_configs(self, _: object) -> None: ...
 
-    def give(self, accounts: Mapping[str, Any]) -> None:
-        """Set the accounts of a build, by the names that Docker's configuration has for hosts."""
-        self._auth_configs = _Given({"auths": dict(accounts)})
+    def set_accounts(self, accounts: Mapping[str, Any]) -> None:
+        """Set the accounts of a build, by ``docker_key`` of their hosts."""
+        self._auth_configs = _Accounts({"auths": dict(accounts)})
 
 
-class _Given(docker.auth.AuthConfig):
-    is_empty = False  # else the SDK reads the file
+class _Accounts(docker.auth.AuthConfig):
+    is_empty = False  # True would let the SDK read the file
 
 
 def client_over_ssh(ssh: Ssh, timeout: int, version: str) -> Client:
-    """A client with a ``timeout`` in seconds; ``auto`` is the version that the engine has."""
-    way = _OverSsh(ssh, timeout)
+    """Return a client that connects over SSH.
+
+    ``timeout`` is in seconds. ``version`` is an API version, or ``auto`` for the engine's.
+    """
+    adapter = _SshAdapter(ssh, timeout)
 
     def client(version: str) -> Client:
-        made = Client(base_url="unix:///ssh", timeout=timeout, version=version)
-        made.mount("http+docker://", way)
-        return made
+        client = Client(base_url="unix:///ssh", timeout=timeout, version=version)
+        client.mount("http+docker://", adapter)
+        return client
 
     if version == "auto":
         oldest = client(docker.constants.MINIMUM_DOCKER_API_VERSION)
@@ -60,8 +63,8 @@ def client_over_ssh(ssh: Ssh, timeout: int, version: str) -> Client:
     return client(version)
 
 
-class _OverSsh(docker.transport.UnixHTTPAdapter):
-    """What speaks HTTP with an engine by way of ssh, as with one on a socket of this machine."""
+class _SshAdapter(docker.transport.UnixHTTPAdapter):
+    """HTTP adapter for an engine over SSH; the protocol is the same as on a Unix socket."""
 
     def __init__(self, ssh: Ssh, timeout: int) -> None:
         super().__init__("http+unix:///ssh", timeout)

@@ -1,4 +1,4 @@
-"""An engine that shows each call that changes something and, on a dry run, leaves it at that."""
+"""Engine that prints the calls that change state, and skips them in a dry run."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 class TracedEngine:
-    """Prints every call that changes something, as a ``docker`` command.
+    """Wrapper of an engine that prints every call that changes state as a ``docker`` command.
 
-    With ``perform=False`` (``inv --dry``) the call is left at that: reading goes to the real
-    engine, and a tag that would have been set is remembered, so that the stages after it see
-    what they would find.
+    With ``perform=False`` (``inv --dry``) these calls are not made. Calls that read go to the
+    wrapped engine. Tags and images of skipped calls are remembered, so that later stages see the
+    state that a real run would leave.
     """
 
     def __init__(self, engine: Engine, console: Console, *, perform: bool) -> None:
@@ -92,9 +92,9 @@ class TracedEngine:
             self._images[reference] = None
 
     def drop(self, image: str) -> None:
-        found = self.image(image)
-        remembered = [each and each.id for each in self._images.values()]
-        if found and not found.tags and found.id not in remembered:
+        inspected = self.image(image)
+        tagged = {known.id for known in self._images.values() if known}
+        if inspected and not inspected.tags and inspected.id not in tagged:
             self._show("image", "rm", image)
         if self._perform:
             self._engine.drop(image)
@@ -150,7 +150,7 @@ class TracedEngine:
         self._show("commit", container)
         if self._perform:
             return self._engine.commit(container, config)
-        # A commit adds one layer to those of the container's image, if the container was run.
+        # A commit adds one layer if the container was run.
         image = f"dry-run:{container}"
         spec = self._specs.get(container)
         parent = self.image(spec.image) if spec else None
@@ -167,9 +167,9 @@ class TracedEngine:
         self._console.command(("docker", "build", *build_options(spec), str(spec.context)))
         if self._perform:
             return self._engine.build(spec, output)
-        built = "dry-run:build"
-        self._images[built] = Image(built, (built,), {}, 0, "", self.info().platform)
-        return built
+        image = "dry-run:build"
+        self._images[image] = Image(image, (image,), {}, 0, "", self.info().platform)
+        return image
 
     def push(
         self, reference: str, credentials: Credentials | None, progress: Progress | None = None
@@ -193,7 +193,7 @@ class TracedEngine:
 
 
 def create_argv(spec: ContainerSpec) -> Sequence[str]:
-    """The ``docker create`` that makes this container."""
+    """Return the ``docker create`` command of a container."""
     entry, *arguments = spec.command
     return (
         "docker", "create", f"--name={spec.name}",
@@ -201,17 +201,17 @@ def create_argv(spec: ContainerSpec) -> Sequence[str]:
         *(f"--security-opt={option}" for option in spec.security),
         *(["--security-opt=systempaths=unconfined"] if spec.unmasked else []),
         *(["--cap-drop=ALL"] if spec.capabilities is not None else []),
-        *(f"--cap-add={each}" for each in spec.capabilities or ()),
+        *(f"--cap-add={capability}" for capability in spec.capabilities or ()),
         *(["--init"] if spec.init else []),
         *(["--interactive", "--tty"] if spec.tty else []),
         *([f"--network={spec.network}"] if spec.network else []),
         *([f"--memory={spec.memory}"] if spec.memory else []),
         *([f"--user={spec.user}"] if spec.user else []),
         *([f"--platform={spec.platform}"] if spec.platform else []),
-        *(f"--publish={spec.publish_on}:{ours}:{theirs}" for ours, theirs in spec.publish.items()),
+        *(f"--publish={spec.publish_on}:{host}:{port}" for host, port in spec.publish.items()),
         *(f"--volume={bind}" for bind in spec.binds),
         *([f"--volume={spec.scratch}"] if spec.scratch else []),
-        *(f"--tmpfs={folder}" for folder in spec.memory_folders),
+        *(f"--tmpfs={directory}" for directory in spec.memory_folders),
         *(f"--env={name}={value}" for name, value in spec.environment.items()),
         *(f"--label={name}={value}" for name, value in spec.labels.items()),
         f"--entrypoint={entry}", spec.image, *arguments,

@@ -1,4 +1,4 @@
-"""Podman behind the Docker-compatible API: what it does in another way than Docker."""
+"""Implementation of the ``Engine`` protocol for Podman, with its Docker-compatible API."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from guix_tasks.engine import podman_api
-from guix_tasks.engine.docker import DockerEngine, Helpers, profile
+from guix_tasks.engine.docker import DockerEngine, Helpers, seccomp_profile
 from guix_tasks.errors import REFUSED, BuilderError, EngineError
 from guix_tasks.oci.reference import ImageReference
 
@@ -21,75 +21,81 @@ if TYPE_CHECKING:
 
 
 def open_engine(address: Address, helpers: Helpers) -> DockerEngine:
-    """The engine at an address, of whichever kind it is.  Raises ``EngineError``."""
+    """Return the engine at an address: a ``PodmanEngine`` if Podman answers, else Docker's.
+
+    Raise ``EngineError`` if the engine does not answer.
+    """
     engine = DockerEngine(address, helpers)
-    is_podman = engine.answers_as(podman_api.is_podman)
+    is_podman = podman_api.is_podman(engine.version())
     return PodmanEngine(address, helpers) if is_podman else engine
 
 
 class PodmanEngine(DockerEngine):
-    """A real Podman.  Each method says why it is not as Docker's."""
+    """A Podman service.
+
+    Each method works around one difference between Podman's API and Docker's.
+    """
 
     product = podman_api.NAME
 
     def _has_bridge(self, info: Mapping[str, Any]) -> bool:  # noqa: ARG002
-        # It gives a network by default, whatever that is called.
+        # Podman's default network may have any name.
         return True
 
     def image(self, reference: str) -> Image | None:
-        found = super().image(reference)
-        if found is None:
+        image = super().image(reference)
+        if image is None:
             return None
-        # A health check is told by its own API alone.
-        check = self._libpod_image(found.id).get("Healthcheck")
+        # Only the libpod API reports the health check.
+        check = self._libpod_image(image.id).get("Healthcheck")
         return replace(
-            found,
-            config={**found.config, **({"Healthcheck": check} if check else {})},
-            # Each image has one, also where no registry knows it, and no word tells which.
+            image,
+            config={**image.config, **({"Healthcheck": check} if check else {})},
+            # Podman reports a digest even for an image that no registry has.
             digests=(),
-            tags=tuple(map(podman_api.plain, found.tags)),
+            tags=tuple(map(podman_api.familiar_name, image.tags)),
         )
 
     def _libpod_image(self, image: str) -> dict[str, Any]:
-        with self._speaking(f"look at the image {image}"):
+        with self._engine_errors(f"inspect the image {image}"):
             answer = self._api.get(f"{self._api.base_url}/v4.0.0/libpod/images/{image}/json")
             answer.raise_for_status()
-            found: dict[str, Any] = answer.json()
-        return found
+            inspected: dict[str, Any] = answer.json()
+        return inspected
 
     def unnamed(self, labels: Mapping[str, str]) -> list[str]:
-        # Of several labels it finds nothing.
+        # Podman finds no image if the filter has several labels.
         first, *others = (super(PodmanEngine, self).unnamed({k: v}) for k, v in labels.items())
-        return [each for each in first if all(each in other for other in others)]
+        return [image for image in first if all(image in other for other in others)]
 
-    def _is_asked(self, reference: str, account: Credentials | None) -> bool:  # noqa: ARG002
-        # Its API asks no registry for an image; an account has been tried by now.
+    def _look_up(self, reference: str, account: Credentials | None) -> bool:  # noqa: ARG002
+        # The API cannot look up an image in a registry. The login has tested a password already.
         return account is not None and not account.identity_token
 
     def _security(self, spec: ContainerSpec) -> list[str]:
-        if any(map(profile, spec.security)) and not self.info().is_local:
+        if any(map(seccomp_profile, spec.security)) and not self.info().is_local:
             raise EngineError(
                 f"{REFUSED} filter a container's system calls: Podman takes no filter from "
-                "another machine; GUIX_SANDBOX=privileged does without"
+                "another machine; set GUIX_SANDBOX=privileged, which needs no filter"
             )
-        # It reads the file itself, and has another word for all of /proc.
+        # Podman reads the profile's file itself. Its option for `unmasked` differs from Docker's.
         return [*spec.security, *(["unmask=ALL"] if spec.unmasked else [])]
 
     def commit(self, container: str, config: Mapping[str, Any]) -> str:
-        # See ``podman_api``: a commit takes no configuration.
-        with self._speaking("commit a container"):
+        # A commit takes no configuration; ``podman_api`` describes this second step.
+        with self._engine_errors("commit a container"):
             changes = [f"LABEL {podman_api.UNFINISHED_LABEL}=yes"]
-            unfinished = self._slow.commit(container, changes=changes)["Id"]
+            unfinished = self._work_api.commit(container, changes=changes)["Id"]
             try:
-                image, archive = podman_api.configured(self._libpod_image(unfinished), config)
-                events = self._slow.load_image(archive)  # type: ignore[no-untyped-call]
+                image, archive = podman_api.configured_image(self._libpod_image(unfinished), config)
+                events = self._work_api.load_image(archive)  # type: ignore[no-untyped-call]
                 deque(events, maxlen=0)
             finally:
-                self._slow.remove_image(unfinished)
+                self._work_api.remove_image(unfinished)
         return image
 
     def _import_name(self, reference: str) -> tuple[str, str | None]:
-        # It takes the tag with the name alone.
+        # Podman expects the tag in the name.
         return reference, None
 
     def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
@@ -111,18 +117,18 @@ class PodmanEngine(DockerEngine):
             return super()._push_events(reference, credentials)
 
     @staticmethod
-    def _pushed(event: Mapping[str, Any]) -> str:
-        return podman_api.pushed(event)
+    def _pushed_digest(event: Mapping[str, Any]) -> str:
+        return podman_api.pushed_digest(event)
 
     @contextmanager
     def _plain_http(self, reference: str) -> Iterator[None]:
-        """Let it speak plain HTTP to a registry on loopback, as Docker does by itself.
+        """Allow plain HTTP to a registry on loopback, which Docker allows by default.
 
-        It takes this for a push and a build; for a pull it does not.
+        Podman has this parameter for a push and a build, but not for a pull.
         """
-        if podman_api.on_loopback(ImageReference.parse(reference).registry):
-            self._slow.params = {"tlsVerify": "false"}
+        if podman_api.is_loopback(ImageReference.parse(reference).registry):
+            self._work_api.params = {"tlsVerify": "false"}
         try:
             yield
         finally:
-            self._slow.params = {}
+            self._work_api.params = {}

@@ -1,9 +1,9 @@
-"""What Podman does in another way than Docker, behind the API that both have.
+"""Differences between Podman's Docker-compatible API and Docker's.
 
-Its commit takes no configuration, adds words of its own to the environment and the container's
-labels to the image, and cannot take out what is there.  So what it commits is given its
-configuration afterwards: the same layers are loaded under another configuration, as an archive
-that has no layer in it, since Podman does not ask for those that it has.
+Podman's commit takes no configuration, adds variables to the environment and the container's
+labels to the image, and cannot remove either. The configuration is therefore set in a second
+step: an archive with the same layers and another configuration is loaded. The archive contains
+no layer data, because Podman reads only layers that it does not have.
 """
 
 from __future__ import annotations
@@ -23,53 +23,53 @@ if TYPE_CHECKING:
 NAME = "Podman"
 
 UNFINISHED_LABEL = "org.guix-tasks.unfinished"
-"""Of what was committed and has no configuration yet."""
+"""Label of a committed image that has no configuration yet."""
 
 _DOCKER = "application/vnd.docker."
 _MANIFEST = f"{_DOCKER}distribution.manifest.v2+json"
-"""Docker's own form of an image, since OCI's knows no health check."""
+"""Docker's image format; OCI's has no health check."""
 
 
 def sockets() -> list[Path]:
-    """Where Podman listens, if its ``podman.socket`` is started: the user's, then root's."""
-    own = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
-    return [Path(folder, "podman/podman.sock") for folder in (own, "/run")]
+    """Return the sockets of ``podman.socket``: the user's, then root's."""
+    user = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+    return [Path(directory, "podman/podman.sock") for directory in (user, "/run")]
 
 
 def is_podman(version: Mapping[str, Any]) -> bool:
-    """Whether an engine's answer to ``/version`` is Podman's."""
+    """Return True if an answer to ``/version`` comes from Podman."""
     components = version.get("Components") or ()
-    return any(str(each.get("Name", "")).startswith(NAME) for each in components)
+    return any(str(component.get("Name", "")).startswith(NAME) for component in components)
 
 
-def plain(name: str) -> str:
-    """The name of an image as Docker says it."""
+def familiar_name(name: str) -> str:
+    """Return an image name without Docker Hub's prefixes, as Docker prints it."""
     return name.removeprefix("docker.io/").removeprefix("library/")
 
 
-def pushed(event: Mapping[str, Any]) -> str:
-    """The digest that an event of a push tells, where it does so in words alone."""
-    found = re.search(r"\bdigest: (sha256:[0-9a-f]{64})\b", str(event.get("status", "")))
-    return found[1] if found else ""
+def pushed_digest(event: Mapping[str, Any]) -> str:
+    """Return the digest in the status line of a push event, or an empty string."""
+    match = re.search(r"\bdigest: (sha256:[0-9a-f]{64})\b", str(event.get("status", "")))
+    return match[1] if match else ""
 
 
-def on_loopback(host: str) -> bool:
-    """Whether a registry is on the engine's own machine, to which Docker speaks plain HTTP, too."""
+def is_loopback(host: str) -> bool:
+    """Return True if a registry is on the engine's machine, where Docker allows plain HTTP."""
     return host.partition(":")[0] == "localhost" or host.startswith("127.")
 
 
-def configured(found: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, bytes]:
-    """An image with the layers and the history of another, and this configuration.
+def configured_image(inspected: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, bytes]:
+    """Return the ID and the archive of a copy of an image with another configuration.
 
-    ``found`` is what Podman's own API says of the other.  The ID of the image, and the archive
-    that makes it where the layers are.
+    ``inspected`` is the libpod API's description of the image. The copy has the same layers and
+    history. The archive can be loaded only by an engine that has the layers.
     """
-    layers = found["RootFS"]["Layers"]
+    layers = inspected["RootFS"]["Layers"]
     image = _json(
         {
-            **{name.lower(): found[name] for name in ("Architecture", "Os", "Created")},
+            **{name.lower(): inspected[name] for name in ("Architecture", "Os", "Created")},
             "config": dict(config),
-            "history": found.get("History") or [],
+            "history": inspected.get("History") or [],
             "rootfs": {"type": "layers", "diff_ids": layers},
         }
     )
@@ -78,12 +78,12 @@ def configured(found: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str
         {
             "schemaVersion": 2,
             "mediaType": _MANIFEST,
-            "config": _described(f"{_DOCKER}container.image.v1+json", image),
-            # Nobody reads a layer, nor how long it is.
-            "layers": [{"mediaType": kind, "size": 1, "digest": each} for each in layers],
+            "config": _descriptor(f"{_DOCKER}container.image.v1+json", image),
+            # Podman reads neither the layers nor their sizes.
+            "layers": [{"mediaType": kind, "size": 1, "digest": digest} for digest in layers],
         }
     )
-    index = _json({"schemaVersion": 2, "manifests": [_described(_MANIFEST, manifest)]})
+    index = _json({"schemaVersion": 2, "manifests": [_descriptor(_MANIFEST, manifest)]})
     files = {
         "oci-layout": _json({"imageLayoutVersion": "1.0.0"}),
         "index.json": index,
@@ -92,7 +92,7 @@ def configured(found: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str
     return f"sha256:{_sha256(image)}", _archive(files)
 
 
-def _described(kind: str, blob: bytes) -> dict[str, Any]:
+def _descriptor(kind: str, blob: bytes) -> dict[str, Any]:
     return {"mediaType": kind, "size": len(blob), "digest": f"sha256:{_sha256(blob)}"}
 
 

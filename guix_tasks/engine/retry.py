@@ -1,7 +1,7 @@
-"""Faults that pass by themselves, and trying again.
+"""Retries of calls that fail for a transient reason.
 
-A network that drops a connection and a server that is overloaded are worth another try; a wrong
-password, a missing image and a package that does not build are not.
+A dropped connection and an overloaded server are transient. A wrong password, a missing image and
+a package that does not build are not.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 TRIES = 4
+"""Number of attempts of a call."""
 
 LONGEST = 60.0
-"""Seconds that are waited at most, where nobody says for how long."""
+"""Longest wait in seconds between two attempts."""
 
 LONGEST_ASKED = 300.0
-"""Seconds that are waited at most where a registry asks to be left alone."""
+"""Longest wait in seconds if the registry sends ``Retry-After``."""
 
-_ASKING = 5.0
-"""Seconds in which a registry may say so."""
+_REQUEST_TIMEOUT = 5.0
+"""Timeout in seconds of the request for ``Retry-After``."""
 
 _PASSING = re.compile(
     r"\b(429|50[0234])\b|too ?many ?requests|internal server error|bad gateway|"
     r"service unavailable|gateway time-?out|connection reset|broken pipe|unexpected eof|\bEOF\b|"
     r"i/o timeout|timed? ?out|(?<!like a )TLS handshake|temporary failure in name resolution|"
     r"connection was closed|use of closed network connection|"
-    # What came is not what was asked for: it broke on its way.
+    # The content was damaged on its way.
     r"verification failed for digest|unexpected commit digest",
     re.IGNORECASE,
 )
-"""What engines, BuildKit and registries say of a fault that may be gone in a moment.
+"""Messages of engines, BuildKit and registries about transient failures.
 
-Not `connection refused`: where nobody listens, somebody has to start something.
+`connection refused` is not transient: the user has to start a server.
 """
 
 
@@ -56,18 +57,20 @@ _OVERLOADED = re.compile(r"\b429\b|too ?many ?requests", re.IGNORECASE)
 
 
 def passes(text: str) -> bool:
-    """Whether a message tells of a fault that may be gone in a moment."""
+    """Return True if a message reports a transient failure."""
     return _PASSING.search(text) is not None
 
 
 def retried(
     console: Console, what: str, call: Callable[[], T], tries: int = TRIES, host: str | None = None
 ) -> T:
-    """Make a call, and again where its error says that it may go well a little later.
+    """Make a call, and repeat it after transient failures.
 
-    The waits double, and differ by chance, so that many machines do not come back at once.  Where
-    the registry ``host`` was asked too often, and says for how long it wants to be left alone, it
-    is that long.
+    ``what`` names the call in the warning about a failure. The waits double and are partly random,
+    so that many machines do not retry at the same time. If the registry ``host`` limits the rate
+    and sends ``Retry-After``, the wait is that long.
+
+    Raise the last error after ``tries`` attempts.
     """
     for left in range(tries - 1, -1, -1):
         try:
@@ -76,27 +79,27 @@ def retried(
             if not error.passes or not left:
                 raise
             seconds = min(LONGEST, 2.0 ** (tries - left)) * random.uniform(0.5, 1)  # noqa: S311
-            why = ""
-            asked = retry_after(host) if host and _OVERLOADED.search(str(error)) else None
-            if asked is not None:
-                seconds = min(LONGEST_ASKED, asked + random.random())  # noqa: S311
-                why = f", as {host} asks for {human_time(asked)}"
-            console.warn(f"{error}; {what} is tried again in {human_time(seconds)}{why}")
+            reason = ""
+            requested = retry_after(host) if host and _OVERLOADED.search(str(error)) else None
+            if requested is not None:
+                seconds = min(LONGEST_ASKED, requested + random.random())  # noqa: S311
+                reason = f", as {host} asks for {human_time(requested)}"
+            console.warn(f"{error}; {what} is retried in {human_time(seconds)}{reason}")
         time.sleep(seconds)
     raise AssertionError
 
 
 def retry_after(host: str) -> float | None:
-    """The seconds for which a registry wants to be left alone; None where it does not say.
+    """Return the seconds of a registry's ``Retry-After`` header, or None if it sends none.
 
-    It is asked once, as anybody may: an engine keeps what it was told to itself.
+    This makes an anonymous request, because engines do not report the header.
     """
     name = {"docker.io": "registry-1.docker.io"}.get(host, host)
     is_loopback = re.fullmatch(r"(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?", host)
     for scheme in ("http",) if is_loopback else ("https", "http"):
         address = f"{scheme}://{name}/v2/"
         try:
-            with urllib.request.urlopen(address, timeout=_ASKING) as answer:  # noqa: S310
+            with urllib.request.urlopen(address, timeout=_REQUEST_TIMEOUT) as answer:  # noqa: S310
                 return _seconds(answer.headers.get("Retry-After"))
         except urllib.error.HTTPError as error:
             with error:
@@ -107,7 +110,7 @@ def retry_after(host: str) -> float | None:
 
 
 def _seconds(value: str | None) -> float | None:
-    """What ``Retry-After`` says (RFC 9110, 10.2.3): seconds, or a date."""
+    """Return the seconds until ``Retry-After`` (RFC 9110, 10.2.3), a number or a date."""
     if value is None:
         return None
     if value.strip().isdecimal():

@@ -1,7 +1,8 @@
-"""The way to an engine by ``ssh://``: the user's own ssh client, as the docker command takes it.
+"""Connections to an engine at an ``ssh://`` address, with the ssh program.
 
-Each connection is a client whose standard input and output are one socket.  It never asks for
-anything: nobody may sit before the terminal, and a question would look like an engine that hangs.
+The docker command line connects in the same way. Each connection is an ssh process with a socket
+as both standard input and output. ssh runs in batch mode: there may be no user at the terminal,
+and a prompt would look like an engine that hangs.
 """
 
 from __future__ import annotations
@@ -20,90 +21,98 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _SECONDS = 30
-"""How long a connection may take to be made."""
+"""Timeout of a new connection."""
 
-_MENDS = {
-    "Host key verification failed": "its key is not known here: `{ssh}` once by hand shows "
-    "it, and remembers it",
-    "permission denied while": "the user there may not use that engine: put them into the group "
+_HINTS = {
+    "Host key verification failed": "this machine does not know the host's key: run `{ssh}` once "
+    "to see and accept it",
+    "permission denied while": "the remote user may not use the engine: add the user to the group "
     "that owns its socket",
-    "Permission denied": "ssh lets nobody in without a question: give it a key, in the agent or "
-    "without a passphrase, that is in authorized_keys there",
-    "not found": "the docker command is not there, or not on the PATH of `{ssh}`: install it there",
-    "Could not resolve": "mend the host's name",
-    "Connection refused": "nothing answers there: start sshd, or mend the host and the port",
-    "timed out": "nothing answers there: mend the host and the port, or the network",
-    "no such file or directory": "no engine is there: start it",
-    "Cannot connect to the Docker daemon": "start it there",
+    "Permission denied": "ssh cannot log in without a prompt: use a key in the agent or without a "
+    "passphrase, and add it to authorized_keys on the host",
+    "not found": "the docker command is missing on the host, or not on the PATH of `{ssh}`: "
+    "install it there",
+    "Could not resolve": "fix the host's name",
+    "Connection refused": "nothing answers there: start sshd, or fix the host and the port",
+    "timed out": "nothing answers there: fix the host and the port, or the network",
+    "no such file or directory": "no engine listens there: start it",
+    "Cannot connect to the Docker daemon": "start it on the host",
 }
-"""What mends a fault, by words of what ssh, or the docker command there, says of it."""
+"""Hints, by words in the messages of ssh and of the remote docker command."""
 
 
 @dataclass
 class Ssh:
-    """An address ``ssh://[USER@]HOST[:PORT][/SOCKET]``, and what was said on the way to it."""
+    """An address ``ssh://[USER@]HOST[:PORT][/SOCKET]`` and the messages of its ssh processes."""
 
     url: str
     _log: IO[bytes] = field(default_factory=tempfile.TemporaryFile, repr=False)
 
     def connect(self) -> socket.socket:
-        """A connection to the engine there.  Raises ``EngineError`` where there is no ssh here."""
-        ours, theirs = socket.socketpair()
-        with theirs:
+        """Return a new connection to the engine.
+
+        Raise ``EngineError`` if ssh is not installed or the address is invalid.
+        """
+        connection, ssh_end = socket.socketpair()
+        with ssh_end:
             try:
-                # In a session of its own: Ctrl-C is for us, who then still need the engine.
+                # A new session protects ssh from Ctrl-C: cleanup still needs the engine.
                 subprocess.Popen(
-                    ["ssh", *arguments(self.url)],
-                    stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=self._log,
+                    ["ssh", *ssh_arguments(self.url)],
+                    stdin=ssh_end.fileno(), stdout=ssh_end.fileno(), stderr=self._log,
                     start_new_session=True,
                 )  # fmt: skip
             except OSError as error:
-                ours.close()
+                connection.close()
                 raise EngineError(
                     f"{self.url} needs the program ssh: {error.strerror}; install openssh-client"
                 ) from None
-        return ours
+        return connection
 
-    def complaint(self) -> str:
-        """Why there is no connection, and what mends it; empty where nothing was said."""
+    def error_line(self) -> str:
+        """Return the error of ssh with a hint; empty if ssh printed nothing."""
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").splitlines()
         lines = [line.strip() for line in lines if line.strip() and "Warning:" not in line]
-        told = ((line, mend) for words, mend in _MENDS.items() for line in lines if words in line)
-        line, mend = next(told, (lines[-1] if lines else "", ""))
-        return f"{line}; {mend.format(ssh=by_hand(self.url))}" if mend else line
+        hints = ((line, hint) for words, hint in _HINTS.items() for line in lines if words in line)
+        line, hint = next(hints, (lines[-1] if lines else "", ""))
+        return f"{line}; {hint.format(ssh=ssh_command(self.url))}" if hint else line
 
 
-def by_hand(url: str) -> str:
-    """How somebody calls ssh for an address."""
+def ssh_command(url: str) -> str:
+    """Return the ssh command that a user runs for an address."""
     parts = urlsplit(url)
     port = f"-p {parts.port} " if parts.port else ""
     return f"ssh {port}{parts.netloc.partition(':')[0]}"
 
 
-def arguments(url: str) -> Sequence[str]:
-    """What ssh is called with.  Raises ``EngineError`` where the address is none."""
+def ssh_arguments(url: str) -> Sequence[str]:
+    """Return the arguments of ssh for an address.
+
+    Raise ``EngineError`` if the address is invalid.
+    """
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise _wrong(url, str(error)) from None
+        raise _address_error(url, str(error)) from None
     if not host:
-        raise _wrong(url, "it names no host")
+        raise _address_error(url, "it has no host")
     if parts.password is not None:
-        raise _wrong(url.replace(f":{parts.password}@", ":...@"), "a password cannot be in it")
+        url = url.replace(f":{parts.password}@", ":...@")
+        raise _address_error(url, "it cannot contain a password")
     if parts.query or parts.fragment:
-        raise _wrong(url, "nothing may follow the path")
+        raise _address_error(url, "nothing may follow the path")
     if not re.fullmatch(r"[\w./+@%-]*", parts.path):
-        raise _wrong(url, "its path cannot be that of a socket")
-    there = f" --host=unix://{parts.path}" if parts.path.strip("/") else ""
+        raise _address_error(url, "its path is not a valid path of a socket")
+    host_option = f" --host=unix://{parts.path}" if parts.path.strip("/") else ""
     return (
         "-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SECONDS}", "-T",
         *(["-l", parts.username] if parts.username else []),
         *(["-p", str(port)] if port else []),
-        "--", host, f"docker{there} system dial-stdio",
+        "--", host, f"docker{host_option} system dial-stdio",
     )  # fmt: skip
 
 
-def _wrong(url: str, why: str) -> EngineError:
-    return EngineError(f"DOCKER_HOST: {url}: {why}; it is to be ssh://[USER@]HOST[:PORT]")
+def _address_error(url: str, reason: str) -> EngineError:
+    return EngineError(f"DOCKER_HOST: {url}: {reason}; write ssh://[USER@]HOST[:PORT]")

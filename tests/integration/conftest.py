@@ -36,7 +36,7 @@ from guix_tasks.bootstrap.engine import PrivateEngine, private_engine
 from guix_tasks.bootstrap.registry import LocalRegistry, local_registry
 from guix_tasks.bootstrap.service import Service
 from guix_tasks.cli.session import helpers
-from guix_tasks.engine.accounts import docker_folder
+from guix_tasks.engine.accounts import docker_config_directory
 from guix_tasks.engine.discovery import find_engine
 from guix_tasks.engine.docker import DockerEngine
 from guix_tasks.errors import EngineError, NoEngineError
@@ -225,7 +225,7 @@ def machine_docker(
 
 
 def _docker(host: str, tmp_path_factory: pytest.TempPathFactory) -> Docker:
-    config, own = tmp_path_factory.mktemp("docker"), docker_folder(os.environ)
+    config, own = tmp_path_factory.mktemp("docker"), docker_config_directory(os.environ)
     if (own / "cli-plugins").is_dir():
         (config / "cli-plugins").symlink_to(own / "cli-plugins")
     return Docker(host, config)

@@ -203,7 +203,7 @@ def test_a_builder_that_is_not_there(new_project: NewProject, engines_own: Build
     for task in ("buildx.build", "buildx.status"):
         error = one_error(missing.inv(project, task), 6)
         assert "nobody-made-it" in error
-        assert "`inv buildx.setup` makes it" in error
+        assert "`inv buildx.setup` creates it" in error
     assert "builder nobody-made-it does not exist" in missing.ok(project, "buildx.down").stderr
 
 
@@ -221,14 +221,14 @@ def plain_definition(folder: Path, base: str, labels: dict[str, str], user: str)
         base=BuildSpec(context, context / "Dockerfile", arguments, network="none"),
         base_contexts={},
         recipe=Recipe(platforms=[OWN], network="none", user=user, labels=list(labels)),
-        folder=folder,
+        directory=folder,
         contexts={"work": folder / "work"},
         label_values={label_argument(OWN, n): text for n, text in enumerate(labels.values())},
     )
 
 
 def bake(program: Buildx, builder: str, definition: Definition, target: str) -> None:
-    folder = definition.folder
+    folder = definition.directory
     (folder / "Dockerfile").write_text(dockerfile(definition.recipe))
     (folder / "bake.json").write_text(bake_file(definition))
     log: list[bytes] = []
@@ -247,7 +247,7 @@ def test_a_base_is_linked_and_its_image_is_labelled(
     plain = plain_definition(tmp_path / "a ${folder}, really", base_image, labels, "nobody")
     definition = Definition(**{**vars(plain), "tags": [tag], "output": "type=docker"})
     bake(engines_own.buildx, "default", definition, ASKED_TARGET)
-    assert (definition.folder / "reports" / "name").read_text() == "nobody\n"
+    assert (definition.directory / "reports" / "name").read_text() == "nobody\n"
     bake(engines_own.buildx, "default", definition, "image")
     try:
         config = docker.config(tag)
@@ -275,7 +275,7 @@ def test_a_remote_builder(
             assert re.search(rf"^{name}0 +{endpoint} +running", status, re.MULTILINE)
             definition = plain_definition(tmp_path / "plain", base_image, {}, "nobody")
             bake(engines_own.buildx, name, definition, ASKED_TARGET)
-            assert (definition.folder / "reports" / "name").read_text() == "nobody\n"
+            assert (definition.directory / "reports" / "name").read_text() == "nobody\n"
         finally:
             said = remote.inv(project, "buildx.down").stderr
         assert f"removed {name}" in said

@@ -329,8 +329,8 @@ def test_ctrl_c_ends_what_runs_behind_ssh(
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"hosts": "nobody"}, "its key is not known here: `ssh -p {port} root@127.0.0.1` once"),
-        ({"key": "other"}, "Permission denied (publickey).; ssh lets nobody in without a question"),
+        ({"hosts": "nobody"}, "know the host's key: run `ssh -p {port} root@127.0.0.1` once"),
+        ({"key": "other"}, "Permission denied (publickey).; ssh cannot log in without a prompt"),
     ],
 )
 def test_ssh_never_asks(far: Far, tmp_path: Path, wrong: dict[str, str], said: str) -> None:
@@ -342,7 +342,7 @@ def test_ssh_never_asks(far: Far, tmp_path: Path, wrong: dict[str, str], said: s
 def test_nobody_answers_behind_ssh(far: Far, tmp_path: Path) -> None:
     somebody = far.user(tmp_path / "user")
     error = one_error(somebody.inv("status", DOCKER_HOST=f"{far.host}/nowhere.sock"), 3)
-    assert error.endswith("no such file or directory; no engine is there: start it")
+    assert error.endswith("no such file or directory; no engine listens there: start it")
     error = one_error(somebody.inv("status", DOCKER_HOST=f"ssh://127.0.0.1:{free_port()}"), 3)
     assert "Connection refused; nothing answers there: start sshd" in error
 
@@ -352,7 +352,7 @@ def test_there_is_no_docker_behind_ssh(local: Docker, tmp_path: Path) -> None:
     empty.mkdir()
     with _sshd(tmp_path / "far", local.host, str(empty)) as far:
         error = one_error(far.user(tmp_path / "user").inv("status", DOCKER_HOST=far.host), 3)
-    assert "the docker command is not there, or not on the PATH" in error
+    assert "the docker command is missing on the host, or not on the PATH" in error
 
 
 def test_there_is_no_ssh_here(user: User) -> None:

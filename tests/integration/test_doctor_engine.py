@@ -184,7 +184,7 @@ def test_a_registry_that_is_down(new_project: NewProject) -> None:
     # The name proves that only what the registry says counts.
     place = f"localhost:{free_port()}"
     said = registry_said(new_project(repository=f"{place}/unknown/manifest-unknown"))
-    assert said.startswith(f"failed: cannot ask for {place}/unknown/manifest-unknown:t: ")
+    assert said.startswith(f"failed: cannot look up {place}/unknown/manifest-unknown:t: ")
     assert "connection refused" in said
     assert "inv registry.up" in said
 
@@ -193,7 +193,7 @@ def test_a_registry_at_an_unknown_host(new_project: NewProject) -> None:
     said = registry_said(new_project(repository="unknown.invalid/x"))
     assert said.startswith("failed: ")
     # Without a network nobody knows that there is no such host.
-    assert "there is no such registry: mend the reference" in said or "unreachable" in said
+    assert "there is no such registry: fix the reference" in said or "unreachable" in said
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_a_fault_of_the_network_is_survived(new_project: NewProject, workshop: W
     with serving(workshop.offline / "substitutes", missing=2) as server:
         project = new_project("base", NETWORK="host", GUIX_SUBSTITUTE_URLS=server)
         said = project.ok("pull", "--upstream").stderr
-    assert said.count("pull is tried again in") == 1
+    assert said.count("pull is retried in") == 1
     assert not (project.folder / "out" / "failed").exists()
     assert project.containers() == []
 
@@ -120,5 +120,5 @@ def test_a_server_that_is_down_does_not_let_all_be_built(new_project: NewProject
         error = one_error(result, 4)
     assert "no substitute server answers (127.0.0.1)" in error
     assert "GUIX_FALLBACK=yes" in error
-    assert result.stderr.count("pull is tried again in") == 2
+    assert result.stderr.count("pull is retried in") == 2
     assert bundle(project)

@@ -417,7 +417,7 @@ def test_what_is_not_there_is_not_tried_again(rig: Rig) -> None:
     """A cache that misses costs no time."""
     with (
         failing(rig.registry, Faults(status(500), anything, 0)) as address,
-        pytest.raises(RegistryError, match="mend the reference"),
+        pytest.raises(RegistryError, match="fix the reference"),
     ):
         pull(rig.project(address), f"{address}/guix-tasks-test/500/429:t-503")
     assert rig.waits == []
@@ -511,7 +511,7 @@ def test_a_fault_that_passes_is_told_and_survived(
         project = tiny(new_project, registry, address)
         result = project.ok("push")
         assert faults.met == faults.times
-        assert result.stderr.count("the push is tried again in") == 1
+        assert result.stderr.count("the push is retried in") == 1
         held = result.stdout.strip().replace(address, f"localhost:{registry.port}")
         docker.ok("manifest", "inspect", "--insecure", held)
 
@@ -568,7 +568,7 @@ def test_a_fault_that_stays_ends_in_one_line(rig: Rig) -> None:
         rig.image(project)
         assert not rig.pushed(project)
         assert str(project.settings.image) in rig.errors[0]
-        assert rig.said.getvalue().count("is tried again in") == len(rig.waits) == 3
+        assert rig.said.getvalue().count("is retried in") == len(rig.waits) == 3
         assert faults.met == 4
 
 

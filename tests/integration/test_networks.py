@@ -215,13 +215,13 @@ def test_a_step_of_a_build(
     resolve = (IMAGE_FOLDER / "resolve.scm").read_bytes()
     files = {"stage": resolve_script(channels=True), "resolve.scm": resolve}
     files |= {**programs(), "channels.scm": text.encode()}
-    write_step(settings, folder, RESOLVE, files, again=True)
+    write_step(settings, folder, RESOLVE, files, force=True)
     own = Platform.parse(engine.info().platform)
     definition = Definition(
         base=BuildSpec(folder / "base", folder / "base" / "Dockerfile", network="host"),
         base_contexts={},
         recipe=Recipe(platforms=[own], resolve=True, network="host", ssh=way == "ssh"),
-        folder=folder,
+        directory=folder,
         contexts={WORK: folder / WORK},
         secrets=write_secrets(settings, folder, text),
         ssh_agent=Path(forge.file("agent")) if way == "ssh" else None,

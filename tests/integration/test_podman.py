@@ -279,7 +279,7 @@ def test_without_a_socket_of_dockers_it_is_named(podman: Podman, tmp_path: Path)
     if DEFAULT_SOCKET.exists():
         pytest.skip("this machine has an engine at the default socket")
     said = call(inv_argv("status"), {"PATH": os.environ["PATH"], **environment}, 60, tmp_path)
-    hint = f", or use the Podman that is here: DOCKER_HOST=unix://{own}/podman.sock"
+    hint = f", or use this machine's Podman: DOCKER_HOST=unix://{own}/podman.sock"
     assert one_error(said, 3).endswith(hint)
 
 

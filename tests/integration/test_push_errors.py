@@ -42,7 +42,7 @@ def test_a_registry_that_is_unknown(new_project: NewProject) -> None:
         error = one_error(project.inv("push"), 5)
     assert "registry.invalid" in error
     # Without a network nobody knows that there is no such host.
-    assert "there is no such registry: mend the reference" in error or "unreachable" in error
+    assert "there is no such registry: fix the reference" in error or "unreachable" in error
 
 
 @pytest.mark.parametrize(

@@ -414,7 +414,7 @@ class FakeEngine:
     def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
         self.registry.seen.append(credentials)
         if self.registry.refusal:
-            raise RegistryError(f"cannot ask for {reference}: {self.registry.refusal}")
+            raise RegistryError(f"cannot look up {reference}: {self.registry.refusal}")
         return self.about.product != "Podman" or credentials is not None
 
     @_counted
@@ -467,9 +467,11 @@ class FakeEngine:
     def create(self, spec: ContainerSpec) -> str:
         image = self._image(spec.image)
         if image is None:
-            raise EngineError(f"the engine could not make a container: No such image: {spec.image}")
+            raise EngineError(
+                f"the engine could not create a container: No such image: {spec.image}"
+            )
         if any(box.spec.name == spec.name for box in self.all_containers.values()):
-            raise EngineError(f"the engine could not make a container: {spec.name} is in use")
+            raise EngineError(f"the engine could not create a container: {spec.name} is in use")
         config: dict[str, Any] = {
             "Entrypoint": list(spec.command),
             "Env": [f"{name}={value}" for name, value in spec.environment.items()],

@@ -120,7 +120,7 @@ def test_a_store_is_asked_for_all_and_an_empty_helper_means_the_file(tmp_path: P
 @pytest.mark.parametrize(
     ("helper", "host", "why"),
     [
-        ("nowhere", "a.example", "docker-credential-nowhere not installed"),
+        ("nowhere", "a.example", "docker-credential-nowhere is not installed"),
         ("test", "locked.example", "docker-credential-test: the key ring is locked"),
         ("test", "odd.example", "without Username and Secret"),
         ("a\0b", "a.example", "null byte"),
@@ -133,7 +133,7 @@ def test_a_helper_that_fails_is_an_error_of_one_line(
     with pytest.raises(RegistryError) as caught:
         found.find(host)
     assert why in str(caught.value)
-    assert str(caught.value).startswith(f"cannot get the account of {host} from Docker's own")
+    assert str(caught.value).startswith(f"cannot get the account of {host} from Docker's conf")
     # A build goes on without, as with Docker's command line: its images may be public.
     assert host not in found.every()
 

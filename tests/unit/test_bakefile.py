@@ -369,7 +369,7 @@ def test_the_frontend_and_the_labels_are_arguments_of_the_steps() -> None:
 
 def test_a_path_with_a_comma_or_a_quote_stays_one_path() -> None:
     base = replace(BASE, secrets={"a": Path('/s/"t"'), "b": Path("/s/t u")})
-    found = targets(replace(PLAIN, base=base, folder=Path("/f,g")))
+    found = targets(replace(PLAIN, base=base, directory=Path("/f,g")))
     assert found["base"]["secret"] == ['id=a,"src=/s/""t"""', "id=b,src=/s/t u"]
     assert found["image"]["secret"] == ['id=environment,"src=/f,g/environment"']
     assert found["asked"]["output"] == ['type=local,"dest=/f,g/reports"']
@@ -401,7 +401,7 @@ def test_no_text_is_a_template(text: str, expected: str) -> None:
         PLAIN,
         base=BuildSpec(place, place, args={"A": text}, secrets={"s": place}),
         base_contexts={"a:1": text},
-        folder=place,
+        directory=place,
         contexts={"mount-0": place},
         label_values={"L": text},
         output=text,

@@ -49,13 +49,13 @@ def fake(tmp_path: Path) -> FakeBuildx:
     return made
 
 
-def bake(site: Site, fake: FakeBuildx, **wishes: bool) -> str:
-    return build(site.project(), fake.program(), BuildWishes(**wishes))
+def bake(site: Site, fake: FakeBuildx, **options: bool) -> str:
+    return build(site.project(), fake.program(), BuildWishes(**options))
 
 
-def said(site: Site, fake: FakeBuildx, **wishes: bool) -> str:
+def said(site: Site, fake: FakeBuildx, **options: bool) -> str:
     project = site.project()
-    build(project, fake.program(), BuildWishes(**wishes))
+    build(project, fake.program(), BuildWishes(**options))
     return heard(project)
 
 
@@ -173,7 +173,7 @@ def test_no_name_of_a_user_becomes_an_instruction(site: Site, fake: FakeBuildx, 
     users = [line for line in bakes(fake)[-1].files["Dockerfile"].splitlines() if "USER" in line]
     assert users == ["USER root", "USER 1000"]
     fake.answer(user="-1")
-    with pytest.raises(BuilderError, match="has no name that can be one"):
+    with pytest.raises(BuilderError, match="has an invalid name"):
         bake(site, fake)
 
 
@@ -409,7 +409,7 @@ def test_buildkit_elsewhere_needs_no_engine(site: Site, fake: FakeBuildx, platfo
 
 
 @pytest.mark.parametrize(
-    ("env", "wishes", "words"),
+    ("env", "options", "words"),
     [
         ({"BUILDX_OUTPUT": "oci"}, {"by_digest": True}, "--by-digest .* BUILDX_OUTPUT=registry"),
         (
@@ -425,11 +425,11 @@ def test_buildkit_elsewhere_needs_no_engine(site: Site, fake: FakeBuildx, platfo
     ],
 )
 def test_what_no_builder_can_do_is_told_before_anything_is_done(
-    site: Site, fake: FakeBuildx, env: dict[str, str], wishes: dict[str, bool], words: str
+    site: Site, fake: FakeBuildx, env: dict[str, str], options: dict[str, bool], words: str
 ) -> None:
     site.env.update(env)
     with pytest.raises(UsageError, match=words):
-        bake(site, fake, **wishes)
+        bake(site, fake, **options)
     assert fake.calls() == []
 
 
@@ -471,7 +471,7 @@ def test_stages_of_a_projects_own_are_not_in_it(site: Site, fake: FakeBuildx) ->
     stages = tuple(OwnStage(name, ("make",), "install") for name in ("deps", "tested"))
     project = replace(site.project(), own=stages)
     build(project, fake.program(), BuildWishes())
-    assert "warning: deps and tested will not be in it: buildx.build makes" in heard(project)
+    assert "warning: deps and tested will not be in the image: buildx.build" in heard(project)
 
 
 # --- Where it goes --------------------------------------------------------------------------
@@ -654,7 +654,7 @@ def test_attestations_are_those_of_the_settings(site: Site, fake: FakeBuildx, wa
 
 def test_a_base_image_that_only_the_engine_has_is_handed_over(site: Site, fake: FakeBuildx) -> None:
     site.engine.make_image({}, {"/x": b""}, tag=BASE_IMAGE)
-    assert f"base: handing {BASE_IMAGE} " in said(site, fake)
+    assert f"base: copying {BASE_IMAGE} " in said(site, fake)
     for call in bakes(fake):
         assert call.base["contexts"][BASE_IMAGE].startswith("oci-layout://")
         assert "base-image/index.json" in call.files
@@ -736,7 +736,7 @@ build(project, fake.program(project.console), BuildWishes())
 
 
 def test_a_killed_build_leaves_no_secret(tmp_path: Path) -> None:
-    """What BuildKit is handed is in files: they go when ``inv`` does."""
+    """The inputs of BuildKit are files, which are removed when ``inv`` is killed."""
     place = tmp_path / "tmp"
     place.mkdir()
     here = Path(__file__).parent
@@ -754,7 +754,8 @@ def test_a_killed_build_leaves_no_secret(tmp_path: Path) -> None:
             process.wait()
             await_true(lambda: list(place.iterdir()) == [])
         finally:
-            os.killpg(process.pid, signal.SIGKILL)  # the buildx that outlives it
+            with suppress(ProcessLookupError):  # the whole group may have ended
+                os.killpg(process.pid, signal.SIGKILL)  # buildx outlives inv
 
 
 def await_true(condition: Callable[[], bool]) -> None:

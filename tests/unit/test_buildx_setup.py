@@ -488,7 +488,7 @@ def test_status_has_a_row_for_each_node(site: Site, fake: FakeBuildx) -> None:
 
 
 def test_status_of_none_names_setup(site: Site, fake: FakeBuildx) -> None:
-    with pytest.raises(BuilderError, match=r"`inv buildx\.setup` makes it"):
+    with pytest.raises(BuilderError, match=r"`inv buildx\.setup` creates it"):
         status(site, fake)
 
 

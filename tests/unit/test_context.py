@@ -1,4 +1,4 @@
-"""The folder that a BuildKit build is made from."""
+"""Inputs of a BuildKit build."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fake_engine import FakeEngine, FakeRegistry, new_site, publish_base
 
 from guix_tasks.buildkit.bakefile import Bind
 from guix_tasks.buildkit.context import (
-    hand_over,
-    only_here,
+    local_base_image,
+    save_as_layout,
     write_environment,
     write_mounts,
     write_step,
@@ -54,7 +54,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_step_has_what_a_work_container_has(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "a.pub").write_text("key\n")
     made = settings(tmp_path, GUIX_SUBSTITUTE_KEYS=str(tmp_path / "a.pub"))
-    write_step(made, folder, "pull", {"stage": b"#!/bin/sh\n", "x/y.scm": b"()"}, again=False)
+    write_step(made, folder, "pull", {"stage": b"#!/bin/sh\n", "x/y.scm": b"()"}, force=False)
     found = files(folder / "work" / "pull")
     assert set(found) == {"entry-point.sh", "environment", "keys/0-a.pub", "stage", "x/y.scm"}
     assert found["keys/0-a.pub"] == b"key\n"
@@ -67,7 +67,7 @@ def test_a_step_has_what_a_work_container_has(tmp_path: Path, folder: Path) -> N
 def test_the_environment_is_beside_the_steps_and_never_in_one(tmp_path: Path, folder: Path) -> None:
     made = replace(settings(tmp_path), proxies={"https_proxy": "http://me:hunter2@proxy; '$x"})
     write_environment(made, folder)
-    write_step(made, folder, "install", {}, again=False)
+    write_step(made, folder, "install", {}, force=False)
     found = files(folder)
     assert found.pop("environment").decode() == (
         "GUIX_SANDBOX=privileged\nhttps_proxy='http://me:hunter2@proxy; '\"'\"'$x'\n"
@@ -81,9 +81,9 @@ def test_the_same_step_is_the_same_unless_it_is_to_be_made_again(
 ) -> None:
     made = settings(tmp_path)
     for name in ("a", "b"):
-        write_step(made, folder, name, {"stage": b"x"}, again=False)
+        write_step(made, folder, name, {"stage": b"x"}, force=False)
     for name in ("c", "d"):
-        write_step(made, folder, name, {"stage": b"x"}, again=True)
+        write_step(made, folder, name, {"stage": b"x"}, force=True)
     a, b, c, d = (files(folder / "work" / name) for name in "abcd")
     assert a == b
     assert c.pop("again") != d.pop("again")
@@ -127,7 +127,7 @@ def test_a_target_that_a_dockerfile_cannot_say_is_refused(
 def test_what_is_neither_file_nor_folder_is_refused(tmp_path: Path, folder: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for source in (tmp_path / "fifo", "/dev/zero"):
-        with pytest.raises(UsageError, match=f"MOUNTS: {source} is neither a file nor a folder"):
+        with pytest.raises(UsageError, match=f"MOUNTS: {source} is neither a file nor a directory"):
             write_mounts(settings(tmp_path, MOUNTS=f"{source}:/x"), folder)
 
 
@@ -168,14 +168,14 @@ GOOD_INDEX = json.dumps({"manifests": [{"digest": "sha256:abc"}, {"digest": "x"}
 def test_an_image_is_only_here_where_no_registry_has_it(tmp_path: Path) -> None:
     made = settings(tmp_path, BASE_IMAGE=str(REFERENCE))
     engine = FakeEngine(FakeRegistry())
-    assert only_here(engine, made) is None
+    assert local_base_image(engine, made) is None
     image = an_image(engine)
-    assert getattr(only_here(engine, made), "id", None) == image.id
+    assert getattr(local_base_image(engine, made), "id", None) == image.id
     engine.all_images[image.id] = replace(image, digests=("elsewhere.test/base@sha256:1",))
-    assert only_here(engine, made)
+    assert local_base_image(engine, made)
     # The containerd image store gives a digest to what was never pushed.
     engine.all_images[image.id] = replace(image, digests=("registry.test/base@sha256:1",))
-    assert only_here(engine, made)
+    assert local_base_image(engine, made)
 
 
 def test_an_image_that_was_pulled_is_not_handed_over(tmp_path: Path) -> None:
@@ -184,10 +184,10 @@ def test_an_image_that_was_pulled_is_not_handed_over(tmp_path: Path) -> None:
     publish_base(registry, str(REFERENCE))
     engine = FakeEngine(registry)
     engine.pull(str(REFERENCE), None)
-    assert only_here(engine, made) is None
+    assert local_base_image(engine, made) is None
     # As run and commit does, it goes by the image that is here.
     publish_base(registry, str(REFERENCE), "newer")
-    assert only_here(engine, made)
+    assert local_base_image(engine, made)
 
 
 @pytest.mark.parametrize("size", [1, 511, 10_240, 1 << 20])
@@ -195,7 +195,7 @@ def test_an_image_is_handed_over_as_it_comes(folder: Path, size: int) -> None:
     data = saved(GOOD_INDEX)
     pieces = [data[start : start + size] for start in range(0, len(data), size)]
     engine = Saving([b"", *pieces[:1], b"", *pieces[1:]])
-    context = hand_over(engine, an_image(engine), REFERENCE, folder)
+    context = save_as_layout(engine, an_image(engine), REFERENCE, folder)
     assert context == f"oci-layout://{folder}/base-image@sha256:abc"
     assert (folder / "base-image" / "blobs/sha256/x").read_bytes() == b"x" * 50_000
 
@@ -238,7 +238,7 @@ def linking() -> bytes:
 def test_what_is_no_oci_layout_is_one_error(folder: Path, data: bytes) -> None:
     engine = Saving([data])
     with pytest.raises(BuilderError) as caught:
-        hand_over(engine, an_image(engine), REFERENCE, folder)
+        save_as_layout(engine, an_image(engine), REFERENCE, folder)
     assert str(caught.value).startswith(
         f"this engine cannot save {REFERENCE} as an OCI layout (Docker 25 and newer can); "
     )

@@ -150,5 +150,5 @@ def test_a_registry_out_of_reach_may_be_that_of_any_setting(fault: str) -> None:
     """``CACHE_IMAGE``, a base image, what ``push`` was told: the engine knows the reference."""
     said = str(docker._registry_error("push r.test/c:1", f"dial tcp: {fault}"))
     assert said.startswith(f"cannot push r.test/c:1: dial tcp: {fault}; ")
-    assert "mend the reference" in said
+    assert "fix the reference" in said
     assert "IMAGE" not in said

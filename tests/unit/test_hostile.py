@@ -34,7 +34,7 @@ from guix_tasks import guix
 from guix_tasks import settings as settings_module
 from guix_tasks.buildkit import buildx
 from guix_tasks.buildkit.bakefile import Bind, Definition, Recipe, bake_file, dockerfile
-from guix_tasks.buildkit.context import hand_over, write_mounts
+from guix_tasks.buildkit.context import save_as_layout, write_mounts
 from guix_tasks.cli import session
 from guix_tasks.commands.sizes import picture
 from guix_tasks.commands.status import status_rows
@@ -412,7 +412,7 @@ def test_any_message_of_an_engine_a_registry_or_a_builder(attempt: Attempt, tmp_
         ):
             console.error(str(error))
         with pytest.raises(GuixTasksError) as caught:
-            list(docker._checked(iter([{"error": text}]), "push x", None))
+            list(docker._events(iter([{"error": text}]), "push x", None))
         console.error(str(caught.value))
         said = console.text
         assert said.count("\n") == len(said.split("\n")) - 1 == 5
@@ -787,7 +787,7 @@ def test_an_archive_of_an_engine_writes_nothing_beside_its_folder(
         place = folder / "work"
         place.mkdir()
         try:
-            answer = hand_over(site.engine, image, reference, place)
+            answer = save_as_layout(site.engine, image, reference, place)
         except BuilderError as error:
             only_lines([str(error)])
         else:

@@ -43,7 +43,7 @@ def test_podman_is_told_from_docker(version: dict[str, Any], expected: bool) -> 
 
 
 def test_an_image_gets_its_configuration_by_an_archive_without_layers() -> None:
-    identity, archive = podman_api.configured(FOUND, CONFIG)
+    identity, archive = podman_api.configured_image(FOUND, CONFIG)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         files = {name: _read(tar, name) for name in tar.getnames()}
     assert len(files) == 4
@@ -85,7 +85,7 @@ def _blob(files: dict[str, bytes], described: dict[str, Any]) -> Any:
     ],
 )
 def test_the_digest_of_a_push_is_in_words(status: str | None, expected: str) -> None:
-    assert podman_api.pushed({"status": status}) == expected
+    assert podman_api.pushed_digest({"status": status}) == expected
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_the_digest_of_a_push_is_in_words(status: str | None, expected: str) -> 
     ],
 )
 def test_names_are_as_docker_says_them(name: str, expected: str) -> None:
-    assert podman_api.plain(name) == expected
+    assert podman_api.familiar_name(name) == expected
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_names_are_as_docker_says_them(name: str, expected: str) -> None:
     ],
 )  # fmt: skip
 def test_what_is_on_loopback(host: str, expected: bool) -> None:
-    assert podman_api.on_loopback(host) is expected
+    assert podman_api.is_loopback(host) is expected
 
 
 def test_where_it_listens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_fault_that_passes_is_tried_again_ever_later(waits: list[float]) -> No
     for wait, longest in zip(waits, (2, 4, 8), strict=True):
         assert longest / 2 <= wait <= longest
     lines = said.getvalue().splitlines()
-    assert lines[0].startswith("warning: one; the push is tried again in ")
+    assert lines[0].startswith("warning: one; the push is retried in ")
     assert len(lines) == 3
 
 

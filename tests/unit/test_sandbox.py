@@ -151,7 +151,7 @@ def test_refused_value_is_skipped(made: Site, monkeypatch: pytest.MonkeyPatch) -
 
     def refusing(spec: ContainerSpec) -> str:
         if spec.capabilities is not None:
-            raise EngineError("the engine could not make a container: seccomp is not enabled")
+            raise EngineError("the engine could not create a container: seccomp is not enabled")
         return create(spec)
 
     monkeypatch.setattr(made.engine, "create", refusing)

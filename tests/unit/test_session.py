@@ -430,7 +430,9 @@ def test_a_builder_that_is_missing_is_one_line(inv: Inv, fake: FakeBuildx) -> No
     for task in ("buildx.build", "buildx.status"):
         done = inv(task)
         assert done.code == 6
-        assert done.errors == [f"error: there is no builder '{NAME}'; `inv buildx.setup` makes it"]
+        assert done.errors == [
+            f"error: there is no builder '{NAME}'; `inv buildx.setup` creates it"
+        ]
     assert fake.changes() == []
 
 

@@ -128,7 +128,7 @@ def bundles(site: Site) -> list[Path]:
 
 def test_network_fault_is_retried_in_the_same_container(site: Site, waits: list[float]) -> None:
     project = run(site, Try(1, [NO_NETWORK], b"half of a rep"), Try())
-    assert "own is tried again in " in heard(project)
+    assert "own is retried in " in heard(project)
     assert len(site.engine.specs) == 1
     assert (starts(site), len(waits)) == (2, 1)
     assert bundles(site) == []
