@@ -155,7 +155,7 @@ def test_packages_that_are_named_are_packed_instead(made: Site) -> None:
         (Pack("docker", max_layers=-1), "", [], "--max-layers: write a number above 0"),
         (Pack("appimage"), "", [], "needs `--entry-point PROGRAM`"),
         (Pack(symlinks=("/bin",)), "", [], "--symlink: '/bin' cannot be used; write SOURCE=TARGET"),
-        (Pack(symlinks=("/bin=\udce9",)), "", [], "--symlink: .* broken character"),
+        (Pack(symlinks=("/bin=\udce9",)), "", [], "--symlink: .* malformed character"),
         (Pack(entry_point="a\nb"), "", [], "--entry-point: .* write a program"),
         (Pack(), "../x", [], "--name: '../x' cannot be used; write letters and digits"),
         (Pack(), ".x", [], "--name: "),

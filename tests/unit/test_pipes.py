@@ -108,7 +108,7 @@ def test_env_file_that_a_task_writes_is_read_by_the_next(tmp_path: Path) -> None
 def test_empty_pipe_is_worth_a_note(tmp_path: Path) -> None:
     with pipe(tmp_path, "") as path:
         (note,) = load(tmp_path, ENV_FILE=path).notes
-    assert note.startswith("environment: ENV_FILE: p: nothing was written to this pipe")
+    assert note.startswith("environment: ENV_FILE: p: this pipe is empty")
     assert load(tmp_path, ENV_FILE="/dev/null").notes == ()
 
 
