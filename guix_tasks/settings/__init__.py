@@ -316,7 +316,7 @@ class Settings:
     ssh_agent: Path | None
     """Socket of the user's SSH agent (``SSH_AUTH_SOCK``)."""
 
-    folder: Path
+    directory: Path
     """Directory of the project."""
 
     written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -334,9 +334,13 @@ class Settings:
         return self.platforms[0] if self.platforms else None
 
     @property
+    def folder(self) -> Path:
+        return self.directory
+
+    @property
     def output_folder(self) -> Path:
         """``out/`` in the project: archives, packs, diagnostics and push records."""
-        return self.folder / "out"
+        return self.directory / "out"
 
     @property
     def logs(self) -> frozenset[Path]:
@@ -527,7 +531,7 @@ def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Se
         docker_environment=MappingProxyType(docker),
         proxies=MappingProxyType(proxies),
         ssh_agent=Path(environ["SSH_AUTH_SOCK"]) if environ.get("SSH_AUTH_SOCK") else None,
-        folder=project,
+        directory=project,
         written=MappingProxyType(
             {name: text for name, text in sources.written().items() if name not in _CONFIDENTIAL}
         ),

@@ -203,9 +203,9 @@ def test_of_a_failure_the_end_of_the_log_is_left(wide: Screen, display: Display)
         step.log([b"line %d" % number for number in range(100)])
         time.sleep(0.4)
         raise StageError("no")
-    assert wide.getvalue().count("install: the end of the log\n") == 1
+    assert wide.getvalue().count("install: end of the log\n") == 1
     tail = [f"line {number}" for number in range(100 - TAIL, 100)]
-    assert wide.getvalue().endswith("\n".join(["install: the end of the log", *tail, ""]))
+    assert wide.getvalue().endswith("\n".join(["install: end of the log", *tail, ""]))
 
 
 def test_a_fault_of_an_engine_shows_no_log(wide: Screen) -> None:

@@ -80,7 +80,7 @@ def test_what_was_left_all_the_same_goes_with_the_next(
     (place / "other").mkdir()
     with temporary_directory():
         assert left.exists()
-    monkeypatch.setattr(files, "_FRESH", 0)
+    monkeypatch.setattr(files, "_UNLOCKED_TIME", 0)
     with temporary_directory() as first, temporary_directory() as second:
         assert first.exists()
         assert second.exists()

@@ -176,7 +176,7 @@ def test_regular_file_is_read_again(tmp_path: Path) -> None:
 def test_pipe_without_a_writer_is_reported_while_it_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(files, "_PATIENCE", 0.05)
+    monkeypatch.setattr(files, "_SILENT_WAIT", 0.05)
     path = tmp_path / "p"
     os.mkfifo(path)
     writer = threading.Timer(0.5, path.write_text, args=["TAGS=1\n"])
