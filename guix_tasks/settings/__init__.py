@@ -163,7 +163,7 @@ class Settings:
     )
     guix_sandbox: Sandbox = _setting(
         parsers.one_of(Sandbox, "a sandbox"),
-        "Sandbox: rootless, capabilities, privileged, nochroot (not isolated), auto (first usable).",
+        "rootless, capabilities, privileged, nochroot (not isolated), auto (the first that works).",
         default="auto",
     )
     guix_cores: int | None = _setting(

@@ -1,7 +1,7 @@
 """Nodes of a builder: the syntax of ``BUILDX_NODES`` and the rules of each driver.
 
-Like an option of Docker, a node is a list of comma-separated values: the endpoint, ``platform=`` for
-each platform to build there, and options of the driver. The rules are those of buildx,
+Like an option of Docker, a node is a list of comma-separated values: the endpoint, ``platform=``
+for each platform to build there, and options of the driver. The rules are those of buildx,
 ``driver/*/factory.go``.
 """
 

@@ -298,11 +298,12 @@ class Step:
         # Importing Rich is slow, and most calls draw nothing.
         from guix_tasks.ui.live import LivePart  # noqa: PLC0415
 
+        def activity() -> str:
+            return self._activity()  # changes during the step
+
         with self.drawing:
             if self._timer:  # the step has not ended in the meantime
-                self._part = LivePart(
-                    self._console.err, self.name, lambda: self._activity(), lambda: [*self._tail]
-                )
+                self._part = LivePart(self._console.err, self.name, activity, lambda: [*self._tail])
                 self._part.start()
 
 

@@ -35,10 +35,10 @@ _ACCOUNT = re.compile(rb"://(?!(?<=ssh://)[^\s/'\":@]+@)[^\s/'\"]+(?=@)")
 _PARTIAL_ACCOUNT = re.compile(rb"(:|:/|://[^\s/'\"]{,4096})\Z")
 """End of a text that can be the start of an account."""
 
-_SECRET_NAME = r"\w*(?:token|secret|passw(?:or)?d|access_key)\w*(?<!_FILE)"
+_NAME = r"\w*(?:token|secret|passw(?:or)?d|access_key)\w*(?<!_FILE)"
 """Names of options and build arguments whose values are secret."""
 
-_OPTION = re.compile(rf"(?<!-)\b({_SECRET_NAME})=(?!id=)([^,\s'\"]+)", re.IGNORECASE)
+_OPTION = re.compile(rf"(?<!-)\b({_NAME})=(?!id=)([^,\s'\"]+)", re.IGNORECASE)
 """Option such as ``secret_access_key=…`` of a build cache, but not ``--secret=id=…``."""
 
 _NOTHING = re.compile(rb"(?!)")
@@ -74,7 +74,7 @@ def secrets_in(text: str) -> list[str]:
 
 def is_secret_name(name: str) -> bool:
     """Return True if the value of an option or build argument is probably secret."""
-    return re.fullmatch(_SECRET_NAME, name, re.IGNORECASE) is not None
+    return re.fullmatch(_NAME, name, re.IGNORECASE) is not None
 
 
 def holds_secret(text: str) -> bool:
@@ -132,9 +132,7 @@ class _Filter:
     is held back.
     """
 
-    def __init__(
-        self, redact: Callable[[bytes], bytes], complete: Callable[[bytes], int]
-    ) -> None:
+    def __init__(self, redact: Callable[[bytes], bytes], complete: Callable[[bytes], int]) -> None:
         self._redact = redact
         self._complete = complete
         self._rest = b""

@@ -195,7 +195,7 @@ def test_a_package_that_guix_does_not_know_is_named_with_how_to_find_one(site: S
     log = [b"guix package: warning: old\nguix package: error: helo", b"@1: unknown package\nend\n"]
     assert failure(site, Try(1, log)).startswith(
         "own: helo@1: unknown package, and nothing was committed; "
-        "look for it with `inv run -- guix search helo`; "
+        "search for it with `inv run -- guix search helo`; "
     )
 
 
