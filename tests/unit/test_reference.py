@@ -59,7 +59,7 @@ PARSED = {
 
 REFUSED = {
     "": "is empty",
-    "a" * 64: "an image's ID",
+    "a" * 64: "an image ID",
     "https://example.org/app": "not a URL",
     "Debian": "repository 'Debian' has capital letters; write 'debian'",
     "example.org/team/App:1": "write 'team/app'",
