@@ -135,7 +135,7 @@ def _check_registry(registry: str) -> None:
 
 def _check_repository(repository: str) -> None:
     # The user wrote "Foo", not "library/Foo".
-    shown = quoted(repository.removeprefix(_OFFICIAL))
+    name = quoted(repository.removeprefix(_OFFICIAL))
     if len(repository) > _REPOSITORY_MAX:
         raise ValueError(
             f"a repository name has {len(repository)} characters; write at most {_REPOSITORY_MAX}"
@@ -143,9 +143,9 @@ def _check_repository(repository: str) -> None:
     if _REPOSITORY.fullmatch(repository):
         return
     if _REPOSITORY.fullmatch(repository.lower()):
-        raise ValueError(f"repository {shown} has capital letters; write {shown.lower()}")
+        raise ValueError(f"repository {name} has capital letters; write {name.lower()}")
     raise ValueError(
-        f"{shown} is not a repository; write lower case letters and digits, "
+        f"{name} is not a repository; write lower case letters and digits, "
         "with single '.', '_' or '-' between them and '/' between the parts"
     )
 

@@ -258,7 +258,7 @@ class Settings:
     )
     buildkit_syntax: ImageReference = _setting(
         parsers.reference,
-        "Dockerfile frontend, used if the builder's own does not support RUN --security.",
+        "Dockerfile frontend, used if that of the builder does not support RUN --security.",
         default="docker/dockerfile:1",
     )
     buildx_url: str | None = _setting(
@@ -492,7 +492,7 @@ def load_settings(
         sources.add_file(path, _shown(path, cwd), optional=True)
     for name in filter(None, map(str.strip, environ.get("ENV_FILE", "").split(","))):
         path = cwd / name
-        # Standard input and process substitutions (/dev/fd/63) have no directory of their own.
+        # Standard input and process substitutions (/dev/fd/63) have no directory.
         base = cwd if path.is_relative_to("/dev") or path.is_relative_to("/proc") else path.parent
         label, referrer = _shown(path, cwd), "environment: ENV_FILE: "
         sources.add_file(path, label, base=base, referrer=referrer)

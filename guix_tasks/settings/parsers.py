@@ -309,13 +309,13 @@ def file(text: str, base: Path) -> Path:
 
 
 def _mode(location: Path) -> int:
-    shown = quoted(str(location))
+    quoted_path = quoted(str(location))
     try:
         return location.stat().st_mode
     except OSError as error:
-        problem = f"{shown}: {error.strerror}; create it, or set another path"
+        problem = f"{quoted_path}: {error.strerror}; create it, or set another path"
         if "~" in location.parts:
-            problem = f"{shown} does not exist; '~' is not expanded, write ${{HOME}}"
+            problem = f"{quoted_path} does not exist; '~' is not expanded, write ${{HOME}}"
         raise ValueError(problem) from None
 
 
@@ -354,20 +354,21 @@ def secret_file(text: str, base: Path) -> Secret:
 def certificates(text: str, base: Path) -> Path:
     """Accept a PEM file of certificates that contains no private key."""
     location = file(text, base)
-    shown = quoted(str(location))
+    quoted_path = quoted(str(location))
     try:
         pem = read_text(location, "ascii", "replace")
     except OSError as error:
-        raise ValueError(f"{shown}: {error.strerror}; set a readable file") from None
+        raise ValueError(f"{quoted_path}: {error.strerror}; set a readable file") from None
     if "PRIVATE KEY-----" in pem:
         raise ValueError(
-            f"{shown} contains a private key; set a file that contains certificates only"
+            f"{quoted_path} contains a private key; set a file that contains certificates only"
         )
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem)
     except (ssl.SSLError, ValueError):
         raise ValueError(
-            f"{shown} contains no PEM certificates; set a file with -----BEGIN CERTIFICATE-----"
+            f"{quoted_path} contains no PEM certificates; set a file with "
+            "-----BEGIN CERTIFICATE-----"
         ) from None
     return location
 

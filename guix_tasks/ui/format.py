@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def printable(text: str, kept: str = "") -> str:
-    """Escape control characters, except those in ``kept``.
+def printable(text: str, allowed: str = "") -> str:
+    """Escape control characters, except those in ``allowed``.
 
     Messages of registries, images and builds could otherwise control the terminal, or make one
     line look like several.
@@ -18,7 +18,7 @@ def printable(text: str, kept: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(
-        character if character.isprintable() or character in kept else repr(character)[1:-1]
+        character if character.isprintable() or character in allowed else repr(character)[1:-1]
         for character in text
     )
 

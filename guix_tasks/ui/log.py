@@ -24,21 +24,21 @@ class Log:
 
     _SUSPECT = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]")
 
-    def __init__(self, show: Callable[[list[bytes]], None], kept: IO[bytes] | None = None) -> None:
-        """Create a log that passes lines to ``show`` and the raw log to ``kept``, a file.
+    def __init__(self, show: Callable[[list[bytes]], None], file: IO[bytes] | None = None) -> None:
+        """Create a log that passes lines to ``show`` and the raw log to ``file``.
 
         If the file cannot be written, the rest of the raw log is dropped.
         """
         self._show = show
-        self._kept = kept
+        self._file = file
         self._rest = b""
 
     def add(self, data: bytes) -> None:
-        if self._kept:
+        if self._file:
             try:
-                self._kept.write(data)
+                self._file.write(data)
             except OSError:  # a full disk must not stop the program
-                self._kept = None
+                self._file = None
         *lines, self._rest = (self._rest + data).split(b"\n")
         if lines:
             self._show([self._plain(line) for line in lines])
