@@ -78,7 +78,7 @@ def test_certificates_are_relative_to_where_they_are_written() -> None:
         ("a,env.A=1\u20282", "contains a control character"),
     ],
 )
-def test_what_is_no_node_is_told_in_one_line(text: str, message: str) -> None:
+def test_invalid_node_is_reported_in_one_line(text: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         node(text, BASE)
     (problem,) = caught.value.args
@@ -157,7 +157,7 @@ def test_one_machine_is_no_two_nodes(driver: Driver) -> None:
     assert set(told) == {f"'{endpoint}' is set twice; keep one"}
 
 
-def test_certificates_go_together_and_are_there(tmp_path: Path) -> None:
+def test_certificates_require_each_other_and_must_exist(tmp_path: Path) -> None:
     for name in ("ca", "cert", "key"):
         (tmp_path / name).touch()
 
@@ -178,6 +178,6 @@ def test_certificates_go_together_and_are_there(tmp_path: Path) -> None:
         assert len(problem) < 200
 
 
-def test_every_problem_of_every_node_is_told() -> None:
+def test_every_problem_of_every_node_is_reported() -> None:
     told = found(Driver.CONTAINER, "tcp://a,x=1,y=2", "kube-pod://b")
     assert len(told) == 4

@@ -68,7 +68,7 @@ def test_it_is_gone_after_a_kill(place: Path) -> None:
     assert list(place.iterdir()) == []
 
 
-def test_what_was_left_all_the_same_goes_with_the_next(
+def test_leftover_directory_is_removed_by_the_next_call(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a power cut; what is fresh may be somebody's who is about to lock it."""

@@ -1,4 +1,4 @@
-"""Settings: where they come from, what they become, and what is said when they are wrong."""
+"""Settings: sources, values, and messages about mistakes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def problems(
     return caught.value.problems
 
 
-# --- What a value becomes -------------------------------------------------------------------
+# --- Valid values ---------------------------------------------------------------------------
 
 LATEST = ImageReference("docker.io", "library/debian", "latest")
 DIGEST = f"sha256:{HEX}"
@@ -279,7 +279,7 @@ def test_a_copy_with_another_value_keeps_the_rest(project: Path) -> None:
     assert other != settings == replace(other, tags=("a",))
 
 
-# --- What is wrong with a value -------------------------------------------------------------
+# --- Invalid values ------------------------------------------------------------------------
 
 BAD = [
     ("EXTRA_CA_FILE", "/dev/null", "contains no PEM certificates"),
@@ -606,7 +606,7 @@ def test_env_file_names_several_from_the_current_folder(project: Path) -> None:
     assert settings.origin("MOUNTS") == "default: MOUNTS"
 
 
-def test_an_env_file_that_is_named_must_be_there(project: Path) -> None:
+def test_file_of_env_file_must_exist(project: Path) -> None:
     (problem,) = problems(project, "", {"ENV_FILE": "nowhere.env"})
     assert problem.startswith("environment: ENV_FILE: nowhere.env: No such file")
     for name in ("a\0b", "\ud800", "x" * 5000, "a\nb"):
@@ -658,7 +658,7 @@ def test_files_of_buildx_are_relative_to_where_they_are_written_too(project: Pat
     assert "contains a comma or a double quote, which ends a path in buildx; rename it" in problem
 
 
-def test_nodes_are_looked_at_beside_the_driver(project: Path) -> None:
+def test_nodes_are_checked_against_the_driver(project: Path) -> None:
     nodes = "BUILDX_NODES=tcp://a:1,memory=4g\n"
     assert load(project, nodes).buildx_nodes
     (of_remote,) = problems(project, nodes, {"BUILDX_DRIVER": "remote"})
@@ -841,12 +841,12 @@ def test_a_folder_is_no_env_file(project: Path) -> None:
         ("DOCKER_PASSWORDFILE", "DOCKER_PASSWORD_FILE"),
     ],
 )
-def test_an_unknown_key_near_a_known_one_is_a_mistake(project: Path, key: str, meant: str) -> None:
+def test_key_similar_to_a_setting_is_an_error(project: Path, key: str, meant: str) -> None:
     (problem,) = problems(project, f"{key}=x\n")
     assert problem == f".env:1: {key!r} is not a setting; did you mean {meant}?"
 
 
-def test_another_unknown_key_is_worth_a_note(project: Path) -> None:
+def test_other_unknown_key_is_a_note(project: Path) -> None:
     settings = load(project, "HTTP_PROXY=x\nCOMPOSE_PROJECT=y\n")
     assert settings.notes == (
         ".env:1: HTTP_PROXY: is not a setting of guix-tasks; ignored",
@@ -1057,7 +1057,7 @@ def test_the_line_is_right_after_anything(
         ("https://git.test/a@b", False),
     ],
 )
-def test_an_account_in_a_channels_url_is_pointed_out_and_not_shown(
+def test_account_in_a_channel_url_is_reported_and_redacted(
     project: Path, url: str, *, noted: bool
 ) -> None:
     (project / "channels.scm").write_text(f'(list (channel (name \'x) (url "{url}")))\n')
@@ -1068,7 +1068,7 @@ def test_an_account_in_a_channels_url_is_pointed_out_and_not_shown(
         assert redact.clean("said hunter2") == "said ***"
 
 
-def test_a_build_argument_that_is_secret_is_pointed_out(project: Path) -> None:
+def test_secret_build_argument_is_reported(project: Path) -> None:
     settings = load(project, "BUILD_ARGS=A=1 npm_token=hunter2 EMPTY_SECRET=\n")
     (note,) = settings.notes
     assert note == (
@@ -1077,7 +1077,7 @@ def test_a_build_argument_that_is_secret_is_pointed_out(project: Path) -> None:
     )
 
 
-def test_what_the_settings_hold_is_known_to_the_filter(project: Path) -> None:
+def test_secrets_of_settings_are_redacted(project: Path) -> None:
     (project / "key").write_text("-----BEGIN-----\nabcdefghij\n{\n")
     load(
         project,
