@@ -1,7 +1,7 @@
-"""What can go wrong, by kind; each kind has its exit code.
+"""Exceptions, each with its exit code.
 
-A message is one line: the cause first, then what mends it.  ``cli.errors`` is the one
-place that catches these, prints the line and ends with the code.
+A message is one line: the cause, then a hint. Only ``cli.errors`` catches all of these exceptions,
+prints their message and exits with their code.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import re
 
 
 class GuixTasksError(Exception):
-    """The root of all errors that a user can cause; never raised itself."""
+    """Base class of all errors that a user can cause; never raised itself."""
 
     exit_code: int = 1
 
     passes: bool = False
-    """Whether the same may go well a little later; see ``engine.retry``."""
+    """True if a retry can succeed; see ``engine.retry``."""
 
 
 class CheckError(GuixTasksError):
@@ -25,13 +25,13 @@ class CheckError(GuixTasksError):
 
 
 class UsageError(GuixTasksError):
-    """A setting or an argument is wrong, or what was asked for makes no sense now."""
+    """A setting or an argument is invalid, or the task is impossible in the current state."""
 
     exit_code = 2
 
 
 class SettingsError(UsageError):
-    """All the bad settings of one load, a line each."""
+    """Settings are invalid; the message has one line per problem."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -39,25 +39,25 @@ class SettingsError(UsageError):
 
 
 FULL_DISK = (
-    "the disk is full: `inv status --size` shows where it went, `inv clean` removes this "
+    "the disk is full: `inv status --size` shows what uses it, `inv clean` removes this "
     "project's containers, stage images and cache volumes"
 )
 
 _FULL = "no space left on device|disk quota exceeded|database or disk is full|disk I/O error"
-"""As the kernel and SQLite, in which Guix keeps what is in the store, say it.
+"""Messages of the kernel and of SQLite, which stores Guix's database.
 
-SQLite says the last where it cannot write its journal; a disk that is broken is rarer.
+SQLite reports an I/O error if it cannot write its journal; a defective disk is a rarer cause.
 """
 
 
 def full_disk(text: str) -> str:
-    """What mends a full disk, as the end of a message, where a text tells of one; else nothing."""
-    full = re.search(_FULL, text, re.IGNORECASE)
-    return f"; {FULL_DISK}" if full else ""
+    """Return the end of a message with the hint if a text reports a full disk, else nothing."""
+    is_full = re.search(_FULL, text, re.IGNORECASE)
+    return f"; {FULL_DISK}" if is_full else ""
 
 
 REFUSED = "the engine could not"
-"""How the message begins where an engine answers, and does not do what it is asked."""
+"""Start of the message about a call that the engine answered with an error."""
 
 
 class EngineError(GuixTasksError):
@@ -83,15 +83,15 @@ class RegistryError(GuixTasksError):
 
 
 class BuilderError(GuixTasksError):
-    """An image build failed, or the builder cannot do what is asked of it."""
+    """An image build failed, or the builder does not support it."""
 
     exit_code = 6
 
 
 class StoppedError(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM interrupted it; what was under way has been undone.
+    """Ctrl-C or SIGTERM interrupted the task; unfinished work has been undone.
 
-    Nothing that handles errors may take it for one of them.
+    It is no ``Exception``, so that no error handler catches it.
     """
 
     exit_code = 130

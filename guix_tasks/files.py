@@ -1,10 +1,9 @@
-"""Files: where those of a user are, how they are read, written and locked, and their digests.
+"""User directories, atomic writes, temporary directories, pipes, digests and locks.
 
-The places are those of the XDG Base Directory Specification.
+User directories follow the XDG Base Directory Specification.
 
-A folder's digest is that of its files' names, modes and contents, so it is the same in every
-checkout and on every machine.  Files of some size are not read twice: what was found is kept,
-by size and time of change, in a cache that can be thrown away.
+The digest of a directory covers the names, modes and contents of its files, so it is the same in
+every checkout and on every machine. Digests of large files are cached by size and time of change.
 """
 
 from __future__ import annotations
@@ -36,28 +35,27 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 WORTH_THREADS = 200
-"""Files from which hashing several at once beats starting threads."""
+"""Number of files from which hashing them in parallel is worth the start of threads."""
 
 WORTH_CACHING = 1 << 20
-"""Bytes from which looking a digest up beats making it."""
+"""Size in bytes from which a file's digest is cached."""
 
 
 def data_home() -> Path:
-    """The folder for what must last: the private engine, the local registry."""
+    """Return the directory of persistent data: the private engine and the local registry."""
     return _xdg("XDG_DATA_HOME", ".local/share")
 
 
 def cache_home() -> Path:
-    """The folder for what can be thrown away and made again."""
+    """Return the directory of data that can be recreated."""
     return _xdg("XDG_CACHE_HOME", ".cache")
 
 
 def write_whole(path: Path, content: bytes | Iterable[bytes], mode: int = 0o666) -> None:
-    """Write a file, in the place of what was there, wholly or not at all.  Raises ``OSError``.
+    """Write or replace a file atomically.
 
-    The content may come piece by piece; what is raised on its way leaves nothing behind, either.
-
-    ``mode`` is less the umask, as ever.
+    ``content`` can be an iterator of chunks; if it raises, no file is written. The umask applies to
+    ``mode``. Raise ``OSError`` if the file cannot be written.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -75,7 +73,7 @@ def write_whole(path: Path, content: bytes | Iterable[bytes], mode: int = 0o666)
 
 
 def _xdg(variable: str, fallback: str) -> Path:
-    # The specification says that a relative path in these variables is to be ignored.
+    # The specification requires that relative paths in these variables are ignored.
     value = os.environ.get(variable, "")
     home = Path(value) if value.startswith("/") else Path.home() / fallback
     return home / "guix-tasks"
@@ -84,25 +82,25 @@ def _xdg(variable: str, fallback: str) -> Path:
 _PREFIX = "guix-tasks-"
 
 _REMOVE = 'read -r _; exec rm -rf -- "$1"'
-"""A script that waits until the process at the other end of its standard input has ended."""
+"""Script that waits until the process that writes to its standard input has ended."""
 
-_FRESH = 60.0
-"""Seconds in which a directory may not be locked yet."""
+_UNLOCKED_TIME = 60.0
+"""Seconds after its creation during which a directory in use may still be unlocked."""
 
 
 @contextmanager
 def temporary_directory() -> Iterator[Path]:
-    """Make a temporary directory for this user alone, which may hold secrets.
+    """Create a temporary directory that only this user can read, also for secrets.
 
-    It is removed at the end, also if this process is killed: a small process waits for that.
-    What is left all the same, as after a power cut, is removed by the next call.
+    It is removed at the end. If this process is killed, a guard process removes it. After a power
+    cut, the next call removes it.
     """
     _remove_leftovers()
     directory = tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
     with directory as name:
         descriptor = os.open(name, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            # The kernel lets go of it when this process ends, in whatever way.
+            # The kernel releases the lock when this process ends, even if it is killed.
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with subprocess.Popen(
@@ -123,8 +121,9 @@ def _remove_leftovers() -> None:
     """Remove the temporary directories of processes that have ended."""
     for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with suppress(OSError):
-            about = path.lstat()
-            if about.st_uid != os.geteuid() or time.time() - about.st_ctime < _FRESH:
+            status = path.lstat()
+            age = time.time() - status.st_ctime
+            if status.st_uid != os.geteuid() or age < _UNLOCKED_TIME:
                 continue
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -136,26 +135,26 @@ def _remove_leftovers() -> None:
 
 # --- Files that can be read only once: pipes, standard input, process substitutions -----------
 #
-# One ``inv`` runs several tasks, and each of them reads the settings and the files that they name.
-# So what came out of such a file is kept for the rest of the process.  A regular file is read
-# again: a task before may have written it.
+# One ``inv`` runs several tasks, and each task reads the settings and the files to which they
+# refer. Therefore the content of such a file is cached for the rest of the process. A regular file
+# is not cached, because an earlier task can have written it.
 
-_PATIENCE = 3.0
-"""Seconds without any input after which a line reports what is waited for."""
+_SILENT_WAIT = 3.0
+"""Seconds without input after which a message reports the wait."""
 
 _contents: dict[tuple[int, int], bytes] = {}
-"""What was read, by the device and the number of the file."""
+"""Cached contents by device and inode."""
 
 
 def read_file(path: Path) -> bytes:
-    """Return the content of a file; one that can be read only once is read only once.
+    """Return the content of a file, from a cache for pipes and other files readable only once.
 
-    Raises ``OSError``, and ``ValueError`` if no file can have that name.
+    Raise ``OSError`` if the file cannot be read, and ``ValueError`` if no file can have that name.
     """
-    found = path.stat()
-    if stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode):
+    status = path.stat()
+    if stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode):
         return path.read_bytes()
-    identity = (found.st_dev, found.st_ino)
+    identity = (status.st_dev, status.st_ino)
     if identity not in _contents:
         _contents[identity] = _drain(path)
     return _contents[identity]
@@ -168,12 +167,12 @@ def read_text(path: Path, encoding: str = "utf-8", errors: str = "strict") -> st
 
 @cache
 def read_once(path: Path) -> bytes:
-    """Return what a file, of any kind, held when this process first read it."""
+    """Return the content that a file of any kind had when this process first read it."""
     return read_file(path)
 
 
 def is_pipe(path: Path) -> bool:
-    """Return whether there is a pipe at a path; a missing file is none."""
+    """Return True if a path is a pipe, and False for a missing file."""
     try:
         return stat.S_ISFIFO(path.stat().st_mode)
     except (OSError, ValueError):
@@ -182,10 +181,10 @@ def is_pipe(path: Path) -> bool:
 
 @cache
 def reopenable(path: Path) -> Path:
-    """Return a path at which this process and its children can read a file any number of times.
+    """Return a path from which this process and its children can read a file several times.
 
-    For a pipe that is a file in memory, which goes with this process.  Raises ``OSError``, also
-    on a system that has no such files.
+    The content of a pipe is copied to a file in memory, which ends with this process. Raise
+    ``OSError`` if the pipe cannot be read or the system has no files in memory.
     """
     if not is_pipe(path):
         return path
@@ -198,21 +197,22 @@ def reopenable(path: Path) -> Path:
 
 
 def forget_contents() -> None:
-    """Forget all that was read, as a new process would have."""
+    """Clear the caches of file contents, for tests that stand for several processes."""
     _contents.clear()
     read_once.cache_clear()
     reopenable.cache_clear()
 
 
 def _drain(path: Path) -> bytes:
-    # To open a pipe that nobody writes to would block before anything could be reported.
+    # Opening a pipe without a writer would block, before the wait can be reported.
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     with os.fdopen(file, "rb") as stream:
-        waiting = select.poll()
-        waiting.register(file, select.POLLIN)
-        if not waiting.poll(_PATIENCE * 1000):
-            Console().say(f"waiting for {str(path)!r}: nothing has been written to it yet")
-            waiting.poll()
+        poll = select.poll()
+        poll.register(file, select.POLLIN)
+        if not poll.poll(_SILENT_WAIT * 1000):
+            console = Console()
+            console.say(f"waiting for {str(path)!r}: nothing has been written to it yet")
+            poll.poll()
         os.set_blocking(file, True)
         return stream.read()
 
@@ -221,17 +221,17 @@ def _drain(path: Path) -> bytes:
 
 
 def text_digest(*texts: str) -> str:
-    """The digest of a list of texts; no two lists run into one another."""
+    """Return the digest of a list of texts; it differs for ``("ab",)`` and ``("a", "b")``."""
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """The digest of a file's content."""
+    """Return the digest of a file's content, from the cache if possible."""
     return _file_digest(str(path))
 
 
 def content_digest(path: Path) -> str:
-    """The same, read anew."""
+    """Read a file and return the digest of its content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(WORTH_CACHING):
@@ -240,18 +240,18 @@ def content_digest(path: Path) -> str:
 
 
 def list_digest(describe: Callable[[T], str], items: Sequence[T]) -> str:
-    """The digest of a list of items, each of which is described by a text."""
+    """Return the digest of the descriptions of a list of items."""
     if len(items) < WORTH_THREADS:
         return text_digest(*map(describe, items))
-    # Reading releases the interpreter, so several files are hashed at once.
+    # Reading releases the interpreter lock, so threads hash files in parallel.
     with ThreadPoolExecutor() as pool:
         return text_digest(*pool.map(describe, items))
 
 
 def tree_digest(root: Path, *, without: Collection[Path] = ()) -> str:
-    """The digest of a file, or of all that is in a directory.
+    """Return the digest of a file, or of a directory with all its files.
 
-    Directories in ``without``, by their real paths, do not count.
+    ``without`` contains the real paths of directories to ignore.
     """
     if not root.is_dir():
         return file_digest(root)
@@ -259,15 +259,15 @@ def tree_digest(root: Path, *, without: Collection[Path] = ()) -> str:
 
 
 def _walk(root: Path, without: Collection[Path]) -> Iterator[str]:
-    """The names of files, links and empty directories; those with files are in their names."""
+    """Yield the paths of files, links and empty directories, relative to ``root``."""
     real = root.resolve()
-    for folder, folders, names in os.walk(root):
-        place = os.path.relpath(folder, root)
-        folders[:] = [each for each in folders if real / place / each not in without]
-        if place != os.curdir and not folders and not names:
-            yield os.path.normpath(place)
-        links = (each for each in folders if (Path(folder) / each).is_symlink())
-        yield from (os.path.normpath(f"{place}/{name}") for name in (*names, *links))
+    for directory, subdirectories, names in os.walk(root):
+        path = os.path.relpath(directory, root)
+        subdirectories[:] = [name for name in subdirectories if real / path / name not in without]
+        if path != os.curdir and not subdirectories and not names:
+            yield os.path.normpath(path)
+        links = (name for name in subdirectories if Path(directory, name).is_symlink())
+        yield from (os.path.normpath(f"{path}/{name}") for name in (*names, *links))
 
 
 def _entry(root: Path, name: str) -> str:
@@ -282,20 +282,19 @@ def _entry(root: Path, name: str) -> str:
 
 @cache
 def _file_digest(path: str) -> str:
-    found = Path(path).stat()
-    if found.st_size < WORTH_CACHING:
+    status = Path(path).stat()
+    if status.st_size < WORTH_CACHING:
         return hashlib.sha256(read_file(Path(path))).hexdigest()
-    # The time of change, too: a tool that keeps the time of modification cannot set that.
-    state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+    # Tools can set the time of modification, but not the time of change.
+    state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     key = text_digest(path, *map(str, state))
-    kept = cache_home() / "digests" / key
+    cached = cache_home() / "digests" / key
     with suppress(OSError):
-        return kept.read_text()
+        return cached.read_text()
     digest = content_digest(Path(path))
-    # Only a cache: a disk that is full or closed to us does no harm.
-    with suppress(OSError):
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(kept, digest.encode())
+    with suppress(OSError):  # the cache is optional
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(cached, digest.encode())
     return digest
 
 
@@ -304,10 +303,11 @@ def _file_digest(path: str) -> str:
 
 @contextmanager
 def alone(show: Callable[[str], None], engine: str, image: str, task: str) -> Iterator[None]:
-    """Wait until no other ``inv`` of this user works on an image of an engine, by its URL.
+    """Hold the lock of an image on an engine, given by its URL.
 
-    The kernel lets go of the lock when its holder ends, in whatever way.  Where no lock can be
-    made, as without a home that can be written to, the work goes on without one.
+    If another ``inv`` of this user holds the lock, ``show`` its name and wait. The kernel releases
+    the lock when its holder ends, even if it is killed. If no lock file can be created, for example
+    without a writable home directory, continue without a lock.
     """
     file = _open_lock(text_digest(engine, image))
     if file is None:
@@ -328,8 +328,8 @@ def alone(show: Callable[[str], None], engine: str, image: str, task: str) -> It
 
 
 def _open_lock(name: str) -> IO[str] | None:
-    folder = cache_home() / "locks"
+    directory = cache_home() / "locks"
     with suppress(OSError):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return (folder / name).open("a+")
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return (directory / name).open("a+")
     return None

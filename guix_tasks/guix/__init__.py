@@ -1,4 +1,4 @@
-"""What is Guix's own: its commands, its channels files and what its logs say.  Pure."""
+"""Guix: its commands, channels files and logs. Pure functions without side effects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Channels files, read as Scheme data.  Pure."""
+"""Parser of channels files, which are Scheme programs."""
 
 from __future__ import annotations
 
@@ -10,65 +10,67 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 DEFAULT_BRANCH = "master"
-"""The branch of a channel that names none."""
+"""Branch of a channel without the field ``branch``."""
 
 
 @dataclass(frozen=True)
 class Introduction:
-    """Which commit of a channel is trusted first, and the key that signed it."""
+    """Channel introduction: the first trusted commit and the key that signed it."""
 
     commit: str
     fingerprint: str
-    """Of the key, in small letters without spaces."""
+    """Fingerprint of the key, in lower case without spaces."""
 
 
 @dataclass(frozen=True)
 class Channel:
-    """A channel as a channels file spells it out."""
+    """Channel with the fields that a channels file contains as literals."""
 
     name: str
     url: str
     branch: str | None = None
     commit: str | None = None
     introduction: Introduction | None = None
-    """If there is none for Guix's own channel at its own address, Guix's built-in one."""
+    """Introduction; for Guix's channel at its official URL, by default the one built into Guix."""
     computed: frozenset[str] = frozenset()
-    """The fields that are computed or inherited, so that nobody knows them before Guix does."""
+    """Names of the fields that are computed or inherited, so that only Guix knows their values."""
 
 
 def channels(text: str) -> dict[str, Channel]:
-    """The channels that a channels file spells out, by name.
+    """Return the literal channels of a channels file by name.
 
-    The file is a Scheme program; what it computes is not seen here, only forms such as
-    ``(channel (name 'guix) (url "…"))``.  ``guix describe`` prints nothing else.
+    Literal channels are forms such as ``(channel (name 'guix) (url "…"))``, which is all that
+    ``guix describe`` prints. Channels that the Scheme program computes are not recognised.
     """
-    return {channel.name: channel for channel in _spelled_out(text)}
+    return {channel.name: channel for channel in _literal_channels(text)}
 
 
-def _spelled_out(text: str) -> Iterator[Channel]:
-    """Each channel that a channels file spells out."""
+def _literal_channels(text: str) -> Iterator[Channel]:
     for form in _forms(_read(text)):
-        fields = {each[0]: each[1] for each in form[1:] if _is_field(each)}
+        fields = {datum[0]: datum[1] for datum in form[1:] if _is_field(datum)}
         name, url = fields.get("name"), fields.get("url")
         if form[0] == "channel" and isinstance(name, str) and _is_string(url):
             yield _channel(name, url, fields)
 
 
 def _channel(name: str, url: str, fields: Mapping[str, Any]) -> Channel:
-    known = {each: fields[each] for each in ("branch", "commit") if _is_string(fields.get(each))}
+    optional = {"branch", "commit", "introduction"}
+    literal = {
+        field: fields[field] for field in ("branch", "commit") if _is_string(fields.get(field))
+    }
     introduction = _introduction(fields.get("introduction"))
     if introduction:
-        known["introduction"] = introduction
-    absent = {each for each, datum in fields.items() if datum == _FALSE}
-    inherited = {"branch", "commit", "introduction"} if "inherit" in fields else set()
-    computed = (fields.keys() & {"branch", "commit", "introduction"} | inherited) - known.keys()
+        literal["introduction"] = introduction
+    absent = {field for field, datum in fields.items() if datum == _FALSE}
+    inherited = optional if "inherit" in fields else set()
+    computed = (fields.keys() & optional | inherited) - literal.keys()
     if name == "guix" and url in _OFFICIAL_URLS and "introduction" not in computed - absent:
-        known.setdefault("introduction", _OFFICIAL_INTRODUCTION)
-    return Channel(name, url, **known, computed=frozenset(computed - absent))
+        literal.setdefault("introduction", _OFFICIAL_INTRODUCTION)
+    return Channel(name, url, **literal, computed=frozenset(computed - absent))
 
 
 def _introduction(datum: object) -> Introduction | None:
-    """What ``(make-channel-introduction "…" (openpgp-fingerprint "…"))`` spells out."""
+    """Parse ``(make-channel-introduction "…" (openpgp-fingerprint "…"))``."""
     match datum:
         case ["make-channel-introduction", commit, ["openpgp-fingerprint", key]] if _is_string(
             commit
@@ -78,44 +80,44 @@ def _introduction(datum: object) -> Introduction | None:
 
 
 _OFFICIAL_URLS = ("https://git.guix.gnu.org/guix.git", "https://git.savannah.gnu.org/git/guix.git")
-"""Where Guix is from (``%default-channel-url``, and what that was before 1.5)."""
+"""URLs of Guix's channel (``%default-channel-url``, of Guix 1.5 and of older versions)."""
 
 _OFFICIAL_INTRODUCTION = Introduction(
     "9edb3f66fd807b096b48283debdcddccfea34bad", "bbb02ddf2ceaf6a80d1de643a2a06df2a33a54fa"
 )
-"""The one that Guix has built in (``%guix-channel-introduction``)."""
+"""Introduction that is built into Guix (``%guix-channel-introduction``)."""
 
 
 def unauthenticated(text: str) -> list[str]:
-    """The channels that a channels file spells out without an introduction, by name.
+    """Return the names of the literal channels without an introduction.
 
-    Guix authenticates none of these, and says nothing, but for its own channel: that has an
-    introduction built in for its own address, and is refused from any other.  What a channel
-    inherits is not seen here; ``guix describe`` spells it out.
+    Guix does not authenticate such channels and prints no warning, except for its own channel:
+    Guix has a built-in introduction for the official URL and rejects other URLs. Inherited
+    introductions are not recognised; ``guix describe`` prints them as literals.
     """
     return [
         channel.name
-        for channel in _spelled_out(text)
+        for channel in _literal_channels(text)
         if channel.introduction is None and "introduction" not in channel.computed
     ]
 
 
 def is_literal(text: str) -> bool:
-    """Whether a channels file spells out all its channels: one list of them and nothing else."""
+    """Return True if a channels file is one list of literal channels and nothing else."""
     forms = _read(text)
-    one = forms[0] if len(forms) == 1 and isinstance(forms[0], list) else []
-    spelled = [each for each in one[1:] if isinstance(each, list) and each[:1] == ["channel"]]
-    known = [channel for channel in channels(text).values() if not channel.computed]
-    return one[:1] == ["list"] and len(one) == len(spelled) + 1 == len(known) + 1
+    form = forms[0] if len(forms) == 1 and isinstance(forms[0], list) else []
+    items = [item for item in form[1:] if isinstance(item, list) and item[:1] == ["channel"]]
+    literal = [channel for channel in channels(text).values() if not channel.computed]
+    return form[:1] == ["list"] and len(form) == len(items) + 1 == len(literal) + 1
 
 
-class _Word(str):
-    """A word of Scheme that is not a string: a symbol, a number, ``#f``."""
+class _Atom(str):
+    """Scheme datum that is neither a string nor a list: a symbol, a number, ``#f``."""
 
     __slots__ = ()
 
 
-_FALSE = _Word("#f")
+_FALSE = _Atom("#f")
 
 _TOKEN = re.compile(
     r"""\s+|;[^\n]*
@@ -125,29 +127,29 @@ _TOKEN = re.compile(
 
 
 def _tokens(text: str) -> Iterator[tuple[str, int]]:
-    """The words of a Scheme program, and where each is.
+    """Yield the tokens of a Scheme program with their positions.
 
-    A string or comment that is not closed is a last word of its first characters.
+    The last token is ``"`` or ``#|`` if a string or comment is not closed.
     """
-    at = 0
-    while at < len(text):
-        if text.startswith("#|", at):
-            end = _comment_end(text, at)
+    position = 0
+    while position < len(text):
+        if text.startswith("#|", position):
+            end = _comment_end(text, position)
             if end is None:
-                yield "#|", at
+                yield "#|", position
                 return
-            at = end
-        elif found := _TOKEN.match(text, at):
-            if found[1]:
-                yield found[1], at
-            at = found.end()
+            position = end
+        elif match := _TOKEN.match(text, position):
+            if match[1]:
+                yield match[1], position
+            position = match.end()
         else:
-            yield '"', at
+            yield '"', position
             return
 
 
 def _comment_end(text: str, start: int) -> int | None:
-    """Where a block comment ends; they nest."""
+    """Return the end of a block comment, which can contain others, or None if it has no end."""
     depth = 0
     for mark in re.compile(r"#\||\|#").finditer(text, start):
         depth += 1 if mark[0] == "#|" else -1
@@ -162,67 +164,69 @@ _CLOSED_BY = {"(": ")", "[": "]"}
 
 
 def syntax_error(text: str) -> tuple[int, str] | None:
-    """The line and the reason why Guile cannot read a program; None if it can.
+    """Return the line and the reason why Guile cannot read a program, or None if it can.
 
-    Raises nothing: what a program means is for Guix to judge.
+    Only the syntax is checked; Guix checks the rest.
     """
     opened: list[tuple[str, int]] = []
-    for word, at in _tokens(text):
-        if word in _NOT_CLOSED:
-            return _line(text, at), _NOT_CLOSED[word]
-        if word in _CLOSED_BY:
-            opened.append((word, at))
-        elif word in _CLOSED_BY.values() and (not opened or _CLOSED_BY[opened.pop()[0]] != word):
-            return _line(text, at), f"unexpected {word}"
+    for lexeme, position in _tokens(text):
+        if lexeme in _NOT_CLOSED:
+            return _line(text, position), _NOT_CLOSED[lexeme]
+        if lexeme in _CLOSED_BY:
+            opened.append((lexeme, position))
+        elif lexeme in _CLOSED_BY.values() and (
+            not opened or _CLOSED_BY[opened.pop()[0]] != lexeme
+        ):
+            return _line(text, position), f"unexpected {lexeme}"
     return (_line(text, opened[-1][1]), f"{opened[-1][0]} is not closed") if opened else None
 
 
-def _line(text: str, at: int) -> int:
-    return text.count("\n", 0, at) + 1
+def _line(text: str, position: int) -> int:
+    return text.count("\n", 0, position) + 1
 
 
 def _read(text: str) -> list[Any]:
-    """Scheme's data as lists and words; strings without their quotes, quoted words without theirs.
+    """Parse Scheme data into lists, strings without their quotes, and atoms.
 
-    Comments are left out, those of one datum (``#;``) included.  Parentheses that do not match
-    are taken as they come; see ``syntax_error``.
+    Quotes before data, comments and commented data (``#;``) are dropped. Parentheses that do not
+    match are no error; see ``syntax_error``.
     """
     stack: list[list[Any]] = [[]]
-    skipped: list[tuple[int, int]] = []  # where, and at which depth, the datum to be left out is
-    for word, _ in _tokens(text):
-        if word in ("(", "["):
+    commented: list[tuple[int, int]] = []  # depth and index of data after "#;"
+    for lexeme, _ in _tokens(text):
+        if lexeme in ("(", "["):
             stack.append([])
             continue
-        if word in (")", "]"):
+        if lexeme in (")", "]"):
             if len(stack) > 1:
-                done = stack.pop()
-                stack[-1].append(done)
-        elif word == "#;":
-            skipped.append((len(stack), len(stack[-1])))
+                form = stack.pop()
+                stack[-1].append(form)
+        elif lexeme == "#;":
+            commented.append((len(stack), len(stack[-1])))
             continue
-        elif word.startswith('"'):
-            stack[-1].append(word[1:-1])
-        elif word.strip("'`,@"):
-            stack[-1].append(_Word(word.lstrip("'`,@")))
-        if skipped and skipped[-1] == (len(stack), len(stack[-1]) - 1):
-            skipped.pop()
+        elif lexeme.startswith('"'):
+            stack[-1].append(lexeme[1:-1])
+        elif lexeme.strip("'`,@"):
+            stack[-1].append(_Atom(lexeme.lstrip("'`,@")))
+        if commented and commented[-1] == (len(stack), len(stack[-1]) - 1):
+            commented.pop()
             stack[-1].pop()
     while len(stack) > 1:
-        done = stack.pop()
-        stack[-1].append(done)
+        form = stack.pop()
+        stack[-1].append(form)
     return stack[0]
 
 
 def _forms(data: list[Any]) -> Iterator[list[Any]]:
-    """Every list in the data, the outer ones first, that begins with a word."""
-    # Not by recursion: a text may be deeper than Python lets calls be.
-    waiting = [*reversed(data)]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, list) and each:
-            if isinstance(each[0], str):
-                yield each
-            waiting.extend(reversed(each))
+    """Yield all lists that begin with a string or atom, outer lists first."""
+    # Without recursion, because lists can be nested deeper than Python's limit of calls.
+    pending = [*reversed(data)]
+    while pending:
+        datum = pending.pop()
+        if isinstance(datum, list) and datum:
+            if isinstance(datum[0], str):
+                yield datum
+            pending.extend(reversed(datum))
 
 
 def _is_field(datum: object) -> bool:
@@ -230,9 +234,9 @@ def _is_field(datum: object) -> bool:
 
 
 def _is_string(datum: object) -> TypeGuard[str]:
-    return isinstance(datum, str) and not isinstance(datum, _Word)
+    return isinstance(datum, str) and not isinstance(datum, _Atom)
 
 
 def commits(text: str) -> dict[str, str]:
-    """The commit of each channel in what ``guix describe --format=channels`` printed."""
+    """Return the commit of each channel in the output of ``guix describe --format=channels``."""
     return {name: channel.commit for name, channel in channels(text).items() if channel.commit}

@@ -1,6 +1,6 @@
-"""The commands of Guix, as argument lists.  Pure: nothing is run here.
+"""Command lines and scripts of Guix, and parsers of their output.
 
-The same lists run in a work container and in a ``RUN`` step of BuildKit.
+Work containers and ``RUN`` steps of BuildKit run the same command lines.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PROFILE = "/var/guix/profiles/per-user/root/guix-profile"
-"""Root's default profile, by the path that other users may follow, too (``/root`` is closed)."""
+"""Default profile of root, by the path that all users can read (unlike ``/root``)."""
 
 CURRENT_GUIX = "/var/guix/profiles/per-user/root/current-guix"
-"""Where ``guix pull`` of root puts what it pulled."""
+"""Profile that ``guix pull`` of root creates."""
 
 CHANNELS_FILE = "/root/.config/guix/channels.scm"
-"""What ``guix pull`` of root reads when it is given no ``--channels``."""
+"""Channels file that ``guix pull`` of root reads without ``--channels``."""
 
 
 UNAUTHENTICATED = "--disable-authentication"
-"""The option of ``guix pull`` that lets it take commits that nobody vouches for."""
+"""Option of ``guix pull`` that accepts commits without trusted signatures."""
 
 
 def pull_argv(channels: str | None, *, authenticate: bool = True) -> tuple[str, ...]:
-    """``guix pull``; without a channels file it takes what the image has."""
+    """Return ``guix pull``, by default with the channels of the image."""
     return (
         "guix", "pull",
         *([] if authenticate else [UNAUTHENTICATED]),
@@ -37,20 +37,20 @@ def pull_argv(channels: str | None, *, authenticate: bool = True) -> tuple[str, 
 
 
 def describe_argv() -> tuple[str, ...]:
-    """The channels of the Guix in use, with their commits, as a channels file."""
+    """Return the command that prints the channels and commits in use as a channels file."""
     return ("guix", "describe", "--format=channels")
 
 
 def record_channels() -> str:
-    """A shell command that lets ``guix pull`` of root stay at the channels of the Guix in use."""
-    folder = CHANNELS_FILE.rpartition("/")[0]
-    return f"mkdir -p {folder} && {shlex.join(describe_argv())} >{CHANNELS_FILE}"
+    """Return a shell command that pins ``guix pull`` of root to the channels and commits in use."""
+    directory = CHANNELS_FILE.rpartition("/")[0]
+    return f"mkdir -p {directory} && {shlex.join(describe_argv())} >{CHANNELS_FILE}"
 
 
 def install_argv(manifest: str | None, packages: Sequence[str]) -> tuple[str, ...]:
-    """One transaction that adds to the profile what a manifest and a list name.
+    """Return one transaction that installs a manifest and packages.
 
-    Raises ``ValueError`` for neither, since ``guix package`` alone would do nothing.
+    Raise ``ValueError`` if both are empty, because ``guix package`` alone does nothing.
     """
     if not manifest and not packages:
         raise ValueError("neither a manifest nor packages")
@@ -62,16 +62,16 @@ def install_argv(manifest: str | None, packages: Sequence[str]) -> tuple[str, ..
 
 
 def list_installed_argv() -> tuple[str, ...]:
-    """What the profile has: name, version, output and store item, by tabs."""
+    """Return the command that prints the installed packages; see ``installed``."""
     return ("guix", "package", "--list-installed")
 
 
 def union_manifest(manifest: str) -> str:
-    """A manifest of what the profile has and what another manifest names.
+    """Return a manifest with the packages of the profile and of another manifest.
 
-    ``guix package --manifest`` replaces a profile, and an image must not lose what its base
-    profile has, the certificates above all.  ``manifest-add`` replaces an entry of the same name
-    and output, as ``guix package --install`` does.
+    ``guix package --manifest`` replaces a profile, but an image must keep the packages of its base
+    profile, above all the certificates. Like ``guix package --install``, ``manifest-add`` replaces
+    an entry of the same name and output.
     """
     return (
         "(use-modules (guix profiles))\n"
@@ -83,21 +83,21 @@ def union_manifest(manifest: str) -> str:
 TARBALL, DOCKER, OCI = "tarball", "docker", "oci"
 
 PACK_FORMATS = (TARBALL, DOCKER, OCI, "squashfs", "deb", "rpm", "appimage")
-"""What ``guix pack`` of Guix 1.5 makes (``--list-formats``), and OCI, made of that of docker."""
+"""Formats of ``guix pack`` 1.5 (``--list-formats``), and OCI, which is converted from docker."""
 
 IMAGES = (DOCKER, OCI)
 
 COMPRESSIONS = ("gzip", "lzip", "xz", "bzip2", "zstd", "none")
-"""What it compresses with (``%compressors``)."""
+"""Compression methods of ``guix pack`` (``%compressors``)."""
 
 
 @dataclass(frozen=True)
 class Pack:
-    """What ``guix pack`` is to make, in its own words; nothing set is its default."""
+    """Options of ``guix pack``; the defaults are those of Guix."""
 
     format: str = TARBALL
     relocatable: int = 0
-    """1: where users may make namespaces; 2: anywhere else, too, but slower there."""
+    """1: relocatable with user namespaces; 2: relocatable everywhere, but slower without them."""
     symlinks: tuple[str, ...] = ()
     compression: str = ""
     max_layers: int = 0
@@ -105,13 +105,13 @@ class Pack:
 
 
 def pack_argv(pack: Pack, manifest: str) -> tuple[str, ...]:
-    """``guix pack`` of a manifest."""
-    if pack.format == OCI:  # each of its layers is compressed, and not the whole
+    """Return ``guix pack`` of a manifest."""
+    if pack.format == OCI:  # the conversion compresses each layer
         pack = replace(pack, format=DOCKER, compression="none")
     return (
         "guix", "pack", f"--format={pack.format}",
         *["--relocatable"] * pack.relocatable,
-        *(f"--symlink={each}" for each in pack.symlinks),
+        *(f"--symlink={symlink}" for symlink in pack.symlinks),
         *([f"--compression={pack.compression}"] if pack.compression else []),
         *([f"--max-layers={pack.max_layers}"] if pack.max_layers else []),
         *([f"--entry-point={pack.entry_point}"] if pack.entry_point else []),
@@ -123,16 +123,16 @@ _IS_PACKED = "is packed:"
 
 
 def pack_manifest(manifest: str | None, packages: Sequence[str]) -> str:
-    """A manifest of a manifest and a list, of which ``guix pack`` takes but one.
+    """Return a manifest that combines a manifest and packages, since ``guix pack`` takes only one.
 
-    When it is read it tells the names and versions, for ``packed``.
+    When Guix loads it, it prints the names and versions of packages for ``packed``.
     """
-    words = " ".join(f'"{each}"' for each in packages)
-    theirs = f'(primitive-load "{manifest}")' if manifest else ""
+    names = " ".join(f'"{package}"' for package in packages)
+    loaded = f'(primitive-load "{manifest}")' if manifest else ""
     return (
         "(use-modules (guix profiles) (gnu packages))\n"
         "(define all\n"
-        f"  (concatenate-manifests (list {theirs} (specifications->manifest '({words})))))\n"
+        f"  (concatenate-manifests (list {loaded} (specifications->manifest '({names})))))\n"
         "(for-each (lambda (each)\n"
         f'            (simple-format #t "{_IS_PACKED}~A\\t~A~%"\n'
         "                           (manifest-entry-name each) (manifest-entry-version each)))\n"
@@ -142,51 +142,51 @@ def pack_manifest(manifest: str | None, packages: Sequence[str]) -> str:
 
 
 def packed(report: str) -> tuple[str, list[tuple[str, str]]]:
-    """The store item that ``guix pack`` made, and name and version of all that is in it."""
+    """Return the store item of a ``guix pack``, and the names and versions of its packages."""
     entries = re.findall(rf"^{_IS_PACKED}(.*)\t(.*)$", report, re.MULTILINE)
     items = re.findall(r"^/gnu/store/.*$", report, re.MULTILINE)
     return items[-1] if items else "", entries
 
 
 def pack_suffix(pack_format: str, item: str) -> str:
-    """How the name of a packed file ends; that of an image tells it from a tarball."""
-    ending = item.rpartition("-pack")[2]
-    return f".{pack_format}{ending}" if pack_format in IMAGES else ending
+    """Return the file name suffix of a pack; the suffix of an image contains its format."""
+    suffix = item.rpartition("-pack")[2]
+    return f".{pack_format}{suffix}" if pack_format in IMAGES else suffix
 
 
 DEFAULT_SUBSTITUTE_URLS = ("https://ci.guix.gnu.org", "https://bordeaux.guix.gnu.org")
-"""What Guix asks for substitutes where it is not told (``%default-substitute-urls``)."""
+"""Guix's default substitute servers (``%default-substitute-urls``)."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What substitutes there are for one system, as ``resources/weather.scm`` says."""
+    """Availability of substitutes for one system, as reported by ``resources/weather.scm``."""
 
     system: str
     wanted: dict[str, str]
-    """What is to be had, by name and version, with one of ``stored`` and its like."""
+    """State of each requested package, by name and version; for example ``stored``."""
     items: int = 0
-    """How many items would be fetched, what the packages need included."""
+    """Number of store items to download, including dependencies."""
     unpacked: int = 0
-    """The bytes of these in the store."""
+    """Size of these items in the store, in bytes."""
     packed: int = 0
-    """The bytes to be downloaded, as far as the servers tell."""
+    """Size of the downloads in bytes, without ``unknown`` items."""
     unknown: int = 0
-    """The items of which they do not."""
+    """Number of items whose download size the servers do not report."""
 
     @property
     def missing(self) -> list[str]:
-        """What would be built, or cannot be had for this system at all."""
-        return [name for name, state in self.wanted.items() if state not in _THERE]
+        """Packages that Guix would build, or that do not exist for this system."""
+        return [name for name, state in self.wanted.items() if state not in _AVAILABLE]
 
 
-_THERE = ("stored", "substitutable")
+_AVAILABLE = ("stored", "substitutable")
 
 
 def weather_argv(
     program: str, systems: Sequence[str], manifest: str | None, packages: Sequence[str]
 ) -> tuple[str, ...]:
-    """Ask the substitute servers, by ``resources/weather.scm``."""
+    """Return the command that queries substitute servers with ``resources/weather.scm``."""
     return ("guix", "repl", "--", program, " ".join(systems), manifest or "", *packages)
 
 
@@ -197,8 +197,8 @@ _FORECAST = re.compile(
 
 
 def forecasts(report: str) -> list[Forecast]:
-    """What that said, for each system that it came to the end of."""
-    found = []
+    """Parse the output of ``resources/weather.scm``, without systems whose report is incomplete."""
+    complete = []
     system, wanted = "", dict[str, str]()
     for name, package, state, numbers in _FORECAST.findall(report):
         if name:
@@ -206,16 +206,17 @@ def forecasts(report: str) -> list[Forecast]:
         elif package:
             wanted[package] = state
         else:
-            found.append(Forecast(system, wanted, *map(int, numbers.split())))
-    return found
+            complete.append(Forecast(system, wanted, *map(int, numbers.split())))
+    return complete
 
 
 def publish_script(address: str, port: int, keys: str) -> str:
-    """A shell script that serves the store, by a key pair in a folder; it is made there once.
+    """Return a shell script that serves the store with ``guix publish``.
 
-    What is served is packed as it is sent: a cache would take the room of a second store, and
-    answer the first who asks that nothing is there.  Near by, quick packing is best.  Clients
-    are to forget soon what they were told, since another store may be served at the next moment.
+    ``keys`` is the directory of the key pair, which the script generates once. Items are compressed
+    while they are sent: a cache would need the space of a second store and return "not found" to
+    the first request. Compression is fast because the network is local. The lifetimes of responses
+    are short because the server can serve another store at any time.
     """
     publish = (
         "guix", "publish", f"--listen={address}", f"--port={port}",
@@ -232,51 +233,53 @@ def publish_script(address: str, port: int, keys: str) -> str:
 
 
 def is_publishing(line: str) -> bool:
-    """Whether a line of ``guix publish`` says that it listens."""
+    """Return True for the line that ``guix publish`` prints when it is ready."""
     return "guix publish: publishing /gnu/store on " in line
 
 
 def script(
     commands: Sequence[Sequence[str]],
     report: Sequence[str],
-    folder: str,
+    directory: str,
     *,
     keep: str | None,
     start: str | None = None,
 ) -> str:
-    """A shell script that runs the commands in order and stops at the first that fails.
+    """Return a shell script that runs commands in order and stops at the first failure.
 
-    Its standard output is the report's alone; all the rest goes to standard error.  At the end
-    it collects what the commands added to the store and nothing needs; ``keep`` is a profile
-    whose like is still to be built.  That nothing could be collected is no failure of a stage.
-    ``start`` is the folder that the commands start in, where that is not the image's own.
+    Only the command ``report`` writes to standard output; all other output goes to standard error.
+    At the end the script removes store items that the commands added and nothing needs, except
+    items that are needed to build a profile like ``keep``. A failed removal does not fail the
+    stage. ``directory`` contains the scripts; the commands run in ``start``, by default the
+    working directory of the image.
     """
-    # Not in the folder, which goes with each start: a second try goes on from the first.
-    before = f"{folder}-store-before"
-    collect = ("guix", "repl", "--", f"{folder}/collect.scm", before, *([keep] if keep else []))
+    # Outside the directory, which each start replaces, because a retry needs the first list.
+    items_before = f"{directory}-store-before"
+    profile = [keep] if keep else []
+    collect = ("guix", "repl", "--", f"{directory}/collect.scm", items_before, *profile)
     lines = [
         "#!/bin/sh",
         "set -eu",
         "exec 3>&1 1>&2",
-        f"[ -e {before} ] || find /gnu/store -mindepth 1 -maxdepth 1 >{before} || true",
+        f"[ -e {items_before} ] || find /gnu/store -mindepth 1 -maxdepth 1 >{items_before} || true",
         *([f"cd {start}"] if start else []),
         *(shlex.join(command) for command in commands),
-        # After a pull `guix` is another program: forget where the shell found the first one.
+        # A pull replaces the program `guix`, so clear the shell's cache of its path.
         "hash -r",
         f"{shlex.join(collect)} || echo 'the store could not be collected' & collecting=$!",
         f"{shlex.join(report)} >&3",
         "wait $collecting",
-        f"rm -f {before}",
+        f"rm -f {items_before}",
     ]
     return "\n".join(lines) + "\n"
 
 
 def installed(report: str) -> list[str]:
-    """The packages in what ``guix package --list-installed`` printed, as ``NAME@VERSION:OUTPUT``.
+    """Parse the output of ``guix package --list-installed`` into ``NAME@VERSION:OUTPUT``.
 
-    The output ``out`` goes without saying, as it does in Guix.
+    As in Guix, the output ``out`` is omitted.
     """
-    # Version, output and store item are behind the name.
+    # Name, version, output and store item are separated by tabs.
     lines = (line for line in report.splitlines() if line.count("\t") > 1)
     rows = (re.split(r"[^\S\t]*\t[^\S\t]*", line) for line in lines)
     return sorted(

@@ -1,4 +1,4 @@
-"""What Guix's log says of faults.  Pure."""
+"""Diagnosis of errors in logs of Guix."""
 
 from __future__ import annotations
 
@@ -29,64 +29,65 @@ _BUILD_LOG = re.compile(r"'(/var/log/guix/drvs/[0-9a-z]{2}/[0-9a-z]{30}-[\w+.?=-
 
 
 def silent_servers(log: str) -> set[str]:
-    """The hosts of the substitute servers that did not answer, as a log tells."""
+    """Return the hosts of substitute servers that did not answer."""
     return {host.lower() for host in _SILENT.findall(log)}
 
 
 def network_fault(log: str) -> bool:
-    """Whether a command failed for want of a network, and not because something does not build."""
+    """Return True if a command failed because of the network, and no build failed."""
     return _NETWORK.search(log) is not None and not build_fault(log)
 
 
-_FETCH_MENDS = {
+_FETCH_HINTS = {
     r"authentication required|refused the credentials|status code: 40[13]": (
-        "the channel's server does not let it in: see that GUIX_CHANNEL_CREDENTIALS has an account "
-        "for its address, which may read there"
+        "the channel's server denies access: check that GUIX_CHANNEL_CREDENTIALS contains an "
+        "account for its address with permission to read the channel"
     ),
     r"remote rejected authentication|SSH credentials|no auth sock|ssh agent": (
-        "the channel's host takes no key of your SSH agent: `ssh-add` the right one, and name the "
-        "user in the channel's URL, as ssh://git@HOST/PATH"
+        "the channel's host accepts no key of your SSH agent: add the right key with `ssh-add`, "
+        "and put the user into the channel's URL, for example ssh://git@HOST/PATH"
     ),
     r"remote ssh hostkey": (
-        "SSH_KNOWN_HOSTS does not have the host's key: check it, and add what `ssh-keyscan` says"
+        "SSH_KNOWN_HOSTS does not contain the host's key: add the output of `ssh-keyscan` after "
+        "you have checked it"
     ),
     r"certificate (?:is invalid|verif)|could not be verified|tls-certificate-error": (
-        "no authority that is trusted vouches for the server: name that authority's certificate in "
-        "EXTRA_CA_FILE"
+        "the server's certificate is not signed by a trusted authority: set EXTRA_CA_FILE to the "
+        "certificate of its authority"
     ),
 }
-"""What libgit2, libssh2 and Guix say where a server may not be used, and what mends it."""
+"""Hints by errors of libgit2, libssh2 and Guix about access to a server."""
 
 
 def fetch_mend(log: str) -> str:
-    """What mends a fault between Guix and a server, as a log tells; empty where it tells none."""
-    faults = "\n".join(re.findall(r"^(?:guix .*error:|X\.509) .*$", log, re.MULTILINE))
-    found = (mend for says, mend in _FETCH_MENDS.items() if re.search(says, faults))
-    return next(found, "")
+    """Return the hint about an access error between Guix and a server, or nothing."""
+    errors = "\n".join(re.findall(r"^(?:guix .*error:|X\.509) .*$", log, re.MULTILINE))
+    hints = (hint for pattern, hint in _FETCH_HINTS.items() if re.search(pattern, errors))
+    return next(hints, "")
 
 
 _ERROR = re.compile(r"^(?:guix [\w-]+: |(/\S+:\d+:\d+: ))error: (.+)$", re.MULTILINE)
 
 
 def last_error(log: str) -> str:
-    """The last error of Guix in a log, with its place in a file; empty where there is none."""
-    found = ["".join(each) for each in _ERROR.findall(log)]
-    # That a file does not load, with a colon behind it, Guix says after why, too.
-    told = [each for each in found if not each.endswith(":")]
-    return (told or found or [""])[-1].rstrip(":")
+    """Return the last error of Guix in a log, with its position in a file, or nothing."""
+    errors = ["".join(groups) for groups in _ERROR.findall(log)]
+    # An error that ends in a colon reports that a file failed to load, after the actual error.
+    causes = [error for error in errors if not error.endswith(":")]
+    return (causes or errors or [""])[-1].rstrip(":")
 
 
 def package_mend(error: str) -> str:
-    """How to find the package that an error of Guix does not know; empty where it is another."""
-    found = re.match(r"([\w.+-]+)(?:@\S+)?: (?:unknown package|package not found)", error)
-    return f"look for it with `inv run -- guix search {found[1]}`" if found else ""
+    """Return the hint about an unknown package, or nothing for other errors of Guix."""
+    match = re.match(r"([\w.+-]+)(?:@\S+)?: (?:unknown package|package not found)", error)
+    return f"search for it with `inv run -- guix search {match[1]}`" if match else ""
 
 
 def build_fault(log: str) -> bool:
-    """Whether something did not build, as a log tells."""
+    """Return True if a build failed."""
     return _BUILD.search(log) is not None
 
 
 def build_logs(log: str) -> list[str]:
-    """Where the build logs are that a log points to."""
+    """Return the paths of build logs that a log mentions."""
     return list(dict.fromkeys(_BUILD_LOG.findall(log)))

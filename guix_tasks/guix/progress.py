@@ -1,8 +1,8 @@
-"""What Guix is doing, by the lines that it logs.  Pure: nothing is asked or shown here.
+"""Progress of Guix and of image builds, parsed from their logs.
 
-Guix 1.5 has no trace for machines that a client would hand on (the daemon's goes to the client
-alone), so these are the lines for people: ``status.scm``, ``ui.scm``, ``channels.scm``.  With
-``--verbosity=3`` each substitute and each build is among them.
+The clients of Guix 1.5 do not pass the daemon's machine-readable trace on. This module parses the
+messages for users (``status.scm``, ``ui.scm``, ``channels.scm``), which with ``--verbosity=3``
+report each substitute and each build.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 VERBOSITY = 3
-"""The ``--verbosity`` at which Guix logs what it builds, and the log of that."""
+"""``--verbosity`` at which Guix logs builds and their output."""
 
 _MEGA = 1_000_000
-"""Bytes in what Guix calls MB."""
+"""Bytes in a MB of Guix."""
 
-_RATE_OVER = 5.0
-"""Seconds over which a rate is taken."""
+_RATE_SECONDS = 5.0
+"""Period over which the download rate is measured."""
 
 _STORE = "/gnu/store/[0-9a-z]{32}-"
 
@@ -39,7 +39,7 @@ _LINE = re.compile(
     r"|(?P<size>[\d,.]+) MB will be downloaded(?P<listed>:?)$"
     r"|(?P<count>[\d,.]+) items? will be downloaded"
     rf"|substituting {_STORE}(?P<substitute>\S+?)\.\.\.$"
-    rf"|substitution of {_STORE}(?P<came>\S+) complete$"
+    rf"|substitution of {_STORE}(?P<substituted>\S+) complete$"
     rf"|building {_STORE}(?P<build>\S+?)(?:\.drv)?\.\.\.$"
     r"|(?P<other>(?:building|listing|generating|creating|applying|running profile) .*?) ?\.\.\.$"
     rf"|(?:successfully built|build of) {_STORE}(?P<built>\S+?)(?:\.drv)?(?: failed)?$"
@@ -49,79 +49,78 @@ _LISTED = re.compile(r" {2,3}/gnu/store/")
 
 
 _IN_PROGRESS = re.compile(rb"The following builds? (?:is|are) still in progress:$")
-_OF_LIST = re.compile(rb" +/gnu/store/")
+_IN_PROGRESS_ITEM = re.compile(rb" +/gnu/store/")
 _HINT = re.compile(rb"hint: (?:Consider setting the necessary environment|After setting .PATH')")
-_OF_HINT = re.compile(rb"\s|$|Alternately, see |.*'\.$")
+_HINT_LINE = re.compile(rb"\s|$|Alternately, see |.*'\.$")
 
 
 class Noise:
-    """What Guix's log repeats, or says of a login shell, which an image has not."""
+    """Filter of repeated log lines, and of hints about login shells, which images do not have."""
 
     def __init__(self) -> None:
-        self._goes_on: re.Pattern[bytes] | None = None
+        self._continuation: re.Pattern[bytes] | None = None
 
     def without(self, lines: list[bytes]) -> list[bytes]:
-        """The next lines of the log, without it and without what separates it."""
+        """Return the next lines of the log without noise and blank lines."""
         return [line for line in lines if not self._is_noise(line)]
 
     def _is_noise(self, line: bytes) -> bool:
-        if self._goes_on and self._goes_on.match(line):
+        if self._continuation and self._continuation.match(line):
             return True
-        self._goes_on = None
+        self._continuation = None
         if _IN_PROGRESS.match(line):
-            self._goes_on = _OF_LIST
+            self._continuation = _IN_PROGRESS_ITEM
         elif _HINT.match(line):
-            self._goes_on = _OF_HINT
-        # A dot stands for a part of what is downloaded.
-        return self._goes_on is not None or not line.strip(b". \t")
+            self._continuation = _HINT_LINE
+        # Guix prints dots while it downloads.
+        return self._continuation is not None or not line.strip(b". \t")
 
 
 class Activity:
-    """What is being done, as one line."""
+    """Current activity of Guix, as one line of text."""
 
     def __init__(self) -> None:
         self._phase = ""
         self._list = ""
-        self._building = ""
+        """List that the log is printing, ``to_build`` or ``to_fetch``."""
+        self._build = ""
         self._started = self._built = self._to_build = 0
         self._item = ""
         self._fetched = self._to_fetch = 0
         self._size = 0.0
         self._received: deque[tuple[float, int]] = deque()
-        self._before = 0
+        """Times in seconds with the total of received bytes."""
+        self._received_before = 0
 
     def look(self, line: str) -> None:
-        """Take in the next line of the log."""
+        """Process the next line of the log."""
         if self._list and _LISTED.match(line):
-            setattr(self, self._list, getattr(self, self._list) + 1)
+            self._to_build += self._list == "to_build"
+            self._to_fetch += self._list == "to_fetch"
             return
-        line = line.lstrip(".")  # a dot for a part of what is downloaded
-        found = _LINE.match(line)
-        if found is None:
+        match = _LINE.match(line.lstrip("."))  # Guix prints dots while it downloads
+        if match is None:
             return
         self._list = ""
-        name, text = next((n, t) for n, t in found.groupdict().items() if t is not None)
-        if name == "size":
-            self._size += _number(text) * _MEGA
-            self._list = "_to_fetch" if found["listed"] else ""
-        elif name == "count":
-            self._to_fetch += int(_number(text))
-        elif name in _PHASES:
+        name, text = next((n, t) for n, t in match.groupdict().items() if t is not None)
+        if name in _PHASES:
             self._phase = _PHASES[name].format(text)
+        elif name in ("size", "count", "to_build", "to_graft", "to_fetch"):
+            self._plan(name, text, is_list=bool(match["listed"]))
         else:
-            getattr(self, f"_{name}_is_told")(text)
+            self._advance(name, text)
 
     def receive(self, total: int, now: float) -> None:
-        """Take in how many bytes came over the network so far, and the time of that in seconds."""
+        """Process the total of bytes received over the network at a time in seconds."""
         if not self._fetched:
-            self._before = total
+            self._received_before = total
         self._received.append((now, total))
-        while now - self._received[0][0] > _RATE_OVER:
+        while now - self._received[0][0] > _RATE_SECONDS:
             self._received.popleft()
 
     @property
     def is_building(self) -> bool:
-        """Whether a build is under way, where Guix says also when each has ended."""
+        """True while a build runs, if Guix also logs the ends of builds."""
         return self._started > self._built
 
     @property
@@ -131,30 +130,30 @@ class Activity:
 
     @property
     def _build_text(self) -> str:
-        if not self._building:
+        if not self._build:
             return ""
-        return f"{self._building} ({self._started} of {max(self._started, self._to_build)})"
+        return f"{self._build} ({self._started} of {max(self._started, self._to_build)})"
 
     @property
     def _fetch_text(self) -> str:
         if not self._item:
             return ""
-        # Of what a build asks for, none is in the plan.
+        # Substitutes for the inputs of builds are not in the list of downloads.
         count = f"{self._fetched} of {max(self._fetched, self._to_fetch)}"
         return ", ".join(filter(None, (f"substitute {count}: {self._item}", self._bytes_text)))
 
     @property
     def _bytes_text(self) -> str:
-        whole = human_size(int(self._size)) if self._size else ""
+        size = human_size(int(self._size)) if self._size else ""
         if not self._received:
-            return whole
-        came = self._received[-1][1] - self._before
-        moved = human_size(min(came, int(self._size)) if self._size else came)
-        return ", ".join(filter(None, (f"{moved} of {whole}" if whole else moved, self._rate)))
+            return size
+        received = self._received[-1][1] - self._received_before
+        progress = human_size(min(received, int(self._size)) if self._size else received)
+        return ", ".join(filter(None, (f"{progress} of {size}" if size else progress, self._rate)))
 
     @property
     def _rate(self) -> str:
-        """Bytes in a second, lately; nothing where none came."""
+        """Recent download rate in bytes per second, or nothing if no bytes arrived."""
         if len(self._received) < 2:  # noqa: PLR2004
             return ""
         (start, first), (end, last) = self._received[0], self._received[-1]
@@ -162,32 +161,30 @@ class Activity:
             return ""
         return f"{human_size(int((last - first) / (end - start)))}/s"
 
-    def _to_build_is_told(self, _text: str) -> None:
-        self._list = "_to_build"
+    def _plan(self, name: str, text: str, *, is_list: bool) -> None:
+        """Process a line about what Guix is going to build and download."""
+        if name == "size":
+            self._size += _number(text) * _MEGA
+            self._list = "to_fetch" if is_list else ""
+        elif name == "count":
+            self._to_fetch += int(_number(text))
+        else:
+            self._list = "to_fetch" if name == "to_fetch" else "to_build"
 
-    _to_graft_is_told = _to_build_is_told
-
-    def _to_fetch_is_told(self, _text: str) -> None:
-        self._list = "_to_fetch"
-
-    def _substitute_is_told(self, item: str) -> None:
-        self._fetched += 1
-        self._item = item
-
-    def _build_is_told(self, name: str) -> None:
-        self._other_is_told(f"building {name}")
-
-    def _other_is_told(self, text: str) -> None:
-        self._started += 1
-        self._building = text
-
-    def _built_is_told(self, _name: str) -> None:
-        self._built += 1
-
-    def _came_is_told(self, name: str) -> None:
-        # Till the next one begins, this one is the one to tell.
-        if self._item == name and self._fetched >= self._to_fetch:
-            self._item = ""
+    def _advance(self, name: str, text: str) -> None:
+        """Process a line about the start or end of a build or download."""
+        if name == "substitute":
+            self._fetched += 1
+            self._item = text
+        elif name == "substituted":
+            # Between two downloads, the finished one remains visible.
+            if self._item == text and self._fetched >= self._to_fetch:
+                self._item = ""
+        elif name == "built":
+            self._built += 1
+        else:
+            self._started += 1
+            self._build = f"building {text}" if name == "build" else text
 
 
 _PHASES = {
@@ -207,20 +204,20 @@ _STEP = re.compile(
     rb"#\d+ \[(?:[^\]]+ )?(?P<number>\d+)/(?P<all>\d+)\] (?P<text>.+)"
     rb"|Step (?P<old_number>\d+)/(?P<old_all>\d+) : (?P<old_text>.+)"
 )
-"""How BuildKit begins a step, and the engine's own builder before it."""
+"""First line of a step in the log of BuildKit or of the engine's classic builder."""
 
 
 class BuildSteps:
-    """What a build of a Dockerfile is doing."""
+    """Current step of a Dockerfile build, as one line of text."""
 
     def __init__(self) -> None:
         self.text = ""
 
     def look(self, lines: Iterable[bytes]) -> None:
-        """Take in the next lines of the log, plain."""
+        """Process the next lines of the log in plain format."""
         for line in lines:
-            if found := _STEP.match(line):
-                number, whole, text = (
-                    each.decode(errors="replace") for each in found.groups() if each
+            if match := _STEP.match(line):
+                number, total, text = (
+                    group.decode(errors="replace") for group in match.groups() if group
                 )
-                self.text = f"step {number} of {whole}: {text}"
+                self.text = f"step {number} of {total}: {text}"

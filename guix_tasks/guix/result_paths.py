@@ -1,6 +1,6 @@
-"""The paths of an image that stages write, and which mounts would keep that out of it.
+"""Paths to which stages write, and the mounts that would exclude them from the image.
 
-A commit takes nothing of what is on a mount or a volume.
+A commit excludes mounts and volumes.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import posixpath
 from pathlib import PurePosixPath
 
 SUBSTITUTE_CACHE = "/var/guix/substitute"
-"""The only part of Guix's state that is no part of a result."""
+"""Only directory of Guix's state that is no result of a stage."""
 
 _RESULTS = (
     "/gnu/store",
     "/var/guix",
-    # What Guix writes to root's home; the rest of it, ~/.cache and ~/.ssh say, is the user's.
+    # Guix's files in root's home; other files there, such as ~/.cache and ~/.ssh, are the user's.
     "/root/.config/guix/channels.scm",
     "/root/.config/guix/current",
     "/root/.guix-profile",
@@ -27,7 +27,7 @@ def normal_path(path: str) -> str:
 
 
 def conflict(target: str) -> str | None:
-    """Explain which result a mount at this path would take, as ``covers /gnu/store``, or None."""
+    """Return the reason why a mount excludes a result, as ``covers /gnu/store``, or None."""
     path = PurePosixPath(normal_path(target))
     if path.is_relative_to(SUBSTITUTE_CACHE):
         return None

@@ -1,1 +1,1 @@
-"""Image references, platforms, labels and archives; pure."""
+"""Image references, platforms, labels, archives and ignore files of image builds."""

@@ -1,7 +1,7 @@
-"""An OCI archive of the docker archive that ``guix pack`` makes, since Guix makes none itself.
+"""Conversion of the docker archive of ``guix pack`` into an OCI archive, which Guix cannot write.
 
-Form: the OCI image layout and image specification.  As in what ``docker save`` writes there is a
-``manifest.json`` beside the layout, so that an engine that knows only that loads it, too.
+The format is that of the OCI image layout and image specification. Like the archives of
+``docker save``, it also contains ``manifest.json``, for engines that do not read the OCI layout.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _LAYER = "application/vnd.oci.image.layer.v1.tar"
 _NAME = "org.opencontainers.image.ref.name"
 
 _BLOBS = "blobs/sha256"
-_PIECE = 1 << 20
-"""Bytes that are read at once."""
+_CHUNK_SIZE = 1 << 20
+"""Bytes to read at once."""
 
-_MOST_JSON = 1 << 24
-"""Bytes that a description may have; it is read whole."""
+_JSON_MAX = 1 << 24
+"""Maximum bytes of a JSON file, which is read into memory."""
 
 _KEYS = {"env": "Env", "entrypoint": "Entrypoint", "cmd": "Cmd", "workingdir": "WorkingDir"}
-"""The specification's names of what Guix writes small, which not every reader takes."""
+"""Specified names of keys that Guix writes in lower case, which some engines do not accept."""
 
 
 @dataclass(frozen=True)
@@ -49,88 +49,94 @@ class _Blob:
         return {"mediaType": self.media_type, "digest": f"sha256:{self.digest}", "size": self.size}
 
 
-def oci_archive(docker: IO[bytes], folder: Path, *, compressed: bool) -> Iterator[bytes]:
-    """The OCI archive of a docker archive, piece by piece; of the same, the same.
+def oci_archive(docker: IO[bytes], directory: Path, *, compressed: bool) -> Iterator[bytes]:
+    """Convert a docker archive, and yield the OCI archive in chunks.
 
-    The docker archive is read once; what comes of it is put into ``folder``, an empty one that is
-    the caller's to remove.  The layers are ``compressed`` with gzip, or not.  Raises
-    ``tarfile.TarError`` for what is no docker archive.
+    The result is reproducible. ``docker`` is read once. Blobs are stored in ``directory``, which
+    must be empty and which the caller removes. If ``compressed``, layers are compressed with gzip.
+    Raise ``tarfile.TarError`` if ``docker`` is not a docker archive.
     """
-    layers, texts = _taken_apart(docker, folder, compressed=compressed)
+    layer_files, json_files = _extract(docker, directory, compressed=compressed)
     try:
-        (image,) = json.loads(texts["manifest.json"])
-        config = json.loads(texts[image["Config"]])
-        own = [layers[name] for name in image["Layers"]]
+        (image,) = json.loads(json_files["manifest.json"])
+        docker_config = json.loads(json_files[image["Config"]])
+        layers = [layer_files[name] for name in image["Layers"]]
         name = str(image["RepoTags"][0])
-        text = _config(config, len(own))
+        content = _config(docker_config, len(layers))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError):
-        raise tarfile.ReadError("no docker archive") from None
-    config_blob = _kept(folder, _CONFIG, text)
-    manifest = _kept(folder, _MANIFEST, _json(_manifest(config_blob, own)))
-    tag = {_NAME: name.rpartition(":")[2], "io.containerd.image.name": name}
-    descriptor = {**manifest.descriptor, "platform": _platform(config), "annotations": tag}
+        raise tarfile.ReadError("not a docker archive") from None
+    config = _store(directory, _CONFIG, content)
+    manifest = _store(directory, _MANIFEST, _json(_manifest(config, layers)))
+    descriptor = {
+        **manifest.descriptor,
+        "platform": {key: docker_config[key] for key in ("architecture", "os")},
+        "annotations": {_NAME: name.rpartition(":")[2], "io.containerd.image.name": name},
+    }
     index = {"schemaVersion": 2, "mediaType": _INDEX, "manifests": [descriptor]}
-    of_docker = [
-        {"Config": config_blob.name, "RepoTags": [name], "Layers": [each.name for each in own]}
+    docker_manifest = [
+        {"Config": config.name, "RepoTags": [name], "Layers": [layer.name for layer in layers]}
     ]
     yield from _member("oci-layout", _json({"imageLayoutVersion": "1.0.0"}))
     yield from _member("index.json", _json(index))
-    yield from _member("manifest.json", _json(of_docker))
-    # Two layers may be the same.
-    for blob in dict.fromkeys((manifest, config_blob, *own)):
-        yield from _blob_member(folder, blob)
+    yield from _member("manifest.json", _json(docker_manifest))
+    # Without duplicates, because two layers can have the same content.
+    for blob in dict.fromkeys((manifest, config, *layers)):
+        yield _header(blob.name, blob.size)
+        with (directory / blob.digest).open("rb") as file:
+            yield from _chunks(file)
+        yield _padding(blob.size)
     yield bytes(2 * tarfile.BLOCKSIZE)
 
 
-def _taken_apart(
-    docker: IO[bytes], folder: Path, *, compressed: bool
+def _extract(
+    docker: IO[bytes], directory: Path, *, compressed: bool
 ) -> tuple[dict[str, _Blob], dict[str, bytes]]:
-    """The layers and the descriptions of a docker archive, by their names in it."""
-    layers, texts = {}, {}
+    """Return the layers and the JSON files of a docker archive, by file name."""
+    layers, json_files = {}, {}
     with tarfile.open(fileobj=docker, mode="r|*") as tar:
         for member in tar:
             name, file = member.name.removeprefix("./"), tar.extractfile(member)
             if file is not None and name.endswith("/layer.tar"):
-                layers[name] = _layer(file, folder, compressed=compressed)
-            elif file is not None and name.endswith(".json") and member.size <= _MOST_JSON:
-                texts[name] = file.read()
-    return layers, texts
+                layers[name] = _layer(file, directory, compressed=compressed)
+            elif file is not None and name.endswith(".json") and member.size <= _JSON_MAX:
+                json_files[name] = file.read()
+    return layers, json_files
 
 
-def _layer(file: IO[bytes], folder: Path, *, compressed: bool) -> _Blob:
-    unnamed = folder / "layer"
+def _layer(file: IO[bytes], directory: Path, *, compressed: bool) -> _Blob:
+    temporary = directory / "layer"
     digest, size = hashlib.sha256(), 0
-    with unnamed.open("wb") as target:
-        for piece in _gzipped(file) if compressed else _pieces(file):
-            digest.update(piece)
-            size += target.write(piece)
+    with temporary.open("wb") as target:
+        for chunk in _gzip(file) if compressed else _chunks(file):
+            digest.update(chunk)
+            size += target.write(chunk)
     blob = _Blob(f"{_LAYER}+gzip" if compressed else _LAYER, digest.hexdigest(), size)
-    unnamed.rename(folder / blob.digest)
+    temporary.rename(directory / blob.digest)
     return blob
 
 
-def _gzipped(file: IO[bytes]) -> Iterator[bytes]:
-    # Without a name or a time in its header, so that the same comes out each time.
-    packer = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)
-    for piece in _pieces(file):
-        yield packer.compress(piece)
-    yield packer.flush()
+def _gzip(file: IO[bytes]) -> Iterator[bytes]:
+    # The header has neither a name nor a time, so the result is reproducible.
+    compressor = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)
+    for chunk in _chunks(file):
+        yield compressor.compress(chunk)
+    yield compressor.flush()
 
 
-def _pieces(file: IO[bytes]) -> Iterator[bytes]:
-    return iter(lambda: file.read(_PIECE), b"")
+def _chunks(file: IO[bytes]) -> Iterator[bytes]:
+    return iter(lambda: file.read(_CHUNK_SIZE), b"")
 
 
 def _config(config: dict[str, Any], layers: int) -> bytes:
-    """Guix's configuration in the specification's words, with one line of history a layer."""
+    """Convert Guix's configuration to that of the specification, with a history of all layers."""
     if len(config["rootfs"]["diff_ids"]) != layers:
-        raise ValueError("not as many layers as diff IDs")
-    past = {"created": config["created"], "created_by": "guix pack --format=docker"}
+        raise ValueError("the numbers of layers and diff IDs differ")
+    history = {"created": config["created"], "created_by": "guix pack --format=docker"}
     return _json(
         {
             **{key: config[key] for key in ("architecture", "os", "created", "rootfs")},
             "config": {_KEYS.get(key, key): value for key, value in config["config"].items()},
-            "history": [past] * layers,
+            "history": [history] * layers,
         }
     )
 
@@ -140,21 +146,17 @@ def _manifest(config: _Blob, layers: list[_Blob]) -> dict[str, Any]:
         "schemaVersion": 2,
         "mediaType": _MANIFEST,
         "config": config.descriptor,
-        "layers": [each.descriptor for each in layers],
+        "layers": [layer.descriptor for layer in layers],
     }
-
-
-def _platform(config: dict[str, Any]) -> dict[str, str]:
-    return {key: config[key] for key in ("architecture", "os")}
 
 
 def _json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
 
 
-def _kept(folder: Path, media_type: str, content: bytes) -> _Blob:
+def _store(directory: Path, media_type: str, content: bytes) -> _Blob:
     blob = _Blob(media_type, hashlib.sha256(content).hexdigest(), len(content))
-    (folder / blob.digest).write_bytes(content)
+    (directory / blob.digest).write_bytes(content)
     return blob
 
 
@@ -166,13 +168,6 @@ def _header(name: str, size: int) -> bytes:
 
 def _member(name: str, content: bytes) -> Iterator[bytes]:
     yield _header(name, len(content)) + content + _padding(len(content))
-
-
-def _blob_member(folder: Path, blob: _Blob) -> Iterator[bytes]:
-    yield _header(blob.name, blob.size)
-    with (folder / blob.digest).open("rb") as file:
-        yield from _pieces(file)
-    yield _padding(blob.size)
 
 
 def _padding(size: int) -> bytes:

@@ -1,13 +1,13 @@
-r"""Ignore files of image builds, matched as BuildKit matches them.
+r"""Ignore files of image builds, with the matching rules of BuildKit.
 
-The rules are those of github.com/moby/patternmatcher, in its own order: an ignore file is read
-into lines, a line is cleaned as a path, and a pattern becomes a regular expression of Go's
-``regexp`` package.  Names are text; bytes that are not UTF-8 are surrogates, as ``os.fsdecode``
-makes them.
+The rules are those of github.com/moby/patternmatcher, in the same order: an ignore file is split
+into lines, a line is cleaned like a path, and a pattern becomes a regular expression of Go's
+``regexp`` package. Names are strings; bytes that are not UTF-8 are surrogates, as in
+``os.fsdecode``.
 
-One thing is refused that BuildKit accepts: a backslash before a letter or a digit, and classes
-such as ``[:alpha:]``.  The documentation of Docker says that the first is a plain character, and
-BuildKit takes it for a class of Go (``\d`` for any digit).
+Two constructs are rejected that BuildKit accepts: a backslash before a letter or digit, and classes
+such as ``[:alpha:]``. According to Docker's documentation, a backslash makes the next character
+literal, but BuildKit passes it to Go (``\d`` matches any digit).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 MAX_LINE = 64 * 1024
-"""Bytes that a line has to stay below (``bufio.MaxScanTokenSize``)."""
+"""Bytes that a line must not reach (``bufio.MaxScanTokenSize``)."""
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -30,7 +30,7 @@ _SPACE = (
     "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009"
     "\u200a\u2028\u2029\u202f\u205f\u3000"
 )
-"""White space as Go defines it; ``str.strip`` takes more."""
+"""White space as defined by Go; ``str.strip`` removes more characters."""
 
 _WILDCARDS = re.compile(r"[*\[\]?^\\]")
 
@@ -39,7 +39,7 @@ _MAX_REPEAT = 1000
 
 
 class PatternError(ValueError):
-    """A pattern that cannot be used, with its line."""
+    """A pattern is invalid; ``line`` is its line number."""
 
     def __init__(self, line: int, reason: str) -> None:
         super().__init__(f"{line}: {reason}")
@@ -49,15 +49,15 @@ class PatternError(ValueError):
 
 @dataclass(frozen=True)
 class Pattern:
-    """One pattern of an ignore file."""
+    """Pattern of an ignore file."""
 
     text: str
-    """The cleaned pattern, without the exclamation mark."""
+    """Cleaned pattern, without the exclamation mark."""
     is_exception: bool
     line: int
 
     def match(self, path: str) -> bool:
-        """Match a path, but not its parents.  Raises ``PatternError``."""
+        """Match a path, but not its parents. Raise ``PatternError`` for an invalid pattern."""
         kind, expression = self._compiled
         if kind == "exact":
             return path == self.text
@@ -70,7 +70,7 @@ class Pattern:
 
     @property
     def literal_prefix(self) -> str | None:
-        """The path below which all matches are; None if the pattern has wildcards elsewhere."""
+        """Path that contains all matches, or None if the pattern has wildcards elsewhere."""
         prefix = self.text.removesuffix("/**").removesuffix("/*")
         return None if _WILDCARDS.search(prefix) else prefix
 
@@ -84,12 +84,12 @@ class Pattern:
         except (ValueError, re.error, OverflowError) as error:
             raise self._error(f": {error}" if isinstance(error, _ExpressionError) else "") from None
 
-    def _error(self, why: str) -> PatternError:
-        return PatternError(self.line, f"malformed pattern {self.text}{why}")
+    def _error(self, reason: str) -> PatternError:
+        return PatternError(self.line, f"malformed pattern {self.text}{reason}")
 
 
 def read_patterns(content: bytes) -> list[Pattern]:
-    """Read an ignore file.  Raises ``PatternError``."""
+    """Parse an ignore file. Raise ``PatternError`` for an invalid pattern."""
     patterns = []
     for number, raw in enumerate(content.removeprefix(_BOM).split(b"\n"), 1):
         if len(raw) >= MAX_LINE:
@@ -97,11 +97,11 @@ def read_patterns(content: bytes) -> list[Pattern]:
         line = raw.decode("utf-8", "surrogateescape")
         text = "" if line.startswith("#") else line.strip(_SPACE)
         if text:
-            patterns.append(_pattern(_cleaned_line(text), number))
+            patterns.append(_pattern(_clean_line(text), number))
     return patterns
 
 
-def _cleaned_line(text: str) -> str:
+def _clean_line(text: str) -> str:
     mark = "!" if text.startswith("!") else ""
     text = text[1:].strip(_SPACE) if mark else text
     if text:
@@ -111,7 +111,7 @@ def _cleaned_line(text: str) -> str:
 
 
 def _pattern(text: str, line: int) -> Pattern:
-    # Cleaned twice, as upstream does: what a leading slash has hidden counts now.
+    # Cleaned a second time, as upstream does, because the leading slash is gone.
     text = _clean(text.strip(_SPACE))
     is_exception = text.startswith("!")
     if text == "!":
@@ -123,18 +123,18 @@ def _pattern(text: str, line: int) -> Pattern:
 
 
 def _clean(path: str) -> str:
-    """The shortest equal path, as Go's ``filepath.Clean`` makes it."""
+    """Return the shortest equivalent path, like Go's ``filepath.Clean``."""
     clean = posixpath.normpath(path)
-    return clean[1:] if clean.startswith("//") else clean  # which POSIX lets be special
+    return clean[1:] if clean.startswith("//") else clean  # normpath keeps two slashes
 
 
 def _valid(text: str) -> str:
-    """The text as Go's ``regexp`` reads it, with U+FFFD for each byte that is not UTF-8."""
+    """Replace each byte that is not UTF-8 by U+FFFD, like Go's ``regexp``."""
     return re.sub("[\udc80-\udcff]", "\ufffd", text)
 
 
 def _is_well_formed(pattern: str) -> bool:
-    """Check the syntax as Go's ``filepath.Match`` does."""
+    """Check the syntax like Go's ``filepath.Match``."""
     characters = iter(_Reader(pattern))
     for character in characters:
         if character == "\\" and next(characters, None) is None:
@@ -145,11 +145,11 @@ def _is_well_formed(pattern: str) -> bool:
 
 
 class _Reader:
-    """Characters of a text, of which the next one can be looked at."""
+    """Iterator over the characters of a text, with a view of the next character."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.at = 0
+        self.position = 0
 
     def __iter__(self) -> _Reader:
         return self
@@ -158,15 +158,15 @@ class _Reader:
         character = self.peek()
         if not character:
             raise StopIteration
-        self.at += 1
+        self.position += 1
         return character
 
     def peek(self) -> str:
-        return self.text[self.at : self.at + 1]
+        return self.text[self.position : self.position + 1]
 
 
 def _has_well_formed_class(characters: _Reader) -> bool:
-    """Read the rest of a character class; whether ``filepath.Match`` accepts it."""
+    """Read the rest of a character class and return True if ``filepath.Match`` accepts it."""
     if characters.peek() == "^":
         next(characters)
     ranges = 0
@@ -187,21 +187,21 @@ def _has_class_character(characters: _Reader) -> bool:
         return False
     if next(characters) == "\\" and not next(characters, ""):
         return False
-    is_valid = not "\udc80" <= characters.text[characters.at - 1] <= "\udcff"
+    is_valid = not "\udc80" <= characters.text[characters.position - 1] <= "\udcff"
     return is_valid and bool(characters.peek())
 
 
 def _go_expression(pattern: str) -> tuple[str, str]:
-    """How a pattern is matched and, for ``expression``, Go's regular expression for it.
+    """Return how to match a pattern and, if by ``expression``, its regular expression for Go.
 
-    It is made character by character, as upstream does: wildcards count within a character class,
-    and ``{``, ``|`` and ``}`` keep their meaning, since upstream's table of what to escape ends
-    before them.
+    As upstream, the function translates single characters. Therefore wildcards are also translated
+    in character classes, and ``{``, ``|`` and ``}`` are not escaped, because upstream's table of
+    characters to escape ends before them.
     """
     kind, expression = "exact", "^"
     characters = _Reader(pattern)
     for character in characters:
-        is_first = characters.at == 1
+        is_first = characters.position == 1
         if character == "*" and characters.peek() == "*":
             next(characters)
             if characters.peek() == "/":
@@ -226,11 +226,11 @@ def _go_expression(pattern: str) -> tuple[str, str]:
 
 
 class _ExpressionError(ValueError):
-    """Why Go does not compile an expression, or we do not."""
+    """An expression is invalid in Go, or is not supported here."""
 
 
 def _python_expression(expression: str) -> str:
-    """Python's regular expression for one of Go's, as ``_go_expression`` makes them."""
+    """Translate a regular expression of ``_go_expression`` from Go to Python."""
     parts, characters = [], _Reader(expression)
     for character in characters:
         if character == "\\":
@@ -238,14 +238,14 @@ def _python_expression(expression: str) -> str:
         elif character == "[":
             parts.append(_python_class(characters))
         elif character == "^":
-            parts.append("(?:^)")  # which Go lets be repeated
+            parts.append("(?:^)")  # Go accepts repetitions of ^
         elif character == "$":
             parts.append(r"\Z")
-        elif character == "{" and (repeat := _REPEAT.match(expression, characters.at - 1)):
+        elif character == "{" and (repeat := _REPEAT.match(expression, characters.position - 1)):
             if max(int(number or 0) for number in repeat.groups()) > _MAX_REPEAT:
                 raise _ExpressionError(f"{repeat[0]} is more than {_MAX_REPEAT}")
             parts.append(repeat[0])
-            characters.at = repeat.end()
+            characters.position = repeat.end()
         else:
             parts.append(character if character in "(.*)?|" else re.escape(character))
     return "".join(parts)
@@ -255,21 +255,21 @@ def _escaped(characters: _Reader) -> str:
     character = next(characters, "")
     if not character or character.isalnum() or not character.isascii():
         raise _ExpressionError(
-            f"\\{character} is not a plain character to BuildKit; leave the backslash out"
+            f"\\{character} is not a literal character in BuildKit; remove the backslash"
         )
     return character
 
 
 def _python_class(characters: _Reader) -> str:
-    """Read a character class of Go, behind its bracket."""
+    """Translate a character class of Go, from the character after its bracket."""
     negation = next(characters) if characters.peek() == "^" else ""
     ranges: list[str] = []
     while not (ranges and characters.peek() == "]"):
-        if characters.text.startswith("[:", characters.at):
-            raise _ExpressionError("a named class")
+        if characters.text.startswith("[:", characters.position):
+            raise _ExpressionError("a named class is not supported")
         low = high = _class_character(characters)
-        ahead = characters.text[characters.at : characters.at + 2]
-        if ahead[:1] == "-" and ahead[1:] not in ("", "]"):
+        following = characters.text[characters.position : characters.position + 2]
+        if following[:1] == "-" and following[1:] not in ("", "]"):
             next(characters)
             high = _class_character(characters)
         if low > high:
@@ -287,11 +287,11 @@ def _class_character(characters: _Reader) -> str:
 
 
 Matches = tuple[bool, ...]
-"""Which patterns match a directory or one of its parents, in the order of the patterns."""
+"""For each pattern, in order: True if it matches a directory or one of its parents."""
 
 
 class Matcher:
-    """The patterns of an ignore file, in order; the last one that matches decides."""
+    """Ordered patterns of an ignore file; the last match decides."""
 
     def __init__(self, patterns: Sequence[Pattern]) -> None:
         self.patterns = tuple(patterns)
@@ -300,35 +300,32 @@ class Matcher:
         self._prefixes = None if None in prefixes else [f"{prefix}/" for prefix in prefixes]
 
     def ignores(self, path: str) -> bool:
-        """Whether a path is ignored, by itself or with one of its parents.
+        """Return True if a path or one of its parents is ignored.
 
-        Every pattern is tried on the parents (``MatchesOrParentMatches``).
+        All patterns are matched with the parents (``MatchesOrParentMatches``).
         """
-        return self._tried(path, None)[0]
+        return self.ignores_below(path, None)[0]
 
     def ignores_below(self, path: str, parent: Matches | None) -> tuple[bool, Matches]:
-        """Whether a path is ignored, by what its parent directory matches, and what it matches.
+        """Return True if a path is ignored, and the matches to pass on for its children.
 
-        ``parent`` is the second answer for the parent, or None at the top.  This is how BuildKit
-        walks a directory (``MatchesUsingParentResults``).  It differs from ``ignores`` for a
-        pattern that was not tried on the parent, which was ignored already.
+        ``parent`` is the second value for the parent directory, or None at the root. BuildKit walks
+        a directory in this way (``MatchesUsingParentResults``). The result differs from ``ignores``
+        for patterns that were skipped because the parent was already ignored.
         """
-        return self._tried(path, parent)
-
-    def _tried(self, path: str, parent: Matches | None) -> tuple[bool, Matches]:
         ignored, matches = False, []
         for index, pattern in enumerate(self.patterns):
             match = bool(parent and parent[index])
             if not match and pattern.is_exception == ignored:
                 match = pattern.match(path)
                 if not match and parent is None:
-                    match = any(pattern.match(each) for each in _parents(path))
+                    match = any(pattern.match(parent_path) for parent_path in _parents(path))
             matches.append(match)
             ignored = not pattern.is_exception if match else ignored
         return ignored, tuple(matches)
 
     def skips(self, directory: str) -> bool:
-        """Whether an ignored directory is not even walked into."""
+        """Return True if no exception can match below an ignored directory."""
         if self._prefixes is None:
             return False
         return not any(prefix.startswith(f"{directory}/") for prefix in self._prefixes)

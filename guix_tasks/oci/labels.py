@@ -1,6 +1,6 @@
-"""What an image says of itself in the words of OCI, as labels.
+"""Labels of images with the keys of OCI annotations.
 
-github.com/opencontainers/image-spec/blob/main/annotations.md has the words.
+The keys are defined in github.com/opencontainers/image-spec/blob/main/annotations.md.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ BASE_DIGEST = f"{_PREFIX}base.digest"
 
 
 def oci_annotations(project: Path) -> dict[str, str]:
-    """When an image was made, and of which revision of the project in this folder.
+    """Return the time, and the revision and address of the git repository of a project directory.
 
-    What git cannot tell, or is not there to tell, is left out.
+    The revision and address are omitted if git is missing or does not know them.
     """
-    # As `git describe` says it, so with "-dirty" where files differ from the revision.
+    # `git describe` adds "-dirty" if files differ from the revision.
     revision = _git(project, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
-    found = {
+    annotations = {
         CREATED: datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z"),
         REVISION: revision,
         SOURCE: web_address(_git(project, "config", "--get", "remote.origin.url")),
     }
-    return {name: text for name, text in found.items() if text}
+    return {name: text for name, text in annotations.items() if text}
 
 
 def web_address(remote: str) -> str:
-    """Where people find a git repository, from where git does; empty where nobody else could."""
-    over_http = re.fullmatch(r"(https?)://(?:[^/]*@)?(.+?)(?:\.git)?/*", remote)
-    if over_http:
-        return f"{over_http[1]}://{over_http[2]}"
-    over_ssh = re.fullmatch(r"(?:ssh://)?[\w.-]+@([\w.-]+)(?::\d+)?[:/](.+?)(?:\.git)?/*", remote)
-    return f"https://{over_ssh[1]}/{over_ssh[2].lstrip('/')}" if over_ssh else ""
+    """Return the web address of a git remote, or nothing if it is a local path."""
+    http = re.fullmatch(r"(https?)://(?:[^/]*@)?(.+?)(?:\.git)?/*", remote)
+    if http:
+        return f"{http[1]}://{http[2]}"
+    ssh = re.fullmatch(r"(?:ssh://)?[\w.-]+@([\w.-]+)(?::\d+)?[:/](.+?)(?:\.git)?/*", remote)
+    return f"https://{ssh[1]}/{ssh[2].lstrip('/')}" if ssh else ""
 
 
-def _git(folder: Path, *arguments: str) -> str:
+def _git(project: Path, *arguments: str) -> str:
     try:
         result = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
+            ["git", "-C", str(project), *arguments],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
         )  # fmt: skip
     except (OSError, ValueError):

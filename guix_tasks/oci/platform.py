@@ -1,4 +1,4 @@
-"""Platforms of images, in the words of Docker and of Guix."""
+"""Platforms of images, with the names of Docker and of Guix."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _GUIX_SYSTEMS = {
 }
 
 
-# Other spellings: those of containerd's platforms package, and those of `uname -m`, which
-# is what an engine answers when it is asked for its own architecture.
+# Aliases: those of containerd's platforms package, and those of `uname -m`, which engines report
+# as their architecture.
 _ARCHITECTURES = {
     "x86_64": "amd64",
     "x86-64": "amd64",
@@ -35,7 +35,10 @@ _ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Platform:
-    """An OCI platform that Guix has a system for: ``linux/arm64``, ``linux/arm/v7``."""
+    """OCI platform that Guix supports: ``linux/arm64``, ``linux/arm/v7``.
+
+    Raise ``ValueError`` for other platforms.
+    """
 
     os: str
     architecture: str
@@ -43,19 +46,21 @@ class Platform:
 
     def __post_init__(self) -> None:
         if str(self) not in _GUIX_SYSTEMS:
-            known = ", ".join(_GUIX_SYSTEMS)
-            raise ValueError(f"Guix has no system for platform {quoted(str(self))}; it has {known}")
+            supported = ", ".join(_GUIX_SYSTEMS)
+            raise ValueError(
+                f"Guix does not support the platform {quoted(str(self))}; use one of {supported}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Platform:
-        """``OS/ARCHITECTURE[/VARIANT]``; other spellings (``aarch64``, ``arm64/v8``) are mended."""
+        """Parse ``OS/ARCHITECTURE[/VARIANT]`` or an alias such as ``aarch64`` or ``arm64/v8``."""
         os, _, machine = text.lower().partition("/")
         architecture, _, variant = _ARCHITECTURES.get(machine, machine).partition("/")
         return cls(os, architecture, variant or None)
 
     @property
     def guix_system(self) -> str:
-        """The name that ``guix build --system`` takes."""
+        """Value of ``guix build --system``."""
         return _GUIX_SYSTEMS[str(self)]
 
     @property
@@ -63,12 +68,12 @@ class Platform:
         return self.architecture in ("386", "arm")
 
     def runs(self, other: Platform) -> bool:
-        """Whether a machine of this platform runs programs of the other without emulation."""
+        """Return True if this platform runs programs of another without emulation."""
         return other == self or (str(self), str(other)) == ("linux/amd64", "linux/386")
 
     @property
     def tag_suffix(self) -> str:
-        """What stands for the platform in a tag, which cannot hold a slash."""
+        """Name of the platform in tags, which cannot contain a slash."""
         return str(self).replace("/", "-")
 
     def __str__(self) -> str:

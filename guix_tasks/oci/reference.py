@@ -1,7 +1,7 @@
-"""Names of images, as Docker and the OCI write them.
+"""Image references with the syntax of Docker and the OCI.
 
-Text becomes one of these values at the edge; a value that exists is well-formed.
-Every error is a ``ValueError`` of one line: what is wrong, then what would be right.
+Each ``ImageReference`` is well-formed. Errors are instances of ``ValueError`` with one line, the
+cause and a hint.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _DIGEST_DIGITS = {"sha256": 64, "sha384": 96, "sha512": 128}
 
 
 def quoted(text: str) -> str:
-    """Foreign text for an error message: in quotes, printable, and never longer than a line."""
+    """Quote text for an error message; the result is printable and fits on a line."""
     return repr(text if len(text) <= 80 else f"{text[:77]}...")  # noqa: PLR2004
 
 
 @dataclass(frozen=True)
 class ImageReference:
-    """An image reference with its registry and repository written out, as Docker resolves it.
+    """Image reference with explicit registry and repository, as resolved by Docker.
 
-    ``debian`` is registry ``docker.io``, repository ``library/debian``, no tag, no digest.
-    The rules are those of github.com/distribution/reference (``ParseNormalizedNamed``).
-    Raises ``ValueError`` when a part does not fit the grammar.
+    For example, ``debian`` is registry ``docker.io``, repository ``library/debian``, no tag and
+    no digest. The rules are those of github.com/distribution/reference (``ParseNormalizedNamed``).
+    Raise ``ValueError`` if a part does not match the grammar.
     """
 
     registry: str
@@ -59,41 +59,41 @@ class ImageReference:
 
     @classmethod
     def parse(cls, text: str) -> ImageReference:
-        """``[REGISTRY/]REPOSITORY[:TAG][@DIGEST]``, as on Docker's command line."""
+        """Parse ``[REGISTRY/]REPOSITORY[:TAG][@DIGEST]``, as on Docker's command line."""
         if not text:
             raise ValueError("an image reference is empty; write REGISTRY/REPOSITORY:TAG")
         if _IDENTIFIER.fullmatch(text):
-            raise ValueError("64 hex digits are an image's ID; write its name, REPOSITORY:TAG")
+            raise ValueError("64 hex digits are an image ID; write its name, REPOSITORY:TAG")
         if "://" in text:
-            # Not shown: a URL may have a password in it.
-            raise ValueError("an image reference is not a URL; leave out all up to the '//'")
-        named, at, digest = text.partition("@")
-        registry, named = _split_registry(named)
-        repository, colon, tag = named.partition(":")
+            # The error does not repeat the URL, which can contain a password.
+            raise ValueError("an image reference is not a URL; remove the part up to and with '//'")
+        name, at, digest = text.partition("@")
+        registry, name = _split_registry(name)
+        repository, colon, tag = name.partition(":")
         return cls(registry, repository, tag if colon else None, digest if at else None)
 
     def with_tag(self, tag: str) -> ImageReference:
-        """Another tag of the same repository; a digest is dropped, for it names one image."""
+        """Return another tag of the same repository, without a digest."""
         return replace(self, tag=tag, digest=None)
 
     @property
     def canonical(self) -> str:
-        """The reference with nothing left out: ``docker.io/library/debian:12``."""
+        """Full reference: ``docker.io/library/debian:12``."""
         return f"{self.registry}/{self.repository}{self._suffix}"
 
     @property
     def name(self) -> str:
-        """Registry and repository as Docker shows them, without tag and digest."""
+        """Registry and repository as displayed by Docker, without tag and digest."""
         full = f"{self.registry}/{self.repository}"
         if self.registry != _HUB:
             return full
         short = self.repository
         if short.startswith(_OFFICIAL) and short.count("/") == 1:
             short = short.removeprefix(_OFFICIAL)
-        # docker.io/my.site/app must keep its registry, or it would be read back as an image
-        # of the registry my.site; Docker shortens it all the same.
-        reads_back = _split_registry(short) == (_HUB, self.repository)
-        return short if reads_back and not _IDENTIFIER.fullmatch(short) else full
+        # The registry in docker.io/my.site/app is necessary, although Docker omits it: without it,
+        # my.site would be the registry.
+        is_equivalent = _split_registry(short) == (_HUB, self.repository)
+        return short if is_equivalent and not _IDENTIFIER.fullmatch(short) else full
 
     def __str__(self) -> str:
         return self.name + self._suffix
@@ -105,20 +105,20 @@ class ImageReference:
 
 
 def check_tag(tag: str) -> None:
-    """Raise ``ValueError`` unless ``tag`` can be an image's tag."""
+    """Raise ``ValueError`` unless ``tag`` is a valid tag of an image."""
     if not _TAG.fullmatch(tag):
         raise ValueError(
-            f"{quoted(tag)} is not a tag; write 1 to 128 of letters, digits, '_', '.' and '-', "
-            "the first of them not '.' or '-'"
+            f"{quoted(tag)} is not a tag; write 1 to 128 letters, digits, '_', '.' and '-', "
+            "not beginning with '.' or '-'"
         )
 
 
 def _split_registry(name: str) -> tuple[str, str]:
-    """Tell the registry from the rest, by Docker's rule (``splitDockerDomain``)."""
+    """Split a name into registry and repository by Docker's rule (``splitDockerDomain``)."""
     first, slash, rest = name.partition("/")
-    # A namespace has no dot, no colon and no capital, so what has one is a registry.
-    registry = first == "localhost" or any(c in ".:" for c in first) or first != first.lower()
-    if not slash or not registry:
+    # Only a registry can contain a dot, a colon or a capital letter.
+    is_registry = first == "localhost" or any(c in ".:" for c in first) or first != first.lower()
+    if not slash or not is_registry:
         first, rest = _HUB, name
     elif first == _LEGACY_HUB:
         first = _HUB
@@ -134,18 +134,18 @@ def _check_registry(registry: str) -> None:
 
 
 def _check_repository(repository: str) -> None:
-    # Docker's own prefix would only puzzle the person who wrote "Foo".
-    shown = quoted(repository.removeprefix(_OFFICIAL))
+    # The user wrote "Foo", not "library/Foo".
+    name = quoted(repository.removeprefix(_OFFICIAL))
     if len(repository) > _REPOSITORY_MAX:
         raise ValueError(
-            f"a repository's name has {len(repository)} characters; write at most {_REPOSITORY_MAX}"
+            f"a repository name has {len(repository)} characters; write at most {_REPOSITORY_MAX}"
         )
     if _REPOSITORY.fullmatch(repository):
         return
     if _REPOSITORY.fullmatch(repository.lower()):
-        raise ValueError(f"repository {shown} has capital letters; write {shown.lower()}")
+        raise ValueError(f"repository {name} has capital letters; write {name.lower()}")
     raise ValueError(
-        f"{shown} is not a repository; write lower case letters and digits, "
+        f"{name} is not a repository; write lower case letters and digits, "
         "with single '.', '_' or '-' between them and '/' between the parts"
     )
 

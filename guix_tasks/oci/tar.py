@@ -1,4 +1,4 @@
-"""What comes piece by piece, as a file that is read once."""
+"""Archives that arrive in chunks, as files for ``tarfile``."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _READS_AT_END = 10
-"""How often the end of an archive is read by whoever does not wait for more to come."""
+"""Maximum number of reads at the end of a complete archive."""
 
 
-def as_file(pieces: Iterator[bytes]) -> IO[bytes]:
-    """Pieces as a file that tarfile can read, with its mode ``r|``."""
-    return cast("IO[bytes]", _Pieces(pieces))
+def as_file(chunks: Iterator[bytes]) -> IO[bytes]:
+    """Return a file with the content of chunks, which tarfile can read once with mode ``r|``."""
+    return cast("IO[bytes]", _ChunkReader(chunks))
 
 
-class _Pieces:
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces, self._rest = filter(None, pieces), b""
+class _ChunkReader:
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = filter(None, chunks), b""
         self._reads_at_end = 0
 
     def read(self, size: int) -> bytes:
-        parts, wanted = [self._rest], size - len(self._rest)
-        while wanted > 0 and (piece := next(self._pieces, b"")):
-            parts.append(piece)
-            wanted -= len(piece)
-        data = b"".join(parts)
+        chunks, missing = [self._rest], size - len(self._rest)
+        while missing > 0 and (chunk := next(self._chunks, b"")):
+            chunks.append(chunk)
+            missing -= len(chunk)
+        data = b"".join(chunks)
         if not data:
-            # tarfile skips what a member says it has, be it a terabyte that is not there.
+            # tarfile reads as many bytes as a header announces, even if the archive ends before.
             self._reads_at_end += 1
             if self._reads_at_end > _READS_AT_END:
                 raise tarfile.ReadError("the archive ends too early")

@@ -1,15 +1,15 @@
-"""The settings: what they are, what their values are, and what is wrong with them.
+"""Settings: their definitions, how they are loaded, and how they are checked.
 
-Each setting is described once, on its field of ``Settings``: how it is read, what it does, its
-default as one would write it in an env file.  ``load_settings``, ``.env.example``
-(``python -m guix_tasks.settings`` prints it) and the tables of the documentation come from that.
+Each setting is defined once, on its field of ``Settings``: its parser, its description, and its
+default as written in an env file. These fields are the source of ``load_settings``, of the tables
+in the documentation, and of ``.env.example``, which ``python -m guix_tasks.settings`` prints.
 
-Later wins: defaults, ``.env``, ``.env.local``, the files that ``ENV_FILE`` names, the
-process's environment, the task's own options.  The environment is read from the mapping
-that is passed in, and never written.
+Sources in increasing precedence: defaults, ``.env``, ``.env.local``, the files listed in
+``ENV_FILE``, the process environment, task options. The environment is a parameter of
+``load_settings``; it is never written.
 """
 
-# ruff: noqa: RUF009 -- _setting() makes a dataclass field, as field() does
+# ruff: noqa: RUF009 -- _setting() returns a dataclass field, like field()
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ __all__ = [
     "settings_reference",
 ]
 
-# --- What they are --------------------------------------------------------------------------
+# --- Definitions ----------------------------------------------------------------------------
 
 
 def _setting(parse: parsers.Parser, doc: str, **more: Any) -> Any:
@@ -69,270 +69,284 @@ def _setting(parse: parsers.Parser, doc: str, **more: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that a user can set, as values; a field is its setting's name in lower case.
+    """Parsed settings; each field is named after its setting, in lower case.
 
-    An empty setting is ``None``, or an empty tuple or mapping.  Every path is absolute.
+    An empty setting is ``None``, an empty tuple or an empty mapping. All paths are absolute.
     """
 
     image: ImageReference = _setting(
         parsers.image,
-        "The image to make and push: REGISTRY/REPOSITORY[:TAG]; no tag means latest.",
+        "Image to build and push, as REGISTRY/REPOSITORY[:TAG] (default tag: latest).",
         default="localhost:5055/guix-example",
-        group="The image",
+        group="Image",
     )
     tags: tuple[str, ...] = _setting(
         parsers.list_of(parsers.tag),
-        "More tags of the same repository that push pushes, as: 1.0 stable.",
+        "Additional tags to push to the same repository, for example 1.0 stable.",
     )
     platforms: tuple[Platform, ...] = _setting(
         parsers.list_of(parsers.plain(Platform.parse)),
-        "The platforms to make it for, as: linux/amd64 linux/arm64; empty: the engine's own.",
+        "Platforms to build for, for example linux/amd64 linux/arm64 (default: the engine's).",
     )
 
     base_image: ImageReference = _setting(
         parsers.reference,
-        "The image that the Dockerfile begins from.",
+        "Image that the Dockerfile starts from.",
         default="metacall/guix:latest",
-        group="The base stage",
+        group="Base stage",
     )
     dockerfile: Path = _setting(
-        parsers.dockerfile, "The Dockerfile of the base stage.", default="Dockerfile"
+        parsers.dockerfile, "Dockerfile of the base stage.", default="Dockerfile"
     )
     build_context: Path = _setting(
-        parsers.path, "The folder that the Dockerfile copies from.", default="."
+        parsers.path,
+        "Build context: the directory from which the Dockerfile copies files.",
+        default=".",
     )
     build_args: Mapping[str, str] = _setting(
-        parsers.mapping_of(parsers.build_arg), "Build arguments: NAME=VALUE ..."
+        parsers.mapping_of(parsers.build_arg), "Build arguments, as NAME=VALUE ..."
     )
     build_secrets: Mapping[str, Path] = _setting(
         parsers.mapping_of(parsers.build_secret),
-        "Files that RUN --mount=type=secret sees: ID=FILE ...",
+        "Files for RUN --mount=type=secret, as ID=FILE ...",
     )
     guix_binary_url: str | None = _setting(
         parsers.optional(parsers.url("https", "http")),
-        "The address of GNU's binary tarball, for a base without Guix; needs the checksum too.",
+        "URL of Guix's binary tarball, for base images without Guix; requires GUIX_BINARY_SHA256.",
     )
     guix_binary_sha256: str | None = _setting(
-        parsers.optional(parsers.sha256), "The SHA-256 checksum of that tarball, 64 hex digits."
+        parsers.optional(parsers.sha256),
+        "SHA-256 checksum of the file at GUIX_BINARY_URL, 64 hex digits.",
     )
 
     guix_channels: Path | None = _setting(
-        parsers.optional(parsers.file), "The channels.scm that pull pulls.", group="Guix"
+        parsers.optional(parsers.file),
+        "Channels file for pull, for example channels.scm (default: the image's channels).",
+        group="Guix",
     )
     guix_channels_lock: Path | None = _setting(
         parsers.optional(parsers.path),
-        "Where pull writes the commits that it got, and pulls again; empty: channels float.",
+        "Lock file: pull writes channel commits to it and reuses them; empty: no pinned commits.",
         default="channels.lock.scm",
     )
     guix_manifest: Path | None = _setting(
-        parsers.optional(parsers.file), "The manifest.scm that install installs."
+        parsers.optional(parsers.file), "Manifest to install, for example manifest.scm."
     )
     guix_packages: tuple[str, ...] = _setting(
         parsers.list_of(parsers.package),
-        "Packages that install installs: NAME[@VERSION][:OUTPUT] ...",
+        "Packages to install, as NAME[@VERSION][:OUTPUT] ...",
         option="package",
     )
     guix_substitute_urls: tuple[str, ...] = _setting(
         parsers.list_of(parsers.url("https", "http", "file")),
-        "Substitute servers instead of Guix's own, the preferred one first.",
+        "Substitute servers in order of preference (default: Guix's servers).",
     )
     guix_substitute_keys: tuple[Path, ...] = _setting(
         parsers.list_of(parsers.public_key),
-        "Public keys of substitute servers to trust: .pub files.",
+        "Public keys of substitute servers to trust, as .pub files.",
     )
     guix_fallback: bool = _setting(
         parsers.switch,
-        "yes: build from source, for hours perhaps, where the substitute servers do not answer.",
+        "Whether to build from source, which can take hours, if substitute servers do not answer.",
         default="no",
     )
     guix_require_substitutes: bool = _setting(
         parsers.switch,
-        "yes: install stops before it builds, where a package has no substitute.",
+        "Whether install fails before any build if a package has no substitute.",
         default="no",
     )
     substitutes_listen: Listen = _setting(
         parsers.listen,
-        "Where substitutes.up serves: ADDRESS:PORT; 0.0.0.0:8181 lets other machines reach it.",
+        "ADDRESS:PORT of the substitute server; 0.0.0.0:8181 also serves other machines.",
         default="127.0.0.1:8181",
         option="listen",
     )
     guix_sandbox: Sandbox = _setting(
         parsers.one_of(Sandbox, "a sandbox"),
-        "rootless, capabilities, privileged, auto (the first that works), nochroot (not isolated).",
+        "rootless, capabilities, privileged, nochroot (not isolated), auto (the first that works).",
         default="auto",
     )
     guix_cores: int | None = _setting(
-        parsers.optional(parsers.number(0)), "Cores that each Guix build may use; 0: all of them."
+        parsers.optional(parsers.number(0)),
+        "Maximum CPU cores of each Guix build; 0: all cores (default: guix-daemon's default).",
     )
     guix_max_jobs: int | None = _setting(
         parsers.optional(parsers.number(1)),
-        "Guix builds that may run side by side; empty: one for each processor, 4 at most.",
+        "Maximum parallel Guix builds (default: number of CPUs, at most 4).",
     )
 
     extra_ca_file: Path | None = _setting(
         parsers.optional(parsers.certificates),
-        "Certificates, in PEM, of authorities that stages trust beside the image's own.",
+        "PEM file of certificate authorities to trust in addition to those of the image.",
         group="Networks",
     )
     guix_channel_mirrors: Mapping[str, str] = _setting(
         parsers.mapping_of(parsers.mirror),
-        "Where channels are fetched from instead, by how their URLs begin: URL=MIRROR ...",
+        "Mirrors of channels, by the prefix of the channel URL, as URL=MIRROR ...",
     )
     guix_channel_credentials: Secret | None = _setting(
         parsers.optional(parsers.plain(Secret)),
-        "What opens private channels at pull: https://USER:TOKEN@HOST ...; taken literally.",
+        "Credentials for private channels, as https://USER:TOKEN@HOST ...; ${...} is not expanded.",
         secret=True,
     )
     ssh_known_hosts: Path | None = _setting(
         parsers.optional(parsers.file),
-        "The known_hosts for channels fetched by SSH; empty: ~/.ssh/known_hosts.",
+        "known_hosts file for channels fetched over SSH (default: ~/.ssh/known_hosts).",
     )
 
     mounts: tuple[Mount, ...] = _setting(
         parsers.mounts,
-        "Local files and folders that stages see: SOURCE:TARGET[:ro] ...",
+        "Local files and directories to mount in stages, as SOURCE:TARGET[:ro] ...",
         group="Work containers",
     )
     network: str | None = _setting(
         parsers.optional(parsers.network),
-        "none, host, or a network's name; empty: the engine's default.",
+        "Network: none, host or the name of a network (default: the engine's default).",
     )
     stage_memory: int | None = _setting(
         parsers.optional(parsers.memory),
-        "The memory that a stage may use, as 512m or 4g; empty: no limit.",
+        "Memory limit of a stage, for example 512m or 4g (default: no limit).",
     )
     stage_timeout: int | None = _setting(
         parsers.optional(parsers.seconds),
-        "The time that a stage may take, as 45s, 90m or 2h; empty: no limit.",
+        "Time limit of a stage, for example 45s, 90m or 2h (default: no limit).",
     )
 
     cache_volume: str | None = _setting(
         parsers.optional(parsers.volume),
-        "What the names of the volumes for caches begin with; empty: caches stay in the image.",
+        "Prefix of the names of cache volumes; empty: caches stay in the image.",
         default="guix-tasks-cache",
         group="Caches",
     )
     cache_image: ImageReference | None = _setting(
         parsers.optional(parsers.cache_image),
-        "A repository, REGISTRY/REPOSITORY, that finished stages are pushed to and taken from.",
+        "Repository to which finished stages are pushed for reuse, as REGISTRY/REPOSITORY.",
     )
 
     buildx_builder: str = _setting(
         parsers.builder,
-        "The builder that buildx.setup makes and buildx.build builds with.",
+        "Builder that buildx.setup creates and buildx.build uses.",
         default="insecure-builder",
-        group="The BuildKit way",
+        group="BuildKit",
     )
     buildx_driver: Driver = _setting(
         parsers.one_of(Driver, "a driver"),
-        "Where BuildKit runs: docker-container, docker (the engine itself), remote, kubernetes.",
+        "Driver of the builder: docker-container, docker (the engine), remote or kubernetes.",
         default="docker-container",
     )
     buildx_nodes: tuple[Node, ...] = _setting(
         parsers.list_of(nodes.node, commas=True),
-        "The builder's machines: ENDPOINT[,platform=PLATFORM][,OPTION=VALUE] ...; "
-        "empty: the engine's.",
+        "Nodes of the builder, as ENDPOINT[,platform=PLATFORM][,OPTION=VALUE] ... "
+        "(default: the engine).",
     )
     buildx_output: Output = _setting(
         parsers.one_of(Output, "an output"),
-        "registry (push it), oci or docker (an archive in out/), or load (into the engine).",
+        "Output: registry (push), oci or docker (an archive in out/), load (into the engine).",
         default="registry",
     )
     buildx_attestations: tuple[str, ...] = _setting(
-        parsers.list_of(parsers.attestation), "What is pushed with the image: provenance sbom."
+        parsers.list_of(parsers.attestation),
+        "Attestations to push with the image: provenance, sbom or both (default: none).",
     )
     buildx_cache_from: tuple[str, ...] = _setting(
         parsers.list_of(parsers.cache_backend, commas=True),
-        "Build caches to take steps from: type=registry,ref=REGISTRY/REPOSITORY type=gha ...",
+        "Build caches to read, as type=registry,ref=REGISTRY/REPOSITORY type=gha ...",
     )
     buildx_cache_to: tuple[str, ...] = _setting(
         parsers.list_of(parsers.cache_backend, commas=True),
-        "Build caches to put steps into: type=local,dest=FOLDER,mode=max ...",
+        "Build caches to write, as type=local,dest=DIRECTORY,mode=max ...",
     )
     buildkit_syntax: ImageReference = _setting(
         parsers.reference,
-        "The Dockerfile frontend for a builder whose own does not know RUN --security.",
+        "Dockerfile frontend, used if that of the builder does not support RUN --security.",
         default="docker/dockerfile:1",
     )
     buildx_url: str | None = _setting(
         parsers.optional(parsers.url("https", "http", "file")),
-        "Where buildx.setup gets the plugin, if not from Debian; needs the checksum too.",
+        "URL of the buildx plugin for buildx.setup (default: from Debian); requires BUILDX_SHA256.",
     )
     buildx_sha256: str | None = _setting(
-        parsers.optional(parsers.sha256), "The SHA-256 checksum of that file, 64 hex digits."
+        parsers.optional(parsers.sha256),
+        "SHA-256 checksum of the file at BUILDX_URL, 64 hex digits.",
     )
 
     engine_image_store: ImageStore | None = _setting(
         parsers.optional(parsers.one_of(ImageStore, "an image store")),
-        "The image store of engine.up's engine: containerd, overlay2; empty: Docker's default.",
-        group="The private engine",
+        "Image store of engine.up's engine: containerd or overlay2 (default: Docker's default).",
+        group="Private engine",
         option="image-store",
     )
 
     output: Display = _setting(
-        parsers.one_of(Display, "a way to show it"),
-        "auto (live on a terminal, else plain), live, plain, quiet, verbose (with logs of builds).",
+        parsers.one_of(Display, "a display mode"),
+        "Display: auto (live on a terminal, else plain), live, plain, quiet, "
+        "verbose (with build logs).",
         default="auto",
-        group="What is shown",
+        group="Output",
     )
 
     release_url: str | None = _setting(
         parsers.optional(parsers.url("https", "http")),
-        "Where the files in out/ can be downloaded: what stands before their names in build.json.",
+        "Download URL of the directory out/; build.json puts it before the file names.",
         group="Releases",
         option="url",
     )
 
     docker_username: Secret | None = _setting(
         parsers.optional(parsers.plain(Secret)),
-        "The user at the registry of IMAGE; taken literally, with any ${...} in it.",
-        group="The registry's account",
+        "User name at the registry of IMAGE; ${...} is not expanded.",
+        group="Registry credentials",
         secret=True,
     )
     docker_password: Secret | None = _setting(
         parsers.optional(parsers.plain(Secret)),
-        "That user's password or token; taken literally, with any ${...} in it.",
+        "Password or token of that user; ${...} is not expanded.",
         secret=True,
     )
 
     docker_environment: Mapping[str, str]
-    """Docker's own variables that are set (``DOCKER_HOST``, …), for whoever finds the engine."""
+    """Docker's variables that are set (``DOCKER_HOST``, …), used to find the engine."""
 
     proxies: Mapping[str, str] = field(repr=False)
-    """The proxy variables of the process's environment, and what Docker's own configuration has
-    where that is silent.  In both cases: Guix reads the lower one, others the upper.  There may be
-    a password in one."""
+    """Proxy variables of the environment, or else of Docker's ``config.json``. May hold passwords.
+
+    Each is set in both cases, because Guix reads the lower case and other programs the upper case.
+    """
 
     ssh_agent: Path | None
-    """The socket of the user's SSH agent (``SSH_AUTH_SOCK``)."""
+    """Socket of the user's SSH agent (``SSH_AUTH_SOCK``)."""
 
-    folder: Path
-    """The project's."""
+    directory: Path
+    """Directory of the project."""
 
     written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
-    """Each setting as it was written; secrets and build arguments are left out."""
+    """Unparsed text of each setting, without secrets and build arguments."""
 
     notes: tuple[str, ...] = field(default=(), compare=False)
-    """What deserves a warning, a line each."""
+    """Warnings, one line each."""
 
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
-    """Where each setting comes from; see ``origin``."""
+    """Source of each setting; see ``origin``."""
 
     @property
     def platform(self) -> Platform | None:
-        """The platform to build for, where one is asked for; see ``each_platform``."""
+        """Platform to build for, or None for the engine's; see ``each_platform``."""
         return self.platforms[0] if self.platforms else None
 
     @property
+    def folder(self) -> Path:
+        return self.directory
+
+    @property
     def output_folder(self) -> Path:
-        """``out/`` in the project: archives, packs, what failed, and what platforms were pushed."""
-        return self.folder / "out"
+        """``out/`` in the project: archives, packs, diagnostics and push records."""
+        return self.directory / "out"
 
     @property
     def logs(self) -> frozenset[Path]:
-        """Folders that tasks write to while they work: no stage is made from what is there."""
+        """Directories that tasks write to while they run; they are no input of any stage."""
         out = self.output_folder.resolve()
-        return frozenset(out / each for each in ("logs", "failed", "digests"))
+        return frozenset(out / name for name in ("logs", "failed", "digests"))
 
     @property
     def references(self) -> list[str]:
@@ -341,16 +355,16 @@ class Settings:
 
     @property
     def builds_beside_engine(self) -> bool:
-        """Whether BuildKit runs where the engine does: nodes are other machines."""
-        beside = self.buildx_driver in (Driver.DOCKER, Driver.CONTAINER)
-        return beside and not self.buildx_nodes
+        """True if BuildKit runs on the machine of the engine; nodes are other machines."""
+        is_local = self.buildx_driver in (Driver.DOCKER, Driver.CONTAINER)
+        return is_local and not self.buildx_nodes
 
     def each_platform(self) -> list[Settings]:
-        """These settings for one platform after the other: an engine makes one at a time."""
-        return [replace(self, platforms=(each,)) for each in self.platforms] or [self]
+        """Return one copy of the settings per platform, since an engine builds one at a time."""
+        return [replace(self, platforms=(platform,)) for platform in self.platforms] or [self]
 
     def origin(self, name: str) -> str:
-        """How an error about a setting begins: ``.env:3: IMAGE``, ``option --image``."""
+        """Return the start of an error about a setting: ``.env:3: IMAGE``, ``option --image``."""
         return self.origins.get(name, f"default: {name}")
 
 
@@ -364,16 +378,18 @@ _SETTINGS: Mapping[str, Setting] = {
 _DOCKER_VARIABLES = {
     "DOCKER_HOST": Setting(
         parsers.plain(str),
-        "The engine: unix:///SOCKET, tcp://HOST:PORT or ssh://HOST.",
-        group="Docker's own variables",
+        "Docker Engine, as unix:///SOCKET, tcp://HOST:PORT or ssh://HOST.",
+        group="Docker's variables",
     ),
-    "DOCKER_CONTEXT": Setting(parsers.plain(str), "The context of the docker command line."),
+    "DOCKER_CONTEXT": Setting(parsers.plain(str), "Context of the docker command line."),
     "DOCKER_CONFIG": Setting(
-        parsers.optional(parsers.path), "The docker command line's own folder."
+        parsers.optional(parsers.path), "Configuration directory of the docker command line."
     ),
-    "DOCKER_TLS_VERIFY": Setting(parsers.plain(str), "Not empty: verify the engine's certificate."),
+    "DOCKER_TLS_VERIFY": Setting(
+        parsers.plain(str), "Whether to verify the engine's TLS certificate; empty: no."
+    ),
     "DOCKER_CERT_PATH": Setting(
-        parsers.optional(parsers.path), "The folder with the TLS certificates."
+        parsers.optional(parsers.path), "Directory of the TLS certificates for the engine."
     ),
 }
 
@@ -382,7 +398,7 @@ def _known() -> Iterator[tuple[str, Setting]]:
     for name, setting in _SETTINGS.items():
         yield name, setting
         if setting.secret:
-            doc = f"Instead of {name}: a file that holds it."
+            doc = f"File that contains {name}; replaces that setting."
             yield f"{name}_FILE", Setting(parsers.optional(parsers.secret_file), doc)
     yield from _DOCKER_VARIABLES.items()
 
@@ -390,7 +406,7 @@ def _known() -> Iterator[tuple[str, Setting]]:
 _KNOWN = dict(_known())
 
 _CONFIDENTIAL = {
-    "BUILD_ARGS",  # where people put tokens, though they should not
+    "BUILD_ARGS",  # may hold tokens, against all advice
     *(name for name, setting in _SETTINGS.items() if setting.secret),
 }
 
@@ -399,47 +415,50 @@ _LOWER_CASE_PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "n
 
 def _proxies(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     docker = _docker_proxies(environ)
-    for name in _LOWER_CASE_PROXIES:
-        # As the docker command line has it: ``httpProxy`` is ``http_proxy``.
-        configured = docker.get(name.replace("_proxy", "Proxy"))
-        for own, other in ((name, name.upper()), (name.upper(), name)):
-            value = environ.get(own) or environ.get(other) or configured
+    for lower in _LOWER_CASE_PROXIES:
+        upper = lower.upper()
+        # The docker command line sets http_proxy from the key httpProxy.
+        configured = docker.get(lower.replace("_proxy", "Proxy"))
+        for name, other_case in ((lower, upper), (upper, lower)):
+            value = environ.get(name) or environ.get(other_case) or configured
             if value and isinstance(value, str):
-                yield own, value
+                yield name, value
 
 
 def _docker_proxies(environ: Mapping[str, str]) -> Mapping[str, Any]:
-    """The proxies that the docker command line gives to containers, from its ``config.json``.
+    """Return the proxies that the docker command line sets in containers, from ``config.json``.
 
-    Where that cannot be read, it is for whoever speaks to the engine to tell.
+    Return nothing if the file is unreadable: ``engine`` reports that.
     """
     home = environ.get("DOCKER_CONFIG") or f"{environ.get('HOME', '')}/.docker"
     try:
-        found = json.loads(Path(home, "config.json").read_bytes())["proxies"]["default"]
+        proxies = json.loads(Path(home, "config.json").read_bytes())["proxies"]["default"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return proxies if isinstance(proxies, dict) else {}
 
 
 def settings_reference() -> list[tuple[str, str, str]]:
-    """Every key that an env file can have: its name, its default as text, what it does."""
+    """Return the name, default as text, and description of each key that an env file can set."""
     return [(name, setting.default, setting.doc) for name, setting in _KNOWN.items()]
 
 
 def settings_headings() -> dict[str, str]:
-    """The headings of ``settings_reference``, by the name of the first setting under each."""
+    """Return the headings of ``settings_reference`` by the first setting below each heading."""
     return {name: setting.group for name, setting in _KNOWN.items() if setting.group}
 
 
 def example_text() -> str:
-    """The content of ``.env.example``."""
+    """Return the content of ``.env.example``."""
     lines = [
-        "# The settings of guix-tasks, each with its default.  Copy this file to .env.",
+        "# Settings of guix-tasks with their defaults. Copy this file to .env.",
         "#",
-        "# Later wins: .env, .env.local, the files that the variable ENV_FILE names (separated by",
-        "# commas), the environment, the options of a task.  Relative paths start from the folder",
-        "# of the file they are in.  Items of a list are separated by spaces; quotes hold an item",
-        "# with spaces together.  ${NAME} is the value of a variable or of a setting further up.",
+        "# Precedence, lowest first: .env, .env.local, the files listed in the variable ENV_FILE",
+        "# (separated by commas), the environment, the options of a task.",
+        "#",
+        "# Relative paths start from the directory of the file in which they are written. List",
+        "# items are separated by spaces; quote an item that contains spaces. ${NAME} expands to",
+        "# a variable or to a setting further up.",
     ]
     for name, setting in _KNOWN.items():
         if setting.group:
@@ -449,7 +468,7 @@ def example_text() -> str:
     return "\n".join(lines) + "\n"
 
 
-# --- What their values are ------------------------------------------------------------------
+# --- Loading --------------------------------------------------------------------------------
 
 
 def load_settings(
@@ -458,11 +477,14 @@ def load_settings(
     environ: Mapping[str, str],
     overrides: Mapping[str, str | Sequence[str]] = MappingProxyType({}),
 ) -> Settings:
-    """Read every source; raises ``SettingsError`` with all that is wrong in them.
+    """Read all sources and return the settings.
 
-    Relative paths start from ``project`` in the defaults, and from ``cwd`` in the
-    environment and in ``overrides``.  Those are the task's options by the setting's name;
-    an empty one counts as not given, and the items of a sequence are taken as they are.
+    ``overrides`` maps names of settings to the values of task options. An empty value counts as
+    not set, and the items of a sequence are not split. Relative paths start from ``project`` in the
+    defaults, from the file's directory in env files, and from ``cwd`` in the environment and in
+    ``overrides``.
+
+    Raise ``SettingsError`` with the problems of all sources.
     """
     project, cwd = project.absolute(), cwd.absolute()
     sources = Sources(_KNOWN, environ, project)
@@ -470,20 +492,20 @@ def load_settings(
         sources.add_file(path, _shown(path, cwd), optional=True)
     for name in filter(None, map(str.strip, environ.get("ENV_FILE", "").split(","))):
         path = cwd / name
-        # Nobody has files next to standard input, or to what a shell passes as /dev/fd/63.
+        # Standard input and process substitutions (/dev/fd/63) have no directory.
         base = cwd if path.is_relative_to("/dev") or path.is_relative_to("/proc") else path.parent
-        label, asked_by = _shown(path, cwd), "environment: ENV_FILE: "
-        sources.add_file(path, label, base=base, asked_by=asked_by)
+        label, referrer = _shown(path, cwd), "environment: ENV_FILE: "
+        sources.add_file(path, label, base=base, referrer=referrer)
     sources.add_environ(cwd)
     sources.add_overrides(overrides, cwd)
     return _settings(sources, environ, project)
 
 
 def load_isolated(env_file: Path) -> Settings:
-    """Read the defaults and one file, and nothing of the environment or of a project.
+    """Read the defaults and one env file, but no environment and no other file.
 
-    For the demo, which must never push to where the user's own settings point.  Relative
-    paths start from the file's folder.  Raises ``SettingsError`` with all that is wrong.
+    The demo uses this so that it never pushes to the image of the user's settings. Relative paths
+    start from the file's directory. Raise ``SettingsError`` with all problems.
     """
     sources = Sources(_KNOWN, {}, env_file.absolute().parent)
     sources.add_file(env_file.absolute(), _shown(env_file, Path()))
@@ -491,14 +513,14 @@ def load_isolated(env_file: Path) -> Settings:
 
 
 def _shown(path: Path, cwd: Path) -> str:
-    """A file's name for messages: as short as it can be, and always on one line."""
+    """Return a path for messages, relative to ``cwd`` if possible and without line breaks."""
     text = str(path.relative_to(cwd) if path.is_relative_to(cwd) else path)
     return text if text.isprintable() else repr(text)
 
 
 def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Settings:
     values, proxies = sources.values(), dict(_proxies(environ))
-    # Before anything is said of them: what is wrong may hold a secret, too.
+    # Before any problem is reported, because a wrong value can contain a secret.
     redact.add(*_secrets(sources, values, proxies))
     _check_together(sources, values)
     if sources.problems:
@@ -509,31 +531,31 @@ def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Se
         docker_environment=MappingProxyType(docker),
         proxies=MappingProxyType(proxies),
         ssh_agent=Path(environ["SSH_AUTH_SOCK"]) if environ.get("SSH_AUTH_SOCK") else None,
-        folder=project,
+        directory=project,
         written=MappingProxyType(
             {name: text for name, text in sources.written().items() if name not in _CONFIDENTIAL}
         ),
-        notes=tuple(dict.fromkeys([*sources.notes, *_careless(sources, values)])),
+        notes=tuple(dict.fromkeys([*sources.notes, *_exposed_secrets(sources, values)])),
         origins=MappingProxyType(sources.origins()),
     )
 
 
 _SECRET_FILE_MAX = 1 << 16
-"""Bytes of a file of ``BUILD_SECRETS`` up to which its lines are hidden."""
+"""Maximum bytes of a file of ``BUILD_SECRETS`` whose lines are redacted."""
 
 
 def _secrets(
     sources: Sources, values: Mapping[str, Any], proxies: Mapping[str, str]
 ) -> Iterator[str]:
-    """All that nobody is to see, whether the settings are right or not."""
+    """Yield all secrets in the settings, valid or not."""
     user, password = values["DOCKER_USERNAME"], values["DOCKER_PASSWORD"]
     if password:
         yield password.reveal()
         yield f"{user.reveal() if user else ''}:{password.reveal()}"
-    if given := values["GUIX_CHANNEL_CREDENTIALS"]:
-        yield from parsers.secret_parts(given.reveal())
+    if credentials := values["GUIX_CHANNEL_CREDENTIALS"]:
+        yield from parsers.secret_parts(credentials.reveal())
     for url in proxies.values():
-        # Not by the rules of URLs: a password may be there that breaks them.
+        # No URL parser, because an unescaped password can break the syntax of URLs.
         account = url.partition("://")[2] or url
         yield account.rpartition("@")[0].partition(":")[2]
     for name, text in sources.written().items():
@@ -551,26 +573,26 @@ def _secret_arguments(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, text) for name, text in arguments.items() if redact.is_secret_name(name)]
 
 
-def _careless(sources: Sources, values: Mapping[str, Any]) -> list[str]:
-    """What is right, and shows a secret to whoever has the image."""
+def _exposed_secrets(sources: Sources, values: Mapping[str, Any]) -> list[str]:
+    """Return warnings about valid settings that expose a secret in the image."""
     origins = sources.origins()
     notes = [
-        f"{origins['BUILD_ARGS']}: {name} is seen by whoever has the image, in its history; a "
-        "secret belongs into BUILD_SECRETS"
+        f"{origins['BUILD_ARGS']}: the history of the image shows {name} to everyone who has the "
+        "image; pass a secret in BUILD_SECRETS"
         for name, text in _secret_arguments(values)
         if text
     ]
     if redact.has_account(_channels_text(values)):
         notes.append(
-            f"{origins['GUIX_CHANNELS']}: a URL has a user or a password in it, which Guix keeps "
-            "in the image, and which is in its labels and in the lock; GUIX_CHANNEL_CREDENTIALS "
-            "keeps it out of all three"
+            f"{origins['GUIX_CHANNELS']}: a URL contains a user or a password, which Guix stores "
+            "in the image, and which the labels of the image and the lock file repeat; use "
+            "GUIX_CHANNEL_CREDENTIALS, which is stored in none of the three"
         )
     return notes
 
 
 def _channels_text(values: Mapping[str, Any]) -> str:
-    """The channels file; empty where it cannot be read, which is told by whoever needs it."""
+    """Return the channels file, or nothing if it is unreadable, which ``pull`` reports."""
     with suppress(OSError, UnicodeDecodeError):
         if path := values["GUIX_CHANNELS"]:
             return read_text(path)
@@ -578,7 +600,7 @@ def _channels_text(values: Mapping[str, Any]) -> str:
 
 
 def _check_together(sources: Sources, values: Mapping[str, Any]) -> None:
-    """Refuse what is right by itself, and wrong beside another setting."""
+    """Report valid settings that contradict one another."""
     for pair in (
         ("GUIX_BINARY_URL", "GUIX_BINARY_SHA256"),
         ("BUILDX_URL", "BUILDX_SHA256"),
@@ -586,19 +608,21 @@ def _check_together(sources: Sources, values: Mapping[str, Any]) -> None:
     ):
         for name, missing in (pair, pair[::-1]):
             if sources.is_set(name) and not sources.is_set(missing):
-                sources.refuse(name, f"needs {missing} too; set both or neither")
-    if given := values["GUIX_CHANNEL_CREDENTIALS"]:
+                sources.refuse(name, f"requires {missing}; set both or neither")
+    if credentials := values["GUIX_CHANNEL_CREDENTIALS"]:
         try:
-            parsers.channel_credentials(given.reveal())
+            parsers.channel_credentials(credentials.reveal())
         except ValueError as error:
             sources.refuse("GUIX_CHANNEL_CREDENTIALS", *error.args)
     image, tags = values["IMAGE"], values["TAGS"]
     if image and tags:
-        stages = [tag for tag in tags if parsers.is_stage_tag(tag, image.tag)]
-        sources.refuse("TAGS", *(f"{quoted(tag)} is a stage's; write another" for tag in stages))
+        reserved = [tag for tag in tags if parsers.is_stage_tag(tag, image.tag)]
+        sources.refuse(
+            "TAGS", *(f"{quoted(tag)} is reserved for a stage; use another tag" for tag in reserved)
+        )
     if values["BUILDX_DRIVER"] and values["BUILDX_NODES"] is not None:
-        wrong = nodes.problems(values["BUILDX_DRIVER"], values["BUILDX_NODES"])
-        sources.refuse("BUILDX_NODES", *wrong)
+        problems = nodes.problems(values["BUILDX_DRIVER"], values["BUILDX_NODES"])
+        sources.refuse("BUILDX_NODES", *problems)
     channels, lock = values["GUIX_CHANNELS"], values["GUIX_CHANNELS_LOCK"]
     if channels and lock and os.path.realpath(channels) == os.path.realpath(lock):
-        sources.refuse("GUIX_CHANNELS_LOCK", "pull would overwrite GUIX_CHANNELS; name another")
+        sources.refuse("GUIX_CHANNELS_LOCK", "pull would overwrite GUIX_CHANNELS; set another file")

@@ -1,8 +1,8 @@
-"""The machines of a builder: ``BUILDX_NODES``, and what each driver takes.
+"""Nodes of a builder: the syntax of ``BUILDX_NODES`` and the rules of each driver.
 
-A node is written in the way of Docker's own options, as comma-separated values: the endpoint,
-then ``platform=`` for each platform that it is to be used for, then options of the driver.  The
-rules are those of buildx, ``driver/*/factory.go``.
+Like an option of Docker, a node is a list of comma-separated values: the endpoint, ``platform=``
+for each platform to build there, and options of the driver. The rules are those of buildx,
+``driver/*/factory.go``.
 """
 
 from __future__ import annotations
@@ -52,73 +52,75 @@ _ENDPOINTS = {
     Driver.CONTAINER: "ssh://HOST, tcp://HOST:PORT, unix:///SOCKET or a Docker context",
     Driver.REMOTE: "tcp://HOST:PORT, unix:///SOCKET, ssh://HOST, docker-container://NAME or "
     "kube-pod://NAME",
-    Driver.KUBERNETES: "kubernetes://NAME, the name of the deployment that it is to be",
+    Driver.KUBERNETES: "kubernetes://NAME with the name of the deployment to create",
 }
 
 
 def node(text: str, base: Path) -> Node:
-    """Take ``ENDPOINT[,platform=PLATFORM]...[,OPTION=VALUE]...``; files are relative to ``base``.
+    """Parse ``ENDPOINT[,platform=PLATFORM]...[,OPTION=VALUE]...``.
 
-    Quotes keep a value with commas together, within those of the list.
+    Double quotes enclose an option whose value contains commas. Relative files start from ``base``.
     """
     if not text.isprintable():
-        raise ValueError(f"{quoted(text)} has a control character in it; leave that out")
+        raise ValueError(f"{quoted(text)} contains a control character; remove it")
     try:
         endpoint, *words = next(csv.reader([text], strict=True), []) or [""]
     except csv.Error:
         raise ValueError(
-            f"{quoted(text)}: a quote is not around all of an option; mend it"
+            f"{quoted(text)}: a quote does not enclose a whole option; quote all of NAME=VALUE"
         ) from None
-    bare_option = "=" in endpoint and "://" not in endpoint
-    if bare_option or not re.fullmatch(r"[A-Za-z0-9][\w@%+.:/?=&\[\]-]*", endpoint, re.ASCII):
-        raise ValueError(f"{quoted(endpoint)} is not an endpoint; write one first, options behind")
+    is_option = "=" in endpoint and "://" not in endpoint
+    if is_option or not re.fullmatch(r"[A-Za-z0-9][\w@%+.:/?=&\[\]-]*", endpoint, re.ASCII):
+        raise ValueError(
+            f"{quoted(endpoint)} is not an endpoint; write the endpoint first, then options"
+        )
     platforms: list[Platform] = []
     options: dict[str, str] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not value:
-            hint = "; nodes are separated by spaces, not commas" if "://" in word else ""
+            hint = "; separate nodes by spaces, not commas" if "://" in word else ""
             raise ValueError(f"{quoted(word)} is not an option; write NAME=VALUE{hint}")
         if name == "platform":
             platforms.append(Platform.parse(value))
         elif name in options:
-            raise ValueError(f"{quoted(name)} is given twice; keep one")
+            raise ValueError(f"{quoted(name)} is set twice; keep one")
         else:
             options[name] = str(base / value) if name in _FILES else value
     return Node(endpoint, tuple(platforms), tuple(options.items()))
 
 
 def problems(driver: Driver, nodes: tuple[Node, ...]) -> Iterator[str]:
-    """What is wrong with nodes for this driver; what would be right."""
+    """Yield the problems of nodes with a driver, each as "cause; hint"."""
     if driver is Driver.DOCKER:
         if nodes:
-            yield "the driver docker is the engine itself, without nodes; unset it"
+            yield "the driver docker uses the engine and has no nodes; unset BUILDX_NODES"
         return
     if driver is Driver.REMOTE and not nodes:
-        yield "the driver remote needs to know where BuildKit is; write its endpoint"
-    endpoints = [each.endpoint for each in nodes]
-    for each in nodes:
-        if endpoints.count(each.endpoint) > 1:
-            yield f"{quoted(each.endpoint)} is given twice; keep one"
-        yield from _endpoint_problems(driver, each.endpoint)
-        for name, value in each.options:
+        yield "the driver remote requires a node; write the endpoint of BuildKit"
+    endpoints = [node.endpoint for node in nodes]
+    for node in nodes:
+        if endpoints.count(node.endpoint) > 1:
+            yield f"{quoted(node.endpoint)} is set twice; keep one"
+        yield from _endpoint_problems(driver, node.endpoint)
+        for name, value in node.options:
             yield from _option_problems(driver, name, value)
-        yield from _certificate_problems(each)
+        yield from _certificate_problems(node)
 
 
 def _endpoint_problems(driver: Driver, endpoint: str) -> Iterator[str]:
-    right = f"write {_ENDPOINTS[driver]}"
-    scheme, slashes, place = endpoint.partition("://")
+    hint = f"write {_ENDPOINTS[driver]}"
+    scheme, slashes, address = endpoint.partition("://")
     if not slashes:
         if driver is not Driver.CONTAINER:
-            yield f"{quoted(endpoint)} is not an endpoint of the driver {driver.value}; {right}"
+            yield f"{quoted(endpoint)} is not an endpoint of the driver {driver.value}; {hint}"
         return
     if scheme not in _SCHEMES[driver]:
-        yield f"{quoted(endpoint)} is not an endpoint of the driver {driver.value}; {right}"
-    elif not place:
-        yield f"{quoted(endpoint)} names no place; {right}"
+        yield f"{quoted(endpoint)} is not an endpoint of the driver {driver.value}; {hint}"
+    elif not address:
+        yield f"{quoted(endpoint)} has no address; {hint}"
     elif scheme in ("tcp", "ssh") and not _has_host(endpoint, with_port=scheme == "tcp"):
-        yield f"{quoted(endpoint)} has no host or no port; {right}"
+        yield f"{quoted(endpoint)} has no host or no port; {hint}"
 
 
 def _has_host(endpoint: str, *, with_port: bool) -> bool:
@@ -134,21 +136,21 @@ def _option_problems(driver: Driver, name: str, value: str) -> Iterator[str]:
     if name.startswith("env.") and name != "env." and driver in _HAS_ENVIRONMENT:
         return
     if name not in known:
-        near = difflib.get_close_matches(name, [*known, "platform"], n=1)
-        hint = f"write {near[0]}" if near else f"it has {', '.join(known)}"
-        yield f"{quoted(name)} is no option of the driver {driver.value}; {hint}"
+        matches = difflib.get_close_matches(name, [*known, "platform"], n=1)
+        hint = f"did you mean {matches[0]}?" if matches else f"its options are {', '.join(known)}"
+        yield f"{quoted(name)} is not an option of the driver {driver.value}; {hint}"
     elif name == "replicas" and not re.fullmatch("[1-9][0-9]{0,3}", value):
-        yield f"replicas={quoted(value)} is not a number from 1 on; write one"
+        yield f"replicas={quoted(value)} is not a whole number of at least 1; write for example 2"
 
 
-def _certificate_problems(each: Node) -> Iterator[str]:
-    options = dict(each.options)
-    given = {name: options[name] for name in _FILES if name in options}
-    secured = [*given, *(["servername"] if "servername" in options else [])]
-    if secured and "cacert" not in given:
-        yield f"{each.endpoint}: {secured[0]} needs cacert too; name the authority's file"
-    if ("cert" in given) != ("key" in given):
-        yield f"{each.endpoint}: cert and key go together; name both files"
-    for name, value in given.items():
+def _certificate_problems(node: Node) -> Iterator[str]:
+    options = dict(node.options)
+    files = {name: options[name] for name in _FILES if name in options}
+    tls_options = [*files, *(["servername"] if "servername" in options else [])]
+    if tls_options and "cacert" not in files:
+        yield f"{node.endpoint}: {tls_options[0]} requires cacert; set the authority's file"
+    if ("cert" in files) != ("key" in files):
+        yield f"{node.endpoint}: cert and key require each other; set both files"
+    for name, value in files.items():
         if not os.path.isfile(value):  # noqa: PTH113 -- no error for a name that is too long
-            yield f"{each.endpoint}: {name}: there is no file {quoted(value)}; name one"
+            yield f"{node.endpoint}: {name}: {quoted(value)} is not a file; set an existing file"

@@ -1,7 +1,7 @@
-"""From the text of a setting to its value.
+"""Parsers of the values of settings.
 
-A parser takes the text, and the folder that a relative path in it starts from.  It raises a
-``ValueError`` with one argument for each problem: what is wrong; what would be right.
+A parser takes the text of a setting and the directory from which relative paths start, and returns
+the value. It raises ``ValueError`` with one argument per problem, each as "cause; hint".
 """
 
 from __future__ import annotations
@@ -29,40 +29,42 @@ Parser = Callable[[str, Path], Any]
 
 
 def check_text(text: str) -> None:
-    """Refuse what no file name, no command and no engine can take."""
+    """Raise ``ValueError`` for text that file names and command lines cannot contain."""
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("has a NUL or a broken character in it; write UTF-8 text")
+        raise ValueError("contains a NUL or a malformed character; write UTF-8 text")
 
 
-# --- Parsers made of others -----------------------------------------------------------------
+# --- Combinators ----------------------------------------------------------------------------
 
 
 def plain(parse: Callable[[str], object]) -> Parser:
-    """Make a parser of a function that needs no folder."""
+    """Turn a function of the text alone into a parser."""
     return lambda text, _base: parse(text)
 
 
 def optional(parse: Parser) -> Parser:
-    """Let empty text be ``None``."""
+    """Parse empty text as ``None``."""
     return lambda text, base: parse(text, base) if text else None
 
 
 def list_of(parse: Parser, *, commas: bool = False) -> Parser:
-    """Take items separated as a shell separates words; one given twice counts once.
+    """Parse items that are separated and quoted like words of a shell; drop duplicates.
 
-    Where ``commas`` are a part of items, none is taken for a slip.
+    Unless items can contain ``commas``, an error about an item with a comma has a hint about that.
     """
 
     def parse_all(text: str, base: Path) -> tuple[Any, ...]:
         try:
             words = shlex.split(text)
         except ValueError:
-            raise ValueError("a quote is not closed, or a backslash ends it; close it") from None
+            raise ValueError(
+                "a quote is not closed, or the text ends in a backslash; close the quote"
+            ) from None
         values: list[Any] = []
         problems: list[str] = []
         for word in words:
-            slip = "," in word and not commas
-            hint = "; items are separated by spaces, not commas" if slip else ""
+            has_stray_comma = "," in word and not commas
+            hint = "; separate items by spaces, not commas" if has_stray_comma else ""
             try:
                 values.append(parse(word, base))
             except ValueError as error:
@@ -75,97 +77,101 @@ def list_of(parse: Parser, *, commas: bool = False) -> Parser:
 
 
 def mapping_of(parse: Parser) -> Parser:
-    """Take a list of pairs, no two of which have the same first half."""
+    """Parse a list of pairs with distinct keys."""
 
     def parse_all(text: str, base: Path) -> Mapping[str, Any]:
         pairs = list_of(parse)(text, base)
-        _no_duplicates([name for name, _ in pairs])
+        _check_duplicates([name for name, _ in pairs])
         return MappingProxyType(dict(pairs))
 
     return parse_all
 
 
-def _no_duplicates(names: Sequence[str]) -> None:
-    twice = dict.fromkeys(name for name in names if names.count(name) > 1)
-    if twice:
-        raise ValueError(*(f"{quoted(name)} is given twice; keep one" for name in twice))
+def _check_duplicates(names: Sequence[str]) -> None:
+    duplicates = dict.fromkeys(name for name in names if names.count(name) > 1)
+    if duplicates:
+        raise ValueError(*(f"{quoted(name)} is set twice; keep one" for name in duplicates))
 
 
 # --- Words and numbers ----------------------------------------------------------------------
 
 
-def _matching(pattern: str, rule: str) -> Parser:
-    """Take text of one form as it is; ``rule`` says what is wrong with any other, and right."""
+def _matching(pattern: str, problem: str) -> Parser:
+    """Accept text that matches a pattern; ``problem`` is the rest of the error about other text."""
     expression = re.compile(pattern, re.ASCII)
 
     def parse(text: str, _base: Path) -> str:
         if not expression.fullmatch(text):
-            raise ValueError(f"{quoted(text)} {rule}")
+            raise ValueError(f"{quoted(text)} {problem}")
         return text
 
     return parse
 
 
 package = _matching(
-    # Strict, so that nothing that looks like an option or a file is ever taken for a package.
+    # Strict, so that no option and no file name passes as a package.
     r"[A-Za-z0-9][\w+.-]*(@[A-Za-z0-9][\w+.~^-]*)?(:[A-Za-z0-9][\w.-]*)?",
     "is not a package; write NAME, NAME@VERSION or NAME@VERSION:OUTPUT",
 )
 sha256 = _matching("[0-9a-f]{64}", "is not a SHA-256 checksum; write 64 lower case hex digits")
-volume = _matching(
-    r"[A-Za-z0-9][\w.-]{,60}", "is not the name of a volume; write letters and digits"
-)
-network = _matching(r"[A-Za-z0-9][\w.-]*", "is not a network; write none, host, or a name")
+volume = _matching(r"[A-Za-z0-9][\w.-]{,60}", "is not a volume name; write letters and digits")
+network = _matching(r"[A-Za-z0-9][\w.-]*", "is not a network; write none, host or a network name")
 builder = _matching(
     # The rule of buildx, store/util.go and builder.go.
     r"(?!(?i:default)\Z)[A-Za-z][\w.-]*",
-    "is not the name of a builder; write letters and digits, the first a letter; the engine's own "
-    "is BUILDX_DRIVER=docker",
+    "is not a builder name; write letters and digits, a letter first; to use the engine's own "
+    "builder, set BUILDX_DRIVER=docker",
 )
 attestation = _matching("provenance|sbom", "is not an attestation; write provenance or sbom")
 _cache_form = _matching(
-    # What `--cache-to` takes; without a comma it would be an image's name.
+    # The syntax of `--cache-to`; buildx takes text without a comma for an image name.
     r'type=[a-z0-9]+(,[\w.-]+=[^,"\s]*)*',
-    "is not a build cache; write type=KIND,NAME=VALUE, as type=registry,ref=REGISTRY/REPOSITORY",
+    "is not a build cache; write type=KIND,NAME=VALUE, for example "
+    "type=registry,ref=REGISTRY/REPOSITORY",
 )
 
 
-def one_of(kind: type[Enum], what: str) -> Parser:
+def one_of(kind: type[Enum], noun: str) -> Parser:
     def parse(text: str, _base: Path) -> Enum:
         try:
             return kind(text)
         except ValueError:
-            allowed = ", ".join(each.value for each in kind)
-            raise ValueError(f"{quoted(text)} is not {what}; write one of: {allowed}") from None
+            allowed = ", ".join(member.value for member in kind)
+            raise ValueError(f"{quoted(text)} is not {noun}; write one of: {allowed}") from None
 
     return parse
 
 
 def switch(text: str, _base: Path) -> bool:
     if text not in ("yes", "no"):
-        raise ValueError(f"{quoted(text)} is neither yes nor no; write one of them")
+        raise ValueError(f"{quoted(text)} is neither yes nor no; write yes or no")
     return text == "yes"
 
 
-def number(least: int) -> Parser:
+def number(minimum: int) -> Parser:
     def parse(text: str, _base: Path) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
-            raise ValueError(f"{quoted(text)} is not a whole number from {least} on; write one")
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < minimum:
+            raise ValueError(
+                f"{quoted(text)} is not a whole number of at least {minimum}; "
+                f"write for example {minimum + 1}"
+            )
         return int(text)
 
     return parse
 
 
 _MEMORY_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-_MEMORY_LEAST = 6 << 20  # the Docker Engine refuses less
+_MEMORY_MINIMUM = 6 << 20  # of the Docker Engine
 
 
 def memory(text: str, _base: Path) -> int:
-    """Bytes, with the binary suffixes of ``docker run --memory``."""
+    """Parse a number of bytes with the binary suffixes of ``docker run --memory``."""
     match = re.fullmatch(r"([0-9]{1,15})([bkmg]?)", text.lower())
     size = int(match[1]) * _MEMORY_UNITS[match[2]] if match else 0
-    if size < _MEMORY_LEAST:
-        raise ValueError(f"{quoted(text)} is not an amount from 6m on; write one, as 512m or 4g")
+    if size < _MEMORY_MINIMUM:
+        raise ValueError(
+            f"{quoted(text)} is not an amount of at least 6m; write for example 512m or 4g"
+        )
     return size
 
 
@@ -176,29 +182,35 @@ def seconds(text: str, _base: Path) -> int:
     match = re.fullmatch(r"([0-9]{1,7})([smh]?)", text)
     time = int(match[1]) * _TIME_UNITS[match[2]] if match else 0
     if not time:
-        raise ValueError(f"{quoted(text)} is not a time; write seconds, or as 45s, 90m or 2h")
+        raise ValueError(
+            f"{quoted(text)} is not a time; write seconds, or for example 45s, 90m or 2h"
+        )
     return time
 
 
 def url(*schemes: str) -> Parser:
-    """Take URLs without what a shell, or Guix's lists of URLs, would take apart."""
+    """Accept URLs that a shell and Guix's lists of URLs leave in one piece."""
     prefixes = tuple(f"{scheme}://" for scheme in schemes)
-    right = f"write one that begins with {' or '.join(prefixes)}"
+    hint = f"write a URL that begins with {' or '.join(prefixes)}"
 
     def parse(text: str, _base: Path) -> str:
-        # A password in a URL would be seen on command lines; nor may it be seen in an error.
+        # Command lines and this error would show a password in the URL.
         if "@" in text:
-            raise ValueError("a URL has a user or a password in it; leave out all up to the '@'")
+            raise ValueError(
+                "a URL contains a user or a password; remove the part up to and including '@'"
+            )
         try:
             parts = urlsplit(text)
-            _ = parts.port  # raises where it is not a port
+            _ = parts.port  # raises ValueError for a malformed port
         except ValueError:
-            raise ValueError(f"{quoted(text)} is not a URL; {right}") from None
-        place = parts.path if parts.scheme == "file" else parts.hostname
-        if not text.startswith(prefixes) or not place:
-            raise ValueError(f"{quoted(text)} is not a URL for this; {right}")
+            raise ValueError(f"{quoted(text)} is not a URL; {hint}") from None
+        location = parts.path if parts.scheme == "file" else parts.hostname
+        if not text.startswith(prefixes) or not location:
+            raise ValueError(f"{quoted(text)} is not a supported URL; {hint}")
         if not re.fullmatch(r"[\w%+,\-./:=?&\[\]~]+", text, re.ASCII):
-            raise ValueError(f"{quoted(text)} has a character that a URL cannot have; write %XX")
+            raise ValueError(
+                f"{quoted(text)} contains a character that URLs cannot contain; write %XX for it"
+            )
         return text
 
     return parse
@@ -211,49 +223,56 @@ def listen(text: str, _base: Path) -> Listen:
     address, _, port = text.rpartition(":")
     try:
         ipaddress.IPv4Address(address)
-        right = bool(re.fullmatch("[0-9]{1,5}", port)) and 0 < int(port) <= _PORT_MAX
+        is_valid = bool(re.fullmatch("[0-9]{1,5}", port)) and 0 < int(port) <= _PORT_MAX
     except ValueError:
-        right = False
-    if not right:
-        raise ValueError(f"{quoted(text)} is no address; write ADDRESS:PORT, as 0.0.0.0:8181")
+        is_valid = False
+    if not is_valid:
+        raise ValueError(
+            f"{quoted(text)} is not an IPv4 address with a port; write ADDRESS:PORT, for example "
+            "0.0.0.0:8181"
+        )
     return Listen(address, int(port))
 
 
 # --- Images ---------------------------------------------------------------------------------
 
-# A stage's tag is that of IMAGE with "-STAGE" or "-STAGE-OS-ARCH" behind it.
+# The tag of a stage is the tag of IMAGE followed by "-STAGE" or "-STAGE-OS-ARCH".
 _STAGE_SUFFIX = r"-(base|pull|install)(-linux-.+)?"
 _TAG_MAX = 100  # of the 128 characters that a tag can have
 
 
 def is_stage_tag(tag: str, image_tag: str) -> bool:
-    """Whether a stage, or a platform, of the image with ``image_tag`` could have this tag."""
+    """Return True if ``tag`` is reserved for a stage or platform of the image ``image_tag``."""
     suffixes = rf"({_STAGE_SUFFIX}|-linux-.+)"
     return re.fullmatch(re.escape(image_tag) + suffixes, tag) is not None
 
 
 def reference(text: str, _base: Path) -> ImageReference:
     parsed = ImageReference.parse(text)
-    bare = parsed.tag is None and parsed.digest is None
-    return parsed.with_tag(DEFAULT_TAG) if bare else parsed
+    is_bare = parsed.tag is None and parsed.digest is None
+    return parsed.with_tag(DEFAULT_TAG) if is_bare else parsed
 
 
 def image(text: str, base: Path) -> ImageReference:
     parsed = reference(text, base)
     if parsed.digest is not None:
-        raise ValueError("a digest stands for one image for ever, and IMAGE moves; write a tag")
+        raise ValueError("has a digest, but each build changes IMAGE; write a tag")
     tag = parsed.tag or ""
     if len(tag) > _TAG_MAX:
-        raise ValueError(f"the tag leaves no room for a stage's; write {_TAG_MAX} letters at most")
+        raise ValueError(
+            f"the tag is too long for the suffixes of stages; write at most {_TAG_MAX} characters"
+        )
     if stage := re.search(rf"{_STAGE_SUFFIX}\Z", tag):
-        raise ValueError(f"a tag that ends in {stage[0]} is a stage's; write one that does not")
+        raise ValueError(
+            f"a tag that ends in {stage[0]} is reserved for a stage; write another tag"
+        )
     return parsed
 
 
 def cache_image(text: str, base: Path) -> ImageReference:
     parsed = reference(text, base)
     if parsed.digest is not None:
-        raise ValueError("a digest names no repository; write REGISTRY/REPOSITORY")
+        raise ValueError("has a digest, but a repository is required; write REGISTRY/REPOSITORY")
     return parsed
 
 
@@ -262,97 +281,102 @@ def tag(text: str, _base: Path) -> str:
     return text
 
 
-# --- Files and folders ----------------------------------------------------------------------
+# --- Files and directories ------------------------------------------------------------------
 
 
 def path(text: str, base: Path) -> Path:
     if not text:
-        raise ValueError("a path is empty; name a file or a folder")
+        raise ValueError("a path is empty; set a file or a directory")
     return base / text
 
 
 def dockerfile(text: str, base: Path) -> Path:
-    """Take a path to what a builder reads by itself, which it could not if we had to as well."""
-    place = path(text, base)
-    if is_pipe(place):
-        raise ValueError(f"{quoted(str(place))} is a pipe, which cannot be read twice; name a file")
-    return place
+    """Accept a path that this process and the builder can both read."""
+    location = path(text, base)
+    if is_pipe(location):
+        raise ValueError(
+            f"{quoted(str(location))} is a pipe, which cannot be read twice; set a regular file"
+        )
+    return location
 
 
 def file(text: str, base: Path) -> Path:
-    """Take a path to something that is there, and no folder."""
-    place = path(text, base)
-    if stat.S_ISDIR(_mode(place)):
-        raise ValueError(f"{quoted(str(place))} is a folder; name a file")
-    return place
+    """Accept a path to an existing file that is not a directory."""
+    location = path(text, base)
+    if stat.S_ISDIR(_mode(location)):
+        raise ValueError(f"{quoted(str(location))} is a directory; set a file")
+    return location
 
 
-def _mode(place: Path) -> int:
-    shown = quoted(str(place))
+def _mode(location: Path) -> int:
+    quoted_path = quoted(str(location))
     try:
-        return place.stat().st_mode
+        return location.stat().st_mode
     except OSError as error:
-        problem = f"{shown}: {error.strerror}; make it, or name another"
-        if "~" in place.parts:
-            problem = f"{shown} does not exist; '~' is not known here, write ${{HOME}}"
+        problem = f"{quoted_path}: {error.strerror}; create it, or set another path"
+        if "~" in location.parts:
+            problem = f"{quoted_path} does not exist; '~' is not expanded, write ${{HOME}}"
         raise ValueError(problem) from None
 
 
 def _plain_path(text: str, base: Path) -> Path:
-    """Take a path that can stand among comma-separated values as it is."""
-    place = path(text, base)
-    if set(str(place)) & set(',"'):
-        problem = "has a comma or a double quote, where buildx ends a path; rename it"
-        raise ValueError(f"{quoted(str(place))} {problem}")
-    return place
+    """Accept a path that needs no quotes in comma-separated values."""
+    location = path(text, base)
+    if set(str(location)) & set(',"'):
+        problem = "contains a comma or a double quote, which ends a path in buildx; rename it"
+        raise ValueError(f"{quoted(str(location))} {problem}")
+    return location
 
 
 def public_key(text: str, base: Path) -> Path:
-    # Beside a public key lies the private one, signing-key.sec, which must not reach an image.
+    # The private key, signing-key.sec, is next to the public key, and must not reach an image.
     if not text.endswith(".pub"):
-        raise ValueError(f"{quoted(text)} is not a public key; name a file that ends in .pub")
+        raise ValueError(f"{quoted(text)} is not a public key; set a file that ends in .pub")
     return file(text, base)
 
 
 def secret_file(text: str, base: Path) -> Secret:
-    """The secret that a file holds, without the newline that an editor puts at its end.
+    """Read a secret from a file, without the final newline that editors add.
 
-    Its path is not repeated in an error: a password may be there by mistake.
+    Errors do not repeat the path, because it can be a password that was set by mistake.
     """
     try:
         secret = read_text(base / text, "utf-8-sig").removesuffix("\n")
     except OSError as error:
-        raise ValueError(f"the file: {error.strerror}; make it, or name another") from None
+        raise ValueError(f"the file: {error.strerror}; create it, or set another path") from None
     except UnicodeDecodeError:
         raise ValueError("the file is not UTF-8; write the secret in UTF-8") from None
     if not secret or "\0" in secret:
-        raise ValueError("the file holds no text; write the secret into it")
+        raise ValueError("the file contains no text; write the secret to it")
     return Secret(secret)
 
 
 def certificates(text: str, base: Path) -> Path:
-    """Take a file of certificates in PEM, without the key of any of them."""
-    place = file(text, base)
-    shown = quoted(str(place))
+    """Accept a PEM file of certificates that contains no private key."""
+    location = file(text, base)
+    quoted_path = quoted(str(location))
     try:
-        pem = read_text(place, "ascii", "replace")
+        pem = read_text(location, "ascii", "replace")
     except OSError as error:
-        raise ValueError(f"{shown}: {error.strerror}; name a file that can be read") from None
+        raise ValueError(f"{quoted_path}: {error.strerror}; set a readable file") from None
     if "PRIVATE KEY-----" in pem:
-        raise ValueError(f"{shown} has a private key in it; name a file of certificates alone")
+        raise ValueError(
+            f"{quoted_path} contains a private key; set a file that contains certificates only"
+        )
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem)
     except (ssl.SSLError, ValueError):
         raise ValueError(
-            f"{shown} holds no certificates in PEM; name a file with -----BEGIN CERTIFICATE-----"
+            f"{quoted_path} contains no PEM certificates; set a file with "
+            "-----BEGIN CERTIFICATE-----"
         ) from None
-    return place
+    return location
 
 
 def mounts(text: str, base: Path) -> tuple[Mount, ...]:
-    found: tuple[Mount, ...] = list_of(_mount)(text, base)
-    _no_duplicates([mount.target for mount in found])
-    return found
+    values: tuple[Mount, ...] = list_of(_mount)(text, base)
+    _check_duplicates([mount.target for mount in values])
+    return values
 
 
 def _mount(text: str, base: Path) -> Mount:
@@ -362,14 +386,14 @@ def _mount(text: str, base: Path) -> Mount:
         raise ValueError(f"{quoted(text)} is not a mount; write SOURCE:TARGET or SOURCE:TARGET:ro")
     inside = PurePosixPath(target.lstrip("/"))
     if not target.startswith("/") or ".." in inside.parts or not inside.parts:
-        raise ValueError(f"{quoted(target)} is not a place in a container; write /FOLDER/NAME")
+        raise ValueError(f"{quoted(target)} is not a path in a container; write /DIRECTORY/NAME")
     if reason := conflict(f"/{inside}"):
         raise ValueError(
-            f"{quoted(target)} {reason}, and a commit takes nothing of what is on a mount, so the "
-            "image would lack what the stages make; mount it elsewhere"
+            f"{quoted(target)} {reason}, and a commit excludes mounts, so the image would lack the "
+            "results of the stages; use another target"
         )
     outside = path(source, base)
-    _mode(outside)  # raises where nothing is there
+    _mode(outside)  # raises ValueError if it does not exist
     return Mount(outside, f"/{inside}", mode == "ro")
 
 
@@ -379,48 +403,48 @@ def _mount(text: str, base: Path) -> Mount:
 def mirror(text: str, base: Path) -> tuple[str, str]:
     pair = re.fullmatch(r"((?:https?|ssh|file)://[^=]+)=((?:https?|file)://.+|ssh://.+)", text)
     if not pair:
-        raise ValueError(f"{quoted(text)} is not URL=MIRROR; write two URLs with '=' between")
-    for each in pair.groups():
-        # The user of an SSH address is no secret, and part of it.
-        account = re.match(r"ssh://[\w.-]+@", each)
-        rest = each.replace(account[0], "ssh://", 1) if account else each
+        raise ValueError(f"{quoted(text)} is not URL=MIRROR; write two URLs with '=' between them")
+    for address in pair.groups():
+        # The user of an SSH address is part of the address, and no secret.
+        account = re.match(r"ssh://[\w.-]+@", address)
+        rest = address.replace(account[0], "ssh://", 1) if account else address
         url("https", "http", "ssh", "file")(rest, base)
     return pair[1], pair[2]
 
 
 def channel_credentials(text: str) -> list[tuple[str, str, str]]:
-    """How URLs begin, each with the user and the password that open it.
+    """Parse credentials into prefixes of URLs, each with a user and a password.
 
-    They are written as in Git's own file of credentials (git-credential-store(1)).  Nothing of
-    them is repeated in an error.
+    The format is that of Git's credential file (git-credential-store(1)). Errors do not repeat the
+    credentials.
     """
-    found = []
+    credentials = []
     for number, word in enumerate(text.split(), 1):
         account, at, rest = word.partition("://")[2].rpartition("@")
         user, _, password = account.partition(":")
         try:
             parts = urlsplit(f"https://{rest}")
-            right = word.startswith(("https://", "http://")) and at and user and parts.hostname
-            _ = parts.port  # raises where it is not a port
+            is_valid = word.startswith(("https://", "http://")) and at and user and parts.hostname
+            _ = parts.port  # raises ValueError for a malformed port
         except ValueError:
-            right = False
-        if not right:
+            is_valid = False
+        if not is_valid:
             raise ValueError(
-                f"number {number} is not a URL with an account; write https://USER:TOKEN@HOST"
+                f"item {number} is not a URL with credentials; write https://USER:TOKEN@HOST"
             )
-        begin = f"{word.partition('://')[0]}://{rest}"
-        # So that example.org is not the beginning of example.org.evil.
-        found.append((f"{begin.rstrip('/')}/", unquote(user), unquote(password)))
-    return found
+        prefix = f"{word.partition('://')[0]}://{rest}"
+        # The final slash keeps example.org from being a prefix of example.org.evil.
+        credentials.append((f"{prefix.rstrip('/')}/", unquote(user), unquote(password)))
+    return credentials
 
 
 def secret_parts(text: str) -> list[str]:
-    """What is secret in credentials, whether they are right or not."""
+    """Return all secrets in credentials, valid or not."""
     parts = []
     for word in text.split():
         account = word.partition("://")[2].rpartition("@")[0] or word
         user, _, password = account.partition(":")
-        # A token may stand for the user.
+        # Some servers take a token in place of the user.
         parts += [account, password or user, unquote(account), unquote(password or user)]
     return parts
 
@@ -438,22 +462,22 @@ def build_arg(text: str, _base: Path) -> tuple[str, str]:
 def build_secret(text: str, base: Path) -> tuple[str, Path]:
     name, equals, source = text.partition("=")
     if not equals or not re.fullmatch(r"\w[\w.-]*", name, re.ASCII):
-        raise ValueError(f"{quoted(text)} is not a secret's ID with its file; write ID=FILE")
+        raise ValueError(f"{quoted(text)} is not a build secret; write ID=FILE")
     _plain_path(source, base)
-    place = file(source, base)
+    location = file(source, base)
     try:
-        return name, reopenable(place)
+        return name, reopenable(location)
     except OSError as error:
-        raise ValueError(f"{quoted(str(place))}: {error.strerror}; name another file") from None
+        raise ValueError(f"{quoted(str(location))}: {error.strerror}; set another file") from None
 
 
 def cache_backend(text: str, base: Path) -> str:
-    """Take a build cache as buildx does; a folder of this machine is relative to ``base``."""
+    """Parse a build cache in buildx's syntax and make its local directories absolute."""
     kind, *options = str(_cache_form(text, base)).split(",")
     pairs = (option.partition("=") for option in options)
-    folders = ("dest", "src") if kind == "type=local" else ()
-    found = (
-        f"{name}={_plain_path(value, base) if name in folders else value}"
+    directories = ("dest", "src") if kind == "type=local" else ()
+    absolute = (
+        f"{name}={_plain_path(value, base) if name in directories else value}"
         for name, _, value in pairs
     )
-    return ",".join([kind, *found])
+    return ",".join([kind, *absolute])

@@ -1,7 +1,6 @@
-"""Where the text of the settings comes from: env files, the environment, a task's options.
+"""Sources of the text of settings: env files, the environment and task options.
 
-What the settings are is not known here: the sources are given a table of them.  Nothing that
-is wrong stops the reading, so that all of it can be told at once.
+The caller passes the table of settings. Problems are collected, so that one error reports all.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from collections import ChainMap
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-# dotenv's own functions interpolate from os.environ and keep no line numbers.  So its two
-# halves are used: the grammar of a file, and the grammar of ${NAME}.
+# The public functions of dotenv interpolate from os.environ and drop line numbers, so this module
+# uses its two parsers: that of env files and that of ${NAME}.
 from dotenv.parser import Binding, parse_stream
 from dotenv.variables import Variable, parse_variables
 
@@ -32,28 +31,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a setting is read, what it does, in one line, and its default as in an env file."""
+    """Definition of a setting."""
 
     parse: Parser
     doc: str
+    """Description, one line."""
     default: str = ""
-    group: str = ""  # the heading above it, on the first one of a group
-    option: str = ""  # the task option that sets it, where that is not its own name
-    secret: bool = False  # taken literally and never shown; NAME_FILE is in the table too
+    """Default as written in an env file."""
+    group: str = ""
+    """Heading above the setting, for the first setting of a group."""
+    option: str = ""
+    """Task option that sets it, unless named after the setting."""
+    secret: bool = False
+    """True if the value is not expanded and never shown; the table then also has NAME_FILE."""
 
 
 @dataclass(frozen=True)
-class _Given:
-    """A value as it was given: how to read it, the folder its paths start from, its place."""
+class _RawValue:
+    """Unparsed value of a setting."""
 
     text: str = field(repr=False)
     parse: Parser
     base: Path
+    """Directory from which relative paths start."""
     origin: str
+    """Start of an error about the value, for example ``.env:3: IMAGE``."""
 
 
 class Sources:
-    """What the sources say, added from the weakest to the strongest, and what is wrong there."""
+    """Unparsed settings of all sources, added in increasing precedence, and their problems."""
 
     def __init__(
         self, known: Mapping[str, Setting], environ: Mapping[str, str], project: Path
@@ -61,13 +67,13 @@ class Sources:
         self._known = known
         self._secrets = [name for name, setting in known.items() if setting.secret]
         self._environ = environ
-        self._given = {
-            name: self._as_given(name, setting.default, project, f"default: {name}")
+        self._values = {
+            name: self._raw_value(name, setting.default, project, f"default: {name}")
             for name, setting in known.items()
         }
         self.problems: list[str] = []
         self.notes: list[str] = []
-        # What ${NAME} can stand for.  The environment wins here too; secrets take no part.
+        # Values of ${NAME}. The environment has precedence, and secrets are excluded.
         self._written: dict[str, str] = {}
         outer = {k: text for k, text in environ.items() if text and k not in self._secrets}
         self._variables = ChainMap(outer, self._written)
@@ -79,48 +85,51 @@ class Sources:
         *,
         base: Path | None = None,
         optional: bool = False,
-        asked_by: str = "",
+        referrer: str = "",
     ) -> None:
-        """Add an env file, ``label`` in messages.  It may be missing where it is ``optional``.
+        """Add an env file, which messages call ``label``.
 
-        Relative paths in it start from ``base``, by default the file's own directory.  An error
-        about the file itself begins with ``asked_by``: what named the file.
+        A missing file is an error unless it is ``optional``. Relative paths in the file start from
+        ``base``, by default its directory. ``referrer`` is the start of an error about the file
+        itself: the variable that refers to it.
         """
-        text = self._read(path, label, asked_by, optional=optional)
-        layer: dict[str, _Given] = {}
-        first: dict[str, int] = {}
+        text = self._read(path, label, referrer, optional=optional)
+        layer: dict[str, _RawValue] = {}
+        lines: dict[str, int] = {}
         for line, binding in _bindings(text):
-            where, key, value = f"{label}:{line}", binding.key, binding.value
-            # What is no known name is not repeated: it may be the second line of a password.
+            location, key, value = f"{label}:{line}", binding.key, binding.value
+            # An unknown name is not repeated, because it can be the second line of a password.
             name = f"{key}: " if key in self._known else ""
             if binding.error:
                 self.problems.append(
-                    f"{where}: not NAME=VALUE; close each quote, and put quotes around the whole"
-                    " of a value that begins with one"
+                    f"{location}: not NAME=VALUE; close each quote, and if a value begins with a "
+                    "quote, quote all of it"
                 )
             elif key is None:
                 continue  # a comment
             elif value is None:
                 self.problems.append(
-                    f"{where}: {name}has no '='; write {key if name else 'NAME'}=VALUE"
+                    f"{location}: {name}has no '='; write {key if name else 'NAME'}=VALUE"
                 )
-            elif key in first:
-                self.problems.append(f"{where}: {name}is set on line {first[key]} too; keep one")
+            elif key in lines:
+                self.problems.append(
+                    f"{location}: {name}is also set on line {lines[key]}; keep one"
+                )
             else:
-                first[key] = line
-                self._add_value(layer, key, value, base or path.parent, where)
+                lines[key] = line
+                self._add_value(layer, key, value, base or path.parent, location)
         self._add_layer(layer)
 
     def add_environ(self, cwd: Path) -> None:
-        """Add the process's environment, where an empty value counts as not set."""
+        """Add the process environment, in which an empty value counts as not set."""
         layer = {
-            name: self._as_given(name, self._environ.get(name, ""), cwd, f"environment: {name}")
+            name: self._raw_value(name, self._environ.get(name, ""), cwd, f"environment: {name}")
             for name in self._known
         }
-        self._add_layer({name: given for name, given in layer.items() if given.text})
+        self._add_layer({name: value for name, value in layer.items() if value.text})
 
     def add_overrides(self, overrides: Mapping[str, str | Sequence[str]], cwd: Path) -> None:
-        """Add a task's options, where an empty value counts as not given."""
+        """Add the options of a task, in which an empty value counts as not set."""
         layer = {}
         for name, value in overrides.items():
             setting = self._known.get(name)
@@ -129,98 +138,100 @@ class Sources:
                 self.problems.append(f"option --{option}: is not a setting; see .env.example")
             elif value:
                 text = value if isinstance(value, str) else shlex.join(value)
-                layer[name] = self._as_given(name, text, cwd, f"option --{option}")
+                layer[name] = self._raw_value(name, text, cwd, f"option --{option}")
         self._add_layer(layer)
 
     def values(self) -> dict[str, Any]:
-        """What the strongest source says of each setting; ``None`` where that is wrong."""
-        return {name: self._value(name) for name in self._known}
+        """Parse all settings; the value of an invalid setting is None."""
+        return {name: self._parse(name) for name in self._known}
 
     def is_set(self, name: str) -> bool:
-        return bool(self._given[name].text)
+        return bool(self._values[name].text)
 
     def written(self) -> dict[str, str]:
-        """What the strongest source says of each setting, as text."""
-        return {name: given.text for name, given in self._given.items()}
+        """Return the unparsed text of each setting."""
+        return {name: value.text for name, value in self._values.items()}
 
     def origins(self) -> dict[str, str]:
-        """How an error about each setting begins: ``.env:3: IMAGE``, ``option --image``."""
-        return {name: given.origin for name, given in self._given.items()}
+        """Return the start of errors about each setting: ``.env:3: IMAGE``, ``option --image``."""
+        return {name: value.origin for name, value in self._values.items()}
 
     def refuse(self, name: str, *problems: str) -> None:
-        self.problems += [f"{self._given[name].origin}: {problem}" for problem in problems]
+        self.problems += [f"{self._values[name].origin}: {problem}" for problem in problems]
 
-    def _value(self, name: str) -> Any:
-        given = self._given[name]
+    def _parse(self, name: str) -> Any:
+        value = self._values[name]
         try:
-            check_text(given.text)
-            return given.parse(given.text, given.base)
+            check_text(value.text)
+            return value.parse(value.text, value.base)
         except ValueError as error:
             self.refuse(name, *error.args)
             return None
 
-    def _as_given(self, name: str, text: str, base: Path, origin: str) -> _Given:
-        # A space at an end is a slip of the pen, but in a password it may be meant.
-        kept = text if name in self._secrets else text.strip()
-        return _Given(kept, self._known[name].parse, base, origin)
+    def _raw_value(self, name: str, text: str, base: Path, origin: str) -> _RawValue:
+        # White space at the ends is a typing mistake, but can be a part of a password.
+        text = text if name in self._secrets else text.strip()
+        return _RawValue(text, self._known[name].parse, base, origin)
 
-    def _add_layer(self, layer: dict[str, _Given]) -> None:
-        """Put a source above the earlier ones; in one source a secret has one place."""
+    def _add_layer(self, layer: dict[str, _RawValue]) -> None:
+        """Add a source above the earlier ones; a source sets either a secret or its file."""
         for name in self._secrets:
-            itself, file = layer.get(name), layer.pop(f"{name}_FILE", None)
-            if itself and itself.text and file and file.text:
-                self.problems.append(f"{file.origin}: {name} is set too; keep one of the two")
-            elif file and (file.text or not itself):
+            literal, file = layer.get(name), layer.pop(f"{name}_FILE", None)
+            if literal and literal.text and file and file.text:
+                self.problems.append(f"{file.origin}: {name} is also set; keep one of the two")
+            elif file and (file.text or not literal):
                 layer[name] = file
-        self._given.update(layer)
+        self._values.update(layer)
 
-    def _read(self, path: Path, label: str, asked_by: str, *, optional: bool) -> str:
-        """The text of an env file; empty, with the problem noted, where it cannot be had."""
+    def _read(self, path: Path, label: str, referrer: str, *, optional: bool) -> str:
+        """Return the text of an env file, or report the problem and return nothing."""
         try:
             content = read_once(path)
             if not content and is_pipe(path):
-                self.notes.append(
-                    f"{asked_by}{label}: nothing was written to this pipe, so it sets nothing"
-                )
+                self.notes.append(f"{referrer}{label}: this pipe is empty, so it sets nothing")
             return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             line = error.object[: error.start].count(b"\n") + 1
             self.problems.append(f"{label}:{line}: is not UTF-8; save the file as UTF-8")
         except (OSError, ValueError) as error:  # ValueError: no file can have that name
             if not (optional and isinstance(error, FileNotFoundError)):
-                reason = getattr(error, "strerror", None) or "not a file's name"
-                self.problems.append(f"{asked_by}{label}: {reason}; name a file that can be read")
+                reason = getattr(error, "strerror", None) or "not a file name"
+                self.problems.append(f"{referrer}{label}: {reason}; set a readable file")
         return ""
 
     def _add_value(
-        self, layer: dict[str, _Given], key: str, value: str, base: Path, where: str
+        self, layer: dict[str, _RawValue], key: str, value: str, base: Path, location: str
     ) -> None:
         if key in self._known:
-            origin = f"{where}: {key}"
+            origin = f"{location}: {key}"
             text = value if key in self._secrets else self._interpolate(value, origin)
-            layer[key] = self._as_given(key, text, base, origin)
+            layer[key] = self._raw_value(key, text, base, origin)
         else:
-            self._add_unknown(key, where)
-            text = self._interpolate(value, where)
+            self._report_unknown(key, location)
+            text = self._interpolate(value, location)
         if key not in self._secrets:
             self._written[key] = text
 
-    def _add_unknown(self, key: str, where: str) -> None:
-        """A key that is nobody's: a mistake if it is near to a setting, else worth a note."""
-        near = self._nearest(key)
+    def _report_unknown(self, key: str, location: str) -> None:
+        """Report an unknown key as a problem if it resembles a setting, otherwise as a note."""
+        suggestion = self._nearest(key)
         if key == "ENV_FILE":
             self.problems.append(
-                f"{where}: ENV_FILE: names no file here; set it in the environment"
+                f"{location}: ENV_FILE: has no effect in a file; set it in the environment"
             )
-        elif near:
-            self.problems.append(f"{where}: {quoted(key)} is not a setting; did you mean {near}?")
+        elif suggestion:
+            self.problems.append(
+                f"{location}: {quoted(key)} is not a setting; did you mean {suggestion}?"
+            )
         elif re.fullmatch(r"[A-Z][A-Z0-9_]{,40}|[a-z][a-z0-9_]{,40}", key):
-            self.notes.append(f"{where}: {key}: is not a setting of guix-tasks; ignored")
+            self.notes.append(f"{location}: {key}: is not a setting of guix-tasks; ignored")
         else:
-            self.notes.append(f"{where}: sets what is not a setting of guix-tasks; ignored")
+            self.notes.append(
+                f"{location}: sets a name that is not a setting of guix-tasks; ignored"
+            )
 
     def _nearest(self, key: str) -> str | None:
-        """The setting that was probably meant, or None."""
+        """Return the setting with the most similar name, or None."""
         name = key.upper()
         if f"GUIX_{name}" in self._known:
             return f"GUIX_{name}"
@@ -232,21 +243,21 @@ class Sources:
             if isinstance(atom, Variable):
                 if atom.name in self._secrets:
                     self.problems.append(
-                        f"{origin}: would show {atom.name}, a secret; write the text itself"
+                        f"{origin}: would reveal the secret {atom.name}; write the text itself"
                     )
                 elif atom.default is None and atom.name not in self._variables:
                     self.notes.append(
-                        f"{origin}: {quoted(atom.name)} in ${{...}} is not set; taken as empty"
+                        f"{origin}: {quoted(atom.name)} in ${{...}} is not set; using empty text"
                     )
             text.append(atom.resolve(self._variables))
         return "".join(text)
 
 
 def _bindings(text: str) -> Iterator[tuple[int, Binding]]:
-    """What dotenv finds in a file, each with the line that it begins on."""
-    # newline=None turns CRLF into one newline; dotenv counts two after a malformed line.
+    """Parse an env file and yield each line number with its binding."""
+    # newline=None converts CRLF to one newline; dotenv counts two after a malformed line.
     for binding in parse_stream(io.StringIO(text, newline=None)):
-        # dotenv counts from the blank lines above.
-        written = binding.original.string
-        blank = written[: len(written) - len(written.lstrip())]
+        # The text and line of a binding include the blank lines above it.
+        original = binding.original.string
+        blank = original[: len(original) - len(original.lstrip())]
         yield binding.original.line + blank.count("\n"), binding

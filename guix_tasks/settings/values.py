@@ -1,4 +1,4 @@
-"""Values that only settings have; those of images and platforms are in ``reference``."""
+"""Types of the values of settings, except image references and platforms (package ``oci``)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Secret:
-    """Text that shows itself only when it is asked to: not in a repr, a log, an error."""
+    """Text that appears in no repr, log or error; ``reveal`` returns it."""
 
     __slots__ = ("_value",)
 
@@ -34,40 +34,40 @@ class Secret:
 
 
 class Sandbox(Enum):
-    """How a work container is run so that the Guix daemon can build in it."""
+    """Privileges of a work container, in which the Guix daemon has to build."""
 
     AUTO = "auto"
-    """The fewest rights with which Guix builds on this engine, its builds isolated."""
+    """The fewest privileges with which Guix can run isolated builds on this engine."""
     ROOTLESS = "rootless"
-    """Nothing in it runs as root, and no right is added; see ``stages.ownership``."""
+    """No root processes and no additional privileges; see ``stages.ownership``."""
     CAPABILITIES = "capabilities"
-    """The rights that a daemon of root needs, and no others; see ``sandbox``."""
+    """Only the capabilities that a daemon run by root needs; see ``stages.sandbox``."""
     PRIVILEGED = "privileged"
     NOCHROOT = "nochroot"
-    """Builds are not isolated from one another; under QEMU they cannot be."""
+    """No isolation of builds; QEMU's emulation supports nothing else."""
 
 
 class ImageStore(Enum):
-    """Where a Docker Engine keeps images (docs.docker.com/engine/storage)."""
+    """Image store of a Docker Engine (docs.docker.com/engine/storage)."""
 
     CONTAINERD = "containerd"
-    """The image store of containerd, the default of new installations since Engine 29."""
+    """Image store of containerd, the default of new installations since Engine 29."""
     OVERLAY2 = "overlay2"
-    """Docker's classic storage driver."""
+    """Classic storage driver of Docker."""
 
 
 class Driver(Enum):
-    """Where a builder's BuildKit runs (docs.docker.com/build/builders/drivers)."""
+    """Driver of a builder (docs.docker.com/build/builders/drivers)."""
 
     DOCKER = "docker"
-    """In the engine itself; it is there without being made."""
+    """The engine's BuildKit, which always exists."""
     CONTAINER = "docker-container"
     REMOTE = "remote"
     KUBERNETES = "kubernetes"
 
 
 class Output(Enum):
-    """Where BuildKit puts the image."""
+    """Destination of an image that BuildKit builds."""
 
     REGISTRY = "registry"
     OCI = "oci"
@@ -77,30 +77,31 @@ class Output(Enum):
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of a builder, as ``docker buildx create`` takes it."""
+    """Node of a builder, as an argument of ``docker buildx create``."""
 
     endpoint: str
     platforms: tuple[Platform, ...] = ()
-    """Those that it is to be used for; none: those that it says it has."""
+    """Platforms to build on this node; empty: the platforms that the node reports."""
     options: tuple[tuple[str, str], ...] = ()
-    """Of the driver, by name."""
+    """Names and values of driver options."""
 
 
 @dataclass(frozen=True)
 class Mount:
-    """A local file or folder that a work container sees at an absolute path of its own."""
+    """Local file or directory that is mounted in work containers."""
 
     source: Path
     target: str
+    """Absolute path in the container."""
     read_only: bool = False
 
 
 @dataclass(frozen=True)
 class Listen:
-    """Where a server of this machine listens."""
+    """Address on which a server of this machine listens."""
 
     address: str
-    """Of IPv4."""
+    """IPv4 address."""
     port: int
 
     def __str__(self) -> str:
@@ -108,5 +109,5 @@ class Listen:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine reaches it."""
+        """True if only this machine can connect."""
         return self.address.startswith("127.")

@@ -1,1 +1,1 @@
-"""What is shown: console, live display, CI logs, formats, redaction."""
+"""Output: console, live display, CI logs, formats, redaction of secrets."""

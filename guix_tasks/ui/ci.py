@@ -1,8 +1,8 @@
-"""Logs of CI jobs that can be folded: parts with a heading, which are closed at first.
+"""Collapsible sections in the logs of CI jobs.
 
-What a build prints must not be taken for a command to the CI system: GitHub's runner is told to
-obey none until it hears a word that no build can know.  GitLab's marks need a carriage return and
-an escape sequence, which no line of a log has here (``ui.log``).
+Output of a build must not be interpreted as a command to the CI system. GitHub's runner stops
+interpreting commands until it reads a random token. GitLab's section marks require a carriage
+return and an escape sequence, which ``ui.log`` removes from logs.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ if TYPE_CHECKING:
 
 
 class Fold(Protocol):
-    """One part of a log; its lines are to be written as they are."""
+    """Markup of a collapsible section; it must reach the log unchanged."""
 
     def start(self, name: str, now: float) -> str:
-        """What is written before it; ``now`` in seconds of Unix time."""
+        """Return the text before a section; ``now`` is Unix time in seconds."""
 
     def end(self, now: float) -> str:
-        """What is written after it."""
+        """Return the text after a section."""
 
 
 class GitHub:
-    """docs.github.com, "Workflow commands for GitHub Actions"."""
+    """Markup of GitHub (docs.github.com, "Workflow commands for GitHub Actions")."""
 
     def __init__(self) -> None:
-        self._word = secrets.token_hex(16)
+        self._token = secrets.token_hex(16)
 
     def start(self, name: str, now: float) -> str:  # noqa: ARG002 -- the runner has a clock
-        return f"::group::{_escaped(name)}\n::stop-commands::{self._word}\n"
+        return f"::group::{_escape(name)}\n::stop-commands::{self._token}\n"
 
     def end(self, now: float) -> str:  # noqa: ARG002
-        return f"::{self._word}::\n::endgroup::\n"
+        return f"::{self._token}::\n::endgroup::\n"
 
 
 class GitLab:
-    """docs.gitlab.com, "Custom collapsible sections"."""
+    """Markup of GitLab (docs.gitlab.com, "Custom collapsible sections")."""
 
     _END = "\r\x1b[0K"
 
     def __init__(self) -> None:
-        # The same stage may be run twice in a job.
+        # A job can run the same stage twice.
         self._suffix = secrets.token_hex(4)
         self._section = ""
 
@@ -56,21 +56,21 @@ class GitLab:
         return f"section_end:{int(now)}:{self._section}{self._END}\n"
 
 
-def found(environment: Mapping[str, str]) -> Fold | None:
-    """How the job folds that this process is in; None where it is in none that does."""
+def detect_fold(environment: Mapping[str, str]) -> Fold | None:
+    """Return the markup of the CI system that runs this process, or None."""
     if _is_github(environment):
         return GitHub()
     return GitLab() if environment.get("GITLAB_CI") == "true" else None
 
 
 def annotation(error: str, environment: Mapping[str, str]) -> str | None:
-    """The line that shows an error, of one line, beside a job of GitHub's; None elsewhere."""
-    return f"::error::{_escaped(error)}" if _is_github(environment) else None
+    """Return the line that annotates a GitHub job with an error of one line, or None elsewhere."""
+    return f"::error::{_escape(error)}" if _is_github(environment) else None
 
 
 def _is_github(environment: Mapping[str, str]) -> bool:
     return environment.get("GITHUB_ACTIONS") == "true"
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")

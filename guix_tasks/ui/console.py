@@ -1,7 +1,7 @@
-"""What a person sees while a task runs.
+"""Console: messages, logs, results and tables of a task.
 
-Everything guix-tasks says itself goes to standard error, so that standard output holds
-only what a task was asked for: the output of a command, a table, a digest.
+Messages and logs go to standard error. Standard output contains only the result of a task: the
+output of a command, a table, a digest.
 """
 
 from __future__ import annotations
@@ -31,46 +31,47 @@ if TYPE_CHECKING:
 
 
 class Display(Enum):
-    """How much is shown of what takes its time."""
+    """Display mode of long-running steps."""
 
     AUTO = "auto"
-    """What goes on now, on a terminal; else plain."""
+    """Live on a terminal, otherwise plain."""
     PLAIN = "plain"
-    """The log, in whole lines."""
+    """Log of each step."""
     QUIET = "quiet"
-    """Results, warnings and errors alone."""
+    """Results, warnings and errors only."""
     VERBOSE = "verbose"
-    """The log, with that of each build."""
+    """Log of each step, including the logs of Guix builds."""
     LIVE = "live"
-    """A part of the terminal that is drawn anew as things go on, and is gone at the end."""
+    """Status of the current step and its last log lines, redrawn in place."""
 
     @property
     def logs_builds(self) -> bool:
-        """Whether Guix is to log what its builds say."""
+        """True if Guix has to log the output of builds."""
         return self in (Display.LIVE, Display.VERBOSE)
 
 
-def settled_display(wanted: Display, err: TextIO, environment: Mapping[str, str]) -> Display:
-    """What ``auto`` comes to: a CI job may have a terminal, but nobody before it.
+def settled_display(display: Display, err: TextIO, environment: Mapping[str, str]) -> Display:
+    """Resolve ``auto`` and return the display to use.
 
-    Nothing is drawn either where there is no Rich, which a Python of one's own may lack.
+    It is plain in a CI job, because nobody watches its terminal, and plain without Rich, which a
+    custom Python may lack.
     """
-    if wanted not in (Display.AUTO, Display.LIVE):
-        return wanted
-    can = err.isatty() and environment.get("TERM", "dumb") != "dumb" and find_spec("rich")
-    asked = wanted is Display.LIVE or not environment.get("CI")
-    return Display.LIVE if can and asked else Display.PLAIN
+    if display not in (Display.AUTO, Display.LIVE):
+        return display
+    can_draw = err.isatty() and environment.get("TERM", "dumb") != "dumb" and find_spec("rich")
+    is_watched = display is Display.LIVE or not environment.get("CI")
+    return Display.LIVE if can_draw and is_watched else Display.PLAIN
 
 
 class Console:
-    """Prints headings, commands and tables, without the secrets that ``redact`` knows.
+    """Prints messages, logs, commands and tables, without the secrets that ``redact`` knows.
 
-    ``out`` takes results, ``err`` takes everything else; they are looked up when they are
-    used, so that a test that replaces ``sys.stdout`` sees the output.
+    ``out`` receives results, ``err`` everything else. The default streams are looked up at each
+    use, so that a test can replace ``sys.stdout``.
     """
 
     _line_is_open: ClassVar[bool] = False
-    """Whether a program has left a line without its end, which is the same for all consoles."""
+    """True if the last output of a program did not end in a newline; shared by all consoles."""
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class Console:
         self.display = display
         self._step: Step | None = None
         self._streams = {
-            # What a command was run for stays as it is, but for secrets.
+            # The result of a command is unchanged except for secrets.
             False: redact.Stream(self._write_out, accounts=False),
             True: redact.Stream(self._write_err),
         }
@@ -97,28 +98,28 @@ class Console:
         return self._err or sys.stderr
 
     def result(self, text: str) -> None:
-        """What the task was asked for, on standard output."""
+        """Print the result of the task on standard output."""
         self.end_streams()
         print(redact.clean(text), file=self.out, flush=True)
 
     def say(self, text: str) -> None:
-        """One line on what is being done."""
+        """Print a line about the progress of the task, unless the display is quiet."""
         if self.display is not Display.QUIET:
             self.note(text)
 
     def detail(self, text: str) -> None:
-        """One line that is of interest for as long as what it is about goes on."""
+        """Print a line that matters only during the current step."""
         if self._step and self.display is Display.LIVE:
             self._step.log([text.encode(errors="replace")])
         else:
             self.say(text)
 
     def note(self, text: str) -> None:
-        """One line that is not to be missed."""
+        """Print a line in every display mode."""
         self.end_streams()
         text = printable(redact.clean(text), "\n\t")
         with self._step.drawing if self._step else nullcontext():
-            if self._step and self._step.say_above(text):
+            if self._step and self._step.print_above(text):
                 return
             if Console._line_is_open:
                 text = f"\n{text}"
@@ -129,23 +130,24 @@ class Console:
         self.note(f"warning: {printable(text)}")
 
     def error(self, text: str) -> None:
-        """What went wrong; in a job of GitHub's also as an annotation."""
+        """Print an error, and annotate a GitHub job with it."""
         self.note(f"error: {printable(text)}")
         annotation = ci.annotation(printable(redact.clean(text)), os.environ)
         if annotation:
             self.note(annotation)
 
     def command(self, argv: Sequence[str]) -> None:
-        """A command as a person could paste it."""
+        """Print a command that can be pasted into a shell."""
         self.note(pasteable(argv))
 
     @contextmanager
     def step(self, name: str, *, has_log: bool = True) -> Iterator[Step]:
-        """What takes its time: its log, and what goes on in it, are shown as ``display`` says.
+        """Show a long-running step, in the way of ``display``.
 
-        Where it fails, and its log was not shown, the end of that is.
+        If the step fails and its log was not shown, print the end of the log. A step inside another
+        step is shown as a part of it.
         """
-        if self._step:  # a part of the one that is under way
+        if self._step:
             yield self._step
             return
         step = self._step = Step(self, name, has_log=has_log)
@@ -159,18 +161,18 @@ class Console:
             step.end()
 
     def stream(self, data: bytes, *, error: bool = True) -> None:
-        """Output of a program, as it comes; what may be a part of a secret waits for the rest."""
+        """Print output of a program; possible parts of secrets are held back until complete."""
         self._streams[error].add(data)
 
     def put(self, text: str) -> None:
-        """Lines for a machine, which have to be as they are."""
+        """Print lines for a program, unchanged."""
         self.end_streams()
         if Console._line_is_open:
             self._write_err(b"\n")
         self._write_err(text.encode())
 
     def end_streams(self) -> None:
-        """Show what waits still, since the program has ended."""
+        """Print the output that ``stream`` held back, at the end of a program."""
         for stream in self._streams.values():
             stream.end()
 
@@ -193,23 +195,23 @@ class Console:
     def table(
         self, header: Sequence[str], rows: Iterable[Sequence[str]], narrower: Iterable[Table] = ()
     ) -> None:
-        """A plain table on standard output, columns as wide as their widest cell.
+        """Print a plain table on standard output, with columns as wide as their widest cell.
 
-        On a terminal that is too narrow for it, the first of the ``narrower`` ones that is not,
-        or else the last.
+        If the terminal is too narrow for the table, print the first of the ``narrower`` tables that
+        fits, or the last one.
         """
-        lines = _aligned(header, rows)
+        lines = _align(header, rows)
         if self.out.isatty():
             columns = shutil.get_terminal_size().columns
-            for each in narrower:
+            for table in narrower:
                 if max(map(len, lines)) <= columns:
                     break
-                lines = _aligned(*each)
+                lines = _align(*table)
         for line in lines:
             self.result(line)
 
 
-def _aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def _align(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     lines = [tuple(map(printable, line)) for line in (header, *rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return [
@@ -219,34 +221,34 @@ def _aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 TAIL = 60
-"""Lines of a log that are shown of a step that failed, where it was not shown as it came."""
+"""Lines of the log of a failed step that are printed if the log was not shown."""
 
-_SOON = 0.25
-"""Seconds after which something is drawn: what takes less does not flicker, or wait for Rich."""
+_DRAW_DELAY = 0.25
+"""Seconds before drawing starts, so that short steps neither flicker nor import Rich."""
 
 
 class Step:
-    """Something that takes its time, while it is under way; see ``Console.step``."""
+    """Running step of a task; see ``Console.step``."""
 
     def __init__(self, console: Console, name: str, *, has_log: bool) -> None:
         self.name = name
         self.failed = False
         self.log_file: Path | None = None
-        """Where all of the log will be."""
+        """File that contains the whole log after the step."""
         self.drawing = threading.Lock()
-        """Held while something is written beside what is drawn."""
+        """Lock of the terminal, for writers other than the live part."""
         self._console = console
-        self._doing: Callable[[], str] = str
+        self._activity: Callable[[], str] = str
         self._tail: deque[bytes] = deque(maxlen=TAIL)
         self._part: LivePart | None = None
         self._timer: threading.Timer | None = None
         self._fold: ci.Fold | None = None
         if self.is_live:
-            self._timer = threading.Timer(_SOON, self._draw)
+            self._timer = threading.Timer(_DRAW_DELAY, self._draw)
             self._timer.daemon = True
             self._timer.start()
         elif has_log and self.shows_log:
-            self._fold = ci.found(os.environ)
+            self._fold = ci.detect_fold(os.environ)
             if self._fold:
                 console.put(self._fold.start(printable(redact.clean(name)), time.time()))
 
@@ -259,20 +261,20 @@ class Step:
         return self._console.display in (Display.PLAIN, Display.VERBOSE)
 
     def log(self, lines: list[bytes]) -> None:
-        """Lines of the log, without their ends."""
+        """Add lines, without newlines, to the log."""
         if self.shows_log:
-            self._console.stream(_joined(lines))
+            self._console.stream(_join(lines))
         else:
             self._tail.extend(lines[-TAIL:])
 
-    def tell(self, doing: Callable[[], str]) -> None:
-        """Show from now on what this says that is being done."""
-        self._doing = doing
+    def tell(self, activity: Callable[[], str]) -> None:
+        """Show the current result of a function as the activity of the step."""
+        self._activity = activity
 
-    def say_above(self, text: str) -> bool:
-        """Say a line above what is drawn, if anything is; whether it was."""
+    def print_above(self, text: str) -> bool:
+        """Print a line above the live part and return True, or return False if none is drawn."""
         if self._part:
-            self._part.say_above(text)
+            self._part.print_above(text)
         return self._part is not None
 
     def end(self) -> None:
@@ -285,27 +287,25 @@ class Step:
                 self._part = None
         self._console.end_streams()
         if self.failed and self._tail and not self.shows_log:
-            where = f"; all of it is in {self.log_file}" if self.log_file else ""
-            self._console.note(f"{self.name}: the end of the log{where}")
-            self._console.stream(_joined(self._tail))
+            hint = f"; the whole log is in {self.log_file}" if self.log_file else ""
+            self._console.note(f"{self.name}: end of the log{hint}")
+            self._console.stream(_join(self._tail))
             self._console.end_streams()
         if self._fold:
             self._console.put(self._fold.end(time.time()))
 
-    def _said(self) -> str:
-        return self._doing()
-
     def _draw(self) -> None:
-        # Rich takes its time to import, and most calls draw nothing.
+        # Importing Rich is slow, and most calls draw nothing.
         from guix_tasks.ui.live import LivePart  # noqa: PLC0415
 
+        def activity() -> str:
+            return self._activity()  # changes during the step
+
         with self.drawing:
-            if self._timer:  # it has not ended meanwhile
-                self._part = LivePart(
-                    self._console.err, self.name, self._said, lambda: [*self._tail]
-                )
+            if self._timer:  # the step has not ended in the meantime
+                self._part = LivePart(self._console.err, self.name, activity, lambda: [*self._tail])
                 self._part.start()
 
 
-def _joined(lines: Iterable[bytes]) -> bytes:
+def _join(lines: Iterable[bytes]) -> bytes:
     return b"".join(line + b"\n" for line in lines)

@@ -1,4 +1,4 @@
-"""How things are said: text of others, commands, sizes and times."""
+"""Formats of text from other programs, commands, sizes and times."""
 
 from __future__ import annotations
 
@@ -9,48 +9,52 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-def printable(text: str, kept: str = "") -> str:
-    """Text that does nothing to a terminal: what controls one is shown, and not done.
+def printable(text: str, allowed: str = "") -> str:
+    """Escape control characters, except those in ``allowed``.
 
-    Registries, images and builds word a part of what is said here, and a line of theirs must not
-    look like several of ours.
+    Messages of registries, images and builds could otherwise control the terminal, or make one
+    line look like several.
     """
     if text.isprintable():
         return text
     return "".join(
-        each if each.isprintable() or each in kept else repr(each)[1:-1] for each in text
+        character if character.isprintable() or character in allowed else repr(character)[1:-1]
+        for character in text
     )
 
 
 def pasteable(argv: Sequence[str]) -> str:
-    """A command as a person could paste it."""
-    return f"+ {' '.join(map(_pasteable, argv))}"
+    """Format a command so that it can be pasted into a shell."""
+    return f"+ {' '.join(map(_quote, argv))}"
 
 
-def _pasteable(word: str) -> str:
-    """A word for a shell; one that would control a terminal in bash's own way."""
+def _quote(word: str) -> str:
+    """Quote a word for a shell; a word with control characters, in bash's ``$'…'`` form."""
     if printable(word, "\n\t") == word:
         return shlex.quote(word)
-    shown = (each if each.isprintable() and each not in "'\\" else _escaped(each) for each in word)
-    return f"$'{''.join(shown)}'"
+    characters = (
+        character if character.isprintable() and character not in "'\\" else _escape(character)
+        for character in word
+    )
+    return f"$'{''.join(characters)}'"
 
 
-def _escaped(character: str) -> str:
-    raw = "\udc80" <= character <= "\udcff"
-    data = character.encode(errors="surrogateescape" if raw else "surrogatepass")
+def _escape(character: str) -> str:
+    is_raw_byte = "\udc80" <= character <= "\udcff"
+    data = character.encode(errors="surrogateescape" if is_raw_byte else "surrogatepass")
     return "".join(f"\\x{byte:02x}" for byte in data)
 
 
 KILO = 1000
-"""Sizes are given in the decimal units that ``docker images`` uses."""
+"""Factor of the decimal units of sizes, as in ``docker images``."""
 
 MINUTE = HOUR_IN_MINUTES = 60
 
 
 def human_size(size: int) -> str:
-    """Bytes in three digits: ``997 B``, ``12.3 kB``, ``637 MB``."""
+    """Format a number of bytes with three digits: ``997 B``, ``12.3 kB``, ``637 MB``."""
     value, units = float(size), ["TB", "GB", "MB", "kB", "B"]
-    # What rounds up to 1000 takes the next unit.
+    # A value that rounds up to 1000 takes the next unit.
     while float(f"{value:.3g}") >= KILO and len(units) > 1:
         value /= KILO
         units.pop()
@@ -58,7 +62,7 @@ def human_size(size: int) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """Seconds as a person says them: ``3.2 s``, ``4 min 10 s``, ``2 h 5 min``."""
+    """Format a time in seconds: ``3.2 s``, ``4 min 10 s``, ``2 h 5 min``."""
     if round(seconds, 1) < MINUTE:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), MINUTE)

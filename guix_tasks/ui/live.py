@@ -1,7 +1,7 @@
-"""The part of a terminal that shows what goes on: the only import of Rich.
+"""Live display of a running step, with Rich, which no other module imports.
 
-It is below all else and is drawn anew a few times a second, whatever the program logs; at the end
-it is gone.  The cursor is never hidden, so that it is there however this process ends.
+The live part is at the bottom of the terminal. It is redrawn several times a second and erased at
+the end. The cursor is never hidden, so that it is visible even after this process is killed.
 """
 
 from __future__ import annotations
@@ -23,36 +23,35 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import TextIO
 
-_PER_SECOND = 8
+_FRAMES_PER_SECOND = 8
 
-_LINES = 6
-"""Lines of the log that are shown."""
+_LOG_LINES = 6
 
-_LONGEST = 2000
-"""Bytes of a line that are looked at: a terminal shows less."""
+_LINE_BYTES_MAX = 2000
+"""Maximum bytes of a line to process; no terminal shows more."""
 
-_FREE = 5
-"""Columns that are left free: a terminal writes ``^C`` there, of one who is in a hurry twice.
+_FREE_COLUMNS = 5
+"""Columns to leave free for ``^C`` twice, which the terminal echoes.
 
-If it wrapped, there would be a line more than is erased.
+A line that wraps would take one line more than Rich erases.
 """
 
-_NAME = 20
-"""Columns that a name gets in any case; a longer one makes room for what is done."""
+_NAME_COLUMNS = 20
+"""Minimum columns for the name; a longer name is truncated to show the activity."""
 
-_TURNS = {True: "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", False: "|/-\\"}
+_SPINNERS = {True: "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏", False: "|/-\\"}
 _MARGINS = {True: "  │ ", False: "  | "}
 
 
 class _Terminal(rich.console.Console):
-    """Rich's console, with the cursor left as it is."""
+    """Rich console that never hides the cursor."""
 
     def show_cursor(self, show: bool = True) -> bool:  # noqa: ARG002
         return False
 
 
 class _Screen:
-    """A terminal that may go away: whoever works for it goes on."""
+    """Text stream that ignores errors, so that work continues after the terminal has closed."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -71,17 +70,17 @@ class _Screen:
 
 
 class LivePart:
-    """What is shown of one step."""
+    """Live display of one step: its name, duration, activity and last log lines."""
 
     def __init__(
         self,
         file: TextIO,
         name: str,
-        doing: Callable[[], str],
+        activity: Callable[[], str],
         tail: Callable[[], Sequence[bytes]],
     ) -> None:
         self._name = name
-        self._doing = doing
+        self._activity = activity
         self._tail = tail
         self._started = time.monotonic()
         self._unicode = "utf" in (getattr(file, "encoding", None) or "").lower()
@@ -92,8 +91,8 @@ class LivePart:
             markup=False, emoji=False, highlight=False, legacy_windows=False,
         )  # fmt: skip
         self._live = Live(
-            get_renderable=self._drawn, console=self._console, transient=True,
-            refresh_per_second=_PER_SECOND, redirect_stdout=False, redirect_stderr=False,
+            get_renderable=self._render, console=self._console, transient=True,
+            refresh_per_second=_FRAMES_PER_SECOND, redirect_stdout=False, redirect_stderr=False,
         )  # fmt: skip
 
     def start(self) -> None:
@@ -102,31 +101,32 @@ class LivePart:
     def stop(self) -> None:
         self._live.stop()
 
-    def say_above(self, text: str) -> None:
-        """A line that stays."""
+    def print_above(self, text: str) -> None:
+        """Print a line that remains above the live part."""
         self._console.print(Text(text), soft_wrap=True)
 
-    def _drawn(self) -> Text:
+    def _render(self) -> Text:
         width, height = self._console.size
-        turns = _TURNS[self._unicode]
+        columns = max(1, width - _FREE_COLUMNS)
         elapsed = time.monotonic() - self._started
-        turn = turns[int(elapsed * _PER_SECOND) % len(turns)]
-        said = ", ".join(filter(None, (human_time(elapsed), self._clean(self._doing()))))
-        name, room = Text(self._clean(self._name), "bold"), max(1, width - _FREE)
+        spinner = _SPINNERS[self._unicode]
+        symbol = spinner[int(elapsed * _FRAMES_PER_SECOND) % len(spinner)]
+        status = ", ".join(filter(None, (human_time(elapsed), self._clean(self._activity()))))
+        name = Text(self._clean(self._name), "bold")
         name.truncate(
-            max(_NAME, room - cell_len(f"{turn} : {said}")),
+            max(_NAME_COLUMNS, columns - cell_len(f"{symbol} : {status}")),
             overflow="ellipsis" if self._unicode else "crop",
         )
-        lines = [Text.assemble((turn, "cyan"), " ", name, f": {said}")]
-        shown = [line for line in self._tail() if line.strip()][-max(0, min(_LINES, height - 2)) :]
-        for line in shown if height > 2 else ():  # noqa: PLR2004
-            text = self._clean(line[:_LONGEST].decode(errors="replace").replace("\t", " "))
+        lines = [Text.assemble((symbol, "cyan"), " ", name, f": {status}")]
+        log = [line for line in self._tail() if line.strip()]
+        for line in log[-min(_LOG_LINES, height - 2) :] if height > 2 else ():  # noqa: PLR2004
+            text = self._clean(line[:_LINE_BYTES_MAX].decode(errors="replace").replace("\t", " "))
             lines.append(Text(_MARGINS[self._unicode] + text, "dim"))
-        for each in lines:
-            each.truncate(room)
-        drawn = Text("\n", no_wrap=True, overflow="crop").join(lines)
-        drawn.no_wrap, drawn.overflow = True, "crop"
-        return drawn
+        for line_text in lines:
+            line_text.truncate(columns)
+        rendered = Text("\n", no_wrap=True, overflow="crop").join(lines)
+        rendered.no_wrap, rendered.overflow = True, "crop"
+        return rendered
 
     def _clean(self, text: str) -> str:
         text = printable(redact.clean(text))

@@ -1,4 +1,4 @@
-"""The log of a program, in lines that can be shown."""
+"""Log of a program as lines that are safe to print on a terminal."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 class Log:
-    """The log of a program as it comes, in whole lines without what would control a terminal.
+    """Splits the log of a program into lines without control sequences.
 
-    A program may draw a progress bar, each over the last: of that the last is left.
+    If a program redraws a line, as progress bars do, the last version remains.
     """
 
     _CONTROL = re.compile(
@@ -20,28 +20,31 @@ class Log:
         rb"|[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]",
         re.DOTALL,
     )
-    """Escape sequences (ECMA-48: CSI, OSC, strings, the rest), control characters, those of C1."""
+    """Escape sequences (ECMA-48: CSI, OSC, strings, others), C0 and C1 control characters."""
 
     _SUSPECT = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]|\xc2[\x80-\x9f]")
 
-    def __init__(self, show: Callable[[list[bytes]], None], kept: IO[bytes] | None = None) -> None:
-        """``show`` gets the lines; ``kept`` all of it, as it comes, until it can hold no more."""
+    def __init__(self, show: Callable[[list[bytes]], None], file: IO[bytes] | None = None) -> None:
+        """Create a log that passes lines to ``show`` and the raw log to ``file``.
+
+        If the file cannot be written, the rest of the raw log is dropped.
+        """
         self._show = show
-        self._kept = kept
+        self._file = file
         self._rest = b""
 
     def add(self, data: bytes) -> None:
-        if self._kept:
+        if self._file:
             try:
-                self._kept.write(data)
-            except OSError:  # a full disk is no fault of what is run
-                self._kept = None
+                self._file.write(data)
+            except OSError:  # a full disk must not stop the program
+                self._file = None
         *lines, self._rest = (self._rest + data).split(b"\n")
         if lines:
             self._show([self._plain(line) for line in lines])
 
     def end(self) -> None:
-        """Show what came without the end of a line."""
+        """Show the last line if it does not end in a newline."""
         if self._rest:
             self._show([self._plain(self._rest)])
         self._rest = b""
@@ -55,7 +58,7 @@ class Log:
 def results(
     output: Iterable[tuple[bool, bytes]], show: Callable[[list[bytes]], None]
 ) -> Iterator[bytes]:
-    """What a command was run for, as it comes, while its log is shown."""
+    """Yield the result of a command as it arrives, and show its log."""
     log = Log(show)
     for is_log, data in output:
         if is_log:

@@ -1,7 +1,7 @@
-"""What must not be seen, and the one filter that everything that goes out passes.
+"""Redaction of secrets in all output.
 
-The secrets are those of the whole process, as the masks of a CI job are: what reads a secret adds
-it, and whatever speaks, an error of the engine included, cannot show it.
+Like the masks of a CI job, the set of secrets belongs to the whole process. Code that reads a
+secret adds it to the set. No output shows it afterwards, including errors of the engine.
 """
 
 from __future__ import annotations
@@ -19,144 +19,152 @@ if TYPE_CHECKING:
 HIDDEN = b"***"
 
 LEAST = 3
-"""Characters from which text is hidden: what is shorter is in every word, and guessed anyway."""
+"""Minimum characters of a secret; shorter text occurs in many words and is easy to guess."""
 
-_LINE = 8
-"""Characters from which a line of a secret is one itself; a mere brace is not."""
+_LINE_MIN = 8
+"""Minimum characters of a line in a secret of several lines, so that a brace is not redacted."""
 
-_LONGEST = 8192
-"""Bytes of a line up to which it is hidden."""
+_LINE_MAX = 8192
+"""Maximum bytes of a line in a secret."""
 
 _PASSWORD = re.compile(r"://[^\s/'\":@]*:([^\s/'\"]+)@")
 
 _ACCOUNT = re.compile(rb"://(?!(?<=ssh://)[^\s/'\":@]+@)[^\s/'\"]+(?=@)")
-"""The user and the password in a URL, whoever wrote it; the mere user of an SSH address is none."""
+"""User and password in a URL, except an SSH address with a user only."""
 
-_OPEN_ACCOUNT = re.compile(rb"(:|:/|://[^\s/'\"]{,4096})\Z")
-"""The end of a text that may be the beginning of one."""
+_PARTIAL_ACCOUNT = re.compile(rb"(:|:/|://[^\s/'\"]{,4096})\Z")
+"""End of a text that can be the start of an account."""
 
 _NAME = r"\w*(?:token|secret|passw(?:or)?d|access_key)\w*(?<!_FILE)"
-"""What the name of an option or of a build argument says that its value is to nobody."""
+"""Names of options and build arguments whose values are secret."""
 
 _OPTION = re.compile(rf"(?<!-)\b({_NAME})=(?!id=)([^,\s'\"]+)", re.IGNORECASE)
-"""An option such as those of build caches, ``secret_access_key=…``; no ``--secret=id=…``."""
+"""Option such as ``secret_access_key=…`` of a build cache, but not ``--secret=id=…``."""
 
-_known: set[bytes] = set()
-_any = re.compile(rb"(?!)")
+_NOTHING = re.compile(rb"(?!)")
+
+_encodings: set[bytes] = set()
+"""All secrets, in all their encodings."""
+
+_pattern = _NOTHING
+"""Expression that matches all of ``_encodings``."""
 
 
 def add(*secrets: str) -> None:
-    """Have text hidden from now on, in each way in which it may be written."""
-    global _any  # noqa: PLW0603 -- the process has one set of secrets
-    found = {way for secret in secrets for way in _ways(secret)} - _known
-    if found:
-        _known.update(found)
-        longest_first = sorted(_known, key=lambda way: (-len(way), way))
-        _any = re.compile(b"|".join(map(re.escape, longest_first)))
+    """Redact secrets from now on, in all their encodings."""
+    global _pattern  # noqa: PLW0603 -- the process has one set of secrets
+    new = {encoding for secret in secrets for encoding in _encode(secret)} - _encodings
+    if new:
+        _encodings.update(new)
+        longest_first = sorted(_encodings, key=lambda encoding: (-len(encoding), encoding))
+        _pattern = re.compile(b"|".join(map(re.escape, longest_first)))
 
 
 def forget() -> None:
-    """Hide nothing any more, for tests."""
-    global _any  # noqa: PLW0603
-    _known.clear()
-    _any = re.compile(rb"(?!)")
+    """Remove all secrets from the set, for tests."""
+    global _pattern  # noqa: PLW0603
+    _encodings.clear()
+    _pattern = _NOTHING
 
 
 def secrets_in(text: str) -> list[str]:
-    """The passwords of URLs and the values of secret options in a text."""
+    """Return the passwords of URLs and the values of secret options in a text."""
     return _PASSWORD.findall(text) + [value for _, value in _OPTION.findall(text)]
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether what has this name is probably a secret."""
+    """Return True if the value of an option or build argument is probably secret."""
     return re.fullmatch(_NAME, name, re.IGNORECASE) is not None
 
 
 def holds_secret(text: str) -> bool:
-    """Whether a text is not to be said, or passed on a command line, as it is."""
+    """Return True if a text must not be printed or passed on a command line."""
     return clean(text) != text
 
 
 def has_account(text: str) -> bool:
-    """Whether a URL in a text has a password, or what may be a token."""
+    """Return True if a URL in a text contains a password or a possible token."""
     return _ACCOUNT.search(to_bytes(text)) is not None
 
 
 def hidden(text: bytes) -> bytes:
-    """A text without secrets, and without the accounts in URLs."""
-    return _without_accounts(_without_secrets(text))
+    """Redact secrets and the accounts in URLs."""
+    return _redact_accounts(_redact_secrets(text))
 
 
 def clean(text: str) -> str:
-    """What is said, without secrets, accounts in URLs and values of secret options."""
+    """Redact secrets, accounts in URLs and values of secret options."""
     raw = to_bytes(text)
     safe = hidden(raw)
     return _OPTION.sub(rf"\1={HIDDEN.decode()}", text if safe == raw else _to_text(safe))
 
 
 class Stream:
-    """Hides secrets in what comes in pieces, each given on as soon as no secret can be in it.
+    """Redacts a stream, and writes data as soon as it cannot be a part of a secret.
 
-    Of ``accounts`` nothing is known but how they look; where a text has to stay as it is, only the
-    secrets themselves are hidden.
+    ``accounts`` also redacts the accounts in URLs, which are recognised by their form. Set it to
+    false if the output must be unchanged except for known secrets.
     """
 
     def __init__(self, write: Callable[[bytes], object], *, accounts: bool = True) -> None:
         self._write = write
-        self._secrets = _Held(_without_secrets, _whole_secrets)
-        self._accounts = _Held(_without_accounts, _whole_accounts) if accounts else None
+        self._secrets = _Filter(_redact_secrets, _end_of_complete_secrets)
+        self._accounts = _Filter(_redact_accounts, _end_of_complete_accounts) if accounts else None
 
     def add(self, data: bytes) -> None:
-        self._give(self._secrets.add(data), last=False)
+        self._pass_on(self._secrets.add(data), last=False)
 
     def end(self) -> None:
-        """Give on what may have been the beginning of a secret, and was none."""
-        self._give(self._secrets.end(), last=True)
+        """Write the data that was held back."""
+        self._pass_on(self._secrets.end(), last=True)
 
-    def _give(self, data: bytes, *, last: bool) -> None:
+    def _pass_on(self, data: bytes, *, last: bool) -> None:
         if self._accounts:
             data = self._accounts.add(data) + (self._accounts.end() if last else b"")
         if data:
             self._write(data)
 
 
-class _Held:
-    """Text that comes in pieces, and its end, held back for as long as it can become a match."""
+class _Filter:
+    """Redacts data that arrives in chunks.
 
-    def __init__(self, change: Callable[[bytes], bytes], whole: Callable[[bytes], int]) -> None:
-        self._change = change
-        self._whole = whole
+    ``complete`` returns the length of the data that no later data can turn into a match; the rest
+    is held back.
+    """
+
+    def __init__(self, redact: Callable[[bytes], bytes], complete: Callable[[bytes], int]) -> None:
+        self._redact = redact
+        self._complete = complete
         self._rest = b""
 
     def add(self, data: bytes) -> bytes:
         text = self._rest + data
-        end = self._whole(text)
+        end = self._complete(text)
         self._rest = text[end:]
-        return self._change(text[:end])
+        return self._redact(text[:end])
 
     def end(self) -> bytes:
         text, self._rest = self._rest, b""
-        return self._change(text)
+        return self._redact(text)
 
 
-def _without_secrets(text: bytes) -> bytes:
-    return _any.sub(HIDDEN, text)
+def _redact_secrets(text: bytes) -> bytes:
+    return _pattern.sub(HIDDEN, text)
 
 
-def _without_accounts(text: bytes) -> bytes:
+def _redact_accounts(text: bytes) -> bytes:
     return _ACCOUNT.sub(b"://" + HIDDEN, text)
 
 
-def _whole_secrets(text: bytes) -> int:
-    """Up to where a text is the same whatever comes behind it."""
-    end = len(text) - max((_overlap(text, way) for way in _known), default=0)
-    # What is held back may also be the end of another secret, which is not to be cut.
-    matches = (match.span() for match in _any.finditer(text))
+def _end_of_complete_secrets(text: bytes) -> int:
+    end = len(text) - max((_overlap(text, secret) for secret in _encodings), default=0)
+    # Do not cut a complete secret that ends in the data to be held back.
+    matches = (match.span() for match in _pattern.finditer(text))
     return next((start for start, stop in matches if start < end < stop), end)
 
 
 def _overlap(text: bytes, secret: bytes) -> int:
-    """How many bytes at the end of a text are the first ones of a secret, but not all."""
+    """Return the length of the longest end of a text that is an incomplete start of a secret."""
     start = max(0, len(text) - len(secret) + 1)
     while (start := text.find(secret[:1], start)) >= 0:
         if secret.startswith(text[start:]):
@@ -165,42 +173,44 @@ def _overlap(text: bytes, secret: bytes) -> int:
     return 0
 
 
-def _whole_accounts(text: bytes) -> int:
-    match = _OPEN_ACCOUNT.search(text)
+def _end_of_complete_accounts(text: bytes) -> int:
+    match = _PARTIAL_ACCOUNT.search(text)
     return match.start() if match else len(text)
 
 
-def _ways(secret: str) -> Iterator[bytes]:
-    """A secret as it is, and as URLs, JSON, a shell, Python and HTTP write it.
+def _encode(secret: str) -> Iterator[bytes]:
+    """Yield a secret unchanged and as written in URLs, JSON, a shell, Python and HTTP.
 
-    A text is looked through line by line, and a key may have several.
+    Output is redacted line by line, so a secret of several lines yields each of its lines.
     """
     lines = secret.splitlines()
     if len(lines) > 1:
         yield base64.b64encode(to_bytes(secret))
-        lines = [line for line in lines if len(line.strip()) >= _LINE]
+        lines = [line for line in lines if len(line.strip()) >= _LINE_MIN]
     for part in {text for line in lines for text in (line, line.strip()) if len(text) >= LEAST}:
         raw = to_bytes(part)
-        written = {
+        quoted = {
             json.dumps(part)[1:-1],
             json.dumps(part, ensure_ascii=False)[1:-1],
             repr(part)[1:-1],
             shlex.quote(part).removeprefix("'").removesuffix("'"),
         }
-        ways = {
+        encodings = {
             raw,
             unquote_to_bytes(raw),
             quote(raw, safe="").encode(),
             quote(raw).encode(),
             base64.b64encode(raw),
             base64.urlsafe_b64encode(raw),
-            *map(to_bytes, written),
+            *map(to_bytes, quoted),
         }
-        yield from (way for way in ways if len(_to_text(way)) >= LEAST and len(way) <= _LONGEST)
+        for encoding in encodings:
+            if len(_to_text(encoding)) >= LEAST and len(encoding) <= _LINE_MAX:
+                yield encoding
 
 
 def to_bytes(text: str) -> bytes:
-    """Text as bytes; what the environment holds need not be UTF-8."""
+    """Encode text that need not be valid UTF-8, such as a variable of the environment."""
     try:
         return text.encode(errors="surrogateescape")
     except UnicodeEncodeError:

@@ -148,7 +148,7 @@ def test_a_build_that_shows_its_secrets(
     with watched():
         made = project.inv(*mode, "base", env={**with_proxy(), **builder_environment(builder)})
     assert made.returncode == 0, made.stderr
-    assert "UNUSED_TOKEN is seen by whoever has the image" in made.stderr
+    assert "the image shows UNUSED_TOKEN to everyone who has the image" in made.stderr
     if mode != ("--dry",):
         assert f"{nothing} proxy http://***@p.test" in made.stderr
         assert ("token ***" in made.stderr) == has_buildx

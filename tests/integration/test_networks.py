@@ -81,7 +81,7 @@ def test_a_token_and_an_authority_of_ones_own(
     project.ok("base")
     with project.unharmed():
         refused = project.inv("pull")
-        assert "name that authority's certificate in EXTRA_CA_FILE" in one_error(refused, 4)
+        assert "set EXTRA_CA_FILE to the certificate of its authority" in one_error(refused, 4)
     project.set(EXTRA_CA_FILE=forge.file("ca.pem"))
     with project.unharmed():
         refused = project.inv("pull")
@@ -124,7 +124,7 @@ def test_an_ssh_agent(new_project: NewProject, forge: Forge, offline: Path) -> N
             project.inv("pull"), 2
         )
         empty = project.inv("pull", env={"SSH_AUTH_SOCK": forge.file("empty")})
-        assert "takes no key of your SSH agent" in one_error(empty, 4)
+        assert "accepts no key of your SSH agent" in one_error(empty, 4)
         agent = {"SSH_AUTH_SOCK": forge.file("agent")}
         stranger = project.inv("pull", env={**agent, "SSH_KNOWN_HOSTS": "nobody"})
         assert "SSH_KNOWN_HOSTS" in one_error(stranger, 4)

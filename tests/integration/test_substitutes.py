@@ -289,7 +289,9 @@ def test_what_cannot_be_served_is_one_line(new_project: NewProject) -> None:
     assert one_error(project.inv("substitutes.up"), 2).startswith("error: NETWORK=none: nobody")
     project.set(NETWORK="host")
     assert "there is no stage to serve" in one_error(project.inv("substitutes.up"), 2)
-    assert "is no address" in one_error(project.inv("substitutes.up", "--listen=8181"), 2)
+    assert "is not an IPv4 address with a port" in one_error(
+        project.inv("substitutes.up", "--listen=8181"), 2
+    )
     project = new_project("base", NETWORK="host")
     with socket.socket() as taken, project.unharmed():
         taken.bind(("127.0.0.1", 0))

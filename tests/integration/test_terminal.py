@@ -204,7 +204,7 @@ def test_a_failure_shows_the_end_of_the_log_and_then_the_error(new_project: NewP
     lines = watched.lines
     assert not is_live(lines)
     where = project.folder / "out" / "logs" / "install.log"
-    assert f"install: the end of the log; all of it is in {where}" in lines
+    assert f"install: end of the log; the whole log is in {where}" in lines
     assert "guix package: error: no-such-package: unknown package" in lines
     assert lines[-1].startswith("error: install: no-such-package: unknown package, ")
     assert "the logs are in" in lines[-1]

@@ -119,7 +119,7 @@ def test_two_layers_that_are_the_same_are_there_once(tmp_path: Path) -> None:
         io.BytesIO(b"no archive"),
     ],
 )
-def test_what_is_no_docker_archive(tmp_path: Path, docker: io.BytesIO) -> None:
+def test_other_files_are_no_docker_archive(tmp_path: Path, docker: io.BytesIO) -> None:
     docker.seek(0)
     with pytest.raises(tarfile.TarError):
         converted(tmp_path, docker)

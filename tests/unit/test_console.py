@@ -76,7 +76,7 @@ def test_a_time_that_is_rounded_up_takes_the_next_unit() -> None:
     assert human_time(59.96) == "1 min 0 s"
 
 
-def test_only_what_was_asked_for_is_on_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+def test_standard_output_contains_only_results(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console()
     console.result("result")
     console.say("said")
@@ -139,7 +139,7 @@ class Terminal(io.StringIO):
         (5, False, "a  b\n1  222222\n"),
     ],
 )
-def test_of_several_tables_the_first_that_fits_is_shown(
+def test_first_table_that_fits_is_printed(
     monkeypatch: pytest.MonkeyPatch, columns: int, terminal: bool, shown: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -229,7 +229,7 @@ def test_a_log_is_shown_the_same_where_it_is_kept() -> None:
     assert shown(io.BytesIO()) == shown(None) == [b"one", b" 100%", b"b\xe9\xff", b"no end"]
 
 
-def test_a_log_that_can_be_kept_no_longer_is_still_shown() -> None:
+def test_log_is_shown_after_its_file_cannot_be_written() -> None:
     class Full(io.BytesIO):
         calls = 0
 
@@ -280,7 +280,7 @@ def test_no_log_controls_a_terminal(pieces: list[bytes]) -> None:
         ("\u202e\u200f\udcff", r"\u202e\u200f\udcff"),
     ],
 )
-def test_what_controls_a_terminal_is_shown(text: str, shown: str) -> None:
+def test_control_characters_are_escaped(text: str, shown: str) -> None:
     assert printable(text) == shown
     console = Heard()
     console.error(text)

@@ -1,4 +1,4 @@
-"""``.env.example`` is what the code says, and says what the code does."""
+"""``.env.example`` agrees with the definitions of settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 HOW = "run: python -m guix_tasks.settings > .env.example"
 
 
-def test_the_file_is_what_the_code_says() -> None:
+def test_env_example_is_up_to_date() -> None:
     assert (ROOT / ".env.example").read_text(encoding="utf-8") == example_text(), HOW
 
 

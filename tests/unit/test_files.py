@@ -121,7 +121,7 @@ def test_a_link_is_where_it_leads(tmp_path: Path) -> None:
     assert tree_digest(folder) != to_a
 
 
-def test_what_is_no_file_does_not_hang(tmp_path: Path) -> None:
+def test_special_files_do_not_hang(tmp_path: Path) -> None:
     folder = plant(tmp_path / "x", {"a": b"1"})
     before = tree_digest(folder)
     os.mkfifo(folder / "pipe")
@@ -133,7 +133,7 @@ def test_a_file_is_a_tree_too(tmp_path: Path) -> None:
     assert tree_digest(file) == file_digest(file)
 
 
-def test_a_file_that_is_not_there_is_an_os_error(tmp_path: Path) -> None:
+def test_missing_file_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         file_digest(tmp_path / "no")
 

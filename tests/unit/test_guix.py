@@ -88,7 +88,7 @@ def test_these_say_of_no_server_that_it_is_silent(line: str) -> None:
     assert guix.silent_servers(line) == set()
 
 
-def test_each_silent_server_is_told() -> None:
+def test_silent_servers_are_returned() -> None:
     hosts = ["a.test", "::1", "192.0.2.1", "a.test"]
     log = "".join(f"{WARNING}{host}: connection failed: x\n" for host in hosts)
     assert guix.silent_servers(log) == set(hosts)
@@ -143,7 +143,7 @@ def test_these_are_none(line: str) -> None:
         "build of /gnu/store/x-hello.drv failed",
     ],
 )
-def test_what_does_not_build_is_no_fault_of_the_network(line: str) -> None:
+def test_failed_build_is_no_network_error(line: str) -> None:
     network = "In procedure connect: Connection refused"
     assert guix.build_fault(line)
     assert guix.network_fault(network)
@@ -164,7 +164,7 @@ def test_what_does_not_build_is_no_fault_of_the_network(line: str) -> None:
         ("object not found - no match for id (0123)", ""),
     ],
 )
-def test_what_mends_a_server_that_lets_nobody_in(line: str, mend: str) -> None:
+def test_denied_access_has_a_hint(line: str, mend: str) -> None:
     found = guix.fetch_mend(f"Updating\nguix pull: error: Git error: {line}\n")
     assert mend in found
     assert bool(mend) == bool(found)
@@ -175,7 +175,7 @@ LOGS = [f"/var/log/guix/drvs/{at}/{'c' * 30}-a+b_1.0.drv{end}" for at, end in
         [("ab", ".gz"), ("0z", ".bz2"), ("zz", "")]]  # fmt: skip
 
 
-def test_each_build_log_is_told_once_in_its_order() -> None:
+def test_build_logs_are_returned_once_in_order() -> None:
     text = "".join(f"View build log at '{path}'.\n" for path in [*LOGS, LOGS[0]])
     assert guix.build_logs(text) == LOGS
 
@@ -192,7 +192,7 @@ def test_each_build_log_is_told_once_in_its_order() -> None:
         LOGS[0].replace("/ab/", "/../"),
     ],
 )
-def test_what_is_no_build_log_is_not_told(path: str) -> None:
+def test_other_paths_are_no_build_logs(path: str) -> None:
     assert guix.build_logs(f"View build log at '{path}'.\n") == []
 
 
@@ -321,7 +321,7 @@ NOT_LITERAL = {
 
 
 @pytest.mark.parametrize("text", NOT_LITERAL.values(), ids=NOT_LITERAL)
-def test_what_a_channels_file_computes_is_not_seen(text: str) -> None:
+def test_computed_channels_are_not_recognised(text: str) -> None:
     assert guix.channels(text) == {}
 
 

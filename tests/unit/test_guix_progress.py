@@ -22,7 +22,7 @@ def told(name: str) -> list[str]:
     return found[1:]
 
 
-def test_a_pull_is_told_from_its_channels_to_its_profile() -> None:
+def test_activity_of_a_pull() -> None:
     found = told("pull")
     assert found[:3] == [
         "updating the channel guix",
@@ -36,7 +36,7 @@ def test_a_pull_is_told_from_its_channels_to_its_profile() -> None:
     assert found[-1] == "building profile with 2 packages (17 of 17)"
 
 
-def test_an_installation_is_told_with_its_hooks() -> None:
+def test_activity_of_an_installation_with_hooks() -> None:
     assert told("install") == [
         "substitute 1 of 1: hello-2.12.2",
         "building greet-1.0 (1 of 6); substitute 1 of 1: hello-2.12.2",
@@ -84,7 +84,7 @@ STORE = f"/gnu/store/{'a' * 32}"
         ("\0 The following derivations will be built:", ""),
     ],
 )
-def test_a_line_tells(line: str, text: str) -> None:
+def test_activity_after_a_line(line: str, text: str) -> None:
     assert after(line).text == text
 
 
@@ -111,7 +111,7 @@ def test_substitutes_have_their_number_their_bytes_and_a_rate() -> None:
     assert ", 12.5 MB of 12.5 MB, " in activity.text
 
 
-def test_where_no_bytes_are_counted_the_size_is_told() -> None:
+def test_size_is_shown_if_no_bytes_are_counted() -> None:
     assert after(*PLAN, f"substituting {STORE}-a-1...").text == ("substitute 1 of 2: a-1, 12.5 MB")
 
 
@@ -162,6 +162,6 @@ def test_noise_is_left_out_and_nothing_else(name: str) -> None:
 
 
 @pytest.mark.parametrize("before", [b"hint: Consider setting the necessary environment x", b"."])
-def test_what_follows_noise_is_not_taken_for_it(before: bytes) -> None:
+def test_lines_after_noise_remain(before: bytes) -> None:
     error = b"guix package: error: x: unknown package"
     assert Noise().without([before, b"", error, b"  /gnu/store/x.drv"])[0] == error

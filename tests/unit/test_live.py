@@ -60,7 +60,7 @@ def live(screen: io.StringIO) -> Console:
     return Console(err=screen, display=Display.LIVE)
 
 
-def test_the_name_the_time_what_is_done_and_the_end_of_the_log(wide: Screen) -> None:
+def test_live_part_shows_name_time_activity_and_log(wide: Screen) -> None:
     console = live(wide)
     with console.step("install") as step:
         step.tell(lambda: "building x (1 of 2)")
@@ -76,7 +76,7 @@ def test_the_name_the_time_what_is_done_and_the_end_of_the_log(wide: Screen) -> 
     assert not wide.screen.cursor.hidden
 
 
-def test_what_is_soon_done_draws_nothing(wide: Screen) -> None:
+def test_short_step_draws_nothing(wide: Screen) -> None:
     with live(wide).step("install") as step:
         step.log([b"a line"])
     time.sleep(0.3)
@@ -136,7 +136,7 @@ def test_a_short_name_is_whole_whatever_is_done(wide: Screen) -> None:
 
 
 @pytest.mark.parametrize("typed", [b"\x03", b"\x03\x03"])
-def test_what_a_terminal_echoes_leaves_no_line_behind(typed: bytes) -> None:
+def test_echoed_input_leaves_no_line(typed: bytes) -> None:
     """A line of the log that fills the width, and the ^C that the terminal itself writes there."""
     script = """
 import sys, time
@@ -203,9 +203,9 @@ def test_of_a_failure_the_end_of_the_log_is_left(wide: Screen, display: Display)
         step.log([b"line %d" % number for number in range(100)])
         time.sleep(0.4)
         raise StageError("no")
-    assert wide.getvalue().count("install: the end of the log\n") == 1
+    assert wide.getvalue().count("install: end of the log\n") == 1
     tail = [f"line {number}" for number in range(100 - TAIL, 100)]
-    assert wide.getvalue().endswith("\n".join(["install: the end of the log", *tail, ""]))
+    assert wide.getvalue().endswith("\n".join(["install: end of the log", *tail, ""]))
 
 
 def test_a_fault_of_an_engine_shows_no_log(wide: Screen) -> None:
@@ -244,7 +244,7 @@ def test_quiet_says_results_warnings_and_errors_alone() -> None:
         (Display.VERBOSE, True, {"TERM": "xterm"}, Display.VERBOSE),
     ],
 )
-def test_what_is_drawn_needs_somebody_who_looks(
+def test_live_display_requires_a_watched_terminal(
     wide: Screen, wanted: Display, terminal: bool, environment: dict[str, str], shown: Display
 ) -> None:
     assert settled_display(wanted, wide if terminal else io.StringIO(), environment) is shown

@@ -52,7 +52,7 @@ def come_second(console: Heard, image: str = "image:t") -> threading.Thread:
     return second
 
 
-def test_the_second_waits_and_says_for_whom(holder: subprocess.Popen[str]) -> None:
+def test_second_run_waits_and_names_the_first(holder: subprocess.Popen[str]) -> None:
     console = Heard()
     second = come_second(console)
     second.join(timeout=0.3)

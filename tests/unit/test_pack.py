@@ -165,7 +165,7 @@ def test_packages_that_are_named_are_packed_instead(made: Site) -> None:
         (Pack("docker", max_layers=-1), "", [], "--max-layers: use a number above 0"),
         (Pack("appimage"), "", [], "needs `--entry-point PROGRAM`"),
         (Pack(symlinks=("/bin",)), "", [], "--symlink: '/bin' is invalid; use SOURCE=TARGET"),
-        (Pack(symlinks=("/bin=\udce9",)), "", [], "--symlink: .* broken character"),
+        (Pack(symlinks=("/bin=\udce9",)), "", [], "--symlink: .* malformed character"),
         (Pack(entry_point="a\nb"), "", [], "--entry-point: .* use a program"),
         (Pack(), "../x", [], "--name: '../x' is invalid; use letters and digits"),
         (Pack(), ".x", [], "--name: "),

@@ -68,7 +68,7 @@ def test_it_is_gone_after_a_kill(place: Path) -> None:
     assert list(place.iterdir()) == []
 
 
-def test_what_was_left_all_the_same_goes_with_the_next(
+def test_leftover_directory_is_removed_by_the_next_call(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a power cut; what is fresh may be somebody's who is about to lock it."""
@@ -80,7 +80,7 @@ def test_what_was_left_all_the_same_goes_with_the_next(
     (place / "other").mkdir()
     with temporary_directory():
         assert left.exists()
-    monkeypatch.setattr(files, "_FRESH", 0)
+    monkeypatch.setattr(files, "_UNLOCKED_TIME", 0)
     with temporary_directory() as first, temporary_directory() as second:
         assert first.exists()
         assert second.exists()

@@ -108,7 +108,7 @@ def test_env_file_that_a_task_writes_is_read_by_the_next(tmp_path: Path) -> None
 def test_empty_pipe_is_worth_a_note(tmp_path: Path) -> None:
     with pipe(tmp_path, "") as path:
         (note,) = load(tmp_path, ENV_FILE=path).notes
-    assert note.startswith("environment: ENV_FILE: p: nothing was written to this pipe")
+    assert note.startswith("environment: ENV_FILE: p: this pipe is empty")
     assert load(tmp_path, ENV_FILE="/dev/null").notes == ()
 
 
@@ -176,7 +176,7 @@ def test_regular_file_is_read_again(tmp_path: Path) -> None:
 def test_pipe_without_a_writer_is_reported_while_it_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(files, "_PATIENCE", 0.05)
+    monkeypatch.setattr(files, "_SILENT_WAIT", 0.05)
     path = tmp_path / "p"
     os.mkfifo(path)
     writer = threading.Timer(0.5, path.write_text, args=["TAGS=1\n"])

@@ -71,7 +71,7 @@ def test_bytes_without_a_secret_come_out_unchanged(pieces: list[bytes]) -> None:
 
 @STEADY
 @given(st.text(st.characters(codec="utf-8", exclude_characters="@=")))
-def test_text_without_a_secret_is_said_as_it_is(text: str) -> None:
+def test_text_without_secrets_is_unchanged(text: str) -> None:
     redact.forget()
     redact.add("a-secret-that-is-in-none-of-it")
     assert redact.clean(text) == text
@@ -117,12 +117,12 @@ def test_a_secret_is_hidden_however_it_is_written(secret: str) -> None:
 
 
 @pytest.mark.parametrize("trivial", ["", " ", "a", "ab", "\n", "  x  "])
-def test_what_is_in_every_word_is_not_hidden(trivial: str) -> None:
+def test_short_text_is_not_redacted(trivial: str) -> None:
     redact.add(trivial)
     assert redact.clean("ab  x a cab\n") == "ab  x a cab\n"
 
 
-def test_of_a_key_each_line_is_hidden_that_says_something() -> None:
+def test_each_long_line_of_a_key_is_redacted() -> None:
     redact.add("-----BEGIN KEY-----\nMIIEabcdefgh\n{\n==\n")
     assert redact.clean("x MIIEabcdefgh { ==") == "x *** { =="
 
@@ -185,7 +185,7 @@ def test_a_console_shows_no_secret(display: Display) -> None:
     assert "from ***\nand ***\n" in said
 
 
-def test_what_waited_comes_before_what_is_said_next() -> None:
+def test_held_output_precedes_the_next_message() -> None:
     redact.add(SECRET)
     console = Heard()
     console.stream(b"hunter")

@@ -59,7 +59,7 @@ PARSED = {
 
 REFUSED = {
     "": "is empty",
-    "a" * 64: "an image's ID",
+    "a" * 64: "an image ID",
     "https://example.org/app": "not a URL",
     "Debian": "repository 'Debian' has capital letters; write 'debian'",
     "example.org/team/App:1": "write 'team/app'",
@@ -96,7 +96,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("text", "expected"), PARSED.items())
-def test_reads_what_docker_reads(
+def test_references_are_parsed_like_dockers(
     text: str, expected: tuple[str, str, str | None, str | None, str]
 ) -> None:
     registry, repository, tag, digest, shown = expected
@@ -107,7 +107,7 @@ def test_reads_what_docker_reads(
 
 
 @pytest.mark.parametrize(("text", "message"), REFUSED.items())
-def test_says_what_is_wrong_with_a_reference(text: str, message: str) -> None:
+def test_invalid_reference_is_explained(text: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         ImageReference.parse(text)
     assert message in str(caught.value)

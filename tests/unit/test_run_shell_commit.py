@@ -321,6 +321,8 @@ def test_a_shell_that_is_open_is_not_entered_twice(
 
 def test_an_argument_that_the_engine_would_change_is_refused(made: Site) -> None:
     before = made.engine.changing_calls()
-    with pytest.raises(UsageError, match=r"run: 'caf\\udce9' has a NUL or a broken character"):
+    with pytest.raises(
+        UsageError, match=r"run: 'caf\\udce9' contains a NUL or a malformed character"
+    ):
         run_module.run(made.project(), ["ls", "caf\udce9"], stage=None, keep=False)
     assert made.engine.changing_calls() == before

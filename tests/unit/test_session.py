@@ -796,7 +796,7 @@ def test_a_build_argument_that_is_secret_is_pointed_out_and_not_shown(inv: Inv) 
     done = inv("--dry", "base")
     assert done.code == 0
     assert "note: .env:" in done.err
-    assert "NPM_TOKEN is seen by whoever has the image, in its history" in done.err
+    assert "the history of the image shows NPM_TOKEN to everyone who has the image" in done.err
     assert "--build-arg=VERSION=1.0" in done.err
     assert "hunter" not in done.err + done.out
 

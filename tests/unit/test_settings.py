@@ -1,4 +1,4 @@
-"""Settings: where they come from, what they become, and what is said when they are wrong."""
+"""Settings: sources, values, and messages about mistakes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def problems(
     return caught.value.problems
 
 
-# --- What a value becomes -------------------------------------------------------------------
+# --- Valid values ---------------------------------------------------------------------------
 
 LATEST = ImageReference("docker.io", "library/debian", "latest")
 DIGEST = f"sha256:{HEX}"
@@ -279,48 +279,48 @@ def test_a_copy_with_another_value_keeps_the_rest(project: Path) -> None:
     assert other != settings == replace(other, tags=("a",))
 
 
-# --- What is wrong with a value -------------------------------------------------------------
+# --- Invalid values ------------------------------------------------------------------------
 
 BAD = [
-    ("EXTRA_CA_FILE", "/dev/null", "holds no certificates in PEM"),
+    ("EXTRA_CA_FILE", "/dev/null", "contains no PEM certificates"),
     ("EXTRA_CA_FILE", "nowhere.pem", "No such file"),
     ("GUIX_CHANNEL_MIRRORS", "https://a.test", "is not URL=MIRROR"),
-    ("GUIX_CHANNEL_MIRRORS", "https://a.test=https://me:x@b.test", "has a user or a password"),
-    ("GUIX_CHANNEL_CREDENTIALS", "https://a:b@c.test hunter2", "number 2 is not a URL with"),
-    ("GUIX_CHANNEL_CREDENTIALS", "https://c.test", "number 1 is not a URL with"),
-    ("GUIX_CHANNEL_CREDENTIALS", "https://a:b@", "number 1 is not a URL with"),
+    ("GUIX_CHANNEL_MIRRORS", "https://a.test=https://me:x@b.test", "contains a user or a password"),
+    ("GUIX_CHANNEL_CREDENTIALS", "https://a:b@c.test hunter2", "item 2 is not a URL with"),
+    ("GUIX_CHANNEL_CREDENTIALS", "https://c.test", "item 1 is not a URL with"),
+    ("GUIX_CHANNEL_CREDENTIALS", "https://a:b@", "item 1 is not a URL with"),
     ("SSH_KNOWN_HOSTS", "nowhere", "No such file"),
     ("IMAGE", "team/App", "write 'team/app'"),
     ("IMAGE", "", "is empty"),
-    ("IMAGE", f"app@sha256:{HEX}", "a digest"),
-    ("IMAGE", "app:" + "x" * 101, "100 letters at most"),
-    ("IMAGE", "app:1-base", "ends in -base is a stage's"),
-    ("IMAGE", "app:1-pull-linux-arm-v7", "ends in -pull-linux-arm-v7 is a stage's"),
-    ("TAGS", "1.0 latest-install", "'latest-install' is a stage's"),
+    ("IMAGE", f"app@sha256:{HEX}", "has a digest"),
+    ("IMAGE", "app:" + "x" * 101, "at most 100 characters"),
+    ("IMAGE", "app:1-base", "ends in -base is reserved for a stage"),
+    ("IMAGE", "app:1-pull-linux-arm-v7", "ends in -pull-linux-arm-v7 is reserved for a stage"),
+    ("TAGS", "1.0 latest-install", "'latest-install' is reserved for a stage"),
     ("TAGS", "a/b", "'a/b' is not a tag"),
-    ("TAGS", "a,b", "separated by spaces, not commas"),
+    ("TAGS", "a,b", "by spaces, not commas"),
     ("PLATFORMS", "linux/s390x", "linux/riscv64"),
-    ("PLATFORMS", "linux/amd64,linux/arm64", "separated by spaces, not commas"),
-    ("PLATFORMS", "linux/amd64 arm64", "Guix has no system for platform 'arm64'"),
-    ("TAGS", "stable latest-linux-amd64", "'latest-linux-amd64' is a stage's"),
+    ("PLATFORMS", "linux/amd64,linux/arm64", "by spaces, not commas"),
+    ("PLATFORMS", "linux/amd64 arm64", "Guix does not support the platform 'arm64'"),
+    ("TAGS", "stable latest-linux-amd64", "'latest-linux-amd64' is reserved for a stage"),
     ("BASE_IMAGE", "a b", "is not a repository"),
     ("DOCKERFILE", "", "a path is empty"),
     ("BUILD_CONTEXT", "", "a path is empty"),
     ("BUILD_ARGS", "A", "write NAME=VALUE"),
     ("BUILD_ARGS", "1A=2", "write NAME=VALUE"),
     ("BUILD_ARGS", "A-B=2", "write NAME=VALUE"),
-    ("BUILD_ARGS", "A=1 A=2", "'A' is given twice"),
+    ("BUILD_ARGS", "A=1 A=2", "'A' is set twice"),
     ("BUILD_ARGS", "A=1 'B=2", "a quote is not closed"),
     ("BUILD_SECRETS", "a.pub", "write ID=FILE"),
     ("BUILD_SECRETS", "a/b=a.pub", "write ID=FILE"),
     ("BUILD_SECRETS", "key=missing", "No such file"),
     ("BUILD_SECRETS", "key=", "a path is empty"),
-    ("BUILD_SECRETS", "key=a.pub key=b.pub", "'key' is given twice"),
-    ("BUILD_SECRETS", "key=with,comma", "has a comma or a double quote, where buildx ends a path"),
-    ("BUILD_SECRETS", "'key=with\\\"quote'", "has a comma or a double quote"),
-    ("BUILD_SECRETS", "key=a.pub,x=b.pub", "separated by spaces, not commas"),
+    ("BUILD_SECRETS", "key=a.pub key=b.pub", "'key' is set twice"),
+    ("BUILD_SECRETS", "key=with,comma", "contains a comma or a double quote, which ends a path"),
+    ("BUILD_SECRETS", "'key=with\\\"quote'", "contains a comma or a double quote"),
+    ("BUILD_SECRETS", "key=a.pub,x=b.pub", "by spaces, not commas"),
     ("GUIX_CHANNELS", "missing.scm", "No such file"),
-    ("GUIX_CHANNELS", "folder", "is a folder"),
+    ("GUIX_CHANNELS", "folder", "is a directory"),
     ("GUIX_CHANNELS", "~/channels.scm", "write ${HOME}"),
     ("GUIX_MANIFEST", "missing.scm", "No such file"),
     ("GUIX_MANIFEST", "m" * 5000, "File name too long"),
@@ -330,12 +330,16 @@ BAD = [
     ("GUIX_PACKAGES", "./hello", "is not a package"),
     ("GUIX_PACKAGES", "héllo", "is not a package"),
     ("GUIX_SUBSTITUTE_URLS", "ftp://a.example", "https:// or http:// or file://"),
-    ("GUIX_SUBSTITUTE_URLS", "https://", "is not a URL for this"),
-    ("GUIX_SUBSTITUTE_URLS", "file:", "is not a URL for this"),
+    ("GUIX_SUBSTITUTE_URLS", "https://", "is not a supported URL"),
+    ("GUIX_SUBSTITUTE_URLS", "file:", "is not a supported URL"),
     ("GUIX_SUBSTITUTE_URLS", "https://[x/", "is not a URL"),
     ("GUIX_SUBSTITUTE_URLS", "https://a.example:x/", "is not a URL"),
     ("GUIX_SUBSTITUTE_URLS", "https://a.example/$(ls)", "write %XX"),
-    ("GUIX_SUBSTITUTE_URLS", "https://me:hunter2@a.example", "leave out all up to the '@'"),
+    (
+        "GUIX_SUBSTITUTE_URLS",
+        "https://me:hunter2@a.example",
+        "remove the part up to and including '@'",
+    ),
     ("GUIX_SUBSTITUTE_KEYS", "signing-key.sec", "ends in .pub"),
     ("GUIX_SUBSTITUTE_KEYS", "c.pub", "No such file"),
     ("GUIX_BINARY_URL", "file:///x", "begins with https:// or http://"),
@@ -343,50 +347,50 @@ BAD = [
     ("GUIX_FALLBACK", "true", "is neither yes nor no"),
     ("GUIX_REQUIRE_SUBSTITUTES", "1", "is neither yes nor no"),
     *(
-        ("SUBSTITUTES_LISTEN", text, "is no address; write ADDRESS:PORT")
+        ("SUBSTITUTES_LISTEN", text, "is not an IPv4 address with a port; write ADDRESS:PORT")
         for text in ("8181", ":8181", "localhost:8181", "1.2.3.4", "1.2.3.4:0", "1.2.3.4:65536")
     ),
-    ("SUBSTITUTES_LISTEN", "[::]:8181", "is no address"),
+    ("SUBSTITUTES_LISTEN", "[::]:8181", "is not an IPv4 address with a port"),
     ("GUIX_SANDBOX", "none", "write one of: auto, rootless, capabilities, privileged, nochroot"),
     ("GUIX_SANDBOX", "", "write one of: auto, rootless, capabilities, privileged, nochroot"),
-    ("GUIX_CORES", "-1", "from 0 on"),
-    ("GUIX_CORES", "two", "from 0 on"),
-    ("GUIX_CORES", "2 3", "from 0 on"),
-    ("GUIX_CORES", "٣", "from 0 on"),
-    ("GUIX_MAX_JOBS", "0", "from 1 on"),
+    ("GUIX_CORES", "-1", "whole number of at least 0"),
+    ("GUIX_CORES", "two", "whole number of at least 0"),
+    ("GUIX_CORES", "2 3", "whole number of at least 0"),
+    ("GUIX_CORES", "٣", "whole number of at least 0"),
+    ("GUIX_MAX_JOBS", "0", "whole number of at least 1"),
     ("MOUNTS", "folder", "write SOURCE:TARGET"),
     ("MOUNTS", ":/a", "write SOURCE:TARGET"),
     ("MOUNTS", "folder:/a:rx", "write SOURCE:TARGET"),
-    ("MOUNTS", "folder:a", "is not a place in a container"),
-    ("MOUNTS", "folder:/", "is not a place in a container"),
-    ("MOUNTS", "folder:/a/../..", "is not a place in a container"),
+    ("MOUNTS", "folder:a", "is not a path in a container"),
+    ("MOUNTS", "folder:/", "is not a path in a container"),
+    ("MOUNTS", "folder:/a/../..", "is not a path in a container"),
     ("MOUNTS", "missing:/a", "No such file"),
-    ("MOUNTS", "folder:/a channels.scm://a/.", "'/a' is given twice"),
+    ("MOUNTS", "folder:/a channels.scm://a/.", "'/a' is set twice"),
     ("NETWORK", "a b", "is not a network"),
     ("NETWORK", "-x", "is not a network"),
-    ("STAGE_MEMORY", "4t", "from 6m on"),
-    ("STAGE_MEMORY", "1k", "from 6m on"),
-    ("STAGE_MEMORY", "9" * 5000, "from 6m on"),
+    ("STAGE_MEMORY", "4t", "an amount of at least 6m"),
+    ("STAGE_MEMORY", "1k", "an amount of at least 6m"),
+    ("STAGE_MEMORY", "9" * 5000, "an amount of at least 6m"),
     ("STAGE_TIMEOUT", "0", "is not a time"),
     ("STAGE_TIMEOUT", "1d", "is not a time"),
-    ("CACHE_VOLUME", "-x", "is not the name of a volume"),
-    ("CACHE_IMAGE", f"app@sha256:{HEX}", "a digest names no repository"),
-    ("BUILDX_BUILDER", "", "is not the name of a builder"),
-    ("BUILDX_BUILDER", "1x", "the first a letter"),
-    ("BUILDX_BUILDER", "--all", "the first a letter"),
-    ("BUILDX_BUILDER", "Default", "is BUILDX_DRIVER=docker"),
+    ("CACHE_VOLUME", "-x", "is not a volume name"),
+    ("CACHE_IMAGE", f"app@sha256:{HEX}", "has a digest, but a repository is required"),
+    ("BUILDX_BUILDER", "", "is not a builder name"),
+    ("BUILDX_BUILDER", "1x", "a letter first"),
+    ("BUILDX_BUILDER", "--all", "a letter first"),
+    ("BUILDX_BUILDER", "Default", "set BUILDX_DRIVER=docker"),
     ("BUILDX_DRIVER", "Docker", "write one of: docker, docker-container, remote, kubernetes"),
-    ("BUILDX_NODES", "a a,memory=1g", "'a' is given twice"),
+    ("BUILDX_NODES", "a a,memory=1g", "'a' is set twice"),
     ("BUILDX_NODES", "a ''", "'' is not an endpoint"),
-    ("BUILDX_NODES", "tcp://a:1,tcp://b:1", "separated by spaces, not commas"),
+    ("BUILDX_NODES", "tcp://a:1,tcp://b:1", "by spaces, not commas"),
     ("BUILDX_NODES", "tcp://a", "has no host or no port"),
-    ("BUILDX_NODES", "a,platform=linux/s390x", "Guix has no system for platform 'linux/s390x'"),
-    ("BUILDX_NODES", "'a\nb'", "has a control character"),
+    ("BUILDX_NODES", "a,platform=linux/s390x", "Guix does not support the platform 'linux/s390x'"),
+    ("BUILDX_NODES", "'a\nb'", "contains a control character"),
     ("ENGINE_IMAGE_STORE", "vfs", "write one of: containerd, overlay2"),
     ("OUTPUT", "loud", "write one of: auto, plain, quiet, verbose, live"),
     ("BUILDX_OUTPUT", "tar", "write one of: registry, oci, docker, load"),
     ("BUILDX_ATTESTATIONS", "sbom none", "'none' is not an attestation"),
-    ("BUILDX_ATTESTATIONS", "sbom,provenance", "separated by spaces, not commas"),
+    ("BUILDX_ATTESTATIONS", "sbom,provenance", "by spaces, not commas"),
     ("BUILDX_CACHE_FROM", "a.example/b:c", "write type=KIND,NAME=VALUE"),
     ("BUILDX_CACHE_FROM", "ref=a,type=registry", "write type=KIND,NAME=VALUE"),
     ("BUILDX_CACHE_TO", "type=gha,mode", "write type=KIND,NAME=VALUE"),
@@ -396,13 +400,13 @@ BAD = [
     ("BUILDKIT_SYNTAX", "", "is empty"),
     ("BUILDKIT_SYNTAX", "docker/Dockerfile:1", "has capital letters"),
     ("BUILDX_URL", "ftp://a.example/x", "https:// or http:// or file://"),
-    ("BUILDX_URL", "https://me:hunter2@a.example/x", "leave out all up to the '@'"),
+    ("BUILDX_URL", "https://me:hunter2@a.example/x", "remove the part up to and including '@'"),
     ("BUILDX_SHA256", HEX.upper(), "write 64 lower case hex digits"),
     ("RELEASE_URL", "file:///srv", "begins with https:// or http://"),
-    ("RELEASE_URL", "https://me:hunter2@a.example/x", "leave out all up to the '@'"),
+    ("RELEASE_URL", "https://me:hunter2@a.example/x", "remove the part up to and including '@'"),
     ("DOCKER_PASSWORD_FILE", "missing", "No such file"),
     ("DOCKER_PASSWORD_FILE", "folder", "Is a directory"),
-    ("DOCKER_HOST", "a\0b", "has a NUL"),
+    ("DOCKER_HOST", "a\0b", "contains a NUL"),
 ]
 
 
@@ -423,9 +427,11 @@ def test_a_bad_value_is_one_line_with_its_place(
 def test_the_tag_of_a_stage_is_no_tag_for_an_image(project: Path, stage: str, suffix: str) -> None:
     tag = f"1.0-{stage}{suffix}"
     (of_image,) = problems(project, f"IMAGE=app:{tag}\n")
-    assert of_image.startswith(f".env:1: IMAGE: a tag that ends in -{stage}{suffix} is a stage's; ")
+    assert of_image.startswith(
+        f".env:1: IMAGE: a tag that ends in -{stage}{suffix} is reserved for a stage; "
+    )
     (of_tags,) = problems(project, "IMAGE=app:1.0\n", {"TAGS": f"1.0 {tag}"})
-    assert of_tags == f"environment: TAGS: {tag!r} is a stage's; write another"
+    assert of_tags == f"environment: TAGS: {tag!r} is reserved for a stage; use another tag"
     assert load(project, f"IMAGE=app:{stage}\nTAGS='{tag} 1x0-{stage} 1.0-my{stage}'\n").tags
 
 
@@ -443,7 +449,7 @@ def test_the_tag_of_a_stage_is_no_tag_for_an_image(project: Path, stage: str, su
     ],
 )
 def test_half_of_a_pair_is_refused(project: Path, name: str, text: str, missing: str) -> None:
-    expected = f"{name}: needs {missing} too; set both or neither"
+    expected = f"{name}: requires {missing}; set both or neither"
     assert problems(project, f"{name}={text}\n") == [f".env:1: {expected}"]
     # An empty value is none.
     assert problems(project, f"{missing}=\n", {name: text}) == [f"environment: {expected}"]
@@ -472,8 +478,8 @@ def test_the_environment_and_options_are_named_as_places(project: Path) -> None:
         "option --wat: is not a setting",
         "option --image: repository 'A' has capital letters",
         "option --package: '-x' is not a package",
-        "environment: GUIX_CORES: 'x' is not a whole number from 0 on",
-        "environment: NETWORK: has a NUL or a broken character in it",
+        "environment: GUIX_CORES: 'x' is not a whole number of at least 0",
+        "environment: NETWORK: contains a NUL or a malformed character",
         "option --stage-timeout: 'x' is not a time",
     ]
 
@@ -600,7 +606,7 @@ def test_env_file_names_several_from_the_current_folder(project: Path) -> None:
     assert settings.origin("MOUNTS") == "default: MOUNTS"
 
 
-def test_an_env_file_that_is_named_must_be_there(project: Path) -> None:
+def test_file_of_env_file_must_exist(project: Path) -> None:
     (problem,) = problems(project, "", {"ENV_FILE": "nowhere.env"})
     assert problem.startswith("environment: ENV_FILE: nowhere.env: No such file")
     for name in ("a\0b", "\ud800", "x" * 5000, "a\nb"):
@@ -649,18 +655,22 @@ def test_files_of_buildx_are_relative_to_where_they_are_written_too(project: Pat
     named = project / "with,comma.d"
     named.mkdir()
     (problem,) = problems(named, "BUILDX_CACHE_TO=type=local,dest=x\n")
-    assert "has a comma or a double quote, where buildx ends a path; rename it" in problem
+    assert "contains a comma or a double quote, which ends a path in buildx; rename it" in problem
 
 
-def test_nodes_are_looked_at_beside_the_driver(project: Path) -> None:
+def test_nodes_are_checked_against_the_driver(project: Path) -> None:
     nodes = "BUILDX_NODES=tcp://a:1,memory=4g\n"
     assert load(project, nodes).buildx_nodes
     (of_remote,) = problems(project, nodes, {"BUILDX_DRIVER": "remote"})
-    assert of_remote.startswith(".env:1: BUILDX_NODES: 'memory' is no option of the driver remote;")
+    assert of_remote.startswith(
+        ".env:1: BUILDX_NODES: 'memory' is not an option of the driver remote;"
+    )
     (of_docker,) = problems(project, nodes, {"BUILDX_DRIVER": "docker"})
-    assert of_docker.endswith("the driver docker is the engine itself, without nodes; unset it")
+    assert of_docker.endswith(
+        "the driver docker uses the engine and has no nodes; unset BUILDX_NODES"
+    )
     (of_none,) = problems(project, "", {"BUILDX_DRIVER": "remote"})
-    assert of_none.startswith("default: BUILDX_NODES: the driver remote needs to know where ")
+    assert of_none.startswith("default: BUILDX_NODES: the driver remote requires a node; ")
     assert len(problems(project, nodes, {"BUILDX_DRIVER": "wat"})) == 1
 
 
@@ -776,7 +786,7 @@ def test_interpolation(project: Path) -> None:
 def test_a_variable_that_is_not_set_is_worth_a_note(project: Path) -> None:
     settings = load(project, "TAGS=1.${NOTHING}0\n")
     assert settings.tags == ("1.0",)
-    assert settings.notes == (".env:1: TAGS: 'NOTHING' in ${...} is not set; taken as empty",)
+    assert settings.notes == (".env:1: TAGS: 'NOTHING' in ${...} is not set; using empty text",)
 
 
 @pytest.mark.parametrize(
@@ -801,7 +811,7 @@ def test_the_line_is_where_the_mistake_is(
 
 def test_a_key_twice_in_one_file(project: Path) -> None:
     (problem,) = problems(project, "IMAGE=a\n\nTAGS=x\nIMAGE=b\n")
-    assert problem == ".env:4: IMAGE: is set on line 1 too; keep one"
+    assert problem == ".env:4: IMAGE: is also set on line 1; keep one"
 
 
 def test_bad_encodings(project: Path) -> None:
@@ -831,12 +841,12 @@ def test_a_folder_is_no_env_file(project: Path) -> None:
         ("DOCKER_PASSWORDFILE", "DOCKER_PASSWORD_FILE"),
     ],
 )
-def test_an_unknown_key_near_a_known_one_is_a_mistake(project: Path, key: str, meant: str) -> None:
+def test_key_similar_to_a_setting_is_an_error(project: Path, key: str, meant: str) -> None:
     (problem,) = problems(project, f"{key}=x\n")
     assert problem == f".env:1: {key!r} is not a setting; did you mean {meant}?"
 
 
-def test_another_unknown_key_is_worth_a_note(project: Path) -> None:
+def test_other_unknown_key_is_a_note(project: Path) -> None:
     settings = load(project, "HTTP_PROXY=x\nCOMPOSE_PROJECT=y\n")
     assert settings.notes == (
         ".env:1: HTTP_PROXY: is not a setting of guix-tasks; ignored",
@@ -877,7 +887,7 @@ def test_a_secret_given_twice_in_one_source(project: Path) -> None:
     (project / "password").write_text("a")
     text = "DOCKER_PASSWORD_FILE=password\nDOCKER_PASSWORD=b\n"
     assert problems(project, text + USER) == [
-        ".env:1: DOCKER_PASSWORD_FILE: DOCKER_PASSWORD is set too; keep one of the two"
+        ".env:1: DOCKER_PASSWORD_FILE: DOCKER_PASSWORD is also set; keep one of the two"
     ]
     environ = {"DOCKER_USERNAME": "a", "DOCKER_USERNAME_FILE": "password"}
     (problem,) = problems(project, "DOCKER_PASSWORD=b\n", environ)
@@ -929,7 +939,7 @@ def test_no_secret_in_a_repr_or_in_an_error(project: Path) -> None:
 
 def test_the_second_line_of_a_secret_is_not_repeated_in_a_note(project: Path) -> None:
     notes = load(project, f"DOCKER_PASSWORD=aGVsbG8\nd29ybGQh=\n{USER}").notes
-    assert notes == (".env:2: sets what is not a setting of guix-tasks; ignored",)
+    assert notes == (".env:2: sets a name that is not a setting of guix-tasks; ignored",)
 
 
 # --- No side effects ------------------------------------------------------------------------
@@ -1047,27 +1057,27 @@ def test_the_line_is_right_after_anything(
         ("https://git.test/a@b", False),
     ],
 )
-def test_an_account_in_a_channels_url_is_pointed_out_and_not_shown(
+def test_account_in_a_channel_url_is_reported_and_redacted(
     project: Path, url: str, *, noted: bool
 ) -> None:
     (project / "channels.scm").write_text(f'(list (channel (name \'x) (url "{url}")))\n')
     settings = load(project, "GUIX_CHANNELS=channels.scm\n")
-    said = ".env:1: GUIX_CHANNELS: a URL has a user or a password in it"
+    said = ".env:1: GUIX_CHANNELS: a URL contains a user or a password"
     assert [note.startswith(said) for note in settings.notes] == [True] * noted
     if noted and "hunter2" in url:
         assert redact.clean("said hunter2") == "said ***"
 
 
-def test_a_build_argument_that_is_secret_is_pointed_out(project: Path) -> None:
+def test_secret_build_argument_is_reported(project: Path) -> None:
     settings = load(project, "BUILD_ARGS=A=1 npm_token=hunter2 EMPTY_SECRET=\n")
     (note,) = settings.notes
     assert note == (
-        ".env:1: BUILD_ARGS: npm_token is seen by whoever has the image, in its history; a secret "
-        "belongs into BUILD_SECRETS"
+        ".env:1: BUILD_ARGS: the history of the image shows npm_token to everyone who has the "
+        "image; pass a secret in BUILD_SECRETS"
     )
 
 
-def test_what_the_settings_hold_is_known_to_the_filter(project: Path) -> None:
+def test_secrets_of_settings_are_redacted(project: Path) -> None:
     (project / "key").write_text("-----BEGIN-----\nabcdefghij\n{\n")
     load(
         project,

@@ -193,7 +193,7 @@ def test_unknown_package_is_reported_with_a_search_command(site: Site) -> None:
     log = [b"guix package: warning: old\nguix package: error: helo", b"@1: unknown package\nend\n"]
     assert failure(site, Try(1, log)).startswith(
         "own: helo@1: unknown package, and nothing was committed; "
-        "look for it with `inv run -- guix search helo`; "
+        "search for it with `inv run -- guix search helo`; "
     )
 
 
