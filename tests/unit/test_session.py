@@ -332,7 +332,7 @@ def test_a_task_for_one_platform_refuses_several(inv: Inv, argv: tuple[str, ...]
     done = inv(*argv)
     assert done.code == 2
     assert done.errors == [
-        "error: PLATFORMS names several; say which it is to be, as PLATFORMS=linux/amd64 inv ..."
+        "error: PLATFORMS has several platforms; choose one, as in PLATFORMS=linux/amd64 inv ..."
     ]
     assert inv.site.engine.changing_calls() == []
 
@@ -453,7 +453,7 @@ def test_without_buildx_setup_is_named(inv: Inv, task: str) -> None:
     done = inv(task)
     assert done.code == 6
     assert done.errors == [
-        "error: buildx is not on this machine; `inv buildx.setup` installs it for you"
+        "error: buildx is not installed; `inv buildx.setup` installs it for your user"
     ]
 
 
@@ -668,7 +668,7 @@ def test_an_inv_that_lacks_a_package_says_so(
         done = inv("pull")
     assert done.code == 2
     (line,) = done.errors
-    assert f"lacks the package {package}" in line
+    assert f"cannot import the package {package}" in line
     assert sys.executable in line
     assert "use ./inv" in line
 

@@ -1,4 +1,4 @@
-"""The start of a project."""
+"""Task that creates a project."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 @task(
-    help={"ci": "for which CI: github, gitlab, both, none, or auto: what Git's remote tells"},
+    help={"ci": "CI files: github, gitlab, both, none, or auto (from the Git remote)"},
     auto_shortflags=False,
 )
 def init(c: Context, ci: str = "auto") -> None:
-    """Write a commented start of a project, here.
+    """Create a commented project in this directory.
 
-    Nothing is overwritten.
+    Existing files are not overwritten.
     """
     with guarded():
         from guix_tasks.commands.init import write_start
