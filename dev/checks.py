@@ -12,7 +12,7 @@ from guix_tasks.ui.console import Console
 
 LOCK = "requirements-dev.txt"
 
-# What `init` writes, and what stands beside it, for the linters of these formats.
+# Files to lint with format-specific linters: the CI templates of `init` and the CI example.
 GITHUB = ("guix_tasks/commands/templates/github.yml", "examples/ci/github-release.yml")
 GITLAB = "guix_tasks/commands/templates/gitlab.yml"
 
@@ -29,22 +29,23 @@ LINTERS = (
 
 
 def run_checks(project: Path, *, unit_only: bool, only: str, soak: bool = False) -> None:
-    """Run everything, and stop at the first that fails.  Raises ``CheckError`` for it.
+    """Run the linters and the tests.
 
-    ``soak`` runs the tests with numbers alone, and raises those.
+    ``soak`` runs only the repeated random tests, for an hour.  Raise ``CheckError`` for the first
+    command that fails.
     """
     console = Console()
     _install_tools(project, console)
     if not only and not soak:
         for command in (*LINTERS, ("shellcheck", *_shell_scripts(project))):
             _call(project, console, command)
-    folders = ["tests/unit"] if unit_only else ["tests/unit", "tests/integration"]
-    chosen = [*(["-k", only] if only else []), *(["-m", "soak", "--soak"] if soak else [])]
-    _call(project, console, ("pytest", *folders, *chosen))
+    directories = ["tests/unit"] if unit_only else ["tests/unit", "tests/integration"]
+    selection = [*(["-k", only] if only else []), *(["-m", "soak", "--soak"] if soak else [])]
+    _call(project, console, ("pytest", *directories, *selection))
 
 
 def _install_tools(project: Path, console: Console) -> None:
-    """Bring the tools of the lock into this environment, where they are not in it yet."""
+    """Install the tools of the lock into this environment if they are missing or outdated."""
     lock, mark = project / LOCK, Path(sys.prefix) / LOCK
     if mark.exists() and lock.read_bytes() == mark.read_bytes():
         return
@@ -53,16 +54,18 @@ def _install_tools(project: Path, console: Console) -> None:
         "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
         "--require-hashes", "--requirement", LOCK,
     ))  # fmt: skip
-    # As the wrapper does with its own lock: written last, and compared at the next call.
+    # Written last, as in ./inv: an interrupted installation runs again.
     mark.write_bytes(lock.read_bytes())
 
 
 def _shell_scripts(project: Path) -> list[str]:
-    found = (each for each in project.rglob("*") if each.is_file() and ".venv" not in each.parts)
-    scripts = (each for each in found if each.suffix in ("", ".sh"))
-    starts = (b"#!/bin/sh", b"#!/bin/bash", b"#!/usr/bin/env bash")
+    paths = (path for path in project.rglob("*") if path.is_file() and ".venv" not in path.parts)
+    candidates = (path for path in paths if path.suffix in ("", ".sh"))
+    shebangs = (b"#!/bin/sh", b"#!/bin/bash", b"#!/usr/bin/env bash")
     return sorted(
-        str(each.relative_to(project)) for each in scripts if each.read_bytes().startswith(starts)
+        str(path.relative_to(project))
+        for path in candidates
+        if path.read_bytes().startswith(shebangs)
     )
 
 

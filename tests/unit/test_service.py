@@ -79,13 +79,13 @@ def test_a_daemon_gets_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("level=info msg=x\nfailed to start daemon: no cgroups\n\n", "failed to start daemon: no"),
     ],
 )
-def test_complaint(service: Service, log: str, cause: str) -> None:
+def test_error_line(service: Service, log: str, cause: str) -> None:
     service.log.write_text(log)
-    assert service.complaint().startswith(cause)
+    assert service.error_line().startswith(cause)
 
 
-def test_complaint_without_a_log(service: Service) -> None:
-    assert service.complaint() == "its log is empty"
+def test_error_line_without_a_log(service: Service) -> None:
+    assert service.error_line() == "its log is empty"
 
 
 def test_only_one_holds_a_lock(tmp_path: Path) -> None:
