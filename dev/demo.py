@@ -40,11 +40,11 @@ ENV_FILE = "examples/offline/.env"
 GREETING = "Hello, world!"
 
 
-def prepare(engine: Engine, console: Console, folder: Path) -> None:
+def prepare(engine: Engine, console: Console, directory: Path) -> None:
     """Create the base image, registry, channels and substitutes of the example."""
     if engine.image(BASE_TAG) is None:
         make_base(engine, console, BASE_TAG)
-    make_material(engine, console, BASE_TAG, folder / "examples" / "offline")
+    make_material(engine, console, BASE_TAG, directory / "examples" / "offline")
     registry_for(engine).up(console)
 
 
@@ -58,7 +58,7 @@ def print_next_steps(project: Project) -> None:
     private = private_engine()
     if project.engine.info().url == private.url:
         lines.append("The private Docker Engine is still running; `./inv engine.down` stops it.")
-        lines.append(private.how_by_hand())
+        lines.append(private.shell_hint())
     for line in lines:
         project.console.say(line)
 

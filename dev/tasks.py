@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from invoke.tasks import task
 
-from guix_tasks.cli.errors import guarded
-from guix_tasks.cli.session import chosen_display, docker_variables, open_engine_for, open_project
+from guix_tasks.cli.errors import report_errors
+from guix_tasks.cli.session import display_option, docker_variables, open_engine_for, open_project
 from guix_tasks.cli.tasks.output import long_task
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def demo(c: Context) -> None:
     It starts a private engine if there is no engine, and uses only the
     settings of examples/offline/.
     """
-    with guarded(), open_demo(c, CHECKOUT) as project:
+    with report_errors(), open_demo(c, CHECKOUT) as project:
         from dev.demo import print_next_steps, run_demo
 
         run_demo(project)
@@ -51,7 +51,7 @@ def demo(c: Context) -> None:
 )
 def test(c: Context, unit: bool = False, only: str = "", soak: bool = False) -> None:
     """Run the linters and tests of guix-tasks."""
-    with guarded():
+    with report_errors():
         from dev.checks import run_checks
 
         run_checks(CHECKOUT, unit_only=unit, only=only, soak=soak)
@@ -70,7 +70,7 @@ def open_demo(c: Context, directory: Path) -> Iterator[Project]:
 
     if c.config.run.dry:
         raise UsageError("cannot run the demo with --dry; leave --dry out")
-    display = settled_display(Display(chosen_display() or "auto"), sys.stderr, os.environ)
+    display = settled_display(Display(display_option() or "auto"), sys.stderr, os.environ)
     console = Console(display=display)
     prepare(engine_or_private(c, console), console, directory)
     yield open_project(c, replace(load_isolated(directory / ENV_FILE), output=display))

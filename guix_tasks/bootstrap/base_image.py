@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import files
 from guix_tasks.bootstrap.apt import on_debian
-from guix_tasks.bootstrap.rootfs import PACKAGES, SUITE, container_argv, debian_rootfs, described
+from guix_tasks.bootstrap.rootfs import PACKAGES, SUITE, container_argv, debian_rootfs, description
 from guix_tasks.engine.accounts import HUB, docker_accounts
 from guix_tasks.engine.api import ContainerSpec, run_to_end
 from guix_tasks.engine.retry import retried
@@ -48,7 +48,7 @@ def make_base(
     image = engine.image(tag)
     size = human_size(image.size) if image else ""
     took = human_time(time.monotonic() - started)
-    console.say(f"rootfs: {tag}: {described(packages)}; {size}, {took}")
+    console.say(f"rootfs: {tag}: {description(packages)}; {size}, {took}")
     if packages:
         console.say(f"rootfs: use it as BASE_IMAGE={tag}")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from guix_tasks import files
 from guix_tasks.bootstrap.apt import Apt, host_suite
 from guix_tasks.bootstrap.engine import SUITE
-from guix_tasks.bootstrap.service import disk_trouble_is
+from guix_tasks.bootstrap.service import disk_errors_as
 from guix_tasks.errors import BuilderError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def install_plugin(target: Path, url: str | None, sha256: str | None, console: C
 
     Raise ``BuilderError`` if the file cannot be downloaded or does not match ``sha256``.
     """
-    with disk_trouble_is(BuilderError):
+    with disk_errors_as(BuilderError):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".guix-tasks-") as scratch:
             plugin = Path(scratch) / target.name

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from guix_tasks import files
 from guix_tasks.bootstrap import service
 from guix_tasks.bootstrap.apt import Apt, host_suite
-from guix_tasks.bootstrap.service import Service, disk_trouble_is, locked
+from guix_tasks.bootstrap.service import Service, disk_errors_as, locked
 from guix_tasks.errors import EngineError
 from guix_tasks.settings.values import ImageStore
 
@@ -78,7 +78,7 @@ class PrivateEngine:
         ``EngineError`` if the engine already runs with another store.
         """
         self._check_host()
-        with disk_trouble_is(EngineError), locked(self.folder / "lock"):
+        with disk_errors_as(EngineError), locked(self.folder / "lock"):
             self.folder.chmod(0o700)
             if self.running():
                 self._await(self.running)
@@ -92,14 +92,14 @@ class PrivateEngine:
                 self._start(store)
                 message = "started the private engine"
         console.say(f"{message}: {self.url}")
-        console.say(self.how_by_hand())
+        console.say(self.shell_hint())
 
     def down(self, console: Console) -> None:
         """Stop the engine and its containers; keep images and volumes."""
         if not self.folder.exists():
             console.say("no private engine is running: none is installed")
             return
-        with disk_trouble_is(EngineError), locked(self.folder / "lock"):
+        with disk_errors_as(EngineError), locked(self.folder / "lock"):
             if self.running():
                 verb = "stopped" if self._daemon.stop(_STOP_SECONDS) else "killed"
                 message = f"{verb} the private engine"
@@ -111,7 +111,7 @@ class PrivateEngine:
             self._clear()
         console.say(f"{message}; delete {self.folder} to delete its images")
 
-    def how_by_hand(self) -> str:
+    def shell_hint(self) -> str:
         """Return the shell command with which ``docker`` uses this engine."""
         command = f"docker by hand: export DOCKER_HOST={shlex.quote(self.url)}"
         program = self.docker_path()

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from guix_tasks import files
 from guix_tasks.bootstrap import service
 from guix_tasks.bootstrap.apt import Apt, host_suite, on_debian
-from guix_tasks.bootstrap.service import Service, disk_trouble_is, locked
+from guix_tasks.bootstrap.service import Service, disk_errors_as, locked
 from guix_tasks.engine.accounts import HUB, Credentials, docker_accounts
 from guix_tasks.engine.api import ContainerSpec
 from guix_tasks.engine.retry import retried
@@ -91,7 +91,7 @@ class Account:
         files.write_whole(self.accounts_file, f"{USER}:{_hashed(password)}\n".encode(), 0o600)
         files.write_whole(self.password_file, password.encode(), 0o600)
 
-    def how_by_hand(self, port: int) -> str:
+    def login_hint(self, port: int) -> str:
         file = shlex.quote(str(self.password_file))
         return f"by hand: docker login -u {USER} --password-stdin localhost:{port} < {file}"
 
@@ -168,7 +168,7 @@ class LocalRegistry:
 
     def up(self, console: Console) -> None:
         """Unpack the registry if necessary, start it, and wait until it answers."""
-        with disk_trouble_is(RegistryError), locked(self.folder / "lock"):
+        with disk_errors_as(RegistryError), locked(self.folder / "lock"):
             self.folder.chmod(0o700)
             self.account.make()
             message = "started the local registry"
@@ -185,14 +185,14 @@ class LocalRegistry:
                     self._unpack(console)
                 self._start()
         console.say(f"{message}: {self.url}")
-        console.say(self.account.how_by_hand(self.port))
+        console.say(self.account.login_hint(self.port))
 
     def down(self, console: Console) -> None:
         """Stop the registry; keep the pushed images."""
         if not self.running():
             console.say(f"no local registry of guix-tasks is running on port {self.port}")
             return
-        with disk_trouble_is(RegistryError), locked(self.folder / "lock"):
+        with disk_errors_as(RegistryError), locked(self.folder / "lock"):
             self._service.stop(_SECONDS)
         console.say(f"stopped the local registry; delete {self.folder} to delete its images")
 
@@ -297,7 +297,7 @@ class ContainerRegistry:
     def up(self, console: Console) -> None:
         """Start the registry on the engine's loopback unless it is running."""
         account = Account(self._folder)
-        with disk_trouble_is(RegistryError), locked(self._folder / "lock"):
+        with disk_errors_as(RegistryError), locked(self._folder / "lock"):
             self._folder.chmod(0o700)
             known = f"localhost:{self.port}" in accounts(self.engine.info().url)
             account.make()
@@ -306,7 +306,7 @@ class ContainerRegistry:
                 self._start(account, console)
                 message = "started the local registry"
         console.say(f"{message}: port {self.port} of the engine")
-        console.say(account.how_by_hand(self.port))
+        console.say(account.login_hint(self.port))
 
     def _start(self, account: Account, console: Console) -> None:
         self._remove()

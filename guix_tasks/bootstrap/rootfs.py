@@ -73,11 +73,11 @@ def debian_rootfs(
         keyring = [f"--keyring={KEYRING}"] if KEYRING.exists() else []
         options = [f"--aptopt={settings}", *keyring]
         argv = [*mmdebstrap_argv(packages), *options, SUITE, "-", apt.mirror]
-        console.say(f"making a {described(packages)} from {apt.mirror}")
+        console.say(f"making a {description(packages)} from {apt.mirror}")
         yield from _stream(argv, environment, console)
 
 
-def described(packages: Sequence[str]) -> str:
+def description(packages: Sequence[str]) -> str:
     """Describe the root file system for messages."""
     return f"Debian {SUITE}" + (f" with {', '.join(packages)}" if packages else "")
 

@@ -146,7 +146,7 @@ def wait_until(done: Callable[[], bool], seconds: float) -> bool:
 
 
 @contextlib.contextmanager
-def disk_trouble_is(failure: type[GuixTasksError]) -> Iterator[None]:
+def disk_errors_as(failure: type[GuixTasksError]) -> Iterator[None]:
     """Raise ``failure`` with one line after an error of the file system, such as a full disk."""
     try:
         yield

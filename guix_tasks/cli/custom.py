@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from invoke.exceptions import Exit
 
-from guix_tasks.cli.session import custom_stages, opened, opened_single
+from guix_tasks.cli.session import custom_stages, project_session, single_platform_session
 from guix_tasks.cli.tasks import ns
 from guix_tasks.cli.tasks.lifecycle import FORCE, KEEP_FAILED, NO_COMMIT, UPSTREAM
 from guix_tasks.cli.tasks.output import long_task
@@ -77,11 +77,14 @@ def stage_task(stage: OwnStage, summary: str) -> Task[Any]:
         no_commit: bool = False,
         keep_failed: bool = False,
     ) -> None:
-        with (opened_single if no_commit else opened)(c) as project, project.alone(stage.name):
+        with (
+            (single_platform_session if no_commit else project_session)(c) as project,
+            project.alone(stage.name),
+        ):
             from guix_tasks.stages.lifecycle import Wishes, make_each
 
-            wishes = Wishes(force, upstream, False, not no_commit, keep_failed)
-            make_each(project, stage.name, wishes)
+            options = Wishes(force, upstream, False, not no_commit, keep_failed)
+            make_each(project, stage.name, options)
 
     body.__doc__ = summary or f"Run the custom stage {stage.name} on {stage.parent}."
     options = {**FORCE, **UPSTREAM, **NO_COMMIT, **KEEP_FAILED}
@@ -92,7 +95,7 @@ def test_task(test: OwnTest, summary: str) -> Task[Any]:
     """Return the task that runs a custom test of a packed tarball."""
 
     def body(c: Context, image: str = "") -> None:
-        with opened(c) as project:
+        with project_session(c) as project:
             from guix_tasks.commands.custom_test import try_each
 
             try_each(project, test, image)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
+def report_errors() -> Iterator[None]:
     """Exit with one line and an exit code after an error that a user can cause."""
     from guix_tasks.errors import (
         EngineError,

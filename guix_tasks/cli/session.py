@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from invoke.exceptions import Exit
 
-from guix_tasks.cli.errors import guarded
+from guix_tasks.cli.errors import report_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -48,11 +48,11 @@ custom_stages: list[OwnStage] = []
 
 
 @contextmanager
-def opened(
+def project_session(
     c: Context, overrides: Mapping[str, str | Sequence[str]] | None = None
 ) -> Iterator[Project]:
     """Open the project in the current directory for one task."""
-    with guarded():
+    with report_errors():
         yield open_project(c, _settings(overrides))
 
 
@@ -64,7 +64,7 @@ def _settings(overrides: Mapping[str, str | Sequence[str]] | None = None) -> Set
 
 
 @contextmanager
-def displayed(*, quiet: bool, verbose: bool) -> Iterator[None]:
+def set_display(*, quiet: bool, verbose: bool) -> Iterator[None]:
     """Set the display mode of the running task."""
     global _display  # noqa: PLW0603 -- one task runs at a time
     if quiet and verbose:
@@ -77,18 +77,18 @@ def displayed(*, quiet: bool, verbose: bool) -> Iterator[None]:
 
 
 @contextmanager
-def opened_settings(
+def settings_session(
     overrides: Mapping[str, str | Sequence[str]],
 ) -> Iterator[tuple[Settings, Console]]:
     """Open the settings and a console for a task without an engine."""
-    with guarded():
+    with report_errors():
         settings = _settings(overrides)
         console = _console(settings)
         _print_notes(settings, console)
         yield settings, console
 
 
-def chosen_display() -> str:
+def display_option() -> str:
     """Return the display mode that the task's options set, or an empty string."""
     return _display
 
@@ -108,14 +108,14 @@ def _print_notes(settings: Settings, console: Console) -> None:
 
 
 @contextmanager
-def opened_single(
+def single_platform_session(
     c: Context, overrides: Mapping[str, str | Sequence[str]] | None = None
 ) -> Iterator[Project]:
     """Open the project for a task that supports one platform.
 
     Raise ``UsageError`` if ``PLATFORMS`` has several.
     """
-    with opened(c, overrides) as project:
+    with project_session(c, overrides) as project:
         from guix_tasks.errors import UsageError
 
         if len(project.settings.platforms) > 1:
@@ -127,7 +127,7 @@ def opened_single(
 
 
 @contextmanager
-def opened_with_buildx(
+def buildx_session(
     c: Context, *, needs_engine: bool = True, install: bool = False
 ) -> Iterator[tuple[Project, Buildx]]:
     """Open the project and the buildx program for its engine.
@@ -135,7 +135,7 @@ def opened_with_buildx(
     The machine may lack an engine if ``needs_engine`` is false or if BuildKit does not run on the
     engine.  Raise ``BuilderError`` if there is no buildx.
     """
-    with guarded():
+    with report_errors():
         from guix_tasks.errors import BuilderError
 
         settings = _settings()

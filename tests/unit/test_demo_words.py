@@ -24,4 +24,4 @@ def test_next_steps_explain_how_to_reach_the_private_engine(
     if private:
         monkeypatch.setattr(PrivateEngine, "url", project.engine.info().url)
     demo.print_next_steps(project)
-    assert (engine.how_by_hand() in heard(project)) is private
+    assert (engine.shell_hint() in heard(project)) is private

@@ -69,7 +69,7 @@ def test_the_password_is_for_this_user_alone(account: Account) -> None:
     assert credentials
     assert (credentials.username, len(credentials.password) >= 43) == (USER, True)
     assert credentials.password not in repr((account, credentials))
-    assert credentials.password not in account.how_by_hand(5055)
+    assert credentials.password not in account.login_hint(5055)
     for file in (account.password_file, account.accounts_file):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
@@ -187,7 +187,7 @@ def test_a_container_asks_for_the_password_too(far: FakeEngine, shared: Path) ->
     assert accounts(FAR) == {f"{h}:5056": credentials for h in ("localhost", "127.0.0.1")}
     assert credentials
     assert credentials.password not in said.getvalue() + repr(spec)
-    assert account.how_by_hand(5056) in said.getvalue()
+    assert account.login_hint(5056) in said.getvalue()
     registry.up(silent())
     assert len(far.specs) == 1
     registry.down(silent())

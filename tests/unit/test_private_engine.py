@@ -171,7 +171,7 @@ def test_one_that_answers_has_started(
     heard = Heard()
     try:
         alone.up(heard)
-        by_hand = alone.how_by_hand()
+        by_hand = alone.shell_hint()
         assert heard.text.getvalue() == f"started the private engine: {alone.url}\n{by_hand}\n"
     finally:
         os.kill(int(pid.read_text()), 9)
@@ -183,7 +183,7 @@ def test_one_that_runs_is_told_of(alone: PrivateEngine, monkeypatch: pytest.Monk
     heard = Heard()
     alone.up(heard)
     runs = f"the private engine is already running: {alone.url}"
-    assert heard.text.getvalue() == f"{runs}\n{alone.how_by_hand()}\n"
+    assert heard.text.getvalue() == f"{runs}\n{alone.shell_hint()}\n"
 
 
 def test_a_shell_is_told_how_docker_reaches_it(
@@ -192,13 +192,13 @@ def test_a_shell_is_told_how_docker_reaches_it(
     private = PrivateEngine(tmp_path / "an engine")
     by_hand = f"docker by hand: export DOCKER_HOST='unix://{private.socket}'"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert private.how_by_hand() == by_hand
+    assert private.shell_hint() == by_hand
     program = private.folder / "root/usr/bin/docker"
     program.parent.mkdir(parents=True)
     program.touch(0o755)
-    assert private.how_by_hand() == f"{by_hand} PATH=\"$PATH\":'{program.parent}'"
+    assert private.shell_hint() == f"{by_hand} PATH=\"$PATH\":'{program.parent}'"
     (tmp_path / "docker").touch(0o755)
-    assert private.how_by_hand() == by_hand
+    assert private.shell_hint() == by_hand
 
 
 @pytest.mark.parametrize("folder", [True, False])

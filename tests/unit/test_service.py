@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from guix_tasks.bootstrap import service as service_module
-from guix_tasks.bootstrap.service import Service, disk_trouble_is, locked
+from guix_tasks.bootstrap.service import Service, disk_errors_as, locked
 from guix_tasks.errors import RegistryError
 
 if not Path("/proc/self/exe").exists():
@@ -109,7 +109,7 @@ def test_trouble_with_the_disk_is_one_line(tmp_path: Path) -> None:
     file.touch()
     with (
         pytest.raises(RegistryError, match=r"file: (File exists|Not a directory).*XDG_DATA_HOME"),
-        disk_trouble_is(RegistryError),
+        disk_errors_as(RegistryError),
         locked(file / "lock"),
     ):
         pass

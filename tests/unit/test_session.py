@@ -674,12 +674,12 @@ def test_an_inv_that_lacks_a_package_says_so(
 
 
 def test_another_module_that_is_missing_is_not_hidden() -> None:
-    with pytest.raises(ModuleNotFoundError), errors.guarded():
+    with pytest.raises(ModuleNotFoundError), errors.report_errors():
         raise ModuleNotFoundError("No module named 'mine'", name="mine")
 
 
 def test_an_exit_of_a_task_passes() -> None:
-    with pytest.raises(Exit) as caught, errors.guarded():
+    with pytest.raises(Exit) as caught, errors.report_errors():
         raise Exit(code=9)
     assert caught.value.code == 9
 
@@ -880,6 +880,6 @@ def test_without_the_docker_command_there_is_no_terminal(
 def test_a_project_can_be_opened_by_a_users_own_task(inv: Inv) -> None:
     inv("base")
     context = Context()
-    with session.opened(context, {"GUIX_PACKAGES": ["tar"]}) as project:
+    with session.project_session(context, {"GUIX_PACKAGES": ["tar"]}) as project:
         assert project.settings.guix_packages == ("tar",)
         assert project.ledger.find("base")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from invoke.collection import Collection
 from invoke.tasks import task
 
-from guix_tasks.cli.session import opened_with_buildx
+from guix_tasks.cli.session import buildx_session
 from guix_tasks.cli.tasks.output import long_task
 
 if TYPE_CHECKING:
@@ -36,13 +36,13 @@ def build(
     This does base, pull, install and push in one build.  Guix runs in steps
     with `RUN --security=insecure`, which BUILDX_BUILDER has to allow.
     """
-    with opened_with_buildx(c) as (project, program):
+    with buildx_session(c) as (project, program):
         from guix_tasks.buildkit.build import BuildWishes
         from guix_tasks.buildkit.build import build as bake
 
         trust = not disable_authentication
-        wishes = BuildWishes(not no_pull, update, force, by_digest, authenticate=trust)
-        if result := bake(project, program, wishes):
+        options = BuildWishes(not no_pull, update, force, by_digest, authenticate=trust)
+        if result := bake(project, program, options):
             project.console.result(result)
 
 
@@ -66,7 +66,7 @@ def setup(
     The builder allows insecure steps; one such step is run as a test.  The
     buildx plugin is installed for your user if it is missing.
     """
-    with opened_with_buildx(c, needs_engine=not plugin, install=True) as (project, program):
+    with buildx_session(c, needs_engine=not plugin, install=True) as (project, program):
         from guix_tasks.commands.buildx_setup import SetupWishes, set_up
 
         if not plugin:
@@ -76,7 +76,7 @@ def setup(
 @task(auto_shortflags=False)
 def status(c: Context) -> None:
     """Show the builder's nodes, entitlements and cache."""
-    with opened_with_buildx(c) as (project, program):
+    with buildx_session(c) as (project, program):
         from guix_tasks.commands import buildx_setup
 
         rows = buildx_setup.status_rows(project, program)
@@ -90,7 +90,7 @@ def status(c: Context) -> None:
 )
 def down(c: Context, keep_cache: bool = False) -> None:
     """Remove the builder."""
-    with opened_with_buildx(c) as (project, program):
+    with buildx_session(c) as (project, program):
         from guix_tasks.commands.buildx_setup import take_down
 
         take_down(project, program, keep_cache=keep_cache)

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from guix_tasks.cli.errors import guarded
+from guix_tasks.cli.errors import report_errors
 from guix_tasks.cli.session import (
+    buildx_session,
     docker_command,
     examine,
     is_dry_run,
-    opened,
-    opened_settings,
-    opened_single,
-    opened_with_buildx,
+    project_session,
+    settings_session,
+    single_platform_session,
 )
 from guix_tasks.cli.tasks.output import long_task
 
@@ -38,7 +38,7 @@ def base(c: Context, force: bool = False) -> None:
     This is a `docker build` with BASE_IMAGE as a build argument.  The other
     stages start from its image.
     """
-    with opened(c) as project, project.alone("base"):
+    with project_session(c) as project, project.alone("base"):
         from guix_tasks.stages.lifecycle import Wishes, make_each
 
         make_each(project, "base", Wishes(force=force))
@@ -69,13 +69,16 @@ def pull(
     GUIX_CHANNELS_LOCK.  Without a lock, pull the newest commits and write
     the lock.
     """
-    with (opened_single if no_commit else opened)(c) as project, project.alone("pull"):
+    with (
+        (single_platform_session if no_commit else project_session)(c) as project,
+        project.alone("pull"),
+    ):
         from guix_tasks.stages.lifecycle import Wishes, make_each
 
-        wishes = Wishes(
+        options = Wishes(
             force, upstream, update, not no_commit, keep_failed, (), disable_authentication
         )
-        make_each(project, "pull", wishes)
+        make_each(project, "pull", options)
 
 
 @long_task(
@@ -101,14 +104,14 @@ def install(
     The image contains the profile of the base image, GUIX_MANIFEST and
     GUIX_PACKAGES.  Packages that an earlier call installed are gone.
     """
-    open_project = opened_single if no_commit else opened
+    session = single_platform_session if no_commit else project_session
     overrides = {"GUIX_PACKAGES": package} if package else None
-    with open_project(c, overrides) as project, project.alone("install"):
+    with session(c, overrides) as project, project.alone("install"):
         from guix_tasks.stages.lifecycle import Wishes, make_each
 
         packages = project.settings.guix_packages if package else ()
-        wishes = Wishes(force, upstream, False, not no_commit, keep_failed, packages=packages)
-        make_each(project, "install", wishes)
+        options = Wishes(force, upstream, False, not no_commit, keep_failed, packages=packages)
+        make_each(project, "install", options)
 
 
 @long_task()
@@ -118,7 +121,7 @@ def commit(c: Context) -> None:
     `inv shell`, `inv run --keep` and a stage with --no-commit keep a work
     container.
     """
-    with opened_single(c) as project, project.alone("commit"):
+    with single_platform_session(c) as project, project.alone("commit"):
         from guix_tasks.commands.commit import commit
 
         commit(project)
@@ -127,7 +130,7 @@ def commit(c: Context) -> None:
 @long_task()
 def squash(c: Context) -> None:
     """Merge all layers above the base image into one."""
-    with opened_single(c) as project, project.alone("squash"):
+    with single_platform_session(c) as project, project.alone("squash"):
         from guix_tasks.commands.squash import squash
 
         squash(project)
@@ -136,7 +139,7 @@ def squash(c: Context) -> None:
 @task(auto_shortflags=False)
 def rollback(c: Context) -> None:
     """Restore the previous IMAGE."""
-    with opened_single(c) as project, project.alone("rollback"):
+    with single_platform_session(c) as project, project.alone("rollback"):
         from guix_tasks.commands.rollback import rollback
 
         rollback(project)
@@ -149,7 +152,7 @@ def verify(c: Context, stage: str = "") -> None:
     Check that the daemon answers, that a derivation builds, that the channels
     match the lock, and that the packages and certificates exist.
     """
-    with opened(c) as project:
+    with project_session(c) as project:
         from guix_tasks.commands.verify import verify as check
 
         for platform_project in project.each_platform():
@@ -162,7 +165,7 @@ def push(c: Context, stage: str = "") -> None:
 
     Refuse an image whose stage is stale.
     """
-    with opened(c) as project, project.alone("push"):
+    with project_session(c) as project, project.alone("push"):
         from guix_tasks.commands.push import push as publish
 
         for platform_project in project.each_platform():
@@ -178,7 +181,7 @@ def manifest(c: Context) -> None:
     The platforms are those of PLATFORMS, or all in out/digests/ if that is
     not set.  Print the digest.
     """
-    with opened_with_buildx(c, needs_engine=False) as (project, program):
+    with buildx_session(c, needs_engine=False) as (project, program):
         from guix_tasks.commands.manifest import join
 
         if digest := join(project, program):
@@ -196,7 +199,7 @@ def manifest(c: Context) -> None:
 def weather(c: Context, package: list[str] | None = None, json: bool = False) -> None:
     """Check whether the packages have substitutes."""
     overrides = {"GUIX_PACKAGES": package} if package else None
-    with opened(c, overrides) as project, project.alone("weather"):
+    with project_session(c, overrides) as project, project.alone("weather"):
         from guix_tasks.commands.weather import weather
 
         weather(project, as_json=json)
@@ -232,7 +235,7 @@ def pack(
     Pack GUIX_PACKAGES and GUIX_MANIFEST with the Guix of IMAGE, and write the
     SHA-256 to a file next to the pack.
     """
-    with opened(c) as project, project.alone("pack"):
+    with project_session(c) as project, project.alone("pack"):
         from guix_tasks.commands.pack import pack_each
         from guix_tasks.guix import Pack
 
@@ -251,7 +254,7 @@ def release(c: Context, url: str = "") -> None:
     For each Guix system it contains the URL of the file, its SHA-256 and the
     channels.  Entries of packs that did not change are kept.
     """
-    with opened_settings({"RELEASE_URL": url}) as (settings, console):
+    with settings_session({"RELEASE_URL": url}) as (settings, console):
         from guix_tasks.commands.release import release as write
 
         if not is_dry_run(c, "release"):
@@ -271,7 +274,7 @@ def run(c: Context, stage: str = "", keep: bool = False) -> None:
     It runs in a work container of IMAGE, next to the Guix daemon.  `inv`
     exits with the status of the command.
     """
-    with opened_single(c) as project:
+    with single_platform_session(c) as project:
         from guix_tasks.commands.run import run
 
         status = run(project, _after_dashes(sys.argv), stage=stage or None, keep=keep)
@@ -291,7 +294,7 @@ def shell(c: Context, stage: str = "", fresh: bool = False) -> None:
 
     The container is kept for `inv commit` or the next `inv shell`.
     """
-    with opened_single(c) as project:
+    with single_platform_session(c) as project:
         from guix_tasks.commands.shell import shell
 
         docker, environment = docker_command(project)
@@ -311,7 +314,7 @@ def status(c: Context, size: bool = False, plot: str = "", json: bool = False) -
 
     A stage is up to date, missing, or stale for a reason that is shown.
     """
-    with (opened_single if size or plot else opened)(c) as project:
+    with (single_platform_session if size or plot else project_session)(c) as project:
         from guix_tasks.commands.status import show_status
 
         show_status(project, size=size, plot=plot, as_json=json)
@@ -323,7 +326,7 @@ def doctor(c: Context, json: bool = False) -> None:
 
     Exit with status 1 if a check fails.
     """
-    with guarded():
+    with report_errors():
         findings = examine(c)
         from guix_tasks.commands.doctor import State, show
         from guix_tasks.ui.console import Console
@@ -340,7 +343,7 @@ def clean(c: Context, work: bool = False) -> None:
     Remove work containers, the substitute server, stage images, volumes, and
     IMAGE and TAGS if they point to a stage.  Nothing else is removed.
     """
-    with opened(c) as project, project.alone("clean"):
+    with project_session(c) as project, project.alone("clean"):
         from guix_tasks.commands.clean import clean as remove
         from guix_tasks.commands.clean import say_removed
 

@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING
 from invoke.collection import Collection
 from invoke.tasks import task
 
-from guix_tasks.cli.errors import guarded
-from guix_tasks.cli.session import is_dry_run, opened, opened_settings, opened_single
+from guix_tasks.cli.errors import report_errors
+from guix_tasks.cli.session import (
+    is_dry_run,
+    project_session,
+    settings_session,
+    single_platform_session,
+)
 from guix_tasks.cli.tasks.output import long_task
 
 if TYPE_CHECKING:
@@ -26,7 +31,7 @@ def engine_up(c: Context, image_store: str = "") -> None:
     Unpack it from Debian's packages into a private directory.  Nothing is
     installed.
     """
-    with opened_settings({"ENGINE_IMAGE_STORE": image_store}) as (settings, console):
+    with settings_session({"ENGINE_IMAGE_STORE": image_store}) as (settings, console):
         if is_dry_run(c, "engine.up"):
             return
         from guix_tasks.bootstrap.engine import private_engine
@@ -37,7 +42,7 @@ def engine_up(c: Context, image_store: str = "") -> None:
 @task(name="down", auto_shortflags=False)
 def engine_down(c: Context) -> None:
     """Stop the private Docker Engine."""
-    with guarded():
+    with report_errors():
         if is_dry_run(c, "engine.down"):
             return
         from guix_tasks.bootstrap.engine import private_engine
@@ -53,7 +58,7 @@ def registry_up(c: Context, port: int = 5055) -> None:
     It listens on loopback and requires a generated password, which these
     tasks know.
     """
-    with opened(c) as project:
+    with project_session(c) as project:
         if is_dry_run(c, "registry.up"):
             return
         from guix_tasks.bootstrap.registry import registry_for
@@ -67,7 +72,7 @@ def registry_down(c: Context, port: int = 5055) -> None:
 
     The pushed images are kept.
     """
-    with opened(c) as project:
+    with project_session(c) as project:
         if is_dry_run(c, "registry.down"):
             return
         from guix_tasks.bootstrap.registry import registry_for
@@ -87,7 +92,7 @@ def rootfs(c: Context, tag: str = "", plain: bool = False) -> None:
     Use it if BASE_IMAGE cannot be pulled: set BASE_IMAGE to the name that
     this task prints.
     """
-    with opened(c) as project:
+    with project_session(c) as project:
         from guix_tasks.bootstrap.base_image import BASE_TAG, PLAIN_TAG, make_base, make_plain
 
         make, default = (make_plain, PLAIN_TAG) if plain else (make_base, BASE_TAG)
@@ -102,7 +107,7 @@ def rootfs(c: Context, tag: str = "", plain: bool = False) -> None:
 def substitutes_up(c: Context, listen: str = "") -> None:
     """Serve substitutes from the newest stage image."""
     overrides = {"SUBSTITUTES_LISTEN": listen}
-    with opened_single(c, overrides) as project, project.alone("substitutes.up"):
+    with single_platform_session(c, overrides) as project, project.alone("substitutes.up"):
         from guix_tasks.commands.substitutes import up
 
         up(project)
@@ -111,7 +116,7 @@ def substitutes_up(c: Context, listen: str = "") -> None:
 @task(name="down", auto_shortflags=False)
 def substitutes_down(c: Context) -> None:
     """Stop serving substitutes and keep the signing key."""
-    with opened_single(c) as project, project.alone("substitutes.down"):
+    with single_platform_session(c) as project, project.alone("substitutes.down"):
         from guix_tasks.commands.substitutes import down
 
         down(project)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from invoke.tasks import task
 
-from guix_tasks.cli.session import displayed
+from guix_tasks.cli.session import set_display
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ def long_task(
         def wrapper(
             c: Context, *arguments: Any, quiet: bool = False, verbose: bool = False, **keywords: Any
         ) -> None:
-            with displayed(quiet=quiet, verbose=verbose):
+            with set_display(quiet=quiet, verbose=verbose):
                 body(c, *arguments, **keywords)
 
         signature = inspect.signature(body)

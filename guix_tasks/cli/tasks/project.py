@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from invoke.tasks import task
 
-from guix_tasks.cli.errors import guarded
+from guix_tasks.cli.errors import report_errors
 
 if TYPE_CHECKING:
     from invoke.context import Context
@@ -22,7 +22,7 @@ def init(c: Context, ci: str = "auto") -> None:
 
     Existing files are not overwritten.
     """
-    with guarded():
+    with report_errors():
         from guix_tasks.commands.init import write_start
         from guix_tasks.ui.console import Console
 
