@@ -1,19 +1,19 @@
-# The base stage: BASE_IMAGE, made ready for Guix to build packages in.
+# Base stage: BASE_IMAGE with everything that Guix needs to build packages.
 #
-# Kept to what every builder knows, the classic one of Docker Engine included.  There is no
-# syntax line, since a machine without an image registry cannot fetch a frontend; and no step
-# of it needs a privilege.
+# Every builder supports this file, including the classic one of Docker Engine.  It has no syntax
+# line, because a machine without access to a registry cannot fetch a frontend.  No step needs
+# privileges.
 
 ARG BASE_IMAGE=metacall/guix:latest
 FROM ${BASE_IMAGE}
 
-# For a Debian base without Guix: GNU's binary tarball, and the SHA-256 sum it must have.
+# For a Debian base without Guix: URL and SHA-256 of GNU's binary tarball.
 ARG GUIX_BINARY_URL=
 ARG GUIX_BINARY_SHA256=
 COPY guix_tasks/stages/resources/prepare.sh guix_tasks/stages/resources/install-guix.sh /tmp/guix-tasks/
 RUN sh /tmp/guix-tasks/prepare.sh && sh /tmp/guix-tasks/install-guix.sh && rm -r /tmp/guix-tasks
 
-# Not by way of /root, which no other user may enter.
+# Other users cannot enter /root, so use the profiles in /var/guix.
 ENV PATH=/var/guix/profiles/per-user/root/current-guix/bin:/var/guix/profiles/per-user/root/guix-profile/bin:$PATH
 
 COPY guix_tasks/stages/resources/entry-point.sh /entry-point.sh

@@ -1,4 +1,4 @@
-"""The tasks of this project: ``inv --list`` shows them."""
+"""Tasks of this checkout; ``inv --list`` lists them."""
 
 from dev.tasks import demo, test
 from guix_tasks.tasks import ns

@@ -1,1 +1,1 @@
-"""What only a checkout of guix-tasks needs; not in the wheel."""
+"""Development tasks of a checkout of guix-tasks; not in the wheel."""

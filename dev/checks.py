@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 LOCK = "requirements-dev.txt"
 
-# What `init` writes, and what stands beside it, for the linters of these formats.
+# Files to lint with format-specific linters: the CI templates of `init` and the CI example.
 GITHUB = ("guix_tasks/commands/templates/github.yml", "examples/ci/github-release.yml")
 GITLAB = "guix_tasks/commands/templates/gitlab.yml"
 
@@ -33,19 +33,19 @@ LINTERS = (
 
 
 PROCESSES = 4
-"""At most so many tests at once: all of them use one engine."""
+"""Maximum parallel test processes, which share one engine."""
 
 NO_TESTS = 5
-"""The exit status of pytest if no test was chosen."""
+"""Exit status of pytest if no test matches."""
 
 
 def run_checks(
     project: Path, *, unit_only: bool, only: str, soak: bool = False, durations: int = 10
 ) -> None:
-    """Run everything, and stop at the first that fails.  Raise ``CheckError`` for it.
+    """Run the linters and the tests.
 
-    ``soak`` runs only the tests with numbers, and raises those.  ``durations`` is how many of the
-    slowest tests are listed.
+    ``soak`` runs only the repeated random tests, for an hour.  ``durations`` is the number of slow
+    tests to list.  Raise ``CheckError`` for the first command that fails.
     """
     console = Console()
     _install_tools(project, console)
@@ -53,14 +53,14 @@ def run_checks(
         for command in (*LINTERS, ("shellcheck", *_shell_scripts(project))):
             _call(project, console, command)
     directories = ["tests/unit"] if unit_only else ["tests/unit", "tests/integration"]
-    chosen = [*(["-k", only] if only else []), *(["-m", "soak", "--soak"] if soak else [])]
+    selection = [*(["-k", only] if only else []), *(["-m", "soak", "--soak"] if soak else [])]
     parallel = ["-n", "auto", f"--maxprocesses={PROCESSES}", "--no-loadscope-reorder"]
     slowest = [f"--durations={durations}", "--durations-min=1"]
-    good = (0, NO_TESTS) if chosen else (0,)
+    good = (0, NO_TESTS) if selection else (0,)
     statuses = {
         _call(
             project, console,
-            ("pytest", directory, *chosen, *slowest, *([] if soak else parallel)), good,
+            ("pytest", directory, *selection, *slowest, *([] if soak else parallel)), good,
         )
         for directory in directories
     }  # fmt: skip
@@ -69,7 +69,7 @@ def run_checks(
 
 
 def _install_tools(project: Path, console: Console) -> None:
-    """Bring the tools of the lock into this environment, where they are not in it yet."""
+    """Install the tools of the lock into this environment if they are missing or outdated."""
     lock, mark = project / LOCK, Path(sys.prefix) / LOCK
     if mark.exists() and lock.read_bytes() == mark.read_bytes():
         return
@@ -78,16 +78,18 @@ def _install_tools(project: Path, console: Console) -> None:
         "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
         "--require-hashes", "--requirement", LOCK,
     ))  # fmt: skip
-    # As the wrapper does with its own lock: written last, and compared at the next call.
+    # Written last, as in ./inv: an interrupted installation runs again.
     mark.write_bytes(lock.read_bytes())
 
 
 def _shell_scripts(project: Path) -> list[str]:
-    found = (each for each in project.rglob("*") if each.is_file() and ".venv" not in each.parts)
-    scripts = (each for each in found if each.suffix in ("", ".sh"))
-    starts = (b"#!/bin/sh", b"#!/bin/bash", b"#!/usr/bin/env bash")
+    paths = (path for path in project.rglob("*") if path.is_file() and ".venv" not in path.parts)
+    candidates = (path for path in paths if path.suffix in ("", ".sh"))
+    shebangs = (b"#!/bin/sh", b"#!/bin/bash", b"#!/usr/bin/env bash")
     return sorted(
-        str(each.relative_to(project)) for each in scripts if each.read_bytes().startswith(starts)
+        str(path.relative_to(project))
+        for path in candidates
+        if path.read_bytes().startswith(shebangs)
     )
 
 

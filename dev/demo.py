@@ -1,7 +1,7 @@
-"""The demo: the whole lifecycle on whatever machine this is, with real everything.
+"""Demo: the whole lifecycle with a real engine, registry and Guix on any machine.
 
-It uses the settings of ``examples/offline/`` alone, neither the user's nor the environment's, so
-it can push to no registry but the local one.
+It uses only the settings of ``examples/offline/``, not those of the user or the environment, so it
+can push only to the local registry.
 """
 
 from __future__ import annotations
@@ -40,31 +40,31 @@ ENV_FILE = "examples/offline/.env"
 GREETING = "Hello, world!"
 
 
-def prepare(engine: Engine, console: Console, folder: Path) -> None:
-    """Make what the example starts from: a base image, a registry, channels and substitutes."""
+def prepare(engine: Engine, console: Console, directory: Path) -> None:
+    """Create the base image, registry, channels and substitutes of the example."""
     if engine.image(BASE_TAG) is None:
         make_base(engine, console, BASE_TAG)
-    make_material(engine, console, BASE_TAG, folder / "examples" / "offline")
+    make_material(engine, console, BASE_TAG, directory / "examples" / "offline")
     registry_for(engine).up(console)
 
 
-def say_what_next(project: Project) -> None:
-    """Say what is left running, and how to go on."""
+def print_next_steps(project: Project) -> None:
+    """Print the running services and the next commands."""
     lines = [
-        f"\nBy hand: ENV_FILE={ENV_FILE} ./inv pull install push",
-        "For real: cp .env.example .env, say there what you want, then ./inv pull install push",
-        "The registry goes on running; `./inv registry.down` stops it.",
+        f"\nRepeat this example: ENV_FILE={ENV_FILE} ./inv pull install push",
+        "Build your image: cp .env.example .env, edit .env, then ./inv base pull install push",
+        "The registry is still running; `./inv registry.down` stops it.",
     ]
     private = private_engine()
     if project.engine.info().url == private.url:
-        lines.append("So does the private Docker Engine; `./inv engine.down` stops it.")
-        lines.append(private.how_by_hand())
+        lines.append("The private Docker Engine is still running; `./inv engine.down` stops it.")
+        lines.append(private.shell_hint())
     for line in lines:
         project.console.say(line)
 
 
 class Stopwatch:
-    """The steps of the demo, with the seconds that each took."""
+    """Durations of the steps of the demo, in seconds."""
 
     def __init__(self, project: Project) -> None:
         self._project = project
@@ -79,29 +79,29 @@ class Stopwatch:
 
 
 def run_demo(project: Project) -> None:
-    """Base, pull, install, commit, verify and push; then away with it, back, and run it.
+    """Build, verify and push the image, delete it, then pull it and run ``hello``.
 
-    Ends with a table.  Raises ``CheckError`` where the image that came back does not greet.
+    Print a table of durations and sizes.  Raise ``CheckError`` if the output of ``hello`` is wrong.
     """
-    watch, lifecycle = Stopwatch(project), Lifecycle(project)
+    stopwatch, lifecycle = Stopwatch(project), Lifecycle(project)
     steps: dict[str, Callable[[], object]] = {
         **{stage: partial(lifecycle.make, stage, Wishes()) for stage in STAGES},
         "commit": lambda: commit(project),
         "verify": lambda: verify(project),
     }
     for name, step in steps.items():
-        with watch.step(name):
+        with stopwatch.step(name):
             step()
     sizes = {stage: _size(project, project.ledger.tag(stage)) for stage in STAGES}
-    with watch.step("push"):
+    with stopwatch.step("push"):
         (digest,) = push(project).values()
-    with watch.step("pull it back, run hello"):
+    with stopwatch.step("pull the image and run hello"):
         clean(project)
         _greet(project, f"{project.settings.image.name}@{digest}")
     project.console.say("")
     project.console.table(
         ("step", "time", "size"),
-        [(name, human_time(took), sizes.get(name, "")) for name, took in watch.seconds.items()],
+        [(name, human_time(took), sizes.get(name, "")) for name, took in stopwatch.seconds.items()],
     )
     project.console.result(f"{project.settings.image.name}@{digest}")
 
@@ -112,12 +112,12 @@ def _size(project: Project, reference: str) -> str:
 
 
 def _greet(project: Project, reference: str) -> None:
-    """Run hello in what the registry holds, as anybody would who pulls it."""
+    """Pull the image from the registry and run ``hello`` in it."""
     engine = project.engine
     pull(project, reference)
     image = engine.image(reference)
     if image is None:
-        raise CheckError(f"the engine pulled {reference} and does not have it")
+        raise CheckError(f"cannot find {reference} in the engine after the pull")
     spec = ContainerSpec(
         name=f"guix-tasks-demo-{image.id.removeprefix('sha256:')[:12]}",
         image=reference,
@@ -125,14 +125,14 @@ def _greet(project: Project, reference: str) -> None:
         labels={PROJECT_LABEL: project_name(project.settings)},
         network=network(engine, project.settings),
     )
-    said = b""
+    output = b""
     for _, data in run_to_end(engine, spec, partial(_failed, reference)):
         project.console.stream(data)
-        said += data
+        output += data
     engine.untag(reference)
-    if GREETING not in said.decode():
-        raise CheckError(f"hello in {reference} said {said!r}")
+    if GREETING not in output.decode():
+        raise CheckError(f"hello in {reference} printed {output!r}, not {GREETING!r}")
 
 
 def _failed(reference: str, status: int) -> CheckError:
-    return CheckError(f"hello in {reference} ended with status {status}; its output is above")
+    return CheckError(f"hello in {reference} failed with status {status}; its output is above")

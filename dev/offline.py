@@ -1,6 +1,6 @@
-"""What the offline example needs: a substitute server as a folder, and two signed channels.
+"""Material of the offline example: a substitute server as a directory, and two signed channels.
 
-They are made in a throwaway container by ``examples/offline/make.sh``, with Guix's own programs.
+``examples/offline/make.sh`` makes them in a temporary container, with Guix's own programs.
 """
 
 from __future__ import annotations
@@ -29,47 +29,50 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def make_material(engine: Engine, console: Console, image: str, folder: Path) -> None:
-    """Fill ``folder/out`` with the help of a Debian image that has Guix, unless it is filled.
+def make_material(engine: Engine, console: Console, image: str, directory: Path) -> None:
+    """Make ``directory/out`` in a container of a Debian image with Guix, unless it is up to date.
 
-    Raises ``BuilderError`` where that fails; then ``folder/out`` is as it was.
+    Raise ``BuilderError`` after a failure, which leaves ``directory/out`` unchanged.
     """
-    mark = folder / "out" / "made-from"
-    key = _key(engine, image, folder)
+    mark = directory / "out" / "made-from"
+    key = _key(engine, image, directory)
     if mark.exists() and mark.read_text() == key:
         return
     console.say("offline example: making its channels and substitutes")
     if not engine.info().is_local:
         raise BuilderError(
-            f"the offline example needs an engine on this machine; {engine.info().url} is not"
+            "cannot make the offline example: it needs an engine on this machine, and "
+            f"{engine.info().url} is on another one"
         )
     cache = files.cache_home() / "offline"
     shutil.rmtree(cache, ignore_errors=True)
     cache.mkdir(parents=True)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        # What the image has need not be fetched.
+        # Packages of the image need not be downloaded.
         status = Path(scratch) / "status"
         status.write_bytes(_run(engine, console, image, ("cat", "/var/lib/dpkg/status")))
         apt = Apt(files.cache_home() / "apt", [SUITE], status=status, failure=BuilderError)
         apt.update()
         apt.install_set(PACKAGES, cache / "debs")
-    out = folder / "out"
+    out = directory / "out"
     out.mkdir(exist_ok=True)
-    for stale in (mark, folder / "channels.lock.scm"):
+    for stale in (mark, directory / "channels.lock.scm"):
         stale.unlink(missing_ok=True)
-    binds = (f"{cache / 'debs'}:/debs:ro", f"{folder}:/example:ro", f"{out}:/out")
+    binds = (f"{cache / 'debs'}:/debs:ro", f"{directory}:/example:ro", f"{out}:/out")
     _run(engine, console, image, ("bash", "/example/make.sh"), binds)
     mark.write_text(key)
 
 
-def _key(engine: Engine, image: str, folder: Path) -> str:
-    """What the material is made of: the recipe, and the very Guix of the image."""
-    found = engine.image(image)
-    digest = hashlib.sha256("\n".join(found.layers if found else ()).encode())
-    for name in ("make.sh", "seed", "channels"):
-        for path in sorted((folder / name).rglob("*") if name != "make.sh" else [folder / name]):
-            if path.is_file():
-                digest.update(f"\n{path.relative_to(folder)}\n".encode() + path.read_bytes())
+def _key(engine: Engine, name: str, directory: Path) -> str:
+    """Return the digest of the image's layers and of the scripts that make the material."""
+    image = engine.image(name)
+    digest = hashlib.sha256("\n".join(image.layers if image else ()).encode())
+    paths = [directory / "make.sh"]
+    for part in ("seed", "channels"):
+        paths += sorted((directory / part).rglob("*"))
+    for path in paths:
+        if path.is_file():
+            digest.update(f"\n{path.relative_to(directory)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -80,7 +83,7 @@ def _run(
     command: tuple[str, ...],
     binds: tuple[str, ...] = (),
 ) -> bytes:
-    """Run a command without any privilege or network; its standard output."""
+    """Run a command without privileges and network, and return its standard output."""
     spec = ContainerSpec(
         name=f"guix-tasks-offline-{secrets.token_hex(3)}",
         image=image,

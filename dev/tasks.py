@@ -1,4 +1,4 @@
-"""The tasks of a checkout of guix-tasks itself: the demo, and its linters and tests."""
+"""Tasks of a checkout of guix-tasks: the demo, the linters and the tests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from invoke.tasks import task
 
-from guix_tasks.cli.errors import guarded
-from guix_tasks.cli.session import chosen_display, docker_variables, open_engine_for, open_project
+from guix_tasks.cli.errors import report_errors
+from guix_tasks.cli.session import display_option, docker_variables, open_engine_for, open_project
 from guix_tasks.cli.tasks.output import long_task
 
 if TYPE_CHECKING:
@@ -29,42 +29,42 @@ CHECKOUT = Path(__file__).parents[1]
 
 @long_task()
 def demo(c: Context) -> None:
-    """Make, push and run an example, on a bare machine.
+    """Build, push and run an example image.
 
-    It starts an engine where there is none, and uses the settings of
-    examples/offline/ alone.
+    It starts a private engine if there is no engine, and uses only the
+    settings of examples/offline/.
     """
-    with guarded(), open_demo(c, CHECKOUT) as project:
-        from dev.demo import run_demo, say_what_next
+    with report_errors(), open_demo(c, CHECKOUT) as project:
+        from dev.demo import print_next_steps, run_demo
 
         run_demo(project)
-        say_what_next(project)
+        print_next_steps(project)
 
 
 @task(
     help={
-        "unit": "only what needs no engine",
-        "only": "only the tests that match (pytest -k)",
-        "soak": "only the tests with numbers, and those for an hour",
-        "durations": "how many of the slowest tests to list",
+        "unit": "run only the linters and the tests without an engine",
+        "only": "run only the tests that match an expression (pytest -k)",
+        "soak": "run only the repeated random tests, for an hour",
+        "durations": "the number of slow tests to list",
     },
     auto_shortflags=False,
 )
 def test(
     c: Context, unit: bool = False, only: str = "", soak: bool = False, durations: int = 10
 ) -> None:
-    """Run the linters and tests of guix-tasks itself."""
-    with guarded():
+    """Run the linters and tests of guix-tasks."""
+    with report_errors():
         from dev.checks import run_checks
 
         run_checks(CHECKOUT, unit_only=unit, only=only, soak=soak, durations=durations)
 
 
 @contextmanager
-def open_demo(c: Context, folder: Path) -> Iterator[Project]:
-    """The offline example, with all that it needs set up: engine, base image, registry.
+def open_demo(c: Context, directory: Path) -> Iterator[Project]:
+    """Set up the engine, base image and registry of the offline example, and open its project.
 
-    Its settings are its own: neither the user's nor the environment's.
+    Settings of the user and of the environment are ignored.
     """
     from dev.demo import ENV_FILE, prepare
     from guix_tasks.errors import UsageError
@@ -72,15 +72,15 @@ def open_demo(c: Context, folder: Path) -> Iterator[Project]:
     from guix_tasks.ui.console import Console, Display, settled_display
 
     if c.config.run.dry:
-        raise UsageError("the demo does real work only; leave --dry out")
-    chosen = settled_display(Display(chosen_display() or "auto"), sys.stderr, os.environ)
-    console = Console(display=chosen)
-    prepare(engine_or_private(c, console), console, folder)
-    yield open_project(c, replace(load_isolated(folder / ENV_FILE), output=chosen))
+        raise UsageError("cannot run the demo with --dry; leave --dry out")
+    display = settled_display(Display(display_option() or "auto"), sys.stderr, os.environ)
+    console = Console(display=display)
+    prepare(engine_or_private(c, console), console, directory)
+    yield open_project(c, replace(load_isolated(directory / ENV_FILE), output=display))
 
 
 def engine_or_private(c: Context, console: Console) -> Engine:
-    """The engine of this machine; where there is none, a private one is started."""
+    """Return the engine of this machine; start a private one if there is none."""
     from guix_tasks.bootstrap.engine import private_engine
     from guix_tasks.engine.discovery import find_engine
     from guix_tasks.errors import NoEngineError

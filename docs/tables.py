@@ -1,7 +1,7 @@
-"""Writes what is made from the code: tables of tasks, settings and exit codes; ``.env.example``.
+"""Generate the tables of tasks, settings and exit codes, and ``.env.example``, from the code.
 
-``python -m docs.tables`` brings README.md, docs/reference/ and .env.example up to date; with
-``--check`` it only tells what is not.  A test holds them against the code.
+``python -m docs.tables`` updates README.md, docs/reference/ and .env.example.  With ``--check`` it
+only reports outdated files.  A unit test compares them with the code.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "reference").glob("*.md"))
 
 
 class About(NamedTuple):
-    """What the code does not tell of a setting."""
+    """Documentation of a setting that is not in the code."""
 
     example: str
     concerns: str
-    """The stages and tasks that look at it; a stage in bold is stale when it changes."""
+    """Stages and tasks that use the setting; a stage in bold is stale after a change."""
 
 
 _WORK = "pull, install"
@@ -79,7 +79,9 @@ ABOUT = {
     "NETWORK": About("none", f"base, {_WORK}, `run`, `shell`"),
     "STAGE_MEMORY": About("4g", _WORK),
     "STAGE_TIMEOUT": About("90m", _WORK),
-    "CACHE_VOLUME": About("guix-tasks-cache", "**pull**, **install**; only whether it is empty"),
+    "CACHE_VOLUME": About(
+        "guix-tasks-cache", "**pull**, **install** (stale only if it becomes empty or non-empty)"
+    ),
     "CACHE_IMAGE": About("ghcr.io/me/app-cache", "base, pull, install"),
     "BUILDX_BUILDER": About("insecure-builder", _BUILDX),
     "BUILDX_DRIVER": About("remote", _BUILDX),
@@ -92,12 +94,12 @@ ABOUT = {
     "BUILDX_URL": About("https://mirror.example/buildx", "`buildx.setup`"),
     "BUILDX_SHA256": About(_SHA256, "`buildx.setup`"),
     "ENGINE_IMAGE_STORE": About("containerd", "`engine.up`"),
-    "OUTPUT": About("quiet", "all that take their time"),
+    "OUTPUT": About("quiet", "long-running tasks"),
     "RELEASE_URL": About("https://example.org/downloads/1.0", "`release`"),
-    "DOCKER_USERNAME": About("me", "`push`, and what is pulled there"),
-    "DOCKER_USERNAME_FILE": About("secrets/user", "`push`, and what is pulled there"),
-    "DOCKER_PASSWORD": About("a token", "`push`, and what is pulled there"),
-    "DOCKER_PASSWORD_FILE": About("/run/secrets/token", "`push`, and what is pulled there"),
+    "DOCKER_USERNAME": About("me", "`push`, pulls from the same registry"),
+    "DOCKER_USERNAME_FILE": About("secrets/user", "`push`, pulls from the same registry"),
+    "DOCKER_PASSWORD": About("a token", "`push`, pulls from the same registry"),
+    "DOCKER_PASSWORD_FILE": About("/run/secrets/token", "`push`, pulls from the same registry"),
     "DOCKER_HOST": About("ssh://me@build-box", "all"),
     "DOCKER_CONTEXT": About("build-box", "all"),
     "DOCKER_CONFIG": About("/srv/docker-config", "all"),
@@ -109,7 +111,7 @@ SHORT = (
     "IMAGE", "BASE_IMAGE", "GUIX_CHANNELS", "GUIX_MANIFEST", "GUIX_PACKAGES",
     "GUIX_SUBSTITUTE_URLS", "GUIX_SANDBOX", "CACHE_IMAGE", "DOCKER_USERNAME", "DOCKER_PASSWORD",
 )  # fmt: skip
-"""The settings of the README."""
+"""Settings in the table of the README."""
 
 KINDS = {
     "str": "text",
@@ -130,9 +132,9 @@ KINDS = {
     "Mapping[str, str]": "`NAME=VALUE`, any number",
     "Mapping[str, Path]": "`NAME=PATH`, any number",
 }
-"""The types of ``Settings``, in words."""
+"""Names of types in the documentation, by type of a field of ``Settings``."""
 
-BETTER_KINDS = {
+KINDS_BY_SETTING = {
     "STAGE_MEMORY": "bytes, or with `k`, `m`, `g`",
     "STAGE_TIMEOUT": "seconds, or with `s`, `m`, `h`",
 }
@@ -142,7 +144,7 @@ def task_table() -> str:
     rows = []
     for title, names in grouped(ns.task_names):
         rows += [(f"*{title}*", ""), *((f"`{name}`", _summary(name)) for name in names)]
-    return _table(("task", "what it does"), rows)
+    return _table(("task", "description"), rows)
 
 
 def task_reference() -> str:
@@ -158,24 +160,24 @@ def settings_table() -> str:
         for name, default, doc in settings_reference()
         if name in SHORT
     ]
-    return _table(("setting", "default", "what it does"), rows)
+    return _table(("setting", "default", "description"), rows)
 
 
 def exit_codes() -> str:
-    kinds = [each for each in vars(errors).values() if isinstance(each, type)]
+    classes = [value for value in vars(errors).values() if isinstance(value, type)]
     codes = {
-        each.__dict__["exit_code"]: (each.__doc__ or "").splitlines()[0].rstrip(".")
-        for each in kinds
-        if "exit_code" in each.__dict__ and each is not errors.GuixTasksError
+        error.__dict__["exit_code"]: (error.__doc__ or "").splitlines()[0].rstrip(".")
+        for error in classes
+        if "exit_code" in error.__dict__ and error is not errors.GuixTasksError
     }
     rows = [("0", "Done"), *((str(code), doc) for code, doc in sorted(codes.items()))]
     return _table(("exit code", "meaning"), rows)
 
 
 def settings_reference_table() -> str:
-    kinds = {each.name.upper(): str(each.type) for each in fields(Settings)}
+    kinds = {field.name.upper(): str(field.type) for field in fields(Settings)}
     headings = settings_headings()
-    header = ("setting", "type", "default", "what it does", "example", "concerns")
+    header = ("setting", "type", "default", "description", "example", "used by")
     parts: list[str] = []
     rows: list[tuple[str, ...]] = []
     for name, default, doc in settings_reference():
@@ -184,14 +186,14 @@ def settings_reference_table() -> str:
             parts.append(f"## {group}")
             rows = []
         about = ABOUT.get(name, About("", ""))
-        kind = BETTER_KINDS.get(name) or _kind(name, kinds.get(name, ""))
+        kind = KINDS_BY_SETTING.get(name) or _kind(name, kinds.get(name, ""))
         row = (_code(name), kind, _code(default), doc, _code(about.example), about.concerns)
         rows.append(row)
     return "\n\n".join([*parts, _table(header, rows)])
 
 
-def filled(page: str) -> str:
-    """A page with its tables as they should be."""
+def fill_tables(page: str) -> str:
+    """Return a page with up-to-date tables."""
     for name, make in TABLES.items():
         marks = (f"<!-- {name} -->\n", f"<!-- /{name} -->")
         if all(mark in page for mark in marks):
@@ -210,11 +212,11 @@ TABLES = {
 
 
 def _one_task(name: str) -> str:
-    # Invoke takes the help out of a task when it is first asked, so each task is asked once.
+    # The first call of get_arguments removes the help from a task, so call it only once.
     arguments = ns[name].get_arguments()
     lines = [f"### `{name}`", inspect.getdoc(ns[name].body) or ""]
     if arguments:
-        rows = [(f"`{_option(each)}`", _default(each), str(each.help)) for each in arguments]
+        rows = [(f"`{_option(item)}`", _default(item), str(item.help)) for item in arguments]
         lines.append(_table(("option", "default", "meaning"), rows))
     return "\n\n".join(lines)
 
@@ -229,7 +231,7 @@ def _default(argument: Argument) -> str:
 
 
 def _kind(name: str, declared: str) -> str:
-    """The type of a setting in words; those that are no fields are files, or text of Docker's."""
+    """Describe the type of a setting; settings without a field are files or Docker's strings."""
     declared = declared.removesuffix(" | None")
     if item := re.fullmatch(r"tuple\[(\w+), \.\.\.\]", declared):
         return f"list of {KINDS[item[1]]}"
@@ -255,12 +257,12 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def main() -> None:
-    wanted = {page: filled(page.read_text(encoding="utf-8")) for page in PAGES}
-    wanted[ROOT / ".env.example"] = example_text()
-    stale = {page: text for page, text in wanted.items() if page.read_text("utf-8") != text}
+    pages = {page: fill_tables(page.read_text(encoding="utf-8")) for page in PAGES}
+    pages[ROOT / ".env.example"] = example_text()
+    stale = {page: text for page, text in pages.items() if page.read_text("utf-8") != text}
     if "--check" in sys.argv:
         names = ", ".join(str(page.relative_to(ROOT)) for page in stale)
-        sys.exit(f"not up to date: {names}; run python -m docs.tables" if stale else None)
+        sys.exit(f"outdated: {names}; run python -m docs.tables" if stale else None)
     for page, text in stale.items():
         page.write_text(text, encoding="utf-8")
 

@@ -1,5 +1,5 @@
-;; The channels that `inv pull` pulls.  The introduction is what makes Guix refuse commits that its
-;; developers have not signed; each channel that you add here needs its own.
+;; Channels for `inv pull`.  With an introduction, Guix refuses commits without a signature of the
+;; channel's developers.  Each channel needs one.
 (list (channel
        (name 'guix)
        (url "https://git.guix.gnu.org/guix.git")

@@ -1,4 +1,4 @@
-;; All that the package in guix.scm is built with: its inputs, and what its build system adds.
+;; Everything needed to build the package of guix.scm: its inputs, and those of its build system.
 (use-modules (guix profiles))
 
 (package->development-manifest (primitive-load "guix.scm"))

@@ -1,4 +1,4 @@
-;; The program as a package, of the sources in src/.
+;; Package of the program, built from the sources in src/.
 (use-modules (example packages)                   ;the channel of this project
              (gnu packages guile)
              (guix build-system trivial)
@@ -10,7 +10,7 @@
   (name "announce")
   (version "1.0")
   (source (local-file "src" #:recursive? #t))
-  ;; A script needs no more.  For C there is gnu-build-system, for others another one.
+  ;; This is enough for a script.  For C programs, use gnu-build-system.
   (build-system trivial-build-system)
   (arguments
    (list #:modules '((guix build utils))

@@ -1,9 +1,9 @@
 #!/bin/sh
-# make-channel.sh: the folder channel/ as a Git repository with signed commits, channel.git, and
-# its entry in channels.scm.  Called again it commits what has changed.
+# make-channel.sh: make channel.git, a Git repository with signed commits of the directory channel/,
+# and add its entry to channels.scm.  Later calls commit changes.
 #
-# Guix takes a commit of a channel only from whom that channel authorizes.  The key is made here,
-# without a passphrase, to keep the example short: for your own channel take your own.
+# Guix accepts a commit of a channel only with the signature of an authorized key.  To keep the
+# example short, the script makes a key without a passphrase.  Use your key for a real channel.
 set -eu
 
 cd "$(dirname "$0")"
@@ -34,19 +34,19 @@ if ! [ -e "$repository" ]; then
     git init --quiet --bare --template= --initial-branch=master "$work/new.git"
     git clone --quiet "$work/new.git" "$work/channel" 2>/dev/null
     cd "$work/channel"
-    # The keys of all who may sign commits have a branch of their own.
+    # The branch "keyring" contains the authorized keys.
     git checkout --quiet --orphan keyring
     gpg --armor --export "$key" >example.key
     commit 'Add the key.'
     git checkout --quiet --orphan master
     git rm --quiet -f example.key
     echo "(authorizations (version 0) ((\"$key\" (name \"example\"))))" >.guix-authorizations
-    # From this commit on Guix asks for signatures.
+    # Guix checks the signatures of this commit and of all later ones.
     commit 'Introduce the channel.'
     git push --quiet origin keyring master
     introduction=$(git rev-parse HEAD)
     mv "$work/new.git" "$repository"
-    # Into the list, in the place of its last parenthesis.
+    # Replace the last parenthesis of the list by the entry.
     sed '$s/)[[:space:]]*$//' "$here/channels.scm" >"$work/channels.scm"
     cat >>"$work/channels.scm" <<END
 
@@ -60,7 +60,7 @@ if ! [ -e "$repository" ]; then
          (openpgp-fingerprint "$key")))))
 END
     cat "$work/channels.scm" >"$here/channels.scm"
-    echo "make-channel: its entry is in channels.scm, its key in channel.key, which is yours alone"
+    echo "make-channel: added the channel to channels.scm; keep channel.key secret"
 fi
 
 git clone --quiet "$repository" "$work/clone"

@@ -1,10 +1,10 @@
-"""The tasks: `inv --list` shows them."""
+"""Tasks of this project; `inv --list` lists them."""
 
 import os
 
 from guix_tasks.tasks import add_stage, add_test, ns
 
-# All that the program is built with: made again only when the package changes, not its sources.
+# Dependencies of the program.  A change of the package rebuilds them, a change of src/ does not.
 add_stage(
     "deps",
     "guix package --profile=/var/guix/profiles/deps --manifest=deps.scm",
@@ -13,7 +13,7 @@ add_stage(
     summary="Build the dependencies.",
 )
 
-# The program itself, of the sources that are here.  They stay in the image, for `inv pack`.
+# The program.  Its sources stay in the image, for `inv pack`.
 add_stage(
     "build",
     "rm -rf /project && cp -R . /project && guix package --install-from-file=/project/guix.scm",
@@ -22,7 +22,7 @@ add_stage(
     summary="Build the program.",
 )
 
-# Each in a container without Guix, in which the tarball has been unpacked.
+# Tests in containers without Guix, in which the tarball is unpacked.
 add_test(
     "check",
     ["sh", "/test/tests/check.sh"],
@@ -34,7 +34,7 @@ add_test(
     "bare",
     ["/opt/announce/bin/announce", "/test/tests/guests.json"],
     inputs="tests",
-    summary="Test the tarball where there is nothing else.",
+    summary="Test the tarball in an empty container.",
 )
 
 __all__ = ["ns"]

@@ -1,15 +1,15 @@
 #!/bin/bash
-# make.sh: what a real Guix needs to install packages and to pull channels without a network.
+# make.sh: make the substitutes and channels with which a real Guix works without a network.
 #
-# Runs in a container of a Debian image with Guix; loopback is all the network it needs.
+# Run in a container of a Debian image with Guix; loopback is the only network it needs.
 #   /debs     Debian packages that the image lacks: busybox-static git gpg gpg-agent hello
-#             install-info patchelf, and what they depend on
-#   /example  this folder
-#   /out      where the result goes; OWNER=UID:GID is whom it will belong to
+#             install-info patchelf, and their dependencies
+#   /example  this directory
+#   /out      the result; OWNER=UID:GID is its owner
 # The result, which is used at /offline:
-#   substitutes/         a substitute server as a folder; substitutes.pub is its key
+#   substitutes/         a substitute server as a directory; substitutes.pub is its key
 #   channels/            the Git repositories "guix" and "offline", with signed commits
-#   channels.scm         names both, with their introductions; moved into place last
+#   channels.scm         both channels with their introductions; moved into place last
 set -euo pipefail
 
 example=/example
@@ -22,9 +22,9 @@ export GUIX_DAEMON_SOCKET=/var/guix/daemon-socket/socket
 
 say() { echo "$*" >&2; }
 
-# install-debs: the tools for all that follows, and the programs that the seeds are made of.
+# install_debs: install the tools of this script, and the programs for the seeds.
 install_debs() {
-  # The image leaves documentation out, but the seed of "hello" needs its manual.
+  # The image excludes documentation, but the seed of "hello" needs its manual.
   dpkg --install --path-include='/usr/share/info/hello*' /debs/*.deb >/dev/null
 }
 
@@ -33,7 +33,7 @@ start_guix() {
   until [ -S "$GUIX_DAEMON_SOCKET" ]; do sleep 0.01; done
 }
 
-# --- seeds: programs of Debian, at the places where the package graph has Guix's own ---
+# --- seeds: programs of Debian, at the store paths of Guix's package graph ---
 
 declare -A output derivation
 
@@ -44,7 +44,7 @@ read_outputs() {
     derivation[$name]=$drv
     rm -rf "$item"
   done < <(guix repl "$example/seed/outputs.scm")
-  [ -n "${output[hello]-}" ] || { say "guix did not say where its packages go"; return 1; }
+  [ -n "${output[hello]-}" ] || { say "cannot get the store paths of the packages from guix"; return 1; }
 }
 
 # relocate OUTPUT PROGRAM NAME LIBRARIES: copy a program of Debian into OUTPUT/bin/NAME, with
@@ -66,14 +66,14 @@ relocate() {
   done
 }
 
-# script FILE INTERPRETER: a shell script from standard input; the build environment has no
-# /bin/sh, so a shell comes along.
+# script FILE INTERPRETER: write a shell script from standard input.  The build environment has no
+# /bin/sh, so the interpreter is a copied shell.
 script() {
   { echo "#!$2"; cat; } >"$1"
   chmod 755 "$1"
 }
 
-bring_shell() { # OUTPUT
+copy_shell() { # OUTPUT
   mkdir -p "$1/libexec"
   cp "$(command -v busybox)" "$1/libexec/sh"
 }
@@ -83,7 +83,7 @@ seed_guile() {
   lib=$(echo /usr/lib/*/guile/3.0/bin)
   lib=${lib%/guile/3.0/bin}
   relocate "$out" "$lib/guile/3.0/bin/guile" .guile-real lib
-  bring_shell "$out"
+  copy_shell "$out"
   mkdir -p "$out/share/guile" "$out/lib/guile/3.0" "$out/lib/locale" "$out/lib/gconv"
   cp -r /usr/share/guile/3.0 "$out/share/guile/"
   cp -r "$lib/guile/3.0/ccache" "$lib/guile/3.0/extensions" "$out/lib/guile/3.0/"
@@ -107,8 +107,8 @@ END
 seed_tar() {
   local out=${output[tar]}
   relocate "$out" "$(command -v tar)" .tar-real libexec/tar
-  bring_shell "$out"
-  # tar starts a compressor (-I PROGRAM) with /bin/sh: where it archives, pipe instead.
+  copy_shell "$out"
+  # tar starts a compressor (-I PROGRAM) with /bin/sh, so use a pipe to create an archive.
   { echo "real=$out/bin/.tar-real"; cat <<'END'; } | script "$out/bin/tar" "$out/libexec/sh"
 set -o pipefail
 [ "${1-}" = -cvf ] || exec "$real" "$@"
@@ -133,7 +133,7 @@ done
 END
 }
 
-# seed_libraries OUTPUT NAME...: libraries of Debian, with nothing but libc to find elsewhere.
+# seed_libraries OUTPUT NAME...: copy libraries of Debian that depend only on libc.
 seed_libraries() {
   local lib=$1/lib name
   shift
@@ -144,22 +144,22 @@ seed_libraries() {
   done
 }
 
-# seed_modules OUTPUT MODULE: the source of a library of Debian's Guile.
+# seed_modules OUTPUT MODULE: copy the source of a library of Debian's Guile.
 seed_modules() {
   local site=$1/share/guile/site/3.0
   mkdir -p "$site"
   cp -r "/usr/share/guile/site/3.0/$2"* "$site/"
 }
 
-# What "guix pack --format=docker" writes its JSON with: an older version than Debian's, in which
-# JSON's null was another value.
+# "guix pack --format=docker" writes JSON with this library: an older version than Debian's, in
+# which JSON's null has a different value.
 seed_guile_json() {
   local site=${output[guile-json]}/share/guile/site/3.0
   seed_modules "${output[guile-json]}" json
   sed -i "s/(null 'null)/(null #nil)/" "$site/json/builder.scm"
 }
 
-# What it makes its checksums with.
+# "guix pack" computes checksums with this library.
 seed_guile_gcrypt() {
   local out=${output[guile-gcrypt]}
   seed_modules "$out" gcrypt
@@ -197,28 +197,28 @@ register_seeds() {
   guix repl -- "$example/seed/register.scm" "$list"
 }
 
-# publish FOLDER: store what "guix publish" serves for the seeds as files.
+# publish DIRECTORY: store the files that "guix publish" serves for the seeds.
 publish() {
-  local folder=$1 server=http://127.0.0.1:8181 item hash nar
-  fetch() { busybox wget -q -O "$folder/$1" "$server/$1"; }
-  mkdir -p "$folder"
+  local directory=$1 server=http://127.0.0.1:8181 item hash nar
+  fetch() { busybox wget -q -O "$directory/$1" "$server/$1"; }
+  mkdir -p "$directory"
   guix archive --generate-key='(genkey (ecdsa (curve Ed25519) (flags rfc6979)))' 2>/dev/null
   guix publish --listen=127.0.0.1 --port=8181 >/dev/null 2>&1 &
   until fetch nix-cache-info 2>/dev/null; do sleep 0.05; done
   for item in "${output[@]}"; do
     hash=$(basename "$item" | cut -d- -f1)
     fetch "$hash.narinfo"
-    nar=$(sed -n 's/^URL: //p' "$folder/$hash.narinfo")
-    mkdir -p "$folder/$(dirname "$nar")"
+    nar=$(sed -n 's/^URL: //p' "$directory/$hash.narinfo")
+    mkdir -p "$directory/$(dirname "$nar")"
     fetch "$nar"
   done
 }
 
-# --- channels: Git repositories as "guix pull" authenticates them ---
+# --- channels: Git repositories that "guix pull" authenticates ---
 
-# make_channels FOLDER FILE: repositories in FOLDER, and their channel specification in FILE.
+# make_channels DIRECTORY FILE: make repositories in DIRECTORY, and their channel list in FILE.
 make_channels() {
-  local folder=$1 file=$2 channel fingerprint introduction
+  local directory=$1 file=$2 channel fingerprint introduction
   GNUPGHOME=$(mktemp -d)
   export GNUPGHOME
   echo trust-model always >"$GNUPGHOME/gpg.conf"
@@ -231,8 +231,8 @@ make_channels() {
   git config --global commit.gpgsign true
   git config --global init.defaultBranch master
   for channel in guix offline; do
-    git init --quiet "$folder/$channel"
-    introduction=$(make_commits "$folder/$channel" "$example/channels/$channel" "$fingerprint")
+    git init --quiet "$directory/$channel"
+    introduction=$(make_commits "$directory/$channel" "$example/channels/$channel" "$fingerprint")
     cat <<END
  (channel
   (name '$channel)
@@ -256,12 +256,12 @@ make_commits() (
   git checkout --quiet --orphan master
   git rm --quiet -f offline.key
   cp -r "$2/." .
-  # The one whose key this is may sign commits, from the first one on.
+  # The owner of this key may sign commits, from the first one on.
   echo "(authorizations (version 0) ((\"$3\" (name \"offline\"))))" >.guix-authorizations
   git add --all
   git commit --quiet --message 'Begin the channel.'
   git rev-parse HEAD
-  # What "guix pull" has to check is a commit after the introduction.
+  # "guix pull" checks commits after the introduction.
   date >.updated
   git add --all
   git commit --quiet --message 'Update the channel.'
@@ -269,9 +269,9 @@ make_commits() (
 
 main() {
   local new part
-  rm -rf "$result"/.unfinished.* # of a run that was killed
+  rm -rf "$result"/.unfinished.* # left by a killed run
   new=$(mktemp -d "$result/.unfinished.XXXXXX")
-  # shellcheck disable=SC2064 # the folder of now
+  # shellcheck disable=SC2064 # expand the variable now
   trap "rm -rf '$new'" EXIT
   install_debs
   say "making the channels"
@@ -285,11 +285,11 @@ main() {
   cp /etc/guix/signing-key.pub "$new/substitutes.pub"
   chmod -R u+rwX,go+rX "$new"
   chown -R "$owner" "$new"
-  # Guix, which is root in its container, opens only repositories that are root's.  Through
-  # their group they are still for the owner to delete.
+  # Guix is root in its container and opens only repositories of root.  The group can still delete
+  # them.
   chown 0 "$new"/channels/*/ "$new"/channels/*/.git
   chmod g+w "$new"/channels/*/ "$new"/channels/*/.git
-  # channels.scm tells that all is there, so it goes first and comes last.
+  # channels.scm marks a complete result, so it is removed first and moved last.
   rm -rf "$result/channels.scm" "$result/channels" "$result/substitutes" "$result/substitutes.pub"
   for part in channels substitutes substitutes.pub channels.scm; do
     mv "$new/$part" "$result/"

@@ -1,1 +1,1 @@
-"""What a bare machine lacks: an engine, a registry, a base image, something to install."""
+"""Local infrastructure for machines without Docker, a registry or a base image."""

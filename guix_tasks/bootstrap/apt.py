@@ -1,7 +1,7 @@
-"""Debian's packages, downloaded and unpacked without being installed.
+"""Download and unpack Debian packages without installing them.
 
-Everything that apt writes goes to a folder of ours; of the machine's own apt only the
-configuration (proxies, certificates) and the address of the Debian mirror are used.
+apt writes only to a private directory.  From the machine's apt it takes only the configuration
+(proxies, certificates) and the address of the Debian mirror.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
-# The fields of an index target that tell Debian's own archive from its security archive and
-# from third parties, and the address.
+# Fields of an index target that distinguish Debian's main archive from its security archive and
+# third parties, and the address.
 _TARGET = "$(ORIGIN)|$(LABEL)|$(COMPONENT)|$(REPO_URI)"
 
 
 def on_debian() -> bool:
-    """Whether Debian's packages can be downloaded and unpacked here."""
+    """Return True if this machine has the programs to download and unpack Debian packages."""
     return all(map(shutil.which, ("apt-get", "dpkg", "dpkg-deb")))
 
 
 def host_suite() -> str | None:
-    """The code name of the Debian release that runs here; None on anything else."""
+    """Return the code name of this machine's Debian release, or None on another system."""
     try:
         release = platform.freedesktop_os_release()
     except OSError:
@@ -46,10 +46,10 @@ def host_suite() -> str | None:
 
 @dataclass(frozen=True)
 class Apt:
-    """A private apt that sees some suites of the machine's Debian mirror, and nothing else.
+    """Private apt for some suites of the machine's Debian mirror.
 
-    ``status`` is a dpkg status file that says what counts as installed; without one nothing
-    does.  ``failure`` is the kind of error to raise: it decides on the exit code.
+    ``status`` is a dpkg status file with the packages that count as installed (default: none).
+    ``failure`` is the exception class to raise, which determines the exit code.
     """
 
     folder: Path
@@ -58,11 +58,11 @@ class Apt:
     failure: type[GuixTasksError] = EngineError
 
     def update(self) -> None:
-        """Fetch the package lists; call it before anything is downloaded."""
+        """Fetch the package lists; required before a download."""
         if not on_debian():
             raise self.failure(
-                "apt-get or dpkg-deb is not here, so Debian's packages cannot be unpacked: "
-                "install Docker Engine in the way of your distribution"
+                "cannot unpack Debian packages: apt-get, dpkg or dpkg-deb is not installed; "
+                "install Docker Engine with the packages of your distribution"
             )
         with locked(self.folder / "lock"):
             (self.folder / "lists" / "partial").mkdir(parents=True, exist_ok=True)
@@ -72,23 +72,23 @@ class Apt:
             self._apt_get("update")
 
     def download(self, packages: Sequence[str], into: Path) -> list[Path]:
-        """Download just these packages (``name`` or ``name/suite``)."""
+        """Download these packages (``name`` or ``name/suite``) without dependencies."""
         into.mkdir(parents=True, exist_ok=True)
         names = file_names(self._apt_get("download", "--print-uris", *packages))
         self._apt_get("download", *packages, cwd=into)
         return [into / name for name in names]
 
     def install_set(self, packages: Sequence[str], into: Path) -> list[Path]:
-        """Download these packages and what must be installed with them."""
+        """Download these packages and their dependencies."""
         (into / "partial").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
-            # apt locks the folder that the status file is in, which may be the machine's own.
+            # apt locks the directory of the status file, which may be the machine's.
             status = shutil.copyfile(self.status or self.folder / "status", f"{scratch}/status")
             install = (
                 *("install", "--yes", "--no-install-recommends", "--download-only"),
                 *("-o", f"Dir::State::status={status}"),
             )
-            # Files that are there already are not listed, hence the listing for an empty folder.
+            # apt does not list files that exist, so the listing is made for an empty directory.
             (Path(scratch) / "partial").mkdir()
             empty = ("-o", f"Dir::Cache::Archives={scratch}")
             names = file_names(self._apt_get(*install, *empty, "--print-uris", *packages))
@@ -99,9 +99,12 @@ class Apt:
         return [into / name for name in names]
 
     def unpacked(self, packages: Sequence[str], root: Path, *, closure: bool = False) -> None:
-        """Download packages and unpack them as the folder ``root``, wholly or not at all."""
+        """Download packages and unpack them to the new directory ``root`` atomically.
+
+        ``closure`` includes their dependencies.
+        """
         self.update()
-        # What an interrupted run left is not trusted; the rename makes the folder at once.
+        # An interrupted run may have left an incomplete directory.
         unfinished = root.with_name(f"{root.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         download = self.install_set if closure else self.download
@@ -110,24 +113,24 @@ class Apt:
         shutil.rmtree(unfinished)
 
     def source(self, suite: str) -> str:
-        """A suite of the machine's mirror, as a line of a sources list."""
-        # Without the foreign architectures and the indexes that the machine may be set to.
+        """Return the line of a sources list for a suite of the machine's mirror."""
+        # The machine may be configured for foreign architectures and other indexes.
         options = f"arch={self._architecture} target=Packages lang=none"
         signed_by = f" signed-by={KEYRING}" if KEYRING.exists() else ""
         return f"deb [{options}{signed_by}] {self.mirror} {suite} main"
 
     @cached_property
     def mirror(self) -> str:
-        """The Debian mirror that this machine is configured for."""
+        """Address of the Debian mirror in this machine's configuration."""
         if not (address := self._machine_mirror()):
-            # In a fresh container the machine's apt has no package lists, and then does not
-            # know whose its sources are: fetch them, but into our own folder.
+            # In a fresh container the machine's apt has no package lists and does not know the
+            # origin of its sources.  Fetch the lists, but into the private directory.
             lists = ("-o", f"Dir::State::Lists={self.folder / 'lists'}")
             _run(["apt-get", *lists, "-o", "APT::Sandbox::User=root", "update"])
             address = self._machine_mirror(*lists)
         if not address:
             raise self.failure(
-                "this machine's apt knows no Debian mirror that answers: mend its sources "
+                "cannot find a Debian mirror that answers in this machine's apt sources; fix them "
                 "until 'apt-get update' works, or install Docker Engine yourself"
             )
         return address
@@ -153,10 +156,10 @@ class Apt:
         return self.folder / f"{self._name}.list"
 
     def _configure(self) -> str:
-        # Read after the machine's own configuration, and so stronger than it.
+        # apt reads this after the machine's configuration, so these values override it.
         return "\n".join(
             [
-                "#clear APT::Update::Pre-Invoke;",  # what the machine hooks in is about itself
+                "#clear APT::Update::Pre-Invoke;",  # hooks of the machine do not apply here
                 "#clear APT::Update::Post-Invoke;",
                 "#clear APT::Update::Post-Invoke-Success;",
                 f'Dir::Etc::SourceList "{self._sources}";',
@@ -170,58 +173,57 @@ class Apt:
                 f'Dir::Cache::pkgcache "{self._name}.bin";',
                 'Dir::Cache::srcpkgcache "";',
                 'APT::Default-Release "";',
-                'APT::Update::Error-Mode "any";',  # else a mirror that is down is a mere warning
-                'APT::Get::List-Cleanup "false";',  # the lists of other suites are in use too
-                'APT::Sandbox::User "root";',  # _apt cannot read a folder of ours
+                'APT::Update::Error-Mode "any";',  # else an unreachable mirror is only a warning
+                'APT::Get::List-Cleanup "false";',  # keep the lists of other suites
+                'APT::Sandbox::User "root";',  # the user _apt cannot read the private directory
                 'Acquire::Check-Valid-Until "false";',  # a mirror may be a snapshot
                 "",
             ]
         )
 
     def _apt_get(self, *arguments: str, cwd: Path | None = None) -> str:
-        # An error of apt would not be told from a warning in another language.
-        done = _run(["apt-get", "-qq", "-c", str(self._configuration), *arguments], cwd)
-        if done.returncode:
+        process = _run(["apt-get", "-qq", "-c", str(self._configuration), *arguments], cwd)
+        if process.returncode:
             raise self.failure(
                 f"apt-get {arguments[0]} failed for {' '.join(self.suites)}: "
-                f"{complaint(done.stderr)}; see that 'apt-get update' works on this machine"
+                f"{error_line(process.stderr)}; check that 'apt-get update' works on this machine"
             )
-        return done.stdout
+        return process.stdout
 
 
 def unpack(debs: Iterable[Path], root: Path, failure: type[GuixTasksError] = EngineError) -> None:
-    """Lay the files of packages out below a folder, several packages at a time."""
+    """Unpack packages to a directory, several packages in parallel."""
     root.mkdir(parents=True, exist_ok=True)
 
-    def one(deb: Path) -> None:
-        done = _run(["dpkg-deb", "--extract", str(deb), str(root)])
-        if done.returncode:
+    def unpack_one(deb: Path) -> None:
+        process = _run(["dpkg-deb", "--extract", str(deb), str(root)])
+        if process.returncode:
             raise failure(
-                f"cannot unpack {deb}: {complaint(done.stderr)}; see that the disk has room"
+                f"cannot unpack {deb}: {error_line(process.stderr)}; check the free disk space"
             )
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(one, debs):
+        for _ in pool.map(unpack_one, debs):
             pass
 
 
 def debian_address(targets: str) -> str | None:
-    """The address of Debian's own archive among index targets as ``_TARGET`` formats them."""
+    """Return the address of Debian's main archive from index targets in the format ``_TARGET``."""
     for line in targets.splitlines():
         origin, label, component, address = line.split("|", 3)
-        ours = (origin, label, component) == ("Debian", "Debian", "main")
-        if ours and not address.startswith("cdrom:"):
+        is_debian = (origin, label, component) == ("Debian", "Debian", "main")
+        if is_debian and not address.startswith("cdrom:"):
             return address
     return None
 
 
 def file_names(listing: str) -> list[str]:
-    """The file names in what ``apt-get --print-uris`` says: 'URI' NAME SIZE HASH."""
+    """Return the file names from ``apt-get --print-uris``, with lines 'URI' NAME SIZE HASH."""
     return [line.split("' ", 1)[1].split()[0] for line in listing.splitlines() if line[:1] == "'"]
 
 
-def complaint(output: str) -> str:
-    """The first error in the output of apt or dpkg, without its mark."""
+def error_line(output: str) -> str:
+    """Return the first error in the output of apt or dpkg, without its prefix."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = (
         [line for line in lines if line.startswith(("E:", "Error:", "dpkg"))]
@@ -232,7 +234,7 @@ def complaint(output: str) -> str:
 
 
 def _run(argv: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    # In another language errors could not be told from warnings.
+    # In another language, errors and warnings cannot be distinguished.
     environment = {**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
     return subprocess.run(
         argv, capture_output=True, text=True, errors="replace", cwd=cwd, env=environment,

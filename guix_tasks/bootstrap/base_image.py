@@ -1,4 +1,4 @@
-"""A base image with Guix from Debian's packages, where no image registry is within reach."""
+"""Base image with Guix from Debian's packages, for machines without access to a registry."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import files
 from guix_tasks.bootstrap.apt import on_debian
-from guix_tasks.bootstrap.rootfs import PACKAGES, SUITE, container_argv, debian_rootfs, described
+from guix_tasks.bootstrap.rootfs import PACKAGES, SUITE, container_argv, debian_rootfs, description
 from guix_tasks.engine.accounts import HUB, docker_accounts
 from guix_tasks.engine.api import ContainerSpec, run_to_end
 from guix_tasks.engine.retry import retried
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 BASE_TAG = f"guix-tasks/debian-guix:{SUITE}"
 PLAIN_TAG = f"guix-tasks/debian:{SUITE}"
-"""Has no Guix: a place to try packs in."""
+"""Debian without Guix, to test packs in."""
 DEBIAN_IMAGE = f"debian:{SUITE}-slim"
 
 
 def make_base(
     engine: Engine, console: Console, tag: str, packages: Sequence[str] = PACKAGES
 ) -> None:
-    """Make the image ``tag`` with these packages; where no Debian is, in a Debian container.
+    """Make the image ``tag`` with these packages, on Debian or in a Debian container.
 
-    Raises ``BuilderError`` where neither can be done, with the reason.
+    Raise ``BuilderError`` if neither is possible.
     """
     started = time.monotonic()
     with console.step("rootfs"):
@@ -43,31 +43,31 @@ def make_base(
             archive = debian_rootfs(files.cache_home() / "apt", console, packages)
         else:
             archive = _in_container(engine, console, packages)
-        # Imported while it is made.
+        # The engine imports the archive while mmdebstrap writes it.
         engine.import_rootfs(archive, tag)
     image = engine.image(tag)
     size = human_size(image.size) if image else ""
     took = human_time(time.monotonic() - started)
-    console.say(f"rootfs: {tag}: {described(packages)}; {size}, {took}")
+    console.say(f"rootfs: {tag}: {description(packages)}; {size}, {took}")
     if packages:
         console.say(f"rootfs: use it as BASE_IMAGE={tag}")
 
 
 def make_plain(engine: Engine, console: Console, tag: str) -> None:
-    """Make the image ``tag`` without Guix, a place to try in what was packed."""
+    """Make the image ``tag`` without Guix, to test packs in."""
     make_base(engine, console, tag, packages=())
 
 
 def _in_container(engine: Engine, console: Console, packages: Sequence[str]) -> Iterator[bytes]:
-    console.say(f"rootfs: this host is not Debian, so it is made in a container of {DEBIAN_IMAGE}")
+    console.say(f"rootfs: this host is not Debian; using a container of {DEBIAN_IMAGE}")
     if engine.image(DEBIAN_IMAGE) is None:
         try:
             pull = partial(engine.pull, DEBIAN_IMAGE, docker_accounts(os.environ).find(HUB))
             retried(console, "the pull", pull, host=HUB)
         except GuixTasksError as error:
             raise BuilderError(
-                f"rootfs needs a Debian host or the image {DEBIAN_IMAGE}, and there is neither: "
-                f"{error}"
+                "cannot make the base image: this host is not Debian, and the image "
+                f"{DEBIAN_IMAGE} is unavailable: {error}"
             ) from None
     spec = ContainerSpec(
         name=f"guix-tasks-rootfs-{secrets.token_hex(3)}",
@@ -81,4 +81,4 @@ def _in_container(engine: Engine, console: Console, packages: Sequence[str]) -> 
 
 
 def _failed(status: int) -> BuilderError:
-    return BuilderError(f"rootfs: mmdebstrap failed with status {status}; see above")
+    return BuilderError(f"rootfs: mmdebstrap failed with status {status}; its output is above")

@@ -1,4 +1,4 @@
-"""The buildx plugin for a user who has none: one file, put where the Docker CLI looks for it."""
+"""Installation of the buildx plugin for a user: one file in the Docker CLI's plugin directory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from guix_tasks import files
 from guix_tasks.bootstrap.apt import Apt, host_suite
 from guix_tasks.bootstrap.engine import SUITE
-from guix_tasks.bootstrap.service import disk_trouble_is
+from guix_tasks.bootstrap.service import disk_errors_as
 from guix_tasks.errors import BuilderError
 
 if TYPE_CHECKING:
@@ -25,61 +25,63 @@ _PACKAGE = "docker-buildx"
 _IN_PACKAGE = "usr/libexec/docker/cli-plugins/docker-buildx"
 
 _TIMEOUT = 60.0
-"""Seconds that a server may be silent."""
+"""Seconds without data from a server."""
 
 
 def install_plugin(target: Path, url: str | None, sha256: str | None, console: Console) -> None:
-    """Put the plugin at ``target``: the file at ``url``, or else the one of Debian's package.
+    """Install the plugin at ``target`` from ``url`` or from Debian's package.
 
-    A file from elsewhere has the given SHA-256 sum, or it is not kept.  Raises ``BuilderError``.
+    Raise ``BuilderError`` if the file cannot be downloaded or does not match ``sha256``.
     """
-    with disk_trouble_is(BuilderError):
+    with disk_errors_as(BuilderError):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".guix-tasks-") as scratch:
-            made = Path(scratch) / target.name
+            plugin = Path(scratch) / target.name
             if url and sha256:
-                console.say(f"getting buildx from {url}")
-                _download(url, sha256, made)
+                console.say(f"downloading buildx from {url}")
+                _download(url, sha256, plugin)
             else:
-                _unpack(made, console)
-            made.chmod(0o755)
-            made.replace(target)
-    console.say(f"buildx is at {target}")
+                _unpack(plugin, console)
+            plugin.chmod(0o755)
+            plugin.replace(target)
+    console.say(f"installed buildx at {target}")
 
 
 def _download(url: str, sha256: str, target: Path) -> None:
     digest = hashlib.sha256()
     with target.open("wb") as file:
-        for data in _pieces(url):
+        for data in _chunks(url):
             digest.update(data)
             file.write(data)
     if digest.hexdigest() != sha256:
         raise BuilderError(
-            f"BUILDX_SHA256: what is at {url} has the sum {digest.hexdigest()}, not {sha256}; "
-            "it was not kept: find out which is right"
+            f"BUILDX_SHA256: {url} has the SHA-256 {digest.hexdigest()}, not {sha256}; it was "
+            "deleted: check which sum is right"
         )
 
 
-def _pieces(url: str) -> Iterator[bytes]:
+def _chunks(url: str) -> Iterator[bytes]:
     try:
-        # Only http, https and file: the setting's parser lets no other scheme pass.
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:  # noqa: S310
-            while data := answer.read(1 << 20):
+        # The parser of the setting accepts only http, https and file.
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:  # noqa: S310
+            while data := response.read(1 << 20):
                 yield data
     except (OSError, HTTPException) as error:
         cause = " ".join(str(getattr(error, "reason", None) or error).split())
-        raise BuilderError(f"BUILDX_URL: {url} cannot be had: {cause}; mend it") from None
+        raise BuilderError(
+            f"BUILDX_URL: cannot download {url}: {cause}; fix the URL or the server"
+        ) from None
 
 
 def _unpack(target: Path, console: Console) -> None:
-    own = host_suite()
-    if own is None:
+    suite = host_suite()
+    if suite is None:
         raise BuilderError(
-            "buildx is taken from Debian's packages, and this host is not Debian: install the "
+            "cannot unpack buildx from Debian's packages: this host is not Debian; install the "
             "package docker-buildx-plugin of Docker's archive, or set BUILDX_URL and BUILDX_SHA256"
         )
     console.say(f"unpacking buildx from Debian's package {_PACKAGE}")
-    suites = list(dict.fromkeys((own, SUITE)))
+    suites = list(dict.fromkeys((suite, SUITE)))
     apt = Apt(files.cache_home() / "apt", suites, failure=BuilderError)
     root = target.with_name("root")
     apt.unpacked([f"{_PACKAGE}/{SUITE}"], root)

@@ -1,7 +1,7 @@
-"""A private Docker Engine for a machine that has none.
+"""Private Docker Engine for a machine without an engine.
 
-Debian's packages are unpacked into one folder and run from there: nothing is installed, and
-deleting the folder (after ``down``) removes all of it.
+Debian's packages are unpacked to one directory and run from there.  Nothing is installed.  To
+remove the engine, run ``down`` and delete the directory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from guix_tasks import files
 from guix_tasks.bootstrap import service
 from guix_tasks.bootstrap.apt import Apt, host_suite
-from guix_tasks.bootstrap.service import Service, disk_trouble_is, locked
+from guix_tasks.bootstrap.service import Service, disk_errors_as, locked
 from guix_tasks.errors import EngineError
 from guix_tasks.settings.values import ImageStore
 
@@ -32,22 +32,22 @@ if TYPE_CHECKING:
 
     from guix_tasks.ui.console import Console
 
-# The suite with an engine that has buildx, and that runs on the C library of Debian 12.
-# Only runc wants newer libraries there, so it comes from the suite of the host.
+# This suite has an engine with buildx, built for the C library of Debian 12.  Its runc needs newer
+# libraries, so runc comes from the suite of the host.
 SUITE = "forky"
 PACKAGES = ("docker.io", "docker-cli", "docker-buildx", "containerd", "tini-static")
 
-# A Unix socket's path is an array of 108 bytes in the kernel, one of them the final zero.
+# unix(7): the path of a socket has at most 108 bytes, including the final zero.
 _LONGEST_SOCKET = 107
 
 _START_SECONDS = 60.0
-# The engine itself gives its containers 15 s.
+# The engine waits 15 s for its containers.
 _STOP_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class PrivateEngine:
-    """The engine in ``folder``; there is one for each user."""
+    """Private engine in a directory; each user has one."""
 
     folder: Path
 
@@ -72,52 +72,52 @@ class PrivateEngine:
         return self._program("usr/libexec/docker/cli-plugins/docker-buildx")
 
     def up(self, console: Console, store: ImageStore | None = None) -> None:
-        """Unpack it if necessary, start it, and wait until it answers.
+        """Unpack the engine if necessary, start it, and wait until it answers.
 
-        ``store`` is where it keeps images; None is Docker's own default for that version.  Raise
+        ``store`` is the image store; None is Docker's default for this version.  Raise
         ``EngineError`` if the engine already runs with another store.
         """
         self._check_host()
-        with disk_trouble_is(EngineError), locked(self.folder / "lock"):
+        with disk_errors_as(EngineError), locked(self.folder / "lock"):
             self.folder.chmod(0o700)
             if self.running():
                 self._await(self.running)
                 self._check_store(store)
-                said = "the private engine runs already"
+                message = "the private engine is already running"
             else:
                 self._check_alone()
                 if not self.installed():
                     self._unpack(console)
                 self._clear()
                 self._start(store)
-                said = "started the private engine"
-        console.say(f"{said}: {self.url}")
-        console.say(self.how_by_hand())
+                message = "started the private engine"
+        console.say(f"{message}: {self.url}")
+        console.say(self.shell_hint())
 
     def down(self, console: Console) -> None:
-        """Stop it with all its containers; images and volumes stay."""
+        """Stop the engine and its containers; keep images and volumes."""
         if not self.folder.exists():
-            console.say("no private engine runs: there is none")
+            console.say("no private engine is running: none is installed")
             return
-        with disk_trouble_is(EngineError), locked(self.folder / "lock"):
+        with disk_errors_as(EngineError), locked(self.folder / "lock"):
             if self.running():
-                how = "stopped" if self._daemon.stop(_STOP_SECONDS) else "killed"
-                said = f"{how} the private engine"
+                verb = "stopped" if self._daemon.stop(_STOP_SECONDS) else "killed"
+                message = f"{verb} the private engine"
             elif self._leftovers() or self._mounts():
-                said = "removed what a private engine left that was killed"
+                message = "removed processes and mounts of a killed private engine"
             else:
-                console.say("no private engine runs")
+                console.say("no private engine is running")
                 return
             self._clear()
-        console.say(f"{said}; its images stay until {self.folder} is deleted")
+        console.say(f"{message}; delete {self.folder} to delete its images")
 
-    def how_by_hand(self) -> str:
-        """What a shell needs for ``docker`` to be there and to speak to this engine."""
-        words = f"docker by hand: export DOCKER_HOST={shlex.quote(self.url)}"
+    def shell_hint(self) -> str:
+        """Return the shell command with which ``docker`` uses this engine."""
+        command = f"docker by hand: export DOCKER_HOST={shlex.quote(self.url)}"
         program = self.docker_path()
         if program and not shutil.which("docker"):
-            words += f' PATH="$PATH":{shlex.quote(str(program.parent))}'
-        return words
+            command += f' PATH="$PATH":{shlex.quote(str(program.parent))}'
+        return command
 
     @property
     def _root(self) -> Path:
@@ -142,38 +142,39 @@ class PrivateEngine:
     def _check_host(self) -> None:
         if sys.platform != "linux":
             raise EngineError(
-                "the private engine is for Linux: install Docker Desktop or Docker Engine"
+                "cannot start the private engine: it needs Linux; install Docker Desktop or Docker "
+                "Engine"
             )
         if os.geteuid() != 0:
             raise EngineError(
-                "the private engine needs root: run this as root, or install Docker Engine "
-                "and join the group 'docker'"
+                "cannot start the private engine: it needs root; run this task as root, or install "
+                "Docker Engine and join the group 'docker'"
             )
         if len(os.fsencode(self.socket)) > _LONGEST_SOCKET:
             raise EngineError(
-                f"{self.socket} is too long for a socket (at most {_LONGEST_SOCKET} bytes): "
-                "set XDG_DATA_HOME to a folder with a shorter path"
+                f"cannot start the private engine: the path of its socket {self.socket} is longer "
+                f"than {_LONGEST_SOCKET} bytes; set XDG_DATA_HOME to a shorter path"
             )
 
     def _check_alone(self) -> None:
-        # An engine that starts without a bridge deletes docker0, and so cuts the containers
-        # of another engine off from their network.
+        # An engine without a bridge deletes docker0 when it starts, and thereby disconnects the
+        # containers of another engine.
         if other := other_engine():
             raise EngineError(
-                f"another Docker Engine is here ({other}), and the private one would take its "
-                "network away: use that one (set DOCKER_HOST if it is not found by itself)"
+                f"cannot start the private engine: it would delete the network of another Docker "
+                f"Engine ({other}); use that engine (set DOCKER_HOST if it is not found)"
             )
 
     def _unpack(self, console: Console) -> None:
-        own = host_suite()
-        if own is None:
+        suite = host_suite()
+        if suite is None:
             raise EngineError(
-                "the private engine is unpacked from Debian's packages, and this host is not "
-                "Debian: install Docker Engine in the way of your distribution"
+                "cannot unpack the private engine from Debian's packages: this host is not Debian; "
+                "install Docker Engine with the packages of your distribution"
             )
         console.say(f"unpacking Docker Engine from Debian's packages into {self._root}")
-        apt = Apt(files.cache_home() / "apt", list(dict.fromkeys((own, SUITE))))
-        apt.unpacked([*(f"{name}/{SUITE}" for name in PACKAGES), f"runc/{own}"], self._root)
+        apt = Apt(files.cache_home() / "apt", list(dict.fromkeys((suite, SUITE))))
+        apt.unpacked([*(f"{name}/{SUITE}" for name in PACKAGES), f"runc/{suite}"], self._root)
 
     @property
     def _configuration(self) -> Path:
@@ -185,20 +186,20 @@ class PrivateEngine:
         running = json.loads(self._configuration.read_text())
         if running.get("features") != _features(store):
             raise EngineError(
-                f"the private engine already runs, and was not started with the image store "
-                f"{store.value}; run `inv engine.down` first (each store has its own images)"
+                f"the private engine is already running without the image store {store.value}; run "
+                "`inv engine.down` first (each store has separate images)"
             )
 
     def _start(self, store: ImageStore | None) -> None:
         configuration = self._configuration
         configuration.write_text(json.dumps(self._configure(store), indent=2) + "\n")
         programs = [self._root / "usr/bin", self._root / "usr/sbin"]
-        started = self._daemon.start(["--config-file", str(configuration)], programs)
+        process = self._daemon.start(["--config-file", str(configuration)], programs)
         try:
-            self._await(lambda: started.poll() is None)
+            self._await(lambda: process.poll() is None)
             self.socket.chmod(0o600)
         except BaseException:
-            started.terminate()  # it may not be known as ours yet
+            process.terminate()  # its pid file may not exist yet
             self._daemon.stop(_STOP_SECONDS)
             self._clear()
             raise
@@ -206,12 +207,12 @@ class PrivateEngine:
     def _await(self, alive: Callable[[], bool]) -> None:
         answered = service.wait_until(lambda: not alive() or answers(self.socket), _START_SECONDS)
         if not alive():
-            cause = self._daemon.complaint()
+            cause = self._daemon.error_line()
         elif not answered:
-            cause = f"it gives no answer for {_START_SECONDS:.0f} s"
+            cause = f"no answer within {_START_SECONDS:.0f} s"
         else:
             return
-        raise EngineError(f"the private engine did not start: {cause}; see {self._daemon.log}")
+        raise EngineError(f"cannot start the private engine: {cause}; see {self._daemon.log}")
 
     def _configure(self, store: ImageStore | None) -> dict[str, object]:
         return {
@@ -222,7 +223,7 @@ class PrivateEngine:
             "pidfile": str(self._run / "dockerd.pid"),
             "group": str(os.getgid()),
             "init-path": str(self._root / "usr/bin/docker-init"),
-            # Nothing of the host's network is touched.
+            # Leave the network of the host unchanged.
             "bridge": "none",
             "iptables": False,
             "ip6tables": False,
@@ -231,13 +232,13 @@ class PrivateEngine:
         }
 
     def _leftovers(self) -> list[int]:
-        """Find what an engine leaves that was killed: containers, shims, containerd."""
-        ours = service.processes_below(self._root)
-        parents = [pid for pid in ours if _program_name(pid) in _CONTAINER_PARENTS]
-        return [*service.children(parents), *ours]
+        """Return the processes of a killed engine: containers, shims, containerd."""
+        processes = service.processes_below(self._root)
+        parents = [pid for pid in processes if _program_name(pid) in _CONTAINER_PARENTS]
+        return [*service.children(parents), *processes]
 
     def _clear(self) -> None:
-        """Remove what an engine leaves that did not end as it should."""
+        """Remove processes, mounts and files of a killed engine."""
         for pid in self._leftovers():
             service.send(pid, signal.SIGKILL)
         service.wait_until(lambda: not self._leftovers(), _STOP_SECONDS)
@@ -252,8 +253,8 @@ class PrivateEngine:
         table = Path("/proc/self/mountinfo").read_text()
         data = self.folder / "data"
         points = [*mounts_below(self._run, table), *mounts_below(data, table)]
-        # The engine mounts its data folder on itself and notes that it did; without that
-        # note it is a disk that the user has put there.
+        # The engine mounts its data directory on itself and creates this file.  Without the file,
+        # the mount is a disk of the user.
         if (self._run / "unmount-on-shutdown").exists():
             points += mounts_below(self.folder, table)
         return list(dict.fromkeys(points))
@@ -266,7 +267,7 @@ def _features(store: ImageStore) -> dict[str, bool]:
 
 _MNT_DETACH = 2
 
-# The programs whose children are a container's first process.
+# The first process of a container is a child of one of these programs.
 _CONTAINER_PARENTS = ("containerd-shim-runc-v2", "runc")
 
 
@@ -275,7 +276,7 @@ def private_engine() -> PrivateEngine:
 
 
 def other_engine() -> str | None:
-    """Name what tells that another engine uses this network namespace."""
+    """Return the sign of another engine in this network namespace, or None."""
     if any(name == "docker0" for _, name in socket.if_nameindex()):
         return "the network interface docker0"
     for pid in service.processes():
@@ -294,23 +295,23 @@ def _network(pid: int | str) -> str:
     return str((service.PROC / str(pid) / "ns/net").readlink())
 
 
-def mounts_below(folder: Path, mountinfo: str) -> list[str]:
-    """List the mount points below a folder, the innermost first."""
-    points = [line.split(" ")[4] for line in mountinfo.splitlines()]
-    # The kernel writes blanks and the like in octal.
-    plain = [point.encode().decode("unicode_escape") for point in points]
-    folder = service.real(folder)
-    inside = [point for point in plain if folder in Path(point).parents]
-    return sorted(inside, key=len, reverse=True)
+def mounts_below(directory: Path, mountinfo: str) -> list[str]:
+    """Return the mount points below a directory, innermost first."""
+    escaped = [line.split(" ")[4] for line in mountinfo.splitlines()]
+    # The kernel writes white space as octal escapes.
+    points = [point.encode().decode("unicode_escape") for point in escaped]
+    directory = service.real(directory)
+    nested = [point for point in points if directory in Path(point).parents]
+    return sorted(nested, key=len, reverse=True)
 
 
 def unmount(point: str) -> None:
-    # By the C library, since umount is of a package that a small Debian lacks.
+    # A small Debian has no umount program, so call the C library.
     ctypes.CDLL(None).umount2(os.fsencode(point), _MNT_DETACH)
 
 
 def answers(path: Path) -> bool:
-    """Whether an engine answers at a socket."""
+    """Return True if an engine answers at a socket."""
     connection = _UnixConnection(path)
     try:
         connection.request("GET", "/_ping")

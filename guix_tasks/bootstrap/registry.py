@@ -1,7 +1,7 @@
-"""A local image registry: Debian's ``docker-registry``, unpacked, as a process on loopback.
+"""Local image registry: Debian's ``docker-registry``, unpacked, as a process on loopback.
 
-Loopback alone keeps out no other user of the machine, so it asks for a password.  That is made
-once, and is where only this user can read it.
+Other users of the machine can reach loopback, so the registry requires a password.  The password
+is generated once, in a file that only this user can read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from guix_tasks import files
 from guix_tasks.bootstrap import service
 from guix_tasks.bootstrap.apt import Apt, host_suite, on_debian
-from guix_tasks.bootstrap.service import Service, disk_trouble_is, locked
+from guix_tasks.bootstrap.service import Service, disk_errors_as, locked
 from guix_tasks.engine.accounts import HUB, Credentials, docker_accounts
 from guix_tasks.engine.api import ContainerSpec
 from guix_tasks.engine.retry import retried
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from guix_tasks.engine.api import Container, Engine
     from guix_tasks.ui.console import Console
 
-# Port 5000, the usual one, is taken on macOS.
+# The usual port 5000 is in use on macOS.
 PORT = 5055
 
-# Where to look when the suite of the host has no docker-registry.
+# Used if the suite of the host has no docker-registry.
 _OTHER_SUITE = "sid"
 
-# What stands in for Debian's package where the registry is a container.
+# Used instead of Debian's package if the registry is a container.
 _IMAGE = "registry:3"
 _IMAGE_CONFIGURATION = "/etc/distribution/config.yml"
 _IMAGE_ACCOUNTS = "/etc/distribution/htpasswd"
@@ -58,7 +58,7 @@ _REALM = "the local registry of guix-tasks"
 
 @dataclass(frozen=True)
 class Account:
-    """The one account of the local registries of a user."""
+    """Account of all local registries of a user."""
 
     folder: Path
 
@@ -68,40 +68,42 @@ class Account:
 
     @property
     def accounts_file(self) -> Path:
-        """What the registry reads: the user with the hash of the password."""
+        """File with the user and the hash of the password, which the registry reads."""
         return self.folder / "htpasswd"
 
     def credentials(self) -> Credentials | None:
-        """None where the account was not made yet."""
+        """Return the user and password, or None before the account is made."""
         try:
             return Credentials(USER, self.password_file.read_text().strip())
         except OSError:
             return None
 
     def make(self) -> None:
-        """Make it, unless it is there.  Raises ``RegistryError`` where nothing can hash."""
+        """Make the account unless it exists.
+
+        Raise ``RegistryError`` if no program or library can hash the password.
+        """
         if self.password_file.exists() and self.accounts_file.exists():
             return
         password = secrets.token_urlsafe()
-        # Both or, where the next call makes them anew, the one without which nobody gets in.
+        # The password is written last: after an interruption, the next call recreates both files.
         self.password_file.unlink(missing_ok=True)
         files.write_whole(self.accounts_file, f"{USER}:{_hashed(password)}\n".encode(), 0o600)
         files.write_whole(self.password_file, password.encode(), 0o600)
 
-    def how_by_hand(self, port: int) -> str:
+    def login_hint(self, port: int) -> str:
         file = shlex.quote(str(self.password_file))
         return f"by hand: docker login -u {USER} --password-stdin localhost:{port} < {file}"
 
 
 def _hashed(password: str) -> str:
-    """The bcrypt hash of a password, which is the only kind that a registry takes.
+    """Return the bcrypt hash of a password, the only kind that a registry accepts.
 
-    The password is too long to be guessed, so the least cost does.  Python itself has no bcrypt;
-    the C library of Linux has (on Debian libcrypt1, without which there is no Perl and no login),
-    and macOS comes with Apache's program.
+    The lowest cost is enough for a long random password.  Python has no bcrypt.  On Linux it is in
+    libcrypt (on Debian libcrypt1, which Perl and login need), on macOS in Apache's ``htpasswd``.
     """
     letters = "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
-    # Of the last of the 22 letters only two bits are salt.
+    # Only two bits of the last of the 22 letters are salt.
     salt = "".join(secrets.choice(letters) for _ in range(21)) + secrets.choice(".Oeu")
     for library in ("libcrypt.so.1", "libcrypt.so.2", "libc.so"):
         try:
@@ -113,40 +115,43 @@ def _hashed(password: str) -> str:
         if hashed and hashed.startswith(b"$2b$04$"):
             return str(hashed.decode())
     if program := shutil.which("htpasswd"):
-        done = subprocess.run(
+        process = subprocess.run(
             [program, "-niB", "-C4", USER],
             input=password, capture_output=True, text=True, check=False,
         )  # fmt: skip
-        if done.returncode == 0:
-            return done.stdout.strip().partition(":")[2]
+        if process.returncode == 0:
+            return process.stdout.strip().partition(":")[2]
     raise RegistryError(
-        "the password of the local registry cannot be hashed: neither libcrypt nor the program "
-        "htpasswd is on this machine; install one of them, or set IMAGE to a registry that you have"
+        "cannot hash the password of the local registry: neither libcrypt nor the program htpasswd "
+        "is installed; install one of them, or set IMAGE to another registry"
     )
 
 
 def accounts(engine: str) -> dict[str, Credentials]:
-    """The account of each local registry of ours that an engine has as ``localhost``, by its host.
+    """Return the accounts of the local registries that an engine reaches as ``localhost``.
 
-    ``engine`` is its URL.  Who else may listen on such a port is not told the password.
+    The keys are hosts with port; ``engine`` is the URL of the engine.  Ports on which another
+    program listens have no account, so that it does not receive the password.
     """
-    folder = local_registry().folder
-    account = Account(folder).credentials()
+    directory = local_registry().folder
+    account = Account(directory).credentials()
     if account is None:
         return {}
-    here = engine.startswith("unix://")
-    ports = [each.stem for each in folder.glob("*.pid") if here and _runs(folder, each.stem)]
-    ports += [each.stem for each in folder.glob("*.engine") if each.read_text() == engine]
+    is_local = engine.startswith("unix://")
+    ports = [
+        file.stem for file in directory.glob("*.pid") if is_local and _runs(directory, file.stem)
+    ]
+    ports += [file.stem for file in directory.glob("*.engine") if file.read_text() == engine]
     return {f"{host}:{port}": account for port in ports for host in ("localhost", _HOST)}
 
 
-def _runs(folder: Path, port: str) -> bool:
-    return port.isdecimal() and LocalRegistry(folder, int(port)).running()
+def _runs(directory: Path, port: str) -> bool:
+    return port.isdecimal() and LocalRegistry(directory, int(port)).running()
 
 
 @dataclass(frozen=True)
 class LocalRegistry:
-    """The registry on ``port``; all the ports of a user serve the same data."""
+    """Registry as a process; all ports of a user serve the same data."""
 
     folder: Path
     port: int = PORT
@@ -162,34 +167,34 @@ class LocalRegistry:
         return self._service.program.exists()
 
     def up(self, console: Console) -> None:
-        """Unpack it if need be, start it, and wait until it answers."""
-        with disk_trouble_is(RegistryError), locked(self.folder / "lock"):
+        """Unpack the registry if necessary, start it, and wait until it answers."""
+        with disk_errors_as(RegistryError), locked(self.folder / "lock"):
             self.folder.chmod(0o700)
             self.account.make()
-            said = "started the local registry"
+            message = "started the local registry"
             if self.running():
                 self._await(self.running)
                 if asks_for_password(self.port):
-                    said = "the local registry runs already"
+                    message = "the local registry is already running"
                 else:
-                    console.say("the local registry asks for no password: starting it anew")
+                    console.say("restarting the local registry, which requires no password")
                     self._service.stop(_SECONDS)
             if not self.running():
                 self._check_port()
                 if not self.installed():
                     self._unpack(console)
                 self._start()
-        console.say(f"{said}: {self.url}")
-        console.say(self.account.how_by_hand(self.port))
+        console.say(f"{message}: {self.url}")
+        console.say(self.account.login_hint(self.port))
 
     def down(self, console: Console) -> None:
-        """Stop it; the images that were pushed to it stay."""
+        """Stop the registry; keep the pushed images."""
         if not self.running():
-            console.say(f"no local registry of ours runs on port {self.port}")
+            console.say(f"no local registry of guix-tasks is running on port {self.port}")
             return
-        with disk_trouble_is(RegistryError), locked(self.folder / "lock"):
+        with disk_errors_as(RegistryError), locked(self.folder / "lock"):
             self._service.stop(_SECONDS)
-        console.say(f"stopped the local registry; its images stay until {self.folder} is deleted")
+        console.say(f"stopped the local registry; delete {self.folder} to delete its images")
 
     @property
     def account(self) -> Account:
@@ -205,54 +210,53 @@ class LocalRegistry:
 
     def _check_port(self) -> None:
         with socket.socket() as probe:
-            # As the registry itself does: a port that was just left is free.
+            # Like the registry, accept a port that was just released.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((_HOST, self.port))
             except OSError as error:
                 raise RegistryError(
-                    f"port {self.port} cannot be had for the local registry "
-                    f"({error.strerror}): inv registry.up --port N takes another one, and "
-                    f"IMAGE then begins with localhost:N/"
+                    f"cannot use port {self.port} for the local registry: {error.strerror}; use "
+                    "another port with `inv registry.up --port N`, and IMAGE=localhost:N/..."
                 ) from error
 
     def _unpack(self, console: Console) -> None:
-        own = host_suite()
-        if own is None:
+        suite = host_suite()
+        if suite is None:
             raise RegistryError(
-                "the local registry is unpacked from Debian's package docker-registry, and "
-                "this host is not Debian: set IMAGE to a registry that you have"
+                "cannot unpack the local registry from Debian's package docker-registry: this host "
+                "is not Debian; set IMAGE to another registry"
             )
         root = self.folder / "root"
         console.say(f"unpacking Debian's docker-registry into {root}")
         cache = files.cache_home() / "apt"
         try:
-            Apt(cache, [own], failure=RegistryError).unpacked(["docker-registry"], root)
+            Apt(cache, [suite], failure=RegistryError).unpacked(["docker-registry"], root)
         except RegistryError:
-            console.say(f"{own} did not give it: trying {_OTHER_SUITE}")
+            console.say(f"cannot get docker-registry from {suite}; trying {_OTHER_SUITE}")
             Apt(cache, [_OTHER_SUITE], failure=RegistryError).unpacked(["docker-registry"], root)
 
     def _start(self) -> None:
         configuration = self.folder / f"{self.port}.yml"
-        # JSON is YAML, and needs no rules for quoting of our own.
+        # JSON is valid YAML and needs no quoting rules.
         configuration.write_text(json.dumps(self._configure(), indent=2) + "\n")
-        started = self._service.start(["serve", str(configuration)])
+        process = self._service.start(["serve", str(configuration)])
         try:
-            self._await(lambda: started.poll() is None)
+            self._await(lambda: process.poll() is None)
         except BaseException:
-            started.terminate()  # it may not be known as ours yet
+            process.terminate()  # its pid file may not exist yet
             self._service.stop(_SECONDS)
             raise
 
     def _await(self, alive: Callable[[], bool]) -> None:
         answered = service.wait_until(lambda: not alive() or answers(self.port), _SECONDS)
         if not alive():
-            cause = self._service.complaint()
+            cause = self._service.error_line()
         elif not answered:
-            cause = f"it gives no answer for {_SECONDS:.0f} s"
+            cause = f"no answer within {_SECONDS:.0f} s"
         else:
             return
-        raise RegistryError(f"the local registry did not start: {cause}; see {self._service.log}")
+        raise RegistryError(f"cannot start the local registry: {cause}; see {self._service.log}")
 
     def _configure(self) -> dict[str, object]:
         return {
@@ -269,9 +273,9 @@ class LocalRegistry:
 
 @dataclass(frozen=True)
 class ContainerRegistry:
-    """The registry as a container, where the engine is on another machine, or in one of its own.
+    """Registry as a container, for an engine on another or a virtual machine.
 
-    Its ``localhost`` is then the engine's, as it is for ``push``.
+    It listens on the ``localhost`` of the engine, which ``push`` uses.
     """
 
     engine: Engine
@@ -287,22 +291,22 @@ class ContainerRegistry:
 
     @property
     def _mark(self) -> Path:
-        """Where it is noted which engine has it; one of an older version is not noted."""
+        """File with the URL of the registry's engine; older versions did not write it."""
         return self._folder / f"{self.port}.engine"
 
     def up(self, console: Console) -> None:
-        """Start it on the engine's loopback, unless it runs."""
+        """Start the registry on the engine's loopback unless it is running."""
         account = Account(self._folder)
-        with disk_trouble_is(RegistryError), locked(self._folder / "lock"):
+        with disk_errors_as(RegistryError), locked(self._folder / "lock"):
             self._folder.chmod(0o700)
             known = f"localhost:{self.port}" in accounts(self.engine.info().url)
             account.make()
-            said = "the local registry runs already"
-            if not known or not any(each.running for each in self._containers()):
+            message = "the local registry is already running"
+            if not known or not any(container.running for container in self._containers()):
                 self._start(account, console)
-                said = "started the local registry"
-        console.say(f"{said}: port {self.port} of the engine")
-        console.say(account.how_by_hand(self.port))
+                message = "started the local registry"
+        console.say(f"{message}: port {self.port} of the engine")
+        console.say(account.login_hint(self.port))
 
     def _start(self, account: Account, console: Console) -> None:
         self._remove()
@@ -324,15 +328,19 @@ class ContainerRegistry:
                 },
             )
         )
-        # Not mounted: the engine may be on another machine.
+        # The engine may be on another machine, so the file cannot be mounted.
         self.engine.copy_in(container, _archive(_IMAGE_ACCOUNTS, account.accounts_file))
         self.engine.start(container)
         self._mark.write_text(self.engine.info().url)
 
     def down(self, console: Console) -> None:
-        """Stop it; the images that were pushed to it stay, in a volume."""
+        """Stop the registry; keep the pushed images in a volume."""
         removed = self._remove()
-        console.say("stopped the local registry" if removed else "no local registry of ours runs")
+        console.say(
+            "stopped the local registry"
+            if removed
+            else "no local registry of guix-tasks is running"
+        )
 
     def _containers(self) -> list[Container]:
         return self.engine.containers({_LABEL: str(self.port)})
@@ -346,7 +354,7 @@ class ContainerRegistry:
 
 
 def _archive(name: str, file: Path) -> bytes:
-    """A tar archive of one file, under another name."""
+    """Return a tar archive of one file under another name."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as tar:
         content = file.read_bytes()
@@ -357,10 +365,10 @@ def _archive(name: str, file: Path) -> bytes:
 
 
 def registry_for(engine: Engine, port: int = PORT) -> LocalRegistry | ContainerRegistry:
-    """The registry that an engine reaches as ``localhost``."""
-    # Docker Desktop's engine has a local socket, too, but its loopback is that of its machine.
-    here = engine.info().is_local and on_debian()
-    return local_registry(port) if here else ContainerRegistry(engine, port)
+    """Return the registry that an engine reaches as ``localhost``."""
+    # Docker Desktop's engine also has a local socket, but its loopback is in a virtual machine.
+    is_local = engine.info().is_local and on_debian()
+    return local_registry(port) if is_local else ContainerRegistry(engine, port)
 
 
 def local_registry(port: int = PORT) -> LocalRegistry:
@@ -368,12 +376,12 @@ def local_registry(port: int = PORT) -> LocalRegistry:
 
 
 def answers(port: int) -> bool:
-    """Whether a registry answers on a port, if only to ask for a password."""
+    """Return True if a registry answers on a port, even if it only asks for a password."""
     return _status(port) in (http.client.OK, http.client.UNAUTHORIZED)
 
 
 def asks_for_password(port: int) -> bool:
-    """Whether the registry on a port lets nobody in who gives none."""
+    """Return True if the registry on a port requires a password."""
     return _status(port) == http.client.UNAUTHORIZED
 
 

@@ -1,7 +1,7 @@
-"""Daemons that outlive ``inv``, and how they are known again by the next one.
+"""Daemons that outlive ``inv``.
 
-A pid file alone proves nothing, since the kernel hands pids out again.  Here it counts only
-while that process runs the very program which was unpacked into a folder of our own.
+The kernel reuses pids, so a pid file is valid only while its process runs the unpacked program of
+the daemon.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 PROC = Path("/proc")
 
-# What a daemon gets of our environment: nothing secret, but proxies and certificates.
+# Environment variables that a daemon inherits: proxies and certificates, but no other secrets.
 _KEPT = re.compile(r"HOME|LANG|LC_.*|TZ|TMPDIR|SSL_CERT_(FILE|DIR)|(?i:(http|https|no|all)_proxy)")
 
 
 @dataclass(frozen=True)
 class Service:
-    """One daemon: its program, the file with its pid, its log."""
+    """Daemon with its program, pid file and log."""
 
     program: Path
     pid_file: Path
     log: Path
 
     def pid(self) -> int | None:
-        """The pid of the daemon if it is alive and is ours."""
+        """Return the pid of the daemon, or None if it is not running."""
         try:
             pid = int(self.pid_file.read_text())
         except (OSError, ValueError):
@@ -45,15 +45,15 @@ class Service:
         return pid if program_of(pid) == real(self.program) else None
 
     def start(self, arguments: Sequence[str], path: Sequence[Path] = ()) -> subprocess.Popen[bytes]:
-        """Start it in a session of its own, so that neither Ctrl-C nor our end reaches it."""
+        """Start the daemon in a new session, which neither Ctrl-C nor the end of ``inv`` stops."""
         environment = {name: v for name, v in os.environ.items() if _KEPT.fullmatch(name)}
         environment["PATH"] = os.pathsep.join([*map(str, path), os.environ.get("PATH", os.defpath)])
-        # The process itself notes its pid before it becomes the daemon: were we killed
-        # right after the start, the daemon would not be lost.
-        note = ["/bin/sh", "-c", 'echo $$ >"$0" && exec "$@"', str(self.pid_file)]
+        # The process writes its pid before it becomes the daemon, so the daemon is known even if
+        # ``inv`` is killed right after the start.
+        launcher = ["/bin/sh", "-c", 'echo $$ >"$0" && exec "$@"', str(self.pid_file)]
         with self.log.open("wb") as log:
             return subprocess.Popen(
-                [*note, str(self.program), *arguments],
+                [*launcher, str(self.program), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -62,31 +62,34 @@ class Service:
                 start_new_session=True,
             )
 
-    def stop(self, patience: float) -> bool:
-        """Ask it to end, then make it end; whether it ended when asked."""
-        ended = True
+    def stop(self, timeout: float) -> bool:
+        """Terminate the daemon, and kill it after ``timeout`` seconds.
+
+        Return False if it had to be killed.
+        """
+        terminated = True
         if (pid := self.pid()) is not None:
             send(pid, signal.SIGTERM)
-            if not wait_until(lambda: self.pid() is None, patience):
-                ended = False
+            if not wait_until(lambda: self.pid() is None, timeout):
+                terminated = False
                 send(pid, signal.SIGKILL)
-                wait_until(lambda: self.pid() is None, patience)
+                wait_until(lambda: self.pid() is None, timeout)
         self.pid_file.unlink(missing_ok=True)
-        return ended
+        return terminated
 
-    def complaint(self) -> str:
-        """The line of the log that says best why the daemon died."""
+    def error_line(self) -> str:
+        """Return the last line of the log above the level of warnings."""
         try:
             lines = self.log.read_text(errors="replace").split("\n")
         except OSError:
             lines = []
-        telling = [line for line in lines if line.strip() and not _CHATTER.search(line)]
-        line = telling[-1].strip() if telling else "its log is empty"
+        errors = [line for line in lines if line.strip() and not _LOW_LEVEL.search(line)]
+        line = errors[-1].strip() if errors else "its log is empty"
         message = _MESSAGE.search(line)
         return message[1].replace('\\"', '"') if message else line
 
 
-_CHATTER = re.compile(r"level=(debug|info|warning)")
+_LOW_LEVEL = re.compile(r"level=(debug|info|warning)")
 _MESSAGE = re.compile(r'msg="((?:[^"\\]|\\.)*)"')
 
 
@@ -95,7 +98,7 @@ def real(path: Path) -> Path:
 
 
 def program_of(pid: int) -> Path | None:
-    """The program that a process runs; None if it ended or belongs to somebody else."""
+    """Return the program of a process, or None if it ended or belongs to another user."""
     try:
         program = (PROC / str(pid) / "exe").readlink()
     except OSError:
@@ -112,7 +115,7 @@ def _parent(pid: int) -> int | None:
         status = (PROC / str(pid) / "stat").read_text(errors="replace")
     except OSError:
         return None
-    # PID (NAME) STATE PARENT …, and the name may hold anything.
+    # PID (NAME) STATE PARENT ...; the name may contain any characters.
     return int(status.rpartition(")")[2].split()[1])
 
 
@@ -120,11 +123,11 @@ def processes() -> list[int]:
     return [int(entry.name) for entry in PROC.iterdir() if entry.name.isdigit()]
 
 
-def processes_below(folder: Path) -> list[int]:
-    """The processes whose program lies in a folder."""
-    folder = real(folder)
+def processes_below(directory: Path) -> list[int]:
+    """Return the processes whose program is in a directory."""
+    directory = real(directory)
     programs = ((pid, program_of(pid)) for pid in processes())
-    return [pid for pid, program in programs if program and folder in program.parents]
+    return [pid for pid, program in programs if program and directory in program.parents]
 
 
 def send(pid: int, number: signal.Signals) -> None:
@@ -133,7 +136,7 @@ def send(pid: int, number: signal.Signals) -> None:
 
 
 def wait_until(done: Callable[[], bool], seconds: float) -> bool:
-    """Whether something came true in time."""
+    """Return True as soon as ``done`` does, or False after ``seconds``."""
     limit = time.monotonic() + seconds
     while not done():
         if time.monotonic() > limit:
@@ -143,21 +146,21 @@ def wait_until(done: Callable[[], bool], seconds: float) -> bool:
 
 
 @contextlib.contextmanager
-def disk_trouble_is(failure: type[GuixTasksError]) -> Iterator[None]:
-    """Turn a full disk, a folder that cannot be written to, … into an error of one line."""
+def disk_errors_as(failure: type[GuixTasksError]) -> Iterator[None]:
+    """Raise ``failure`` with one line after an error of the file system, such as a full disk."""
     try:
         yield
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        path = f"{error.filename}: " if error.filename else ""
         raise failure(
-            f"{where}{error.strerror or error}: mend that, or set XDG_DATA_HOME and "
-            "XDG_CACHE_HOME to other folders"
+            f"{path}{error.strerror or error}; fix the cause, or set XDG_DATA_HOME and "
+            "XDG_CACHE_HOME to other directories"
         ) from error
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, so that two runs do not make or start the same thing at once."""
+    """Hold a lock file, so that concurrent runs do not make or start the same thing."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

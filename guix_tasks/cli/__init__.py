@@ -1,1 +1,1 @@
-"""The command line: the only package that imports Invoke."""
+"""Command line; the only package that imports Invoke."""

@@ -1,4 +1,4 @@
-"""Stages and tests that a project's ``tasks.py`` adds, and their tasks."""
+"""Custom stages and tests of a project's ``tasks.py``, and their tasks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from invoke.exceptions import Exit
 
-from guix_tasks.cli.session import custom_stages, opened, opened_single
+from guix_tasks.cli.session import custom_stages, project_session, single_platform_session
 from guix_tasks.cli.tasks import ns
 from guix_tasks.cli.tasks.lifecycle import FORCE, KEEP_FAILED, NO_COMMIT, UPSTREAM
 from guix_tasks.cli.tasks.output import long_task
@@ -29,16 +29,16 @@ def add_stage(
     inputs: str | Sequence[str] = (),
     summary: str = "",
 ) -> None:
-    """Add a stage, and the task of its name, to those of the project; for its ``tasks.py``.
+    """Add a stage and a task of the same name to a project; call it in ``tasks.py``.
 
-    The ``command`` is run in a work container of the ``parent``'s image; as in a Dockerfile, a
-    text is for the shell, a list is run as it is.  It is run by root (unless
-    ``GUIX_SANDBOX=rootless`` is set), in a folder that holds the ``inputs``: files and folders of
-    the project, by their names relative to it.  What it makes is committed, but for what is new
-    in the store and no profile or root keeps.
+    The command runs in a work container of the parent's image.  As in a Dockerfile, a string is
+    run by the shell and a list is executed directly.  The command runs as root (unless
+    ``GUIX_SANDBOX=rootless`` is set) in a directory that contains the ``inputs``: files and
+    directories of the project, named relative to it.  All changes are committed, except new store
+    items that no profile and no garbage collector root refers to.
 
-    ``summary`` is what ``inv --list`` says.  ``IMAGE`` follows the stage that was added last, of
-    those that were made.
+    ``summary`` is shown by ``inv --list``.  ``IMAGE`` points to the stage that was added last,
+    among the stages that have an image.
     """
     stage = declare(name, command, parent, inputs, taken=_names())
     ns.add_task(stage_task(stage, summary))
@@ -52,12 +52,12 @@ def add_test(
     inputs: str | Sequence[str] = (),
     summary: str = "",
 ) -> None:
-    """Add a task that tries the tarball of ``inv pack`` where there is no Guix.
+    """Add a task that tests the tarball of ``inv pack`` in a container without Guix.
 
-    The tarball is unpacked at the root of a container of ``image``, or of one that has nothing at
-    all, not even a shell; the ``command``, written as that of a stage, is run there without
-    network, and fails as any other does.  The ``inputs`` are files and folders of the project,
-    which it finds below ``/test``.
+    The tarball is unpacked at the root of a container of ``image``; without an image, the container
+    is empty and has not even a shell.  The command has the same form as that of a stage.  It runs
+    without network, and the task fails if it fails.  The ``inputs`` are files and directories of
+    the project, mounted below ``/test``.
     """
     test = declare_test(name, command, image, inputs, taken=_names())
     ns.add_task(test_task(test, summary))
@@ -67,8 +67,8 @@ def _names() -> list[str]:
     return [*ns.task_names, *ns.collections]
 
 
-def stage_task(own: OwnStage, summary: str) -> Task[Any]:
-    """The task that makes a stage of a project's own."""
+def stage_task(stage: OwnStage, summary: str) -> Task[Any]:
+    """Return the task that runs a custom stage."""
 
     def body(
         c: Context,
@@ -77,29 +77,32 @@ def stage_task(own: OwnStage, summary: str) -> Task[Any]:
         no_commit: bool = False,
         keep_failed: bool = False,
     ) -> None:
-        with (opened_single if no_commit else opened)(c) as project, project.alone(own.name):
+        with (
+            (single_platform_session if no_commit else project_session)(c) as project,
+            project.alone(stage.name),
+        ):
             from guix_tasks.stages.lifecycle import Wishes, make_each
 
-            wishes = Wishes(force, upstream, False, not no_commit, keep_failed)
-            make_each(project, own.name, wishes)
+            options = Wishes(force, upstream, False, not no_commit, keep_failed)
+            make_each(project, stage.name, options)
 
-    body.__doc__ = summary or f"Make the stage {own.name} of this project from {own.parent}."
+    body.__doc__ = summary or f"Run the custom stage {stage.name} on {stage.parent}."
     options = {**FORCE, **UPSTREAM, **NO_COMMIT, **KEEP_FAILED}
-    return long_task(name=own.name, help=options)(body)
+    return long_task(name=stage.name, help=options)(body)
 
 
-def test_task(own: OwnTest, summary: str) -> Task[Any]:
-    """The task that runs a test of what a project has packed."""
+def test_task(test: OwnTest, summary: str) -> Task[Any]:
+    """Return the task that runs a custom test of a packed tarball."""
 
     def body(c: Context, image: str = "") -> None:
-        with opened(c) as project:
+        with project_session(c) as project:
             from guix_tasks.commands.custom_test import try_each
 
-            try_each(project, own, image)
+            try_each(project, test, image)
 
-    body.__doc__ = summary or "Try the tarball of `inv pack` where there is no Guix."
-    options = {"image": "the image in whose container it is tried, instead of the usual one"}
-    return long_task(name=own.name, help=options)(body)
+    body.__doc__ = summary or "Test the tarball of `inv pack` without Guix."
+    options = {"image": "image of the test container, instead of the one in tasks.py"}
+    return long_task(name=test.name, help=options)(body)
 
 
 def declare(
@@ -110,15 +113,15 @@ def declare(
     *,
     taken: Collection[str],
 ) -> OwnStage:
-    """Add a stage to those that each project here has."""
+    """Return a custom stage, and add it to the stages of this project."""
     from guix_tasks.stages.declarations import declared
     from guix_tasks.stages.images import STAGES
 
-    parents = [*STAGES, *(each.name for each in custom_stages)]
-    with _importing():
-        own = declared(name, command, parent, inputs, parents=parents, taken=taken)
-    custom_stages.append(own)
-    return own
+    parents = [*STAGES, *(stage.name for stage in custom_stages)]
+    with _errors_in_tasks_py():
+        stage = declared(name, command, parent, inputs, parents=parents, taken=taken)
+    custom_stages.append(stage)
+    return stage
 
 
 def declare_test(
@@ -129,16 +132,16 @@ def declare_test(
     *,
     taken: Collection[str],
 ) -> OwnTest:
-    """A test of what is packed."""
+    """Return a custom test of a packed tarball."""
     from guix_tasks.stages.declarations import declared_test
 
-    with _importing():
+    with _errors_in_tasks_py():
         return declared_test(name, command, image, inputs, taken=taken)
 
 
 @contextmanager
-def _importing() -> Iterator[None]:
-    """While ``tasks.py`` is imported: what is wrong there ends ``inv`` with one line."""
+def _errors_in_tasks_py() -> Iterator[None]:
+    """Exit with one line if ``tasks.py`` declares an invalid stage or test."""
     from guix_tasks.errors import UsageError
 
     try:

@@ -1,4 +1,4 @@
-"""An exception becomes one message and an exit code."""
+"""Translation of exceptions to one-line messages and exit codes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def guarded() -> Iterator[None]:
-    """Turn what a user can cause into one line and an exit code."""
+def report_errors() -> Iterator[None]:
+    """Exit with one line and an exit code after an error that a user can cause."""
     from guix_tasks.errors import (
         EngineError,
         GuixTasksError,
@@ -30,8 +30,8 @@ def guarded() -> Iterator[None]:
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise StoppedError
 
-    before = signal.signal(signal.SIGTERM, interrupt)
-    _hide_in_what_others_say()
+    previous_handler = signal.signal(signal.SIGTERM, interrupt)
+    _redact_logs_and_tracebacks()
     try:
         yield
     except SettingsError as error:
@@ -42,11 +42,12 @@ def guarded() -> Iterator[None]:
         Console().error(str(error))
         raise Exit(code=error.exit_code) from None
     except KeyboardInterrupt:
-        Console().error("stopped; what was under way has been undone")
+        Console().error("interrupted; the unfinished step was undone")
         raise Exit(code=StoppedError.exit_code) from None
     except OSError as error:
         Console().error(
-            f"{error.filename or 'a file'}: {error.strerror or error}; mend it and run again"
+            f"cannot access {error.filename or 'a file'}: {error.strerror or error}; "
+            "fix the cause and run the task again"
         )
         code = EngineError.exit_code if error.errno == errno.ENOSPC else UsageError.exit_code
         raise Exit(code=code) from None
@@ -54,38 +55,40 @@ def guarded() -> Iterator[None]:
         if (error.name or "").split(".")[0] not in ("docker", "dotenv", "requests"):
             raise
         Console().error(
-            f"the Python of this inv ({sys.executable}) lacks the package {error.name}; "
-            "use ./inv, or `pip install guix-tasks` into the environment that inv runs in"
+            f"cannot import the package {error.name} with the Python of this inv "
+            f"({sys.executable}); use ./inv, or run `pip install guix-tasks` in its environment"
         )
         raise Exit(code=2) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous_handler)
 
 
-def _hide_in_what_others_say() -> None:
-    """Let tracebacks, and what libraries log under ``inv --debug``, pass the filter of all else."""
+def _redact_logs_and_tracebacks() -> None:
+    """Redact secrets in tracebacks and in log messages of libraries (``inv --debug``)."""
     import logging
     import threading
     import traceback
 
     from guix_tasks.ui.redact import clean
 
-    class Masked(logging.Formatter):
-        def __init__(self, own: logging.Formatter) -> None:
+    class RedactingFormatter(logging.Formatter):
+        def __init__(self, formatter: logging.Formatter) -> None:
             super().__init__()
-            self._own = own
+            self._formatter = formatter
 
         def format(self, record: logging.LogRecord) -> str:
-            return clean(self._own.format(record))
+            return clean(self._formatter.format(record))
 
     for handler in logging.root.handlers:
-        if not isinstance(handler.formatter, Masked):
-            handler.setFormatter(Masked(handler.formatter or logging.Formatter()))
+        if not isinstance(handler.formatter, RedactingFormatter):
+            handler.setFormatter(RedactingFormatter(handler.formatter or logging.Formatter()))
 
-    def tell(
+    def print_redacted(
         kind: type[BaseException], error: BaseException | None, trace: TracebackType | None
     ) -> None:
         sys.stderr.write(clean("".join(traceback.format_exception(kind, error, trace))))
 
-    sys.excepthook = tell
-    threading.excepthook = lambda args: tell(args.exc_type, args.exc_value, args.exc_traceback)
+    sys.excepthook = print_redacted
+    threading.excepthook = lambda args: print_redacted(
+        args.exc_type, args.exc_value, args.exc_traceback
+    )

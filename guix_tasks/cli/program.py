@@ -1,4 +1,4 @@
-"""Invoke's program: tasks listed by what they are for, completion, and errors of one line."""
+"""Invoke's program with a grouped task list, completion and one-line errors."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 COMPLETION = Path(__file__).with_name("completion")
 
-READER_GONE = 141
-"""The status with which a shell tells of a program whose output nobody reads any more."""
+SIGPIPE_STATUS = 141
+"""Exit status of a program that SIGPIPE ends, as a shell reports it."""
 
 
 def main(name: str = "guix-tasks") -> None:
-    """Run Invoke, with the project's own ``tasks.py`` where that has these tasks."""
-    own = has_these_tasks(project_folder(Path.cwd()))
-    GroupedProgram(namespace=None if own else ns, name=name, binary=name).run()
+    """Run Invoke with the project's ``tasks.py``, or with these tasks if it lacks them."""
+    custom = has_these_tasks(project_folder(Path.cwd()))
+    GroupedProgram(namespace=None if custom else ns, name=name, binary=name).run()
 
 
-def in_one_line(step: Callable[..., None]) -> Callable[..., None]:
-    """A step of the program; where it fails by what a user wrote, ``inv`` ends with one line."""
+def one_line_errors(step: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a step of the program so that an error of the user exits with one line."""
 
     @wraps(step)
-    def told(program: GroupedProgram, *arguments: object) -> None:
+    def wrapper(program: GroupedProgram, *arguments: object) -> None:
         try:
             step(program, *arguments)
         except ParseError as error:
@@ -47,11 +47,11 @@ def in_one_line(step: Callable[..., None]) -> Callable[..., None]:
         except ValueError as error:
             fail(bad_number(error, program.argv))
         except Exit as error:
-            if error.message and error.code == 1:  # in Invoke's words
+            if error.message and error.code == 1:  # raised by Invoke
                 fail(error.message)
             raise
 
-    return told
+    return wrapper
 
 
 def fail(message: str) -> NoReturn:
@@ -59,30 +59,30 @@ def fail(message: str) -> NoReturn:
 
 
 class GroupedProgram(Program):
-    """What ``./inv`` and ``guix-tasks`` run; an ``inv`` of Invoke's own works, too."""
+    """Program of ``./inv`` and ``guix-tasks``; Invoke's ``inv`` also works."""
 
-    parse_core = in_one_line(Program.parse_core)
-    parse_collection = in_one_line(Program.parse_collection)
-    parse_tasks = in_one_line(Program.parse_tasks)
-    parse_cleanup = in_one_line(Program.parse_cleanup)
+    parse_core = one_line_errors(Program.parse_core)
+    parse_collection = one_line_errors(Program.parse_collection)
+    parse_tasks = one_line_errors(Program.parse_tasks)
+    parse_cleanup = one_line_errors(Program.parse_cleanup)
 
     def run(self, argv: list[str] | None = None, exit: bool = True) -> None:  # noqa: A002 -- Invoke's
-        """Run what is asked for; where nobody reads the output any more, end in silence."""
+        """Run a command line; exit silently if the reader of the output has ended."""
         try:
             try:
                 super().run(argv, exit)
             finally:
                 print(end="", flush=True)
         except BrokenPipeError:
-            # Python writes what is left once more when it ends.
+            # Python writes buffered output again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(READER_GONE)
+            sys.exit(SIGPIPE_STATUS)
 
     def advice(self, error: ParseError) -> str:
-        """What is wrong with the command line, and what may be meant."""
-        lacking = re.match(r"Flag <Argument: ([\w-]+).*> needed value", str(error))
-        if lacking:
-            return f"--{lacking[1].replace('_', '-')} needs a value"
+        """Return the error of a command line and the most similar valid word."""
+        no_value = re.match(r"Flag <Argument: ([\w-]+).*> needed value", str(error))
+        if no_value:
+            return f"--{no_value[1].replace('_', '-')} needs a value"
         unknown = re.fullmatch("No idea what (.+) is!", str(error), re.DOTALL)
         if not unknown:
             return str(error)
@@ -91,45 +91,45 @@ class GroupedProgram(Program):
         task = context.name
         if word.startswith("-"):
             flags = [*context.flags, *self.initial_context.flags]
-            said = f"{task} has no option {word}" if task else f"there is no option {word}"
-            shown = f"--help {task}" if task else "--help"
-            return f"{said};{meant(word, flags)} `{self.binary} {shown}` shows all"
+            message = f"{task} has no option {word}" if task else f"there is no option {word}"
+            option = f"--help {task}" if task else "--help"
+            return f"{message};{suggestion(word, flags)} `{self.binary} {option}` lists all"
         if task == "run":
-            return f"a command comes after two dashes, as in `{self.binary} run -- {word}`"
-        said = f"there is no task '{word}'"
-        return f"{said};{meant(word, self.parser.contexts)} `{self.binary} --list` shows all"
+            return f"write the command after two dashes: `{self.binary} run -- {word}`"
+        hint = suggestion(word, self.parser.contexts)
+        return f"there is no task '{word}';{hint} `{self.binary} --list` lists all"
 
     def load_collection(self) -> None:
-        """Load the project's own tasks; where there are none, say how to begin."""
+        """Load the tasks of the project, or print how to create one."""
         try:
             super().load_collection()
         except (SyntaxError, ImportError, ValueError) as error:
             fail(f"tasks.py: {error}")
         except Exit as error:
             if isinstance(error.__context__, CollectionNotFound):
-                fail(f"{error.message} `{self.binary} init` writes the start of a project")
+                fail(f"{error.message} `{self.binary} init` creates a project")
             raise
 
     def execute(self) -> None:
-        """Run the tasks; where one fails in a folder that is no project, say how to begin."""
+        """Run the tasks; after a failure outside of a project, print how to create one."""
         try:
             super().execute()
         except Exit as error:
-            here = project_folder(Path.cwd())
-            is_project = any((here / name).exists() for name in ("tasks.py", ".env"))
+            directory = project_folder(Path.cwd())
+            is_project = any((directory / name).exists() for name in ("tasks.py", ".env"))
             if error.code == UsageError.exit_code and not is_project:
-                hint = f"there is no project here; `{self.binary} init` writes the start of one"
+                hint = f"this directory has no project; `{self.binary} init` creates one"
                 print(f"note: {hint}", file=sys.stderr)
             raise
 
     def no_tasks_given(self) -> None:
-        """List the tasks, rather than Invoke's own options."""
+        """List the tasks instead of Invoke's options."""
         self.list_tasks()
         print(f"Options of a task: `{self.binary} --help TASK`; of all: `{self.binary} --help`.")
         raise Exit
 
     def print_task_help(self, name: str) -> None:
-        """Print the help of a task; Invoke knows no value of a list, and shows one of a counter."""
+        """Print the help of a task; fix Invoke's values of list and counter options."""
         for argument in self.parser.contexts[name].args.values():
             if argument.kind is list:
                 argument.kind = str
@@ -138,7 +138,7 @@ class GroupedProgram(Program):
         super().print_task_help(name)
 
     def list_flat(self) -> None:
-        """Print the tasks in their groups; a part of them, asked for, as Invoke does."""
+        """Print the tasks in groups, or a requested part of them like Invoke."""
         if self.list_root or self.list_depth:
             super().list_flat()
             return
@@ -152,9 +152,10 @@ class GroupedProgram(Program):
             )
 
     def parse_core_args(self) -> None:
-        """Print our own completion script where one is asked for.
+        """Print a completion script if requested.
 
-        Invoke's calls a program of one name; ours calls the one that is typed, as ``./inv``.
+        Invoke's scripts call a program of a fixed name; these call the one that was typed, for
+        example ``./inv``.
         """
         super().parse_core_args()
         if shell := self.args["print-completion-script"].value:
@@ -162,8 +163,8 @@ class GroupedProgram(Program):
             raise Exit
 
     def print_version(self) -> None:
-        """Print the version of this package, and that of Invoke."""
-        from importlib.metadata import PackageNotFoundError, version  # slow, and seldom needed
+        """Print the versions of this package and of Invoke."""
+        from importlib.metadata import PackageNotFoundError, version  # slow and rarely needed
 
         try:
             print(f"guix-tasks {version('guix-tasks')}, Invoke {invoke.__version__}")
@@ -171,25 +172,25 @@ class GroupedProgram(Program):
             print(f"guix-tasks, a checkout; Invoke {invoke.__version__}")
 
 
-def meant(word: str, known: Iterable[str]) -> str:
-    """A question for the nearest of the known words, if one is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" did you mean {near[0]}?" if near else ""
+def suggestion(word: str, words: Iterable[str]) -> str:
+    """Return a question for the most similar of ``words``, or an empty string."""
+    matches = difflib.get_close_matches(word, list(words), n=1)
+    return f" did you mean {matches[0]}?" if matches else ""
 
 
 def bad_number(error: ValueError, argv: list[str]) -> str:
-    """Which option was to be a number; Python names the value alone."""
+    """Return an error that names the option; Python's has only the value."""
     value = str(error).rpartition(": ")[2]
     option = re.search(rf"(\S+)[= ]{re.escape(value[1:-1])}( |$)", " ".join(argv))
     return f"{option[1]}: {value} is not a whole number" if option else str(error)
 
 
 def completion_script(shell: str) -> str:
-    """What a shell is to read, so that Tab completes tasks and options.
+    """Return the script with which a shell completes tasks and options.
 
-    Raises ``ParseError`` for a shell that there is none for.
+    Raise ``ParseError`` if the shell is not supported.
     """
     scripts = {path.stem: path for path in sorted(COMPLETION.iterdir())}
     if shell not in scripts:
-        raise ParseError(f"there is no completion for {shell}; write one of: {', '.join(scripts)}")
+        raise ParseError(f"there is no completion for {shell}; use one of: {', '.join(scripts)}")
     return scripts[shell].read_text(encoding="utf-8")

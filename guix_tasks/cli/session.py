@@ -1,7 +1,7 @@
-"""The session of one task: settings, engine and console.
+"""Session of one task: settings, engine and console.
 
-All but Invoke is imported when a task runs, so that ``inv --list`` costs next to nothing and works
-where a package is missing.
+Only Invoke is imported at the top.  Other packages are imported when a task runs, so that
+``inv --list`` is fast and works if a package is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 
 from invoke.exceptions import Exit
 
-from guix_tasks.cli.errors import guarded
+from guix_tasks.cli.errors import report_errors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -34,41 +34,41 @@ if TYPE_CHECKING:
     from guix_tasks.ui.console import Console
 
 
-_told: set[str] = set()
-"""The notes on settings that this process has shown."""
+_printed_notes: set[str] = set()
+"""Notes on settings that this process has printed."""
 
 _display = ""
-"""How much the running task is to show, where an option of it says so."""
+"""Display mode that an option of the running task sets; empty without such an option."""
 
 _engines: dict[tuple[str, bool, bool], Engine] = {}
-"""The engines that this process has opened: `inv pull install push` opens one."""
+"""Engines that this process has opened; `inv pull install push` opens one."""
 
 custom_stages: list[OwnStage] = []
-"""The stages that the project's ``tasks.py`` has added."""
+"""Custom stages of the project's ``tasks.py``."""
 
 
 @contextmanager
-def opened(
+def project_session(
     c: Context, overrides: Mapping[str, str | Sequence[str]] | None = None
 ) -> Iterator[Project]:
-    """The project in the current directory, for one task."""
-    with guarded():
+    """Open the project in the current directory for one task."""
+    with report_errors():
         yield open_project(c, _settings(overrides))
 
 
 def _settings(overrides: Mapping[str, str | Sequence[str]] | None = None) -> Settings:
     from guix_tasks.settings import load_settings
 
-    chosen = {**(overrides or {}), "OUTPUT": _display}
-    return load_settings(project_folder(Path.cwd()), Path.cwd(), os.environ, chosen)
+    options = {**(overrides or {}), "OUTPUT": _display}
+    return load_settings(project_folder(Path.cwd()), Path.cwd(), os.environ, options)
 
 
 @contextmanager
-def displayed(*, quiet: bool, verbose: bool) -> Iterator[None]:
-    """Let a task show as much as its options ask for."""
-    global _display  # noqa: PLW0603 -- of the one task that runs
+def set_display(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """Set the display mode of the running task."""
+    global _display  # noqa: PLW0603 -- one task runs at a time
     if quiet and verbose:
-        raise Exit("error: --quiet and --verbose: say one of them", code=2)
+        raise Exit("error: --quiet and --verbose exclude each other; use one of them", code=2)
     _display = "quiet" if quiet else "verbose" if verbose else ""
     try:
         yield
@@ -77,19 +77,19 @@ def displayed(*, quiet: bool, verbose: bool) -> Iterator[None]:
 
 
 @contextmanager
-def opened_settings(
+def settings_session(
     overrides: Mapping[str, str | Sequence[str]],
 ) -> Iterator[tuple[Settings, Console]]:
-    """The settings, for a task that needs no engine."""
-    with guarded():
+    """Open the settings and a console for a task without an engine."""
+    with report_errors():
         settings = _settings(overrides)
         console = _console(settings)
-        _tell(settings, console)
+        _print_notes(settings, console)
         yield settings, console
 
 
-def chosen_display() -> str:
-    """How much the running task is to show by its options; empty where none says so."""
+def display_option() -> str:
+    """Return the display mode that the task's options set, or an empty string."""
     return _display
 
 
@@ -99,85 +99,89 @@ def _console(settings: Settings) -> Console:
     return Console(display=settled_display(settings.output, sys.stderr, os.environ))
 
 
-def _tell(settings: Settings, console: Console) -> None:
-    """Show the notes on settings, each of them once."""
+def _print_notes(settings: Settings, console: Console) -> None:
+    """Print every note on the settings once."""
     for note in settings.notes:
-        if note not in _told:
+        if note not in _printed_notes:
             console.say(f"note: {note}")
-            _told.add(note)
+            _printed_notes.add(note)
 
 
 @contextmanager
-def opened_single(
+def single_platform_session(
     c: Context, overrides: Mapping[str, str | Sequence[str]] | None = None
 ) -> Iterator[Project]:
-    """The project for a task that is for one platform at a time."""
-    with opened(c, overrides) as project:
+    """Open the project for a task that supports one platform.
+
+    Raise ``UsageError`` if ``PLATFORMS`` has several.
+    """
+    with project_session(c, overrides) as project:
         from guix_tasks.errors import UsageError
 
         if len(project.settings.platforms) > 1:
             first = project.settings.platforms[0]
             raise UsageError(
-                f"PLATFORMS names several; say which it is to be, as PLATFORMS={first} inv ..."
+                f"PLATFORMS has several platforms; choose one, as in PLATFORMS={first} inv ..."
             )
         yield project
 
 
 @contextmanager
-def opened_with_buildx(
+def buildx_session(
     c: Context, *, needs_engine: bool = True, install: bool = False
 ) -> Iterator[tuple[Project, Buildx]]:
-    """The project, and the buildx program set to its engine.
+    """Open the project and the buildx program for its engine.
 
-    Where BuildKit is not on the engine, or ``needs_engine`` is false, a machine may have none.
+    The machine may lack an engine if ``needs_engine`` is false or if BuildKit does not run on the
+    engine.  Raise ``BuilderError`` if there is no buildx.
     """
-    with guarded():
+    with report_errors():
         from guix_tasks.errors import BuilderError
 
         settings = _settings()
         needs_engine = needs_engine and settings.builds_beside_engine
         project = open_project(c, settings, needs_engine=needs_engine)
         dry, echo = bool(c.config.run.dry), bool(c.config.run.echo)
-        found = _find_buildx(project, install=install and not dry)
-        if found is None:
+        buildx = _find_buildx(project, install=install and not dry)
+        if buildx is None:
             raise BuilderError(
-                "buildx is not on this machine; `inv buildx.setup` installs it for you"
+                "buildx is not installed; `inv buildx.setup` installs it for your user"
             )
         shown_on = project.console if dry or echo else None
-        yield project, replace(found, shown_on=shown_on, perform=not dry)
+        yield project, replace(buildx, shown_on=shown_on, perform=not dry)
 
 
 def examine(c: Context) -> list[Finding]:
-    """What ``doctor`` finds; settings or an engine that fail are findings, too."""
-    from guix_tasks.commands.doctor import Finding as Found
-    from guix_tasks.commands.doctor import Patient, State, failed
-    from guix_tasks.commands.doctor import examine as look
+    """Return the findings of ``doctor``, including errors of settings and engine."""
+    from guix_tasks.commands import doctor
     from guix_tasks.errors import GuixTasksError, SettingsError
 
     try:
         settings = _settings()
     except SettingsError as error:
-        return [Found("settings", State.FAILED, problem) for problem in error.problems]
-    notes = [Found("settings", State.NOTE, note) for note in settings.notes]
-    _told.update(settings.notes)
-    _engines.clear()  # what an earlier task was told is old, its time above all
+        state = doctor.State.FAILED
+        return [doctor.Finding("settings", state, problem) for problem in error.problems]
+    notes = [doctor.Finding("settings", doctor.State.NOTE, note) for note in settings.notes]
+    _printed_notes.update(settings.notes)
+    _engines.clear()  # the information of an earlier task is outdated, above all its time
     try:
         project = open_project(c, settings)
     except GuixTasksError as error:
-        return [*notes, failed("engine", error)]
-    patient = Patient(project, lambda: _find_buildx(project, install=False))
-    return [*notes, Found("settings", State.OK, "read"), *look(patient)]
+        return [*notes, doctor.failed("engine", error)]
+    patient = doctor.Patient(project, lambda: _find_buildx(project, install=False))
+    success = doctor.Finding("settings", doctor.State.OK, "read")
+    return [*notes, success, *doctor.examine(patient)]
 
 
 def open_project(c: Context, settings: Settings, *, needs_engine: bool = True) -> Project:
-    """Settings with the engine that they, or this machine, name."""
+    """Open a project on the engine of its settings or of this machine."""
     from guix_tasks.engine.api import NoEngine
     from guix_tasks.errors import NoEngineError
     from guix_tasks.stages.project import Project
 
     console = _console(settings)
     settings = replace(settings, output=console.display)
-    _tell(settings, console)
+    _print_notes(settings, console)
     try:
         engine = open_engine_for(c, settings.docker_environment, console)
     except NoEngineError as error:
@@ -188,12 +192,13 @@ def open_project(c: Context, settings: Settings, *, needs_engine: bool = True) -
 
 
 def project_folder(start: Path) -> Path:
-    """The nearest folder upwards with a ``tasks.py``: the one whose tasks Invoke runs."""
-    return next((each for each in (start, *start.parents) if (each / "tasks.py").exists()), start)
+    """Return the nearest directory upwards with a ``tasks.py``, as Invoke does, or ``start``."""
+    directories = (start, *start.parents)
+    return next((path for path in directories if (path / "tasks.py").exists()), start)
 
 
-def left_at_showing(c: Context, task: str) -> bool:
-    """Whether this is a dry run of a task that speaks to no engine; if so, say what it would do."""
+def is_dry_run(c: Context, task: str) -> bool:
+    """Return True in a dry run, and print the task; for tasks without calls of an engine."""
     from guix_tasks.ui.console import Console
 
     if c.config.run.dry:
@@ -202,9 +207,9 @@ def left_at_showing(c: Context, task: str) -> bool:
 
 
 def docker_command(project: Project) -> tuple[list[str], dict[str, str]]:
-    """The ``docker`` command line, and the environment in which it finds the project's engine.
+    """Return the ``docker`` command and the environment that selects the project's engine.
 
-    Raises ``UsageError`` where there is none: only a terminal needs it.
+    Raise ``UsageError`` if there is no ``docker`` command.  Only a terminal needs it.
     """
     import shutil
 
@@ -213,19 +218,18 @@ def docker_command(project: Project) -> tuple[list[str], dict[str, str]]:
 
     program = shutil.which("docker") or private_engine().docker_path()
     if program is None:
-        raise UsageError("a terminal needs the docker command line, which is not on this machine")
-    info, environment = (
-        project.engine.info(),
-        _engine_variables(project.settings.docker_environment),
-    )
-    environment = {**os.environ, **environment}
-    if info.context:  # which may have certificates, too
+        raise UsageError(
+            "cannot open a terminal: it needs the docker command line, which is not installed"
+        )
+    info = project.engine.info()
+    environment = {**os.environ, **_engine_variables(project.settings.docker_environment)}
+    if info.context:  # a context may also have certificates
         return [str(program)], {**environment, "DOCKER_CONTEXT": info.context, "DOCKER_HOST": ""}
     return [str(program)], {**environment, "DOCKER_HOST": info.url}
 
 
 def _find_buildx(project: Project, *, install: bool) -> Buildx | None:
-    """The buildx program, set to the project's engine; installed for the user if need be."""
+    """Return buildx for the project's engine; install it for the user if ``install`` is true."""
     from guix_tasks.bootstrap.buildx_plugin import install_plugin
     from guix_tasks.bootstrap.engine import private_engine
     from guix_tasks.buildkit.buildx import plugin_path
@@ -238,16 +242,16 @@ def _find_buildx(project: Project, *, install: bool) -> Buildx | None:
         address = find_engine(environment, private_engine().socket)
     except NoEngineError:
         address = None
-    found = local_buildx(environment, address)
-    if found is None and install:
+    buildx = local_buildx(environment, address)
+    if buildx is None and install:
         target = plugin_path(environment)
         install_plugin(target, settings.buildx_url, settings.buildx_sha256, project.console)
-        found = local_buildx(environment, address)
-    return found
+        buildx = local_buildx(environment, address)
+    return buildx
 
 
 def local_buildx(environment: Mapping[str, str], address: Address | None) -> Buildx | None:
-    """The buildx program of this machine, the private engine's included, set to an engine."""
+    """Return buildx for an engine, from this machine or from the private engine."""
     from guix_tasks.bootstrap.engine import private_engine
     from guix_tasks.buildkit.buildx import find_buildx
 
@@ -256,30 +260,30 @@ def local_buildx(environment: Mapping[str, str], address: Address | None) -> Bui
 
 
 def helpers(environment: Mapping[str, str]) -> Helpers:
-    """What an engine uses of this machine: local registries' accounts, and buildx."""
+    """Return the local services of an engine: accounts of local registries, and buildx."""
     from guix_tasks.bootstrap.registry import accounts
     from guix_tasks.buildkit.buildx import build
     from guix_tasks.engine.docker import Helpers
 
     def find_build(address: Address) -> Build | None:
-        found = local_buildx(environment, address)
-        return partial(build, found) if found else None
+        buildx = local_buildx(environment, address)
+        return partial(build, buildx) if buildx else None
 
     return Helpers(accounts, find_build)
 
 
-def _engine_variables(of_settings: Mapping[str, str]) -> dict[str, str]:
-    """Docker's own variables; those of the process's environment come first."""
-    return {**of_settings, **docker_variables(os.environ)}
+def _engine_variables(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return Docker's variables; the process's environment overrides the settings."""
+    return {**settings, **docker_variables(os.environ)}
 
 
-def open_engine_for(c: Context, of_settings: Mapping[str, str], console: Console) -> Engine:
+def open_engine_for(c: Context, settings: Mapping[str, str], console: Console) -> Engine:
     from guix_tasks.bootstrap.engine import private_engine
     from guix_tasks.engine.discovery import find_engine
     from guix_tasks.engine.dry_run import TracedEngine
     from guix_tasks.engine.podman import open_engine
 
-    environment = _engine_variables(of_settings)
+    environment = _engine_variables(settings)
     address = find_engine(environment, private_engine().socket)
     dry, echo = bool(c.config.run.dry), bool(c.config.run.echo)
     key = (address.url, dry, echo)
@@ -292,7 +296,7 @@ def open_engine_for(c: Context, of_settings: Mapping[str, str], console: Console
 
 
 def docker_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    # An empty value counts as unset, as everywhere.
+    # As in env files, an empty value means that the variable is unset.
     return {
         name: value for name, value in environment.items() if name.startswith("DOCKER_") and value
     }

@@ -165,4 +165,4 @@ def test_a_shell_that_is_not_known() -> None:
     env = {"PATH": os.environ["PATH"]}
     result = call([str(ROOT / "inv"), "--print-completion-script=tcsh"], env, 60, ROOT)
     error = one_error(result, 2)
-    assert error == "error: there is no completion for tcsh; write one of: bash, fish, zsh"
+    assert error == "error: there is no completion for tcsh; use one of: bash, fish, zsh"

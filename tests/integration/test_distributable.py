@@ -193,7 +193,7 @@ def test_the_channel_is_made_once_and_then_updated(announce: Announce) -> None:
     shutil.copytree(EXAMPLE, folder)
     made = announce.run("sh make-channel.sh && sh make-channel.sh")
     assert made.returncode == 0, made.stderr
-    assert made.stdout.count("its entry is in channels.scm") == 1
+    assert made.stdout.count("added the channel to channels.scm") == 1
     assert made.stdout.count("channel.git is at commit") == 2
     channels = (folder / "channels.scm").read_text()
     assert channels.count("(name 'example)") == 1

@@ -63,11 +63,11 @@ def test_up_and_down(island: Island) -> None:
     assert "`inv engine.up`" in one_error(island.inv("status"), 3)
     assert f"started the private engine: {island.engine.url}" in island.ok("engine.up")
     assert f"at {island.engine.url} (private engine)" in island.ok("status")
-    assert "runs already" in island.ok("engine.up")
+    assert "already running" in island.ok("engine.up")
     start_container(island.engine)
     assert "stopped the private engine" in island.ok("engine.down")
     assert is_deserted(island)
-    assert "no private engine runs" in island.ok("engine.down")
+    assert "no private engine is running" in island.ok("engine.down")
     assert "`inv engine.up`" in one_error(island.inv("status"), 3)
 
 

@@ -248,10 +248,10 @@ def test_a_bug(new_project: NewProject) -> None:
     (project.folder / "tasks.py").write_text(
         "import os\n"
         "from invoke.tasks import task\n"
-        "from guix_tasks.cli.session import opened\n"
+        "from guix_tasks.cli.session import project_session\n"
         "@task\n"
         "def bug(c):\n"
-        "    with opened(c) as project:\n"
+        "    with project_session(c) as project:\n"
         "        raise LookupError(os.environ['http_proxy'])\n"
     )
     environment = {**project.environment, **with_proxy(), "PYTHONPATH": str(ROOT)}

@@ -192,7 +192,7 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(new_project: NewProject, columns: 
         assert watched.end() == 130
     engine, *_, last = watched.lines
     assert engine.startswith("engine: ")
-    assert last == "error: stopped; what was under way has been undone"
+    assert last == "error: interrupted; the unfinished step was undone"
     assert not watched.screen.display[watched.screen.cursor.y].strip()
     assert not is_live(watched.lines)
 

@@ -10,7 +10,7 @@ import pytest
 
 import guix_tasks.bootstrap
 from guix_tasks.bootstrap import apt as apt_module
-from guix_tasks.bootstrap.apt import Apt, complaint, debian_address, file_names, host_suite, unpack
+from guix_tasks.bootstrap.apt import Apt, debian_address, error_line, file_names, host_suite, unpack
 from guix_tasks.errors import BuilderError, EngineError
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def test_file_names_are_those_of_the_listing() -> None:
         ("", "no output"),
     ],
 )
-def test_a_complaint_is_the_first_error(output: str, cause: str) -> None:
-    assert complaint(output).startswith(cause)
+def test_error_line_is_the_first_error(output: str, cause: str) -> None:
+    assert error_line(output).startswith(cause)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,9 @@ def test_a_source_is_signed_where_the_keyring_is(
 
 def test_a_host_without_apt_gets_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(EngineError, match=r"apt-get or dpkg-deb is not here.*install Docker"):
+    with pytest.raises(
+        EngineError, match=r"apt-get, dpkg or dpkg-deb is not installed.*install Docker"
+    ):
         Apt(tmp_path / "apt", ["forky"]).update()
 
 

@@ -48,7 +48,7 @@ def test_a_file_with_its_checksum_is_installed(target: Path, url: str) -> None:
     assert target.read_bytes() == CONTENT
     assert os.access(target, os.X_OK)
     assert [each.name for each in target.parent.iterdir()] == ["docker-buildx"]
-    assert console.text == f"getting buildx from {url}\nbuildx is at {target}\n"
+    assert console.text == f"downloading buildx from {url}\ninstalled buildx at {target}\n"
 
 
 def test_a_large_file_is_installed_whole(target: Path, tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_large_file_is_installed_whole(target: Path, tmp_path: Path) -> None:
 
 def test_a_file_with_another_checksum_is_not_kept(target: Path, url: str) -> None:
     said = refused(target, url, "0" * 64)
-    assert said.startswith(f"BUILDX_SHA256: what is at {url} has the sum {SUM}, not {'0' * 64}")
+    assert said.startswith(f"BUILDX_SHA256: {url} has the SHA-256 {SUM}, not {'0' * 64}")
     assert list(target.parent.iterdir()) == []
 
 
@@ -78,13 +78,13 @@ def test_what_was_there_stays_where_it_cannot_be_replaced(target: Path, url: str
 
 def test_a_file_that_is_not_there_is_one_line(target: Path, url: str) -> None:
     said = refused(target, f"{url}-that-is-not-there")
-    assert said.startswith(f"BUILDX_URL: {url}-that-is-not-there cannot be had: ")
+    assert said.startswith(f"BUILDX_URL: cannot download {url}-that-is-not-there: ")
     assert "No such file" in said
     assert list(target.parent.iterdir()) == []
 
 
 def test_a_folder_is_no_plugin(target: Path, tmp_path: Path) -> None:
-    assert "cannot be had" in refused(target, f"file://{tmp_path}")
+    assert "cannot download" in refused(target, f"file://{tmp_path}")
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, url: str) -> None:
@@ -152,9 +152,9 @@ def test_it_is_had_from_a_server(target: Path, serve: Callable[[bytes], str]) ->
     ("answer", "words"),
     [
         (b"HTTP/1.0 404 Not Found\r\n\r\n", "Not Found"),
-        (b"nonsense\r\n\r\n", "cannot be had: nonsense"),
+        (b"nonsense\r\n\r\n", ": nonsense"),
         (b"", "closed connection"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "cannot be had"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "cannot download"),
     ],
 )
 def test_a_server_that_does_not_have_it_is_one_line(
@@ -171,7 +171,7 @@ def test_half_a_file_is_not_kept(target: Path, serve: Callable[[bytes], str]) ->
 
 @pytest.mark.usefixtures("serve")
 def test_nobody_who_listens_is_one_line(target: Path) -> None:
-    assert "cannot be had: " in refused(target, "http://127.0.0.1:1/buildx")
+    assert "cannot download" in refused(target, "http://127.0.0.1:1/buildx")
 
 
 # --- Debian's package -----------------------------------------------------------------------

@@ -339,7 +339,7 @@ def test_its_task_is_listed_and_costs_no_import(tmp_path: Path) -> None:
     assert found.returncode == 0, found.stderr
     lines = " ".join(found.stdout.split())
     assert "deps Build what we need." in lines
-    assert "checked Make the stage checked of this project from deps." in lines
+    assert "checked Run the custom stage checked on deps." in lines
     imported = set(re.findall(r"\|\s*(\w+)[\w.]*$", found.stderr, re.MULTILINE))
     assert "guix_tasks" in imported
     assert imported.isdisjoint({"docker", "requests", "urllib3", "dotenv"})

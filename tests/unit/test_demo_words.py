@@ -1,4 +1,4 @@
-"""What the demo says at its end."""
+"""Last lines of the demo."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_a_private_engine_is_told_of_with_how_to_reach_it(
+def test_next_steps_explain_how_to_reach_the_private_engine(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private: bool
 ) -> None:
     engine = PrivateEngine(tmp_path / "engine")
@@ -23,5 +23,5 @@ def test_a_private_engine_is_told_of_with_how_to_reach_it(
     project = site.project()
     if private:
         monkeypatch.setattr(PrivateEngine, "url", project.engine.info().url)
-    demo.say_what_next(project)
-    assert (engine.how_by_hand() in heard(project)) is private
+    demo.print_next_steps(project)
+    assert (engine.shell_hint() in heard(project)) is private

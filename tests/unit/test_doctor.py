@@ -968,7 +968,7 @@ def inv(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
     def call(*argv: str) -> Done:
         session._engines.clear()
-        session._told.clear()
+        session._printed_notes.clear()
         lines = (f"{name}='{value}'\n" for name, value in site.env.items())
         site.write(".env", "".join(lines))
         monkeypatch.setattr(sys, "argv", ["inv", *argv])

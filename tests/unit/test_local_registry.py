@@ -69,7 +69,7 @@ def test_the_password_is_for_this_user_alone(account: Account) -> None:
     assert credentials
     assert (credentials.username, len(credentials.password) >= 43) == (USER, True)
     assert credentials.password not in repr((account, credentials))
-    assert credentials.password not in account.how_by_hand(5055)
+    assert credentials.password not in account.login_hint(5055)
     for file in (account.password_file, account.accounts_file):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
@@ -187,7 +187,7 @@ def test_a_container_asks_for_the_password_too(far: FakeEngine, shared: Path) ->
     assert accounts(FAR) == {f"{h}:5056": credentials for h in ("localhost", "127.0.0.1")}
     assert credentials
     assert credentials.password not in said.getvalue() + repr(spec)
-    assert account.how_by_hand(5056) in said.getvalue()
+    assert account.login_hint(5056) in said.getvalue()
     registry.up(silent())
     assert len(far.specs) == 1
     registry.down(silent())
@@ -208,13 +208,13 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(RegistryError, match=rf"port {port} .*--port N .*localhost:N/"):
+        with pytest.raises(RegistryError, match=rf"port {port} .*--port N.*localhost:N/"):
             LocalRegistry(tmp_path, port).up(silent())
 
 
 def test_not_debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "host_suite", lambda: None)
-    with pytest.raises(RegistryError, match="not Debian: set IMAGE"):
+    with pytest.raises(RegistryError, match="not Debian; set IMAGE"):
         LocalRegistry(tmp_path)._unpack(silent())
 
 
@@ -243,7 +243,7 @@ def test_one_that_dies_says_why(tmp_path: Path) -> None:
     program.parent.mkdir(parents=True)
     program.write_text("#!/bin/sh\necho 'level=fatal msg=\"no room\"'; exit 1\n")
     program.chmod(0o755)
-    with pytest.raises(RegistryError, match="did not start: no room; see /"):
+    with pytest.raises(RegistryError, match="cannot start the local registry: no room; see /"):
         local.up(silent())
     assert not answers(port)
     assert not local.running()
@@ -252,4 +252,4 @@ def test_one_that_dies_says_why(tmp_path: Path) -> None:
 def test_down_where_nothing_runs(tmp_path: Path) -> None:
     console = Console(err=(heard := io.StringIO()))
     LocalRegistry(tmp_path / "none", 5057).down(console)
-    assert heard.getvalue() == "no local registry of ours runs on port 5057\n"
+    assert heard.getvalue() == "no local registry of guix-tasks is running on port 5057\n"

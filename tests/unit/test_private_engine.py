@@ -102,19 +102,19 @@ def test_not_root(alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_not_linux(alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
-    with pytest.raises(EngineError, match="for Linux: install Docker"):
+    with pytest.raises(EngineError, match="needs Linux; install Docker"):
         alone.up(Heard())
 
 
 @pytest.mark.usefixtures("alone")
 def test_a_long_path_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"too long for a socket.*XDG_DATA_HOME"):
+    with pytest.raises(EngineError, match=r"longer than 107 bytes.*XDG_DATA_HOME"):
         PrivateEngine(tmp_path / ("x" * 100)).up(Heard())
 
 
 def test_not_debian(alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "host_suite", lambda: None)
-    with pytest.raises(EngineError, match="this host is not Debian: install Docker Engine"):
+    with pytest.raises(EngineError, match="this host is not Debian; install Docker Engine"):
         alone.up(Heard())
 
 
@@ -123,7 +123,7 @@ def test_beside_another_engine_it_does_not_start(
 ) -> None:
     install(alone, "exit 0")
     monkeypatch.setattr(engine, "other_engine", lambda: "process 7")
-    with pytest.raises(EngineError, match=r"another Docker Engine is here \(process 7\)"):
+    with pytest.raises(EngineError, match=r"another Docker Engine \(process 7\)"):
         alone.up(Heard())
     assert not alone._daemon.log.exists()
 
@@ -152,7 +152,9 @@ def test_a_daemon_that_dies_says_why(alone: PrivateEngine) -> None:
     )
     (alone.folder / "docker.pid").write_text("1")
     alone.socket.touch()
-    with pytest.raises(EngineError, match="did not start: failed to start daemon: boom; see /"):
+    with pytest.raises(
+        EngineError, match="cannot start the private engine: failed to start daemon: boom; see /"
+    ):
         alone.up(Heard())
     left = sorted(path.name for path in alone.folder.iterdir())
     assert left == ["daemon.json", "dockerd.log", "lock", "root"]
@@ -169,7 +171,7 @@ def test_one_that_answers_has_started(
     heard = Heard()
     try:
         alone.up(heard)
-        by_hand = alone.how_by_hand()
+        by_hand = alone.shell_hint()
         assert heard.text.getvalue() == f"started the private engine: {alone.url}\n{by_hand}\n"
     finally:
         os.kill(int(pid.read_text()), 9)
@@ -180,8 +182,8 @@ def test_one_that_runs_is_told_of(alone: PrivateEngine, monkeypatch: pytest.Monk
     monkeypatch.setattr(engine, "answers", lambda path: path == alone.socket)
     heard = Heard()
     alone.up(heard)
-    runs = f"the private engine runs already: {alone.url}"
-    assert heard.text.getvalue() == f"{runs}\n{alone.how_by_hand()}\n"
+    runs = f"the private engine is already running: {alone.url}"
+    assert heard.text.getvalue() == f"{runs}\n{alone.shell_hint()}\n"
 
 
 def test_a_shell_is_told_how_docker_reaches_it(
@@ -190,13 +192,13 @@ def test_a_shell_is_told_how_docker_reaches_it(
     private = PrivateEngine(tmp_path / "an engine")
     by_hand = f"docker by hand: export DOCKER_HOST='unix://{private.socket}'"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert private.how_by_hand() == by_hand
+    assert private.shell_hint() == by_hand
     program = private.folder / "root/usr/bin/docker"
     program.parent.mkdir(parents=True)
     program.touch(0o755)
-    assert private.how_by_hand() == f"{by_hand} PATH=\"$PATH\":'{program.parent}'"
+    assert private.shell_hint() == f"{by_hand} PATH=\"$PATH\":'{program.parent}'"
     (tmp_path / "docker").touch(0o755)
-    assert private.how_by_hand() == by_hand
+    assert private.shell_hint() == by_hand
 
 
 @pytest.mark.parametrize("folder", [True, False])
@@ -206,7 +208,7 @@ def test_down_where_nothing_runs(alone: PrivateEngine, folder: bool) -> None:
         (alone.folder / "docker.pid").write_text("1")
     heard = Heard()
     alone.down(heard)
-    assert heard.text.getvalue().startswith("no private engine runs")
+    assert heard.text.getvalue().startswith("no private engine is running")
 
 
 def test_mounts_below_a_folder_come_innermost_first() -> None:

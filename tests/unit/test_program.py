@@ -75,7 +75,7 @@ def test_the_help_of_a_task_fits_on_a_terminal(
 
 def test_a_part_of_the_list_is_invokes_own(capsys: pytest.CaptureFixture[str]) -> None:
     listed = said(capsys, "--list", "buildx", kind=GroupedProgram)
-    assert "Make an image" not in listed
+    assert "Build an image" not in listed
     assert ".setup" in listed
 
 
@@ -84,15 +84,15 @@ def test_what_a_project_adds_comes_last() -> None:
     def deps(c: Context) -> None: ...
 
     groups = grouped([*ns.task_names, "deps"])
-    assert groups[-1] == ("Of this project", ["deps"])
+    assert groups[-1] == ("Tasks of this project", ["deps"])
     assert grouped(["push", "deps", "base"]) == [
-        ("Make an image", ["base", "push"]),
-        ("Of this project", ["deps"]),
+        ("Build an image", ["base", "push"]),
+        ("Tasks of this project", ["deps"]),
     ]
 
 
 def test_a_completion_script_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ParseError, match="write one of: bash, fish, zsh"):
+    with pytest.raises(ParseError, match="use one of: bash, fish, zsh"):
         completion_script("csh")
     with pytest.raises(Exit):
         GroupedProgram(namespace=ns).parse_core(["inv", "--print-completion-script=zsh"])
@@ -117,19 +117,19 @@ def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, 
         ("pack --max-layers=many", "--max-layers: 'many' is not a whole number"),
         ("registry.up --port abc", "--port: 'abc' is not a whole number"),
         ("--command-timeout=soon status", "--command-timeout: 'soon' is not a whole number"),
-        ("instal", "there is no task 'instal'; did you mean install? `inv --list` shows all"),
+        ("instal", "there is no task 'instal'; did you mean install? `inv --list` lists all"),
         ("--help instal", "there is no task 'instal'; did you mean install? `inv --list` "),
-        ("xyzzy", "there is no task 'xyzzy'; `inv --list` shows all"),
+        ("xyzzy", "there is no task 'xyzzy'; `inv --list` lists all"),
         ("install --forse", "install has no option --forse; did you mean --force? `inv --help i"),
         ("install --packag=x", "install has no option --packag; did you mean --package? "),
-        ("--dri install", "there is no option --dri; did you mean --dry? `inv --help` shows all"),
-        ("run hello", "a command comes after two dashes, as in `inv run -- hello`"),
-        ("run --keep hello --traditional", "as in `inv run -- hello`"),
+        ("--dri install", "there is no option --dri; did you mean --dry? `inv --help` lists all"),
+        ("run hello", "write the command after two dashes: `inv run -- hello`"),
+        ("run --keep hello --traditional", "two dashes: `inv run -- hello`"),
         ("run --kep", "run has no option --kep; did you mean --keep? "),
         ("push --stage", "--stage needs a value"),
         ("pack --max-layers", "--max-layers needs a value"),
         ("--list nope", "'nope' not found"),
-        ("--print-completion-script=csh", "there is no completion for csh; write one of: bash"),
+        ("--print-completion-script=csh", "there is no completion for csh; use one of: bash"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_one_line(
@@ -173,8 +173,8 @@ def test_tasks_that_are_not_found_have_a_hint(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_tasks_has_these_and_a_hint(tmp_path: Path) -> None:
-    assert "Make an image" in call(tmp_path, "--list").stdout
-    hint = "note: there is no project here; `guix-tasks init` writes the start of one\n"
+    assert "Build an image" in call(tmp_path, "--list").stdout
+    hint = "note: this directory has no project; `guix-tasks init` creates one\n"
     result = call(tmp_path, "pull", "--quiet", "--verbose")
     assert result.returncode == 2
     assert hint in result.stderr

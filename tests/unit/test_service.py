@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from guix_tasks.bootstrap import service as service_module
-from guix_tasks.bootstrap.service import Service, disk_trouble_is, locked
+from guix_tasks.bootstrap.service import Service, disk_errors_as, locked
 from guix_tasks.errors import RegistryError
 
 if not Path("/proc/self/exe").exists():
@@ -79,13 +79,13 @@ def test_a_daemon_gets_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("level=info msg=x\nfailed to start daemon: no cgroups\n\n", "failed to start daemon: no"),
     ],
 )
-def test_complaint(service: Service, log: str, cause: str) -> None:
+def test_error_line(service: Service, log: str, cause: str) -> None:
     service.log.write_text(log)
-    assert service.complaint().startswith(cause)
+    assert service.error_line().startswith(cause)
 
 
-def test_complaint_without_a_log(service: Service) -> None:
-    assert service.complaint() == "its log is empty"
+def test_error_line_without_a_log(service: Service) -> None:
+    assert service.error_line() == "its log is empty"
 
 
 def test_only_one_holds_a_lock(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_trouble_with_the_disk_is_one_line(tmp_path: Path) -> None:
     file.touch()
     with (
         pytest.raises(RegistryError, match=r"file: (File exists|Not a directory).*XDG_DATA_HOME"),
-        disk_trouble_is(RegistryError),
+        disk_errors_as(RegistryError),
         locked(file / "lock"),
     ):
         pass

@@ -67,12 +67,12 @@ def test_an_option_of_a_stage_is_the_wish_of_its_name(
     wished: list[tuple[str, Wishes]] = []
 
     @contextmanager
-    def opened(*_: object) -> Iterator[SimpleNamespace]:
+    def open_fake(*_: object) -> Iterator[SimpleNamespace]:
         settings = SimpleNamespace(guix_packages=())
         yield SimpleNamespace(settings=settings, alone=lambda _task: nullcontext())
 
-    for opener in ("opened", "opened_single"):
-        monkeypatch.setattr(lifecycle_tasks, opener, opened)
+    for opener in ("project_session", "single_platform_session"):
+        monkeypatch.setattr(lifecycle_tasks, opener, open_fake)
     monkeypatch.setattr(
         lifecycle, "make_each", lambda _project, name, wishes: wished.append((name, wishes))
     )

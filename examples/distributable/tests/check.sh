@@ -1,8 +1,8 @@
-# Runs in a Debian in which the tarball was unpacked.
+# Run in a Debian container in which the tarball is unpacked.
 set -eu
 
-said=$(/opt/announce/bin/announce /test/tests/guests.json)
-echo "$said"
-[ "$said" = "Please welcome Ada!
+output=$(/opt/announce/bin/announce /test/tests/guests.json)
+echo "$output"
+[ "$output" = "Please welcome Ada!
 Please welcome Grace!" ]
 ! /opt/announce/bin/announce 2>/dev/null

@@ -1,5 +1,5 @@
-;;; Print "NAME OUTPUT DERIVATION" for the packages that the seeds stand for, as the package
-;;; graph of this Guix has them.
+;;; Print "NAME OUTPUT DERIVATION" for each package that a seed replaces, from the package graph of
+;;; this Guix.
 
 (use-modules (guix)
              (guix packages)
@@ -21,7 +21,7 @@
                      (%current-system)))
     ("mkfontscale" ,(package-of (gnu packages xorg) mkfontscale))
     ("mkfontdir"   ,(package-of (gnu packages xorg) mkfontdir))
-    ;; What comes along where Guile is in a profile: libgc, libunistring.
+    ;; Propagated inputs of Guile: libgc, libunistring.
     ,@(map (match-lambda
              ((_ package . _) (list (package-name package) package)))
            (package-propagated-inputs (package-of (gnu packages guile) guile-3.0)))))

@@ -1,5 +1,5 @@
-;;; Register store items whose files have been laid out by hand.  The argument is a file with
-;;; lines "ITEM DERIVATION REFERENCE…".
+;;; Register store items whose files were copied to the store.  The argument is a file with lines
+;;; "ITEM DERIVATION REFERENCE…".
 
 (use-modules (guix build store-copy)
              (guix store)

@@ -1,4 +1,4 @@
-"""The tasks, thin, and the root collection."""
+"""The Invoke tasks and their root collection."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ for task in (*local.tasks, project.init):
     ns.add_task(task)
 
 GROUPS = {
-    "Begin": "init",
-    "Make an image": "base pull install commit verify push",
-    "Look, and work inside": "status doctor run shell",
-    "Tidy": "squash rollback clean",
+    "Start a project": "init",
+    "Build an image": "base pull install commit verify push",
+    "Inspect and debug": "status doctor run shell",
+    "Clean up": "squash rollback clean",
     "Pack and release": "pack release",
     "Substitutes": "weather substitutes.up substitutes.down",
-    "BuildKit, and many platforms": "buildx.setup buildx.build buildx.status buildx.down manifest",
-    "What this machine lacks": "rootfs registry.up registry.down engine.up engine.down",
+    "BuildKit and platforms": "buildx.setup buildx.build buildx.status buildx.down manifest",
+    "Local infrastructure": "rootfs registry.up registry.down engine.up engine.down",
 }
-"""The tasks by what they are for, in the order in which one needs them."""
+"""Titles and task names of the groups, in the order of the list."""
 
 
 def grouped(names: Iterable[str]) -> list[tuple[str, list[str]]]:
-    """The groups, each with those of its tasks that are among ``names``; the project's own last."""
-    own = list(names)
+    """Return the groups that contain one of ``names``; a project's custom tasks come last."""
+    custom = list(names)
     groups = []
     for title, tasks in GROUPS.items():
-        groups.append((title, [name for name in tasks.split() if name in own]))
-        own = [name for name in own if name not in tasks.split()]
-    return [(title, group) for title, group in [*groups, ("Of this project", own)] if group]
+        groups.append((title, [name for name in tasks.split() if name in custom]))
+        custom = [name for name in custom if name not in tasks.split()]
+    return [
+        (title, group) for title, group in [*groups, ("Tasks of this project", custom)] if group
+    ]

@@ -1,4 +1,4 @@
-"""The BuildKit way: a builder that allows insecure steps, and the image built by it."""
+"""Tasks that build with BuildKit and manage its builder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from invoke.collection import Collection
 from invoke.tasks import task
 
-from guix_tasks.cli.session import opened_with_buildx
+from guix_tasks.cli.session import buildx_session
 from guix_tasks.cli.tasks.output import long_task
 
 if TYPE_CHECKING:
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @long_task(
     help={
-        "no_pull": "leave `guix pull` out, and install with the base's Guix",
-        "update": "take the channels as they are now, and write the lock",
-        "force": "run every step, whatever is in the builder's cache",
-        "by_digest": "push no tag: `inv manifest` joins what several jobs pushed",
-        "disable_authentication": "take channels, too, that nobody vouches for",
+        "no_pull": "skip `guix pull` and install with the Guix of the base image",
+        "update": "pull the newest commits of the channels and rewrite the lock",
+        "force": "run every step, even if the builder has it in its cache",
+        "by_digest": "push without a tag, for `inv manifest` to join",
+        "disable_authentication": "accept channels without an introduction, unverified",
     }
 )
 def build(
@@ -31,28 +31,27 @@ def build(
     by_digest: bool = False,
     disable_authentication: bool = False,
 ) -> None:
-    """Do base, pull, install and push with BuildKit.
+    """Build and push IMAGE with BuildKit.
 
-    Guix runs in steps with `RUN --security=insecure`, so BUILDX_BUILDER has
-    to allow it.
+    This does base, pull, install and push in one build.  Guix runs in steps
+    with `RUN --security=insecure`, which BUILDX_BUILDER has to allow.
     """
-    with opened_with_buildx(c) as (project, program):
+    with buildx_session(c) as (project, program):
         from guix_tasks.buildkit.build import BuildWishes
         from guix_tasks.buildkit.build import build as bake
 
         trust = not disable_authentication
-        wishes = BuildWishes(not no_pull, update, force, by_digest, authenticate=trust)
-        answer = bake(project, program, wishes)
-        if answer:
-            project.console.result(answer)
+        options = BuildWishes(not no_pull, update, force, by_digest, authenticate=trust)
+        if result := bake(project, program, options):
+            project.console.result(result)
 
 
 @long_task(
     help={
-        "recreate": "make it anew, and keep its cache",
-        "use": "select it for your own `docker buildx` too",
-        "binfmt": "let the engine's machine emulate the PLATFORMS that the builder lacks",
-        "plugin": "the plugin alone, which is all that `inv manifest` needs, and no builder",
+        "recreate": "recreate an existing builder and keep its cache",
+        "use": "also select it for your `docker buildx` commands",
+        "binfmt": "install emulators for the PLATFORMS that the builder lacks",
+        "plugin": "install only the buildx plugin, which `inv manifest` needs",
     },
 )
 def setup(
@@ -62,12 +61,12 @@ def setup(
     binfmt: bool = False,
     plugin: bool = False,
 ) -> None:
-    """Make BUILDX_BUILDER, which allows insecure steps.
+    """Create the BuildKit builder BUILDX_BUILDER.
 
-    The buildx plugin is installed for you if it is missing, and one such
-    step is tried.
+    The builder allows insecure steps; one such step is run as a test.  The
+    buildx plugin is installed for your user if it is missing.
     """
-    with opened_with_buildx(c, needs_engine=not plugin, install=True) as (project, program):
+    with buildx_session(c, needs_engine=not plugin, install=True) as (project, program):
         from guix_tasks.commands.buildx_setup import SetupWishes, set_up
 
         if not plugin:
@@ -76,8 +75,8 @@ def setup(
 
 @task(auto_shortflags=False)
 def status(c: Context) -> None:
-    """Show the builder's nodes, their rights, its cache."""
-    with opened_with_buildx(c) as (project, program):
+    """Show the builder's nodes, entitlements and cache."""
+    with buildx_session(c) as (project, program):
         from guix_tasks.commands import buildx_setup
 
         rows = buildx_setup.status_rows(project, program)
@@ -85,10 +84,13 @@ def status(c: Context) -> None:
         project.console.result(f"cache: {buildx_setup.cache_size(project, program)}")
 
 
-@task(help={"keep_cache": "keep its cache for the next of its name"}, auto_shortflags=False)
+@task(
+    help={"keep_cache": "keep its cache for a new builder with the same name"},
+    auto_shortflags=False,
+)
 def down(c: Context, keep_cache: bool = False) -> None:
     """Remove the builder."""
-    with opened_with_buildx(c) as (project, program):
+    with buildx_session(c) as (project, program):
         from guix_tasks.commands.buildx_setup import take_down
 
         take_down(project, program, keep_cache=keep_cache)

@@ -1,4 +1,4 @@
-"""The stages of an image, from the base to the registry."""
+"""Tasks that build, inspect and publish an image."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from guix_tasks.cli.errors import guarded
+from guix_tasks.cli.errors import report_errors
 from guix_tasks.cli.session import (
+    buildx_session,
     docker_command,
     examine,
-    left_at_showing,
-    opened,
-    opened_settings,
-    opened_single,
-    opened_with_buildx,
+    is_dry_run,
+    project_session,
+    settings_session,
+    single_platform_session,
 )
 from guix_tasks.cli.tasks.output import long_task
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 CHECK_FAILED = 1
 
-FORCE = {"force": "run it although nothing changed"}
-NO_COMMIT = {"no_commit": "commit nothing, and leave the work container for `inv commit`"}
-KEEP_FAILED = {"keep_failed": "leave the work container of a command that fails"}
-UPSTREAM = {"upstream": "bring the stages that it starts from up to date first"}
+FORCE = {"force": "run the stage even if nothing changed"}
+NO_COMMIT = {"no_commit": "do not commit; keep the work container for `inv commit`"}
+KEEP_FAILED = {"keep_failed": "keep the work container if a command fails"}
+UPSTREAM = {"upstream": "first run the stages it starts from that are not up to date"}
 
 
 @long_task(help=FORCE)
 def base(c: Context, force: bool = False) -> None:
-    """Build DOCKERFILE on BASE_IMAGE.
+    """Build the base image from DOCKERFILE.
 
-    This is your usual `docker build`.  The stages after it start from its
-    image.
+    This is a `docker build` with BASE_IMAGE as a build argument.  The other
+    stages start from its image.
     """
-    with opened(c) as project, project.alone("base"):
+    with project_session(c) as project, project.alone("base"):
         from guix_tasks.stages.lifecycle import Wishes, make_each
 
         make_each(project, "base", Wishes(force=force))
@@ -50,8 +50,8 @@ def base(c: Context, force: bool = False) -> None:
         **UPSTREAM,
         **NO_COMMIT,
         **KEEP_FAILED,
-        "update": "take the channels as they are now, and write the lock",
-        "disable_authentication": "take channels, too, that nobody vouches for",
+        "update": "pull the newest commits of the channels and rewrite the lock",
+        "disable_authentication": "accept channels without an introduction, unverified",
     }
 )
 def pull(
@@ -63,19 +63,22 @@ def pull(
     keep_failed: bool = False,
     disable_authentication: bool = False,
 ) -> None:
-    """Run `guix pull` on the base stage, and commit.
+    """Run `guix pull` on the base image and commit.
 
-    The channels are those of GUIX_CHANNELS, at the commits that
-    GUIX_CHANNELS_LOCK holds.  Without a lock the newest are taken, and the
-    lock is written.
+    The channels are those of GUIX_CHANNELS, at the commits of
+    GUIX_CHANNELS_LOCK.  Without a lock, pull the newest commits and write
+    the lock.
     """
-    with (opened_single if no_commit else opened)(c) as project, project.alone("pull"):
+    with (
+        (single_platform_session if no_commit else project_session)(c) as project,
+        project.alone("pull"),
+    ):
         from guix_tasks.stages.lifecycle import Wishes, make_each
 
-        wishes = Wishes(
+        options = Wishes(
             force, upstream, update, not no_commit, keep_failed, (), disable_authentication
         )
-        make_each(project, "pull", wishes)
+        make_each(project, "pull", options)
 
 
 @long_task(
@@ -96,29 +99,29 @@ def install(
     no_commit: bool = False,
     keep_failed: bool = False,
 ) -> None:
-    """Install packages and manifest on the pull stage.
+    """Install the packages and commit.
 
-    What is in the image is the base's own profile, GUIX_MANIFEST and
-    GUIX_PACKAGES, and nothing that an earlier call installed.
+    The image contains the profile of the base image, GUIX_MANIFEST and
+    GUIX_PACKAGES.  Packages that an earlier call installed are gone.
     """
-    one_or_all = opened_single if no_commit else opened
-    given = {"GUIX_PACKAGES": package} if package else None
-    with one_or_all(c, given) as project, project.alone("install"):
+    session = single_platform_session if no_commit else project_session
+    overrides = {"GUIX_PACKAGES": package} if package else None
+    with session(c, overrides) as project, project.alone("install"):
         from guix_tasks.stages.lifecycle import Wishes, make_each
 
         packages = project.settings.guix_packages if package else ()
-        wishes = Wishes(force, upstream, False, not no_commit, keep_failed, packages=packages)
-        make_each(project, "install", wishes)
+        options = Wishes(force, upstream, False, not no_commit, keep_failed, packages=packages)
+        make_each(project, "install", options)
 
 
 @long_task()
 def commit(c: Context) -> None:
-    """Commit the work container that was left, as IMAGE.
+    """Commit the kept work container as IMAGE.
 
-    It is what `inv shell`, `inv run --keep` or a stage with --no-commit
-    left.
+    `inv shell`, `inv run --keep` and a stage with --no-commit keep a work
+    container.
     """
-    with opened_single(c) as project, project.alone("commit"):
+    with single_platform_session(c) as project, project.alone("commit"):
         from guix_tasks.commands.commit import commit
 
         commit(project)
@@ -126,17 +129,17 @@ def commit(c: Context) -> None:
 
 @long_task()
 def squash(c: Context) -> None:
-    """Make one layer of all above the base stage."""
-    with opened_single(c) as project, project.alone("squash"):
-        from guix_tasks.commands.squash import squash as one_layer
+    """Merge all layers above the base image into one."""
+    with single_platform_session(c) as project, project.alone("squash"):
+        from guix_tasks.commands.squash import squash
 
-        one_layer(project)
+        squash(project)
 
 
 @task(auto_shortflags=False)
 def rollback(c: Context) -> None:
-    """Let IMAGE be what it was before it last moved."""
-    with opened_single(c) as project, project.alone("rollback"):
+    """Restore the previous IMAGE."""
+    with single_platform_session(c) as project, project.alone("rollback"):
         from guix_tasks.commands.rollback import rollback
 
         rollback(project)
@@ -144,45 +147,44 @@ def rollback(c: Context) -> None:
 
 @long_task(help={"stage": "the image of this stage instead of IMAGE"})
 def verify(c: Context, stage: str = "") -> None:
-    """Test IMAGE from outside, in a fresh container.
+    """Test IMAGE in a fresh container.
 
-    The daemon has to answer, a derivation to build, the channels to be
-    those of the lock, and the packages and certificates to be there.
+    Check that the daemon answers, that a derivation builds, that the channels
+    match the lock, and that the packages and certificates exist.
     """
-    with opened(c) as project:
+    with project_session(c) as project:
         from guix_tasks.commands.verify import verify as check
 
-        for each in project.each_platform():
-            check(each, stage or None)
+        for platform_project in project.each_platform():
+            check(platform_project, stage or None)
 
 
 @long_task(help={"stage": "the tag of this stage instead of IMAGE and TAGS"})
 def push(c: Context, stage: str = "") -> None:
     """Push IMAGE and TAGS, and print the digest.
 
-    An image whose stage is stale is refused.
+    Refuse an image whose stage is stale.
     """
-    with opened(c) as project, project.alone("push"):
+    with project_session(c) as project, project.alone("push"):
         from guix_tasks.commands.push import push as publish
 
-        for each in project.each_platform():
-            for reference, digest in publish(each, stage or None).items():
-                if digest:  # a dry run has none
-                    each.console.result(f"{reference}@{digest}")
+        for platform_project in project.each_platform():
+            for reference, digest in publish(platform_project, stage or None).items():
+                if digest:  # empty in a dry run
+                    project.console.result(f"{reference}@{digest}")
 
 
 @task(auto_shortflags=False)
 def manifest(c: Context) -> None:
-    """Join the platforms that were pushed, under IMAGE.
+    """Join the pushed platforms into one IMAGE.
 
-    They are those of PLATFORMS; without it, all that out/digests/ has.
-    Prints the digest.
+    The platforms are those of PLATFORMS, or all in out/digests/ if that is
+    not set.  Print the digest.
     """
-    with opened_with_buildx(c, needs_engine=False) as (project, program):
+    with buildx_session(c, needs_engine=False) as (project, program):
         from guix_tasks.commands.manifest import join
 
-        digest = join(project, program)
-        if digest:
+        if digest := join(project, program):
             project.console.result(f"{project.settings.image}@{digest}")
 
 
@@ -190,17 +192,17 @@ def manifest(c: Context) -> None:
     iterable=["package"],
     help={
         "package": "a package instead of GUIX_PACKAGES; repeatable",
-        "json": "print what is found as JSON, for machines",
+        "json": "print the result as JSON",
     },
     auto_shortflags=False,
 )
 def weather(c: Context, package: list[str] | None = None, json: bool = False) -> None:
-    """Ask whether the packages have substitutes."""
-    given = {"GUIX_PACKAGES": package} if package else None
-    with opened(c, given) as project, project.alone("weather"):
-        from guix_tasks.commands.weather import weather as ask
+    """Check whether the packages have substitutes."""
+    overrides = {"GUIX_PACKAGES": package} if package else None
+    with project_session(c, overrides) as project, project.alone("weather"):
+        from guix_tasks.commands.weather import weather
 
-        ask(project, as_json=json)
+        weather(project, as_json=json)
 
 
 @long_task(
@@ -209,12 +211,12 @@ def weather(c: Context, package: list[str] | None = None, json: bool = False) ->
     help={
         "package": "a package instead of GUIX_PACKAGES and GUIX_MANIFEST; repeatable",
         "format": "tarball, docker, oci, squashfs, deb, rpm or appimage",
-        "relocatable": "to be unpacked anywhere, as guix pack -R; twice, as -RR; without a value",
-        "symlink": "a symbolic link in it, as /bin=bin; repeatable",
+        "relocatable": "make programs run from any directory, like guix pack -R; twice: -RR",
+        "symlink": "a symbolic link to add, for example /bin=bin; repeatable",
         "compression": "gzip, lzip, xz, bzip2, zstd or none",
-        "max_layers": "the most layers that a docker or OCI archive may have",
-        "entry_point": "the program that an image or an appimage runs, as bin/hello",
-        "name": "what the file's name begins with",
+        "max_layers": "maximum number of layers of a docker or OCI archive",
+        "entry_point": "program that the packed image or AppImage runs, for example bin/hello",
+        "name": "first part of the file name",
     },
 )
 def pack(
@@ -228,51 +230,51 @@ def pack(
     entry_point: str = "",
     name: str = "",
 ) -> None:
-    """Pack packages and manifest into a file in out/.
+    """Pack the packages into a file in out/.
 
-    They are those of GUIX_PACKAGES and GUIX_MANIFEST, made with the Guix of
-    IMAGE; a file with the SHA-256 lies beside.
+    Pack GUIX_PACKAGES and GUIX_MANIFEST with the Guix of IMAGE, and write the
+    SHA-256 to a file next to the pack.
     """
-    with opened(c) as project, project.alone("pack"):
+    with project_session(c) as project, project.alone("pack"):
         from guix_tasks.commands.pack import pack_each
         from guix_tasks.guix import Pack
 
         links = tuple(symlink or ())
-        wanted = Pack(format, relocatable, links, compression, max_layers, entry_point)
-        pack_each(project, wanted, name, tuple(package or ()))
+        options = Pack(format, relocatable, links, compression, max_layers, entry_point)
+        pack_each(project, options, name, tuple(package or ()))
 
 
 @task(
-    help={"url": "where the files will be downloadable, instead of RELEASE_URL"},
+    help={"url": "URL under which the files will be published, instead of RELEASE_URL"},
     auto_shortflags=False,
 )
 def release(c: Context, url: str = "") -> None:
-    """Write out/build.json, which tells of the packs.
+    """Write out/build.json, the index of packed files.
 
-    It has, for each Guix system, the URL of the file, its SHA-256, and the
-    channels.  What it says of packs that are not made anew stays.
+    For each Guix system it contains the URL of the file, its SHA-256 and the
+    channels.  Entries of packs that did not change are kept.
     """
-    with opened_settings({"RELEASE_URL": url}) as (settings, console):
+    with settings_session({"RELEASE_URL": url}) as (settings, console):
         from guix_tasks.commands.release import release as write
 
-        if not left_at_showing(c, "release"):
+        if not is_dry_run(c, "release"):
             console.result(str(write(settings, console)))
 
 
 @task(
     help={
         "stage": "the image of this stage instead of IMAGE",
-        "keep": "leave the work container for `inv commit`",
+        "keep": "keep the work container for `inv commit`",
     },
     auto_shortflags=False,
 )
 def run(c: Context, stage: str = "", keep: bool = False) -> None:
-    """Run one command: `inv run -- COMMAND ARGUMENT...`.
+    """Run a command: `inv run -- COMMAND ARGUMENT...`.
 
-    It runs in a work container of IMAGE, beside the Guix daemon, and `inv`
-    ends with its status.
+    It runs in a work container of IMAGE, next to the Guix daemon.  `inv`
+    exits with the status of the command.
     """
-    with opened_single(c) as project:
+    with single_platform_session(c) as project:
         from guix_tasks.commands.run import run
 
         status = run(project, _after_dashes(sys.argv), stage=stage or None, keep=keep)
@@ -283,16 +285,16 @@ def run(c: Context, stage: str = "", keep: bool = False) -> None:
 @task(
     help={
         "stage": "the image of this stage instead of IMAGE",
-        "fresh": "drop the work container that is there, if any",
+        "fresh": "remove a kept work container first",
     },
     auto_shortflags=False,
 )
 def shell(c: Context, stage: str = "", fresh: bool = False) -> None:
     """Open a shell in a work container of IMAGE.
 
-    The container is left, for `inv commit` or the next `inv shell`.
+    The container is kept for `inv commit` or the next `inv shell`.
     """
-    with opened_single(c) as project:
+    with single_platform_session(c) as project:
         from guix_tasks.commands.shell import shell
 
         docker, environment = docker_command(project)
@@ -301,49 +303,47 @@ def shell(c: Context, stage: str = "", fresh: bool = False) -> None:
 
 @task(
     help={
-        "size": "show what is in the image: stages, layers, the largest store items",
-        "plot": "draw what --size shows as an SVG picture into this file",
-        "json": "print one JSON document, for machines",
+        "size": "show the sizes of stages, layers and the largest store items",
+        "plot": "write the sizes as an SVG chart to this file",
+        "json": "print one JSON document",
     },
     auto_shortflags=False,
 )
 def status(c: Context, size: bool = False, plot: str = "", json: bool = False) -> None:
     """Show stages, images, sizes, ages and channels.
 
-    Each stage is up to date, missing, or stale, and why.
+    A stage is up to date, missing, or stale for a reason that is shown.
     """
-    with (opened_single if size or plot else opened)(c) as project:
+    with (single_platform_session if size or plot else project_session)(c) as project:
         from guix_tasks.commands.status import show_status
 
         show_status(project, size=size, plot=plot, as_json=json)
 
 
-@task(
-    name="doctor", help={"json": "print the findings as JSON, for machines"}, auto_shortflags=False
-)
+@task(name="doctor", help={"json": "print the findings as JSON"}, auto_shortflags=False)
 def doctor(c: Context, json: bool = False) -> None:
-    """Check this machine; a line each, with the mend.
+    """Check this machine and suggest fixes.
 
-    Ends with 1 where something is wrong.
+    Exit with status 1 if a check fails.
     """
-    with guarded():
+    with report_errors():
         findings = examine(c)
         from guix_tasks.commands.doctor import State, show
         from guix_tasks.ui.console import Console
 
         show(Console(), findings, as_json=json)
-        if any(each.state is State.FAILED for each in findings):
+        if any(finding.state is State.FAILED for finding in findings):
             raise Exit(code=CHECK_FAILED)
 
 
-@task(help={"work": "only the work containers"}, auto_shortflags=False)
+@task(help={"work": "remove only work containers"}, auto_shortflags=False)
 def clean(c: Context, work: bool = False) -> None:
-    """Remove what these tasks made for this project.
+    """Remove this project's containers, images and volumes.
 
-    Work containers, the substitute server, stage images and volumes, and
-    IMAGE and TAGS where they are a stage: nothing else.
+    Remove work containers, the substitute server, stage images, volumes, and
+    IMAGE and TAGS if they point to a stage.  Nothing else is removed.
     """
-    with opened(c) as project, project.alone("clean"):
+    with project_session(c) as project, project.alone("clean"):
         from guix_tasks.commands.clean import clean as remove
         from guix_tasks.commands.clean import say_removed
 
@@ -351,5 +351,5 @@ def clean(c: Context, work: bool = False) -> None:
 
 
 def _after_dashes(argv: list[str]) -> list[str]:
-    # Invoke's own `remainder` is one string that has lost its quoting.
+    # Invoke's `remainder` is one string without the original quoting.
     return argv[argv.index("--") + 1 :] if "--" in argv else []

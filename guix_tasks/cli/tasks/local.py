@@ -1,4 +1,4 @@
-"""What a bare machine lacks: an engine, a registry, a base image."""
+"""Tasks for local infrastructure: engine, registry, base image, substitutes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING
 from invoke.collection import Collection
 from invoke.tasks import task
 
-from guix_tasks.cli.errors import guarded
-from guix_tasks.cli.session import left_at_showing, opened, opened_settings, opened_single
+from guix_tasks.cli.errors import report_errors
+from guix_tasks.cli.session import (
+    is_dry_run,
+    project_session,
+    settings_session,
+    single_platform_session,
+)
 from guix_tasks.cli.tasks.output import long_task
 
 if TYPE_CHECKING:
@@ -23,11 +28,11 @@ if TYPE_CHECKING:
 def engine_up(c: Context, image_store: str = "") -> None:
     """Start a private Docker Engine, if there is none.
 
-    It is unpacked from Debian's packages into a directory of its own;
-    nothing is installed.
+    Unpack it from Debian's packages into a private directory.  Nothing is
+    installed.
     """
-    with opened_settings({"ENGINE_IMAGE_STORE": image_store}) as (settings, console):
-        if left_at_showing(c, "engine.up"):
+    with settings_session({"ENGINE_IMAGE_STORE": image_store}) as (settings, console):
+        if is_dry_run(c, "engine.up"):
             return
         from guix_tasks.bootstrap.engine import private_engine
 
@@ -37,8 +42,8 @@ def engine_up(c: Context, image_store: str = "") -> None:
 @task(name="down", auto_shortflags=False)
 def engine_down(c: Context) -> None:
     """Stop the private Docker Engine."""
-    with guarded():
-        if left_at_showing(c, "engine.down"):
+    with report_errors():
+        if is_dry_run(c, "engine.down"):
             return
         from guix_tasks.bootstrap.engine import private_engine
         from guix_tasks.ui.console import Console
@@ -48,12 +53,13 @@ def engine_down(c: Context) -> None:
 
 @task(name="up", help={"port": "the port on loopback (default 5055)"}, auto_shortflags=False)
 def registry_up(c: Context, port: int = 5055) -> None:
-    """Start a registry on loopback, for `inv push`.
+    """Start a local registry for `inv push`.
 
-    It asks for a password that is generated, and that the tasks know.
+    It listens on loopback and requires a generated password, which these
+    tasks know.
     """
-    with opened(c) as project:
-        if left_at_showing(c, "registry.up"):
+    with project_session(c) as project:
+        if is_dry_run(c, "registry.up"):
             return
         from guix_tasks.bootstrap.registry import registry_for
 
@@ -64,10 +70,10 @@ def registry_up(c: Context, port: int = 5055) -> None:
 def registry_down(c: Context, port: int = 5055) -> None:
     """Stop the local registry.
 
-    What was pushed to it stays.
+    The pushed images are kept.
     """
-    with opened(c) as project:
-        if left_at_showing(c, "registry.down"):
+    with project_session(c) as project:
+        if is_dry_run(c, "registry.down"):
             return
         from guix_tasks.bootstrap.registry import registry_for
 
@@ -76,32 +82,32 @@ def registry_down(c: Context, port: int = 5055) -> None:
 
 @long_task(
     help={
-        "tag": "the name of the image",
-        "plain": "without Guix: a place to try in what was packed",
+        "tag": "name of the image",
+        "plain": "make a Debian image without Guix, to test packs in",
     }
 )
 def rootfs(c: Context, tag: str = "", plain: bool = False) -> None:
-    """Make a base image with Guix of Debian's packages.
+    """Make a base image with Guix from Debian's packages.
 
-    For where BASE_IMAGE cannot be pulled; set it to the name that this
-    prints.
+    Use it if BASE_IMAGE cannot be pulled: set BASE_IMAGE to the name that
+    this task prints.
     """
-    with opened(c) as project:
+    with project_session(c) as project:
         from guix_tasks.bootstrap.base_image import BASE_TAG, PLAIN_TAG, make_base, make_plain
 
-        make, usual = (make_plain, PLAIN_TAG) if plain else (make_base, BASE_TAG)
-        make(project.engine, project.console, tag or usual)
+        make, default = (make_plain, PLAIN_TAG) if plain else (make_base, BASE_TAG)
+        make(project.engine, project.console, tag or default)
 
 
 @task(
     name="up",
-    help={"listen": "ADDRESS:PORT instead of SUBSTITUTES_LISTEN, as 0.0.0.0:8181 for all machines"},
+    help={"listen": "ADDRESS:PORT instead of SUBSTITUTES_LISTEN; 0.0.0.0:8181 for all machines"},
     auto_shortflags=False,
 )
 def substitutes_up(c: Context, listen: str = "") -> None:
     """Serve substitutes from the newest stage image."""
-    given = {"SUBSTITUTES_LISTEN": listen}
-    with opened_single(c, given) as project, project.alone("substitutes.up"):
+    overrides = {"SUBSTITUTES_LISTEN": listen}
+    with single_platform_session(c, overrides) as project, project.alone("substitutes.up"):
         from guix_tasks.commands.substitutes import up
 
         up(project)
@@ -109,8 +115,8 @@ def substitutes_up(c: Context, listen: str = "") -> None:
 
 @task(name="down", auto_shortflags=False)
 def substitutes_down(c: Context) -> None:
-    """Stop serving substitutes; the signing key stays."""
-    with opened_single(c) as project, project.alone("substitutes.down"):
+    """Stop serving substitutes and keep the signing key."""
+    with single_platform_session(c) as project, project.alone("substitutes.down"):
         from guix_tasks.commands.substitutes import down
 
         down(project)

@@ -1,4 +1,4 @@
-"""The options of every task that takes its time: how much it is to show."""
+"""Options ``--quiet`` and ``--verbose`` of long-running tasks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from invoke.tasks import task
 
-from guix_tasks.cli.session import displayed
+from guix_tasks.cli.session import set_display
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -17,32 +17,34 @@ if TYPE_CHECKING:
     from invoke.tasks import Task
 
 _HELP = {
-    "quiet": "show results, warnings and errors alone; OUTPUT=quiet for all tasks of a call",
-    "verbose": "show all that Guix says, its builds too; OUTPUT=verbose for all tasks",
+    "quiet": "show only results, warnings and errors; OUTPUT=quiet sets it for all tasks",
+    "verbose": "show the whole output of Guix and its builds; OUTPUT=verbose for all tasks",
 }
 
 
 def long_task(
     help: Mapping[str, str] | None = None,  # noqa: A002 -- as Invoke names it
-    **more: Any,
+    **options: Any,
 ) -> Callable[[Callable[..., None]], Task[Any]]:
-    """A task, as Invoke's own ``task`` makes it, with ``--quiet`` and ``--verbose``."""
+    """Decorate a task like Invoke's ``task``, and add ``--quiet`` and ``--verbose``."""
 
-    def decorated(body: Callable[..., None]) -> Task[Any]:
+    def decorate(body: Callable[..., None]) -> Task[Any]:
         @wraps(body)
-        def shown(
-            c: Context, *arguments: Any, quiet: bool = False, verbose: bool = False, **options: Any
+        def wrapper(
+            c: Context, *arguments: Any, quiet: bool = False, verbose: bool = False, **keywords: Any
         ) -> None:
-            with displayed(quiet=quiet, verbose=verbose):
-                body(c, *arguments, **options)
+            with set_display(quiet=quiet, verbose=verbose):
+                body(c, *arguments, **keywords)
 
-        own = inspect.signature(body)
+        signature = inspect.signature(body)
         added = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False) for name in _HELP
         ]
-        signature = own.replace(parameters=[*own.parameters.values(), *added])
-        shown.__signature__ = signature  # type: ignore[attr-defined]
-        made: Task[Any] = task(help={**(help or {}), **_HELP}, auto_shortflags=False, **more)(shown)
-        return made
+        parameters = [*signature.parameters.values(), *added]
+        wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        decorated: Task[Any] = task(
+            help={**(help or {}), **_HELP}, auto_shortflags=False, **options
+        )(wrapper)
+        return decorated
 
-    return decorated
+    return decorate

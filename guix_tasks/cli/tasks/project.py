@@ -1,4 +1,4 @@
-"""The start of a project."""
+"""Task that creates a project."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING
 
 from invoke.tasks import task
 
-from guix_tasks.cli.errors import guarded
+from guix_tasks.cli.errors import report_errors
 
 if TYPE_CHECKING:
     from invoke.context import Context
 
 
 @task(
-    help={"ci": "for which CI: github, gitlab, both, none, or auto: what Git's remote tells"},
+    help={"ci": "CI files: github, gitlab, both, none, or auto (from the Git remote)"},
     auto_shortflags=False,
 )
 def init(c: Context, ci: str = "auto") -> None:
-    """Write a commented start of a project, here.
+    """Create a commented project in this directory.
 
-    Nothing is overwritten.
+    Existing files are not overwritten.
     """
-    with guarded():
+    with report_errors():
         from guix_tasks.commands.init import write_start
         from guix_tasks.ui.console import Console
 

@@ -1,4 +1,4 @@
-;;; The channel of this project: what its program needs and Guix does not have.
+;;; Channel of this project, with the dependencies that Guix does not have.
 
 (define-module (example packages)
   #:use-module (guix build-system trivial)
@@ -7,7 +7,7 @@
   #:use-module (guix packages))
 
 (define %modules
-  ;; Where Guile finds modules, below what a package is installed to.
+  ;; Directory of Guile modules in the output of a package.
   "/share/guile/site/3.0")
 
 (define-public phrases
