@@ -72,11 +72,11 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class Testbed:
-    """One engine, the material, and a folder that is deleted at the end."""
+    """One engine, the material, and a directory that is deleted at the end."""
 
     engine: DockerEngine
     docker: str
-    folder: Path
+    directory: Path
     material: Path
     meter: Meter
     environment: dict[str, str]
@@ -94,9 +94,9 @@ class Testbed:
     def dockerfile(self, name: str) -> Path:
         """The project's Dockerfile in words that no builder has in its cache."""
         text = (ROOT / "Dockerfile").read_text()
-        path = self.folder / name / "Dockerfile"
+        path = self.directory / name / "Dockerfile"
         path.parent.mkdir(exist_ok=True)
-        mark = f"{_MARK}{self.folder.name}-{secrets.token_hex(4)}"
+        mark = f"{_MARK}{self.directory.name}-{secrets.token_hex(4)}"
         path.write_text(text.replace("\nRUN ", f"\nRUN : {mark}; "))
         return path
 
@@ -124,7 +124,7 @@ class Testbed:
             name = re.search(r"^ID:\s+(\w+)", record, re.MULTILINE)
             if name:
                 parents[name[1]] = re.findall(r"^ - (\w+)", record, re.MULTILINE)
-                if f"{_MARK}{self.folder.name}" in record:
+                if f"{_MARK}{self.directory.name}" in record:
                     found.add(name[1])
         while more := {name for name, its in parents.items() if found & {*its}} - found:
             found |= more
@@ -146,24 +146,24 @@ def testbed(console: Console) -> Iterator[Testbed]:
     if engine.image(BASE_TAG) is None:
         make_base(engine, console, BASE_TAG)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gt-")))
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gt-")))
         environment = {
             "PATH": os.pathsep.join((str(Path(docker).parent), os.environ.get("PATH", os.defpath))),
-            "HOME": str(folder),
-            "DOCKER_HOST": f"unix://{folder / 'engine'}",
-            "DOCKER_CONFIG": str(folder / "docker"),
-            "XDG_CACHE_HOME": str(folder / "cache"),
+            "HOME": str(directory),
+            "DOCKER_HOST": f"unix://{directory / 'engine'}",
+            "DOCKER_CONFIG": str(directory / "docker"),
+            "XDG_CACHE_HOME": str(directory / "cache"),
             "PYTHONPATH": str(ROOT),
         }
         direct = {**environment, "DOCKER_HOST": address.url}
-        _link_buildx(folder / "docker")
-        wire = Wire(Path(address.url.removeprefix("unix://")), folder / "engine")
+        _link_buildx(directory / "docker")
+        wire = Wire(Path(address.url.removeprefix("unix://")), directory / "engine")
         stack.callback(wire.close)
         containers = Containers(str(docker), direct)
         stack.callback(containers.close)
-        meter = Meter(wire, containers, folder / "log")
+        meter = Meter(wire, containers, directory / "log")
         material = _material(engine, console)
-        bed = Testbed(engine, str(docker), folder, material, meter, environment, direct)
+        bed = Testbed(engine, str(docker), directory, material, meter, environment, direct)
         stack.callback(bed.prune)
         yield bed
 
@@ -179,12 +179,12 @@ def _link_buildx(configuration: Path) -> None:
 
 def _material(engine: DockerEngine, console: Console) -> Path:
     """Substitutes, and channels with the packages to measure with, in two commits each."""
-    folder = files.cache_home() / "benchmark"
+    directory = files.cache_home() / "benchmark"
     ignore = shutil.ignore_patterns("out", "channels.lock.scm")
-    shutil.copytree(ROOT / "examples/offline", folder, ignore=ignore, dirs_exist_ok=True)
-    shutil.copy(_HERE / "packages.scm", folder / "channels/offline/offline/benchmark.scm")
-    make_material(engine, console, BASE_TAG, folder)
-    out = folder / "out"
+    shutil.copytree(ROOT / "examples/offline", directory, ignore=ignore, dirs_exist_ok=True)
+    shutil.copy(_HERE / "packages.scm", directory / "channels/offline/offline/benchmark.scm")
+    make_material(engine, console, BASE_TAG, directory)
+    out = directory / "out"
     text = (out / "channels.scm").read_text()
     for name in channels(text):
         # The first commit is the one that introduces the channel.
@@ -214,18 +214,18 @@ class Registry:
 
     @property
     def data(self) -> Path:
-        return self._local.folder / "data"
+        return self._local.directory / "data"
 
     @property
     def _local(self) -> LocalRegistry:
-        return LocalRegistry(self.bed.folder / f"registry-{self.name}", self.port)
+        return LocalRegistry(self.bed.directory / f"registry-{self.name}", self.port)
 
     @contextmanager
     def running(self, console: Console) -> Iterator[None]:
         """Run it, with the base image in it as in the registry that it was pulled from."""
-        self._local.folder.mkdir()
+        self._local.directory.mkdir()
         if local_registry().installed():
-            (self._local.folder / "root").symlink_to(local_registry().folder / "root")
+            (self._local.directory / "root").symlink_to(local_registry().directory / "root")
         self._local.up(console)
         self._log_in()
         base = f"localhost:{self.port}/base"
@@ -258,7 +258,7 @@ class Registry:
 
     @property
     def _seed(self) -> Path:
-        return self._local.folder / "seed"
+        return self._local.directory / "seed"
 
 
 @dataclass
@@ -296,11 +296,11 @@ class ShellLines:
             "WORK": self._work,
         }
         steps = ("install", "push") if by_hand else ("build", "pull", "install", "push")
-        return Command((str(_HERE / "shell-lines.sh"), *steps), self.bed.folder, environment)
+        return Command((str(_HERE / "shell-lines.sh"), *steps), self.bed.directory, environment)
 
     @property
     def _work(self) -> str:
-        return f"{self.bed.folder.name}-work"
+        return f"{self.bed.directory.name}-work"
 
 
 @dataclass
@@ -323,13 +323,13 @@ class Inv:
         shutil.copy(ROOT / "tasks.py", self._folder)
         # The commits come from a lock; the channels themselves are free to move.
         shutil.copy(self.bed.material / OLD_CHANNELS, self._folder / "channels.lock.scm")
-        shutil.rmtree(self.bed.folder / "cache", ignore_errors=True)
+        shutil.rmtree(self.bed.directory / "cache", ignore_errors=True)
         self._dockerfile = self.bed.dockerfile("inv")
 
     def _clean(self) -> None:
         clean = self._command("clean")
         done = subprocess.run(
-            clean.argv, cwd=clean.folder, env=self.bed.direct, capture_output=True, text=True,
+            clean.argv, cwd=clean.directory, env=self.bed.direct, capture_output=True, text=True,
             check=False,
         )  # fmt: skip
         if done.returncode:
@@ -360,7 +360,7 @@ class Inv:
 
     @property
     def _folder(self) -> Path:
-        return self.bed.folder / "project"
+        return self.bed.directory / "project"
 
     @property
     def _settings(self) -> Path:
@@ -394,10 +394,10 @@ class Buildx:
 
     def _probe(self, syntax: str) -> str:
         """Why the builder refuses an insecure step."""
-        folder = str(self.bed.dockerfile("probe").parent)
-        mark = f"{_MARK}{self.bed.folder.name}"
+        directory = str(self.bed.dockerfile("probe").parent)
+        mark = f"{_MARK}{self.bed.directory.name}"
         done = subprocess.run(
-            (*self._build, "--allow=security.insecure", "--file=-", folder),
+            (*self._build, "--allow=security.insecure", "--file=-", directory),
             input=f"{syntax}FROM {BASE_TAG}\nRUN --security=insecure : {mark}\n",
             env=self.bed.direct, capture_output=True, text=True, check=False,
         )  # fmt: skip
@@ -419,7 +419,7 @@ class Buildx:
         self._base = self._syntax + self.bed.dockerfile("buildx").read_text()
 
     def command(self, _scenario: str, goal: Goal) -> Command:
-        dockerfile = self.bed.folder / "buildx/Dockerfile"
+        dockerfile = self.bed.directory / "buildx/Dockerfile"
         dockerfile.write_text(self._base + (self._STAND_IN if self.refusal else self._steps(goal)))
         allow = () if self.refusal else ("--allow=security.insecure",)
         argv = (
@@ -427,7 +427,7 @@ class Buildx:
             f"--build-context=offline={self.bed.material}", f"--tag={self.registry.image}",
             "--push", str(ROOT),
         )  # fmt: skip
-        return Command(argv, self.bed.folder, self.bed.environment)
+        return Command(argv, self.bed.directory, self.bed.environment)
 
     @property
     def _build(self) -> tuple[str, ...]:

@@ -137,7 +137,7 @@ class Command:
     """A command that is to be measured."""
 
     argv: Sequence[str]
-    folder: Path
+    directory: Path
     environment: Mapping[str, str]
 
 
@@ -176,7 +176,7 @@ class Meter:
         with self.log.open("wb") as log:
             start = time.time()
             with subprocess.Popen(
-                command.argv, cwd=command.folder, env=dict(command.environment),
+                command.argv, cwd=command.directory, env=dict(command.environment),
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             ) as process, _peak_memory(process.pid) as peak:  # fmt: skip
                 process.wait()
@@ -252,7 +252,7 @@ def _peak_memory(pid: int) -> Iterator[list[int]]:
 
 
 def blobs(data: Path) -> dict[str, int]:
-    """The blobs in a registry's folder, with their sizes."""
+    """The blobs in a registry's directory, with their sizes."""
     found = (data / "docker/registry/v2/blobs").glob("sha256/*/*/data")
     return {f"sha256:{path.parent.name}": path.stat().st_size for path in found}
 
@@ -263,7 +263,7 @@ def blob(data: Path, digest: str) -> Path:
 
 
 def pushed_layers(data: Path, repository: str, tag: str) -> list[tuple[str, int]]:
-    """The layers of an image in a registry's folder: digest and compressed size."""
+    """The layers of an image in a registry's directory: digest and compressed size."""
     link = data / "docker/registry/v2/repositories" / repository / f"_manifests/tags/{tag}"
     manifest = json.loads(blob(data, (link / "current/link").read_text()).read_text())
     return [(layer["digest"], layer["size"]) for layer in manifest["layers"]]

@@ -132,22 +132,22 @@ def _seconds(samples: Sequence[Sample]) -> float:
     return median(each.times.seconds for each in samples)
 
 
-def write(folder: Path, samples: Sequence[Sample], notes: Sequence[str]) -> None:
+def write(directory: Path, samples: Sequence[Sample], notes: Sequence[str]) -> None:
     """Write results.json, README.md and the charts."""
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     results = {"notes": notes, "samples": [asdict(each) for each in samples]}
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (directory / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     found = Samples(samples)
     parts = ["# Benchmarks", "Made by `python benchmarks/run.py`."]
     parts += [f"Note: {note}" for note in notes]
     if found.keys():
-        (folder / "seconds.svg").write_text(seconds_chart(found))
+        (directory / "seconds.svg").write_text(seconds_chart(found))
         parts += ["![Seconds by scenario](seconds.svg)", _table(found), _LEGEND]
     if found.of("change"):
-        (folder / "growth.svg").write_text(growth_chart(found))
+        (directory / "growth.svg").write_text(growth_chart(found))
         parts += ["![Size after each change](growth.svg)", _growth_table(found)]
     parts += ["## Goals", "\n".join(f"- {verdict}" for verdict in verdicts(samples))]
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+    (directory / "README.md").write_text("\n\n".join(parts) + "\n")
 
 
 _LEGEND = (

@@ -125,7 +125,7 @@ class Session:
         )
         if measured:
             self.samples.append(sample)
-        self.console.say(f"{scenario} {number}: {sample}{'' if measured else ' (not counted)'}")
+        self.console.print(f"{scenario} {number}: {sample}{'' if measured else ' (not counted)'}")
         self.bed.drop(images)
         return sample
 
@@ -162,7 +162,7 @@ def main() -> int:
             ]  # fmt: skip
             if buildx.note:
                 notes.append(buildx.note)
-                console.say(buildx.note)
+                console.print(buildx.note)
             for contestant in contestants:
                 stack.enter_context(contestant.registry.running(console))
                 stack.callback(_tidy, contestant)

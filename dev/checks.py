@@ -73,7 +73,7 @@ def _install_tools(project: Path, console: Console) -> None:
     lock, mark = project / LOCK, Path(sys.prefix) / LOCK
     if mark.exists() and lock.read_bytes() == mark.read_bytes():
         return
-    console.say(f"test: installing the tools of {LOCK} into {sys.prefix}")
+    console.print(f"test: installing the tools of {LOCK} into {sys.prefix}")
     _call(project, console, (
         "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
         "--require-hashes", "--requirement", LOCK,

@@ -24,7 +24,7 @@ from guix_tasks.errors import CheckError
 from guix_tasks.stages.container import PROJECT_LABEL, network
 from guix_tasks.stages.container import project as project_name
 from guix_tasks.stages.images import STAGES
-from guix_tasks.stages.lifecycle import Lifecycle, Wishes
+from guix_tasks.stages.lifecycle import Lifecycle, StageOptions
 from guix_tasks.stages.transfer import pull
 from guix_tasks.ui.format import human_size, human_time
 
@@ -60,7 +60,7 @@ def print_next_steps(project: Project) -> None:
         lines.append("The private Docker Engine is still running; `./inv engine.down` stops it.")
         lines.append(private.shell_hint())
     for line in lines:
-        project.console.say(line)
+        project.console.print(line)
 
 
 class Stopwatch:
@@ -72,7 +72,7 @@ class Stopwatch:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        self._project.console.say(f"\n== {name}")
+        self._project.console.print(f"\n== {name}")
         started = time.monotonic()
         yield
         self.seconds[name] = time.monotonic() - started
@@ -85,7 +85,7 @@ def run_demo(project: Project) -> None:
     """
     stopwatch, lifecycle = Stopwatch(project), Lifecycle(project)
     steps: dict[str, Callable[[], object]] = {
-        **{stage: partial(lifecycle.make, stage, Wishes()) for stage in STAGES},
+        **{stage: partial(lifecycle.make, stage, StageOptions()) for stage in STAGES},
         "commit": lambda: commit(project),
         "verify": lambda: verify(project),
     }
@@ -98,7 +98,7 @@ def run_demo(project: Project) -> None:
     with stopwatch.step("pull the image and run hello"):
         clean(project)
         _greet(project, f"{project.settings.image.name}@{digest}")
-    project.console.say("")
+    project.console.print("")
     project.console.table(
         ("step", "time", "size"),
         [(name, human_time(took), sizes.get(name, "")) for name, took in stopwatch.seconds.items()],

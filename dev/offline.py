@@ -38,7 +38,7 @@ def make_material(engine: Engine, console: Console, image: str, directory: Path)
     key = _key(engine, image, directory)
     if mark.exists() and mark.read_text() == key:
         return
-    console.say("offline example: making its channels and substitutes")
+    console.print("offline example: making its channels and substitutes")
     if not engine.info().is_local:
         raise BuilderError(
             "cannot make the offline example: it needs an engine on this machine, and "

@@ -69,11 +69,11 @@ def open_demo(c: Context, directory: Path) -> Iterator[Project]:
     from dev.demo import ENV_FILE, prepare
     from guix_tasks.errors import UsageError
     from guix_tasks.settings import load_isolated
-    from guix_tasks.ui.console import Console, Display, settled_display
+    from guix_tasks.ui.console import Console, Display, resolve_display
 
     if c.config.run.dry:
         raise UsageError("cannot run the demo with --dry; leave --dry out")
-    display = settled_display(Display(display_option() or "auto"), sys.stderr, os.environ)
+    display = resolve_display(Display(display_option() or "auto"), sys.stderr, os.environ)
     console = Console(display=display)
     prepare(engine_or_private(c, console), console, directory)
     yield open_project(c, replace(load_isolated(directory / ENV_FILE), output=display))

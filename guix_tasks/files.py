@@ -211,7 +211,7 @@ def _drain(path: Path) -> bytes:
         poll.register(file, select.POLLIN)
         if not poll.poll(_SILENT_WAIT * 1000):
             console = Console()
-            console.say(f"waiting for {str(path)!r}: nothing has been written to it yet")
+            console.print(f"waiting for {str(path)!r}: nothing has been written to it yet")
             poll.poll()
         os.set_blocking(file, True)
         return stream.read()

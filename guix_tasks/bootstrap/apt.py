@@ -52,7 +52,7 @@ class Apt:
     ``failure`` is the exception class to raise, which determines the exit code.
     """
 
-    folder: Path
+    directory: Path
     suites: Sequence[str]
     status: Path | None = None
     failure: type[GuixTasksError] = EngineError
@@ -64,9 +64,9 @@ class Apt:
                 "cannot unpack Debian packages: apt-get, dpkg or dpkg-deb is not installed; "
                 "install Docker Engine with the packages of your distribution"
             )
-        with locked(self.folder / "lock"):
-            (self.folder / "lists" / "partial").mkdir(parents=True, exist_ok=True)
-            (self.folder / "status").touch()
+        with locked(self.directory / "lock"):
+            (self.directory / "lists" / "partial").mkdir(parents=True, exist_ok=True)
+            (self.directory / "status").touch()
             self._sources.write_text("".join(f"{self.source(suite)}\n" for suite in self.suites))
             self._configuration.write_text(self._configure())
             self._apt_get("update")
@@ -81,9 +81,9 @@ class Apt:
     def install_set(self, packages: Sequence[str], into: Path) -> list[Path]:
         """Download these packages and their dependencies."""
         (into / "partial").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+        with tempfile.TemporaryDirectory(dir=self.directory) as scratch:
             # apt locks the directory of the status file, which may be the machine's.
-            status = shutil.copyfile(self.status or self.folder / "status", f"{scratch}/status")
+            status = shutil.copyfile(self.status or self.directory / "status", f"{scratch}/status")
             install = (
                 *("install", "--yes", "--no-install-recommends", "--download-only"),
                 *("-o", f"Dir::State::status={status}"),
@@ -98,7 +98,7 @@ class Apt:
         shutil.rmtree(into / "partial")
         return [into / name for name in names]
 
-    def unpacked(self, packages: Sequence[str], root: Path, *, closure: bool = False) -> None:
+    def unpack(self, packages: Sequence[str], root: Path, *, closure: bool = False) -> None:
         """Download packages and unpack them to the new directory ``root`` atomically.
 
         ``closure`` includes their dependencies.
@@ -125,7 +125,7 @@ class Apt:
         if not (address := self._machine_mirror()):
             # In a fresh container the machine's apt has no package lists and does not know the
             # origin of its sources.  Fetch the lists, but into the private directory.
-            lists = ("-o", f"Dir::State::Lists={self.folder / 'lists'}")
+            lists = ("-o", f"Dir::State::Lists={self.directory / 'lists'}")
             _run(["apt-get", *lists, "-o", "APT::Sandbox::User=root", "update"])
             address = self._machine_mirror(*lists)
         if not address:
@@ -149,11 +149,11 @@ class Apt:
 
     @property
     def _configuration(self) -> Path:
-        return self.folder / f"{self._name}.conf"
+        return self.directory / f"{self._name}.conf"
 
     @property
     def _sources(self) -> Path:
-        return self.folder / f"{self._name}.list"
+        return self.directory / f"{self._name}.list"
 
     def _configure(self) -> str:
         # apt reads this after the machine's configuration, so these values override it.
@@ -166,10 +166,10 @@ class Apt:
                 'Dir::Etc::SourceParts "/dev/null";',
                 'Dir::Etc::Preferences "/dev/null";',
                 'Dir::Etc::PreferencesParts "/dev/null";',
-                f'Dir::State "{self.folder}";',
-                f'Dir::State::Lists "{self.folder}/lists";',
-                f'Dir::State::status "{self.folder}/status";',
-                f'Dir::Cache "{self.folder}";',
+                f'Dir::State "{self.directory}";',
+                f'Dir::State::Lists "{self.directory}/lists";',
+                f'Dir::State::status "{self.directory}/status";',
+                f'Dir::Cache "{self.directory}";',
                 f'Dir::Cache::pkgcache "{self._name}.bin";',
                 'Dir::Cache::srcpkgcache "";',
                 'APT::Default-Release "";',

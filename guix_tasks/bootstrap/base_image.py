@@ -13,7 +13,7 @@ from guix_tasks.bootstrap.apt import on_debian
 from guix_tasks.bootstrap.rootfs import PACKAGES, SUITE, container_argv, debian_rootfs, description
 from guix_tasks.engine.accounts import HUB, docker_accounts
 from guix_tasks.engine.api import ContainerSpec, run_to_end
-from guix_tasks.engine.retry import retried
+from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import BuilderError, GuixTasksError
 from guix_tasks.ui.format import human_size, human_time
 from guix_tasks.ui.log import results
@@ -48,9 +48,9 @@ def make_base(
     image = engine.image(tag)
     size = human_size(image.size) if image else ""
     took = human_time(time.monotonic() - started)
-    console.say(f"rootfs: {tag}: {description(packages)}; {size}, {took}")
+    console.print(f"rootfs: {tag}: {description(packages)}; {size}, {took}")
     if packages:
-        console.say(f"rootfs: use it as BASE_IMAGE={tag}")
+        console.print(f"rootfs: use it as BASE_IMAGE={tag}")
 
 
 def make_plain(engine: Engine, console: Console, tag: str) -> None:
@@ -59,11 +59,11 @@ def make_plain(engine: Engine, console: Console, tag: str) -> None:
 
 
 def _in_container(engine: Engine, console: Console, packages: Sequence[str]) -> Iterator[bytes]:
-    console.say(f"rootfs: this host is not Debian; using a container of {DEBIAN_IMAGE}")
+    console.print(f"rootfs: this host is not Debian; using a container of {DEBIAN_IMAGE}")
     if engine.image(DEBIAN_IMAGE) is None:
         try:
             pull = partial(engine.pull, DEBIAN_IMAGE, docker_accounts(os.environ).find(HUB))
-            retried(console, "the pull", pull, host=HUB)
+            retry_call(console, "the pull", pull, host=HUB)
         except GuixTasksError as error:
             raise BuilderError(
                 "cannot make the base image: this host is not Debian, and the image "

@@ -38,13 +38,13 @@ def install_plugin(target: Path, url: str | None, sha256: str | None, console: C
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".guix-tasks-") as scratch:
             plugin = Path(scratch) / target.name
             if url and sha256:
-                console.say(f"downloading buildx from {url}")
+                console.print(f"downloading buildx from {url}")
                 _download(url, sha256, plugin)
             else:
                 _unpack(plugin, console)
             plugin.chmod(0o755)
             plugin.replace(target)
-    console.say(f"installed buildx at {target}")
+    console.print(f"installed buildx at {target}")
 
 
 def _download(url: str, sha256: str, target: Path) -> None:
@@ -80,9 +80,9 @@ def _unpack(target: Path, console: Console) -> None:
             "cannot unpack buildx from Debian's packages: this host is not Debian; install the "
             "package docker-buildx-plugin of Docker's archive, or set BUILDX_URL and BUILDX_SHA256"
         )
-    console.say(f"unpacking buildx from Debian's package {_PACKAGE}")
+    console.print(f"unpacking buildx from Debian's package {_PACKAGE}")
     suites = list(dict.fromkeys((suite, SUITE)))
     apt = Apt(files.cache_home() / "apt", suites, failure=BuilderError)
     root = target.with_name("root")
-    apt.unpacked([f"{_PACKAGE}/{SUITE}"], root)
+    apt.unpack([f"{_PACKAGE}/{SUITE}"], root)
     shutil.move(root / _IN_PACKAGE, target)

@@ -49,11 +49,11 @@ _STOP_SECONDS = 30.0
 class PrivateEngine:
     """Private engine in a directory; each user has one."""
 
-    folder: Path
+    directory: Path
 
     @property
     def socket(self) -> Path:
-        return self.folder / "docker.sock"
+        return self.directory / "docker.sock"
 
     @property
     def url(self) -> str:
@@ -78,8 +78,8 @@ class PrivateEngine:
         ``EngineError`` if the engine already runs with another store.
         """
         self._check_host()
-        with disk_errors_as(EngineError), locked(self.folder / "lock"):
-            self.folder.chmod(0o700)
+        with disk_errors_as(EngineError), locked(self.directory / "lock"):
+            self.directory.chmod(0o700)
             if self.running():
                 self._await(self.running)
                 self._check_store(store)
@@ -91,25 +91,25 @@ class PrivateEngine:
                 self._clear()
                 self._start(store)
                 message = "started the private engine"
-        console.say(f"{message}: {self.url}")
-        console.say(self.shell_hint())
+        console.print(f"{message}: {self.url}")
+        console.print(self.shell_hint())
 
     def down(self, console: Console) -> None:
         """Stop the engine and its containers; keep images and volumes."""
-        if not self.folder.exists():
-            console.say("no private engine is running: none is installed")
+        if not self.directory.exists():
+            console.print("no private engine is running: none is installed")
             return
-        with disk_errors_as(EngineError), locked(self.folder / "lock"):
+        with disk_errors_as(EngineError), locked(self.directory / "lock"):
             if self.running():
                 verb = "stopped" if self._daemon.stop(_STOP_SECONDS) else "killed"
                 message = f"{verb} the private engine"
             elif self._leftovers() or self._mounts():
                 message = "removed processes and mounts of a killed private engine"
             else:
-                console.say("no private engine is running")
+                console.print("no private engine is running")
                 return
             self._clear()
-        console.say(f"{message}; delete {self.folder} to delete its images")
+        console.print(f"{message}; delete {self.directory} to delete its images")
 
     def shell_hint(self) -> str:
         """Return the shell command with which ``docker`` uses this engine."""
@@ -121,18 +121,18 @@ class PrivateEngine:
 
     @property
     def _root(self) -> Path:
-        return self.folder / "root"
+        return self.directory / "root"
 
     @property
     def _run(self) -> Path:
-        return self.folder / "run"
+        return self.directory / "run"
 
     @property
     def _daemon(self) -> Service:
         return Service(
             program=self._root / "usr/sbin/dockerd",
-            pid_file=self.folder / "docker.pid",
-            log=self.folder / "dockerd.log",
+            pid_file=self.directory / "docker.pid",
+            log=self.directory / "dockerd.log",
         )
 
     def _program(self, name: str) -> Path | None:
@@ -172,13 +172,13 @@ class PrivateEngine:
                 "cannot unpack the private engine from Debian's packages: this host is not Debian; "
                 "install Docker Engine with the packages of your distribution"
             )
-        console.say(f"unpacking Docker Engine from Debian's packages into {self._root}")
+        console.print(f"unpacking Docker Engine from Debian's packages into {self._root}")
         apt = Apt(files.cache_home() / "apt", list(dict.fromkeys((suite, SUITE))))
-        apt.unpacked([*(f"{name}/{SUITE}" for name in PACKAGES), f"runc/{suite}"], self._root)
+        apt.unpack([*(f"{name}/{SUITE}" for name in PACKAGES), f"runc/{suite}"], self._root)
 
     @property
     def _configuration(self) -> Path:
-        return self.folder / "daemon.json"
+        return self.directory / "daemon.json"
 
     def _check_store(self, store: ImageStore | None) -> None:
         if store is None:
@@ -218,7 +218,7 @@ class PrivateEngine:
         return {
             **({"features": _features(store)} if store else {}),
             "hosts": [self.url],
-            "data-root": str(self.folder / "data"),
+            "data-root": str(self.directory / "data"),
             "exec-root": str(self._run),
             "pidfile": str(self._run / "dockerd.pid"),
             "group": str(os.getgid()),
@@ -251,12 +251,12 @@ class PrivateEngine:
 
     def _mounts(self) -> list[str]:
         table = Path("/proc/self/mountinfo").read_text()
-        data = self.folder / "data"
+        data = self.directory / "data"
         points = [*mounts_below(self._run, table), *mounts_below(data, table)]
         # The engine mounts its data directory on itself and creates this file.  Without the file,
         # the mount is a disk of the user.
         if (self._run / "unmount-on-shutdown").exists():
-            points += mounts_below(self.folder, table)
+            points += mounts_below(self.directory, table)
         return list(dict.fromkeys(points))
 
 

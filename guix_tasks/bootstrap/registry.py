@@ -27,7 +27,7 @@ from guix_tasks.bootstrap.apt import Apt, host_suite, on_debian
 from guix_tasks.bootstrap.service import Service, disk_errors_as, locked
 from guix_tasks.engine.accounts import HUB, Credentials, docker_accounts
 from guix_tasks.engine.api import ContainerSpec
-from guix_tasks.engine.retry import retried
+from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import RegistryError
 
 if TYPE_CHECKING:
@@ -60,16 +60,16 @@ _REALM = "the local registry of guix-tasks"
 class Account:
     """Account of all local registries of a user."""
 
-    folder: Path
+    directory: Path
 
     @property
     def password_file(self) -> Path:
-        return self.folder / "password"
+        return self.directory / "password"
 
     @property
     def accounts_file(self) -> Path:
         """File with the user and the hash of the password, which the registry reads."""
-        return self.folder / "htpasswd"
+        return self.directory / "htpasswd"
 
     def credentials(self) -> Credentials | None:
         """Return the user and password, or None before the account is made."""
@@ -133,7 +133,7 @@ def accounts(engine: str) -> dict[str, Credentials]:
     The keys are hosts with port; ``engine`` is the URL of the engine.  Ports on which another
     program listens have no account, so that it does not receive the password.
     """
-    directory = local_registry().folder
+    directory = local_registry().directory
     account = Account(directory).credentials()
     if account is None:
         return {}
@@ -153,7 +153,7 @@ def _runs(directory: Path, port: str) -> bool:
 class LocalRegistry:
     """Registry as a process; all ports of a user serve the same data."""
 
-    folder: Path
+    directory: Path
     port: int = PORT
 
     @property
@@ -168,44 +168,44 @@ class LocalRegistry:
 
     def up(self, console: Console) -> None:
         """Unpack the registry if necessary, start it, and wait until it answers."""
-        with disk_errors_as(RegistryError), locked(self.folder / "lock"):
-            self.folder.chmod(0o700)
+        with disk_errors_as(RegistryError), locked(self.directory / "lock"):
+            self.directory.chmod(0o700)
             self.account.make()
             message = "started the local registry"
             if self.running():
                 self._await(self.running)
-                if asks_for_password(self.port):
+                if requires_password(self.port):
                     message = "the local registry is already running"
                 else:
-                    console.say("restarting the local registry, which requires no password")
+                    console.print("restarting the local registry, which requires no password")
                     self._service.stop(_SECONDS)
             if not self.running():
                 self._check_port()
                 if not self.installed():
                     self._unpack(console)
                 self._start()
-        console.say(f"{message}: {self.url}")
-        console.say(self.account.login_hint(self.port))
+        console.print(f"{message}: {self.url}")
+        console.print(self.account.login_hint(self.port))
 
     def down(self, console: Console) -> None:
         """Stop the registry; keep the pushed images."""
         if not self.running():
-            console.say(f"no local registry of guix-tasks is running on port {self.port}")
+            console.print(f"no local registry of guix-tasks is running on port {self.port}")
             return
-        with disk_errors_as(RegistryError), locked(self.folder / "lock"):
+        with disk_errors_as(RegistryError), locked(self.directory / "lock"):
             self._service.stop(_SECONDS)
-        console.say(f"stopped the local registry; delete {self.folder} to delete its images")
+        console.print(f"stopped the local registry; delete {self.directory} to delete its images")
 
     @property
     def account(self) -> Account:
-        return Account(self.folder)
+        return Account(self.directory)
 
     @property
     def _service(self) -> Service:
         return Service(
-            program=self.folder / "root/usr/bin/docker-registry",
-            pid_file=self.folder / f"{self.port}.pid",
-            log=self.folder / f"{self.port}.log",
+            program=self.directory / "root/usr/bin/docker-registry",
+            pid_file=self.directory / f"{self.port}.pid",
+            log=self.directory / f"{self.port}.log",
         )
 
     def _check_port(self) -> None:
@@ -227,17 +227,17 @@ class LocalRegistry:
                 "cannot unpack the local registry from Debian's package docker-registry: this host "
                 "is not Debian; set IMAGE to another registry"
             )
-        root = self.folder / "root"
-        console.say(f"unpacking Debian's docker-registry into {root}")
+        root = self.directory / "root"
+        console.print(f"unpacking Debian's docker-registry into {root}")
         cache = files.cache_home() / "apt"
         try:
-            Apt(cache, [suite], failure=RegistryError).unpacked(["docker-registry"], root)
+            Apt(cache, [suite], failure=RegistryError).unpack(["docker-registry"], root)
         except RegistryError:
-            console.say(f"cannot get docker-registry from {suite}; trying {_OTHER_SUITE}")
-            Apt(cache, [_OTHER_SUITE], failure=RegistryError).unpacked(["docker-registry"], root)
+            console.print(f"cannot get docker-registry from {suite}; trying {_OTHER_SUITE}")
+            Apt(cache, [_OTHER_SUITE], failure=RegistryError).unpack(["docker-registry"], root)
 
     def _start(self) -> None:
-        configuration = self.folder / f"{self.port}.yml"
+        configuration = self.directory / f"{self.port}.yml"
         # JSON is valid YAML and needs no quoting rules.
         configuration.write_text(json.dumps(self._configure(), indent=2) + "\n")
         process = self._service.start(["serve", str(configuration)])
@@ -263,7 +263,7 @@ class LocalRegistry:
             "version": 0.1,
             "log": {"level": "warn", "accesslog": {"disabled": True}},
             "storage": {
-                "filesystem": {"rootdirectory": str(self.folder / "data")},
+                "filesystem": {"rootdirectory": str(self.directory / "data")},
                 "delete": {"enabled": True},
             },
             "http": {"addr": f"{_HOST}:{self.port}"},
@@ -287,7 +287,7 @@ class ContainerRegistry:
 
     @property
     def _folder(self) -> Path:
-        return local_registry().folder
+        return local_registry().directory
 
     @property
     def _mark(self) -> Path:
@@ -305,14 +305,14 @@ class ContainerRegistry:
             if not known or not any(container.running for container in self._containers()):
                 self._start(account, console)
                 message = "started the local registry"
-        console.say(f"{message}: port {self.port} of the engine")
-        console.say(account.login_hint(self.port))
+        console.print(f"{message}: port {self.port} of the engine")
+        console.print(account.login_hint(self.port))
 
     def _start(self, account: Account, console: Console) -> None:
         self._remove()
         if self.engine.image(_IMAGE) is None:
             pull = partial(self.engine.pull, _IMAGE, docker_accounts(os.environ).find(HUB))
-            retried(console, "the pull", pull, host=HUB)
+            retry_call(console, "the pull", pull, host=HUB)
         container = self.engine.create(
             ContainerSpec(
                 name=self._name,
@@ -336,7 +336,7 @@ class ContainerRegistry:
     def down(self, console: Console) -> None:
         """Stop the registry; keep the pushed images in a volume."""
         removed = self._remove()
-        console.say(
+        console.print(
             "stopped the local registry"
             if removed
             else "no local registry of guix-tasks is running"
@@ -380,7 +380,7 @@ def answers(port: int) -> bool:
     return _status(port) in (http.client.OK, http.client.UNAUTHORIZED)
 
 
-def asks_for_password(port: int) -> bool:
+def requires_password(port: int) -> bool:
     """Return True if the registry on a port requires a password."""
     return _status(port) == http.client.UNAUTHORIZED
 

@@ -73,7 +73,7 @@ def debian_rootfs(
         keyring = [f"--keyring={KEYRING}"] if KEYRING.exists() else []
         options = [f"--aptopt={settings}", *keyring]
         argv = [*mmdebstrap_argv(packages), *options, SUITE, "-", apt.mirror]
-        console.say(f"making a {description(packages)} from {apt.mirror}")
+        console.print(f"making a {description(packages)} from {apt.mirror}")
         yield from _stream(argv, environment, console)
 
 
@@ -140,12 +140,12 @@ def _check_host() -> None:
 
 def _mmdebstrap(apt: Apt, console: Console) -> dict[str, str]:
     """Return the environment to run mmdebstrap in; unpack mmdebstrap if it is not installed."""
-    root = apt.folder / "mmdebstrap"
+    root = apt.directory / "mmdebstrap"
     if not shutil.which("mmdebstrap") and not root.exists():
-        console.say(f"unpacking Debian's mmdebstrap into {root}")
+        console.print(f"unpacking Debian's mmdebstrap into {root}")
         installed = Path("/var/lib/dpkg/status")
-        missing = Apt(apt.folder, apt.suites, status=installed, failure=BuilderError)
-        missing.unpacked(["mmdebstrap"], root, closure=True)
+        missing = Apt(apt.directory, apt.suites, status=installed, failure=BuilderError)
+        missing.unpack(["mmdebstrap"], root, closure=True)
     # Programs of the machine take precedence.  A small Debian has no complete Perl.
     programs = [os.environ.get("PATH", os.defpath), f"{root}/usr/bin", f"{root}/usr/sbin"]
     modules = [

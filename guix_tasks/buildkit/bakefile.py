@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from guix_tasks import guix
 from guix_tasks.buildkit.buildx import csv_field
 from guix_tasks.stages.channel_access import ACCESS_FILES
-from guix_tasks.stages.container import CACHES, ENTRY_POINT, EXTRA_CA, FOLDER
+from guix_tasks.stages.container import CACHES, ENTRY_POINT, EXTRA_CA, WORK_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -145,9 +145,9 @@ def _step(recipe: Recipe, source: str, stage: str) -> str:
     # Optional files are mounted even if they are missing, so that the cache key is the same.
     names = (EXTRA_CA, *(ACCESS_FILES if stage == "pull" else ()))
     mounts = [
-        f"type=bind,from={WORK},source={source},target={FOLDER},rw",
-        f"type=secret,id={ENVIRONMENT},target={FOLDER}/{ENVIRONMENT}",
-        *(f"type=secret,id={_secret_id(name)},target={FOLDER}/{name}" for name in names),
+        f"type=bind,from={WORK},source={source},target={WORK_DIRECTORY},rw",
+        f"type=secret,id={ENVIRONMENT},target={WORK_DIRECTORY}/{ENVIRONMENT}",
+        *(f"type=secret,id={_secret_id(name)},target={WORK_DIRECTORY}/{name}" for name in names),
         *(["type=ssh"] if recipe.ssh and stage == "pull" else []),
         *map(_bind, recipe.binds),
         *_caches(recipe),
@@ -157,7 +157,7 @@ def _step(recipe: Recipe, source: str, stage: str) -> str:
         *([f"--network={recipe.network}"] if recipe.network else []),
         *(f"--mount={mount}" for mount in mounts),
         # The entry point ignores the stage's name. The log shows it, and errors are parsed for it.
-        json.dumps([ENTRY_POINT, f"{FOLDER}/stage", stage]),
+        json.dumps([ENTRY_POINT, f"{WORK_DIRECTORY}/stage", stage]),
     ]
     return " \\\n    ".join(words)
 
@@ -201,9 +201,9 @@ def resolve_script(*, channels: bool, authenticate: bool = True) -> bytes:
 
     ``channels`` is true if the step has a channels file, false for Guix's default channels.
     """
-    argv = ["guix", "repl", "--", f"{FOLDER}/resolve.scm"]
+    argv = ["guix", "repl", "--", f"{WORK_DIRECTORY}/resolve.scm"]
     argv += [] if authenticate else [guix.UNAUTHENTICATED]
-    argv += [f"{FOLDER}/channels.scm"] if channels else []
+    argv += [f"{WORK_DIRECTORY}/channels.scm"] if channels else []
     command = f"mkdir -p {REPORTS}\n{shlex.join(argv)} >{REPORTS}/{RESOLVE}d"
     return f"#!/bin/sh\nset -eu\n{command}\n".encode()
 

@@ -41,7 +41,7 @@ from guix_tasks.buildkit.builder import (
     native_platforms,
     needed_syntax,
 )
-from guix_tasks.buildkit.buildx import Builder, csv_field, refuse_without_accounts, with_accounts
+from guix_tasks.buildkit.buildx import Builder, check_account_support, csv_field, with_accounts
 from guix_tasks.buildkit.context import (
     local_base_image,
     save_as_layout,
@@ -51,7 +51,7 @@ from guix_tasks.buildkit.context import (
     write_step,
 )
 from guix_tasks.engine.credentials import accounts_for, credentials_for, remote_digest
-from guix_tasks.engine.retry import TRIES, retried
+from guix_tasks.engine.retry import TRIES, retry_call
 from guix_tasks.errors import BuilderError, StageError, UsageError
 from guix_tasks.files import temporary_directory
 from guix_tasks.guix import commits
@@ -61,15 +61,15 @@ from guix_tasks.oci.reference import quoted
 from guix_tasks.settings import Driver, Output, Sandbox
 from guix_tasks.stages.base import base_spec, other_platform
 from guix_tasks.stages.channel_access import agent_socket, by_ssh, programs
-from guix_tasks.stages.container import IMAGE_FOLDER, cache_prefix, network, project_digest
+from guix_tasks.stages.container import RESOURCES, cache_prefix, network, project_digest
 from guix_tasks.stages.install import install_stage
 from guix_tasks.stages.log_faults import Steps
 from guix_tasks.stages.pull import (
+    channels_text,
     lock_text,
     pull_stage,
     stage_to_run,
     uncompared_lock,
-    wanted_text,
     write_lock,
 )
 from guix_tasks.stages.push_records import Pushed, save
@@ -90,7 +90,7 @@ _WITH_ATTESTATIONS = (Output.REGISTRY, Output.OCI)
 
 
 @dataclass(frozen=True)
-class BuildWishes:
+class BuildOptions:
     """Options of one `inv buildx.build` call."""
 
     pull: bool = True
@@ -104,7 +104,7 @@ class BuildWishes:
     """Require that Guix authenticates all channels."""
 
 
-def build(project: Project, buildx: Buildx, options: BuildWishes) -> str:
+def build(project: Project, buildx: Buildx, options: BuildOptions) -> str:
     """Build the image and output it as set by ``BUILDX_OUTPUT``.
 
     Return the pushed reference with its digest, the path of an archive, or the loaded tag; empty
@@ -124,8 +124,8 @@ def build(project: Project, buildx: Buildx, options: BuildWishes) -> str:
         project.console.warn(
             "GUIX_REQUIRE_SUBSTITUTES is for work containers; with BuildKit, run `inv weather`"
         )
-    if project.own:
-        names = " and ".join(stage.name for stage in project.own)
+    if project.custom_stages:
+        names = " and ".join(stage.name for stage in project.custom_stages)
         project.console.warn(
             f"{names} will not be in the image: buildx.build builds only the built-in stages; "
             "`inv push` pushes an image with all stages, built by run and commit"
@@ -136,11 +136,11 @@ def build(project: Project, buildx: Buildx, options: BuildWishes) -> str:
     else:
         stage_to_run(settings, update=options.update, authenticate=options.authenticate)
         if not options.update and (line := uncompared_lock(settings)):
-            project.console.say(line)
+            project.console.print(line)
     _check_output(project, options)
     accounts = accounts_for(project.engine, settings)
     if settings.buildx_output is Output.REGISTRY:
-        refuse_without_accounts(buildx, accounts, settings.image.registry)
+        check_account_support(buildx, accounts, settings.image.registry)
     buildx = with_accounts(buildx, accounts)
     builder = _builder(project, buildx)
     for platform in settings.platforms:
@@ -149,7 +149,7 @@ def build(project: Project, buildx: Buildx, options: BuildWishes) -> str:
         output = _Build(project, buildx, builder, directory, options).run()
     if output:
         duration = human_time(time.monotonic() - started)
-        project.console.say(f"buildx.build: {output}, {duration}")
+        project.console.print(f"buildx.build: {output}, {duration}")
     return output
 
 
@@ -161,7 +161,7 @@ def _builder(project: Project, buildx: Buildx) -> Builder:
     settings = project.settings
     name = builder_name(settings, buildx)
     if not buildx.perform and buildx_command.inspect(buildx, name) is None:
-        project.console.say(f"buildx.build: there is no builder {name} yet")
+        project.console.print(f"buildx.build: there is no builder {name} yet")
         return Builder(name, settings.buildx_driver.value, ())
     builder = find_builder(settings, buildx)
     if any(node.platforms for node in builder.nodes):
@@ -170,7 +170,7 @@ def _builder(project: Project, buildx: Buildx) -> Builder:
     return find_builder(settings, buildx)
 
 
-def _check_output(project: Project, options: BuildWishes) -> None:
+def _check_output(project: Project, options: BuildOptions) -> None:
     """Raise an error for a ``BUILDX_OUTPUT`` that would fail after the build."""
     settings = project.settings
     if options.by_digest and settings.buildx_output is not Output.REGISTRY:
@@ -182,11 +182,11 @@ def _check_output(project: Project, options: BuildWishes) -> None:
         )
     if settings.buildx_output is Output.LOAD:
         project.engine.info()  # raises an error if there is no engine
-    if settings.buildx_output is Output.REGISTRY and settings.builds_beside_engine:
+    if settings.buildx_output is Output.REGISTRY and settings.builds_on_engine_host:
         # The account is checked before a build of hours; the builder is next to the engine.
         reference = str(settings.image)
         account = credentials_for(project.engine, settings, reference)
-        project.engine.greet_registry(reference, account)
+        project.engine.check_registry(reference, account)
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class _Build:
     buildx: Buildx
     builder: Builder
     directory: Path
-    options: BuildWishes
+    options: BuildOptions
 
     @property
     def _settings(self) -> Settings:
@@ -213,7 +213,7 @@ class _Build:
 
     def run(self) -> str:
         """Build the image, output it, and return its reference or path."""
-        settings, say = self._settings, self.project.console.say
+        settings, say = self._settings, self.project.console.print
         exists = self.builder.nodes or self.buildx.perform
         syntax = needed_syntax(settings, self.buildx, self.builder.name) if exists else None
         say(
@@ -282,16 +282,16 @@ class _Build:
         if not self.options.pull:
             return None
         settings = self._settings
-        return (None if self._floats else lock_text(settings)) or wanted_text(settings) or ""
+        return (None if self._floats else lock_text(settings)) or channels_text(settings) or ""
 
     def _write_resolve(self) -> None:
-        channels = wanted_text(self._settings)
+        channels = channels_text(self._settings)
         files = {
             **programs(),
             "stage": resolve_script(
                 channels=channels is not None, authenticate=self.options.authenticate
             ),
-            "resolve.scm": (IMAGE_FOLDER / "resolve.scm").read_bytes(),
+            "resolve.scm": (RESOURCES / "resolve.scm").read_bytes(),
             **({"channels.scm": channels.encode()} if channels is not None else {}),
         }
         write_step(self._settings, self.directory, RESOLVE, files, force=True)
@@ -302,7 +302,7 @@ class _Build:
         image = local_base_image(engine, settings)
         if image is None:
             return {}
-        self.project.console.say(
+        self.project.console.print(
             f"base: copying {reference} ({human_size(image.size)}) to the builder, because its "
             "registry does not have it"
         )
@@ -329,7 +329,7 @@ class _Build:
         if settings.guix_manifest or settings.guix_packages or not stages:
             stages.append(install_stage(settings))
         for stage in stages:
-            console.say(f"{stage.name}: in an insecure step")
+            console.print(f"{stage.name}: in an insecure step")
             for argv in stage.commands:
                 console.command(argv)
             files = {**stage_files(stage), **(programs() if stage.fetches is not None else {})}
@@ -347,7 +347,7 @@ class _Build:
         if not self._floats:
             return stage_to_run(self._settings, authenticate=authenticate)
         resolved = self._resolved()
-        stage = pull_stage(resolved, wanted_text(self._settings), authenticate=authenticate)
+        stage = pull_stage(resolved, channels_text(self._settings), authenticate=authenticate)
         self._check(stage, resolved)
         return stage
 
@@ -389,7 +389,7 @@ class _Build:
             report = request
         if write_lock(self._settings, report):
             lock = self._settings.guix_channels_lock
-            self.project.console.say(f"pull: the channels are locked in {lock}")
+            self.project.console.print(f"pull: the channels are locked in {lock}")
 
     def _report(self, platform: Platform, name: str) -> str:
         """Return a report of a platform's build, or an empty string."""
@@ -417,10 +417,10 @@ class _Build:
     def _annotations(self, platform: Platform) -> dict[str, str]:
         settings, base = self._settings, str(self._settings.base_image)
         digest = None
-        if settings.builds_beside_engine:
+        if settings.builds_on_engine_host:
             digest = remote_digest(self.project.engine, settings, base)
         annotations = {
-            **oci.oci_annotations(settings.folder),
+            **oci.oci_annotations(settings.directory),
             oci.CREATED: self._report(platform, CREATED),
             oci.BASE_NAME: base,
             oci.BASE_DIGEST: digest or "",
@@ -451,7 +451,7 @@ class _Build:
             if digest:
                 channels = commits(self._report(self._platforms[0], "pull"))
                 path = save(settings, Pushed(image.name, self._platforms, digest, channels))
-                self.project.console.say(
+                self.project.console.print(
                     f"buildx.build: {path}; `inv manifest` joins it under {image}"
                 )
             return f"{image.name}@{digest}" if digest else ""
@@ -474,7 +474,7 @@ class _Build:
         return image
 
     def _archive(self, definition: Definition, output: Output) -> str:
-        image, directory = self._settings.image, self._settings.output_folder
+        image, directory = self._settings.image, self._settings.output_directory
         if self.buildx.perform:
             directory.mkdir(parents=True, exist_ok=True)
         name = f"{image.repository.rpartition('/')[2]}-{image.tag}.{output.value}.tar"
@@ -496,7 +496,7 @@ class _Build:
         (directory / "bake.json").write_text(bake_file(definition))
         if not self.buildx.perform and target == IMAGE_TARGET:
             for file in ("Dockerfile", "bake.json"):
-                console.say(f"--- {file}\n{(directory / file).read_text()}")
+                console.print(f"--- {file}\n{(directory / file).read_text()}")
         metadata = directory / "metadata.json"
         environment = {
             **self.buildx.environment,
@@ -537,7 +537,7 @@ class _Build:
         tries = TRIES if target == IMAGE_TARGET else STAGE_TRIES
         try:
             with build_log(self.project, "buildx.build") as log:
-                retried(console, "the build", attempt, tries, self._settings.image.registry)
+                retry_call(console, "the build", attempt, tries, self._settings.image.registry)
         except TimeoutError:
             raise StageError(
                 f"buildx.build: stopped after STAGE_TIMEOUT ({human_time(limit or 0)} a stage); "

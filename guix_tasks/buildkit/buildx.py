@@ -225,7 +225,7 @@ def with_accounts(buildx: Buildx, accounts: Accounts) -> Buildx:
     return replace(buildx, environment=environment)
 
 
-def refuse_without_accounts(buildx: Buildx, accounts: Accounts, host: str) -> None:
+def check_account_support(buildx: Buildx, accounts: Accounts, host: str) -> None:
     """Raise ``BuilderError`` if the program is too old to get the account of a registry."""
     if host in accounts.given and not accounts.of_docker(host):
         reason = _unsupported_accounts(buildx)

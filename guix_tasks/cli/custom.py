@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from invoke.context import Context
     from invoke.tasks import Task
 
-    from guix_tasks.stages.declarations import OwnStage, OwnTest
+    from guix_tasks.stages.declarations import CustomStage, CustomTest
 
 
 def add_stage(
@@ -67,7 +67,7 @@ def _names() -> list[str]:
     return [*ns.task_names, *ns.collections]
 
 
-def stage_task(stage: OwnStage, summary: str) -> Task[Any]:
+def stage_task(stage: CustomStage, summary: str) -> Task[Any]:
     """Return the task that runs a custom stage."""
 
     def body(
@@ -81,9 +81,9 @@ def stage_task(stage: OwnStage, summary: str) -> Task[Any]:
             (single_platform_session if no_commit else project_session)(c) as project,
             project.alone(stage.name),
         ):
-            from guix_tasks.stages.lifecycle import Wishes, make_each
+            from guix_tasks.stages.lifecycle import StageOptions, make_each
 
-            options = Wishes(force, upstream, False, not no_commit, keep_failed)
+            options = StageOptions(force, upstream, False, not no_commit, keep_failed)
             make_each(project, stage.name, options)
 
     body.__doc__ = summary or f"Run the custom stage {stage.name} on {stage.parent}."
@@ -91,14 +91,14 @@ def stage_task(stage: OwnStage, summary: str) -> Task[Any]:
     return long_task(name=stage.name, help=options)(body)
 
 
-def test_task(test: OwnTest, summary: str) -> Task[Any]:
+def test_task(test: CustomTest, summary: str) -> Task[Any]:
     """Return the task that runs a custom test of a packed tarball."""
 
     def body(c: Context, image: str = "") -> None:
         with project_session(c) as project:
-            from guix_tasks.commands.custom_test import try_each
+            from guix_tasks.commands.custom_test import run_pack_tests
 
-            try_each(project, test, image)
+            run_pack_tests(project, test, image)
 
     body.__doc__ = summary or "Test the tarball of `inv pack` without Guix."
     options = {"image": "image of the test container, instead of the one in tasks.py"}
@@ -112,7 +112,7 @@ def declare(
     inputs: str | Sequence[str],
     *,
     taken: Collection[str],
-) -> OwnStage:
+) -> CustomStage:
     """Return a custom stage, and add it to the stages of this project."""
     from guix_tasks.stages.declarations import declared
     from guix_tasks.stages.images import STAGES
@@ -131,7 +131,7 @@ def declare_test(
     inputs: str | Sequence[str],
     *,
     taken: Collection[str],
-) -> OwnTest:
+) -> CustomTest:
     """Return a custom test of a packed tarball."""
     from guix_tasks.stages.declarations import declared_test
 

@@ -17,7 +17,7 @@ from invoke.util import helpline
 
 from guix_tasks.cli.session import project_folder
 from guix_tasks.cli.tasks import grouped, ns
-from guix_tasks.commands.init import has_these_tasks
+from guix_tasks.commands.init import mentions_guix_tasks
 from guix_tasks.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ SIGPIPE_STATUS = 141
 
 def main(name: str = "guix-tasks") -> None:
     """Run Invoke with the project's ``tasks.py``, or with these tasks if it lacks them."""
-    custom = has_these_tasks(project_folder(Path.cwd()))
+    custom = mentions_guix_tasks(project_folder(Path.cwd()))
     GroupedProgram(namespace=None if custom else ns, name=name, binary=name).run()
 
 

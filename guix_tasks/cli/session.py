@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from guix_tasks.engine.discovery import Address
     from guix_tasks.engine.docker import Build, Helpers
     from guix_tasks.settings import Settings
-    from guix_tasks.stages.declarations import OwnStage
+    from guix_tasks.stages.declarations import CustomStage
     from guix_tasks.stages.project import Project
     from guix_tasks.ui.console import Console
 
@@ -43,7 +43,7 @@ _display = ""
 _engines: dict[tuple[str, bool, bool], Engine] = {}
 """Engines that this process has opened; `inv pull install push` opens one."""
 
-custom_stages: list[OwnStage] = []
+custom_stages: list[CustomStage] = []
 """Custom stages of the project's ``tasks.py``."""
 
 
@@ -94,16 +94,16 @@ def display_option() -> str:
 
 
 def _console(settings: Settings) -> Console:
-    from guix_tasks.ui.console import Console, settled_display
+    from guix_tasks.ui.console import Console, resolve_display
 
-    return Console(display=settled_display(settings.output, sys.stderr, os.environ))
+    return Console(display=resolve_display(settings.output, sys.stderr, os.environ))
 
 
 def _print_notes(settings: Settings, console: Console) -> None:
     """Print every note on the settings once."""
     for note in settings.notes:
         if note not in _printed_notes:
-            console.say(f"note: {note}")
+            console.print(f"note: {note}")
             _printed_notes.add(note)
 
 
@@ -139,7 +139,7 @@ def buildx_session(
         from guix_tasks.errors import BuilderError
 
         settings = _settings()
-        needs_engine = needs_engine and settings.builds_beside_engine
+        needs_engine = needs_engine and settings.builds_on_engine_host
         project = open_project(c, settings, needs_engine=needs_engine)
         dry, echo = bool(c.config.run.dry), bool(c.config.run.echo)
         buildx = _find_buildx(project, install=install and not dry)
@@ -168,7 +168,7 @@ def examine(c: Context) -> list[Finding]:
         project = open_project(c, settings)
     except GuixTasksError as error:
         return [*notes, doctor.failed("engine", error)]
-    patient = doctor.Patient(project, lambda: _find_buildx(project, install=False))
+    patient = doctor.ExaminedProject(project, lambda: _find_buildx(project, install=False))
     success = doctor.Finding("settings", doctor.State.OK, "read")
     return [*notes, success, *doctor.examine(patient)]
 
@@ -290,7 +290,7 @@ def open_engine_for(c: Context, settings: Mapping[str, str], console: Console) -
     if key not in _engines:
         engine: Engine = open_engine(address, helpers({**os.environ, **environment}))
         info = engine.info()
-        console.say(f"engine: {info.name} at {info.url} ({info.origin}), {info.kind}")
+        console.print(f"engine: {info.name} at {info.url} ({info.origin}), {info.kind}")
         _engines[key] = TracedEngine(engine, console, perform=not dry) if dry or echo else engine
     return _engines[key]
 

@@ -20,7 +20,7 @@ from guix_tasks.buildkit.builder import builder_name, find_builder, lacking, nee
 from guix_tasks.engine.api import ContainerSpec, run_to_end
 from guix_tasks.engine.credentials import accounts_for, credentials_for
 from guix_tasks.engine.diagnose import INSECURE_REFUSED, UNKNOWN_FLAG
-from guix_tasks.engine.retry import retried
+from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError
 from guix_tasks.settings import Driver, Node
 from guix_tasks.stages.container import PROJECT_LABEL, container_name
@@ -53,7 +53,7 @@ STATUS_HEADER = ("node", "endpoint", "status", "BuildKit", "platforms", "entitle
 
 
 @dataclass(frozen=True)
-class SetupWishes:
+class SetupOptions:
     """Options of `inv buildx.setup`."""
 
     recreate: bool = False
@@ -64,7 +64,7 @@ class SetupWishes:
     """Install emulators for the platforms that no node supports."""
 
 
-def set_up(project: Project, buildx: Buildx, options: SetupWishes) -> None:
+def set_up(project: Project, buildx: Buildx, options: SetupOptions) -> None:
     """Create and start the builder of the settings, and check that it allows insecure steps.
 
     Raise ``BuilderError`` if an existing builder does not match the settings, unless
@@ -86,7 +86,7 @@ def set_up(project: Project, buildx: Buildx, options: SetupWishes) -> None:
         name = builder_name(settings, buildx)
         buildx.change("use", name)
         if buildx.perform:
-            console.say(f"buildx.setup: `docker buildx` now builds with {name}")
+            console.print(f"buildx.setup: `docker buildx` now builds with {name}")
 
 
 def _check(project: Project, buildx: Buildx, *, install: bool) -> None:
@@ -94,7 +94,7 @@ def _check(project: Project, buildx: Buildx, *, install: bool) -> None:
     settings = project.settings
     builder = find_builder(settings, buildx)
     syntax = needed_syntax(settings, buildx, builder.name)
-    project.console.say(
+    project.console.print(
         f"buildx.setup: {builder.name} ({builder.driver}) runs insecure steps"
         + (f", with the Dockerfile frontend {syntax}" if syntax else "")
     )
@@ -116,10 +116,10 @@ def _ensure_builder(project: Project, buildx: Buildx, *, recreate: bool) -> None
     if builder and not recreate:
         idle = [node.name for node in builder.nodes if node.status != "running"]
         if idle:
-            console.say(f"buildx.setup: {', '.join(idle)} is not running; starting it")
+            console.print(f"buildx.setup: {', '.join(idle)} is not running; starting it")
             buildx.change("inspect", "--bootstrap", name)
         else:
-            console.say(f"buildx.setup: {name} exists")
+            console.print(f"buildx.setup: {name} exists")
         return
     if buildx.perform:
         for node in nodes:
@@ -141,7 +141,7 @@ def _nodes(project: Project, buildx: Buildx) -> tuple[Node, ...]:
 def _create(project: Project, buildx: Buildx, nodes: tuple[Node, ...]) -> None:
     settings, console = project.settings, project.console
     name = settings.buildx_builder
-    console.say(f"buildx.setup: creating {name} ({settings.buildx_driver.value})")
+    console.print(f"buildx.setup: creating {name} ({settings.buildx_driver.value})")
     with_account = [
         name
         for name, value in settings.proxies.items()
@@ -307,7 +307,7 @@ def _install_emulators(project: Project, names: str) -> None:
     if engine.image(BINFMT_IMAGE) is None:
         account = credentials_for(engine, project.settings, BINFMT_IMAGE)
         pull = partial(engine.pull, BINFMT_IMAGE, account)
-        retried(console, "the pull", pull, host="docker.io")
+        retry_call(console, "the pull", pull, host="docker.io")
     image = engine.image(BINFMT_IMAGE)
     if image is None:
         raise EngineError(f"the engine pulled {BINFMT_IMAGE}, but the image does not exist")
@@ -383,14 +383,14 @@ def parse_cache_size(listing: str) -> str:
     return fields.get("Total", "unknown").strip()
 
 
-def take_down(project: Project, buildx: Buildx, *, keep_cache: bool) -> None:
+def remove_builder(project: Project, buildx: Buildx, *, keep_cache: bool) -> None:
     """Remove the builder and, unless ``keep_cache`` is true, its cache."""
     settings, console = project.settings, project.console
     name = settings.buildx_builder
     if settings.buildx_driver is Driver.DOCKER:
-        console.say("buildx.down: the engine itself is the builder; nothing to remove")
+        console.print("buildx.down: the engine itself is the builder; nothing to remove")
     elif command.inspect(buildx, name) is None:
-        console.say(f"buildx.down: builder {name} does not exist")
+        console.print(f"buildx.down: builder {name} does not exist")
     else:
         buildx.change("rm", *(["--keep-state"] if keep_cache else []), name)
-        console.say(f"buildx.down: removed {name}" + (", kept its cache" if keep_cache else ""))
+        console.print(f"buildx.down: removed {name}" + (", kept its cache" if keep_cache else ""))

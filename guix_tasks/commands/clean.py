@@ -37,15 +37,15 @@ def clean(project: Project, *, work_only: bool = False) -> list[str]:
     return removed
 
 
-def say_removed(project: Project, removed: list[str]) -> None:
+def print_removed(project: Project, removed: list[str]) -> None:
     """Print the names that ``clean`` removed, except in a dry run."""
     console = project.console
     if not removed:
-        console.say("clean: nothing to remove")
+        console.print("clean: nothing to remove")
     elif not project.engine.is_dry:
         for name in removed:
-            console.say(f"clean: removed {name}")
-        console.say(f"clean: {len(removed)} removed")
+            console.print(f"clean: removed {name}")
+        console.print(f"clean: {len(removed)} removed")
 
 
 def _clean_images(project: Project) -> list[str]:

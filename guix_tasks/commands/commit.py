@@ -27,7 +27,7 @@ def commit(project: Project) -> None:
     project.ledger.drop_unnamed()
     kept = kept_containers(engine, project.settings)
     if not kept:
-        console.say("commit: nothing to commit")
+        console.print("commit: nothing to commit")
         return
     container, reference = kept[0], str(project.ledger.image)
     check_stopped(container)
@@ -50,7 +50,7 @@ def commit(project: Project) -> None:
         project.ledger.keep(current)
         engine.remove(container.id)
     duration = human_time(time.monotonic() - started)
-    console.say(f"commit: {reference}, {human_size(image.size)}, {duration}")
+    console.print(f"commit: {reference}, {human_size(image.size)}, {duration}")
 
 
 def check_stopped(container: Container) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from guix_tasks.settings import Settings
-    from guix_tasks.stages.declarations import OwnTest
+    from guix_tasks.stages.declarations import CustomTest
     from guix_tasks.stages.project import Project
 
 INPUTS_DIRECTORY = "/test"
@@ -36,13 +36,13 @@ _STORE = "/gnu"
 """Directory that must not exist before the tarball is unpacked."""
 
 
-def try_each(project: Project, test: OwnTest, image: str) -> None:
+def run_pack_tests(project: Project, test: CustomTest, image: str) -> None:
     """Run a test for each platform. Raise ``CheckError`` as soon as one fails."""
     for platform_project in project.each_platform():
         run_pack_test(platform_project, test, image)
 
 
-def run_pack_test(project: Project, test: OwnTest, image: str = "") -> None:
+def run_pack_test(project: Project, test: CustomTest, image: str = "") -> None:
     """Unpack the latest tarball in a container without network and run the test's command.
 
     The container is created from ``image``, else from the image of the test, else from an empty
@@ -56,7 +56,7 @@ def run_pack_test(project: Project, test: OwnTest, image: str = "") -> None:
     files = input_files(settings, f"test {test.name}", test.inputs)
     image = image or test.image
     location = f"a container of {image}" if image else "an empty container"
-    console.say(f"{test.name}: {path.name} in {location}")
+    console.print(f"{test.name}: {path.name} in {location}")
     console.command(test.command)
     sweep(engine, settings)
 
@@ -70,7 +70,7 @@ def run_pack_test(project: Project, test: OwnTest, image: str = "") -> None:
         with path.open("rb") as tarball:
             engine.copy_in(container, tarball)
         if files:
-            engine.copy_in(container, archive(files, folder=INPUTS_DIRECTORY, mode=0o644))
+            engine.copy_in(container, archive(files, directory=INPUTS_DIRECTORY, mode=0o644))
 
     def failed(status: int) -> CheckError:
         return CheckError(
@@ -91,7 +91,7 @@ def run_pack_test(project: Project, test: OwnTest, image: str = "") -> None:
             console.stream(data, error=is_error)
     console.end_streams()
     if not engine.is_dry:
-        console.say(f"{test.name}: passed")
+        console.print(f"{test.name}: passed")
 
 
 def _tarball(settings: Settings, platform: Platform) -> Path:
@@ -99,12 +99,12 @@ def _tarball(settings: Settings, platform: Platform) -> Path:
     for packed in load(settings):
         if (packed.system, packed.format) != (system, TARBALL):
             continue
-        path = settings.output_folder / packed.file
+        path = settings.output_directory / packed.file
         if path.exists() and content_digest(path) == packed.sha256:
             return path
         raise UsageError(f"{path} differs from the packed file; run `inv pack` again")
     raise UsageError(
-        f"{settings.output_folder} contains no tarball for {system}; run `inv pack` first"
+        f"{settings.output_directory} contains no tarball for {system}; run `inv pack` first"
     )
 
 

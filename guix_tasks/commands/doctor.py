@@ -26,9 +26,9 @@ from guix_tasks.errors import EngineError, GuixTasksError, UsageError
 from guix_tasks.files import read_text
 from guix_tasks.settings import Driver
 from guix_tasks.settings.parsers import channel_credentials
-from guix_tasks.stages.channel_access import by_ssh, lent_access, mirrored
-from guix_tasks.stages.container import binds, proxy_out_of_reach, refuse_emulated
-from guix_tasks.stages.pull import lock_misfits, lock_text, misfit, wanted_text
+from guix_tasks.stages.channel_access import by_ssh, grant_access, mirrored
+from guix_tasks.stages.container import binds, check_native_platform, proxy_error_line
+from guix_tasks.stages.pull import channels_text, lock_mismatch, lock_mismatch_line, lock_text
 from guix_tasks.stages.sandbox import OTHER_FAULTS, probe
 from guix_tasks.ui.format import human_size, printable
 
@@ -71,7 +71,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Patient:
+class ExaminedProject:
     """Project to examine, with a function that finds its buildx."""
 
     project: Project
@@ -86,7 +86,7 @@ class Patient:
         return self.project.engine
 
 
-def examine(patient: Patient) -> list[Finding]:
+def examine(patient: ExaminedProject) -> list[Finding]:
     """Run all checks and return their findings.
 
     No check changes anything. The checks run in parallel, because most of their time is spent
@@ -98,7 +98,7 @@ def examine(patient: Patient) -> list[Finding]:
 
 
 def _findings(
-    name: str, check: Callable[[Patient], Iterator[Finding]], patient: Patient
+    name: str, check: Callable[[ExaminedProject], Iterator[Finding]], patient: ExaminedProject
 ) -> list[Finding]:
     findings: list[Finding] = []
     try:
@@ -137,7 +137,7 @@ def show(console: Console, findings: list[Finding], *, as_json: bool) -> None:
 # --- The engine and its machine -------------------------------------------------------------
 
 
-def _engine(patient: Patient) -> Iterator[Finding]:
+def _engine(patient: ExaminedProject) -> Iterator[Finding]:
     info = patient.engine.info()
     engine = f"{info.name} at {info.url} ({info.origin})"
     yield Finding("engine", State.OK, f"{engine}, {info.kind}, {info.platform}, {info.store}")
@@ -163,7 +163,7 @@ def _engine(patient: Patient) -> Iterator[Finding]:
         yield Finding("clock", State.OK, f"{abs(drift):.0f} s between this machine and the engine")
 
 
-def _disk(patient: Patient) -> Iterator[Finding]:
+def _disk(patient: ExaminedProject) -> Iterator[Finding]:
     info = patient.engine.info()
     free = None
     with suppress(OSError):  # The directory may be in a virtual machine or closed to this user.
@@ -184,7 +184,7 @@ def _disk(patient: Patient) -> Iterator[Finding]:
         yield Finding("disk", State.OK, message)
 
 
-def _base_image(patient: Patient) -> Iterator[Finding]:
+def _base_image(patient: ExaminedProject) -> Iterator[Finding]:
     reference = str(patient.settings.base_image)
     image = patient.engine.image(reference)
     if image:
@@ -212,13 +212,13 @@ def _base_image(patient: Patient) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _mounts(patient: Patient) -> Iterator[Finding]:
+def _mounts(patient: ExaminedProject) -> Iterator[Finding]:
     """Check that the engine sees MOUNTS; their existence is checked with the settings."""
     if binds(patient.engine, patient.settings):
         yield Finding("mounts", State.OK, "the engine is on this machine and sees MOUNTS")
 
 
-def _sandbox(patient: Patient) -> Iterator[Finding]:
+def _sandbox(patient: ExaminedProject) -> Iterator[Finding]:
     """Build a tiny derivation in a work container with the sandbox of the stages."""
     kind = patient.settings.guix_sandbox.value
     if patient.engine.is_dry:
@@ -226,7 +226,7 @@ def _sandbox(patient: Patient) -> Iterator[Finding]:
         return
     for project in patient.project.each_platform():
         try:
-            refuse_emulated(project.engine, project.settings)
+            check_native_platform(project.engine, project.settings)
         except UsageError as error:
             # BuildKit may have a node for this platform.
             yield replace(failed("sandbox", error), state=State.NOTE)
@@ -243,7 +243,7 @@ def _probe_sandbox(project: Project) -> Finding:
         message = f"{kind}: not tested, because the engine has no image with Guix"
         return Finding("sandbox", State.NOTE, message)
     try:
-        settings = project.settled(image).settings
+        settings = project.with_sandbox(image).settings
         kind = settings.guix_sandbox.value
         problem = probe(project.engine, settings, image)
     except EngineError as error:
@@ -271,11 +271,11 @@ _PRIVILEGES_HINT = "use an engine that allows privileged containers, or try GUIX
 # --- Registry, proxy and BuildKit -----------------------------------------------------------
 
 
-def _registry(patient: Patient) -> Iterator[Finding]:
+def _registry(patient: ExaminedProject) -> Iterator[Finding]:
     """Query the registry for the image. A missing image is not an error."""
     reference = patient.settings.image
     account = credentials_for(patient.engine, patient.settings, str(reference))
-    if not patient.engine.greet_registry(str(reference), account):
+    if not patient.engine.check_registry(str(reference), account):
         yield Finding(
             "registry", State.NOTE,
             f"{reference.registry} was not tested: Podman only tests registries with an account",
@@ -291,15 +291,15 @@ def _registry(patient: Patient) -> Iterator[Finding]:
     yield Finding("registry", State.OK, f"{reference.registry} answers to {account_source}")
 
 
-def _proxies(patient: Patient) -> Iterator[Finding]:
-    if problem := proxy_out_of_reach(patient.engine, patient.settings):
+def _proxies(patient: ExaminedProject) -> Iterator[Finding]:
+    if problem := proxy_error_line(patient.engine, patient.settings):
         yield failed("proxy", UsageError(problem))
     elif patient.settings.proxies:
         names = ", ".join(name for name in patient.settings.proxies if name.islower())
         yield Finding("proxy", State.OK, f"{names}: used by stages, builds and these checks")
 
 
-def _buildx(patient: Patient) -> Iterator[Finding]:
+def _buildx(patient: ExaminedProject) -> Iterator[Finding]:
     buildx = patient.buildx()
     if buildx is None:
         hint = "`inv buildx.setup` installs it for your user"
@@ -330,11 +330,11 @@ def _buildx(patient: Patient) -> Iterator[Finding]:
 # --- Channels and substitutes ---------------------------------------------------------------
 
 
-def _channels(patient: Patient) -> Iterator[Finding]:
+def _channels(patient: ExaminedProject) -> Iterator[Finding]:
     settings = patient.settings
-    lock, configured = lock_text(settings), wanted_text(settings)
-    if lock and (problem := misfit(configured, lock)):
-        yield failed("channels", UsageError(lock_misfits(settings, problem)))
+    lock, configured = lock_text(settings), channels_text(settings)
+    if lock and (problem := lock_mismatch(configured, lock)):
+        yield failed("channels", UsageError(lock_mismatch_line(settings, problem)))
         return
     text = lock or configured
     if text is None:
@@ -366,7 +366,7 @@ def _channels(patient: Patient) -> Iterator[Finding]:
             yield _check_mounted(settings, name, url.removeprefix("file://"))
         elif by_ssh(settings, f'"{url}"'):
             try:
-                with lent_access(patient.engine, settings, f'"{url}"'):
+                with grant_access(patient.engine, settings, f'"{url}"'):
                     yield Finding(name, State.OK, "an SSH agent and known hosts are available")
             except UsageError as error:
                 yield failed(name, error)
@@ -400,7 +400,7 @@ def _check_mounted(settings: Settings, check: str, path: str, file: str = "") ->
     return Finding(check, State.NOTE, message)
 
 
-def _substitutes(patient: Patient) -> Iterator[Finding]:
+def _substitutes(patient: ExaminedProject) -> Iterator[Finding]:
     settings = patient.settings
     check, file = "substitutes", "nix-cache-info"
     for configured_url in settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS:
@@ -459,7 +459,7 @@ def _contact(settings: Settings, service: _Service) -> Finding:
     except (OSError, ValueError, http.client.HTTPException) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(cause, ssl.SSLCertVerificationError):
-            hint = guix.fetch_mend("guix error: certificate verification") or hint
+            hint = guix.fetch_hint("guix error: certificate verification") or hint
         cause = " ".join(str(cause).split()) or type(cause).__name__
         return Finding(check, State.FAILED, f"{url} does not answer: {cause}", hint)
 
@@ -477,7 +477,7 @@ def _git_request(url: str) -> urllib.request.Request:
     return request
 
 
-CHECKS: dict[str, Callable[[Patient], Iterator[Finding]]] = {
+CHECKS: dict[str, Callable[[ExaminedProject], Iterator[Finding]]] = {
     "engine": _engine,
     "disk": _disk,
     "base image": _base_image,

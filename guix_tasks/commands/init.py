@@ -46,10 +46,10 @@ def write_start(directory: Path, console: Console, *, ci: str = CI[0], dry: bool
         content = (TEMPLATES / source).read_text(encoding="utf-8").replace(NAME, name)
         is_new = _is_missing(directory / target) if dry else _write_new(directory / target, content)
         verb = "would write" if dry else "wrote"
-        console.say(f"init: {verb} {target}" if is_new else f"init: {target} exists, unchanged")
-    if not (dry or has_these_tasks(directory)):
-        console.say("init: add `from guix_tasks.tasks import ns` to your tasks.py")
-    console.say("init: next: edit .env, then run `inv base pull install verify push`")
+        console.print(f"init: {verb} {target}" if is_new else f"init: {target} exists, unchanged")
+    if not (dry or mentions_guix_tasks(directory)):
+        console.print("init: add `from guix_tasks.tasks import ns` to your tasks.py")
+    console.print("init: next: edit .env, then run `inv base pull install verify push`")
 
 
 def ci_files(directory: Path, ci: str) -> dict[str, str]:
@@ -72,7 +72,7 @@ def _has_gitlab_remote(directory: Path) -> bool:
     return bool(re.search(r"^\s*url\s*=\s*(\w+://)?([^/\s]*@)?[^/:\s]*gitlab", text, re.MULTILINE))
 
 
-def has_these_tasks(directory: Path) -> bool:
+def mentions_guix_tasks(directory: Path) -> bool:
     """Check whether the ``tasks.py`` of a project mentions this package."""
     try:
         return b"guix_tasks" in (directory / "tasks.py").read_bytes()

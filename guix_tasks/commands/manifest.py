@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from guix_tasks.buildkit.buildx import refuse_without_accounts, with_accounts
+from guix_tasks.buildkit.buildx import check_account_support, with_accounts
 from guix_tasks.engine.credentials import accounts_for
 from guix_tasks.errors import BuilderError, RegistryError, UsageError
-from guix_tasks.stages.push_records import folder_of, load
+from guix_tasks.stages.push_records import load, records_directory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,15 +32,15 @@ def join(project: Project, buildx: Buildx) -> str:
     settings, console = project.settings, project.console
     if not buildx.perform and not load(settings):
         # In a dry run the pushes wrote no records either.
-        console.say(f"manifest: {folder_of(settings)} contains no push record yet")
+        console.print(f"manifest: {records_directory(settings)} contains no push record yet")
         return ""
     parts = _parts(settings)
     image = settings.image
     for platform, part in parts.items():
-        console.say(f"manifest: {platform} is {part.reference}")
+        console.print(f"manifest: {platform} is {part.reference}")
     sources = list(dict.fromkeys(part.reference for part in parts.values()))
     accounts = accounts_for(project.engine, settings)
-    refuse_without_accounts(buildx, accounts, image.registry)
+    check_account_support(buildx, accounts, image.registry)
     buildx = with_accounts(buildx, accounts)
     try:
         buildx.change(
@@ -69,7 +69,7 @@ def join(project: Project, buildx: Buildx) -> str:
 def _parts(settings: Settings) -> dict[Platform, Pushed]:
     """Return the push record of each platform to join."""
     records: dict[Platform, tuple[Path, Pushed]] = {}
-    directory = folder_of(settings)
+    directory = records_directory(settings)
     for path, pushed in load(settings).items():
         if pushed.repository != settings.image.name:
             continue

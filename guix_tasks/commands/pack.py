@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.commands.pack_records import Packed, save
-from guix_tasks.commands.push import check_up_to_date, image_to_use
+from guix_tasks.commands.push import check_up_to_date, require_image
 from guix_tasks.errors import EngineError, StageError, UsageError
 from guix_tasks.files import read_file, write_whole
 from guix_tasks.oci.archive import oci_archive
@@ -22,9 +22,9 @@ from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import quoted
 from guix_tasks.oci.tar import as_file
 from guix_tasks.settings.parsers import check_text, package
-from guix_tasks.stages.container import FOLDER, Work, work_container
+from guix_tasks.stages.container import WORK_DIRECTORY, Work, work_container
 from guix_tasks.stages.images import CHANNELS_LABEL
-from guix_tasks.stages.runner import run_again
+from guix_tasks.stages.runner import run_with_retries
 from guix_tasks.ui import redact
 from guix_tasks.ui.format import human_size, human_time, pasteable
 
@@ -60,17 +60,17 @@ def pack(
     settings, console = project.settings, project.console
     _check_options(options, name, packages)
     files = _files(settings, options, packages)
-    image = image_to_use(project)
+    image = require_image(project)
     check_up_to_date(project, image, "pack")
-    project = project.settled(image)
-    work = Work("pack", (f"{FOLDER}/stage",), files, nearby=project.nearby("pack"))
+    project = project.with_sandbox(image)
+    work = Work("pack", (f"{WORK_DIRECTORY}/stage",), files, nearby=project.nearby("pack"))
     with (
         console.step("pack"),
         work_container(project.engine, project.settings, image.id, work) as container,
     ):
         console.detail(f"pack: in a {project.settings.guix_sandbox.value} container")
-        console.detail(pasteable(guix.pack_argv(options, f"{FOLDER}/pack.scm")))
-        report = run_again(project, container, work)
+        console.detail(pasteable(guix.pack_argv(options, f"{WORK_DIRECTORY}/pack.scm")))
+        report = run_with_retries(project, container, work)
         if project.engine.is_dry:
             return None
         item, contents = guix.packed(report)
@@ -80,11 +80,13 @@ def pack(
             )
         system = Platform.parse(image.platform).guix_system
         stem = _stem(settings, contents, name)
-        path = settings.output_folder / f"{stem}-{system}{guix.pack_suffix(options.format, item)}"
+        path = (
+            settings.output_directory / f"{stem}-{system}{guix.pack_suffix(options.format, item)}"
+        )
         digest = _copy_out(project, container, item, path, options)
     save(settings, Packed(system, options.format, path.name, digest, _channels(image)))
     duration, size = human_time(time.monotonic() - started), human_size(path.stat().st_size)
-    console.say(f"pack: {path.name}, {size}, {duration}")
+    console.print(f"pack: {path.name}, {size}, {duration}")
     return path
 
 
@@ -137,8 +139,8 @@ def _files(settings: Settings, options: guix.Pack, packages: Sequence[str]) -> d
         raise UsageError(
             "nothing to pack: set GUIX_PACKAGES or GUIX_MANIFEST, or use `--package NAME`"
         )
-    manifest_path = f"{FOLDER}/manifest.scm" if manifest else None
-    argv = guix.pack_argv(options, f"{FOLDER}/pack.scm")
+    manifest_path = f"{WORK_DIRECTORY}/manifest.scm" if manifest else None
+    argv = guix.pack_argv(options, f"{WORK_DIRECTORY}/pack.scm")
     return {
         "stage": f"#!/bin/sh\nexec {shlex.join(argv)}\n".encode(),
         "pack.scm": guix.pack_manifest(manifest_path, packages).encode(),

@@ -38,7 +38,7 @@ class Packed:
 def save(settings: Settings, packed: Packed) -> Path:
     """Write a record, replacing that of the same system and format, and return its path."""
     format_ = "" if packed.format == TARBALL else f"-{packed.format}"
-    path = settings.output_folder / f"build-{packed.system}{format_}.json"
+    path = settings.output_directory / f"build-{packed.system}{format_}.json"
     # The record is published, and the URL of a channel may contain a token.
     write_whole(path, clean(f"{json.dumps(asdict(packed), indent=2)}\n").encode())
     return path
@@ -46,7 +46,7 @@ def save(settings: Settings, packed: Packed) -> Path:
 
 def load(settings: Settings) -> list[Packed]:
     """Return all pack records. Raise ``UsageError`` if one is invalid."""
-    return [_read(path) for path in sorted(settings.output_folder.glob("build-*.json"))]
+    return [_read(path) for path in sorted(settings.output_directory.glob("build-*.json"))]
 
 
 def _read(path: Path) -> Packed:

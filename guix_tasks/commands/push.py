@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.engine.credentials import remote_digest
-from guix_tasks.engine.retry import retried
+from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import RegistryError, UsageError
 from guix_tasks.stages.container import uncommitted
 from guix_tasks.stages.images import CHANNELS_LABEL, HAND_MADE, SQUASH, proven_stage
@@ -31,7 +31,7 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
     the registry refuses.
     """
     ledger, engine = project.ledger, project.engine
-    image = image_to_use(project, stage)
+    image = require_image(project, stage)
     check_up_to_date(project, image, "push")
     # A stage that tasks.py no longer declares cannot be checked either.
     if proven_stage(image) not in (*ledger.stages, SQUASH, HAND_MADE):
@@ -49,7 +49,7 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
             engine.tag(image.id, reference)
             if replaced_image:
                 engine.drop(replaced_image.id)
-        digests[reference] = retried(
+        digests[reference] = retry_call(
             project.console,
             "the push",
             partial(_push, project, reference),
@@ -61,7 +61,7 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
         commits = guix.commits(image.labels.get(CHANNELS_LABEL, ""))
         pushed = Pushed(project.settings.image.name, (platform,), digest, commits)
         path = save(project.settings, pushed)
-        project.console.say(
+        project.console.print(
             f"push: wrote {path}; `inv manifest` joins the platforms as {project.settings.image}"
         )
     return digests
@@ -112,7 +112,7 @@ def check_up_to_date(project: Project, image: Image, task: str) -> None:
         raise UsageError(f"{stage} is stale ({reason}); run `inv {stage}{upstream}`, then {task}")
 
 
-def image_to_use(project: Project, stage: str | None = None) -> Image:
+def require_image(project: Project, stage: str | None = None) -> Image:
     """Return ``IMAGE`` or the image of a stage. Raise ``UsageError`` if it does not exist."""
     ledger = project.ledger
     ledger.repair()

@@ -29,7 +29,7 @@ def release(settings: Settings, console: Console) -> Path:
     Raise ``UsageError`` if there is no pack or no URL, and ``CheckError`` if a file differs from
     its record.
     """
-    path = settings.output_folder / "build.json"
+    path = settings.output_directory / "build.json"
     packs, entries = load(settings), _read(path)
     if not packs:
         raise UsageError(
@@ -40,7 +40,7 @@ def release(settings: Settings, console: Console) -> Path:
         entry = entries.setdefault(packed.system, {})
         record = entry if packed.format == TARBALL else entry.setdefault(packed.format, {})
         if record.get("sha256") == packed.sha256 and record.get("url"):
-            console.say(f"release: {packed.file}: unchanged, at {record['url']}")
+            console.print(f"release: {packed.file}: unchanged, at {record['url']}")
             continue
         if not settings.release_url:
             raise UsageError(
@@ -48,7 +48,7 @@ def release(settings: Settings, console: Console) -> Path:
             )
         url = f"{settings.release_url.rstrip('/')}/{quote(packed.file)}"
         record.update(url=url, sha256=packed.sha256, channels=packed.channels)
-        console.say(f"release: {packed.file}: upload it to {url}")
+        console.print(f"release: {packed.file}: upload it to {url}")
     write_whole(path, f"{json.dumps(entries, indent=2, sort_keys=True)}\n".encode())
     return path
 
@@ -73,9 +73,11 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _check(settings: Settings, packed: Packed, console: Console) -> None:
-    file = settings.output_folder / packed.file
+    file = settings.output_directory / packed.file
     if not file.exists():
-        console.say(f"release: {packed.file} does not exist here; using the SHA-256 of its record")
+        console.print(
+            f"release: {packed.file} does not exist here; using the SHA-256 of its record"
+        )
     elif content_digest(file) != packed.sha256:
         raise CheckError(
             f"{file} differs from the packed file: the SHA-256 does not match; run `inv pack` again"

@@ -18,4 +18,4 @@ def rollback(project: Project) -> None:
     image = project.ledger.roll_back()
     if image is None:
         raise UsageError(f"{project.ledger.image} has no previous image on this engine")
-    project.console.say(f"rollback: {project.ledger.image} is now {image.id}")
+    project.console.print(f"rollback: {project.ledger.image} is now {image.id}")

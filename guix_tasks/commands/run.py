@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from guix_tasks.commands.push import image_to_use
+from guix_tasks.commands.push import require_image
 from guix_tasks.errors import UsageError
 from guix_tasks.oci.reference import quoted
 from guix_tasks.settings.parsers import check_text
-from guix_tasks.stages.container import Work, refuse_second, work_container
+from guix_tasks.stages.container import Work, check_no_kept_container, work_container
 from guix_tasks.stages.volumes import check_volumes
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ def run(project: Project, argv: Sequence[str], *, stage: str | None, keep: bool)
     except ValueError as error:
         raise UsageError(f"run: {quoted(argument)} {error}") from None
     if keep:
-        refuse_second(project.engine, project.settings)
-    image = image_to_use(project, stage)
+        check_no_kept_container(project.engine, project.settings)
+    image = require_image(project, stage)
     if keep:
         check_volumes(project.settings, image)
-    project = project.settled(image, as_root=True)
+    project = project.with_sandbox(image, as_root=True)
     work = Work("run", tuple(argv), {}, keep=keep)
     with work_container(project.engine, project.settings, image.id, work) as container:
         for is_error, data in project.engine.run(container):
@@ -47,5 +47,5 @@ def run(project: Project, argv: Sequence[str], *, stage: str | None, keep: bool)
         if keep and status:
             project.engine.remove(container)
         elif keep:
-            project.console.say("run: kept the container; `inv commit` commits it as IMAGE")
+            project.console.print("run: kept the container; `inv commit` commits it as IMAGE")
     return status

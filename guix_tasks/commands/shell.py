@@ -7,9 +7,15 @@ import sys
 from typing import TYPE_CHECKING
 
 from guix_tasks.commands.commit import check_stopped
-from guix_tasks.commands.push import image_to_use
+from guix_tasks.commands.push import require_image
 from guix_tasks.errors import UsageError
-from guix_tasks.stages.container import Work, fill, kept_containers, refuse_second, work_container
+from guix_tasks.stages.container import (
+    Work,
+    check_no_kept_container,
+    fill,
+    kept_containers,
+    work_container,
+)
 from guix_tasks.stages.volumes import check_volumes
 
 if TYPE_CHECKING:
@@ -34,7 +40,7 @@ def shell(project: Project, docker: Sequence[str], environment: dict[str, str], 
     attach = [*docker, "start", "--attach", "--interactive"]
     if kept and not fresh and "-shell-" in kept[0].name:
         check_stopped(kept[0])
-        project.console.say("shell: re-entering the kept work container")
+        project.console.print("shell: re-entering the kept work container")
         fill(engine, settings, kept[0].id, work)
         status = _attach(project, [*attach, kept[0].id], environment)
     else:
@@ -42,13 +48,13 @@ def shell(project: Project, docker: Sequence[str], environment: dict[str, str], 
             for container in kept:
                 engine.remove(container.id)
         else:
-            refuse_second(project.engine, project.settings)
-        image = image_to_use(project, stage)
+            check_no_kept_container(project.engine, project.settings)
+        image = require_image(project, stage)
         check_volumes(settings, image)
-        settings = project.settled(image, as_root=True).settings
+        settings = project.with_sandbox(image, as_root=True).settings
         with work_container(engine, settings, image.id, work) as container_id:
             status = _attach(project, [*attach, container_id], environment)
-    project.console.say("shell: kept the container; `inv commit` commits it as IMAGE")
+    project.console.print("shell: kept the container; `inv commit` commits it as IMAGE")
     return status
 
 

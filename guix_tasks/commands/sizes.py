@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
-from guix_tasks.commands.push import image_to_use
+from guix_tasks.commands.push import require_image
 from guix_tasks.stages.container import Work, work_container
 from guix_tasks.stages.lifecycle import Lifecycle
-from guix_tasks.stages.runner import perform
+from guix_tasks.stages.runner import run_container
 from guix_tasks.ui.format import human_size
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Size:
 
 def sizes(project: Project) -> list[Size]:
     """Return the sizes of the stages, layers and largest store items of ``IMAGE``."""
-    image = image_to_use(project)
+    image = require_image(project)
     lifecycle, parts = Lifecycle(project), []
     totals: dict[str | None, int] = {}
     for stage in project.ledger.stages:
@@ -54,7 +54,7 @@ def _store_items(project: Project, image: str) -> list[Size]:
     measure = "du -sk /gnu/store/*-* 2>/dev/null | sort -rn | head -n " + str(LARGEST)
     work = Work("sizes", ("-c", measure), {}, entry_point=("sh",), bare=True)
     with work_container(project.engine, project.settings, image, work) as container:
-        output = perform(project, container, "sizes")
+        output = run_container(project, container, "sizes")
     # The image may contain any program with the name of du.
     rows = re.findall(r"^([0-9]{1,15})\t(/gnu/store/.+)$", output, re.MULTILINE | re.ASCII)
     return [Size("store item", path[PREFIX_LENGTH:], int(size) * 1024) for size, path in rows]

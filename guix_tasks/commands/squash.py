@@ -11,9 +11,9 @@ from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING
 
 from guix_tasks.errors import UsageError
-from guix_tasks.stages.container import FOLDER, Work, archive, work_container
+from guix_tasks.stages.container import WORK_DIRECTORY, Work, archive, work_container
 from guix_tasks.stages.images import KEY_LABEL, SQUASH, STAGE_LABEL, is_above, squash_key
-from guix_tasks.stages.runner import commit_image, perform, say_done
+from guix_tasks.stages.runner import commit_image, print_result, run_container
 from guix_tasks.stages.volumes import check_volumes
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ def squash(project: Project) -> None:
     check_volumes(project.settings, base)
     replaced_image = ledger.find(SQUASH)
     if ledger.newest() != last:
-        console.say("squash: up to date")
+        console.print("squash: up to date")
     else:
         with console.step(SQUASH):
             _squash(project, base, last)
-        say_done(project, SQUASH, started)
+        print_result(project, SQUASH, started)
     ledger.point_image(console)
     if replaced_image:
         project.engine.drop(replaced_image.id)
@@ -59,7 +59,7 @@ def squash(project: Project) -> None:
 def _squash(project: Project, base: Image, last: Image) -> None:
     engine = project.engine
     # Unpacking deletes nothing, so each start removes the files that the next layer deletes.
-    remove = f"xargs -0 rm -rf -- <{FOLDER}/deleted && rm -rf {FOLDER}"
+    remove = f"xargs -0 rm -rf -- <{WORK_DIRECTORY}/deleted && rm -rf {WORK_DIRECTORY}"
     work = Work(
         SQUASH, ("-c", remove), {"deleted": b""}, entry_point=("sh",), bare=True, plain=True
     )
@@ -71,7 +71,7 @@ def _squash(project: Project, base: Image, last: Image) -> None:
             deleted, files = _split_layer(saved, layer)
             with files:
                 engine.copy_in(container, archive({"deleted": "\0".join(deleted).encode()}))
-                perform(project, container, SQUASH)
+                run_container(project, container, SQUASH)
                 engine.copy_in(container, files)
         labels = {STAGE_LABEL: SQUASH, KEY_LABEL: squash_key(last)}
         commit_image(project, container, base, project.ledger.tag(SQUASH), labels, like=last)

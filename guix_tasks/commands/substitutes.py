@@ -13,9 +13,9 @@ from guix_tasks.files import write_whole
 from guix_tasks.settings.values import Sandbox
 from guix_tasks.stages.container import (
     ENTRY_POINT,
-    FOLDER,
     PROJECT_LABEL,
     ROOTLESS_CACHES,
+    WORK_DIRECTORY,
     archive,
     common_files,
     find_server,
@@ -27,7 +27,7 @@ from guix_tasks.stages.container import (
 from guix_tasks.stages.container import project as project_name
 from guix_tasks.stages.images import proven_stage
 from guix_tasks.stages.log_faults import Lines
-from guix_tasks.stages.ownership import USER, lend
+from guix_tasks.stages.ownership import USER, grant_ownership
 from guix_tasks.stages.substitute_server import ANY, KEYS, LISTEN_LABEL, public_key, server_url
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def up(project: Project) -> None:
     stage = proven_stage(image)
     server = find_server(engine, settings)
     if server and _serves(project, server, image):
-        console.say(f"substitutes: already serving the stage {stage}")
+        console.print(f"substitutes: already serving the stage {stage}")
     else:
         if server:
             engine.remove(server.id)
@@ -69,7 +69,7 @@ def up(project: Project) -> None:
         _start(project, image)
         if engine.is_dry:
             return
-        console.say(f"substitutes: serving the stage {stage}")
+        console.print(f"substitutes: serving the stage {stage}")
         server = find_server(engine, settings)
     if server:
         _print_settings(project, server)
@@ -79,12 +79,12 @@ def down(project: Project) -> None:
     """Stop the server and keep its key pair."""
     server = find_server(project.engine, project.settings)
     if server is None:
-        project.console.say("substitutes: no server of this project is running")
+        project.console.print("substitutes: no server of this project is running")
         return
     project.engine.remove(server.id)
     project.engine.drop(server.image)
     if not project.engine.is_dry:
-        project.console.say(
+        project.console.print(
             "substitutes: stopped; the key is kept until `inv clean`, which also removes volumes"
         )
 
@@ -111,11 +111,11 @@ def _start(project: Project, image: Image) -> None:
         proxies=MappingProxyType({}),
     )
     spec = _spec(project, image)
-    engine.make_volume(_volume(settings), {PROJECT_LABEL: project_name(settings)})
+    engine.create_volume(_volume(settings), {PROJECT_LABEL: project_name(settings)})
     container = engine.create(spec)
     try:
         if not engine.is_dry:
-            owner = lend(engine, container, ROOTLESS_CACHES.values(), unread=(KEYS,))
+            owner = grant_ownership(engine, container, ROOTLESS_CACHES.values(), unread=(KEYS,))
             files = {**common_files(settings), "serve": _script(spec, settings)}
             engine.copy_in(container, archive(files, owner))
         _await_start(project, container)
@@ -130,7 +130,7 @@ def _spec(project: Project, image: Image) -> ContainerSpec:
     return ContainerSpec(
         name=server_name(settings),
         image=image.id,
-        command=(ENTRY_POINT, f"{FOLDER}/serve"),
+        command=(ENTRY_POINT, f"{WORK_DIRECTORY}/serve"),
         labels={PROJECT_LABEL: project_name(settings), LISTEN_LABEL: str(listen)},
         network=name,
         publish={} if name == "host" else {listen.port: listen.port},
@@ -182,15 +182,15 @@ def _print_settings(project: Project, server: Container) -> None:
     write_whole(path, key)
     host = project.engine.info().name if listen.address == ANY else listen.address
     url = f"http://{host}:{listen.port}"
-    console.say(f"substitutes: {url}, public key: {path}")
+    console.print(f"substitutes: {url}, public key: {path}")
     if listen.is_loopback:
-        console.say(
+        console.print(
             "substitutes: unreachable for other machines; "
             f"`inv substitutes.up --listen {ANY}:{listen.port}` makes it reachable"
         )
         return
     name = f"; replace {host} with a name that it resolves" if listen.address == ANY else ""
-    console.say(f"substitutes: for .env of another machine, with the key next to it{name}:")
+    console.print(f"substitutes: for .env of another machine, with the key next to it{name}:")
     for line in _client_settings(settings, url, path):
         console.result(line)
 
@@ -198,7 +198,7 @@ def _print_settings(project: Project, server: Container) -> None:
 def key_file(settings: Settings) -> Path:
     """Return the path of the public key. The name differs between projects."""
     name = settings.image.repository.rpartition("/")[2]
-    return settings.output_folder / f"substitutes-{name}.pub"
+    return settings.output_directory / f"substitutes-{name}.pub"
 
 
 def _client_settings(settings: Settings, url: str, key: Path) -> tuple[str, str]:

@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks import guix
-from guix_tasks.commands.push import image_to_use
+from guix_tasks.commands.push import require_image
 from guix_tasks.errors import CheckError
-from guix_tasks.stages.container import ENTRY_POINT, FOLDER, Work, guix_environment, work_container
+from guix_tasks.stages.container import (
+    ENTRY_POINT,
+    WORK_DIRECTORY,
+    Work,
+    guix_environment,
+    work_container,
+)
 from guix_tasks.stages.images import CHANNELS_LABEL, PACKAGES_LABEL
-from guix_tasks.stages.runner import perform
+from guix_tasks.stages.runner import run_container
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -26,11 +32,11 @@ def verify(project: Project, stage: str | None = None) -> None:
 
     If the image has an entry point, that starts the daemon, as it does for users of the image.
     """
-    image = image_to_use(project, stage)
-    project = project.settled(image, as_root=True)
+    image = require_image(project, stage)
+    project = project.with_sandbox(image, as_root=True)
     work = Work(
         "verify",
-        (f"{FOLDER}/verify",),
+        (f"{WORK_DIRECTORY}/verify",),
         {
             "verify": Path(__file__).with_suffix(".sh").read_bytes(),
             "commits": _to_lines(guix.commits(image.labels.get(CHANNELS_LABEL, "")).values()),
@@ -40,12 +46,12 @@ def verify(project: Project, stage: str | None = None) -> None:
         environment=guix_environment(project.settings),
     )
     with work_container(project.engine, project.settings, image.id, work) as container:
-        report = perform(project, container, "verify")
+        report = run_container(project, container, "verify")
     if project.engine.is_dry:
         return
     results = dict(_parse_results(report))
     for check in CHECKS:
-        project.console.say(f"verify: {check}: {results.get(check, 'not reached')}")
+        project.console.print(f"verify: {check}: {results.get(check, 'not reached')}")
     failures = [check for check in CHECKS if results.get(check) != "ok"]
     if failures:
         raise CheckError(f"verify: {project.ledger.image} failed: {', '.join(failures)}")

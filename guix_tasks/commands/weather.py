@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks.errors import CheckError
 from guix_tasks.oci.platform import Platform
-from guix_tasks.stages.lifecycle import Lifecycle, Wishes
+from guix_tasks.stages.lifecycle import Lifecycle, StageOptions
 from guix_tasks.stages.substitutes import forecast
 from guix_tasks.ui.format import human_size
 
@@ -29,7 +29,7 @@ def weather(project: Project, *, as_json: bool = False) -> None:
     """
     platforms = project.settings.platforms
     native = replace(project, settings=replace(project.settings, platforms=()))
-    image = Lifecycle(native).parent_image("install", Wishes())
+    image = Lifecycle(native).parent_image("install", StageOptions())
     systems = [platform.guix_system for platform in platforms or (Platform.parse(image.platform),)]
     forecasts = forecast(native, image, list(dict.fromkeys(systems)))
     if as_json:

@@ -132,7 +132,7 @@ class ContainerSpec:
     """``SOURCE:TARGET[:ro]``, the values of ``docker run --volume``."""
     scratch: str | None = None
     """Directory on an anonymous volume, which is removed with the container."""
-    memory_folders: tuple[str, ...] = ()
+    tmpfs_directories: tuple[str, ...] = ()
     """Directories in memory, as with ``docker run --tmpfs``."""
     memory: int | None = None
     """In bytes."""
@@ -232,7 +232,7 @@ class Engine(Protocol):
     def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
         """Return the digest of a reference in its registry, or None if it is unknown."""
 
-    def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
+    def check_registry(self, reference: str, credentials: Credentials | None) -> bool:
         """Check that the registry of a reference answers and accepts the account.
 
         The image itself may be missing. Return False if the engine has no call for this check.
@@ -266,7 +266,7 @@ class Engine(Protocol):
     def volumes(self, labels: Mapping[str, str]) -> list[str]:
         """Return the names of the volumes with these labels."""
 
-    def make_volume(self, name: str, labels: Mapping[str, str]) -> None:
+    def create_volume(self, name: str, labels: Mapping[str, str]) -> None:
         """Create a volume. An existing volume of this name is left unchanged."""
 
     def remove_volume(self, name: str) -> None:
@@ -295,7 +295,7 @@ class Engine(Protocol):
     def start(self, container: str) -> None:
         """Start a container in the background."""
 
-    def received(self, container: str) -> int | None:
+    def bytes_received(self, container: str) -> int | None:
         """Return the bytes received over a container's network, or None on a shared network."""
 
     def wait(self, container: str) -> int:

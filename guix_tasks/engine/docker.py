@@ -196,7 +196,7 @@ class DockerEngine:
             return None
         return str(answer["Descriptor"]["digest"])
 
-    def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
+    def check_registry(self, reference: str, credentials: Credentials | None) -> bool:
         host, action = ImageReference.parse(reference).registry, f"look up {reference}"
         with self._engine_errors(action):
             try:
@@ -222,7 +222,7 @@ class DockerEngine:
             volumes = self._api.volumes(filters={"label": _filters(labels)})["Volumes"] or ()
         return [volume["Name"] for volume in volumes]
 
-    def make_volume(self, name: str, labels: Mapping[str, str]) -> None:
+    def create_volume(self, name: str, labels: Mapping[str, str]) -> None:
         with self._engine_errors(f"create the volume {name}"):
             self._api.create_volume(name, labels=dict(labels))
 
@@ -275,7 +275,7 @@ class DockerEngine:
                 security_opt=self._security(spec),
                 cap_drop=["ALL"] if spec.capabilities is not None else None,
                 cap_add=list(spec.capabilities or ()),
-                tmpfs=dict.fromkeys(spec.memory_folders, ""),
+                tmpfs=dict.fromkeys(spec.tmpfs_directories, ""),
                 network_mode=spec.network,
                 binds=list(spec.binds),
                 port_bindings={
@@ -333,7 +333,7 @@ class DockerEngine:
                 if out:
                     yield False, out
 
-    def received(self, container: str) -> int | None:
+    def bytes_received(self, container: str) -> int | None:
         with self._engine_errors("read the statistics of a container"):
             stats = self._api.stats(container, stream=False, one_shot=True)
         networks = stats.get("networks") or {}

@@ -61,16 +61,16 @@ class TracedEngine:
     def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
         return self._engine.remote_digest(reference, credentials)
 
-    def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
-        return self._engine.greet_registry(reference, credentials)
+    def check_registry(self, reference: str, credentials: Credentials | None) -> bool:
+        return self._engine.check_registry(reference, credentials)
 
     def volumes(self, labels: Mapping[str, str]) -> list[str]:
         return self._engine.volumes(labels)
 
-    def make_volume(self, name: str, labels: Mapping[str, str]) -> None:
+    def create_volume(self, name: str, labels: Mapping[str, str]) -> None:
         self._show("volume", "create", name)
         if self._perform:
-            self._engine.make_volume(name, labels)
+            self._engine.create_volume(name, labels)
 
     def remove_volume(self, name: str) -> None:
         self._show("volume", "rm", name)
@@ -125,8 +125,8 @@ class TracedEngine:
         self._started.add(container)
         return self._engine.run(container) if self._perform else iter(())
 
-    def received(self, container: str) -> int | None:
-        return self._engine.received(container)
+    def bytes_received(self, container: str) -> int | None:
+        return self._engine.bytes_received(container)
 
     def start(self, container: str) -> None:
         self._show("start", container)
@@ -211,7 +211,7 @@ def create_argv(spec: ContainerSpec) -> Sequence[str]:
         *(f"--publish={spec.publish_on}:{host}:{port}" for host, port in spec.publish.items()),
         *(f"--volume={bind}" for bind in spec.binds),
         *([f"--volume={spec.scratch}"] if spec.scratch else []),
-        *(f"--tmpfs={directory}" for directory in spec.memory_folders),
+        *(f"--tmpfs={directory}" for directory in spec.tmpfs_directories),
         *(f"--env={name}={value}" for name, value in spec.environment.items()),
         *(f"--label={name}={value}" for name, value in spec.labels.items()),
         f"--entrypoint={entry}", spec.image, *arguments,

@@ -61,7 +61,7 @@ def passes(text: str) -> bool:
     return _PASSING.search(text) is not None
 
 
-def retried(
+def retry_call(
     console: Console, what: str, call: Callable[[], T], tries: int = TRIES, host: str | None = None
 ) -> T:
     """Make a call, and repeat it after transient failures.

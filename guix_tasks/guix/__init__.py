@@ -46,10 +46,10 @@ from guix_tasks.guix.commands import (
 from guix_tasks.guix.faults import (
     build_fault,
     build_logs,
-    fetch_mend,
+    fetch_hint,
     last_error,
     network_fault,
-    package_mend,
+    package_hint,
     silent_servers,
 )
 
@@ -75,7 +75,7 @@ __all__ = [
     "channels",
     "commits",
     "describe_argv",
-    "fetch_mend",
+    "fetch_hint",
     "forecasts",
     "install_argv",
     "installed",
@@ -87,7 +87,7 @@ __all__ = [
     "pack_argv",
     "pack_manifest",
     "pack_suffix",
-    "package_mend",
+    "package_hint",
     "packed",
     "publish_script",
     "pull_argv",

@@ -59,7 +59,7 @@ _FETCH_HINTS = {
 """Hints by errors of libgit2, libssh2 and Guix about access to a server."""
 
 
-def fetch_mend(log: str) -> str:
+def fetch_hint(log: str) -> str:
     """Return the hint about an access error between Guix and a server, or nothing."""
     errors = "\n".join(re.findall(r"^(?:guix .*error:|X\.509) .*$", log, re.MULTILINE))
     hints = (hint for pattern, hint in _FETCH_HINTS.items() if re.search(pattern, errors))
@@ -77,7 +77,7 @@ def last_error(log: str) -> str:
     return (causes or errors or [""])[-1].rstrip(":")
 
 
-def package_mend(error: str) -> str:
+def package_hint(error: str) -> str:
     """Return the hint about an unknown package, or nothing for other errors of Guix."""
     match = re.match(r"([\w.+-]+)(?:@\S+)?: (?:unknown package|package not found)", error)
     return f"search for it with `inv run -- guix search {match[1]}`" if match else ""

@@ -334,18 +334,14 @@ class Settings:
         return self.platforms[0] if self.platforms else None
 
     @property
-    def folder(self) -> Path:
-        return self.directory
-
-    @property
-    def output_folder(self) -> Path:
+    def output_directory(self) -> Path:
         """``out/`` in the project: archives, packs, diagnostics and push records."""
         return self.directory / "out"
 
     @property
     def logs(self) -> frozenset[Path]:
         """Directories that tasks write to while they run; they are no input of any stage."""
-        out = self.output_folder.resolve()
+        out = self.output_directory.resolve()
         return frozenset(out / name for name in ("logs", "failed", "digests"))
 
     @property
@@ -354,7 +350,7 @@ class Settings:
         return [str(self.image), *(str(self.image.with_tag(tag)) for tag in self.tags)]
 
     @property
-    def builds_beside_engine(self) -> bool:
+    def builds_on_engine_host(self) -> bool:
         """True if BuildKit runs on the machine of the engine; nodes are other machines."""
         is_local = self.buildx_driver in (Driver.DOCKER, Driver.CONTAINER)
         return is_local and not self.buildx_nodes

@@ -10,7 +10,7 @@ from guix_tasks.engine.credentials import remote_digest
 from guix_tasks.errors import UsageError
 from guix_tasks.files import file_digest, text_digest, tree_digest
 from guix_tasks.oci.labels import BASE_DIGEST, BASE_NAME
-from guix_tasks.stages.container import IMAGE_FOLDER, network, platform_input
+from guix_tasks.stages.container import RESOURCES, network, platform_input
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -75,7 +75,7 @@ def base_inputs(engine: Engine, settings: Settings, known: Mapping[str, str]) ->
         "Dockerfile": _dockerfile_digest(spec.dockerfile),
         "build context": _context_digest(settings, spec),
         "build arguments": text_digest(*sorted(f"{n}={text}" for n, text in arguments.items())),
-        "image/": tree_digest(IMAGE_FOLDER),
+        "image/": tree_digest(RESOURCES),
         BASE_INPUT: _base_image(engine, settings, known.get(BASE_INPUT, "")),
         **platform_input(engine, settings),
     }

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from guix_tasks.errors import UsageError
 from guix_tasks.files import read_file, temporary_directory
 from guix_tasks.settings.parsers import channel_credentials
-from guix_tasks.stages.container import IMAGE_FOLDER
+from guix_tasks.stages.container import RESOURCES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from guix_tasks.settings import Settings
 
 ACCESS = "access"
-"""Subdirectory of ``container.FOLDER`` that is the home directory of libgit2."""
+"""Subdirectory of ``container.WORK_DIRECTORY`` that is the home directory of libgit2."""
 
 _CONFIG, _HOSTS, _CREDENTIALS = ".gitconfig", ".ssh/known_hosts", "credentials"
 ACCESS_FILES = tuple(f"{ACCESS}/{name}" for name in (_CONFIG, _HOSTS, _CREDENTIALS))
@@ -42,7 +42,7 @@ _BY_SSH = re.compile(r'"((?:git\+)?ssh://[^"\s]+|[\w.-]+@[\w.-]+:[^"\s]+)"', re.
 
 @dataclass(frozen=True)
 class Access:
-    """Files in ``container.FOLDER`` and mounts that let a work container fetch channels."""
+    """Files in ``container.WORK_DIRECTORY`` and mounts that let a work container fetch channels."""
 
     files: Mapping[str, bytes]
     binds: tuple[str, ...] = ()
@@ -51,8 +51,8 @@ class Access:
 def programs() -> dict[str, bytes]:
     """Return the ``guix`` wrapper that reads ``ACCESS``; it is the same for all settings."""
     return {
-        "bin/guix": (IMAGE_FOLDER / "guix.sh").read_bytes(),
-        "fetch.scm": (IMAGE_FOLDER / "fetch.scm").read_bytes(),
+        "bin/guix": (RESOURCES / "guix.sh").read_bytes(),
+        "fetch.scm": (RESOURCES / "fetch.scm").read_bytes(),
     }
 
 
@@ -114,7 +114,7 @@ def _known_hosts(settings: Settings) -> bytes:
 
 
 @contextmanager
-def lent_access(engine: Engine, settings: Settings, channels: str | None) -> Iterator[Access]:
+def grant_access(engine: Engine, settings: Settings, channels: str | None) -> Iterator[Access]:
     """Yield the access that a work container needs to fetch the channels of a channels file.
 
     It ends with the block. ``channels`` is None for a stage that fetches none.

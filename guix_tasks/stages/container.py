@@ -2,8 +2,8 @@
 
 Every work container runs the entry point of guix-tasks, because that of a user's image may
 neither wait for the daemon's socket nor stop the daemon cleanly. The entry point and the files of
-a command are copied to ``FOLDER``: a bind mount does not reach a remote engine. The entry point
-removes that directory at its end, so no commit contains it.
+a command are copied to ``WORK_DIRECTORY``: a bind mount does not reach a remote engine. The entry
+point removes that directory at its end, so no commit contains it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from guix_tasks.guix.progress import VERBOSITY
 from guix_tasks.guix.result_paths import SUBSTITUTE_CACHE
 from guix_tasks.oci.platform import Platform
 from guix_tasks.settings.values import Sandbox
-from guix_tasks.stages.ownership import USER, lend
+from guix_tasks.stages.ownership import USER, grant_ownership
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
     from guix_tasks.engine.api import Container, Engine
     from guix_tasks.settings import Settings
 
-FOLDER = "/var/guix/guix-tasks"
+WORK_DIRECTORY = "/var/guix/guix-tasks"
 """Private directory of a work container. The daemon's user owns its parent and can delete it."""
-ENTRY_POINT = f"{FOLDER}/entry-point.sh"
-ENVIRONMENT = f"{FOLDER}/environment"
+ENTRY_POINT = f"{WORK_DIRECTORY}/entry-point.sh"
+ENVIRONMENT = f"{WORK_DIRECTORY}/environment"
 INPUTS = "project"
-"""Subdirectory of ``FOLDER`` for files of a project, the only ones that every user may read."""
+"""Subdirectory of ``WORK_DIRECTORY`` for files of a project, which every user may read."""
 NEARBY_KEY = "nearby.pub"
-"""File in ``FOLDER``: a substitute key that only the daemon of this container trusts."""
+"""File in ``WORK_DIRECTORY``: a substitute key that only the daemon of this container trusts."""
 EXTRA_CA = "extra-ca.pem"
 PROJECT_LABEL = "org.guix-tasks.project"
 
@@ -56,7 +56,7 @@ _NAME = "guix-tasks"
 _KEPT_NAME = "guix-tasks-kept"
 _SERVER_NAME = "guix-tasks-substitutes"
 
-IMAGE_FOLDER = Path(__file__).parent / "resources"
+RESOURCES = Path(__file__).parent / "resources"
 """Files of images and work containers, for example the entry point."""
 
 CAPABILITIES = (
@@ -109,7 +109,7 @@ ROOTLESS_CACHES = {"rootless": "/tmp/guix-tasks-cache"}  # noqa: S108 -- inside 
 
 
 @dataclass(frozen=True)
-class Nearby:
+class SubstituteServer:
     """The local substitute server; no image refers to it."""
 
     url: str
@@ -122,7 +122,7 @@ class Nearby:
 
 @dataclass(frozen=True)
 class Work:
-    """One command for a work container, with its files in ``FOLDER``."""
+    """One command for a work container, with its files in ``WORK_DIRECTORY``."""
 
     name: str
     argv: tuple[str, ...]
@@ -138,7 +138,7 @@ class Work:
     entry_point: tuple[str, ...] = (ENTRY_POINT,)
     environment: Mapping[str, str] = field(default_factory=dict)
     """Environment of the container, and so of an image that is committed from it."""
-    nearby: Nearby | None = None
+    nearby: SubstituteServer | None = None
     """The substitute server that Guix asks first."""
     binds: tuple[str, ...] = ()
     """Additional mounts, which leave nothing in an image."""
@@ -154,7 +154,7 @@ def work_container(engine: Engine, settings: Settings, image: str, work: Work) -
     """
     sweep(engine, settings)
     for volume in () if work.bare else cache_volumes(settings):
-        engine.make_volume(volume, {PROJECT_LABEL: project(settings)})
+        engine.create_volume(volume, {PROJECT_LABEL: project(settings)})
     spec = _spec(engine, settings, image, work)
     container = spec.name
     try:
@@ -233,7 +233,7 @@ def fill(engine: Engine, settings: Settings, container: str, work: Work) -> None
     """Copy the files of the entry point and of the command in, for one start."""
     owner = 0
     if settings.guix_sandbox is Sandbox.ROOTLESS and not (work.plain or engine.is_dry):
-        owner = lend(engine, container, ROOTLESS_CACHES.values())
+        owner = grant_ownership(engine, container, ROOTLESS_CACHES.values())
     files = {**common_files(settings, work.nearby), **work.files}
     engine.copy_in(container, archive(files, owner))
 
@@ -282,7 +282,7 @@ def uncommitted(engine: Engine, settings: Settings) -> str:
     )
 
 
-def refuse_second(engine: Engine, settings: Settings) -> None:
+def check_no_kept_container(engine: Engine, settings: Settings) -> None:
     """Raise ``UsageError`` if a container is kept already: ``commit`` can take only one."""
     if warning := uncommitted(engine, settings):
         raise UsageError(warning)
@@ -306,7 +306,11 @@ def project_digest(settings: Settings) -> str:
 
 
 def archive(
-    files: Mapping[str, bytes], owner: int = 0, *, folder: str = FOLDER, mode: int = 0o600
+    files: Mapping[str, bytes],
+    owner: int = 0,
+    *,
+    directory: str = WORK_DIRECTORY,
+    mode: int = 0o600,
 ) -> bytes:
     """Return a tar archive of ``files`` in a directory, owned by the user ID ``owner``.
 
@@ -314,16 +318,16 @@ def archive(
     is that of all other files: by default private, because the environment can contain a token.
     """
     parents = {parent for name in files for parent in Path(name).parents}
-    directories = {folder, *(f"{folder}/{parent}" for parent in parents if parent.name)}
+    directories = {directory, *(f"{directory}/{parent}" for parent in parents if parent.name)}
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for directory in sorted(directories if files else ()):
-            member = tarfile.TarInfo(directory.lstrip("/"))
+        for path in sorted(directories if files else ()):
+            member = tarfile.TarInfo(path.lstrip("/"))
             member.type, member.mode = tarfile.DIRTYPE, 0o755
             member.uid = member.gid = owner
             tar.addfile(member)
         for name, content in sorted(files.items()):
-            member = tarfile.TarInfo(f"{folder}/{name}".lstrip("/"))
+            member = tarfile.TarInfo(f"{directory}/{name}".lstrip("/"))
             member.size = len(content)
             if content.startswith(b"#!"):
                 member.mode = 0o755
@@ -334,14 +338,14 @@ def archive(
     return buffer.getvalue()
 
 
-def common_files(settings: Settings, nearby: Nearby | None = None) -> dict[str, bytes]:
-    """Return the files that every entry point needs in ``FOLDER``."""
+def common_files(settings: Settings, nearby: SubstituteServer | None = None) -> dict[str, bytes]:
+    """Return the files that every entry point needs in ``WORK_DIRECTORY``."""
     variables = environment(settings)
     if nearby:
         urls = settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS
         variables["GUIX_SUBSTITUTE_URLS"] = " ".join((nearby.url, *urls))
     files = {
-        "entry-point.sh": (IMAGE_FOLDER / "entry-point.sh").read_bytes(),
+        "entry-point.sh": (RESOURCES / "entry-point.sh").read_bytes(),
         "environment": "".join(
             f"{name}={shlex.quote(value)}\n" for name, value in variables.items()
         ).encode(errors="surrogateescape"),  # it need not be UTF-8
@@ -392,7 +396,7 @@ def common_inputs(engine: Engine, settings: Settings) -> dict[str, str]:
     key. The keys are inputs, because the image contains them.
     """
     return {
-        "entry point": file_digest(IMAGE_FOLDER / "entry-point.sh"),
+        "entry point": file_digest(RESOURCES / "entry-point.sh"),
         "substitute keys": text_digest(*sorted(map(file_digest, settings.guix_substitute_keys))),
         "caches": "on volumes" if settings.cache_volume else "in the image",
         **{
@@ -408,7 +412,7 @@ def platform_input(engine: Engine, settings: Settings) -> dict[str, str]:
     return {"platform": str(settings.platform or engine.info().platform)}
 
 
-def refuse_emulated(engine: Engine, settings: Settings) -> None:
+def check_native_platform(engine: Engine, settings: Settings) -> None:
     """Raise ``UsageError`` for an emulated platform, on which Guix cannot isolate its builds."""
     platform = settings.platform
     if platform is None or settings.guix_sandbox is Sandbox.NOCHROOT:
@@ -432,12 +436,12 @@ def cache_volumes(settings: Settings) -> dict[str, str]:
     prefix = cache_prefix(settings)
     if prefix is None:
         return {}
-    taken = {*memory_folders(settings), *(mount.target for mount in settings.mounts)}
+    taken = {*tmpfs_directories(settings), *(mount.target for mount in settings.mounts)}
     caches = _caches(settings).items()
     return {f"{prefix}-{name}": target for name, target in caches if target not in taken}
 
 
-def memory_folders(settings: Settings) -> tuple[str, ...]:
+def tmpfs_directories(settings: Settings) -> tuple[str, ...]:
     """Return the directories of the caches that are in memory.
 
     A 32-bit program under QEMU fails on the large inode numbers of a file system on disk.
@@ -489,7 +493,7 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         binds=(*mounts, *(f"{name}:{target}" for name, target in volumes.items()), *work.binds),
         # Builds leave gigabytes there, which belong on disk and not in the image.
         scratch="/tmp" if volumes else None,  # noqa: S108 -- inside the container
-        memory_folders=() if work.bare else memory_folders(settings),
+        tmpfs_directories=() if work.bare else tmpfs_directories(settings),
         memory=settings.stage_memory,
         # A daemon with privileges runs as root, but an image can name another user.
         user=privileges.user or ("root" if config.get("User") else None),
@@ -504,7 +508,7 @@ def network(engine: Engine, settings: Settings) -> str | None:
     return settings.network or (None if engine.info().has_bridge else "host")
 
 
-def proxy_out_of_reach(engine: Engine, settings: Settings) -> str:
+def proxy_error_line(engine: Engine, settings: Settings) -> str:
     """Return why containers cannot reach a proxy, with a hint; empty if they can."""
     if network(engine, settings) in ("host", "none"):
         return ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.errors import UsageError
-from guix_tasks.stages.container import FOLDER, INPUTS
+from guix_tasks.stages.container import INPUTS, WORK_DIRECTORY
 from guix_tasks.stages.images import PACKAGES_LABEL
 from guix_tasks.stages.stage import Stage
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from guix_tasks.settings import Settings
-    from guix_tasks.stages.declarations import OwnStage
+    from guix_tasks.stages.declarations import CustomStage
 
 
-def custom_stage(settings: Settings, declaration: OwnStage) -> Stage:
+def custom_stage(settings: Settings, declaration: CustomStage) -> Stage:
     """Return the stage of a declaration.  Raise ``UsageError`` if an input cannot be read."""
     inputs = input_files(settings, f"stage {declaration.name}", declaration.inputs)
     files = {f"{INPUTS}/{name}": content for name, content in inputs.items()}
@@ -30,7 +30,7 @@ def custom_stage(settings: Settings, declaration: OwnStage) -> Stage:
         labels=lambda report: {PACKAGES_LABEL: " ".join(guix.installed(report))},
         files=files,
         as_root=True,
-        directory=f"{FOLDER}/{INPUTS}" if files else None,
+        directory=f"{WORK_DIRECTORY}/{INPUTS}" if files else None,
     )
 
 
@@ -44,13 +44,13 @@ def input_files(settings: Settings, owner: str, inputs: Sequence[str]) -> dict[s
 
 
 def _files(settings: Settings, owner: str, name: str) -> Iterator[tuple[str, bytes]]:
-    path = settings.folder / name
+    path = settings.directory / name
     files = sorted(_walk(path)) if path.is_dir() else [path]
     if not files:
         raise UsageError(f"{owner}: the input {path} is an empty directory; choose another input")
     try:
         for file in files:
-            yield str(file.relative_to(settings.folder)), file.read_bytes()
+            yield str(file.relative_to(settings.directory)), file.read_bytes()
     except OSError as error:
         raise UsageError(
             f"{owner}: cannot read the input {error.filename}: {error.strerror}; "

@@ -20,7 +20,7 @@ _RESERVED = frozenset({"previous", "linux"})
 
 
 @dataclass(frozen=True)
-class OwnStage:
+class CustomStage:
     """A stage of ``add_stage``: a command that turns one image into another."""
 
     name: str
@@ -33,7 +33,7 @@ class OwnStage:
 
 
 @dataclass(frozen=True)
-class OwnTest:
+class CustomTest:
     """A test of ``add_test``: a command that runs the packed files in a container without Guix."""
 
     name: str
@@ -53,7 +53,7 @@ def declared(
     *,
     parents: Collection[str],
     taken: Collection[str],
-) -> OwnStage:
+) -> CustomStage:
     """Return a custom stage.
 
     As in a Dockerfile, a command that is a string runs in a shell, and a list runs as it is.
@@ -67,7 +67,7 @@ def declared(
         raise UsageError(
             f"{owner}: no earlier stage is named {parent!r}; choose one of {', '.join(parents)}"
         )
-    return OwnStage(name, _argv(owner, command), parent, _inputs(owner, inputs))
+    return CustomStage(name, _argv(owner, command), parent, _inputs(owner, inputs))
 
 
 def declared_test(
@@ -77,13 +77,13 @@ def declared_test(
     inputs: str | Sequence[str],
     *,
     taken: Collection[str],
-) -> OwnTest:
+) -> CustomTest:
     """Return a custom test.  Commands and errors are those of ``declared``."""
     owner = f"test {name}"
     _check_name("test", name, taken)
     if not isinstance(image, str):
         raise UsageError(f"{owner}: the image must be a name, for example debian:stable-slim")
-    return OwnTest(name, _argv(owner, command), image, _inputs(owner, inputs))
+    return CustomTest(name, _argv(owner, command), image, _inputs(owner, inputs))
 
 
 def _check_name(kind: str, name: str, taken: Collection[str]) -> None:

@@ -55,7 +55,7 @@ class Failure:
 def log_path(settings: Settings, name: str) -> Path:
     """Return the path of the complete log of a stage's last run."""
     suffix = f"-{settings.platform.tag_suffix}" if settings.platform else ""
-    return settings.output_folder / "logs" / f"{name}{suffix}.log"
+    return settings.output_directory / "logs" / f"{name}{suffix}.log"
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def save_diagnostics(engine: Engine, settings: Settings, failure: Failure) -> Pa
     stage's.
     """
     time = datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-    directory = settings.output_folder / "failed" / f"{failure.name}-{time}"
+    directory = settings.output_directory / "failed" / f"{failure.name}-{time}"
     unfinished = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)

@@ -188,7 +188,7 @@ class Ledger:
         """Move ``IMAGE`` to the newest stage; print how to restore an image of ``inv commit``."""
         current = self.engine.image(str(self.image))
         if current and proven_stage(current) == HAND_MADE:
-            console.say(
+            console.print(
                 f"{self.image}: replaced the image of `inv commit`; `inv rollback` restores it"
             )
         self._move(current, self.newest())

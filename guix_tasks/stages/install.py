@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from guix_tasks import guix
 from guix_tasks.errors import UsageError
 from guix_tasks.files import read_file
-from guix_tasks.stages.container import FOLDER
+from guix_tasks.stages.container import WORK_DIRECTORY
 from guix_tasks.stages.images import PACKAGES_LABEL
 from guix_tasks.stages.stage import Stage
 
@@ -35,10 +35,12 @@ def install_stage(settings: Settings, packages: tuple[str, ...] = ()) -> Stage:
     files = {}
     if manifest:
         files["manifest.scm"] = read_file(manifest)
-        files["profile.scm"] = guix.union_manifest(f"{FOLDER}/manifest.scm").encode()
+        files["profile.scm"] = guix.union_manifest(f"{WORK_DIRECTORY}/manifest.scm").encode()
     return Stage(
         name="install",
-        commands=[guix.install_argv(f"{FOLDER}/profile.scm" if manifest else None, packages)],
+        commands=[
+            guix.install_argv(f"{WORK_DIRECTORY}/profile.scm" if manifest else None, packages)
+        ],
         report=guix.list_installed_argv(),
         labels=lambda report: {PACKAGES_LABEL: " ".join(guix.installed(report)), **label},
         files=files,

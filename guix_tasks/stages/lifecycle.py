@@ -12,14 +12,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks.engine.credentials import accounts_for
-from guix_tasks.engine.retry import retried
+from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, SettingsError, UsageError
 from guix_tasks.stages.base import base_annotations, base_inputs, base_platform_error, base_spec
 from guix_tasks.stages.container import (
     INPUTS,
+    check_native_platform,
     common_inputs,
     network,
-    refuse_emulated,
     sweep,
     unstarted_container,
 )
@@ -38,17 +38,17 @@ from guix_tasks.stages.images import (
 from guix_tasks.stages.install import given_packages, install_stage
 from guix_tasks.stages.pull import (
     CHANNELS_INPUT,
+    channels_text,
     is_authenticated,
-    lock_misfits,
+    lock_mismatch,
+    lock_mismatch_line,
     lock_text,
-    misfit,
     pull_stage,
     stage_to_run,
     uncompared_lock,
-    wanted_text,
     write_lock,
 )
-from guix_tasks.stages.runner import build_log, commit_image, run_stage, say_done
+from guix_tasks.stages.runner import build_log, commit_image, print_result, run_stage
 from guix_tasks.stages.substitutes import require_substitutes
 from guix_tasks.stages.transfer import pull, push
 from guix_tasks.stages.volumes import check_volumes
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class StageOptions:
     """Options of one ``inv STAGE`` call."""
 
     force: bool = False
@@ -105,15 +105,15 @@ class Lifecycle:
         self._project = project
         self._ledger = project.ledger
         self._settings = project.settings
-        self._custom = {stage.name: stage for stage in project.own}
+        self._custom = {stage.name: stage for stage in project.custom_stages}
 
-    def make(self, name: str, options: Wishes) -> None:
+    def make(self, name: str, options: StageOptions) -> None:
         """Bring a stage up to date, and its missing parents before it.
 
         An image with the right key is reused, first the local one, then one from
         ``CACHE_IMAGE``.  Otherwise the stage runs.
         """
-        refuse_emulated(self._project.engine, self._settings)
+        check_native_platform(self._project.engine, self._settings)
         sweep(self._project.engine, self._settings)
         self._ledger.drop_unnamed()
         state = self.state(name, options.packages)
@@ -121,7 +121,7 @@ class Lifecycle:
 
         reuse = not self._must_run(name, state.image, options)
         if reuse and (state.is_up_to_date or self._take_from_cache(name, state)):
-            self._project.console.say(f"{name}: up to date")
+            self._project.console.print(f"{name}: up to date")
         elif name == "base":
             self._build_base()
         else:
@@ -132,7 +132,7 @@ class Lifecycle:
                 self._write_lock()
             self._ledger.point_image(self._project.console)
 
-    def _must_run(self, name: str, image: Image | None, options: Wishes) -> bool:
+    def _must_run(self, name: str, image: Image | None, options: StageOptions) -> bool:
         """Whether the options require a run even if no input has changed."""
         if options.force or not options.commit:
             return True
@@ -202,11 +202,11 @@ class Lifecycle:
         if name in self._custom:
             stage = custom_stage(settings, self._custom[name])
         elif name == "pull":
-            wanted = wanted_text(settings)
+            wanted = channels_text(settings)
             channels = lock_text(settings) or (image and image.labels.get(CHANNELS_LABEL))
             if not channels:
                 return None
-            if mismatch := misfit(wanted, channels):
+            if mismatch := lock_mismatch(wanted, channels):
                 raise _StaleError(f"GUIX_CHANNELS changed ({mismatch})")
             # `--disable-authentication` is not a setting.  Only the image records it.
             stage = pull_stage(channels, wanted, authenticate=is_authenticated(image))
@@ -232,7 +232,7 @@ class Lifecycle:
                 return "base"
         return STAGES[STAGES.index(name) - 1]
 
-    def parent_image(self, name: str, options: Wishes) -> Image:
+    def parent_image(self, name: str, options: StageOptions) -> Image:
         """Return the image that a stage starts from, and make it first if it is missing.
 
         A stale parent is made again with ``options.upstream``.  Raise ``UsageError`` without it.
@@ -240,17 +240,17 @@ class Lifecycle:
         parent = self.parent_of(name) or "base"
         state = self.state(parent)
         if state.image is None:
-            self._project.console.say(
+            self._project.console.print(
                 f"{name}: {self._ledger.tag(parent)} is missing, so {parent} comes first"
             )
-            self.make(parent, Wishes(upstream=options.upstream))
+            self.make(parent, StageOptions(upstream=options.upstream))
         elif state.why:
             if not options.upstream:
                 raise UsageError(
                     f"{parent} is stale ({state.why}); run `inv {parent}`, "
                     f"or `inv {name} --upstream`"
                 )
-            self.make(parent, Wishes(upstream=True))
+            self.make(parent, StageOptions(upstream=True))
         image = self._ledger.find(parent)
         if image is None:
             raise EngineError(
@@ -270,7 +270,7 @@ class Lifecycle:
                 project.console.detail(f"base: {settings.dockerfile} on {settings.base_image}")
                 build = partial(project.engine.build, spec, log.add)
                 host = settings.base_image.registry
-                image_id = retried(project.console, "the build", build, host=host)
+                image_id = retry_call(project.console, "the build", build, host=host)
         except BuilderError:
             # The builder's message is only that it cannot get the base image.
             if reason := base_platform_error(project.engine, settings):
@@ -294,13 +294,13 @@ class Lifecycle:
             project.console.step("base", has_log=False) as step,
             unstarted_container(project.engine, settings, image_id) as container,
         ):
-            step.tell(lambda: "committing")
+            step.show_activity(lambda: "committing")
             tag = self._ledger.tag("base")
             image = commit_image(project, container, built, tag, labels, own_layers=0)
-        say_done(project, "base", started)
+        print_result(project, "base", started)
         self._push_to_cache("base", image)
 
-    def _run(self, name: str, options: Wishes) -> None:
+    def _run(self, name: str, options: StageOptions) -> None:
         """Run a stage on its parent's image and replace the stage's image with the result."""
         started = time.monotonic()
         project = self._project
@@ -322,14 +322,14 @@ class Lifecycle:
         packages, replaced_packages = _packages(image), _packages(replaced)
         removed = [replaced_packages[name] for name in replaced_packages.keys() - packages.keys()]
         if packages and removed:
-            project.console.say(f"{name}: removed {' '.join(sorted(removed))}")
-        say_done(project, name, started)
+            project.console.print(f"{name}: removed {' '.join(sorted(removed))}")
+        print_result(project, name, started)
         self._ledger.point_image(project.console)
         if replaced:
             project.engine.drop(replaced.id)
         self._push_to_cache(name, image)
 
-    def _stage(self, name: str, options: Wishes) -> Stage:
+    def _stage(self, name: str, options: StageOptions) -> Stage:
         """Return a stage as it is to run now; raise ``UsageError`` if a lock does not fit."""
         settings, console = self._settings, self._project.console
         if name in self._custom:
@@ -343,11 +343,13 @@ class Lifecycle:
             image = self._ledger.find("pull")
             if image is None:
                 if line := uncompared_lock(settings):
-                    console.say(line)
+                    console.print(line)
             elif stage.extra_inputs.get(CHANNELS_INPUT) != inputs_of(image).get(CHANNELS_INPUT):
-                raise UsageError(lock_misfits(settings, "it computes its channels and has changed"))
+                raise UsageError(
+                    lock_mismatch_line(settings, "it computes its channels and has changed")
+                )
         if settings.guix_channels_lock is None:
-            console.say(
+            console.print(
                 "pull: the channels are not locked, so every `inv pull` fetches them; "
                 "set GUIX_CHANNELS_LOCK to lock them"
             )
@@ -359,7 +361,7 @@ class Lifecycle:
         channels = image.labels.get(CHANNELS_LABEL, "") if image else ""
         if write_lock(self._settings, channels):
             lock = self._settings.guix_channels_lock
-            self._project.console.say(f"pull: the channels are locked in {lock}")
+            self._project.console.print(f"pull: the channels are locked in {lock}")
 
     def _take_from_cache(self, name: str, state: State) -> bool:
         """Tag the image with the state's key from ``CACHE_IMAGE``; return whether it exists."""
@@ -379,7 +381,7 @@ class Lifecycle:
             if parent and parent_image and not is_child(image, parent_image):
                 engine.untag(self._ledger.tag(parent))
             engine.tag(image.id, self._ledger.tag(name))
-            self._project.console.say(f"{name}: taken from {reference}")
+            self._project.console.print(f"{name}: taken from {reference}")
         engine.untag(reference)
         return is_valid
 
@@ -406,7 +408,7 @@ class Lifecycle:
         return str(cache.with_tag(f"{name}-{key}")) if cache and key else None
 
 
-def make_each(project: Project, name: str, options: Wishes) -> None:
+def make_each(project: Project, name: str, options: StageOptions) -> None:
     """Make a stage for each platform of a project in turn.
 
     ``options.update`` applies to the first platform only.  The others pull the commits that the
@@ -425,8 +427,8 @@ def _input_name(settings: Settings, name: str) -> str:
         "manifest.scm": settings.guix_manifest,
     }
     if file := files.get(name):
-        inside = file.is_relative_to(settings.folder)
-        return str(file.relative_to(settings.folder) if inside else file)
+        inside = file.is_relative_to(settings.directory)
+        return str(file.relative_to(settings.directory) if inside else file)
     # guix-tasks writes profile.scm, so a change of it is a change of the command.
     names = {"manifest.scm": "GUIX_MANIFEST", "profile.scm": "command"}
     return names.get(name, name.removeprefix(f"{INPUTS}/"))

@@ -42,7 +42,7 @@ It is the same in every image, because cache volumes are shared.
 """
 
 
-def lend(
+def grant_ownership(
     engine: Engine, container: str, more: Iterable[str] = (), unread: Iterable[str] = ()
 ) -> int:
     """Give Guix's directories and ``more`` directories to ``USER`` and return the user ID.

@@ -15,8 +15,8 @@ from guix_tasks.stages.substitute_server import nearby
 if TYPE_CHECKING:
     from guix_tasks.engine.api import Engine, Image
     from guix_tasks.settings import Settings
-    from guix_tasks.stages.container import Nearby
-    from guix_tasks.stages.declarations import OwnStage
+    from guix_tasks.stages.container import SubstituteServer
+    from guix_tasks.stages.declarations import CustomStage
     from guix_tasks.ui.console import Console
 
 
@@ -27,15 +27,15 @@ class Project:
     settings: Settings
     engine: Engine
     console: Console
-    own: tuple[OwnStage, ...] = ()
+    custom_stages: tuple[CustomStage, ...] = ()
     """Custom stages of the project's ``tasks.py``, in order."""
 
     @cached_property
     def ledger(self) -> Ledger:
-        names = (*STAGES, *(stage.name for stage in self.own))
+        names = (*STAGES, *(stage.name for stage in self.custom_stages))
         return Ledger(self.engine, self.settings, names)
 
-    def settled(self, image: Image, *, as_root: bool = False) -> Project:
+    def with_sandbox(self, image: Image, *, as_root: bool = False) -> Project:
         """Return this project with ``GUIX_SANDBOX=auto`` resolved for containers of an image.
 
         ``as_root`` is for commands that need root, such as those of custom stages.
@@ -44,7 +44,7 @@ class Project:
         settings = settled(self.engine, self.settings, self.console, image, base, as_root=as_root)
         return replace(self, settings=settings)
 
-    def nearby(self, task: str) -> Nearby | None:
+    def nearby(self, task: str) -> SubstituteServer | None:
         """Return the local substitute server, and print that the task uses it.
 
         Return None if ``inv substitutes.up`` has started none that work containers can reach.
@@ -54,14 +54,14 @@ class Project:
             newest = self.ledger.last_stage()
             is_newest = newest is not None and newest.id == server.image
             age = "" if is_newest else ", of an older image; `inv substitutes.up` serves the newest"
-            self.console.say(f"{task}: substitutes come from {server.url} first{age}")
+            self.console.print(f"{task}: substitutes come from {server.url} first{age}")
         return server
 
     def alone(self, task: str) -> AbstractContextManager[None]:
         """Lock the image against other ``inv`` processes of this user for the length of a block."""
         if self.engine.is_dry:
             return nullcontext()
-        return alone(self.console.say, self.engine.info().url, str(self.settings.image), task)
+        return alone(self.console.print, self.engine.info().url, str(self.settings.image), task)
 
     def each_platform(self) -> list[Project]:
         """Return this project for each platform, because an engine builds for one at a time."""

@@ -9,7 +9,7 @@ from guix_tasks import guix
 from guix_tasks.errors import StageError, UsageError
 from guix_tasks.files import read_text, text_digest, write_whole
 from guix_tasks.oci.reference import quoted
-from guix_tasks.stages.container import FOLDER
+from guix_tasks.stages.container import WORK_DIRECTORY
 from guix_tasks.stages.images import CHANNELS_LABEL
 from guix_tasks.stages.stage import Stage
 
@@ -45,7 +45,7 @@ def pull_stage(
     later ``inv pull`` may use such an image as one whose channels were authenticated.
     """
     computed = wanted is not None and not guix.is_literal(wanted)
-    file = f"{FOLDER}/channels.scm" if channels else None
+    file = f"{WORK_DIRECTORY}/channels.scm" if channels else None
     commands = [guix.pull_argv(file, authenticate=authenticate)]
     trust = {AUTHENTICATION_LABEL: "" if authenticate else "disabled"}
     if channels:
@@ -59,7 +59,7 @@ def pull_stage(
         files={"channels.scm": channels.encode()} if channels else {},
         keep=guix.CURRENT_GUIX,
         extra_inputs={CHANNELS_INPUT: text_digest(wanted or "")} if computed else {},
-        settled=partial(pull_stage, wanted=wanted, authenticate=authenticate),
+        pinned=partial(pull_stage, wanted=wanted, authenticate=authenticate),
         check=_check_authenticated if authenticate else None,
         fetches=channels or "",
     )
@@ -89,10 +89,10 @@ def stage_to_run(settings: Settings, *, update: bool = False, authenticate: bool
     Raise ``UsageError`` if the lock does not match ``GUIX_CHANNELS``, or if ``authenticate`` is
     true and a channel has no introduction.
     """
-    wanted = wanted_text(settings)
+    wanted = channels_text(settings)
     lock = None if update else lock_text(settings)
-    if lock and (problem := misfit(wanted, lock)):
-        raise UsageError(lock_misfits(settings, problem))
+    if lock and (problem := lock_mismatch(wanted, lock)):
+        raise UsageError(lock_mismatch_line(settings, problem))
     unauthenticated = guix.unauthenticated(lock or wanted or "") if authenticate else []
     if unauthenticated:
         path, hint = settings.guix_channels, _INTRODUCTION_HINT
@@ -106,7 +106,7 @@ def stage_to_run(settings: Settings, *, update: bool = False, authenticate: bool
     return pull_stage(lock or wanted, wanted, authenticate=authenticate)
 
 
-def lock_misfits(settings: Settings, problem: str) -> str:
+def lock_mismatch_line(settings: Settings, problem: str) -> str:
     return (
         f"{settings.guix_channels_lock} does not fit GUIX_CHANNELS: {problem}; "
         "`inv pull --update` updates the lock"
@@ -118,7 +118,7 @@ def uncompared_lock(settings: Settings) -> str | None:
 
     Return None if the lock can be compared with ``GUIX_CHANNELS``, or if either is missing.
     """
-    wanted = wanted_text(settings)
+    wanted = channels_text(settings)
     if not wanted or guix.is_literal(wanted) or not lock_text(settings):
         return None
     return (
@@ -156,7 +156,7 @@ def lock_text(settings: Settings) -> str | None:
     return _text("GUIX_CHANNELS_LOCK", path).strip() if path and path.exists() else None
 
 
-def wanted_text(settings: Settings) -> str | None:
+def channels_text(settings: Settings) -> str | None:
     """Return the content of ``GUIX_CHANNELS``, or None if it is unset.
 
     Raise ``UsageError`` if the file cannot be read or is not valid Scheme.
@@ -179,7 +179,7 @@ def _text(name: str, path: Path) -> str:
         ) from None
 
 
-def misfit(wanted: str | None, lock: str) -> str | None:
+def lock_mismatch(wanted: str | None, lock: str) -> str | None:
     """Return the first difference between a lock and ``GUIX_CHANNELS``, or None.
 
     A channels file is a program, so only its literal parts can be compared.  Each channel that it

@@ -33,13 +33,13 @@ class Pushed:
         return f"{self.repository}@{self.digest}"
 
 
-def folder_of(settings: Settings) -> Path:
-    return settings.output_folder / "digests"
+def records_directory(settings: Settings) -> Path:
+    return settings.output_directory / "digests"
 
 
 def save(settings: Settings, pushed: Pushed) -> Path:
     """Write the push record and return its path.  A record of the same platforms is replaced."""
-    directory = folder_of(settings)
+    directory = records_directory(settings)
     directory.mkdir(parents=True, exist_ok=True)
     names = sorted(platform.tag_suffix for platform in pushed.platforms)
     path = directory / f"{'_'.join(names)}.json"
@@ -55,7 +55,7 @@ def save(settings: Settings, pushed: Pushed) -> Path:
 
 def load(settings: Settings) -> dict[Path, Pushed]:
     """Return all push records by path.  Raise ``UsageError`` for an invalid record."""
-    return {path: _read(path) for path in sorted(folder_of(settings).glob("[!.]*.json"))}
+    return {path: _read(path) for path in sorted(records_directory(settings).glob("[!.]*.json"))}
 
 
 def _read(path: Path) -> Pushed:

@@ -9,19 +9,19 @@ from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any
 
 from guix_tasks import guix
-from guix_tasks.engine.retry import retried
+from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import EngineError, StageError, full_disk
 from guix_tasks.guix.progress import Activity, BuildSteps, Noise
 from guix_tasks.oci.labels import oci_annotations
-from guix_tasks.stages.channel_access import lent_access
+from guix_tasks.stages.channel_access import grant_access
 from guix_tasks.stages.container import (
-    FOLDER,
     PROJECT_LABEL,
+    WORK_DIRECTORY,
     Work,
+    check_no_kept_container,
     common_inputs,
     fill,
-    proxy_out_of_reach,
-    refuse_second,
+    proxy_error_line,
     time_limit,
     work_container,
 )
@@ -80,10 +80,10 @@ def run_stage(
     removed unless ``keep_failed`` is true.
     """
     check_volumes(project.settings, parent)
-    project = project.settled(parent, as_root=stage.as_root)
+    project = project.with_sandbox(parent, as_root=stage.as_root)
     console, settings = project.console, project.settings
     if not commit or keep_failed:
-        refuse_second(project.engine, settings)
+        check_no_kept_container(project.engine, settings)
     with (
         console.step(stage.name) as step,
         _stage_container(project, stage, parent, keep=not commit, keep_failed=keep_failed) as (
@@ -94,21 +94,21 @@ def run_stage(
         console.detail(f"{stage.name}: in a {settings.guix_sandbox.value} container")
         for command in stage.commands:
             console.detail(pasteable(command))
-        report = run_again(project, container, work).strip()
-        step.tell(lambda: "committing")
+        report = run_with_retries(project, container, work).strip()
+        step.show_activity(lambda: "committing")
         if stage.check:
             stage.check(report)
         if not commit:
-            console.say(f"{stage.name}: not committed; `inv commit` commits the container")
+            console.print(f"{stage.name}: not committed; `inv commit` commits the container")
             return None
 
         # A dry run has no report to pin the stage by.
-        pinned = stage.settled(report) if stage.settled and report else stage
+        pinned = stage.pinned(report) if stage.pinned and report else stage
         inputs = pinned.inputs(common_inputs(project.engine, settings))
         labels = {**stage_labels(stage.name, key_of(parent), inputs), **stage.labels(report)}
         current = None if force else project.ledger.find(stage.name)
         if current and is_child(current, parent) and labels.items() <= current.labels.items():
-            console.say(f"{stage.name}: unchanged")
+            console.print(f"{stage.name}: unchanged")
             return None
         return commit_image(project, container, parent, project.ledger.tag(stage.name), labels)
 
@@ -119,10 +119,10 @@ def _stage_container(
 ) -> Iterator[tuple[str, Work]]:
     """Create the container of a stage, with access to its channels; yield its ID and its work."""
     engine, settings = project.engine, project.settings
-    with lent_access(engine, settings, stage.fetches) as access:
+    with grant_access(engine, settings, stage.fetches) as access:
         work = Work(
             stage.name,
-            (f"{FOLDER}/stage",),
+            (f"{WORK_DIRECTORY}/stage",),
             {**stage_files(stage), **access.files},
             keep=keep,
             keep_failed=keep_failed,
@@ -133,7 +133,7 @@ def _stage_container(
             yield container, work
 
 
-def run_again(project: Project, container: str, work: Work) -> str:
+def run_with_retries(project: Project, container: str, work: Work) -> str:
     """Run a work's script, its file ``stage``, and return its standard output.
 
     After a network failure the same container is started again, so that nothing that Guix has
@@ -153,10 +153,10 @@ def run_again(project: Project, container: str, work: Work) -> str:
                 # The entry point removed its files at the end of the first start.
                 fill(project.engine, project.settings, container, work)
                 elapsed = time.monotonic() - started
-            return perform(project, container, work.name, log_file=log, elapsed=elapsed)
+            return run_container(project, container, work.name, log_file=log, elapsed=elapsed)
 
         try:
-            return retried(project.console, work.name, attempt, tries=STAGE_TRIES)
+            return retry_call(project.console, work.name, attempt, tries=STAGE_TRIES)
         except StageError as error:
             failure = Failure(work.name, container, work.files["stage"], log)
             path = save_diagnostics(project.engine, project.settings, failure)
@@ -170,7 +170,7 @@ def run_again(project: Project, container: str, work: Work) -> str:
             raise StageError("; ".join([str(error), *hints])) from None
 
 
-def perform(
+def run_container(
     project: Project,
     container: str,
     name: str,
@@ -241,7 +241,7 @@ def _network_meter(
     project: Project, container: str, activity: Activity, step: Step
 ) -> Iterator[None]:
     """Show Guix's activity in a container, on a terminal with the rate of its downloads."""
-    step.tell(lambda: activity.text)
+    step.show_activity(lambda: activity.text)
     if not step.is_live or project.engine.is_dry:
         yield
         return
@@ -251,7 +251,7 @@ def _network_meter(
         # A lost engine is reported by the call that waits for the container.
         with suppress(EngineError):
             while not ended.wait(_METER_INTERVAL):
-                total = project.engine.received(container)
+                total = project.engine.bytes_received(container)
                 if total is not None:
                     activity.receive(total, time.monotonic())
 
@@ -283,8 +283,8 @@ def _command_error(project: Project, name: str, status: int, faults: LogFaults) 
     # Redact first: a part of a secret would not be recognised.
     message = printable(clean(guix.last_error(faults.tail)))[:_ERROR_LENGTH]
     hint = (
-        guix.fetch_mend(faults.tail)
-        or guix.package_mend(message)
+        guix.fetch_hint(faults.tail)
+        or guix.package_hint(message)
         or (faults.network_failed and _proxy_fault(project))
         or ("see the output above for more" if message else "see the output above")
     )
@@ -299,7 +299,7 @@ def _command_error(project: Project, name: str, status: int, faults: LogFaults) 
 def _proxy_fault(project: Project) -> str:
     # A lost engine must not replace the error of the stage.
     with suppress(EngineError):
-        return proxy_out_of_reach(project.engine, project.settings)
+        return proxy_error_line(project.engine, project.settings)
     return ""
 
 
@@ -323,7 +323,7 @@ def commit_image(
     """
     engine = project.engine
     labels = {
-        **oci_annotations(project.settings.folder),
+        **oci_annotations(project.settings.directory),
         IMAGE_LABEL: str(project.settings.image),
         **labels,
     }
@@ -383,7 +383,7 @@ def build_log(project: Project, name: str) -> Iterator[Log]:
     steps = BuildSteps()
     with project.console.step(name) as step, saved_log(project.settings, name) as log_file:
         step.log_file = log_path(project.settings, name)
-        step.tell(lambda: steps.text)
+        step.show_activity(lambda: steps.text)
 
         def show(lines: list[bytes]) -> None:
             step.log(lines)
@@ -396,7 +396,7 @@ def build_log(project: Project, name: str) -> Iterator[Log]:
             log.end()
 
 
-def say_done(project: Project, name: str, started: float) -> None:
+def print_result(project: Project, name: str, started: float) -> None:
     """Print the tag and the size of a stage's image and the time since ``started``.
 
     ``started`` is a value of ``time.monotonic``. A dry run prints nothing.
@@ -406,4 +406,4 @@ def say_done(project: Project, name: str, started: float) -> None:
     tag = project.ledger.tag(name)
     image = project.engine.image(tag)
     size = f", {human_size(image.size)}" if image else ""
-    project.console.say(f"{name}: {tag}{size}, {human_time(time.monotonic() - started)}")
+    project.console.print(f"{name}: {tag}{size}, {human_time(time.monotonic() - started)}")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from guix_tasks.errors import REFUSED, EngineError
 from guix_tasks.files import cache_home, text_digest, write_whole
 from guix_tasks.settings.values import Sandbox
-from guix_tasks.stages.container import FOLDER, Work, time_limit, work_container
+from guix_tasks.stages.container import WORK_DIRECTORY, Work, time_limit, work_container
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,7 +100,7 @@ def _first_working(
             error_line = str(error)
         if error_line is None:
             reason = f", because {'; '.join(failures)}" if failures else ": Guix can build"
-            console.say(f"sandbox: {sandbox.value}{reason}")
+            console.print(f"sandbox: {sandbox.value}{reason}")
             return sandbox
         if any(words in error_line for words in OTHER_FAULTS):
             return None  # the stage reports it in full
@@ -115,7 +115,7 @@ def probe(engine: Engine, settings: Settings, image: Image) -> str | None:
     """Build a tiny derivation in a container of an image; return the error line if it fails."""
     directory = Path(__file__).parent
     files = {name: (directory / name).read_bytes() for name in ("probe.sh", "probe.scm")}
-    work = Work("probe", (f"{FOLDER}/probe.sh",), files, bare=True)
+    work = Work("probe", (f"{WORK_DIRECTORY}/probe.sh",), files, bare=True)
     with (
         work_container(engine, settings, image.id, work) as container,
         time_limit(engine, container, PROBE_SECONDS, grace=5) as timed_out,

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.files import file_digest, text_digest
-from guix_tasks.stages.container import FOLDER, IMAGE_FOLDER
+from guix_tasks.stages.container import RESOURCES, WORK_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 
-COLLECT = IMAGE_FOLDER / "collect.scm"
+COLLECT = RESOURCES / "collect.scm"
 """Script that deletes what a stage added to the store and does not need, before the commit."""
 
 
@@ -31,7 +31,7 @@ class Stage:
     labels: Callable[[str], Mapping[str, str]]
     """Return the image's additional labels for a report."""
     files: Mapping[str, bytes] = field(default_factory=dict)
-    """Files of the commands, by path below ``container.FOLDER``."""
+    """Files of the commands, by path below ``container.WORK_DIRECTORY``."""
     extra_inputs: Mapping[str, str] = field(default_factory=dict)
     """Additional inputs: digests by name."""
     directory: str | None = None
@@ -42,7 +42,7 @@ class Stage:
     """Whether the commands write outside the store, Guix's state and root's profiles."""
     keep: str | None = None
     """Profile whose build dependencies survive garbage collection, for the next stage."""
-    settled: Callable[[str], Stage] | None = None
+    pinned: Callable[[str], Stage] | None = None
     """Return the pinned stage that reproduces a report's result; its inputs become the key."""
     check: Callable[[str], None] | None = None
     """Raise ``StageError`` if a report's result must not be committed."""
@@ -59,8 +59,8 @@ class Stage:
 
 
 def stage_files(stage: Stage) -> dict[str, bytes]:
-    """Return all files of a stage below ``container.FOLDER``; ``stage`` is the script to run."""
+    """Return the files of a stage below ``container.WORK_DIRECTORY``; ``stage`` is its script."""
     script = guix.script(
-        stage.commands, stage.report, FOLDER, keep=stage.keep, start=stage.directory
+        stage.commands, stage.report, WORK_DIRECTORY, keep=stage.keep, start=stage.directory
     )
     return {**stage.files, "stage": script.encode(), "collect.scm": COLLECT.read_bytes()}

@@ -6,7 +6,7 @@ import io
 import tarfile
 from typing import TYPE_CHECKING
 
-from guix_tasks.stages.container import Nearby, find_server, network
+from guix_tasks.stages.container import SubstituteServer, find_server, network
 
 if TYPE_CHECKING:
     from guix_tasks.engine.api import Container, Engine
@@ -27,19 +27,19 @@ _DEFAULT_NETWORKS = ("bridge", "podman")
 """Networks that Docker and Podman use for a container without an explicit network."""
 
 
-def nearby(engine: Engine, settings: Settings, console: Console) -> Nearby | None:
+def nearby(engine: Engine, settings: Settings, console: Console) -> SubstituteServer | None:
     """Return the running server, or None with a message if work containers cannot reach it."""
     server = find_server(engine, settings)
     if server is None or not server.running:
         return None
     url, key = server_url(engine, settings, server), public_key(engine, server)
     if url is None or not key:
-        console.say(
+        console.print(
             "substitutes: work containers cannot reach the running server; after a change of "
             "NETWORK, run `inv substitutes.up` again"
         )
         return None
-    return Nearby(url, key, server.image)
+    return SubstituteServer(url, key, server.image)
 
 
 def server_url(engine: Engine, settings: Settings, server: Container) -> str | None:

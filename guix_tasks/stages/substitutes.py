@@ -9,8 +9,8 @@ from guix_tasks import guix
 from guix_tasks.errors import CheckError, StageError, UsageError
 from guix_tasks.files import read_file
 from guix_tasks.oci.platform import Platform
-from guix_tasks.stages.container import FOLDER, IMAGE_FOLDER, Work, work_container
-from guix_tasks.stages.runner import run_again
+from guix_tasks.stages.container import RESOURCES, WORK_DIRECTORY, Work, work_container
+from guix_tasks.stages.runner import run_with_retries
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,21 +37,21 @@ def forecast(
             "cannot query substitutes: no packages are specified; set GUIX_PACKAGES or "
             "GUIX_MANIFEST, or pass `--package NAME`"
         )
-    project = project.settled(image)
+    project = project.with_sandbox(image)
     server = project.nearby("weather")
-    manifest_file = f"{FOLDER}/manifest.scm" if manifest else None
-    argv = guix.weather_argv(f"{FOLDER}/weather.scm", systems, manifest_file, packages)
+    manifest_file = f"{WORK_DIRECTORY}/manifest.scm" if manifest else None
+    argv = guix.weather_argv(f"{WORK_DIRECTORY}/weather.scm", systems, manifest_file, packages)
     files = {
         "stage": f"#!/bin/sh\nexec {shlex.join(argv)}\n".encode(),
-        "weather.scm": (IMAGE_FOLDER / "weather.scm").read_bytes(),
+        "weather.scm": (RESOURCES / "weather.scm").read_bytes(),
         **({"manifest.scm": read_file(manifest)} if manifest else {}),
         # Guix itself must trust the key, not only the daemon.  The key reaches no image, because
         # this container is never committed.
         **({"keys/nearby.pub": server.key} if server else {}),
     }
-    work = Work("weather", (f"{FOLDER}/stage",), files, nearby=server)
+    work = Work("weather", (f"{WORK_DIRECTORY}/stage",), files, nearby=server)
     with work_container(project.engine, project.settings, image.id, work) as container:
-        forecasts = guix.forecasts(run_again(project, container, work))
+        forecasts = guix.forecasts(run_with_retries(project, container, work))
     if len(forecasts) != len(systems) and not project.engine.is_dry:
         raise StageError("weather: Guix did not report all systems; see the output above")
     return forecasts

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks.engine.credentials import credentials_for
-from guix_tasks.engine.retry import retried
+from guix_tasks.engine.retry import retry_call
 from guix_tasks.oci.reference import ImageReference
 from guix_tasks.ui.format import human_size, human_time
 
@@ -38,7 +38,7 @@ class TransferProgress:
         self._done: set[str] = set()
         self._unmeasured = False
         self._started = time.monotonic()
-        step.tell(lambda: self.text)
+        step.show_activity(lambda: self.text)
 
     def __call__(self, layer: str, status: str, current: int, total: int) -> None:
         # After its download a layer is extracted, with other numbers.
@@ -48,7 +48,7 @@ class TransferProgress:
         if done and layer not in self._done and not self._step.is_live:
             size = self._sizes.get(layer, (0, 0))[1]
             amount = f" ({human_size(size)})" if size else ""
-            self._console.say(f"{self._title}: {layer} {status.lower()}{amount}")
+            self._console.print(f"{self._title}: {layer} {status.lower()}{amount}")
         if status.startswith(self._MOVED) and layer not in self._sizes:
             self._unmeasured = True
         if done:
@@ -87,13 +87,15 @@ def transfer(project: Project, action: str, reference: str) -> Iterator[Transfer
         duration = human_time(time.monotonic() - started)
         # The containerd store reports no bytes for a layer that is moved in one piece.
         moved = progress.summary(exact=not project.engine.info().uses_containerd)
-        console.say(f"{action}: {reference}, {moved}, {duration}")
+        console.print(f"{action}: {reference}, {moved}, {duration}")
 
 
 def push(project: Project, reference: str) -> str:
     """Push a tag, retrying transient failures, and return the digest in the registry."""
     host = ImageReference.parse(reference).registry
-    return retried(project.console, "the push", partial(push_once, project, reference), host=host)
+    return retry_call(
+        project.console, "the push", partial(push_once, project, reference), host=host
+    )
 
 
 def push_once(project: Project, reference: str) -> str:
@@ -112,4 +114,4 @@ def pull(project: Project, reference: str) -> None:
             project.engine.pull(reference, account, progress=progress)
 
     host = ImageReference.parse(reference).registry
-    retried(project.console, "the pull", attempt, host=host)
+    retry_call(project.console, "the pull", attempt, host=host)

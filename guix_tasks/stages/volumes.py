@@ -49,8 +49,8 @@ def check_volumes(settings: Settings, image: Image) -> None:
 def _origin(settings: Settings, instructions: Sequence[_Instruction], volume: str) -> str:
     """Name the line that declares a volume, or else the base image that declares it."""
     file = settings.dockerfile
-    in_project = file.is_relative_to(settings.folder)
-    path = file.relative_to(settings.folder) if in_project else file
+    in_project = file.is_relative_to(settings.directory)
+    path = file.relative_to(settings.directory) if in_project else file
     if line := _declaration(instructions, volume):
         return f"{path}:{line}: VOLUME {volume}"
     first = instructions[0] if instructions else None

@@ -50,7 +50,7 @@ class Display(Enum):
         return self in (Display.LIVE, Display.VERBOSE)
 
 
-def settled_display(display: Display, err: TextIO, environment: Mapping[str, str]) -> Display:
+def resolve_display(display: Display, err: TextIO, environment: Mapping[str, str]) -> Display:
     """Resolve ``auto`` and return the display to use.
 
     It is plain in a CI job, because nobody watches its terminal, and plain without Rich, which a
@@ -102,7 +102,7 @@ class Console:
         self.end_streams()
         print(redact.clean(text), file=self.out, flush=True)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line about the progress of the task, unless the display is quiet."""
         if self.display is not Display.QUIET:
             self.note(text)
@@ -112,7 +112,7 @@ class Console:
         if self._step and self.display is Display.LIVE:
             self._step.log([text.encode(errors="replace")])
         else:
-            self.say(text)
+            self.print(text)
 
     def note(self, text: str) -> None:
         """Print a line in every display mode."""
@@ -267,7 +267,7 @@ class Step:
         else:
             self._tail.extend(lines[-TAIL:])
 
-    def tell(self, activity: Callable[[], str]) -> None:
+    def show_activity(self, activity: Callable[[], str]) -> None:
         """Show the current result of a function as the activity of the step."""
         self._activity = activity
 

@@ -29,7 +29,7 @@ _SECONDS = 300
 class Runner:
     """A machine for the jobs of a run, and the artifacts of these."""
 
-    folder: Path
+    directory: Path
     project: Path
     """What is in the repository."""
     python: Path
@@ -46,7 +46,7 @@ class Runner:
     def start_job(self) -> Path:
         """A fresh home, with a fresh checkout in it."""
         self.jobs += 1
-        home = self.folder / f"job{self.jobs}"
+        home = self.directory / f"job{self.jobs}"
         plugins = home / ".docker/cli-plugins"
         plugins.mkdir(parents=True)
         if self.plugin:
@@ -72,7 +72,7 @@ class Runner:
         return result
 
     def artifact(self, name: str) -> Path:
-        return self.folder / "artifacts" / name
+        return self.directory / "artifacts" / name
 
 
 class FailedJobError(Exception):

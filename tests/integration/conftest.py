@@ -159,7 +159,7 @@ def other_store(
     """An engine with the image store that the machine's engine does not use."""
     with raised(programs, image_store) as island:
         island.ok("engine.up")
-        start_registry(island, machine_registry.folder / "root")
+        start_registry(island, machine_registry.directory / "root")
         import_image(machine_base, machine_docker, island.docker)
         yield island
 
@@ -274,12 +274,12 @@ def machine_registry(
 
     It is where ``inv`` finds it, with the account, and docker has logged in to it.
     """
-    folder = tmp_path_factory.mktemp("data") / "guix-tasks" / "registry"
-    folder.mkdir(parents=True)
+    directory = tmp_path_factory.mktemp("data") / "guix-tasks" / "registry"
+    directory.mkdir(parents=True)
     shared = local_registry()
     if shared.installed():
-        (folder / "root").symlink_to(shared.folder / "root")
-    own = LocalRegistry(folder, free_port())
+        (directory / "root").symlink_to(shared.directory / "root")
+    own = LocalRegistry(directory, free_port())
     with made_once():
         own.up(Console())
     log_in(machine_docker, own)
@@ -291,13 +291,13 @@ def machine_registry(
 def programs() -> Path:
     """An engine's unpacked packages; of the one that is here, or a copy for the tests alone."""
     if private_engine().installed():
-        return private_engine().folder / "root"
+        return private_engine().directory / "root"
     kept = PrivateEngine(files.cache_home() / "tests" / "engine")
     with made_once():
         if not kept.installed():
-            kept.folder.mkdir(parents=True, exist_ok=True)
+            kept.directory.mkdir(parents=True, exist_ok=True)
             kept._unpack(Console())
-    return kept.folder / "root"
+    return kept.directory / "root"
 
 
 @pytest.fixture
@@ -309,20 +309,20 @@ def island(programs: Path, image_store: str) -> Iterator[Island]:
 @pytest.fixture(scope="session")
 def locked(registry: LocalRegistry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A registry that lets in only who has the password."""
-    folder, port = tmp_path_factory.mktemp("locked"), free_port()
-    (folder / "htpasswd").write_text(HTPASSWD)
+    directory, port = tmp_path_factory.mktemp("locked"), free_port()
+    (directory / "htpasswd").write_text(HTPASSWD)
     configuration = {
         "version": 0.1,
         "log": {"accesslog": {"disabled": True}},
-        "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
+        "storage": {"filesystem": {"rootdirectory": str(directory / "data")}},
         "http": {"addr": f"127.0.0.1:{port}"},
-        "auth": {"htpasswd": {"realm": "tests", "path": str(folder / "htpasswd")}},
+        "auth": {"htpasswd": {"realm": "tests", "path": str(directory / "htpasswd")}},
     }
-    (folder / "configuration").write_text(json.dumps(configuration))
+    (directory / "configuration").write_text(json.dumps(configuration))
     service = Service(
-        registry.folder / "root/usr/bin/docker-registry", folder / "pid", folder / "log"
+        registry.directory / "root/usr/bin/docker-registry", directory / "pid", directory / "log"
     )
-    service.start(["serve", str(folder / "configuration")])
+    service.start(["serve", str(directory / "configuration")])
     assert service_module.wait_until(lambda: "listening on" in service.log.read_text(), 20)
     yield f"localhost:{port}"
     service.stop(20)
@@ -330,7 +330,7 @@ def locked(registry: LocalRegistry, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session")
 def workshop(docker: Docker, registry: LocalRegistry, offline: Path) -> Workshop:
-    data = registry.folder.parents[1]
+    data = registry.directory.parents[1]
     return Workshop(docker, f"localhost:{registry.port}", offline, data)
 
 
@@ -355,8 +355,8 @@ def new_project(
     projects: list[Project] = []
 
     def make(*stages: str, repository: str = "", **settings: str) -> Project:
-        folder = tmp_path / f"project{len(projects)}"
-        projects.append(workshop.project(folder, repository, **settings))
+        directory = tmp_path / f"project{len(projects)}"
+        projects.append(workshop.project(directory, repository, **settings))
         for stage in stages:
             projects[-1].take(stage, request.getfixturevalue("made").project)
         return projects[-1]
@@ -375,13 +375,13 @@ def project(new_project: NewProject) -> Project:
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of this checkout, and those of what it needs, as locked: all that pip needs."""
-    folder = tmp_path_factory.mktemp("wheels")
+    directory = tmp_path_factory.mktemp("wheels")
     # Without the hashes: a wheel is not in the lock.
     locked = [line.split()[0] for line in (ROOT / "requirements.txt").open() if "==" in line]
-    (folder / "locked").write_text("\n".join(locked))
-    constraint = f"--constraint={folder / 'locked'}"
-    pip(sys.executable, "wheel", f"--wheel-dir={folder}", constraint, str(ROOT))
-    return folder
+    (directory / "locked").write_text("\n".join(locked))
+    constraint = f"--constraint={directory / 'locked'}"
+    pip(sys.executable, "wheel", f"--wheel-dir={directory}", constraint, str(ROOT))
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,7 @@ class Forge:
     """The servers, and what was asked of them."""
 
     docker: Docker
-    folder: Path
+    directory: Path
     ssh_port: int
     container: str
     token: str = ""
@@ -91,24 +91,24 @@ class Forge:
         return f"ssh://root@localhost:{self.ssh_port}"
 
     def file(self, name: str) -> str:
-        return str(self.folder / name)
+        return str(self.directory / name)
 
 
 @contextmanager
-def serving(docker: Docker, offline: Path, folder: Path) -> Iterator[Forge]:
+def serving(docker: Docker, offline: Path, directory: Path) -> Iterator[Forge]:
     programs = files.cache_home() / "tests" / "forge"
     if not programs.exists():
         programs.parent.mkdir(parents=True, exist_ok=True)
-        Apt(files.cache_home() / "apt", [SUITE]).unpacked(PACKAGES, programs)
+        Apt(files.cache_home() / "apt", [SUITE]).unpack(PACKAGES, programs)
     name, port = f"guix-tasks-test-{token_hex(6)}", free_port()
-    forge = Forge(docker, folder, port, name, substitutes=offline / "substitutes")
+    forge = Forge(docker, directory, port, name, substitutes=offline / "substitutes")
     docker.ok(
         "run", "--detach", "--init", f"--name={name}", "--network=host", f"--env=PORT={port}",
-        f"--volume={programs}:/programs:ro", f"--volume={folder}:/shared",
+        f"--volume={programs}:/programs:ro", f"--volume={directory}:/shared",
         f"--volume={offline}:/offline:ro", "--entrypoint=sh", BASE_TAG, "-euc", SERVE,
     )  # fmt: skip
     try:
-        eventually((folder / "ready").exists, "the Git servers are up", 60)
+        eventually((directory / "ready").exists, "the Git servers are up", 60)
         with _listening(_git_server(forge)) as https, _listening(_proxy(forge)) as proxy:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(forge.file("server.pem"), forge.file("server.key"))

@@ -1,4 +1,4 @@
-"""The real command line in a folder of its own, and what the tests look at an engine with."""
+"""The real command line in a directory of its own, and what the tests look at an engine with."""
 
 from __future__ import annotations
 
@@ -55,19 +55,19 @@ class Docker:
     """The docker command line on one engine, with accounts of the tests' own."""
 
     host: str
-    folder: Path
+    directory: Path
     """The command line's own, where its accounts are."""
 
     @property
     def environment(self) -> dict[str, str]:
         ours = {name: value for name, value in os.environ.items() if not name.startswith("DOCKER_")}
-        return {**ours, "DOCKER_HOST": self.host, "DOCKER_CONFIG": str(self.folder)}
+        return {**ours, "DOCKER_HOST": self.host, "DOCKER_CONFIG": str(self.directory)}
 
     def __call__(self, *arguments: str, timeout: float = 240) -> Result:
         return call(self.argv(*arguments), self.environment, timeout)
 
     def argv(self, *arguments: str) -> list[str]:
-        return ["docker", f"--host={self.host}", f"--config={self.folder}", *arguments]
+        return ["docker", f"--host={self.host}", f"--config={self.directory}", *arguments]
 
     def ok(self, *arguments: str) -> str:
         """Standard output of a call that has to succeed."""
@@ -94,9 +94,9 @@ class Docker:
 
 @dataclass
 class Project:
-    """An env file in a folder, and everything on the engine that has its name."""
+    """An env file in a directory, and everything on the engine that has its name."""
 
-    folder: Path
+    directory: Path
     image: str
     docker: Docker
     settings: dict[str, str]
@@ -108,19 +108,19 @@ class Project:
     seen: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        (self.folder / "home").mkdir(parents=True)
-        planted.write_account(self.folder / "home")
+        (self.directory / "home").mkdir(parents=True)
+        planted.write_account(self.directory / "home")
         self.set(IMAGE=self.image)
 
     def set(self, **settings: str) -> None:
         """Write the env file, with these settings changed."""
         self.settings |= settings
         lines = (f"{name}={value}\n" for name, value in self.settings.items())
-        (self.folder / "project.env").write_text("".join(lines))
+        (self.directory / "project.env").write_text("".join(lines))
 
     def dockerfile(self, text: str) -> None:
         """Build from a Dockerfile of one's own, in a context that has nothing else."""
-        context = self.folder / "context"
+        context = self.directory / "context"
         context.mkdir(exist_ok=True)
         (context / "Dockerfile").write_text(text)
         self.set(BUILD_CONTEXT="context", DOCKERFILE="context/Dockerfile")
@@ -132,7 +132,7 @@ class Project:
             **planted.ENVIRONMENT,
             "PATH": os.environ["PATH"],
             "LANG": "C.UTF-8",
-            "HOME": str(self.folder / "home"),
+            "HOME": str(self.directory / "home"),
             "XDG_DATA_HOME": str(self.data),
             "DOCKER_HOST": self.docker.host,
             "ENV_FILE": "project.env",
@@ -144,7 +144,10 @@ class Project:
         """Run the real command line to its end."""
         self._look()
         result = call(
-            [*self.program, *arguments], {**self.environment, **(env or {})}, timeout, self.folder
+            [*self.program, *arguments],
+            {**self.environment, **(env or {})},
+            timeout,
+            self.directory,
         )
         self._look()
         PLANTED.look_at_output(f"inv {arguments}", result.stdout, result.stderr)
@@ -158,14 +161,14 @@ class Project:
 
     def start(self, *arguments: str, env: dict[str, str] | None = None) -> Running:
         """Run the real command line beside the test."""
-        log = self.folder / "log"
+        log = self.directory / "log"
         with log.open("wb") as output:
             started = subprocess.Popen(
                 inv_argv(*arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                cwd=self.folder,
+                cwd=self.directory,
                 env={**self.environment, **(env or {})},
                 start_new_session=True,
             )
@@ -184,7 +187,7 @@ class Project:
         for tag in (self.tag(stage), self.tag()):
             self.docker.ok("tag", model.tag(stage), tag)
         if stage == "pull":
-            shutil.copy(model.folder / LOCK, self.folder)
+            shutil.copy(model.directory / LOCK, self.directory)
 
     def tags(self) -> dict[str, str]:
         """Every local tag of the repository, with the image that it stands for."""
@@ -235,7 +238,7 @@ class Project:
     def look_for_secrets(self) -> None:
         """Look into all that it has made: files, containers, images and their histories."""
         for place in ("out", LOCK, "log"):
-            path = self.folder / place
+            path = self.directory / place
             for file in [path, *path.rglob("*")]:
                 if file.is_file():
                     PLANTED.look_at_file(file)
@@ -310,7 +313,7 @@ class Terminal:
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            cwd=project.folder,
+            cwd=project.directory,
             env={**project.environment, "TERM": "dumb"},
             start_new_session=True,
         )
@@ -361,9 +364,9 @@ class Witness:
             def handle(self) -> None:
                 witness.relay(self.request)
 
-        # Not in the folder of the test: the path of a socket has to be short.
-        with tempfile.TemporaryDirectory() as folder:
-            path = f"{folder}/docker.sock"
+        # Not in the directory of the test: the path of a socket has to be short.
+        with tempfile.TemporaryDirectory() as directory:
+            path = f"{directory}/docker.sock"
             with socketserver.ThreadingUnixStreamServer(path, Relay) as server:
                 server.daemon_threads = True
                 threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -404,7 +407,7 @@ class Workshop:
     data: Path
     token: str = field(default_factory=lambda: secrets.token_hex(4))
 
-    def project(self, folder: Path, repository: str = "", **settings: str) -> Project:
+    def project(self, directory: Path, repository: str = "", **settings: str) -> Project:
         """The offline example, under a name that no other project has."""
         name = f"{self.registry}/guix-tasks-test-{self.token}/{secrets.token_hex(4)}"
         defaults = {
@@ -420,7 +423,7 @@ class Workshop:
             "CACHE_VOLUME": f"guix-tasks-test-{secrets.token_hex(4)}",
         }
         image = f"{repository or name}:t"
-        return Project(folder, image, self.docker, {**defaults, **settings}, self.data)
+        return Project(directory, image, self.docker, {**defaults, **settings}, self.data)
 
     def commit_of(self, channel: str) -> str:
         """The commit that a channel of the offline example is at."""
@@ -482,16 +485,16 @@ def log_in(docker: Docker, registry: LocalRegistry) -> Credentials:
     assert account
     pair = base64.b64encode(f"{account.username}:{account.password}".encode()).decode()
     auths = {"auths": {f"localhost:{registry.port}": {"auth": pair}}}
-    docker.folder.mkdir(exist_ok=True)
-    (docker.folder / "config.json").write_text(json.dumps(auths))
+    docker.directory.mkdir(exist_ok=True)
+    (docker.directory / "config.json").write_text(json.dumps(auths))
     return account
 
 
-def new_python(folder: Path) -> Path:
-    """A virtual environment of this Python's; the folder of its programs."""
-    made = call([sys.executable, "-m", "venv", str(folder)], dict(os.environ), 120)
+def new_python(directory: Path) -> Path:
+    """A virtual environment of this Python's; the directory of its programs."""
+    made = call([sys.executable, "-m", "venv", str(directory)], dict(os.environ), 120)
     assert made.returncode == 0, made.stderr
-    return folder / "bin"
+    return directory / "bin"
 
 
 def pip(python: str, *arguments: str) -> None:
@@ -540,19 +543,21 @@ def errors(output: str) -> list[str]:
 def builder_environment(name: str) -> dict[str, str]:
     """The environment in which inv finds buildx, or does not; skips where that cannot be had."""
     program = buildx.find_program(os.environ, private_engine().buildx_path())
-    folders = os.environ["PATH"].split(os.pathsep)
+    directories = os.environ["PATH"].split(os.pathsep)
     if name == "buildx":
         if program is None:
             pytest.skip("buildx is not on this machine")
-        return {"PATH": os.pathsep.join([str(Path(program).parent), *folders])}
+        return {"PATH": os.pathsep.join([str(Path(program).parent), *directories])}
     if program and str(Path(program).parent) in buildx.SYSTEM_PLUGINS:
         pytest.skip("buildx is installed on this machine, and would be used")
-    return {"PATH": os.pathsep.join(f for f in folders if not shutil.which(buildx.PROGRAM, path=f))}
+    return {
+        "PATH": os.pathsep.join(f for f in directories if not shutil.which(buildx.PROGRAM, path=f))
+    }
 
 
-def without(packages: str, folder: Path) -> dict[str, str]:
+def without(packages: str, directory: Path) -> dict[str, str]:
     """The environment of a Python that lacks some packages."""
-    (folder / "sitecustomize.py").write_text(
+    (directory / "sitecustomize.py").write_text(
         "import sys\n"
         "class Missing:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
@@ -560,7 +565,7 @@ def without(packages: str, folder: Path) -> dict[str, str]:
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Missing())\n"
     )
-    return {"PYTHONPATH": str(folder)}
+    return {"PYTHONPATH": str(directory)}
 
 
 def free_port() -> int:

@@ -43,22 +43,22 @@ with socket.socket() as any:
 class Island:
     """A network and mounts of its own, where no engine is but the one that is started there."""
 
-    folder: Path
+    directory: Path
     holder: int
     store: str = ""
     """The image store of its engine; empty is Docker's default."""
 
     @property
     def engine(self) -> PrivateEngine:
-        return PrivateEngine(self.folder / "guix-tasks" / "engine")
+        return PrivateEngine(self.directory / "guix-tasks" / "engine")
 
     @property
     def docker(self) -> Docker:
-        return Docker(self.engine.url, self.folder / "docker")
+        return Docker(self.engine.url, self.directory / "docker")
 
     @property
     def registry(self) -> LocalRegistry:
-        return LocalRegistry(self.folder / "guix-tasks" / "registry")
+        return LocalRegistry(self.directory / "guix-tasks" / "registry")
 
     def client(self) -> DockerEngine:
         """The engine, as the product speaks to it."""
@@ -68,8 +68,8 @@ class Island:
     def environment(self) -> dict[str, str]:
         """Nothing that says where an engine is."""
         own = {
-            "HOME": str(self.folder),
-            "XDG_DATA_HOME": str(self.folder),
+            "HOME": str(self.directory),
+            "XDG_DATA_HOME": str(self.directory),
             "ENGINE_IMAGE_STORE": self.store,
         }
         return {"PATH": os.environ["PATH"], **own}
@@ -89,7 +89,7 @@ class Island:
 
     @property
     def enter(self) -> list[str]:
-        place = f"--wd={self.folder}"
+        place = f"--wd={self.directory}"
         return ["nsenter", f"--target={self.holder}", "--net", "--mount", place, "--"]
 
     def kill_engine(self) -> None:
@@ -102,8 +102,8 @@ class Island:
     def is_deserted(self) -> bool:
         """Whether nothing of an engine is left but its files."""
         table = Path(f"/proc/{self.holder}/mountinfo").read_text()
-        mounts = mounts_below(self.engine.folder, table)
-        processes = service.processes_below(self.engine.folder)
+        mounts = mounts_below(self.engine.directory, table)
+        processes = service.processes_below(self.engine.directory)
         return not mounts and not processes and not self.engine.socket.exists()
 
 
@@ -114,10 +114,10 @@ def raised(programs: Path, store: str = "") -> Iterator[Island]:
         pytest.skip("the private engine needs root")
     if host_suite() is None:
         pytest.skip("it is unpacked from Debian's packages")
-    # Not in pytest's folder: the path of a socket has to be short.
-    with tempfile.TemporaryDirectory() as folder:
+    # Not in pytest's directory: the path of a socket has to be short.
+    with tempfile.TemporaryDirectory() as directory:
         holder = subprocess.Popen(["unshare", "--net", "--mount", "--", "sleep", "infinity"])
-        island = Island(Path(folder), holder.pid, store)
+        island = Island(Path(directory), holder.pid, store)
         try:
             _furnish(island, programs)
             yield island
@@ -130,9 +130,9 @@ def raised(programs: Path, store: str = "") -> Iterator[Island]:
 
 
 def _furnish(island: Island, programs: Path) -> None:
-    (island.folder / "Dockerfile").write_text("FROM scratch\n")
-    island.engine.folder.mkdir(parents=True)
-    shutil.copytree(programs, island.engine.folder / "root", symlinks=True, copy_function=_link)
+    (island.directory / "Dockerfile").write_text("FROM scratch\n")
+    island.engine.directory.mkdir(parents=True)
+    shutil.copytree(programs, island.engine.directory / "root", symlinks=True, copy_function=_link)
     eventually(lambda: _is_apart(island.holder), "a network of its own")
     island.do(sys.executable, "-c", LOOPBACK_UP)
     if DEFAULT_SOCKET.exists():
@@ -168,13 +168,13 @@ def supply(island: Island, registry: Path, workshop: Workshop) -> Workshop:
     start_registry(island, registry)
     load_image(BASE_TAG, workshop.docker, island.docker)
     where = f"localhost:{island.registry.port}"
-    return Workshop(island.docker, where, workshop.offline, island.folder)
+    return Workshop(island.docker, where, workshop.offline, island.directory)
 
 
 def start_registry(island: Island, programs: Path) -> None:
     """Start a registry that the engine there reaches, from its unpacked programs."""
-    island.registry.folder.mkdir()
-    (island.registry.folder / "root").symlink_to(programs)
+    island.registry.directory.mkdir()
+    (island.registry.directory / "root").symlink_to(programs)
     island.ok("registry.up")
 
 

@@ -26,7 +26,7 @@ MADE = (*PARENTS, SQUASH)
 
 
 @dataclass
-class Patient:
+class ExaminedProject:
     """A project on an engine of its own."""
 
     island: Island
@@ -50,9 +50,9 @@ class Patient:
         project = self.project
         if stage == "base":
             text = (ROOT / "Dockerfile").read_text()
-            (project.folder / "Dockerfile").write_text(f"{text}RUN echo {self.changes} >/once\n")
+            (project.directory / "Dockerfile").write_text(f"{text}RUN echo {self.changes} >/once\n")
         elif stage == "pull":
-            (project.folder / "mounted").write_text(str(self.changes))
+            (project.directory / "mounted").write_text(str(self.changes))
         elif stage == "install":
             other = "hello" if "greet" in project.settings["GUIX_PACKAGES"] else "hello greet"
             project.set(GUIX_PACKAGES=other)
@@ -122,18 +122,18 @@ class Patient:
 
 
 def admit(
-    island: Island, registry: Path, workshop: Workshop, folder: Path, chance: random.Random
-) -> Patient:
+    island: Island, registry: Path, workshop: Workshop, directory: Path, chance: random.Random
+) -> ExaminedProject:
     """A project that has nothing yet, on an island where all is there that it needs."""
-    project = settle(island, registry, workshop).project(folder)
+    project = settle(island, registry, workshop).project(directory)
     resources = Path("guix_tasks", "stages", "resources")
-    shutil.copytree(ROOT / resources, folder / "context" / resources)
+    shutil.copytree(ROOT / resources, directory / "context" / resources)
     project.set(
         BUILD_CONTEXT="context",
-        DOCKERFILE=str(folder / "Dockerfile"),
-        MOUNTS=f"{project.settings['MOUNTS']} {folder / 'mounted'}:/mounted:ro",
+        DOCKERFILE=str(directory / "Dockerfile"),
+        MOUNTS=f"{project.settings['MOUNTS']} {directory / 'mounted'}:/mounted:ro",
     )
-    patient = Patient(island, project, chance)
+    patient = ExaminedProject(island, project, chance)
     for stage in ("base", "pull"):
         patient.prepare(stage)
     return patient

@@ -92,7 +92,7 @@ def write_account(home: Path) -> None:
     """An account as `docker login` leaves it, for a registry that nobody asks."""
     account = base64.b64encode(f"somebody:{_ACCOUNT}".encode()).decode()
     PLANTED.secrets.add(account.encode())
-    folder = home / ".docker"
-    folder.mkdir()
+    directory = home / ".docker"
+    directory.mkdir()
     auths = {"auths": {"planted.invalid": {"auth": account}}}
-    (folder / "config.json").write_text(json.dumps(auths))
+    (directory / "config.json").write_text(json.dumps(auths))

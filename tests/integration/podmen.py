@@ -1,4 +1,4 @@
-"""A Podman of the tests' own: Debian's package, unpacked, with its images in a folder apart."""
+"""A Podman of the tests' own: Debian's package, unpacked, with its images in a directory apart."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def unpacked() -> Path:
     if not root.exists():
         root.parent.mkdir(parents=True, exist_ok=True)
         apt = Apt(files.cache_home() / "apt", [own], status=STATUS)
-        apt.unpacked(PACKAGES, root, closure=True)
+        apt.unpack(PACKAGES, root, closure=True)
     return root
 
 
@@ -74,7 +74,7 @@ def as_installed(root: Path, *argv: str) -> list[str]:
 class Podman:
     """``podman system service`` on a socket, and the command line beside it."""
 
-    folder: Path
+    directory: Path
     service: subprocess.Popen[bytes]
 
     @property
@@ -83,7 +83,7 @@ class Podman:
 
     @property
     def socket(self) -> Path:
-        return _socket(self.folder)
+        return _socket(self.directory)
 
     def client(self) -> PodmanEngine:
         """It, as the product speaks to it."""
@@ -96,13 +96,13 @@ class Podman:
 def served() -> Iterator[Podman]:
     """A Podman that answers while the block runs, and leaves nothing."""
     root = unpacked()
-    # Not in pytest's folder: the path of a socket has to be short.
-    folder = Path(tempfile.mkdtemp(prefix="podman-"))
-    text = CONFIGURATION.format(files=_most_files(), networks=folder / "networks")
-    (folder / "containers.conf").write_text(text)
-    podman = Podman(folder, _started(root, folder))
+    # Not in pytest's directory: the path of a socket has to be short.
+    directory = Path(tempfile.mkdtemp(prefix="podman-"))
+    text = CONFIGURATION.format(files=_most_files(), networks=directory / "networks")
+    (directory / "containers.conf").write_text(text)
+    podman = Podman(directory, _started(root, directory))
     try:
-        log = folder / "log"
+        log = directory / "log"
         assert service_module.wait_until(lambda: answers(podman.socket), 30), log.read_text()
         yield podman
         client = podman.client()
@@ -112,23 +112,23 @@ def served() -> Iterator[Podman]:
         # Its mounts are in a place of their own, and go with the last process there.
         podman.service.terminate()
         podman.service.wait(timeout=30)
-        shutil.rmtree(folder)
+        shutil.rmtree(directory)
 
 
-def _socket(folder: Path) -> Path:
-    return folder / "podman.sock"
+def _socket(directory: Path) -> Path:
+    return directory / "podman.sock"
 
 
-def _started(root: Path, folder: Path) -> subprocess.Popen[bytes]:
+def _started(root: Path, directory: Path) -> subprocess.Popen[bytes]:
     places = {"root": "images", "runroot": "run", "tmpdir": "tmp"}
-    options = (f"--{name}={folder / place}" for name, place in places.items())
-    serve = ("system", "service", "--time=0", f"unix://{_socket(folder)}")
+    options = (f"--{name}={directory / place}" for name, place in places.items())
+    serve = ("system", "service", "--time=0", f"unix://{_socket(directory)}")
     environment = {
         "PATH": os.environ["PATH"],
-        "HOME": str(folder),
-        "CONTAINERS_CONF": str(folder / "containers.conf"),
+        "HOME": str(directory),
+        "CONTAINERS_CONF": str(directory / "containers.conf"),
     }
-    with (folder / "log").open("wb") as output:
+    with (directory / "log").open("wb") as output:
         return subprocess.Popen(
             as_installed(root, "podman", *options, *serve),
             env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,

@@ -22,10 +22,10 @@ START = "ARG BASE_IMAGE\nFROM ${BASE_IMAGE}\n"
 SETPRIV = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--")
 
 
-def inv(folder: Path, *arguments: str, **environment: str) -> Result:
+def inv(directory: Path, *arguments: str, **environment: str) -> Result:
     """The command line where nothing is configured but what is said here."""
-    env = {"PATH": os.environ["PATH"], "HOME": str(folder), **environment}
-    return call(inv_argv(*arguments), env, 60, folder)
+    env = {"PATH": os.environ["PATH"], "HOME": str(directory), **environment}
+    return call(inv_argv(*arguments), env, 60, directory)
 
 
 # --- settings
@@ -207,7 +207,7 @@ def test_a_package_that_guix_does_not_know(new_project: NewProject) -> None:
 @pytest.mark.engine
 def test_channels_that_do_not_parse_are_an_error_before_work(new_project: NewProject) -> None:
     project = new_project("base", GUIX_CHANNELS="mine.scm")
-    (project.folder / "mine.scm").write_text("(list (channel\n")
+    (project.directory / "mine.scm").write_text("(list (channel\n")
     with project.unharmed():
         assert "mine.scm:1: ( is not closed; " in one_error(project.inv("pull"), 2)
 
@@ -215,7 +215,7 @@ def test_channels_that_do_not_parse_are_an_error_before_work(new_project: NewPro
 @pytest.mark.engine
 def test_a_manifest_that_does_not_parse_is_an_error_of_guix(new_project: NewProject) -> None:
     project = new_project("base", "pull", GUIX_MANIFEST="mine.scm")
-    (project.folder / "mine.scm").write_text("(list (channel\n")
+    (project.directory / "mine.scm").write_text("(list (channel\n")
     with project.unharmed():
         assert "install: the command failed" in one_error(project.inv("install"), 4)
 
@@ -224,7 +224,7 @@ def test_a_manifest_that_does_not_parse_is_an_error_of_guix(new_project: NewProj
 def test_channels_that_do_not_fit_the_lock_name_update(new_project: NewProject) -> None:
     project = new_project("base", "pull", GUIX_CHANNELS="mine.scm")
     text = '(list (channel (name \'other) (url "https://other.test")))\n'
-    (project.folder / "mine.scm").write_text(text)
+    (project.directory / "mine.scm").write_text(text)
     with project.unharmed():
         assert "--update" in one_error(project.inv("pull"), 2)
 

@@ -181,7 +181,7 @@ def test_a_build_by_a_builder_that_cannot_do_it_touches_nothing(
         pytest.skip("this engine's own builder can")
     with project.unharmed():
         one_error(engines_own.inv(project, "buildx.build"), 6)
-    assert not (project.folder / LOCK).exists()
+    assert not (project.directory / LOCK).exists()
 
 
 def test_status_of_the_engines_own(new_project: NewProject, engines_own: Builder) -> None:
@@ -207,33 +207,33 @@ def test_a_builder_that_is_not_there(new_project: NewProject, engines_own: Build
     assert "builder nobody-made-it does not exist" in missing.ok(project, "buildx.down").stderr
 
 
-def plain_definition(folder: Path, base: str, labels: dict[str, str], user: str) -> Definition:
+def plain_definition(directory: Path, base: str, labels: dict[str, str], user: str) -> Definition:
     """A build of no stages: it has all but an insecure step."""
     for name in ("empty", "work", "context"):
-        (folder / name).mkdir(parents=True)
-    (folder / "environment").write_text("")
-    (folder / "context" / "Dockerfile").write_text(
+        (directory / name).mkdir(parents=True)
+    (directory / "environment").write_text("")
+    (directory / "context" / "Dockerfile").write_text(
         f"ARG BASE_IMAGE\nFROM ${{BASE_IMAGE}}\nARG TEXT\nENV TEXT=$TEXT\nUSER {user}\n"
     )
-    context = folder / "context"
+    context = directory / "context"
     arguments = {"BASE_IMAGE": base, "TEXT": "${HOME} %{x} \"'$"}
     return Definition(
         base=BuildSpec(context, context / "Dockerfile", arguments, network="none"),
         base_contexts={},
         recipe=Recipe(platforms=[OWN], network="none", user=user, labels=list(labels)),
-        directory=folder,
-        contexts={"work": folder / "work"},
+        directory=directory,
+        contexts={"work": directory / "work"},
         label_values={label_argument(OWN, n): text for n, text in enumerate(labels.values())},
     )
 
 
 def bake(program: Buildx, builder: str, definition: Definition, target: str) -> None:
-    folder = definition.directory
-    (folder / "Dockerfile").write_text(dockerfile(definition.recipe))
-    (folder / "bake.json").write_text(bake_file(definition))
+    directory = definition.directory
+    (directory / "Dockerfile").write_text(dockerfile(definition.recipe))
+    (directory / "bake.json").write_text(bake_file(definition))
     log: list[bytes] = []
     program.stream(
-        "bake", f"--builder={builder}", f"--file={folder / 'bake.json'}",
+        "bake", f"--builder={builder}", f"--file={directory / 'bake.json'}",
         "--allow=security.insecure", "--allow=fs=*", "--progress=plain", target, output=log.append,
     )  # fmt: skip
 
@@ -244,7 +244,7 @@ def test_a_base_is_linked_and_its_image_is_labelled(
     """Whatever is in a label, a build argument or a path gets there as it is."""
     labels = {"a.b": '(list\n  \'x "y" ${HOME} $HOME %{if} \\n é)', "c": "", "d": "one two"}
     tag = f"{workshop.registry}/guix-tasks-test-{workshop.token}/linked:t"
-    plain = plain_definition(tmp_path / "a ${folder}, really", base_image, labels, "nobody")
+    plain = plain_definition(tmp_path / "a ${directory}, really", base_image, labels, "nobody")
     definition = Definition(**{**vars(plain), "tags": [tag], "output": "type=docker"})
     bake(engines_own.buildx, "default", definition, ASKED_TARGET)
     assert (definition.directory / "reports" / "name").read_text() == "nobody\n"
@@ -308,8 +308,8 @@ def test_the_image_is_the_same_both_ways(
     assert "handing" in said.stderr, "only the engine has the base image"
     docker.ok("pull", reference)
     assert facts(docker, reference) == facts(docker, made.project.image)
-    lock = (project.folder / LOCK).read_text()
-    assert guix.commits(lock) == guix.commits((made.project.folder / LOCK).read_text())
+    lock = (project.directory / LOCK).read_text()
+    assert guix.commits(lock) == guix.commits((made.project.directory / LOCK).read_text())
     # Nothing changed: every step is in the cache, also the one that pulled what floated before.
     again = insecure.ok(project, "buildx.build")
     assert again.stdout.strip() == reference
@@ -380,7 +380,7 @@ def test_a_registry_that_is_not_there(insecure: Builder, new_project: NewProject
 def test_what_is_secret_is_in_no_layer(
     insecure: Builder, new_project: NewProject, docker: Docker
 ) -> None:
-    """A proxy's password above all; and nothing of the work folder or the mounts is left."""
+    """A proxy's password above all; and nothing of the work directory or the mounts is left."""
     project = new_project(BUILDX_OUTPUT="load", GUIX_PACKAGES="hello")
     secretive = insecure.but(http_proxy="http://me:hunter2@127.0.0.1:9")
     said = secretive.ok(project, "buildx.build", "--no-pull")
@@ -409,10 +409,10 @@ def test_jobs_push_by_digest_and_the_last_one_joins(
 def test_an_archive_is_in_the_output_folder(insecure: Builder, new_project: NewProject) -> None:
     project = new_project(BUILDX_OUTPUT="oci", GUIX_PACKAGES="hello")
     said = insecure.ok(project, "buildx.build", "--no-pull").stdout.strip()
-    assert Path(said).parent == project.folder / "out"
+    assert Path(said).parent == project.directory / "out"
     with tarfile.open(said) as tar:
         assert "index.json" in tar.getnames()
-    kept = [each.name for each in (project.folder / "out").iterdir() if each.name != "logs"]
+    kept = [each.name for each in (project.directory / "out").iterdir() if each.name != "logs"]
     assert kept == [Path(said).name]
 
 
@@ -431,7 +431,7 @@ def test_platforms_are_pushed_one_by_one_and_joined(
         project.tag("linux-amd64"),
         project.tag("linux-arm64"),
     ]
-    records = sorted((project.folder / "out" / "digests").iterdir())
+    records = sorted((project.directory / "out" / "digests").iterdir())
     assert [each.name for each in records] == ["linux-amd64.json", "linux-arm64.json"]
     assert [json.loads(each.read_text())["digest"] for each in records] == digests
     joined = engines_own.ok(project, "manifest").stdout.strip()
@@ -485,13 +485,13 @@ build) ;;
 bake)
     for word; do
         case $word in
-        --file=*) folder=$(dirname "${word#*=}") ;;
+        --file=*) directory=$(dirname "${word#*=}") ;;
         --metadata-file=*) metadata=${word#*=} ;;
         esac
     done
-    mkdir -p "$folder/reports"
-    echo 0 >"$folder/reports/user"
-    rm -rf "$KEPT" && cp -r "$folder" "$KEPT"
+    mkdir -p "$directory/reports"
+    echo 0 >"$directory/reports/user"
+    rm -rf "$KEPT" && cp -r "$directory" "$KEPT"
     echo '{"image": {"containerimage.digest": "sha256:0"}}' >"$metadata" ;;
 esac
 """

@@ -90,8 +90,8 @@ class Tree:
         return [self.root, *(each for each in self.paths() if is_directory(each))]
 
     def paths(self) -> list[Path]:
-        found = (Path(each) / name for each, folders, files in os.walk(self.root)
-                 for name in (*folders, *files))  # fmt: skip
+        found = (Path(each) / name for each, directories, files in os.walk(self.root)
+                 for name in (*directories, *files))  # fmt: skip
         kept = {"Dockerfile", ".dockerignore", "Dockerfile.dockerignore"}
         return sorted(each for each in found if each.name not in kept)
 
@@ -168,9 +168,9 @@ def is_directory(path: Path) -> bool:
 
 
 def bind(path: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as server:
-        server.bind(f"{folder}/s")  # the name of a socket may not be long
-        Path(folder, "s").rename(path)
+    with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{directory}/s")  # the name of a socket may not be long
+        Path(directory, "s").rename(path)
 
 
 def grouped(found: dict[str, Content], links: dict[str, str]) -> dict[str, Content]:

@@ -38,12 +38,12 @@ GITHUB, GITLAB = (target for target, _ in CI_FILES.values())
 @pytest.fixture
 def repository(programs_of_wheel: Path, tmp_path: Path) -> Path:
     """A project as `init` writes it."""
-    folder = tmp_path / "repository"
-    folder.mkdir()
+    directory = tmp_path / "repository"
+    directory.mkdir()
     home = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    made = call([str(programs_of_wheel / "guix-tasks"), "init", "--ci=both"], home, 60, folder)
+    made = call([str(programs_of_wheel / "guix-tasks"), "init", "--ci=both"], home, 60, directory)
     assert made.returncode == 0, made.stderr
-    return folder
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +76,7 @@ def settings(project: Project, wheels: Path) -> dict[str, str]:
 
 def joined(docker: Docker, program: str, image: str, enter: Sequence[str] = ()) -> Joined:
     """What the registry has under a name."""
-    env = {**docker.environment, "DOCKER_CONFIG": str(docker.folder)}
+    env = {**docker.environment, "DOCKER_CONFIG": str(docker.directory)}
     raw = call([*enter, program, "imagetools", "inspect", "--raw", image], env, 60)
     assert raw.returncode == 0, raw.stderr
     digest = f"sha256:{hashlib.sha256(raw.stdout.encode()).hexdigest()}"
@@ -128,11 +128,11 @@ def test_what_github_gives_by_itself_is_enough(repository: Path) -> None:
         }
 
 
-def with_gh(folder: Path) -> Path:
+def with_gh(directory: Path) -> Path:
     """Stand in for the command line of GitHub, whose service is not here; it notes its words."""
-    programs = folder / "programs"
+    programs = directory / "programs"
     programs.mkdir()
-    (programs / "gh").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{folder}/gh.said\n')
+    (programs / "gh").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{directory}/gh.said\n')
     (programs / "gh").chmod(0o755)
     return programs
 
@@ -231,34 +231,34 @@ def test_what_gitlab_gives_by_itself_is_enough(repository: Path) -> None:
     }
 
 
-def make_certificates(folder: Path) -> None:
+def make_certificates(directory: Path) -> None:
     """What the entry point of docker:dind makes: an authority, a server's and a client's."""
-    (folder / "client").mkdir(parents=True)
-    (folder / "server").mkdir()
+    (directory / "client").mkdir(parents=True)
+    (directory / "server").mkdir()
     kinds = {
         "server": "subjectAltName=DNS:docker,IP:127.0.0.1",
         "client": "extendedKeyUsage=clientAuth",
     }
     _openssl(
-        folder, "req", "-x509", "-new", "-nodes", "-newkey=rsa:2048", "-days=1",
+        directory, "req", "-x509", "-new", "-nodes", "-newkey=rsa:2048", "-days=1",
         "-subj=/CN=authority", "-keyout=ca-key.pem", "-out=ca.pem",
     )  # fmt: skip
     for kind, extension in kinds.items():
-        (folder / "extension").write_text(f"{extension}\n")
+        (directory / "extension").write_text(f"{extension}\n")
         _openssl(
-            folder, "req", "-new", "-nodes", "-newkey=rsa:2048", f"-subj=/CN={kind}",
+            directory, "req", "-new", "-nodes", "-newkey=rsa:2048", f"-subj=/CN={kind}",
             f"-keyout={kind}/key.pem", "-out=request",
         )  # fmt: skip
         _openssl(
-            folder, "x509", "-req", "-days=1", "-CA=ca.pem", "-CAkey=ca-key.pem",
+            directory, "x509", "-req", "-days=1", "-CA=ca.pem", "-CAkey=ca-key.pem",
             "-CAcreateserial", "-extfile=extension", "-in=request", f"-out={kind}/cert.pem",
         )  # fmt: skip
-        shutil.copy(folder / "ca.pem", folder / kind)
+        shutil.copy(directory / "ca.pem", directory / kind)
 
 
-def _openssl(folder: Path, *options: str) -> None:
+def _openssl(directory: Path, *options: str) -> None:
     words = [word for option in options for word in option.split("=", 1)]
-    made = call(["openssl", *words], dict(os.environ), 60, folder)
+    made = call(["openssl", *words], dict(os.environ), 60, directory)
     assert made.returncode == 0, made.stderr
 
 
@@ -275,12 +275,12 @@ def embed(offline: Path, repository: Path) -> None:
 def docker_in_docker(island: Island, certificates: Path) -> Iterator[None]:
     """An engine as the service of docker:dind is one: at docker:2376, for who has a certificate."""
     make_certificates(certificates)
-    hosts = island.folder / "hosts"
+    hosts = island.directory / "hosts"
     hosts.write_text("127.0.0.1 localhost docker\n")
     island.do("mount", "--bind", str(hosts), "/etc/hosts")
     engine = island.engine
     server = certificates / "server"
-    configuration = engine.folder / "dind.json"
+    configuration = engine.directory / "dind.json"
     configuration.write_text(
         json.dumps(
             engine._configure(None)
@@ -294,12 +294,12 @@ def docker_in_docker(island: Island, certificates: Path) -> Iterator[None]:
             }
         )
     )
-    programs = [str(engine.folder / "root/usr" / each) for each in ("bin", "sbin")]
+    programs = [str(engine.directory / "root/usr" / each) for each in ("bin", "sbin")]
     path = os.pathsep.join([*programs, os.environ["PATH"]])
-    with (island.folder / "log").open("wb") as log:
+    with (island.directory / "log").open("wb") as log:
         daemon = subprocess.Popen(
             [*island.enter, f"{programs[1]}/dockerd", f"--config-file={configuration}"],
-            env={"PATH": path, "HOME": str(island.folder)},
+            env={"PATH": path, "HOME": str(island.directory)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -328,7 +328,7 @@ def test_the_pipeline_of_gitlab(
         pytest.skip("the certificates are made by openssl")
     certificates = tmp_path / "certificates"
     with docker_in_docker(island, certificates):
-        settled = supply(island, registry.folder / "root", workshop)
+        settled = supply(island, registry.directory / "root", workshop)
         project = settled.project(tmp_path / "project")
         account = log_in(island.docker, island.registry)
         PLANTED.know(account.password)

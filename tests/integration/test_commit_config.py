@@ -81,7 +81,7 @@ def configs(
 
 
 def make(project: Project, engine: DockerEngine) -> Configs:
-    settings = load_isolated(project.folder / "project.env")
+    settings = load_isolated(project.directory / "project.env")
     opened = EngineProject(settings, engine, Console())
     built = engine.build(base_spec(settings, network(engine, settings)), Console().stream)
     project.seen.add(built)

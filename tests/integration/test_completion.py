@@ -28,7 +28,7 @@ PACKAGES = {"zsh": ("zsh", "zsh-common"), "fish": ("fish", "fish-common", "libpc
 
 @pytest.fixture(scope="session")
 def shells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Where each shell is unpacked that this machine lacks; a folder of its own."""
+    """Where each shell is unpacked that this machine lacks; a directory of its own."""
     found = {}
     for name, packages in PACKAGES.items():
         suite = host_suite()
@@ -38,7 +38,7 @@ def shells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         if not root.exists():
             root.parent.mkdir(parents=True, exist_ok=True)
             try:
-                Apt(files.cache_home() / "apt", [suite]).unpacked(packages, root)
+                Apt(files.cache_home() / "apt", [suite]).unpack(packages, root)
             except EngineError as error:
                 pytest.skip(f"{name} is not here, and cannot be had: {error}")
         found[name] = root

@@ -43,8 +43,8 @@ sign -in key.csr -out cert.pem
 SSHD = """
 Port {port}
 ListenAddress 127.0.0.1
-HostKey {folder}/host
-AuthorizedKeysFile {folder}/key.pub
+HostKey {directory}/host
+AuthorizedKeysFile {directory}/key.pub
 StrictModes no
 PidFile none
 PasswordAuthentication no
@@ -55,9 +55,9 @@ SetEnv PATH={path} DOCKER_HOST={engine}
 """
 
 CLIENT = """
-IdentityFile {folder}/{key}
+IdentityFile {directory}/{key}
 IdentitiesOnly yes
-UserKnownHostsFile {folder}/{hosts}
+UserKnownHostsFile {directory}/{hosts}
 GlobalKnownHostsFile /dev/null
 """
 
@@ -74,13 +74,13 @@ def local(docker: Docker) -> Docker:
 class User:
     """Somebody with a Docker configuration, and with what else an engine is found by."""
 
-    folder: Path
+    directory: Path
     environment: dict[str, str]
 
     def context(self, name: str, host: str, **tls: Path) -> None:
         """What ``docker context create`` writes, and ``docker context use``."""
         place = sha256(name.encode()).hexdigest()
-        meta, material = (self.folder / "contexts" / each / place for each in ("meta", "tls"))
+        meta, material = (self.directory / "contexts" / each / place for each in ("meta", "tls"))
         meta.mkdir(parents=True)
         endpoint = {"Host": host, "SkipTLSVerify": False}
         text = {"Name": name, "Metadata": {}, "Endpoints": {"docker": endpoint}}
@@ -88,14 +88,14 @@ class User:
         for file, source in tls.items():
             (material / "docker").mkdir(parents=True, exist_ok=True)
             shutil.copy(source, material / "docker" / f"{file}.pem")
-        (self.folder / "config.json").write_text(json.dumps({"currentContext": name}))
+        (self.directory / "config.json").write_text(json.dumps({"currentContext": name}))
 
     def inv(self, *arguments: str, **more: str) -> Result:
-        (self.folder / "Dockerfile").write_text("FROM scratch\n")
-        own = {"DOCKER_CONFIG": str(self.folder), "HOME": str(self.folder)}
-        base = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "XDG_DATA_HOME": str(self.folder)}
+        (self.directory / "Dockerfile").write_text("FROM scratch\n")
+        own = {"DOCKER_CONFIG": str(self.directory), "HOME": str(self.directory)}
+        base = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "XDG_DATA_HOME": str(self.directory)}
         return call(
-            inv_argv(*arguments), {**base, **own, **self.environment, **more}, 60, self.folder
+            inv_argv(*arguments), {**base, **own, **self.environment, **more}, 60, self.directory
         )
 
     def engine(self, **more: str) -> dict[str, Any]:
@@ -144,25 +144,25 @@ class Guarded:
     """The engine behind TLS, and what it takes to get in."""
 
     host: str
-    folder: Path
+    directory: Path
 
     @property
     def material(self) -> dict[str, Path]:
-        return {name: self.folder / f"{name}.pem" for name in ("ca", "cert", "key")}
+        return {name: self.directory / f"{name}.pem" for name in ("ca", "cert", "key")}
 
 
 @pytest.fixture
 def guarded(local: Docker, tmp_path: Path) -> Iterator[Guarded]:
     if not shutil.which("openssl"):
         pytest.skip("openssl, which makes the certificates, is not on this machine")
-    folder = tmp_path / "certificates"
-    folder.mkdir()
-    subprocess.run(["sh", "-c", CERTIFICATES], cwd=folder, check=True, capture_output=True)
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=folder / "ca.pem")
+    directory = tmp_path / "certificates"
+    directory.mkdir()
+    subprocess.run(["sh", "-c", CERTIFICATES], cwd=directory, check=True, capture_output=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=directory / "ca.pem")
     context.verify_mode = ssl.CERT_REQUIRED
-    context.load_cert_chain(folder / "server.pem", folder / "server-key.pem")
+    context.load_cert_chain(directory / "server.pem", directory / "server-key.pem")
     with _wrapped(context, local.host) as port:
-        yield Guarded(f"tcp://127.0.0.1:{port}", folder)
+        yield Guarded(f"tcp://127.0.0.1:{port}", directory)
 
 
 @contextmanager
@@ -193,15 +193,15 @@ def test_a_context_with_certificates(guarded: Guarded, user: User) -> None:
 
 def test_certificates_of_the_environment(guarded: Guarded, user: User) -> None:
     variables = {"DOCKER_HOST": guarded.host, "DOCKER_TLS_VERIFY": "1"}
-    assert user.engine(**variables, DOCKER_CERT_PATH=str(guarded.folder))["url"] == guarded.host
-    error = one_error(user.inv("status", **variables, DOCKER_CERT_PATH=str(user.folder)), 3)
+    assert user.engine(**variables, DOCKER_CERT_PATH=str(guarded.directory))["url"] == guarded.host
+    error = one_error(user.inv("status", **variables, DOCKER_CERT_PATH=str(user.directory)), 3)
     assert "DOCKER_CERT_PATH has no certificates" in error
 
 
 def test_without_certificates_nobody_gets_in(guarded: Guarded, user: User) -> None:
     user.context("bare", guarded.host)
     assert "(context bare)" in one_error(user.inv("status"), 3)
-    material = {**guarded.material, "ca": guarded.folder / "cert.pem"}
+    material = {**guarded.material, "ca": guarded.directory / "cert.pem"}
     user.context("stranger", guarded.host, **material)
     error = one_error(user.inv("status"), 3)
     assert "CERTIFICATE_VERIFY_FAILED" in error
@@ -216,55 +216,57 @@ class Far:
     """An sshd with keys of its own, and the engine behind it."""
 
     port: int
-    folder: Path
+    directory: Path
 
     @property
     def host(self) -> str:
         return f"ssh://root@127.0.0.1:{self.port}"
 
-    def user(self, folder: Path, *, key: str = "key", hosts: str = "hosts") -> User:
+    def user(self, directory: Path, *, key: str = "key", hosts: str = "hosts") -> User:
         """Somebody whose ssh has this key and knows these hosts."""
-        programs = folder / "bin"
+        programs = directory / "bin"
         programs.mkdir(parents=True)
-        (programs / "config").write_text(CLIENT.format(folder=self.folder, key=key, hosts=hosts))
+        (programs / "config").write_text(
+            CLIENT.format(directory=self.directory, key=key, hosts=hosts)
+        )
         client = shutil.which("ssh") or unpacked() / "usr/bin/ssh"
         text = f'#!/bin/sh\nexec {client} -F {programs}/config "$@"\n'
         (programs / "ssh").write_text(text)
         (programs / "ssh").chmod(0o755)
-        return User(folder, {"PATH": f"{programs}:{os.environ['PATH']}"})
+        return User(directory, {"PATH": f"{programs}:{os.environ['PATH']}"})
 
 
 @contextmanager
-def _sshd(folder: Path, engine: str, path: str) -> Iterator[Far]:
+def _sshd(directory: Path, engine: str, path: str) -> Iterator[Far]:
     root, port = unpacked(), free_port()
-    folder.mkdir()
+    directory.mkdir()
     for name in ("host", "key", "other"):
         key = [str(root / "usr/bin/ssh-keygen"), "-qt", "ed25519", "-N", "", "-f", name]
-        subprocess.run(key, cwd=folder, check=True, capture_output=True)
-    public = " ".join((folder / "host.pub").read_text().split()[:2])
-    (folder / "hosts").write_text(f"[127.0.0.1]:{port} {public}\n")
-    text = SSHD.format(port=port, folder=folder, path=path, engine=engine)
-    (folder / "configuration").write_text(text)
-    accounts = folder / "passwd"
+        subprocess.run(key, cwd=directory, check=True, capture_output=True)
+    public = " ".join((directory / "host.pub").read_text().split()[:2])
+    (directory / "hosts").write_text(f"[127.0.0.1]:{port} {public}\n")
+    text = SSHD.format(port=port, directory=directory, path=path, engine=engine)
+    (directory / "configuration").write_text(text)
+    accounts = directory / "passwd"
     shutil.copy("/etc/passwd", accounts)
     if "\nsshd:" not in accounts.read_text():
         with accounts.open("a") as file:
             file.write("sshd:x:65533:65534::/run/sshd:/usr/sbin/nologin\n")
-    # Debian's sshd wants an account, and an empty folder.
+    # Debian's sshd wants an account, and an empty directory.
     own = f'mount --bind "{accounts}" /etc/passwd && exec "$@"'
     empty = Path("/run/sshd")
     was_there = empty.exists()
     empty.mkdir(exist_ok=True)
-    serve = ("/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "configuration"))
+    serve = ("/usr/sbin/sshd", "-D", "-e", "-f", str(directory / "configuration"))
     started = subprocess.Popen(
         as_installed(root, "sh", "-c", own, "sh", *serve),
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=(folder / "log").open("wb"),
+        stderr=(directory / "log").open("wb"),
     )  # fmt: skip
     try:
-        log = folder / "log"
+        log = directory / "log"
         assert service.wait_until(lambda: "listening" in log.read_text(), 20), log.read_text()
-        yield Far(port, folder)
+        yield Far(port, directory)
     finally:
         started.terminate()
         started.wait(timeout=20)
@@ -356,6 +358,6 @@ def test_there_is_no_docker_behind_ssh(local: Docker, tmp_path: Path) -> None:
 
 
 def test_there_is_no_ssh_here(user: User) -> None:
-    error = one_error(user.inv("status", DOCKER_HOST="ssh://far.test", PATH=str(user.folder)), 3)
+    error = one_error(user.inv("status", DOCKER_HOST="ssh://far.test", PATH=str(user.directory)), 3)
     assert "ssh://far.test needs the program ssh: " in error
     assert error.endswith("; install openssh-client")

@@ -38,7 +38,7 @@ def commands_of_readme() -> str:
 
 @dataclass
 class Announce:
-    """The example in a folder of its own, and what the engine has of it."""
+    """The example in a directory of its own, and what the engine has of it."""
 
     project: Project
     programs: Path
@@ -46,16 +46,16 @@ class Announce:
     """A Debian without Guix."""
 
     @property
-    def folder(self) -> Path:
-        return self.project.folder / "announce"
+    def directory(self) -> Path:
+        return self.project.directory / "announce"
 
-    def run(self, script: str, folder: Path | None = None, **more: str) -> Result:
+    def run(self, script: str, directory: Path | None = None, **more: str) -> Result:
         """Run shell commands as a person would who has activated the virtual environment."""
         settings = {name: self.project.settings[name] for name in ("IMAGE", "CACHE_VOLUME")}
         environment = {**self.project.environment, **settings, **more}
         environment["PATH"] = f"{self.programs}:{environment['PATH']}"
         self.project._look()
-        result = call(["sh", "-euc", script], environment, 300, folder or self.folder)
+        result = call(["sh", "-euc", script], environment, 300, directory or self.directory)
         self.project._look()
         PLANTED.look_at_output(script, result.stdout, result.stderr)
         return result
@@ -70,7 +70,7 @@ class Announce:
         return result.stderr
 
     def edit(self, name: str, before: str, after: str) -> None:
-        path = self.folder / name
+        path = self.directory / name
         assert before in path.read_text()
         path.write_text(path.read_text().replace(before, after))
 
@@ -94,21 +94,21 @@ def unpacked(docker: Docker, tarball: Path, name: str, *command: str) -> str:
 
 
 def test_from_an_empty_folder_to_a_tested_tarball(announce: Announce, docker: Docker) -> None:
-    project, folder = announce.project, announce.folder
+    project, directory = announce.project, announce.directory
     cache = f"{project.repository}-cache"
     result = announce.run(
         commands_of_readme(),
-        project.folder,
+        project.directory,
         GUIX_TASKS=str(ROOT),
         CACHE_IMAGE=cache,
         ENV_FILE="",
     )
     assert result.returncode == 0, result.stderr
     # --- what is there
-    (tarball,) = (folder / "out").glob("*.tar.gz")
+    (tarball,) = (directory / "out").glob("*.tar.gz")
     assert re.fullmatch(r"announce-1\.0-\w+-linux\.tar\.gz", tarball.name)
     digest = hashlib.sha256(tarball.read_bytes()).hexdigest()
-    assert (folder / f"out/{tarball.name}.sha256").read_text() == f"{digest}  {tarball.name}\n"
+    assert (directory / f"out/{tarball.name}.sha256").read_text() == f"{digest}  {tarball.name}\n"
     PLANTED.look_at_file(tarball)
     # --- it was tried where there is no Guix, and really runs there
     assert result.stderr.count(": passed") == 2
@@ -117,11 +117,11 @@ def test_from_an_empty_folder_to_a_tested_tarball(announce: Announce, docker: Do
     name = f"{project.repository}:packed"
     assert unpacked(docker, tarball, name, "/opt/announce/bin/announce") == ""
     # --- what is released
-    (entry,) = json.loads((folder / "out/build.json").read_text()).values()
+    (entry,) = json.loads((directory / "out/build.json").read_text()).values()
     assert entry["url"] == f"https://example.org/announce/1.0/{tarball.name}"
     assert entry["sha256"] == digest
     assert [each["name"] for each in entry["channels"]] == ["guix", "offline", "example"]
-    lock = (folder / "channels.lock.scm").read_text()
+    lock = (directory / "channels.lock.scm").read_text()
     assert all(each["commit"] in lock for each in entry["channels"])
     # --- nothing changed
     assert announce.ok("pull deps build").count(": up to date") == 3
@@ -134,7 +134,7 @@ def test_from_an_empty_folder_to_a_tested_tarball(announce: Announce, docker: Do
     assert "build: up to date" not in said
     # --- a package of the project's own channel, as any other
     announce.ok("pack --package=phrases")
-    assert [*(folder / "out").glob("phrases-0.1-*.tar.gz")]
+    assert [*(directory / "out").glob("phrases-0.1-*.tar.gz")]
     # --- a dependency changes
     announce.edit("guix.scm", "phrases))\n  (home", "phrases hello))\n  (home")
     announce.edit("guix.scm", "(gnu packages guile)", "(gnu packages base) (gnu packages guile)")
@@ -153,13 +153,13 @@ def test_from_an_empty_folder_to_a_tested_tarball(announce: Announce, docker: Do
 def test_what_a_test_is_refused_or_fails_with(
     announce: Announce, base_image: str, offline: Path
 ) -> None:
-    project, folder = announce.project, announce.folder
-    shutil.copytree(EXAMPLE, folder)
-    (folder / "offline").symlink_to(offline)
-    (folder / "channel.git").mkdir()
+    project, directory = announce.project, announce.directory
+    shutil.copytree(EXAMPLE, directory)
+    (directory / "offline").symlink_to(offline)
+    (directory / "channel.git").mkdir()
     assert "run `inv pack` first" in one_error(announce.inv("bare"), 2)
     system = {"x86_64": "x86_64-linux", "aarch64": "aarch64-linux"}[os.uname().machine]
-    out = folder / "out"
+    out = directory / "out"
     out.mkdir()
     (out / "a.tar.gz").write_bytes(empty_tarball())
     packed = {
@@ -189,13 +189,13 @@ def empty_tarball() -> bytes:
 
 
 def test_the_channel_is_made_once_and_then_updated(announce: Announce) -> None:
-    folder = announce.folder
-    shutil.copytree(EXAMPLE, folder)
+    directory = announce.directory
+    shutil.copytree(EXAMPLE, directory)
     made = announce.run("sh make-channel.sh && sh make-channel.sh")
     assert made.returncode == 0, made.stderr
     assert made.stdout.count("added the channel to channels.scm") == 1
     assert made.stdout.count("channel.git is at commit") == 2
-    channels = (folder / "channels.scm").read_text()
+    channels = (directory / "channels.scm").read_text()
     assert channels.count("(name 'example)") == 1
     assert channels.count("(") == channels.count(")")
     commits = "git -C channel.git log --format=%G?%s master"
@@ -205,5 +205,5 @@ def test_the_channel_is_made_once_and_then_updated(announce: Announce) -> None:
     assert len(announce.run(commits).stdout.splitlines()) == 3
     signed = announce.run("git -C channel.git cat-file commit master").stdout
     assert "-----BEGIN PGP SIGNATURE-----" in signed
-    assert (folder / "channels.scm").read_text() == channels
-    assert (folder / "channel.key").stat().st_mode & 0o077 == 0
+    assert (directory / "channels.scm").read_text() == channels
+    assert (directory / "channel.key").stat().st_mode & 0o077 == 0

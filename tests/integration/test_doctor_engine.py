@@ -98,9 +98,11 @@ def test_guix_builds_without_privileges_where_it_does_not_isolate(new_project: N
     assert found.said("sandbox") == "ok: nochroot: Guix builds in a work container; "
 
 
-def probe(project: Project, folder: Path, options: Sequence[str], before: str = "true") -> Result:
+def probe(
+    project: Project, directory: Path, options: Sequence[str], before: str = "true"
+) -> Result:
     """Run the probe by the entry point, as the doctor does, in a container of one's own."""
-    name, work = project.container_name(), folder / "var/guix/guix-tasks"
+    name, work = project.container_name(), directory / "var/guix/guix-tasks"
     work.mkdir(parents=True)
     for file in ("probe.sh", "probe.scm", "resources/entry-point.sh"):
         shutil.copy(ROOT / "guix_tasks" / "stages" / file, work)
@@ -110,7 +112,7 @@ def probe(project: Project, folder: Path, options: Sequence[str], before: str = 
         "create", f"--name={name}", "--network=none", *options,
         "--entrypoint=/var/guix/guix-tasks/entry-point.sh", BASE_TAG, "sh", "-c", command,
     )  # fmt: skip
-    project.docker.ok("cp", str(folder / "var"), f"{name}:/")
+    project.docker.ok("cp", str(directory / "var"), f"{name}:/")
     return project.docker("start", "--attach", name)
 
 
@@ -152,7 +154,7 @@ def test_a_base_stage_without_guix_is_a_failure(new_project: NewProject) -> None
 
 def test_a_key_that_is_none_is_a_failure(new_project: NewProject) -> None:
     project = new_project(GUIX_SUBSTITUTE_KEYS="junk.pub")
-    (project.folder / "junk.pub").write_text("junk\n")
+    (project.directory / "junk.pub").write_text("junk\n")
     found = examine(project)
     assert found.failed == {"sandbox"}
     assert found.said("sandbox").endswith(
@@ -215,10 +217,10 @@ def test_a_registry_that_knows_the_account(new_project: NewProject, locked: str)
 
 def credential_helper(project: Project) -> dict[str, str]:
     """The environment of a Docker configuration whose credential helper is not there."""
-    folder = project.folder / "docker"
-    folder.mkdir()
-    (folder / "config.json").write_text('{"credsStore": "nowhere"}')
-    return {"DOCKER_CONFIG": str(folder)}
+    directory = project.directory / "docker"
+    directory.mkdir()
+    (directory / "config.json").write_text('{"credsStore": "nowhere"}')
+    return {"DOCKER_CONFIG": str(directory)}
 
 
 def test_a_credential_helper_that_is_missing_is_not_taken_for_a_dead_engine(
@@ -237,7 +239,7 @@ def test_a_credential_helper_that_is_missing_is_not_needed_for_an_account(
     project = new_project(repository=f"{locked}/x")
     assert registry_said(project, **credential_helper(project), **ACCOUNT).startswith("ok: ")
     wrong = {**ACCOUNT, "DOCKER_PASSWORD": "wrong-one"}
-    again = {"DOCKER_CONFIG": str(project.folder / "docker")}
+    again = {"DOCKER_CONFIG": str(project.directory / "docker")}
     assert "unauthorized" in registry_said(project, **again, **wrong)
 
 

@@ -45,14 +45,14 @@ def start_container(engine: PrivateEngine) -> None:
     with tarfile.open(fileobj=archive, mode="w") as tar:
         tar.addfile(tarfile.TarInfo("empty"))
     image = client.import_rootfs(iter([archive.getvalue()]), "island:latest")
-    folders = [each for each in ("/usr", "/bin", "/lib", "/lib64") if Path(each).exists()]
+    directories = [each for each in ("/usr", "/bin", "/lib", "/lib64") if Path(each).exists()]
     container = client.create(
         ContainerSpec(
             name="island",
             image=image,
             command=("sleep", SLEEP),
             network="none",
-            binds=tuple(f"{each}:{each}:ro" for each in folders),
+            binds=tuple(f"{each}:{each}:ro" for each in directories),
         )
     )
     client.start(container)
@@ -102,7 +102,7 @@ def test_a_crash_is_cleared_by_down(island: Island) -> None:
 
 def test_it_keeps_out_of_the_way_of_another_engine(island: Island) -> None:
     island.ok("engine.up")
-    elsewhere = island.folder / "elsewhere"
+    elsewhere = island.directory / "elsewhere"
     elsewhere.mkdir()
     error = one_error(island.inv("engine.up", XDG_DATA_HOME=str(elsewhere)), 3)
     assert f"another Docker Engine is here (process {island.engine._daemon.pid()})" in error

@@ -33,28 +33,28 @@ BROKEN = """
 
 
 def bundle(project: Project) -> Path:
-    (folder,) = (project.folder / "out" / "failed").iterdir()
-    return folder
+    (directory,) = (project.directory / "out" / "failed").iterdir()
+    return directory
 
 
 def test_what_does_not_build_leaves_what_one_needs(new_project: NewProject) -> None:
     """And is not tried again; no secret is in it."""
     project = new_project("base", "pull", GUIX_PACKAGES="", BUILD_ARGS="TOKEN=hunter2")
-    (project.folder / "broken.scm").write_text(BROKEN)
+    (project.directory / "broken.scm").write_text(BROKEN)
     project.set(GUIX_MANIFEST="broken.scm", DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2")  # noqa: S106
     result = project.inv("install", "--upstream")
     error = one_error(result, 4)
     assert project.containers() == []
-    folder = bundle(project)
-    assert folder.name.startswith("install-")
-    assert f"the logs are in {folder}" in error
+    directory = bundle(project)
+    assert directory.name.startswith("install-")
+    assert f"the logs are in {directory}" in error
     assert "install: build of `/gnu/store/" in error
     assert "tried again" not in result.stderr
-    assert "guix package --manifest=" in (folder / "command").read_text()
-    assert "GUIX_MANIFEST=broken.scm" in (folder / "settings").read_text()
-    assert "builder for" in (folder / "log").read_text()
-    assert [each for each in folder.iterdir() if "broken-1.drv" in each.name]
-    for each in folder.iterdir():
+    assert "guix package --manifest=" in (directory / "command").read_text()
+    assert "GUIX_MANIFEST=broken.scm" in (directory / "settings").read_text()
+    assert "builder for" in (directory / "log").read_text()
+    assert [each for each in directory.iterdir() if "broken-1.drv" in each.name]
+    for each in directory.iterdir():
         assert b"hunter2" not in each.read_bytes()
 
 
@@ -91,9 +91,11 @@ class Substitutes(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def serving(folder: Path, missing: int) -> Iterator[str]:
+def serving(directory: Path, missing: int) -> Iterator[str]:
     handler = type("Handler", (Substitutes,), {"missing": missing})
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder))) as server:
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), partial(handler, directory=str(directory))
+    ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
@@ -108,7 +110,7 @@ def test_a_fault_of_the_network_is_survived(new_project: NewProject, workshop: W
         project = new_project("base", NETWORK="host", GUIX_SUBSTITUTE_URLS=server)
         said = project.ok("pull", "--upstream").stderr
     assert said.count("pull is retried in") == 1
-    assert not (project.folder / "out" / "failed").exists()
+    assert not (project.directory / "out" / "failed").exists()
     assert project.containers() == []
 
 

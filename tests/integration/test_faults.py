@@ -252,7 +252,7 @@ class Rig:
 
     engine: DockerEngine
     registry: LocalRegistry
-    folder: Path
+    directory: Path
     waits: list[float]
     said: io.StringIO = field(default_factory=io.StringIO)
     made: list[str] = field(default_factory=list)
@@ -262,12 +262,12 @@ class Rig:
         account = self.registry.account.credentials()
         assert account
         image = f"{address}/guix-tasks-test/faults-{secrets.token_hex(6)}:t"
-        (self.folder / "env").write_text(
+        (self.directory / "env").write_text(
             f"IMAGE={image}\nDOCKER_USERNAME={account.username}\n"
             f"DOCKER_PASSWORD={account.password}\n"
         )
         return EngineProject(
-            load_isolated(self.folder / "env"), self.engine, Console(err=self.said)
+            load_isolated(self.directory / "env"), self.engine, Console(err=self.said)
         )
 
     def image(self, project: EngineProject) -> Image:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from harness import Workshop
     from island import Island
-    from patient import Patient
+    from patient import ExaminedProject
     from soak import Soak
 
     from guix_tasks.bootstrap.registry import LocalRegistry
@@ -42,15 +42,15 @@ STATUS = {"base": (3, 6), "pull": (3, 4), "install": (3, 4), "push": (3, 5)}
 class Disk:
     """A small disk that an engine has to itself."""
 
-    folder: Path
+    directory: Path
 
     @property
     def ballast(self) -> Path:
-        return self.folder / "ballast"
+        return self.directory / "ballast"
 
     def free(self) -> int:
         """The bytes that are left."""
-        found = os.statvfs(self.folder)
+        found = os.statvfs(self.directory)
         return found.f_bavail * found.f_frsize
 
     def fill(self, room: int) -> None:
@@ -62,7 +62,7 @@ class Disk:
 
 def put_disk(island: Island) -> Disk:
     """Give an engine that was not started yet a disk of its own for its data."""
-    data, file = island.engine.folder / "data", island.folder / "disk"
+    data, file = island.engine.directory / "data", island.directory / "disk"
     maker = shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     if maker is None:
         pytest.skip("a disk is made with mkfs.ext4, which is not on this machine")
@@ -82,7 +82,7 @@ def put_disk(island: Island) -> Disk:
 class Trial:
     """A project whose engine's disk can be filled."""
 
-    patient: Patient
+    patient: ExaminedProject
     disk: Disk
 
     def needed(self, stage: str) -> int:
@@ -125,9 +125,9 @@ def trial(
 ) -> Iterator[Trial]:
     with raised(programs) as island:
         disk = put_disk(island)
-        folder = tmp_path_factory.mktemp("disk") / "project"
+        directory = tmp_path_factory.mktemp("disk") / "project"
         chance = soak.chance("full disk")
-        patient = admit(island, registry.folder / "root", workshop, folder, chance)
+        patient = admit(island, registry.directory / "root", workshop, directory, chance)
         patient.project.ok("base", "pull", "install", "push")
         yield Trial(patient, disk)
 

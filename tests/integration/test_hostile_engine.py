@@ -10,7 +10,7 @@ import pytest
 from harness import LOCK, OFFLINE, one_error
 
 from guix_tasks.guix import UNAUTHENTICATED
-from guix_tasks.stages.container import IMAGE_FOLDER, PROJECT_LABEL
+from guix_tasks.stages.container import PROJECT_LABEL, RESOURCES
 from guix_tasks.stages.images import (
     CHANNELS_LABEL,
     INPUTS_LABEL,
@@ -34,8 +34,8 @@ CANARY = "canary"
 WORDS = f"$(touch {CANARY}) `touch {CANARY}` ; touch {CANARY} '\"\\ \x1b[2J \u202e -- ../.."
 
 
-def no_canary(folder: Path) -> bool:
-    return not list(folder.rglob(CANARY))
+def no_canary(directory: Path) -> bool:
+    return not list(directory.rglob(CANARY))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_package_that_is_a_command_is_refused(new_project: NewProject, package
     with project.unharmed():
         error = one_error(project.inv("install", f"--package={package}"), 2)
     assert "--package" in error
-    assert no_canary(project.folder)
+    assert no_canary(project.directory)
 
 
 def test_arguments_reach_a_command_as_they_are(project: Project) -> None:
@@ -54,7 +54,7 @@ def test_arguments_reach_a_command_as_they_are(project: Project) -> None:
     with project.unharmed():
         done = project.ok("run", "--", "printf", "<%s>", *words)
     assert done.stdout == "".join(f"<{word}>" for word in words)
-    assert no_canary(project.folder)
+    assert no_canary(project.directory)
 
 
 HOSTILE_NAME = 'it\'s $(touch canary) `touch canary` ";touch canary;" \\ \n\x1b[2J'
@@ -69,7 +69,7 @@ def test_a_folder_of_any_name_is_a_folder(workshop: Workshop, made: Made, tmp_pa
         GUIX_PACKAGES="no-such-package",
     )
     for name in ("out/channels.scm", "manifest.scm"):
-        own = project.folder / name.replace("out/channels", "mine")
+        own = project.directory / name.replace("out/channels", "mine")
         own.write_bytes((OFFLINE / name).read_bytes())
     try:
         for stage in ("base", "pull"):
@@ -79,7 +79,7 @@ def test_a_folder_of_any_name_is_a_folder(workshop: Workshop, made: Made, tmp_pa
         assert "no-such-package: unknown package" in done.stderr
         error = one_error(done, 4)
         assert repr(HOSTILE_NAME)[-9:-1] in error  # where the logs are, on one line
-        (kept,) = (project.folder / "out" / "failed").iterdir()
+        (kept,) = (project.directory / "out" / "failed").iterdir()
         assert "GUIX_MANIFEST=manifest.scm" in (kept / "settings").read_text()
         assert "\x1b[2J" not in error
         assert no_canary(tmp_path)
@@ -115,7 +115,7 @@ def test_labels_that_others_made_are_words(project: Project) -> None:
     project.set(BASE_IMAGE=hostile)
     project.ok("base")
     assert project.docker.labels(project.tag("base"))[STAGE_LABEL] == "base"
-    assert no_canary(project.folder)
+    assert no_canary(project.directory)
 
 
 def test_a_container_of_any_name_is_removed_by_clean(project: Project) -> None:
@@ -144,7 +144,7 @@ def test_a_channel_without_an_introduction(new_project: NewProject) -> None:
     channels = (OFFLINE / "out" / "channels.scm").read_text()
     start = channels.rindex("(introduction")
     bare = f"{channels[:start].rstrip()}))\n"
-    mine = project.folder / "mine.scm"
+    mine = project.directory / "mine.scm"
     with project.unharmed():
         mine.write_text(bare)
         early = one_error(project.inv("pull"), 2)
@@ -152,7 +152,7 @@ def test_a_channel_without_an_introduction(new_project: NewProject) -> None:
         mine.write_text(COMPUTED.format(channels=channels))
         late = one_error(project.inv("pull"), 4)
         assert "the channel 'offline' has no introduction" in late
-        assert not (project.folder / LOCK).exists()
+        assert not (project.directory / LOCK).exists()
     mine.write_text(bare)
     said = project.ok("pull", "--disable-authentication").stderr
     assert "channel authentication disabled" in said
@@ -170,7 +170,7 @@ def test_floating_channels_are_resolved_as_they_are_pulled(
     project = new_project("base")
     mine = tmp_path / "mine.scm"
     mine.write_text('(list (channel (name \'guix) (url "file:///offline/channels/guix")))')
-    seen = {mine: "/mine.scm", IMAGE_FOLDER / "resolve.scm": "/resolve.scm"}
+    seen = {mine: "/mine.scm", RESOURCES / "resolve.scm": "/resolve.scm"}
     done = project.docker.run(
         project.tag("base"), "guix", "repl", "--", "/resolve.scm", *option, "/mine.scm",
         options=(

@@ -973,8 +973,10 @@ def test_a_work_container_without_a_daemon(docker: Docker, image: str) -> None:
 
 
 def test_inner_calls_leave_the_work_folder_alone(docker: Docker, image: str) -> None:
-    folder = "/var/guix/guix-tasks"
-    script = f"{folder}/entry-point.sh true; /entry-point.sh true; cat {folder}/for-the-command"
+    directory = "/var/guix/guix-tasks"
+    script = (
+        f"{directory}/entry-point.sh true; /entry-point.sh true; cat {directory}/for-the-command"
+    )
     container = work_container(docker, image, "sh", "-c", script)
     assert docker("start", "--attach", container).out == "text\n"
     assert_nothing_left(docker, container)

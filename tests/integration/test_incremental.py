@@ -45,7 +45,7 @@ def test_nothing_changed_nothing_is_run(project: Project) -> None:
 def test_the_lock_is_what_the_image_describes_and_is_written_again(
     project: Project, docker: Docker
 ) -> None:
-    lock = project.folder / LOCK
+    lock = project.directory / LOCK
     text = lock.read_text()
     described = docker.run(project.tag("pull"), "guix", "describe", "--format=channels")
     assert text.strip() == described.stdout.strip()
@@ -55,7 +55,7 @@ def test_the_lock_is_what_the_image_describes_and_is_written_again(
 
 
 def test_a_lock_of_other_channels_names_update(project: Project) -> None:
-    lock = project.folder / LOCK
+    lock = project.directory / LOCK
     lock.write_text(lock.read_text().replace("file:///offline", "file:///elsewhere"))
     with project.unharmed():
         refused = project.inv("pull")
@@ -83,7 +83,7 @@ def test_change_of_the_channels_is_refused_until_the_lock_is_updated(
     project: Project, workshop: Workshop, pattern: str, replacement: str, expected: str
 ) -> None:
     text = (workshop.offline / "channels.scm").read_text()
-    channels = project.folder / "channels.scm"
+    channels = project.directory / "channels.scm"
     channels.write_text(text)
     project.set(GUIX_CHANNELS="channels.scm")
     assert "pull: up to date" in project.ok("pull").stderr
@@ -103,13 +103,13 @@ def test_channels_with_an_open_parenthesis_are_an_error_everywhere(
     project: Project, workshop: Workshop
 ) -> None:
     text = (workshop.offline / "channels.scm").read_text().rstrip()
-    (project.folder / "channels.scm").write_text(f"\n{text[:-1]}\n")
+    (project.directory / "channels.scm").write_text(f"\n{text[:-1]}\n")
     project.set(GUIX_CHANNELS="channels.scm")
     with project.unharmed():
         for task in ("pull", "status", "push"):
             result = project.inv(task)
             assert result.returncode == 2, task
-            assert f"{project.folder / 'channels.scm'}:2: ( is not closed" in result.stderr
+            assert f"{project.directory / 'channels.scm'}:2: ( is not closed" in result.stderr
             assert "Traceback" not in result.stderr
 
 
@@ -128,8 +128,8 @@ def test_a_fresh_machine_resumes_from_the_cache(
     made = keys(docker, first)
 
     second = new_project(CACHE_IMAGE=cache, GUIX_PACKAGES="hello")
-    assert second.folder != first.folder
-    shutil.copy(first.folder / LOCK, second.folder)
+    assert second.directory != first.directory
+    shutil.copy(first.directory / LOCK, second.directory)
     first.remove()
     result = second.ok("install", "push")
     assert "install: taken from" in result.stderr
@@ -163,18 +163,18 @@ def test_a_stage_leaves_nothing_that_it_does_not_need(project: Project, docker: 
 
 
 @pytest.mark.parametrize(
-    ("sandbox", "folder", "volumes"),
+    ("sandbox", "directory", "volumes"),
     [("capabilities", "/root/.cache", 2), ("rootless", "/tmp/guix-tasks-cache", 1)],  # noqa: S108
 )
 def test_caches_are_on_volumes_and_go_with_the_project(
-    new_project: NewProject, sandbox: str, folder: str, volumes: int
+    new_project: NewProject, sandbox: str, directory: str, volumes: int
 ) -> None:
     project = new_project("base", GUIX_SANDBOX=sandbox)
     project.ok("pull")
     assert len(project.volumes()) == volumes
-    found = project.ok("run", "--", "find", f"{folder}/guix/checkouts", "-maxdepth", "1")
+    found = project.ok("run", "--", "find", f"{directory}/guix/checkouts", "-maxdepth", "1")
     assert len(found.stdout.split()) > 1
-    assert project.docker.run(project.image, "ls", folder).stdout == ""
+    assert project.docker.run(project.image, "ls", directory).stdout == ""
     project.ok("clean")
     assert project.volumes() == []
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from conftest import NewProject
     from harness import Running, Workshop
-    from patient import Patient
+    from patient import ExaminedProject
     from soak import Soak
 
     from guix_tasks.bootstrap.registry import LocalRegistry
@@ -57,7 +57,7 @@ PROMPT = 10.0
 class Ward:
     """A project with all its stages, and how long each of them takes if nobody disturbs it."""
 
-    patient: Patient
+    patient: ExaminedProject
     usual: dict[str, float]
     """The seconds of the last time that nobody disturbed it."""
     longest: float = 0
@@ -78,7 +78,7 @@ class Ward:
         patient.prepare(stage)
         before = project.tags()
         began = time.monotonic()
-        place = project.folder / "tmp"
+        place = project.directory / "tmp"
         place.mkdir(exist_ok=True)
         started = project.start(stage, env={"TMPDIR": str(place)})
         moment = self.moment(stage, within=STARTING if who == CONTAINER else 0)
@@ -167,9 +167,9 @@ def ward(
     soak: Soak,
 ) -> Iterator[Ward]:
     with raised(programs) as island:
-        folder = tmp_path_factory.mktemp("kills") / "project"
+        directory = tmp_path_factory.mktemp("kills") / "project"
         chance = soak.chance("kills")
-        patient = admit(island, registry.folder / "root", workshop, folder, chance)
+        patient = admit(island, registry.directory / "root", workshop, directory, chance)
         usual = dict(USUAL) if soak.long else {}
         for stage in ("base", "pull", "install", "push"):
             started = time.monotonic()

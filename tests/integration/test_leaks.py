@@ -18,7 +18,7 @@ from planted import PLANTED
 
 from guix_tasks.bootstrap import service
 from guix_tasks.bootstrap.base_image import BASE_TAG
-from guix_tasks.stages.container import FOLDER
+from guix_tasks.stages.container import WORK_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -86,7 +86,7 @@ def look_at_layers(docker: Docker, image: str) -> None:
 def secretive(project: Project) -> Project:
     """A project with all the secrets that there can be."""
     token = PLANTED.plant()
-    (project.folder / "npm").write_text(f"{token}\n")
+    (project.directory / "npm").write_text(f"{token}\n")
     account = f"me:{PLANTED.plant()}@"
     project.set(
         DOCKER_USERNAME="me",
@@ -203,12 +203,12 @@ def test_a_stage_that_shows_its_environment_and_fails(
 ) -> None:
     project = secretive(new_project("base", "pull", GUIX_PACKAGES=""))
     project.set(BUILD_ARGS="", BUILD_SECRETS="", GUIX_MANIFEST="telltale.scm")
-    (project.folder / "telltale.scm").write_text(TELLTALE)
+    (project.directory / "telltale.scm").write_text(TELLTALE)
     failed = project.inv(*mode, "install", env=with_proxy())
     assert failed.returncode == 4, failed.stderr
     assert "http://***@127.0.0.1:9" in failed.stderr
-    (folder,) = (project.folder / "out" / "failed").iterdir()
-    assert "http://***@127.0.0.1:9" in (folder / "log").read_text()
+    (directory,) = (project.directory / "out" / "failed").iterdir()
+    assert "http://***@127.0.0.1:9" in (directory / "log").read_text()
 
 
 @pytest.mark.parametrize("mode", [(), ("--echo",), ("-d",)], ids=str)
@@ -238,14 +238,14 @@ def test_a_shell_that_is_killed_and_committed(new_project: NewProject, docker: D
     docker.ok("kill", name)
     shell.end()
     project.ok("commit")
-    assert "environment" not in docker.run(project.image, "ls", FOLDER).stdout
+    assert "environment" not in docker.run(project.image, "ls", WORK_DIRECTORY).stdout
     look_at_layers(docker, project.image)
 
 
 def test_a_bug(new_project: NewProject) -> None:
     """Its traceback is no reason to show what it is about."""
     project = new_project("base")
-    (project.folder / "tasks.py").write_text(
+    (project.directory / "tasks.py").write_text(
         "import os\n"
         "from invoke.tasks import task\n"
         "from guix_tasks.cli.session import project_session\n"
@@ -257,7 +257,7 @@ def test_a_bug(new_project: NewProject) -> None:
     environment = {**project.environment, **with_proxy(), "PYTHONPATH": str(ROOT)}
     for mode in ([], ["-d"]):
         argv = [sys.executable, "-m", "invoke", *mode, "bug"]
-        said = call(argv, environment, 60, project.folder)
+        said = call(argv, environment, 60, project.directory)
         PLANTED.look_at_output("a bug", said.stdout, said.stderr)
         assert said.returncode == 1
         assert "LookupError: http://***@127.0.0.1:9" in said.stderr

@@ -364,7 +364,7 @@ def test_status(new_project: NewProject, workshop: Workshop) -> None:
 def test_clean_removes_what_is_ours_alone(project: Project) -> None:
     project.dockerfile(f"FROM {project.tag('install')}\nCOPY Dockerfile /mine\n")
     theirs = f"{project.repository}:mine"
-    context = str(project.folder / "context")
+    context = str(project.directory / "context")
     project.docker.ok("build", "--quiet", f"--tag={theirs}", context)
     container = project.container_name()
     project.docker.ok("create", f"--name={container}", theirs, "true")
@@ -448,7 +448,7 @@ def test_a_dry_run_shows_the_whole_lifecycle(new_project: NewProject) -> None:
     assert "+ docker create --name=guix-tasks-pull-" in said
     assert "+ docker commit guix-tasks-pull-" in said
     assert f"+ docker push {project.image}\n" in said
-    assert not (project.folder / LOCK).exists()
+    assert not (project.directory / LOCK).exists()
 
 
 @pytest.mark.parametrize("tasks", ["run -- false", "run --keep -- false", "verify", "clean"])

@@ -37,8 +37,8 @@ def test_it_works_in_a_checkout_without_settings(tmp_path: Path) -> None:
 
 def test_the_demo_and_the_tests_are_tasks_of_a_checkout_alone(tmp_path: Path) -> None:
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    for folder, there in ((ROOT, {"demo", "test"}), (tmp_path, set[str]())):
+    for directory, there in ((ROOT, {"demo", "test"}), (tmp_path, set[str]())):
         argv = [sys.executable, "-m", "guix_tasks", "--list"]
-        shown = call(argv, {**env, "PYTHONPATH": str(ROOT)}, 60, folder).stdout
+        shown = call(argv, {**env, "PYTHONPATH": str(ROOT)}, 60, directory).stdout
         assert re.search("^  init ", shown, re.MULTILINE)
         assert set(re.findall(r"^  (demo|test) ", shown, re.MULTILINE)) == there

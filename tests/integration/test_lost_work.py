@@ -23,7 +23,7 @@ ENDS = " and a commit takes nothing of what is on a"
 
 def test_mounts_over_results_are_refused_together(new_project: NewProject) -> None:
     project = new_project("base")
-    (project.folder / "store").mkdir()
+    (project.directory / "store").mkdir()
     mounts = "store:/gnu/store store:/var/guix/profiles/:ro store:/root/.ssh store:/root"
     project.set(MOUNTS=f"{project.settings['MOUNTS']} {mounts}")
     with project.unharmed():
@@ -93,10 +93,10 @@ def test_image_with_such_a_volume_takes_no_work_by_hand(
 def test_other_volumes_and_mounts_lose_nothing(new_project: NewProject) -> None:
     project = new_project(GUIX_SANDBOX="capabilities")
     project.dockerfile(f"{START}VOLUME /data /root/.ssh\n")
-    (project.folder / "cache").mkdir()
+    (project.directory / "cache").mkdir()
     project.set(MOUNTS=f"{project.settings['MOUNTS']} cache:/root/.cache")
     project.ok("base", "pull")
-    assert (project.folder / "cache" / "guix" / "checkouts").is_dir()
+    assert (project.directory / "cache" / "guix" / "checkouts").is_dir()
     assert [name.rpartition("-")[2] for name in project.volumes()] == ["substitutes"]
     current = "/var/guix/profiles/per-user/root/current-guix/bin/guix"
     version = project.docker.run(project.image, current, "--version", options=["--entrypoint="])

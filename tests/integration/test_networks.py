@@ -30,7 +30,7 @@ from guix_tasks.engine.api import BuildSpec
 from guix_tasks.oci.platform import Platform
 from guix_tasks.settings import load_settings
 from guix_tasks.stages.channel_access import programs
-from guix_tasks.stages.container import IMAGE_FOLDER
+from guix_tasks.stages.container import RESOURCES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,7 +54,9 @@ def forge(
 def channels_at(project: Project, offline: Path, url: str) -> None:
     """The channels of the offline example, at another address."""
     text = (offline / "channels.scm").read_text()
-    (project.folder / "channels.scm").write_text(text.replace("file:///offline", f"{url}/offline"))
+    (project.directory / "channels.scm").write_text(
+        text.replace("file:///offline", f"{url}/offline")
+    )
     project.set(GUIX_CHANNELS="channels.scm", NETWORK="host", GUIX_PACKAGES="")
 
 
@@ -91,7 +93,7 @@ def test_a_token_and_an_authority_of_ones_own(
         assert "see that GUIX_CHANNEL_CREDENTIALS has an account" in one_error(refused, 4)
     forge.shown.clear()
     project.set(GUIX_CHANNEL_CREDENTIALS_FILE="token")
-    (project.folder / "token").write_text(
+    (project.directory / "token").write_text(
         f"https://other:x@elsewhere.test\nhttps://me:{forge.token}@localhost:{forge.https_port}\n"
     )
     # A proxy that nobody answers at is left alone for what it is not for.
@@ -100,7 +102,7 @@ def test_a_token_and_an_authority_of_ones_own(
         made = project.inv("pull", env={**nobody, "no_proxy": "localhost"})
     assert made.returncode == 0, made.stderr
     assert forge.shown == {"", f"me:{forge.token}"}
-    assert f'"{forge.https}/offline/channels/guix"' in (project.folder / LOCK).read_text()
+    assert f'"{forge.https}/offline/channels/guix"' in (project.directory / LOCK).read_text()
     look_at_all(project)
     said = project.ok("doctor").stdout
     assert f"channel guix: {forge.https}/offline/channels/guix answers" in said
@@ -118,7 +120,7 @@ def test_an_ssh_agent(new_project: NewProject, forge: Forge, offline: Path) -> N
     project.ok("base")
     with project.unharmed():
         assert "SSH_KNOWN_HOSTS: " in one_error(project.inv("pull"), 2)
-        (project.folder / "nobody").write_text("")
+        (project.directory / "nobody").write_text("")
         project.set(SSH_KNOWN_HOSTS=forge.file("known_hosts"))
         assert "SSH_AUTH_SOCK is not the socket of an SSH agent" in one_error(
             project.inv("pull"), 2
@@ -130,8 +132,8 @@ def test_an_ssh_agent(new_project: NewProject, forge: Forge, offline: Path) -> N
         assert "SSH_KNOWN_HOSTS" in one_error(stranger, 4)
     made = project.inv("pull", env=agent)
     assert made.returncode == 0, made.stderr
-    assert f'"{forge.ssh}/offline/channels/guix"' in (project.folder / LOCK).read_text()
-    for line in (forge.folder / "user").read_text().splitlines()[3:4]:
+    assert f'"{forge.ssh}/offline/channels/guix"' in (project.directory / LOCK).read_text()
+    for line in (forge.directory / "user").read_text().splitlines()[3:4]:
         PLANTED.know(line)
     look_at_all(project)
     shown = project.docker.run(
@@ -170,7 +172,7 @@ def test_a_mirror(new_project: NewProject, offline: Path) -> None:
     project = new_project()
     channels_at(project, offline, "https://official.test")
     # What the docker command line gives to each container is not to be in an image either.
-    config = project.folder / "home" / ".docker" / "config.json"
+    config = project.directory / "home" / ".docker" / "config.json"
     proxies = {"default": {"ftpProxy": f"http://me:{PLANTED.plant()}@127.0.0.1:9"}}
     config.write_text(json.dumps({**json.loads(config.read_text()), "proxies": proxies}))
     project.ok("base")
@@ -183,7 +185,7 @@ def test_a_mirror(new_project: NewProject, offline: Path) -> None:
     project.docker.ok("volume", "rm", *project.volumes())
     project.set(GUIX_CHANNEL_MIRRORS="https://official.test/offline/=file:///offline/")
     project.ok("pull")
-    assert f'"{guix}"' in (project.folder / LOCK).read_text()
+    assert f'"{guix}"' in (project.directory / LOCK).read_text()
     made = project.docker.config(project.tag("pull"))
     assert not [each for each in made["Env"] if "proxy" in each.lower()]
     said = project.ok("doctor").stdout
@@ -204,41 +206,42 @@ def test_a_step_of_a_build(
         GUIX_CHANNEL_CREDENTIALS=credentials,
         CACHE_VOLUME="",
     )
-    text = (project.folder / "channels.scm").read_text()
-    environment = {**project.environment, "ENV_FILE": str(project.folder / "project.env")}
-    settings = load_settings(project.folder, project.folder, environment)
-    folder = project.folder / "build"
+    text = (project.directory / "channels.scm").read_text()
+    environment = {**project.environment, "ENV_FILE": str(project.directory / "project.env")}
+    settings = load_settings(project.directory, project.directory, environment)
+    directory = project.directory / "build"
     for each in ("empty", WORK, "base"):
-        (folder / each).mkdir(parents=True)
-    (folder / "base" / "Dockerfile").write_text(f"FROM {BASE_TAG}\n")
-    write_environment(settings, folder)
-    resolve = (IMAGE_FOLDER / "resolve.scm").read_bytes()
+        (directory / each).mkdir(parents=True)
+    (directory / "base" / "Dockerfile").write_text(f"FROM {BASE_TAG}\n")
+    write_environment(settings, directory)
+    resolve = (RESOURCES / "resolve.scm").read_bytes()
     files = {"stage": resolve_script(channels=True), "resolve.scm": resolve}
     files |= {**programs(), "channels.scm": text.encode()}
-    write_step(settings, folder, RESOLVE, files, force=True)
+    write_step(settings, directory, RESOLVE, files, force=True)
     own = Platform.parse(engine.info().platform)
     definition = Definition(
-        base=BuildSpec(folder / "base", folder / "base" / "Dockerfile", network="host"),
+        base=BuildSpec(directory / "base", directory / "base" / "Dockerfile", network="host"),
         base_contexts={},
         recipe=Recipe(platforms=[own], resolve=True, network="host", ssh=way == "ssh"),
-        directory=folder,
-        contexts={WORK: folder / WORK},
-        secrets=write_secrets(settings, folder, text),
+        directory=directory,
+        contexts={WORK: directory / WORK},
+        secrets=write_secrets(settings, directory, text),
         ssh_agent=Path(forge.file("agent")) if way == "ssh" else None,
     )
     insecure = dockerfile(definition.recipe)
     assert "--security=insecure" in insecure
     assert forge.token not in insecure + bake_file(definition)
-    (folder / "Dockerfile").write_text(insecure.replace("--security=insecure ", ""))
-    (folder / "bake.json").write_text(bake_file(definition))
+    (directory / "Dockerfile").write_text(insecure.replace("--security=insecure ", ""))
+    (directory / "bake.json").write_text(bake_file(definition))
     program = local_buildx({**os.environ, **builder_environment("buildx")}, engine.address)
     assert program
     log: list[bytes] = []
     program.stream(
-        "bake", "--builder=default", f"--file={folder / 'bake.json'}", "--allow=security.insecure",
+        "bake", "--builder=default", f"--file={directory / 'bake.json'}",
+        "--allow=security.insecure",
         "--allow=network.host", "--allow=fs=*", "--allow=ssh", "--progress=plain", ASKED_TARGET,
         output=log.append,
     )  # fmt: skip
     PLANTED.look_at_output("a build", b"".join(log))
-    resolved = (folder / "reports" / f"{RESOLVE}d").read_text()
+    resolved = (directory / "reports" / f"{RESOLVE}d").read_text()
     assert f'"{getattr(forge, way)}/offline/channels/guix"' in resolved

@@ -1,4 +1,4 @@
-"""A project of one's own: the built wheel in a fresh virtual environment, from an empty folder."""
+"""A custom project: the built wheel in a fresh virtual environment, from an empty directory."""
 
 from __future__ import annotations
 
@@ -44,23 +44,25 @@ def program(programs_of_wheel: Path, tmp_path: Path) -> Path:
     return programs_of_wheel
 
 
-def run(program: Path, folder: Path, *arguments: str, **env: str) -> Result:
-    ours = {"PATH": os.environ["PATH"], "HOME": str(folder.parent), "LANG": "C.UTF-8", **env}
-    return call([str(program), *arguments], ours, 60, folder)
+def run(program: Path, directory: Path, *arguments: str, **env: str) -> Result:
+    ours = {"PATH": os.environ["PATH"], "HOME": str(directory.parent), "LANG": "C.UTF-8", **env}
+    return call([str(program), *arguments], ours, 60, directory)
 
 
 def test_from_an_empty_folder(program: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "empty"
-    listed = run(program / "guix-tasks", folder, "--list")
+    directory = tmp_path / "empty"
+    listed = run(program / "guix-tasks", directory, "--list")
     assert "  init " in listed.stdout, listed.stderr
-    result = run(program / "guix-tasks", folder, "init")
+    result = run(program / "guix-tasks", directory, "init")
     assert result.returncode == 0, result.stderr
-    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
+    assert {
+        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
+    } == {
         *FILES,
         ".github/workflows/image.yml",
     }
     for name in ("inv", "guix-tasks"):
-        listed = run(program / name, folder, "--list")
+        listed = run(program / name, directory, "--list")
         assert listed.returncode == 0, listed.stderr
         for task in (*STAGES, "push", "buildx.build", "init"):
             assert f"  {task} " in listed.stdout
@@ -75,33 +77,33 @@ def test_what_is_not_python_is_in_the_wheel_too(program: Path, tmp_path: Path) -
 
 
 def test_python_can_be_asked_too(program: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "empty"
-    result = run(program / "python", folder, "-m", "guix_tasks", "--dry", "init")
+    directory = tmp_path / "empty"
+    result = run(program / "python", directory, "-m", "guix_tasks", "--dry", "init")
     assert result.returncode == 0, result.stderr
     assert "init: would write tasks.py" in result.stderr
-    assert [*folder.iterdir()] == []
+    assert [*directory.iterdir()] == []
 
 
 def test_a_folder_that_may_not_be_written_is_one_line(program: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "empty"
-    (folder / ".github").write_text("a file where a folder is to be")
-    error = one_error(run(program / "guix-tasks", folder, "init"), 2)
+    directory = tmp_path / "empty"
+    (directory / ".github").write_text("a file where a directory is to be")
+    error = one_error(run(program / "guix-tasks", directory, "init"), 2)
     assert "/.github" in error
 
 
 def test_a_tasks_py_of_another_kind_is_in_nobodys_way(program: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "empty"
-    (folder / "tasks.py").write_text("from invoke import task\n")
-    result = run(program / "guix-tasks", folder, "init")
+    directory = tmp_path / "empty"
+    (directory / "tasks.py").write_text("from invoke import task\n")
+    result = run(program / "guix-tasks", directory, "init")
     assert result.returncode == 0, result.stderr
     assert "init: tasks.py exists, unchanged" in result.stderr
 
 
 def test_guix_tasks_is_inv_where_there_is_a_tasks_py(program: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "empty"
-    (folder / "tasks.py").write_text(TASKS)
-    (folder / "below").mkdir()
-    listed = run(program / "guix-tasks", folder / "below", "--list")
+    directory = tmp_path / "empty"
+    (directory / "tasks.py").write_text(TASKS)
+    (directory / "below").mkdir()
+    listed = run(program / "guix-tasks", directory / "below", "--list")
     assert "  deps " in listed.stdout, listed.stderr
     assert "Run our tests." in listed.stdout
 
@@ -118,17 +120,17 @@ def own(new_project: NewProject, program: Path, registry: object) -> Project:
 
 
 def write_stages(project: Project) -> None:
-    (project.folder / "tasks.py").write_text(TASKS)
-    (project.folder / "guix").mkdir()
-    (project.folder / "guix/deps.scm").write_text('(specifications->manifest \'("tar"))\n')
-    (project.folder / "test.sh").write_text(TEST)
+    (project.directory / "tasks.py").write_text(TASKS)
+    (project.directory / "guix").mkdir()
+    (project.directory / "guix/deps.scm").write_text('(specifications->manifest \'("tar"))\n')
+    (project.directory / "test.sh").write_text(TEST)
 
 
 @pytest.mark.engine
 def test_the_start_shows_what_it_would_do(own: Project) -> None:
     with own.unharmed():
         result = own.ok("--dry", "base")
-    assert f"+ docker build --file={own.folder}/Dockerfile" in result.stderr
+    assert f"+ docker build --file={own.directory}/Dockerfile" in result.stderr
 
 
 @pytest.mark.engine
@@ -153,22 +155,22 @@ def test_a_project_with_stages_of_its_own(own: Project, docker: Docker) -> None:
     # --- and not made again
     assert own.ok("deps", "tested").stderr.count(": up to date") == 2
     # --- an input that changes
-    (own.folder / "test.sh").write_text(f"{TEST}echo more >>/tested\n")
+    (own.directory / "test.sh").write_text(f"{TEST}echo more >>/tested\n")
     status = own.ok("status").stdout
     assert "stale: test.sh changed" in status
     assert "run `inv tested --upstream`" in one_error(own.inv("push"), 2)
     own.ok("tested", "push")
     assert docker.run(own.image, "cat", "/tested").stdout.endswith("more\n")
     # --- a command that fails
-    (own.folder / "test.sh").write_text("echo it broke; exit 3\n")
+    (own.directory / "test.sh").write_text("echo it broke; exit 3\n")
     with own.unharmed():
         error = one_error(own.inv("tested"), 4)
-    (kept,) = (own.folder / "out/failed").iterdir()
+    (kept,) = (own.directory / "out/failed").iterdir()
     assert "tested: the command failed with exit status 3" in error
     assert kept.name.startswith("tested-")
     assert "it broke" in (kept / "log").read_text()
     # --- another machine
-    (own.folder / "test.sh").write_text(TEST)
+    (own.directory / "test.sh").write_text(TEST)
     before = own.tags()
     assert {"t-deps", "t-tested"} <= set(before)
     own.ok("clean")

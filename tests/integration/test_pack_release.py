@@ -38,7 +38,7 @@ def packed(project: Project, *options: str) -> Path:
     """The one file that a pack prints."""
     with project.unharmed():
         (line,) = project.ok("pack", *options).stdout.splitlines()
-    path = project.folder / "out" / line.rpartition("/")[2]
+    path = project.directory / "out" / line.rpartition("/")[2]
     assert str(path) == line
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert path.with_name(f"{path.name}.sha256").read_text() == f"{digest}  {path.name}\n"
@@ -77,7 +77,7 @@ def test_the_same_is_packed_twice(project: Project) -> None:
 
 
 def test_a_manifest_is_packed_with_the_packages(project: Project) -> None:
-    (project.folder / "manifest.scm").write_text('(specifications->manifest (list "greet"))\n')
+    (project.directory / "manifest.scm").write_text('(specifications->manifest (list "greet"))\n')
     project.set(GUIX_MANIFEST="manifest.scm", GUIX_PACKAGES="hello")
     project.ok("install")
     path = packed(project, "--compression=none", "--name=both", "--symlink=/bin=bin")
@@ -92,7 +92,7 @@ def test_what_guix_cannot_pack_leaves_nothing(project: Project) -> None:
     with project.unharmed():
         said = one_error(project.inv("pack", "--package=no-such-package"), 4)
     assert said.startswith("error: pack: no-such-package: unknown package, ")
-    kept = sorted(each.name for each in (project.folder / "out").iterdir())
+    kept = sorted(each.name for each in (project.directory / "out").iterdir())
     assert kept == ["failed", "logs"]
 
 
@@ -106,7 +106,7 @@ def test_a_dry_run_packs_nothing(project: Project) -> None:
     with project.unharmed():
         said = project.ok("--dry", "pack").stderr
     assert "+ guix pack --format=tarball" in said
-    assert not (project.folder / "out").exists()
+    assert not (project.directory / "out").exists()
 
 
 def test_a_release_says_what_was_packed_and_by_which_channels(project: Project) -> None:

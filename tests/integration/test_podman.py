@@ -50,7 +50,7 @@ USER 1000
 def podman(base_image: str, docker: Docker) -> Iterator[Podman]:
     with served() as found:
         save = subprocess.Popen(docker.argv("save", base_image), stdout=subprocess.PIPE)
-        there = Docker(found.url, docker.folder)
+        there = Docker(found.url, docker.directory)
         subprocess.run(there.argv("load"), stdin=save.stdout, check=True, capture_output=True)
         assert save.wait() == 0
         yield found
@@ -58,7 +58,7 @@ def podman(base_image: str, docker: Docker) -> Iterator[Podman]:
 
 @pytest.fixture(scope="module")
 def shop(podman: Podman, workshop: Workshop) -> Workshop:
-    there = Docker(podman.url, workshop.docker.folder)
+    there = Docker(podman.url, workshop.docker.directory)
     return Workshop(there, workshop.registry, workshop.offline, workshop.data)
 
 
@@ -231,18 +231,18 @@ def test_an_archive_becomes_an_image_of_that_name_alone(podman: Podman) -> None:
 
 
 def test_a_dockerfile_beside_its_context(bare: Project) -> None:
-    (bare.folder / "context").mkdir()
-    (bare.folder / "context" / "there").touch()
-    (bare.folder / "context" / "ignored").touch()
-    (bare.folder / "Dockerfile").write_text("ARG BASE_IMAGE\nFROM ${BASE_IMAGE}\nCOPY . /srv\n")
-    (bare.folder / "Dockerfile.dockerignore").write_text("ignored\n")
+    (bare.directory / "context").mkdir()
+    (bare.directory / "context" / "there").touch()
+    (bare.directory / "context" / "ignored").touch()
+    (bare.directory / "Dockerfile").write_text("ARG BASE_IMAGE\nFROM ${BASE_IMAGE}\nCOPY . /srv\n")
+    (bare.directory / "Dockerfile.dockerignore").write_text("ignored\n")
     bare.set(BUILD_CONTEXT="context", DOCKERFILE="Dockerfile")
     bare.ok("base")
     assert bare.docker.run(bare.image, "ls", "/srv").stdout == "there\n"
 
 
 def test_what_podman_cannot_do_is_said_in_a_line(bare: Project) -> None:
-    (bare.folder / "secret").write_text("x")
+    (bare.directory / "secret").write_text("x")
     bare.dockerfile("ARG BASE_IMAGE\nFROM ${BASE_IMAGE}\n")
     bare.set(BUILD_SECRETS="a=secret")
     assert "BUILD_SECRETS needs BuildKit, and the engine is Podman" in one_error(
@@ -270,7 +270,7 @@ def test_without_a_socket_of_dockers_it_is_named(podman: Podman, tmp_path: Path)
     own = tmp_path / "podman"
     own.mkdir()
     (own / "podman.sock").symlink_to(podman.socket)
-    # An empty folder for the private engine's, too.
+    # An empty directory for the private engine's, too.
     environment = {
         "XDG_RUNTIME_DIR": str(tmp_path),
         "XDG_DATA_HOME": str(tmp_path),

@@ -69,7 +69,7 @@ def test_the_right_password(new_project: NewProject, locked: str, way: str) -> N
     if way == "env file":
         project.set(**account)
     elif way == "file":
-        (project.folder / "secret").write_text(f"{PASSWORD}\n")
+        (project.directory / "secret").write_text(f"{PASSWORD}\n")
         account = {"DOCKER_USERNAME": USER, "DOCKER_PASSWORD_FILE": "secret"}
     result = project.inv("--echo", "push", env={} if way == "env file" else account)
     assert result.returncode == 0, result.stderr

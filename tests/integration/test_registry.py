@@ -15,7 +15,7 @@ import pytest
 from harness import builder_environment, call, free_port, one_error
 
 from guix_tasks.bootstrap import service
-from guix_tasks.bootstrap.registry import USER, LocalRegistry, answers, asks_for_password
+from guix_tasks.bootstrap.registry import USER, LocalRegistry, answers, requires_password
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,7 +65,7 @@ def test_the_password_is_this_users_and_in_no_output(
     account = registry.account
     for file in (account.password_file, account.accounts_file):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert stat.S_IMODE(registry.folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(registry.directory.stat().st_mode) == 0o700
     assert secret not in account.accounts_file.read_text()
     project = tiny(new_project)
     for task in (("--echo", "push"), ("--echo", "base", "--force"), ("doctor",), ("status",)):
@@ -139,13 +139,13 @@ class Other:
 
 @pytest.fixture
 def other(new_project: NewProject, registry: LocalRegistry, tmp_path: Path) -> Iterator[Other]:
-    """A registry of its own, with a folder of its own, that ``inv`` starts."""
+    """A registry of its own, with a directory of its own, that ``inv`` starts."""
     port = free_port()
     project = new_project(repository=f"localhost:{port}/guix-tasks-test/tiny")
     project.data = tmp_path / "data"
-    folder = project.data / "guix-tasks/registry"
-    folder.mkdir(parents=True)
-    (folder / "root").symlink_to(registry.folder / "root")
+    directory = project.data / "guix-tasks/registry"
+    directory.mkdir(parents=True)
+    (directory / "root").symlink_to(registry.directory / "root")
     yield Other(project, port)
     project.ok("registry.down", f"--port={port}")
 
@@ -168,10 +168,10 @@ def test_by_hand_as_registry_up_says(other: Other, docker: Docker, tmp_path: Pat
 
 def test_one_of_an_older_version_is_started_anew(other: Other) -> None:
     """It asked for no password; what was pushed to it is still there."""
-    folder, old = other.local.folder, other.local._configure()
+    directory, old = other.local.directory, other.local._configure()
     del old["auth"]
-    (folder / "old.yml").write_text(json.dumps(old))
-    other.local._service.start(["serve", str(folder / "old.yml")])
+    (directory / "old.yml").write_text(json.dumps(old))
+    other.local._service.start(["serve", str(directory / "old.yml")])
     assert service.wait_until(lambda: answers(other.port), 20)
     other.project.dockerfile(TINY)
     other.project.ok("base", "push")
@@ -179,7 +179,7 @@ def test_one_of_an_older_version_is_started_anew(other: Other) -> None:
         "which requires no password"
         in other.project.ok("registry.up", f"--port={other.port}").stderr
     )
-    assert asks_for_password(other.port)
+    assert requires_password(other.port)
     for tag in other.project.tags():
         other.project.docker.ok("rmi", f"{other.project.repository}:{tag}")
     other.project.set(BASE_IMAGE=other.project.image)

@@ -96,7 +96,7 @@ def _publish(new_project: NewProject, base: RecordingRegistry) -> None:
 
 def _log_in(project: Project, registry: RecordingRegistry) -> None:
     """Leave the account of a registry where `docker login` does."""
-    file = project.folder / "home" / ".docker" / "config.json"
+    file = project.directory / "home" / ".docker" / "config.json"
     config = json.loads(file.read_text())
     config["auths"][registry.host] = {"auth": registry.auth}
     file.write_text(json.dumps(config))
@@ -147,7 +147,7 @@ def test_an_odd_entry_of_dockers_configuration_harms_no_task(
     new_project: NewProject, auth: object
 ) -> None:
     project = new_project()
-    file = project.folder / "home" / ".docker" / "config.json"
+    file = project.directory / "home" / ".docker" / "config.json"
     config = {"auths": {"ghcr.io": {"auth": auth}, "a.example": "x"}, "proxies": "x"}
     file.write_text(json.dumps(config))
     for task in ("status", "doctor"):

@@ -64,12 +64,12 @@ INIT_MODULE = {"x86_64": 175, "aarch64": 105}
 def attempts(project: NewProject, sandbox: str) -> dict[str, str]:
     """What of these is possible in a work container."""
     made = project(*STAGES, GUIX_SANDBOX=sandbox)
-    folder = made.folder / "attacks"
-    folder.mkdir()
+    directory = made.directory / "attacks"
+    directory.mkdir()
     kernel_log = os.makedev(1, 11)  # /dev/kmsg, a device that every machine has
     text = ATTACKS.replace("MODULE", str(INIT_MODULE[os.uname().machine]))
-    (folder / "a.scm").write_text(text.replace("DEVICE", str(kernel_log)))
-    made.set(MOUNTS=f"{folder}:/attacks:ro")
+    (directory / "a.scm").write_text(text.replace("DEVICE", str(kernel_log)))
+    made.set(MOUNTS=f"{directory}:/attacks:ro")
     said = made.ok("run", "--", "guix", "repl", "/attacks/a.scm").stdout
     return dict(line.split(": ") for line in said.splitlines() if ": " in line)
 

@@ -30,7 +30,7 @@ def through(project: Project, form: str, *arguments: str) -> Result:
     end = " <project.env" if form == "here-document" else ""
     command = f'{FORMS[form]} "$@"{end}'
     argv = ["bash", "-c", command, "bash", *project.program, *arguments]
-    return call(argv, environment, 120, project.folder)
+    return call(argv, environment, 120, project.directory)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "secret"])
@@ -38,9 +38,9 @@ def test_second_task_has_the_settings_of_the_first(new_project: NewProject, form
     project = new_project("base")
     writer = None
     if form == "named pipe":
-        os.mkfifo(project.folder / "pipe")
-        content = (project.folder / "project.env").read_bytes()
-        writer = threading.Thread(target=(project.folder / "pipe").write_bytes, args=(content,))
+        os.mkfifo(project.directory / "pipe")
+        content = (project.directory / "project.env").read_bytes()
+        writer = threading.Thread(target=(project.directory / "pipe").write_bytes, args=(content,))
         writer.start()
     result = through(project, form, "base", "push", "status")
     if writer:

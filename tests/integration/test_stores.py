@@ -26,7 +26,7 @@ TEXT = 4_000_000
 def pushed(project: Project, registry: LocalRegistry) -> dict[str, Any]:
     """The manifest that a push leaves in the registry."""
     digest = project.ok("push").stdout.strip().rpartition("sha256:")[2]
-    blobs = registry.folder / "data" / "docker" / "registry" / "v2" / "blobs" / "sha256"
+    blobs = registry.directory / "data" / "docker" / "registry" / "v2" / "blobs" / "sha256"
     manifest: dict[str, Any] = json.loads((blobs / digest[:2] / digest / "data").read_text())
     return manifest
 
@@ -45,9 +45,9 @@ def test_a_base_that_was_loaded_uncompressed_is_pushed_compressed(
     """As `docker save` of the classic store writes it."""
     project = new_project()
     reference = f"{project.repository}-loaded:1"
-    archive = project.folder / "text.tar"
-    (project.folder / "text").write_text("x" * TEXT)
-    subprocess.run(["tar", "-C", project.folder, "-cf", archive, "text"], check=True)
+    archive = project.directory / "text.tar"
+    (project.directory / "text").write_text("x" * TEXT)
+    subprocess.run(["tar", "-C", project.directory, "-cf", archive, "text"], check=True)
     machine_docker.ok("import", str(archive), reference)
     load_image(reference, machine_docker, docker)
     project.dockerfile("ARG BASE_IMAGE\nFROM $BASE_IMAGE\nCOPY Dockerfile /\n")

@@ -98,8 +98,8 @@ def test_another_machine_downloads_what_it_would_build(
     (host,) = re.findall(r"replace (\S+) with a name", said.stderr)
     lines = dict(line.split("=", 1) for line in said.stdout.splitlines())
     other = new_project("base", NETWORK="host")
-    (ours,) = (served.folder / "out").glob("*.pub")
-    shutil.copy(ours, other.folder)
+    (ours,) = (served.directory / "out").glob("*.pub")
+    shutil.copy(ours, other.directory)
     other.set(**{name: line.replace(host, "127.0.0.1") for name, line in lines.items()})
     assert url(served) in other.settings["GUIX_SUBSTITUTE_URLS"]
     log = other.ok("install", "--upstream").stderr
@@ -124,7 +124,7 @@ def test_the_next_build_after_a_change_of_the_base_builds_nothing(
     docker, before = served.docker, inspected(served)["Id"]
     assert all(ANY_BUILD.search(made.calls[stage].stderr) for stage in ("pull", "install"))
     number = signing_key(served, base_image)
-    changed = served.folder / "Dockerfile"
+    changed = served.directory / "Dockerfile"
     changed.write_text((ROOT / "Dockerfile").read_text() + "\nRUN touch /changed\n")
     # Nobody else has anything.
     served.set(DOCKERFILE=str(changed), GUIX_SUBSTITUTE_URLS=NOBODY)
@@ -163,7 +163,7 @@ def test_the_newest_is_served_once_asked_for(served: Project) -> None:
 
 def test_it_comes_up_once_and_goes_without_a_trace(served: Project, base_image: str) -> None:
     number, first = signing_key(served, base_image), inspected(served)["Id"]
-    (key,) = (served.folder / "out").glob("substitutes-*.pub")
+    (key,) = (served.directory / "out").glob("substitutes-*.pub")
     public = key.read_text()
     served.ok("substitutes.up")
     assert inspected(served)["Id"] == first
@@ -217,7 +217,7 @@ def test_the_weather_turns_when_a_server_comes_up(new_project: NewProject) -> No
 
 def test_the_weather_is_asked_for_each_system_and_for_a_manifest(new_project: NewProject) -> None:
     project = new_project("base", "pull", PLATFORMS="linux/amd64 linux/arm64", GUIX_PACKAGES="")
-    (project.folder / "manifest.scm").write_text('(specifications->manifest (list "hello"))\n')
+    (project.directory / "manifest.scm").write_text('(specifications->manifest (list "hello"))\n')
     project.set(GUIX_MANIFEST="manifest.scm")
     with project.unharmed():
         found = forecast(project, status=1)

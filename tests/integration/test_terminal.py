@@ -51,7 +51,7 @@ class Watched:
             stdin=theirs,
             stdout=theirs,
             stderr=theirs,
-            cwd=project.folder,
+            cwd=project.directory,
             env={**project.environment, "TERM": "xterm-256color", **(env or {})},
             start_new_session=True,
             # Ctrl-C comes from the terminal.
@@ -128,7 +128,7 @@ def test_a_terminal_shows_what_goes_on_and_keeps_a_line_a_stage(new_project: New
     assert re.fullmatch(rf"push: {project.image}, {SIZE} moved, {TIME}", push)
     assert re.match(rf"{project.image}@sha256:", digest)
     # All of it can be had.
-    log = (project.folder / "out" / "logs" / "install.log").read_text()
+    log = (project.directory / "out" / "logs" / "install.log").read_text()
     assert "The following packages will be installed:\n" in log
     assert log.count("successfully built /gnu/store/") == 6
 
@@ -140,7 +140,7 @@ def test_a_build_is_shown_too(new_project: NewProject) -> None:
     assert watched.end() == 0, watched.lines
     assert watched.ever(rf"^{TURN} base: {TIME}, step (2 of 2|3 of 3): RUN echo a line")
     assert re.fullmatch(rf"base: {project.tag('base')}, {SIZE}, {TIME}", watched.lines[-1])
-    assert "a line\n" in (project.folder / "out" / "logs" / "base.log").read_text()
+    assert "a line\n" in (project.directory / "out" / "logs" / "base.log").read_text()
 
 
 def test_without_colour_it_still_moves(new_project: NewProject) -> None:
@@ -183,7 +183,7 @@ LONG_LINE = """
 def test_ctrl_c_leaves_the_terminal_as_it_was(new_project: NewProject, columns: int) -> None:
     """Also where the last line of the log, with the ^C behind it, is longer than the terminal."""
     project = new_project("base", "pull")
-    (project.folder / "manifest.scm").write_text(LONG_LINE)
+    (project.directory / "manifest.scm").write_text(LONG_LINE)
     project.set(GUIX_MANIFEST="manifest.scm")
     with project.unharmed():
         watched = Watched(project, "install", size=(columns, 40))
@@ -203,7 +203,7 @@ def test_a_failure_shows_the_end_of_the_log_and_then_the_error(new_project: NewP
     assert watched.end() == 4
     lines = watched.lines
     assert not is_live(lines)
-    where = project.folder / "out" / "logs" / "install.log"
+    where = project.directory / "out" / "logs" / "install.log"
     assert f"install: end of the log; the whole log is in {where}" in lines
     assert "guix package: error: no-such-package: unknown package" in lines
     assert lines[-1].startswith("error: install: no-such-package: unknown package, ")
@@ -274,7 +274,7 @@ def test_quiet_says_nothing_but_results_and_errors(new_project: NewProject) -> N
 def test_verbose_says_all_that_guix_does(new_project: NewProject) -> None:
     project = new_project("base", "pull")
     said = project.ok("install", "--verbose").stderr
-    log = (project.folder / "out" / "logs" / "install.log").read_text()
+    log = (project.directory / "out" / "logs" / "install.log").read_text()
     assert log in said
     assert said.count("successfully built /gnu/store/") == 6
     # Only how much is said differs: it is the same stage.
@@ -297,12 +297,12 @@ def network(docker: Docker, name: str) -> Iterator[str]:
 
 
 @contextmanager
-def serving_slowly(folder: Path, host: str) -> Iterator[str]:
+def serving_slowly(directory: Path, host: str) -> Iterator[str]:
     """A substitute server whose files take some seconds; its address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            path = folder / self.path.lstrip("/")
+            path = directory / self.path.lstrip("/")
             if not path.is_file():
                 self.send_error(404)
                 return

@@ -74,12 +74,12 @@ def test_the_tutorial(new_project: NewProject, tmp_path: Path, registry: object)
     assert place.command.startswith("export PATH=$PWD:$PATH OFFLINE=$PWD/examples/offline/out")
     begin, *following = following
     assert begin.command == "mkdir ../tutorial && cd ../tutorial"
-    folder = tmp_path / "tutorial"
-    folder.mkdir()
+    directory = tmp_path / "tutorial"
+    directory.mkdir()
     env = {name: text for name, text in project.environment.items() if name != "ENV_FILE"}
     env |= {"PATH": f"{ROOT}:{os.environ['PATH']}", "OFFLINE": str(OFFLINE / "out")}
     script = "".join(f"{step.command}\necho '{MARK}'\n" for step in following)
-    result = call(["bash", "-ec", f"exec 2>&1\n{script}"], env, 240, folder)
+    result = call(["bash", "-ec", f"exec 2>&1\n{script}"], env, 240, directory)
     outputs = result.stdout.split(f"{MARK}\n")
     assert result.returncode == 0, outputs[-1]
     for step, said in zip(following, outputs, strict=False):

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engine
 def test_one_waits_and_says_for_whom(
     new_project: NewProject, docker: Docker, tmp_path: Path
 ) -> None:
-    """The same user, in two folders."""
+    """The same user, in two directories."""
     shared = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     first = new_project("base")
     second = new_project(repository=first.repository)

@@ -146,7 +146,7 @@ class Stub:
         Path(self.options["metadata-file"]).write_text(json.dumps(result))
         sys.stderr.write(f"#1 baking {target}\n")
 
-    def _report(self, folder: Path, wanted: dict[str, Any], dockerfile: str) -> None:
+    def _report(self, directory: Path, wanted: dict[str, Any], dockerfile: str) -> None:
         stages = ("pull", "install")
         names = ["created", *(each for each in stages if f" AS {each}\n" in dockerfile)]
         if wanted["target"] == "asked":
@@ -154,7 +154,7 @@ class Stub:
         answers = self.state["answers"]
         for platform in wanted["platforms"]:
             word = platform.replace("/", "_")
-            own = folder / word if len(wanted["platforms"]) > 1 else folder
+            own = directory / word if len(wanted["platforms"]) > 1 else directory
             own.mkdir(parents=True, exist_ok=True)
             for name in names:
                 answer = answers.get(f"{word}/{name}", answers.get(name, ""))

@@ -45,7 +45,7 @@ class Call:
     env: dict[str, str]
     stdin: str
     files: dict[str, str]
-    """The folder of a bake, by path."""
+    """The directory of a bake, by path."""
     config: str
     """Docker's own configuration file."""
 
@@ -71,35 +71,35 @@ class Call:
 class FakeBuildx:
     """The program, what it knows, and what it was asked."""
 
-    folder: Path
+    directory: Path
     platforms: tuple[str, ...] = ("linux/amd64", "linux/386")
     """Of the nodes that it makes."""
     answers: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True)
-        (self.folder / "calls").touch()
+        self.directory.mkdir(parents=True)
+        (self.directory / "calls").touch()
         answers = {"user": "0", "name": "root", **self.answers}
         self._write(
             builders={}, rules=[], selected="mine", digest=DIGEST, answers=answers,
             platforms=self.platforms,
         )  # fmt: skip
-        argv = shlex.join([sys.executable, "-SE", str(STUB), str(self.folder)])
+        argv = shlex.join([sys.executable, "-SE", str(STUB), str(self.directory)])
         self.path.write_text(f'#!/bin/sh\nexec {argv} "$@"\n')
         self.path.chmod(0o755)
 
     @property
     def path(self) -> Path:
-        return self.folder / "docker-buildx"
+        return self.directory / "docker-buildx"
 
     @property
     def state(self) -> dict[str, Any]:
-        found = json.loads((self.folder / "state.json").read_text())
+        found = json.loads((self.directory / "state.json").read_text())
         assert isinstance(found, dict)
         return found
 
     def _write(self, **state: object) -> None:
-        (self.folder / "state.json").write_text(json.dumps(state))
+        (self.directory / "state.json").write_text(json.dumps(state))
 
     def change(self, **state: object) -> None:
         self._write(**{**self.state, **state})
@@ -141,13 +141,13 @@ class FakeBuildx:
     ) -> Buildx:
         environment = {
             "PATH": os.environ["PATH"],
-            "HOME": str(self.folder / "home"),
-            "DOCKER_CONFIG": str(self.folder / "config"),
+            "HOME": str(self.directory / "home"),
+            "DOCKER_CONFIG": str(self.directory / "config"),
         }
         return Buildx(str(self.path), environment, own, console, perform)
 
     def calls(self, verb: str = "") -> list[Call]:
-        lines = (self.folder / "calls").read_text().splitlines()
+        lines = (self.directory / "calls").read_text().splitlines()
         calls = [Call(**json.loads(line)) for line in lines]
         return [call for call in calls if not verb or call.argv[0] == verb]
 

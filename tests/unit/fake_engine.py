@@ -46,7 +46,7 @@ from guix_tasks.guix import CHANNELS_FILE
 from guix_tasks.oci.labels import CREATED
 from guix_tasks.settings import Settings, load_settings
 from guix_tasks.stages.images import KEY_LABEL, LAYERS_LABEL, STAGES, Ledger, proven_stage
-from guix_tasks.stages.lifecycle import Lifecycle, State, Wishes
+from guix_tasks.stages.lifecycle import Lifecycle, StageOptions, State
 from guix_tasks.stages.project import Project
 from guix_tasks.ui.console import Console
 
@@ -130,9 +130,9 @@ class FakeContainer:
         if self.text(path) != content:
             self.changes[path] = content.encode()
 
-    def forget(self, folder: str) -> None:
-        """Remove what was put below a folder, as the entry point does at its end."""
-        for path in [each for each in self.changes if each.startswith(f"{folder}/")]:
+    def forget(self, directory: str) -> None:
+        """Remove what was put below a directory, as the entry point does at its end."""
+        for path in [each for each in self.changes if each.startswith(f"{directory}/")]:
             del self.changes[path]
 
 
@@ -258,7 +258,7 @@ def _counted(
 
 
 READING = frozenset(
-    {"info", "image", "containers", "remote_digest", "greet_registry", "volumes"}
+    {"info", "image", "containers", "remote_digest", "check_registry", "volumes"}
     | {"layers", "save", "unnamed", "wait", "copy_out"}
 )
 """The calls that change nothing."""
@@ -411,7 +411,7 @@ class FakeEngine:
         return digest(found.id) if found else None
 
     @_counted
-    def greet_registry(self, reference: str, credentials: Credentials | None) -> bool:
+    def check_registry(self, reference: str, credentials: Credentials | None) -> bool:
         self.registry.seen.append(credentials)
         if self.registry.refusal:
             raise RegistryError(f"cannot look up {reference}: {self.registry.refusal}")
@@ -422,7 +422,7 @@ class FakeEngine:
         return [name for name, own in self.all_volumes.items() if labels.items() <= own.items()]
 
     @_counted
-    def make_volume(self, name: str, labels: Mapping[str, str]) -> None:
+    def create_volume(self, name: str, labels: Mapping[str, str]) -> None:
         self.all_volumes.setdefault(name, dict(labels))
 
     @_counted
@@ -521,7 +521,7 @@ class FakeEngine:
         box.running = False
 
     @_counted
-    def received(self, container: str) -> int | None:
+    def bytes_received(self, container: str) -> int | None:
         return None
 
     @_counted
@@ -719,8 +719,8 @@ class Site:
     Each call of ``project`` is what a new process finds.
     """
 
-    def __init__(self, folder: Path, engine: FakeEngine, **env: str) -> None:
-        self.folder = folder
+    def __init__(self, directory: Path, engine: FakeEngine, **env: str) -> None:
+        self.directory = directory
         self.engine = engine
         self._loaded: tuple[dict[str, str], Settings] | None = None
         self.env = {
@@ -738,10 +738,10 @@ class Site:
 
     @property
     def lock(self) -> Path:
-        return self.folder / "channels.lock.scm"
+        return self.directory / "channels.lock.scm"
 
     def write(self, name: str, content: str | bytes) -> Path:
-        path = self.folder / name
+        path = self.directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return path
@@ -754,10 +754,10 @@ class Site:
     def _load(self) -> Settings:
         # In the environment an empty value counts as unset, in a file it does not.
         empty = "".join(f"{name}=\n" for name, value in self.env.items() if not value)
-        if empty or (self.folder / ".env").exists():
+        if empty or (self.directory / ".env").exists():
             self.write(".env", empty)
         files_module.forget_contents()
-        return load_settings(self.folder, self.folder, self.env)
+        return load_settings(self.directory, self.directory, self.env)
 
     def project(self, engine: Engine | None = None) -> Project:
         files_module._file_digest.cache_clear()
@@ -778,7 +778,7 @@ class Site:
         said = ""
         for stage in stages:
             project = self.project(engine)
-            Lifecycle(project).make(stage, Wishes(packages=packages, **on))
+            Lifecycle(project).make(stage, StageOptions(packages=packages, **on))
             said += heard(project)
         return said
 
@@ -814,27 +814,27 @@ def heard(project: Project) -> str:
     return project.console.text
 
 
-def new_site(folder: Path, registry: FakeRegistry | None = None, **env: str) -> Site:
+def new_site(directory: Path, registry: FakeRegistry | None = None, **env: str) -> Site:
     """A project on an engine that has nothing; its base image is in the registry."""
     registry = registry or FakeRegistry()
     if not registry.find(BASE_IMAGE):
         publish_base(registry)
-    return Site(folder, FakeEngine(registry), **env)
+    return Site(directory, FakeEngine(registry), **env)
 
 
 @functools.cache
 def _template() -> tuple[FakeEngine, str]:
     """An engine on which all stages of a project are made, and the lock."""
-    with tempfile.TemporaryDirectory() as folder:
-        site = new_site(Path(folder))
+    with tempfile.TemporaryDirectory() as directory:
+        site = new_site(Path(directory))
         site.make(*STAGES)
         return site.engine, site.lock.read_text()
 
 
-def made_site(folder: Path) -> Site:
+def made_site(directory: Path) -> Site:
     """A project whose stages are all made."""
     engine, lock = _template()
-    site = Site(folder, engine.clone())
+    site = Site(directory, engine.clone())
     site.lock.write_text(lock)
     return site
 

@@ -220,11 +220,11 @@ def test_a_local_registry_gets_its_own_account_whatever_the_settings_have(
 ) -> None:
     """It knows no other."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    folder = tmp_path / "guix-tasks" / "registry"
-    folder.mkdir(parents=True)
-    account = Account(folder)
+    directory = tmp_path / "guix-tasks" / "registry"
+    directory.mkdir(parents=True)
+    account = Account(directory)
     account.make()
-    (folder / "5056.engine").write_text(site.engine.about.url)
+    (directory / "5056.engine").write_text(site.engine.about.url)
     site.engine.registry.local_accounts = accounts(site.engine.about.url)
     assert site.engine.registry.local_accounts
     site.env.update(

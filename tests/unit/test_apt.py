@@ -93,7 +93,7 @@ def test_the_configuration_keeps_to_its_folder(tmp_path: Path) -> None:
         (name, value)
         for name, value in settings
         if value not in ("", "/dev/null", "bookworm-forky.bin")
-        and not value.startswith(str(made.folder))
+        and not value.startswith(str(made.directory))
     ]
     assert len(settings) >= 8
     assert outside == []
@@ -156,9 +156,9 @@ def test_unpacked_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(apt_module, "unpack", lay_out)
     made, root = Unpacking(tmp_path / "apt", ["forky"]), tmp_path / "root"
     with pytest.raises(EngineError):
-        made.unpacked(["one", "bad"], root)
+        made.unpack(["one", "bad"], root)
     assert not root.exists()
-    made.unpacked(["one", "two"], root)
+    made.unpack(["one", "two"], root)
     assert sorted(path.name for path in root.iterdir()) == ["one", "two"]
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
 
@@ -173,8 +173,8 @@ def test_a_package_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_no_module_names_a_mirror_or_a_registry() -> None:
-    (folder,) = guix_tasks.bootstrap.__path__
-    for module in Path(folder).glob("*.py"):
+    (directory,) = guix_tasks.bootstrap.__path__
+    for module in Path(directory).glob("*.py"):
         hosts = re.findall(
             r"https?://[^\s\"'{]+|[\w-]+\.debian\.org|docker\.io/", module.read_text()
         )

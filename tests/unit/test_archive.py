@@ -49,9 +49,9 @@ def docker_archive(
     return file
 
 
-def converted(folder: Path, docker: io.BytesIO, *, compressed: bool = True) -> dict[str, bytes]:
-    folder.mkdir(exist_ok=True)
-    data = b"".join(oci_archive(docker, folder, compressed=compressed))
+def converted(directory: Path, docker: io.BytesIO, *, compressed: bool = True) -> dict[str, bytes]:
+    directory.mkdir(exist_ok=True)
+    data = b"".join(oci_archive(docker, directory, compressed=compressed))
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         members = tar.getmembers()
         assert len({each.name for each in members}) == len(members)

@@ -134,8 +134,8 @@ def test_floating_channels_are_asked_for_first() -> None:
 
 def test_the_reports_are_those_of_the_last_image() -> None:
     found = blocks(Recipe([AMD64], [PULL, INSTALL]))
-    folder, first, second, created = (arguments(line)[2] for line in found["described"][1])
-    assert folder == "mkdir -p /.guix-tasks-reports"
+    directory, first, second, created = (arguments(line)[2] for line in found["described"][1])
+    assert directory == "mkdir -p /.guix-tasks-reports"
     assert first.endswith(" guix describe >/.guix-tasks-reports/pull")
     assert first.startswith('PATH="/var/guix/profiles/per-user/root/current-guix/bin:')
     assert shlex.split(second)[1:-1] == ["guix", "package", "-I", "it's"]

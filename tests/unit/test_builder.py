@@ -30,8 +30,8 @@ def fake(tmp_path: Path) -> FakeBuildx:
     return FakeBuildx(tmp_path / "buildx")
 
 
-def settings(folder: Path, **env: str) -> Settings:
-    return load_settings(folder, folder, env)
+def settings(directory: Path, **env: str) -> Settings:
+    return load_settings(directory, directory, env)
 
 
 def builder(*nodes: tuple[str, ...], fixed: tuple[str, ...] = ()) -> Builder:

@@ -18,11 +18,11 @@ import pytest
 from fake_buildx import DIGEST, FLAGS, NAME, REFUSED, UNKNOWN_FLAG, Call, FakeBuildx
 from fake_engine import BASE_IMAGE, COMMITS, IMAGE, Heard, Site, channel, heard, new_site
 
-from guix_tasks.buildkit.build import BuildWishes, build
+from guix_tasks.buildkit.build import BuildOptions, build
 from guix_tasks.engine.api import NoEngine
 from guix_tasks.errors import BuilderError, NoEngineError, RegistryError, StageError, UsageError
 from guix_tasks.oci.labels import BASE_DIGEST, BASE_NAME, CREATED
-from guix_tasks.stages.declarations import OwnStage
+from guix_tasks.stages.declarations import CustomStage
 from guix_tasks.stages.images import CHANNELS_LABEL, PACKAGES_LABEL, PREVIOUS
 from guix_tasks.stages.project import Project
 from guix_tasks.stages.runner import STAGE_TRIES
@@ -50,12 +50,12 @@ def fake(tmp_path: Path) -> FakeBuildx:
 
 
 def bake(site: Site, fake: FakeBuildx, **options: bool) -> str:
-    return build(site.project(), fake.program(), BuildWishes(**options))
+    return build(site.project(), fake.program(), BuildOptions(**options))
 
 
 def said(site: Site, fake: FakeBuildx, **options: bool) -> str:
     project = site.project()
-    build(project, fake.program(), BuildWishes(**options))
+    build(project, fake.program(), BuildOptions(**options))
     return heard(project)
 
 
@@ -201,7 +201,7 @@ def test_mounts_are_seen_by_the_steps(site: Site, fake: FakeBuildx) -> None:
     site.env["MOUNTS"] = "context:/a channels.scm:/b:ro"
     bake(site, fake)
     call = bakes(fake)[-1]
-    assert call.target["contexts"]["mount-0"] == str(site.folder / "context")
+    assert call.target["contexts"]["mount-0"] == str(site.directory / "context")
     assert "https://guix.test" in call.files["work/mounts/1"]
 
 
@@ -212,7 +212,9 @@ def test_floating_channels_are_resolved_first_and_locked(site: Site, fake: FakeB
     assert "the channels are locked in" in said(site, fake)
     asked, reports, _ = (call.files for call in bakes(fake))
     assert "AS resolving" in asked["Dockerfile"]
-    assert asked["work/resolve/channels.scm"] == (site.folder / "channels.scm").read_text().strip()
+    assert (
+        asked["work/resolve/channels.scm"] == (site.directory / "channels.scm").read_text().strip()
+    )
     assert "resolve.scm" in asked["work/resolve/stage"]
     assert asked["work/resolve/again"]
     assert "AS resolving" not in reports["Dockerfile"]
@@ -402,7 +404,7 @@ def test_buildkit_elsewhere_needs_no_engine(site: Site, fake: FakeBuildx, platfo
     )  # fmt: skip
     fake.add("far", "remote", endpoint="tcp://b.test:1")
     project = site.project(NoEngine(NoEngineError("no engine")))
-    assert build(project, fake.program(), BuildWishes()) == f"{IMAGE}@{DIGEST}"
+    assert build(project, fake.program(), BuildOptions()) == f"{IMAGE}@{DIGEST}"
 
 
 # --- What is refused ------------------------------------------------------------------------
@@ -437,7 +439,7 @@ def test_without_an_engine_nothing_is_built_to_be_loaded(site: Site, fake: FakeB
     site.env["BUILDX_OUTPUT"] = "load"
     project = site.project(NoEngine(NoEngineError("no engine")))
     with pytest.raises(NoEngineError):
-        build(project, fake.program(), BuildWishes())
+        build(project, fake.program(), BuildOptions())
     assert fake.calls() == []
 
 
@@ -468,9 +470,9 @@ def test_the_memory_of_a_stage_is_no_business_of_a_builder(site: Site, fake: Fak
 
 
 def test_stages_of_a_projects_own_are_not_in_it(site: Site, fake: FakeBuildx) -> None:
-    stages = tuple(OwnStage(name, ("make",), "install") for name in ("deps", "tested"))
-    project = replace(site.project(), own=stages)
-    build(project, fake.program(), BuildWishes())
+    stages = tuple(CustomStage(name, ("make",), "install") for name in ("deps", "tested"))
+    project = replace(site.project(), custom_stages=stages)
+    build(project, fake.program(), BuildOptions())
     assert "warning: deps and tested will not be in the image: buildx.build" in heard(project)
 
 
@@ -487,7 +489,7 @@ def test_a_push_by_digest_has_no_tag_and_is_written_down(site: Site, fake: FakeB
     assert set(output.split(",")) == {
         "type=image", f"name={name}", "push-by-digest=true", "name-canonical=true", "push=true",
     }  # fmt: skip
-    (file,) = (site.folder / "out" / "digests").iterdir()
+    (file,) = (site.directory / "out" / "digests").iterdir()
     assert file.name == "linux-amd64.json"
     assert json.loads(file.read_text()) == {
         "repository": name, "platforms": ["linux/amd64"], "digest": DIGEST,
@@ -497,7 +499,7 @@ def test_a_push_by_digest_has_no_tag_and_is_written_down(site: Site, fake: FakeB
 
 def in_out(site: Site) -> list[str]:
     """The names of what is in ``out/`` besides the logs."""
-    return [each.name for each in (site.folder / "out").iterdir() if each.name != "logs"]
+    return [each.name for each in (site.directory / "out").iterdir() if each.name != "logs"]
 
 
 def test_a_push_by_digest_that_fails_writes_nothing_down(site: Site, fake: FakeBuildx) -> None:
@@ -510,7 +512,7 @@ def test_a_push_by_digest_that_fails_writes_nothing_down(site: Site, fake: FakeB
 @pytest.mark.parametrize("kind", ["oci", "docker"])
 def test_an_archive_is_in_out(site: Site, fake: FakeBuildx, kind: str) -> None:
     site.env["BUILDX_OUTPUT"] = kind
-    path = site.folder / "out" / f"app-1.{kind}.tar"
+    path = site.directory / "out" / f"app-1.{kind}.tar"
     assert bake(site, fake) == str(path)
     assert in_out(site) == [path.name]
     assert path.read_text() == "an archive"
@@ -521,7 +523,7 @@ def test_an_archive_is_in_out(site: Site, fake: FakeBuildx, kind: str) -> None:
 
 def test_an_archive_in_a_folder_with_a_comma(tmp_path: Path, fake: FakeBuildx) -> None:
     site = new_site(tmp_path / "a, b", BUILDX_OUTPUT="oci")
-    assert bake(site, fake) == str(site.folder / "out" / "app-1.oci.tar")
+    assert bake(site, fake) == str(site.directory / "out" / "app-1.oci.tar")
 
 
 @pytest.mark.parametrize("fault", ["an error", "Ctrl-C"])
@@ -687,7 +689,7 @@ def test_credentials_are_in_the_environment_and_nowhere_else(site: Site, fake: F
         assert "hunter2-x" not in kept
         assert pair not in kept
     assert "hunter2-x" not in shown
-    assert not (fake.folder / "config" / "config.json").exists()
+    assert not (fake.directory / "config" / "config.json").exists()
 
 
 def test_a_proxys_password_is_in_no_layer_and_on_no_command_line(
@@ -697,7 +699,7 @@ def test_a_proxys_password_is_in_no_layer_and_on_no_command_line(
     shown = said(site, fake)
     for call in bakes(fake):
         holders = [name for name, text in call.files.items() if "hunter2-x" in text]
-        # Both in a folder that nobody else may open; builders keep such arguments to themselves.
+        # Both in a directory that nobody else may open; builders keep such arguments to themselves.
         assert sorted(holders) == ["bake.json", "environment"]
         assert json.loads(call.files["bake.json"])["target"]["base"]["args"]["https_proxy"]
         assert call.target["secret"][0].startswith("id=environment,src=")
@@ -711,7 +713,7 @@ def test_a_dry_run_shows_no_secret_of_the_bake_file(site: Site, fake: FakeBuildx
         BUILDX_CACHE_TO="type=s3,bucket=buck,secret_access_key=hunter3",
     )
     project = site.project()
-    build(project, fake.program(project.console, perform=False), BuildWishes())
+    build(project, fake.program(project.console, perform=False), BuildOptions())
     shown = heard(project)
     assert '"TOKEN": "***"' in shown
     assert '"VERSION": "1.0"' in shown
@@ -724,14 +726,14 @@ import sys
 from pathlib import Path
 from fake_buildx import FakeBuildx
 from fake_engine import new_site
-from guix_tasks.buildkit.build import BuildWishes, build
+from guix_tasks.buildkit.build import BuildOptions, build
 place = Path(sys.argv[1])
 site = new_site(place / "site", BUILDX_DRIVER="docker-container", BUILD_ARGS="TOKEN=hunter2-x")
 fake = FakeBuildx(place / "fake")
 fake.add()
 fake.fail("too late", "bake", sleeps=60)
 project = site.project()
-build(project, fake.program(project.console), BuildWishes())
+build(project, fake.program(project.console), BuildOptions())
 """
 
 
@@ -797,7 +799,7 @@ def test_a_dry_run_shows_the_calls_and_the_files_and_does_nothing(
     before = (dict(site.engine.tags), site.engine.changing_calls())
     console, project = Heard(), site.project()
     dry = Project(project.settings, project.engine, console)
-    assert build(dry, fake.program(console, perform=False), BuildWishes()) == ""
+    assert build(dry, fake.program(console, perform=False), BuildOptions()) == ""
     shown = console.text
     assert shown.count("+ docker buildx bake ") == 3
     assert "--- Dockerfile\n" in shown
@@ -805,7 +807,7 @@ def test_a_dry_run_shows_the_calls_and_the_files_and_does_nothing(
     assert '"output"' in shown.partition("--- bake.json\n")[2]
     assert fake.changes() == []
     assert (site.engine.tags, site.engine.changing_calls()) == before
-    assert not (site.folder / "out").exists()
+    assert not (site.directory / "out").exists()
     assert not site.lock.exists()
 
 
@@ -814,7 +816,7 @@ def test_a_dry_run_answers_nothing(site: Site, fake: FakeBuildx, output: str) ->
     locked(site)
     site.env["BUILDX_OUTPUT"] = output
     project = site.project()
-    assert build(project, fake.program(perform=False), BuildWishes()) == ""
+    assert build(project, fake.program(perform=False), BuildOptions()) == ""
     assert "buildx.build: registry.test" not in heard(project)
     assert fake.changes() == []
 
@@ -851,7 +853,7 @@ def test_a_dry_run_goes_on_without_a_builder(site: Site, tmp_path: Path) -> None
     """The task before, which was left at being shown, would have made it."""
     none = FakeBuildx(tmp_path / "none")
     project = site.project()
-    assert build(project, none.program(project.console, perform=False), BuildWishes()) == ""
+    assert build(project, none.program(project.console, perform=False), BuildOptions()) == ""
     assert heard(project).count("+ docker buildx bake") == 3
     assert f"there is no builder {NAME} yet" in heard(project)
     assert none.changes() == []

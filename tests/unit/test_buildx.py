@@ -25,9 +25,9 @@ from guix_tasks.buildkit import buildx
 from guix_tasks.buildkit.buildx import (
     BuilderNode,
     Buildx,
+    check_account_support,
     csv_field,
     parse_builder,
-    refuse_without_accounts,
     with_accounts,
 )
 from guix_tasks.engine import diagnose
@@ -249,9 +249,9 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def place(folder: Path, mode: int = 0o755) -> str:
-    folder.mkdir(parents=True)
-    program = folder / "docker-buildx"
+def place(directory: Path, mode: int = 0o755) -> str:
+    directory.mkdir(parents=True)
+    program = directory / "docker-buildx"
     program.write_text("#!/bin/sh\n")
     program.chmod(mode)
     return str(program)
@@ -262,7 +262,7 @@ def test_there_is_none(bare: Path) -> None:
 
 
 def test_it_is_where_the_docker_command_finds_it(bare: Path) -> None:
-    """In this order: the user's folder, the system's, the private engine's, the path."""
+    """In this order: the user's directory, the system's, the private engine's, the path."""
     on_path = place(bare / "bin")
     assert buildx.find_program({}) == on_path
     system = place(bare / "system")
@@ -545,7 +545,7 @@ def test_a_program_that_reads_accounts_is_not_refused(
     stub: Path, tmp_path: Path, version: str
 ) -> None:
     given = accounts(tmp_path, **{"a.example": ACCOUNT})
-    refuse_without_accounts(answering(stub, version), given, "a.example")
+    check_account_support(answering(stub, version), given, "a.example")
 
 
 def test_a_program_that_reads_no_accounts_is_refused_where_one_is_needed(
@@ -553,15 +553,15 @@ def test_a_program_that_reads_no_accounts_is_refused_where_one_is_needed(
 ) -> None:
     given, old = accounts(tmp_path, **{"a.example": ACCOUNT}), answering(stub, "0.13.1+ds1")
     with pytest.raises(BuilderError) as caught:
-        refuse_without_accounts(old, given, "a.example")
+        check_account_support(old, given, "a.example")
     assert str(caught.value).startswith("cannot give buildx the account of a.example: buildx ")
     assert "`docker login`" in str(caught.value)
-    refuse_without_accounts(old, given, "b.example")
+    check_account_support(old, given, "b.example")
     # `docker login` has written one where every version reads it.
     (tmp_path / "docker").mkdir()
     config = {"auths": {"a.example": {"auth": CODED}}}
     (tmp_path / "docker" / "config.json").write_text(json.dumps(config))
-    refuse_without_accounts(old, given, "a.example")
+    check_account_support(old, given, "a.example")
 
 
 def test_a_build_that_fails_names_the_account_that_an_old_program_did_not_get(
@@ -669,11 +669,11 @@ def test_a_builder_that_is_not_there_is_none_and_any_other_error_is_one(program:
 
 def test_a_builder_is_asked_for_insecure_steps_without_a_build(program: Buildx, stub: Path) -> None:
     buildx.probe(program, "b", None)
-    *words, folder = argv(stub)
+    *words, directory = argv(stub)
     assert words == [
         "build", "--builder=b", "--call=check", "--allow=security.insecure", "--file=-",
     ]  # fmt: skip
-    assert not Path(folder).exists()
+    assert not Path(directory).exists()
     assert (stub.parent / "input").read_text() == buildx.PROBE
     buildx.probe(program, "b", "docker/dockerfile:1")
     assert "--build-arg=BUILDKIT_SYNTAX=docker/dockerfile:1" in argv(stub)

@@ -179,10 +179,10 @@ def test_nobody_who_listens_is_one_line(target: Path) -> None:
 
 def test_without_an_address_it_is_debians(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Apt:
-        def __init__(self, folder: Path, suites: Sequence[str], **_: object) -> None:
+        def __init__(self, directory: Path, suites: Sequence[str], **_: object) -> None:
             self.suites = suites
 
-        def unpacked(self, packages: list[str], root: Path) -> None:
+        def unpack(self, packages: list[str], root: Path) -> None:
             assert self.suites[0] == "bookworm"
             assert packages[0].startswith("docker-buildx/")
             program = root / "usr/libexec/docker/cli-plugins/docker-buildx"
@@ -204,7 +204,7 @@ def test_a_package_without_the_plugin_is_one_line(
         def __init__(self, *_: object, **_more: object) -> None:
             pass
 
-        def unpacked(self, _packages: list[str], root: Path) -> None:
+        def unpack(self, _packages: list[str], root: Path) -> None:
             root.mkdir()
 
     monkeypatch.setattr(buildx_plugin, "host_suite", lambda: "bookworm")

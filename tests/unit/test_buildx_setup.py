@@ -15,14 +15,14 @@ from guix_tasks.commands import buildx_setup
 from guix_tasks.commands.buildx_setup import (
     BINFMT_IMAGE,
     STATUS_HEADER,
-    SetupWishes,
+    SetupOptions,
     cache_size,
     check_endpoint,
     create_argv,
     parse_cache_size,
+    remove_builder,
     set_up,
     status_rows,
-    take_down,
 )
 from guix_tasks.errors import BuilderError, RegistryError
 
@@ -51,7 +51,7 @@ def fake(tmp_path: Path) -> FakeBuildx:
 def setup(site: Site, fake: FakeBuildx, *, own: str = "default", **wishes: bool) -> str:
     """Set up; what was said."""
     project = site.project()
-    set_up(project, fake.program(own=own), SetupWishes(**wishes))
+    set_up(project, fake.program(own=own), SetupOptions(**wishes))
     return heard(project)
 
 
@@ -304,7 +304,7 @@ def test_a_dry_setup_shows_what_would_install_emulators(site: Site, fake: FakeBu
     site.env["PLATFORMS"] = "linux/amd64 linux/riscv64"
     fake.add()
     project = site.project()
-    set_up(project, fake.program(perform=False), SetupWishes(binfmt=True))
+    set_up(project, fake.program(perform=False), SetupOptions(binfmt=True))
     assert f"docker run --privileged --rm {BINFMT_IMAGE} --install riscv64\n" in heard(project)
     assert site.engine.changing_calls() == []
 
@@ -352,7 +352,7 @@ def test_the_error_that_is_told_is_the_first(site: Site, fake: FakeBuildx) -> No
     fake.fail("ERROR: it does not go away", "rm")
     project = site.project()
     with pytest.raises(BuilderError, match="no route to host"):
-        set_up(project, fake.program(), SetupWishes())
+        set_up(project, fake.program(), SetupOptions())
     assert (
         f"warning: {NAME} is only partly created (it does not go away); `inv buildx.down`"
         in heard(project)
@@ -440,7 +440,7 @@ def test_emulators_that_cannot_be_had_are_an_error(site: Site, fake: FakeBuildx)
 def dry(site: Site, fake: FakeBuildx, **wishes: bool) -> list[str]:
     """The commands that are shown; none is run."""
     console = Heard()
-    set_up(site.project(), fake.program(console, perform=False), SetupWishes(**wishes))
+    set_up(site.project(), fake.program(console, perform=False), SetupOptions(**wishes))
     assert fake.changes() == []
     return [line for line in console.text.splitlines() if line.startswith("+ ")]
 
@@ -550,7 +550,7 @@ def test_down_removes_it(site: Site, fake: FakeBuildx, *, keep: bool, argv: str)
     fake.add()
     fake.add("other")
     project = site.project()
-    take_down(project, fake.program(), keep_cache=keep)
+    remove_builder(project, fake.program(), keep_cache=keep)
     assert fake.changes() == [argv]
     assert list(fake.state["builders"]) == ["other"]
     assert (", kept its cache" in heard(project)) == keep
@@ -558,7 +558,7 @@ def test_down_removes_it(site: Site, fake: FakeBuildx, *, keep: bool, argv: str)
 
 def test_down_of_none_says_so(site: Site, fake: FakeBuildx) -> None:
     project = site.project()
-    take_down(project, fake.program(), keep_cache=False)
+    remove_builder(project, fake.program(), keep_cache=False)
     assert heard(project) == f"buildx.down: builder {NAME} does not exist\n"
 
 
@@ -566,6 +566,6 @@ def test_down_leaves_the_engine(site: Site, fake: FakeBuildx) -> None:
     fake.add("default", "docker")
     site.env["BUILDX_DRIVER"] = "docker"
     project = site.project()
-    take_down(project, fake.program(), keep_cache=False)
+    remove_builder(project, fake.program(), keep_cache=False)
     assert "the engine itself is the builder; nothing to remove" in heard(project)
     assert fake.changes() == []

@@ -18,11 +18,11 @@ from guix_tasks.stages.channel_access import (
     AGENT,
     access_files,
     by_ssh,
-    lent_access,
+    grant_access,
     mirrored,
     programs,
 )
-from guix_tasks.stages.container import proxy_out_of_reach
+from guix_tasks.stages.container import proxy_error_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,8 +48,8 @@ def an_agent(asked: list[bytes]) -> Iterator[str]:
                 asked.append(data)
                 self.request.sendall(data)
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/agent"
+    with tempfile.TemporaryDirectory() as directory:
+        path = f"{directory}/agent"
         with socketserver.ThreadingUnixStreamServer(path, Agent) as server:
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -63,10 +63,10 @@ def message(kind: int, text: bytes = b"") -> bytes:
 
 def test_public_channel_needs_no_access_files(site: Site) -> None:
     assert access_files(site.settings(), BY_HTTPS) == {}
-    with lent_access(site.engine, site.settings(), BY_HTTPS) as access:
+    with grant_access(site.engine, site.settings(), BY_HTTPS) as access:
         assert access.files == programs()
         assert access.binds == ()
-    with lent_access(site.engine, site.settings(), None) as access:
+    with grant_access(site.engine, site.settings(), None) as access:
         assert access.files == {}
 
 
@@ -118,11 +118,11 @@ def test_ssh_urls_are_recognised(site: Site, url: str, is_by_ssh: bool) -> None:
 def test_missing_agent_or_known_hosts_is_an_error(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HOME", str(site.folder))
+    monkeypatch.setenv("HOME", str(site.directory))
     for missing in (r"SSH_KNOWN_HOSTS: .*/\.ssh/known_hosts: No such file", "SSH_AUTH_SOCK is not"):
         with (
             pytest.raises(UsageError, match=missing),
-            lent_access(site.engine, site.settings(), BY_SSH),
+            grant_access(site.engine, site.settings(), BY_SSH),
         ):
             pass
         site.write(".ssh/known_hosts", "forge.test ssh-ed25519 AAAA\n")
@@ -135,7 +135,7 @@ def test_remote_engine_cannot_use_the_agent(site: Site) -> None:
         site.env["SSH_AUTH_SOCK"] = agent
         with (
             pytest.raises(UsageError, match="is on another machine"),
-            lent_access(far, site.settings(), BY_SSH),
+            grant_access(far, site.settings(), BY_SSH),
         ):
             pass
 
@@ -145,7 +145,7 @@ def test_relay_passes_on_only_list_and_sign(site: Site) -> None:
     asked: list[bytes] = []
     with an_agent(asked) as agent:
         site.env["SSH_AUTH_SOCK"] = agent
-        with lent_access(site.engine, site.settings(), BY_SSH) as access:
+        with grant_access(site.engine, site.settings(), BY_SSH) as access:
             (bind,) = access.binds
             place, _, target = bind.partition(":")
             assert target == AGENT
@@ -183,7 +183,7 @@ def test_relay_passes_on_only_list_and_sign(site: Site) -> None:
 )
 def test_proxy_on_loopback_is_reported(site: Site, proxy: str, network: str, is_out: bool) -> None:
     site.env.update(https_proxy=proxy, no_proxy="localhost", NETWORK=network)
-    why = proxy_out_of_reach(site.engine, site.settings())
+    why = proxy_error_line(site.engine, site.settings())
     assert ("set NETWORK=host" in why) == is_out
     if is_out:
         assert "https_proxy" in why

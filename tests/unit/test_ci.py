@@ -31,7 +31,7 @@ def test_github_obeys_nothing_in_a_group(monkeypatch: pytest.MonkeyPatch, err: i
     console = Console(err=err)
     with console.step("install") as step:
         step.log([b"::set-env name=PATH::/evil", b"::endgroup::", b"##[add-path]/evil"])
-    console.say("install: done")
+    console.print("install: done")
     start, stop, *foreign, go_on, end, said = err.getvalue().splitlines()
     word = stop.removeprefix("::stop-commands::")
     assert re.fullmatch("[0-9a-f]{32}", word)

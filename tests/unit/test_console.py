@@ -79,7 +79,7 @@ def test_a_time_that_is_rounded_up_takes_the_next_unit() -> None:
 def test_standard_output_contains_only_results(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console()
     console.result("result")
-    console.say("said")
+    console.print("said")
     console.warn("careful")
     console.error("wrong")
     console.command(["docker", "run", "a b"])
@@ -111,9 +111,9 @@ def test_a_stream_is_handed_on_byte_by_byte() -> None:
 def test_a_stream_and_lines_keep_their_order() -> None:
     raw = io.BytesIO()
     console = Console(err=io.TextIOWrapper(raw, encoding="utf-8"))
-    console.say("one")
+    console.print("one")
     console.stream(b"two\n")
-    console.say("three")
+    console.print("three")
     assert raw.getvalue() == b"one\ntwo\nthree\n"
 
 
@@ -291,5 +291,5 @@ def test_control_characters_are_escaped(text: str, shown: str) -> None:
 
 def test_a_message_of_ours_may_have_several_lines() -> None:
     console = Heard()
-    console.say("one\n\ttwo\x1b")
+    console.print("one\n\ttwo\x1b")
     assert console.text == "one\n\ttwo\\x1b\n"

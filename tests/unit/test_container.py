@@ -29,19 +29,19 @@ from guix_tasks.engine.api import ContainerSpec
 from guix_tasks.errors import EngineError, StageError, StoppedError, UsageError
 from guix_tasks.stages.container import (
     ENTRY_POINT,
-    FOLDER,
-    IMAGE_FOLDER,
     PROJECT_LABEL,
+    RESOURCES,
+    WORK_DIRECTORY,
     Work,
     archive,
     cache_volumes,
+    check_native_platform,
     environment,
     fill,
     is_kept,
     kept_containers,
-    memory_folders,
-    refuse_emulated,
     sweep,
+    tmpfs_directories,
     unstarted_container,
     work_container,
     work_containers,
@@ -83,12 +83,12 @@ def test_archive_contains_its_files_in_the_directory(files: dict[str, bytes]) ->
         found = {
             f"/{each.name}": file.read() for each in members if (file := tar.extractfile(each))
         }
-    assert found == {f"{FOLDER}/{name}": content for name, content in files.items()}
+    assert found == {f"{WORK_DIRECTORY}/{name}": content for name, content in files.items()}
     seen: set[str] = set()
     for member in members:
         above = os.path.dirname(member.name)  # noqa: PTH120 -- "" for none, not "."
-        known = above in seen or f"/{above}" == os.path.dirname(FOLDER)  # noqa: PTH120
-        assert known, "a folder comes before what is in it"
+        known = above in seen or f"/{above}" == os.path.dirname(WORK_DIRECTORY)  # noqa: PTH120
+        assert known, "a directory comes before what is in it"
         seen.add(member.name)
         assert member.uid == member.gid == 0
 
@@ -97,7 +97,7 @@ def test_only_scripts_are_executable_and_only_root_reads_the_rest() -> None:
     files = {"a": b"#!/bin/sh\n", "b": b"x", "c/d": b"y"}
     with tarfile.open(fileobj=io.BytesIO(archive(files))) as tar:
         modes = {each.name: each.mode for each in tar}
-    root = FOLDER.lstrip("/")
+    root = WORK_DIRECTORY.lstrip("/")
     assert modes == {
         root: 0o755, f"{root}/a": 0o755, f"{root}/b": 0o600,
         f"{root}/c": 0o755, f"{root}/c/d": 0o600,
@@ -110,8 +110,8 @@ def test_entry_point_and_files_are_copied_in(site: Site) -> None:
     site.env["GUIX_SUBSTITUTE_KEYS"] = "a.pub sub/a.pub"
     with work_container(site.engine, site.settings(), "work:1", WORK) as container:
         box = site.engine.all_containers[container]
-    assert box.read(ENTRY_POINT) == (IMAGE_FOLDER / "entry-point.sh").read_bytes()
-    assert box.text(f"{FOLDER}/data/x") == "1"
+    assert box.read(ENTRY_POINT) == (RESOURCES / "entry-point.sh").read_bytes()
+    assert box.text(f"{WORK_DIRECTORY}/data/x") == "1"
     keys = {path: text for path, text in box.changes.items() if "/keys/" in path}
     assert sorted(keys.values(), key=str) == [b"key a", b"key b"]
 
@@ -136,7 +136,7 @@ def test_no_value_of_the_environment_reaches_a_shell_unquoted(
     site.engine.make_image({}, {"/x": b""}, tag="work:1")
     settings = with_proxies(site.settings(), {"https_proxy": value})
     with work_container(site.engine, settings, "work:1", WORK) as container:
-        content = site.engine.all_containers[container].read(f"{FOLDER}/environment")
+        content = site.engine.all_containers[container].read(f"{WORK_DIRECTORY}/environment")
     assert content is not None
     script = content.decode() + 'printf %s "$https_proxy"\n'
     done = subprocess.run(["sh"], input=script.encode(), capture_output=True, check=True)
@@ -196,8 +196,8 @@ def test_settings_determine_the_container(site: Site) -> None:
     )
     spec = spec_of(site)
     assert spec.binds[:2] == (
-        f"{site.folder}/context:/a",
-        f"{site.folder}/channels.scm:/b:ro",
+        f"{site.directory}/context:/a",
+        f"{site.directory}/channels.scm:/b:ro",
     )
     assert spec.memory == 1 << 30
     assert spec.network == "none"
@@ -264,7 +264,7 @@ def test_the_cache_of_a_32_bit_platform_is_in_memory(site: Site, platform: str) 
     """There a program under QEMU fails on the inode numbers of a file system on disk."""
     site.env["PLATFORMS"] = platform
     spec = spec_of(site)
-    assert spec.memory_folders == ("/root/.cache",)
+    assert spec.tmpfs_directories == ("/root/.cache",)
     assert [bind.partition(":")[2] for bind in spec.binds] == ["/var/guix/substitute"]
     assert spec.scratch == "/tmp"  # noqa: S108
     assert all(name.endswith("-substitutes") for name in site.engine.all_volumes)
@@ -274,19 +274,19 @@ def test_the_cache_of_a_32_bit_platform_is_in_memory(site: Site, platform: str) 
 def test_the_cache_of_a_64_bit_platform_is_on_disk(site: Site, platform: str) -> None:
     site.env["PLATFORMS"] = platform
     spec = spec_of(site)
-    assert spec.memory_folders == ()
+    assert spec.tmpfs_directories == ()
     assert len(spec.binds) == 2
 
 
 def test_without_caches_none_is_in_memory(site: Site) -> None:
     site.env.update(PLATFORMS="linux/386", CACHE_VOLUME="")
-    assert memory_folders(site.settings()) == ()
-    assert spec_of(site).memory_folders == ()
+    assert tmpfs_directories(site.settings()) == ()
+    assert spec_of(site).tmpfs_directories == ()
 
 
 def test_bare_container_has_no_directory_in_memory(site: Site) -> None:
     site.env["PLATFORMS"] = "linux/386"
-    assert spec_of(site, replace(WORK, bare=True)).memory_folders == ()
+    assert spec_of(site, replace(WORK, bare=True)).tmpfs_directories == ()
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_bare_container_has_no_directory_in_memory(site: Site) -> None:
 )
 def test_native_platform_is_accepted(tmp_path: Path, own: str, platform: str) -> None:
     site = Site(tmp_path, FakeEngine(platform=own), PLATFORMS=platform)
-    refuse_emulated(site.engine, site.settings())
+    check_native_platform(site.engine, site.settings())
 
 
 @pytest.mark.parametrize(
@@ -319,11 +319,11 @@ def test_emulated_platform_is_accepted_only_with_nochroot(
 ) -> None:
     site = Site(tmp_path, FakeEngine(platform=own), PLATFORMS=platform)
     with pytest.raises(UsageError) as caught:
-        refuse_emulated(site.engine, site.settings())
+        check_native_platform(site.engine, site.settings())
     assert str(caught.value).startswith(f"{platform} is emulated by this engine ({own})")
     assert "set GUIX_SANDBOX=nochroot" in str(caught.value)
     site.env["GUIX_SANDBOX"] = "nochroot"
-    refuse_emulated(site.engine, site.settings())
+    check_native_platform(site.engine, site.settings())
 
 
 def test_two_containers_have_two_names(site: Site) -> None:

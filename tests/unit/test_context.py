@@ -37,38 +37,42 @@ def settings(tmp_path: Path, **env: str) -> Settings:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     place = tmp_path / "build"
     place.mkdir()
     return place
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+def files(directory: Path) -> dict[str, bytes]:
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
 # --- Steps ----------------------------------------------------------------------------------
 
 
-def test_a_step_has_what_a_work_container_has(tmp_path: Path, folder: Path) -> None:
+def test_a_step_has_what_a_work_container_has(tmp_path: Path, directory: Path) -> None:
     (tmp_path / "a.pub").write_text("key\n")
     made = settings(tmp_path, GUIX_SUBSTITUTE_KEYS=str(tmp_path / "a.pub"))
-    write_step(made, folder, "pull", {"stage": b"#!/bin/sh\n", "x/y.scm": b"()"}, force=False)
-    found = files(folder / "work" / "pull")
+    write_step(made, directory, "pull", {"stage": b"#!/bin/sh\n", "x/y.scm": b"()"}, force=False)
+    found = files(directory / "work" / "pull")
     assert set(found) == {"entry-point.sh", "environment", "keys/0-a.pub", "stage", "x/y.scm"}
     assert found["keys/0-a.pub"] == b"key\n"
     assert found["x/y.scm"] == b"()"
-    modes = {name: stat.S_IMODE((folder / "work" / "pull" / name).stat().st_mode) for name in found}
+    modes = {
+        name: stat.S_IMODE((directory / "work" / "pull" / name).stat().st_mode) for name in found
+    }
     assert {name for name, mode in modes.items() if mode == 0o755} == {"entry-point.sh", "stage"}
     assert {mode for name, mode in modes.items() if "." in name and "entry" not in name} == {0o644}
 
 
-def test_the_environment_is_beside_the_steps_and_never_in_one(tmp_path: Path, folder: Path) -> None:
+def test_the_environment_is_beside_the_steps_and_never_in_one(
+    tmp_path: Path, directory: Path
+) -> None:
     made = replace(settings(tmp_path), proxies={"https_proxy": "http://me:hunter2@proxy; '$x"})
-    write_environment(made, folder)
-    write_step(made, folder, "install", {}, force=False)
-    found = files(folder)
+    write_environment(made, directory)
+    write_step(made, directory, "install", {}, force=False)
+    found = files(directory)
     assert found.pop("environment").decode() == (
         "GUIX_SANDBOX=privileged\nhttps_proxy='http://me:hunter2@proxy; '\"'\"'$x'\n"
     )
@@ -77,14 +81,14 @@ def test_the_environment_is_beside_the_steps_and_never_in_one(tmp_path: Path, fo
 
 
 def test_the_same_step_is_the_same_unless_it_is_to_be_made_again(
-    tmp_path: Path, folder: Path
+    tmp_path: Path, directory: Path
 ) -> None:
     made = settings(tmp_path)
     for name in ("a", "b"):
-        write_step(made, folder, name, {"stage": b"x"}, force=False)
+        write_step(made, directory, name, {"stage": b"x"}, force=False)
     for name in ("c", "d"):
-        write_step(made, folder, name, {"stage": b"x"}, force=True)
-    a, b, c, d = (files(folder / "work" / name) for name in "abcd")
+        write_step(made, directory, name, {"stage": b"x"}, force=True)
+    a, b, c, d = (files(directory / "work" / name) for name in "abcd")
     assert a == b
     assert c.pop("again") != d.pop("again")
     assert a == c == d
@@ -93,42 +97,42 @@ def test_the_same_step_is_the_same_unless_it_is_to_be_made_again(
 # --- MOUNTS ---------------------------------------------------------------------------------
 
 
-def test_a_folder_is_a_context_and_a_file_is_copied(tmp_path: Path, folder: Path) -> None:
+def test_a_folder_is_a_context_and_a_file_is_copied(tmp_path: Path, directory: Path) -> None:
     (tmp_path / "dir é").mkdir()
     (tmp_path / "a,b $c").write_text("content")
     made = settings(
         tmp_path, MOUNTS=f"'{tmp_path}/dir é:/a:ro' '{tmp_path}/a,b $c:/b/c' {tmp_path}/build:/d"
     )
-    binds, contexts = write_mounts(made, folder)
+    binds, contexts = write_mounts(made, directory)
     assert binds == [
         Bind("mount-0", "", "/a", read_only=True),
         Bind("work", "mounts/1", "/b/c", read_only=False),
         Bind("mount-2", "", "/d", read_only=False),
     ]
-    assert contexts == {"mount-0": tmp_path / "dir é", "mount-2": folder}
-    assert files(folder) == {"work/mounts/1": b"content"}
+    assert contexts == {"mount-0": tmp_path / "dir é", "mount-2": directory}
+    assert files(directory) == {"work/mounts/1": b"content"}
 
 
-def test_without_mounts_there_are_none(tmp_path: Path, folder: Path) -> None:
-    assert write_mounts(settings(tmp_path), folder) == ([], {})
+def test_without_mounts_there_are_none(tmp_path: Path, directory: Path) -> None:
+    assert write_mounts(settings(tmp_path), directory) == ([], {})
 
 
 @pytest.mark.parametrize("target", ["/a b", "/a,b", "/a\nb", '/a"b', "/a'b", "/$a", "/é", "/a\\b"])
 def test_a_target_that_a_dockerfile_cannot_say_is_refused(
-    tmp_path: Path, folder: Path, target: str
+    tmp_path: Path, directory: Path, target: str
 ) -> None:
     (mount,) = settings(tmp_path, MOUNTS="/etc:/x").mounts
     made = replace(settings(tmp_path), mounts=(replace(mount, target=target),))
     with pytest.raises(UsageError) as caught:
-        write_mounts(made, folder)
+        write_mounts(made, directory)
     assert str(caught.value).startswith(f"MOUNTS: {target!r} has a character that a build step's")
 
 
-def test_what_is_neither_file_nor_folder_is_refused(tmp_path: Path, folder: Path) -> None:
+def test_what_is_neither_file_nor_folder_is_refused(tmp_path: Path, directory: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for source in (tmp_path / "fifo", "/dev/zero"):
         with pytest.raises(UsageError, match=f"MOUNTS: {source} is neither a file nor a directory"):
-            write_mounts(settings(tmp_path, MOUNTS=f"{source}:/x"), folder)
+            write_mounts(settings(tmp_path, MOUNTS=f"{source}:/x"), directory)
 
 
 # --- The base image -------------------------------------------------------------------------
@@ -191,13 +195,13 @@ def test_an_image_that_was_pulled_is_not_handed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 511, 10_240, 1 << 20])
-def test_an_image_is_handed_over_as_it_comes(folder: Path, size: int) -> None:
+def test_an_image_is_handed_over_as_it_comes(directory: Path, size: int) -> None:
     data = saved(GOOD_INDEX)
     pieces = [data[start : start + size] for start in range(0, len(data), size)]
     engine = Saving([b"", *pieces[:1], b"", *pieces[1:]])
-    context = save_as_layout(engine, an_image(engine), REFERENCE, folder)
-    assert context == f"oci-layout://{folder}/base-image@sha256:abc"
-    assert (folder / "base-image" / "blobs/sha256/x").read_bytes() == b"x" * 50_000
+    context = save_as_layout(engine, an_image(engine), REFERENCE, directory)
+    assert context == f"oci-layout://{directory}/base-image@sha256:abc"
+    assert (directory / "base-image" / "blobs/sha256/x").read_bytes() == b"x" * 50_000
 
 
 def promising(kind: bytes) -> bytes:
@@ -235,11 +239,11 @@ def linking() -> bytes:
         linking() + promising(tarfile.REGTYPE),
     ],
 )
-def test_what_is_no_oci_layout_is_one_error(folder: Path, data: bytes) -> None:
+def test_what_is_no_oci_layout_is_one_error(directory: Path, data: bytes) -> None:
     engine = Saving([data])
     with pytest.raises(BuilderError) as caught:
-        save_as_layout(engine, an_image(engine), REFERENCE, folder)
+        save_as_layout(engine, an_image(engine), REFERENCE, directory)
     assert str(caught.value).startswith(
         f"this engine cannot save {REFERENCE} as an OCI layout (Docker 25 and newer can); "
     )
-    assert not (folder / "outside").exists()
+    assert not (directory / "outside").exists()

@@ -14,15 +14,15 @@ import pytest
 from fake_engine import IMAGE, FakeEngine, Site, heard, new_site, outline
 
 from guix_tasks.commands.clean import clean
-from guix_tasks.commands.push import image_to_use, push
+from guix_tasks.commands.push import push, require_image
 from guix_tasks.commands.sizes import sizes
 from guix_tasks.commands.squash import squash
 from guix_tasks.commands.status import STATUS_HEADER, status_rows
 from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import StageError, UsageError
-from guix_tasks.stages.container import FOLDER
+from guix_tasks.stages.container import WORK_DIRECTORY
 from guix_tasks.stages.custom import custom_stage
-from guix_tasks.stages.declarations import OwnStage, declared
+from guix_tasks.stages.declarations import CustomStage, declared
 from guix_tasks.stages.images import (
     PACKAGES_LABEL,
     PREVIOUS,
@@ -42,22 +42,22 @@ ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.usefixtures("serial_hashing")
 
-DEPS = OwnStage("deps", ("guix", "package", "--install=tar"), "install", ("deps.scm", "patches"))
-CHECKED = OwnStage("checked", ("guix", "package", "--install=check"), "deps")
+DEPS = CustomStage("deps", ("guix", "package", "--install=tar"), "install", ("deps.scm", "patches"))
+CHECKED = CustomStage("checked", ("guix", "package", "--install=check"), "deps")
 
 
 class OwnSite(Site):
     """A project whose ``tasks.py`` adds two stages."""
 
-    stages: tuple[OwnStage, ...] = (DEPS, CHECKED)
+    stages: tuple[CustomStage, ...] = (DEPS, CHECKED)
 
-    def __init__(self, folder: Path, engine: FakeEngine, **env: str) -> None:
-        super().__init__(folder, engine, **env)
+    def __init__(self, directory: Path, engine: FakeEngine, **env: str) -> None:
+        super().__init__(directory, engine, **env)
         self.write("deps.scm", "deps\n")
         self.write("patches/one/fix.patch", "fix\n")
 
     def project(self, engine: Engine | None = None) -> Project:
-        return replace(super().project(engine), own=self.stages)
+        return replace(super().project(engine), custom_stages=self.stages)
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def states(site: Site) -> dict[str, str]:
 # --- What can be one ------------------------------------------------------------------------
 
 
-def declare(**what: Any) -> OwnStage:
+def declare(**what: Any) -> CustomStage:
     given = {"name": "deps", "command": "make", "parent": "install", "inputs": (), **what}
     return declared(**given, parents=STAGES, taken=("push", "install"))
 
@@ -133,7 +133,7 @@ def test_command_starts_in_the_directory_of_its_inputs(site: OwnSite) -> None:
     assert files["project/deps.scm"] == b"deps\n"
     assert files["project/patches/one/fix.patch"] == b"fix\n"
     lines = files["stage"].decode().splitlines()
-    start = lines.index(f"cd {FOLDER}/project")
+    start = lines.index(f"cd {WORK_DIRECTORY}/project")
     assert lines[start + 1] == "guix package --install=tar"
 
 
@@ -143,7 +143,7 @@ def test_command_without_inputs_starts_in_the_directory_of_the_image(site: OwnSi
 
 @pytest.mark.parametrize("missing", ["deps.scm", "patches"])
 def test_missing_input_is_reported(site: OwnSite, missing: str) -> None:
-    (site.folder / missing).rename(site.folder / "elsewhere")
+    (site.directory / missing).rename(site.directory / "elsewhere")
     with pytest.raises(
         UsageError, match=rf"stage deps: cannot read the input .*{missing}: No such file"
     ):
@@ -151,19 +151,19 @@ def test_missing_input_is_reported(site: OwnSite, missing: str) -> None:
 
 
 def test_empty_input_directory_is_reported(site: OwnSite) -> None:
-    (site.folder / "patches/one/fix.patch").unlink()
+    (site.directory / "patches/one/fix.patch").unlink()
     with pytest.raises(UsageError, match=r"patches is an empty directory"):
         site.make("deps")
 
 
 def test_link_to_a_directory_is_reported(site: OwnSite) -> None:
-    (site.folder / "patches/more").symlink_to(site.folder)
+    (site.directory / "patches/more").symlink_to(site.directory)
     with pytest.raises(UsageError, match=r"patches/more: Is a directory"):
         site.make("deps")
 
 
 def test_a_link_to_a_file_is_the_file(site: OwnSite) -> None:
-    (site.folder / "patches/same").symlink_to("one/fix.patch")
+    (site.directory / "patches/same").symlink_to("one/fix.patch")
     assert stage_files(custom_stage(site.settings(), DEPS))["project/patches/same"] == b"fix\n"
 
 
@@ -269,7 +269,7 @@ def test_a_stage_that_is_not_there_is_told_with_those_that_are(made: OwnSite) ->
     with pytest.raises(
         UsageError, match=r"its stages are base, pull, install, deps, checked and squ"
     ):
-        image_to_use(made.project(), "nothing")
+        require_image(made.project(), "nothing")
 
 
 def test_squash_takes_it_with_the_rest(made: OwnSite) -> None:
@@ -327,11 +327,11 @@ add_stage("checked", ["make", "check"], parent="deps")
 """
 
 
-def inv(folder: Path, tasks: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (folder / "tasks.py").write_text(tasks)
+def inv(directory: Path, tasks: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    (directory / "tasks.py").write_text(tasks)
     argv = [sys.executable, *arguments]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(argv, cwd=directory, env=env, capture_output=True, text=True, check=False)
 
 
 def test_its_task_is_listed_and_costs_no_import(tmp_path: Path) -> None:

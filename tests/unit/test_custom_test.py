@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fake_engine import FakeContainer, FakeEngine, Output, Site, heard, made_site, outline
 
-from guix_tasks.commands.custom_test import run_pack_test, try_each
+from guix_tasks.commands.custom_test import run_pack_test, run_pack_tests
 from guix_tasks.commands.pack_records import Packed, save
 from guix_tasks.engine.api import ContainerSpec, run_to_end
 from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import CheckError, UsageError
 from guix_tasks.guix import TARBALL
 from guix_tasks.stages.container import PROJECT_LABEL
-from guix_tasks.stages.declarations import OwnTest, declared_test
+from guix_tasks.stages.declarations import CustomTest, declared_test
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 SYSTEM, FILE = "x86_64-linux", "hello-1.0-x86_64-linux.tar.gz"
-BARE = OwnTest("bare", ("/bin/hello", "/test/tests/names"), inputs=("tests",))
-CHECK = OwnTest("check", ("sh", "-euc", "hello"), "debian:stable-slim")
+BARE = CustomTest("bare", ("/bin/hello", "/test/tests/names"), inputs=("tests",))
+CHECK = CustomTest("check", ("sh", "-euc", "hello"), "debian:stable-slim")
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def put(site: Site, *names: str, **changed: Any) -> Packed:
         for name in names:
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
     site.write(f"out/{FILE}", "")
-    (site.folder / "out" / FILE).write_bytes(buffer.getvalue())
+    (site.directory / "out" / FILE).write_bytes(buffer.getvalue())
     digest = hashlib.sha256(buffer.getvalue()).hexdigest()
     packed = replace(Packed(SYSTEM, TARBALL, FILE, digest, []), **changed)
     save(site.settings(), packed)
@@ -100,7 +100,7 @@ def test_a_name_that_is_none_is_told(site: Site) -> None:
 def test_a_command_that_fails_is_a_check_that_failed(site: Site) -> None:
     put(site, "bin/another")
     with pytest.raises(CheckError, match=r"bare: /bin/hello .* ended with status 127"):
-        try_each(site.project(), BARE, "")
+        run_pack_tests(site.project(), BARE, "")
     assert site.engine.all_containers == {}
 
 
@@ -122,7 +122,7 @@ def test_only_what_was_packed_is_tried(site: Site, changed: dict[str, Any], said
 
 
 def test_without_a_tarball_it_says_how_to_make_one(site: Site) -> None:
-    (site.folder / f"out/build-{SYSTEM}.json").unlink()
+    (site.directory / f"out/build-{SYSTEM}.json").unlink()
     with pytest.raises(UsageError, match=f"contains no tarball for {SYSTEM}; run `inv pack` first"):
         run_pack_test(site.project(), BARE)
 

@@ -53,15 +53,15 @@ def points_to(*paths: str) -> bytes:
 
 
 def kept(site: Site, failed: Failure, settings: Settings | None = None) -> Path:
-    folder = save_diagnostics(site.engine, settings or site.settings(), failed)
-    assert folder
-    return folder
+    directory = save_diagnostics(site.engine, settings or site.settings(), failed)
+    assert directory
+    return directory
 
 
-def content(folder: Path) -> bytes:
+def content(directory: Path) -> bytes:
     """All that is in a bundle, names and what is compressed included."""
     found = b""
-    for each in sorted(folder.iterdir()):
+    for each in sorted(directory.iterdir()):
         data = each.read_bytes()
         found += each.name.encode() + b"\n"
         found += gzip.decompress(data) if each.suffix == ".gz" else data
@@ -69,8 +69,8 @@ def content(folder: Path) -> bytes:
 
 
 def left(site: Site) -> list[str]:
-    folder = site.settings().output_folder / "failed"
-    return sorted(each.name for each in folder.iterdir()) if folder.exists() else []
+    directory = site.settings().output_directory / "failed"
+    return sorted(each.name for each in directory.iterdir()) if directory.exists() else []
 
 
 @pytest.fixture
@@ -91,13 +91,13 @@ def still(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_diagnostics_contain_log_command_settings_and_versions(site: Site, still: str) -> None:
-    folder = kept(site, failed_one(site))
-    assert folder == site.folder / "out" / "failed" / f"install-{still}"
-    assert {each.name for each in folder.iterdir()} == {"log", "command", "settings", "versions"}
-    assert (folder / "log").read_bytes() == b"log\n"
-    assert (folder / "command").read_text() == "#!/bin/sh\nguix package\n"
-    assert "GUIX_PACKAGES=hello\n" in (folder / "settings").read_text()
-    assert (folder / "versions").read_text() == "Docker 28 (memory, linux/amd64)\n"
+    directory = kept(site, failed_one(site))
+    assert directory == site.directory / "out" / "failed" / f"install-{still}"
+    assert {each.name for each in directory.iterdir()} == {"log", "command", "settings", "versions"}
+    assert (directory / "log").read_bytes() == b"log\n"
+    assert (directory / "command").read_text() == "#!/bin/sh\nguix package\n"
+    assert "GUIX_PACKAGES=hello\n" in (directory / "settings").read_text()
+    assert (directory / "versions").read_text() == "Docker 28 (memory, linux/amd64)\n"
 
 
 def test_unset_settings_are_not_saved(site: Site) -> None:
@@ -136,8 +136,8 @@ def test_build_logs_of_failed_builds_are_saved(
     site: Site, ending: str, packed: type[bytes]
 ) -> None:
     path = DRV.removesuffix(".gz") + ending
-    folder = kept(site, failed_one(site, points_to(path), **{path: packed(b"cc: error\n")}))
-    assert gzip.decompress((folder / KEPT_DRV).read_bytes()) == b"cc: error\n"
+    directory = kept(site, failed_one(site, points_to(path), **{path: packed(b"cc: error\n")}))
+    assert gzip.decompress((directory / KEPT_DRV).read_bytes()) == b"cc: error\n"
 
 
 def test_endless_build_log_is_saved_in_part(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,36 +154,36 @@ def test_endless_archive_of_a_build_log_is_left_out(
 ) -> None:
     monkeypatch.setattr(diagnostics, "_MAX_ARCHIVE", 10_000)
     monkeypatch.setattr(site.engine, "copy_out", lambda *_: itertools.repeat(b"x" * 1000))
-    folder = kept(site, failed_one(site, points_to(DRV)))
-    assert {each.name for each in folder.iterdir()} == {"log", "command", "settings", "versions"}
+    directory = kept(site, failed_one(site, points_to(DRV)))
+    assert {each.name for each in directory.iterdir()} == {"log", "command", "settings", "versions"}
 
 
 def test_a_build_log_that_is_cut_off_is_kept_as_far_as_it_goes(site: Site) -> None:
     whole = gzip.compress(os.urandom(5000).hex().encode() + b"\nthe end\n")
-    folder = kept(site, failed_one(site, points_to(DRV), **{DRV: whole[:-20]}))
-    assert (folder / KEPT_DRV).exists()
-    assert (folder / "log").exists()
+    directory = kept(site, failed_one(site, points_to(DRV), **{DRV: whole[:-20]}))
+    assert (directory / KEPT_DRV).exists()
+    assert (directory / "log").exists()
 
 
 @pytest.mark.parametrize("data", [b"", b"no gzip at all", gzip.compress(b"x", mtime=0)[:5]])
 def test_a_build_log_that_cannot_be_read_does_not_take_the_rest_along(
     site: Site, data: bytes
 ) -> None:
-    folder = kept(site, failed_one(site, points_to(DRV), **{DRV: data}))
-    assert (folder / "log").read_bytes() == points_to(DRV)
+    directory = kept(site, failed_one(site, points_to(DRV), **{DRV: data}))
+    assert (directory / "log").read_bytes() == points_to(DRV)
 
 
 def test_a_build_log_that_is_gone_does_not_take_the_others_along(site: Site) -> None:
     gone = DRV.replace("/ab/", "/zz/")
-    folder = kept(site, failed_one(site, points_to(gone, DRV), **{DRV: gzip.compress(b"x")}))
-    assert (folder / KEPT_DRV).exists()
+    directory = kept(site, failed_one(site, points_to(gone, DRV), **{DRV: gzip.compress(b"x")}))
+    assert (directory / KEPT_DRV).exists()
 
 
 def test_only_the_first_build_logs_are_kept(site: Site) -> None:
     paths = [DRV.replace("/ab/", f"/{number:02}/") for number in range(30)]
     files = dict.fromkeys(paths, gzip.compress(b"x"))
-    folder = kept(site, failed_one(site, points_to(*paths, *paths), **files))
-    names = sorted(each.name[:2] for each in folder.glob("*.drv.gz"))
+    directory = kept(site, failed_one(site, points_to(*paths, *paths), **files))
+    names = sorted(each.name[:2] for each in directory.glob("*.drv.gz"))
     assert names == [f"{number:02}" for number in range(10)]
 
 
@@ -210,13 +210,13 @@ def test_an_archive_cannot_choose_what_it_is_written_to(
 ) -> None:
     archive = tar_of((name, tarfile.REGTYPE, gzip.compress(b"evil")))
     monkeypatch.setattr(site.engine, "copy_out", lambda *_: iter([archive]))
-    before = {path for path in site.folder.rglob("*") if "failed" not in path.parts}
-    folder = kept(site, failed_one(site, points_to(DRV)))
-    assert gzip.decompress((folder / KEPT_DRV).read_bytes()) == b"evil"
-    assert (folder / "log").read_bytes() == points_to(DRV)
-    assert b"evil" not in (folder / "settings").read_bytes()
-    after = {path for path in site.folder.rglob("*") if "failed" not in path.parts}
-    assert after - before == {site.folder / "out"}
+    before = {path for path in site.directory.rglob("*") if "failed" not in path.parts}
+    directory = kept(site, failed_one(site, points_to(DRV)))
+    assert gzip.decompress((directory / KEPT_DRV).read_bytes()) == b"evil"
+    assert (directory / "log").read_bytes() == points_to(DRV)
+    assert b"evil" not in (directory / "settings").read_bytes()
+    after = {path for path in site.directory.rglob("*") if "failed" not in path.parts}
+    assert after - before == {site.directory / "out"}
 
 
 @pytest.mark.parametrize(
@@ -231,15 +231,15 @@ def test_an_archive_cannot_choose_what_it_is_written_to(
         tar_of(("x.drv.gz", tarfile.REGTYPE, gzip.compress(os.urandom(4000))))[:1000],
         gzip.compress(b"x" * 1000),
     ],
-    ids=["empty", "junk", "symlink", "link", "fifo", "folder", "cut off", "compressed"],
+    ids=["empty", "junk", "symlink", "link", "fifo", "directory", "cut off", "compressed"],
 )
 def test_invalid_archive_does_not_prevent_the_rest(
     site: Site, monkeypatch: pytest.MonkeyPatch, archive: bytes
 ) -> None:
     monkeypatch.setattr(site.engine, "copy_out", lambda *_: iter([archive]))
-    folder = kept(site, failed_one(site, points_to(DRV)))
-    assert {"log", "command", "settings", "versions"} <= {each.name for each in folder.iterdir()}
-    assert not any(each.is_symlink() for each in folder.iterdir())
+    directory = kept(site, failed_one(site, points_to(DRV)))
+    assert {"log", "command", "settings", "versions"} <= {each.name for each in directory.iterdir()}
+    assert not any(each.is_symlink() for each in directory.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -279,8 +279,8 @@ def test_the_password_is_in_none_of_its_files(site: Site) -> None:
 def test_a_secret_that_is_no_text_by_itself_is_hidden(site: Site) -> None:
     """An environment is bytes."""
     settings = with_proxy(site, "http://me:caf\udce9-secret@proxy.test:3128")
-    folder = kept(site, failed_one(site, b"said caf\xe9-secret!\n"), settings)
-    assert (folder / "log").read_bytes() == b"said ***!\n"
+    directory = kept(site, failed_one(site, b"said caf\xe9-secret!\n"), settings)
+    assert (directory / "log").read_bytes() == b"said ***!\n"
 
 
 @pytest.mark.parametrize(
@@ -294,8 +294,8 @@ def test_a_secret_that_is_no_text_by_itself_is_hidden(site: Site) -> None:
     ],
 )
 def test_the_password_of_a_proxy_is_hidden_however_it_is_written(site: Site, url: str) -> None:
-    folder = kept(site, failed_one(site, b"with hunter2.\n"), with_proxy(site, url))
-    assert (folder / "log").read_bytes() == b"with ***.\n"
+    directory = kept(site, failed_one(site, b"with hunter2.\n"), with_proxy(site, url))
+    assert (directory / "log").read_bytes() == b"with ***.\n"
 
 
 @pytest.mark.parametrize("password", ["p/w?d#1", "a@b", "a:b", "[xy", "p%2Fw%3Fd", "ü&%"])
@@ -306,8 +306,8 @@ def test_a_password_that_breaks_a_url_is_hidden_in_both_ways(
     other = quote(password, safe="")
     settings = with_proxy(site, f"http://me:{other if encoded else password}@proxy.test:3128")
     log = f"1 {password} 2 {other} 3\n".encode()
-    folder = kept(site, failed_one(site, log), settings)
-    assert (folder / "log").read_bytes() == b"1 *** 2 *** 3\n"
+    directory = kept(site, failed_one(site, log), settings)
+    assert (directory / "log").read_bytes() == b"1 *** 2 *** 3\n"
 
 
 @pytest.mark.parametrize(
@@ -315,22 +315,22 @@ def test_a_password_that_breaks_a_url_is_hidden_in_both_ways(
 )
 def test_a_proxy_without_a_password_hides_nothing(site: Site, url: str) -> None:
     log = b"localhost proxy.test 3128 me http x\n"
-    folder = kept(site, failed_one(site, log), with_proxy(site, url))
-    assert (folder / "log").read_bytes() == log
+    directory = kept(site, failed_one(site, log), with_proxy(site, url))
+    assert (directory / "log").read_bytes() == log
 
 
 def test_secret_inside_another_secret_is_hidden(site: Site) -> None:
     site.env.update(DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2-and-more")  # noqa: S106
     settings = with_proxy(site, "http://me:hunter2@proxy.test")
-    folder = kept(site, failed_one(site, b"hunter2-and-more hunter2\n"), settings)
-    assert (folder / "log").read_bytes() == b"*** ***\n"
+    directory = kept(site, failed_one(site, b"hunter2-and-more hunter2\n"), settings)
+    assert (directory / "log").read_bytes() == b"*** ***\n"
 
 
 def test_each_line_of_a_key_is_hidden_and_a_mere_brace_is_not(site: Site) -> None:
     site.write("key.json", '{\n  "private_key": "abcdefgh"\n}\n')
     site.env.update(DOCKER_USERNAME="_json_key", DOCKER_PASSWORD_FILE="key.json")  # noqa: S106
-    folder = kept(site, failed_one(site, b'{\n  "private_key": "abcdefgh"\n}\n'))
-    assert (folder / "log").read_bytes() == b"{\n***\n}\n"
+    directory = kept(site, failed_one(site, b'{\n  "private_key": "abcdefgh"\n}\n'))
+    assert (directory / "log").read_bytes() == b"{\n***\n}\n"
 
 
 @pytest.mark.parametrize(
@@ -365,8 +365,8 @@ def test_build_arguments_are_in_none_of_its_files(site: Site) -> None:
 
 def test_a_secret_is_in_no_file_name(site: Site) -> None:
     settings = with_proxy(site, "http://me:hello-1.0@proxy.test")
-    folder = kept(site, failed_one(site, points_to(DRV), **{DRV: gzip.compress(b"x")}), settings)
-    assert b"hello-1.0" not in content(folder)
+    directory = kept(site, failed_one(site, points_to(DRV), **{DRV: gzip.compress(b"x")}), settings)
+    assert b"hello-1.0" not in content(directory)
 
 
 @STEADY
@@ -381,10 +381,10 @@ def test_no_password_gets_through(
     settings = with_proxy(site, f"http://me:{password}@proxy.test:3128")
     log = f"{around}{password}{around}\nhttp://me:{password}@proxy.test:3128\n".encode()
     failed = Failure("pull", "none", b"", io.BytesIO(log))
-    folder = save_diagnostics(site.engine, settings, failed)
-    assert folder
-    assert password.encode() not in (folder / "log").read_bytes()
-    shutil.rmtree(folder)
+    directory = save_diagnostics(site.engine, settings, failed)
+    assert directory
+    assert password.encode() not in (directory / "log").read_bytes()
+    shutil.rmtree(directory)
 
 
 # --- Where it cannot be written -------------------------------------------------------------
@@ -438,5 +438,5 @@ def test_lost_engine_does_not_prevent_the_log(site: Site, monkeypatch: pytest.Mo
 
     for name in ("info", "copy_out"):
         monkeypatch.setattr(site.engine, name, gone)
-    folder = kept(site, failed_one(site, points_to(DRV)))
-    assert {each.name for each in folder.iterdir()} == {"log", "command", "settings"}
+    directory = kept(site, failed_one(site, points_to(DRV)))
+    assert {each.name for each in directory.iterdir()} == {"log", "command", "settings"}

@@ -80,13 +80,13 @@ def test_every_setting_has_an_example(about: dict[str, Any]) -> None:
     assert [*about] == [name for name, *_ in settings_reference()], "name it in docs/tables.py"
 
 
-def write_files(folder: Path) -> None:
+def write_files(directory: Path) -> None:
     """Make what the examples of settings name."""
     for name in (*FILES, "keys/mirror.pub", "secrets/user", "substitutes/x"):
-        place = folder / name
+        place = directory / name
         place.parent.mkdir(exist_ok=True)
         place.write_text("(list)")
-    shutil.copy(Path(__file__).with_name("authority.pem"), folder / "company-ca.pem")
+    shutil.copy(Path(__file__).with_name("authority.pem"), directory / "company-ca.pem")
 
 
 def test_the_examples_are_good_values(about: dict[str, Any], tmp_path: Path) -> None:
@@ -116,9 +116,9 @@ def test_a_stage_in_bold_is_stale_when_the_setting_changes(
     about: dict[str, Any], made: Site
 ) -> None:
     """And no other is, but by way of its parent."""
-    own = (made.folder / "channels.scm").read_bytes()
-    write_files(made.folder)
-    (made.folder / "channels.scm").write_bytes(own)
+    own = (made.directory / "channels.scm").read_bytes()
+    write_files(made.directory)
+    (made.directory / "channels.scm").write_bytes(own)
     made.write("other.scm", "(list)")
     made.write("docker/Dockerfile", "FROM other\n")
     images = {stage: made.image(stage) for stage in STAGES}

@@ -35,7 +35,7 @@ from guix_tasks import files
 from guix_tasks.buildkit import buildx
 from guix_tasks.cli import session
 from guix_tasks.commands import doctor
-from guix_tasks.commands.doctor import CHECKS, Finding, Patient, State, examine, show
+from guix_tasks.commands.doctor import CHECKS, ExaminedProject, Finding, State, examine, show
 from guix_tasks.engine import discovery, docker, podman
 from guix_tasks.engine.accounts import Credentials
 from guix_tasks.engine.dry_run import TracedEngine
@@ -86,7 +86,7 @@ def made(tmp_path: Path) -> Site:
 
 def find(site: Site, check: str, program: Buildx | None = None) -> list[Finding]:
     """What one check finds."""
-    patient = Patient(site.project(), lambda: program)
+    patient = ExaminedProject(site.project(), lambda: program)
     return doctor._findings(check, CHECKS[check], patient)
 
 
@@ -184,7 +184,7 @@ def test_a_commit_needs_room_for_another_image(
 
 @pytest.mark.parametrize(
     "fields",
-    [{"root": ""}, {"root": "/no/such/folder"}, {"root": "/", "url": "tcp://far.test:2375"}],
+    [{"root": ""}, {"root": "/no/such/directory"}, {"root": "/", "url": "tcp://far.test:2375"}],
     ids=["unnamed", "not-here", "elsewhere"],
 )
 def test_a_disk_that_cannot_be_seen_is_not_judged(site: Site, fields: dict[str, str]) -> None:
@@ -470,7 +470,7 @@ def fake(tmp_path: Path) -> FakeBuildx:
 
 def program(fake: FakeBuildx, inspected: str = "") -> Buildx:
     """The stub, with a version, and perhaps a node that only a real buildx has."""
-    path = fake.folder / "with-version"
+    path = fake.directory / "with-version"
     lines = [
         "#!/bin/sh",
         '[ "$1" = version ] && exec echo github.com/docker/buildx v0.26.1 0123abc',
@@ -496,9 +496,9 @@ def test_a_machine_without_buildx_is_told_who_installs_it(site: Site) -> None:
 
 
 def test_a_buildx_that_is_of_another_machine_is_one_finding(site: Site, fake: FakeBuildx) -> None:
-    (fake.folder / "alien").write_bytes(b"\x7fELF nonsense")
-    (fake.folder / "alien").chmod(0o755)
-    broken = replace(fake.program(), program=str(fake.folder / "alien"))
+    (fake.directory / "alien").write_bytes(b"\x7fELF nonsense")
+    (fake.directory / "alien").chmod(0o755)
+    broken = replace(fake.program(), program=str(fake.directory / "alien"))
     (found,) = find(site, "buildx", broken)
     assert found.state is FAILED
     assert "Exec format error" in found.message
@@ -763,7 +763,7 @@ def test_a_channel_on_a_mount(site: Site, form: str) -> None:
     pull_from(site, form)
     found = one(site, "channels")
     assert found.state is OK
-    assert str(site.folder / "channels") in found.message
+    assert str(site.directory / "channels") in found.message
 
 
 def test_a_channel_that_its_mount_does_not_have(site: Site) -> None:
@@ -771,7 +771,7 @@ def test_a_channel_that_its_mount_does_not_have(site: Site) -> None:
     pull_from(site, "file:///srv/guix")
     found = one(site, "channels")
     assert (found.state, found.hint) == (FAILED, "correct MOUNTS")
-    assert str(site.folder / "context" / "guix") in found.message
+    assert str(site.directory / "context" / "guix") in found.message
 
 
 @pytest.mark.parametrize("mounts", ["", "context:/srv/gui", "context:/other"])
@@ -854,7 +854,7 @@ def test_substitutes_on_a_mount_need_what_guix_reads_first(site: Site) -> None:
 
 
 def test_the_findings_come_in_the_order_of_the_checks(site: Site) -> None:
-    found = [each.check for each in examine(Patient(site.project(), lambda: None))]
+    found = [each.check for each in examine(ExaminedProject(site.project(), lambda: None))]
     assert found == [
         "engine", "host", "clock", "disk", "base image", "sandbox", "registry", "buildx",
         "channel guix", "substitutes", "substitutes",
@@ -867,7 +867,7 @@ def test_an_engine_that_is_gone_in_the_middle_leaves_the_other_findings(site: Si
             raise EngineError("the Docker Engine does not answer: gone; start it")
 
     site.engine.fault = gone
-    found = {each.check: each for each in examine(Patient(site.project(), lambda: None))}
+    found = {each.check: each for each in examine(ExaminedProject(site.project(), lambda: None))}
     assert (found["sandbox"].message, found["registry"].message) == (
         ("the Docker Engine does not answer: gone",) * 2
     )
@@ -890,13 +890,13 @@ def test_a_file_that_may_not_be_read_is_a_finding_of_its_check(
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     found = one(site, "sandbox")
     assert found.state is FAILED
-    assert found.message == f"{site.folder / 'a.pub'}: Permission denied"
+    assert found.message == f"{site.directory / 'a.pub'}: Permission denied"
     assert site.engine.all_containers == {}
 
 
 def test_nothing_is_changed_on_the_engine(made: Site) -> None:
     before = (outline(made.engine), dict(made.engine.all_images), made.engine.registry.images)
-    examine(Patient(made.project(), lambda: None))
+    examine(ExaminedProject(made.project(), lambda: None))
     engine = made.engine
     assert (outline(engine), dict(engine.all_images), engine.registry.images) == before
     assert (engine.all_containers, set(engine.changing_calls())) == (
@@ -907,7 +907,7 @@ def test_nothing_is_changed_on_the_engine(made: Site) -> None:
 def test_a_dry_look_makes_no_container(site: Site) -> None:
     console = Heard()
     project = site.project(TracedEngine(site.engine, console, perform=False))
-    found = {each.check: each for each in examine(Patient(project, lambda: None))}
+    found = {each.check: each for each in examine(ExaminedProject(project, lambda: None))}
     assert "dry run" in found["sandbox"].message
     assert found["registry"].state is OK
     assert site.engine.changing_calls() == []
@@ -961,7 +961,7 @@ Inv = Callable[..., Done]
 @pytest.fixture
 def inv(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Inv:
     site.write("tasks.py", "")
-    monkeypatch.chdir(site.folder)
+    monkeypatch.chdir(site.directory)
     monkeypatch.setenv("DOCKER_HOST", "unix:///fake.sock")
     monkeypatch.setattr(podman, "open_engine", lambda _address, _environ: site.engine)
     monkeypatch.setattr(buildx, "find_program", lambda *_: None)

@@ -54,7 +54,9 @@ class Dry:
         self._before = (outline(site.engine), site.engine.changing_calls(), self._files())
 
     def _files(self) -> dict[Path, bytes]:
-        return {each: each.read_bytes() for each in self.site.folder.rglob("*") if each.is_file()}
+        return {
+            each: each.read_bytes() for each in self.site.directory.rglob("*") if each.is_file()
+        }
 
     @property
     def project(self) -> Project:
@@ -92,7 +94,7 @@ def verb(words: list[str]) -> str:
 VERBS = {
     "copy_in": "cp",
     "run": "start",
-    "make_volume": "volume create",
+    "create_volume": "volume create",
     "remove_volume": "volume rm",
     "untag": "image rm",
     "remove": "rm",
@@ -218,12 +220,14 @@ def test_everything_is_handed_on(made: Site) -> None:
     engine, _ = traced(made.engine, perform=True)
     plain = made.engine
     image = made.image("base")
-    spec = BuildSpec(made.folder / "context", made.folder / "Dockerfile", {"BASE_IMAGE": "base:1"})
+    spec = BuildSpec(
+        made.directory / "context", made.directory / "Dockerfile", {"BASE_IMAGE": "base:1"}
+    )
     plain.make_image({}, {"/x": b""}, tag="base:1")
     assert engine.info() == plain.info()
     assert engine.image(IMAGE) == plain.image(IMAGE)
     assert engine.remote_digest(BASE_IMAGE) == plain.remote_digest(BASE_IMAGE)
-    engine.make_volume("v", {"a": "b"})
+    engine.create_volume("v", {"a": "b"})
     assert engine.volumes({"a": "b"}) == ["v"]
     engine.remove_volume("v")
     assert engine.volumes({"a": "b"}) == []

@@ -1,4 +1,4 @@
-"""Digests of files and folders: the same content gives the same, anything else another."""
+"""Digests of files and directories: the same content gives the same, anything else another."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def forget() -> None:
     files._file_digest.cache_clear()
 
 
-def plant(folder: Path, tree: Tree, *, backwards: bool = False) -> Path:
+def plant(directory: Path, tree: Tree, *, backwards: bool = False) -> Path:
     forget()
-    folder.mkdir(parents=True)
+    directory.mkdir(parents=True)
     for name in sorted(tree, reverse=backwards):
-        path = folder / name
+        path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(tree[name])
-    return folder
+    return directory
 
 
 @STEADY
@@ -61,71 +61,71 @@ def test_no_two_lists_of_texts_run_into_one_another(one: list[str], other: list[
 def test_a_tree_is_its_names_and_contents(
     tmp_path_factory: pytest.TempPathFactory, one: Tree, other: Tree
 ) -> None:
-    folder = tmp_path_factory.mktemp("trees")
-    first = plant(folder / "x", one)
-    second = plant(folder / "y" / "z", one, backwards=True)
+    directory = tmp_path_factory.mktemp("trees")
+    first = plant(directory / "x", one)
+    second = plant(directory / "y" / "z", one, backwards=True)
     for path in second.rglob("*"):
         os.utime(path, (1, 1))
     digest = tree_digest(first)
     forget()
     assert digest == tree_digest(second)
-    assert (digest == tree_digest(plant(folder / "other", other))) == (one == other)
+    assert (digest == tree_digest(plant(directory / "other", other))) == (one == other)
 
 
 def test_empty_directory_counts(tmp_path: Path) -> None:
-    folder = plant(tmp_path / "x", {"a": b"1"})
-    before = tree_digest(folder)
-    (folder / "deep").mkdir()
-    empty = tree_digest(folder)
+    directory = plant(tmp_path / "x", {"a": b"1"})
+    before = tree_digest(directory)
+    (directory / "deep").mkdir()
+    empty = tree_digest(directory)
     assert empty != before
-    (folder / "deep" / "er").mkdir()
-    assert tree_digest(folder) not in (before, empty)
+    (directory / "deep" / "er").mkdir()
+    assert tree_digest(directory) not in (before, empty)
 
 
 def test_link_to_a_directory_counts_by_its_target(tmp_path: Path) -> None:
-    folder = plant(tmp_path / "x", {"one/a": b"1", "two/a": b"1"})
-    (folder / "current").symlink_to("one")
-    before = tree_digest(folder)
-    (folder / "current").unlink()
-    (folder / "current").symlink_to("two")
-    assert tree_digest(folder) != before
+    directory = plant(tmp_path / "x", {"one/a": b"1", "two/a": b"1"})
+    (directory / "current").symlink_to("one")
+    before = tree_digest(directory)
+    (directory / "current").unlink()
+    (directory / "current").symlink_to("two")
+    assert tree_digest(directory) != before
 
 
 def test_directory_left_out_does_not_count(tmp_path: Path) -> None:
-    folder = plant(tmp_path / "x", {"a": b"1"})
-    before = tree_digest(folder, without=[folder / "logs"])
-    plant(folder / "logs", {"one": b"1"})
-    assert tree_digest(folder, without=[folder / "logs"]) == before
-    assert tree_digest(folder) != before
+    directory = plant(tmp_path / "x", {"a": b"1"})
+    before = tree_digest(directory, without=[directory / "logs"])
+    plant(directory / "logs", {"one": b"1"})
+    assert tree_digest(directory, without=[directory / "logs"]) == before
+    assert tree_digest(directory) != before
 
 
 def test_a_mode_counts_where_it_makes_a_program(tmp_path: Path) -> None:
-    folder = plant(tmp_path / "x", {"a": b"1"})
-    before = tree_digest(folder)
-    (folder / "a").chmod(0o664)
-    assert tree_digest(folder) == before
-    (folder / "a").chmod(0o755)
-    assert tree_digest(folder) != before
+    directory = plant(tmp_path / "x", {"a": b"1"})
+    before = tree_digest(directory)
+    (directory / "a").chmod(0o664)
+    assert tree_digest(directory) == before
+    (directory / "a").chmod(0o755)
+    assert tree_digest(directory) != before
 
 
 def test_a_link_is_where_it_leads(tmp_path: Path) -> None:
-    folder = plant(tmp_path / "x", {"a": b"1", "b": b"1"})
-    (folder / "link").symlink_to("a")
-    to_a = tree_digest(folder)
+    directory = plant(tmp_path / "x", {"a": b"1", "b": b"1"})
+    (directory / "link").symlink_to("a")
+    to_a = tree_digest(directory)
     for target in ("b", "nowhere", "/", ".."):
-        (folder / "link").unlink()
-        (folder / "link").symlink_to(target)
-        assert tree_digest(folder) != to_a, target
-    (folder / "link").unlink()
-    (folder / "link").write_bytes(b"1")
-    assert tree_digest(folder) != to_a
+        (directory / "link").unlink()
+        (directory / "link").symlink_to(target)
+        assert tree_digest(directory) != to_a, target
+    (directory / "link").unlink()
+    (directory / "link").write_bytes(b"1")
+    assert tree_digest(directory) != to_a
 
 
 def test_special_files_do_not_hang(tmp_path: Path) -> None:
-    folder = plant(tmp_path / "x", {"a": b"1"})
-    before = tree_digest(folder)
-    os.mkfifo(folder / "pipe")
-    assert tree_digest(folder) != before
+    directory = plant(tmp_path / "x", {"a": b"1"})
+    before = tree_digest(directory)
+    os.mkfifo(directory / "pipe")
+    assert tree_digest(directory) != before
 
 
 def test_a_file_is_a_tree_too(tmp_path: Path) -> None:
@@ -150,8 +150,8 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def kept(cache: Path) -> list[Path]:
-    folder = cache / "guix-tasks" / "digests"
-    return sorted(folder.iterdir()) if folder.exists() else []
+    directory = cache / "guix-tasks" / "digests"
+    return sorted(directory.iterdir()) if directory.exists() else []
 
 
 def test_a_large_file_has_the_digest_of_its_content(

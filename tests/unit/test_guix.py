@@ -165,10 +165,10 @@ def test_failed_build_is_no_network_error(line: str) -> None:
     ],
 )
 def test_denied_access_has_a_hint(line: str, mend: str) -> None:
-    found = guix.fetch_mend(f"Updating\nguix pull: error: Git error: {line}\n")
+    found = guix.fetch_hint(f"Updating\nguix pull: error: Git error: {line}\n")
     assert mend in found
     assert bool(mend) == bool(found)
-    assert guix.fetch_mend(f"a package says: {line}") == ""
+    assert guix.fetch_hint(f"a package says: {line}") == ""
 
 
 LOGS = [f"/var/log/guix/drvs/{at}/{'c' * 30}-a+b_1.0.drv{end}" for at, end in
@@ -448,22 +448,22 @@ esac
 
 @dataclass
 class Shell:
-    """A folder with a guix that takes down how it is called."""
+    """A directory with a guix that takes down how it is called."""
 
-    folder: Path
+    directory: Path
 
     def __post_init__(self) -> None:
-        stub = self.folder / "guix"
+        stub = self.directory / "guix"
         stub.write_text(STUB)
         stub.chmod(0o755)
 
     def run(
         self, commands: list[list[str]], report: list[str], **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        work = self.folder / "work"
+        work = self.directory / "work"
         work.mkdir(exist_ok=True)
         for name in ("calls", "collected"):
-            (self.folder / name).unlink(missing_ok=True)
+            (self.directory / name).unlink(missing_ok=True)
         text = guix.script(commands, report, str(work), keep=None)
         return subprocess.run(
             ["sh", "-c", text],
@@ -472,8 +472,8 @@ class Shell:
             check=False,
             env={
                 **os.environ,
-                "PATH": f"{self.folder}:{os.environ['PATH']}",
-                "GUIX_STUB": str(self.folder),
+                "PATH": f"{self.directory}:{os.environ['PATH']}",
+                "GUIX_STUB": str(self.directory),
                 **environment,
             },
         )
@@ -481,7 +481,7 @@ class Shell:
     @property
     def calls(self) -> list[list[str]]:
         found: list[list[str]] = [[]]
-        for word in (self.folder / "calls").read_bytes().decode().split("\0")[:-1]:
+        for word in (self.directory / "calls").read_bytes().decode().split("\0")[:-1]:
             if word:
                 found[-1].append(word)
             else:
@@ -506,7 +506,7 @@ def test_no_argument_reaches_the_shell_unquoted(shell: Shell, arguments: list[li
     done = shell.run(commands, ["guix", "describe"])
     assert done.returncode == 0, done.stderr
     assert shell.calls == [*(each[1:] for each in commands), ["describe"]]
-    assert sorted(each.name for each in shell.folder.iterdir()) == [
+    assert sorted(each.name for each in shell.directory.iterdir()) == [
         "calls", "collected", "guix", "work",
     ]  # fmt: skip
 
@@ -549,8 +549,8 @@ def test_what_cannot_be_collected_is_no_failure(shell: Shell) -> None:
 def test_the_guix_that_was_pulled_makes_the_report(shell: Shell, tmp_path: Path) -> None:
     """A shell remembers where it found a program; after a pull it has to look again."""
     first, second = tmp_path / "first", tmp_path / "second"
-    for folder in (first, second):
-        folder.mkdir()
+    for directory in (first, second):
+        directory.mkdir()
     pull = first / "guix"
     pull.write_text(f"#!/bin/sh\nprintf '#!/bin/sh\\necho new\\n' >{second}/guix\n")
     pull.chmod(0o755)

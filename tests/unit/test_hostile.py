@@ -61,7 +61,7 @@ from guix_tasks.stages.images import (
     seal,
 )
 from guix_tasks.stages.install import ASKED_LABEL, given_packages
-from guix_tasks.stages.pull import misfit
+from guix_tasks.stages.pull import lock_mismatch
 from guix_tasks.tasks import ns
 from guix_tasks.ui.format import printable
 
@@ -251,10 +251,10 @@ def test_any_env_file_and_any_environment(attempt: Attempt, tmp_path: Path) -> N
                 found.dockerfile,
                 found.build_context,
                 found.guix_channels,
-                found.output_folder,
+                found.output_directory,
             )
             assert all(path.is_absolute() for path in paths if path)
-            assert found.output_folder == project / "out"
+            assert found.output_directory == project / "out"
             common_files(found)
         assert time.monotonic() - started < 5
 
@@ -330,8 +330,8 @@ def test_any_channels_file_and_any_report(attempt: Attempt) -> None:
         guix.installed(text)
         guix.build_logs(text)
         guix.network_fault(text)
-        misfit(text, good)
-        misfit(good, text)
+        lock_mismatch(text, good)
+        lock_mismatch(good, text)
         assert time.monotonic() - started < 5
 
     attempt("channels files and reports", SCHEME, check, 100, 6_000)
@@ -367,11 +367,11 @@ LABELS = st.fixed_dictionaries(
 
 def test_any_labels_of_an_image(attempt: Attempt, tmp_path: Path) -> None:
     """Of an image that somebody made with the tag of a stage, sealed or not."""
-    folder = tmp_path / "project"
+    directory = tmp_path / "project"
 
     def check(given: tuple[str, dict[str, str], bool, str]) -> None:
         stage, labels, sealed, created = given
-        site = made_site(folder)
+        site = made_site(directory)
         before = site.image(stage)
         if sealed:
             labels = {STAGE_LABEL: stage, **labels}
@@ -487,16 +487,16 @@ def run(
 def test_any_task_with_any_arguments_and_settings(
     attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "project"
-    made_site(folder).write("tasks.py", "")
-    (folder / "plots").mkdir()
+    directory = tmp_path / "project"
+    made_site(directory).write("tasks.py", "")
+    (directory / "plots").mkdir()
     (tmp_path / "home").mkdir()
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(directory)
     outside = sorted(tmp_path.iterdir())
 
     def check(given: tuple[list[str], dict[str, str], dict[str, str]]) -> None:
         argv, environ, paths = given
-        site = made_site(folder)
+        site = made_site(directory)
         plain = {**site.env, "DOCKER_HOST": "unix:///fake.sock", "BUILDX_NODES": ""}
         code, out, err = run(site, argv, {**plain, **environ, **paths}, monkeypatch)
         assert code in CODES, (code, err)
@@ -540,11 +540,11 @@ def words_of(said: bytes) -> list[list[bytes]]:
     return calls
 
 
-def shell(program: str, script: Path, folder: Path) -> subprocess.CompletedProcess[bytes]:
+def shell(program: str, script: Path, directory: Path) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [program, str(script)],
-        cwd=folder,
-        env={"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "SAID": str(folder / "said")},
+        cwd=directory,
+        env={"PATH": f"{directory / 'bin'}:/usr/bin:/bin", "SAID": str(directory / "said")},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         timeout=20,
@@ -554,7 +554,7 @@ def shell(program: str, script: Path, folder: Path) -> subprocess.CompletedProce
 
 @pytest.fixture
 def stubbed(tmp_path: Path) -> Path:
-    """A folder with a ``guix`` that tells what it is given."""
+    """A directory with a ``guix`` that tells what it is given."""
     (tmp_path / "bin").mkdir()
     stub = tmp_path / "bin" / "guix"
     stub.write_text(STUB)
@@ -655,22 +655,22 @@ def test_no_text_becomes_an_instruction_of_a_dockerfile(attempt: Attempt, tmp_pa
     def check(given: tuple[str, str, str]) -> None:
         target, value, path = given
         values: dict[str, str | list[str]] = {"MOUNTS": shlex.join([f"context:/{target}"])}
-        folder = tmp_path / "folder"
+        directory = tmp_path / "directory"
         try:
             own = load_settings(
-                site.folder,
-                site.folder,
+                site.directory,
+                site.directory,
                 {},
                 {**values, "BUILD_ARGS": [f"A={value}"], "IMAGE": IMAGE},
             )
-            binds, contexts = write_mounts(own, folder)
+            binds, contexts = write_mounts(own, directory)
         except GuixTasksError as error:
             only_lines(getattr(error, "problems", [str(error)]))
             return
         recipe = Recipe(platform, binds=binds)
         assert dockerfile(recipe).count("\n") == lines
         base = BuildSpec(tmp_path / path, tmp_path / path / "Dockerfile", args=own.build_args)
-        text = bake_file(Definition(base, {}, recipe, folder, contexts))
+        text = bake_file(Definition(base, {}, recipe, directory, contexts))
         target_of = json.loads(text)["target"]["base"]
         meant = {"args": {"A": own.build_args["A"]}, "context": str(base.context)}
         for name, each in meant.items():
@@ -730,8 +730,8 @@ def archived(members: list[tuple[str, bytes, str, bytes, int]]) -> bytes:
     return buffer.getvalue()
 
 
-def everything_below(folder: Path) -> set[Path]:
-    return set(folder.rglob("*"))
+def everything_below(directory: Path) -> set[Path]:
+    return set(directory.rglob("*"))
 
 
 def test_an_archive_of_a_container_writes_nothing_but_logs_in_out(
@@ -741,7 +741,7 @@ def test_an_archive_of_a_container_writes_nothing_but_logs_in_out(
     site.engine.make_image({}, {"/x": b""}, tag="work:1")
     container = site.engine.create(ContainerSpec("failed", "work:1", ("x",)))
     found = site.settings()
-    out = site.folder / "out"
+    out = site.directory / "out"
 
     def check(given: tuple[list[Any], list[str]]) -> None:
         members, names = given
@@ -777,14 +777,14 @@ def test_an_archive_of_an_engine_writes_nothing_beside_its_folder(
 ) -> None:
     site = made_site(tmp_path / "project")
     image, reference = site.image(), ImageReference.parse(IMAGE)
-    folder = tmp_path / "folder"
-    folder.mkdir()
+    directory = tmp_path / "directory"
+    directory.mkdir()
 
     def check(members: list[Any]) -> None:
         archive = archived(members)
         monkeypatch.setattr(site.engine, "save", lambda _image: iter([archive]))
         before = everything_below(tmp_path)
-        place = folder / "work"
+        place = directory / "work"
         place.mkdir()
         try:
             answer = save_as_layout(site.engine, image, reference, place)

@@ -310,7 +310,7 @@ def rebuild_base_image(site: Site, text: str) -> None:
 
 
 def link(site: Site, text: str) -> None:
-    path = site.folder / "context" / "link"
+    path = site.directory / "context" / "link"
     path.unlink()
     path.symlink_to(word(text))
 
@@ -319,29 +319,29 @@ CHANGES = (
     Change("where caches are", set_to("CACHE_VOLUME", ""), ("pull", "install"), "caches"),
     Change("the Dockerfile", edit("Dockerfile"), ("base",), "Dockerfile"),
     Change("a file", edit("context/file"), ("base",), "build context"),
-    Change("a file in a folder", edit("context/folder/deep"), ("base",), "build context"),
+    Change("a file in a directory", edit("context/directory/deep"), ("base",), "build context"),
     Change("a new file", lambda s, t: s.write(f"context/{word(t)}", ""), ("base",), "context"),
     Change(
         "a file that goes",
-        lambda s, t: (s.folder / "context/file").unlink(),
+        lambda s, t: (s.directory / "context/file").unlink(),
         ("base",),
         "build context",
     ),
     Change(
         "a file's name",
-        lambda s, t: (s.folder / "context/file").rename(s.folder / "context" / word(t)),
+        lambda s, t: (s.directory / "context/file").rename(s.directory / "context" / word(t)),
         ("base",),
         "build context",
     ),
     Change(
         "a file that becomes a program",
-        lambda s, t: (s.folder / "context/file").chmod(0o755),
+        lambda s, t: (s.directory / "context/file").chmod(0o755),
         ("base",),
         "build context",
     ),
     Change(
         "a file that others may write",
-        lambda s, t: (s.folder / "context/file").chmod(0o666),
+        lambda s, t: (s.directory / "context/file").chmod(0o666),
         ("base",),
         "build context",
     ),
@@ -382,14 +382,14 @@ FULL = {
 }
 
 
-def full_site(folder: Path, registry: FakeRegistry) -> Site:
+def full_site(directory: Path, registry: FakeRegistry) -> Site:
     """A project that has something of everything."""
-    site = new_site(folder, registry, **FULL)
+    site = new_site(directory, registry, **FULL)
     site.write("manifest.scm", '(specifications->manifest \'("tar"))')
     site.write("a.pub", "key")
     site.write("mounted/file", "mounted")
-    site.write("context/folder/deep", "deep")
-    (site.folder / "context" / "link").symlink_to("file")
+    site.write("context/directory/deep", "deep")
+    (site.directory / "context" / "link").symlink_to("file")
     wanted = (channel("guix", "https://guix.test"), channel("mine", "https://m.test"))
     site.write("channels.scm", f"(list {' '.join(wanted)})\n")
     return site
@@ -406,7 +406,7 @@ class Kept:
         self._files = {path: look(path) for path in self._paths()}
 
     def _paths(self) -> list[Path]:
-        return [each for each in self.site.folder.rglob("*") if is_file(each)]
+        return [each for each in self.site.directory.rglob("*") if is_file(each)]
 
     def restore(self) -> Site:
         for path in self._paths():
@@ -437,13 +437,13 @@ def look(path: Path) -> tuple[bytes, int | None]:
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
-    folder = tmp_path_factory.mktemp("project")
-    shutil.copytree(container.IMAGE_FOLDER, folder / "image")
+    directory = tmp_path_factory.mktemp("project")
+    shutil.copytree(container.RESOURCES, directory / "image")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "ThreadPoolExecutor", serial)
-        patch.setattr(container, "IMAGE_FOLDER", folder / "image")
-        patch.setattr(base_stage, "IMAGE_FOLDER", folder / "image")
-        site = full_site(folder, FakeRegistry())
+        patch.setattr(container, "RESOURCES", directory / "image")
+        patch.setattr(base_stage, "RESOURCES", directory / "image")
+        site = full_site(directory, FakeRegistry())
         site.engine.pull(BASE_IMAGE, None)
         site.make(*STAGES)
         yield Kept(site)
@@ -494,13 +494,13 @@ def test_the_inputs_of_the_stage_itself_change(kept: Kept, change: Change) -> No
 
 
 def touch(site: Site) -> None:
-    for path in site.folder.rglob("*"):
+    for path in site.directory.rglob("*"):
         os.utime(path, (1, 1), follow_symlinks=False)
 
 
 def shuffle(site: Site) -> None:
     """Make the files again in another order."""
-    for path in sorted(site.folder.rglob("*"), reverse=True):
+    for path in sorted(site.directory.rglob("*"), reverse=True):
         if path.is_file() and not path.is_symlink():
             content, mode = path.read_bytes(), path.stat().st_mode
             path.unlink()
@@ -511,7 +511,7 @@ def shuffle(site: Site) -> None:
 NEUTRAL: dict[str, Callable[[Site], object]] = {
     "times": touch,
     "order": shuffle,
-    "writable by the group": lambda site: (site.folder / "mounted/file").chmod(0o664),
+    "writable by the group": lambda site: (site.directory / "mounted/file").chmod(0o664),
     "substitute servers": lambda site: site.env.update(GUIX_SUBSTITUTE_URLS="https://s.test"),
     "network": lambda site: site.env.update(NETWORK="host"),
     "cores": lambda site: site.env.update(GUIX_CORES="3", GUIX_MAX_JOBS="2"),
@@ -525,7 +525,7 @@ NEUTRAL: dict[str, Callable[[Site], object]] = {
     "a build secret": lambda site: site.env.update(BUILD_SECRETS="id=a.pub"),
     "what is no part of the context": lambda site: site.write("README", "x"),
     "GUIX_CHANNELS, where the lock says the same": lambda site: site.write(
-        "channels.scm", (site.folder / "channels.scm").read_text() + "; a comment\n"
+        "channels.scm", (site.directory / "channels.scm").read_text() + "; a comment\n"
     ),
 }
 
@@ -543,7 +543,7 @@ def test_nothing_else_changes_a_key(kept: Kept, names: set[str]) -> None:
 
 @pytest.mark.parametrize("mounted", [".", "out"])
 def test_what_tasks_write_while_they_work_changes_no_key(kept: Kept, mounted: str) -> None:
-    """As where the mounted folder of an example is the one that logs are put into."""
+    """As where the mounted directory of an example is the one that logs are put into."""
     site = kept.restore()
     site.write("out/substitutes", "x")
     site.env["MOUNTS"] = f"{mounted}:/mnt"
@@ -563,7 +563,7 @@ def test_the_environment_does_not_change_a_key(kept: Kept, monkeypatch: pytest.M
 
 
 def test_two_checkouts_on_two_engines_have_the_same_keys(tmp_path: Path) -> None:
-    """They differ in folder, image IDs, layers and dates; one has the base image already."""
+    """They differ in directory, image IDs, layers and dates; one has the base image already."""
     registry = FakeRegistry()
     one, other = full_site(tmp_path / "one", registry), full_site(tmp_path / "two/deep", registry)
     other.engine.pull(BASE_IMAGE, None)
@@ -671,7 +671,7 @@ def test_the_lock_that_pull_writes_does_not_make_base_stale(site: Site) -> None:
 
 
 def test_nor_does_it_where_the_context_is_named_in_another_way(site: Site) -> None:
-    site.env["BUILD_CONTEXT"] = f"../{site.folder.name}"
+    site.env["BUILD_CONTEXT"] = f"../{site.directory.name}"
     site.make(*STAGES)
     assert site.why("install") is None
 

@@ -23,10 +23,10 @@ GITHUB, GITLAB = (target for target, _ in CI_FILES.values())
 ALL = {**FILES, **dict(CI_FILES.values())}
 
 
-def written(folder: Path) -> dict[str, bytes]:
+def written(directory: Path) -> dict[str, bytes]:
     return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
         if path.is_file()
     }
 
@@ -94,11 +94,11 @@ def test_half_a_file_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("folder", "name"),
+    ("directory", "name"),
     [("app", "app"), ("My App_2", "my-app-2"), ("ß", "my-image"), ("-x-", "x")],
 )
-def test_the_image_has_the_name_of_the_folder(tmp_path: Path, folder: str, name: str) -> None:
-    place = tmp_path / folder
+def test_the_image_has_the_name_of_the_folder(tmp_path: Path, directory: str, name: str) -> None:
+    place = tmp_path / directory
     place.mkdir()
     assert image_name(place) == name
     write_start(place, Console())

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from fake_engine import Site
 
 
-def git(folder: Path, *arguments: str) -> str:
+def git(directory: Path, *arguments: str) -> str:
     person = ("-c", "user.name=N", "-c", "user.email=n@example.org")
-    command = ["git", "-C", str(folder), *person, *arguments]
+    command = ["git", "-C", str(directory), *person, *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except FileNotFoundError:

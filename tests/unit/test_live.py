@@ -20,7 +20,7 @@ import pytest
 from guix_tasks.bootstrap.service import wait_until
 from guix_tasks.errors import EngineError, StageError
 from guix_tasks.stages.transfer import transfer
-from guix_tasks.ui.console import TAIL, Console, Display, settled_display
+from guix_tasks.ui.console import TAIL, Console, Display, resolve_display
 
 SGR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -63,7 +63,7 @@ def live(screen: io.StringIO) -> Console:
 def test_live_part_shows_name_time_activity_and_log(wide: Screen) -> None:
     console = live(wide)
     with console.step("install") as step:
-        step.tell(lambda: "building x (1 of 2)")
+        step.show_activity(lambda: "building x (1 of 2)")
         step.log([b"line %d" % number for number in range(1000)])
         assert wait_until(lambda: len(wide.lines) == 7, 20), wide.lines
         assert re.fullmatch(r"⠋? ?. install: [0-9.]+ s, building x \(1 of 2\)", wide.lines[0])
@@ -71,7 +71,7 @@ def test_live_part_shows_name_time_activity_and_log(wide: Screen) -> None:
         console.warn("careful")
         assert wait_until(lambda: len(wide.lines) == 8, 20), wide.lines
         assert wide.lines[0] == "warning: careful"
-    console.say("install: done")
+    console.print("install: done")
     assert wide.lines == ["warning: careful", "install: done"]
     assert not wide.screen.cursor.hidden
 
@@ -85,7 +85,7 @@ def test_short_step_draws_nothing(wide: Screen) -> None:
 
 def test_a_log_controls_no_terminal(wide: Screen) -> None:
     with live(wide).step("install") as step:
-        step.tell(lambda: "\x1b[2Jcleared\n\n")
+        step.show_activity(lambda: "\x1b[2Jcleared\n\n")
         step.log([b"\x1b[2J\x1b]0;title\x07", b"[bold]no markup[/bold] :smile:", b"a" * 500])
         assert wait_until(lambda: any("aaa" in line for line in wide.lines), 20)
         assert r"\x1b[2Jcleared\n\n" in wide.lines[0]
@@ -111,7 +111,7 @@ def test_a_small_terminal_shows_what_it_can(
 def test_the_figures_are_kept_and_the_name_is_cut(wide: Screen) -> None:
     figures = "12.3 MB of 120 MB, 12.3 MB/s"
     with live(wide).step(f"pull registry.test:5000/team/{'application' * 9}") as step:
-        step.tell(lambda: figures)
+        step.show_activity(lambda: figures)
         assert wait_until(lambda: len(wide.lines) == 1, 20)
         name, _, said = wide.lines[0].rpartition(": ")
         assert re.fullmatch(rf"[0-9.]+ s, {figures}", said)
@@ -130,7 +130,7 @@ def test_of_a_digest_some_digits_are_drawn(wide: Screen) -> None:
 
 def test_a_short_name_is_whole_whatever_is_done(wide: Screen) -> None:
     with live(wide).step("buildx.setup") as step:
-        step.tell(lambda: "building " + "x" * 100)
+        step.show_activity(lambda: "building " + "x" * 100)
         assert wait_until(lambda: len(wide.lines) == 1, 20)
         assert re.match(r".{1,2} buildx\.setup: [0-9.]+ s, building xxx", wide.lines[0])
 
@@ -218,7 +218,7 @@ def test_a_fault_of_an_engine_shows_no_log(wide: Screen) -> None:
 def test_quiet_says_results_warnings_and_errors_alone() -> None:
     out, err = io.StringIO(), io.StringIO()
     console = Console(out, err, Display.QUIET)
-    console.say("said")
+    console.print("said")
     console.detail("said, too")
     with console.step("install") as step:
         step.log([b"a line"])
@@ -247,12 +247,12 @@ def test_quiet_says_results_warnings_and_errors_alone() -> None:
 def test_live_display_requires_a_watched_terminal(
     wide: Screen, wanted: Display, terminal: bool, environment: dict[str, str], shown: Display
 ) -> None:
-    assert settled_display(wanted, wide if terminal else io.StringIO(), environment) is shown
+    assert resolve_display(wanted, wide if terminal else io.StringIO(), environment) is shown
 
 
 def test_without_rich_nothing_is_drawn(wide: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("guix_tasks.ui.console.find_spec", lambda _name: None)
-    assert settled_display(Display.AUTO, wide, {"TERM": "xterm"}) is Display.PLAIN
+    assert resolve_display(Display.AUTO, wide, {"TERM": "xterm"}) is Display.PLAIN
 
 
 def test_rich_is_not_imported_before_something_is_drawn() -> None:

@@ -39,7 +39,7 @@ def silent() -> Console:
 def test_it_is_in_the_users_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     local = local_registry()
-    assert local.folder == files.data_home() / "registry"
+    assert local.directory == files.data_home() / "registry"
     assert (local.port, local.url) == (PORT, "http://127.0.0.1:5055")
     assert not local.running()
     assert not local.installed()
@@ -137,11 +137,11 @@ def test_nothing_that_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder where the registries of this user are."""
+    """The directory where the registries of this user are."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    folder = local_registry().folder
-    folder.mkdir(parents=True)
-    return folder
+    directory = local_registry().directory
+    directory.mkdir(parents=True)
+    return directory
 
 
 def test_only_a_registry_of_ours_is_told_the_password(
@@ -221,7 +221,7 @@ def test_not_debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_suite_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
 
-    def unpacked(self: Apt, packages: list[str], root: Path) -> None:
+    def unpack(self: Apt, packages: list[str], root: Path) -> None:
         tried.extend(self.suites)
         assert packages == ["docker-registry"]
         if self.suites == ["bookworm"]:
@@ -229,7 +229,7 @@ def test_another_suite_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         root.mkdir()
 
     monkeypatch.setattr(registry, "host_suite", lambda: "bookworm")
-    monkeypatch.setattr(Apt, "unpacked", unpacked)
+    monkeypatch.setattr(Apt, "unpack", unpack)
     LocalRegistry(tmp_path)._unpack(silent())
     assert tried == ["bookworm", "sid"]
 

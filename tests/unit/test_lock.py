@@ -20,7 +20,7 @@ HOLD = """
 import sys
 from guix_tasks.ui.console import Console
 from guix_tasks.files import alone
-with alone(Console().say, "engine", "image:t", "pull"):
+with alone(Console().print, "engine", "image:t", "pull"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -44,8 +44,8 @@ def holder() -> subprocess.Popen[str]:
 
 def come_second(console: Heard, image: str = "image:t") -> threading.Thread:
     def work() -> None:
-        with alone(console.say, "engine", image, "install"):
-            console.say("at work")
+        with alone(console.print, "engine", image, "install"):
+            console.print("at work")
 
     second = threading.Thread(target=work)
     second.start()
@@ -80,7 +80,7 @@ def test_another_image_is_not_waited_for(holder: subprocess.Popen[str]) -> None:
 
 
 def test_an_error_lets_go_of_it() -> None:
-    with pytest.raises(ValueError, match="x"), alone(Heard().say, "engine", "image:t", "pull"):
+    with pytest.raises(ValueError, match="x"), alone(Heard().print, "engine", "image:t", "pull"):
         raise ValueError("x")
     console = Heard()
     come_second(console).join(timeout=10)

@@ -38,17 +38,17 @@ exit 0
 
 @pytest.fixture
 def stub(tmp_path: Path) -> Buildx:
-    folder = tmp_path / "stub"
-    (folder / "config").mkdir(parents=True)
-    (folder / "config" / "config.json").write_text("{}")
-    program = folder / "docker-buildx"
+    directory = tmp_path / "stub"
+    (directory / "config").mkdir(parents=True)
+    (directory / "config" / "config.json").write_text("{}")
+    program = directory / "docker-buildx"
     program.write_text(STUB)
     program.chmod(0o755)
-    (folder / "answer").write_text(json.dumps({"digest": JOINED}))
+    (directory / "answer").write_text(json.dumps({"digest": JOINED}))
     environment = {
-        "STUB": str(folder),
+        "STUB": str(directory),
         "PATH": os.environ["PATH"],
-        "DOCKER_CONFIG": str(folder / "config"),
+        "DOCKER_CONFIG": str(directory / "config"),
     }
     return Buildx(str(program), environment)
 
@@ -178,13 +178,13 @@ def test_it_comes_with_the_account_that_is_set(tmp_path: Path, stub: Buildx) -> 
     site, made = project(tmp_path, DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2")  # noqa: S106
     pushed(site, "linux/amd64")
     join(made, stub)
-    folder = tmp_path / "stub"
+    directory = tmp_path / "stub"
     pair = base64.b64encode(b"me:hunter2").decode()
-    shown = (folder / "accounts").read_text().splitlines()
+    shown = (directory / "accounts").read_text().splitlines()
     expected = {"auths": {"registry.test": {"auth": pair}}}
     assert [json.loads(each) for each in shown if each] == 2 * [expected]
-    assert "hunter2" not in (folder / "argv").read_text() + heard(made)
-    assert (folder / "config" / "config.json").read_text() == "{}"
+    assert "hunter2" not in (directory / "argv").read_text() + heard(made)
+    assert (directory / "config" / "config.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,15 @@ from fake_engine import Site, made_site
 
 from guix_tasks.engine.api import ContainerSpec
 from guix_tasks.stages import ownership, runner
-from guix_tasks.stages.container import FOLDER, ROOTLESS_CACHES, Work, cache_volumes, work_container
+from guix_tasks.stages.container import (
+    ROOTLESS_CACHES,
+    WORK_DIRECTORY,
+    Work,
+    cache_volumes,
+    work_container,
+)
 from guix_tasks.stages.images import STAGE_LABEL
-from guix_tasks.stages.ownership import lend, restore_ownership
+from guix_tasks.stages.ownership import grant_ownership, restore_ownership
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,11 +36,11 @@ ROOT_ONLY = "root:x:0:0:root:/root:/bin/sh\n"
 class Disk:
     """The file system of one container, as far as an engine copies it in and out."""
 
-    def __init__(self, *folders: str, **files: str) -> None:
+    def __init__(self, *directories: str, **files: str) -> None:
         self.there: dict[str, tuple[tarfile.TarInfo, bytes]] = {}
         self.written: list[str] = []
         self.read: list[str] = []
-        for path in folders:
+        for path in directories:
             header = tarfile.TarInfo(path.lstrip("/"))
             header.type, header.mode = tarfile.DIRTYPE, 0o750
             self.there[path] = (header, b"")
@@ -87,7 +93,7 @@ def disk() -> Disk:
 
 
 def test_daemon_owns_its_state_and_the_store_directories(disk: Disk) -> None:
-    user = lend(disk.as_engine(), "x", ["/tmp/cache"])  # noqa: S108
+    user = grant_ownership(disk.as_engine(), "x", ["/tmp/cache"])  # noqa: S108
     owners = disk.owners()
     lent = ("/gnu/store", "/gnu/store/.links", "/root", "/var/guix", "/var/guix/db/db.sqlite")
     for path in (*lent, "/etc/guix/acl", "/var/log/guix", "/tmp/cache"):  # noqa: S108
@@ -97,22 +103,22 @@ def test_daemon_owns_its_state_and_the_store_directories(disk: Disk) -> None:
 
 
 def test_unread_directory_is_created_private_to_the_user(disk: Disk) -> None:
-    folder = "/var/lib/secret"
-    user = lend(disk.as_engine(), "x", unread=[folder])
-    header, _ = disk.there[folder]
+    directory = "/var/lib/secret"
+    user = grant_ownership(disk.as_engine(), "x", unread=[directory])
+    header, _ = disk.there[directory]
     assert (header.uid, header.mode) == (user, 0o700)
-    assert folder not in disk.read
+    assert directory not in disk.read
 
 
 def test_store_items_keep_their_owner(disk: Disk) -> None:
     """Or a layer would hold all of them again; and so would it what is only ever removed."""
-    lend(disk.as_engine(), "x")
+    grant_ownership(disk.as_engine(), "x")
     assert not {"/gnu/store/a-guix", "/var/guix/db/reserved"} & {*disk.written}
 
 
 def test_root_owns_every_directory_after_a_restore(disk: Disk) -> None:
     before = disk.owners()
-    lend(disk.as_engine(), "x")
+    grant_ownership(disk.as_engine(), "x")
     assert restore_ownership(disk.as_engine(), "x")
     assert before.items() <= disk.owners().items()
     assert set(disk.owners().values()) == {0}
@@ -120,20 +126,20 @@ def test_root_owns_every_directory_after_a_restore(disk: Disk) -> None:
 
 
 def test_account_is_created_once_with_a_free_id(disk: Disk) -> None:
-    user = lend(disk.as_engine(), "x")
+    user = grant_ownership(disk.as_engine(), "x")
     assert user == 60707  # the usual one is a group here
     assert disk.text("/etc/passwd").startswith(ROOT_ONLY)
     assert f"\n{ownership.USER}:x:60707:60707:" in disk.text("/etc/passwd")
     accounts = disk.text("/etc/passwd")
     restore_ownership(disk.as_engine(), "x")
-    assert lend(disk.as_engine(), "x") == user
+    assert grant_ownership(disk.as_engine(), "x") == user
     assert disk.text("/etc/passwd") == accounts
 
 
 def test_account_of_the_image_is_used() -> None:
     accounts = f"{ROOT_ONLY}{ownership.USER}:x:123:123::/:/bin/false\n"
     disk = Disk("/var/guix", **{"/etc/passwd": accounts})
-    assert lend(disk.as_engine(), "x") == 123
+    assert grant_ownership(disk.as_engine(), "x") == 123
     assert disk.text("/etc/passwd") == accounts
     assert disk.owners()["/var/guix"] == 123
 
@@ -141,7 +147,7 @@ def test_account_of_the_image_is_used() -> None:
 def test_files_of_another_user_keep_their_owner(disk: Disk) -> None:
     header = disk.there["/var/guix/db"][0]
     header.uid = header.gid = 5
-    lend(disk.as_engine(), "x")
+    grant_ownership(disk.as_engine(), "x")
     assert disk.owners()["/var/guix/db"] == 5
     restore_ownership(disk.as_engine(), "x")
     assert disk.owners()["/var/guix/db"] == 5
@@ -151,14 +157,14 @@ def test_image_without_guix_is_accepted() -> None:
     disk = Disk()
     assert not restore_ownership(disk.as_engine(), "x")
     assert disk.written == []
-    assert lend(disk.as_engine(), "x") == 60706
+    assert grant_ownership(disk.as_engine(), "x") == 60706
 
 
 def test_links_keep_their_targets(disk: Disk) -> None:
     header = tarfile.TarInfo("var/guix/profile")
     header.type, header.linkname = tarfile.SYMTYPE, "../../gnu/store/a-guix"
     disk.there["/var/guix/link"] = (header, b"")
-    lend(disk.as_engine(), "x")
+    grant_ownership(disk.as_engine(), "x")
     assert disk.there["/var/guix/link"][0].linkname == "../../gnu/store/a-guix"
 
 
@@ -210,8 +216,8 @@ def test_files_of_a_rootless_container_belong_to_the_daemon(
     monkeypatch.setattr(site.engine, "copy_in", watched)
     image, work = site.image("base").id, Work("x", (), {"a": b""})
     with work_container(site.engine, site.settings(), image, work) as container:
-        environment = site.engine._container(container).text(f"{FOLDER}/environment")
-    assert owners[FOLDER] == owners[f"{FOLDER}/a"] == owners["/var/guix"] == 60706
+        environment = site.engine._container(container).text(f"{WORK_DIRECTORY}/environment")
+    assert owners[WORK_DIRECTORY] == owners[f"{WORK_DIRECTORY}/a"] == owners["/var/guix"] == 60706
     assert "HOME=/root\n" in environment
     assert f"XDG_CACHE_HOME={ROOTLESS_CACHES['rootless']}\n" in environment
 

@@ -17,7 +17,7 @@ from guix_tasks.commands import pack
 from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import EngineError, StageError, UsageError
 from guix_tasks.guix import Pack
-from guix_tasks.stages.container import FOLDER
+from guix_tasks.stages.container import WORK_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,13 +37,13 @@ def packs(
 
     def behaviour(container: FakeContainer) -> Output:
         for name in ("stage", "pack.scm", "manifest.scm"):
-            seen[name] = container.text(f"{FOLDER}/{name}")
+            seen[name] = container.text(f"{WORK_DIRECTORY}/{name}")
         for name in names:
             yield False, f"is packed:{name.replace(' ', chr(9), 1)}\n".encode()
         yield True, b"building...\n"
         yield False, f"{item}\n".encode()
         container.write(item, CONTENT)
-        container.forget(FOLDER)
+        container.forget(WORK_DIRECTORY)
 
     made.engine.behaviour = behaviour
     return seen
@@ -57,14 +57,14 @@ def run(made: Site, wanted: Pack | None = None, name: str = "", *packages: str) 
 
 def out(made: Site) -> list[str]:
     """What is in ``out/`` besides the logs."""
-    return sorted(each.name for each in made.folder.glob("out/*") if each.name != "logs")
+    return sorted(each.name for each in made.directory.glob("out/*") if each.name != "logs")
 
 
 def test_the_file_its_checksum_and_what_a_release_needs(made: Site) -> None:
     packs(made)
     before = outline(made.engine)
     path = run(made)
-    assert path == made.folder / "out" / "hello-2.12.2-x86_64-linux.tar.gz"
+    assert path == made.directory / "out" / "hello-2.12.2-x86_64-linux.tar.gz"
     assert path.read_text() == CONTENT
     assert path.stat().st_mode & 0o111 == 0
     checksum = path.with_name(f"{path.name}.sha256").read_text()
@@ -118,7 +118,7 @@ def test_the_options_are_those_of_guix_pack(made: Site) -> None:
         "#!/bin/sh\n"
         "exec guix pack --format=docker --relocatable --relocatable --symlink=/bin=bin "
         f"'--symlink=/a b=c' --compression=zstd --max-layers=7 --entry-point=bin/hello "
-        f"--manifest={FOLDER}/pack.scm\n"
+        f"--manifest={WORK_DIRECTORY}/pack.scm\n"
     )
 
 
@@ -130,7 +130,7 @@ def test_the_manifest_and_the_packages_are_packed(made: Site) -> None:
     seen = packs(made)
     run(made)
     assert seen["manifest.scm"] == text
-    theirs = f'(primitive-load "{FOLDER}/manifest.scm")'
+    theirs = f'(primitive-load "{WORK_DIRECTORY}/manifest.scm")'
     assert f'(list {theirs} (specifications->manifest \'("hello")))' in seen["pack.scm"]
 
 
@@ -205,7 +205,7 @@ def test_a_guix_that_was_never_pulled_has_no_channels(site: Site) -> None:
     site.make("base")
     packs(site)
     run(site)
-    part = json.loads((site.folder / "out" / "build-x86_64-linux.json").read_text())
+    part = json.loads((site.directory / "out" / "build-x86_64-linux.json").read_text())
     assert part["channels"] == []
 
 
@@ -248,7 +248,7 @@ def _archive(kind: bytes, size: int) -> bytes:
         (_archive(tarfile.REGTYPE, 1 << 20)[: 1 << 19], "sent only a part of it"),
         (_archive(tarfile.DIRTYPE, 0), "is not a regular file"),
     ],
-    ids=["nothing", "nonsense", "half", "a folder"],
+    ids=["nothing", "nonsense", "half", "a directory"],
 )
 def test_what_does_not_come_whole_leaves_what_was_there(
     made: Site, monkeypatch: pytest.MonkeyPatch, archive: bytes, said: str
@@ -287,14 +287,14 @@ def test_a_large_file_is_not_held_in_memory(made: Site, monkeypatch: pytest.Monk
 
 
 def test_a_token_in_a_channels_url_is_not_published(made: Site) -> None:
-    channels = (made.folder / "channels.scm").read_text()
+    channels = (made.directory / "channels.scm").read_text()
     url = "https://me:hunter2-token@guix.test"
     made.write("channels.scm", channels.replace("https://guix.test", url))
     made.make("pull", update=True)
     made.make("install")
     packs(made)
     run(made)
-    part = (made.folder / "out" / "build-x86_64-linux.json").read_text()
+    part = (made.directory / "out" / "build-x86_64-linux.json").read_text()
     assert "guix.test" in part
     assert "hunter2" not in part
 
@@ -318,7 +318,7 @@ def test_a_dry_run_shows_what_it_would_run(made: Site) -> None:
     before = made.engine.changing_calls()
     assert pack.pack(dry, Pack()) is None
     assert made.engine.changing_calls() == before
-    assert f"+ guix pack --format=tarball --manifest={FOLDER}/pack.scm" in heard(dry)
+    assert f"+ guix pack --format=tarball --manifest={WORK_DIRECTORY}/pack.scm" in heard(dry)
     assert out(made) == []
     assert IMAGE in made.engine.tags
 

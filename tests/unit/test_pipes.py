@@ -20,7 +20,7 @@ from guix_tasks.settings import Settings, load_settings
 from guix_tasks.stages.channel_access import _known_hosts
 from guix_tasks.stages.container import common_files
 from guix_tasks.stages.install import install_stage
-from guix_tasks.stages.pull import wanted_text
+from guix_tasks.stages.pull import channels_text
 from guix_tasks.ui.console import Display
 
 if TYPE_CHECKING:
@@ -30,11 +30,13 @@ FORMS = ("named", "descriptor")
 
 
 @contextmanager
-def pipe(folder: Path, content: str | bytes, form: str = "named", name: str = "p") -> Iterator[str]:
+def pipe(
+    directory: Path, content: str | bytes, form: str = "named", name: str = "p"
+) -> Iterator[str]:
     """The path of a pipe that somebody writes to once."""
     data = content if isinstance(content, bytes) else content.encode()
     if form == "named":
-        path = folder / name
+        path = directory / name
         os.mkfifo(path)
         writer = threading.Thread(target=path.write_bytes, args=(data,))
         writer.start()
@@ -49,8 +51,8 @@ def pipe(folder: Path, content: str | bytes, form: str = "named", name: str = "p
         os.close(reading)
 
 
-def load(folder: Path, **environ: str) -> Settings:
-    return load_settings(folder, folder, environ)
+def load(directory: Path, **environ: str) -> Settings:
+    return load_settings(directory, directory, environ)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -127,7 +129,7 @@ CHANNELS = '(list (channel (name \'guix) (url "https://guix.test")))'
 @pytest.mark.parametrize(
     ("name", "content", "read"),
     [
-        ("GUIX_CHANNELS", CHANNELS, lambda s: (wanted_text(s) or "").encode()),
+        ("GUIX_CHANNELS", CHANNELS, lambda s: (channels_text(s) or "").encode()),
         ("GUIX_MANIFEST", "(a)", lambda settings: install_stage(settings).files["manifest.scm"]),
         ("SSH_KNOWN_HOSTS", "host key", _known_hosts),
         ("EXTRA_CA_FILE", AUTHORITY.read_text(), lambda s: common_files(s)["extra-ca.pem"]),

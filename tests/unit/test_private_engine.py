@@ -35,7 +35,7 @@ class Heard(Console):
 
 @pytest.fixture
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrivateEngine:
-    """An engine in an empty folder, as root on a Linux that has no other."""
+    """An engine in an empty directory, as root on a Linux that has no other."""
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(engine, "other_engine", lambda: None)
@@ -43,7 +43,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrivateEngine:
 
 
 def install(private: PrivateEngine, daemon: str) -> None:
-    program = private.folder / "root/usr/sbin/dockerd"
+    program = private.directory / "root/usr/sbin/dockerd"
     program.parent.mkdir(parents=True)
     program.write_text(f"#!/bin/sh\n{daemon}\n")
     program.chmod(0o755)
@@ -52,7 +52,7 @@ def install(private: PrivateEngine, daemon: str) -> None:
 def test_it_is_in_the_users_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     private = private_engine()
-    assert private.folder == files.data_home() / "engine"
+    assert private.directory == files.data_home() / "engine"
     assert private.url == f"unix://{tmp_path}/guix-tasks/engine/docker.sock"
     assert not private.installed()
     assert not private.running()
@@ -68,7 +68,7 @@ def test_its_configuration_leaves_the_host_alone(alone: PrivateEngine) -> None:
     untouched = ("iptables", "ip6tables", "ip-forward")
     assert [configuration[name] for name in untouched] == [False] * 3
     for name in ("data-root", "exec-root", "pidfile", "init-path"):
-        assert str(configuration[name]).startswith(f"{alone.folder}/")
+        assert str(configuration[name]).startswith(f"{alone.directory}/")
 
 
 @pytest.mark.parametrize("store", ImageStore)
@@ -85,9 +85,9 @@ def test_a_running_engine_does_not_change_its_store(
 ) -> None:
     monkeypatch.setattr(PrivateEngine, "running", lambda _: True)
     monkeypatch.setattr(engine, "answers", lambda path: path == alone.socket)
-    alone.folder.mkdir(parents=True, exist_ok=True)
+    alone.directory.mkdir(parents=True, exist_ok=True)
     configuration = alone._configure(ImageStore.CONTAINERD)
-    (alone.folder / "daemon.json").write_text(json.dumps(configuration))
+    (alone.directory / "daemon.json").write_text(json.dumps(configuration))
     alone.up(Heard(), ImageStore.CONTAINERD)
     with pytest.raises(EngineError, match=r"image store overlay2; run `inv engine.down` first"):
         alone.up(Heard(), ImageStore.OVERLAY2)
@@ -97,7 +97,7 @@ def test_not_root(alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(EngineError, match=r"needs root.*or install Docker Engine"):
         alone.up(Heard())
-    assert not alone.folder.exists()
+    assert not alone.directory.exists()
 
 
 def test_not_linux(alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,22 +150,22 @@ def test_a_daemon_that_dies_says_why(alone: PrivateEngine) -> None:
     install(
         alone, "echo 'level=info msg=\"starting\"'; echo 'failed to start daemon: boom'; exit 1"
     )
-    (alone.folder / "docker.pid").write_text("1")
+    (alone.directory / "docker.pid").write_text("1")
     alone.socket.touch()
     with pytest.raises(
         EngineError, match="cannot start the private engine: failed to start daemon: boom; see /"
     ):
         alone.up(Heard())
-    left = sorted(path.name for path in alone.folder.iterdir())
+    left = sorted(path.name for path in alone.directory.iterdir())
     assert left == ["daemon.json", "dockerd.log", "lock", "root"]
-    assert alone.folder.stat().st_mode & 0o777 == 0o700
+    assert alone.directory.stat().st_mode & 0o777 == 0o700
 
 
 def test_one_that_answers_has_started(
     alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(alone, "exec sleep 600")
-    pid = alone.folder / "docker.pid"
+    pid = alone.directory / "docker.pid"
     monkeypatch.setattr(engine, "answers", lambda path: path == alone.socket and pid.exists())
     monkeypatch.setattr(Path, "chmod", lambda *_: None)
     heard = Heard()
@@ -193,7 +193,7 @@ def test_a_shell_is_told_how_docker_reaches_it(
     by_hand = f"docker by hand: export DOCKER_HOST='unix://{private.socket}'"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert private.shell_hint() == by_hand
-    program = private.folder / "root/usr/bin/docker"
+    program = private.directory / "root/usr/bin/docker"
     program.parent.mkdir(parents=True)
     program.touch(0o755)
     assert private.shell_hint() == f"{by_hand} PATH=\"$PATH\":'{program.parent}'"
@@ -201,11 +201,11 @@ def test_a_shell_is_told_how_docker_reaches_it(
     assert private.shell_hint() == by_hand
 
 
-@pytest.mark.parametrize("folder", [True, False])
-def test_down_where_nothing_runs(alone: PrivateEngine, folder: bool) -> None:
-    if folder:
-        alone.folder.mkdir()
-        (alone.folder / "docker.pid").write_text("1")
+@pytest.mark.parametrize("directory", [True, False])
+def test_down_where_nothing_runs(alone: PrivateEngine, directory: bool) -> None:
+    if directory:
+        alone.directory.mkdir()
+        (alone.directory / "docker.pid").write_text("1")
     heard = Heard()
     alone.down(heard)
     assert heard.text.getvalue().startswith("no private engine is running")
@@ -224,15 +224,15 @@ def test_mounts_below_a_folder_come_innermost_first() -> None:
 def test_a_disk_that_the_user_put_there_stays(
     alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = str(alone.folder / "data")
+    data = str(alone.directory / "data")
     monkeypatch.setattr(
         engine,
         "mounts_below",
-        lambda folder, _table: {alone.folder: [data]}.get(folder, []),
+        lambda directory, _table: {alone.directory: [data]}.get(directory, []),
     )
-    (alone.folder / "run").mkdir(parents=True)
+    (alone.directory / "run").mkdir(parents=True)
     assert alone._mounts() == []
-    (alone.folder / "run" / "unmount-on-shutdown").touch()
+    (alone.directory / "run" / "unmount-on-shutdown").touch()
     assert alone._mounts() == [data]
 
 
@@ -246,8 +246,8 @@ def test_a_disk_that_the_user_put_there_stays(
     ],
 )
 def test_answers(response: bytes, expected: bool) -> None:
-    folder = Path(tempfile.gettempdir())
-    path = folder / f"guix-tasks-test-{os.getpid()}.sock"
+    directory = Path(tempfile.gettempdir())
+    path = directory / f"guix-tasks-test-{os.getpid()}.sock"
     path.unlink(missing_ok=True)
     assert not answers(path)
     with socket.socket(socket.AF_UNIX) as server:

@@ -194,13 +194,13 @@ def test_a_reader_that_has_gone_is_no_error(tmp_path: Path) -> None:
 
 
 def call(
-    folder: Path, *arguments: str, stdout: int = subprocess.PIPE
+    directory: Path, *arguments: str, stdout: int = subprocess.PIPE
 ) -> subprocess.CompletedProcess[str]:
-    """``guix-tasks`` in a folder, as a process of its own."""
+    """``guix-tasks`` in a directory, as a process of its own."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     argv = [sys.executable, "-m", "guix_tasks", *arguments]
     return subprocess.run(
-        argv, cwd=folder, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60,
+        argv, cwd=directory, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60,
         check=False,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import pytest
 from fake_engine import BASE_IMAGE, COMMITS, IMAGE, FakeEngine, Heard, Site, heard
 
 from guix_tasks.commands import commit, rollback, run
-from guix_tasks.commands.push import image_to_use, push
+from guix_tasks.commands.push import push, require_image
 from guix_tasks.engine.accounts import Credentials
 from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import RegistryError, UsageError
@@ -32,7 +32,7 @@ def pushed(site: Site) -> set[str]:
 
 
 def digest_files(site: Site) -> list[Path]:
-    return sorted((site.folder / "out").glob("digests/*"))
+    return sorted((site.directory / "out").glob("digests/*"))
 
 
 def test_image_and_tags_are_pushed(made: Site) -> None:
@@ -257,8 +257,8 @@ def test_the_credentials_are_those_of_the_settings(made: Site) -> None:
 
 def test_image_to_use_is_image_or_a_stage(made: Site) -> None:
     project = made.project()
-    assert image_to_use(project).id == made.image("install").id
-    assert image_to_use(project, "base").id == made.image("base").id
+    assert require_image(project).id == made.image("install").id
+    assert require_image(project, "base").id == made.image("base").id
 
 
 def test_stage_built_from_the_api_can_be_pushed(made: Site) -> None:
@@ -272,6 +272,6 @@ def test_stage_built_from_the_api_can_be_pushed(made: Site) -> None:
 def test_what_others_made_from_a_stage_is_used_as_image(made: Site) -> None:
     install = made.image("install")
     mine = made.engine.make_image(install.config, {"/mine": b""}, parent=install, tag=IMAGE)
-    assert image_to_use(made.project()).id == mine.id
+    assert require_image(made.project()).id == mine.id
     made.push()
     assert made.engine.tags[IMAGE] == mine.id

@@ -10,7 +10,7 @@ from fake_engine import new_site
 
 from guix_tasks.errors import UsageError
 from guix_tasks.oci.platform import Platform
-from guix_tasks.stages.push_records import Pushed, folder_of, load, save
+from guix_tasks.stages.push_records import Pushed, load, records_directory, save
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +37,7 @@ def test_what_was_pushed_is_read_as_it_was_written(settings: Settings) -> None:
         f"docker.io/my.site/app@{DIGEST}",
         f"debian@{OTHER}",
     ]
-    assert folder_of(settings) == places[0].parent == settings.output_folder / "digests"
+    assert records_directory(settings) == places[0].parent == settings.output_directory / "digests"
 
 
 def test_a_push_replaces_what_was_pushed_for_the_same_platforms(settings: Settings) -> None:

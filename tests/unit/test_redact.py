@@ -161,7 +161,7 @@ def test_a_console_shows_no_secret(display: Display) -> None:
     redact.add(SECRET)
     out, err = io.StringIO(), io.StringIO()
     console = Console(out, err, display)
-    for say in (console.say, console.warn, console.error, console.result):
+    for say in (console.print, console.warn, console.error, console.result):
         say(f"a {SECRET} b")
     console.command(["docker", "build", f"--build-arg=A={SECRET}"])
     console.table(["name", SECRET], [[SECRET, "x"]])
@@ -170,7 +170,7 @@ def test_a_console_shows_no_secret(display: Display) -> None:
         console.stream(b"x" + half, error=error)
         console.stream(rest + b"y\n", error=error)
     with suppress(StageError), console.step(f"a {SECRET}") as step:
-        step.tell(lambda: f"doing {SECRET}")
+        step.show_activity(lambda: f"doing {SECRET}")
         log = Log(step.log)
         log.add(b"from " + half)
         log.add(rest + b"\nand " + half)
@@ -189,7 +189,7 @@ def test_held_output_precedes_the_next_message() -> None:
     redact.add(SECRET)
     console = Heard()
     console.stream(b"hunter")
-    console.say("done")
+    console.print("done")
     assert console.text == "hunter\ndone\n"
 
 

@@ -26,7 +26,7 @@ URL = "https://example.org/v1"
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     found = new_site(tmp_path, RELEASE_URL=URL).settings()
-    found.output_folder.mkdir()
+    found.output_directory.mkdir()
     return found
 
 
@@ -35,7 +35,7 @@ def packed(
 ) -> Packed:
     """Something that was packed, its file included."""
     file = f"hello-1-{system}.{format_}"
-    (settings.output_folder / file).write_text(text)
+    (settings.output_directory / file).write_text(text)
     made = Packed(system, format_, file, hashlib.sha256(text.encode()).hexdigest(), CHANNELS)
     save(settings, made)
     return made
@@ -43,7 +43,7 @@ def packed(
 
 def released(settings: Settings) -> dict[str, Any]:
     path = release(settings, Heard())
-    assert path == settings.output_folder / "build.json"
+    assert path == settings.output_directory / "build.json"
     text = path.read_text()
     found: dict[str, Any] = json.loads(text)
     assert text == f"{json.dumps(found, indent=2, sort_keys=True)}\n"
@@ -91,7 +91,7 @@ def test_what_was_not_packed_here_stays(settings: Settings) -> None:
         "riscv64-linux": {"url": "https://a.test/x", "sha256": "1", "cache": {"url": "y"}},
         "x86_64-linux": {"url": "https://a.test/z", "sha256": "2", "cache": {"url": "c"}},
     }
-    (settings.output_folder / "build.json").write_text(json.dumps(old))
+    (settings.output_directory / "build.json").write_text(json.dumps(old))
     made = packed(settings)
     assert released(settings) == {
         "riscv64-linux": old["riscv64-linux"],
@@ -101,7 +101,7 @@ def test_what_was_not_packed_here_stays(settings: Settings) -> None:
 
 def test_a_part_of_another_job_needs_no_file(settings: Settings) -> None:
     made = packed(settings, "aarch64-linux")
-    (settings.output_folder / made.file).unlink()
+    (settings.output_directory / made.file).unlink()
     console = Heard()
     release(settings, console)
     assert f"{made.file} does not exist here" in console.text
@@ -110,10 +110,10 @@ def test_a_part_of_another_job_needs_no_file(settings: Settings) -> None:
 
 def test_a_file_that_changed_is_not_released(settings: Settings) -> None:
     made = packed(settings)
-    (settings.output_folder / made.file).write_text("other")
+    (settings.output_directory / made.file).write_text("other")
     with pytest.raises(CheckError, match=r"differs from the packed file: .* run `inv pack` again"):
         release(settings, Heard())
-    assert not (settings.output_folder / "build.json").exists()
+    assert not (settings.output_directory / "build.json").exists()
 
 
 def test_an_address_is_needed(settings: Settings) -> None:
@@ -144,7 +144,7 @@ def test_a_name_is_quoted_in_an_address(settings: Settings) -> None:
     ],
 )  # fmt: skip
 def test_a_part_that_is_none_is_named(settings: Settings, text: str) -> None:
-    path = settings.output_folder / "build-x86_64-linux.json"
+    path = settings.output_directory / "build-x86_64-linux.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UsageError, match=r"build-x86_64-linux.json is not a record of `inv pack`"):
         load(settings)
@@ -155,7 +155,7 @@ def test_a_part_that_is_none_is_named(settings: Settings, text: str) -> None:
 )
 def test_a_build_json_that_is_none_is_named(settings: Settings, text: str) -> None:
     packed(settings, format_="docker")
-    path = settings.output_folder / "build.json"
+    path = settings.output_directory / "build.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UsageError, match=r"build.json is not a valid build.json; delete it"):
         release(settings, Heard())

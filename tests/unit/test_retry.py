@@ -42,14 +42,14 @@ class Server:
 
 def test_what_goes_well_is_not_tried_again(waits: list[float]) -> None:
     server = Server()
-    assert retry.retried(Console(), "it", server) == "answer"
+    assert retry.retry_call(Console(), "it", server) == "answer"
     assert (server.calls, waits) == (1, [])
 
 
 def test_a_fault_that_passes_is_tried_again_ever_later(waits: list[float]) -> None:
     said = io.StringIO()
     server = Server(fault("one"), fault("two"), fault("three"))
-    assert retry.retried(Console(err=said), "the push", server) == "answer"
+    assert retry.retry_call(Console(err=said), "the push", server) == "answer"
     assert len(waits) == 3
     for wait, longest in zip(waits, (2, 4, 8), strict=True):
         assert longest / 2 <= wait <= longest
@@ -61,14 +61,14 @@ def test_a_fault_that_passes_is_tried_again_ever_later(waits: list[float]) -> No
 def test_a_fault_that_stays_is_told_after_the_last_try(waits: list[float]) -> None:
     server = Server(*(fault(str(number)) for number in range(9)))
     with pytest.raises(RegistryError, match="3"):
-        retry.retried(Console(err=io.StringIO()), "it", server)
+        retry.retry_call(Console(err=io.StringIO()), "it", server)
     assert server.calls == retry.TRIES
 
 
 def test_a_fault_that_does_not_pass_is_told_at_once(waits: list[float]) -> None:
     server = Server(fault(passes=False))
     with pytest.raises(RegistryError):
-        retry.retried(Console(), "it", server)
+        retry.retry_call(Console(), "it", server)
     assert (server.calls, waits) == (1, [])
 
 
@@ -77,7 +77,7 @@ def test_no_wait_is_longer_than_a_minute(
 ) -> None:
     monkeypatch.setattr("random.uniform", lambda _least, most: most)
     server = Server(*(fault() for _ in range(10)))
-    retry.retried(Console(err=io.StringIO()), "it", server, tries=11)
+    retry.retry_call(Console(err=io.StringIO()), "it", server, tries=11)
     assert waits[-1] == max(waits) == retry.LONGEST
 
 
@@ -138,7 +138,7 @@ def test_a_registry_that_is_asked_too_often_says_for_how_long(
     between: tuple[float, float],
 ) -> None:
     monkeypatch.setattr(retry, "retry_after", lambda _host: asked)
-    retry.retried(Console(err=io.StringIO()), "it", Server(fault(text)), host="registry.test")
+    retry.retry_call(Console(err=io.StringIO()), "it", Server(fault(text)), host="registry.test")
     least, most = between
     assert least <= waits[0] <= most
 

@@ -18,7 +18,7 @@ if not Path("/proc/self/exe").exists():
 
 @pytest.fixture
 def service(tmp_path: Path) -> Service:
-    """A daemon that is a copy of a program of the machine, in a folder of its own."""
+    """A daemon that is a copy of a program of the machine, in a directory of its own."""
     program = tmp_path / "root" / "daemon"
     program.parent.mkdir()
     shutil.copy(os.path.realpath(shutil.which("sleep") or "/bin/sleep"), program)
@@ -92,10 +92,10 @@ def test_only_one_holds_a_lock(tmp_path: Path) -> None:
     order: list[str] = []
 
     def second() -> None:
-        with locked(tmp_path / "folder" / "lock"):
+        with locked(tmp_path / "directory" / "lock"):
             order.append("second")
 
-    with locked(tmp_path / "folder" / "lock"):
+    with locked(tmp_path / "directory" / "lock"):
         thread = threading.Thread(target=second)
         thread.start()
         time.sleep(0.1)

@@ -67,7 +67,7 @@ class Result:
 
 @dataclass
 class Inv:
-    """``inv`` in a project's folder, with its engine behind it."""
+    """``inv`` in a project's directory, with its engine behind it."""
 
     site: Site
     capsys: pytest.CaptureFixture[str]
@@ -120,7 +120,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def inv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Inv:
     site = new_site(tmp_path / "project")
     site.write("tasks.py", "")
-    monkeypatch.chdir(site.folder)
+    monkeypatch.chdir(site.directory)
     monkeypatch.setenv("DOCKER_HOST", "unix:///fake.sock")
     made = Inv(site, capsys, monkeypatch)
     monkeypatch.setattr(podman, "open_engine", made.make_engine)
@@ -156,7 +156,7 @@ def test_a_pack_prints_its_file_alone_and_takes_what_guix_takes(inv: Inv) -> Non
         "--symlink=/share=share", "--format=docker", "--max-layers=9", "--name=x",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert done.out == f"{inv.site.folder}/out/x-1.0-x86_64-linux.docker.tar.gz\n"
+    assert done.out == f"{inv.site.directory}/out/x-1.0-x86_64-linux.docker.tar.gz\n"
     (script,) = scripts
     assert script.count(" --relocatable") == 2
     assert " --symlink=/bin=bin --symlink=/share=share --max-layers=9 " in script
@@ -167,7 +167,7 @@ def test_a_release_needs_no_engine(inv: Inv) -> None:
     assert inv("release").errors[0].startswith("error: nothing to release: ")
     part = {"system": "x86_64-linux", "format": "tarball", "file": "x", "sha256": "1"}
     inv.site.write("out/build-x86_64-linux.json", json.dumps({**part, "channels": []}))
-    path = inv.site.folder / "out" / "build.json"
+    path = inv.site.directory / "out" / "build.json"
     assert inv("--dry", "release", "--url=https://a.test").code == 0
     assert not path.exists()
     done = inv("release", "--url=https://a.test")
@@ -191,7 +191,7 @@ def test_three_calls_are_the_same_as_one(inv: Inv, tmp_path: Path) -> None:
     together = outline(inv.site.engine)
     other = new_site(tmp_path / "other", inv.site.engine.registry)
     other.write("tasks.py", "")
-    inv.monkeypatch.chdir(other.folder)
+    inv.monkeypatch.chdir(other.directory)
     apart = Inv(other, inv.capsys, inv.monkeypatch)
     inv.monkeypatch.setattr(podman, "open_engine", apart.make_engine)
     assert [apart(task).code for task in ("pull", "install", "push")] == [0, 0, 0]
@@ -267,8 +267,8 @@ def test_dry_changes_nothing_and_shows_everything(inv: Inv) -> None:
 
 
 def test_settings_are_those_of_the_project_from_any_folder_of_it(inv: Inv) -> None:
-    (inv.site.folder / "deep" / "er").mkdir(parents=True)
-    inv.monkeypatch.chdir(inv.site.folder / "deep" / "er")
+    (inv.site.directory / "deep" / "er").mkdir(parents=True)
+    inv.monkeypatch.chdir(inv.site.directory / "deep" / "er")
     assert inv("base").code == 0
     assert f"{IMAGE}-base" in inv.site.engine.tags
 
@@ -291,7 +291,7 @@ def test_each_platform_is_made_and_pushed_in_turn(inv: Inv) -> None:
     assert [line.partition("@")[0] for line in lines if "@" in line] == [
         f"{IMAGE}-linux-amd64", f"{IMAGE}-linux-386",
     ]  # fmt: skip
-    files = (inv.site.folder / "out" / "digests").iterdir()
+    files = (inv.site.directory / "out" / "digests").iterdir()
     assert sorted(each.name for each in files) == ["linux-386.json", "linux-amd64.json"]
     assert inv("status").out.count("up to date") == 6
     assert "removed" in inv("clean").err
@@ -464,12 +464,12 @@ def plugin_at(inv: Inv, fake: FakeBuildx) -> Path:
     content = fake.path.read_bytes()
     inv.site.write("plugin", content)
     inv.site.env.update(
-        BUILDX_URL=f"file://{inv.site.folder}/plugin",
+        BUILDX_URL=f"file://{inv.site.directory}/plugin",
         BUILDX_SHA256=hashlib.sha256(content).hexdigest(),
     )
-    folder = inv.site.folder / "docker"
-    inv.monkeypatch.setenv("DOCKER_CONFIG", str(folder))
-    target = folder / "cli-plugins" / "docker-buildx"
+    directory = inv.site.directory / "docker"
+    inv.monkeypatch.setenv("DOCKER_CONFIG", str(directory))
+    target = directory / "cli-plugins" / "docker-buildx"
     inv.monkeypatch.setattr(
         buildx, "find_program", lambda *_: str(target) if target.exists() else None
     )
@@ -686,7 +686,7 @@ def test_an_exit_of_a_task_passes() -> None:
     assert caught.value.code == 9
 
 
-@pytest.mark.parametrize("value", ["no-such-folder", "Dockerfile"])
+@pytest.mark.parametrize("value", ["no-such-directory", "Dockerfile"])
 def test_a_context_that_is_no_folder_is_one_line(inv: Inv, value: str) -> None:
     inv.site.env["BUILD_CONTEXT"] = value
     done = inv("base")

@@ -54,7 +54,7 @@ def project(tmp_path: Path) -> Path:
     names = ("channels.scm", "manifest.scm", "a.pub", "b.pub", "signing-key.sec", "with,comma")
     for name in names:
         (tmp_path / name).write_text(f"{name}\n")
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "directory").mkdir()
     (tmp_path / "with space").mkdir()
     return tmp_path
 
@@ -122,7 +122,7 @@ GOOD: list[tuple[str, str, Any]] = [
     ("GUIX_BINARY_URL", "https://a.example/guix.tar.xz", "https://a.example/guix.tar.xz"),
     ("GUIX_BINARY_SHA256", HEX, HEX),
     ("GUIX_CHANNELS", "channels.scm", Path("channels.scm")),
-    ("GUIX_CHANNELS_LOCK", "folder/lock.scm", Path("folder/lock.scm")),
+    ("GUIX_CHANNELS_LOCK", "directory/lock.scm", Path("directory/lock.scm")),
     ("GUIX_MANIFEST", "manifest.scm", Path("manifest.scm")),
     ("GUIX_PACKAGES", "hello git:send-email", ("hello", "git:send-email")),
     ("GUIX_PACKAGES", "gcc-toolchain@12 gtk+@3.24:doc", ("gcc-toolchain@12", "gtk+@3.24:doc")),
@@ -143,13 +143,13 @@ GOOD: list[tuple[str, str, Any]] = [
     ("GUIX_MAX_JOBS", "4", 4),
     (
         "MOUNTS",
-        "folder:/a/ a.pub:/b/c:ro",
-        (Mount(Path("folder"), "/a"), Mount(Path("a.pub"), "/b/c", read_only=True)),
+        "directory:/a/ a.pub:/b/c:ro",
+        (Mount(Path("directory"), "/a"), Mount(Path("a.pub"), "/b/c", read_only=True)),
     ),
     (
         "MOUNTS",
-        "folder:/d:rw 'with space:/e'",
-        (Mount(Path("folder"), "/d"), Mount(Path("with space"), "/e")),
+        "directory:/d:rw 'with space:/e'",
+        (Mount(Path("directory"), "/d"), Mount(Path("with space"), "/e")),
     ),
     ("NETWORK", "host", "host"),
     ("STAGE_MEMORY", "512m", 512 << 20),
@@ -320,7 +320,7 @@ BAD = [
     ("BUILD_SECRETS", "'key=with\\\"quote'", "contains a comma or a double quote"),
     ("BUILD_SECRETS", "key=a.pub,x=b.pub", "by spaces, not commas"),
     ("GUIX_CHANNELS", "missing.scm", "No such file"),
-    ("GUIX_CHANNELS", "folder", "is a directory"),
+    ("GUIX_CHANNELS", "directory", "is a directory"),
     ("GUIX_CHANNELS", "~/channels.scm", "write ${HOME}"),
     ("GUIX_MANIFEST", "missing.scm", "No such file"),
     ("GUIX_MANIFEST", "m" * 5000, "File name too long"),
@@ -358,14 +358,14 @@ BAD = [
     ("GUIX_CORES", "2 3", "whole number of at least 0"),
     ("GUIX_CORES", "٣", "whole number of at least 0"),
     ("GUIX_MAX_JOBS", "0", "whole number of at least 1"),
-    ("MOUNTS", "folder", "write SOURCE:TARGET"),
+    ("MOUNTS", "directory", "write SOURCE:TARGET"),
     ("MOUNTS", ":/a", "write SOURCE:TARGET"),
-    ("MOUNTS", "folder:/a:rx", "write SOURCE:TARGET"),
-    ("MOUNTS", "folder:a", "is not a path in a container"),
-    ("MOUNTS", "folder:/", "is not a path in a container"),
-    ("MOUNTS", "folder:/a/../..", "is not a path in a container"),
+    ("MOUNTS", "directory:/a:rx", "write SOURCE:TARGET"),
+    ("MOUNTS", "directory:a", "is not a path in a container"),
+    ("MOUNTS", "directory:/", "is not a path in a container"),
+    ("MOUNTS", "directory:/a/../..", "is not a path in a container"),
     ("MOUNTS", "missing:/a", "No such file"),
-    ("MOUNTS", "folder:/a channels.scm://a/.", "'/a' is set twice"),
+    ("MOUNTS", "directory:/a channels.scm://a/.", "'/a' is set twice"),
     ("NETWORK", "a b", "is not a network"),
     ("NETWORK", "-x", "is not a network"),
     ("STAGE_MEMORY", "4t", "an amount of at least 6m"),
@@ -405,7 +405,7 @@ BAD = [
     ("RELEASE_URL", "file:///srv", "begins with https:// or http://"),
     ("RELEASE_URL", "https://me:hunter2@a.example/x", "remove the part up to and including '@'"),
     ("DOCKER_PASSWORD_FILE", "missing", "No such file"),
-    ("DOCKER_PASSWORD_FILE", "folder", "Is a directory"),
+    ("DOCKER_PASSWORD_FILE", "directory", "Is a directory"),
     ("DOCKER_HOST", "a\0b", "contains a NUL"),
 ]
 
@@ -455,7 +455,7 @@ def test_half_of_a_pair_is_refused(project: Path, name: str, text: str, missing:
     assert problems(project, f"{missing}=\n", {name: text}) == [f"environment: {expected}"]
 
 
-@pytest.mark.parametrize("lock", ["channels.scm", "folder/../channels.scm", "link.scm"])
+@pytest.mark.parametrize("lock", ["channels.scm", "directory/../channels.scm", "link.scm"])
 def test_the_lock_is_not_the_channels_file(project: Path, lock: str) -> None:
     (project / "link.scm").symlink_to("channels.scm")
     text = f"GUIX_CHANNELS=channels.scm\nGUIX_CHANNELS_LOCK={lock}\n"
@@ -551,7 +551,7 @@ VALUES: dict[str, str | list[str]] = {
 
 @pytest.mark.parametrize("name", VALUES)
 def test_later_wins(project: Path, name: str) -> None:
-    cwd = project / "folder"
+    cwd = project / "directory"
     for number in range(1, 6):
         (cwd / f"{number}.pub").touch()
         shutil.copy(AUTHORITY, cwd / f"{number}.pem")
@@ -592,7 +592,7 @@ def test_the_table_of_values_has_every_setting() -> None:
 
 
 def test_env_file_names_several_from_the_current_folder(project: Path) -> None:
-    cwd = project / "folder"
+    cwd = project / "directory"
     (cwd / "one.env").write_text("IMAGE=one/one:1\nTAGS=one\nGUIX_CORES=1\n")
     (project / "two.env").write_text("IMAGE=two/two:2\nTAGS=two\n")
     (project / ".env.local").write_text("IMAGE=local/local:0\nNETWORK=host\n")
@@ -619,11 +619,11 @@ def test_env_file_in_an_env_file_is_a_mistake(project: Path) -> None:
 
 
 def test_relative_paths_start_where_they_are_written(project: Path) -> None:
-    cwd = project / "folder"
+    cwd = project / "directory"
     elsewhere = project / "elsewhere"
     elsewhere.mkdir()
-    for folder in (cwd, elsewhere):
-        (folder / "x").touch()
+    for directory in (cwd, elsewhere):
+        (directory / "x").touch()
     (elsewhere / "env").write_text("GUIX_CHANNELS=x\nMOUNTS=./x:/x\nDOCKER_CERT_PATH=certs\n")
     environ = {"ENV_FILE": "../elsewhere/env", "GUIX_MANIFEST": "x", "DOCKER_CONFIG": "docker"}
     settings = load_settings(project, cwd, environ, {"BUILD_CONTEXT": "sub"})
@@ -638,10 +638,10 @@ def test_relative_paths_start_where_they_are_written(project: Path) -> None:
 
 
 def test_files_of_buildx_are_relative_to_where_they_are_written_too(project: Path) -> None:
-    cwd = project / "folder"
+    cwd = project / "directory"
     (cwd / "ca.pem").touch()
     (project / ".env").write_text(
-        "BUILDX_DRIVER=remote\nBUILDX_NODES=tcp://a:1,cacert=folder/ca.pem\n"
+        "BUILDX_DRIVER=remote\nBUILDX_NODES=tcp://a:1,cacert=directory/ca.pem\n"
         "BUILDX_CACHE_TO='type=local,mode=max,dest=x/y type=registry,dest=x'\n"
     )
     settings = load_settings(project, cwd, {"BUILDX_CACHE_FROM": "type=local,src=x type=gha"})
@@ -756,17 +756,17 @@ def test_isolated_reads_one_file_and_nothing_else(
     monkeypatch.setenv("ENV_FILE", str(project / ".env"))
     monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
     monkeypatch.setenv("FROM_OUTSIDE", "real")
-    file = project / "folder" / "demo.env"
+    file = project / "directory" / "demo.env"
     file.write_text("TAGS=${FROM_OUTSIDE:-demo}\nGUIX_CHANNELS=../channels.scm\n")
     settings = load_isolated(file)
     assert str(settings.image) == "localhost:5055/guix-example:latest"
     assert settings.tags == ("demo",)
     assert settings.docker_environment == settings.proxies == {}
     assert settings.docker_password is None
-    assert settings.dockerfile == project / "folder" / "Dockerfile"
-    assert settings.guix_channels == project / "folder" / "../channels.scm"
+    assert settings.dockerfile == project / "directory" / "Dockerfile"
+    assert settings.guix_channels == project / "directory" / "../channels.scm"
     monkeypatch.chdir(project)
-    assert load_isolated(Path("folder/demo.env")) == settings
+    assert load_isolated(Path("directory/demo.env")) == settings
     with pytest.raises(SettingsError, match=r"^nowhere\.env: No such file"):
         load_isolated(Path("nowhere.env"))
 
@@ -1013,11 +1013,11 @@ def test_anything_ends_in_settings_or_in_a_settings_error(
     environ: dict[str, str],
     overrides: dict[str, str | list[str]],
 ) -> None:
-    folder = tmp_path_factory.getbasetemp()
-    (folder / ".env").write_bytes(file)
+    directory = tmp_path_factory.getbasetemp()
+    (directory / ".env").write_bytes(file)
     lines: Sequence[str]
     try:
-        lines = load_settings(folder, folder, environ, overrides).notes
+        lines = load_settings(directory, directory, environ, overrides).notes
     except SettingsError as error:
         lines = str(error).split("\n")
     assert all(line and line.isprintable() for line in lines)
@@ -1033,11 +1033,11 @@ _blocks = st.sampled_from(
 def test_the_line_is_right_after_anything(
     tmp_path_factory: pytest.TempPathFactory, blocks: list[str], newline: str
 ) -> None:
-    folder = tmp_path_factory.getbasetemp()
+    directory = tmp_path_factory.getbasetemp()
     above = "".join(f"{block.format(n)}\n" for n, block in enumerate(blocks))
     text = f"{above}GUIX_CORES=x\nmalformed line\nGUIX_MAX_JOBS=x\n".replace("\n", newline)
     line = above.count("\n") + 1
-    assert [problem.split(": ")[0] for problem in problems(folder, text.encode())] == [
+    assert [problem.split(": ")[0] for problem in problems(directory, text.encode())] == [
         f".env:{line + 1}",
         f".env:{line}",
         f".env:{line + 2}",

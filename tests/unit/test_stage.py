@@ -62,7 +62,7 @@ from guix_tasks.stages.images import (
     proven_stage,
 )
 from guix_tasks.stages.project import Project
-from guix_tasks.stages.pull import AUTHENTICATION_LABEL, misfit, stage_to_run, write_lock
+from guix_tasks.stages.pull import AUTHENTICATION_LABEL, lock_mismatch, stage_to_run, write_lock
 from guix_tasks.stages.runner import commit_image, run_stage
 from guix_tasks.stages.stage import Stage
 
@@ -86,9 +86,9 @@ def cached(tmp_path: Path) -> Site:
     return site
 
 
-def fresh_machine(site: Site, folder: Path) -> Site:
+def fresh_machine(site: Site, directory: Path) -> Site:
     """Another checkout of the same commit, on an engine that has nothing."""
-    other = Site(folder, FakeEngine(site.engine.registry), **site.env)
+    other = Site(directory, FakeEngine(site.engine.registry), **site.env)
     other.write("channels.lock.scm", site.lock.read_text())
     return other
 
@@ -534,7 +534,7 @@ def test_channels_that_guile_cannot_read_are_an_error_with_their_line(
     made: Site, text: str
 ) -> None:
     made.write("channels.scm", f"; mine\n{text}\n")
-    line = made.folder / f"channels.scm:{text.count(chr(10)) + 2}: "
+    line = made.directory / f"channels.scm:{text.count(chr(10)) + 2}: "
     for stage in ("pull", "install"):
         with pytest.raises(UsageError, match=re.escape(str(line))):
             made.why(stage)
@@ -623,7 +623,7 @@ def spelled(**fields: str) -> str:
     ],
 )
 def test_what_does_not_fit_is_said(wanted: str | None, lock: str, problem: str | None) -> None:
-    assert misfit(wanted, lock) == problem
+    assert lock_mismatch(wanted, lock) == problem
 
 
 NOT_LITERAL = {
@@ -660,7 +660,7 @@ def test_a_lock_that_was_lost_is_written_from_the_label(made: Site) -> None:
 
 
 def test_a_lock_that_cannot_be_written_is_one_line(made: Site) -> None:
-    made.env["GUIX_CHANNELS_LOCK"] = "no/such/folder/lock.scm"
+    made.env["GUIX_CHANNELS_LOCK"] = "no/such/directory/lock.scm"
     with pytest.raises(UsageError, match=r"GUIX_CHANNELS_LOCK: .*lock\.scm: No such file"):
         made.make("pull")
 
@@ -686,11 +686,11 @@ def test_nothing_half_written_is_left_of_a_lock(
         self.touch()
         raise OSError(28, "No space left on device")
 
-    before = sorted(made.folder.iterdir())
+    before = sorted(made.directory.iterdir())
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UsageError, match=r"GUIX_CHANNELS_LOCK: .*No space left on device"):
         write_lock(made.settings(), "(list)")
-    assert sorted(made.folder.iterdir()) == before
+    assert sorted(made.directory.iterdir()) == before
     assert made.lock.read_text() == LOCKED
 
 
@@ -879,8 +879,8 @@ def test_sigterm_is_not_taken_for_a_cache_that_is_down(cached: Site, call: str) 
 # --- Faults ---------------------------------------------------------------------------------
 
 
-def prepared(folder: Path) -> Site:
-    return new_site(folder, CACHE_IMAGE="registry.test/cache", TAGS="stable")
+def prepared(directory: Path) -> Site:
+    return new_site(directory, CACHE_IMAGE="registry.test/cache", TAGS="stable")
 
 
 def first(site: Site) -> None:
@@ -975,9 +975,9 @@ def once_at(number: int, error: BaseException) -> Callable[[int, str, str], None
 class Trial:
     """A scenario, what its tags may be, and how often the engine is called in it."""
 
-    def __init__(self, folder: Path, scenario: str) -> None:
+    def __init__(self, directory: Path, scenario: str) -> None:
         prepare, self.steps = SCENARIOS[scenario]
-        self.site = prepared(folder)
+        self.site = prepared(directory)
         prepare(self.site)
         self.engine, self.env = self.site.engine, dict(self.site.env)
         self.lock = self.site.lock.read_text() if self.site.lock.exists() else None
@@ -1204,7 +1204,7 @@ def test_registries_do_not_mix() -> None:
 def test_the_lock_is_pulled_and_without_one_what_is_asked_for(made: Site) -> None:
     settings = made.settings()
     assert stage_to_run(settings).files["channels.scm"].decode() == LOCKED.strip()
-    asked = (made.folder / "channels.scm").read_bytes().strip()
+    asked = (made.directory / "channels.scm").read_bytes().strip()
     assert stage_to_run(settings, update=True).files["channels.scm"] == asked
     made.lock.unlink()
     assert stage_to_run(settings).files["channels.scm"] == asked
@@ -1227,7 +1227,7 @@ def test_a_channel_without_an_introduction_is_refused_before_anything_is_done(si
     site.write("channels.scm", BOTH)
     with pytest.raises(UsageError) as caught:
         site.make("pull")
-    assert f"{site.folder / 'channels.scm'}: the channel 'mine' has no introduc" in str(
+    assert f"{site.directory / 'channels.scm'}: the channel 'mine' has no introduc" in str(
         caught.value
     )
     assert "(introduction ...)" in str(caught.value)

@@ -27,7 +27,7 @@ from guix_tasks.stages.container import (
 )
 from guix_tasks.stages.log_faults import Lines, SubstituteServers
 from guix_tasks.stages.project import Project
-from guix_tasks.stages.runner import STAGE_TRIES, perform, run_stage
+from guix_tasks.stages.runner import STAGE_TRIES, run_container, run_stage
 from guix_tasks.stages.stage import Stage
 from guix_tasks.ui import redact
 from guix_tasks.ui.console import Display
@@ -119,8 +119,8 @@ def starts(site: Site) -> int:
 
 
 def bundles(site: Site) -> list[Path]:
-    folder = site.folder / "out" / "failed"
-    return sorted(folder.iterdir()) if folder.exists() else []
+    directory = site.directory / "out" / "failed"
+    return sorted(directory.iterdir()) if directory.exists() else []
 
 
 # --- Tried again ----------------------------------------------------------------------------
@@ -170,9 +170,9 @@ def test_each_attempt_has_its_files(site: Site) -> None:
 def test_lasting_network_fault_is_reported_after_the_last_attempt(site: Site) -> None:
     error = failure(site, *[Try(1, [b"try\n", NO_NETWORK])] * STAGE_TRIES)
     assert error.startswith("own: Git error: failed to resolve address for git.test, and nothing")
-    (folder,) = bundles(site)
-    assert f"the logs are in {folder}" in error
-    assert (folder / "log").read_bytes().count(b"try\n") == STAGE_TRIES
+    (directory,) = bundles(site)
+    assert f"the logs are in {directory}" in error
+    assert (directory / "log").read_bytes().count(b"try\n") == STAGE_TRIES
     assert site.engine.all_containers == {}
 
 
@@ -281,8 +281,8 @@ def test_stage_stops_if_no_server_answers(site: Site) -> None:
     )
     assert "GUIX_SUBSTITUTE_URLS" in error
     assert "GUIX_FALLBACK=yes" in error
-    (folder,) = bundles(site)
-    assert b"building" not in (folder / "log").read_bytes()
+    (directory,) = bundles(site)
+    assert b"building" not in (directory / "log").read_bytes()
     assert site.engine.changing_calls().count("stop") == STAGE_TRIES
 
 
@@ -469,8 +469,8 @@ def test_engine_lost_during_a_failure_does_not_hide_the_error(
     site.engine.behaviour = behaviour
     with pytest.raises(StageError, match="exit status 1") as caught:
         run_stage(site.project(), STAGE, parent(site))
-    (folder,) = bundles(site)
-    assert str(folder) in str(caught.value)
+    (directory,) = bundles(site)
+    assert str(directory) in str(caught.value)
 
 
 class FullDisk:
@@ -507,7 +507,7 @@ def test_full_disk_does_not_hide_the_error_of_a_stage(
 
 
 def test_error_names_no_diagnostics_if_none_could_be_written(site: Site) -> None:
-    site.write("out", "a file, not a folder")
+    site.write("out", "a file, not a directory")
     assert "the logs are in" not in failure(site, Try(1))
 
 
@@ -525,9 +525,9 @@ def test_a_failed_stage_leaves_the_logs_of_its_builds(site: Site) -> None:
     site.engine.behaviour = behaviour
     with pytest.raises(StageError):
         run_stage(site.project(), STAGE, parent(site))
-    (folder,) = bundles(site)
-    assert gzip.decompress((folder / f"ab{name}").read_bytes()) == b"no such file\n"
-    assert "guix pull\n" in (folder / "command").read_text()
+    (directory,) = bundles(site)
+    assert gzip.decompress((directory / f"ab{name}").read_bytes()) == b"no such file\n"
+    assert "guix pull\n" in (directory / "command").read_text()
 
 
 def test_without_keep_failed_no_container_is_left(site: Site) -> None:
@@ -594,7 +594,7 @@ def test_command_of_another_task_is_not_retried(site: Site) -> None:
         pytest.raises(StageError, match="verify: Git error: ") as caught,
         work_container(site.engine, site.settings(), "parent:1", work) as container,
     ):
-        perform(project, container, "verify")
+        run_container(project, container, "verify")
     assert caught.value.passes
     assert bundles(site) == []
 
@@ -624,10 +624,10 @@ def test_a_plain_log_is_shown_without_noise_and_kept_whole(site: Site) -> None:
     log = b"one\n" + NOISE + b"two\n"
     said = heard(run(site, Try(0, [log])))
     assert "one\ntwo\n" in said
-    assert (site.folder / "out" / "logs" / "own.log").read_bytes() == log
+    assert (site.directory / "out" / "logs" / "own.log").read_bytes() == log
     failure(site, Try(1, [log]))
-    (folder,) = bundles(site)
-    assert (folder / "log").read_bytes() == log
+    (directory,) = bundles(site)
+    assert (directory / "log").read_bytes() == log
 
 
 @pytest.mark.parametrize("display", [Display.VERBOSE, Display.QUIET])
@@ -645,7 +645,7 @@ def test_other_displays_show_the_whole_log(site: Site, display: Display) -> None
 
 def test_the_whole_log_of_the_last_run_is_kept_without_secrets(site: Site) -> None:
     redact.add("hunter2")
-    log = site.folder / "out" / "logs" / "own.log"
+    log = site.directory / "out" / "logs" / "own.log"
     run(site, Try(0, [b"the first\n"]))
     assert log.read_bytes() == b"the first\n"
     failure(site, Try(1, [b"says hun", b"ter2\r 10%\r 100%\n", b"and ends\xff"]))
@@ -657,7 +657,7 @@ def test_dry_run_keeps_the_existing_log(site: Site) -> None:
     run(site, Try(0, [b"the first\n"]))
     project = site.project(TracedEngine(site.engine, Heard(), perform=False))
     run_stage(project, STAGE, parent(site), force=True)
-    assert (site.folder / "out" / "logs" / "own.log").read_bytes() == b"the first\n"
+    assert (site.directory / "out" / "logs" / "own.log").read_bytes() == b"the first\n"
 
 
 def test_output_of_a_build_is_not_a_silent_server(site: Site) -> None:

@@ -73,7 +73,7 @@ def test_status_names_the_lock_as_the_project_does(made: Site) -> None:
     lock = made.settings().guix_channels_lock
     assert lock
     lock.write_text(lock.read_text() + "\n;; by hand\n")
-    assert states(made)["pull"] == f"stale: {lock.relative_to(made.folder)} changed"
+    assert states(made)["pull"] == f"stale: {lock.relative_to(made.directory)} changed"
 
 
 def test_status_says_that_the_lock_does_not_fit(made: Site) -> None:
@@ -122,11 +122,11 @@ def test_status_of_an_image_without_a_date(made: Site, created: str) -> None:
 
 def test_sizes_are_shown_and_drawn(made: Site) -> None:
     project = made.project()
-    show_sizes(project, str(made.folder / "sizes.svg"))
+    show_sizes(project, str(made.directory / "sizes.svg"))
     assert "stage" in heard(project)
-    assert (made.folder / "sizes.svg").read_text().startswith("<svg")
+    assert (made.directory / "sizes.svg").read_text().startswith("<svg")
     with pytest.raises(UsageError, match=r"--plot: .*: No such file or directory"):
-        show_sizes(made.project(), str(made.folder / "no" / "sizes.svg"))
+        show_sizes(made.project(), str(made.directory / "no" / "sizes.svg"))
 
 
 def test_programs_of_an_image_may_say_of_its_sizes_what_they_like(made: Site) -> None:
@@ -212,8 +212,8 @@ def others(site: Site) -> set[str]:
     engine.create(ContainerSpec("mine", "debian:12", ("x",)))
     engine.create(ContainerSpec("of-a-stage", "mine:1", ("x",)))
     engine.create(ContainerSpec("another", "debian:12", ("x",), {PROJECT_LABEL: "another:1"}))
-    engine.make_volume("mine", {})
-    engine.make_volume("another", {PROJECT_LABEL: "another:1"})
+    engine.create_volume("mine", {})
+    engine.create_volume("another", {PROJECT_LABEL: "another:1"})
     return {"debian:12", "mine:1", "mine:2", f"{IMAGE}-mine", "kept:1"}
 
 
@@ -421,11 +421,11 @@ def test_status_for_machines_of_what_is_missing(made: Site) -> None:
 
 def test_sizes_for_machines(made: Site) -> None:
     project = made.project()
-    show_status(project, size=True, plot=str(made.folder / "sizes.svg"), as_json=True)
+    show_status(project, size=True, plot=str(made.directory / "sizes.svg"), as_json=True)
     parts = json.loads(heard(project)[heard(project).index("{\n") :])["parts"]
     assert {"group", "name", "size"} == set(parts[0])
     assert {each["group"] for each in parts} >= {"stage", "layer"}
-    assert (made.folder / "sizes.svg").read_text().startswith("<svg")
+    assert (made.directory / "sizes.svg").read_text().startswith("<svg")
 
 
 def test_what_podman_committed_and_did_not_configure_is_removed(made: Site) -> None:

@@ -14,7 +14,7 @@ from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.guix import DEFAULT_SUBSTITUTE_URLS
 from guix_tasks.stages import substitute_server
-from guix_tasks.stages.container import FOLDER, NEARBY_KEY
+from guix_tasks.stages.container import NEARBY_KEY, WORK_DIRECTORY
 from guix_tasks.stages.ownership import USER
 
 if TYPE_CHECKING:
@@ -37,13 +37,13 @@ class Publishing:
 
     def __call__(self, container: FakeContainer) -> Output:
         if container.spec.name.startswith("guix-tasks-substitutes-"):
-            self.scripts.append(container.text(f"{FOLDER}/serve"))
+            self.scripts.append(container.text(f"{WORK_DIRECTORY}/serve"))
             container.write(substitute_server.PUBLIC_KEY, KEY)
             yield True, b"guix publish: using 'gzip' compression method, level 1\n"
             yield True, self.said.encode()
         else:
             names = ("environment", NEARBY_KEY, "keys/nearby.pub")
-            self.given.append({name: container.text(f"{FOLDER}/{name}") for name in names})
+            self.given.append({name: container.text(f"{WORK_DIRECTORY}/{name}") for name in names})
             yield from self.guix(container)
 
 
@@ -86,7 +86,7 @@ def test_the_newest_stage_is_served_with_no_right(made: Site, guix: Publishing) 
     assert "--listen=0.0.0.0 --port=8181" in guix.scripts[0]
     assert "serves" not in heard(project)
     assert "serving the stage install\n" in heard(project)
-    assert (made.folder / "out/substitutes-app.pub").read_text() == KEY
+    assert (made.directory / "out/substitutes-app.pub").read_text() == KEY
     assert outline(made.engine) == before
 
 
@@ -117,8 +117,8 @@ def test_keys_of_servers_that_another_machine_lacks_are_left_out(
     made: Site, guix: Publishing
 ) -> None:
     own = made.write("own.pub", "key")
-    folders = {"GUIX_SUBSTITUTE_URLS": "file:///here", "GUIX_SUBSTITUTE_KEYS": str(own)}
-    lines = heard(up(made, SUBSTITUTES_LISTEN="10.0.0.1:9", **folders)).splitlines()
+    directories = {"GUIX_SUBSTITUTE_URLS": "file:///here", "GUIX_SUBSTITUTE_KEYS": str(own)}
+    lines = heard(up(made, SUBSTITUTES_LISTEN="10.0.0.1:9", **directories)).splitlines()
     assert 'GUIX_SUBSTITUTE_URLS="http://10.0.0.1:9"' in lines
     assert 'GUIX_SUBSTITUTE_KEYS="substitutes-app.pub"' in lines
 
@@ -228,7 +228,7 @@ def test_stages_ask_it_first_and_no_image_knows(made: Site, guix: Publishing) ->
     urls = " ".join(("http://127.0.0.1:8181", *DEFAULT_SUBSTITUTE_URLS))
     assert f"GUIX_SUBSTITUTE_URLS='{urls}'" in given["environment"]
     assert given[NEARBY_KEY] == KEY
-    # What is in this folder would be the image's from then on.
+    # What is in this directory would be the image's from then on.
     assert given["keys/nearby.pub"] == ""
     assert made.keys() == states
 

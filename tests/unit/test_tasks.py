@@ -16,7 +16,7 @@ from guix_tasks.cli.tasks import lifecycle as lifecycle_tasks
 from guix_tasks.cli.tasks.lifecycle import _after_dashes
 from guix_tasks.cli.tasks.output import long_task
 from guix_tasks.stages import lifecycle
-from guix_tasks.stages.lifecycle import Wishes
+from guix_tasks.stages.lifecycle import StageOptions
 from guix_tasks.tasks import ns
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def test_every_option_is_explained_and_none_is_short(name: str) -> None:
 def test_an_option_of_a_stage_is_the_wish_of_its_name(
     monkeypatch: pytest.MonkeyPatch, name: str, option: str
 ) -> None:
-    """Wishes are given by their places, which are easily mixed up."""
-    wished: list[tuple[str, Wishes]] = []
+    """StageOptions are given by their places, which are easily mixed up."""
+    wished: list[tuple[str, StageOptions]] = []
 
     @contextmanager
     def open_fake(*_: object) -> Iterator[SimpleNamespace]:
@@ -79,7 +79,7 @@ def test_an_option_of_a_stage_is_the_wish_of_its_name(
     TASKS[name].body(None, **{option: True})
     field, value = ("commit", False) if option == "no_commit" else (option, True)
     assert [(each, asdict(wishes)) for each, wishes in wished] == [
-        (name, {**asdict(Wishes()), field: value})
+        (name, {**asdict(StageOptions()), field: value})
     ]
 
 

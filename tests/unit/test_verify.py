@@ -9,7 +9,7 @@ from fake_engine import COMMITS, FakeContainer, Output, Site, heard, new_site
 
 from guix_tasks.commands.verify import CHECKS, verify
 from guix_tasks.errors import CheckError, StageError, UsageError
-from guix_tasks.stages.container import ENTRY_POINT, FOLDER
+from guix_tasks.stages.container import ENTRY_POINT, WORK_DIRECTORY
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,7 +80,7 @@ def filled(site: Site) -> FakeContainer:
 
 def test_the_images_own_entry_point_is_tried(made: Site) -> None:
     box = filled(made)
-    assert box.spec.command == ("/entry-point.sh", f"{FOLDER}/verify")
+    assert box.spec.command == ("/entry-point.sh", f"{WORK_DIRECTORY}/verify")
     assert box.spec.environment == {"GUIX_SANDBOX": "privileged"}
 
 
@@ -93,9 +93,9 @@ def test_an_image_without_one_gets_ours(made: Site) -> None:
 
 def test_it_is_told_what_the_labels_say(made: Site) -> None:
     box = filled(made)
-    assert box.text(f"{FOLDER}/commits") == f"{COMMITS['guix']}\n"
-    assert box.text(f"{FOLDER}/packages") == "certs\t1.0\tout\nhello\t1.0\tout\n"
-    assert box.text(f"{FOLDER}/verify").startswith("#!/bin/sh")
+    assert box.text(f"{WORK_DIRECTORY}/commits") == f"{COMMITS['guix']}\n"
+    assert box.text(f"{WORK_DIRECTORY}/packages") == "certs\t1.0\tout\nhello\t1.0\tout\n"
+    assert box.text(f"{WORK_DIRECTORY}/verify").startswith("#!/bin/sh")
 
 
 def test_an_output_of_a_package_is_told(made: Site) -> None:
@@ -103,7 +103,9 @@ def test_an_output_of_a_package_is_told(made: Site) -> None:
     labels = {**image.labels, "org.guix-tasks.packages": "git@2.4 git@2.4:send-email"}
     made.engine.make_image({**image.config, "Labels": labels}, {}, parent=image, tag="mine:1")
     made.env["IMAGE"] = "mine:1"
-    assert filled(made).text(f"{FOLDER}/packages") == "git\t2.4\tout\ngit\t2.4\tsend-email\n"
+    assert (
+        filled(made).text(f"{WORK_DIRECTORY}/packages") == "git\t2.4\tout\ngit\t2.4\tsend-email\n"
+    )
 
 
 def test_nothing_is_committed(made: Site) -> None:

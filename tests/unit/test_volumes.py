@@ -16,7 +16,7 @@ from guix_tasks.errors import SettingsError
 from guix_tasks.guix.result_paths import conflict
 from guix_tasks.settings import load_settings
 from guix_tasks.stages import volumes
-from guix_tasks.stages.container import CACHES, FOLDER, cache_volumes, memory_folders
+from guix_tasks.stages.container import CACHES, WORK_DIRECTORY, cache_volumes, tmpfs_directories
 from guix_tasks.stages.images import STAGES
 from guix_tasks.stages.volumes import check_volumes
 
@@ -67,7 +67,9 @@ def test_other_target_is_no_conflict(target: str) -> None:
     assert conflict(target) is None
 
 
-@pytest.mark.parametrize("path", [guix.CHANNELS_FILE, guix.PROFILE, guix.CURRENT_GUIX, FOLDER])
+@pytest.mark.parametrize(
+    "path", [guix.CHANNELS_FILE, guix.PROFILE, guix.CURRENT_GUIX, WORK_DIRECTORY]
+)
 def test_paths_that_stages_use_are_protected(path: str) -> None:
     assert conflict(path)
 
@@ -81,9 +83,9 @@ def test_caches_are_not_protected(path: str) -> None:
 
 
 def test_all_conflicting_mounts_are_reported_with_their_line(site: Site) -> None:
-    (site.folder / ".env").write_text("# mine\nMOUNTS=context:/gnu/store/:ro context:/root\n")
+    (site.directory / ".env").write_text("# mine\nMOUNTS=context:/gnu/store/:ro context:/root\n")
     with pytest.raises(SettingsError) as error:
-        load_settings(site.folder, site.folder, {})
+        load_settings(site.directory, site.directory, {})
     first, second = error.value.problems
     assert first.startswith(".env:2: MOUNTS: '/gnu/store/' covers /gnu/store, ")
     assert second.startswith(".env:2: MOUNTS: '/root' covers /root/.config/guix/channels.scm, ")
@@ -94,7 +96,7 @@ def test_mount_at_a_cache_is_the_cache(site: Site) -> None:
     site.env["MOUNTS"] = "context:/root/.cache"
     assert [*cache_volumes(site.settings()).values()] == ["/var/guix/substitute"]
     site.env |= {"PLATFORMS": "linux/386", "GUIX_SANDBOX": "nochroot"}
-    assert memory_folders(site.settings()) == ()
+    assert tmpfs_directories(site.settings()) == ()
 
 
 # --- VOLUME ---------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from guix_tasks.commands.weather import weather
 from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import CheckError, StageError, UsageError
 from guix_tasks.guix import Forecast
-from guix_tasks.stages.container import FOLDER
+from guix_tasks.stages.container import WORK_DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -77,10 +77,10 @@ def turn(made: Site, report: str) -> list[str]:
         if "-weather-" not in container.spec.name:
             yield from played(container)
             return
-        asked.append(container.text(f"{FOLDER}/stage"))
+        asked.append(container.text(f"{WORK_DIRECTORY}/stage"))
         yield True, b"looking...\n"
         yield False, report.encode()
-        container.forget(FOLDER)
+        container.forget(WORK_DIRECTORY)
 
     made.engine.behaviour = behaviour
     return asked
@@ -106,8 +106,8 @@ def test_it_is_asked_with_the_guix_that_install_has(made: Site) -> None:
     weather(project)
     (script,) = asked
     assert shlex.split(script.splitlines()[-1]) == [
-        "exec", "guix", "repl", "--", f"{FOLDER}/weather.scm", "x86_64-linux",
-        f"{FOLDER}/manifest.scm", "hello", "git:send-email",
+        "exec", "guix", "repl", "--", f"{WORK_DIRECTORY}/weather.scm", "x86_64-linux",
+        f"{WORK_DIRECTORY}/manifest.scm", "hello", "git:send-email",
     ]  # fmt: skip
     assert made.engine.specs[-1].image == made.image("pull").id
     line = "x86_64-linux: 1 of 1 available, 2 kB to download (4 kB of store items)"

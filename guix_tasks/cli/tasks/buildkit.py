@@ -37,11 +37,11 @@ def build(
     with `RUN --security=insecure`, which BUILDX_BUILDER has to allow.
     """
     with buildx_session(c) as (project, program):
-        from guix_tasks.buildkit.build import BuildWishes
+        from guix_tasks.buildkit.build import BuildOptions
         from guix_tasks.buildkit.build import build as bake
 
         trust = not disable_authentication
-        options = BuildWishes(not no_pull, update, force, by_digest, authenticate=trust)
+        options = BuildOptions(not no_pull, update, force, by_digest, authenticate=trust)
         if result := bake(project, program, options):
             project.console.result(result)
 
@@ -67,10 +67,10 @@ def setup(
     buildx plugin is installed for your user if it is missing.
     """
     with buildx_session(c, needs_engine=not plugin, install=True) as (project, program):
-        from guix_tasks.commands.buildx_setup import SetupWishes, set_up
+        from guix_tasks.commands.buildx_setup import SetupOptions, set_up
 
         if not plugin:
-            set_up(project, program, SetupWishes(recreate=recreate, use=use, binfmt=binfmt))
+            set_up(project, program, SetupOptions(recreate=recreate, use=use, binfmt=binfmt))
 
 
 @task(auto_shortflags=False)
@@ -91,9 +91,9 @@ def status(c: Context) -> None:
 def down(c: Context, keep_cache: bool = False) -> None:
     """Remove the builder."""
     with buildx_session(c) as (project, program):
-        from guix_tasks.commands.buildx_setup import take_down
+        from guix_tasks.commands.buildx_setup import remove_builder
 
-        take_down(project, program, keep_cache=keep_cache)
+        remove_builder(project, program, keep_cache=keep_cache)
 
 
 buildx = Collection("buildx", setup, build, status, down)

@@ -39,9 +39,9 @@ def base(c: Context, force: bool = False) -> None:
     stages start from its image.
     """
     with project_session(c) as project, project.alone("base"):
-        from guix_tasks.stages.lifecycle import Wishes, make_each
+        from guix_tasks.stages.lifecycle import StageOptions, make_each
 
-        make_each(project, "base", Wishes(force=force))
+        make_each(project, "base", StageOptions(force=force))
 
 
 @long_task(
@@ -73,9 +73,9 @@ def pull(
         (single_platform_session if no_commit else project_session)(c) as project,
         project.alone("pull"),
     ):
-        from guix_tasks.stages.lifecycle import Wishes, make_each
+        from guix_tasks.stages.lifecycle import StageOptions, make_each
 
-        options = Wishes(
+        options = StageOptions(
             force, upstream, update, not no_commit, keep_failed, (), disable_authentication
         )
         make_each(project, "pull", options)
@@ -107,10 +107,12 @@ def install(
     session = single_platform_session if no_commit else project_session
     overrides = {"GUIX_PACKAGES": package} if package else None
     with session(c, overrides) as project, project.alone("install"):
-        from guix_tasks.stages.lifecycle import Wishes, make_each
+        from guix_tasks.stages.lifecycle import StageOptions, make_each
 
         packages = project.settings.guix_packages if package else ()
-        options = Wishes(force, upstream, False, not no_commit, keep_failed, packages=packages)
+        options = StageOptions(
+            force, upstream, False, not no_commit, keep_failed, packages=packages
+        )
         make_each(project, "install", options)
 
 
@@ -345,9 +347,9 @@ def clean(c: Context, work: bool = False) -> None:
     """
     with project_session(c) as project, project.alone("clean"):
         from guix_tasks.commands.clean import clean as remove
-        from guix_tasks.commands.clean import say_removed
+        from guix_tasks.commands.clean import print_removed
 
-        say_removed(project, remove(project, work_only=work))
+        print_removed(project, remove(project, work_only=work))
 
 
 def _after_dashes(argv: list[str]) -> list[str]:
