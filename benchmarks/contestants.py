@@ -92,7 +92,7 @@ class Testbed:
         return done.stdout if done.returncode == 0 else ""
 
     def dockerfile(self, name: str) -> Path:
-        """The project's Dockerfile in words that no builder has in its cache."""
+        """Return the project's Dockerfile in words that no builder has in its cache."""
         text = (ROOT / "Dockerfile").read_text()
         path = self.directory / name / "Dockerfile"
         path.parent.mkdir(exist_ok=True)
@@ -101,7 +101,7 @@ class Testbed:
         return path
 
     def images(self) -> set[str]:
-        """The images of all contestants that a tag points at."""
+        """Return the images of all contestants that a tag points at."""
         wanted = f"reference=localhost:*/{REPOSITORY}"
         rows = self.call("images", "--no-trunc", "--filter", wanted, "--format", "{{.ID}} {{.Tag}}")
         return {row.split()[0] for row in rows.splitlines() if not row.endswith("<none>")}

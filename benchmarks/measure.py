@@ -210,7 +210,7 @@ class Meter:
 
 
 def _length(spans: Sequence[Span]) -> float:
-    """The seconds in which at least one of the spans is."""
+    """Return the seconds in which at least one of the spans is."""
     total, until = 0.0, 0.0
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, until))
@@ -229,7 +229,7 @@ def _summary(calls: Sequence[Call]) -> dict[str, tuple[int, float]]:
 
 @contextmanager
 def _peak_memory(pid: int) -> Iterator[list[int]]:
-    """The most memory that a process holds.
+    """Return the most memory that a process holds.
 
     What ``wait4`` tells is no use here: it counts the memory of us, who started it, as well.
     """
@@ -252,7 +252,7 @@ def _peak_memory(pid: int) -> Iterator[list[int]]:
 
 
 def blobs(data: Path) -> dict[str, int]:
-    """The blobs in a registry's directory, with their sizes."""
+    """Return the blobs in a registry's directory, with their sizes."""
     found = (data / "docker/registry/v2/blobs").glob("sha256/*/*/data")
     return {f"sha256:{path.parent.name}": path.stat().st_size for path in found}
 
@@ -263,14 +263,14 @@ def blob(data: Path, digest: str) -> Path:
 
 
 def pushed_layers(data: Path, repository: str, tag: str) -> list[tuple[str, int]]:
-    """The layers of an image in a registry's directory: digest and compressed size."""
+    """Return the layers of an image in a registry's directory: digest and compressed size."""
     link = data / "docker/registry/v2/repositories" / repository / f"_manifests/tags/{tag}"
     manifest = json.loads(blob(data, (link / "current/link").read_text()).read_text())
     return [(layer["digest"], layer["size"]) for layer in manifest["layers"]]
 
 
 def store_size(layer: Path) -> int:
-    """The compressed size of what a layer has of the store, and of its database."""
+    """Return the compressed size of what a layer has of the store, and of its database."""
     sink = _Counter()
     with (
         gzip.GzipFile(fileobj=cast("io.BytesIO", sink), mode="wb", compresslevel=6) as packed,

@@ -91,7 +91,7 @@ class Samples:
 
 
 def verdicts(samples: Sequence[Sample]) -> Iterator[Verdict]:
-    """The goals that these samples can be held against."""
+    """Return the goals that these samples can be held against."""
     found = Samples(samples)
     for scenario, limit in (("cold", 0.9), ("nothing", 0.06), ("package", 0.45)):
         yield from _ratio(found, scenario, SHELL, limit)
@@ -306,7 +306,7 @@ class Scale:
         return self.start + whole * (value - self.least) / ((self.most - self.least) or 1)
 
     def ticks(self) -> list[float]:
-        """Some six round values."""
+        """Return some six round values."""
         rough = ((self.most - self.least) or 1) / 6
         power = 10.0 ** (len(f"{int(rough)}") - 1) if rough >= 1 else 0.1
         step = next(power * each for each in (1, 2, 5, 10, 20, 50) if power * each >= rough)

@@ -1,4 +1,4 @@
-"""What a project's ``tasks.py`` imports: the tasks, and what adds stages and tests to them."""
+"""Public imports of a project's ``tasks.py``: the tasks, ``add_stage`` and ``add_test``."""
 
 from __future__ import annotations
 

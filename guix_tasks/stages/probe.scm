@@ -1,14 +1,14 @@
-;; Builds a derivation with a shell that is in a folder:  probe.scm FOLDER LOADER
-;; LOADER, of the same folder, starts it; it is empty where the shell needs none.
+;; Builds a derivation with a shell that is in a directory:  probe.scm DIRECTORY LOADER
+;; LOADER, of the same directory, starts it; it is empty where the shell needs none.
 
 (use-modules (guix) (ice-9 match))
 
 (match (command-line)
-  ((_ folder loader)
+  ((_ directory loader)
    (with-store store
      ;; Nobody has it, and without a network each server would be waited for.
      (set-build-options store #:use-substitutes? #f)
-     (let ((tools (add-to-store store "guix-tasks-probe-tools" #t "sha256" folder)))
+     (let ((tools (add-to-store store "guix-tasks-probe-tools" #t "sha256" directory)))
        (define (tool name)
          (string-append tools "/" name))
        (define command

@@ -1,21 +1,21 @@
 #!/bin/sh
-# Runs a command with a Guix daemon beside it:  entry-point.sh [COMMAND [ARGUMENT]...]
+# Runs a command with a Guix daemon next to it:  entry-point.sh [COMMAND [ARGUMENT]...]
 #
 # Starts guix-daemon, waits until its socket answers, runs COMMAND (a shell where none is
 # given), stops the daemon with all its builds, waits until the store's database is clean,
-# and exits with COMMAND's own status; with 69 where there is no daemon to be had.
+# and exits with COMMAND's own status; with 69 if no daemon is available.
 # HUP, INT, QUIT and TERM are passed on to COMMAND and to the processes it started.
 #
 # What it reads from the environment:
 #   GUIX_SUBSTITUTE_URLS, GUIX_CORES, GUIX_MAX_JOBS   options of the daemon
 #   GUIX_SANDBOX=nochroot    builds are not isolated (--disable-chroot)
-#   GUIX_SANDBOX=rootless    the daemon runs as who calls this; the store and the folders of
+#   GUIX_SANDBOX=rootless    the daemon runs as who calls this; the store and the directories of
 #                            Guix's state have to be that user's
 #   GUIX_DAEMON_TIMEOUT      seconds to wait for the daemon's socket; 30 by default
 #   GUIX_DAEMON_SOCKET       set to another socket: that daemon is used, none is started
 #
 # guix-tasks copies this file into its work containers, into /var/guix/guix-tasks, with the
-# files `environment`, `keys/*.pub` and `nearby.pub` beside it.  It removes that folder at its end, so that a
+# files `environment`, `keys/*.pub` and `nearby.pub` next to it.  It removes that directory at its end, so that a
 # commit does not hold it.
 #
 # It has to work under dash, bash and busybox, as process 1 and otherwise.  It looks into
@@ -30,8 +30,8 @@ readonly _build_logs=/var/log/guix/drvs
 readonly _links=/gnu/store/.links
 readonly _work_folder=/var/guix/guix-tasks
 
-_folder=      # the work folder, where this process is the one that removes it
-_scratch=     # a folder for the daemon's output
+_directory=      # the work directory, where this process is the one that removes it
+_scratch=     # a directory for the daemon's output
 _daemon=      # its process
 _command=     # the command's process
 _canary=      # see _start_canary
@@ -39,8 +39,8 @@ _interrupted= # the number of the last signal caught
 _pending=     # the name of a signal that the command has not got yet
 _resettable=  # yes where env can give a process the default action of a signal
 _git_settings= # a file of git's, where this process has made it
-_configuration= # the folder of the daemon's configuration, where it is not /etc/guix
-_access=      # a folder in memory, with what opens private channels
+_configuration= # the directory of the daemon's configuration, where it is not /etc/guix
+_access=      # a directory in memory, with what opens private channels
 _status=0
 
 # Guix itself would fetch and build one thing at a time. Each build may use all processors, so
@@ -57,7 +57,7 @@ _main() {
     _set_path
     [ $# -gt 0 ] || set -- "$(command -v bash || command -v sh)"
     if ! _may_be_daemon || _other_daemon; then
-        [ -n "$_folder" ] || exec "$@"
+        [ -n "$_directory" ] || exec "$@"
         _prepare_to_run
         _run "$@"
     else
@@ -70,47 +70,47 @@ _main() {
 
 _may_be_daemon() { [ "$(id -u)" -eq 0 ] || [ "${GUIX_SANDBOX-}" = rootless ]; }
 
-# A command in a work container may call this file again; the first call owns the folder.
+# A command in a work container may call this file again; the first call owns the directory.
 _use_work_folder() {
     case $0 in
-    "$_work_folder"/*) [ -e "$_work_folder/running" ] || _folder=$_work_folder ;;
+    "$_work_folder"/*) [ -e "$_work_folder/running" ] || _directory=$_work_folder ;;
     esac
-    [ -n "$_folder" ] || return 0
-    echo $$ 2>/dev/null >"$_folder/running"
-    [ -f "$_folder/environment" ] || return 0
+    [ -n "$_directory" ] || return 0
+    echo $$ 2>/dev/null >"$_directory/running"
+    [ -f "$_directory/environment" ] || return 0
     set -a
     # shellcheck source=/dev/null
-    . "$_folder/environment"
+    . "$_directory/environment"
     set +a
     # It may hold a password, and a container that is killed may be committed.  In a step of a
     # build it is a mount.
-    rm -f "$_folder/environment" 2>/dev/null || :
+    rm -f "$_directory/environment" 2>/dev/null || :
 }
 
 # What opens private channels goes where no commit finds it, for the same reason.
 _hide_access() {
-    if ! [ -d "${_folder:-/}/access" ]; then return 0; fi
+    if ! [ -d "${_directory:-/}/access" ]; then return 0; fi
     _access=$(mktemp -d /dev/shm/guix-tasks-access.XXXXXX 2>/dev/null) || return 0
-    cp -R "$_folder/access/." "$_access" && export GUIX_TASKS_ACCESS="$_access"
-    rm -rf "$_folder/access" 2>/dev/null || :
+    cp -R "$_directory/access/." "$_access" && export GUIX_TASKS_ACCESS="$_access"
+    rm -rf "$_directory/access" 2>/dev/null || :
 }
 
-# Guix reads a folder for its downloads, and a file for Git; here they have the same.  Programs
-# that builds run as another user read them, too.
+# Guix reads a directory for its downloads, and a file for Git; here they have the same.  Programs
+# that builds run as another user also read them.
 _trust_extra_authorities() {
-    if ! [ -s "${_folder:-/}/extra-ca.pem" ]; then return 0; fi
+    if ! [ -s "${_directory:-/}/extra-ca.pem" ]; then return 0; fi
     _own=/etc/ssl/certs/ca-certificates.crt
     for _file in /etc/ssl/certs/ca-bundle.crt "$_profiles/guix-profile$_own"; do
         [ -f "$_own" ] || _own=$_file
     done
     if [ -f "${SSL_CERT_FILE-}" ]; then _own=$SSL_CERT_FILE; fi
-    mkdir -p "$_folder/certificates"
-    for _file in "$_own" "$_folder/extra-ca.pem"; do
+    mkdir -p "$_directory/certificates"
+    for _file in "$_own" "$_directory/extra-ca.pem"; do
         cat "$_file" 2>/dev/null && echo
-    done >"$_folder/certificates/all.pem"
-    chmod 755 "$_folder/certificates"
-    chmod 644 "$_folder/certificates/all.pem"
-    export SSL_CERT_DIR="$_folder/certificates" SSL_CERT_FILE="$_folder/certificates/all.pem"
+    done >"$_directory/certificates/all.pem"
+    chmod 755 "$_directory/certificates"
+    chmod 644 "$_directory/certificates/all.pem"
+    export SSL_CERT_DIR="$_directory/certificates" SSL_CERT_FILE="$_directory/certificates/all.pem"
     export GUIX_TLS_CERTIFICATE_DIRECTORY="$SSL_CERT_DIR"
     export GIT_SSL_CAINFO="$SSL_CERT_FILE" CURL_CA_BUNDLE="$SSL_CERT_FILE"
 }
@@ -123,7 +123,7 @@ _set_path() {
         *) PATH=$_bin:$PATH ;;
         esac
     done
-    if [ -n "$_folder" ] && [ -d "$_folder/bin" ]; then PATH=$_folder/bin:$PATH; fi
+    if [ -n "$_directory" ] && [ -d "$_directory/bin" ]; then PATH=$_directory/bin:$PATH; fi
     export PATH
 }
 
@@ -295,8 +295,8 @@ _connect() {
 }
 
 _authorize_keys() {
-    [ -n "$_folder" ] || return 0
-    for _key in "$_folder"/keys/*.pub; do
+    [ -n "$_directory" ] || return 0
+    for _key in "$_directory"/keys/*.pub; do
         if ! [ -f "$_key" ] || _is_authorized "$_key"; then continue; fi
         guix archive --authorize <"$_key" || {
             _fail "cannot authorise the substitute key ${_key##*/}"
@@ -308,7 +308,7 @@ _authorize_keys() {
 # A server that is there today is none of the image's: only the daemon, and only now, trusts it,
 # by a list of its own.
 _authorize_nearby() {
-    [ -n "$_folder" ] && [ -f "$_folder/nearby.pub" ] || return 0
+    [ -n "$_directory" ] && [ -f "$_directory/nearby.pub" ] || return 0
     _configuration=$_scratch/configuration
     mkdir "$_configuration"
     for _file in /etc/guix/*; do
@@ -316,8 +316,8 @@ _authorize_nearby() {
     done
     rm -f "$_configuration/acl"
     if [ -e /etc/guix/acl ]; then cp /etc/guix/acl "$_configuration/"; fi
-    GUIX_CONFIGURATION_DIRECTORY=$_configuration guix archive --authorize <"$_folder/nearby.pub" || {
-        _fail 'cannot authorise the key of the substitute server near by'
+    GUIX_CONFIGURATION_DIRECTORY=$_configuration guix archive --authorize <"$_directory/nearby.pub" || {
+        _fail 'cannot authorise the key of the substitute server of this machine'
         return 1
     }
 }
@@ -330,7 +330,7 @@ _is_authorized() { # FILE
 
 # Channels at file:// URLs may be anybody's.  What is trusted is who signed their commits.
 _trust_repositories() {
-    if [ -z "$_folder" ] || [ -e "$HOME/.gitconfig" ]; then return 0; fi
+    if [ -z "$_directory" ] || [ -e "$HOME/.gitconfig" ]; then return 0; fi
     _git_settings=$HOME/.gitconfig
     printf '[safe]\n\tdirectory = *\n' >"$_git_settings"
 }
@@ -511,7 +511,7 @@ _print_log() { # FILE
     esac 2>/dev/null || echo "(it is in $1)"
 }
 
-# The temporary folders of builds that were killed with their daemon.  No daemon of ours
+# The temporary directories of builds that were killed with their daemon.  No daemon of ours
 # runs when this is called.  What `guix build --keep-failed` has kept stays: only a killed
 # build also has its chroot in the store.
 _remove_stale_build_folders() {
@@ -528,8 +528,8 @@ _remove_stale_build_folders() {
 _remove_folders() {
     cd / || :
     rm -rf ${_scratch:+"$_scratch"} ${_git_settings:+"$_git_settings"} ${_access:+"$_access"}
-    # In a step of a build the folder is a mount, which goes by itself.
-    if [ -n "$_folder" ] && ! _is_mounted "$_folder"; then rm -rf "$_folder"; fi
+    # In a step of a build the directory is a mount, which goes by itself.
+    if [ -n "$_directory" ] && ! _is_mounted "$_directory"; then rm -rf "$_directory"; fi
 }
 
 # --- processes -------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 ;; Runs a command of Guix that fetches from Git, with what is given to open private channels:
-;;   fetch.scm FOLDER GUIX ARGUMENT...
+;;   fetch.scm DIRECTORY GUIX ARGUMENT...
 ;;
-;; FOLDER is a home for libgit2, with .gitconfig and .ssh/known_hosts, and may have `credentials`,
+;; DIRECTORY is a home for libgit2, with .gitconfig and .ssh/known_hosts, and may have `credentials`,
 ;; a list of (URL-PREFIX USER PASSWORD).  GUIX is the program that the command is one of.
 ;;
 ;; libgit2 has no credential helpers, and a URL with a password in it would stay in the checkout's
@@ -15,8 +15,8 @@
 (define set-error!
   (libgit2->procedure int "git_error_set_str" (list int '*)))
 
-(define (known-credentials folder)
-  (let ((file (string-append folder "/credentials")))
+(define (known-credentials directory)
+  (let ((file (string-append directory "/credentials")))
     (if (file-exists? file)
         (call-with-input-file file read #:encoding "UTF-8")
         '())))
@@ -62,16 +62,16 @@ refused."
       options)))
 
 ;; GIT_OPT_SET_SEARCH_PATH of GIT_CONFIG_LEVEL_GLOBAL, and GIT_OPT_SET_HOMEDIR.
-(define (set-home! folder)
-  (let ((path (string->pointer folder)))
+(define (set-home! directory)
+  (let ((path (string->pointer directory)))
     ((libgit2->procedure* "git_libgit2_opts" (list int int '*)) 5 4 path)
     ((libgit2->procedure* "git_libgit2_opts" (list int '*)) 38 path)))
 
 (match (command-line)
-  ((_ folder guix . arguments)
+  ((_ directory guix . arguments)
    (libgit2-init!)
-   (set-home! folder)
+   (set-home! directory)
    (module-set! (resolve-module '(git fetch)) 'make-fetch-options
-                (options-with (known-credentials folder)))
+                (options-with (known-credentials directory)))
    (set-program-arguments (cons guix arguments))
    (apply guix-main guix arguments)))

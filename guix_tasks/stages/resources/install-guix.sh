@@ -65,7 +65,7 @@ _unpack() {
     if [ "$(head -c 6 "$tarball" | od -A n -t x1 | tr -d ' ')" = fd377a585a00 ]; then
         command -v xz >/dev/null || _apt_install xz-utils
     fi
-    # The folders that the base has, as /var, stay as they are.
+    # The directories that the base has, as /var, stay as they are.
     tar --extract --no-overwrite-dir --directory=/ --file="$tarball" ||
         _fail "cannot unpack $url"
     [ -x "$profile/bin/guix-daemon" ] ||

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes an image ready for guix-daemon: the group `guixbuild` with ten users, and the folder
+# Makes an image ready for guix-daemon: the group `guixbuild` with ten users, and the directory
 # of root's profiles.  It does nothing that is there already.
 #
 # The accounts are written by hand: a small base has neither useradd nor groupadd.

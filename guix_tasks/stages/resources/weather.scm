@@ -2,7 +2,7 @@
 ;;   weather.scm SYSTEMS MANIFEST PACKAGE...
 ;;
 ;; SYSTEMS have spaces between them, an empty MANIFEST is none.  As `guix weather`, but that of 1.5
-;; asks each server for itself: it ends with a backtrace at one that is a folder, ends at the first
+;; asks each server for itself: it ends with a backtrace at one that is a directory, ends at the first
 ;; that does not answer, and counts what is not trusted here.
 ;;
 ;; Prints, after "weather:" and with tabs between, for each system
@@ -43,7 +43,7 @@
 
 (define (ask urls items)
   (define acl (current-acl))
-  ;; A server that does not answer is told of as in a stage, where this program asks.
+  ;; A server that does not answer is reported as in a stage, if this program asks.
   (parameterize ((program-name "substitute"))
     (lookup-narinfos/diverse urls items (lambda (narinfo) (valid-narinfo? narinfo acl)))))
 
