@@ -89,7 +89,7 @@ if TYPE_CHECKING:
 _WITH_ATTESTATIONS = (Output.REGISTRY, Output.OCI)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BuildOptions:
     """Options of one `inv buildx.build` call."""
 

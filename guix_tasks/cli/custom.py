@@ -83,7 +83,9 @@ def stage_task(stage: CustomStage, summary: str) -> Task[Any]:
         ):
             from guix_tasks.stages.lifecycle import StageOptions, make_each
 
-            options = StageOptions(force, upstream, False, not no_commit, keep_failed)
+            options = StageOptions(
+                force=force, upstream=upstream, commit=not no_commit, keep_failed=keep_failed
+            )
             make_each(project, stage.name, options)
 
     body.__doc__ = summary or f"Run the custom stage {stage.name} on {stage.parent}."

@@ -52,7 +52,7 @@ BINFMT_IMAGE = "tonistiigi/binfmt:latest"
 STATUS_HEADER = ("node", "endpoint", "status", "BuildKit", "platforms", "entitlements")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SetupOptions:
     """Options of `inv buildx.setup`."""
 

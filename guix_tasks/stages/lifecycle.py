@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from guix_tasks.stages.stage import Stage
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StageOptions:
     """Options of one ``inv STAGE`` call."""
 

@@ -41,7 +41,9 @@ def build(
         from guix_tasks.buildkit.build import build as bake
 
         trust = not disable_authentication
-        options = BuildOptions(not no_pull, update, force, by_digest, authenticate=trust)
+        options = BuildOptions(
+            pull=not no_pull, update=update, force=force, by_digest=by_digest, authenticate=trust
+        )
         if result := bake(project, program, options):
             project.console.result(result)
 

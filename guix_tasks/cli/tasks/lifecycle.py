@@ -76,7 +76,12 @@ def pull(
         from guix_tasks.stages.lifecycle import StageOptions, make_each
 
         options = StageOptions(
-            force, upstream, update, not no_commit, keep_failed, (), disable_authentication
+            force=force,
+            upstream=upstream,
+            update=update,
+            commit=not no_commit,
+            keep_failed=keep_failed,
+            disable_authentication=disable_authentication,
         )
         make_each(project, "pull", options)
 
@@ -111,7 +116,11 @@ def install(
 
         packages = project.settings.guix_packages if package else ()
         options = StageOptions(
-            force, upstream, False, not no_commit, keep_failed, packages=packages
+            force=force,
+            upstream=upstream,
+            commit=not no_commit,
+            keep_failed=keep_failed,
+            packages=packages,
         )
         make_each(project, "install", options)
 
