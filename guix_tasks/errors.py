@@ -14,7 +14,7 @@ class GuixTasksError(Exception):
 
     exit_code: int = 1
 
-    passes: bool = False
+    is_transient: bool = False
     """True if a retry can succeed; see ``engine.retry``."""
 
 

@@ -302,7 +302,7 @@ def _file_digest(path: str) -> str:
 
 
 @contextmanager
-def alone(show: Callable[[str], None], engine: str, image: str, task: str) -> Iterator[None]:
+def image_lock(show: Callable[[str], None], engine: str, image: str, task: str) -> Iterator[None]:
     """Hold the lock of an image on an engine, given by its URL.
 
     If another ``inv`` of this user holds the lock, ``show`` its name and wait. The kernel releases

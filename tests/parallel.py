@@ -5,6 +5,7 @@ pytest-xdist would otherwise make the fixtures of a module, and start the other 
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 from xdist.scheduler import LoadScopeScheduling
@@ -23,6 +24,11 @@ class ByFixtures(LoadScopeScheduling):  # type: ignore[misc]
     def _split_scope(self, nodeid: str) -> str:
         path, _, name = nodeid.partition("::")
         return OTHER_STORE if OTHER_STORE in name else path
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the tests, also if this is a shell's background job."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFixtures:

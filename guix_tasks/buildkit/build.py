@@ -530,7 +530,7 @@ class _Build:
                     *arguments, output=output, spec=definition.base, seconds=remaining
                 )
             except StageError as error:
-                error.passes = error.passes or steps.network_failed
+                error.is_transient = error.is_transient or steps.network_failed
                 raise
 
         # A retry continues with the finished steps from the builder's cache.

@@ -79,7 +79,7 @@ def stage_task(stage: CustomStage, summary: str) -> Task[Any]:
     ) -> None:
         with (
             (single_platform_session if no_commit else project_session)(c) as project,
-            project.alone(stage.name),
+            project.lock(stage.name),
         ):
             from guix_tasks.stages.lifecycle import StageOptions, make_each
 

@@ -15,7 +15,7 @@ from invoke.exceptions import CollectionNotFound, Exit, ParseError
 from invoke.program import Program
 from invoke.util import helpline
 
-from guix_tasks.cli.session import project_folder
+from guix_tasks.cli.session import project_directory
 from guix_tasks.cli.tasks import grouped, ns
 from guix_tasks.commands.init import mentions_guix_tasks
 from guix_tasks.errors import UsageError
@@ -31,7 +31,7 @@ SIGPIPE_STATUS = 141
 
 def main(name: str = "guix-tasks") -> None:
     """Run Invoke with the project's ``tasks.py``, or with these tasks if it lacks them."""
-    custom = mentions_guix_tasks(project_folder(Path.cwd()))
+    custom = mentions_guix_tasks(project_directory(Path.cwd()))
     GroupedProgram(namespace=None if custom else ns, name=name, binary=name).run()
 
 
@@ -115,7 +115,7 @@ class GroupedProgram(Program):
         try:
             super().execute()
         except Exit as error:
-            directory = project_folder(Path.cwd())
+            directory = project_directory(Path.cwd())
             is_project = any((directory / name).exists() for name in ("tasks.py", ".env"))
             if error.code == UsageError.exit_code and not is_project:
                 hint = f"this directory has no project; `{self.binary} init` creates one"

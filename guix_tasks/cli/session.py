@@ -60,7 +60,7 @@ def _settings(overrides: Mapping[str, str | Sequence[str]] | None = None) -> Set
     from guix_tasks.settings import load_settings
 
     options = {**(overrides or {}), "OUTPUT": _display}
-    return load_settings(project_folder(Path.cwd()), Path.cwd(), os.environ, options)
+    return load_settings(project_directory(Path.cwd()), Path.cwd(), os.environ, options)
 
 
 @contextmanager
@@ -191,7 +191,7 @@ def open_project(c: Context, settings: Settings, *, needs_engine: bool = True) -
     return Project(settings, engine, console, tuple(custom_stages))
 
 
-def project_folder(start: Path) -> Path:
+def project_directory(start: Path) -> Path:
     """Return the nearest directory upwards with a ``tasks.py``, as Invoke does, or ``start``."""
     directories = (start, *start.parents)
     return next((path for path in directories if (path / "tasks.py").exists()), start)

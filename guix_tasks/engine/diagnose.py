@@ -146,7 +146,7 @@ def failure(log: str, spec: BuildSpec | None = None) -> GuixTasksError:
     for pattern, (kind, hint) in _HINTS.items():
         if re.search(pattern, reason, re.IGNORECASE):
             error = kind(f"{reason}; {hint}")
-            error.passes = retry.passes(reason)
+            error.is_transient = retry.is_transient(reason)
             return error
     return build_error(spec, reason) if spec else BuilderError(f"{reason}{full_disk(reason)}")
 
@@ -155,7 +155,7 @@ def build_error(spec: BuildSpec, reason: str) -> BuilderError:
     """Return the error of a failed build, in one line, with a hint if one is known."""
     error = _build_error(spec, reason)
     # A number in the output of a step, or in a Dockerfile, may look like an HTTP status.
-    error.passes = retry.passes(reason) and not _PERMANENT.search(reason)
+    error.is_transient = retry.is_transient(reason) and not _PERMANENT.search(reason)
     return error
 
 

@@ -627,7 +627,7 @@ def _registry_error(action: str, detail: str) -> RegistryError:
     reference = action.rpartition(" ")[2]
     for name in (reference, ImageReference.parse(reference).repository):
         detail = detail.replace(name, "")
-    error.passes = retry.passes(detail)
+    error.is_transient = retry.is_transient(detail)
     return error
 
 

@@ -56,7 +56,7 @@ _PASSING = re.compile(
 _OVERLOADED = re.compile(r"\b429\b|too ?many ?requests", re.IGNORECASE)
 
 
-def passes(text: str) -> bool:
+def is_transient(text: str) -> bool:
     """Return True if a message reports a transient failure."""
     return _PASSING.search(text) is not None
 
@@ -76,7 +76,7 @@ def retry_call(
         try:
             return call()
         except GuixTasksError as error:
-            if not error.passes or not left:
+            if not error.is_transient or not left:
                 raise
             seconds = min(LONGEST, 2.0 ** (tries - left)) * random.uniform(0.5, 1)  # noqa: S311
             reason = ""

@@ -91,7 +91,7 @@ _PRIVILEGES: Mapping[Sandbox, _Privileges] = {
     # Without a chroot the daemon needs no privilege, but it sets the personality of builds,
     # which Docker's default filter refuses.
     Sandbox.NOCHROOT: _Privileges(security=("seccomp=unconfined",)),
-    # ``sandbox.settled`` replaces ``auto`` before a container runs.
+    # ``sandbox.resolve_sandbox`` replaces ``auto`` before a container runs.
     Sandbox.AUTO: _Privileges(),
 }
 

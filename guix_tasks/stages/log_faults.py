@@ -103,7 +103,7 @@ class LogFaults:
     def silence_error(self, prefix: str = "", proxy_fault: str = "") -> StageError:
         """Return the error if no substitute server answers; it can be retried."""
         error = StageError(f"{prefix}{self.servers.error_line}{proxy_fault and f'; {proxy_fault}'}")
-        error.passes = True
+        error.is_transient = True
         return error
 
 

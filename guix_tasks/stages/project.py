@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from guix_tasks.files import alone
+from guix_tasks.files import image_lock
 from guix_tasks.stages.images import STAGES, Ledger
-from guix_tasks.stages.sandbox import settled
+from guix_tasks.stages.sandbox import resolve_sandbox
 from guix_tasks.stages.substitute_server import nearby
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ class Project:
         ``as_root`` is for commands that need root, such as those of custom stages.
         """
         base = self.ledger.find("base")
-        settings = settled(self.engine, self.settings, self.console, image, base, as_root=as_root)
+        settings = resolve_sandbox(
+            self.engine, self.settings, self.console, image, base, as_root=as_root
+        )
         return replace(self, settings=settings)
 
     def nearby(self, task: str) -> SubstituteServer | None:
@@ -57,11 +59,13 @@ class Project:
             self.console.print(f"{task}: substitutes come from {server.url} first{age}")
         return server
 
-    def alone(self, task: str) -> AbstractContextManager[None]:
+    def lock(self, task: str) -> AbstractContextManager[None]:
         """Lock the image against other ``inv`` processes of this user for the length of a block."""
         if self.engine.is_dry:
             return nullcontext()
-        return alone(self.console.print, self.engine.info().url, str(self.settings.image), task)
+        return image_lock(
+            self.console.print, self.engine.info().url, str(self.settings.image), task
+        )
 
     def each_platform(self) -> list[Project]:
         """Return this project for each platform, because an engine builds for one at a time."""

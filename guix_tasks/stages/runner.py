@@ -292,7 +292,7 @@ def _command_error(project: Project, name: str, status: int, faults: LogFaults) 
         f"{name}: {message or f'the command failed with exit status {status}'}, and nothing was "
         f"committed{full_disk(faults.tail) or f'; {hint}'}"
     )
-    error.passes = faults.network_failed
+    error.is_transient = faults.network_failed
     return error
 
 

@@ -38,7 +38,7 @@ PROBE_SECONDS = 120.0
 """Time limit of the probe."""
 
 
-def settled(
+def resolve_sandbox(
     engine: Engine,
     settings: Settings,
     console: Console,

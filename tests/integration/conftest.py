@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 from typing import TYPE_CHECKING, Protocol
 
@@ -61,8 +60,6 @@ _RAN_BEFORE = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let Ctrl-C stop what tests start, also if this is a shell's background job."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.stash[_RAN_BEFORE] = private_engine().running()
 
 

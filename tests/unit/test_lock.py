@@ -11,7 +11,7 @@ import pytest
 from fake_engine import Heard
 
 from guix_tasks import files
-from guix_tasks.files import alone
+from guix_tasks.files import image_lock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 HOLD = """
 import sys
 from guix_tasks.ui.console import Console
-from guix_tasks.files import alone
-with alone(Console().print, "engine", "image:t", "pull"):
+from guix_tasks.files import image_lock
+with image_lock(Console().print, "engine", "image:t", "pull"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -44,7 +44,7 @@ def holder() -> subprocess.Popen[str]:
 
 def come_second(console: Heard, image: str = "image:t") -> threading.Thread:
     def work() -> None:
-        with alone(console.print, "engine", image, "install"):
+        with image_lock(console.print, "engine", image, "install"):
             console.print("at work")
 
     second = threading.Thread(target=work)
@@ -80,7 +80,10 @@ def test_another_image_is_not_waited_for(holder: subprocess.Popen[str]) -> None:
 
 
 def test_an_error_lets_go_of_it() -> None:
-    with pytest.raises(ValueError, match="x"), alone(Heard().print, "engine", "image:t", "pull"):
+    with (
+        pytest.raises(ValueError, match="x"),
+        image_lock(Heard().print, "engine", "image:t", "pull"),
+    ):
         raise ValueError("x")
     console = Heard()
     come_second(console).join(timeout=10)

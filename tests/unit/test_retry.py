@@ -22,7 +22,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def fault(text: str = "no", *, passes: bool = True) -> RegistryError:
     error = RegistryError(text)
-    error.passes = passes
+    error.is_transient = passes
     return error
 
 
@@ -99,7 +99,7 @@ def test_no_wait_is_longer_than_a_minute(
     ],
 )
 def test_these_pass(text: str) -> None:
-    assert retry.passes(text)
+    assert retry.is_transient(text)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_these_pass(text: str) -> None:
     ],
 )
 def test_these_do_not(text: str) -> None:
-    assert not retry.passes(text)
+    assert not retry.is_transient(text)
 
 
 @pytest.mark.parametrize(

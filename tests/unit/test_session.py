@@ -843,11 +843,11 @@ def test_what_libraries_log_for_debugging_holds_no_secret(inv: Inv) -> None:
 def test_the_project_is_the_nearest_folder_with_tasks(tmp_path: Path) -> None:
     deep = tmp_path / "a" / "b" / "c"
     deep.mkdir(parents=True)
-    assert session.project_folder(deep) == deep
+    assert session.project_directory(deep) == deep
     (tmp_path / "a" / "tasks.py").touch()
-    assert session.project_folder(deep) == tmp_path / "a"
+    assert session.project_directory(deep) == tmp_path / "a"
     (tmp_path / "a" / "b" / "tasks.py").touch()
-    assert session.project_folder(deep) == tmp_path / "a" / "b"
+    assert session.project_directory(deep) == tmp_path / "a" / "b"
 
 
 def test_the_docker_command_finds_the_projects_engine(

@@ -15,7 +15,7 @@ WORDS = re.compile(
     r"|, too\b(?! long| large| small| many)",
     re.IGNORECASE,
 )
-"""Words that read like a translation; CONTRIBUTING.md lists what to write instead."""
+"""Words that read like a translation."""
 
 FIRST_WORDS = ("What", "Where", "Those", "Let", "That", "Whose")
 """How a docstring does not begin: a relative clause stands for no noun."""

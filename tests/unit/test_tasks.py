@@ -69,7 +69,7 @@ def test_an_option_of_a_stage_is_the_wish_of_its_name(
     @contextmanager
     def open_fake(*_: object) -> Iterator[SimpleNamespace]:
         settings = SimpleNamespace(guix_packages=())
-        yield SimpleNamespace(settings=settings, alone=lambda _task: nullcontext())
+        yield SimpleNamespace(settings=settings, lock=lambda _task: nullcontext())
 
     for opener in ("project_session", "single_platform_session"):
         monkeypatch.setattr(lifecycle_tasks, opener, open_fake)

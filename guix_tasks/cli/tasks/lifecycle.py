@@ -38,7 +38,7 @@ def base(c: Context, force: bool = False) -> None:
     This is a `docker build` with BASE_IMAGE as a build argument.  The other
     stages start from its image.
     """
-    with project_session(c) as project, project.alone("base"):
+    with project_session(c) as project, project.lock("base"):
         from guix_tasks.stages.lifecycle import StageOptions, make_each
 
         make_each(project, "base", StageOptions(force=force))
@@ -69,21 +69,14 @@ def pull(
     GUIX_CHANNELS_LOCK.  Without a lock, pull the newest commits and write
     the lock.
     """
-    with (
-        (single_platform_session if no_commit else project_session)(c) as project,
-        project.alone("pull"),
-    ):
+    session = single_platform_session if no_commit else project_session
+    with session(c) as project, project.lock("pull"):
         from guix_tasks.stages.lifecycle import StageOptions, make_each
 
-        options = StageOptions(
-            force=force,
-            upstream=upstream,
-            update=update,
-            commit=not no_commit,
-            keep_failed=keep_failed,
-            disable_authentication=disable_authentication,
-        )
-        make_each(project, "pull", options)
+        make_each(project, "pull", StageOptions(
+            force=force, upstream=upstream, update=update, commit=not no_commit,
+            keep_failed=keep_failed, disable_authentication=disable_authentication,
+        ))  # fmt: skip
 
 
 @long_task(
@@ -111,18 +104,14 @@ def install(
     """
     session = single_platform_session if no_commit else project_session
     overrides = {"GUIX_PACKAGES": package} if package else None
-    with session(c, overrides) as project, project.alone("install"):
+    with session(c, overrides) as project, project.lock("install"):
         from guix_tasks.stages.lifecycle import StageOptions, make_each
 
         packages = project.settings.guix_packages if package else ()
-        options = StageOptions(
-            force=force,
-            upstream=upstream,
-            commit=not no_commit,
-            keep_failed=keep_failed,
+        make_each(project, "install", StageOptions(
+            force=force, upstream=upstream, commit=not no_commit, keep_failed=keep_failed,
             packages=packages,
-        )
-        make_each(project, "install", options)
+        ))  # fmt: skip
 
 
 @long_task()
@@ -132,7 +121,7 @@ def commit(c: Context) -> None:
     `inv shell`, `inv run --keep` and a stage with --no-commit keep a work
     container.
     """
-    with single_platform_session(c) as project, project.alone("commit"):
+    with single_platform_session(c) as project, project.lock("commit"):
         from guix_tasks.commands.commit import commit
 
         commit(project)
@@ -141,7 +130,7 @@ def commit(c: Context) -> None:
 @long_task()
 def squash(c: Context) -> None:
     """Merge all layers above the base image into one."""
-    with single_platform_session(c) as project, project.alone("squash"):
+    with single_platform_session(c) as project, project.lock("squash"):
         from guix_tasks.commands.squash import squash
 
         squash(project)
@@ -150,7 +139,7 @@ def squash(c: Context) -> None:
 @task(auto_shortflags=False)
 def rollback(c: Context) -> None:
     """Restore the previous IMAGE."""
-    with single_platform_session(c) as project, project.alone("rollback"):
+    with single_platform_session(c) as project, project.lock("rollback"):
         from guix_tasks.commands.rollback import rollback
 
         rollback(project)
@@ -176,7 +165,7 @@ def push(c: Context, stage: str = "") -> None:
 
     Refuse an image whose stage is stale.
     """
-    with project_session(c) as project, project.alone("push"):
+    with project_session(c) as project, project.lock("push"):
         from guix_tasks.commands.push import push as publish
 
         for platform_project in project.each_platform():
@@ -210,7 +199,7 @@ def manifest(c: Context) -> None:
 def weather(c: Context, package: list[str] | None = None, json: bool = False) -> None:
     """Check whether the packages have substitutes."""
     overrides = {"GUIX_PACKAGES": package} if package else None
-    with project_session(c, overrides) as project, project.alone("weather"):
+    with project_session(c, overrides) as project, project.lock("weather"):
         from guix_tasks.commands.weather import weather
 
         weather(project, as_json=json)
@@ -246,7 +235,7 @@ def pack(
     Pack GUIX_PACKAGES and GUIX_MANIFEST with the Guix of IMAGE, and write the
     SHA-256 to a file next to the pack.
     """
-    with project_session(c) as project, project.alone("pack"):
+    with project_session(c) as project, project.lock("pack"):
         from guix_tasks.commands.pack import pack_each
         from guix_tasks.guix import Pack
 
@@ -354,7 +343,7 @@ def clean(c: Context, work: bool = False) -> None:
     Remove work containers, the substitute server, stage images, volumes, and
     IMAGE and TAGS if they point to a stage.  Nothing else is removed.
     """
-    with project_session(c) as project, project.alone("clean"):
+    with project_session(c) as project, project.lock("clean"):
         from guix_tasks.commands.clean import clean as remove
         from guix_tasks.commands.clean import print_removed
 

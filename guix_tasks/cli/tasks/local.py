@@ -107,7 +107,7 @@ def rootfs(c: Context, tag: str = "", plain: bool = False) -> None:
 def substitutes_up(c: Context, listen: str = "") -> None:
     """Serve substitutes from the newest stage image."""
     overrides = {"SUBSTITUTES_LISTEN": listen}
-    with single_platform_session(c, overrides) as project, project.alone("substitutes.up"):
+    with single_platform_session(c, overrides) as project, project.lock("substitutes.up"):
         from guix_tasks.commands.substitutes import up
 
         up(project)
@@ -116,7 +116,7 @@ def substitutes_up(c: Context, listen: str = "") -> None:
 @task(name="down", auto_shortflags=False)
 def substitutes_down(c: Context) -> None:
     """Stop serving substitutes and keep the signing key."""
-    with single_platform_session(c) as project, project.alone("substitutes.down"):
+    with single_platform_session(c) as project, project.lock("substitutes.down"):
         from guix_tasks.commands.substitutes import down
 
         down(project)

@@ -28,7 +28,7 @@ readonly _socket=/var/guix/daemon-socket/socket
 readonly _database=/var/guix/db/db.sqlite
 readonly _build_logs=/var/log/guix/drvs
 readonly _links=/gnu/store/.links
-readonly _work_folder=/var/guix/guix-tasks
+readonly _work_directory=/var/guix/guix-tasks
 
 _directory=      # the work directory, where this process is the one that removes it
 _scratch=     # a directory for the daemon's output
@@ -51,7 +51,7 @@ _usual_jobs() {
 }
 
 _main() {
-    _use_work_folder
+    _use_work_directory
     _hide_access
     _trust_extra_authorities
     _set_path
@@ -71,9 +71,9 @@ _main() {
 _may_be_daemon() { [ "$(id -u)" -eq 0 ] || [ "${GUIX_SANDBOX-}" = rootless ]; }
 
 # A command in a work container may call this file again; the first call owns the directory.
-_use_work_folder() {
+_use_work_directory() {
     case $0 in
-    "$_work_folder"/*) [ -e "$_work_folder/running" ] || _directory=$_work_folder ;;
+    "$_work_directory"/*) [ -e "$_work_directory/running" ] || _directory=$_work_directory ;;
     esac
     [ -n "$_directory" ] || return 0
     echo $$ 2>/dev/null >"$_directory/running"
