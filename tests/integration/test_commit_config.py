@@ -74,6 +74,7 @@ def configs(
         with pytest.MonkeyPatch.context() as patch:
             # The builder is to be the one that the command line finds.
             patch.setenv("HOME", project.environment["HOME"])
+            patch.setenv("XDG_DATA_HOME", project.environment["XDG_DATA_HOME"])
             made = make(project, DockerEngine(engine.address, helpers(project.environment)))
         yield made
     finally:
