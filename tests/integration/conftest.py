@@ -23,7 +23,7 @@ from harness import (
     new_python,
     pip,
 )
-from island import Island, import_image, raised, start_registry
+from island import Island, load_image, raised, start_registry
 from parallel import OTHER_STORE, is_worker
 from planted import PLANTED
 
@@ -157,7 +157,7 @@ def other_store(
     with raised(programs, image_store) as island:
         island.ok("engine.up")
         start_registry(island, machine_registry.directory / "root")
-        import_image(machine_base, machine_docker, island.docker)
+        load_image(machine_base, machine_docker, island.docker)
         yield island
 
 

@@ -183,13 +183,3 @@ def load_image(reference: str, source: Docker, target: Docker) -> None:
     save = subprocess.Popen(source.argv("save", reference), stdout=subprocess.PIPE)
     subprocess.run(target.argv("load"), stdin=save.stdout, check=True, capture_output=True)
     assert save.wait() == 0
-
-
-def import_image(reference: str, source: Docker, target: Docker) -> None:
-    """Copy the files of an image from one engine to another, as `inv rootfs` makes an image."""
-    container = source.ok("create", reference, "none")
-    export = subprocess.Popen(source.argv("export", container), stdout=subprocess.PIPE)
-    argv = target.argv("import", "-", reference)
-    subprocess.run(argv, stdin=export.stdout, check=True, capture_output=True)
-    assert export.wait() == 0
-    source.ok("rm", container)

@@ -269,7 +269,7 @@ def test_a_remote_builder(
         try:
             first = remote.inv(project, "buildx.setup")
             assert first.returncode in (0, 6), first.stderr
-            assert f"making {name} (remote)" in first.stderr
+            assert f"creating {name} (remote)" in first.stderr
             assert f"{name} is there" in remote.inv(project, "buildx.setup").stderr
             status = remote.ok(project, "buildx.status").stdout
             assert re.search(rf"^{name}0 +{endpoint} +running", status, re.MULTILINE)

@@ -96,7 +96,7 @@ def test_a_crash_is_cleared_by_down(island: Island) -> None:
     assert daemon
     os.kill(daemon, signal.SIGKILL)
     eventually(lambda: not island.engine.running(), "the end of the engine")
-    assert "removed what a private engine left" in island.ok("engine.down")
+    assert "removed processes and mounts of a killed private engine" in island.ok("engine.down")
     assert is_deserted(island)
 
 
@@ -105,7 +105,7 @@ def test_it_keeps_out_of_the_way_of_another_engine(island: Island) -> None:
     elsewhere = island.directory / "elsewhere"
     elsewhere.mkdir()
     error = one_error(island.inv("engine.up", XDG_DATA_HOME=str(elsewhere)), 3)
-    assert f"another Docker Engine is here (process {island.engine._daemon.pid()})" in error
+    assert f"the network of another Docker Engine (process {island.engine._daemon.pid()})" in error
     assert "DOCKER_HOST" in error
     assert answers(island.engine.socket)
 

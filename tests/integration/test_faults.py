@@ -557,7 +557,7 @@ def test_a_refusal_is_told_and_not_tried_again(
         project = tiny(new_project, registry, address)
         result = project.inv("push")
         assert project.image in one_error(result, 5)
-        assert "tried again" not in result.stderr
+        assert "is retried" not in result.stderr
         assert len([each for each in faults.asked if concerns(*each.split())]) == faults.met
 
 
@@ -583,4 +583,4 @@ def test_a_registry_that_holds_another_image_is_not_believed(
         project.ok("base")
         faults.times = 1
         error = one_error(project.inv("push"), 5)
-        assert f"the registry holds {before}" in error
+        assert f"but the registry has {before}" in error

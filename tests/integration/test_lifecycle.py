@@ -267,7 +267,7 @@ def test_run_keeps_arguments_and_the_status(project: Project) -> None:
         result = project.ok("run", "--", "printf", "<%s>", *words)
         assert result.stdout == "".join(f"<{word}>" for word in words)
         assert project.inv("run", "--", "sh", "-c", "exit 3").returncode == 3
-        assert "no command" in one_error(project.inv("run"), 2)
+        assert "the command is missing" in one_error(project.inv("run"), 2)
 
 
 def test_output_is_shown_while_a_command_runs(project: Project) -> None:
@@ -391,7 +391,7 @@ def test_clean_after_base_alone(new_project: NewProject) -> None:
     project.ok("clean")
     assert project.tags() == {}
     assert project.volumes() == []
-    assert "nothing there" in project.ok("clean").stderr
+    assert "nothing to remove" in project.ok("clean").stderr
 
 
 @pytest.mark.both_stores

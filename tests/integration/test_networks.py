@@ -87,10 +87,10 @@ def test_a_token_and_an_authority_of_ones_own(
     project.set(EXTRA_CA_FILE=forge.file("ca.pem"))
     with project.unharmed():
         refused = project.inv("pull")
-        assert "see that GUIX_CHANNEL_CREDENTIALS has an account" in one_error(refused, 4)
+        assert "check that GUIX_CHANNEL_CREDENTIALS contains an " in one_error(refused, 4)
         other = {"GUIX_CHANNEL_CREDENTIALS": f"{forge.https}".replace("//", "//me:no@")}
         refused = project.inv("pull", env=other)
-        assert "see that GUIX_CHANNEL_CREDENTIALS has an account" in one_error(refused, 4)
+        assert "check that GUIX_CHANNEL_CREDENTIALS contains an " in one_error(refused, 4)
     forge.shown.clear()
     project.set(GUIX_CHANNEL_CREDENTIALS_FILE="token")
     (project.directory / "token").write_text(

@@ -61,7 +61,6 @@ def test_a_registry_that_refuses(
     assert "wrong-one" not in result.stdout + result.stderr
 
 
-@pytest.mark.both_stores
 @pytest.mark.parametrize("way", ["environment", "env file", "file"])
 def test_the_right_password(new_project: NewProject, locked: str, way: str) -> None:
     project = tiny(new_project, locked)

@@ -93,7 +93,7 @@ def test_a_cache_there_is_filled_and_taken_from(
     other = {"DOCKER_USERNAME": "somebody", "DOCKER_PASSWORD": "of-another-registry"}
     project = new_project(repository="registry.invalid/x", CACHE_IMAGE=cache, **other)
     project.dockerfile(TINY)
-    assert "was not put" not in project.ok("base").stderr
+    assert "was not pushed to CACHE_IMAGE" not in project.ok("base").stderr
     project.docker.ok("rmi", project.tag("base"), project.tag())
     assert "base: taken from" in project.ok("base").stderr
 

@@ -286,7 +286,9 @@ def test_containers_reach_it_on_a_network_of_their_own(
 
 def test_what_cannot_be_served_is_one_line(new_project: NewProject) -> None:
     project = new_project()
-    assert one_error(project.inv("substitutes.up"), 2).startswith("error: NETWORK=none: nobody")
+    assert one_error(project.inv("substitutes.up"), 2).startswith(
+        "error: NETWORK=none: a substitute server would be unreachable"
+    )
     project.set(NETWORK="host")
     assert "there is no stage to serve" in one_error(project.inv("substitutes.up"), 2)
     assert "is not an IPv4 address with a port" in one_error(
