@@ -270,7 +270,7 @@ def test_a_remote_builder(
             first = remote.inv(project, "buildx.setup")
             assert first.returncode in (0, 6), first.stderr
             assert f"creating {name} (remote)" in first.stderr
-            assert f"{name} is there" in remote.inv(project, "buildx.setup").stderr
+            assert f"{name} exists" in remote.inv(project, "buildx.setup").stderr
             status = remote.ok(project, "buildx.status").stdout
             assert re.search(rf"^{name}0 +{endpoint} +running", status, re.MULTILINE)
             definition = plain_definition(tmp_path / "plain", base_image, {}, "nobody")

@@ -262,13 +262,13 @@ class Rig:
         account = self.registry.account.credentials()
         assert account
         image = f"{address}/guix-tasks-test/faults-{secrets.token_hex(6)}:t"
-        (self.directory / "env").write_text(
+        # A process reads an env file once.
+        env_file = self.directory / f"{len(self.made)}.env"
+        env_file.write_text(
             f"IMAGE={image}\nDOCKER_USERNAME={account.username}\n"
             f"DOCKER_PASSWORD={account.password}\n"
         )
-        return EngineProject(
-            load_isolated(self.directory / "env"), self.engine, Console(err=self.said)
-        )
+        return EngineProject(load_isolated(env_file), self.engine, Console(err=self.said))
 
     def image(self, project: EngineProject) -> Image:
         """An image of a layer that no registry has, under the project's name."""
