@@ -266,6 +266,8 @@ def pushed_layers(data: Path, repository: str, tag: str) -> list[tuple[str, int]
     """Return the layers of an image in a registry's directory: digest and compressed size."""
     link = data / "docker/registry/v2/repositories" / repository / f"_manifests/tags/{tag}"
     manifest = json.loads(blob(data, (link / "current/link").read_text()).read_text())
+    if "manifests" in manifest:  # an index, which BuildKit makes in the containerd image store
+        manifest = json.loads(blob(data, manifest["manifests"][0]["digest"]).read_text())
     return [(layer["digest"], layer["size"]) for layer in manifest["layers"]]
 
 
