@@ -79,7 +79,8 @@ def _xdg(variable: str, fallback: str) -> Path:
     return home / "guix-tasks"
 
 
-_PREFIX = "guix-tasks-"
+_PREFIX = ".guix-tasks-temporary-"
+"""No name that a user would give a directory: leftovers with it are deleted."""
 
 _REMOVE = 'read -r _; exec rm -rf -- "$1"'
 """Script that waits until the process that writes to its standard input has ended."""

@@ -72,11 +72,11 @@ def test_leftover_directory_is_removed_by_the_next_call(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a power cut; what is fresh may be somebody's who is about to lock it."""
-    left = place / "guix-tasks-left"
+    left = place / f"{files._PREFIX}left"
     (left / "deep").mkdir(parents=True)
     (left / "deep" / "secret").write_text("hunter2")
-    (place / "guix-tasks-file").touch()
-    (place / "guix-tasks-link").symlink_to(place / "other")
+    (place / f"{files._PREFIX}file").touch()
+    (place / f"{files._PREFIX}link").symlink_to(place / "other")
     (place / "other").mkdir()
     with temporary_directory():
         assert left.exists()
@@ -86,5 +86,16 @@ def test_leftover_directory_is_removed_by_the_next_call(
         assert second.exists()
         assert not left.exists()
     assert sorted(each.name for each in place.iterdir()) == [
-        "guix-tasks-file", "guix-tasks-link", "other",
+        f"{files._PREFIX}file", f"{files._PREFIX}link", "other",
     ]  # fmt: skip
+
+
+def test_a_directory_of_the_user_is_no_leftover(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("guix-tasks", "guix-tasks-clone", ".guix-tasks-notes")
+    for name in names:
+        (place / name).mkdir()
+    monkeypatch.setattr(files, "_UNLOCKED_TIME", 0)
+    with temporary_directory():
+        assert all((place / name).exists() for name in names)
