@@ -13,7 +13,7 @@ from guix_tasks.cli.tasks.lifecycle import FORCE, KEEP_FAILED, NO_COMMIT, UPSTRE
 from guix_tasks.cli.tasks.output import long_task
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from invoke.context import Context
     from invoke.tasks import Task
@@ -40,7 +40,13 @@ def add_stage(
     ``summary`` is shown by ``inv --list``.  ``IMAGE`` points to the stage that was added last,
     among the stages that have an image.
     """
-    stage = declare(name, command, parent, inputs, taken=_names())
+    from guix_tasks.stages.declarations import declared
+    from guix_tasks.stages.images import STAGES
+
+    parents = [*STAGES, *(stage.name for stage in custom_stages)]
+    with _errors_in_tasks_py():
+        stage = declared(name, command, parent, inputs, parents=parents, taken=_names())
+    custom_stages.append(stage)
     ns.add_task(stage_task(stage, summary))
 
 
@@ -59,7 +65,10 @@ def add_test(
     without network, and the task fails if it fails.  The ``inputs`` are files and directories of
     the project, mounted below ``/test``.
     """
-    test = declare_test(name, command, image, inputs, taken=_names())
+    from guix_tasks.stages.declarations import declared_test
+
+    with _errors_in_tasks_py():
+        test = declared_test(name, command, image, inputs, taken=_names())
     ns.add_task(test_task(test, summary))
 
 
@@ -105,40 +114,6 @@ def test_task(test: CustomTest, summary: str) -> Task[Any]:
     body.__doc__ = summary or "Test the tarball of `inv pack` without Guix."
     options = {"image": "image of the test container, instead of the one in tasks.py"}
     return long_task(name=test.name, help=options)(body)
-
-
-def declare(
-    name: str,
-    command: str | Sequence[str],
-    parent: str,
-    inputs: str | Sequence[str],
-    *,
-    taken: Collection[str],
-) -> CustomStage:
-    """Return a custom stage, and add it to the stages of this project."""
-    from guix_tasks.stages.declarations import declared
-    from guix_tasks.stages.images import STAGES
-
-    parents = [*STAGES, *(stage.name for stage in custom_stages)]
-    with _errors_in_tasks_py():
-        stage = declared(name, command, parent, inputs, parents=parents, taken=taken)
-    custom_stages.append(stage)
-    return stage
-
-
-def declare_test(
-    name: str,
-    command: str | Sequence[str],
-    image: str,
-    inputs: str | Sequence[str],
-    *,
-    taken: Collection[str],
-) -> CustomTest:
-    """Return a custom test of a packed tarball."""
-    from guix_tasks.stages.declarations import declared_test
-
-    with _errors_in_tasks_py():
-        return declared_test(name, command, image, inputs, taken=taken)
 
 
 @contextmanager
