@@ -76,6 +76,10 @@ class StageError(GuixTasksError):
     exit_code = 4
 
 
+class MissingItemsError(StageError):
+    """The warm store lacks items of the image in whose container a command ran."""
+
+
 class RegistryError(GuixTasksError):
     """A registry cannot be reached, or refused a push or a pull."""
 

@@ -6,9 +6,9 @@ import time
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import EngineError, UsageError
+from guix_tasks.stages.commit import commit_image
 from guix_tasks.stages.container import drop_environment, kept_containers
 from guix_tasks.stages.images import HAND_MADE, STAGE_LABEL
-from guix_tasks.stages.runner import commit_image
 from guix_tasks.stages.volumes import check_volumes
 from guix_tasks.ui.format import human_size, human_time
 

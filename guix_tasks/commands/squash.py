@@ -11,9 +11,10 @@ from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING
 
 from guix_tasks.errors import UsageError
+from guix_tasks.stages.commit import commit_image
 from guix_tasks.stages.container import WORK_DIRECTORY, Work, archive, work_container
 from guix_tasks.stages.images import KEY_LABEL, SQUASH, STAGE_LABEL, is_above, squash_key
-from guix_tasks.stages.runner import commit_image, print_result, run_container
+from guix_tasks.stages.runner import print_result, run_container
 from guix_tasks.stages.volumes import check_volumes
 
 if TYPE_CHECKING:

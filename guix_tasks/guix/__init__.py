@@ -9,6 +9,7 @@ from guix_tasks.guix.channels import (
     channels,
     commits,
     is_literal,
+    is_plain_manifest,
     syntax_error,
     unauthenticated,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "install_argv",
     "installed",
     "is_literal",
+    "is_plain_manifest",
     "is_publishing",
     "last_error",
     "list_installed_argv",

@@ -111,6 +111,16 @@ def is_literal(text: str) -> bool:
     return form[:1] == ["list"] and len(form) == len(items) + 1 == len(literal) + 1
 
 
+def is_plain_manifest(text: str) -> bool:
+    """Return True if a manifest is one ``specifications->manifest`` of literal names."""
+    match _read(text):
+        case [["specifications->manifest", [*names]]]:
+            if names[:1] == ["list"] and isinstance(names[0], _Atom):
+                names = names[1:]
+            return all(isinstance(name, str) and not isinstance(name, _Atom) for name in names)
+    return False
+
+
 class _Atom(str):
     """Scheme datum that is neither a string nor a list: a symbol, a number, ``#f``."""
 

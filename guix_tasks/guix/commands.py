@@ -240,36 +240,31 @@ def is_publishing(line: str) -> bool:
 def script(
     commands: Sequence[Sequence[str]],
     report: Sequence[str],
-    directory: str,
     *,
-    keep: str | None,
+    before: Sequence[str] = (),
+    finish: str = "true",
+    after: Sequence[str] = (),
     start: str | None = None,
 ) -> str:
     """Return a shell script that runs commands in order and stops at the first failure.
 
     Only the command ``report`` writes to standard output; all other output goes to standard error.
-    At the end the script removes store items that the commands added and nothing needs, except
-    items that are needed to build a profile like ``keep``. A failed removal does not fail the
-    stage. ``directory`` contains the scripts; the commands run in ``start``, by default the
-    working directory of the image.
+    ``before`` and ``after`` are shell commands. ``finish`` is one that runs next to ``report``.
+    The commands run in the directory ``start``, by default the working directory of the image.
     """
-    # Outside the directory, which each start replaces, because a retry needs the first list.
-    items_before = f"{directory}-store-before"
-    profile = [keep] if keep else []
-    collect = ("guix", "repl", "--", f"{directory}/collect.scm", items_before, *profile)
     lines = [
         "#!/bin/sh",
         "set -eu",
         "exec 3>&1 1>&2",
-        f"[ -e {items_before} ] || find /gnu/store -mindepth 1 -maxdepth 1 >{items_before} || true",
+        *before,
         *([f"cd {start}"] if start else []),
         *(shlex.join(command) for command in commands),
         # A pull replaces the program `guix`, so clear the shell's cache of its path.
         "hash -r",
-        f"{shlex.join(collect)} || echo 'the store could not be collected' & collecting=$!",
+        f"{finish} & finishing=$!",
         f"{shlex.join(report)} >&3",
-        "wait $collecting",
-        f"rm -f {items_before}",
+        "wait $finishing",
+        *after,
     ]
     return "\n".join(lines) + "\n"
 

@@ -56,6 +56,17 @@ _NAME = "guix-tasks"
 _KEPT_NAME = "guix-tasks-kept"
 _SERVER_NAME = "guix-tasks-substitutes"
 
+STORE_MOUNT = "/gnu"
+"""Directory of the warm store in work containers."""
+STORE_DATABASE = f"{STORE_MOUNT}/guix-tasks/db"
+"""Directory of Guix's database in the warm store. That of the image stays visible."""
+STORE_DIRECTORIES = (
+    f"{STORE_MOUNT}/guix-tasks",
+    STORE_DATABASE,
+    f"{STORE_MOUNT}/guix-tasks/results",
+)
+"""Directories of the warm store that Guix's daemon has to own."""
+
 RESOURCES = Path(__file__).parent / "resources"
 """Files of images and work containers, for example the entry point."""
 
@@ -142,6 +153,8 @@ class Work:
     """The substitute server that Guix asks first."""
     binds: tuple[str, ...] = ()
     """Additional mounts, which leave nothing in an image."""
+    store: str = ""
+    """Volume with the warm store, or empty for the store of the image."""
 
 
 @contextmanager
@@ -233,8 +246,9 @@ def fill(engine: Engine, settings: Settings, container: str, work: Work) -> None
     """Copy the files of the entry point and of the command in, for one start."""
     owner = 0
     if settings.guix_sandbox is Sandbox.ROOTLESS and not (work.plain or engine.is_dry):
-        owner = grant_ownership(engine, container, ROOTLESS_CACHES.values())
-    files = {**common_files(settings, work.nearby), **work.files}
+        directories = (*ROOTLESS_CACHES.values(), *(STORE_DIRECTORIES if work.store else ()))
+        owner = grant_ownership(engine, container, directories)
+    files = {**common_files(settings, work.nearby, warm=bool(work.store)), **work.files}
     engine.copy_in(container, archive(files, owner))
 
 
@@ -338,9 +352,16 @@ def archive(
     return buffer.getvalue()
 
 
-def common_files(settings: Settings, nearby: SubstituteServer | None = None) -> dict[str, bytes]:
-    """Return the files that every entry point needs in ``WORK_DIRECTORY``."""
+def common_files(
+    settings: Settings, nearby: SubstituteServer | None = None, *, warm: bool = False
+) -> dict[str, bytes]:
+    """Return the files that every entry point needs in ``WORK_DIRECTORY``.
+
+    With ``warm`` Guix uses the database of the warm store.
+    """
     variables = environment(settings)
+    if warm:
+        variables["GUIX_DATABASE_DIRECTORY"] = STORE_DATABASE
     if nearby:
         urls = settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS
         variables["GUIX_SUBSTITUTE_URLS"] = " ".join((nearby.url, *urls))
@@ -490,7 +511,12 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         security=security,
         capabilities=privileges.capabilities,
         network="none" if work.bare else network(engine, settings),
-        binds=(*mounts, *(f"{name}:{target}" for name, target in volumes.items()), *work.binds),
+        binds=(
+            *mounts,
+            *(f"{name}:{target}" for name, target in volumes.items()),
+            *work.binds,
+            *([f"{work.store}:{STORE_MOUNT}"] if work.store else []),
+        ),
         # Builds leave gigabytes there, which belong on disk and not in the image.
         scratch="/tmp" if volumes else None,  # noqa: S108 -- inside the container
         tmpfs_directories=() if work.bare else tmpfs_directories(settings),

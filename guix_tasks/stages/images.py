@@ -6,8 +6,8 @@ afterwards.
 
 An image that is built ``FROM`` a stage image inherits its labels, so a stage label alone proves
 nothing.  The label ``org.guix-tasks.layers`` (see ``seal``) therefore records the number of layers
-and a digest of the parent's layers.  The digest of the stage's own layer is not part of it,
-because the layer exists only after the commit that sets the label.
+and digests of the parent's layers and of those below the stage's own.  The digest of the stage's
+own layer is not part of it, because the layer exists only after the commit that sets the label.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ STAGE_LABEL = f"{_PREFIX}stage"
 KEY_LABEL = f"{_PREFIX}key"
 INPUTS_LABEL = f"{_PREFIX}inputs"
 LAYERS_LABEL = f"{_PREFIX}layers"
+GUIX_KEY_LABEL = f"{_PREFIX}guix-key"
+"""Key of what Guix made, which does not change with other files of the base image; empty if any
+file can matter."""
+ASSEMBLED_LABEL = f"{_PREFIX}assembled"
+"""``yes`` on an image that was assembled from the warm store, else empty."""
 IMAGE_LABEL = f"{_PREFIX}image"
 """``IMAGE`` of the project that made the image."""
 CONTAINER_LABEL = f"{_PREFIX}project"
@@ -98,32 +103,46 @@ _CONFIGURATION = (
 """Fields that a Dockerfile can change without adding a layer."""
 
 
-def seal(parent_layers: Sequence[str], own_layers: int, config: Mapping[str, Any]) -> str:
-    """Return the ``.layers`` label of an image with 0 or 1 layers on top of its parent's.
+def seal(
+    layers: Sequence[str], own_layers: int, config: Mapping[str, Any], parent: str = ""
+) -> str:
+    """Return the ``.layers`` label of an image with 0 or 1 layers on top of ``layers``.
+
+    ``parent`` is the ``layers_digest`` of the stage's parent, by default of ``layers``: an image
+    can be assembled on the stage's previous image.
 
     The label covers the configuration as well, because an image that is built ``FROM`` a stage
     image may add no layer.
     """
     sealed = {name: config[name] for name in _CONFIGURATION if config.get(name)}
     sealed["Labels"] = {**(config.get("Labels") or {}), LAYERS_LABEL: ""}
-    content = text_digest(*parent_layers, json.dumps(sealed, sort_keys=True))
-    return f"{len(parent_layers) + own_layers} {parent_digest(parent_layers)} {content}"
+    parent = parent or layers_digest(layers)
+    content = text_digest(*layers, parent, json.dumps(sealed, sort_keys=True))
+    return f"{len(layers) + own_layers} {parent} {content}"
 
 
-def parent_digest(layers: Sequence[str]) -> str:
+def layers_digest(layers: Sequence[str]) -> str:
     return f"sha256:{hashlib.sha256(chr(10).join(layers).encode()).hexdigest()}"
 
 
 def proven_stage(image: Image) -> str | None:
     """Return the stage of an image, or None if its layers do not match its ``.layers`` label."""
-    seals = (seal(image.layers, 0, image.config), seal(image.layers[:-1], 1, image.config))
-    return image.labels.get(STAGE_LABEL) if image.labels.get(LAYERS_LABEL) in seals else None
+    label, parent = image.labels.get(LAYERS_LABEL), _parent_digest(image)
+    seals = (
+        seal(image.layers, 0, image.config, parent),
+        seal(image.layers[:-1], 1, image.config, parent),
+    )
+    return image.labels.get(STAGE_LABEL) if label in seals else None
 
 
 def is_child(image: Image, parent: Image) -> bool:
-    """Whether a stage image was committed from a container of exactly this parent."""
+    """Whether a stage image was made from exactly this image of the stage's parent."""
+    return _parent_digest(image) == layers_digest(parent.layers)
+
+
+def _parent_digest(image: Image) -> str:
     fields = image.labels.get(LAYERS_LABEL, "").split()
-    return len(fields) > 1 and fields[1] == parent_digest(parent.layers)
+    return fields[1] if len(fields) > 1 else ""
 
 
 def is_above(image: Image, base: Image) -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.errors import UsageError
-from guix_tasks.files import read_file
+from guix_tasks.files import read_file, read_text
 from guix_tasks.stages.container import WORK_DIRECTORY
 from guix_tasks.stages.images import PACKAGES_LABEL
 from guix_tasks.stages.stage import Stage
@@ -44,6 +44,7 @@ def install_stage(settings: Settings, packages: tuple[str, ...] = ()) -> Stage:
         report=guix.list_installed_argv(),
         labels=lambda report: {PACKAGES_LABEL: " ".join(guix.installed(report)), **label},
         files=files,
+        is_pure=manifest is None or guix.is_plain_manifest(read_text(manifest)),
     )
 
 

@@ -15,6 +15,7 @@ from guix_tasks.engine.credentials import accounts_for
 from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, SettingsError, UsageError
 from guix_tasks.stages.base import base_annotations, base_inputs, base_platform_error, base_spec
+from guix_tasks.stages.commit import commit_image
 from guix_tasks.stages.container import (
     INPUTS,
     check_native_platform,
@@ -25,7 +26,9 @@ from guix_tasks.stages.container import (
 )
 from guix_tasks.stages.custom import custom_stage
 from guix_tasks.stages.images import (
+    ASSEMBLED_LABEL,
     CHANNELS_LABEL,
+    GUIX_KEY_LABEL,
     PACKAGES_LABEL,
     STAGES,
     inputs_of,
@@ -48,7 +51,8 @@ from guix_tasks.stages.pull import (
     uncompared_lock,
     write_lock,
 )
-from guix_tasks.stages.runner import build_log, commit_image, print_result, run_stage
+from guix_tasks.stages.runner import build_log, print_result, run_stage
+from guix_tasks.stages.store import TRUST_LABEL, guix_state
 from guix_tasks.stages.substitutes import require_substitutes
 from guix_tasks.stages.transfer import pull, push
 from guix_tasks.stages.volumes import check_volumes
@@ -288,7 +292,14 @@ class Lifecycle:
             raise
         # The build has pulled the base image if it was missing, so its digest is known now.
         inputs = base_inputs(project.engine, settings, {})
-        labels = {**stage_labels("base", "", inputs), **base_annotations(settings, inputs)}
+        state, keys = guix_state(project, built) if settings.cache_volume else ("", "")
+        labels = {
+            **stage_labels("base", "", inputs),
+            **base_annotations(settings, inputs),
+            GUIX_KEY_LABEL: state,
+            TRUST_LABEL: keys,
+            ASSEMBLED_LABEL: "",
+        }
         # The label that proves a stage contains the layers, which exist only after the build.
         with (
             project.console.step("base", has_log=False) as step,

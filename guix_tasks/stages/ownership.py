@@ -75,6 +75,13 @@ def restore_ownership(engine: Engine, container: str) -> bool:
     return True
 
 
+def daemon_user(engine: Engine, container: str) -> int:
+    """Return the ID of ``USER`` in a container, also if the account does not exist yet."""
+    accounts = _read_text(engine, container, _ACCOUNTS)
+    user = _user_id(accounts)
+    return _free_id(accounts, _read_text(engine, container, _GROUPS)) if user is None else user
+
+
 _Member = tuple[tarfile.TarInfo, "bytes | None"]
 
 

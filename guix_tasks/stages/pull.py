@@ -62,6 +62,7 @@ def pull_stage(
         pinned=partial(pull_stage, wanted=wanted, authenticate=authenticate),
         check=_check_authenticated if authenticate else None,
         fetches=channels or "",
+        is_pure=bool(channels) and guix.is_literal(channels or ""),
     )
 
 

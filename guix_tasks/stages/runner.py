@@ -6,18 +6,18 @@ import itertools
 import threading
 import time
 from contextlib import contextmanager, suppress
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.engine.retry import retry_call
-from guix_tasks.errors import EngineError, StageError, full_disk
+from guix_tasks.errors import EngineError, MissingItemsError, StageError, full_disk
 from guix_tasks.guix.progress import Activity, BuildSteps, Noise
-from guix_tasks.oci.labels import oci_annotations
 from guix_tasks.stages.channel_access import grant_access
+from guix_tasks.stages.commit import commit_image, commit_unnamed
 from guix_tasks.stages.container import (
-    PROJECT_LABEL,
     WORK_DIRECTORY,
     Work,
+    cache_prefix,
     check_no_kept_container,
     common_inputs,
     fill,
@@ -27,17 +27,26 @@ from guix_tasks.stages.container import (
 )
 from guix_tasks.stages.diagnostics import Failure, log_path, save_diagnostics, saved_log
 from guix_tasks.stages.images import (
-    IMAGE_LABEL,
-    LAYERS_LABEL,
+    ASSEMBLED_LABEL,
+    GUIX_KEY_LABEL,
+    STAGE_LABEL,
     is_child,
     key_of,
-    proven_stage,
-    seal,
     stage_labels,
 )
 from guix_tasks.stages.log_faults import Lines, LogFaults
-from guix_tasks.stages.ownership import restore_ownership
-from guix_tasks.stages.stage import Stage, stage_files
+from guix_tasks.stages.stage import MISSING_ITEMS, Stage, stage_files, warm_stage_files
+from guix_tasks.stages.store import (
+    NEW_RESULT,
+    RESULT_DIRECTORY,
+    assemble,
+    create_store,
+    guix_key,
+    reusable_start,
+    seed_store,
+    store_volume,
+    store_volumes,
+)
 from guix_tasks.stages.volumes import check_volumes
 from guix_tasks.ui.console import Display
 from guix_tasks.ui.format import human_size, human_time, pasteable, printable
@@ -80,54 +89,167 @@ def run_stage(
     removed unless ``keep_failed`` is true.
     """
     check_volumes(project.settings, parent)
+    warm = commit and not keep_failed and cache_prefix(project.settings) is not None
+    current = project.ledger.find(stage.name)
+    if warm and current and not force:
+        image = _reassemble(project, stage, parent, current)
+        if image:
+            return image
     project = project.with_sandbox(parent, as_root=stage.as_root)
     console, settings = project.console, project.settings
     if not commit or keep_failed:
         check_no_kept_container(project.engine, settings)
-    with (
-        console.step(stage.name) as step,
-        _stage_container(project, stage, parent, keep=not commit, keep_failed=keep_failed) as (
-            container,
-            work,
-        ),
-    ):
+    with console.step(stage.name) as step:
         console.detail(f"{stage.name}: in a {settings.guix_sandbox.value} container")
         for command in stage.commands:
             console.detail(pasteable(command))
-        report = run_with_retries(project, container, work).strip()
-        step.show_activity(lambda: "committing")
-        if stage.check:
-            stage.check(report)
-        if not commit:
-            console.print(f"{stage.name}: not committed; `inv commit` commits the container")
-            return None
+        if warm:
+            return _run_warm(project, stage, parent, current, step, force=force)
+        with _stage_container(project, stage, parent, keep=not commit, keep_failed=keep_failed) as (
+            container,
+            work,
+        ):
+            report = _run_commands(project, stage, container, work)
+            step.show_activity(lambda: "committing")
+            if not commit:
+                console.print(f"{stage.name}: not committed; `inv commit` commits the container")
+                return None
+            labels = _labels(project, stage, parent, report)
+            if not force and current and _is_unchanged(project, current, parent, labels):
+                return None
+            return commit_image(project, container, parent, project.ledger.tag(stage.name), labels)
 
-        # A dry run has no report to pin the stage by.
-        pinned = stage.pinned(report) if stage.pinned and report else stage
-        inputs = pinned.inputs(common_inputs(project.engine, settings))
-        labels = {**stage_labels(stage.name, key_of(parent), inputs), **stage.labels(report)}
-        current = None if force else project.ledger.find(stage.name)
-        if current and is_child(current, parent) and labels.items() <= current.labels.items():
-            console.print(f"{stage.name}: unchanged")
-            return None
-        return commit_image(project, container, parent, project.ledger.tag(stage.name), labels)
+
+def _run_warm(
+    project: Project,
+    stage: Stage,
+    parent: Image,
+    current: Image | None,
+    step: Step,
+    *,
+    force: bool,
+) -> Image | None:
+    """Run a stage's commands with the warm store, and assemble its image from the result."""
+    volume = store_volume(project, stage, parent)
+    create_store(project, volume)
+    start = parent
+    for check_roots in (True, False):
+        try:
+            with _stage_container(
+                project, stage, parent, store=volume, check_roots=check_roots
+            ) as (container, work):
+                report = _run_commands(project, stage, container, work)
+                if stage.as_root:
+                    step.show_activity(lambda: "committing")
+                    start = commit_unnamed(project, container, parent)
+            break
+        except MissingItemsError:
+            for image in (parent, *([current] if current else [])):
+                seed_store(project, volume, image)
+
+    labels = {**_labels(project, stage, parent, report), ASSEMBLED_LABEL: "yes"}
+    if not force and current and _is_unchanged(project, current, parent, labels):
+        return None
+    starts = [start]
+    if current and not force and reusable_start(project, stage, parent, current):
+        starts.insert(0, current)
+    step.show_activity(lambda: "assembling")
+    try:
+        made = assemble(project, stage, parent, volume, labels, result=NEW_RESULT, starts=starts)
+    finally:
+        if start is not parent:
+            project.engine.drop(start.id)
+    if made is None:
+        raise StageError(
+            f"{stage.name}: the volume {volume} lost store items while the stage ran, and nothing "
+            f"was committed; run `inv {stage.name}` again"
+        )
+    return made
+
+
+def _reassemble(project: Project, stage: Stage, parent: Image, current: Image) -> Image | None:
+    """Assemble a stage on a new parent without running Guix if Guix would make the same.
+
+    Return None if it might make something else, or if no volume has the result.
+    """
+    inputs = stage.inputs(common_inputs(project.engine, project.settings))
+    key = guix_key(stage, parent, inputs)
+    if not key or current.labels.get(GUIX_KEY_LABEL) != key:
+        return None
+    own = {name: current.labels[name] for name in stage.labels("") if name in current.labels}
+    labels = {
+        **stage_labels(stage.name, key_of(parent), inputs),
+        **own,
+        GUIX_KEY_LABEL: key,
+        ASSEMBLED_LABEL: "yes",
+    }
+    with project.console.step(stage.name) as step:
+        step.show_activity(lambda: "assembling")
+        for volume in store_volumes(project):
+            image = assemble(project, stage, parent, volume, labels, result=key, starts=[parent])
+            if image:
+                project.console.print(f"{stage.name}: Guix has nothing to do; assembled again")
+                return image
+    return None
+
+
+def _run_commands(project: Project, stage: Stage, container: str, work: Work) -> str:
+    """Run a stage's commands and return the report of their result."""
+    report = run_with_retries(project, container, work).strip()
+    if stage.check:
+        stage.check(report)
+    return report
+
+
+def _labels(project: Project, stage: Stage, parent: Image, report: str) -> dict[str, str]:
+    """Return the labels of a stage's image for a report."""
+    # A dry run has no report to pin the stage by.
+    pinned = stage.pinned(report) if stage.pinned and report else stage
+    inputs = pinned.inputs(common_inputs(project.engine, project.settings))
+    return {
+        **stage_labels(stage.name, key_of(parent), inputs),
+        **stage.labels(report),
+        GUIX_KEY_LABEL: guix_key(pinned, parent, inputs),
+        ASSEMBLED_LABEL: "",
+    }
+
+
+def _is_unchanged(
+    project: Project, current: Image, parent: Image, labels: Mapping[str, str]
+) -> bool:
+    if not is_child(current, parent) or not labels.items() <= current.labels.items():
+        return False
+    project.console.print(f"{current.labels[STAGE_LABEL]}: unchanged")
+    return True
 
 
 @contextmanager
 def _stage_container(
-    project: Project, stage: Stage, parent: Image, *, keep: bool, keep_failed: bool
+    project: Project,
+    stage: Stage,
+    parent: Image,
+    *,
+    keep: bool = False,
+    keep_failed: bool = False,
+    store: str = "",
+    check_roots: bool = False,
 ) -> Iterator[tuple[str, Work]]:
     """Create the container of a stage, with access to its channels; yield its ID and its work."""
     engine, settings = project.engine, project.settings
+    if store:
+        files = warm_stage_files(stage, RESULT_DIRECTORY, check_roots=check_roots)
+    else:
+        files = stage_files(stage)
     with grant_access(engine, settings, stage.fetches) as access:
         work = Work(
             stage.name,
             (f"{WORK_DIRECTORY}/stage",),
-            {**stage_files(stage), **access.files},
+            {**files, **access.files},
             keep=keep,
             keep_failed=keep_failed,
             nearby=project.nearby(stage.name),
             binds=access.binds,
+            store=store,
         )
         with work_container(engine, settings, parent.id, work) as container:
             yield container, work
@@ -157,6 +279,8 @@ def run_with_retries(project: Project, container: str, work: Work) -> str:
 
         try:
             return retry_call(project.console, work.name, attempt, tries=STAGE_TRIES)
+        except MissingItemsError:
+            raise
         except StageError as error:
             failure = Failure(work.name, container, work.files["stage"], log)
             path = save_diagnostics(project.engine, project.settings, failure)
@@ -288,7 +412,8 @@ def _command_error(project: Project, name: str, status: int, faults: LogFaults) 
         or (faults.network_failed and _proxy_fault(project))
         or ("see the output above for more" if message else "see the output above")
     )
-    error = StageError(
+    kind = MissingItemsError if status == MISSING_ITEMS else StageError
+    error = kind(
         f"{name}: {message or f'the command failed with exit status {status}'}, and nothing was "
         f"committed{full_disk(faults.tail) or f'; {hint}'}"
     )
@@ -301,80 +426,6 @@ def _proxy_fault(project: Project) -> str:
     with suppress(EngineError):
         return proxy_error_line(project.engine, project.settings)
     return ""
-
-
-def commit_image(
-    project: Project,
-    container: str,
-    parent: Image,
-    tag: str,
-    labels: Mapping[str, str],
-    *,
-    like: Image | None = None,
-    own_layers: int = 1,
-) -> Image:
-    """Commit a container of ``parent`` with additional labels, and tag the image.
-
-    The image gets the configuration of ``like``, by default of ``parent``, the annotations of OCI
-    and the label that proves its layers (``images.seal``). ``own_layers`` is the expected number
-    of layers on ``parent``. Only a proven image is tagged.
-
-    Raise ``EngineError`` if the label cannot be proven.
-    """
-    engine = project.engine
-    labels = {
-        **oci_annotations(project.settings.directory),
-        IMAGE_LABEL: str(project.settings.image),
-        **labels,
-    }
-    config = committed_config(like or parent, labels)
-    if not engine.is_dry and restore_ownership(engine, container):
-        # If the image has no user, root, a commit takes that of the container.
-        config["User"] = config.get("User") or "root"
-
-    image_id = _sealed_commit(project, container, parent, config, own_layers)
-    image = engine.image(image_id)
-    if image is None and engine.is_dry:
-        engine.tag(image_id, tag)
-        return parent
-    if image and not proven_stage(image):
-        # Docker adds no layer if the container changed nothing, and may complete the
-        # configuration. The seal has to match the image as the engine made it.
-        engine.drop(image.id)
-        own_layers = len(image.layers) - len(parent.layers)
-        config |= committed_config(image, {})
-        image = engine.image(_sealed_commit(project, container, parent, config, own_layers))
-    if image and proven_stage(image):
-        engine.tag(image.id, tag)
-        return image
-    if image:
-        engine.drop(image.id)
-    raise EngineError(
-        f"cannot commit {tag}: the engine changes the layers or the configuration of its commits"
-    )
-
-
-def _sealed_commit(
-    project: Project, container: str, parent: Image, config: Mapping[str, Any], own_layers: int
-) -> str:
-    """Commit a container with the label that proves its layers and ``config``."""
-    labels = {**config["Labels"], LAYERS_LABEL: seal(parent.layers, own_layers, config)}
-    return project.engine.commit(container, {**config, "Labels": labels})
-
-
-def committed_config(image: Image, labels: Mapping[str, str]) -> dict[str, Any]:
-    """Return the configuration for a commit: that of an image with additional labels.
-
-    It leaves nothing open, because a commit takes the rest from the container, and the stage's
-    command must not become the image's. The project label of work containers cannot be removed,
-    so it is emptied: otherwise every container of the image would be taken for a work container.
-    """
-    return {
-        **image.config,
-        "Entrypoint": image.config.get("Entrypoint") or [],
-        "Cmd": image.config.get("Cmd") or [],
-        "Labels": {**image.labels, **labels, PROJECT_LABEL: ""},
-    }
 
 
 @contextmanager

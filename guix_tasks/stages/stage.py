@@ -18,6 +18,25 @@ if TYPE_CHECKING:
 COLLECT = RESOURCES / "collect.scm"
 """Script that deletes what a stage added to the store and does not need, before the commit."""
 
+RECORD = (RESOURCES / "record.sh", RESOURCES / "record.scm")
+"""Scripts that record in the warm store what a stage has made."""
+
+STATE = (
+    "/var/guix/profiles", "/var/guix/gcroots", "/etc/guix", "/root/.config/guix",
+    "/root/.guix-profile",
+)  # fmt: skip
+"""Guix's files outside of the store and of its database, which an assembled image gets."""
+
+MISSING_ITEMS = 113
+"""Exit status of a stage's script if the warm store lacks items of the container's image."""
+
+_CHECK_ROOTS = (
+    "for link in $(find /var/guix/profiles /var/guix/gcroots -type l 2>/dev/null || true); do",
+    "    item=$(readlink $link)",
+    f'    case $item in /gnu/store/*) [ -e "$item" ] || exit {MISSING_ITEMS} ;; esac',
+    "done",
+)
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -46,6 +65,8 @@ class Stage:
     """Return the pinned stage that reproduces a report's result; its inputs become the key."""
     check: Callable[[str], None] | None = None
     """Raise ``StageError`` if a report's result must not be committed."""
+    is_pure: bool = False
+    """Whether the result depends on nothing of the parent's image but its Guix."""
 
     def inputs(self, common: Mapping[str, str]) -> dict[str, str]:
         """Return the digests of everything that determines the result, by name.
@@ -53,14 +74,45 @@ class Stage:
         ``common`` are the inputs that all stages share.
         """
         words = [shlex.join(command) for command in (*self.commands, self.report)]
-        words += [self.keep or "", file_digest(COLLECT)]
+        words += [self.keep or "", *map(file_digest, (COLLECT, *RECORD))]
         files = {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
         return {"command": text_digest(*words), **files, **self.extra_inputs, **common}
 
 
 def stage_files(stage: Stage) -> dict[str, bytes]:
-    """Return the files of a stage below ``container.WORK_DIRECTORY``; ``stage`` is its script."""
+    """Return the files of a stage below ``container.WORK_DIRECTORY``; ``stage`` is its script.
+
+    At its end the script removes store items that the commands added and nothing needs, except
+    items that are needed to build a profile like ``keep``. A failed removal does not fail the
+    stage.
+    """
+    # Outside the directory, which each start replaces, because a retry needs the first list.
+    items = f"{WORK_DIRECTORY}-store-before"
+    profile = [stage.keep] if stage.keep else []
+    collect = shlex.join(("guix", "repl", "--", f"{WORK_DIRECTORY}/collect.scm", items, *profile))
     script = guix.script(
-        stage.commands, stage.report, WORK_DIRECTORY, keep=stage.keep, start=stage.directory
+        stage.commands,
+        stage.report,
+        before=[f"[ -e {items} ] || find /gnu/store -mindepth 1 -maxdepth 1 >{items} || true"],
+        finish=f"{collect} || echo 'the store could not be collected'",
+        after=[f"rm -f {items}"],
+        start=stage.directory,
     )
-    return {**stage.files, "stage": script.encode(), "collect.scm": COLLECT.read_bytes()}
+    return {**stage.files, "stage": script.encode(), COLLECT.name: COLLECT.read_bytes()}
+
+
+def warm_stage_files(stage: Stage, result: str, *, check_roots: bool) -> dict[str, bytes]:
+    """Return the files of a stage whose container has the warm store.
+
+    The script records what it has made in the directory ``result``. With ``check_roots`` it first
+    checks that the warm store has what the container's image needs.
+    """
+    script = guix.script(
+        stage.commands,
+        stage.report,
+        before=_CHECK_ROOTS if check_roots else (),
+        finish=shlex.join(("sh", f"{WORK_DIRECTORY}/record.sh", result, *STATE)),
+        start=stage.directory,
+    )
+    files = {path.name: path.read_bytes() for path in RECORD}
+    return {**stage.files, "stage": script.encode(), **files}

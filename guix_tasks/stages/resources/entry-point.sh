@@ -12,6 +12,7 @@
 #   GUIX_SANDBOX=rootless    the daemon runs as who calls this; the store and the directories of
 #                            Guix's state have to be that user's
 #   GUIX_DAEMON_TIMEOUT      seconds to wait for the daemon's socket; 30 by default
+#   GUIX_DATABASE_DIRECTORY  directory of the daemon's database; /var/guix/db by default
 #   GUIX_DAEMON_SOCKET       set to another socket: that daemon is used, none is started
 #
 # guix-tasks copies this file into its work containers, into /var/guix/guix-tasks, with the
@@ -25,7 +26,6 @@
 readonly _unavailable=69 # EX_UNAVAILABLE of sysexits.h
 readonly _profiles=/var/guix/profiles/per-user/root
 readonly _socket=/var/guix/daemon-socket/socket
-readonly _database=/var/guix/db/db.sqlite
 readonly _build_logs=/var/log/guix/drvs
 readonly _links=/gnu/store/.links
 readonly _work_directory=/var/guix/guix-tasks
@@ -433,10 +433,14 @@ _is_listening() { # PID
     return 1
 }
 
+_log_of_database() {
+    echo "${GUIX_DATABASE_DIRECTORY:-/var/guix/db}/db.sqlite-wal"
+}
+
 # A container that was killed in a build, and committed, holds a write-ahead log.  The
 # daemon works it off when a client comes, which the command need not be.
 _recover_database() {
-    if [ -s "$_database-wal" ]; then _connect; fi
+    if [ -s "$(_log_of_database)" ]; then _connect; fi
     return 0
 }
 
@@ -460,9 +464,9 @@ _stop_daemon() {
     }
     wait "$_daemon" 2>/dev/null
     _set_deadline 3
-    while [ -s "$_database-wal" ]; do
+    while [ -s "$(_log_of_database)" ]; do
         if _is_past_deadline; then
-            _say "warning: $_database-wal is not empty; the next daemon recovers it"
+            _say "warning: $(_log_of_database) is not empty; the next daemon recovers it"
             break
         fi
         _pause

@@ -1,0 +1,77 @@
+#!/bin/sh
+# Makes Guix's store and state of this container equal to a result on the store volume:
+#   assemble.sh VOLUME RESULT KEY LIMIT STATE...
+#
+# Nothing of Guix runs here.  KEY is the name that the result gets, if it is not empty.  LIMIT is the size in bytes of the layers that this container already
+# has on the base image; 0 means that no waste is possible.  STATE are the files and directories
+# outside of the store that a result contains.  All times are fixed, so that the same result gives
+# the same layer.
+#
+# Exit status: 113 if the volume lacks the result or an item of it, 114 if too much of the layers
+# would be waste.
+set -eu
+export LC_ALL=C
+
+volume=$1 results=$1/guix-tasks/results result=$1/guix-tasks/results/$2 key=$3 limit=$4
+shift 4
+scratch=/dev/shm/guix-tasks-assemble
+store=/gnu/store
+
+[ -f "$result/items" ] || exit 113
+if [ "$limit" -gt 0 ] && [ "$((limit * 5))" -gt "$(($(cat "$result/size") * 6 + 50000000))" ]; then
+    exit 114
+fi
+
+mkdir -p "$scratch" "$store"
+sort "$result/items" >"$scratch/items"
+for item in "$store"/*; do
+    if [ -e "$item" ] || [ -L "$item" ]; then echo "${item##*/}"; fi
+done | sort >"$scratch/present"
+comm -13 "$scratch/present" "$scratch/items" >"$scratch/missing"
+comm -23 "$scratch/present" "$scratch/items" >"$scratch/dead"
+while read -r item; do
+    [ -e "$volume/store/$item" ] || [ -L "$volume/store/$item" ] || exit 113
+done <"$scratch/missing"
+
+cd "$volume/store"
+# Not cp -a: which files are hard links depends on what else is on the volume.
+# shellcheck disable=SC2016 # the inner shell expands it, as below
+xargs -n 100 sh -c '[ $# -eq 0 ] || cp -pPR -- "$@" /gnu/store/' sh <"$scratch/missing"
+cd "$store"
+if [ -z "$(find "$volume/store" -prune -user 0)" ]; then
+    # shellcheck disable=SC2016
+    xargs -n 100 sh -c '[ $# -eq 0 ] || chown -hR 0:0 -- "$@"' sh <"$scratch/missing"
+fi
+xargs rm -rf -- <"$scratch/dead"
+chown 0:0 /gnu /gnu/store
+
+mkdir -p /var/guix/db
+rm -f /var/guix/db/db.sqlite*
+cp "$result/db/"* /var/guix/db/
+chmod 644 /var/guix/db/db.sqlite /var/guix/db/schema
+chown 0:0 /var/guix /var/guix/db /var/guix/db/db.sqlite /var/guix/db/schema
+rm -rf /var/guix/guix-tasks
+for path; do
+    parent=${path%/*}
+    rm -rf "$path"
+    if [ -e "$result/state$path" ] || [ -L "$result/state$path" ]; then
+        mkdir -p "$parent"
+        cp -pPR "$result/state$path" "$parent/"
+        chown -hR 0:0 "$path"
+        find "$path" -exec touch -h -d @1 {} +
+    fi
+    while [ -n "$parent" ]; do
+        if [ -e "$parent" ]; then touch -d @1 "$parent"; fi
+        parent=${parent%/*}
+    done
+done
+
+if [ -n "$key" ] && [ "$result" != "$results/$key" ]; then
+    rm -rf "${results:?}/$key"
+    mv "$result" "$results/$key"
+    # The names are digests, or `new`.
+    # shellcheck disable=SC2012
+    ls -t "$results" | tail -n +9 | while read -r old; do rm -rf "${results:?}/$old"; done
+fi
+
+touch -d @1 /gnu /gnu/store /var/guix/db/db.sqlite /var/guix/db/schema /var/guix/db /var/guix /var

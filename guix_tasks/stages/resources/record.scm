@@ -1,0 +1,135 @@
+;; Records in the store volume what the roots of this container need:  record.scm RESULT
+;;
+;; RESULT is a directory.  It gets the file `items`, the names of the store items in order; the
+;; file `size`, the bytes of those that the base image does not have; and `db/`, the database
+;; that an image with exactly these items has.  The same items give the same database.
+;;
+;; The database of the container's image is at its usual place, that of the store volume is the
+;; one of the daemon.  An image's own items have the registration time 1.  Every other item in
+;; the image's database is one of its base, and stays, because deleting it frees nothing.
+
+(use-modules (guix config) (guix store) (sqlite3)
+             (ice-9 ftw) (ice-9 match) (srfi srfi-1) (srfi srfi-26))
+
+(define image-database "/var/guix/db/db.sqlite")
+(define root-directories '("/var/guix/profiles" "/var/guix/gcroots"))
+
+(define (symbolic-links directory)
+  "Return the symbolic links below DIRECTORY."
+  (define (add-link file stat result)
+    (if (eq? 'symlink (stat:type stat)) (cons file result) result))
+  (define (keep file stat result) result)
+  (define (skip file stat errno result) result)
+  (file-system-fold (const #t) add-link keep keep keep skip '() directory lstat))
+
+(define (root-item link)
+  "Return the store item that LINK refers to, or #f."
+  (let ((file (false-if-exception (canonicalize-path link))))
+    (and file
+         (store-path? (or (false-if-exception (direct-store-path file)) ""))
+         (direct-store-path file))))
+
+(define (execute db statement)
+  (sqlite-exec db statement))
+
+(define (query db text)
+  (let* ((statement (sqlite-prepare db text))
+         (rows      (sqlite-map identity statement)))
+    (sqlite-finalize statement)
+    rows))
+
+(define (quoted text)
+  (string-append "'" (string-join (string-split text #\') "''") "'"))
+
+(define (create-tables db schema)
+  "Create the tables of the database SCHEMA in the database `result`."
+  (for-each
+   (match-lambda
+     (#(text)
+      ;; CREATE KIND NAME ... -> CREATE KIND result.NAME ...
+      (match (string-split text #\space)
+        ((create kind name . rest)
+         (execute db (string-join (cons* create kind (string-append "result." name) rest)))))))
+   (query db (string-append "select sql from " schema ".sqlite_master where sql is not null "
+                            "and name not like 'sqlite_%' "
+                            "order by type = 'table' desc, name"))))
+
+(define (write-database db directory roots)
+  "Write the database of the closure of ROOTS to DIRECTORY."
+  (execute db "create temp table wanted (path text primary key)")
+  (for-each (lambda (root)
+              (execute db (string-append "insert into wanted values (" (quoted root) ")")))
+            roots)
+  (match (query db "select path from wanted where path not in (select path from main.ValidPaths)")
+    (() #t)
+    ((#(path) . _)
+     (format (current-error-port) "error: the store item ~a is not valid~%" path)
+     (exit 1)))
+  (if (file-exists? image-database)
+      (execute db (string-append "attach database " (quoted image-database) " as image"))
+      (begin
+        (execute db "attach database ':memory:' as image")
+        (execute db "create table image.ValidPaths (id, path, hash, registrationTime, deriver, narSize)")
+        (execute db "create table image.Refs (referrer, reference)")
+        (execute db "create table image.DerivationOutputs (drv, id, path)")))
+  (execute db (string-append "attach database " (quoted (string-append directory "/db.sqlite"))
+                             " as result"))
+  (execute db "begin")
+  (create-tables db "main")
+  (execute db "create temp table closure as
+    with recursive needed(id) as (
+      select id from main.ValidPaths where path in (select path from wanted)
+      union
+      select reference from main.Refs join needed on referrer = needed.id)
+    select path from main.ValidPaths where id in (select id from needed)")
+  (execute db "create temp table row as
+    select path, hash, registrationTime, deriver, narSize from image.ValidPaths
+      where registrationTime <> 1
+    union all
+    select path, hash, 1, deriver, narSize from main.ValidPaths
+      where path in (select path from closure)
+      and path not in (select path from image.ValidPaths where registrationTime <> 1)")
+  (execute db "insert into result.ValidPaths (path, hash, registrationTime, deriver, narSize)
+    select * from row order by path")
+  (for-each
+   (lambda (source)
+     (execute db (string-append "insert or ignore into result.Refs
+        select new.id, newer.id
+        from " source ".Refs as old
+        join " source ".ValidPaths as referrer on referrer.id = old.referrer
+        join " source ".ValidPaths as reference on reference.id = old.reference
+        join result.ValidPaths as new on new.path = referrer.path
+        join result.ValidPaths as newer on newer.path = reference.path
+        order by new.id, newer.id"))
+     (execute db (string-append "insert or ignore into result.DerivationOutputs
+        select new.id, old.id, old.path
+        from " source ".DerivationOutputs as old
+        join " source ".ValidPaths as drv on drv.id = old.drv
+        join result.ValidPaths as new on new.path = drv.path
+        order by new.id, old.id")))
+   '("image" "main"))
+  (execute db "commit"))
+
+(define (write-lines file lines)
+  (call-with-output-file file
+    (lambda (port)
+      (for-each (cut format port "~a~%" <>) lines))))
+
+(match (command-line)
+  ((_ result)
+   (let* ((directory (string-append result "/db"))
+          (source    %store-database-directory)
+          (roots     (delete-duplicates
+                      (filter-map root-item (append-map symbolic-links
+                                                        (filter file-exists? root-directories)))))
+          (db        (sqlite-open (string-append source "/db.sqlite"))))
+     (mkdir directory)
+     (write-database db directory roots)
+     (copy-file (string-append source "/schema") (string-append directory "/schema"))
+     (write-lines (string-append result "/items")
+                  (map (match-lambda (#(path) (basename path)))
+                       (query db "select path from row order by path")))
+     (write-lines (string-append result "/size")
+                  (map (match-lambda (#(size) (or size 0)))
+                       (query db "select sum(narSize) from row where registrationTime = 1")))
+     (sqlite-close db))))

@@ -1,0 +1,240 @@
+"""The warm store: Guix's store on a volume, and images that are assembled from it.
+
+Work containers of a stage mount the volume of their project over the image's store, so Guix finds
+what it has downloaded or built for earlier images. At the end of its script a stage records which
+store items the roots of its container need (``resources/record.sh``). An image is then assembled in
+a container without Guix: ``resources/assemble.sh`` makes the store and Guix's state equal to that
+result, and the engine commits one layer. The container starts from the previous image of the stage
+if that saves layers, else from the stage's parent.
+
+The volume is a cache. If it is missing or lacks items of an image, ``seed_store`` copies them from
+that image. It contains, in addition to the directory ``store``:
+
+* ``guix-tasks/db``: the database of Guix's daemon;
+* ``guix-tasks/results/NAME``: results by the key of what Guix made; ``new`` is not assembled yet.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from guix_tasks import guix
+from guix_tasks.errors import StageError, full_disk
+from guix_tasks.files import file_digest, text_digest
+from guix_tasks.settings.values import Sandbox
+from guix_tasks.stages.commit import commit_image
+from guix_tasks.stages.container import (
+    PROJECT_LABEL,
+    RESOURCES,
+    STORE_MOUNT,
+    WORK_DIRECTORY,
+    Work,
+    archive,
+    cache_prefix,
+    platform_input,
+    work_container,
+)
+from guix_tasks.stages.container import project as project_name
+from guix_tasks.stages.images import ASSEMBLED_LABEL, GUIX_KEY_LABEL, is_above, stage_key
+from guix_tasks.stages.ownership import daemon_user
+from guix_tasks.stages.pull import is_authenticated
+from guix_tasks.stages.stage import MISSING_ITEMS, STATE
+from guix_tasks.ui.format import printable
+from guix_tasks.ui.redact import clean
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from guix_tasks.engine.api import Image
+    from guix_tasks.stages.project import Project
+    from guix_tasks.stages.stage import Stage
+
+_MOUNT = "/dev/guix-tasks"
+"""Directory of the volume in containers that assemble or seed. A mount below ``/dev`` leaves no
+directory in an image."""
+
+NEW_RESULT = "new"
+"""Name of the result of a stage that ran last."""
+
+RESULT_DIRECTORY = f"{STORE_MOUNT}/guix-tasks/results/{NEW_RESULT}"
+"""Directory of ``NEW_RESULT`` in a work container."""
+
+_TOO_MUCH_WASTE = 114
+"""Exit status of ``assemble.sh`` if deleted items would take too much of the image."""
+
+_MAX_LAYERS = 10
+"""Maximum number of layers on the base image before an image is assembled in one layer."""
+
+TRUST_LABEL = "org.guix-tasks.trust"
+"""Digest of the substitute keys that the base image trusts."""
+
+
+def store_volume(project: Project, stage: Stage, parent: Image) -> str:
+    """Return the name of the volume for a stage on ``parent``; empty without ``CACHE_VOLUME``.
+
+    What Guix accepts into a store depends on the keys and channels that it trusts, so each set of
+    trust settings has a volume. A daemon without root has to own its store, so it has one, too.
+    """
+    settings, prefix = project.settings, cache_prefix(project.settings)
+    if prefix is None:
+        return ""
+    unauthenticated = any(guix.UNAUTHENTICATED in command for command in stage.commands)
+    identity = text_digest(
+        *platform_input(project.engine, settings).values(),
+        *sorted(map(file_digest, settings.guix_substitute_keys)),
+        parent.labels.get(TRUST_LABEL, ""),
+        "unauthenticated" if unauthenticated or not is_authenticated(parent) else "",
+        Sandbox.ROOTLESS.value if settings.guix_sandbox is Sandbox.ROOTLESS else "",
+    )
+    return f"{prefix}-store-{identity[:8]}"
+
+
+def store_volumes(project: Project) -> list[str]:
+    """Return the names of the volumes with warm stores of a project."""
+    volumes = project.engine.volumes({PROJECT_LABEL: project_name(project.settings)})
+    prefix = cache_prefix(project.settings)
+    return [volume for volume in volumes if volume.startswith(f"{prefix}-store-")]
+
+
+def guix_key(stage: Stage, parent: Image, inputs: Mapping[str, str]) -> str:
+    """Return the key of what Guix makes in a stage; empty if other files of the image can matter.
+
+    It is made of the inputs of the stage and of the key of what Guix made in the parent.
+    """
+    below = parent.labels.get(GUIX_KEY_LABEL, "")
+    paths = ("GUIX_PACKAGE_PATH=", "GUILE_LOAD_PATH=")
+    if not stage.is_pure or not below:
+        return ""
+    if any(line.startswith(paths) for line in parent.config.get("Env") or ()):
+        return ""
+    return stage_key(stage.name, below, inputs)
+
+
+def create_store(project: Project, volume: str) -> None:
+    project.engine.create_volume(volume, {PROJECT_LABEL: project_name(project.settings)})
+
+
+def seed_store(project: Project, volume: str, image: Image) -> None:
+    """Copy the store items of an image that the volume lacks to the volume.
+
+    Raise ``StageError`` if that fails, for example for lack of space.
+    """
+    engine, settings = project.engine, project.settings
+    work = _work("seed", volume, ("seed.sh", "seed.scm"))
+    project.console.detail(f"store: copying what {volume} lacks from {image.id}")
+    with work_container(engine, settings, image.id, work) as container:
+        rootless = settings.guix_sandbox is Sandbox.ROOTLESS and not engine.is_dry
+        owner = daemon_user(engine, container) if rootless else 0
+        engine.copy_in(container, archive({"owner": str(owner).encode()}))
+        status, log = _run(project, container)
+    if status:
+        raise StageError(
+            f"cannot copy the store of {image.id} to the volume {volume}: "
+            f"{_last_line(log, status)}; `inv clean` removes the volume"
+        )
+
+
+def assemble(
+    project: Project,
+    stage: Stage,
+    parent: Image,
+    volume: str,
+    labels: Mapping[str, str],
+    *,
+    result: str,
+    starts: Sequence[Image],
+) -> Image | None:
+    """Assemble the image of a stage from a result, on the first of ``starts`` that is suitable.
+
+    The last of ``starts`` is always suitable. Return None if the volume lacks the result.
+
+    Raise ``StageError`` if the files cannot be copied, for example for lack of space.
+    """
+    engine, settings = project.engine, project.settings
+    base = project.ledger.find("base") or parent
+    for start in starts:
+        used = 0 if start is starts[-1] else _bytes_above(project, start, base)
+        arguments = (result, labels[GUIX_KEY_LABEL], str(used), *STATE)
+        work = _work("assemble", volume, ("assemble.sh",), *arguments)
+        with work_container(engine, settings, start.id, work) as container:
+            status, log = _run(project, container)
+            if status == _TOO_MUCH_WASTE:
+                continue
+            if status == MISSING_ITEMS:
+                return None
+            if status:
+                raise StageError(
+                    f"{stage.name}: cannot copy the store items of the volume {volume}: "
+                    f"{_last_line(log, status)}, and nothing was committed{full_disk(log)}"
+                )
+            tag = project.ledger.tag(stage.name)
+            return commit_image(project, container, parent, tag, labels, start=start)
+    raise AssertionError
+
+
+def reusable_start(project: Project, stage: Stage, parent: Image, current: Image) -> bool:
+    """Whether an image can be assembled on the current image of its stage.
+
+    The layers below must be those of the base image. Files outside of Guix's directories must not
+    be the stage's own.
+    """
+    base = project.ledger.find("base") or parent
+    return (
+        not stage.as_root
+        and bool(current.labels.get(ASSEMBLED_LABEL))
+        and is_above(current, base)
+        and len(current.layers) - len(base.layers) < _MAX_LAYERS
+    )
+
+
+def guix_state(project: Project, image: Image) -> tuple[str, str]:
+    """Return digests of an image's Guix with all that it has installed, and of its trusted keys.
+
+    Both are empty in a dry run and if the image cannot run a shell script.
+    """
+    script = "guix-state.sh"
+    work = Work(
+        "state",
+        (f"{WORK_DIRECTORY}/{script}",),
+        {script: (RESOURCES / script).read_bytes()},
+        entry_point=("sh",),
+        bare=True,
+        plain=True,
+    )
+    with work_container(project.engine, project.settings, image.id, work) as container:
+        status, log = _run(project, container)
+    digests = re.findall(r"^[0-9a-f]{64}$", log, re.MULTILINE)
+    expected = ("state", "keys")
+    if status or len(digests) != len(expected):
+        return "", ""
+    return digests[0], digests[1]
+
+
+def _bytes_above(project: Project, image: Image, base: Image) -> int:
+    layers = project.engine.layers(image.id)
+    return sum(layer.size for layer in layers[len(base.layers) :])
+
+
+def _work(name: str, volume: str, scripts: Sequence[str], *arguments: str) -> Work:
+    """Return a script for a container that has the volume next to the image's own store."""
+    return Work(
+        name,
+        (f"{WORK_DIRECTORY}/{scripts[0]}", _MOUNT, *arguments),
+        {script: (RESOURCES / script).read_bytes() for script in scripts},
+        entry_point=("sh",),
+        bare=True,
+        plain=True,
+        binds=(f"{volume}:{_MOUNT}",),
+    )
+
+
+def _run(project: Project, container: str) -> tuple[int, str]:
+    """Run a container to its end and return its exit status and its log."""
+    log = b"".join(data for _, data in project.engine.run(container))
+    return project.engine.wait(container), log.decode(errors="replace")
+
+
+def _last_line(log: str, status: int) -> str:
+    lines = log.strip().splitlines()
+    return printable(clean(lines[-1])) if lines else f"exit status {status}"
