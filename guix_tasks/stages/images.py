@@ -57,6 +57,8 @@ CONTAINER_LABEL = f"{_PREFIX}project"
 """``IMAGE`` of a work container's project; also on Podman's unfinished commits."""
 CHANNELS_LABEL = f"{_PREFIX}channels"
 PACKAGES_LABEL = f"{_PREFIX}packages"
+REPORTED_LABELS = (CHANNELS_LABEL, PACKAGES_LABEL)
+"""Labels that describe what Guix made."""
 
 
 def stage_key(stage: str, parent: str, inputs: Mapping[str, str]) -> str:

@@ -29,6 +29,7 @@ from guix_tasks.stages.diagnostics import Failure, log_path, save_diagnostics, s
 from guix_tasks.stages.images import (
     ASSEMBLED_LABEL,
     GUIX_KEY_LABEL,
+    REPORTED_LABELS,
     STAGE_LABEL,
     is_child,
     key_of,
@@ -176,10 +177,12 @@ def _reassemble(project: Project, stage: Stage, parent: Image, current: Image) -
     key = guix_key(stage, parent, inputs)
     if not key or current.labels.get(GUIX_KEY_LABEL) != key:
         return None
-    own = {name: current.labels[name] for name in stage.labels("") if name in current.labels}
+    own = stage.labels("")
+    reported = {name: current.labels[name] for name in REPORTED_LABELS if name in own}
     labels = {
         **stage_labels(stage.name, key_of(parent), inputs),
         **own,
+        **reported,
         GUIX_KEY_LABEL: key,
         ASSEMBLED_LABEL: "yes",
     }

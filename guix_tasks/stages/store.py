@@ -74,7 +74,7 @@ def store_volume(project: Project, stage: Stage, parent: Image) -> str:
     """Return the name of the volume for a stage on ``parent``; empty without ``CACHE_VOLUME``.
 
     What Guix accepts into a store depends on the keys and channels that it trusts, so each set of
-    trust settings has a volume. A daemon without root has to own its store, so it has one, too.
+    trust settings has a volume. A daemon without root has another one, because it has to own it.
     """
     settings, prefix = project.settings, cache_prefix(project.settings)
     if prefix is None:

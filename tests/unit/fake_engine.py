@@ -45,6 +45,7 @@ from guix_tasks.errors import BuilderError, EngineError, RegistryError
 from guix_tasks.guix import CHANNELS_FILE
 from guix_tasks.oci.labels import CREATED
 from guix_tasks.settings import Settings, load_settings
+from guix_tasks.stages.container import STORE_MOUNT
 from guix_tasks.stages.images import KEY_LABEL, LAYERS_LABEL, STAGES, Ledger, proven_stage
 from guix_tasks.stages.lifecycle import Lifecycle, StageOptions, State
 from guix_tasks.stages.project import Project
@@ -114,6 +115,8 @@ class FakeContainer:
     changes: Files = field(default_factory=dict)
     running: bool = False
     status: int = 0
+    results: dict[str, Files] = field(default_factory=dict)
+    """Results on the volume with the warm store, which the engine owns."""
 
     @property
     def argv(self) -> tuple[str, ...]:
@@ -130,6 +133,11 @@ class FakeContainer:
         if self.text(path) != content:
             self.changes[path] = content.encode()
 
+    def record_result(self) -> None:
+        """Record what Guix made, as ``record.sh`` does."""
+        files = {**self.lower, **self.changes}
+        self.results["new"] = {path: files[path] for path in (PROFILE, CHANNELS) if path in files}
+
     def forget(self, directory: str) -> None:
         """Remove what was put below a directory, as the entry point does at its end."""
         for path in [each for each in self.changes if each.startswith(f"{directory}/")]:
@@ -142,6 +150,33 @@ COMMITS = {"guix": "a" * 40, "mine": "b" * 40}
 
 PROFILE, CHANNELS = "/var/guix/profile", "/var/guix/channels"
 """Where the played Guix keeps what it has installed and pulled, a line each."""
+
+
+def _seed(_container: FakeContainer) -> Output:
+    return iter(())
+
+
+def _assemble(container: FakeContainer) -> Output:
+    """Play ``assemble.sh VOLUME RESULT KEY ...``."""
+    result, key = container.argv[2:4]
+    if result in container.results:
+        for path, content in container.results[result].items():
+            container.write(path, (content or b"").decode())
+        if key:
+            container.results[key] = container.results.pop(result)
+    else:
+        container.status = 113
+    container.forget("/var/guix/guix-tasks")
+    return iter(())
+
+
+def _guix_state(container: FakeContainer) -> Output:
+    for text in (container.text(PROFILE), "keys"):
+        yield False, f"{hashlib.sha256(text.encode()).hexdigest()}\n".encode()
+
+
+STORE_SCRIPTS = {"seed.sh": _seed, "assemble.sh": _assemble, "guix-state.sh": _guix_state}
+"""What the scripts of the warm store do, whatever the engine's behaviour is."""
 
 
 @dataclass
@@ -291,7 +326,10 @@ class FakeEngine:
         self.tags: dict[str, str] = {}
         self.all_containers: dict[str, FakeContainer] = {}
         self.all_volumes: dict[str, dict[str, str]] = {}
+        self.stores: dict[str, dict[str, Files]] = {}
+        """Results in the warm stores, by volume."""
         self.specs: list[ContainerSpec] = []
+        """Created containers, without those that only move files of the warm store."""
         self.about = EngineInfo(url, "fake", "fake", "28", platform, "memory", has_bridge)
         self._files: dict[str, Files] = {}
         self._parents: dict[str, str] = {}
@@ -307,6 +345,7 @@ class FakeEngine:
         other.all_images, other.tags = dict(self.all_images), dict(self.tags)
         other.all_containers = copy.deepcopy(self.all_containers)
         other.all_volumes, other._files = dict(self.all_volumes), dict(self._files)
+        other.stores = {name: dict(results) for name, results in self.stores.items()}
         other._parents = dict(self._parents)
         return other
 
@@ -428,6 +467,7 @@ class FakeEngine:
     @_counted
     def remove_volume(self, name: str) -> None:
         self.all_volumes.pop(name, None)
+        self.stores.pop(name, None)
 
     @_counted
     def tag(self, image: str, reference: str) -> None:
@@ -488,7 +528,12 @@ class FakeEngine:
             lower=self.files(image),
             created=number,
         )
-        self.specs.append(spec)
+        for bind in spec.binds:
+            volume, _, target = bind.partition(":")
+            if target in (STORE_MOUNT, "/dev/guix-tasks"):
+                box.results = self.stores.setdefault(volume, {})
+        if not {word.rpartition("/")[2] for word in spec.command} & STORE_SCRIPTS.keys():
+            self.specs.append(spec)
         self.all_containers[box.id] = box
         return box.id
 
@@ -517,7 +562,11 @@ class FakeEngine:
     def run(self, container: str) -> Output:
         box = self._container(container)
         box.running = True
-        yield from self.behaviour(box)
+        program = box.argv[0] if box.argv else ""
+        records_result = "record.sh" in box.text(program)
+        yield from STORE_SCRIPTS.get(program.rpartition("/")[2], self.behaviour)(box)
+        if records_result and not box.status:
+            box.record_result()
         box.running = False
 
     @_counted

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import BASE_IMAGE, IMAGE, FakeEngine, Heard, Site, outline
+from fake_engine import BASE_CONFIG, BASE_IMAGE, IMAGE, PROFILE, FakeEngine, Heard, Site, outline
 
 from guix_tasks.commands import commit, rollback, run, shell
 from guix_tasks.commands.clean import clean
@@ -206,9 +206,9 @@ def test_with_echo_every_call_that_changes_something_is_shown(site: Site) -> Non
 
 def test_an_image_that_is_dropped_is_shown(made: Site) -> None:
     engine, console = traced(made.engine, perform=True)
-    made.make("install", engine=engine, packages=("tar",))
+    made.make("install", engine=engine, force=True, packages=("tar",))
     before = set(made.engine.all_images)
-    made.make("install", engine=engine, packages=("tar", "gzip"))
+    made.make("install", engine=engine, force=True, packages=("tar", "gzip"))
     gone = before - set(made.engine.all_images)
     assert gone
     shown = {line.split()[-1] for line in console.text.splitlines() if "image rm" in line}
@@ -304,7 +304,7 @@ def test_a_dry_run_of_what_is_up_to_date_shows_nothing(made: Site) -> None:
 
 
 def test_a_dry_run_after_a_change_shows_what_a_run_does(made: Site) -> None:
-    made.write("Dockerfile", "FROM y\n")
+    made.engine.make_image(BASE_CONFIG, {PROFILE: b"certs tar"}, tag=BASE_IMAGE)
     dry, before = Dry(made), len(made.engine.changing_calls())
     dry.make("install", upstream=True)
     dry.check()

@@ -464,7 +464,7 @@ class Shell:
         work.mkdir(exist_ok=True)
         for name in ("calls", "collected"):
             (self.directory / name).unlink(missing_ok=True)
-        text = guix.script(commands, report, str(work), keep=None)
+        text = guix.script(commands, report, finish="guix repl finish")
         return subprocess.run(
             ["sh", "-c", text],
             capture_output=True,
@@ -514,7 +514,7 @@ def test_no_argument_reaches_the_shell_unquoted(shell: Shell, arguments: list[li
 @STEADY
 @given(st.lists(HOSTILE, min_size=1, max_size=4))
 def test_a_command_reads_back_from_the_script(arguments: list[str]) -> None:
-    text = guix.script([["guix", *arguments]], ["guix", "describe"], "/f", keep=None)
+    text = guix.script([["guix", *arguments]], ["guix", "describe"])
     assert shlex.join(["guix", *arguments]) in text
     words = shlex.split(text)
     start = words.index("guix", words.index("-eu"))
@@ -540,10 +540,9 @@ def test_a_report_that_fails_fails_the_script(shell: Shell) -> None:
     assert done.returncode == 7
 
 
-def test_what_cannot_be_collected_is_no_failure(shell: Shell) -> None:
-    done = shell.run([["guix", "one"]], ["guix", "describe"], COLLECT_STATUS="1")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "the report\n"
+def test_a_finish_that_fails_fails_the_script(shell: Shell) -> None:
+    done = shell.run([["guix", "one"]], ["guix", "describe"], COLLECT_STATUS="3")
+    assert done.returncode == 3
 
 
 def test_the_guix_that_was_pulled_makes_the_report(shell: Shell, tmp_path: Path) -> None:
@@ -554,10 +553,7 @@ def test_the_guix_that_was_pulled_makes_the_report(shell: Shell, tmp_path: Path)
     pull = first / "guix"
     pull.write_text(f"#!/bin/sh\nprintf '#!/bin/sh\\necho new\\n' >{second}/guix\n")
     pull.chmod(0o755)
-    text = guix.script(
-        [["guix", "pull"], ["chmod", "755", f"{second}/guix"]], ["guix", "describe"],
-        str(tmp_path), keep=None,
-    )  # fmt: skip
+    text = guix.script([["guix", "pull"], ["chmod", "755", f"{second}/guix"]], ["guix", "describe"])
     path = f"{second}:{first}:{os.environ['PATH']}"
     done = subprocess.run(
         ["sh", "-c", text], capture_output=True, text=True, check=False, env={"PATH": path}
@@ -565,14 +561,8 @@ def test_the_guix_that_was_pulled_makes_the_report(shell: Shell, tmp_path: Path)
     assert done.stdout == "new\n", done.stderr
 
 
-@pytest.mark.parametrize("keep", [None, "/profile x"])
-def test_what_is_kept_is_said_to_the_collector(shell: Shell, keep: str | None) -> None:
-    text = guix.script([["true"]], ["true"], "/f", keep=keep)
-    assert (shlex.quote("/profile x") in text) == bool(keep)
-
-
 def test_it_is_what_dash_and_bash_understand(shell: Shell) -> None:
-    text = guix.script([["true"]], ["true"], "/f", keep="/p")
+    text = guix.script([["true"]], ["true"], before=["true"], after=["true"], start="/")
     assert text.startswith("#!/bin/sh\n")
     assert text.endswith("\n")
     subprocess.run(["sh", "-n"], input=text, text=True, check=True)

@@ -569,23 +569,16 @@ def test_the_script_of_a_stage_hands_on_its_words(
     said, script = stubbed / "said", stubbed / "script"
 
     def check(given: tuple[list[list[str]], list[str], str]) -> None:
-        commands, report, keep = given
+        commands, report, word = given
         calls = [["guix", *words] for words in commands]
-        text = guix.script(calls, ["guix", *report], f"{stubbed}/f", keep=keep or None)
+        text = guix.script(calls, ["guix", *report], finish=shlex.join(["guix", "finish", word]))
         script.write_bytes(text.encode(errors="surrogateescape"))
         said.unlink(missing_ok=True)
         done = shell(program, script, stubbed)
         assert done.returncode == 0, (text, done.stderr)
-        collect = [
-            "repl",
-            "--",
-            f"{stubbed}/f/collect.scm",
-            f"{stubbed}/f-store-before",
-            *([keep] if keep else []),
-        ]
-        meant = [*commands, collect, report]
+        meant = [*commands, ["finish", word], report]
         wanted = [[os.fsencode(word) for word in words] for words in meant]
-        # What collects runs beside the report.
+        # The last two run at the same time.
         got = words_of(said.read_bytes())
         assert got[: len(commands)] == wanted[: len(commands)]
         assert sorted(got) == sorted(wanted)

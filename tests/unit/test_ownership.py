@@ -13,7 +13,7 @@ import pytest
 from fake_engine import Site, made_site
 
 from guix_tasks.engine.api import ContainerSpec
-from guix_tasks.stages import ownership, runner
+from guix_tasks.stages import commit, ownership
 from guix_tasks.stages.container import (
     ROOTLESS_CACHES,
     WORK_DIRECTORY,
@@ -184,11 +184,11 @@ def test_rootless_container_has_the_daemon_user_and_no_capability(tmp_path: Path
 
 def test_committed_image_has_the_user_root(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A commit takes the container's user where there is none."""
-    monkeypatch.setattr(runner, "restore_ownership", lambda *_: True)
+    monkeypatch.setattr(commit, "restore_ownership", lambda *_: True)
     project, parent = site.project(), site.engine.make_image({}, {"/a": b""})
     spec = ContainerSpec("x", parent.id, ("true",), user=ownership.USER)
     container = site.engine.create(spec)
-    image = runner.commit_image(project, container, parent, "a/b:c", {STAGE_LABEL: "pull"})
+    image = commit.commit_image(project, container, parent, "a/b:c", {STAGE_LABEL: "pull"})
     assert image.config["User"] == "root"
 
 

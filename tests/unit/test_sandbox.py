@@ -81,7 +81,7 @@ def test_probe_is_repeated_for_another_dockerfile_on_the_same_base_image(made: S
     made.write("Dockerfile", "FROM another\n")
     made.engine.behaviour = builds_with("privileged")
     made.make("base")
-    made.make("pull")
+    made.make("pull", force=True)
     assert install(made)[0] == ["install privileged"]
 
 

@@ -156,8 +156,8 @@ def test_once_is_enough(made: Site, guix: Publishing) -> None:
 def test_what_is_left_of_an_older_image_goes_with_it(made: Site, guix: Publishing) -> None:
     up(made, NETWORK="host")
     old = server(made).image.id
-    made.make("install", packages=("other",))
-    made.make("install", packages=("third",))
+    made.make("install", force=True, packages=("other",))
+    made.make("install", force=True, packages=("third",))
     assert old in made.engine.all_images
     up(made)
     assert old not in made.engine.all_images
