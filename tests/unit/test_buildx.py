@@ -704,8 +704,11 @@ STEP = f'process "{FOLDER}/entry-point.sh {FOLDER}/stage install" did not comple
         ("Cache export is not supported for the docker driver.", BuilderError, "cannot do that"),
         ('exporter "oci" could not be found', BuilderError, "cannot do that"),
         ("OCI exporter is not supported for the docker driver.", BuilderError, "cannot do that"),
-        ("exec /bin/sh: exec format error", BuilderError, "`inv buildx.setup --binfmt`"),
+        ("exec /bin/sh: exec format error", BuilderError, "tonistiigi/binfmt --install ARCH`"),
         ("no match for platform in manifest: not found", BuilderError, "change PLATFORMS"),
+        ("failed to initialize builder a (a0): invalid driver option memroy for docker-container "
+         "driver", BuilderError, "; correct BUILDX_NODES"),
+        ("invalid duplicate endpoint tcp://a:1", BuilderError, "; correct BUILDX_NODES"),
         ("failed to push r/a:1: unexpected status: 403 Forbidden", RegistryError, "may write"),
         ("failed to push localhost:5055/a: dial tcp 127.0.0.1:5055: connect: connection refused",
          RegistryError, "`inv registry.up`"),

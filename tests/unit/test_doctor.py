@@ -322,7 +322,10 @@ def test_a_container_that_may_not_fork_is_told_by_guix_own_line(site: Site) -> N
             ["guix archive: error: not a key", "error: cannot authorise the substitute key a.pub"],
             "GUIX_SUBSTITUTE_KEYS",
         ),
-        (["exec /var/guix/guix-tasks/entry-point.sh: exec format error"], "--binfmt"),
+        (
+            ["exec /var/guix/guix-tasks/entry-point.sh: exec format error"],
+            "tonistiigi/binfmt --install ARCH`",
+        ),
         (["Segmentation fault"], "privileged"),
         ([], "privileged"),
     ],

@@ -52,7 +52,6 @@ def build(
     help={
         "recreate": "recreate an existing builder and keep its cache",
         "use": "also select it for your `docker buildx` commands",
-        "binfmt": "install emulators for the PLATFORMS that the builder lacks",
         "plugin": "install only the buildx plugin, which `inv manifest` needs",
     },
 )
@@ -60,7 +59,6 @@ def setup(
     c: Context,
     recreate: bool = False,
     use: bool = False,
-    binfmt: bool = False,
     plugin: bool = False,
 ) -> None:
     """Create the BuildKit builder BUILDX_BUILDER.
@@ -72,7 +70,7 @@ def setup(
         from guix_tasks.commands.buildx_setup import SetupOptions, set_up
 
         if not plugin:
-            set_up(project, program, SetupOptions(recreate=recreate, use=use, binfmt=binfmt))
+            set_up(project, program, SetupOptions(recreate=recreate, use=use))
 
 
 @task(auto_shortflags=False)
