@@ -44,6 +44,16 @@ def host_suite() -> str | None:
     return release.get("VERSION_CODENAME") if release.get("ID") == "debian" else None
 
 
+def required_suite(product: str, hint: str, failure: type[GuixTasksError]) -> str:
+    """Return the code name of this machine's Debian release, from which a product is unpacked."""
+    suite = host_suite()
+    if suite is None:
+        raise failure(
+            f"cannot unpack {product} from Debian's packages: this host is not Debian; {hint}"
+        )
+    return suite
+
+
 @dataclass(frozen=True)
 class Apt:
     """Private apt for some suites of the machine's Debian mirror.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks import files
-from guix_tasks.bootstrap.apt import Apt, host_suite
+from guix_tasks.bootstrap.apt import Apt, required_suite
 from guix_tasks.bootstrap.engine import SUITE
 from guix_tasks.bootstrap.service import disk_errors_as
 from guix_tasks.errors import BuilderError
@@ -74,15 +74,13 @@ def _chunks(url: str) -> Iterator[bytes]:
 
 
 def _unpack(target: Path, console: Console) -> None:
-    suite = host_suite()
-    if suite is None:
-        raise BuilderError(
-            "cannot unpack buildx from Debian's packages: this host is not Debian; install the "
-            "package docker-buildx-plugin of Docker's archive, or set BUILDX_URL and BUILDX_SHA256"
-        )
+    hint = (
+        "install the package docker-buildx-plugin of Docker's archive, or set BUILDX_URL and "
+        "BUILDX_SHA256"
+    )
+    suites = list(dict.fromkeys((required_suite("buildx", hint, BuilderError), SUITE)))
     console.print(f"unpacking buildx from Debian's package {_PACKAGE}")
-    suites = list(dict.fromkeys((suite, SUITE)))
-    apt = Apt(files.cache_home() / "apt", suites, failure=BuilderError)
     root = target.with_name("root")
+    apt = Apt(files.cache_home() / "apt", suites, failure=BuilderError)
     apt.unpack([f"{_PACKAGE}/{SUITE}"], root)
     shutil.move(root / _IN_PACKAGE, target)
