@@ -62,7 +62,7 @@ def _download(url: str, sha256: str, target: Path) -> None:
 
 def _chunks(url: str) -> Iterator[bytes]:
     try:
-        # The parser of the setting accepts only http, https and file.
+        # requests has no file: URLs.  The parser of the setting accepts only http, https and file.
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:  # noqa: S310
             while data := response.read(1 << 20):
                 yield data

@@ -66,10 +66,12 @@ class PrivateEngine:
         return self._daemon.program.exists()
 
     def docker_path(self) -> Path | None:
-        return self._program("usr/bin/docker")
+        path = self._root / "usr/bin/docker"
+        return path if path.exists() else None
 
     def buildx_path(self) -> Path | None:
-        return self._program("usr/libexec/docker/cli-plugins/docker-buildx")
+        path = self._root / "usr/libexec/docker/cli-plugins/docker-buildx"
+        return path if path.exists() else None
 
     def up(self, console: Console, store: ImageStore | None = None) -> None:
         """Unpack the engine if necessary, start it, and wait until it answers.
@@ -85,7 +87,14 @@ class PrivateEngine:
                 self._check_store(store)
                 message = "the private engine is already running"
             else:
-                self._check_alone()
+                # An engine without a bridge deletes docker0 when it starts, and thereby disconnects
+                # the containers of another engine.
+                if other := other_engine():
+                    raise EngineError(
+                        "cannot start the private engine: it would delete the network of another "
+                        f"Docker Engine ({other}); use that engine (set DOCKER_HOST if it is not "
+                        "found)"
+                    )
                 if not self.installed():
                     self._unpack(console)
                 self._clear()
@@ -135,35 +144,22 @@ class PrivateEngine:
             log=self.directory / "dockerd.log",
         )
 
-    def _program(self, name: str) -> Path | None:
-        path = self._root / name
-        return path if path.exists() else None
-
     def _check_host(self) -> None:
         if sys.platform != "linux":
-            raise EngineError(
-                "cannot start the private engine: it needs Linux; install Docker Desktop or Docker "
-                "Engine"
+            problem = "it needs Linux; install Docker Desktop or Docker Engine"
+        elif os.geteuid() != 0:
+            problem = (
+                "it needs root; run this task as root, or install Docker Engine and join the group "
+                "'docker'"
             )
-        if os.geteuid() != 0:
-            raise EngineError(
-                "cannot start the private engine: it needs root; run this task as root, or install "
-                "Docker Engine and join the group 'docker'"
+        elif len(os.fsencode(self.socket)) > _LONGEST_SOCKET:
+            problem = (
+                f"the path of its socket {self.socket} is longer than {_LONGEST_SOCKET} bytes; set "
+                "XDG_DATA_HOME to a shorter path"
             )
-        if len(os.fsencode(self.socket)) > _LONGEST_SOCKET:
-            raise EngineError(
-                f"cannot start the private engine: the path of its socket {self.socket} is longer "
-                f"than {_LONGEST_SOCKET} bytes; set XDG_DATA_HOME to a shorter path"
-            )
-
-    def _check_alone(self) -> None:
-        # An engine without a bridge deletes docker0 when it starts, and thereby disconnects the
-        # containers of another engine.
-        if other := other_engine():
-            raise EngineError(
-                f"cannot start the private engine: it would delete the network of another Docker "
-                f"Engine ({other}); use that engine (set DOCKER_HOST if it is not found)"
-            )
+        else:
+            return
+        raise EngineError(f"cannot start the private engine: {problem}")
 
     def _unpack(self, console: Console) -> None:
         hint = "install Docker Engine with the packages of your distribution"
@@ -187,10 +183,9 @@ class PrivateEngine:
             )
 
     def _start(self, store: ImageStore | None) -> None:
-        configuration = self._configuration
-        configuration.write_text(json.dumps(self._configure(store), indent=2) + "\n")
+        self._configuration.write_text(json.dumps(self._configure(store), indent=2) + "\n")
         programs = [self._root / "usr/bin", self._root / "usr/sbin"]
-        process = self._daemon.start(["--config-file", str(configuration)], programs)
+        process = self._daemon.start(["--config-file", str(self._configuration)], programs)
         try:
             self._wait(lambda: process.poll() is None)
             self.socket.chmod(0o600)

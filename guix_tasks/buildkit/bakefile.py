@@ -39,6 +39,8 @@ OWNER = "/tmp/guix-tasks-owner"  # noqa: S108 -- in the container, where every u
 
 RESOLVE = "resolve"
 """Step that resolves floating channels to commits."""
+RESOLVED = "resolved"
+"""Report of ``RESOLVE``."""
 
 ASKED_TARGET = "asked"
 REPORTS_TARGET = "reports"
@@ -204,7 +206,7 @@ def resolve_script(*, channels: bool, authenticate: bool = True) -> bytes:
     argv = ["guix", "repl", "--", f"{WORK_DIRECTORY}/resolve.scm"]
     argv += [] if authenticate else [guix.UNAUTHENTICATED]
     argv += [f"{WORK_DIRECTORY}/channels.scm"] if channels else []
-    command = f"mkdir -p {REPORTS}\n{shlex.join(argv)} >{REPORTS}/{RESOLVE}d"
+    command = f"mkdir -p {REPORTS}\n{shlex.join(argv)} >{REPORTS}/{RESOLVED}"
     return f"#!/bin/sh\nset -eu\n{command}\n".encode()
 
 
