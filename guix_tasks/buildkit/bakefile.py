@@ -151,7 +151,7 @@ def _step(recipe: Recipe, source: str, stage: str) -> str:
         f"type=secret,id={ENVIRONMENT},target={WORK_DIRECTORY}/{ENVIRONMENT}",
         *(f"type=secret,id={_secret_id(name)},target={WORK_DIRECTORY}/{name}" for name in names),
         *(["type=ssh"] if recipe.ssh and stage == "pull" else []),
-        *map(_bind, recipe.binds),
+        *_binds(recipe),
         *_caches(recipe),
     ]
     words = [
@@ -164,10 +164,13 @@ def _step(recipe: Recipe, source: str, stage: str) -> str:
     return " \\\n    ".join(words)
 
 
-def _bind(bind: Bind) -> str:
-    fields = [f"type=bind,from={bind.context}", f"target={bind.target}"]
-    fields += [f"source={bind.source}"] if bind.source else []
-    return ",".join([*fields, *([] if bind.read_only else ["rw"])])
+def _binds(recipe: Recipe) -> list[str]:
+    return [
+        f"type=bind,from={bind.context},target={bind.target}"
+        + (f",source={bind.source}" if bind.source else "")
+        + ("" if bind.read_only else ",rw")
+        for bind in recipe.binds
+    ]
 
 
 def _caches(recipe: Recipe) -> list[str]:
@@ -265,6 +268,9 @@ def bake_file(definition: Definition) -> str:
         **({"ssh": [f"default={definition.ssh_agent}"]} if definition.ssh_agent else {}),
         **_network(recipe.network, "security.insecure"),
     }
+    reports = f"type=local,{csv_field(f'dest={definition.directory}/reports')}"
+    provenance = "mode=min" if "provenance" in definition.attestations else "disabled=true"
+    sbom = ["type=sbom"] if "sbom" in definition.attestations else []
     target = {
         "base": {
             **shared,
@@ -275,11 +281,9 @@ def bake_file(definition: Definition) -> str:
             "secret": [_secret(name, path) for name, path in base.secrets.items()],
             **_network(base.network),
         },
-        ASKED_TARGET: {**steps, "target": ASKED_TARGET, "output": [_reports(definition.directory)]},
-        REPORTS_TARGET: {
-            **steps,
-            "target": REPORTS_TARGET,
-            "output": [_reports(definition.directory)],
+        **{
+            name: {**steps, "target": name, "output": [reports]}
+            for name in (ASKED_TARGET, REPORTS_TARGET)
         },
         IMAGE_TARGET: {
             **steps,
@@ -287,7 +291,7 @@ def bake_file(definition: Definition) -> str:
             "tags": list(definition.tags),
             "output": [definition.output] if definition.output else [],
             "cache-to": list(definition.cache_to),
-            "attest": _attestations(definition.attestations),
+            "attest": [f"type=provenance,{provenance}", *sbom],
         },
     }
     return json.dumps(_escaped({"target": target}), indent=2)
@@ -307,15 +311,6 @@ def _secret_id(name: str) -> str:
 
 def _secret(name: str, path: Path) -> str:
     return f"id={name},{csv_field(f'src={path}')}"
-
-
-def _reports(directory: Path) -> str:
-    return ",".join(["type=local", csv_field(f"dest={directory / 'reports'}")])
-
-
-def _attestations(kinds: Sequence[str]) -> list[str]:
-    provenance = "mode=min" if "provenance" in kinds else "disabled=true"
-    return [f"type=provenance,{provenance}", *(["type=sbom"] if "sbom" in kinds else [])]
 
 
 def _escaped(value: Any) -> Any:

@@ -243,7 +243,10 @@ class _Build:
         binds, contexts = write_mounts(settings, directory)
         if self._floats:
             self._write_resolve()
-        channels = self._channels
+        channels = None
+        if self.options.pull:
+            lock = None if self._floats else lock_text(settings)
+            channels = lock or channels_text(settings) or ""
         url = by_ssh(settings, channels or "")
         is_engine = self.builder.driver == Driver.DOCKER.value
         build_network = network(self.project.engine, settings) if is_engine else settings.network
@@ -277,14 +280,6 @@ class _Build:
     def _floats(self) -> bool:
         """True if the build pulls channels and no lock fixes their commits."""
         return self.options.pull and (self.options.update or not lock_text(self._settings))
-
-    @property
-    def _channels(self) -> str | None:
-        """Content of the channels file to fetch, or None if nothing is fetched."""
-        if not self.options.pull:
-            return None
-        settings = self._settings
-        return (None if self._floats else lock_text(settings)) or channels_text(settings) or ""
 
     def _write_resolve(self) -> None:
         channels = channels_text(self._settings)
@@ -325,9 +320,7 @@ class _Build:
 
     def _with_stages(self, definition: Definition) -> Definition:
         settings, console = self._settings, self.project.console
-        stages = []
-        if self.options.pull:
-            stages.append(self._pull())
+        stages = [self._pull()] if self.options.pull else []
         if settings.guix_manifest or settings.guix_packages or not stages:
             stages.append(install_stage(settings))
         for stage in stages:
@@ -423,8 +416,7 @@ class _Build:
 
     def _output(self, definition: Definition) -> str:
         settings, output = self._settings, self._settings.buildx_output
-        image = settings.image
-        tags = settings.references
+        image, tags = settings.image, settings.references
         definition = replace(
             definition,
             # Docker's image format cannot store attestations.

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import threading
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -188,9 +188,9 @@ def _run(
     return b"".join(tail).decode(errors="replace") if process.returncode else None
 
 
-def csv_field(field: str) -> str:
+def csv_field(text: str) -> str:
     """Quote a field of comma-separated values, the format of buildx options."""
-    return f'"{field.replace(chr(34), chr(34) * 2)}"' if set(field) & set(',"\r\n') else field
+    return f'"{text.replace(chr(34), chr(34) * 2)}"' if set(text) & set(',"\r\n') else text
 
 
 def with_accounts(buildx: Buildx, accounts: Accounts) -> Buildx:
@@ -245,7 +245,7 @@ class BuilderNode:
     version: str = ""
     flags: tuple[str, ...] = ()
     """Flags of the node's ``buildkitd``."""
-    options: tuple[tuple[str, str], ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
     platforms: tuple[str, ...] = ()
     """Native platform first."""
     fixed: tuple[str, ...] = ()
@@ -300,7 +300,7 @@ def _node(fields: Mapping[str, str]) -> BuilderNode:
         status=fields.get("Status", ""),
         version=fields.get("BuildKit version", ""),
         flags=tuple(fields.get("BuildKit daemon flags", "").split()),
-        options=tuple((name, re.sub(r"\\(.)", r"\1", value)) for name, value in options),
+        options={name: re.sub(r"\\(.)", r"\1", value) for name, value in options},
         platforms=tuple(platform.rstrip("*") for platform in platforms),
         fixed=tuple(platform.rstrip("*") for platform in platforms if platform.endswith("*")),
         error=fields.get("Error", ""),
@@ -360,9 +360,8 @@ def build(
         )  # fmt: skip
         log = _run(argv, {**program.environment, **secret}, output)
         if log is not None:
-            hint = ""
-            if spec.accounts and spec.accounts.given:
-                hint = _unsupported_accounts(buildx)
+            given = spec.accounts and spec.accounts.given
+            hint = _unsupported_accounts(buildx) if given else ""
             raise build_error(spec, cause(log) + (hint and f"; {hint}"))
         try:
             return str(json.loads(metadata.read_bytes())["containerimage.digest"])

@@ -233,9 +233,8 @@ def _differences(settings: Settings, builder: Builder, nodes: list[Node]) -> Ite
             yield f"its node {node.name} is at {node.endpoint}, not at {expected.endpoint}"
         if driver is not Driver.REMOTE and ENTITLEMENTS[0] not in entitlements(node):
             yield f"its node {node.name} was created without the entitlement {ENTITLEMENTS[0]}"
-        options = dict(node.options)
         for name, value in sorted(_required_options(settings, expected).items()):
-            if options.get(name) != value:
+            if node.options.get(name) != value:
                 yield f"its node {node.name} was created without {name}={value}"
         if expected.platforms and set(map(str, expected.platforms)) != set(node.fixed):
             platforms = ", ".join(map(str, expected.platforms))

@@ -616,7 +616,7 @@ def test_each_node_of_a_builder_is_read() -> None:
             status="running",
             version="v0.26.0",
             flags=("--allow-insecure-entitlement=security.insecure", "--debug"),
-            options=(("env.A", 'say "x", it\'s = y'), ("network", "host")),
+            options={"env.A": 'say "x", it\'s = y', "network": "host"},
             platforms=("linux/amd64", "linux/amd64/v2", "linux/386"),
             fixed=("linux/amd64",),
         ),

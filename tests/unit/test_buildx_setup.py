@@ -111,7 +111,7 @@ def test_a_missing_one_is_made_on_the_engine_and_started(site: Site, fake: FakeB
     (node,) = builder.nodes
     assert (builder.driver, node.endpoint, node.status) == ("docker-container", SOCKET, "running")
     assert node.flags == tuple(FLAGS.split())
-    assert dict(node.options) == OPTIONS
+    assert node.options == OPTIONS
     assert f"creating {NAME} (docker-container)" in said
     assert f"{NAME} (docker-container) runs insecure steps\n" in said
 
@@ -150,8 +150,8 @@ def test_each_node_of_the_settings_is_made(site: Site, fake: FakeBuildx) -> None
     setup(site, fake)
     first, second = made(fake).nodes
     assert (first.endpoint, second.endpoint) == ("ssh://a.test", "tcp://b.test:2376")
-    assert dict(first.options) == {**OPTIONS, "memory": "4g"}
-    assert dict(second.options) == OPTIONS
+    assert first.options == {**OPTIONS, "memory": "4g"}
+    assert second.options == OPTIONS
     assert second.fixed == ("linux/arm64", "linux/arm/v7")
     assert ["--append" in call.argv for call in fake.calls("create")] == [False, True]
     assert first.name != second.name
@@ -160,7 +160,7 @@ def test_each_node_of_the_settings_is_made(site: Site, fake: FakeBuildx) -> None
 def test_an_option_of_a_node_comes_before_the_usual_one(site: Site, fake: FakeBuildx) -> None:
     site.env["BUILDX_NODES"] = "ssh://a.test,network=bridge,env.BUILDKIT_STEP_LOG_MAX_SIZE=1"
     setup(site, fake)
-    options = dict(made(fake).nodes[0].options)
+    options = made(fake).nodes[0].options
     assert (options["network"], options["env.BUILDKIT_STEP_LOG_MAX_SIZE"]) == ("bridge", "1")
 
 
@@ -168,7 +168,7 @@ def test_a_builder_has_the_proxies_that_hold_no_account(site: Site, fake: FakeBu
     """Its options are for all to see; and where a proxy is another day's, it stays as it is."""
     site.env.update(http_proxy="http://p.test:1", https_proxy="http://me:hunter2@p.test:1")
     assert "does not use https_proxy" in setup(site, fake)
-    options = dict(made(fake).nodes[0].options)
+    options = made(fake).nodes[0].options
     assert options["env.http_proxy"] == options["env.HTTP_PROXY"] == "http://p.test:1"
     assert "hunter2" not in repr(fake.calls("create"))
     assert "env.https_proxy" not in options
@@ -209,7 +209,7 @@ def test_a_node_without_an_endpoint_is_on_the_engine(site: Site, fake: FakeBuild
     setup(site, fake)
     first, second = made(fake).nodes
     assert (first.endpoint, second.endpoint) == (SOCKET, "ssh://b.test")
-    assert dict(first.options) == {**OPTIONS, "memory": "4g"}
+    assert first.options == {**OPTIONS, "memory": "4g"}
 
 
 def test_the_engine_itself_is_not_made_and_is_looked_at(site: Site, fake: FakeBuildx) -> None:
