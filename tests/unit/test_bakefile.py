@@ -316,44 +316,6 @@ def test_only_the_steps_may_be_insecure_and_the_hosts_network_is_asked_for() -> 
             assert found[name]["entitlements"] == ["security.insecure", *more]
 
 
-def test_what_is_asked_never_leaves_the_machine_and_the_image_goes_where_it_is_wanted() -> None:
-    found = targets(
-        replace(
-            PLAIN,
-            tags=["r/a:1", "r/a:2"],
-            output="type=registry",
-            attestations=["sbom", "provenance"],
-            cache_from=["type=gha"],
-            cache_to=["type=gha,mode=max"],
-        )
-    )
-    for name in (ASKED_TARGET, REPORTS_TARGET):
-        assert found[name]["output"] == ["type=local,dest=/f/reports"]
-        assert found[name]["attest"] == ["type=provenance,disabled=true"]
-    for name in ("base", ASKED_TARGET, REPORTS_TARGET):
-        assert "tags" not in found[name]
-        assert "cache-to" not in found[name]
-    image = found[IMAGE_TARGET]
-    assert (image["tags"], image["output"]) == (["r/a:1", "r/a:2"], ["type=registry"])
-    assert image["attest"] == ["type=provenance,mode=min", "type=sbom"]
-    assert image["cache-to"] == ["type=gha,mode=max"]
-    assert [each["cache-from"] for each in found.values()] == [["type=gha"]] * 4
-
-
-@pytest.mark.parametrize(
-    ("wanted", "expected"),
-    [
-        ([], ["type=provenance,disabled=true"]),
-        (["sbom"], ["type=provenance,disabled=true", "type=sbom"]),
-        (["provenance"], ["type=provenance,mode=min"]),
-    ],
-)
-def test_attestations_are_made_only_where_they_are_asked_for(
-    wanted: list[str], expected: list[str]
-) -> None:
-    assert targets(replace(PLAIN, attestations=wanted))[IMAGE_TARGET]["attest"] == expected
-
-
 def test_the_frontend_and_the_labels_are_arguments_of_the_steps() -> None:
     text = 'a "b"\n${c}'
     found = targets(
