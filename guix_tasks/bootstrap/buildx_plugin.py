@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 import urllib.request
@@ -39,7 +38,12 @@ def install_plugin(target: Path, url: str | None, sha256: str | None, console: C
             plugin = Path(scratch) / target.name
             if url and sha256:
                 console.print(f"downloading buildx from {url}")
-                _download(url, sha256, plugin)
+                files.write_whole(plugin, _download(url))
+                if (digest := files.content_digest(plugin)) != sha256:
+                    raise BuilderError(
+                        f"BUILDX_SHA256: {url} has the SHA-256 {digest}, not {sha256}; it was "
+                        "deleted: check which sum is right"
+                    )
             else:
                 _unpack(plugin, console)
             plugin.chmod(0o755)
@@ -47,20 +51,7 @@ def install_plugin(target: Path, url: str | None, sha256: str | None, console: C
     console.print(f"installed buildx at {target}")
 
 
-def _download(url: str, sha256: str, target: Path) -> None:
-    digest = hashlib.sha256()
-    with target.open("wb") as file:
-        for data in _chunks(url):
-            digest.update(data)
-            file.write(data)
-    if digest.hexdigest() != sha256:
-        raise BuilderError(
-            f"BUILDX_SHA256: {url} has the SHA-256 {digest.hexdigest()}, not {sha256}; it was "
-            "deleted: check which sum is right"
-        )
-
-
-def _chunks(url: str) -> Iterator[bytes]:
+def _download(url: str) -> Iterator[bytes]:
     try:
         # requests has no file: URLs.  The parser of the setting accepts only http, https and file.
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:  # noqa: S310
