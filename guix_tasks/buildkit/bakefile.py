@@ -20,7 +20,7 @@ from guix_tasks.stages.channel_access import ACCESS_FILES
 from guix_tasks.stages.container import CACHES, ENTRY_POINT, EXTRA_CA, WORK_DIRECTORY
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from guix_tasks.engine.api import BuildSpec
@@ -76,8 +76,8 @@ class Recipe:
     """True if channels are fetched with the user's SSH agent."""
     user: str = ""
     """User of the base image, or empty for root."""
-    labels: Sequence[str] = ()
-    """Names of the labels of the images. Their values are build arguments."""
+    labels: Mapping[Platform, Mapping[str, str]] = field(default_factory=dict)
+    """Labels of the image of each platform."""
 
 
 def dockerfile(recipe: Recipe) -> str:
@@ -126,16 +126,19 @@ def _images(recipe: Recipe) -> list[str]:
     for platform in recipe.platforms:
         lines += ["", f"FROM {parent} AS {IMAGE_TARGET}-{_word(platform)}"]
         lines += [f"USER {recipe.user}"] if recipe.user else []
-        for number, name in enumerate(recipe.labels):
-            argument = label_argument(platform, number)
+        for argument, name, _ in _labels(recipe, platform):
             lines += [f"ARG {argument}", f'LABEL {name}="${{{argument}}}"']
     selected = f"{IMAGE_TARGET}-${{TARGETOS}}${{TARGETARCH}}${{TARGETVARIANT}}"
     return [*lines, "", f"FROM {selected} AS {IMAGE_TARGET}"]
 
 
-def label_argument(platform: Platform, number: int) -> str:
-    """Return the build argument with the value of the label at an index of ``Recipe.labels``."""
-    return f"LABEL_{number}_{_word(platform)}"
+def _labels(recipe: Recipe, platform: Platform) -> Iterator[tuple[str, str, str]]:
+    """Yield the build argument, the name and the value of each label of a platform's image.
+
+    Bake's own labels are the same for all platforms, but packages differ between platforms.
+    """
+    for number, (name, value) in enumerate(sorted(recipe.labels.get(platform, {}).items())):
+        yield f"LABEL_{number}_{_word(platform)}", name, value
 
 
 def _word(platform: Platform) -> str:
@@ -233,7 +236,6 @@ class Definition:
     secrets: Mapping[str, Path] = field(default_factory=dict)
     """Other secret files of the steps, by name."""
     ssh_agent: Path | None = None
-    label_values: Mapping[str, str] | None = None
     tags: Sequence[str] = ()
     output: str = ""
     attestations: Sequence[str] = ()
@@ -259,7 +261,11 @@ def bake_file(definition: Definition) -> str:
         },
         "args": {
             **({"BUILDKIT_SYNTAX": definition.syntax} if definition.syntax else {}),
-            **(definition.label_values or {}),
+            **{
+                argument: value
+                for platform in recipe.platforms
+                for argument, _, value in _labels(recipe, platform)
+            },
         },
         "secret": [
             _secret(ENVIRONMENT, definition.directory / ENVIRONMENT),

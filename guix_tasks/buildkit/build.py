@@ -32,7 +32,6 @@ from guix_tasks.buildkit.bakefile import (
     Recipe,
     bake_file,
     dockerfile,
-    label_argument,
     resolve_script,
 )
 from guix_tasks.buildkit.builder import (
@@ -402,15 +401,7 @@ class _Build:
             labels[platform] = {name: text for name, text in annotations.items() if text}
             for stage in definition.recipe.stages:
                 labels[platform].update(stage.labels(self._report(stage.name, platform)))
-        # A bake target has one set of labels, but the values differ between platforms.
-        names = sorted({name for texts in labels.values() for name in texts})
-        values = {
-            label_argument(platform, number): texts.get(name, "")
-            for platform, texts in labels.items()
-            for number, name in enumerate(names)
-        }
-        recipe = replace(definition.recipe, labels=names)
-        return replace(definition, recipe=recipe, label_values=values)
+        return replace(definition, recipe=replace(definition.recipe, labels=labels))
 
     # --- output ---
 
