@@ -210,11 +210,11 @@ def weather(c: Context, package: list[str] | None = None, json: bool = False) ->
     incrementable=["relocatable"],
     help={
         "package": "a package instead of GUIX_PACKAGES and GUIX_MANIFEST; repeatable",
-        "format": "tarball, docker, oci, squashfs, deb, rpm or appimage",
+        "format": "tarball, docker, squashfs, deb, rpm or appimage",
         "relocatable": "make programs run from any directory, like guix pack -R; twice: -RR",
         "symlink": "a symbolic link to add, for example /bin=bin; repeatable",
         "compression": "gzip, lzip, xz, bzip2, zstd or none",
-        "max_layers": "maximum number of layers of a docker or OCI archive",
+        "max_layers": "maximum number of layers of a docker archive",
         "entry_point": "program that the packed image or AppImage runs, for example bin/hello",
         "name": "first part of the file name",
     },
