@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from invoke.context import Context
 
     from guix_tasks.buildkit.buildx import Buildx
-    from guix_tasks.commands.doctor import Finding
+    from guix_tasks.commands.doctor.finding import Finding
     from guix_tasks.engine.api import Engine
     from guix_tasks.engine.discovery import Address
     from guix_tasks.engine.docker import Build, Helpers
@@ -151,26 +151,25 @@ def buildx_session(
         yield project, replace(buildx, shown_on=shown_on, perform=not dry)
 
 
-def examine(c: Context) -> list[Finding]:
+def examine(c: Context) -> list[tuple[str, Finding]]:
     """Return the findings of ``doctor``, including errors of settings and engine."""
     from guix_tasks.commands import doctor
+    from guix_tasks.commands.doctor.finding import failed, from_error, note, ok
     from guix_tasks.errors import GuixTasksError, SettingsError
 
     try:
         settings = _settings()
     except SettingsError as error:
-        state = doctor.State.FAILED
-        return [doctor.Finding("settings", state, problem) for problem in error.problems]
-    notes = [doctor.Finding("settings", doctor.State.NOTE, note) for note in settings.notes]
+        return [("settings", failed(problem)) for problem in error.problems]
+    notes = [("settings", note(text)) for text in settings.notes]
     _printed_notes.update(settings.notes)
     _engines.clear()  # the information of an earlier task is outdated, above all its time
     try:
         project = open_project(c, settings)
     except GuixTasksError as error:
-        return [*notes, doctor.failed("engine", error)]
-    patient = doctor.ExaminedProject(project, lambda: _find_buildx(project, install=False))
-    success = doctor.Finding("settings", doctor.State.OK, "read")
-    return [*notes, success, *doctor.examine(patient)]
+        return [*notes, ("engine", from_error(error))]
+    buildx = _find_buildx(project, install=False)
+    return [*notes, ("settings", ok("read")), *doctor.examine(project, buildx)]
 
 
 def open_project(c: Context, settings: Settings, *, needs_engine: bool = True) -> Project:

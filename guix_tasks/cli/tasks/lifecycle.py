@@ -328,11 +328,12 @@ def doctor(c: Context, json: bool = False) -> None:
     """
     with report_errors():
         findings = examine(c)
-        from guix_tasks.commands.doctor import State, show
+        from guix_tasks.commands.doctor import show
+        from guix_tasks.commands.doctor.finding import State
         from guix_tasks.ui.console import Console
 
         show(Console(), findings, as_json=json)
-        if any(finding.state is State.FAILED for finding in findings):
+        if any(finding.state is State.FAILED for _, finding in findings):
             raise Exit(code=CHECK_FAILED)
 
 

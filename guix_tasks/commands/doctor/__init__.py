@@ -1,0 +1,89 @@
+"""Checks of this machine, each with a finding and a fix."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING
+
+from guix_tasks.commands.doctor import builder, machine, registry, sandbox, servers
+from guix_tasks.commands.doctor.finding import Finding, failed, from_error
+from guix_tasks.errors import GuixTasksError
+from guix_tasks.ui.format import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from guix_tasks.buildkit.buildx import Buildx
+    from guix_tasks.stages.project import Project
+    from guix_tasks.ui.console import Console
+
+    Check = Callable[[], Finding | None]
+
+
+def examine(project: Project, buildx: Buildx | None) -> list[tuple[str, Finding]]:
+    """Run all checks and return their findings, each with the name of its check.
+
+    No check changes anything. The checks run in parallel, because most of their time is spent
+    waiting for servers.
+    """
+    names, checks = zip(*_checks(project, buildx), strict=True)
+    with ThreadPoolExecutor(max_workers=len(checks)) as pool:
+        findings = pool.map(_run, checks)
+    return [(name, found) for name, found in zip(names, findings, strict=True) if found]
+
+
+def _checks(project: Project, buildx: Buildx | None) -> list[tuple[str, Check]]:
+    """Return the checks with their names, in the order of the output."""
+    engine, settings = project.engine, project.settings
+    return [
+        ("engine", partial(machine.check_engine, engine)),
+        ("host", partial(machine.check_host, engine)),
+        ("clock", partial(machine.check_clock, engine)),
+        ("disk", partial(machine.check_disk, project)),
+        ("base image", partial(registry.check_base_image, project)),
+        ("mounts", partial(machine.check_mounts, engine, settings)),
+        *(
+            ("sandbox", partial(sandbox.check_sandbox, platform_project))
+            for platform_project in project.each_platform()
+        ),
+        ("proxy", partial(machine.check_proxies, engine, settings)),
+        ("registry", partial(registry.check_registry, engine, settings)),
+        ("buildx", partial(builder.check_buildx, buildx)),
+        ("builder", partial(builder.check_builder, settings, buildx)),
+        ("channels", partial(servers.check_channels, settings)),
+        *(
+            (f"channel {channel.name}", partial(servers.check_channel, engine, settings, channel))
+            for channel in servers.channels(settings)
+        ),
+        *(
+            ("substitutes", partial(servers.check_substitutes, settings, url))
+            for url in servers.substitute_urls(settings)
+        ),
+    ]
+
+
+def _run(check: Check) -> Finding | None:
+    try:
+        return check()
+    except GuixTasksError as error:
+        return from_error(error)
+    except OSError as error:
+        # For example an unreadable file, which does not concern the other checks.
+        message = f"{error.filename or 'a file'}: {error.strerror or error}"
+        return failed(message, "correct this and run `inv doctor` again")
+
+
+def show(console: Console, findings: Iterable[tuple[str, Finding]], *, as_json: bool) -> None:
+    """Print one line per finding, or all findings as JSON."""
+    if as_json:
+        rows = [
+            {"check": name, "state": found.state.value, "message": found.message, "fix": found.fix}
+            for name, found in findings
+        ]
+        console.result(json.dumps(rows, indent=2))
+        return
+    for name, found in findings:
+        fix = f"; {found.fix}" if found.fix else ""
+        console.result(f"{found.state.value:6} {printable(f'{name}: {found.message}{fix}')}")
