@@ -72,6 +72,12 @@ def _has_gitlab_remote(directory: Path) -> bool:
     return bool(re.search(r"^\s*url\s*=\s*(\w+://)?([^/\s]*@)?[^/:\s]*gitlab", text, re.MULTILINE))
 
 
+def project_directory(start: Path) -> Path:
+    """Return the nearest directory upwards with a ``tasks.py``, as Invoke does, or ``start``."""
+    directories = (start, *start.parents)
+    return next((path for path in directories if (path / "tasks.py").exists()), start)
+
+
 def mentions_guix_tasks(directory: Path) -> bool:
     """Check whether the ``tasks.py`` of a project mentions this package."""
     try:

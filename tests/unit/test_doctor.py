@@ -36,7 +36,7 @@ from guix_tasks import files
 from guix_tasks.buildkit import buildx
 from guix_tasks.cli import session
 from guix_tasks.commands import doctor
-from guix_tasks.commands.doctor import examine, servers, show
+from guix_tasks.commands.doctor import examine_project, servers, show
 from guix_tasks.commands.doctor.finding import Finding, State
 from guix_tasks.commands.doctor.sandbox import PRIVILEGES_FIX
 from guix_tasks.engine import discovery, docker, podman
@@ -845,7 +845,7 @@ def test_substitutes_on_a_mount_need_what_guix_reads_first(site: Site) -> None:
 
 
 def test_the_findings_come_in_the_order_of_the_checks(site: Site) -> None:
-    found = [name for name, _ in examine(site.project(), None)]
+    found = [name for name, _ in examine_project(site.project(), None)]
     assert found == [
         "engine", "host", "clock", "disk", "base image", "sandbox", "registry", "buildx",
         "channel guix", "substitutes", "substitutes",
@@ -858,7 +858,7 @@ def test_an_engine_that_is_gone_in_the_middle_leaves_the_other_findings(site: Si
             raise EngineError("the Docker Engine does not answer: gone; start it")
 
     site.engine.fault = gone
-    found = dict(examine(site.project(), None))
+    found = dict(examine_project(site.project(), None))
     assert (found["sandbox"].message, found["registry"].message) == (
         ("the Docker Engine does not answer: gone",) * 2
     )
@@ -887,7 +887,7 @@ def test_a_file_that_may_not_be_read_is_a_finding_of_its_check(
 
 def test_nothing_is_changed_on_the_engine(made: Site) -> None:
     before = (outline(made.engine), dict(made.engine.all_images), made.engine.registry.images)
-    examine(made.project(), None)
+    examine_project(made.project(), None)
     engine = made.engine
     assert (outline(engine), dict(engine.all_images), engine.registry.images) == before
     assert (engine.all_containers, set(engine.changing_calls())) == (
@@ -898,7 +898,7 @@ def test_nothing_is_changed_on_the_engine(made: Site) -> None:
 def test_a_dry_look_makes_no_container(site: Site) -> None:
     console = Heard()
     project = site.project(TracedEngine(site.engine, console, perform=False))
-    found = dict(examine(project, None))
+    found = dict(examine_project(project, None))
     assert "dry run" in found["sandbox"].message
     assert found["registry"].state is OK
     assert site.engine.changing_calls() == []

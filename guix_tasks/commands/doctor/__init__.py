@@ -8,22 +8,41 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks.commands.doctor import builder, machine, registry, sandbox, servers
-from guix_tasks.commands.doctor.finding import Finding, failed, from_error
-from guix_tasks.errors import GuixTasksError
+from guix_tasks.commands.doctor.finding import Finding, State, failed, from_error, note, ok
+from guix_tasks.errors import GuixTasksError, SettingsError
 from guix_tasks.ui.format import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
 
     from guix_tasks.buildkit.buildx import Buildx
+    from guix_tasks.settings import Settings
     from guix_tasks.stages.project import Project
     from guix_tasks.ui.console import Console
 
     Check = Callable[[], Finding | None]
 
 
-def examine(project: Project, buildx: Buildx | None) -> list[tuple[str, Finding]]:
-    """Run all checks and return their findings, each with the name of its check.
+def examine(
+    load: Callable[[], Settings],
+    open_project: Callable[[Settings], Project],
+    find_buildx: Callable[[Project], Buildx | None],
+) -> list[tuple[str, Finding]]:
+    """Check the settings, the engine and the rest; return each finding with its check's name."""
+    try:
+        settings = load()
+    except SettingsError as error:
+        return [("settings", failed(problem)) for problem in error.problems]
+    findings = [("settings", note(text)) for text in settings.notes]
+    try:
+        project = open_project(settings)
+    except GuixTasksError as error:
+        return [*findings, ("engine", from_error(error))]
+    return [*findings, ("settings", ok("read")), *examine_project(project, find_buildx(project))]
+
+
+def examine_project(project: Project, buildx: Buildx | None) -> list[tuple[str, Finding]]:
+    """Run the checks of a project.
 
     No check changes anything. The checks run in parallel, because most of their time is spent
     waiting for servers.
@@ -75,15 +94,15 @@ def _run(check: Check) -> Finding | None:
         return failed(message, "correct this and run `inv doctor` again")
 
 
-def show(console: Console, findings: Iterable[tuple[str, Finding]], *, as_json: bool) -> None:
-    """Print one line per finding, or all findings as JSON."""
+def show(console: Console, findings: Sequence[tuple[str, Finding]], *, as_json: bool) -> bool:
+    """Print one line per finding, or all findings as JSON; return True if a check failed."""
     if as_json:
         rows = [
             {"check": name, "state": found.state.value, "message": found.message, "fix": found.fix}
             for name, found in findings
         ]
         console.result(json.dumps(rows, indent=2))
-        return
-    for name, found in findings:
+    for name, found in () if as_json else findings:
         fix = f"; {found.fix}" if found.fix else ""
         console.result(f"{found.state.value:6} {printable(f'{name}: {found.message}{fix}')}")
+    return any(found.state is State.FAILED for _, found in findings)
