@@ -103,9 +103,10 @@ def test_task(test: CustomTest, summary: str) -> Task[Any]:
     """Return the task that runs a custom test of a packed tarball."""
 
     def body(session: Session, image: str = "") -> None:
-        from guix_tasks.commands.custom_test import run_pack_tests
+        from guix_tasks.commands.custom_test import run_pack_test
 
-        run_pack_tests(session.project(), test, image)
+        for project in session.project().each_platform():
+            run_pack_test(project, test, image)
 
     body.__doc__ = summary or "Test the tarball of `inv pack` without Guix."
     options = {"image": "image of the test container, instead of the one in tasks.py"}
