@@ -34,13 +34,6 @@ if TYPE_CHECKING:
 _CHUNK_SIZE = 1 << 20
 
 
-def pack_each(project: Project, options: guix.Pack, name: str, packages: Sequence[str]) -> None:
-    """Pack for each platform and print the paths of the files."""
-    for platform_project in project.each_platform():
-        if path := pack(platform_project, options, name, packages):
-            project.console.result(str(path))
-
-
 def pack(
     project: Project, options: guix.Pack, name: str = "", packages: Sequence[str] = ()
 ) -> Path | None:

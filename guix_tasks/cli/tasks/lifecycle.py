@@ -219,13 +219,15 @@ def pack(
     Pack GUIX_PACKAGES and GUIX_MANIFEST with the Guix of IMAGE, and write the
     SHA-256 to a file next to the pack.
     """
-    from guix_tasks.commands.pack import pack_each
+    from guix_tasks.commands.pack import pack
     from guix_tasks.guix import Pack
 
     links = tuple(symlink or ())
     options = Pack(format, relocatable, links, compression, max_layers, entry_point)
     with session.locked_project("pack") as project:
-        pack_each(project, options, name, tuple(package or ()))
+        for platform_project in project.each_platform():
+            if path := pack(platform_project, options, name, tuple(package or ())):
+                project.console.result(str(path))
 
 
 @task(help={"url": "URL under which the files will be published, instead of RELEASE_URL"})
