@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import pytest
 from fake_buildx import NAME, NO_IMAGE, REFUSED, UNKNOWN_FLAG, FakeBuildx
@@ -37,7 +37,7 @@ from guix_tasks.buildkit import buildx
 from guix_tasks.cli import session
 from guix_tasks.commands import doctor
 from guix_tasks.commands.doctor import examine_project, servers, show
-from guix_tasks.commands.doctor.finding import Finding, State
+from guix_tasks.commands.doctor.finding import Finding
 from guix_tasks.commands.doctor.sandbox import PRIVILEGES_FIX
 from guix_tasks.engine import discovery, docker, podman
 from guix_tasks.engine.accounts import Credentials
@@ -51,7 +51,9 @@ from guix_tasks.tasks import ns
 if TYPE_CHECKING:
     from guix_tasks.buildkit.buildx import Buildx
 
-OK, NOTE, FAILED = State.OK, State.NOTE, State.FAILED
+OK: Final = "ok"
+NOTE: Final = "note"
+FAILED: Final = "failed"
 PASSWORD = "hunter2"  # noqa: S105
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
@@ -117,7 +119,7 @@ def test_the_engine_is_told_with_the_rule_that_found_it(site: Site) -> None:
 def test_a_rootless_engine_is_a_note_with_what_to_do(site: Site) -> None:
     about(site, security=("seccomp", "rootless"))
     note = one(site, "host")
-    assert note.state is NOTE
+    assert note.state == NOTE
     assert "rootless" in note.message
     assert "an engine that runs as root" in note.fix
 
@@ -132,11 +134,11 @@ def test_a_rootless_engine_is_a_note_with_what_to_do(site: Site) -> None:
     ],
 )
 def test_a_clock_that_is_off_is_told_with_its_direction(
-    site: Site, seconds: int, state: State, said: str
+    site: Site, seconds: int, state: str, said: str
 ) -> None:
     about(site, time=datetime.now(timezone.utc) + timedelta(seconds=seconds))
     clock = one(site, "clock")
-    assert clock.state is state
+    assert clock.state == state
     assert said in clock.message
     assert "-" not in clock.message
 
@@ -164,15 +166,15 @@ def test_the_time_of_an_engine_is_read(text: str, expected: str | None) -> None:
 
 @pytest.mark.parametrize(("free", "state"), [(10**12, OK), (10**6, FAILED)])
 def test_room_on_the_engines_disk(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, state: State
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, state: str
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
     about(site, root=str(tmp_path))
     disk = one(site, "disk")
-    assert disk.state is state
+    assert disk.state == state
     assert f"free at {tmp_path}; about 4 GB is needed" in disk.message
-    assert ("`inv clean`" in disk.fix) == (state is FAILED)
+    assert ("`inv clean`" in disk.fix) == (state == FAILED)
 
 
 def test_a_commit_needs_room_for_another_image(
@@ -181,10 +183,10 @@ def test_a_commit_needs_room_for_another_image(
     usage = shutil.disk_usage(tmp_path)._replace(free=5 * 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
     about(made, root=str(tmp_path))
-    assert one(made, "disk").state is OK
+    assert one(made, "disk").state == OK
     image = made.image("install")
     made.engine.all_images[image.id] = replace(image, size=3 * 10**9)
-    assert one(made, "disk").state is FAILED
+    assert one(made, "disk").state == FAILED
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,7 @@ def test_a_folder_that_is_closed_to_this_user_is_not_judged(
     monkeypatch.setattr(shutil, "disk_usage", closed)
     monkeypatch.setattr(Path, "is_dir", closed)
     about(site, root="/var/lib/docker/100000.100000")
-    assert one(site, "disk").state is NOTE
+    assert one(site, "disk").state == NOTE
 
 
 # --- The base image -------------------------------------------------------------------------
@@ -224,7 +226,7 @@ def test_a_base_image_that_is_in_its_registry(site: Site) -> None:
 def test_a_base_image_that_is_nowhere(site: Site) -> None:
     site.env["BASE_IMAGE"] = "registry.test/none:1"
     found = one(site, "base image")
-    assert found.state is FAILED
+    assert found.state == FAILED
     assert "registry.test/none:1" in found.message
     assert "`inv rootfs`" in found.fix
 
@@ -238,16 +240,16 @@ def test_podman_is_not_asked_what_it_cannot_tell(site: Site) -> None:
         NOTE,
         "`podman pull registry.test/none:1` shows whether it can be pulled",
     )
-    assert registry.state is NOTE
+    assert registry.state == NOTE
     assert "was not tested" in registry.message
     site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD=PASSWORD)
-    assert one(site, "registry").state is OK
+    assert one(site, "registry").state == OK
 
 
 def test_a_base_image_that_is_gone_after_the_base_stage_is_no_fault(made: Site) -> None:
     """BuildKit leaves none on the engine, and nothing asks for it again."""
     made.engine.registry.images.clear()
-    assert one(made, "base image").state is NOTE
+    assert one(made, "base image").state == NOTE
     assert made.states()["base"].why is None
 
 
@@ -303,14 +305,14 @@ def test_the_base_stage_is_probed_where_it_is_made(made: Site) -> None:
 def test_without_an_image_nothing_is_probed_and_nothing_pulled(site: Site) -> None:
     site.engine.untag(BASE_IMAGE)
     site.engine.calls.clear()
-    assert one(site, "sandbox").state is NOTE
+    assert one(site, "sandbox").state == NOTE
     assert site.engine.changing_calls() == []
 
 
 def test_a_container_that_may_not_fork_is_told_by_guix_own_line(site: Site) -> None:
     site.engine.behaviour = fails("substitute: looking", CLONE, "entry-point: the last lines")
     found = one(site, "sandbox")
-    assert found.state is FAILED
+    assert found.state == FAILED
     assert found.message.endswith(f"Guix cannot build in a work container: {CLONE}")
     assert "GUIX_SANDBOX=nochroot" in found.fix
 
@@ -331,7 +333,7 @@ def test_a_container_that_may_not_fork_is_told_by_guix_own_line(site: Site) -> N
 def test_fix_of_a_sandbox_fits_its_cause(site: Site, lines: list[str], fix: str) -> None:
     site.engine.behaviour = fails(*lines, status=69)
     found = one(site, "sandbox")
-    assert found.state is FAILED
+    assert found.state == FAILED
     assert (lines[-1] if lines else "the probe ended with status 69") in found.message
     assert fix in found.fix
 
@@ -339,14 +341,14 @@ def test_fix_of_a_sandbox_fits_its_cause(site: Site, lines: list[str], fix: str)
 def test_a_base_image_that_gets_guix_by_the_dockerfile_is_no_fault(site: Site) -> None:
     site.engine.behaviour = fails(NO_GUIX, status=69)
     found = one(site, "sandbox")
-    assert found.state is NOTE
+    assert found.state == NOTE
     assert "`inv base`" in found.fix
 
 
 def test_a_base_stage_without_guix_is_one(made: Site) -> None:
     made.engine.behaviour = fails(NO_GUIX, status=69)
     found = one(made, "sandbox")
-    assert found.state is FAILED
+    assert found.state == FAILED
     assert "BASE_IMAGE" in found.fix
 
 
@@ -399,16 +401,16 @@ def test_a_build_that_never_ends_is_stopped(site: Site, monkeypatch: pytest.Monk
 def test_a_platform_that_is_emulated_is_noted_and_the_other_one_probed(site: Site) -> None:
     site.env["PLATFORMS"] = "linux/arm64 linux/amd64"
     note, found = find(site, "sandbox")
-    assert note.state is NOTE
+    assert note.state == NOTE
     assert "linux/arm64 is emulated" in note.message
     assert "GUIX_SANDBOX=nochroot" in note.fix
-    assert found.state is OK
+    assert found.state == OK
     assert [spec.platform for spec in site.engine.specs] == ["linux/amd64"]
 
 
 def test_a_base_image_of_another_platform_is_not_probed(site: Site) -> None:
     site.env.update(PLATFORMS="linux/arm64", GUIX_SANDBOX="nochroot")
-    assert one(site, "sandbox").state is NOTE
+    assert one(site, "sandbox").state == NOTE
     assert site.engine.specs == []
 
 
@@ -417,10 +419,10 @@ def test_a_base_image_of_another_platform_is_not_probed(site: Site) -> None:
 
 def test_mounts_that_the_engine_cannot_see(site: Site) -> None:
     site.env["MOUNTS"] = "context:/context"
-    assert one(site, "mounts").state is OK
+    assert one(site, "mounts").state == OK
     about(site, url="tcp://far.test:2375")
     found = one(site, "mounts")
-    assert found.state is FAILED
+    assert found.state == FAILED
     assert "tcp://far.test:2375" in found.message
 
 
@@ -488,7 +490,7 @@ def builder(site: Site, fake: FakeBuildx, inspected: str = "") -> Finding:
 
 def test_a_machine_without_buildx_is_told_who_installs_it(site: Site) -> None:
     found = one(site, "buildx")
-    assert found.state is NOTE
+    assert found.state == NOTE
     assert "`inv buildx.setup`" in found.fix
 
 
@@ -497,7 +499,7 @@ def test_a_buildx_that_is_of_another_machine_is_one_finding(site: Site, fake: Fa
     (fake.directory / "alien").chmod(0o755)
     broken = replace(fake.program(), program=str(fake.directory / "alien"))
     (found,) = find(site, "buildx", broken)
-    assert found.state is FAILED
+    assert found.state == FAILED
     assert "Exec format error" in found.message
 
 
@@ -515,7 +517,7 @@ def test_a_builder_that_is_not_there_is_no_fault(site: Site, fake: FakeBuildx) -
 def test_a_builder_that_does_it_all(site: Site, fake: FakeBuildx) -> None:
     fake.add()
     found = builder(site, fake)
-    assert found.state is OK
+    assert found.state == OK
     assert found.message == f"{NAME} runs insecure steps with its built-in frontend"
 
 
@@ -527,7 +529,7 @@ def test_a_builder_with_an_old_frontend_names_the_one_that_it_fetches(
     assert builder(site, fake).message.endswith("with the frontend docker/dockerfile:1")
     fake.fail(NO_IMAGE, "build", "BUILDKIT_SYNTAX")
     found = builder(site, fake)
-    assert found.state is NOTE
+    assert found.state == NOTE
     assert "cannot pull" in found.message
 
 
@@ -535,7 +537,7 @@ def test_a_builder_that_allows_no_insecure_steps(site: Site, fake: FakeBuildx) -
     fake.add()
     fake.fail(REFUSED, "build")
     found = builder(site, fake)
-    assert found.state is NOTE
+    assert found.state == NOTE
     assert "--recreate" in found.fix
 
 
@@ -659,7 +661,7 @@ def test_a_channel_that_answers_badly(site: Site, bad: tuple[str, str]) -> None:
     url, said = bad
     pull_from(site, url)
     found = one(site, "channel.*")
-    assert found.state is FAILED
+    assert found.state == FAILED
     assert found.message.startswith(f"{url} {said}")
     assert "\n" not in found.message
     assert "GUIX_CHANNELS" in found.fix
@@ -677,7 +679,7 @@ def test_a_channel_that_answers_badly(site: Site, bad: tuple[str, str]) -> None:
 def test_a_channel_at_no_place_is_one_finding(site: Site, url: str, said: str) -> None:
     pull_from(site, url)
     found = one(site, "channel.*")
-    assert found.state is FAILED
+    assert found.state == FAILED
     assert said in found.message
 
 
@@ -699,7 +701,7 @@ def test_a_token_is_not_taken_along_to_another_server(site: Site, start: StartSe
     other = start(GIT)
     server = start(http("302 Found", "", f"Location: {other.url}/"))
     pull_from(site, server.url.replace("//", f"//me:{PASSWORD}@"))
-    assert one(site, "channel.*").state is OK
+    assert one(site, "channel.*").state == OK
     assert "Authorization" in server.asked[0]
     assert "Authorization" not in other.asked[0]
 
@@ -708,23 +710,23 @@ def test_the_lock_says_what_is_pulled(site: Site, start: StartServer) -> None:
     server = start(GIT)
     pull_from(site, server.url)
     site.lock.write_text(f"(list {channel('c0', server.url, 'a' * 40)})\n")
-    assert one(site, "channel.*").state is OK
+    assert one(site, "channel.*").state == OK
     site.lock.write_text(f"(list {channel('c0', 'https://else.test', 'a' * 40)})\n")
     found = one(site, "channel.*")
-    assert found.state is FAILED
+    assert found.state == FAILED
     assert "does not fit GUIX_CHANNELS: c0 is from https://else.test" in found.message
     assert "--update" in found.fix
 
 
 def test_without_channels_those_of_the_image_are_named(site: Site) -> None:
     site.env["GUIX_CHANNELS"] = ""
-    assert one(site, "channel.*").state is NOTE
+    assert one(site, "channel.*").state == NOTE
 
 
 def test_channels_that_are_computed_are_not_passed_over_in_silence(site: Site) -> None:
     site.write("channels.scm", "%default-channels\n")
     found = one(site, "channel.*")
-    assert found.state is NOTE
+    assert found.state == NOTE
     assert "computes" in found.message
 
 
@@ -753,7 +755,7 @@ def test_a_channel_on_a_mount(site: Site, form: str) -> None:
     site.env["MOUNTS"] = "channels:/srv/:ro"
     pull_from(site, form)
     found = one(site, "channel.*")
-    assert found.state is OK
+    assert found.state == OK
     assert str(site.directory / "channels") in found.message
 
 
@@ -769,7 +771,7 @@ def test_a_channel_that_its_mount_does_not_have(site: Site) -> None:
 def test_a_channel_that_no_mount_brings(site: Site, mounts: str) -> None:
     site.env["MOUNTS"] = mounts
     pull_from(site, "file:///srv/guix")
-    assert one(site, "channel.*").state is NOTE
+    assert one(site, "channel.*").state == NOTE
 
 
 @pytest.mark.parametrize("mounts", ["outer:/srv inner:/srv/in", "inner:/srv/in outer:/srv"])
@@ -778,7 +780,7 @@ def test_the_mount_below_another_is_the_one_that_is_seen(site: Site, mounts: str
     site.write("outer/file", "")
     site.env["MOUNTS"] = mounts
     pull_from(site, "file:///srv/in/guix")
-    assert one(site, "channel.*").state is OK
+    assert one(site, "channel.*").state == OK
 
 
 # --- Substitutes ----------------------------------------------------------------------------
@@ -801,7 +803,7 @@ def test_a_substitute_server_that_answers_badly(site: Site, bad: tuple[str, str]
     url, said = bad
     serve(site, url)
     found = one(site, "substitutes")
-    assert found.state is FAILED
+    assert found.state == FAILED
     assert found.message.startswith(f"{url} {said}")
     assert "GUIX_SUBSTITUTE_URLS" in found.fix
 
@@ -814,7 +816,7 @@ def test_a_substitute_server_that_is_down(site: Site) -> None:
 def test_a_substitute_server_without_a_key_is_noted(site: Site, start: StartServer) -> None:
     serve(site, start(CACHE).url, keys=False)
     note = one(site, "substitutes")
-    assert note.state is NOTE
+    assert note.state == NOTE
     assert note.message.endswith(" answers, but no key is set for it")
     assert "GUIX_SUBSTITUTE_KEYS" in note.fix
 
@@ -835,10 +837,10 @@ def test_substitutes_on_a_mount_need_what_guix_reads_first(site: Site) -> None:
     site.env["MOUNTS"] = "substitutes:/srv"
     serve(site, "file:///srv")
     found = one(site, "substitutes")
-    assert found.state is FAILED
+    assert found.state == FAILED
     assert "nix-cache-info does not exist" in found.message
     site.write("substitutes/nix-cache-info", "StoreDir: /gnu/store\n")
-    assert one(site, "substitutes").state is OK
+    assert one(site, "substitutes").state == OK
 
 
 # --- All of it ------------------------------------------------------------------------------
@@ -863,8 +865,8 @@ def test_an_engine_that_is_gone_in_the_middle_leaves_the_other_findings(site: Si
         ("the Docker Engine does not answer: gone",) * 2
     )
     assert found["sandbox"].fix == "start it"
-    assert found["base image"].state is OK
-    assert found["buildx"].state is NOTE
+    assert found["base image"].state == OK
+    assert found["buildx"].state == NOTE
 
 
 def test_a_file_that_may_not_be_read_is_a_finding_of_its_check(
@@ -880,7 +882,7 @@ def test_a_file_that_may_not_be_read_is_a_finding_of_its_check(
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     found = one(site, "sandbox")
-    assert found.state is FAILED
+    assert found.state == FAILED
     assert found.message == f"{site.directory / 'a.pub'}: Permission denied"
     assert site.engine.all_containers == {}
 
@@ -900,7 +902,7 @@ def test_a_dry_look_makes_no_container(site: Site) -> None:
     project = site.project(TracedEngine(site.engine, console, perform=False))
     found = dict(examine_project(project, None))
     assert "dry run" in found["sandbox"].message
-    assert found["registry"].state is OK
+    assert found["registry"].state == OK
     assert site.engine.changing_calls() == []
     assert console.text == ""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
+from guix_tasks import guix
 from guix_tasks.commands.doctor import builder, machine, registry, sandbox, servers
-from guix_tasks.commands.doctor.finding import Finding, State, failed, from_error, note, ok
+from guix_tasks.commands.doctor.finding import Finding, failed, from_error, note, ok
 from guix_tasks.errors import GuixTasksError, SettingsError
 from guix_tasks.ui.format import printable
 
@@ -78,7 +80,7 @@ def _checks(project: Project, buildx: Buildx | None) -> list[tuple[str, Check]]:
         ),
         *(
             ("substitutes", partial(servers.check_substitutes, settings, url))
-            for url in servers.substitute_urls(settings)
+            for url in settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS
         ),
     ]
 
@@ -97,12 +99,10 @@ def _run(check: Check) -> Finding | None:
 def show(console: Console, findings: Sequence[tuple[str, Finding]], *, as_json: bool) -> bool:
     """Print one line per finding, or all findings as JSON; return True if a check failed."""
     if as_json:
-        rows = [
-            {"check": name, "state": found.state.value, "message": found.message, "fix": found.fix}
-            for name, found in findings
-        ]
+        rows = [{"check": name, **asdict(found)} for name, found in findings]
         console.result(json.dumps(rows, indent=2))
-    for name, found in () if as_json else findings:
-        fix = f"; {found.fix}" if found.fix else ""
-        console.result(f"{found.state.value:6} {printable(f'{name}: {found.message}{fix}')}")
-    return any(found.state is State.FAILED for _, found in findings)
+    else:
+        for name, found in findings:
+            fix = f"; {found.fix}" if found.fix else ""
+            console.result(f"{found.state:6} {printable(f'{name}: {found.message}{fix}')}")
+    return any(found.state == "failed" for _, found in findings)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from guix_tasks.buildkit.builder import find_builder, needed_syntax
-from guix_tasks.commands.doctor.finding import Finding, State, from_error, note, ok
+from guix_tasks.commands.doctor.finding import Finding, from_error, note, ok
 from guix_tasks.errors import GuixTasksError
 from guix_tasks.settings import Driver
 
@@ -37,6 +38,6 @@ def check_builder(settings: Settings, buildx: Buildx | None) -> Finding | None:
         syntax = needed_syntax(settings, buildx, builder.name)
     except GuixTasksError as error:
         # Stages that run in work containers need no builder.
-        return from_error(error, State.NOTE)
+        return replace(from_error(error), state="note")
     frontend = f"the frontend {syntax}" if syntax else "its built-in frontend"
     return ok(f"{builder.name} runs insecure steps with {frontend}")

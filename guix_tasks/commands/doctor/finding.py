@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from guix_tasks.errors import GuixTasksError
-
-
-class State(Enum):
-    """Severity of a finding."""
-
-    OK = "ok"
-    NOTE = "note"
-    """Worth knowing, but needs no fix."""
-    FAILED = "failed"
 
 
 @dataclass(frozen=True)
 class Finding:
     """Result of a check, with a command or setting that fixes it."""
 
-    state: State
+    state: Literal["ok", "note", "failed"]
+    """``note``: worth knowing, but needs no fix."""
     message: str
     fix: str = ""
 
 
-ok = partial(Finding, State.OK)
-note = partial(Finding, State.NOTE)
-failed = partial(Finding, State.FAILED)
+ok = partial(Finding, "ok")
+note = partial(Finding, "note")
+failed = partial(Finding, "failed")
 
 
-def from_error(error: GuixTasksError, state: State = State.FAILED) -> Finding:
-    """Convert an error, whose text is a cause and a hint, to a finding."""
+def from_error(error: GuixTasksError) -> Finding:
+    """Convert an error, whose text is a cause and a hint, to a failure."""
     message, _, fix = str(error).partition("; ")
-    return Finding(state, message, fix)
+    return failed(message, fix)

@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from guix_tasks.commands.doctor.finding import Finding, State, failed, from_error, note, ok
+from guix_tasks.commands.doctor.finding import Finding, failed, from_error, note, ok
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.stages.container import check_native_platform
 from guix_tasks.stages.sandbox import OTHER_FAULTS, probe
@@ -28,7 +28,7 @@ def check_sandbox(project: Project) -> Finding:
         check_native_platform(engine, settings)
     except UsageError as error:
         # BuildKit may have a node for this platform.
-        return from_error(error, State.NOTE)
+        return replace(from_error(error), state="note")
     if base_stage := project.ledger.find("base"):
         return _build(project, base_stage)
     image = engine.image(str(settings.base_image))

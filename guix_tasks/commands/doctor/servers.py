@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from guix_tasks import guix
-from guix_tasks.commands.doctor.finding import Finding, State, failed, from_error, note, ok
+from guix_tasks.commands.doctor.finding import Finding, failed, from_error, note, ok
 from guix_tasks.errors import UsageError
 from guix_tasks.files import read_text
 from guix_tasks.settings.parsers import channel_credentials
@@ -74,36 +74,29 @@ def check_channel(engine: Engine, settings: Settings, channel: Channel) -> Findi
     return note(f"{shown_url} was not tested")
 
 
-def substitute_urls(settings: Settings) -> list[str]:
-    urls = settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS
-    return [url.rstrip("/") for url in urls]
-
-
 def check_substitutes(settings: Settings, url: str) -> Finding:
-    found = _find_substitutes(settings, url)
+    url, file = url.rstrip("/"), "nix-cache-info"
+    if url.startswith("file://"):
+        found = _check_mounted(settings, url.removeprefix("file://"), file)
+    elif settings.network == "none":
+        return note(f"{url} is unreachable with NETWORK=none")
+    else:
+        found = _contact(
+            settings,
+            f"{url}/{file}",
+            shown_url=url,
+            kind="a substitute server",
+            response="^StoreDir:",
+            fix="correct GUIX_SUBSTITUTE_URLS: without substitutes Guix builds everything from "
+            "source",
+        )
     needs_key = url not in guix.DEFAULT_SUBSTITUTE_URLS and not settings.guix_substitute_keys
-    if found.state is not State.OK or not needs_key:
+    if found.state != "ok" or not needs_key:
         return found
     return note(
         f"{found.message}, but no key is set for it",
         "set GUIX_SUBSTITUTE_KEYS, or Guix refuses its substitutes unless the base image trusts "
         "the key",
-    )
-
-
-def _find_substitutes(settings: Settings, url: str) -> Finding:
-    file = "nix-cache-info"
-    if url.startswith("file://"):
-        return _check_mounted(settings, url.removeprefix("file://"), file)
-    if settings.network == "none":
-        return note(f"{url} is unreachable with NETWORK=none")
-    return _contact(
-        settings,
-        f"{url}/{file}",
-        shown_url=url,
-        kind="a substitute server",
-        response="^StoreDir:",
-        fix="correct GUIX_SUBSTITUTE_URLS: without substitutes Guix builds everything from source",
     )
 
 
@@ -131,31 +124,24 @@ def _contact(
     matches ``response``, not that of a captive portal.
     """
     try:
-        tls = None
+        tls = ssl.create_default_context()
         if settings.extra_ca_file:
-            tls = ssl.create_default_context()
             tls.load_verify_locations(cadata=read_text(settings.extra_ca_file, "ascii", "replace"))
+        request = _request(settings, url)
         # Callers pass only http and https URLs.
-        with urllib.request.urlopen(  # noqa: S310
-            _request(settings, url), timeout=_TIMEOUT, context=tls
-        ) as body:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT, context=tls) as body:  # noqa: S310
             text = body.read(1000).decode(errors="replace")
         if re.search(response, text, re.MULTILINE):
             return ok(f"{shown_url} answers")
-        return failed(f"{shown_url} answers, but not as {kind}", fix)
+        answer = f"answers, but not as {kind}"
     except urllib.error.HTTPError as error:
-        return failed(f"{shown_url} answers {_words(f'{error.code} {error.reason}')}", fix)
+        answer = f"answers {error.code} {error.reason}"
     except (OSError, ValueError, http.client.HTTPException) as error:
         cause = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(cause, ssl.SSLCertVerificationError):
             fix = guix.fetch_hint("guix error: certificate verification") or fix
-        return failed(
-            f"{shown_url} does not answer: {_words(str(cause)) or type(cause).__name__}", fix
-        )
-
-
-def _words(text: str) -> str:
-    return " ".join(text.split())
+        answer = f"does not answer: {str(cause) or type(cause).__name__}"
+    return failed(f"{shown_url} {' '.join(answer.split())}", fix)
 
 
 def _request(settings: Settings, url: str) -> urllib.request.Request:
