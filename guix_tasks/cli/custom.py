@@ -9,7 +9,7 @@ from invoke.exceptions import Exit
 
 from guix_tasks.cli.task import long_task
 from guix_tasks.cli.tasks import ns
-from guix_tasks.cli.tasks.lifecycle import FORCE, KEEP_FAILED, NO_COMMIT, UPSTREAM
+from guix_tasks.cli.tasks.lifecycle import STAGE_HELP
 from guix_tasks.errors import UsageError
 from guix_tasks.stages.declarations import CustomStage, CustomTest, declared, declared_test
 
@@ -95,8 +95,7 @@ def stage_task(stage: CustomStage, summary: str) -> Task[Any]:
             make_each(project, stage.name, options)
 
     body.__doc__ = summary or f"Run the custom stage {stage.name} on {stage.parent}."
-    options = {**FORCE, **UPSTREAM, **NO_COMMIT, **KEEP_FAILED}
-    return long_task(name=stage.name, help=options)(body)
+    return long_task(name=stage.name, help=STAGE_HELP)(body)
 
 
 def test_task(test: CustomTest, summary: str) -> Task[Any]:
@@ -109,8 +108,8 @@ def test_task(test: CustomTest, summary: str) -> Task[Any]:
             run_pack_test(project, test, image)
 
     body.__doc__ = summary or "Test the tarball of `inv pack` without Guix."
-    options = {"image": "image of the test container, instead of the one in tasks.py"}
-    return long_task(name=test.name, help=options)(body)
+    image_help = "image of the test container, instead of the one in tasks.py"
+    return long_task(name=test.name, help={"image": image_help})(body)
 
 
 @contextmanager

@@ -14,13 +14,16 @@ if TYPE_CHECKING:
 
 CHECK_FAILED = 1
 
-FORCE = {"force": "run the stage even if nothing changed"}
-NO_COMMIT = {"no_commit": "do not commit; keep the work container for `inv commit`"}
-KEEP_FAILED = {"keep_failed": "keep the work container if a command fails"}
-UPSTREAM = {"upstream": "first run the stages it starts from that are not up to date"}
+STAGE_HELP = {
+    "force": "run the stage even if nothing changed",
+    "upstream": "first run the stages it starts from that are not up to date",
+    "no_commit": "do not commit; keep the work container for `inv commit`",
+    "keep_failed": "keep the work container if a command fails",
+}
+"""Options of every stage that runs in a work container."""
 
 
-@long_task(help=FORCE)
+@long_task(help={"force": STAGE_HELP["force"]})
 def base(session: Session, force: bool = False) -> None:
     """Build the base image from DOCKERFILE.
 
@@ -35,10 +38,7 @@ def base(session: Session, force: bool = False) -> None:
 
 @long_task(
     help={
-        **FORCE,
-        **UPSTREAM,
-        **NO_COMMIT,
-        **KEEP_FAILED,
+        **STAGE_HELP,
         "update": "pull the newest commits of the channels and rewrite the lock",
         "disable_authentication": "accept channels without an introduction, unverified",
     }
@@ -69,13 +69,7 @@ def pull(
 
 @long_task(
     iterable=["package"],
-    help={
-        "package": "a package instead of GUIX_PACKAGES; repeatable",
-        **FORCE,
-        **UPSTREAM,
-        **NO_COMMIT,
-        **KEEP_FAILED,
-    },
+    help={**STAGE_HELP, "package": "a package instead of GUIX_PACKAGES; repeatable"},
 )
 def install(
     session: Session,
