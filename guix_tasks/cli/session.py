@@ -66,7 +66,7 @@ class Session:
         return load_settings(project_directory(Path.cwd()), Path.cwd(), os.environ, options)
 
     def use(self, settings: Settings) -> Settings:
-        """Return the settings for the console that they set up; print every note on them once."""
+        """Set up the console, print each note on the settings once, and resolve ``OUTPUT``."""
         self.console = Console(display=resolve_display(settings.output, sys.stderr, os.environ))
         for note in settings.notes:
             if note not in _printed_notes:
