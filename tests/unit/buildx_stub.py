@@ -109,7 +109,7 @@ class Stub:
         nodes.append(
             {
                 "name": self.options.get("node", f"{name}{len(nodes)}"),
-                "endpoint": self.argv[self.argv.index("--") + 1] if dashes else "kubernetes://x",
+                "endpoint": self.argv[self.argv.index("--") + 1] if dashes else "of-the-driver",
                 "status": "inactive",
                 "flags": self.options.get("buildkitd-flags", ""),
                 "options": dict(next(csv.reader([each]))[0].split("=", 1) for each in given),
