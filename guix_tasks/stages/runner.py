@@ -132,12 +132,16 @@ def _run_warm(
 ) -> Image | None:
     """Run a stage's commands with the warm store, and assemble its image from the result."""
     volume = store_volume(project, stage, parent)
-    create_store(project, volume)
+    known_images = (parent, *([current] if current else []))
+    if volume not in store_volumes(project):
+        create_store(project, volume)
+        for image in known_images:
+            seed_store(project, volume, image)
     start = parent
-    for check_roots in (True, False):
+    for is_last in (False, True):
         try:
             with _stage_container(
-                project, stage, parent, store=volume, check_roots=check_roots
+                project, stage, parent, store=volume, check_roots=not is_last
             ) as (container, work):
                 report = _run_commands(project, stage, container, work)
                 if stage.as_root:
@@ -145,7 +149,9 @@ def _run_warm(
                     start = commit_unnamed(project, container, parent)
             break
         except MissingItemsError:
-            for image in (parent, *([current] if current else [])):
+            if is_last:
+                raise
+            for image in known_images:
                 seed_store(project, volume, image)
 
     labels = {**_labels(project, stage, parent, report), ASSEMBLED_LABEL: "yes"}

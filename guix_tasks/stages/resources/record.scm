@@ -4,6 +4,8 @@
 ;; file `size`, the bytes of those that the base image does not have; and `db/`, the database
 ;; that an image with exactly these items has.  The same items give the same database.
 ;;
+;; The exit status is 113 if a root is not in the store volume's database.
+;;
 ;; The database of the container's image is at its usual place, that of the store volume is the
 ;; one of the daemon.  An image's own items have the registration time 1.  Every other item in
 ;; the image's database is one of its base, and stays, because deleting it frees nothing.
@@ -64,7 +66,7 @@
     (() #t)
     ((#(path) . _)
      (format (current-error-port) "error: the store item ~a is not valid~%" path)
-     (exit 1)))
+     (exit 113)))
   (if (file-exists? image-database)
       (execute db (string-append "attach database " (quoted image-database) " as image"))
       (begin

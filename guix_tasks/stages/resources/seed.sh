@@ -11,9 +11,18 @@ profiles=/var/guix/profiles/per-user/root
 PATH=$profiles/current-guix/bin:$profiles/guix-profile/bin:$PATH
 export HOME=/root
 
-[ -f /var/guix/db/db.sqlite ] || exit 0
 rm -rf "$volume/guix-tasks/incoming"
 mkdir -p "$volume/store" "$volume/guix-tasks/db" "$volume/guix-tasks/incoming"
+_give_to_owner() {
+    if [ "$owner" -ne 0 ]; then
+        chown "$owner:$owner" "$volume" "$volume/store"
+        chown -R "$owner:$owner" "$volume/guix-tasks"
+    fi
+}
+if ! [ -f /var/guix/db/db.sqlite ]; then
+    _give_to_owner
+    exit 0
+fi
 guix repl -- "$directory/seed.scm" "$volume" missing >"$directory/missing"
 cd /gnu/store
 # An item that the volume's database does not know is left over from a build that was killed.
@@ -29,7 +38,4 @@ xargs -n 100 sh -c '
     mv -- "$volume/guix-tasks/incoming/"* .
 ' sh "$volume" "$owner" <"$directory/missing"
 guix repl -- "$directory/seed.scm" "$volume" register
-if [ "$owner" -ne 0 ]; then
-    chown "$owner:$owner" "$volume" "$volume/store"
-    chown -R "$owner:$owner" "$volume/guix-tasks"
-fi
+_give_to_owner
