@@ -117,6 +117,9 @@
     (lambda (port)
       (for-each (cut format port "~a~%" <>) lines))))
 
+;; The daemon creates the database when the first client connects.
+(with-store store #t)
+
 (match (command-line)
   ((_ result)
    (let* ((directory (string-append result "/db"))
