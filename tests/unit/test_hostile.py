@@ -106,7 +106,7 @@ WORD = HOSTILE.map(of_system)
 INSIDE = WORD.map(lambda text: text.replace("..", "").replace("/", ""))
 """A name that leads nowhere else: some tests write there, perhaps as root."""
 
-NAMES = [name for name, *_ in settings_module.settings_reference()]
+NAMES = [*settings_module.DECLARATIONS]
 PROXIES = ("http_proxy", "https_proxy", "NO_PROXY")
 
 LIKELY = st.sampled_from(

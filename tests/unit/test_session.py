@@ -44,7 +44,7 @@ from guix_tasks.cli import errors, session
 from guix_tasks.commands import buildx_setup
 from guix_tasks.engine import discovery, podman
 from guix_tasks.errors import EngineError, UsageError
-from guix_tasks.settings import settings_reference
+from guix_tasks.settings import DECLARATIONS
 from guix_tasks.tasks import ns
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Inv:
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing of this machine: no engine, no settings, no user's files."""
-    for name, *_ in settings_reference():
+    for name in DECLARATIONS:
         monkeypatch.delenv(name, raising=False)
     for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))

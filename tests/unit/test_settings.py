@@ -22,6 +22,7 @@ from guix_tasks.errors import SettingsError
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import ImageReference
 from guix_tasks.settings import (
+    DECLARATIONS,
     Driver,
     ImageStore,
     Listen,
@@ -33,7 +34,6 @@ from guix_tasks.settings import (
     Settings,
     load_isolated,
     load_settings,
-    settings_reference,
 )
 from guix_tasks.stages.container import environment
 from guix_tasks.stages.images import STAGES
@@ -751,7 +751,7 @@ def test_isolated_reads_one_file_and_nothing_else(
 ) -> None:
     (project / ".env").write_text("IMAGE=example.org/real:1\n")
     (project / ".env.local").write_text("IMAGE=example.org/real:2\n")
-    for name, _, _ in settings_reference():
+    for name in DECLARATIONS:
         monkeypatch.setenv(name, "example.org/real:3")
     monkeypatch.setenv("ENV_FILE", str(project / ".env"))
     monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
@@ -993,7 +993,7 @@ assert not {{"invoke", "docker"}} & set(sys.modules)
 
 # --- Whatever is thrown at it ---------------------------------------------------------------
 
-_names = st.sampled_from([name for name, _, _ in settings_reference()])
+_names = st.sampled_from([*DECLARATIONS])
 _pieces = st.sampled_from(
     [*"=\"'\\#${}:/,;ax1-~é \n\r\0\ufeff\u2028\x1c", "\r\n", "${IMAGE}", "export "]
 )
