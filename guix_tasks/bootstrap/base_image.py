@@ -16,7 +16,7 @@ from guix_tasks.engine.api import ContainerSpec, run_to_end
 from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import BuilderError, GuixTasksError
 from guix_tasks.ui.format import human_size, human_time
-from guix_tasks.ui.log import results
+from guix_tasks.ui.log import LogReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -77,7 +77,7 @@ def _in_container(engine: Engine, console: Console, packages: Sequence[str]) -> 
         network=None if engine.info().has_bridge else "host",
     )
     with console.step("rootfs") as step:
-        yield from results(run_to_end(engine, spec, _failed), step.log)
+        yield from LogReader(step.log).results(run_to_end(engine, spec, _failed))
 
 
 def _failed(status: int) -> BuilderError:

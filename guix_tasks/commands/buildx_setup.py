@@ -25,7 +25,7 @@ from guix_tasks.errors import BuilderError, EngineError, GuixTasksError
 from guix_tasks.settings import Driver, Node
 from guix_tasks.stages.container import PROJECT_LABEL, container_name
 from guix_tasks.stages.container import project as project_name
-from guix_tasks.ui.log import Log
+from guix_tasks.ui.log import LogReader
 from guix_tasks.ui.redact import holds_secret
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _create(project: Project, buildx: Buildx, nodes: tuple[Node, ...]) -> None:
         for number, node in enumerate(nodes):
             buildx.change(*create_argv(settings, node, append=number > 0))
         with console.step("buildx.setup") as step:
-            log = Log(step.log)
+            log = LogReader(step.log)
             buildx.stream("inspect", "--bootstrap", name, output=log.add)
             log.end()
     except BaseException:
@@ -326,7 +326,7 @@ def _install_emulators(project: Project, names: str) -> None:
         )
 
     with console.step("binfmt") as step:
-        log = Log(step.log)
+        log = LogReader(step.log)
         for _, data in run_to_end(engine, spec, failed):
             log.add(data)
         log.end()
