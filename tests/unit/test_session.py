@@ -28,6 +28,7 @@ from fake_engine import (
     Output,
     Site,
     channel,
+    forget_contents,
     new_site,
     outline,
     serial,
@@ -77,8 +78,8 @@ class Inv:
 
     def __call__(self, *argv: str) -> Result:
         session._engines.clear()
-        files_module._file_digest.cache_clear()
-        files_module.forget_contents()
+        files_module.file_digest.cache_clear()
+        forget_contents()
         lines = (f"{name}='{value}'\n" for name, value in self.site.env.items())
         self.site.write(".env", "".join(lines))
         self.monkeypatch.setattr(sys, "argv", ["inv", *argv])

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_engine import forget_contents
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from guix_tasks import files
 from guix_tasks.errors import SettingsError
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import ImageReference
@@ -65,7 +65,7 @@ def load(
     environ: Mapping[str, str] | None = None,
     overrides: Overrides | None = None,
 ) -> Settings:
-    files.forget_contents()
+    forget_contents()
     (project / ".env").write_bytes(text if isinstance(text, bytes) else text.encode())
     return load_settings(project, project, environ or {}, overrides or {})
 
@@ -929,7 +929,7 @@ def test_no_secret_in_a_repr_or_in_an_error(project: Path) -> None:
         'DOCKER_PASSWORD="hunter2\0"\n',
     ]
     for text in texts:
-        files.forget_contents()
+        forget_contents()
         (project / ".env").write_text(text)
         with pytest.raises(SettingsError) as caught:
             load_settings(project, project, environ if "${" in text else {})
