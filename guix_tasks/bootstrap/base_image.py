@@ -63,7 +63,7 @@ def _in_container(engine: Engine, console: Console, packages: Sequence[str]) -> 
     if engine.image(DEBIAN_IMAGE) is None:
         try:
             pull = partial(engine.pull, DEBIAN_IMAGE, docker_accounts(os.environ).find(HUB))
-            retry_call(console, "the pull", pull, host=HUB)
+            retry_call(console, "the pull", pull)
         except GuixTasksError as error:
             raise BuilderError(
                 "cannot make the base image: this host is not Debian, and the image "

@@ -536,7 +536,7 @@ class _Build:
         tries = TRIES if target == IMAGE_TARGET else STAGE_TRIES
         try:
             with build_log(self.project, "buildx.build") as log:
-                retry_call(console, "the build", attempt, tries, self._settings.image.registry)
+                retry_call(console, "the build", attempt, tries)
         except TimeoutError:
             raise StageError(
                 f"buildx.build: stopped after STAGE_TIMEOUT ({human_time(limit or 0)} a stage); "

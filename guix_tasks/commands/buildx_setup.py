@@ -307,7 +307,7 @@ def _install_emulators(project: Project, names: str) -> None:
     if engine.image(BINFMT_IMAGE) is None:
         account = credentials_for(engine, project.settings, BINFMT_IMAGE)
         pull = partial(engine.pull, BINFMT_IMAGE, account)
-        retry_call(console, "the pull", pull, host="docker.io")
+        retry_call(console, "the pull", pull)
     image = engine.image(BINFMT_IMAGE)
     if image is None:
         raise EngineError(f"the engine pulled {BINFMT_IMAGE}, but the image does not exist")
