@@ -6,8 +6,8 @@ into lines, a line is cleaned like a path, and a pattern becomes a regular expre
 ``os.fsdecode``.
 
 Three constructs are rejected that BuildKit accepts: a backslash before a letter or digit, classes
-such as ``[:alpha:]``, and a repetition of ``^``. According to Docker's documentation, a backslash makes the next character
-literal, but BuildKit passes it to Go (``\d`` matches any digit).
+such as ``[:alpha:]``, and a repetition of ``^``. According to Docker's documentation, a backslash
+makes the next character literal, but BuildKit passes it to Go (``\d`` matches any digit).
 """
 
 from __future__ import annotations
