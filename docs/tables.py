@@ -10,20 +10,20 @@ import inspect
 import re
 import sys
 from dataclasses import fields
-from enum import Enum, EnumMeta
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks import errors
 from guix_tasks.cli.tasks import grouped
-from guix_tasks.settings import DECLARATIONS, Settings, example_text, values
+from guix_tasks.settings import DECLARATIONS, Settings, values
 from guix_tasks.tasks import ns
 from guix_tasks.ui.console import Display
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from invoke.parser import Argument
+    from invoke.parser.argument import Argument
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "reference").glob("*.md"))]
@@ -49,7 +49,7 @@ KINDS = {
     **{
         name: ", ".join(f"`{word.value}`" for word in kind)
         for name, kind in {**vars(values), "Display": Display}.items()
-        if isinstance(kind, EnumMeta) and kind is not Enum
+        if isinstance(kind, type) and issubclass(kind, Enum) and kind is not Enum
     },
     "Mapping[str, str]": "`NAME=VALUE`, any number",
     "Mapping[str, Path]": "`NAME=PATH`, any number",
@@ -76,6 +76,26 @@ def settings_table() -> str:
         (_code(name), _code(DECLARATIONS[name].default), DECLARATIONS[name].doc) for name in SHORT
     ]
     return _table(("setting", "default", "description"), rows)
+
+
+def example_text() -> str:
+    """Return the content of ``.env.example``."""
+    lines = [
+        "# Settings of guix-tasks with their defaults. Copy this file to .env.",
+        "#",
+        "# Precedence, lowest first: .env, .env.local, the files listed in the variable ENV_FILE",
+        "# (separated by commas), the environment, the options of a task.",
+        "#",
+        "# Relative paths start from the directory of the file in which they are written. List",
+        "# items are separated by spaces; quote an item that contains spaces. ${NAME} expands to",
+        "# a variable or to a setting further up.",
+    ]
+    for name, setting in DECLARATIONS.items():
+        if setting.section:
+            lines += ["", f"# --- {setting.section} ---"]
+        key = f"{name}={setting.default}" if setting.default else f"#{name}="
+        lines += ["", f"# {setting.doc}", key]
+    return "\n".join(lines) + "\n"
 
 
 def exit_codes() -> str:

@@ -17,7 +17,7 @@ from guix_tasks.errors import RegistryError
 from guix_tasks.ui import redact
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 HUB = "docker.io"
 
@@ -95,16 +95,19 @@ class Accounts:
     def _config(self) -> dict[str, object]:
         # A broken file counts as empty; Docker's command line does the same after a warning.
         try:
-            return _json_object(
-                (docker_config_directory(self.environment) / "config.json").read_bytes()
-            )
+            directory = docker_config_directory(self.environment)
+            return _json_object((directory / "config.json").read_bytes())
         except (OSError, RuntimeError):
             return {}
 
 
 def docker_accounts(environment: Mapping[str, str]) -> Accounts:
     """Return Docker's accounts: ``DOCKER_AUTH_CONFIG``, config.json and credential helpers."""
-    return Accounts(environment, dict(_auth_config(environment.get(AUTH_CONFIG, ""))))
+    auths = _object(_json_object(environment.get(AUTH_CONFIG, "")).get("auths"))
+    accounts = {_host(name): _decoded(entry) for name, entry in auths.items()}
+    # Docker ignores identity tokens here as well.
+    given = {host: a for host, a in accounts.items() if a and not a.identity_token}
+    return Accounts(environment, given)
 
 
 def auth_config(accounts: Mapping[str, Credentials]) -> str:
@@ -131,13 +134,6 @@ def _host(name: str) -> str:
     host = name.partition("://")[2] or name
     host = host.partition("/")[0]
     return HUB if host == f"index.{HUB}" else host
-
-
-def _auth_config(text: str) -> Iterator[tuple[str, Credentials]]:
-    for name, entry in _object(_json_object(text).get("auths")).items():
-        account = _decoded(entry)
-        if account and not account.identity_token:  # Docker ignores tokens here as well
-            yield _host(name), account
 
 
 def _decoded(entry: object) -> Credentials | None:

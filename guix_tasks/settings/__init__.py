@@ -2,7 +2,7 @@
 
 Each setting is declared once, on its field of ``Settings``; ``sources.Setting`` lists the parts of
 a declaration. The declarations are the source of ``load_settings``, of the tables in the
-documentation, and of ``.env.example``, which ``python -m guix_tasks.settings`` prints.
+documentation, and of ``.env.example``, which ``python -m docs.tables`` writes.
 
 Sources in increasing precedence: defaults, ``.env``, ``.env.local``, the files listed in
 ``ENV_FILE``, the process environment, task options. The environment is a parameter of
@@ -52,7 +52,6 @@ __all__ = [
     "Sandbox",
     "Secret",
     "Settings",
-    "example_text",
     "load_isolated",
     "load_settings",
 ]
@@ -551,26 +550,6 @@ def _docker_proxies(environ: Mapping[str, str]) -> Mapping[str, Any]:
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
     return proxies if isinstance(proxies, dict) else {}
-
-
-def example_text() -> str:
-    """Return the content of ``.env.example``."""
-    lines = [
-        "# Settings of guix-tasks with their defaults. Copy this file to .env.",
-        "#",
-        "# Precedence, lowest first: .env, .env.local, the files listed in the variable ENV_FILE",
-        "# (separated by commas), the environment, the options of a task.",
-        "#",
-        "# Relative paths start from the directory of the file in which they are written. List",
-        "# items are separated by spaces; quote an item that contains spaces. ${NAME} expands to",
-        "# a variable or to a setting further up.",
-    ]
-    for name, setting in DECLARATIONS.items():
-        if setting.section:
-            lines += ["", f"# --- {setting.section} ---"]
-        key = f"{name}={setting.default}" if setting.default else f"#{name}="
-        lines += ["", f"# {setting.doc}", key]
-    return "\n".join(lines) + "\n"
 
 
 # --- Loading --------------------------------------------------------------------------------

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-from guix_tasks.settings import DECLARATIONS, example_text, load_settings
+from docs.tables import example_text
+from guix_tasks.settings import DECLARATIONS, load_settings
 
-ROOT = Path(__file__).parents[2]
-HOW = "run: python -m guix_tasks.settings > .env.example"
-
-
-def test_env_example_is_up_to_date() -> None:
-    assert (ROOT / ".env.example").read_text(encoding="utf-8") == example_text(), HOW
-
-
-def test_the_module_prints_it() -> None:
-    command = [sys.executable, "-m", "guix_tasks.settings"]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT), "IMAGE": "Not An Image"}
-    printed = subprocess.run(command, env=environ, check=True, capture_output=True, text=True)
-    assert printed.stdout == example_text()
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_as_an_env_file_it_changes_nothing(tmp_path: Path) -> None:
