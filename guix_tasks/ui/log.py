@@ -21,13 +21,14 @@ _CONTROL = re.compile(
 
 
 class LogReader:
-    """Splits the log of a program into lines without control sequences and secrets.
+    """Splits the log of a program into lines without control sequences.
 
-    ``show`` receives the lines and ``file`` the raw log. If the file cannot be written, the rest
-    of the raw log is dropped.
+    ``show`` receives the lines without secrets. ``read`` and ``end`` return them to be searched for
+    faults, with secrets, because a secret can be a common word. ``file`` receives the raw log; if
+    it cannot be written, the rest of the raw log is dropped.
 
     A program can redraw a line, as progress bars do. ``show`` receives the last version of each
-    line. ``read`` and ``end`` return all versions.
+    line, ``read`` and ``end`` return all versions.
     """
 
     def __init__(
@@ -72,12 +73,12 @@ class LogReader:
         lines, texts = [], []
         for version in versions:
             content = version.rstrip(b"\r\n")
-            text = redact.hidden(_CONTROL.sub(b"", content))
+            text = _CONTROL.sub(b"", content)
             texts.append(text.decode(errors="replace"))
             if content:
                 self._line = text
             if version.endswith(b"\n"):
-                lines.append(self._line)
+                lines.append(redact.hidden(self._line))
                 self._line = b""
         if lines and self._show:
             self._show(lines)

@@ -185,6 +185,14 @@ def test_a_console_shows_no_secret(display: Display) -> None:
     assert "from ***\nand ***\n" in said
 
 
+def test_a_secret_that_is_a_common_word_hides_no_fault() -> None:
+    redact.add("guix")
+    shown: list[bytes] = []
+    log = LogReader(shown.extend)
+    assert log.read(b"guix 1%\rguix: error: x\n") == ["guix 1%", "guix: error: x"]
+    assert shown == [b"***: error: x"]
+
+
 def test_held_output_precedes_the_next_message() -> None:
     redact.add(SECRET)
     console = Heard()
