@@ -39,6 +39,7 @@ from guix_tasks.stages.images import (
     stage_labels,
 )
 from guix_tasks.stages.install import given_packages, install_stage
+from guix_tasks.stages.make import run_stage
 from guix_tasks.stages.pull import (
     CHANNELS_INPUT,
     channels_text,
@@ -51,7 +52,7 @@ from guix_tasks.stages.pull import (
     uncompared_lock,
     write_lock,
 )
-from guix_tasks.stages.runner import build_log, print_result, run_stage
+from guix_tasks.stages.runner import build_log, print_result
 from guix_tasks.stages.store import TRUST_LABEL, guix_state
 from guix_tasks.stages.substitutes import require_substitutes
 from guix_tasks.stages.transfer import pull, push
@@ -273,8 +274,7 @@ class Lifecycle:
             with build_log(project, "base") as log:
                 project.console.detail(f"base: {settings.dockerfile} on {settings.base_image}")
                 build = partial(project.engine.build, spec, log.add)
-                host = settings.base_image.registry
-                image_id = retry_call(project.console, "the build", build, host=host)
+                image_id = retry_call(project.console, "the build", build)
         except BuilderError:
             # The builder's message is only that it cannot get the base image.
             if reason := base_platform_error(project.engine, settings):

@@ -1,4 +1,4 @@
-"""Run a stage's commands in a work container and commit the result."""
+"""Run the script of a stage in its work container, with retries, a log and diagnostics."""
 
 from __future__ import annotations
 
@@ -12,52 +12,23 @@ from guix_tasks import guix
 from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import EngineError, MissingItemsError, StageError, full_disk
 from guix_tasks.guix.progress import Activity, BuildSteps, Noise
-from guix_tasks.stages.channel_access import grant_access
-from guix_tasks.stages.commit import commit_image, commit_unnamed
 from guix_tasks.stages.container import (
-    WORK_DIRECTORY,
     Work,
-    cache_prefix,
-    check_no_kept_container,
-    common_inputs,
     fill,
     proxy_error_line,
     time_limit,
-    work_container,
 )
 from guix_tasks.stages.diagnostics import Failure, log_path, save_diagnostics, saved_log
-from guix_tasks.stages.images import (
-    ASSEMBLED_LABEL,
-    GUIX_KEY_LABEL,
-    REPORTED_LABELS,
-    STAGE_LABEL,
-    is_child,
-    key_of,
-    stage_labels,
-)
-from guix_tasks.stages.log_faults import Lines, LogFaults
-from guix_tasks.stages.stage import MISSING_ITEMS, Stage, stage_files, warm_stage_files
-from guix_tasks.stages.store import (
-    NEW_RESULT,
-    RESULT_DIRECTORY,
-    assemble,
-    create_store,
-    guix_key,
-    reusable_start,
-    seed_store,
-    store_volume,
-    store_volumes,
-)
-from guix_tasks.stages.volumes import check_volumes
+from guix_tasks.stages.log_faults import LogFaults
+from guix_tasks.stages.stage import MISSING_ITEMS
 from guix_tasks.ui.console import Display
-from guix_tasks.ui.format import human_size, human_time, pasteable, printable
-from guix_tasks.ui.log import Log
+from guix_tasks.ui.format import human_size, human_time, printable
+from guix_tasks.ui.log import LogReader
 from guix_tasks.ui.redact import clean
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
-    from guix_tasks.engine.api import Image
     from guix_tasks.stages.project import Project
     from guix_tasks.ui.console import Step
 
@@ -70,198 +41,6 @@ _ERROR_LENGTH = 200
 
 _METER_INTERVAL = 1.0
 """Seconds between two readings of a container's network traffic."""
-
-
-def run_stage(
-    project: Project,
-    stage: Stage,
-    parent: Image,
-    *,
-    commit: bool = True,
-    force: bool = False,
-    keep_failed: bool = False,
-) -> Image | None:
-    """Run a stage's commands in a container of ``parent`` and commit it as the stage's image.
-
-    Return None if nothing was committed: with ``commit=False`` the container is kept for
-    ``inv commit``; without ``force`` a result that equals the current image is not committed.
-
-    Raise ``StageError`` if a command fails. No tag moves in that case, and the container is
-    removed unless ``keep_failed`` is true.
-    """
-    check_volumes(project.settings, parent)
-    warm = commit and not keep_failed and cache_prefix(project.settings) is not None
-    current = project.ledger.find(stage.name)
-    if warm and current and not force:
-        image = _reassemble(project, stage, parent, current)
-        if image:
-            return image
-    project = project.with_sandbox(parent, as_root=stage.as_root)
-    console, settings = project.console, project.settings
-    if not commit or keep_failed:
-        check_no_kept_container(project.engine, settings)
-    with console.step(stage.name) as step:
-        console.detail(f"{stage.name}: in a {settings.guix_sandbox.value} container")
-        for command in stage.commands:
-            console.detail(pasteable(command))
-        if warm:
-            return _run_warm(project, stage, parent, current, step, force=force)
-        with _stage_container(project, stage, parent, keep=not commit, keep_failed=keep_failed) as (
-            container,
-            work,
-        ):
-            report = _run_commands(project, stage, container, work)
-            step.show_activity(lambda: "committing")
-            if not commit:
-                console.print(f"{stage.name}: not committed; `inv commit` commits the container")
-                return None
-            labels = _labels(project, stage, parent, report)
-            if not force and current and _is_unchanged(project, current, parent, labels):
-                return None
-            return commit_image(project, container, parent, project.ledger.tag(stage.name), labels)
-
-
-def _run_warm(
-    project: Project,
-    stage: Stage,
-    parent: Image,
-    current: Image | None,
-    step: Step,
-    *,
-    force: bool,
-) -> Image | None:
-    """Run a stage's commands with the warm store, and assemble its image from the result."""
-    volume = store_volume(project, stage, parent)
-    known_images = (parent, *([current] if current else []))
-    if volume not in store_volumes(project):
-        create_store(project, volume)
-        for image in known_images:
-            seed_store(project, volume, image)
-    start = parent
-    for is_last in (False, True):
-        try:
-            with _stage_container(
-                project, stage, parent, store=volume, check_roots=not is_last
-            ) as (container, work):
-                report = _run_commands(project, stage, container, work)
-                if stage.as_root:
-                    step.show_activity(lambda: "committing")
-                    start = commit_unnamed(project, container, parent)
-            break
-        except MissingItemsError:
-            if is_last:
-                raise
-            for image in known_images:
-                seed_store(project, volume, image)
-
-    labels = {**_labels(project, stage, parent, report), ASSEMBLED_LABEL: "yes"}
-    if not force and current and _is_unchanged(project, current, parent, labels):
-        return None
-    starts = [start]
-    if current and not force and reusable_start(project, stage, parent, current):
-        starts.insert(0, current)
-    step.show_activity(lambda: "assembling")
-    try:
-        made = assemble(project, stage, parent, volume, labels, result=NEW_RESULT, starts=starts)
-    finally:
-        if start is not parent:
-            project.engine.drop(start.id)
-    if made is None:
-        raise StageError(
-            f"{stage.name}: the volume {volume} lost store items while the stage ran, and nothing "
-            f"was committed; run `inv {stage.name}` again"
-        )
-    return made
-
-
-def _reassemble(project: Project, stage: Stage, parent: Image, current: Image) -> Image | None:
-    """Assemble a stage on a new parent without running Guix if Guix would make the same.
-
-    Return None if it might make something else, or if no volume has the result.
-    """
-    inputs = stage.inputs(common_inputs(project.engine, project.settings))
-    key = guix_key(stage, parent, inputs)
-    if not key or current.labels.get(GUIX_KEY_LABEL) != key:
-        return None
-    own = stage.labels("")
-    reported = {name: current.labels[name] for name in REPORTED_LABELS if name in own}
-    labels = {
-        **stage_labels(stage.name, key_of(parent), inputs),
-        **own,
-        **reported,
-        GUIX_KEY_LABEL: key,
-        ASSEMBLED_LABEL: "yes",
-    }
-    with project.console.step(stage.name) as step:
-        step.show_activity(lambda: "assembling")
-        for volume in store_volumes(project):
-            image = assemble(project, stage, parent, volume, labels, result=key, starts=[parent])
-            if image:
-                project.console.print(f"{stage.name}: Guix has nothing to do; assembled again")
-                return image
-    return None
-
-
-def _run_commands(project: Project, stage: Stage, container: str, work: Work) -> str:
-    """Run a stage's commands and return the report of their result."""
-    report = run_with_retries(project, container, work).strip()
-    if stage.check:
-        stage.check(report)
-    return report
-
-
-def _labels(project: Project, stage: Stage, parent: Image, report: str) -> dict[str, str]:
-    """Return the labels of a stage's image for a report."""
-    # A dry run has no report to pin the stage by.
-    pinned = stage.pinned(report) if stage.pinned and report else stage
-    inputs = pinned.inputs(common_inputs(project.engine, project.settings))
-    return {
-        **stage_labels(stage.name, key_of(parent), inputs),
-        **stage.labels(report),
-        GUIX_KEY_LABEL: guix_key(pinned, parent, inputs),
-        ASSEMBLED_LABEL: "",
-    }
-
-
-def _is_unchanged(
-    project: Project, current: Image, parent: Image, labels: Mapping[str, str]
-) -> bool:
-    if not is_child(current, parent) or not labels.items() <= current.labels.items():
-        return False
-    project.console.print(f"{current.labels[STAGE_LABEL]}: unchanged")
-    return True
-
-
-@contextmanager
-def _stage_container(
-    project: Project,
-    stage: Stage,
-    parent: Image,
-    *,
-    keep: bool = False,
-    keep_failed: bool = False,
-    store: str = "",
-    check_roots: bool = False,
-) -> Iterator[tuple[str, Work]]:
-    """Create the container of a stage, with access to its channels; yield its ID and its work."""
-    engine, settings = project.engine, project.settings
-    if store:
-        files = warm_stage_files(stage, RESULT_DIRECTORY, check_roots=check_roots)
-    else:
-        files = stage_files(stage)
-    with grant_access(engine, settings, stage.fetches) as access:
-        work = Work(
-            stage.name,
-            (f"{WORK_DIRECTORY}/stage",),
-            {**files, **access.files},
-            keep=keep,
-            keep_failed=keep_failed,
-            nearby=project.nearby(stage.name),
-            binds=access.binds,
-            store=store,
-        )
-        with work_container(engine, settings, parent.id, work) as container:
-            yield container, work
 
 
 def run_with_retries(project: Project, container: str, work: Work) -> str:
@@ -319,7 +98,7 @@ def run_container(
     Raise ``StageError`` if the command fails or exceeds ``STAGE_TIMEOUT``, or if no substitute
     server answers and ``GUIX_FALLBACK`` is off.
     """
-    output, lines, faults = bytearray(), Lines(), LogFaults(project.settings)
+    output, faults = bytearray(), LogFaults(project.settings)
     activity, logs_builds = Activity(), project.settings.output.logs_builds
 
     def read(line: str) -> None:
@@ -334,16 +113,14 @@ def run_container(
         _stage_timeout(project, container, name, elapsed) as timed_out,
         _network_meter(project, container, activity, step),
     ):
-        log = Log(_log_sink(project, step), log_file)
+        log = LogReader(_log_sink(project, step), log_file)
         for is_log, data in project.engine.run(container):
             if not is_log:
                 output += data
                 continue
-            log.add(data)
-            for line in lines.add(data):
+            for line in log.read(data):
                 read(line)
-        log.end()
-        for line in lines.add(b"\n"):
+        for line in log.end():
             read(line)
         status = project.engine.wait(container)
     if timed_out.is_set():
@@ -438,7 +215,7 @@ def _proxy_fault(project: Project) -> str:
 
 
 @contextmanager
-def build_log(project: Project, name: str) -> Iterator[Log]:
+def build_log(project: Project, name: str) -> Iterator[LogReader]:
     """Yield the log for the build of a Dockerfile; it is shown and saved at ``log_path``."""
     steps = BuildSteps()
     with project.console.step(name) as step, saved_log(project.settings, name) as log_file:
@@ -449,7 +226,7 @@ def build_log(project: Project, name: str) -> Iterator[Log]:
             step.log(lines)
             steps.look(lines)
 
-        log = Log(show, log_file)
+        log = LogReader(show, log_file)
         try:
             yield log
         finally:

@@ -13,8 +13,8 @@ from guix_tasks.settings import load_isolated
 from guix_tasks.stages.base import base_spec
 from guix_tasks.stages.container import network
 from guix_tasks.stages.images import CHANNELS_LABEL
+from guix_tasks.stages.make import run_stage
 from guix_tasks.stages.project import Project as EngineProject
-from guix_tasks.stages.runner import run_stage
 from guix_tasks.stages.stage import Stage
 from guix_tasks.ui.console import Console
 

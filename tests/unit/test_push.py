@@ -16,7 +16,7 @@ from guix_tasks.engine.accounts import Credentials
 from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import RegistryError, UsageError
 from guix_tasks.stages.images import PREVIOUS, STAGES
-from guix_tasks.stages.runner import run_stage
+from guix_tasks.stages.make import run_stage
 from guix_tasks.stages.stage import Stage
 from guix_tasks.ui.format import human_size
 

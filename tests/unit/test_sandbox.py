@@ -15,9 +15,9 @@ from guix_tasks.commands import run
 from guix_tasks.commands.verify import verify
 from guix_tasks.errors import EngineError, StageError
 from guix_tasks.stages import container as container_module
+from guix_tasks.stages.make import run_stage
 from guix_tasks.stages.ownership import USER
 from guix_tasks.stages.pull import pull_stage
-from guix_tasks.stages.runner import run_stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_engine import forget_contents
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from guix_tasks import files
 from guix_tasks.errors import SettingsError
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import ImageReference
 from guix_tasks.settings import (
+    DECLARATIONS,
     Driver,
     ImageStore,
     Listen,
@@ -33,7 +34,6 @@ from guix_tasks.settings import (
     Settings,
     load_isolated,
     load_settings,
-    settings_reference,
 )
 from guix_tasks.stages.container import environment
 from guix_tasks.stages.images import STAGES
@@ -65,7 +65,7 @@ def load(
     environ: Mapping[str, str] | None = None,
     overrides: Overrides | None = None,
 ) -> Settings:
-    files.forget_contents()
+    forget_contents()
     (project / ".env").write_bytes(text if isinstance(text, bytes) else text.encode())
     return load_settings(project, project, environ or {}, overrides or {})
 
@@ -746,7 +746,7 @@ def test_isolated_reads_one_file_and_nothing_else(
 ) -> None:
     (project / ".env").write_text("IMAGE=example.org/real:1\n")
     (project / ".env.local").write_text("IMAGE=example.org/real:2\n")
-    for name, _, _ in settings_reference():
+    for name in DECLARATIONS:
         monkeypatch.setenv(name, "example.org/real:3")
     monkeypatch.setenv("ENV_FILE", str(project / ".env"))
     monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
@@ -924,7 +924,7 @@ def test_no_secret_in_a_repr_or_in_an_error(project: Path) -> None:
         'DOCKER_PASSWORD="hunter2\0"\n',
     ]
     for text in texts:
-        files.forget_contents()
+        forget_contents()
         (project / ".env").write_text(text)
         with pytest.raises(SettingsError) as caught:
             load_settings(project, project, environ if "${" in text else {})
@@ -988,7 +988,7 @@ assert not {{"invoke", "docker"}} & set(sys.modules)
 
 # --- Whatever is thrown at it ---------------------------------------------------------------
 
-_names = st.sampled_from([name for name, _, _ in settings_reference()])
+_names = st.sampled_from([*DECLARATIONS])
 _pieces = st.sampled_from(
     [*"=\"'\\#${}:/,;ax1-~é \n\r\0\ufeff\u2028\x1c", "\r\n", "${IMAGE}", "export "]
 )

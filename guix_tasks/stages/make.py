@@ -1,0 +1,249 @@
+"""Make the image of a stage: run its commands, and commit or assemble the result."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from guix_tasks.errors import MissingItemsError, StageError
+from guix_tasks.stages.channel_access import grant_access
+from guix_tasks.stages.commit import commit_image, commit_unnamed
+from guix_tasks.stages.container import (
+    WORK_DIRECTORY,
+    Work,
+    cache_prefix,
+    check_no_kept_container,
+    common_inputs,
+    work_container,
+)
+from guix_tasks.stages.images import (
+    ASSEMBLED_LABEL,
+    GUIX_KEY_LABEL,
+    REPORTED_LABELS,
+    STAGE_LABEL,
+    is_child,
+    key_of,
+    stage_labels,
+)
+from guix_tasks.stages.runner import run_with_retries
+from guix_tasks.stages.stage import Stage, stage_files, warm_stage_files
+from guix_tasks.stages.store import (
+    NEW_RESULT,
+    RESULT_DIRECTORY,
+    assemble,
+    create_store,
+    guix_key,
+    reusable_start,
+    seed_store,
+    store_volume,
+    store_volumes,
+)
+from guix_tasks.stages.volumes import check_volumes
+from guix_tasks.ui.format import pasteable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from guix_tasks.engine.api import Image
+    from guix_tasks.stages.project import Project
+    from guix_tasks.ui.console import Step
+
+
+def run_stage(
+    project: Project,
+    stage: Stage,
+    parent: Image,
+    *,
+    commit: bool = True,
+    force: bool = False,
+    keep_failed: bool = False,
+) -> Image | None:
+    """Run a stage's commands in a container of ``parent`` and commit it as the stage's image.
+
+    Return None if nothing was committed: with ``commit=False`` the container is kept for
+    ``inv commit``; without ``force`` a result that equals the current image is not committed.
+
+    Raise ``StageError`` if a command fails. No tag moves in that case, and the container is
+    removed unless ``keep_failed`` is true.
+    """
+    check_volumes(project.settings, parent)
+    warm = commit and not keep_failed and cache_prefix(project.settings) is not None
+    current = project.ledger.find(stage.name)
+    if warm and current and not force:
+        image = _reassemble(project, stage, parent, current)
+        if image:
+            return image
+    project = project.with_sandbox(parent, as_root=stage.as_root)
+    console, settings = project.console, project.settings
+    if not commit or keep_failed:
+        check_no_kept_container(project.engine, settings)
+    with console.step(stage.name) as step:
+        console.detail(f"{stage.name}: in a {settings.guix_sandbox.value} container")
+        for command in stage.commands:
+            console.detail(pasteable(command))
+        if warm:
+            return _run_warm(project, stage, parent, current, step, force=force)
+        with _stage_container(project, stage, parent, keep=not commit, keep_failed=keep_failed) as (
+            container,
+            work,
+        ):
+            report = _run_commands(project, stage, container, work)
+            step.show_activity(lambda: "committing")
+            if not commit:
+                console.print(f"{stage.name}: not committed; `inv commit` commits the container")
+                return None
+            labels = _labels(project, stage, parent, report)
+            if not force and current and _is_unchanged(project, current, parent, labels):
+                return None
+            return commit_image(project, container, parent, project.ledger.tag(stage.name), labels)
+
+
+def _run_warm(
+    project: Project,
+    stage: Stage,
+    parent: Image,
+    current: Image | None,
+    step: Step,
+    *,
+    force: bool,
+) -> Image | None:
+    """Run a stage's commands with the warm store, and assemble its image from the result."""
+    volume = store_volume(project, stage, parent)
+    seeds = (parent, *([current] if current else []))
+    if volume not in store_volumes(project):
+        create_store(project, volume)
+        for image in seeds:
+            seed_store(project, volume, image)
+    try:
+        report, start = _run_in_store(project, stage, parent, volume, check_roots=True)
+    except MissingItemsError:
+        for image in seeds:
+            seed_store(project, volume, image)
+        report, start = _run_in_store(project, stage, parent, volume, check_roots=False)
+
+    step.show_activity(lambda: "assembling")
+    try:
+        labels = {**_labels(project, stage, parent, report), ASSEMBLED_LABEL: "yes"}
+        if not force and current and _is_unchanged(project, current, parent, labels):
+            return None
+        starts = [start]
+        if current and not force and reusable_start(project, stage, parent, current):
+            starts.insert(0, current)
+        made = assemble(project, stage, parent, volume, labels, result=NEW_RESULT, starts=starts)
+    finally:
+        if start is not parent:
+            project.engine.drop(start.id)
+    if made is None:
+        raise StageError(
+            f"{stage.name}: the volume {volume} lost store items while the stage ran, and nothing "
+            f"was committed; run `inv {stage.name}` again"
+        )
+    return made
+
+
+def _run_in_store(
+    project: Project, stage: Stage, parent: Image, volume: str, *, check_roots: bool
+) -> tuple[str, Image]:
+    """Run a stage's commands with the warm store.
+
+    Return their report and the image to assemble on: ``parent``, or an untagged image with the
+    files that the commands of a custom stage wrote outside of the store.
+
+    Raise ``MissingItemsError`` if the volume lacks items of ``parent``.
+    """
+    with _stage_container(project, stage, parent, store=volume, check_roots=check_roots) as (
+        container,
+        work,
+    ):
+        report = _run_commands(project, stage, container, work)
+        return report, commit_unnamed(project, container, parent) if stage.as_root else parent
+
+
+def _reassemble(project: Project, stage: Stage, parent: Image, current: Image) -> Image | None:
+    """Assemble a stage on a new parent without running Guix if Guix would make the same.
+
+    Return None if it might make something else, or if no volume has the result.
+    """
+    inputs = stage.inputs(common_inputs(project.engine, project.settings))
+    key = guix_key(stage, parent, inputs)
+    if not key or current.labels.get(GUIX_KEY_LABEL) != key:
+        return None
+    own = stage.labels("")
+    reported = {name: current.labels[name] for name in REPORTED_LABELS if name in own}
+    labels = {
+        **stage_labels(stage.name, key_of(parent), inputs),
+        **own,
+        **reported,
+        GUIX_KEY_LABEL: key,
+        ASSEMBLED_LABEL: "yes",
+    }
+    with project.console.step(stage.name) as step:
+        step.show_activity(lambda: "assembling")
+        for volume in store_volumes(project):
+            image = assemble(project, stage, parent, volume, labels, result=key, starts=[parent])
+            if image:
+                project.console.print(f"{stage.name}: Guix has nothing to do; assembled again")
+                return image
+    return None
+
+
+def _run_commands(project: Project, stage: Stage, container: str, work: Work) -> str:
+    """Run a stage's commands and return the report of their result."""
+    report = run_with_retries(project, container, work).strip()
+    if stage.check:
+        stage.check(report)
+    return report
+
+
+def _labels(project: Project, stage: Stage, parent: Image, report: str) -> dict[str, str]:
+    """Return the labels of a stage's image for a report."""
+    # A dry run has no report to pin the stage by.
+    pinned = stage.pinned(report) if stage.pinned and report else stage
+    inputs = pinned.inputs(common_inputs(project.engine, project.settings))
+    return {
+        **stage_labels(stage.name, key_of(parent), inputs),
+        **stage.labels(report),
+        GUIX_KEY_LABEL: guix_key(pinned, parent, inputs),
+        ASSEMBLED_LABEL: "",
+    }
+
+
+def _is_unchanged(
+    project: Project, current: Image, parent: Image, labels: Mapping[str, str]
+) -> bool:
+    if not is_child(current, parent) or not labels.items() <= current.labels.items():
+        return False
+    project.console.print(f"{current.labels[STAGE_LABEL]}: unchanged")
+    return True
+
+
+@contextmanager
+def _stage_container(
+    project: Project,
+    stage: Stage,
+    parent: Image,
+    *,
+    keep: bool = False,
+    keep_failed: bool = False,
+    store: str = "",
+    check_roots: bool = False,
+) -> Iterator[tuple[str, Work]]:
+    """Create the container of a stage, with access to its channels; yield its ID and its work."""
+    engine, settings = project.engine, project.settings
+    if store:
+        files = warm_stage_files(stage, RESULT_DIRECTORY, check_roots=check_roots)
+    else:
+        files = stage_files(stage)
+    with grant_access(engine, settings, stage.fetches) as access:
+        work = Work(
+            stage.name,
+            (f"{WORK_DIRECTORY}/stage",),
+            {**files, **access.files},
+            keep=keep,
+            keep_failed=keep_failed,
+            nearby=project.nearby(stage.name),
+            binds=access.binds,
+            store=store,
+        )
+        with work_container(engine, settings, parent.id, work) as container:
+            yield container, work
