@@ -458,6 +458,40 @@ def contents(docker: Docker, image: str) -> str:
     return said.stdout
 
 
+CHECK_STORE = """
+set -e
+cat >/tmp/paths.scm <<'SCHEME'
+(use-modules (sqlite3))
+(define db (sqlite-open "/var/guix/db/db.sqlite"))
+(for-each (lambda (row) (format #t "~a~%" (vector-ref row 0)))
+          (sqlite-map identity (sqlite-prepare db "select path from ValidPaths order by path")))
+SCHEME
+guix repl -- /tmp/paths.scm | sort >/tmp/database
+find /gnu/store -mindepth 1 -maxdepth 1 ! -name .links | sort >/tmp/store
+echo "not in the database: $(comm -13 /tmp/database /tmp/store | tr '\\n' ' ')"
+echo "not in the store: $(comm -23 /tmp/database /tmp/store | tr '\\n' ' ')"
+guix gc --verify=contents 2>&1
+echo "dead: $(guix gc --list-dead 2>/dev/null | tr '\\n' ' ')"
+"""
+
+
+def check_store(docker: Docker, image: str) -> None:
+    """Check that an image has exactly the items that its database knows and its roots need."""
+    done = docker.run(
+        image,
+        "sh",
+        "-c",
+        CHECK_STORE,
+        options=["--privileged", "--entrypoint=/entry-point.sh"],
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not in the database: \n" in done.stdout
+    assert "not in the store: \n" in done.stdout
+    assert "dead: \n" in done.stdout
+    for trouble in ("disappeared", "modified", "not valid", "error"):
+        assert trouble not in done.stdout
+
+
 def inv_argv(*arguments: str) -> list[str]:
     """The command line of this Python's Invoke with the tasks of this checkout."""
     return [sys.executable, "-m", "invoke", f"--search-root={ROOT}", *arguments]

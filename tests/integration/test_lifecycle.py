@@ -445,7 +445,7 @@ def test_a_dry_run_shows_the_whole_lifecycle(new_project: NewProject) -> None:
     for stage in ("base", "pull", "install"):
         assert re.search(rf"^\+ docker tag \S+ {project.tag(stage)}$", said, re.MULTILINE)
     assert "+ docker create --name=guix-tasks-pull-" in said
-    assert "+ docker commit guix-tasks-pull-" in said
+    assert "+ docker commit guix-tasks-assemble-" in said
     assert f"+ docker push {project.image}\n" in said
     assert not (project.directory / LOCK).exists()
 

@@ -1,0 +1,185 @@
+"""Images that are assembled from the warm store: exact, deterministic, and cheap to change."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+from harness import ROOT, check_store
+
+if TYPE_CHECKING:
+    from conftest import NewProject
+    from harness import Docker, Project, Result
+    from soak import Soak
+
+pytestmark = pytest.mark.engine
+
+STAGES = ("base", "pull", "install")
+
+PACKAGES = ("greet", "hello", "tar", "gzip")
+
+LISTING = (
+    "find / -xdev ! -path '/proc*' ! -path '/dev*' ! -path '/sys*' ! -path /etc/resolv.conf "
+    "! -path /etc/hosts ! -path /etc/hostname ! -path /etc -printf '%p %m %U:%G %s %T@ %l\n' "
+    "| sort"
+)
+
+
+def layers(docker: Docker, image: str) -> list[str]:
+    listed = docker.ok("image", "inspect", "--format={{json .RootFS.Layers}}", image)
+    return re.findall(r"sha256:[0-9a-f]{64}", listed)
+
+
+def files(docker: Docker, image: str) -> list[str]:
+    """Every file of an image, with its mode, owner, size and time."""
+    return docker.run(image, "sh", "-c", LISTING, options=["--entrypoint="]).stdout.splitlines()
+
+
+def ran_guix(result: Result) -> bool:
+    return "container" in result.stderr
+
+
+@pytest.mark.both_stores
+def test_image_after_changes_equals_one_that_is_made_at_once(
+    new_project: NewProject, docker: Docker
+) -> None:
+    project = new_project("base", GUIX_PACKAGES="hello")
+    project.ok("pull", "install")
+    for packages in ("hello greet", "greet tar", "tar greet gzip"):
+        project.set(GUIX_PACKAGES=packages)
+        project.ok("install")
+    base, changed = layers(docker, project.tag("base")), layers(docker, project.image)
+    assert len(base) < len(changed) <= len(base) + 10
+    at_once = new_project("base", GUIX_PACKAGES="tar greet gzip")
+    at_once.ok("pull", "install")
+    assert len(layers(docker, at_once.image)) == len(base) + 2
+    assert files(docker, project.image) == files(docker, at_once.image)
+    check_store(docker, project.image)
+    project.ok("verify")
+
+
+@pytest.mark.both_stores
+def test_same_inputs_give_the_same_layers(new_project: NewProject, docker: Docker) -> None:
+    projects = [new_project("base", GUIX_SANDBOX=sandbox) for sandbox in ("capabilities", "auto")]
+    for project in projects:
+        project.ok("pull", "install")
+    first, second = (layers(docker, project.image) for project in projects)
+    assert first == second
+
+
+@pytest.mark.both_stores
+def test_changed_file_of_the_base_does_not_run_guix(
+    new_project: NewProject, docker: Docker
+) -> None:
+    project = new_project(GUIX_PACKAGES="hello", DOCKERFILE="Dockerfile")
+    dockerfile, text = project.directory / "Dockerfile", (ROOT / "Dockerfile").read_text()
+    dockerfile.write_text(f"{text}RUN echo 1 >/srv/file\n")
+    project.ok("base", "pull", "install", "push")
+    before = layers(docker, project.image)
+    dockerfile.write_text(f"{text}RUN echo 2 >/srv/file\n")
+    result = project.ok("base", "pull", "install", "push")
+    assert not ran_guix(result)
+    assert docker.run(project.image, "cat", "/srv/file").stdout == "2\n"
+    assert docker.run(project.image, "hello").stdout == "Hello, world!\n"
+    after = layers(docker, project.image)
+    assert after != before
+    assert after[-2:] == before[-2:]
+    assert project.ok("base", "pull", "install").stderr.count("up to date") == len(STAGES)
+
+
+def test_lost_volume_is_seeded_from_the_image(new_project: NewProject, docker: Docker) -> None:
+    project = new_project(*STAGES)
+    project.set(GUIX_PACKAGES="hello greet tar")
+    project.ok("install")
+    for volume in project.volumes():
+        docker.ok("volume", "rm", volume)
+    # What is in the image must come from it: no server has it.
+    project.set(GUIX_PACKAGES="hello tar", GUIX_SUBSTITUTE_URLS="file:///nowhere")
+    project.ok("install")
+    assert docker.run(project.image, "hello").stdout == "Hello, world!\n"
+    check_store(docker, project.image)
+
+
+def test_item_that_is_missing_on_the_volume_is_copied_from_the_image(
+    new_project: NewProject, docker: Docker
+) -> None:
+    project = new_project(*STAGES)
+    project.set(GUIX_PACKAGES="hello tar")
+    project.ok("install")
+    (volume,) = [name for name in project.volumes() if "-store-" in name]
+    docker.ok(
+        "run", "--rm", "--network=none", f"--volume={volume}:/dev/store", "--entrypoint=sh",
+        project.image, "-c", "rm -rf /dev/store/store/* /dev/store/guix-tasks/db/*",
+    )  # fmt: skip
+    project.set(GUIX_PACKAGES="hello greet tar")
+    project.ok("install")
+    check_store(docker, project.image)
+
+
+def test_random_changes_leave_exactly_what_is_needed(
+    new_project: NewProject, docker: Docker, soak: Soak
+) -> None:
+    project = new_project("base")
+    base = len(layers(docker, project.tag("base")))
+    project.ok("pull")
+    chance, times = soak.chance("changes of the packages"), soak.times(10, 100)
+    for _ in range(times):
+        packages = chance.sample(PACKAGES, chance.randint(1, len(PACKAGES)))
+        project.set(GUIX_PACKAGES=" ".join(packages))
+        project.ok("install")
+        assert len(layers(docker, project.image)) <= base + 11
+    check_store(docker, project.image)
+    changed = files(docker, project.image)
+    project.ok("install", "--force")
+    assert files(docker, project.image) == changed
+    soak.tell("assembled images", f"{times} random changes of the packages")
+
+
+@pytest.mark.parametrize("sandbox", ["privileged", "capabilities", "rootless", "nochroot"])
+def test_each_sandbox_uses_the_warm_store(
+    new_project: NewProject, docker: Docker, sandbox: str
+) -> None:
+    project = new_project("base", GUIX_SANDBOX=sandbox, GUIX_PACKAGES="hello")
+    project.ok("pull", "install")
+    project.set(GUIX_PACKAGES="hello greet")
+    project.ok("install")
+    check_store(docker, project.image)
+    assert [line for line in files(docker, project.image) if " 0:0 " not in line] == [
+        line for line in files(docker, project.tag("base")) if " 0:0 " not in line
+    ]
+
+
+def test_other_trust_settings_have_another_volume(
+    new_project: NewProject, docker: Docker, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    project = new_project(*STAGES)
+    project.ok("install", "--force")
+    trusted = {name for name in project.volumes() if "-store-" in name}
+    key = tmp_path_factory.mktemp("keys") / "other.pub"
+    script = "guix archive --generate-key >/dev/null 2>&1; cat /etc/guix/signing-key.pub"
+    key.write_text(docker.run(project.image, "sh", "-c", script).stdout)
+    keys = f"{project.settings['GUIX_SUBSTITUTE_KEYS']} {key}"
+    project.set(GUIX_SUBSTITUTE_KEYS=keys)
+    project.ok("pull", "install")
+    assert len({name for name in project.volumes() if "-store-" in name} - trusted) == 1
+
+
+@pytest.mark.both_stores
+def test_without_a_cache_volume_images_have_the_same_packages(
+    new_project: NewProject, docker: Docker
+) -> None:
+    warm, cold = new_project("base"), new_project("base", CACHE_VOLUME="")
+    packages = []
+    for project in (warm, cold):
+        project.ok("pull", "install")
+        packages.append(docker.run(project.image, "guix", "package", "--list-installed").stdout)
+    assert packages[0] == packages[1]
+    assert cold.volumes() == []
+
+
+def test_clean_removes_the_volume(project: Project) -> None:
+    project.ok("install", "--force")
+    assert [name for name in project.volumes() if "-store-" in name]
+    project.ok("clean")
+    assert project.volumes() == []
