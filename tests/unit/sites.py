@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
+from fake_buildx import Program
 from fake_engine import Site, made_site, new_site, serial
 
 from guix_tasks import files
@@ -38,6 +40,12 @@ def no_accounts(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
     monkeypatch.setenv("DOCKER_CONFIG", home)
     monkeypatch.setenv("XDG_DATA_HOME", home)
     monkeypatch.delenv("DOCKER_AUTH_CONFIG", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def fake_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``FakeBuildx`` is a program to whatever starts programs."""
+    monkeypatch.setattr(subprocess, "Popen", Program)
 
 
 @pytest.fixture

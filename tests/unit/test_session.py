@@ -360,7 +360,7 @@ def test_an_emulated_platform_is_one_line(inv: Inv) -> None:
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeBuildx:
     """A buildx on this machine, without a builder."""
     made = FakeBuildx(tmp_path / "buildx", answers={"resolved": LOCK.strip(), "pull": LOCK.strip()})
-    monkeypatch.setattr(buildx, "find_program", lambda *_: str(made.path))
+    monkeypatch.setattr(buildx, "find_program", lambda *_: made.path)
     return made
 
 
@@ -461,7 +461,7 @@ def test_without_buildx_setup_is_named(inv: Inv, task: str) -> None:
 
 def plugin_at(inv: Inv, fake: FakeBuildx) -> Path:
     """Let there be no buildx but the one that is installed; where that will be."""
-    content = fake.path.read_bytes()
+    content = b"a plugin"
     inv.site.write("plugin", content)
     inv.site.env.update(
         BUILDX_URL=f"file://{inv.site.directory}/plugin",
@@ -471,7 +471,7 @@ def plugin_at(inv: Inv, fake: FakeBuildx) -> Path:
     inv.monkeypatch.setenv("DOCKER_CONFIG", str(directory))
     target = directory / "cli-plugins" / "docker-buildx"
     inv.monkeypatch.setattr(
-        buildx, "find_program", lambda *_: str(target) if target.exists() else None
+        buildx, "find_program", lambda *_: fake.path if target.exists() else None
     )
     return target
 
