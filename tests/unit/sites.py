@@ -10,6 +10,7 @@ from fake_buildx import Program
 from fake_engine import Site, made_site, new_site, serial
 
 from guix_tasks import files
+from guix_tasks.oci import labels
 from guix_tasks.ui import redact
 
 if TYPE_CHECKING:
@@ -40,6 +41,12 @@ def no_accounts(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
     monkeypatch.setenv("DOCKER_CONFIG", home)
     monkeypatch.setenv("XDG_DATA_HOME", home)
     monkeypatch.delenv("DOCKER_AUTH_CONFIG", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The projects of the tests are in no git repository, which takes git a while to find out."""
+    monkeypatch.setattr(labels, "_git", lambda *_: "")
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,11 @@ def git(directory: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.fixture(autouse=True)
+def no_repository() -> None:
+    """The repositories of these tests are real."""
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     git(tmp_path, "init", "--quiet")

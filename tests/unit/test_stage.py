@@ -69,6 +69,8 @@ from guix_tasks.stages.stage import Stage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from soak import Soak
+
     from guix_tasks.engine.api import Image
 
 NEW = "c" * 40
@@ -992,14 +994,20 @@ class Trial:
     def run(self) -> Run:
         return Run(self)
 
-    def places(self) -> list[tuple[int, str, str]]:
-        """Every call before which the engine is not as it was before the one before it."""
+    def places(self, soak: Soak) -> list[tuple[int, str, str]]:
+        """Every call before which the engine is not as it was before the one before it.
+
+        In a short run, only the first for each pair of a change and the call that follows it.
+        """
         calls = list(enumerate(self.calls))
         before = [
             (number, name, "before")
             for number, name in calls
             if number == 0 or self.calls[number - 1] not in READING
         ]
+        if not soak.long:
+            pairs = {tuple(self.calls[max(0, p[0] - 1) : p[0] + 1]): p for p in before[::-1]}
+            before = sorted(pairs.values())
         last = [(number, name, "after") for number, name in calls[-1:]]
         return before + last
 
@@ -1020,31 +1028,33 @@ class Trial:
         assert run.engine.unnamed({IMAGE_LABEL: str(run.site.settings().image)}) == [], place
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_killed_at_any_call_the_tags_are_right_and_the_next_run_finishes(
-    tmp_path: Path, scenario: str
+    tmp_path: Path, scenario: str, soak: Soak
 ) -> None:
     trial = Trial(tmp_path, scenario)
     runs = []
     with another_process():
-        for number, name, when in trial.places():
+        for number, name, when in trial.places(soak):
             run = trial.run()
             run.step(trial.steps, killed_at(number, when))
             trial.check_tags(run.engine, (number, name, when))
             runs.append(((number, name, when), run))
-    assert len(runs) > 30
+    assert len(runs) > soak.times(20, 30)
     for place, run in runs:
         trial.check_end(run, place)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     "error", [EngineError("the engine is gone"), KeyboardInterrupt()], ids=repr
 )
 def test_an_error_at_any_call_leaves_no_container_and_the_tags_right(
-    tmp_path: Path, error: BaseException
+    tmp_path: Path, error: BaseException, soak: Soak
 ) -> None:
     trial = Trial(tmp_path, "the first run")
-    for number, name, _ in trial.places():
+    for number, name, _ in trial.places(soak):
         run = trial.run()
         run.step(trial.steps, once_at(number, error))
         trial.check_tags(run.engine, (number, name))
