@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fake_engine import IMAGE, FakeEngine, Site, heard, new_site, outline
+from fake_engine import IMAGE, FakeEngine, Site, heard, made_site, new_site, outline
+from invoke.exceptions import Exit
 
+from guix_tasks.cli import custom
 from guix_tasks.commands.clean import clean
 from guix_tasks.commands.push import push, require_image
 from guix_tasks.commands.sizes import sizes
@@ -32,9 +35,12 @@ from guix_tasks.stages.images import (
     squash_key,
 )
 from guix_tasks.stages.stage import stage_files
+from guix_tasks.tasks import ns
 from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
+    from invoke.collection import Collection
+
     from guix_tasks.engine.api import Engine
     from guix_tasks.stages.project import Project
 
@@ -67,8 +73,9 @@ def site(tmp_path: Path) -> OwnSite:
 
 
 @pytest.fixture
-def made(site: OwnSite) -> OwnSite:
-    site.make("base", "pull", "install", "deps", "checked")
+def made(tmp_path: Path) -> OwnSite:
+    site = OwnSite(tmp_path, made_site(tmp_path).engine)
+    site.make("deps", "checked")
     return site
 
 
@@ -345,12 +352,22 @@ def test_its_task_is_listed_and_costs_no_import(tmp_path: Path) -> None:
     assert imported.isdisjoint({"docker", "requests", "urllib3", "dotenv"})
 
 
-def test_its_task_has_the_options_of_install(tmp_path: Path) -> None:
-    found = inv(tmp_path, TASKS, "-m", "invoke", "--help", "deps")
-    for option in ("--force", "--upstream", "--no-commit", "--keep-failed"):
-        assert option in found.stdout
+@pytest.fixture
+def collection(monkeypatch: pytest.MonkeyPatch) -> Collection:
+    """The tasks of a project, to which its ``tasks.py`` adds."""
+    project: Collection = copy.deepcopy(ns)
+    monkeypatch.setattr(custom, "ns", project)
+    monkeypatch.setattr(custom, "custom_stages", [])
+    return project
 
 
+def test_its_task_has_the_options_of_install(collection: Collection) -> None:
+    exec(TASKS, {})  # noqa: S102 -- as Invoke does
+    options = {argument.name for argument in collection["deps"].get_arguments()}
+    assert options == {argument.name for argument in ns["install"].get_arguments()} - {"package"}
+
+
+@pytest.mark.usefixtures("collection")
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -360,9 +377,11 @@ def test_its_task_has_the_options_of_install(tmp_path: Path) -> None:
         ('add_stage("late", "x", parent="later")', "one of base, pull, install, deps, checked"),
     ],
 )
-def test_a_mistake_in_it_is_one_line(tmp_path: Path, line: str, said: str) -> None:
-    found = inv(tmp_path, TASKS + line + "\n", "-m", "invoke", "--list")
-    assert found.returncode == 2
-    assert found.stderr.startswith("error: tasks.py: ")
-    assert said in found.stderr
-    assert len(found.stderr.splitlines()) == 1
+def test_mistake_in_tasks_py_is_one_line(line: str, said: str) -> None:
+    with pytest.raises(Exit) as caught:
+        exec(f"{TASKS}{line}", {})  # noqa: S102
+    assert caught.value.code == 2
+    message = str(caught.value.message)
+    assert message.startswith("error: tasks.py: ")
+    assert said in message
+    assert len(message.splitlines()) == 1

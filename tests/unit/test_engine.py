@@ -186,8 +186,10 @@ def test_any_other_call_of_it_says_that_there_is_none(call: str) -> None:
         getattr(engine, call)()
 
 
-def test_importing_it_imports_no_docker() -> None:
-    code = "import sys, guix_tasks.tasks, guix_tasks.engine.api; assert 'docker' not in sys.modules"
+def test_import_of_tasks_and_stages_imports_neither_docker_nor_rich() -> None:
+    """Rich is imported when it draws."""
+    modules = "sys, guix_tasks.tasks, guix_tasks.engine.api, guix_tasks.stages.runner"
+    code = f"import {modules}; assert not {{'docker', 'rich'}} & set(sys.modules)"
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
 
