@@ -262,16 +262,17 @@ def test_any_env_file_and_any_environment(attempt: Attempt, tmp_path: Path) -> N
 
 
 def test_any_text_of_any_setting(attempt: Attempt, tmp_path: Path) -> None:
-    def check(given: tuple[str, str]) -> None:
-        name, text = given
+    def check(given: tuple[str, str | list[str]]) -> None:
+        name, value = given
         try:
-            found = load_settings(tmp_path, tmp_path, {}, {name: text})
+            found = load_settings(tmp_path, tmp_path, {}, {name: value})
         except SettingsError as error:
             only_lines(error.problems)
         else:
             assert all(map(is_line, (*found.notes, str(found.image), str(found.base_image))))
 
-    attempt("values of settings", st.tuples(st.sampled_from(NAMES), VALUES), check, 40, 10_000)
+    values = VALUES | st.lists(VALUES, max_size=3)
+    attempt("values of settings", st.tuples(st.sampled_from(NAMES), values), check, 40, 10_000)
 
 
 @pytest.mark.parametrize("kind", [ImageReference, Platform])
