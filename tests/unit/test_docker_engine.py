@@ -96,7 +96,7 @@ class Played(BaseHTTPRequestHandler):
 @contextmanager
 def played() -> Iterator[DockerEngine]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Played) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield DockerEngine(Address(f"tcp://127.0.0.1:{server.server_address[1]}", "test"))
         server.shutdown()
 

@@ -338,13 +338,13 @@ def test_any_channels_file_and_any_report(attempt: Attempt) -> None:
     attempt("channels files and reports", SCHEME, check, 30, 6_000)
 
 
-@pytest.mark.parametrize("text", ["(" * 20_000, "#;" * 20_000, '"' * 20_001, "#|" * 5_000])
+@pytest.mark.parametrize("text", ["(" * 8_000, "#;" * 8_000, '"' * 8_001, "#|" * 2_000])
 def test_a_channels_file_that_is_deep_or_long_takes_no_time(text: str) -> None:
     started = time.monotonic()
     guix.channels(text)
     guix.is_literal(text)
     guix.unauthenticated(text)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 4
 
 
 JSON = st.recursive(
