@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
-import runpy
-from typing import TYPE_CHECKING
+import subprocess
+import sys
+from pathlib import Path
 
 from guix_tasks.settings import example_text, load_settings, settings_reference
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import pytest
+ROOT = Path(__file__).parents[2]
+HOW = "run: python -m guix_tasks.settings > .env.example"
 
 
-def test_module_prints_the_example_whatever_the_environment(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("IMAGE", "Not An Image")
-    runpy.run_module("guix_tasks.settings.__main__", run_name="__main__")
-    assert capsys.readouterr().out == example_text()
+def test_env_example_is_up_to_date() -> None:
+    assert (ROOT / ".env.example").read_text(encoding="utf-8") == example_text(), HOW
+
+
+def test_the_module_prints_it() -> None:
+    command = [sys.executable, "-m", "guix_tasks.settings"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "IMAGE": "Not An Image"}
+    printed = subprocess.run(command, env=environ, check=True, capture_output=True, text=True)
+    assert printed.stdout == example_text()
 
 
 def test_as_an_env_file_it_changes_nothing(tmp_path: Path) -> None:
