@@ -44,6 +44,16 @@ def host_suite() -> str | None:
     return release.get("VERSION_CODENAME") if release.get("ID") == "debian" else None
 
 
+def required_suite(product: str, hint: str, failure: type[GuixTasksError]) -> str:
+    """Return the code name of this machine's Debian release, from which a product is unpacked."""
+    suite = host_suite()
+    if suite is None:
+        raise failure(
+            f"cannot unpack {product} from Debian's packages: this host is not Debian; {hint}"
+        )
+    return suite
+
+
 @dataclass(frozen=True)
 class Apt:
     """Private apt for some suites of the machine's Debian mirror.
@@ -67,36 +77,30 @@ class Apt:
         with locked(self.directory / "lock"):
             (self.directory / "lists" / "partial").mkdir(parents=True, exist_ok=True)
             (self.directory / "status").touch()
-            self._sources.write_text("".join(f"{self.source(suite)}\n" for suite in self.suites))
-            self._configuration.write_text(self._configure())
+            sources = "".join(f"{self.source(suite)}\n" for suite in self.suites)
+            self._file("list").write_text(sources)
+            self._file("conf").write_text(self._configure())
             self._apt_get("update")
 
-    def download(self, packages: Sequence[str], into: Path) -> list[Path]:
+    def download(self, packages: Sequence[str], into: Path) -> None:
         """Download these packages (``name`` or ``name/suite``) without dependencies."""
         into.mkdir(parents=True, exist_ok=True)
-        names = file_names(self._apt_get("download", "--print-uris", *packages))
         self._apt_get("download", *packages, cwd=into)
-        return [into / name for name in names]
 
-    def install_set(self, packages: Sequence[str], into: Path) -> list[Path]:
+    def install_set(self, packages: Sequence[str], into: Path) -> None:
         """Download these packages and their dependencies."""
         (into / "partial").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.directory) as scratch:
             # apt locks the directory of the status file, which may be the machine's.
             status = shutil.copyfile(self.status or self.directory / "status", f"{scratch}/status")
-            install = (
+            self._apt_get(
                 *("install", "--yes", "--no-install-recommends", "--download-only"),
                 *("-o", f"Dir::State::status={status}"),
+                *("-o", f"Dir::Cache::Archives={into.resolve()}"),
+                *packages,
             )
-            # apt does not list files that exist, so the listing is made for an empty directory.
-            (Path(scratch) / "partial").mkdir()
-            empty = ("-o", f"Dir::Cache::Archives={scratch}")
-            names = file_names(self._apt_get(*install, *empty, "--print-uris", *packages))
-            archives = ("-o", f"Dir::Cache::Archives={into.resolve()}")
-            self._apt_get(*install, *archives, *packages)
         (into / "lock").unlink(missing_ok=True)
         shutil.rmtree(into / "partial")
-        return [into / name for name in names]
 
     def unpack(self, packages: Sequence[str], root: Path, *, closure: bool = False) -> None:
         """Download packages and unpack them to the new directory ``root`` atomically.
@@ -108,7 +112,9 @@ class Apt:
         unfinished = root.with_name(f"{root.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         download = self.install_set if closure else self.download
-        unpack(download(packages, unfinished / "debs"), unfinished / "root", self.failure)
+        download(packages, unfinished / "debs")
+        debs = sorted((unfinished / "debs").glob("*.deb"))
+        unpack(debs, unfinished / "root", self.failure)
         (unfinished / "root").rename(root)
         shutil.rmtree(unfinished)
 
@@ -122,12 +128,14 @@ class Apt:
     @cached_property
     def mirror(self) -> str:
         """Address of the Debian mirror in this machine's configuration."""
-        if not (address := self._machine_mirror()):
+        listing = ("indextargets", "--format", _TARGET)
+        address = debian_address(_run(["apt-get", *listing]).stdout)
+        if not address:
             # In a fresh container the machine's apt has no package lists and does not know the
             # origin of its sources.  Fetch the lists, but into the private directory.
             lists = ("-o", f"Dir::State::Lists={self.directory / 'lists'}")
             _run(["apt-get", *lists, "-o", "APT::Sandbox::User=root", "update"])
-            address = self._machine_mirror(*lists)
+            address = debian_address(_run(["apt-get", *lists, *listing]).stdout)
         if not address:
             raise self.failure(
                 "cannot find a Debian mirror that answers in this machine's apt sources; fix them "
@@ -139,30 +147,18 @@ class Apt:
     def _architecture(self) -> str:
         return _run(["dpkg", "--print-architecture"]).stdout.strip()
 
-    def _machine_mirror(self, *options: str) -> str | None:
-        argv = ["apt-get", *options, "indextargets", "--format", _TARGET]
-        return debian_address(_run(argv).stdout)
-
-    @property
-    def _name(self) -> str:
-        return "-".join(self.suites)
-
-    @property
-    def _configuration(self) -> Path:
-        return self.directory / f"{self._name}.conf"
-
-    @property
-    def _sources(self) -> Path:
-        return self.directory / f"{self._name}.list"
+    def _file(self, suffix: str) -> Path:
+        return self.directory / f"{'-'.join(self.suites)}.{suffix}"
 
     def _configure(self) -> str:
+        sources, index = self._file("list"), self._file("bin").name
         # apt reads this after the machine's configuration, so these values override it.
         return "\n".join(
             [
                 "#clear APT::Update::Pre-Invoke;",  # hooks of the machine do not apply here
                 "#clear APT::Update::Post-Invoke;",
                 "#clear APT::Update::Post-Invoke-Success;",
-                f'Dir::Etc::SourceList "{self._sources}";',
+                f'Dir::Etc::SourceList "{sources}";',
                 'Dir::Etc::SourceParts "/dev/null";',
                 'Dir::Etc::Preferences "/dev/null";',
                 'Dir::Etc::PreferencesParts "/dev/null";',
@@ -170,7 +166,7 @@ class Apt:
                 f'Dir::State::Lists "{self.directory}/lists";',
                 f'Dir::State::status "{self.directory}/status";',
                 f'Dir::Cache "{self.directory}";',
-                f'Dir::Cache::pkgcache "{self._name}.bin";',
+                f'Dir::Cache::pkgcache "{index}";',
                 'Dir::Cache::srcpkgcache "";',
                 'APT::Default-Release "";',
                 'APT::Update::Error-Mode "any";',  # else an unreachable mirror is only a warning
@@ -182,7 +178,7 @@ class Apt:
         )
 
     def _apt_get(self, *arguments: str, cwd: Path | None = None) -> str:
-        process = _run(["apt-get", "-qq", "-c", str(self._configuration), *arguments], cwd)
+        process = _run(["apt-get", "-qq", "-c", str(self._file("conf")), *arguments], cwd)
         if process.returncode:
             raise self.failure(
                 f"apt-get {arguments[0]} failed for {' '.join(self.suites)}: "
@@ -203,8 +199,7 @@ def unpack(debs: Iterable[Path], root: Path, failure: type[GuixTasksError] = Eng
             )
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(unpack_one, debs):
-            pass
+        list(pool.map(unpack_one, debs))
 
 
 def debian_address(targets: str) -> str | None:
@@ -217,20 +212,12 @@ def debian_address(targets: str) -> str | None:
     return None
 
 
-def file_names(listing: str) -> list[str]:
-    """Return the file names from ``apt-get --print-uris``, with lines 'URI' NAME SIZE HASH."""
-    return [line.split("' ", 1)[1].split()[0] for line in listing.splitlines() if line[:1] == "'"]
-
-
 def error_line(output: str) -> str:
     """Return the first error in the output of apt or dpkg, without its prefix."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = (
-        [line for line in lines if line.startswith(("E:", "Error:", "dpkg"))]
-        or lines
-        or ["no output"]
-    )
-    return errors[0].removeprefix("E:").removeprefix("Error:").strip()
+    errors = [line for line in lines if line.startswith(("E:", "Error:", "dpkg"))]
+    first = (errors or lines or ["no output"])[0]
+    return first.removeprefix("E:").removeprefix("Error:").strip()
 
 
 def _run(argv: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -76,9 +76,9 @@ def _in_container(engine: Engine, console: Console, packages: Sequence[str]) -> 
         privileged=True,
         network=None if engine.info().has_bridge else "host",
     )
+
+    def failed(status: int) -> BuilderError:
+        return BuilderError(f"rootfs: mmdebstrap failed with status {status}; its output is above")
+
     with console.step("rootfs") as step:
-        yield from results(run_to_end(engine, spec, _failed), step.log)
-
-
-def _failed(status: int) -> BuilderError:
-    return BuilderError(f"rootfs: mmdebstrap failed with status {status}; its output is above")
+        yield from results(run_to_end(engine, spec, failed), step.log)

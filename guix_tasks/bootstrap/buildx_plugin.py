@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 import urllib.request
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks import files
-from guix_tasks.bootstrap.apt import Apt, host_suite
+from guix_tasks.bootstrap.apt import Apt, required_suite
 from guix_tasks.bootstrap.engine import SUITE
 from guix_tasks.bootstrap.service import disk_errors_as
 from guix_tasks.errors import BuilderError
@@ -39,7 +38,12 @@ def install_plugin(target: Path, url: str | None, sha256: str | None, console: C
             plugin = Path(scratch) / target.name
             if url and sha256:
                 console.print(f"downloading buildx from {url}")
-                _download(url, sha256, plugin)
+                files.write_whole(plugin, _download(url))
+                if (digest := files.content_digest(plugin)) != sha256:
+                    raise BuilderError(
+                        f"BUILDX_SHA256: {url} has the SHA-256 {digest}, not {sha256}; it was "
+                        "deleted: check which sum is right"
+                    )
             else:
                 _unpack(plugin, console)
             plugin.chmod(0o755)
@@ -47,22 +51,9 @@ def install_plugin(target: Path, url: str | None, sha256: str | None, console: C
     console.print(f"installed buildx at {target}")
 
 
-def _download(url: str, sha256: str, target: Path) -> None:
-    digest = hashlib.sha256()
-    with target.open("wb") as file:
-        for data in _chunks(url):
-            digest.update(data)
-            file.write(data)
-    if digest.hexdigest() != sha256:
-        raise BuilderError(
-            f"BUILDX_SHA256: {url} has the SHA-256 {digest.hexdigest()}, not {sha256}; it was "
-            "deleted: check which sum is right"
-        )
-
-
-def _chunks(url: str) -> Iterator[bytes]:
+def _download(url: str) -> Iterator[bytes]:
     try:
-        # The parser of the setting accepts only http, https and file.
+        # requests has no file: URLs.  The parser of the setting accepts only http, https and file.
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:  # noqa: S310
             while data := response.read(1 << 20):
                 yield data
@@ -74,15 +65,13 @@ def _chunks(url: str) -> Iterator[bytes]:
 
 
 def _unpack(target: Path, console: Console) -> None:
-    suite = host_suite()
-    if suite is None:
-        raise BuilderError(
-            "cannot unpack buildx from Debian's packages: this host is not Debian; install the "
-            "package docker-buildx-plugin of Docker's archive, or set BUILDX_URL and BUILDX_SHA256"
-        )
+    hint = (
+        "install the package docker-buildx-plugin of Docker's archive, or set BUILDX_URL and "
+        "BUILDX_SHA256"
+    )
+    suites = list(dict.fromkeys((required_suite("buildx", hint, BuilderError), SUITE)))
     console.print(f"unpacking buildx from Debian's package {_PACKAGE}")
-    suites = list(dict.fromkeys((suite, SUITE)))
-    apt = Apt(files.cache_home() / "apt", suites, failure=BuilderError)
     root = target.with_name("root")
+    apt = Apt(files.cache_home() / "apt", suites, failure=BuilderError)
     apt.unpack([f"{_PACKAGE}/{SUITE}"], root)
     shutil.move(root / _IN_PACKAGE, target)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import http.client
 import json
 import os
 import shlex
@@ -17,12 +16,13 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks import files
 from guix_tasks.bootstrap import service
-from guix_tasks.bootstrap.apt import Apt, host_suite
+from guix_tasks.bootstrap.apt import Apt, required_suite
 from guix_tasks.bootstrap.service import Service, disk_errors_as, locked
 from guix_tasks.errors import EngineError
 from guix_tasks.settings.values import ImageStore
@@ -66,10 +66,12 @@ class PrivateEngine:
         return self._daemon.program.exists()
 
     def docker_path(self) -> Path | None:
-        return self._program("usr/bin/docker")
+        path = self._root / "usr/bin/docker"
+        return path if path.exists() else None
 
     def buildx_path(self) -> Path | None:
-        return self._program("usr/libexec/docker/cli-plugins/docker-buildx")
+        path = self._root / "usr/libexec/docker/cli-plugins/docker-buildx"
+        return path if path.exists() else None
 
     def up(self, console: Console, store: ImageStore | None = None) -> None:
         """Unpack the engine if necessary, start it, and wait until it answers.
@@ -81,11 +83,18 @@ class PrivateEngine:
         with disk_errors_as(EngineError), locked(self.directory / "lock"):
             self.directory.chmod(0o700)
             if self.running():
-                self._await(self.running)
+                self._wait(self.running)
                 self._check_store(store)
                 message = "the private engine is already running"
             else:
-                self._check_alone()
+                # An engine without a bridge deletes docker0 when it starts, and thereby disconnects
+                # the containers of another engine.
+                if other := other_engine():
+                    raise EngineError(
+                        "cannot start the private engine: it would delete the network of another "
+                        f"Docker Engine ({other}); use that engine (set DOCKER_HOST if it is not "
+                        "found)"
+                    )
                 if not self.installed():
                     self._unpack(console)
                 self._clear()
@@ -135,43 +144,26 @@ class PrivateEngine:
             log=self.directory / "dockerd.log",
         )
 
-    def _program(self, name: str) -> Path | None:
-        path = self._root / name
-        return path if path.exists() else None
-
     def _check_host(self) -> None:
         if sys.platform != "linux":
-            raise EngineError(
-                "cannot start the private engine: it needs Linux; install Docker Desktop or Docker "
-                "Engine"
+            problem = "it needs Linux; install Docker Desktop or Docker Engine"
+        elif os.geteuid() != 0:
+            problem = (
+                "it needs root; run this task as root, or install Docker Engine and join the group "
+                "'docker'"
             )
-        if os.geteuid() != 0:
-            raise EngineError(
-                "cannot start the private engine: it needs root; run this task as root, or install "
-                "Docker Engine and join the group 'docker'"
+        elif len(os.fsencode(self.socket)) > _LONGEST_SOCKET:
+            problem = (
+                f"the path of its socket {self.socket} is longer than {_LONGEST_SOCKET} bytes; set "
+                "XDG_DATA_HOME to a shorter path"
             )
-        if len(os.fsencode(self.socket)) > _LONGEST_SOCKET:
-            raise EngineError(
-                f"cannot start the private engine: the path of its socket {self.socket} is longer "
-                f"than {_LONGEST_SOCKET} bytes; set XDG_DATA_HOME to a shorter path"
-            )
-
-    def _check_alone(self) -> None:
-        # An engine without a bridge deletes docker0 when it starts, and thereby disconnects the
-        # containers of another engine.
-        if other := other_engine():
-            raise EngineError(
-                f"cannot start the private engine: it would delete the network of another Docker "
-                f"Engine ({other}); use that engine (set DOCKER_HOST if it is not found)"
-            )
+        else:
+            return
+        raise EngineError(f"cannot start the private engine: {problem}")
 
     def _unpack(self, console: Console) -> None:
-        suite = host_suite()
-        if suite is None:
-            raise EngineError(
-                "cannot unpack the private engine from Debian's packages: this host is not Debian; "
-                "install Docker Engine with the packages of your distribution"
-            )
+        hint = "install Docker Engine with the packages of your distribution"
+        suite = required_suite("the private engine", hint, EngineError)
         console.print(f"unpacking Docker Engine from Debian's packages into {self._root}")
         apt = Apt(files.cache_home() / "apt", list(dict.fromkeys((suite, SUITE))))
         apt.unpack([*(f"{name}/{SUITE}" for name in PACKAGES), f"runc/{suite}"], self._root)
@@ -191,12 +183,11 @@ class PrivateEngine:
             )
 
     def _start(self, store: ImageStore | None) -> None:
-        configuration = self._configuration
-        configuration.write_text(json.dumps(self._configure(store), indent=2) + "\n")
+        self._configuration.write_text(json.dumps(self._configure(store), indent=2) + "\n")
         programs = [self._root / "usr/bin", self._root / "usr/sbin"]
-        process = self._daemon.start(["--config-file", str(configuration)], programs)
+        process = self._daemon.start(["--config-file", str(self._configuration)], programs)
         try:
-            self._await(lambda: process.poll() is None)
+            self._wait(lambda: process.poll() is None)
             self.socket.chmod(0o600)
         except BaseException:
             process.terminate()  # its pid file may not exist yet
@@ -204,15 +195,9 @@ class PrivateEngine:
             self._clear()
             raise
 
-    def _await(self, alive: Callable[[], bool]) -> None:
-        answered = service.wait_until(lambda: not alive() or answers(self.socket), _START_SECONDS)
-        if not alive():
-            cause = self._daemon.error_line()
-        elif not answered:
-            cause = f"no answer within {_START_SECONDS:.0f} s"
-        else:
-            return
-        raise EngineError(f"cannot start the private engine: {cause}; see {self._daemon.log}")
+    def _wait(self, alive: Callable[[], bool]) -> None:
+        if problem := self._daemon.wait(alive, lambda: answers(self.socket), _START_SECONDS):
+            raise EngineError(f"cannot start the private engine: {problem}")
 
     def _configure(self, store: ImageStore | None) -> dict[str, object]:
         return {
@@ -312,22 +297,4 @@ def unmount(point: str) -> None:
 
 def answers(path: Path) -> bool:
     """Return True if an engine answers at a socket."""
-    connection = _UnixConnection(path)
-    try:
-        connection.request("GET", "/_ping")
-        return connection.getresponse().status == http.client.OK
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=5)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
+    return service.http_status(str(path), "/_ping") == HTTPStatus.OK

@@ -16,7 +16,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from guix_tasks.bootstrap.apt import KEYRING, Apt, host_suite, on_debian
+from guix_tasks.bootstrap.apt import KEYRING, Apt, required_suite
 from guix_tasks.errors import BuilderError
 from guix_tasks.files import temporary_directory
 
@@ -57,15 +57,17 @@ rm -f etc/apt/apt.conf.d/99mmdebstrap var/cache/debconf/*-old var/lib/dpkg/*-old
 # guix-daemon fails without build users, and a Dockerfile on this image may have only one line.
 _PREPARE = Path(__file__).parents[1] / "stages" / "resources" / "prepare.sh"
 
-_CHUNK = 1 << 20
-
 
 def debian_rootfs(
     apt_directory: Path, console: Console, packages: Sequence[str] = PACKAGES
 ) -> Iterator[bytes]:
     """Yield the tar file of the root file system in chunks."""
-    apt = Apt(apt_directory, [host_suite() or SUITE], failure=BuilderError)
-    _check_host()
+    hint = (
+        "run this task on Debian or in a Debian container, or set BASE_IMAGE to an image with Guix"
+    )
+    suite = required_suite("a root file system", hint, BuilderError)
+    _check_namespaces()
+    apt = Apt(apt_directory, [suite], failure=BuilderError)
     environment = _mmdebstrap(apt, console)
     with temporary_directory() as scratch:
         settings = scratch / "apt.conf"
@@ -117,20 +119,15 @@ def container_argv(packages: Sequence[str] = PACKAGES) -> list[str]:
     return ["sh", "-c", script]
 
 
-def _check_host() -> None:
-    if not on_debian() or host_suite() is None:
-        raise BuilderError(
-            "cannot make a root file system from Debian's packages: this host is not Debian; run "
-            "this task on Debian or in a Debian container, or set BASE_IMAGE to an image with Guix"
-        )
+def _check_namespaces() -> None:
     if os.geteuid() == 0:
         return
     ranges = Path("/etc/subuid")
-    prefixes = (f"{getpass.getuser()}:", f"{os.getuid()}:")
-    granted = ranges.exists() and any(
-        line.startswith(prefixes) for line in ranges.read_text().splitlines()
+    lines = ranges.read_text().splitlines() if ranges.exists() else []
+    is_granted = any(
+        line.startswith((f"{getpass.getuser()}:", f"{os.getuid()}:")) for line in lines
     )
-    if not (shutil.which("newuidmap") and granted):
+    if not (shutil.which("newuidmap") and is_granted):
         raise BuilderError(
             "cannot make a root file system: it needs root, or newuidmap (package uidmap) and a "
             "line for your user in /etc/subuid; run this task as root, or set BASE_IMAGE to an "
@@ -148,11 +145,8 @@ def _mmdebstrap(apt: Apt, console: Console) -> dict[str, str]:
         missing.unpack(["mmdebstrap"], root, closure=True)
     # Programs of the machine take precedence.  A small Debian has no complete Perl.
     programs = [os.environ.get("PATH", os.defpath), f"{root}/usr/bin", f"{root}/usr/sbin"]
-    modules = [
-        *root.glob("usr/share/perl5"),
-        *root.glob("usr/share/perl/*"),
-        *root.glob("usr/lib/*/perl/*"),
-    ]
+    patterns = ("usr/share/perl5", "usr/share/perl/*", "usr/lib/*/perl/*")
+    modules = [directory for pattern in patterns for directory in root.glob(pattern)]
     return {
         **os.environ,
         "LC_ALL": "C.UTF-8",
@@ -198,7 +192,7 @@ def _stream(argv: Sequence[str], environment: dict[str, str], console: Console) 
     reader = threading.Thread(target=show_progress, args=[messages])
     reader.start()
     try:
-        while chunk := output.read(_CHUNK):
+        while chunk := output.read(1 << 20):
             yield chunk
     except BaseException:
         process.terminate()  # mmdebstrap removes its directory and mounts

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import http.client
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -26,6 +28,9 @@ PROC = Path("/proc")
 
 # Environment variables that a daemon inherits: proxies and certificates, but no other secrets.
 _KEPT = re.compile(r"HOME|LANG|LC_.*|TZ|TMPDIR|SSL_CERT_(FILE|DIR)|(?i:(http|https|no|all)_proxy)")
+
+_LOW_LEVEL = re.compile(r"level=(debug|info|warning)")
+_MESSAGE = re.compile(r'msg="((?:[^"\\]|\\.)*)"')
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,13 @@ class Service:
                 start_new_session=True,
             )
 
+    def wait(self, alive: Callable[[], bool], answers: Callable[[], bool], seconds: float) -> str:
+        """Wait until the daemon answers. Return an error if it ends or does not answer, else ""."""
+        answered = wait_until(lambda: not alive() or answers(), seconds)
+        if not alive():
+            return f"{self.error_line()}; see {self.log}"
+        return "" if answered else f"no answer within {seconds:.0f} s; see {self.log}"
+
     def stop(self, timeout: float) -> bool:
         """Terminate the daemon, and kill it after ``timeout`` seconds.
 
@@ -89,8 +101,25 @@ class Service:
         return message[1].replace('\\"', '"') if message else line
 
 
-_LOW_LEVEL = re.compile(r"level=(debug|info|warning)")
-_MESSAGE = re.compile(r'msg="((?:[^"\\]|\\.)*)"')
+def http_status(address: str | tuple[str, int], path: str) -> int | None:
+    """Return the status of a request to a Unix socket or a TCP port, or None without an answer.
+
+    No proxy of the environment is used.
+    """
+    client = http.client.HTTPConnection("localhost")
+    with socket.socket(
+        socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    ) as connection:
+        connection.settimeout(5)
+        client.sock = connection
+        try:
+            connection.connect(address)
+            client.request("GET", path)
+            return client.getresponse().status
+        except (OSError, http.client.HTTPException):
+            return None
+        finally:
+            client.close()
 
 
 def real(path: Path) -> Path:
@@ -107,16 +136,15 @@ def program_of(pid: int) -> Path | None:
 
 
 def children(parents: Collection[int]) -> list[int]:
-    return [pid for pid in processes() if _parent(pid) in parents]
+    def parent(pid: int) -> int | None:
+        try:
+            status = (PROC / str(pid) / "stat").read_text(errors="replace")
+        except OSError:
+            return None
+        # PID (NAME) STATE PARENT ...; the name may contain any characters.
+        return int(status.rpartition(")")[2].split()[1])
 
-
-def _parent(pid: int) -> int | None:
-    try:
-        status = (PROC / str(pid) / "stat").read_text(errors="replace")
-    except OSError:
-        return None
-    # PID (NAME) STATE PARENT ...; the name may contain any characters.
-    return int(status.rpartition(")")[2].split()[1])
+    return [pid for pid in processes() if parent(pid) in parents]
 
 
 def processes() -> list[int]:

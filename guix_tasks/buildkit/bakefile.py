@@ -20,7 +20,7 @@ from guix_tasks.stages.channel_access import ACCESS_FILES
 from guix_tasks.stages.container import CACHES, ENTRY_POINT, EXTRA_CA, WORK_DIRECTORY
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from guix_tasks.engine.api import BuildSpec
@@ -39,6 +39,8 @@ OWNER = "/tmp/guix-tasks-owner"  # noqa: S108 -- in the container, where every u
 
 RESOLVE = "resolve"
 """Step that resolves floating channels to commits."""
+RESOLVED = "resolved"
+"""Report of ``RESOLVE``."""
 
 ASKED_TARGET = "asked"
 REPORTS_TARGET = "reports"
@@ -74,8 +76,8 @@ class Recipe:
     """True if channels are fetched with the user's SSH agent."""
     user: str = ""
     """User of the base image, or empty for root."""
-    labels: Sequence[str] = ()
-    """Names of the labels of the images. Their values are build arguments."""
+    labels: Mapping[Platform, Mapping[str, str]] = field(default_factory=dict)
+    """Labels of the image of each platform."""
 
 
 def dockerfile(recipe: Recipe) -> str:
@@ -124,16 +126,19 @@ def _images(recipe: Recipe) -> list[str]:
     for platform in recipe.platforms:
         lines += ["", f"FROM {parent} AS {IMAGE_TARGET}-{_word(platform)}"]
         lines += [f"USER {recipe.user}"] if recipe.user else []
-        for number, name in enumerate(recipe.labels):
-            argument = label_argument(platform, number)
+        for argument, name, _ in _labels(recipe, platform):
             lines += [f"ARG {argument}", f'LABEL {name}="${{{argument}}}"']
     selected = f"{IMAGE_TARGET}-${{TARGETOS}}${{TARGETARCH}}${{TARGETVARIANT}}"
     return [*lines, "", f"FROM {selected} AS {IMAGE_TARGET}"]
 
 
-def label_argument(platform: Platform, number: int) -> str:
-    """Return the build argument with the value of the label at an index of ``Recipe.labels``."""
-    return f"LABEL_{number}_{_word(platform)}"
+def _labels(recipe: Recipe, platform: Platform) -> Iterator[tuple[str, str, str]]:
+    """Yield the build argument, the name and the value of each label of a platform's image.
+
+    Bake's own labels are the same for all platforms, but packages differ between platforms.
+    """
+    for number, (name, value) in enumerate(sorted(recipe.labels.get(platform, {}).items())):
+        yield f"LABEL_{number}_{_word(platform)}", name, value
 
 
 def _word(platform: Platform) -> str:
@@ -149,7 +154,7 @@ def _step(recipe: Recipe, source: str, stage: str) -> str:
         f"type=secret,id={ENVIRONMENT},target={WORK_DIRECTORY}/{ENVIRONMENT}",
         *(f"type=secret,id={_secret_id(name)},target={WORK_DIRECTORY}/{name}" for name in names),
         *(["type=ssh"] if recipe.ssh and stage == "pull" else []),
-        *map(_bind, recipe.binds),
+        *_binds(recipe),
         *_caches(recipe),
     ]
     words = [
@@ -162,10 +167,13 @@ def _step(recipe: Recipe, source: str, stage: str) -> str:
     return " \\\n    ".join(words)
 
 
-def _bind(bind: Bind) -> str:
-    fields = [f"type=bind,from={bind.context}", f"target={bind.target}"]
-    fields += [f"source={bind.source}"] if bind.source else []
-    return ",".join([*fields, *([] if bind.read_only else ["rw"])])
+def _binds(recipe: Recipe) -> list[str]:
+    return [
+        f"type=bind,from={bind.context},target={bind.target}"
+        + (f",source={bind.source}" if bind.source else "")
+        + ("" if bind.read_only else ",rw")
+        for bind in recipe.binds
+    ]
 
 
 def _caches(recipe: Recipe) -> list[str]:
@@ -204,7 +212,7 @@ def resolve_script(*, channels: bool, authenticate: bool = True) -> bytes:
     argv = ["guix", "repl", "--", f"{WORK_DIRECTORY}/resolve.scm"]
     argv += [] if authenticate else [guix.UNAUTHENTICATED]
     argv += [f"{WORK_DIRECTORY}/channels.scm"] if channels else []
-    command = f"mkdir -p {REPORTS}\n{shlex.join(argv)} >{REPORTS}/{RESOLVE}d"
+    command = f"mkdir -p {REPORTS}\n{shlex.join(argv)} >{REPORTS}/{RESOLVED}"
     return f"#!/bin/sh\nset -eu\n{command}\n".encode()
 
 
@@ -228,7 +236,6 @@ class Definition:
     secrets: Mapping[str, Path] = field(default_factory=dict)
     """Other secret files of the steps, by name."""
     ssh_agent: Path | None = None
-    label_values: Mapping[str, str] | None = None
     tags: Sequence[str] = ()
     output: str = ""
     attestations: Sequence[str] = ()
@@ -254,7 +261,11 @@ def bake_file(definition: Definition) -> str:
         },
         "args": {
             **({"BUILDKIT_SYNTAX": definition.syntax} if definition.syntax else {}),
-            **(definition.label_values or {}),
+            **{
+                argument: value
+                for platform in recipe.platforms
+                for argument, _, value in _labels(recipe, platform)
+            },
         },
         "secret": [
             _secret(ENVIRONMENT, definition.directory / ENVIRONMENT),
@@ -263,6 +274,9 @@ def bake_file(definition: Definition) -> str:
         **({"ssh": [f"default={definition.ssh_agent}"]} if definition.ssh_agent else {}),
         **_network(recipe.network, "security.insecure"),
     }
+    reports = f"type=local,{csv_field(f'dest={definition.directory}/reports')}"
+    provenance = "mode=min" if "provenance" in definition.attestations else "disabled=true"
+    sbom = ["type=sbom"] if "sbom" in definition.attestations else []
     target = {
         "base": {
             **shared,
@@ -273,11 +287,9 @@ def bake_file(definition: Definition) -> str:
             "secret": [_secret(name, path) for name, path in base.secrets.items()],
             **_network(base.network),
         },
-        ASKED_TARGET: {**steps, "target": ASKED_TARGET, "output": [_reports(definition.directory)]},
-        REPORTS_TARGET: {
-            **steps,
-            "target": REPORTS_TARGET,
-            "output": [_reports(definition.directory)],
+        **{
+            name: {**steps, "target": name, "output": [reports]}
+            for name in (ASKED_TARGET, REPORTS_TARGET)
         },
         IMAGE_TARGET: {
             **steps,
@@ -285,7 +297,7 @@ def bake_file(definition: Definition) -> str:
             "tags": list(definition.tags),
             "output": [definition.output] if definition.output else [],
             "cache-to": list(definition.cache_to),
-            "attest": _attestations(definition.attestations),
+            "attest": [f"type=provenance,{provenance}", *sbom],
         },
     }
     return json.dumps(_escaped({"target": target}), indent=2)
@@ -305,15 +317,6 @@ def _secret_id(name: str) -> str:
 
 def _secret(name: str, path: Path) -> str:
     return f"id={name},{csv_field(f'src={path}')}"
-
-
-def _reports(directory: Path) -> str:
-    return ",".join(["type=local", csv_field(f"dest={directory / 'reports'}")])
-
-
-def _attestations(kinds: Sequence[str]) -> list[str]:
-    provenance = "mode=min" if "provenance" in kinds else "disabled=true"
-    return [f"type=provenance,{provenance}", *(["type=sbom"] if "sbom" in kinds else [])]
 
 
 def _escaped(value: Any) -> Any:

@@ -26,12 +26,12 @@ from guix_tasks.buildkit.bakefile import (
     IMAGE_TARGET,
     REPORTS_TARGET,
     RESOLVE,
+    RESOLVED,
     WORK,
     Definition,
     Recipe,
     bake_file,
     dockerfile,
-    label_argument,
     resolve_script,
 )
 from guix_tasks.buildkit.builder import (
@@ -227,7 +227,8 @@ class _Build:
         definition = self._with_stages(definition)
         self._bake(definition, REPORTS_TARGET)
         for stage, platform in itertools.product(definition.recipe.stages, self._platforms):
-            self._check(stage, self._report(platform, stage.name))
+            if stage.check:
+                stage.check(self._report(stage.name, platform))
         self._lock()
         return self._output(self._with_labels(definition))
 
@@ -241,7 +242,10 @@ class _Build:
         binds, contexts = write_mounts(settings, directory)
         if self._floats:
             self._write_resolve()
-        channels = self._channels
+        channels = None
+        if self.options.pull:
+            lock = None if self._floats else lock_text(settings)
+            channels = lock or channels_text(settings) or ""
         url = by_ssh(settings, channels or "")
         is_engine = self.builder.driver == Driver.DOCKER.value
         build_network = network(self.project.engine, settings) if is_engine else settings.network
@@ -275,14 +279,6 @@ class _Build:
     def _floats(self) -> bool:
         """True if the build pulls channels and no lock fixes their commits."""
         return self.options.pull and (self.options.update or not lock_text(self._settings))
-
-    @property
-    def _channels(self) -> str | None:
-        """Content of the channels file to fetch, or None if nothing is fetched."""
-        if not self.options.pull:
-            return None
-        settings = self._settings
-        return (None if self._floats else lock_text(settings)) or channels_text(settings) or ""
 
     def _write_resolve(self) -> None:
         channels = channels_text(self._settings)
@@ -323,9 +319,7 @@ class _Build:
 
     def _with_stages(self, definition: Definition) -> Definition:
         settings, console = self._settings, self.project.console
-        stages = []
-        if self.options.pull:
-            stages.append(self._pull())
+        stages = [self._pull()] if self.options.pull else []
         if settings.guix_manifest or settings.guix_packages or not stages:
             stages.append(install_stage(settings))
         for stage in stages:
@@ -346,28 +340,28 @@ class _Build:
         authenticate = self.options.authenticate
         if not self._floats:
             return stage_to_run(self._settings, authenticate=authenticate)
-        resolved = self._resolved()
+        resolved = self._report(RESOLVED)
         stage = pull_stage(resolved, channels_text(self._settings), authenticate=authenticate)
-        self._check(stage, resolved)
-        return stage
-
-    @staticmethod
-    def _check(stage: Stage, report: str) -> None:
         if stage.check:
-            stage.check(report)
+            stage.check(resolved)
+        return stage
 
     # --- reports ---
 
-    def _resolved(self) -> str:
-        return self._report(self._platforms[0], f"{RESOLVE}d")
+    def _report(self, name: str, platform: Platform | None = None) -> str:
+        """Return a report of the first or another platform's build, or an empty string."""
+        directory = self.directory / "reports"
+        # BuildKit writes a directory for each platform if there are several.
+        subdirectory = directory / str(platform or self._platforms[0]).replace("/", "_")
+        path = (subdirectory if subdirectory.is_dir() else directory) / name
+        return path.read_text().strip() if path.exists() else ""
 
     def _user(self) -> str:
         """Return the base image's user for a Dockerfile: name or UID, or empty for root.
 
         The base image controls this value, so it is validated.
         """
-        first = self._platforms[0]
-        uid, name = self._report(first, "user"), self._report(first, "name")
+        uid, name = self._report("user"), self._report("name")
         if uid in ("", "0"):
             return ""
         for user in (name, uid):
@@ -383,56 +377,37 @@ class _Build:
 
         The text is in the cache key of the step, so another text would repeat the pull.
         """
-        report = self._report(self._platforms[0], "pull")
-        request = self._resolved() if self._floats else lock_text(self._settings)
+        report = self._report("pull")
+        request = self._report(RESOLVED) if self._floats else lock_text(self._settings)
         if request and commits(request) == commits(report):
             report = request
         if write_lock(self._settings, report):
             lock = self._settings.guix_channels_lock
             self.project.console.print(f"pull: the channels are locked in {lock}")
 
-    def _report(self, platform: Platform, name: str) -> str:
-        """Return a report of a platform's build, or an empty string."""
-        directory = self.directory / "reports"
-        # BuildKit writes a directory for each platform if there are several.
-        subdirectory = directory / str(platform).replace("/", "_")
-        path = (subdirectory if subdirectory.is_dir() else directory) / name
-        return path.read_text().strip() if path.exists() else ""
-
     def _with_labels(self, definition: Definition) -> Definition:
-        labels: dict[Platform, dict[str, str]] = {}
-        for platform in self._platforms:
-            labels[platform] = self._annotations(platform)
-            for stage in definition.recipe.stages:
-                labels[platform].update(stage.labels(self._report(platform, stage.name)))
-        names = sorted({name for texts in labels.values() for name in texts})
-        values = {
-            label_argument(platform, number): texts.get(name, "")
-            for platform, texts in labels.items()
-            for number, name in enumerate(names)
-        }
-        recipe = replace(definition.recipe, labels=names)
-        return replace(definition, recipe=recipe, label_values=values)
-
-    def _annotations(self, platform: Platform) -> dict[str, str]:
         settings, base = self._settings, str(self._settings.base_image)
         digest = None
         if settings.builds_on_engine_host:
             digest = remote_digest(self.project.engine, settings, base)
-        annotations = {
-            **oci.oci_annotations(settings.directory),
-            oci.CREATED: self._report(platform, CREATED),
-            oci.BASE_NAME: base,
-            oci.BASE_DIGEST: digest or "",
-        }
-        return {name: text for name, text in annotations.items() if text}
+        labels: dict[Platform, dict[str, str]] = {}
+        for platform in self._platforms:
+            annotations = {
+                **oci.oci_annotations(settings.directory),
+                oci.CREATED: self._report(CREATED, platform),
+                oci.BASE_NAME: base,
+                oci.BASE_DIGEST: digest or "",
+            }
+            labels[platform] = {name: text for name, text in annotations.items() if text}
+            for stage in definition.recipe.stages:
+                labels[platform].update(stage.labels(self._report(stage.name, platform)))
+        return replace(definition, recipe=replace(definition.recipe, labels=labels))
 
     # --- output ---
 
     def _output(self, definition: Definition) -> str:
         settings, output = self._settings, self._settings.buildx_output
-        image = settings.image
-        tags = settings.references
+        image, tags = settings.image, settings.references
         definition = replace(
             definition,
             # Docker's image format cannot store attestations.
@@ -449,7 +424,7 @@ class _Build:
             )
             digest = self._bake(replace(definition, output=by_digest), IMAGE_TARGET)
             if digest:
-                channels = commits(self._report(self._platforms[0], "pull"))
+                channels = commits(self._report("pull"))
                 path = save(settings, Pushed(image.name, self._platforms, digest, channels))
                 self.project.console.print(
                     f"buildx.build: {path}; `inv manifest` joins it under {image}"

@@ -6,13 +6,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from guix_tasks.buildkit import buildx as command
-from guix_tasks.engine.diagnose import INSECURE_REFUSED, NO_BASE, UNKNOWN_FLAG
+from guix_tasks.engine.diagnose import EMULATE, INSECURE_REFUSED, NO_BASE, UNKNOWN_FLAG
 from guix_tasks.errors import BuilderError, RegistryError, UsageError
 from guix_tasks.oci.platform import Platform
 from guix_tasks.settings import Driver, Sandbox
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from guix_tasks.buildkit.buildx import Builder, Buildx
     from guix_tasks.settings import Settings
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 _ALLOW_INSECURE = {
     Driver.DOCKER: 'put {"builder": {"entitlements": {"security-insecure": true}}} into the '
     "engine's daemon.json and restart it, or use BUILDX_DRIVER=docker-container",
-    Driver.CONTAINER: "run `inv buildx.setup --recreate`, which allows them",
-    Driver.KUBERNETES: "run `inv buildx.setup --recreate`, which allows them",
     Driver.REMOTE: "start its buildkitd with --allow-insecure-entitlement security.insecure",
 }
 
@@ -62,11 +60,6 @@ def has_platform(builder: Builder, platform: Platform) -> bool:
     return any(str(platform) in node.platforms for node in builder.nodes)
 
 
-def lacking(platforms: Sequence[Platform], builder: Builder | None) -> list[Platform]:
-    """Return the platforms that no node has; all of them without a builder."""
-    return [platform for platform in platforms if not (builder and has_platform(builder, platform))]
-
-
 def check_platform(settings: Settings, builder: Builder, platform: Platform) -> None:
     """Check that a builder can build a platform.
 
@@ -77,8 +70,9 @@ def check_platform(settings: Settings, builder: Builder, platform: Platform) -> 
         return  # the platforms are unknown until buildx starts the builder
     if not has_platform(builder, platform):
         raise BuilderError(
-            f"the builder {builder.name} has no {platform}; `inv buildx.setup --binfmt` adds it by "
-            "emulation, which needs GUIX_SANDBOX=nochroot; a native node in BUILDX_NODES is faster"
+            f"the builder {builder.name} has no {platform}; `{EMULATE} {platform.architecture}` "
+            "adds it by emulation, which needs GUIX_SANDBOX=nochroot; a native node in "
+            "BUILDX_NODES is faster"
         )
     is_native = any(native.runs(platform) for native in native_platforms(builder))
     if not is_native and settings.guix_sandbox is not Sandbox.NOCHROOT:
@@ -98,9 +92,12 @@ def needed_syntax(settings: Settings, buildx: Buildx, builder: str) -> str | Non
         command.probe(buildx, builder, None)
     except BuilderError as error:
         if INSECURE_REFUSED.search(str(error)):
+            hint = _ALLOW_INSECURE.get(
+                settings.buildx_driver, "run `inv buildx.setup --recreate`, which allows them"
+            )
             raise BuilderError(
                 f"the builder {builder} does not allow insecure steps (security.insecure is not "
-                f"allowed by its configuration); {_ALLOW_INSECURE[settings.buildx_driver]}"
+                f"allowed by its configuration); {hint}"
             ) from None
         if UNKNOWN_FLAG not in str(error):
             raise

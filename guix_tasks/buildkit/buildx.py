@@ -9,15 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import threading
 from collections import deque
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from guix_tasks.engine.accounts import AUTH_CONFIG, auth_config, docker_config_directory
 from guix_tasks.engine.api import build_options
@@ -27,7 +25,8 @@ from guix_tasks.files import temporary_directory
 from guix_tasks.ui.redact import holds_secret
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+    from typing import IO
 
     from guix_tasks.engine.accounts import Accounts
     from guix_tasks.engine.api import BuildSpec
@@ -140,6 +139,10 @@ def find_buildx(
     return Buildx(program, variables, context or "default")
 
 
+_GRACE = 10.0
+"""Seconds between SIGTERM and SIGKILL, in which buildx can cancel the build."""
+
+
 def _run(
     argv: Sequence[str],
     environment: Mapping[str, str],
@@ -152,42 +155,8 @@ def _run(
     Return the end of its standard error if the program fails, else None. Raise ``TimeoutError`` if
     it takes more than ``seconds``.
     """
-    read_end, write_end = os.pipe()
     tail: deque[bytes] = deque(maxlen=200)
     timed_out = threading.Event()
-    with (
-        os.fdopen(read_end, "rb", 0) as reader,
-        os.fdopen(write_end, "wb", 0) as writer,
-        subprocess.Popen(
-            argv, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=writer,
-        ) as process,
-        _deadline(process, seconds, timed_out),
-    ):  # fmt: skip
-        writer.close()
-        try:
-            while data := os.read(read_end, 1 << 16):
-                output(data)
-                tail.append(data)
-        except BaseException:
-            process.terminate()
-            raise
-        finally:
-            reader.close()
-    if timed_out.is_set():
-        raise TimeoutError
-    return b"".join(tail).decode(errors="replace") if process.returncode else None
-
-
-_GRACE = 10.0
-"""Seconds between SIGTERM and SIGKILL, in which buildx can cancel the build."""
-
-
-@contextmanager
-def _deadline(
-    process: subprocess.Popen[bytes], seconds: float | None, timed_out: threading.Event
-) -> Iterator[None]:
-    """Stop a process after some seconds with SIGTERM, then SIGKILL, and set ``timed_out``."""
 
     def stop() -> None:
         timed_out.set()
@@ -197,20 +166,31 @@ def _deadline(
         except subprocess.TimeoutExpired:
             process.kill()
 
-    timer = threading.Timer(seconds, stop) if seconds else None
-    if timer:
-        timer.daemon = True
-        timer.start()
-    try:
-        yield
-    finally:
-        if timer:
+    timer = threading.Timer(seconds or 0, stop)
+    timer.daemon = True
+    with subprocess.Popen(
+        argv, env=dict(environment), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, bufsize=0,
+    ) as process:  # fmt: skip
+        if seconds:
+            timer.start()
+        try:
+            while data := cast("IO[bytes]", process.stderr).read(1 << 16):
+                output(data)
+                tail.append(data)
+        except BaseException:
+            process.terminate()
+            raise
+        finally:
             timer.cancel()
+    if timed_out.is_set():
+        raise TimeoutError
+    return b"".join(tail).decode(errors="replace") if process.returncode else None
 
 
-def csv_field(field: str) -> str:
+def csv_field(text: str) -> str:
     """Quote a field of comma-separated values, the format of buildx options."""
-    return f'"{field.replace(chr(34), chr(34) * 2)}"' if set(field) & set(',"\r\n') else field
+    return f'"{text.replace(chr(34), chr(34) * 2)}"' if set(text) & set(',"\r\n') else text
 
 
 def with_accounts(buildx: Buildx, accounts: Accounts) -> Buildx:
@@ -265,7 +245,7 @@ class BuilderNode:
     version: str = ""
     flags: tuple[str, ...] = ()
     """Flags of the node's ``buildkitd``."""
-    options: tuple[tuple[str, str], ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
     platforms: tuple[str, ...] = ()
     """Native platform first."""
     fixed: tuple[str, ...] = ()
@@ -285,29 +265,24 @@ class Builder:
 def inspect(buildx: Buildx, name: str) -> Builder | None:
     """Return the builder with this name, or None."""
     try:
-        text = buildx.ask("inspect", name)
+        return parse_builder(buildx.ask("inspect", name))
     except BuilderError as error:
         if f'no builder "{name}" found' in str(error):
             return None
         raise
-    if error_line := _fields(text.partition("\nNodes:\n")[0]).get("Error"):
-        raise failure(f"ERROR: {error_line}")
-    return parse_builder(text)
 
 
 def parse_builder(text: str) -> Builder:
-    """Parse the output of ``buildx inspect``.
+    """Parse the output of ``buildx inspect``: blocks of ``Key: value`` lines, each from Name on.
 
-    It has ``Key: value`` lines of the builder, then a block of such lines for each node.
+    ``buildx ls --format=json`` is no replacement: it does not mark the fixed platforms, and it
+    waits up to 20 s for every builder and Docker context of the user.
     """
-    head, _, nodes = text.partition("\nNodes:\n")
-    blocks = re.split(r"^(?=Name:)", nodes, flags=re.MULTILINE)
-    fields = _fields(head)
-    return Builder(
-        fields.get("Name", ""),
-        fields.get("Driver", ""),
-        tuple(_node(_fields(block)) for block in blocks if block.strip()),
-    )
+    blocks = re.split(r"^(?=Name:)", text, flags=re.MULTILINE)[1:]
+    head, *nodes = [_fields(block) for block in blocks] or [{}]
+    if "Error" in head:
+        raise failure(f"ERROR: {head['Error']}")
+    return Builder(head.get("Name", ""), head.get("Driver", ""), tuple(map(_node, nodes)))
 
 
 def _fields(block: str) -> dict[str, str]:
@@ -317,25 +292,19 @@ def _fields(block: str) -> dict[str, str]:
 
 
 def _node(fields: Mapping[str, str]) -> BuilderNode:
-    options = (word.partition("=") for word in _words(fields.get("Driver Options", "")))
-    platforms = list(filter(None, map(str.strip, fields.get("Platforms", "").split(","))))
+    options = re.findall(r'([^\s=]+)="((?:[^"\\]|\\.)*)"', fields.get("Driver Options", ""))
+    platforms = re.findall(r"[^\s,]+", fields.get("Platforms", ""))
     return BuilderNode(
-        name=fields.get("Name", ""),
+        name=fields["Name"],
         endpoint=fields.get("Endpoint", ""),
         status=fields.get("Status", ""),
         version=fields.get("BuildKit version", ""),
         flags=tuple(fields.get("BuildKit daemon flags", "").split()),
-        options=tuple((name, value) for name, _, value in options),
+        options={name: re.sub(r"\\(.)", r"\1", value) for name, value in options},
         platforms=tuple(platform.rstrip("*") for platform in platforms),
         fixed=tuple(platform.rstrip("*") for platform in platforms if platform.endswith("*")),
         error=fields.get("Error", ""),
     )
-
-
-def _words(text: str) -> list[str]:
-    with suppress(ValueError):
-        return shlex.split(text)
-    return text.split()
 
 
 PROBE = "FROM scratch\nRUN --security=insecure true\n"
@@ -391,9 +360,8 @@ def build(
         )  # fmt: skip
         log = _run(argv, {**program.environment, **secret}, output)
         if log is not None:
-            hint = ""
-            if spec.accounts and spec.accounts.given:
-                hint = _unsupported_accounts(buildx)
+            given = spec.accounts and spec.accounts.given
+            hint = _unsupported_accounts(buildx) if given else ""
             raise build_error(spec, cause(log) + (hint and f"; {hint}"))
         try:
             return str(json.loads(metadata.read_bytes())["containerimage.digest"])

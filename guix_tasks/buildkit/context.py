@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from guix_tasks.engine.api import Engine, Image
     from guix_tasks.oci.reference import ImageReference
-    from guix_tasks.settings import Mount, Settings
+    from guix_tasks.settings import Settings
 
 
 def write_environment(settings: Settings, directory: Path) -> None:
@@ -82,31 +82,27 @@ def write_mounts(settings: Settings, directory: Path) -> tuple[list[Bind], dict[
     """
     binds, contexts = [], {}
     for number, mount in enumerate(settings.mounts):
+        # In a Dockerfile, blanks and commas end a target, and BuildKit garbles other characters.
+        if not re.fullmatch(r"[\w./+:@%~=-]+", mount.target, re.ASCII):
+            raise UsageError(
+                f"MOUNTS: {quoted(mount.target)} has a character that a build step's mount cannot "
+                "have; use letters, digits, '.', '_' and '-'"
+            )
         name, source = f"mount-{number}", ""
-        _check_mount(mount)
         if mount.source.is_dir():
             contexts[name] = mount.source
-        else:
+        elif mount.source.is_file():
             name, source = WORK, f"mounts/{number}"
             copy = directory / name / source
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(mount.source, copy)
+        else:
+            raise UsageError(
+                f"MOUNTS: {mount.source} is neither a file nor a directory, and a build step can "
+                "mount nothing else; remove it"
+            )
         binds.append(Bind(name, source, mount.target, mount.read_only))
     return binds, contexts
-
-
-def _check_mount(mount: Mount) -> None:
-    if not mount.source.is_dir() and not mount.source.is_file():
-        raise UsageError(
-            f"MOUNTS: {mount.source} is neither a file nor a directory, and a build step can mount "
-            "nothing else; remove it"
-        )
-    # In a Dockerfile, blanks and commas end a target, and BuildKit garbles non-ASCII characters.
-    if not re.fullmatch(r"[\w./+:@%~=-]+", mount.target, re.ASCII):
-        raise UsageError(
-            f"MOUNTS: {quoted(mount.target)} has a character that a build step's mount cannot "
-            "have; use letters, digits, '.', '_' and '-'"
-        )
 
 
 def local_base_image(engine: Engine, settings: Settings) -> Image | None:

@@ -7,18 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 from invoke.exceptions import Exit
 
-from guix_tasks.cli.session import custom_stages, project_session, single_platform_session
+from guix_tasks.cli.task import long_task
 from guix_tasks.cli.tasks import ns
-from guix_tasks.cli.tasks.lifecycle import FORCE, KEEP_FAILED, NO_COMMIT, UPSTREAM
-from guix_tasks.cli.tasks.output import long_task
+from guix_tasks.cli.tasks.lifecycle import STAGE_HELP
+from guix_tasks.errors import UsageError
+from guix_tasks.stages.declarations import CustomStage, CustomTest, declared, declared_test
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from invoke.context import Context
     from invoke.tasks import Task
 
-    from guix_tasks.stages.declarations import CustomStage, CustomTest
+    from guix_tasks.cli.session import Session
+
+custom_stages: list[CustomStage] = []
+"""Custom stages of the project's ``tasks.py``."""
 
 
 def add_stage(
@@ -40,7 +43,6 @@ def add_stage(
     ``summary`` is shown by ``inv --list``.  ``IMAGE`` points to the stage that was added last,
     among the stages that have an image.
     """
-    from guix_tasks.stages.declarations import declared
     from guix_tasks.stages.images import STAGES
 
     parents = [*STAGES, *(stage.name for stage in custom_stages)]
@@ -65,8 +67,6 @@ def add_test(
     without network, and the task fails if it fails.  The ``inputs`` are files and directories of
     the project, mounted below ``/test``.
     """
-    from guix_tasks.stages.declarations import declared_test
-
     with _errors_in_tasks_py():
         test = declared_test(name, command, image, inputs, taken=_names())
     ns.add_task(test_task(test, summary))
@@ -80,47 +80,41 @@ def stage_task(stage: CustomStage, summary: str) -> Task[Any]:
     """Return the task that runs a custom stage."""
 
     def body(
-        c: Context,
+        session: Session,
         force: bool = False,
         upstream: bool = False,
         no_commit: bool = False,
         keep_failed: bool = False,
     ) -> None:
-        with (
-            (single_platform_session if no_commit else project_session)(c) as project,
-            project.lock(stage.name),
-        ):
-            from guix_tasks.stages.lifecycle import StageOptions, make_each
+        from guix_tasks.stages.lifecycle import StageOptions, make_each
 
-            options = StageOptions(
-                force=force, upstream=upstream, commit=not no_commit, keep_failed=keep_failed
-            )
+        options = StageOptions(
+            force=force, upstream=upstream, commit=not no_commit, keep_failed=keep_failed
+        )
+        with session.locked_project(stage.name, one_platform=no_commit) as project:
             make_each(project, stage.name, options)
 
     body.__doc__ = summary or f"Run the custom stage {stage.name} on {stage.parent}."
-    options = {**FORCE, **UPSTREAM, **NO_COMMIT, **KEEP_FAILED}
-    return long_task(name=stage.name, help=options)(body)
+    return long_task(name=stage.name, help=STAGE_HELP)(body)
 
 
 def test_task(test: CustomTest, summary: str) -> Task[Any]:
     """Return the task that runs a custom test of a packed tarball."""
 
-    def body(c: Context, image: str = "") -> None:
-        with project_session(c) as project:
-            from guix_tasks.commands.custom_test import run_pack_tests
+    def body(session: Session, image: str = "") -> None:
+        from guix_tasks.commands.custom_test import run_pack_test
 
-            run_pack_tests(project, test, image)
+        for project in session.project().each_platform():
+            run_pack_test(project, test, image)
 
     body.__doc__ = summary or "Test the tarball of `inv pack` without Guix."
-    options = {"image": "image of the test container, instead of the one in tasks.py"}
-    return long_task(name=test.name, help=options)(body)
+    image_help = "image of the test container, instead of the one in tasks.py"
+    return long_task(name=test.name, help={"image": image_help})(body)
 
 
 @contextmanager
 def _errors_in_tasks_py() -> Iterator[None]:
     """Exit with one line if ``tasks.py`` declares an invalid stage or test."""
-    from guix_tasks.errors import UsageError
-
     try:
         yield
     except UsageError as error:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import errno
+import logging
 import signal
 import sys
+import threading
+import traceback
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from invoke.exceptions import Exit
+
+from guix_tasks.errors import EngineError, GuixTasksError, SettingsError, StoppedError, UsageError
+from guix_tasks.ui.console import Console
+from guix_tasks.ui.redact import clean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,14 +25,6 @@ if TYPE_CHECKING:
 @contextmanager
 def report_errors() -> Iterator[None]:
     """Exit with one line and an exit code after an error that a user can cause."""
-    from guix_tasks.errors import (
-        EngineError,
-        GuixTasksError,
-        SettingsError,
-        StoppedError,
-        UsageError,
-    )
-    from guix_tasks.ui.console import Console
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise StoppedError
@@ -65,11 +64,6 @@ def report_errors() -> Iterator[None]:
 
 def _redact_logs_and_tracebacks() -> None:
     """Redact secrets in tracebacks and in log messages of libraries (``inv --debug``)."""
-    import logging
-    import threading
-    import traceback
-
-    from guix_tasks.ui.redact import clean
 
     class RedactingFormatter(logging.Formatter):
         def __init__(self, formatter: logging.Formatter) -> None:

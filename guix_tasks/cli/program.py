@@ -15,9 +15,8 @@ from invoke.exceptions import CollectionNotFound, Exit, ParseError
 from invoke.program import Program
 from invoke.util import helpline
 
-from guix_tasks.cli.session import project_directory
 from guix_tasks.cli.tasks import grouped, ns
-from guix_tasks.commands.init import mentions_guix_tasks
+from guix_tasks.commands.init import mentions_guix_tasks, project_directory
 from guix_tasks.errors import UsageError
 
 if TYPE_CHECKING:

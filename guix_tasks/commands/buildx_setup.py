@@ -8,46 +8,33 @@ selected.
 from __future__ import annotations
 
 import re
-import shlex
 import socket
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from guix_tasks.buildkit import buildx as command
-from guix_tasks.buildkit.builder import builder_name, find_builder, lacking, needed_syntax
-from guix_tasks.engine.api import ContainerSpec, run_to_end
-from guix_tasks.engine.credentials import accounts_for, credentials_for
-from guix_tasks.engine.diagnose import INSECURE_REFUSED, UNKNOWN_FLAG
-from guix_tasks.engine.retry import retry_call
-from guix_tasks.errors import BuilderError, EngineError, GuixTasksError
+from guix_tasks.buildkit.builder import builder_name, find_builder, has_platform, needed_syntax
+from guix_tasks.engine.credentials import accounts_for
+from guix_tasks.engine.diagnose import EMULATE, INSECURE_REFUSED, UNKNOWN_FLAG
+from guix_tasks.errors import BuilderError, GuixTasksError
 from guix_tasks.settings import Driver, Node
-from guix_tasks.stages.container import PROJECT_LABEL, container_name
-from guix_tasks.stages.container import project as project_name
 from guix_tasks.ui.log import Log
 from guix_tasks.ui.redact import holds_secret
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator
 
     from guix_tasks.buildkit.buildx import Builder, BuilderNode, Buildx
-    from guix_tasks.oci.platform import Platform
     from guix_tasks.settings import Settings
     from guix_tasks.stages.project import Project
 
 ENTITLEMENTS = ("security.insecure", "network.host")
 
-_FLAGS = shlex.join(f"--allow-insecure-entitlement={name}" for name in ENTITLEMENTS)
-
-_DAEMON_DRIVERS = (Driver.CONTAINER, Driver.KUBERNETES)
-"""Drivers that start their own ``buildkitd``."""
+_FLAGS = " ".join(f"--allow-insecure-entitlement={name}" for name in ENTITLEMENTS)
 
 # By default BuildKit truncates the log of a step at 2 MiB and so loses its error message.
 _LOG_OPTIONS = {"env.BUILDKIT_STEP_LOG_MAX_SIZE": "-1", "env.BUILDKIT_STEP_LOG_MAX_SPEED": "-1"}
-
-BINFMT_IMAGE = "tonistiigi/binfmt:latest"
-"""Image that installs emulators, from Docker's documentation on multi-platform builds."""
 
 STATUS_HEADER = ("node", "endpoint", "status", "BuildKit", "platforms", "entitlements")
 
@@ -60,8 +47,6 @@ class SetupOptions:
     """Recreate an existing builder and keep its cache."""
     use: bool = False
     """Select the builder for the user's `docker buildx`."""
-    binfmt: bool = False
-    """Install emulators for the platforms that no node supports."""
 
 
 def set_up(project: Project, buildx: Buildx, options: SetupOptions) -> None:
@@ -77,11 +62,7 @@ def set_up(project: Project, buildx: Buildx, options: SetupOptions) -> None:
     if settings.buildx_driver is not Driver.DOCKER:
         _ensure_builder(project, buildx, recreate=options.recreate)
     if buildx.perform:
-        _check(project, buildx, install=options.binfmt)
-    elif options.binfmt and settings.platforms:
-        builder = command.inspect(buildx, builder_name(settings, buildx))
-        if missing := lacking(settings.platforms, builder):
-            console.command(_binfmt_argv(missing))
+        _check(project, buildx)
     if options.use:
         name = builder_name(settings, buildx)
         buildx.change("use", name)
@@ -89,16 +70,22 @@ def set_up(project: Project, buildx: Buildx, options: SetupOptions) -> None:
             console.print(f"buildx.setup: `docker buildx` now builds with {name}")
 
 
-def _check(project: Project, buildx: Buildx, *, install: bool) -> None:
+def _check(project: Project, buildx: Buildx) -> None:
     """Check the entitlements, the frontend and the platforms of the builder."""
-    settings = project.settings
+    settings, console = project.settings, project.console
     builder = find_builder(settings, buildx)
     syntax = needed_syntax(settings, buildx, builder.name)
-    project.console.print(
+    console.print(
         f"buildx.setup: {builder.name} ({builder.driver}) runs insecure steps"
         + (f", with the Dockerfile frontend {syntax}" if syntax else "")
     )
-    _check_platforms(project, buildx, builder, install=install)
+    if missing := [each for each in settings.platforms if not has_platform(builder, each)]:
+        architectures = ",".join(platform.architecture for platform in missing)
+        console.warn(
+            f"no node supports {', '.join(map(str, missing))}: `{EMULATE} {architectures}` "
+            "installs the emulator on the engine's machine; a machine of that platform in "
+            "BUILDX_NODES is faster"
+        )
 
 
 def _ensure_builder(project: Project, buildx: Buildx, *, recreate: bool) -> None:
@@ -129,16 +116,17 @@ def _ensure_builder(project: Project, buildx: Buildx, *, recreate: bool) -> None
     _create(project, buildx, nodes)
 
 
-def _nodes(project: Project, buildx: Buildx) -> tuple[Node, ...]:
-    if project.settings.buildx_nodes:
-        return project.settings.buildx_nodes
-    if project.settings.buildx_driver is Driver.KUBERNETES:
-        return (Node(f"kubernetes://{project.settings.buildx_builder}0"),)
-    # buildx finds the certificates of a Docker context by the name of the context.
-    return (Node(project.engine.info().url if buildx.own == "default" else buildx.own),)
+def _nodes(project: Project, buildx: Buildx) -> list[Node]:
+    settings = project.settings
+    nodes = list(settings.buildx_nodes) or [Node()]
+    if settings.buildx_driver is Driver.CONTAINER and not all(node.endpoint for node in nodes):
+        # buildx finds the certificates of a Docker context by the name of the context.
+        own = project.engine.info().url if buildx.own == "default" else buildx.own
+        nodes = [replace(node, endpoint=node.endpoint or own) for node in nodes]
+    return nodes
 
 
-def _create(project: Project, buildx: Buildx, nodes: tuple[Node, ...]) -> None:
+def _create(project: Project, buildx: Buildx, nodes: list[Node]) -> None:
     settings, console = project.settings, project.console
     name = settings.buildx_builder
     console.print(f"buildx.setup: creating {name} ({settings.buildx_driver.value})")
@@ -147,14 +135,10 @@ def _create(project: Project, buildx: Buildx, nodes: tuple[Node, ...]) -> None:
         for name, value in settings.proxies.items()
         if "@" in value and name.lower() != "ftp_proxy"
     ]
-    if with_account and settings.buildx_driver in _DAEMON_DRIVERS:
+    if with_account and settings.buildx_driver is not Driver.REMOTE:
         console.warn(
             f"the builder does not use {with_account[0]}, as every user could see its account; "
             "set a proxy without an account, or a registry mirror in the builder's configuration"
-        )
-    if settings.buildx_driver is Driver.KUBERNETES:
-        console.warn(
-            "the driver kubernetes is experimental: guix-tasks has never been tested with it"
         )
     try:
         for number, node in enumerate(nodes):
@@ -171,17 +155,17 @@ def _create(project: Project, buildx: Buildx, nodes: tuple[Node, ...]) -> None:
 
 def check_endpoint(endpoint: str) -> None:
     """Raise ``BuilderError`` if nothing listens; buildx would retry for 20 s and not name it."""
-    parts = urlsplit(endpoint)
     try:
-        if parts.scheme == "tcp":
-            socket.create_connection((parts.hostname, parts.port or 0), timeout=5).close()
+        parts = urlsplit(endpoint)
+        if parts.scheme == "tcp" and parts.port:
+            socket.create_connection((parts.hostname, parts.port), timeout=5).close()
         elif parts.scheme == "unix":
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.connect(parts.path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise BuilderError(
-            f"{endpoint} does not answer: {error.strerror or error}; start its daemon, or correct "
-            "BUILDX_NODES"
+            f"{endpoint} does not answer: {getattr(error, 'strerror', None) or error}; start its "
+            "daemon, or correct BUILDX_NODES"
         ) from None
 
 
@@ -199,27 +183,25 @@ def _undo(project: Project, buildx: Buildx) -> None:
 
 def create_argv(settings: Settings, node: Node, *, append: bool) -> list[str]:
     """Return the arguments of ``buildx create`` for a node."""
-    driver = settings.buildx_driver
-    endpoint = ["--", node.endpoint]
-    options = (command.csv_field("=".join(option)) for option in _options(settings, node))
-    if driver is Driver.KUBERNETES:
-        endpoint = [f"--node={node.endpoint.removeprefix('kubernetes://')}"]
+    starts_daemon = settings.buildx_driver is not Driver.REMOTE
+    options = {
+        **(_LOG_OPTIONS | _proxies(settings) if starts_daemon else {}),
+        **_required_options(settings, node),
+    }
     return [
-        "create", f"--name={settings.buildx_builder}", f"--driver={driver.value}",
+        "create", f"--name={settings.buildx_builder}", f"--driver={settings.buildx_driver.value}",
         *(["--append"] if append else []),
-        *([f"--buildkitd-flags={_FLAGS}"] if driver in _DAEMON_DRIVERS else []),
-        *(f"--driver-opt={option}" for option in options),
+        *([f"--buildkitd-flags={_FLAGS}"] if starts_daemon else []),
+        *(f"--driver-opt={command.csv_field('='.join(item))}" for item in sorted(options.items())),
         *([f"--platform={','.join(map(str, node.platforms))}"] if node.platforms else []),
-        *endpoint,
+        *(["--", node.endpoint] if node.endpoint else []),
     ]  # fmt: skip
 
 
-def _options(settings: Settings, node: Node) -> list[tuple[str, str]]:
+def _required_options(settings: Settings, node: Node) -> dict[str, str]:
     # Only the host's network reaches a registry on localhost.
     network = {"network": "host"} if settings.buildx_driver is Driver.CONTAINER else {}
-    has_daemon = settings.buildx_driver in _DAEMON_DRIVERS
-    daemon_options = {**_LOG_OPTIONS, **_proxies(settings)} if has_daemon else {}
-    return sorted({**network, **daemon_options, **dict(node.options)}.items())
+    return {**network, **dict(node.options)}
 
 
 def _proxies(settings: Settings) -> dict[str, str]:
@@ -234,8 +216,11 @@ def _proxies(settings: Settings) -> dict[str, str]:
     }
 
 
-def _differences(settings: Settings, builder: Builder, nodes: tuple[Node, ...]) -> Iterator[str]:
-    """Yield the differences between a builder and the settings."""
+def _differences(settings: Settings, builder: Builder, nodes: list[Node]) -> Iterator[str]:
+    """Yield the differences between a builder and the settings.
+
+    Truncated logs or another proxy are no reason to replace a builder of another tool.
+    """
     driver = settings.buildx_driver
     if builder.driver != driver.value:
         yield f"its driver is {builder.driver}, not {driver.value}"
@@ -244,92 +229,23 @@ def _differences(settings: Settings, builder: Builder, nodes: tuple[Node, ...]) 
         yield f"it has {len(builder.nodes)} nodes, not {len(nodes)}"
         return
     for node, expected in zip(builder.nodes, nodes, strict=True):
-        yield from _node_differences(settings, node, expected)
-
-
-def _node_differences(settings: Settings, node: BuilderNode, expected: Node) -> Iterator[str]:
-    driver = settings.buildx_driver
-    if driver is Driver.KUBERNETES:
-        if node.name != expected.endpoint.removeprefix("kubernetes://"):
-            yield f"its node is {node.name}"
-    elif node.endpoint != expected.endpoint:
-        yield f"its node {node.name} is at {node.endpoint}, not at {expected.endpoint}"
-    if driver in _DAEMON_DRIVERS and ENTITLEMENTS[0] not in entitlements(node):
-        yield f"its node {node.name} was created without the entitlement {ENTITLEMENTS[0]}"
-    options = dict(node.options)
-    # Truncated logs or another proxy are no reason to replace a builder of another tool.
-    optional = {*_LOG_OPTIONS, *_proxies(settings)}
-    for name, value in _options(settings, expected):
-        if name not in optional and options.get(name) != value:
-            yield f"its node {node.name} was created without {name}={value}"
-    if expected.platforms and set(map(str, expected.platforms)) != set(node.fixed):
-        platforms = ", ".join(map(str, expected.platforms))
-        current = ", ".join(node.fixed) or "all that it supports"
-        yield f"its node {node.name} is for {current}, not {platforms}"
+        if expected.endpoint and node.endpoint != expected.endpoint:
+            yield f"its node {node.name} is at {node.endpoint}, not at {expected.endpoint}"
+        if driver is not Driver.REMOTE and ENTITLEMENTS[0] not in entitlements(node):
+            yield f"its node {node.name} was created without the entitlement {ENTITLEMENTS[0]}"
+        for name, value in sorted(_required_options(settings, expected).items()):
+            if node.options.get(name) != value:
+                yield f"its node {node.name} was created without {name}={value}"
+        if expected.platforms and set(map(str, expected.platforms)) != set(node.fixed):
+            platforms = ", ".join(map(str, expected.platforms))
+            current = ", ".join(node.fixed) or "all that it supports"
+            yield f"its node {node.name} is for {current}, not {platforms}"
 
 
 def entitlements(node: BuilderNode) -> list[str]:
     """Return the entitlements in the flags of a node's ``buildkitd``."""
     words = " ".join(node.flags)
     return sorted(set(re.findall(r"--allow-insecure-entitlement[= ](\S+)", words)))
-
-
-def _check_platforms(project: Project, buildx: Buildx, builder: Builder, *, install: bool) -> None:
-    """Check that every platform has a node. With ``install``, install missing emulators."""
-    missing = lacking(project.settings.platforms, builder)
-    if not missing:
-        return
-    argv = _binfmt_argv(missing)
-    names = ", ".join(map(str, missing))
-    if not install:
-        project.console.warn(
-            f"no node supports {names}: `{shlex.join(argv)}` installs the emulator on the engine's "
-            "machine (`inv buildx.setup --binfmt` runs it); a machine of that platform in "
-            "BUILDX_NODES is faster"
-        )
-        return
-    _install_emulators(project, argv[-1])
-    still_missing = lacking(missing, command.inspect(buildx, builder.name))
-    if still_missing:
-        raise BuilderError(
-            f"the builder does not support {', '.join(map(str, still_missing))} yet; "
-            "`inv buildx.setup --recreate` lets it detect the emulators"
-        )
-
-
-def _binfmt_argv(missing: Sequence[Platform]) -> list[str]:
-    names = ",".join(platform.architecture for platform in missing)
-    return ["docker", "run", "--privileged", "--rm", BINFMT_IMAGE, "--install", names]
-
-
-def _install_emulators(project: Project, names: str) -> None:
-    engine, console = project.engine, project.console
-    if engine.image(BINFMT_IMAGE) is None:
-        account = credentials_for(engine, project.settings, BINFMT_IMAGE)
-        pull = partial(engine.pull, BINFMT_IMAGE, account)
-        retry_call(console, "the pull", pull, host="docker.io")
-    image = engine.image(BINFMT_IMAGE)
-    if image is None:
-        raise EngineError(f"the engine pulled {BINFMT_IMAGE}, but the image does not exist")
-    spec = ContainerSpec(
-        name=container_name("binfmt"),
-        image=image.id,
-        command=(*(image.config.get("Entrypoint") or ()), "--install", names),
-        labels={PROJECT_LABEL: project_name(project.settings)},
-        privileged=True,
-        network="none",
-    )
-
-    def failed(_status: int) -> BuilderError:
-        return BuilderError(
-            f"cannot install emulators for {names}; the output above shows the reason"
-        )
-
-    with console.step("binfmt") as step:
-        log = Log(step.log)
-        for _, data in run_to_end(engine, spec, failed):
-            log.add(data)
-        log.end()
 
 
 # --- buildx.status and buildx.down ----------------------------------------------------------
@@ -362,25 +278,19 @@ def _detected_entitlements(settings: Settings, buildx: Buildx, builder: Builder)
         if INSECURE_REFUSED.search(str(error)):
             return []
         # BuildKit checks the entitlement before it runs a frontend.
-        return [ENTITLEMENTS[0] if UNKNOWN_FLAG in str(error) else "unknown"]
+        if UNKNOWN_FLAG not in str(error):
+            return ["unknown"]
     return [ENTITLEMENTS[0]]
 
 
 def cache_size(project: Project, buildx: Buildx) -> str:
     """Return the cache size of all nodes together, or ``unknown`` if no node answers."""
     try:
-        name = builder_name(project.settings, buildx)
-        return parse_cache_size(buildx.ask("du", f"--builder={name}"))
+        listing = buildx.ask("du", f"--builder={builder_name(project.settings, buildx)}")
     except GuixTasksError:
         return "unknown"
-
-
-def parse_cache_size(listing: str) -> str:
-    """Return the total of the output of ``buildx du``."""
-    fields: Mapping[str, str] = dict(
-        line.split(":", 1) for line in listing.splitlines() if line.startswith("Total:")
-    )
-    return fields.get("Total", "unknown").strip()
+    total = re.search(r"^Total:\s*(\S+)", listing, re.MULTILINE)
+    return total[1] if total else "unknown"
 
 
 def remove_builder(project: Project, buildx: Buildx, *, keep_cache: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,8 +44,10 @@ def write_start(directory: Path, console: Console, *, ci: str = CI[0], dry: bool
     files = {**FILES, **ci_files(directory, ci)}
     name = image_name(directory)
     for target, source in files.items():
-        content = (TEMPLATES / source).read_text(encoding="utf-8").replace(NAME, name)
-        is_new = _is_missing(directory / target) if dry else _write_new(directory / target, content)
+        path = directory / target
+        is_new = not os.path.lexists(path)
+        if is_new and not dry:
+            _write_new(path, (TEMPLATES / source).read_text(encoding="utf-8").replace(NAME, name))
         verb = "would write" if dry else "wrote"
         console.print(f"init: {verb} {target}" if is_new else f"init: {target} exists, unchanged")
     if not (dry or mentions_guix_tasks(directory)):
@@ -72,6 +75,12 @@ def _has_gitlab_remote(directory: Path) -> bool:
     return bool(re.search(r"^\s*url\s*=\s*(\w+://)?([^/\s]*@)?[^/:\s]*gitlab", text, re.MULTILINE))
 
 
+def project_directory(start: Path) -> Path:
+    """Return the nearest directory upwards with a ``tasks.py``, as Invoke does, or ``start``."""
+    directories = (start, *start.parents)
+    return next((path for path in directories if (path / "tasks.py").exists()), start)
+
+
 def mentions_guix_tasks(directory: Path) -> bool:
     """Check whether the ``tasks.py`` of a project mentions this package."""
     try:
@@ -86,21 +95,13 @@ def image_name(directory: Path) -> str:
     return "-".join(words) or NAME
 
 
-def _is_missing(path: Path) -> bool:
-    return not (path.exists() or path.is_symlink())
-
-
-def _write_new(path: Path, content: str) -> bool:
-    """Write a file unless its path exists. A failed write leaves no partial file."""
+def _write_new(path: Path, content: str) -> None:
+    """Write a new file. A failed write leaves no partial file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        file = path.open("x", encoding="utf-8")
-    except FileExistsError:
-        return False
+    file = path.open("x", encoding="utf-8")
     try:
         with file:
             file.write(content)
     except BaseException:
-        path.unlink(missing_ok=True)
+        path.unlink()
         raise
-    return True

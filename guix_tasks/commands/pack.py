@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shlex
 import tarfile
-import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -16,8 +13,7 @@ from guix_tasks import guix
 from guix_tasks.commands.pack_records import Packed, save
 from guix_tasks.commands.push import check_up_to_date, require_image
 from guix_tasks.errors import EngineError, StageError, UsageError
-from guix_tasks.files import read_file, write_whole
-from guix_tasks.oci.archive import oci_archive
+from guix_tasks.files import content_digest, read_file, write_whole
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import quoted
 from guix_tasks.oci.tar import as_file
@@ -29,20 +25,13 @@ from guix_tasks.ui import redact
 from guix_tasks.ui.format import human_size, human_time, pasteable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from guix_tasks.engine.api import Image
     from guix_tasks.settings import Settings
     from guix_tasks.stages.project import Project
 
 _CHUNK_SIZE = 1 << 20
-
-
-def pack_each(project: Project, options: guix.Pack, name: str, packages: Sequence[str]) -> None:
-    """Pack for each platform and print the paths of the files."""
-    for platform_project in project.each_platform():
-        if path := pack(platform_project, options, name, packages):
-            project.console.result(str(path))
 
 
 def pack(
@@ -83,7 +72,7 @@ def pack(
         path = (
             settings.output_directory / f"{stem}-{system}{guix.pack_suffix(options.format, item)}"
         )
-        digest = _copy_out(project, container, item, path, options)
+        digest = _copy_out(project, container, item, path)
     save(settings, Packed(system, options.format, path.name, digest, _channels(image)))
     duration, size = human_time(time.monotonic() - started), human_size(path.stat().st_size)
     console.print(f"pack: {path.name}, {size}, {duration}")
@@ -94,12 +83,8 @@ def _check_options(options: guix.Pack, name: str, packages: Sequence[str]) -> No
     """Raise ``UsageError`` for options that Guix would reject, before a container is created."""
     _check_choice("--format", options.format, guix.PACK_FORMATS)
     _check_choice("--compression", options.compression, ("", *guix.COMPRESSIONS))
-    if options.format == guix.OCI and options.compression not in ("", "gzip", "none"):
-        raise UsageError("--compression: layers of an OCI archive support only gzip and none")
-    if options.max_layers < 0 or (options.max_layers and options.format not in guix.IMAGES):
-        raise UsageError(
-            "--max-layers: use a number above 0, together with `--format` docker or oci"
-        )
+    if options.max_layers < 0 or (options.max_layers and options.format != guix.DOCKER):
+        raise UsageError("--max-layers: use a number above 0, together with `--format docker`")
     if options.format == "appimage" and not options.entry_point:
         raise UsageError("--format appimage needs `--entry-point PROGRAM`, for example bin/hello")
     try:
@@ -157,38 +142,11 @@ def _stem(settings: Settings, packages: list[tuple[str, str]], name: str) -> str
     return re.sub(r"[^\w+.~-]", "_", f"{name or default_name}-{version}", flags=re.ASCII)
 
 
-def _copy_out(project: Project, container: str, item: str, path: Path, options: guix.Pack) -> str:
+def _copy_out(project: Project, container: str, item: str, path: Path) -> str:
     """Copy a file from a container atomically, write its checksum file and return its SHA-256."""
-    digest = hashlib.sha256()
-
-    def hashed(chunks: Iterator[bytes]) -> Iterator[bytes]:
-        for chunk in chunks:
-            digest.update(chunk)
-            yield chunk
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The temporary directory is on the disk of the result, which needs the space anyway.
-    with (
-        _open_file(project, container, item) as (header, chunks),
-        tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as directory,
-    ):
-        content = chunks
-        if options.format == guix.OCI:
-            compressed = options.compression != "none"
-            content = oci_archive(as_file(chunks), Path(directory), compressed=compressed)
-        write_whole(path, hashed(content), 0o777 if header.mode & 0o100 else 0o666)
-    line = f"{digest.hexdigest()}  {path.name}\n"
-    write_whole(path.with_name(f"{path.name}.sha256"), line.encode())
-    return digest.hexdigest()
-
-
-@contextmanager
-def _open_file(
-    project: Project, container: str, item: str
-) -> Iterator[tuple[tarfile.TarInfo, Iterator[bytes]]]:
-    """Open a file of a container as its tar header and a stream of its content."""
-    stream = as_file(project.engine.copy_out(container, item))
     try:
+        stream = as_file(project.engine.copy_out(container, item))
         with tarfile.open(fileobj=stream, mode="r|") as tar:
             header = next(iter(tar))
             file = tar.extractfile(header)
@@ -196,12 +154,16 @@ def _open_file(
                 raise EngineError(
                     f"cannot copy {item}: it is not a regular file; run `inv pack` again"
                 )
-            yield header, iter(lambda: file.read(_CHUNK_SIZE), b"")
+            chunks = iter(lambda: file.read(_CHUNK_SIZE), b"")
+            write_whole(path, chunks, 0o777 if header.mode & 0o100 else 0o666)
     except (tarfile.TarError, StopIteration):
-        name = PurePosixPath(item).name
         raise EngineError(
-            f"cannot copy {name}: the engine sent only a part of it; run `inv pack` again"
+            f"cannot copy {PurePosixPath(item).name}: the engine sent only a part of it; "
+            "run `inv pack` again"
         ) from None
+    digest = content_digest(path)
+    write_whole(path.with_name(f"{path.name}.sha256"), f"{digest}  {path.name}\n".encode())
+    return digest
 
 
 def _channels(image: Image) -> list[dict[str, str]]:

@@ -87,16 +87,6 @@ def pushed_references(settings: Settings) -> list[str]:
     return settings.references
 
 
-def _stage_image(project: Project, stage: str) -> tuple[Image | None, str]:
-    try:
-        return project.ledger.find(stage), project.ledger.tag(stage)
-    except ValueError:
-        raise UsageError(
-            f"--stage: {stage!r} is not a valid stage name; "
-            f"use {', '.join(project.ledger.stages)} or {SQUASH}"
-        ) from None
-
-
 def check_up_to_date(project: Project, image: Image, task: str) -> None:
     """Raise ``UsageError`` if an image is that of a stale stage.
 
@@ -116,19 +106,22 @@ def require_image(project: Project, stage: str | None = None) -> Image:
     """Return ``IMAGE`` or the image of a stage. Raise ``UsageError`` if it does not exist."""
     ledger = project.ledger
     ledger.repair()
-    if stage:
-        image, reference = _stage_image(project, stage)
-    else:
-        reference = str(ledger.image)
-        image = project.engine.image(reference)
-    if image is None and stage not in (None, *ledger.stages, SQUASH):
+    stages = ", ".join(ledger.stages)
+    try:
+        reference = ledger.tag(stage) if stage else str(ledger.image)
+        image = ledger.find(stage) if stage else project.engine.image(reference)
+    except ValueError:
+        raise UsageError(
+            f"--stage: {stage!r} is not a valid stage name; use {stages} or {SQUASH}"
+        ) from None
+    if image:
+        return image
+    if stage not in (None, *ledger.stages, SQUASH):
         raise UsageError(
             f"{reference} does not exist on this engine: the project has no stage {stage!r}; "
-            f"its stages are {', '.join(ledger.stages)} and {SQUASH}"
+            f"its stages are {stages} and {SQUASH}"
         )
-    if image is None:
-        raise UsageError(
-            f"{reference} does not exist on this engine; run `inv {stage or 'install'}`, or "
-            "`docker pull` it if buildx.build pushed it"
-        )
-    return image
+    raise UsageError(
+        f"{reference} does not exist on this engine; run `inv {stage or 'install'}`, or "
+        "`docker pull` it if buildx.build pushed it"
+    )

@@ -31,10 +31,7 @@ from guix_tasks.stages.ownership import USER, grant_ownership
 from guix_tasks.stages.substitute_server import ANY, KEYS, LISTEN_LABEL, public_key, server_url
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from guix_tasks.engine.api import Container, Image
-    from guix_tasks.settings import Settings
     from guix_tasks.stages.project import Project
 
 START_SECONDS = 60.0
@@ -63,9 +60,7 @@ def up(project: Project) -> None:
     if server and _serves(project, server, image):
         console.print(f"substitutes: already serving the stage {stage}")
     else:
-        if server:
-            engine.remove(server.id)
-            engine.drop(server.image)
+        _stop(project, server)
         _start(project, image)
         if engine.is_dry:
             return
@@ -78,15 +73,19 @@ def up(project: Project) -> None:
 def down(project: Project) -> None:
     """Stop the server and keep its key pair."""
     server = find_server(project.engine, project.settings)
+    _stop(project, server)
     if server is None:
         project.console.print("substitutes: no server of this project is running")
-        return
-    project.engine.remove(server.id)
-    project.engine.drop(server.image)
-    if not project.engine.is_dry:
+    elif not project.engine.is_dry:
         project.console.print(
             "substitutes: stopped; the key is kept until `inv clean`, which also removes volumes"
         )
+
+
+def _stop(project: Project, server: Container | None) -> None:
+    if server:
+        project.engine.remove(server.id)
+        project.engine.drop(server.image)
 
 
 def _serves(project: Project, server: Container, image: Image) -> bool:
@@ -101,7 +100,7 @@ def _start(project: Project, image: Image) -> None:
     ``guix publish`` queries the daemon, which must own the database of the store. So the daemon
     runs as the same user, which gets the database.
     """
-    engine = project.engine
+    engine, listen = project.engine, project.settings.substitutes_listen
     # The server neither fetches nor builds.
     settings = replace(
         project.settings,
@@ -110,49 +109,39 @@ def _start(project: Project, image: Image) -> None:
         guix_substitute_keys=(),
         proxies=MappingProxyType({}),
     )
-    spec = _spec(project, image)
-    engine.create_volume(_volume(settings), {PROJECT_LABEL: project_name(settings)})
-    container = engine.create(spec)
+    network_name = network(engine, settings)
+    has_host_network = network_name == "host"
+    # The volume of the key pair; only the server mounts it.
+    volume = f"{settings.cache_volume or 'guix-tasks'}-{project_digest(settings)}-signing-key"
+    engine.create_volume(volume, {PROJECT_LABEL: project_name(settings)})
+    container = engine.create(
+        ContainerSpec(
+            name=server_name(settings),
+            image=image.id,
+            command=(ENTRY_POINT, f"{WORK_DIRECTORY}/serve"),
+            labels={PROJECT_LABEL: project_name(settings), LISTEN_LABEL: str(listen)},
+            network=network_name,
+            publish={} if has_host_network else {listen.port: listen.port},
+            publish_on=listen.address,
+            binds=(f"{volume}:{KEYS}",),
+            user=USER,
+            capabilities=(),
+            security=("no-new-privileges",),
+            no_healthcheck=bool(image.config.get("Healthcheck")),
+            platform=str(settings.platform) if settings.platform else None,
+        )
+    )
     try:
         if not engine.is_dry:
             owner = grant_ownership(engine, container, ROOTLESS_CACHES.values(), unread=(KEYS,))
-            files = {**common_files(settings), "serve": _script(spec, settings)}
+            address = listen.address if has_host_network else ANY
+            script = guix.publish_script(address, listen.port, KEYS).encode()
+            files = {**common_files(settings), "serve": script}
             engine.copy_in(container, archive(files, owner))
         _await_start(project, container)
     except BaseException:
         engine.remove(container)
         raise
-
-
-def _spec(project: Project, image: Image) -> ContainerSpec:
-    settings, listen = project.settings, project.settings.substitutes_listen
-    name = network(project.engine, settings)
-    return ContainerSpec(
-        name=server_name(settings),
-        image=image.id,
-        command=(ENTRY_POINT, f"{WORK_DIRECTORY}/serve"),
-        labels={PROJECT_LABEL: project_name(settings), LISTEN_LABEL: str(listen)},
-        network=name,
-        publish={} if name == "host" else {listen.port: listen.port},
-        publish_on=listen.address,
-        binds=(f"{_volume(settings)}:{KEYS}",),
-        user=USER,
-        capabilities=(),
-        security=("no-new-privileges",),
-        no_healthcheck=bool(image.config.get("Healthcheck")),
-        platform=str(settings.platform) if settings.platform else None,
-    )
-
-
-def _volume(settings: Settings) -> str:
-    """Return the volume of the key pair; only the server mounts it."""
-    return f"{settings.cache_volume or 'guix-tasks'}-{project_digest(settings)}-signing-key"
-
-
-def _script(spec: ContainerSpec, settings: Settings) -> bytes:
-    listen = settings.substitutes_listen
-    address = listen.address if spec.network == "host" else ANY
-    return guix.publish_script(address, listen.port, KEYS).encode()
 
 
 def _await_start(project: Project, container: str) -> None:
@@ -172,12 +161,15 @@ def _await_start(project: Project, container: str) -> None:
 
 
 def _print_settings(project: Project, server: Container) -> None:
+    """Write the public key, and print the settings with which another machine asks the server."""
     settings, console = project.settings, project.console
     listen = settings.substitutes_listen
     key = public_key(project.engine, server)
     if not key:
         raise EngineError("the substitute server has no key; run `inv substitutes.up` again")
-    path = key_file(settings)
+    # The name differs between projects.
+    name = settings.image.repository.rpartition("/")[2]
+    path = settings.output_directory / f"substitutes-{name}.pub"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, key)
     host = project.engine.info().name if listen.address == ANY else listen.address
@@ -189,25 +181,11 @@ def _print_settings(project: Project, server: Container) -> None:
             f"`inv substitutes.up --listen {ANY}:{listen.port}` makes it reachable"
         )
         return
-    name = f"; replace {host} with a name that it resolves" if listen.address == ANY else ""
-    console.print(f"substitutes: for .env of another machine, with the key next to it{name}:")
-    for line in _client_settings(settings, url, path):
-        console.result(line)
-
-
-def key_file(settings: Settings) -> Path:
-    """Return the path of the public key. The name differs between projects."""
-    name = settings.image.repository.rpartition("/")[2]
-    return settings.output_directory / f"substitutes-{name}.pub"
-
-
-def _client_settings(settings: Settings, url: str, key: Path) -> tuple[str, str]:
-    """Return the settings with which another machine asks this server first."""
+    note = f"; replace {host} with a name that it resolves" if listen.address == ANY else ""
+    console.print(f"substitutes: for .env of another machine, with the key next to it{note}:")
     urls = settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS
     # Another machine cannot read the directories of this one and needs no key for them.
     urls = tuple(url for url in urls if not url.startswith("file:"))
-    names = [key.name, *(path.name for path in settings.guix_substitute_keys if urls)]
-    return (
-        f'GUIX_SUBSTITUTE_URLS="{" ".join((url, *urls))}"',
-        f'GUIX_SUBSTITUTE_KEYS="{" ".join(names)}"',
-    )
+    keys = [path.name, *(key.name for key in settings.guix_substitute_keys if urls)]
+    console.result(f'GUIX_SUBSTITUTE_URLS="{" ".join((url, *urls))}"')
+    console.result(f'GUIX_SUBSTITUTE_KEYS="{" ".join(keys)}"')

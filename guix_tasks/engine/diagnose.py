@@ -53,9 +53,13 @@ _OLD_FRONTEND = (
 )
 
 
+EMULATE = "docker run --privileged --rm tonistiigi/binfmt --install"
+"""Command that installs emulators, from docs.docker.com/build/building/multi-platform."""
+
+
 _NO_PLATFORM = (
-    "the builder or the base image does not have this platform: run `inv buildx.setup --binfmt`, "
-    "or change PLATFORMS"
+    "the builder or the base image does not have this platform: install its emulator with "
+    f"`{EMULATE} ARCH`, or change PLATFORMS"
 )
 
 
@@ -98,6 +102,9 @@ _HINTS: Mapping[str, tuple[type[GuixTasksError], str]] = {
         BuilderError, _NO_PLATFORM,
     ),
     r"(cache|importer|exporter) requires|unknown cache": (BuilderError, _CACHE),
+    r"driver option|tls enabled|duplicate endpoint|failed to parse endpoint": (
+        BuilderError, "correct BUILDX_NODES",
+    ),
     r"(failed to push|failed to do request).*connection refused": (RegistryError, _NO_REGISTRY),
     r"failed to (push|authorize)|push access denied|insufficient_scope|"
     r"40[13] (unauthorized|forbidden)|no basic auth|failed to do request": (

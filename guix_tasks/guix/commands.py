@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -80,12 +80,10 @@ def union_manifest(manifest: str) -> str:
     )
 
 
-TARBALL, DOCKER, OCI = "tarball", "docker", "oci"
+TARBALL, DOCKER = "tarball", "docker"
 
-PACK_FORMATS = (TARBALL, DOCKER, OCI, "squashfs", "deb", "rpm", "appimage")
-"""Formats of ``guix pack`` 1.5 (``--list-formats``), and OCI, which is converted from docker."""
-
-IMAGES = (DOCKER, OCI)
+PACK_FORMATS = (TARBALL, DOCKER, "squashfs", "deb", "rpm", "appimage")
+"""Formats of ``guix pack`` 1.5 (``--list-formats``)."""
 
 COMPRESSIONS = ("gzip", "lzip", "xz", "bzip2", "zstd", "none")
 """Compression methods of ``guix pack`` (``%compressors``)."""
@@ -106,8 +104,6 @@ class Pack:
 
 def pack_argv(pack: Pack, manifest: str) -> tuple[str, ...]:
     """Return ``guix pack`` of a manifest."""
-    if pack.format == OCI:  # the conversion compresses each layer
-        pack = replace(pack, format=DOCKER, compression="none")
     return (
         "guix", "pack", f"--format={pack.format}",
         *["--relocatable"] * pack.relocatable,
@@ -151,7 +147,7 @@ def packed(report: str) -> tuple[str, list[tuple[str, str]]]:
 def pack_suffix(pack_format: str, item: str) -> str:
     """Return the file name suffix of a pack; the suffix of an image contains its format."""
     suffix = item.rpartition("-pack")[2]
-    return f".{pack_format}{suffix}" if pack_format in IMAGES else suffix
+    return f".{pack_format}{suffix}" if pack_format == DOCKER else suffix
 
 
 DEFAULT_SUBSTITUTE_URLS = ("https://ci.guix.gnu.org", "https://bordeaux.guix.gnu.org")

@@ -125,14 +125,9 @@ class Activity:
 
     @property
     def text(self) -> str:
-        parts = [self._build_text, self._fetch_text]
+        count = f"{self._started} of {max(self._started, self._to_build)}"
+        parts = [f"{self._build} ({count})" if self._build else "", self._fetch_text]
         return "; ".join(filter(None, parts)) or ", ".join(filter(None, (self._phase, self._rate)))
-
-    @property
-    def _build_text(self) -> str:
-        if not self._build:
-            return ""
-        return f"{self._build} ({self._started} of {max(self._started, self._to_build)})"
 
     @property
     def _fetch_text(self) -> str:
@@ -140,16 +135,13 @@ class Activity:
             return ""
         # Substitutes for the inputs of builds are not in the list of downloads.
         count = f"{self._fetched} of {max(self._fetched, self._to_fetch)}"
-        return ", ".join(filter(None, (f"substitute {count}: {self._item}", self._bytes_text)))
-
-    @property
-    def _bytes_text(self) -> str:
-        size = human_size(int(self._size)) if self._size else ""
-        if not self._received:
-            return size
-        received = self._received[-1][1] - self._received_before
-        progress = human_size(min(received, int(self._size)) if self._size else received)
-        return ", ".join(filter(None, (f"{progress} of {size}" if size else progress, self._rate)))
+        total = int(self._size)
+        size = human_size(total) if total else ""
+        if self._received:
+            received = self._received[-1][1] - self._received_before
+            progress = human_size(min(received, total) if total else received)
+            size = f"{progress} of {size}" if size else progress
+        return ", ".join(filter(None, (f"substitute {count}: {self._item}", size, self._rate)))
 
     @property
     def _rate(self) -> str:

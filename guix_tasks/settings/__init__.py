@@ -236,7 +236,7 @@ class Settings:
     )
     buildx_nodes: tuple[Node, ...] = _setting(
         parsers.list_of(nodes.node, commas=True),
-        "Nodes of the builder, as ENDPOINT[,platform=PLATFORM][,OPTION=VALUE] ... "
+        "Nodes of the builder, as [ENDPOINT][,platform=PLATFORM][,OPTION=VALUE] ... "
         "(default: the engine).",
     )
     buildx_output: Output = _setting(
@@ -353,7 +353,7 @@ class Settings:
     def builds_on_engine_host(self) -> bool:
         """True if BuildKit runs on the machine of the engine; nodes are other machines."""
         is_local = self.buildx_driver in (Driver.DOCKER, Driver.CONTAINER)
-        return is_local and not self.buildx_nodes
+        return is_local and not any(node.endpoint for node in self.buildx_nodes)
 
     def each_platform(self) -> list[Settings]:
         """Return one copy of the settings per platform, since an engine builds one at a time."""

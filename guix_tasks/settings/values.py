@@ -79,7 +79,8 @@ class Output(Enum):
 class Node:
     """Node of a builder, as an argument of ``docker buildx create``."""
 
-    endpoint: str
+    endpoint: str = ""
+    """Empty for the default of the driver."""
     platforms: tuple[Platform, ...] = ()
     """Platforms to build on this node; empty: the platforms that the node reports."""
     options: tuple[tuple[str, str], ...] = ()

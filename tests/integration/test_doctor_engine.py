@@ -41,7 +41,7 @@ class Examined:
     def said(self, check: str) -> str:
         """The line of one check, of which there is but one."""
         row = self._one(check)
-        return f"{row['state']}: {row['said']}; {row['mend']}"
+        return f"{row['state']}: {row['message']}; {row['fix']}"
 
     def _one(self, check: str) -> dict[str, str]:
         (row,) = (row for row in self.rows if row["check"] == check)
@@ -49,7 +49,7 @@ class Examined:
 
     @property
     def failed(self) -> set[str]:
-        """The checks that failed, but for the disk of this machine, which tests cannot mend."""
+        """The checks that failed, except the disk of this machine, which tests cannot change."""
         return {row["check"] for row in self.rows if row["state"] == "failed"} - {"disk"}
 
 

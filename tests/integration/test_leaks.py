@@ -247,12 +247,11 @@ def test_a_bug(new_project: NewProject) -> None:
     project = new_project("base")
     (project.directory / "tasks.py").write_text(
         "import os\n"
-        "from invoke.tasks import task\n"
-        "from guix_tasks.cli.session import project_session\n"
-        "@task\n"
-        "def bug(c):\n"
-        "    with project_session(c) as project:\n"
-        "        raise LookupError(os.environ['http_proxy'])\n"
+        "from guix_tasks.cli.task import task\n"
+        "@task()\n"
+        "def bug(session):\n"
+        "    session.project()\n"
+        "    raise LookupError(os.environ['http_proxy'])\n"
     )
     environment = {**project.environment, **with_proxy(), "PYTHONPATH": str(ROOT)}
     for mode in ([], ["-d"]):

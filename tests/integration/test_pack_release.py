@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-import tarfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-import requests
 from harness import one_error
 from planted import PLANTED
 
@@ -19,7 +17,6 @@ if TYPE_CHECKING:
     from conftest import NewProject
     from harness import Docker, Project
 
-    from guix_tasks.bootstrap.registry import LocalRegistry
 
 pytestmark = pytest.mark.engine
 
@@ -132,59 +129,3 @@ def test_an_image_runs_where_there_is_no_guix(project: Project) -> None:
     layers = project.docker.ok("image", "inspect", "--format={{len .RootFS.Layers}}", name)
     assert 1 < int(layers) <= 3
     assert project.docker.run(name, "hello").stdout == GREETING
-
-
-@pytest.mark.parametrize("compression", ["gzip", "none"])
-def test_an_oci_archive_is_an_image_of_a_registry(
-    project: Project, registry: LocalRegistry, compression: str
-) -> None:
-    options = ["--package=hello", "--format=oci", "--max-layers=3", "--entry-point=bin/hello"]
-    path = packed(project, *options, f"--compression={compression}")
-    assert path.name == f"hello-2.12.2-{system(project)}.oci.tar"
-    assert [each.name for each in path.parent.glob(".*")] == []
-    loaded = project.docker.ok("load", f"--input={path}").removeprefix("Loaded image: ")
-    name = f"{project.repository}:packed"
-    project.docker.ok("tag", loaded, name)
-    project.docker.ok("rmi", loaded)
-    assert project.docker.run(name).stdout == GREETING
-    project.docker.ok("rmi", name)
-    digest = pushed(project, registry, path)
-    by_digest = f"{project.repository}@{digest}"
-    project.docker.ok("pull", by_digest)
-    try:
-        assert project.docker.run(by_digest).stdout == GREETING
-    finally:
-        project.docker.ok("rmi", by_digest)
-
-
-def pushed(project: Project, registry: LocalRegistry, archive: Path) -> str:
-    """Push what is in an OCI archive as it is, for the registry to check; the image's digest."""
-    layout = archive.parent / "layout"
-    with tarfile.open(archive) as tar:
-        tar.extractall(layout, filter="data")
-    (image,) = json.loads((layout / "index.json").read_text())["manifests"]
-    manifest = blob(layout, image)
-    account = registry.account.credentials()
-    assert account
-    with requests.Session() as session:
-        session.auth = (account.username, account.password)
-        host, _, name = project.repository.partition("/")
-        there = f"http://{host}/v2/{name}"
-        described = json.loads(manifest)
-        for each in (described["config"], *described["layers"]):
-            upload = session.post(f"{there}/blobs/uploads/", timeout=60).headers["Location"]
-            digest = {"digest": each["digest"]}
-            answer = session.put(upload, params=digest, data=blob(layout, each), timeout=60)
-            assert answer.status_code == requests.codes.created, answer.text
-        kind = {"Content-Type": image["mediaType"]}
-        url = f"{there}/manifests/{image['digest']}"
-        answer = session.put(url, headers=kind, data=manifest, timeout=60)
-        assert answer.status_code == requests.codes.created, answer.text
-    return str(image["digest"])
-
-
-def blob(layout: Path, descriptor: dict[str, Any]) -> bytes:
-    digest = str(descriptor["digest"]).removeprefix("sha256:")
-    data = (layout / "blobs/sha256" / digest).read_bytes()
-    assert len(data) == descriptor["size"]
-    return data

@@ -160,7 +160,7 @@ def test_doctor(whole: Made) -> None:
         for each in json.loads(whole.project.inv("doctor", "--json").stdout)
         if each["check"] in ("engine", "sandbox", "registry", "base image")
     }
-    assert "Podman" in findings["engine"]["said"]
+    assert "Podman" in findings["engine"]["message"]
     assert {name: each["state"] for name, each in findings.items()} == dict.fromkeys(findings, "ok")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import re
 import stat
 import threading
@@ -15,7 +14,7 @@ import pytest
 from harness import builder_environment, call, free_port, one_error
 
 from guix_tasks.bootstrap import service
-from guix_tasks.bootstrap.registry import USER, LocalRegistry, answers, requires_password
+from guix_tasks.bootstrap.registry import USER, LocalRegistry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -164,27 +163,6 @@ def test_by_hand_as_registry_up_says(other: Other, docker: Docker, tmp_path: Pat
     again = other.project.ok("registry.up", f"--port={other.port}").stderr
     assert "already running" in again
     assert line in again
-
-
-def test_one_of_an_older_version_is_started_anew(other: Other) -> None:
-    """It asked for no password; what was pushed to it is still there."""
-    directory, old = other.local.directory, other.local._configure()
-    del old["auth"]
-    (directory / "old.yml").write_text(json.dumps(old))
-    other.local._service.start(["serve", str(directory / "old.yml")])
-    assert service.wait_until(lambda: answers(other.port), 20)
-    other.project.dockerfile(TINY)
-    other.project.ok("base", "push")
-    assert (
-        "which requires no password"
-        in other.project.ok("registry.up", f"--port={other.port}").stderr
-    )
-    assert requires_password(other.port)
-    for tag in other.project.tags():
-        other.project.docker.ok("rmi", f"{other.project.repository}:{tag}")
-    other.project.set(BASE_IMAGE=other.project.image)
-    other.project.dockerfile("ARG BASE_IMAGE\nFROM $BASE_IMAGE\n")
-    other.project.ok("base")
 
 
 def test_who_listens_there_instead_is_not_told_the_password(other: Other) -> None:

@@ -304,7 +304,7 @@ class FakeBuildx:
         nodes.append(
             {
                 "name": options.get("node", f"{name}{len(nodes)}"),
-                "endpoint": argv[argv.index("--") + 1] if "--" in argv else "kubernetes://x",
+                "endpoint": argv[argv.index("--") + 1] if "--" in argv else "of-the-driver",
                 "status": "inactive",
                 "flags": options.get("buildkitd-flags", ""),
                 "options": dict(next(csv.reader([each]))[0].split("=", 1) for each in given),

@@ -26,7 +26,6 @@ from guix_tasks.buildkit.bakefile import (
     Recipe,
     bake_file,
     dockerfile,
-    label_argument,
     resolve_script,
 )
 from guix_tasks.engine.api import BuildSpec
@@ -144,7 +143,8 @@ def test_the_reports_are_those_of_the_last_image() -> None:
 
 
 def test_every_platform_has_labels_of_its_own() -> None:
-    recipe = Recipe([AMD64, ARM32], [PULL], labels=["org.a", "org.b"])
+    labels = {AMD64: {"org.a": "1"}, ARM32: {"org.b": "3", "org.a": "2"}}
+    recipe = Recipe([AMD64, ARM32], [PULL], labels=labels)
     found = blocks(recipe)
     assert found["image-linuxarmv7"] == (
         "pull",
@@ -155,9 +155,12 @@ def test_every_platform_has_labels_of_its_own() -> None:
             'LABEL org.b="${LABEL_1_linuxarmv7}"',
         ],
     )
-    names = {label_argument(each, number) for each in recipe.platforms for number in (0, 1)}
-    assert len(names) == 4
-    assert names == set(re.findall(r"ARG (\S+)", dockerfile(recipe)))
+    assert found["image-linuxamd64"][1][1:] == ['LABEL org.a="${LABEL_0_linuxamd64}"']
+    assert targets(replace(PLAIN, recipe=recipe))[IMAGE_TARGET]["args"] == {
+        "LABEL_0_linuxamd64": "1",
+        "LABEL_0_linuxarmv7": "2",
+        "LABEL_1_linuxarmv7": "3",
+    }
 
 
 def test_an_image_for_another_user_is_made_by_root() -> None:
@@ -262,6 +265,7 @@ def test_the_resolving_script_stops_at_the_first_error() -> None:
 # --- The bake file --------------------------------------------------------------------------
 
 BASE = BuildSpec(Path("/context"), Path("/context/Dockerfile"), args={"BASE_IMAGE": "a:1"})
+LABEL = "LABEL_0_linuxamd64"
 PLAIN = Definition(BASE, {}, Recipe([AMD64]), Path("/f"), {})
 
 
@@ -316,49 +320,8 @@ def test_only_the_steps_may_be_insecure_and_the_hosts_network_is_asked_for() -> 
             assert found[name]["entitlements"] == ["security.insecure", *more]
 
 
-def test_what_is_asked_never_leaves_the_machine_and_the_image_goes_where_it_is_wanted() -> None:
-    found = targets(
-        replace(
-            PLAIN,
-            tags=["r/a:1", "r/a:2"],
-            output="type=registry",
-            attestations=["sbom", "provenance"],
-            cache_from=["type=gha"],
-            cache_to=["type=gha,mode=max"],
-        )
-    )
-    for name in (ASKED_TARGET, REPORTS_TARGET):
-        assert found[name]["output"] == ["type=local,dest=/f/reports"]
-        assert found[name]["attest"] == ["type=provenance,disabled=true"]
-    for name in ("base", ASKED_TARGET, REPORTS_TARGET):
-        assert "tags" not in found[name]
-        assert "cache-to" not in found[name]
-    image = found[IMAGE_TARGET]
-    assert (image["tags"], image["output"]) == (["r/a:1", "r/a:2"], ["type=registry"])
-    assert image["attest"] == ["type=provenance,mode=min", "type=sbom"]
-    assert image["cache-to"] == ["type=gha,mode=max"]
-    assert [each["cache-from"] for each in found.values()] == [["type=gha"]] * 4
-
-
-@pytest.mark.parametrize(
-    ("wanted", "expected"),
-    [
-        ([], ["type=provenance,disabled=true"]),
-        (["sbom"], ["type=provenance,disabled=true", "type=sbom"]),
-        (["provenance"], ["type=provenance,mode=min"]),
-    ],
-)
-def test_attestations_are_made_only_where_they_are_asked_for(
-    wanted: list[str], expected: list[str]
-) -> None:
-    assert targets(replace(PLAIN, attestations=wanted))[IMAGE_TARGET]["attest"] == expected
-
-
 def test_the_frontend_and_the_labels_are_arguments_of_the_steps() -> None:
-    text = 'a "b"\n${c}'
-    found = targets(
-        replace(PLAIN, syntax="docker/dockerfile:1", label_values={"LABEL_0_linuxamd64": text})
-    )
+    found = targets(replace(PLAIN, syntax="docker/dockerfile:1", recipe=labelled('a "b"\n${c}')))
     assert found[IMAGE_TARGET]["args"] == {
         "BUILDKIT_SYNTAX": "docker/dockerfile:1",
         "LABEL_0_linuxamd64": 'a "b"\n$${c}',
@@ -373,6 +336,10 @@ def test_a_path_with_a_comma_or_a_quote_stays_one_path() -> None:
     assert found["base"]["secret"] == ['id=a,"src=/s/""t"""', "id=b,src=/s/t u"]
     assert found["image"]["secret"] == ['id=environment,"src=/f,g/environment"']
     assert found["asked"]["output"] == ['type=local,"dest=/f,g/reports"']
+
+
+def labelled(value: str) -> Recipe:
+    return Recipe([AMD64], labels={AMD64: {"a": value}})
 
 
 def read_template(text: str) -> str:
@@ -403,13 +370,13 @@ def test_no_text_is_a_template(text: str, expected: str) -> None:
         base_contexts={"a:1": text},
         directory=place,
         contexts={"mount-0": place},
-        label_values={"L": text},
+        recipe=labelled(text),
         output=text,
         cache_from=[text],
         cache_to=[text],
     )
     found = targets(definition)
-    assert found["base"]["args"]["A"] == found["image"]["args"]["L"] == expected
+    assert found["base"]["args"]["A"] == found["image"]["args"][LABEL] == expected
     assert found["base"]["context"] == found["base"]["dockerfile"] == f"/{expected}"
     assert found["base"]["contexts"]["a:1"] == found["image"]["output"][0] == expected
     assert found["image"]["contexts"]["mount-0"] == f"/{expected}"
@@ -420,5 +387,5 @@ def test_no_text_is_a_template(text: str, expected: str) -> None:
 @STEADY
 @given(st.lists(st.sampled_from([*'${}% \\"\n', "é", "\u2028"]), max_size=12).map("".join))
 def test_bake_reads_every_argument_as_it_was(text: str) -> None:
-    found = targets(replace(PLAIN, label_values={"L": text}))["image"]["args"]["L"]
+    found = targets(replace(PLAIN, recipe=labelled(text)))["image"]["args"][LABEL]
     assert read_template(found) == text

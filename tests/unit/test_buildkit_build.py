@@ -88,6 +88,7 @@ def test_only_the_last_call_puts_anything_anywhere(site: Site, fake: FakeBuildx)
     for target in (asked, reports):
         assert [each.split(",")[0] for each in target["output"]] == ["type=local"]
         assert "tags" not in target
+    assert {"tags", "output", "cache-to"}.isdisjoint(bakes(fake)[-1].base)
     assert image["output"] == ["type=registry"]
     assert image["tags"] == [IMAGE, f"{IMAGE.rpartition(':')[0]}:1.0",
                              f"{IMAGE.rpartition(':')[0]}:stable"]  # fmt: skip
@@ -627,7 +628,7 @@ def test_caches_are_read_by_all_calls_and_written_by_the_last(site: Site, fake: 
     )
     bake(site, fake)
     read = [call.target["cache-from"] for call in bakes(fake)]
-    assert read[0] == read[1] == read[2]
+    assert read[0] == read[1] == read[2] == bakes(fake)[0].base["cache-from"]
     own, registry = read[0]
     assert own == "type=gha"
     assert registry.startswith("type=registry,ref=registry.test/cache:buildx-")
@@ -642,13 +643,22 @@ def test_the_engines_own_builder_makes_no_cache_in_a_registry(site: Site, fake: 
     assert bakes(fake)[-1].target["cache-from"] == bakes(fake)[-1].target["cache-to"] == []
 
 
-@pytest.mark.parametrize("wanted", ["", "provenance sbom"])
-def test_attestations_are_those_of_the_settings(site: Site, fake: FakeBuildx, wanted: str) -> None:
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ("", ["type=provenance,disabled=true"]),
+        ("sbom", ["type=provenance,disabled=true", "type=sbom"]),
+        ("provenance sbom", ["type=provenance,mode=min", "type=sbom"]),
+    ],
+)
+def test_attestations_are_those_of_the_settings(
+    site: Site, fake: FakeBuildx, wanted: str, expected: list[str]
+) -> None:
     site.env["BUILDX_ATTESTATIONS"] = wanted
     bake(site, fake)
     disabled = ["type=provenance,disabled=true"]
-    expected = ["type=provenance,mode=min", "type=sbom"] if wanted else disabled
     assert [call.target["attest"] for call in bakes(fake)] == [disabled, disabled, expected]
+    assert bakes(fake)[-1].base["attest"] == disabled
 
 
 # --- The base image -------------------------------------------------------------------------
@@ -670,7 +680,7 @@ def test_one_that_the_builder_can_get_is_not(site: Site, fake: FakeBuildx, place
         site.engine.make_image({}, {"/x": b""}, tag=BASE_IMAGE)
         site.env["BUILDX_DRIVER"] = "docker"
         fake.add("default", "docker")
-    assert "handing" not in said(site, fake)
+    assert "copying" not in said(site, fake)
     assert bakes(fake)[0].base["contexts"] == {}
 
 

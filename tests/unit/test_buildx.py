@@ -616,7 +616,7 @@ def test_each_node_of_a_builder_is_read() -> None:
             status="running",
             version="v0.26.0",
             flags=("--allow-insecure-entitlement=security.insecure", "--debug"),
-            options=(("env.A", 'say "x", it\'s = y'), ("network", "host")),
+            options={"env.A": 'say "x", it\'s = y', "network": "host"},
             platforms=("linux/amd64", "linux/amd64/v2", "linux/386"),
             fixed=("linux/amd64",),
         ),
@@ -632,7 +632,6 @@ def test_each_node_of_a_builder_is_read() -> None:
     ("text", "nodes"),
     [
         ("", 0),
-        ("Name: a\nDriver: b\nError: no daemon\n", 0),
         ("Name: a\n\nNodes:\n", 0),
         ("Name: a\n\nNodes:\n\n\n", 0),
         ("Name: a\n\nNodes:\nName: b\nPlatforms: ,, \nno colon here\n: nothing\n", 1),
@@ -650,6 +649,11 @@ def test_odd_answers_are_read_too(text: str, nodes: int) -> None:
 @given(st.text(max_size=60) | st.text("Name: \nD\"'\\*,").map(lambda text: TWO_NODES + text))
 def test_no_answer_is_too_odd(text: str) -> None:
     assert len(parse_builder(text).nodes) <= 2 + text.count("Name:")
+
+
+def test_error_of_a_builder_is_raised() -> None:
+    with pytest.raises(BuilderError, match=r"^no daemon$"):
+        parse_builder("Name: a\nDriver: b\nError: no daemon\n")
 
 
 def test_a_builder_is_looked_up_by_name(stub: Path) -> None:
@@ -704,8 +708,11 @@ STEP = f'process "{FOLDER}/entry-point.sh {FOLDER}/stage install" did not comple
         ("Cache export is not supported for the docker driver.", BuilderError, "cannot do that"),
         ('exporter "oci" could not be found', BuilderError, "cannot do that"),
         ("OCI exporter is not supported for the docker driver.", BuilderError, "cannot do that"),
-        ("exec /bin/sh: exec format error", BuilderError, "`inv buildx.setup --binfmt`"),
+        ("exec /bin/sh: exec format error", BuilderError, "tonistiigi/binfmt --install ARCH`"),
         ("no match for platform in manifest: not found", BuilderError, "change PLATFORMS"),
+        ("invalid driver option memroy for docker-container driver", BuilderError,
+         "; correct BUILDX_NODES"),
+        ("invalid duplicate endpoint tcp://a:1", BuilderError, "; correct BUILDX_NODES"),
         ("failed to push r/a:1: unexpected status: 403 Forbidden", RegistryError, "may write"),
         ("failed to push localhost:5055/a: dial tcp 127.0.0.1:5055: connect: connection refused",
          RegistryError, "`inv registry.up`"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_engine import Heard
 
-from guix_tasks.bootstrap import buildx_plugin
+from guix_tasks.bootstrap import apt, buildx_plugin
 from guix_tasks.bootstrap.buildx_plugin import install_plugin
 from guix_tasks.errors import BuilderError
 
@@ -189,7 +189,7 @@ def test_without_an_address_it_is_debians(target: Path, monkeypatch: pytest.Monk
             program.parent.mkdir(parents=True)
             program.write_bytes(CONTENT)
 
-    monkeypatch.setattr(buildx_plugin, "host_suite", lambda: "bookworm")
+    monkeypatch.setattr(apt, "host_suite", lambda: "bookworm")
     monkeypatch.setattr(buildx_plugin, "Apt", Apt)
     install_plugin(target, None, None, Heard())
     assert target.read_bytes() == CONTENT
@@ -207,7 +207,7 @@ def test_a_package_without_the_plugin_is_one_line(
         def unpack(self, _packages: list[str], root: Path) -> None:
             root.mkdir()
 
-    monkeypatch.setattr(buildx_plugin, "host_suite", lambda: "bookworm")
+    monkeypatch.setattr(apt, "host_suite", lambda: "bookworm")
     monkeypatch.setattr(buildx_plugin, "Apt", Apt)
     assert "No such file" in refused(target, None, None)
     assert list(target.parent.iterdir()) == []
@@ -216,6 +216,6 @@ def test_a_package_without_the_plugin_is_one_line(
 def test_on_another_system_the_settings_are_named(
     target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(buildx_plugin, "host_suite", lambda: None)
+    monkeypatch.setattr(apt, "host_suite", lambda: None)
     assert "set BUILDX_URL and BUILDX_SHA256" in refused(target, None, None)
     assert list(target.parent.iterdir()) == []

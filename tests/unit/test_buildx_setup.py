@@ -8,23 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from fake_buildx import FLAGS, NAME, OPTIONS, REFUSED, SOCKET, UNKNOWN_FLAG, FakeBuildx
-from fake_engine import FakeContainer, FakeEngine, Heard, Output, Site, heard, new_site
+from fake_engine import Heard, Site, heard, new_site
 
 from guix_tasks.buildkit import buildx as command
 from guix_tasks.commands import buildx_setup
 from guix_tasks.commands.buildx_setup import (
-    BINFMT_IMAGE,
     STATUS_HEADER,
     SetupOptions,
     cache_size,
     check_endpoint,
     create_argv,
-    parse_cache_size,
     remove_builder,
     set_up,
     status_rows,
 )
-from guix_tasks.errors import BuilderError, RegistryError
+from guix_tasks.errors import BuilderError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,7 +78,7 @@ def test_an_endpoint_that_is_listened_at_is_taken(tmp_path: Path) -> None:
         check_endpoint(f"unix://{tmp_path}/s")
 
 
-@pytest.mark.parametrize("endpoint", ["ssh://b.test", "a-context", "kubernetes://x"])
+@pytest.mark.parametrize("endpoint", ["ssh://b.test", "a-context", "", "tcp://b.test"])
 def test_what_only_others_can_reach_is_left_to_them(endpoint: str) -> None:
     check_endpoint(endpoint)
 
@@ -88,7 +86,7 @@ def test_what_only_others_can_reach_is_left_to_them(endpoint: str) -> None:
 def test_an_endpoint_that_nobody_listens_at_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         free = f"tcp://127.0.0.1:{server.getsockname()[1]}"
-    for endpoint in (free, f"unix://{tmp_path}/none"):
+    for endpoint in (free, f"unix://{tmp_path}/none", "tcp://b.test:99999", "tcp://[::1:1"):
         with pytest.raises(BuilderError, match="does not answer") as caught:
             check_endpoint(endpoint)
         assert endpoint in str(caught.value)
@@ -113,7 +111,7 @@ def test_a_missing_one_is_made_on_the_engine_and_started(site: Site, fake: FakeB
     (node,) = builder.nodes
     assert (builder.driver, node.endpoint, node.status) == ("docker-container", SOCKET, "running")
     assert node.flags == tuple(FLAGS.split())
-    assert dict(node.options) == OPTIONS
+    assert node.options == OPTIONS
     assert f"creating {NAME} (docker-container)" in said
     assert f"{NAME} (docker-container) runs insecure steps\n" in said
 
@@ -152,8 +150,8 @@ def test_each_node_of_the_settings_is_made(site: Site, fake: FakeBuildx) -> None
     setup(site, fake)
     first, second = made(fake).nodes
     assert (first.endpoint, second.endpoint) == ("ssh://a.test", "tcp://b.test:2376")
-    assert dict(first.options) == {**OPTIONS, "memory": "4g"}
-    assert dict(second.options) == OPTIONS
+    assert first.options == {**OPTIONS, "memory": "4g"}
+    assert second.options == OPTIONS
     assert second.fixed == ("linux/arm64", "linux/arm/v7")
     assert ["--append" in call.argv for call in fake.calls("create")] == [False, True]
     assert first.name != second.name
@@ -162,7 +160,7 @@ def test_each_node_of_the_settings_is_made(site: Site, fake: FakeBuildx) -> None
 def test_an_option_of_a_node_comes_before_the_usual_one(site: Site, fake: FakeBuildx) -> None:
     site.env["BUILDX_NODES"] = "ssh://a.test,network=bridge,env.BUILDKIT_STEP_LOG_MAX_SIZE=1"
     setup(site, fake)
-    options = dict(made(fake).nodes[0].options)
+    options = made(fake).nodes[0].options
     assert (options["network"], options["env.BUILDKIT_STEP_LOG_MAX_SIZE"]) == ("bridge", "1")
 
 
@@ -170,7 +168,7 @@ def test_a_builder_has_the_proxies_that_hold_no_account(site: Site, fake: FakeBu
     """Its options are for all to see; and where a proxy is another day's, it stays as it is."""
     site.env.update(http_proxy="http://p.test:1", https_proxy="http://me:hunter2@p.test:1")
     assert "does not use https_proxy" in setup(site, fake)
-    options = dict(made(fake).nodes[0].options)
+    options = made(fake).nodes[0].options
     assert options["env.http_proxy"] == options["env.HTTP_PROXY"] == "http://p.test:1"
     assert "hunter2" not in repr(fake.calls("create"))
     assert "env.https_proxy" not in options
@@ -196,16 +194,22 @@ def test_buildkit_elsewhere_gets_neither_flags_nor_options_of_ours(
     ]  # fmt: skip
 
 
-def test_in_a_cluster_a_node_is_named_and_it_is_said_to_be_untried(
-    site: Site, fake: FakeBuildx
-) -> None:
-    site.env["BUILDX_DRIVER"] = "kubernetes"
-    said = setup(site, fake)
+def test_another_driver_gets_its_options_and_no_endpoint(site: Site, fake: FakeBuildx) -> None:
+    site.env.update(BUILDX_DRIVER="kubernetes", BUILDX_NODES="namespace=ci,replicas=2")
+    setup(site, fake)
     (call,) = fake.calls("create")
-    assert call.argv[-1] == f"--node={NAME}0"
+    assert call.argv[-2:] == ["--driver-opt=namespace=ci", "--driver-opt=replicas=2"]
+    assert f"--buildkitd-flags={FLAGS}" in call.argv
     assert "network=host" not in call.text
-    assert "warning: the driver kubernetes is experimental" in said
     assert f"{NAME} exists" in setup(site, fake)
+
+
+def test_a_node_without_an_endpoint_is_on_the_engine(site: Site, fake: FakeBuildx) -> None:
+    site.env["BUILDX_NODES"] = "memory=4g ssh://b.test"
+    setup(site, fake)
+    first, second = made(fake).nodes
+    assert (first.endpoint, second.endpoint) == (SOCKET, "ssh://b.test")
+    assert first.options == {**OPTIONS, "memory": "4g"}
 
 
 def test_the_engine_itself_is_not_made_and_is_looked_at(site: Site, fake: FakeBuildx) -> None:
@@ -300,15 +304,6 @@ def test_one_that_works_stays_where_the_new_one_could_not_be_made(
     assert fake.changes() == []
 
 
-def test_a_dry_setup_shows_what_would_install_emulators(site: Site, fake: FakeBuildx) -> None:
-    site.env["PLATFORMS"] = "linux/amd64 linux/riscv64"
-    fake.add()
-    project = site.project()
-    set_up(project, fake.program(perform=False), SetupOptions(binfmt=True))
-    assert f"docker run --privileged --rm {BINFMT_IMAGE} --install riscv64\n" in heard(project)
-    assert site.engine.changing_calls() == []
-
-
 def test_what_it_has_besides_is_no_difference(site: Site, fake: FakeBuildx) -> None:
     flags = "--debug --allow-insecure-entitlement network.host"
     fake.add(
@@ -362,76 +357,19 @@ def test_the_error_that_is_told_is_the_first(site: Site, fake: FakeBuildx) -> No
 # --- Platforms ------------------------------------------------------------------------------
 
 
-def binfmt(site: Site, fake: FakeBuildx, *, works: bool = True, status: int = 0) -> None:
-    """Let there be an image that installs emulators."""
-    config = {"Entrypoint": ["/usr/bin/binfmt"]}
-    other = FakeEngine(site.engine.registry)
-    other.make_image(config, {"/binfmt": b""}, tag=BINFMT_IMAGE)
-    other.push(BINFMT_IMAGE, None)
-
-    def behaviour(container: FakeContainer) -> Output:
-        yield False, b"installing: arm64 OK\n"
-        container.status = status
-        builders = fake.state["builders"]
-        if works:
-            builders[NAME]["nodes"][0]["platforms"].append("linux/arm64")
-        fake.change(builders=builders)
-
-    site.engine.behaviour = behaviour
-
-
 def test_a_platform_that_no_node_has_is_told_with_the_command(site: Site, fake: FakeBuildx) -> None:
     site.env["PLATFORMS"] = "linux/amd64 linux/arm64 linux/arm/v7"
     said = setup(site, fake)
     assert (
-        "warning: no node supports linux/arm64, linux/arm/v7: `docker run --privileged --rm" in said
+        "warning: no node supports linux/arm64, linux/arm/v7: "
+        "`docker run --privileged --rm tonistiigi/binfmt --install arm64,arm` installs" in said
     )
-    assert f"{BINFMT_IMAGE} --install arm64,arm`" in said
     assert site.engine.specs == []
 
 
 def test_nothing_is_said_of_platforms_that_it_has(site: Site, fake: FakeBuildx) -> None:
     site.env["PLATFORMS"] = "linux/amd64 linux/386"
-    assert "warning" not in setup(site, fake, binfmt=True)
-    assert site.engine.specs == []
-
-
-def test_emulators_are_installed_where_that_is_asked_for(site: Site, fake: FakeBuildx) -> None:
-    site.env["PLATFORMS"] = "linux/amd64 linux/arm64"
-    fake.add()
-    binfmt(site, fake)
-    said = setup(site, fake, binfmt=True)
-    (spec,) = site.engine.specs
-    assert spec.command == ("/usr/bin/binfmt", "--install", "arm64")
-    assert (spec.privileged, spec.network) == (True, "none")
-    assert "installing: arm64 OK" in said
-    assert site.engine.all_containers == {}
-
-
-def test_emulators_that_cannot_be_installed_are_an_error(site: Site, fake: FakeBuildx) -> None:
-    site.env["PLATFORMS"] = "linux/arm64"
-    fake.add()
-    binfmt(site, fake, works=False, status=1)
-    assert "cannot install emulators for arm64" in refused(site, fake, binfmt=True, use=True)
-    assert site.engine.all_containers == {}
-    assert fake.state["selected"] == "mine"
-
-
-def test_a_builder_that_does_not_see_its_emulators_is_an_error(
-    site: Site, fake: FakeBuildx
-) -> None:
-    site.env["PLATFORMS"] = "linux/arm64"
-    fake.add()
-    binfmt(site, fake, works=False)
-    assert "does not support linux/arm64 yet; `inv buildx.setup --recreate`" in refused(
-        site, fake, binfmt=True
-    )
-
-
-def test_emulators_that_cannot_be_had_are_an_error(site: Site, fake: FakeBuildx) -> None:
-    site.env["PLATFORMS"] = "linux/arm64"
-    with pytest.raises(RegistryError, match="cannot pull tonistiigi/binfmt"):
-        setup(site, fake, binfmt=True)
+    assert "warning" not in setup(site, fake)
 
 
 # --- A dry run ------------------------------------------------------------------------------
@@ -529,18 +467,6 @@ def test_the_size_of_the_cache(site: Site, fake: FakeBuildx) -> None:
     assert fake.calls("du")[0].argv == ["du", f"--builder={NAME}"]
     fake.fail("ERROR: it does not answer", "du")
     assert cache_size(site.project(), fake.program()) == "unknown"
-
-
-@pytest.mark.parametrize(
-    ("listing", "size"),
-    [
-        ("", "unknown"),
-        ("ID RECLAIMABLE SIZE LAST ACCESSED\nTotal: 0B\n", "0B"),
-        ("ID\nx\nShared:\t\t1B\nPrivate:\t2B\nReclaimable:\t3B\nTotal:\t\t4MB\n", "4MB"),
-    ],
-)
-def test_the_total_of_a_listing(listing: str, size: str) -> None:
-    assert parse_cache_size(listing) == size
 
 
 @pytest.mark.parametrize(

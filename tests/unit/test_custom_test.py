@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fake_engine import FakeContainer, FakeEngine, Output, Site, heard, made_site, outline
 
-from guix_tasks.commands.custom_test import run_pack_test, run_pack_tests
+from guix_tasks.commands.custom_test import run_pack_test
 from guix_tasks.commands.pack_records import Packed, save
 from guix_tasks.engine.api import ContainerSpec, run_to_end
 from guix_tasks.engine.dry_run import TracedEngine
@@ -100,7 +100,7 @@ def test_a_name_that_is_none_is_told(site: Site) -> None:
 def test_a_command_that_fails_is_a_check_that_failed(site: Site) -> None:
     put(site, "bin/another")
     with pytest.raises(CheckError, match=r"bare: /bin/hello .* ended with status 127"):
-        run_pack_tests(site.project(), BARE, "")
+        run_pack_test(site.project(), BARE)
     assert site.engine.all_containers == {}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from guix_tasks import files
-from guix_tasks.bootstrap import engine, service
+from guix_tasks.bootstrap import apt, engine, service
 from guix_tasks.bootstrap.engine import (
     PrivateEngine,
     answers,
@@ -113,7 +113,7 @@ def test_a_long_path_is_refused(tmp_path: Path) -> None:
 
 
 def test_not_debian(alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "host_suite", lambda: None)
+    monkeypatch.setattr(apt, "host_suite", lambda: None)
     with pytest.raises(EngineError, match="this host is not Debian; install Docker Engine"):
         alone.up(Heard())
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from guix_tasks.bootstrap import rootfs
+from guix_tasks.bootstrap import apt, rootfs
 from guix_tasks.bootstrap.rootfs import container_argv, debian_rootfs, mmdebstrap_argv
 from guix_tasks.errors import BuilderError
 from guix_tasks.ui.console import Console
@@ -60,8 +60,7 @@ def test_where_nobody_reads_on_it_is_ended(tmp_path: Path) -> None:
 
 
 def test_not_root_and_no_user_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rootfs, "on_debian", lambda: True)
-    monkeypatch.setattr(rootfs, "host_suite", lambda: "bookworm")
+    monkeypatch.setattr(apt, "host_suite", lambda: "bookworm")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BuilderError, match=r"needs root, or newuidmap .*BASE_IMAGE"):
@@ -69,7 +68,7 @@ def test_not_root_and_no_user_namespaces(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_not_debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rootfs, "on_debian", lambda: False)
+    monkeypatch.setattr(apt, "host_suite", lambda: None)
     with pytest.raises(BuilderError, match="on Debian or in a Debian container"):
         next(debian_rootfs(tmp_path, console()[0]))
 

@@ -41,7 +41,9 @@ import dev.tasks
 from guix_tasks import files as files_module
 from guix_tasks.buildkit import buildx
 from guix_tasks.cli import errors, session
+from guix_tasks.cli.session import Session
 from guix_tasks.commands import buildx_setup
+from guix_tasks.commands.init import project_directory
 from guix_tasks.engine import discovery, podman
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.settings import settings_reference
@@ -665,6 +667,7 @@ def test_an_inv_that_lacks_a_package_says_so(
     with pytest.MonkeyPatch.context() as patch:
         for name in modules:
             patch.setitem(sys.modules, name, None)
+        patch.delitem(sys.modules, "guix_tasks.cli.session")
         for name in [each for each in sys.modules if each == again or each.startswith(f"{again}.")]:
             patch.delitem(sys.modules, name)
         done = inv("pull")
@@ -843,18 +846,18 @@ def test_what_libraries_log_for_debugging_holds_no_secret(inv: Inv) -> None:
 def test_the_project_is_the_nearest_folder_with_tasks(tmp_path: Path) -> None:
     deep = tmp_path / "a" / "b" / "c"
     deep.mkdir(parents=True)
-    assert session.project_directory(deep) == deep
+    assert project_directory(deep) == deep
     (tmp_path / "a" / "tasks.py").touch()
-    assert session.project_directory(deep) == tmp_path / "a"
+    assert project_directory(deep) == tmp_path / "a"
     (tmp_path / "a" / "b" / "tasks.py").touch()
-    assert session.project_directory(deep) == tmp_path / "a" / "b"
+    assert project_directory(deep) == tmp_path / "a" / "b"
 
 
 def test_the_docker_command_finds_the_projects_engine(
     inv: Inv, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda _name: "/usr/bin/docker")
-    argv, environment = session.docker_command(inv.site.project())
+    argv, environment = Session(Context()).docker_command(inv.site.project())
     assert argv == ["/usr/bin/docker"]
     assert environment["DOCKER_HOST"] == "unix:///fake.sock"
 
@@ -866,7 +869,7 @@ def test_the_docker_command_takes_a_context_with_all_that_it_has(
     monkeypatch.setattr(shutil, "which", lambda _name: "/usr/bin/docker")
     engine = inv.site.engine
     engine.about = replace(engine.about, url="tcp://far.test:2376", context="far")
-    _, environment = session.docker_command(inv.site.project())
+    _, environment = Session(Context()).docker_command(inv.site.project())
     assert environment["DOCKER_CONTEXT"] == "far"
     assert not environment["DOCKER_HOST"]
 
@@ -876,12 +879,11 @@ def test_without_the_docker_command_there_is_no_terminal(
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda _name: None)
     with pytest.raises(UsageError, match="needs the docker command line"):
-        session.docker_command(inv.site.project())
+        Session(Context()).docker_command(inv.site.project())
 
 
-def test_a_project_can_be_opened_by_a_users_own_task(inv: Inv) -> None:
+def test_option_of_a_task_overrides_its_setting(inv: Inv) -> None:
     inv("base")
-    context = Context()
-    with session.project_session(context, {"GUIX_PACKAGES": ["tar"]}) as project:
-        assert project.settings.guix_packages == ("tar",)
-        assert project.ledger.find("base")
+    project = Session(Context()).project({"GUIX_PACKAGES": ["tar"]})
+    assert project.settings.guix_packages == ("tar",)
+    assert project.ledger.find("base")

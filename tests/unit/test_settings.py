@@ -372,10 +372,8 @@ BAD = [
     ("BUILDX_BUILDER", "--all", "a letter first"),
     ("BUILDX_BUILDER", "Default", "set BUILDX_DRIVER=docker"),
     ("BUILDX_DRIVER", "Docker", "write one of: docker, docker-container, remote, kubernetes"),
-    ("BUILDX_NODES", "a a,memory=1g", "'a' is set twice"),
     ("BUILDX_NODES", "a ''", "'' is not an endpoint"),
     ("BUILDX_NODES", "tcp://a:1,tcp://b:1", "by spaces, not commas"),
-    ("BUILDX_NODES", "tcp://a", "has no host or no port"),
     ("BUILDX_NODES", "a,platform=linux/s390x", "Guix does not support the platform 'linux/s390x'"),
     ("BUILDX_NODES", "'a\nb'", "contains a control character"),
     ("ENGINE_IMAGE_STORE", "vfs", "write one of: containerd, overlay2"),
@@ -665,11 +663,8 @@ def test_files_of_buildx_are_relative_to_where_they_are_written_too(project: Pat
 def test_nodes_are_checked_against_the_driver(project: Path) -> None:
     nodes = "BUILDX_NODES=tcp://a:1,memory=4g\n"
     assert load(project, nodes).buildx_nodes
-    (of_remote,) = problems(project, nodes, {"BUILDX_DRIVER": "remote"})
-    assert of_remote.startswith(
-        ".env:1: BUILDX_NODES: 'memory' is not an option of the driver remote;"
-    )
     (of_docker,) = problems(project, nodes, {"BUILDX_DRIVER": "docker"})
+    assert of_docker.startswith(".env:1: BUILDX_NODES: ")
     assert of_docker.endswith(
         "the driver docker uses the engine and has no nodes; unset BUILDX_NODES"
     )

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from invoke.context import Context
 from invoke.exceptions import Exit
 
-from guix_tasks.cli import session
-from guix_tasks.cli.tasks import lifecycle as lifecycle_tasks
+from guix_tasks.cli.session import Session
+from guix_tasks.cli.task import long_task
 from guix_tasks.cli.tasks.lifecycle import _after_dashes
-from guix_tasks.cli.tasks.output import long_task
 from guix_tasks.stages import lifecycle
 from guix_tasks.stages.lifecycle import StageOptions
 from guix_tasks.tasks import ns
@@ -67,16 +67,14 @@ def test_an_option_of_a_stage_is_the_wish_of_its_name(
     wished: list[tuple[str, StageOptions]] = []
 
     @contextmanager
-    def open_fake(*_: object) -> Iterator[SimpleNamespace]:
-        settings = SimpleNamespace(guix_packages=())
-        yield SimpleNamespace(settings=settings, lock=lambda _task: nullcontext())
+    def locked_project(*_: object, **__: object) -> Iterator[SimpleNamespace]:
+        yield SimpleNamespace(settings=SimpleNamespace(guix_packages=()))
 
-    for opener in ("project_session", "single_platform_session"):
-        monkeypatch.setattr(lifecycle_tasks, opener, open_fake)
+    monkeypatch.setattr(Session, "locked_project", locked_project)
     monkeypatch.setattr(
         lifecycle, "make_each", lambda _project, name, wishes: wished.append((name, wishes))
     )
-    TASKS[name].body(None, **{option: True})
+    TASKS[name].body(Context(), **{option: True})
     field, value = ("commit", False) if option == "no_commit" else (option, True)
     assert [(each, asdict(wishes)) for each, wishes in wished] == [
         (name, {**asdict(StageOptions()), field: value})
@@ -125,13 +123,12 @@ def test_an_option_comes_before_the_setting(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OUTPUT", "plain")
     seen = []
-    made = long_task(name="x")(lambda _c: seen.append(session._settings().output.value))
-    made.body(None, **options)
+    made = long_task(name="x")(lambda session: seen.append(session.load().output.value))
+    made.body(Context(), **options)
     assert seen == [shown]
-    assert session._settings().output.value == "plain"
 
 
 def test_less_and_more_is_refused() -> None:
     with pytest.raises(Exit) as caught:
-        long_task()(lambda _c: None).body(None, quiet=True, verbose=True)
+        long_task()(lambda _: None).body(Context(), quiet=True, verbose=True)
     assert caught.value.code == 2

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from invoke.collection import Collection
-from invoke.tasks import task
 
-from guix_tasks.cli.session import buildx_session
-from guix_tasks.cli.tasks.output import long_task
+from guix_tasks.cli.task import long_task, task
 
 if TYPE_CHECKING:
-    from invoke.context import Context
+    from guix_tasks.cli.session import Session
 
 
 @long_task(
@@ -24,7 +22,7 @@ if TYPE_CHECKING:
     }
 )
 def build(
-    c: Context,
+    session: Session,
     no_pull: bool = False,
     update: bool = False,
     force: bool = False,
@@ -36,31 +34,28 @@ def build(
     This does base, pull, install and push in one build.  Guix runs in steps
     with `RUN --security=insecure`, which BUILDX_BUILDER has to allow.
     """
-    with buildx_session(c) as (project, program):
-        from guix_tasks.buildkit.build import BuildOptions
-        from guix_tasks.buildkit.build import build as bake
+    from guix_tasks.buildkit.build import BuildOptions, build
 
-        trust = not disable_authentication
-        options = BuildOptions(
-            pull=not no_pull, update=update, force=force, by_digest=by_digest, authenticate=trust
-        )
-        if result := bake(project, program, options):
-            project.console.result(result)
+    trust = not disable_authentication
+    options = BuildOptions(
+        pull=not no_pull, update=update, force=force, by_digest=by_digest, authenticate=trust
+    )
+    project, buildx = session.buildx()
+    if result := build(project, buildx, options):
+        project.console.result(result)
 
 
 @long_task(
     help={
         "recreate": "recreate an existing builder and keep its cache",
         "use": "also select it for your `docker buildx` commands",
-        "binfmt": "install emulators for the PLATFORMS that the builder lacks",
         "plugin": "install only the buildx plugin, which `inv manifest` needs",
     },
 )
 def setup(
-    c: Context,
+    session: Session,
     recreate: bool = False,
     use: bool = False,
-    binfmt: bool = False,
     plugin: bool = False,
 ) -> None:
     """Create the BuildKit builder BUILDX_BUILDER.
@@ -68,34 +63,30 @@ def setup(
     The builder allows insecure steps; one such step is run as a test.  The
     buildx plugin is installed for your user if it is missing.
     """
-    with buildx_session(c, needs_engine=not plugin, install=True) as (project, program):
-        from guix_tasks.commands.buildx_setup import SetupOptions, set_up
+    from guix_tasks.commands.buildx_setup import SetupOptions, set_up
 
-        if not plugin:
-            set_up(project, program, SetupOptions(recreate=recreate, use=use, binfmt=binfmt))
+    project, buildx = session.buildx(needs_engine=not plugin, install=True)
+    if not plugin:
+        set_up(project, buildx, SetupOptions(recreate=recreate, use=use))
 
 
-@task(auto_shortflags=False)
-def status(c: Context) -> None:
+@task()
+def status(session: Session) -> None:
     """Show the builder's nodes, entitlements and cache."""
-    with buildx_session(c) as (project, program):
-        from guix_tasks.commands import buildx_setup
+    from guix_tasks.commands.buildx_setup import STATUS_HEADER, cache_size, status_rows
 
-        rows = buildx_setup.status_rows(project, program)
-        project.console.table(buildx_setup.STATUS_HEADER, rows)
-        project.console.result(f"cache: {buildx_setup.cache_size(project, program)}")
+    project, buildx = session.buildx()
+    project.console.table(STATUS_HEADER, status_rows(project, buildx))
+    project.console.result(f"cache: {cache_size(project, buildx)}")
 
 
-@task(
-    help={"keep_cache": "keep its cache for a new builder with the same name"},
-    auto_shortflags=False,
-)
-def down(c: Context, keep_cache: bool = False) -> None:
+@task(help={"keep_cache": "keep its cache for a new builder with the same name"})
+def down(session: Session, keep_cache: bool = False) -> None:
     """Remove the builder."""
-    with buildx_session(c) as (project, program):
-        from guix_tasks.commands.buildx_setup import remove_builder
+    from guix_tasks.commands.buildx_setup import remove_builder
 
-        remove_builder(project, program, keep_cache=keep_cache)
+    project, buildx = session.buildx()
+    remove_builder(project, buildx, keep_cache=keep_cache)
 
 
 buildx = Collection("buildx", setup, build, status, down)

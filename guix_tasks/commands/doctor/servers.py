@@ -1,0 +1,166 @@
+"""Checks of channels and substitutes, on servers and on mounts."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import re
+import ssl
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
+
+from guix_tasks import guix
+from guix_tasks.commands.doctor.finding import Finding, failed, from_error, note, ok
+from guix_tasks.errors import UsageError
+from guix_tasks.files import read_text
+from guix_tasks.settings.parsers import channel_credentials
+from guix_tasks.stages.channel_access import by_ssh, grant_access, mirrored
+from guix_tasks.stages.pull import channels_text, lock_mismatch, lock_mismatch_line, lock_text
+
+if TYPE_CHECKING:
+    from guix_tasks.engine.api import Engine
+    from guix_tasks.guix import Channel
+    from guix_tasks.settings import Settings
+
+_TIMEOUT = 10.0
+"""Seconds to wait for a server."""
+
+
+def check_channels(settings: Settings) -> Finding | None:
+    """Check the channels files; None if they name the channels to check."""
+    lock, configured = lock_text(settings), channels_text(settings)
+    if lock and (problem := lock_mismatch(configured, lock)):
+        return from_error(UsageError(lock_mismatch_line(settings, problem)))
+    text = lock or configured
+    if text is None:
+        return note("no channels are set; those of the base image are used")
+    if not guix.channels(text):
+        return note("GUIX_CHANNELS computes the channels; none was tested")
+    return None
+
+
+def channels(settings: Settings) -> list[Channel]:
+    """Return the channels to check; none if ``check_channels`` has a finding."""
+    with suppress(UsageError, OSError):
+        if check_channels(settings) is None:
+            text = lock_text(settings) or channels_text(settings) or ""
+            return list(guix.channels(text).values())
+    return []
+
+
+def check_channel(engine: Engine, settings: Settings, channel: Channel) -> Finding:
+    url = mirrored(settings, channel.url)
+    shown_url = re.sub(r"//[^/@]*@", "//", url)  # the account may contain a token
+    if url.startswith(("https://", "http://")) and settings.network != "none":
+        return _contact(
+            settings,
+            # The first request of Git's smart protocol, see gitprotocol-http(5). Guix's libgit2
+            # supports no older protocol.
+            f"{url.rstrip('/')}/info/refs?service=git-upload-pack",
+            shown_url=shown_url,
+            kind="a Git repository",
+            response="service=git-upload-pack",
+            fix="correct GUIX_CHANNELS or the network; for a private channel set "
+            "GUIX_CHANNEL_CREDENTIALS",
+        )
+    if url.startswith(("file://", "/")):
+        return _check_mounted(settings, url.removeprefix("file://"))
+    if by_ssh(settings, f'"{url}"'):
+        with grant_access(engine, settings, f'"{url}"'):
+            return ok("an SSH agent and known hosts are available")
+    return note(f"{shown_url} was not tested")
+
+
+def check_substitutes(settings: Settings, url: str) -> Finding:
+    url, file = url.rstrip("/"), "nix-cache-info"
+    if url.startswith("file://"):
+        found = _check_mounted(settings, url.removeprefix("file://"), file)
+    elif settings.network == "none":
+        return note(f"{url} is unreachable with NETWORK=none")
+    else:
+        found = _contact(
+            settings,
+            f"{url}/{file}",
+            shown_url=url,
+            kind="a substitute server",
+            response="^StoreDir:",
+            fix="correct GUIX_SUBSTITUTE_URLS: without substitutes Guix builds everything from "
+            "source",
+        )
+    needs_key = url not in guix.DEFAULT_SUBSTITUTE_URLS and not settings.guix_substitute_keys
+    if found.state != "ok" or not needs_key:
+        return found
+    return note(
+        f"{found.message}, but no key is set for it",
+        "set GUIX_SUBSTITUTE_KEYS, or Guix refuses its substitutes unless the base image trusts "
+        "the key",
+    )
+
+
+def _check_mounted(settings: Settings, path: str, file: str = "") -> Finding:
+    """Check that a mount provides a path of the work container, and in it ``file``."""
+    # If mounts are nested, the innermost one is visible.
+    for mount in sorted(settings.mounts, key=lambda mount: len(mount.target), reverse=True):
+        below = path.removeprefix(mount.target)
+        if path.startswith(mount.target) and below[:1] in ("", "/"):
+            source = mount.source / below.lstrip("/")
+            required = source / file
+            if required.exists():
+                return ok(f"{path} is {source}")
+            message = f"{path} is mounted from {source}, but {required} does not exist"
+            return failed(message, "correct MOUNTS")
+    return note(f"{path} must be in the base image, because MOUNTS does not contain it")
+
+
+def _contact(
+    settings: Settings, url: str, *, shown_url: str, kind: str, response: str, fix: str
+) -> Finding:
+    """Check that an HTTP service answers.
+
+    ``url`` may contain an account, ``shown_url`` must not. Only a response of this kind of service
+    matches ``response``, not that of a captive portal.
+    """
+    try:
+        tls = ssl.create_default_context()
+        if settings.extra_ca_file:
+            tls.load_verify_locations(cadata=read_text(settings.extra_ca_file, "ascii", "replace"))
+        request = _request(settings, url)
+        # Callers pass only http and https URLs.
+        with urllib.request.urlopen(request, timeout=_TIMEOUT, context=tls) as body:  # noqa: S310
+            text = body.read(1000).decode(errors="replace")
+        if re.search(response, text, re.MULTILINE):
+            return ok(f"{shown_url} answers")
+        answer = f"answers, but not as {kind}"
+    except urllib.error.HTTPError as error:
+        answer = f"answers {error.code} {error.reason}"
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            fix = guix.fetch_hint("guix error: certificate verification") or fix
+        answer = f"does not answer: {str(cause) or type(cause).__name__}"
+    return failed(f"{shown_url} {' '.join(answer.split())}", fix)
+
+
+def _request(settings: Settings, url: str) -> urllib.request.Request:
+    """Return a request with Git's user agent, because many servers refuse Python's.
+
+    Its account is that of the URL, or of ``GUIX_CHANNEL_CREDENTIALS``, as for `inv pull`.
+    """
+    parts = urlsplit(url)
+    account, _, host = parts.netloc.rpartition("@")
+    account = unquote(account)
+    credentials = settings.guix_channel_credentials
+    for prefix, user, password in channel_credentials(credentials.reveal() if credentials else ""):
+        if url.startswith(prefix):
+            account = f"{user}:{password}"
+            break
+    request = urllib.request.Request(  # noqa: S310
+        parts._replace(netloc=host).geturl(), headers={"User-Agent": "git/2 guix-tasks"}
+    )
+    if account:
+        token = base64.b64encode(account.encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")
+    return request
