@@ -367,6 +367,7 @@ BAD = [
     ("STAGE_TIMEOUT", "1d", "is not a time"),
     ("CACHE_VOLUME", "-x", "is not a volume name"),
     ("CACHE_IMAGE", f"app@sha256:{HEX}", "has a digest, but a repository is required"),
+    ("CACHE_IMAGE", "team/Cache", "'team/Cache' has capital letters"),
     ("BUILDX_BUILDER", "", "is not a builder name"),
     ("BUILDX_BUILDER", "1x", "a letter first"),
     ("BUILDX_BUILDER", "--all", "a letter first"),
