@@ -27,7 +27,7 @@ from guix_tasks.engine.api import (
     build_options,
 )
 from guix_tasks.engine.dry_run import TracedEngine, create_argv
-from guix_tasks.errors import CheckError, NoEngineError
+from guix_tasks.errors import NoEngineError
 from guix_tasks.stages.images import STAGES
 from guix_tasks.ui import redact
 
@@ -382,13 +382,6 @@ def test_a_dry_run_of_shell_starts_nothing(made: Site, monkeypatch: pytest.Monke
     shell.shell(dry.project, ["docker"], {}, stage=None, fresh=False)
     dry.check()
     assert called == []
-
-
-def test_a_check_that_fails_is_an_error(made: Site) -> None:
-    """What the dry run of `verify` must not hide."""
-    made.engine.guix.failing["build"] = "no"
-    with pytest.raises(CheckError):
-        verify(made.project())
 
 
 def test_the_proxys_password_is_not_shown(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
