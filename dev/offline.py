@@ -18,7 +18,7 @@ from guix_tasks.bootstrap.apt import Apt
 from guix_tasks.bootstrap.rootfs import SUITE
 from guix_tasks.engine.api import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError
-from guix_tasks.ui.log import results
+from guix_tasks.ui.log import LogReader
 
 if TYPE_CHECKING:
     from guix_tasks.engine.api import Engine
@@ -100,4 +100,4 @@ def _run(
         )
 
     with console.step("offline example") as step:
-        return b"".join(results(run_to_end(engine, spec, failed), step.log))
+        return b"".join(LogReader(step.log).results(run_to_end(engine, spec, failed)))

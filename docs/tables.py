@@ -10,102 +10,24 @@ import inspect
 import re
 import sys
 from dataclasses import fields
-from enum import Enum, EnumMeta
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from guix_tasks import errors
 from guix_tasks.cli.tasks import grouped
-from guix_tasks.settings import (
-    Settings,
-    example_text,
-    settings_headings,
-    settings_reference,
-    values,
-)
+from guix_tasks.settings import DECLARATIONS, Settings, values
 from guix_tasks.tasks import ns
 from guix_tasks.ui.console import Display
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from invoke.parser import Argument
+    from invoke.parser.argument import Argument
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "reference").glob("*.md"))]
 
-
-class About(NamedTuple):
-    """Documentation of a setting that is not in the code."""
-
-    example: str
-    concerns: str
-    """Stages and tasks that use the setting; a stage in bold is stale after a change."""
-
-
-_WORK = "pull, install"
-_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-_BUILDX = "`buildx.*`"
-
-ABOUT = {
-    "IMAGE": About("ghcr.io/me/app:1.0", "all"),
-    "TAGS": About("1.0 stable", "`push`, `buildx.build`"),
-    "PLATFORMS": About("linux/amd64 linux/arm64", "**base**, **pull**, **install**, `push`"),
-    "BASE_IMAGE": About("debian:sid", "**base**"),
-    "DOCKERFILE": About("docker/Dockerfile", "**base**"),
-    "BUILD_CONTEXT": About(".", "**base**"),
-    "BUILD_ARGS": About("JOBS=4 'NAME=two words'", "**base**"),
-    "BUILD_SECRETS": About("token=token.txt", "base"),
-    "GUIX_BINARY_URL": About("https://mirror.example/guix-binary.tar.xz", "**base**"),
-    "GUIX_BINARY_SHA256": About(_SHA256, "**base**"),
-    "GUIX_CHANNELS": About("channels.scm", "**pull**"),
-    "GUIX_CHANNELS_LOCK": About("channels.lock.scm", "**pull**"),
-    "GUIX_MANIFEST": About("manifest.scm", "**install**, `pack`"),
-    "GUIX_PACKAGES": About("guile@3.0 git:send-email", "**install**, `pack`"),
-    "GUIX_SUBSTITUTE_URLS": About("https://mirror.example https://bordeaux.guix.gnu.org", _WORK),
-    "GUIX_SUBSTITUTE_KEYS": About("keys/mirror.pub", "**pull**, **install**"),
-    "GUIX_FALLBACK": About("yes", _WORK),
-    "GUIX_REQUIRE_SUBSTITUTES": About("yes", "install"),
-    "SUBSTITUTES_LISTEN": About("0.0.0.0:8181", "`substitutes.up`"),
-    "GUIX_SANDBOX": About("rootless", f"{_WORK}, `run`, `shell`, `verify`, `pack`"),
-    "GUIX_CORES": About("2", _WORK),
-    "GUIX_MAX_JOBS": About("1", _WORK),
-    "EXTRA_CA_FILE": About("company-ca.pem", f"{_WORK}, `run`, `shell`, `buildx.build`, `doctor`"),
-    "GUIX_CHANNEL_MIRRORS": About("https://git.guix.gnu.org/=https://mirror.example/", "pull"),
-    "GUIX_CHANNEL_CREDENTIALS": About("https://me:TOKEN@git.example", "pull"),
-    "GUIX_CHANNEL_CREDENTIALS_FILE": About("/run/secrets/channels", "pull"),
-    "SSH_KNOWN_HOSTS": About("known_hosts", "pull"),
-    "MOUNTS": About("substitutes:/srv/substitutes:ro", "**pull**, **install**, `run`, `shell`"),
-    "NETWORK": About("none", f"base, {_WORK}, `run`, `shell`"),
-    "STAGE_MEMORY": About("4g", _WORK),
-    "STAGE_TIMEOUT": About("90m", _WORK),
-    "CACHE_VOLUME": About(
-        "guix-tasks-cache", "**pull**, **install** (stale only if it becomes empty or non-empty)"
-    ),
-    "CACHE_IMAGE": About("ghcr.io/me/app-cache", "base, pull, install"),
-    "BUILDX_BUILDER": About("insecure-builder", _BUILDX),
-    "BUILDX_DRIVER": About("remote", _BUILDX),
-    "BUILDX_NODES": About("tcp://10.0.0.5:1234,cacert=ca.pem", _BUILDX),
-    "BUILDX_OUTPUT": About("oci", "`buildx.build`"),
-    "BUILDX_ATTESTATIONS": About("provenance sbom", "`buildx.build`"),
-    "BUILDX_CACHE_FROM": About("type=gha", "`buildx.build`"),
-    "BUILDX_CACHE_TO": About("type=local,dest=cache,mode=max", "`buildx.build`"),
-    "BUILDKIT_SYNTAX": About("docker/dockerfile:1.20", "`buildx.build`"),
-    "BUILDX_URL": About("https://mirror.example/buildx", "`buildx.setup`"),
-    "BUILDX_SHA256": About(_SHA256, "`buildx.setup`"),
-    "ENGINE_IMAGE_STORE": About("containerd", "`engine.up`"),
-    "OUTPUT": About("quiet", "long-running tasks"),
-    "RELEASE_URL": About("https://example.org/downloads/1.0", "`release`"),
-    "DOCKER_USERNAME": About("me", "`push`, pulls from the same registry"),
-    "DOCKER_USERNAME_FILE": About("secrets/user", "`push`, pulls from the same registry"),
-    "DOCKER_PASSWORD": About("a token", "`push`, pulls from the same registry"),
-    "DOCKER_PASSWORD_FILE": About("/run/secrets/token", "`push`, pulls from the same registry"),
-    "DOCKER_HOST": About("ssh://me@build-box", "all"),
-    "DOCKER_CONTEXT": About("build-box", "all"),
-    "DOCKER_CONFIG": About("/srv/docker-config", "all"),
-    "DOCKER_TLS_VERIFY": About("1", "all"),
-    "DOCKER_CERT_PATH": About("certificates", "all"),
-}
 
 SHORT = (
     "IMAGE", "BASE_IMAGE", "GUIX_CHANNELS", "GUIX_MANIFEST", "GUIX_PACKAGES",
@@ -127,17 +49,12 @@ KINDS = {
     **{
         name: ", ".join(f"`{word.value}`" for word in kind)
         for name, kind in {**vars(values), "Display": Display}.items()
-        if isinstance(kind, EnumMeta) and kind is not Enum
+        if isinstance(kind, type) and issubclass(kind, Enum) and kind is not Enum
     },
     "Mapping[str, str]": "`NAME=VALUE`, any number",
     "Mapping[str, Path]": "`NAME=PATH`, any number",
 }
 """Names of types in the documentation, by type of a field of ``Settings``."""
-
-KINDS_BY_SETTING = {
-    "STAGE_MEMORY": "bytes, or with `k`, `m`, `g`",
-    "STAGE_TIMEOUT": "seconds, or with `s`, `m`, `h`",
-}
 
 
 def task_table() -> str:
@@ -156,11 +73,29 @@ def task_reference() -> str:
 
 def settings_table() -> str:
     rows = [
-        (_code(name), _code(default), doc)
-        for name, default, doc in settings_reference()
-        if name in SHORT
+        (_code(name), _code(DECLARATIONS[name].default), DECLARATIONS[name].doc) for name in SHORT
     ]
     return _table(("setting", "default", "description"), rows)
+
+
+def example_text() -> str:
+    """Return the content of ``.env.example``."""
+    lines = [
+        "# Settings of guix-tasks with their defaults. Copy this file to .env.",
+        "#",
+        "# Precedence, lowest first: .env, .env.local, the files listed in the variable ENV_FILE",
+        "# (separated by commas), the environment, the options of a task.",
+        "#",
+        "# Relative paths start from the directory of the file in which they are written. List",
+        "# items are separated by spaces; quote an item that contains spaces. ${NAME} expands to",
+        "# a variable or to a setting further up.",
+    ]
+    for name, setting in DECLARATIONS.items():
+        if setting.section:
+            lines += ["", f"# --- {setting.section} ---"]
+        key = f"{name}={setting.default}" if setting.default else f"#{name}="
+        lines += ["", f"# {setting.doc}", key]
+    return "\n".join(lines) + "\n"
 
 
 def exit_codes() -> str:
@@ -175,21 +110,19 @@ def exit_codes() -> str:
 
 
 def settings_reference_table() -> str:
-    kinds = {field.name.upper(): str(field.type) for field in fields(Settings)}
-    headings = settings_headings()
+    types = {field.name.upper(): str(field.type) for field in fields(Settings)}
     header = ("setting", "type", "default", "description", "example", "used by")
-    parts: list[str] = []
+    sections: list[str] = []
     rows: list[tuple[str, ...]] = []
-    for name, default, doc in settings_reference():
-        if group := headings.get(name):
-            parts += [_table(header, rows)] if rows else []
-            parts.append(f"## {group}")
+    for name, setting in DECLARATIONS.items():
+        if setting.section:
+            sections += [_table(header, rows)] if rows else []
+            sections.append(f"## {setting.section}")
             rows = []
-        about = ABOUT.get(name, About("", ""))
-        kind = KINDS_BY_SETTING.get(name) or _kind(name, kinds.get(name, ""))
-        row = (_code(name), kind, _code(default), doc, _code(about.example), about.concerns)
-        rows.append(row)
-    return "\n\n".join([*parts, _table(header, rows)])
+        kind = setting.kind or _kind(types.get(name, "str"))
+        default, example = _code(setting.default), _code(setting.example)
+        rows.append((_code(name), kind, default, setting.doc, example, setting.used_by))
+    return "\n\n".join([*sections, _table(header, rows)])
 
 
 def fill_tables(page: str) -> str:
@@ -230,13 +163,10 @@ def _default(argument: Argument) -> str:
     return _code(str(argument.default)) if argument.default else ""
 
 
-def _kind(name: str, declared: str) -> str:
-    """Describe the type of a setting; settings without a field are files or Docker's strings."""
+def _kind(declared: str) -> str:
     declared = declared.removesuffix(" | None")
     if item := re.fullmatch(r"tuple\[(\w+), \.\.\.\]", declared):
         return f"list of {KINDS[item[1]]}"
-    if not declared:
-        return KINDS["Path"] if name.endswith(("_FILE", "_CONFIG", "_PATH")) else KINDS["str"]
     return KINDS[declared]
 
 

@@ -1,10 +1,4 @@
-"""User directories, atomic writes, temporary directories, pipes, digests and locks.
-
-User directories follow the XDG Base Directory Specification.
-
-The digest of a directory covers the names, modes and contents of its files, so it is the same in
-every checkout and on every machine. Digests of large files are cached by size and time of change.
-"""
+"""User directories, atomic writes, temporary directories, locks, pipes and digests."""
 
 from __future__ import annotations
 
@@ -25,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from guix_tasks.ui.console import Console
 
@@ -34,11 +28,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-WORTH_THREADS = 200
-"""Number of files from which hashing them in parallel is worth the start of threads."""
-
-WORTH_CACHING = 1 << 20
-"""Size in bytes from which a file's digest is cached."""
+# --- User directories (XDG Base Directory Specification) --------------------------------------
 
 
 def data_home() -> Path:
@@ -51,6 +41,16 @@ def cache_home() -> Path:
     return _xdg("XDG_CACHE_HOME", ".cache")
 
 
+def _xdg(variable: str, fallback: str) -> Path:
+    # The specification requires that relative paths in these variables are ignored.
+    value = os.environ.get(variable, "")
+    home = Path(value) if value.startswith("/") else Path.home() / fallback
+    return home / "guix-tasks"
+
+
+# --- Writing ----------------------------------------------------------------------------------
+
+
 def write_whole(path: Path, content: bytes | Iterable[bytes], mode: int = 0o666) -> None:
     """Write or replace a file atomically.
 
@@ -60,23 +60,13 @@ def write_whole(path: Path, content: bytes | Iterable[bytes], mode: int = 0o666)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         unfinished.touch(mode)
-        if isinstance(content, bytes):
-            unfinished.write_bytes(content)
-        else:
-            with unfinished.open("wb") as file:
-                file.writelines(content)
+        with unfinished.open("wb") as file:
+            file.writelines([content] if isinstance(content, bytes) else content)
         unfinished.replace(path)
     except BaseException:
         with suppress(OSError):
             unfinished.unlink()
         raise
-
-
-def _xdg(variable: str, fallback: str) -> Path:
-    # The specification requires that relative paths in these variables are ignored.
-    value = os.environ.get(variable, "")
-    home = Path(value) if value.startswith("/") else Path.home() / fallback
-    return home / "guix-tasks"
 
 
 _PREFIX = ".guix-tasks-temporary-"
@@ -134,6 +124,38 @@ def _remove_leftovers() -> None:
                 os.close(descriptor)
 
 
+# --- Locks ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def image_lock(show: Callable[[str], None], engine: str, image: str, task: str) -> Iterator[None]:
+    """Hold the lock of an image on an engine, given by its URL.
+
+    If another ``inv`` of this user holds the lock, ``show`` its name and wait. The kernel releases
+    the lock when its holder ends, even if it is killed. If no lock file can be created, for example
+    without a writable home directory, continue without a lock.
+    """
+    directory = cache_home() / "locks"
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = (directory / text_digest(engine, image)).open("a+")
+    except OSError:
+        yield
+        return
+    with lock as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            show(f"{task}: waiting for {file.read() or 'another inv'}, which uses {image}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"`inv {task}` (process {os.getpid()})")
+        file.flush()
+        yield
+        file.truncate(0)
+
+
 # --- Files that can be read only once: pipes, standard input, process substitutions -----------
 #
 # One ``inv`` runs several tasks, and each task reads the settings and the files to which they
@@ -157,7 +179,7 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     identity = (status.st_dev, status.st_ino)
     if identity not in _contents:
-        _contents[identity] = _drain(path)
+        _contents[identity] = _read_pipe(path)
     return _contents[identity]
 
 
@@ -197,28 +219,29 @@ def reopenable(path: Path) -> Path:
     return Path(f"/proc/{os.getpid()}/fd/{file}")
 
 
-def forget_contents() -> None:
-    """Clear the caches of file contents, for tests that stand for several processes."""
-    _contents.clear()
-    read_once.cache_clear()
-    reopenable.cache_clear()
-
-
-def _drain(path: Path) -> bytes:
+def _read_pipe(path: Path) -> bytes:
     # Opening a pipe without a writer would block, before the wait can be reported.
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     with os.fdopen(file, "rb") as stream:
         poll = select.poll()
         poll.register(file, select.POLLIN)
         if not poll.poll(_SILENT_WAIT * 1000):
-            console = Console()
-            console.print(f"waiting for {str(path)!r}: nothing has been written to it yet")
+            Console().print(f"waiting for {str(path)!r}: nothing has been written to it yet")
             poll.poll()
         os.set_blocking(file, True)
         return stream.read()
 
 
 # --- Digests ----------------------------------------------------------------------------------
+#
+# The digest of a directory covers the names, modes and contents of its files, so it is the same in
+# every checkout and on every machine.
+
+WORTH_THREADS = 200
+"""Number of files from which hashing them in parallel is worth the start of threads."""
+
+WORTH_CACHING = 1 << 20
+"""Size in bytes from which a file's digest is cached, by its size and time of change."""
 
 
 def text_digest(*texts: str) -> str:
@@ -226,9 +249,23 @@ def text_digest(*texts: str) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
+@cache
 def file_digest(path: Path) -> str:
     """Return the digest of a file's content, from the cache if possible."""
-    return _file_digest(str(path))
+    status = path.stat()
+    if status.st_size < WORTH_CACHING:
+        return hashlib.sha256(read_file(path)).hexdigest()
+    # Tools can set the time of modification, but not the time of change.
+    state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    key = text_digest(str(path), *map(str, state))
+    cached = cache_home() / "digests" / key
+    with suppress(OSError):
+        return cached.read_text()
+    digest = content_digest(path)
+    with suppress(OSError):  # the cache is optional
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(cached, digest.encode())
+    return digest
 
 
 def content_digest(path: Path) -> str:
@@ -279,58 +316,3 @@ def _entry(root: Path, name: str) -> str:
     if not stat.S_ISREG(mode):
         return f"{name} {stat.S_IFMT(mode):o}"
     return f"{name} {'x' if mode & stat.S_IXUSR else '-'} {file_digest(path)}"
-
-
-@cache
-def _file_digest(path: str) -> str:
-    status = Path(path).stat()
-    if status.st_size < WORTH_CACHING:
-        return hashlib.sha256(read_file(Path(path))).hexdigest()
-    # Tools can set the time of modification, but not the time of change.
-    state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-    key = text_digest(path, *map(str, state))
-    cached = cache_home() / "digests" / key
-    with suppress(OSError):
-        return cached.read_text()
-    digest = content_digest(Path(path))
-    with suppress(OSError):  # the cache is optional
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(cached, digest.encode())
-    return digest
-
-
-# --- Locks ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def image_lock(show: Callable[[str], None], engine: str, image: str, task: str) -> Iterator[None]:
-    """Hold the lock of an image on an engine, given by its URL.
-
-    If another ``inv`` of this user holds the lock, ``show`` its name and wait. The kernel releases
-    the lock when its holder ends, even if it is killed. If no lock file can be created, for example
-    without a writable home directory, continue without a lock.
-    """
-    file = _open_lock(text_digest(engine, image))
-    if file is None:
-        yield
-        return
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            show(f"{task}: waiting for {file.read() or 'another inv'}, which uses {image}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(f"`inv {task}` (process {os.getpid()})")
-        file.flush()
-        yield
-        file.truncate(0)
-
-
-def _open_lock(name: str) -> IO[str] | None:
-    directory = cache_home() / "locks"
-    with suppress(OSError):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return (directory / name).open("a+")
-    return None

@@ -16,7 +16,7 @@ from guix_tasks.engine.api import ContainerSpec, run_to_end
 from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import BuilderError, GuixTasksError
 from guix_tasks.ui.format import human_size, human_time
-from guix_tasks.ui.log import results
+from guix_tasks.ui.log import LogReader
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -63,7 +63,7 @@ def _in_container(engine: Engine, console: Console, packages: Sequence[str]) -> 
     if engine.image(DEBIAN_IMAGE) is None:
         try:
             pull = partial(engine.pull, DEBIAN_IMAGE, docker_accounts(os.environ).find(HUB))
-            retry_call(console, "the pull", pull, host=HUB)
+            retry_call(console, "the pull", pull)
         except GuixTasksError as error:
             raise BuilderError(
                 "cannot make the base image: this host is not Debian, and the image "
@@ -81,4 +81,4 @@ def _in_container(engine: Engine, console: Console, packages: Sequence[str]) -> 
         return BuilderError(f"rootfs: mmdebstrap failed with status {status}; its output is above")
 
     with console.step("rootfs") as step:
-        yield from results(run_to_end(engine, spec, failed), step.log)
+        yield from LogReader(step.log).results(run_to_end(engine, spec, failed))

@@ -252,7 +252,7 @@ class ContainerRegistry:
         self._remove()
         if self.engine.image(_IMAGE) is None:
             pull = partial(self.engine.pull, _IMAGE, docker_accounts(os.environ).find(HUB))
-            retry_call(console, "the pull", pull, host=HUB)
+            retry_call(console, "the pull", pull)
         container = self.engine.create(
             ContainerSpec(
                 name=f"guix-tasks-registry-{self.port}",

@@ -63,7 +63,7 @@ from guix_tasks.stages.base import base_spec, other_platform
 from guix_tasks.stages.channel_access import agent_socket, by_ssh, programs
 from guix_tasks.stages.container import RESOURCES, cache_prefix, network, project_digest
 from guix_tasks.stages.install import install_stage
-from guix_tasks.stages.log_faults import Steps
+from guix_tasks.stages.log_faults import StepFaults
 from guix_tasks.stages.pull import (
     channels_text,
     lock_text,
@@ -494,25 +494,24 @@ class _Build:
             remaining = total - (time.monotonic() - started) if total else None
             if remaining is not None and remaining <= 0:
                 raise TimeoutError
-            steps = Steps(self._settings)
+            faults = StepFaults(self._settings)
 
             def output(data: bytes) -> None:
-                log.add(data)
-                steps.add(data)
+                faults.check(log.read(data))
 
             try:
                 replace(self.buildx, environment=environment).stream(
                     *arguments, output=output, spec=definition.base, seconds=remaining
                 )
             except StageError as error:
-                error.is_transient = error.is_transient or steps.network_failed
+                error.is_transient = error.is_transient or faults.network_failed
                 raise
 
         # A retry continues with the finished steps from the builder's cache.
         tries = TRIES if target == IMAGE_TARGET else STAGE_TRIES
         try:
             with build_log(self.project, "buildx.build") as log:
-                retry_call(console, "the build", attempt, tries, self._settings.image.registry)
+                retry_call(console, "the build", attempt, tries)
         except TimeoutError:
             raise StageError(
                 f"buildx.build: stopped after STAGE_TIMEOUT ({human_time(limit or 0)} a stage); "

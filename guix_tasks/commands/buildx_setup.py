@@ -19,7 +19,7 @@ from guix_tasks.engine.credentials import accounts_for
 from guix_tasks.engine.diagnose import EMULATE, INSECURE_REFUSED, UNKNOWN_FLAG
 from guix_tasks.errors import BuilderError, GuixTasksError
 from guix_tasks.settings import Driver, Node
-from guix_tasks.ui.log import Log
+from guix_tasks.ui.log import LogReader
 from guix_tasks.ui.redact import holds_secret
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def _create(project: Project, buildx: Buildx, nodes: list[Node]) -> None:
         for number, node in enumerate(nodes):
             buildx.change(*create_argv(settings, node, append=number > 0))
         with console.step("buildx.setup") as step:
-            log = Log(step.log)
+            log = LogReader(step.log)
             buildx.stream("inspect", "--bootstrap", name, output=log.add)
             log.end()
     except BaseException:

@@ -50,10 +50,7 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
             if replaced_image:
                 engine.drop(replaced_image.id)
         digests[reference] = retry_call(
-            project.console,
-            "the push",
-            partial(_push, project, reference),
-            host=project.settings.image.registry,
+            project.console, "the push", partial(_push, project, reference)
         )
     platform = project.settings.platform
     if platform and not stage and not engine.is_dry:

@@ -26,9 +26,9 @@ from guix_tasks.stages.container import (
 )
 from guix_tasks.stages.container import project as project_name
 from guix_tasks.stages.images import proven_stage
-from guix_tasks.stages.log_faults import Lines
 from guix_tasks.stages.ownership import USER, grant_ownership
 from guix_tasks.stages.substitute_server import ANY, KEYS, LISTEN_LABEL, public_key, server_url
+from guix_tasks.ui.log import LogReader
 
 if TYPE_CHECKING:
     from guix_tasks.engine.api import Container, Image
@@ -146,10 +146,10 @@ def _start(project: Project, image: Image) -> None:
 
 def _await_start(project: Project, container: str) -> None:
     """Start the container and wait until it listens; it outlives this process."""
-    lines, last_line = Lines(), ""
+    log, last_line = LogReader(), ""
     with time_limit(project.engine, container, START_SECONDS, grace=1):
         for _, data in project.engine.run(container):
-            for line in lines.add(data):
+            for line in log.read(data):
                 if guix.is_publishing(line):
                     return
                 last_line = line.strip() or last_line

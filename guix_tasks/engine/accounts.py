@@ -13,21 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import docker.auth
+
 from guix_tasks.errors import RegistryError
 from guix_tasks.ui import redact
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
-HUB = "docker.io"
-
-_HUB_KEY = "https://index.docker.io/v1/"
-"""Key of Docker Hub's account in Docker's configuration."""
+HUB = docker.auth.INDEX_NAME
 
 AUTH_CONFIG = "DOCKER_AUTH_CONFIG"
 """Variable with accounts for Docker's command line, in the form of its config.json."""
-
-_TOKEN_USER = "<token>"  # noqa: S105 -- a helper's user name for an identity token
 
 _HELPER_SECONDS = 60.0
 
@@ -95,16 +92,19 @@ class Accounts:
     def _config(self) -> dict[str, object]:
         # A broken file counts as empty; Docker's command line does the same after a warning.
         try:
-            return _json_object(
-                (docker_config_directory(self.environment) / "config.json").read_bytes()
-            )
+            directory = docker_config_directory(self.environment)
+            return _json_object((directory / "config.json").read_bytes())
         except (OSError, RuntimeError):
             return {}
 
 
 def docker_accounts(environment: Mapping[str, str]) -> Accounts:
     """Return Docker's accounts: ``DOCKER_AUTH_CONFIG``, config.json and credential helpers."""
-    return Accounts(environment, dict(_auth_config(environment.get(AUTH_CONFIG, ""))))
+    auths = _object(_json_object(environment.get(AUTH_CONFIG, "")).get("auths"))
+    accounts = {_host(name): _decoded(entry) for name, entry in auths.items()}
+    # Docker ignores identity tokens here as well.
+    given = {host: a for host, a in accounts.items() if a and not a.identity_token}
+    return Accounts(environment, given)
 
 
 def auth_config(accounts: Mapping[str, Credentials]) -> str:
@@ -123,21 +123,12 @@ def docker_config_directory(environment: Mapping[str, str]) -> Path:
 
 def docker_key(host: str) -> str:
     """Return the key of a registry's account in Docker's configuration."""
-    return _HUB_KEY if host == HUB else host
+    return docker.auth.INDEX_URL if host == HUB else host
 
 
 def _host(name: str) -> str:
     """Return the host in a key of Docker's configuration, which may be a URL."""
-    host = name.partition("://")[2] or name
-    host = host.partition("/")[0]
-    return HUB if host == f"index.{HUB}" else host
-
-
-def _auth_config(text: str) -> Iterator[tuple[str, Credentials]]:
-    for name, entry in _object(_json_object(text).get("auths")).items():
-        account = _decoded(entry)
-        if account and not account.identity_token:  # Docker ignores tokens here as well
-            yield _host(name), account
+    return docker.auth.resolve_index_name(name)
 
 
 def _decoded(entry: object) -> Credentials | None:
@@ -149,11 +140,11 @@ def _decoded(entry: object) -> Credentials | None:
     if not isinstance(auth, str):
         return None
     try:
-        username, colon, password = base64.b64decode(auth).decode().partition(":")
+        username, password = docker.auth.decode_auth(auth)
     except ValueError:
         return None
     password = password.strip("\0")
-    return Credentials(username, password) if username and colon and password else None
+    return Credentials(username, password) if username and password else None
 
 
 def _ask_helper(helper: str, host: str, environment: Mapping[str, str]) -> Credentials | None:
@@ -181,7 +172,11 @@ def _ask_helper(helper: str, host: str, environment: Mapping[str, str]) -> Crede
         raise _helper_error(host, f"{program} printed an answer without Username and Secret")
     if not secret:  # some helpers print an empty answer for an unknown host
         return None
-    return Credentials("", "", secret) if username == _TOKEN_USER else Credentials(username, secret)
+    return (
+        Credentials("", "", secret)
+        if username == docker.auth.TOKEN_USERNAME
+        else Credentials(username, secret)
+    )
 
 
 def _helper_error(host: str, reason: str) -> RegistryError:

@@ -6,7 +6,6 @@ digest ignores owners and times: BuildKit sends all files as root's, and its cac
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import stat
@@ -17,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from guix_tasks import files
 from guix_tasks.errors import UsageError
-from guix_tasks.files import file_digest, list_digest, text_digest
+from guix_tasks.files import cache_home, file_digest, list_digest, text_digest
 from guix_tasks.oci.dockerignore import Matcher, Matches, PatternError, read_patterns
+from guix_tasks.oci.tar import add_file
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -105,7 +104,7 @@ def linked_context(context: Path, dockerfile: Path) -> Path:
     real = os.path.realpath(context)
     entries = context_entries(context, dockerfile)
     modes = (f"{entry.name} {entry.mode:o}" for entry in entries if stat.S_ISDIR(entry.mode))
-    link = files.cache_home() / "contexts" / text_digest(real, *modes)
+    link = cache_home() / "contexts" / text_digest(real, *modes)
     try:
         link.parent.mkdir(parents=True, exist_ok=True)
         # The link stays, because another project may use the same context at the same time.
@@ -137,9 +136,9 @@ def context_archive(context: Path, dockerfile: Path) -> tuple[IO[bytes], str]:
                 if ignore is None or entry.name != IGNORE_FILE:
                     _add(tar, entry)
             if ignore is not None:
-                _add_content(tar, IGNORE_FILE, ignore)
+                add_file(tar, IGNORE_FILE, ignore)
             if name not in names:
-                _add_content(tar, name, dockerfile.read_bytes())
+                add_file(tar, name, dockerfile.read_bytes())
     except OSError as error:
         raise _unreadable(error) from None
     archive.seek(0)
@@ -188,12 +187,6 @@ def _add(tar: tarfile.TarFile, entry: Entry) -> None:
             tar.addfile(info, file)
     else:
         tar.addfile(info)
-
-
-def _add_content(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
 
 
 _TAR_TYPES = {

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from guix_tasks.engine import retry
 from guix_tasks.errors import BuilderError, GuixTasksError, RegistryError, StageError, full_disk
+from guix_tasks.ui.log import LogReader
+from guix_tasks.ui.redact import to_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,16 +16,10 @@ if TYPE_CHECKING:
     from guix_tasks.engine.api import BuildSpec
 
 
-_CONTROL = re.compile(
-    # Terminal control sequences (ECMA-48) and other control characters.
-    r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)?|[ -/]*[0-~])"
-    r"|[\x00-\x08\x0e-\x1b\x1f\x7f]"
-)
-
-
 def cause(log: str) -> str:
     """Return the line of a build's log with the error."""
-    lines = [line.strip() for line in _CONTROL.sub("", log).splitlines() if line.strip()]
+    reader = LogReader()
+    lines = [*filter(None, map(str.strip, [*reader.read(to_bytes(log)), *reader.end()]))]
     errors = [line for line in lines if line.startswith("ERROR: ")]
     text = errors[-1] if errors else (lines[-1] if lines else "buildx gave no reason")
     # bake prefixes the error with the target.

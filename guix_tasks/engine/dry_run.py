@@ -68,25 +68,21 @@ class TracedEngine:
         return self._engine.volumes(labels)
 
     def create_volume(self, name: str, labels: Mapping[str, str]) -> None:
-        self._show("volume", "create", name)
-        if self._perform:
+        if self._shown("volume", "create", name):
             self._engine.create_volume(name, labels)
 
     def remove_volume(self, name: str) -> None:
-        self._show("volume", "rm", name)
-        if self._perform:
+        if self._shown("volume", "rm", name):
             self._engine.remove_volume(name)
 
     def tag(self, image: str, reference: str) -> None:
-        self._show("tag", image, reference)
-        if self._perform:
+        if self._shown("tag", image, reference):
             self._engine.tag(image, reference)
         else:
             self._images[reference] = self.image(image)
 
     def untag(self, reference: str) -> None:
-        self._show("image", "rm", reference)
-        if self._perform:
+        if self._shown("image", "rm", reference):
             self._engine.untag(reference)
         else:
             self._images[reference] = None
@@ -95,7 +91,7 @@ class TracedEngine:
         inspected = self.image(image)
         tagged = {known.id for known in self._images.values() if known}
         if inspected and not inspected.tags and inspected.id not in tagged:
-            self._show("image", "rm", image)
+            self._shown("image", "rm", image)
         if self._perform:
             self._engine.drop(image)
 
@@ -113,42 +109,37 @@ class TracedEngine:
         return spec.name
 
     def copy_in(self, container: str, archive: bytes | IO[bytes]) -> None:
-        self._show("cp", "-", f"{container}:/")
-        if self._perform:
+        if self._shown("cp", "-", f"{container}:/"):
             self._engine.copy_in(container, archive)
 
     def copy_out(self, container: str, path: str) -> Iterator[bytes]:
         return self._engine.copy_out(container, path)
 
     def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
-        self._show("start", "--attach", container)
         self._started.add(container)
-        return self._engine.run(container) if self._perform else iter(())
+        is_made = self._shown("start", "--attach", container)
+        return self._engine.run(container) if is_made else iter(())
 
     def bytes_received(self, container: str) -> int | None:
         return self._engine.bytes_received(container)
 
     def start(self, container: str) -> None:
-        self._show("start", container)
-        if self._perform:
+        if self._shown("start", container):
             self._engine.start(container)
 
     def wait(self, container: str) -> int:
         return self._engine.wait(container) if self._perform else 0
 
     def stop(self, container: str, seconds: int) -> None:
-        self._show("stop", f"--time={seconds}", container)
-        if self._perform:
+        if self._shown("stop", f"--time={seconds}", container):
             self._engine.stop(container, seconds)
 
     def remove(self, container: str) -> None:
-        self._show("rm", "--force", container)
-        if self._perform:
+        if self._shown("rm", "--force", container):
             self._engine.remove(container)
 
     def commit(self, container: str, config: Mapping[str, Any]) -> str:
-        self._show("commit", container)
-        if self._perform:
+        if self._shown("commit", container):
             return self._engine.commit(container, config)
         # A commit adds one layer if the container was run.
         image = f"dry-run:{container}"
@@ -160,8 +151,8 @@ class TracedEngine:
         return image
 
     def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
-        self._show("import", "-", reference)
-        return self._engine.import_rootfs(archive, reference) if self._perform else reference
+        is_made = self._shown("import", "-", reference)
+        return self._engine.import_rootfs(archive, reference) if is_made else reference
 
     def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
         self._console.command(("docker", "build", *build_options(spec), str(spec.context)))
@@ -174,8 +165,8 @@ class TracedEngine:
     def push(
         self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> str:
-        self._show("push", reference)
-        return self._engine.push(reference, credentials, progress) if self._perform else ""
+        is_made = self._shown("push", reference)
+        return self._engine.push(reference, credentials, progress) if is_made else ""
 
     def pull(
         self,
@@ -184,12 +175,13 @@ class TracedEngine:
         platform: str | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self._show("pull", reference)
-        if self._perform:
+        if self._shown("pull", reference):
             self._engine.pull(reference, credentials, platform, progress)
 
-    def _show(self, *words: str) -> None:
+    def _shown(self, *words: str) -> bool:
+        """Print a call that changes state; return False if it is not made."""
         self._console.command(("docker", *words))
+        return self._perform
 
 
 def create_argv(spec: ContainerSpec) -> Sequence[str]:

@@ -9,13 +9,13 @@ no layer data, because Podman reads only layers that it does not have.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
-import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from guix_tasks.oci.tar import archive
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,7 +89,7 @@ def configured_image(inspected: Mapping[str, Any], config: Mapping[str, Any]) ->
         "index.json": index,
         **{f"blobs/sha256/{_sha256(blob)}": blob for blob in (image, manifest)},
     }
-    return f"sha256:{_sha256(image)}", _archive(files)
+    return f"sha256:{_sha256(image)}", archive(files)
 
 
 def _descriptor(kind: str, blob: bytes) -> dict[str, Any]:
@@ -102,13 +102,3 @@ def _json(content: object) -> bytes:
 
 def _sha256(blob: bytes) -> str:
     return hashlib.sha256(blob).hexdigest()
-
-
-def _archive(files: Mapping[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()

@@ -5,15 +5,16 @@ into lines, a line is cleaned like a path, and a pattern becomes a regular expre
 ``regexp`` package. Names are strings; bytes that are not UTF-8 are surrogates, as in
 ``os.fsdecode``.
 
-Two constructs are rejected that BuildKit accepts: a backslash before a letter or digit, and classes
-such as ``[:alpha:]``. According to Docker's documentation, a backslash makes the next character
-literal, but BuildKit passes it to Go (``\d`` matches any digit).
+Three constructs are rejected that BuildKit accepts: a backslash before a letter or digit, classes
+such as ``[:alpha:]``, and a repetition of ``^``. According to Docker's documentation, a backslash
+makes the next character literal, but BuildKit passes it to Go (``\d`` matches any digit).
 """
 
 from __future__ import annotations
 
 import posixpath
 import re
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -34,8 +35,22 @@ _SPACE = (
 
 _WILDCARDS = re.compile(r"[*\[\]?^\\]")
 
+_INVALID = "\udc80-\udcff"
+"""Bytes that are not UTF-8."""
+
+_IN_CLASS = rf"(?:[^\\\-\]{_INVALID}]|\\[^{_INVALID}])"
+_WELL_FORMED = re.compile(
+    rf"(?:[^\\\[]|\\.|\[(?:\^|(?!\^))(?:{_IN_CLASS}(?:-{_IN_CLASS})?)+\])*", re.DOTALL
+)
+"""Patterns that Go's ``filepath.Match`` accepts."""
+
+_TOKEN = re.compile(r"\*\*/?|\\.|.", re.DOTALL)
+
 _REPEAT = re.compile(r"\{(0|[1-9][0-9]*)(?:,(0|[1-9][0-9]*)?)?\}")
 _MAX_REPEAT = 1000
+"""Maximum of Go."""
+
+_NAMED_CLASS = re.compile(r"\[(?:[^\]\\]|\\.)*\[:")
 
 
 class PatternError(ValueError):
@@ -76,16 +91,18 @@ class Pattern:
 
     @cached_property
     def _compiled(self) -> tuple[str, re.Pattern[str]]:
-        kind, expression = _go_expression(_valid(self.text))
+        kind, expression = _expression(_valid(self.text))
         if kind != "expression":
             return kind, re.compile("")
         try:
-            return kind, re.compile(_python_expression(expression))
-        except (ValueError, re.error, OverflowError) as error:
-            raise self._error(f": {error}" if isinstance(error, _ExpressionError) else "") from None
-
-    def _error(self, reason: str) -> PatternError:
-        return PatternError(self.line, f"malformed pattern {self.text}{reason}")
+            _check_expression(self.text)
+            with warnings.catch_warnings():
+                # Python warns about set operations, which it does not have.
+                warnings.simplefilter("ignore", FutureWarning)
+                return kind, re.compile(expression)
+        except (re.error, OverflowError, ValueError) as error:
+            reason = "" if isinstance(error, (re.error, OverflowError)) else f": {error}"
+            raise PatternError(self.line, f"malformed pattern {self.text}{reason}") from None
 
 
 def read_patterns(content: bytes) -> list[Pattern]:
@@ -117,7 +134,7 @@ def _pattern(text: str, line: int) -> Pattern:
     if text == "!":
         raise PatternError(line, "an exclamation mark without a pattern")
     pattern = Pattern(text.removeprefix("!") if is_exception else text, is_exception, line)
-    if not _is_well_formed(pattern.text):
+    if not _WELL_FORMED.fullmatch(pattern.text):
         raise PatternError(line, f"malformed pattern {pattern.text}")
     return pattern
 
@@ -130,160 +147,51 @@ def _clean(path: str) -> str:
 
 def _valid(text: str) -> str:
     """Replace each byte that is not UTF-8 by U+FFFD, like Go's ``regexp``."""
-    return re.sub("[\udc80-\udcff]", "\ufffd", text)
+    return re.sub(f"[{_INVALID}]", "\ufffd", text)
 
 
-def _is_well_formed(pattern: str) -> bool:
-    """Check the syntax like Go's ``filepath.Match``."""
-    characters = iter(_Reader(pattern))
-    for character in characters:
-        if character == "\\" and next(characters, None) is None:
-            return False
-        if character == "[" and not _has_well_formed_class(characters):
-            return False
-    return True
-
-
-class _Reader:
-    """Iterator over the characters of a text, with a view of the next character."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        self.position = 0
-
-    def __iter__(self) -> _Reader:
-        return self
-
-    def __next__(self) -> str:
-        character = self.peek()
-        if not character:
-            raise StopIteration
-        self.position += 1
-        return character
-
-    def peek(self) -> str:
-        return self.text[self.position : self.position + 1]
-
-
-def _has_well_formed_class(characters: _Reader) -> bool:
-    """Read the rest of a character class and return True if ``filepath.Match`` accepts it."""
-    if characters.peek() == "^":
-        next(characters)
-    ranges = 0
-    while not (ranges and characters.peek() == "]"):
-        if not _has_class_character(characters):
-            return False
-        if characters.peek() == "-":
-            next(characters)
-            if not _has_class_character(characters):
-                return False
-        ranges += 1
-    next(characters)
-    return True
-
-
-def _has_class_character(characters: _Reader) -> bool:
-    if characters.peek() in ("", "-", "]"):
-        return False
-    if next(characters) == "\\" and not next(characters, ""):
-        return False
-    is_valid = not "\udc80" <= characters.text[characters.position - 1] <= "\udcff"
-    return is_valid and bool(characters.peek())
-
-
-def _go_expression(pattern: str) -> tuple[str, str]:
-    """Return how to match a pattern and, if by ``expression``, its regular expression for Go.
+def _expression(pattern: str) -> tuple[str, str]:
+    """Return how to match a pattern and, if by ``expression``, its regular expression.
 
     As upstream, the function translates single characters. Therefore wildcards are also translated
     in character classes, and ``{``, ``|`` and ``}`` are not escaped, because upstream's table of
     characters to escape ends before them.
     """
-    kind, expression = "exact", "^"
-    characters = _Reader(pattern)
-    for character in characters:
-        is_first = characters.position == 1
-        if character == "*" and characters.peek() == "*":
-            next(characters)
-            if characters.peek() == "/":
-                next(characters)
-            if characters.peek():
+    kind, expression = "exact", "(?:^)"  # a pattern can begin with a repetition
+    for token in _TOKEN.finditer(pattern):
+        text = token[0]
+        if text in ("**", "**/"):
+            if token.end() < len(pattern):
                 kind, expression = "expression", f"{expression}(.*/)?"
             elif kind == "exact":
                 kind = "prefix"
             else:
                 kind, expression = "expression", f"{expression}.*"
-            kind = "suffix" if is_first else kind
-        elif character in "*?":
-            kind, expression = "expression", f"{expression}[^/]{'*' if character == '*' else ''}"
-        elif character in ".+()$":
-            expression += f"\\{character}"
-        elif character == "\\":
-            kind, expression = "expression", f"{expression}\\{next(characters, '')}"
+            kind = "suffix" if token.start() == 0 else kind
+        elif text in ("*", "?"):
+            kind, expression = "expression", f"{expression}[^/]{text.removeprefix('?')}"
+        elif text in (".", "+", "(", ")", "$"):
+            expression += f"\\{text}"
+        elif text == "{" and not _REPEAT.match(pattern, token.start()):
+            expression += r"\{"  # Python also accepts {,2}
         else:
-            kind = "expression" if character in "[]" else kind
-            expression += character
-    return kind, f"{expression}$"
+            kind = "expression" if text[0] in "[]\\" else kind
+            expression += text
+    return kind, rf"{expression}\Z"
 
 
-class _ExpressionError(ValueError):
-    """An expression is invalid in Go, or is not supported here."""
-
-
-def _python_expression(expression: str) -> str:
-    """Translate a regular expression of ``_go_expression`` from Go to Python."""
-    parts, characters = [], _Reader(expression)
-    for character in characters:
-        if character == "\\":
-            parts.append(re.escape(_escaped(characters)))
-        elif character == "[":
-            parts.append(_python_class(characters))
-        elif character == "^":
-            parts.append("(?:^)")  # Go accepts repetitions of ^
-        elif character == "$":
-            parts.append(r"\Z")
-        elif character == "{" and (repeat := _REPEAT.match(expression, characters.position - 1)):
-            if max(int(number or 0) for number in repeat.groups()) > _MAX_REPEAT:
-                raise _ExpressionError(f"{repeat[0]} is more than {_MAX_REPEAT}")
-            parts.append(repeat[0])
-            characters.position = repeat.end()
-        else:
-            parts.append(character if character in "(.*)?|" else re.escape(character))
-    return "".join(parts)
-
-
-def _escaped(characters: _Reader) -> str:
-    character = next(characters, "")
-    if not character or character.isalnum() or not character.isascii():
-        raise _ExpressionError(
-            f"\\{character} is not a literal character in BuildKit; remove the backslash"
-        )
-    return character
-
-
-def _python_class(characters: _Reader) -> str:
-    """Translate a character class of Go, from the character after its bracket."""
-    negation = next(characters) if characters.peek() == "^" else ""
-    ranges: list[str] = []
-    while not (ranges and characters.peek() == "]"):
-        if characters.text.startswith("[:", characters.position):
-            raise _ExpressionError("a named class is not supported")
-        low = high = _class_character(characters)
-        following = characters.text[characters.position : characters.position + 2]
-        if following[:1] == "-" and following[1:] not in ("", "]"):
-            next(characters)
-            high = _class_character(characters)
-        if low > high:
-            raise _ExpressionError(f"the range {low}-{high} is empty")
-        ranges.append(f"\\U{ord(low):08x}-\\U{ord(high):08x}")
-    next(characters)
-    return f"[{negation}{''.join(ranges)}]"
-
-
-def _class_character(characters: _Reader) -> str:
-    character = next(characters, "")
-    if not character:
-        raise _ExpressionError("a bracket is not closed")
-    return _escaped(characters) if character == "\\" else character
+def _check_expression(pattern: str) -> None:
+    """Raise ``ValueError`` for what Go rejects or matches in another way than Python."""
+    for escape in re.findall(r"\\(.)", pattern, re.DOTALL):
+        if escape.isalnum() or not escape.isascii():
+            raise ValueError(
+                f"\\{escape} is not a literal character in BuildKit; remove the backslash"
+            )
+    if _NAMED_CLASS.search(pattern):
+        raise ValueError("a named class is not supported")
+    for repeat in _REPEAT.finditer(pattern):
+        if max(int(number or 0) for number in repeat.groups()) > _MAX_REPEAT:
+            raise ValueError(f"{repeat[0]} is more than {_MAX_REPEAT}")
 
 
 Matches = tuple[bool, ...]

@@ -1,15 +1,30 @@
-"""Archives that arrive in chunks, as files for ``tarfile``."""
+"""Archives of files in memory, and archives that arrive in chunks."""
 
 from __future__ import annotations
 
+import io
 import tarfile
 from typing import IO, TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 _READS_AT_END = 10
 """Maximum number of reads at the end of a complete archive."""
+
+
+def archive(files: Mapping[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            add_file(tar, name, content)
+    return buffer.getvalue()
+
+
+def add_file(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
 
 
 def as_file(chunks: Iterator[bytes]) -> IO[bytes]:

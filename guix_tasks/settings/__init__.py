@@ -1,8 +1,8 @@
 """Settings: their definitions, how they are loaded, and how they are checked.
 
-Each setting is defined once, on its field of ``Settings``: its parser, its description, and its
-default as written in an env file. These fields are the source of ``load_settings``, of the tables
-in the documentation, and of ``.env.example``, which ``python -m guix_tasks.settings`` prints.
+Each setting is declared once, on its field of ``Settings``; ``sources.Setting`` lists the parts of
+a declaration. The declarations are the source of ``load_settings``, of the tables in the
+documentation, and of ``.env.example``, which ``python -m docs.tables`` writes.
 
 Sources in increasing precedence: defaults, ``.env``, ``.env.local``, the files listed in
 ``ENV_FILE``, the process environment, task options. The environment is a parameter of
@@ -15,17 +15,15 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from guix_tasks.errors import SettingsError
-from guix_tasks.files import read_text
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import ImageReference, quoted
-from guix_tasks.settings import nodes, parsers
+from guix_tasks.settings import nodes, parsers, secrets
 from guix_tasks.settings.sources import Setting, Sources
 from guix_tasks.settings.values import (
     Driver,
@@ -44,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = [
+    "DECLARATIONS",
     "Driver",
     "ImageStore",
     "Listen",
@@ -53,14 +52,15 @@ __all__ = [
     "Sandbox",
     "Secret",
     "Settings",
-    "example_text",
     "load_isolated",
     "load_settings",
-    "settings_headings",
-    "settings_reference",
 ]
 
-# --- Definitions ----------------------------------------------------------------------------
+# --- Declarations ---------------------------------------------------------------------------
+
+_WORK = "pull, install"
+_BUILDX = "`buildx.*`"
+_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
 def _setting(parse: parsers.Parser, doc: str, **more: Any) -> Any:
@@ -78,203 +78,299 @@ class Settings:
         parsers.image,
         "Image to build and push, as REGISTRY/REPOSITORY[:TAG] (default tag: latest).",
         default="localhost:5055/guix-example",
-        group="Image",
+        section="Image",
+        example="ghcr.io/me/app:1.0",
     )
     tags: tuple[str, ...] = _setting(
         parsers.list_of(parsers.tag),
         "Additional tags to push to the same repository, for example 1.0 stable.",
+        example="1.0 stable",
+        used_by="`push`, `buildx.build`",
     )
     platforms: tuple[Platform, ...] = _setting(
         parsers.list_of(parsers.plain(Platform.parse)),
         "Platforms to build for, for example linux/amd64 linux/arm64 (default: the engine's).",
+        example="linux/amd64 linux/arm64",
+        used_by="**base**, **pull**, **install**, `push`",
     )
 
     base_image: ImageReference = _setting(
         parsers.reference,
         "Image that the Dockerfile starts from.",
         default="metacall/guix:latest",
-        group="Base stage",
+        section="Base stage",
+        example="debian:sid",
+        used_by="**base**",
     )
     dockerfile: Path = _setting(
-        parsers.dockerfile, "Dockerfile of the base stage.", default="Dockerfile"
+        parsers.dockerfile,
+        "Dockerfile of the base stage.",
+        default="Dockerfile",
+        example="docker/Dockerfile",
+        used_by="**base**",
     )
     build_context: Path = _setting(
         parsers.path,
         "Build context: the directory from which the Dockerfile copies files.",
         default=".",
+        example=".",
+        used_by="**base**",
     )
     build_args: Mapping[str, str] = _setting(
-        parsers.mapping_of(parsers.build_arg), "Build arguments, as NAME=VALUE ..."
+        parsers.mapping_of(parsers.build_arg),
+        "Build arguments, as NAME=VALUE ...",
+        example="JOBS=4 'NAME=two words'",
+        used_by="**base**",
+        secrets=secrets.of_build_arguments,
+        confidential=True,  # may hold tokens, against all advice
     )
     build_secrets: Mapping[str, Path] = _setting(
         parsers.mapping_of(parsers.build_secret),
         "Files for RUN --mount=type=secret, as ID=FILE ...",
+        example="token=token.txt",
+        used_by="base",
+        secrets=secrets.of_files,
     )
     guix_binary_url: str | None = _setting(
         parsers.optional(parsers.url("https", "http")),
         "URL of Guix's binary tarball, for base images without Guix; requires GUIX_BINARY_SHA256.",
+        example="https://mirror.example/guix-binary.tar.xz",
+        used_by="**base**",
     )
     guix_binary_sha256: str | None = _setting(
         parsers.optional(parsers.sha256),
         "SHA-256 checksum of the file at GUIX_BINARY_URL, 64 hex digits.",
+        example=_SHA256,
+        used_by="**base**",
     )
 
     guix_channels: Path | None = _setting(
         parsers.optional(parsers.file),
         "Channels file for pull, for example channels.scm (default: the image's channels).",
-        group="Guix",
+        section="Guix",
+        example="channels.scm",
+        used_by="**pull**",
+        secrets=secrets.of_channels_file,
     )
     guix_channels_lock: Path | None = _setting(
         parsers.optional(parsers.path),
         "Lock file: pull writes channel commits to it and reuses them; empty: no pinned commits.",
         default="channels.lock.scm",
+        example="channels.lock.scm",
+        used_by="**pull**",
     )
     guix_manifest: Path | None = _setting(
-        parsers.optional(parsers.file), "Manifest to install, for example manifest.scm."
+        parsers.optional(parsers.file),
+        "Manifest to install, for example manifest.scm.",
+        example="manifest.scm",
+        used_by="**install**, `pack`",
     )
     guix_packages: tuple[str, ...] = _setting(
         parsers.list_of(parsers.package),
         "Packages to install, as NAME[@VERSION][:OUTPUT] ...",
         option="package",
+        example="guile@3.0 git:send-email",
+        used_by="**install**, `pack`",
     )
     guix_substitute_urls: tuple[str, ...] = _setting(
         parsers.list_of(parsers.url("https", "http", "file")),
         "Substitute servers in order of preference (default: Guix's servers).",
+        example="https://mirror.example https://bordeaux.guix.gnu.org",
+        used_by=_WORK,
     )
     guix_substitute_keys: tuple[Path, ...] = _setting(
         parsers.list_of(parsers.public_key),
         "Public keys of substitute servers to trust, as .pub files.",
+        example="keys/mirror.pub",
+        used_by="**pull**, **install**",
     )
     guix_fallback: bool = _setting(
         parsers.switch,
         "Whether to build from source, which can take hours, if substitute servers do not answer.",
         default="no",
+        example="yes",
+        used_by=_WORK,
     )
     guix_require_substitutes: bool = _setting(
         parsers.switch,
         "Whether install fails before any build if a package has no substitute.",
         default="no",
+        example="yes",
+        used_by="install",
     )
     substitutes_listen: Listen = _setting(
         parsers.listen,
         "ADDRESS:PORT of the substitute server; 0.0.0.0:8181 also serves other machines.",
         default="127.0.0.1:8181",
         option="listen",
+        example="0.0.0.0:8181",
+        used_by="`substitutes.up`",
     )
     guix_sandbox: Sandbox = _setting(
         parsers.one_of(Sandbox, "a sandbox"),
         "rootless, capabilities, privileged, nochroot (not isolated), auto (the first that works).",
         default="auto",
+        example="rootless",
+        used_by=f"{_WORK}, `run`, `shell`, `verify`, `pack`",
     )
     guix_cores: int | None = _setting(
         parsers.optional(parsers.number(0)),
         "Maximum CPU cores of each Guix build; 0: all cores (default: guix-daemon's default).",
+        example="2",
+        used_by=_WORK,
     )
     guix_max_jobs: int | None = _setting(
         parsers.optional(parsers.number(1)),
         "Maximum parallel Guix builds (default: number of CPUs, at most 4).",
+        example="1",
+        used_by=_WORK,
     )
 
     extra_ca_file: Path | None = _setting(
         parsers.optional(parsers.certificates),
         "PEM file of certificate authorities to trust in addition to those of the image.",
-        group="Networks",
+        section="Networks",
+        example="company-ca.pem",
+        used_by=f"{_WORK}, `run`, `shell`, `buildx.build`, `doctor`",
     )
     guix_channel_mirrors: Mapping[str, str] = _setting(
         parsers.mapping_of(parsers.mirror),
         "Mirrors of channels, by the prefix of the channel URL, as URL=MIRROR ...",
+        example="https://git.guix.gnu.org/=https://mirror.example/",
+        used_by="pull",
     )
     guix_channel_credentials: Secret | None = _setting(
         parsers.optional(parsers.plain(Secret)),
         "Credentials for private channels, as https://USER:TOKEN@HOST ...; ${...} is not expanded.",
         secret=True,
+        example="https://me:TOKEN@git.example",
+        used_by="pull",
+        secrets=secrets.of_channel_credentials,
     )
     ssh_known_hosts: Path | None = _setting(
         parsers.optional(parsers.file),
         "known_hosts file for channels fetched over SSH (default: ~/.ssh/known_hosts).",
+        example="known_hosts",
+        used_by="pull",
     )
 
     mounts: tuple[Mount, ...] = _setting(
         parsers.mounts,
         "Local files and directories to mount in stages, as SOURCE:TARGET[:ro] ...",
-        group="Work containers",
+        section="Work containers",
+        example="substitutes:/srv/substitutes:ro",
+        used_by="**pull**, **install**, `run`, `shell`",
     )
     network: str | None = _setting(
         parsers.optional(parsers.network),
         "Network: none, host or the name of a network (default: the engine's default).",
+        example="none",
+        used_by=f"base, {_WORK}, `run`, `shell`",
     )
     stage_memory: int | None = _setting(
         parsers.optional(parsers.memory),
         "Memory limit of a stage, for example 512m or 4g (default: no limit).",
+        example="4g",
+        used_by=_WORK,
+        kind="bytes, or with `k`, `m`, `g`",
     )
     stage_timeout: int | None = _setting(
         parsers.optional(parsers.seconds),
         "Time limit of a stage, for example 45s, 90m or 2h (default: no limit).",
+        example="90m",
+        used_by=_WORK,
+        kind="seconds, or with `s`, `m`, `h`",
     )
 
     cache_volume: str | None = _setting(
         parsers.optional(parsers.volume),
         "Prefix of the names of cache volumes; empty: caches stay in the image.",
         default="guix-tasks-cache",
-        group="Caches",
+        section="Caches",
+        example="guix-tasks-cache",
+        used_by="**pull**, **install** (stale only if it becomes empty or non-empty)",
     )
     cache_image: ImageReference | None = _setting(
         parsers.optional(parsers.cache_image),
         "Repository to which finished stages are pushed for reuse, as REGISTRY/REPOSITORY.",
+        example="ghcr.io/me/app-cache",
+        used_by=f"base, {_WORK}",
     )
 
     buildx_builder: str = _setting(
         parsers.builder,
         "Builder that buildx.setup creates and buildx.build uses.",
         default="insecure-builder",
-        group="BuildKit",
+        section="BuildKit",
+        example="insecure-builder",
+        used_by=_BUILDX,
     )
     buildx_driver: Driver = _setting(
         parsers.one_of(Driver, "a driver"),
         "Driver of the builder: docker-container, docker (the engine), remote or kubernetes.",
         default="docker-container",
+        example="remote",
+        used_by=_BUILDX,
     )
     buildx_nodes: tuple[Node, ...] = _setting(
         parsers.list_of(nodes.node, commas=True),
         "Nodes of the builder, as [ENDPOINT][,platform=PLATFORM][,OPTION=VALUE] ... "
         "(default: the engine).",
+        example="tcp://10.0.0.5:1234,cacert=ca.pem",
+        used_by=_BUILDX,
     )
     buildx_output: Output = _setting(
         parsers.one_of(Output, "an output"),
         "Output: registry (push), oci or docker (an archive in out/), load (into the engine).",
         default="registry",
+        example="oci",
+        used_by="`buildx.build`",
     )
     buildx_attestations: tuple[str, ...] = _setting(
         parsers.list_of(parsers.attestation),
         "Attestations to push with the image: provenance, sbom or both (default: none).",
+        example="provenance sbom",
+        used_by="`buildx.build`",
     )
     buildx_cache_from: tuple[str, ...] = _setting(
         parsers.list_of(parsers.cache_backend, commas=True),
         "Build caches to read, as type=registry,ref=REGISTRY/REPOSITORY type=gha ...",
+        example="type=gha",
+        used_by="`buildx.build`",
     )
     buildx_cache_to: tuple[str, ...] = _setting(
         parsers.list_of(parsers.cache_backend, commas=True),
         "Build caches to write, as type=local,dest=DIRECTORY,mode=max ...",
+        example="type=local,dest=cache,mode=max",
+        used_by="`buildx.build`",
     )
     buildkit_syntax: ImageReference = _setting(
         parsers.reference,
         "Dockerfile frontend, used if that of the builder does not support RUN --security.",
         default="docker/dockerfile:1",
+        example="docker/dockerfile:1.20",
+        used_by="`buildx.build`",
     )
     buildx_url: str | None = _setting(
         parsers.optional(parsers.url("https", "http", "file")),
         "URL of the buildx plugin for buildx.setup (default: from Debian); requires BUILDX_SHA256.",
+        example="https://mirror.example/buildx",
+        used_by="`buildx.setup`",
     )
     buildx_sha256: str | None = _setting(
         parsers.optional(parsers.sha256),
         "SHA-256 checksum of the file at BUILDX_URL, 64 hex digits.",
+        example=_SHA256,
+        used_by="`buildx.setup`",
     )
 
     engine_image_store: ImageStore | None = _setting(
         parsers.optional(parsers.one_of(ImageStore, "an image store")),
         "Image store of engine.up's engine: containerd or overlay2 (default: Docker's default).",
-        group="Private engine",
+        section="Private engine",
         option="image-store",
+        example="containerd",
+        used_by="`engine.up`",
     )
 
     output: Display = _setting(
@@ -282,26 +378,35 @@ class Settings:
         "Display: auto (live on a terminal, else plain), live, plain, quiet, "
         "verbose (with build logs).",
         default="auto",
-        group="Output",
+        section="Output",
+        example="quiet",
+        used_by="long-running tasks",
     )
 
     release_url: str | None = _setting(
         parsers.optional(parsers.url("https", "http")),
         "Download URL of the directory out/; build.json puts it before the file names.",
-        group="Releases",
+        section="Releases",
         option="url",
+        example="https://example.org/downloads/1.0",
+        used_by="`release`",
     )
 
     docker_username: Secret | None = _setting(
         parsers.optional(parsers.plain(Secret)),
         "User name at the registry of IMAGE; ${...} is not expanded.",
-        group="Registry credentials",
+        section="Registry credentials",
         secret=True,
+        example="me",
+        used_by="`push`, pulls from the same registry",
     )
     docker_password: Secret | None = _setting(
         parsers.optional(parsers.plain(Secret)),
         "Password or token of that user; ${...} is not expanded.",
         secret=True,
+        example="a token",
+        used_by="`push`, pulls from the same registry",
+        secrets=secrets.whole,
     )
 
     docker_environment: Mapping[str, str]
@@ -364,47 +469,60 @@ class Settings:
         return self.origins.get(name, f"default: {name}")
 
 
-_SETTINGS: Mapping[str, Setting] = {
-    entry.name.upper(): entry.metadata["setting"]
-    for entry in fields(Settings)
-    if "setting" in entry.metadata
-}
-
 # docs.docker.com/reference/cli/docker, "Environment variables"
 _DOCKER_VARIABLES = {
     "DOCKER_HOST": Setting(
         parsers.plain(str),
         "Docker Engine, as unix:///SOCKET, tcp://HOST:PORT or ssh://HOST.",
-        group="Docker's variables",
+        section="Docker's variables",
+        example="ssh://me@build-box",
     ),
-    "DOCKER_CONTEXT": Setting(parsers.plain(str), "Context of the docker command line."),
+    "DOCKER_CONTEXT": Setting(
+        parsers.plain(str), "Context of the docker command line.", example="build-box"
+    ),
     "DOCKER_CONFIG": Setting(
-        parsers.optional(parsers.path), "Configuration directory of the docker command line."
+        parsers.optional(parsers.path),
+        "Configuration directory of the docker command line.",
+        example="/srv/docker-config",
+        kind="path",
     ),
     "DOCKER_TLS_VERIFY": Setting(
-        parsers.plain(str), "Whether to verify the engine's TLS certificate; empty: no."
+        parsers.plain(str),
+        "Whether to verify the engine's TLS certificate; empty: no.",
+        example="1",
     ),
     "DOCKER_CERT_PATH": Setting(
-        parsers.optional(parsers.path), "Directory of the TLS certificates for the engine."
+        parsers.optional(parsers.path),
+        "Directory of the TLS certificates for the engine.",
+        example="certificates",
+        kind="path",
     ),
 }
 
 
-def _known() -> Iterator[tuple[str, Setting]]:
-    for name, setting in _SETTINGS.items():
+def _declarations() -> Iterator[tuple[str, Setting]]:
+    for entry in fields(Settings):
+        setting = entry.metadata.get("setting")
+        if setting is None:
+            continue
+        name = entry.name.upper()
         yield name, setting
         if setting.secret:
-            doc = f"File that contains {name}; replaces that setting."
-            yield f"{name}_FILE", Setting(parsers.optional(parsers.secret_file), doc)
+            yield (
+                f"{name}_FILE",
+                Setting(
+                    parsers.optional(parsers.secret_file),
+                    f"File that contains {name}; replaces that setting.",
+                    example=f"secrets/{entry.name}",
+                    used_by=setting.used_by,
+                    kind="path",
+                ),
+            )
     yield from _DOCKER_VARIABLES.items()
 
 
-_KNOWN = dict(_known())
-
-_CONFIDENTIAL = {
-    "BUILD_ARGS",  # may hold tokens, against all advice
-    *(name for name, setting in _SETTINGS.items() if setting.secret),
-}
+DECLARATIONS: Mapping[str, Setting] = dict(_declarations())
+"""Declaration of each name that an env file can set, in the order of the documentation."""
 
 _LOWER_CASE_PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
 
@@ -434,36 +552,6 @@ def _docker_proxies(environ: Mapping[str, str]) -> Mapping[str, Any]:
     return proxies if isinstance(proxies, dict) else {}
 
 
-def settings_reference() -> list[tuple[str, str, str]]:
-    """Return the name, default as text, and description of each key that an env file can set."""
-    return [(name, setting.default, setting.doc) for name, setting in _KNOWN.items()]
-
-
-def settings_headings() -> dict[str, str]:
-    """Return the headings of ``settings_reference`` by the first setting below each heading."""
-    return {name: setting.group for name, setting in _KNOWN.items() if setting.group}
-
-
-def example_text() -> str:
-    """Return the content of ``.env.example``."""
-    lines = [
-        "# Settings of guix-tasks with their defaults. Copy this file to .env.",
-        "#",
-        "# Precedence, lowest first: .env, .env.local, the files listed in the variable ENV_FILE",
-        "# (separated by commas), the environment, the options of a task.",
-        "#",
-        "# Relative paths start from the directory of the file in which they are written. List",
-        "# items are separated by spaces; quote an item that contains spaces. ${NAME} expands to",
-        "# a variable or to a setting further up.",
-    ]
-    for name, setting in _KNOWN.items():
-        if setting.group:
-            lines += ["", f"# --- {setting.group} ---"]
-        key = f"{name}={setting.default}" if setting.default else f"#{name}="
-        lines += ["", f"# {setting.doc}", key]
-    return "\n".join(lines) + "\n"
-
-
 # --- Loading --------------------------------------------------------------------------------
 
 
@@ -483,7 +571,7 @@ def load_settings(
     Raise ``SettingsError`` with the problems of all sources.
     """
     project, cwd = project.absolute(), cwd.absolute()
-    sources = Sources(_KNOWN, environ, project)
+    sources = Sources(DECLARATIONS, environ, project)
     for path in (project / ".env", project / ".env.local"):
         sources.add_file(path, _shown(path, cwd), optional=True)
     for name in filter(None, map(str.strip, environ.get("ENV_FILE", "").split(","))):
@@ -503,7 +591,7 @@ def load_isolated(env_file: Path) -> Settings:
     The demo uses this so that it never pushes to the image of the user's settings. Relative paths
     start from the file's directory. Raise ``SettingsError`` with all problems.
     """
-    sources = Sources(_KNOWN, {}, env_file.absolute().parent)
+    sources = Sources(DECLARATIONS, {}, env_file.absolute().parent)
     sources.add_file(env_file.absolute(), _shown(env_file, Path()))
     return _settings(sources, {}, env_file.absolute().parent)
 
@@ -521,52 +609,40 @@ def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Se
     _check_together(sources, values)
     if sources.problems:
         raise SettingsError(list(dict.fromkeys(sources.problems)))
+    field_names = {entry.name for entry in fields(Settings)}
     docker = {name: str(values[name]) for name in _DOCKER_VARIABLES if values[name]}
     return Settings(
-        **{name.lower(): values[name] for name in _SETTINGS},
+        **{name.lower(): value for name, value in values.items() if name.lower() in field_names},
         docker_environment=MappingProxyType(docker),
         proxies=MappingProxyType(proxies),
         ssh_agent=Path(environ["SSH_AUTH_SOCK"]) if environ.get("SSH_AUTH_SOCK") else None,
         directory=project,
         written=MappingProxyType(
-            {name: text for name, text in sources.written().items() if name not in _CONFIDENTIAL}
+            {
+                name: text
+                for name, text in sources.written().items()
+                if not (DECLARATIONS[name].secret or DECLARATIONS[name].confidential)
+            }
         ),
         notes=tuple(dict.fromkeys([*sources.notes, *_exposed_secrets(sources, values)])),
         origins=MappingProxyType(sources.origins()),
     )
 
 
-_SECRET_FILE_MAX = 1 << 16
-"""Maximum bytes of a file of ``BUILD_SECRETS`` whose lines are redacted."""
-
-
 def _secrets(
     sources: Sources, values: Mapping[str, Any], proxies: Mapping[str, str]
 ) -> Iterator[str]:
     """Yield all secrets in the settings, valid or not."""
-    user, password = values["DOCKER_USERNAME"], values["DOCKER_PASSWORD"]
-    if password:
-        yield password.reveal()
-        yield f"{user.reveal() if user else ''}:{password.reveal()}"
-    if credentials := values["GUIX_CHANNEL_CREDENTIALS"]:
-        yield from parsers.secret_parts(credentials.reveal())
+    written = sources.written()
+    for name, setting in DECLARATIONS.items():
+        yield from setting.secrets(written[name], values[name])
+    if values["DOCKER_USERNAME"] and values["DOCKER_PASSWORD"]:
+        # HTTP encodes the two together.
+        yield f"{values['DOCKER_USERNAME'].reveal()}:{values['DOCKER_PASSWORD'].reveal()}"
     for url in proxies.values():
         # No URL parser, because an unescaped password can break the syntax of URLs.
         account = url.partition("://")[2] or url
         yield account.rpartition("@")[0].partition(":")[2]
-    for name, text in sources.written().items():
-        if name != "BUILD_SECRETS" and not name.endswith("_FILE"):
-            yield from redact.secrets_in(text)
-    yield from (text for _, text in _secret_arguments(values))
-    yield from redact.secrets_in(_channels_text(values))
-    for path in (values["BUILD_SECRETS"] or {}).values():
-        with suppress(OSError), path.open("rb") as file:
-            yield file.read(_SECRET_FILE_MAX).decode(errors="surrogateescape")
-
-
-def _secret_arguments(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    arguments = values["BUILD_ARGS"] or {}
-    return [(name, text) for name, text in arguments.items() if redact.is_secret_name(name)]
 
 
 def _exposed_secrets(sources: Sources, values: Mapping[str, Any]) -> list[str]:
@@ -575,24 +651,16 @@ def _exposed_secrets(sources: Sources, values: Mapping[str, Any]) -> list[str]:
     notes = [
         f"{origins['BUILD_ARGS']}: the history of the image shows {name} to everyone who has the "
         "image; pass a secret in BUILD_SECRETS"
-        for name, text in _secret_arguments(values)
+        for name, text in secrets.secret_arguments(values["BUILD_ARGS"])
         if text
     ]
-    if redact.has_account(_channels_text(values)):
+    if redact.has_account(secrets.channels_text(values["GUIX_CHANNELS"])):
         notes.append(
             f"{origins['GUIX_CHANNELS']}: a URL contains a user or a password, which Guix stores "
             "in the image, and which the labels of the image and the lock file repeat; use "
             "GUIX_CHANNEL_CREDENTIALS, which is stored in none of the three"
         )
     return notes
-
-
-def _channels_text(values: Mapping[str, Any]) -> str:
-    """Return the channels file, or nothing if it is unreadable, which ``pull`` reports."""
-    with suppress(OSError, UnicodeDecodeError):
-        if path := values["GUIX_CHANNELS"]:
-            return read_text(path)
-    return ""
 
 
 def _check_together(sources: Sources, values: Mapping[str, Any]) -> None:

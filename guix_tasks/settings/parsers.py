@@ -148,44 +148,37 @@ def switch(text: str, _base: Path) -> bool:
     return text == "yes"
 
 
-def number(minimum: int) -> Parser:
+def _amount(units: Mapping[str, int], digits: int, minimum: int, problem: str) -> Parser:
+    """Accept a whole number with a unit; ``problem`` is the rest of the error about other text."""
+
     def parse(text: str, _base: Path) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < minimum:
-            raise ValueError(
-                f"{quoted(text)} is not a whole number of at least {minimum}; "
-                f"write for example {minimum + 1}"
-            )
-        return int(text)
+        match = re.fullmatch(rf"([0-9]{{1,{digits}}})({'|'.join(units)})", text.lower())
+        amount = int(match[1]) * units[match[2]] if match else -1
+        if amount < minimum:
+            raise ValueError(f"{quoted(text)} {problem}")
+        return amount
 
     return parse
 
 
-_MEMORY_UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
-_MEMORY_MINIMUM = 6 << 20  # of the Docker Engine
+def number(minimum: int) -> Parser:
+    example = f"write for example {minimum + 1}"
+    return _amount({"": 1}, 9, minimum, f"is not a whole number of at least {minimum}; {example}")
 
 
-def memory(text: str, _base: Path) -> int:
-    """Parse a number of bytes with the binary suffixes of ``docker run --memory``."""
-    match = re.fullmatch(r"([0-9]{1,15})([bkmg]?)", text.lower())
-    size = int(match[1]) * _MEMORY_UNITS[match[2]] if match else 0
-    if size < _MEMORY_MINIMUM:
-        raise ValueError(
-            f"{quoted(text)} is not an amount of at least 6m; write for example 512m or 4g"
-        )
-    return size
-
-
-_TIME_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
-
-
-def seconds(text: str, _base: Path) -> int:
-    match = re.fullmatch(r"([0-9]{1,7})([smh]?)", text)
-    time = int(match[1]) * _TIME_UNITS[match[2]] if match else 0
-    if not time:
-        raise ValueError(
-            f"{quoted(text)} is not a time; write seconds, or for example 45s, 90m or 2h"
-        )
-    return time
+memory = _amount(
+    # The suffixes and the minimum of `docker run --memory`.
+    {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30},
+    digits=15,
+    minimum=6 << 20,
+    problem="is not an amount of at least 6m; write for example 512m or 4g",
+)
+seconds = _amount(
+    {"": 1, "s": 1, "m": 60, "h": 3600},
+    digits=7,
+    minimum=1,
+    problem="is not a time; write seconds, or for example 45s, 90m or 2h",
+)
 
 
 def url(*schemes: str) -> Parser:

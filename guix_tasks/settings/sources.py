@@ -1,6 +1,6 @@
 """Sources of the text of settings: env files, the environment and task options.
 
-The caller passes the table of settings. Problems are collected, so that one error reports all.
+The caller passes the declarations. Problems are collected, so that one error reports all.
 """
 
 from __future__ import annotations
@@ -21,29 +21,44 @@ from dotenv.variables import Variable, parse_variables
 from guix_tasks.files import is_pipe, read_once
 from guix_tasks.oci.reference import quoted
 from guix_tasks.settings.parsers import check_text
+from guix_tasks.ui import redact
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from guix_tasks.settings.parsers import Parser
 
 
+def _secrets_in(text: str, _value: object) -> Iterable[str]:
+    return redact.secrets_in(text)
+
+
 @dataclass(frozen=True)
 class Setting:
-    """Definition of a setting."""
+    """Declaration of a setting."""
 
     parse: Parser
     doc: str
     """Description, one line."""
+    example: str
+    """Value as written in an env file."""
+    used_by: str = "all"
+    """Stages and tasks that use the setting; a stage in bold is stale after a change."""
     default: str = ""
     """Default as written in an env file."""
-    group: str = ""
-    """Heading above the setting, for the first setting of a group."""
+    section: str = ""
+    """Heading above the setting, for the first setting of a section."""
+    kind: str = ""
+    """Kind of value in the documentation, unless named after the type of the field."""
     option: str = ""
     """Task option that sets it, unless named after the setting."""
     secret: bool = False
-    """True if the value is not expanded and never shown; the table then also has NAME_FILE."""
+    """True if the value is not expanded and never shown; there is then also NAME_FILE."""
+    confidential: bool = False
+    """True if diagnostics leave out the value."""
+    secrets: Callable[[str, Any], Iterable[str]] = _secrets_in
+    """Function that returns texts to redact, from the unparsed text and the value, if valid."""
 
 
 @dataclass(frozen=True)

@@ -269,8 +269,7 @@ class Lifecycle:
             with build_log(project, "base") as log:
                 project.console.detail(f"base: {settings.dockerfile} on {settings.base_image}")
                 build = partial(project.engine.build, spec, log.add)
-                host = settings.base_image.registry
-                image_id = retry_call(project.console, "the build", build, host=host)
+                image_id = retry_call(project.console, "the build", build)
         except BuilderError:
             # The builder's message is only that it cannot get the base image.
             if reason := base_platform_error(project.engine, settings):

@@ -11,9 +11,11 @@ from guix_tasks import guix
 from guix_tasks.errors import StageError, full_disk
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from guix_tasks.settings import Settings
 
-_QUOTATION = b"entry-point: the last lines of "
+_QUOTATION = "entry-point: the last lines of "
 _TAIL_LINES = 400
 
 
@@ -54,37 +56,23 @@ class SubstituteServers:
         )
 
 
-class Lines:
-    """Split a log into lines, up to the build log that the entry point quotes at its end.
+class LogFaults:
+    """Faults in the lines of a log, up to the build log that the entry point quotes at its end.
 
     A build can print anything, so faults are not looked for in the quotation.
     """
-
-    def __init__(self) -> None:
-        self._rest = b""
-        self._in_quotation = False
-
-    def add(self, data: bytes) -> list[str]:
-        """Return the lines that are complete with the next bytes of the log."""
-        *lines, self._rest = (self._rest + data).replace(b"\r", b"\n").split(b"\n")
-        complete = []
-        for line in lines:
-            self._in_quotation = self._in_quotation or line.startswith(_QUOTATION)
-            if not self._in_quotation:
-                complete.append(line.decode(errors="replace"))
-        return complete
-
-
-class LogFaults:
-    """Faults in the lines of a log."""
 
     def __init__(self, settings: Settings) -> None:
         self.servers = SubstituteServers(settings)
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._build_failed = False
+        self._in_quotation = False
 
     def look(self, line: str) -> bool:
         """Read the next line; return True if it reports the last silent substitute server."""
+        self._in_quotation = self._in_quotation or line.startswith(_QUOTATION)
+        if self._in_quotation:
+            return False
         self._tail.append(line)
         self._build_failed = self._build_failed or guix.build_fault(line)
         return self.servers.look(line)
@@ -107,35 +95,15 @@ class LogFaults:
         return error
 
 
-_CONTROL_SEQUENCE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
-
-_PREFIX = re.compile(rb"#[0-9]+ (\[[^\]]*\] )?[0-9.]+ |[ \t]*(=> )+# |[0-9]+\.[0-9]+ ")
+_PREFIX = re.compile(r"\A(#[0-9]+ (\[[^\]]*\] )?[0-9.]+ |[ \t]*(=> )+# |[0-9]+\.[0-9]+ )")
 """Prefix that buildx adds to a line of a step: plain, on a terminal, or quoted at the end."""
 
 
-class Steps:
-    """Detect faults in the log of a BuildKit build, whose steps are stages."""
+class StepFaults(LogFaults):
+    """Faults in the log of a BuildKit build, whose steps are stages."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._faults = LogFaults(settings)
-        self._lines = Lines()
-        self._rest = b""
-
-    def add(self, data: bytes) -> None:
-        """Read the next bytes of the log. Raise ``StageError`` if no substitute server answers."""
-        *lines, self._rest = (self._rest + data).replace(b"\r", b"\n").split(b"\n")
-        for line in self._lines.add(b"".join(_step_line(line) + b"\n" for line in lines)):
-            if self._faults.look(line):
-                raise self._faults.silence_error()
-
-    @property
-    def network_failed(self) -> bool:
-        """Whether the network failed in a step, and neither a build nor the disk."""
-        return self._faults.network_failed
-
-
-def _step_line(line: bytes) -> bytes:
-    """Remove the terminal control sequences and the prefix of buildx from a line."""
-    line = _CONTROL_SEQUENCE.sub(b"", line)
-    prefix = _PREFIX.match(line)
-    return line[prefix.end() :] if prefix else line
+    def check(self, lines: Iterable[str]) -> None:
+        """Read the next lines. Raise ``StageError`` if no substitute server answers."""
+        for line in lines:
+            if self.look(_PREFIX.sub("", line)):
+                raise self.silence_error()

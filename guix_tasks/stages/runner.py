@@ -35,13 +35,13 @@ from guix_tasks.stages.images import (
     seal,
     stage_labels,
 )
-from guix_tasks.stages.log_faults import Lines, LogFaults
+from guix_tasks.stages.log_faults import LogFaults
 from guix_tasks.stages.ownership import restore_ownership
 from guix_tasks.stages.stage import Stage, stage_files
 from guix_tasks.stages.volumes import check_volumes
 from guix_tasks.ui.console import Display
 from guix_tasks.ui.format import human_size, human_time, pasteable, printable
-from guix_tasks.ui.log import Log
+from guix_tasks.ui.log import LogReader
 from guix_tasks.ui.redact import clean
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def run_container(
     Raise ``StageError`` if the command fails or exceeds ``STAGE_TIMEOUT``, or if no substitute
     server answers and ``GUIX_FALLBACK`` is off.
     """
-    output, lines, faults = bytearray(), Lines(), LogFaults(project.settings)
+    output, faults = bytearray(), LogFaults(project.settings)
     activity, logs_builds = Activity(), project.settings.output.logs_builds
 
     def read(line: str) -> None:
@@ -201,16 +201,14 @@ def run_container(
         _stage_timeout(project, container, name, elapsed) as timed_out,
         _network_meter(project, container, activity, step),
     ):
-        log = Log(_log_sink(project, step), log_file)
+        log = LogReader(_log_sink(project, step), log_file)
         for is_log, data in project.engine.run(container):
             if not is_log:
                 output += data
                 continue
-            log.add(data)
-            for line in lines.add(data):
+            for line in log.read(data):
                 read(line)
-        log.end()
-        for line in lines.add(b"\n"):
+        for line in log.end():
             read(line)
         status = project.engine.wait(container)
     if timed_out.is_set():
@@ -378,7 +376,7 @@ def committed_config(image: Image, labels: Mapping[str, str]) -> dict[str, Any]:
 
 
 @contextmanager
-def build_log(project: Project, name: str) -> Iterator[Log]:
+def build_log(project: Project, name: str) -> Iterator[LogReader]:
     """Yield the log for the build of a Dockerfile; it is shown and saved at ``log_path``."""
     steps = BuildSteps()
     with project.console.step(name) as step, saved_log(project.settings, name) as log_file:
@@ -389,7 +387,7 @@ def build_log(project: Project, name: str) -> Iterator[Log]:
             step.log(lines)
             steps.look(lines)
 
-        log = Log(show, log_file)
+        log = LogReader(show, log_file)
         try:
             yield log
         finally:

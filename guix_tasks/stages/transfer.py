@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from guix_tasks.engine.credentials import credentials_for
 from guix_tasks.engine.retry import retry_call
-from guix_tasks.oci.reference import ImageReference
 from guix_tasks.ui.format import human_size, human_time
 
 if TYPE_CHECKING:
@@ -92,10 +91,7 @@ def transfer(project: Project, action: str, reference: str) -> Iterator[Transfer
 
 def push(project: Project, reference: str) -> str:
     """Push a tag, retrying transient failures, and return the digest in the registry."""
-    host = ImageReference.parse(reference).registry
-    return retry_call(
-        project.console, "the push", partial(push_once, project, reference), host=host
-    )
+    return retry_call(project.console, "the push", partial(push_once, project, reference))
 
 
 def push_once(project: Project, reference: str) -> str:
@@ -113,5 +109,4 @@ def pull(project: Project, reference: str) -> None:
         with transfer(project, "pull", reference) as progress:
             project.engine.pull(reference, account, progress=progress)
 
-    host = ImageReference.parse(reference).registry
-    retry_call(project.console, "the pull", attempt, host=host)
+    retry_call(project.console, "the pull", attempt)

@@ -3,26 +3,18 @@
 Output of a build must not be interpreted as a command to the CI system. GitHub's runner stops
 interpreting commands until it reads a random token. GitLab's section marks require a carriage
 return and an escape sequence, which ``ui.log`` removes from logs.
+
+The markup of a section must reach the log unchanged. ``now`` is Unix time in seconds.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-
-class Fold(Protocol):
-    """Markup of a collapsible section; it must reach the log unchanged."""
-
-    def start(self, name: str, now: float) -> str:
-        """Return the text before a section; ``now`` is Unix time in seconds."""
-
-    def end(self, now: float) -> str:
-        """Return the text after a section."""
 
 
 class GitHub:
@@ -54,6 +46,10 @@ class GitLab:
 
     def end(self, now: float) -> str:
         return f"section_end:{int(now)}:{self._section}{self._END}\n"
+
+
+Fold = GitHub | GitLab
+"""Markup of a collapsible section."""
 
 
 def detect_fold(environment: Mapping[str, str]) -> Fold | None:

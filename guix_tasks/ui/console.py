@@ -110,7 +110,7 @@ class Console:
     def detail(self, text: str) -> None:
         """Print a line that matters only during the current step."""
         if self._step and self.display is Display.LIVE:
-            self._step.log([text.encode(errors="replace")])
+            self._step.log([redact.to_bytes(redact.clean(text))])
         else:
             self.print(text)
 
@@ -164,12 +164,12 @@ class Console:
         """Print output of a program; possible parts of secrets are held back until complete."""
         self._streams[error].add(data)
 
-    def put(self, text: str) -> None:
-        """Print lines for a program, unchanged."""
+    def put(self, lines: bytes) -> None:
+        """Print lines unchanged: lines of a log, or lines for a program."""
         self.end_streams()
         if Console._line_is_open:
             self._write_err(b"\n")
-        self._write_err(text.encode())
+        self._write_err(lines)
 
     def end_streams(self) -> None:
         """Print the output that ``stream`` held back, at the end of a program."""
@@ -250,7 +250,8 @@ class Step:
         elif has_log and self.shows_log:
             self._fold = ci.detect_fold(os.environ)
             if self._fold:
-                console.put(self._fold.start(printable(redact.clean(name)), time.time()))
+                start = self._fold.start(printable(redact.clean(name)), time.time())
+                console.put(start.encode())
 
     @property
     def is_live(self) -> bool:
@@ -261,9 +262,9 @@ class Step:
         return self._console.display in (Display.PLAIN, Display.VERBOSE)
 
     def log(self, lines: list[bytes]) -> None:
-        """Add lines, without newlines, to the log."""
+        """Add lines of a ``LogReader``, without newlines, to the log."""
         if self.shows_log:
-            self._console.stream(_join(lines))
+            self._console.put(_join(lines))
         else:
             self._tail.extend(lines[-TAIL:])
 
@@ -292,7 +293,7 @@ class Step:
             self._console.stream(_join(self._tail))
             self._console.end_streams()
         if self._fold:
-            self._console.put(self._fold.end(time.time()))
+            self._console.put(self._fold.end(time.time()).encode())
 
     def _draw(self) -> None:
         # Importing Rich is slow, and most calls draw nothing.

@@ -26,7 +26,6 @@ from harness import one_error
 from guix_tasks.commands.push import push
 from guix_tasks.engine import retry
 from guix_tasks.engine.credentials import remote_digest
-from guix_tasks.engine.retry import LONGEST_ASKED
 from guix_tasks.errors import RegistryError
 from guix_tasks.settings import load_isolated
 from guix_tasks.stages.project import Project as EngineProject
@@ -421,29 +420,6 @@ def test_what_is_not_there_is_not_tried_again(rig: Rig) -> None:
     ):
         pull(rig.project(address), f"{address}/guix-tasks-test/500/429:t-503")
     assert rig.waits == []
-
-
-@pytest.mark.parametrize(
-    ("asked", "least", "most"),
-    [("7", 7, 8), ("0", 0, 1), ("86400", LONGEST_ASKED, LONGEST_ASKED), ("tomorrow", 1, 4)],
-)
-def test_a_registry_is_left_alone_for_as_long_as_it_asks(
-    rig: Rig, asked: str, least: float, most: float
-) -> None:
-    """The engine does not tell, so the registry is asked."""
-
-    def due(method: str, path: str) -> bool:
-        return beginning(method, path) or ((method, path) == ("GET", "/v2/") and bool(faults.met))
-
-    faults = Faults(status(429, Retry_After=asked), due, times=2)
-    with failing(rig.registry, faults) as address:
-        project = rig.project(address)
-        rig.image(project)
-        while not faults.met or faults.met % 2:
-            assert rig.pushed(project)
-    (wait,) = rig.waits
-    assert least <= wait <= most
-    assert (f"as {address} asks for" in rig.said.getvalue()) == asked.isdecimal()
 
 
 @pytest.mark.soak

@@ -68,6 +68,13 @@ _numbers = itertools.count(1)
 """What makes two layers, images and containers differ that else would be the same."""
 
 
+def forget_contents() -> None:
+    """Forget the files that this process has read, as another process would."""
+    files_module._contents.clear()
+    files_module.read_once.cache_clear()
+    files_module.reopenable.cache_clear()
+
+
 class Killed(BaseException):
     """``inv`` died: nothing after it, no clean-up either, has any effect on the engine."""
 
@@ -756,11 +763,11 @@ class Site:
         empty = "".join(f"{name}=\n" for name, value in self.env.items() if not value)
         if empty or (self.directory / ".env").exists():
             self.write(".env", empty)
-        files_module.forget_contents()
+        forget_contents()
         return load_settings(self.directory, self.directory, self.env)
 
     def project(self, engine: Engine | None = None) -> Project:
-        files_module._file_digest.cache_clear()
+        files_module.file_digest.cache_clear()
         return Project(self.settings(), engine or self.engine, Heard())
 
     @property

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fake_buildx import Program
-from fake_engine import Site, made_site, new_site, serial
+from fake_engine import Site, forget_contents, made_site, new_site, serial
 
 from guix_tasks import files
 from guix_tasks.oci import labels
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def no_secrets() -> Iterator[None]:
     """Each test is a process of its own, which knows no secret and has read no file as yet."""
     redact.forget()
-    files.forget_contents()
+    forget_contents()
     yield
     redact.forget()
 

@@ -52,7 +52,7 @@ def names(context: Path, dockerfile: Path | None = None) -> list[str]:
 
 
 def digest(context: Path, without: frozenset[Path] = frozenset()) -> str:
-    files._file_digest.cache_clear()
+    files.file_digest.cache_clear()
     return context_digest(context_entries(context, context / "Dockerfile"), without)
 
 

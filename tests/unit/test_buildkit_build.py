@@ -535,13 +535,13 @@ def test_an_archive_is_written_whole_or_not_at_all(
     path = site.write("out/app-1.oci.tar", "the one before")
     if fault == "Ctrl-C":
 
-        def stream(_console: Heard, data: bytes) -> None:
+        def put(_console: Heard, data: bytes) -> None:
             if b"baking image" in data:
                 (half_done,) = {*in_out(site)} - {path.name}
                 assert (path.parent / half_done).read_text() == "an archive"
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(Heard, "stream", stream)
+        monkeypatch.setattr(Heard, "put", put)
         with pytest.raises(KeyboardInterrupt):
             bake(site, fake)
     else:
@@ -555,11 +555,11 @@ def test_an_archive_is_written_whole_or_not_at_all(
 def loading(site: Site, monkeypatch: pytest.MonkeyPatch, image: str = IMAGE) -> None:
     """Let the engine have something new under a name when the image is baked."""
 
-    def stream(_console: Heard, data: bytes) -> None:
+    def put(_console: Heard, data: bytes) -> None:
         if b"baking image" in data:
             site.engine.make_image({}, {"/new": b""}, tag=image)
 
-    monkeypatch.setattr(Heard, "stream", stream)
+    monkeypatch.setattr(Heard, "put", put)
 
 
 def test_an_image_that_is_loaded_keeps_the_one_before(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from guix_tasks.stages.transfer import TransferProgress
 from guix_tasks.ui.console import Console
 from guix_tasks.ui.format import human_size, human_time, printable
-from guix_tasks.ui.log import Log
+from guix_tasks.ui.log import LogReader
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ PIECES = [b"one\ntw", b"o\r 10%\r\x1b[K 100%\nb\xe9\xff", b"\0", b"\n", b"no end
 
 def shown(kept: io.BytesIO | None, *pieces: bytes) -> list[bytes]:
     lines: list[bytes] = []
-    log = Log(lines.extend, kept)
+    log = LogReader(lines.extend, kept)
     for piece in pieces or PIECES:
         log.add(piece)
     log.end()
@@ -254,7 +254,7 @@ def test_log_is_shown_after_its_file_cannot_be_written() -> None:
         (b"a\x08\x07\x7fb", b"ab"),
         (b"c1\xc2\x9b2Jx\xc2\x90", b"c12Jx"),
         (b"section_end:1:x\r\x1b[0Kheader", b"header"),
-        (b"\x1b[?25l\x1b[2J\x1b[>c\x1b(B.", b"B."),
+        (b"\x1b[?25l\x1b[2J\x1b[>c\x1b(B.", b"."),
     ],
 )
 def test_a_line_of_a_log_controls_no_terminal(line: bytes, left: bytes) -> None:

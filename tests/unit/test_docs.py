@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from guix_tasks.cli.tasks import GROUPS
-from guix_tasks.settings import load_settings, settings_reference
+from guix_tasks.settings import DECLARATIONS, load_settings
 from guix_tasks.stages.images import STAGES, inputs_of
 from guix_tasks.stages.lifecycle import Lifecycle, _StaleError
 from guix_tasks.tasks import ns
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from guix_tasks.engine.api import Image
 
 ROOT = Path(__file__).parents[2]
-TABLES = ROOT / "docs" / "tables.py"
 PAGES = [
     *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -58,12 +56,6 @@ BESIDE = {
 """What a setting is refused without."""
 
 
-@pytest.fixture(scope="module")
-def about() -> dict[str, Any]:
-    found: dict[str, Any] = runpy.run_path(str(TABLES))["ABOUT"]
-    return found
-
-
 def test_the_tables_are_up_to_date() -> None:
     # A process of its own: Invoke takes the help out of tasks when it first looks at it.
     argv = [sys.executable, "-m", "docs.tables", "--check"]
@@ -76,23 +68,19 @@ def test_every_task_has_a_group() -> None:
     assert sorted(named) == sorted(ns.task_names), "name it in guix_tasks/cli/tasks/__init__.py"
 
 
-def test_every_setting_has_an_example(about: dict[str, Any]) -> None:
-    assert [*about] == [name for name, *_ in settings_reference()], "name it in docs/tables.py"
-
-
 def write_files(directory: Path) -> None:
     """Make what the examples of settings name."""
-    for name in (*FILES, "keys/mirror.pub", "secrets/user", "substitutes/x"):
+    for name in (*FILES, "keys/mirror.pub", "secrets/docker_username", "substitutes/x"):
         place = directory / name
         place.parent.mkdir(exist_ok=True)
         place.write_text("(list)")
     shutil.copy(Path(__file__).with_name("authority.pem"), directory / "company-ca.pem")
 
 
-def test_the_examples_are_good_values(about: dict[str, Any], tmp_path: Path) -> None:
+def test_the_examples_are_good_values(tmp_path: Path) -> None:
     """All at once, so that what goes only with another has it."""
     write_files(tmp_path)
-    examples = {name: each.example for name, each in about.items()}
+    examples = {name: setting.example for name, setting in DECLARATIONS.items()}
     assert all(examples.values())
     # A secret is given as itself or as a file, and that of the example is on another machine.
     for name in ("DOCKER_USERNAME", "DOCKER_PASSWORD_FILE", "GUIX_CHANNEL_CREDENTIALS_FILE"):
@@ -112,9 +100,7 @@ def is_changed(lifecycle: Lifecycle, stage: str, image: Image) -> bool:
         return True
 
 
-def test_a_stage_in_bold_is_stale_when_the_setting_changes(
-    about: dict[str, Any], made: Site
-) -> None:
+def test_a_stage_in_bold_is_stale_when_the_setting_changes(made: Site) -> None:
     """And no other is, but by way of its parent."""
     own = (made.directory / "channels.scm").read_bytes()
     write_files(made.directory)
@@ -124,16 +110,16 @@ def test_a_stage_in_bold_is_stale_when_the_setting_changes(
     images = {stage: made.image(stage) for stage in STAGES}
     before = dict(made.env)
     wrong = {}
-    for name, each in about.items():
+    for name, setting in DECLARATIONS.items():
         if name in NO_PART or name.startswith("DOCKER_"):
             continue
         made.env.update(before)
         for extra in made.env.keys() - before.keys():
             del made.env[extra]
-        made.env.update(BESIDE.get(name, {}) | {name: CHANGED.get(name, each.example)})
+        made.env.update(BESIDE.get(name, {}) | {name: CHANGED.get(name, setting.example)})
         lifecycle = made.lifecycle
         stale = [stage for stage in STAGES if is_changed(lifecycle, stage, images[stage])]
-        if stale != (bold := re.findall(r"\*\*(\w+)\*\*", each.concerns)):
+        if stale != (bold := re.findall(r"\*\*(\w+)\*\*", setting.used_by)):
             wrong[name] = (stale, bold)
     assert wrong == {}
 

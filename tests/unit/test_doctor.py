@@ -44,7 +44,7 @@ from guix_tasks.engine.accounts import Credentials
 from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import EngineError
 from guix_tasks.guix import DEFAULT_SUBSTITUTE_URLS
-from guix_tasks.settings import settings_reference
+from guix_tasks.settings import DECLARATIONS
 from guix_tasks.stages import sandbox
 from guix_tasks.tasks import ns
 
@@ -61,7 +61,7 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing of this machine: no engine, no settings, no proxy, no disk that is full."""
-    for name in (*(name for name, *_ in settings_reference()), *PROXIES, "ENV_FILE"):
+    for name in (*DECLARATIONS, *PROXIES, "ENV_FILE"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):

@@ -35,7 +35,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def forget() -> None:
     """Start a new process, as it were."""
-    files._file_digest.cache_clear()
+    files.file_digest.cache_clear()
 
 
 def plant(directory: Path, tree: Tree, *, backwards: bool = False) -> Path:

@@ -106,7 +106,7 @@ WORD = HOSTILE.map(of_system)
 INSIDE = WORD.map(lambda text: text.replace("..", "").replace("/", ""))
 """A name that leads nowhere else: some tests write there, perhaps as root."""
 
-NAMES = [name for name, *_ in settings_module.settings_reference()]
+NAMES = [*settings_module.DECLARATIONS]
 PROXIES = ("http_proxy", "https_proxy", "NO_PROXY")
 
 LIKELY = st.sampled_from(
@@ -463,7 +463,7 @@ def run(
     """``inv`` in this process, with streams such as a real one has: its code, and what it said."""
     session._engines.clear()
     session._printed_notes.clear()
-    files_module._file_digest.cache_clear()
+    files_module.file_digest.cache_clear()
     out = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict")
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
     with monkeypatch.context() as patch:
@@ -813,7 +813,7 @@ def test_a_file_is_written_whole_or_not_at_all(
         path = tmp_path / f"x{name}"
         path.write_bytes(old)
         with monkeypatch.context() as patch:
-            if fault in {"write_bytes", "replace"}:
+            if fault in {"touch", "replace"}:
                 patch.setattr(Path, fault, broken)
             with contextlib.suppress(OSError):
                 write_whole(path, half(new) if fault == "content" else new)
@@ -831,5 +831,5 @@ def test_a_file_is_written_whole_or_not_at_all(
                 file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    faults = st.sampled_from(["", "content", "write_bytes", "replace"])
+    faults = st.sampled_from(["", "content", "touch", "replace"])
     attempt("files", st.tuples(names, st.binary(), st.binary(), faults), check, 15, 1_500)

@@ -12,7 +12,7 @@ from guix_tasks import guix
 from guix_tasks.cli import custom
 from guix_tasks.commands.init import CI_FILES, FILES, TEMPLATES, image_name, write_start
 from guix_tasks.errors import UsageError
-from guix_tasks.settings import load_settings, settings_reference
+from guix_tasks.settings import DECLARATIONS, load_settings
 from guix_tasks.stages.declarations import CustomStage
 from guix_tasks.tasks import ns
 from guix_tasks.ui.console import Console
@@ -114,7 +114,7 @@ def test_the_settings_are_read_without_a_note(tmp_path: Path) -> None:
 
 
 def test_the_settings_that_are_commented_out_are_there() -> None:
-    known = {name for name, _, _ in settings_reference()}
+    known = set(DECLARATIONS)
     text = (TEMPLATES / "env").read_text()
     assert set(re.findall(r"^#?([A-Z_]+)=", text, re.MULTILINE)) <= known
 
@@ -185,7 +185,7 @@ def test_gits_remote_tells_the_ci(tmp_path: Path, url: str, name: str) -> None:
 
 
 def test_what_the_files_say_of_tasks_and_settings_is_true() -> None:
-    settings = {name for name, _, _ in settings_reference()}
+    settings = set(DECLARATIONS)
     for source in ALL.values():
         text = (TEMPLATES / source).read_text()
         for call in re.findall(r"(?:`|run: |- )inv ((?:--[a-z]+ |[a-z.]+ ?)+)", text):

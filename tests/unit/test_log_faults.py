@@ -8,7 +8,8 @@ import pytest
 from fake_engine import new_site
 
 from guix_tasks.errors import StageError
-from guix_tasks.stages.log_faults import Steps
+from guix_tasks.stages.log_faults import StepFaults
+from guix_tasks.ui.log import LogReader
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,23 +33,25 @@ def settings(tmp_path: Path) -> Settings:
     return new_site(tmp_path, None, GUIX_SUBSTITUTE_URLS="https://a.test").settings()
 
 
+def faults_of(settings: Settings, *log: bytes) -> StepFaults:
+    reader, faults = LogReader(), StepFaults(settings)
+    for data in log:
+        faults.check(reader.read(data))
+    return faults
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_network_fault_is_detected_in_every_log_format(settings: Settings, shape: bytes) -> None:
-    steps = Steps(settings)
-    for byte in shape % EOF:
-        steps.add(bytes([byte]))
-    assert steps.network_failed
+    assert faults_of(settings, *(bytes([byte]) for byte in shape % EOF)).network_failed
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_silent_servers_are_detected_in_every_log_format(settings: Settings, shape: bytes) -> None:
     with pytest.raises(StageError, match=r"no substitute server answers \(a.test\)") as caught:
-        Steps(settings).add(shape % SILENT)
+        faults_of(settings, shape % SILENT)
     assert caught.value.is_transient
 
 
 def test_failed_build_is_not_a_network_fault(settings: Settings) -> None:
-    steps = Steps(settings)
-    steps.add(b"#1 1.0 guix build: error: build of `/gnu/store/x.drv' failed\n#1 1.1 " + EOF)
-    steps.add(b"\n")
-    assert not steps.network_failed
+    log = b"#1 1.0 guix build: error: build of `/gnu/store/x.drv' failed\n#1 1.1 " + EOF
+    assert not faults_of(settings, log, b"\n").network_failed

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from fake_engine import forget_contents
 from test_settings import AUTHORITY
 
 from guix_tasks import files
@@ -97,7 +98,7 @@ def test_env_file_that_changes_during_a_call_does_not_change_its_settings(tmp_pa
     first = load(tmp_path)
     (tmp_path / ".env").write_text("IMAGE=example.org/two:1\n")
     assert load(tmp_path) == first
-    files.forget_contents()
+    forget_contents()
     assert str(load(tmp_path).image) == "example.org/two:1"
 
 

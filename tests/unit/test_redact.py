@@ -19,7 +19,7 @@ from guix_tasks.bootstrap.service import wait_until
 from guix_tasks.errors import StageError
 from guix_tasks.ui import redact
 from guix_tasks.ui.console import Console, Display
-from guix_tasks.ui.log import Log
+from guix_tasks.ui.log import LogReader
 
 SECRET = "hunter2-$x"  # noqa: S105
 
@@ -171,7 +171,7 @@ def test_a_console_shows_no_secret(display: Display) -> None:
         console.stream(rest + b"y\n", error=error)
     with suppress(StageError), console.step(f"a {SECRET}") as step:
         step.show_activity(lambda: f"doing {SECRET}")
-        log = Log(step.log)
+        log = LogReader(step.log)
         log.add(b"from " + half)
         log.add(rest + b"\nand " + half)
         log.add(rest)
@@ -183,6 +183,14 @@ def test_a_console_shows_no_secret(display: Display) -> None:
     said = out.getvalue() + err.getvalue()
     assert SECRET not in said
     assert "from ***\nand ***\n" in said
+
+
+def test_a_secret_that_is_a_common_word_hides_no_fault() -> None:
+    redact.add("guix")
+    shown: list[bytes] = []
+    log = LogReader(shown.extend)
+    assert log.read(b"guix 1%\rguix: error: x\n") == ["guix 1%", "guix: error: x"]
+    assert shown == [b"***: error: x"]
 
 
 def test_held_output_precedes_the_next_message() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-from datetime import datetime, timedelta, timezone
-from email.utils import format_datetime
 
 import pytest
 
@@ -119,39 +117,3 @@ def test_these_pass(text: str) -> None:
 )
 def test_these_do_not(text: str) -> None:
     assert not retry.is_transient(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "asked", "between"),
-    [
-        ("429 Too Many Requests", 20.0, (20, 21)),
-        ("toomanyrequests: slow down", 9999.0, (retry.LONGEST_ASKED, retry.LONGEST_ASKED)),
-        ("429 Too Many Requests", None, (1, 2)),
-        ("503 Service Unavailable", 20.0, (1, 2)),
-    ],
-)
-def test_a_registry_that_is_asked_too_often_says_for_how_long(
-    waits: list[float],
-    monkeypatch: pytest.MonkeyPatch,
-    text: str,
-    asked: float | None,
-    between: tuple[float, float],
-) -> None:
-    monkeypatch.setattr(retry, "retry_after", lambda _host: asked)
-    retry.retry_call(Console(err=io.StringIO()), "it", Server(fault(text)), host="registry.test")
-    least, most = between
-    assert least <= waits[0] <= most
-
-
-@pytest.mark.parametrize(
-    ("value", "seconds"),
-    [("3", 3.0), (" 0 ", 0.0), (None, None), ("soon", None), ("-1", None)],
-)
-def test_what_retry_after_says(value: str | None, seconds: float | None) -> None:
-    assert retry._seconds(value) == seconds
-
-
-def test_retry_after_may_be_a_date() -> None:
-    said = format_datetime(datetime.now(timezone.utc) + timedelta(minutes=2), usegmt=True)
-    assert 110 < (retry._seconds(said) or 0) <= 120
-    assert retry._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0

@@ -28,6 +28,7 @@ from fake_engine import (
     Output,
     Site,
     channel,
+    forget_contents,
     new_site,
     outline,
     serial,
@@ -46,7 +47,7 @@ from guix_tasks.commands import buildx_setup
 from guix_tasks.commands.init import project_directory
 from guix_tasks.engine import discovery, podman
 from guix_tasks.errors import EngineError, UsageError
-from guix_tasks.settings import settings_reference
+from guix_tasks.settings import DECLARATIONS
 from guix_tasks.tasks import ns
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ class Inv:
 
     def __call__(self, *argv: str) -> Result:
         session._engines.clear()
-        files_module._file_digest.cache_clear()
-        files_module.forget_contents()
+        files_module.file_digest.cache_clear()
+        forget_contents()
         lines = (f"{name}='{value}'\n" for name, value in self.site.env.items())
         self.site.write(".env", "".join(lines))
         self.monkeypatch.setattr(sys, "argv", ["inv", *argv])
@@ -103,7 +104,7 @@ class Inv:
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing of this machine: no engine, no settings, no user's files."""
-    for name, *_ in settings_reference():
+    for name in DECLARATIONS:
         monkeypatch.delenv(name, raising=False)
     for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))

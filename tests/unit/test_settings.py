@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import STEADY
+from fake_engine import STEADY, forget_contents
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guix_tasks import files
 from guix_tasks.errors import SettingsError
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import ImageReference
 from guix_tasks.settings import (
+    DECLARATIONS,
     Driver,
     ImageStore,
     Listen,
@@ -33,7 +33,6 @@ from guix_tasks.settings import (
     Settings,
     load_isolated,
     load_settings,
-    settings_reference,
 )
 from guix_tasks.stages.container import environment
 from guix_tasks.stages.images import STAGES
@@ -65,7 +64,7 @@ def load(
     environ: Mapping[str, str] | None = None,
     overrides: Overrides | None = None,
 ) -> Settings:
-    files.forget_contents()
+    forget_contents()
     (project / ".env").write_bytes(text if isinstance(text, bytes) else text.encode())
     return load_settings(project, project, environ or {}, overrides or {})
 
@@ -751,7 +750,7 @@ def test_isolated_reads_one_file_and_nothing_else(
 ) -> None:
     (project / ".env").write_text("IMAGE=example.org/real:1\n")
     (project / ".env.local").write_text("IMAGE=example.org/real:2\n")
-    for name, _, _ in settings_reference():
+    for name in DECLARATIONS:
         monkeypatch.setenv(name, "example.org/real:3")
     monkeypatch.setenv("ENV_FILE", str(project / ".env"))
     monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
@@ -929,7 +928,7 @@ def test_no_secret_in_a_repr_or_in_an_error(project: Path) -> None:
         'DOCKER_PASSWORD="hunter2\0"\n',
     ]
     for text in texts:
-        files.forget_contents()
+        forget_contents()
         (project / ".env").write_text(text)
         with pytest.raises(SettingsError) as caught:
             load_settings(project, project, environ if "${" in text else {})

@@ -684,12 +684,11 @@ def test_a_lock_that_is_not_text_is_written_anew(made: Site) -> None:
 def test_nothing_half_written_is_left_of_a_lock(
     made: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Path, _content: bytes) -> None:
-        self.touch()
+    def full(_self: Path, _target: Path) -> None:
         raise OSError(28, "No space left on device")
 
     before = sorted(made.directory.iterdir())
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(UsageError, match=r"GUIX_CHANNELS_LOCK: .*No space left on device"):
         write_lock(made.settings(), "(list)")
     assert sorted(made.directory.iterdir()) == before

@@ -25,12 +25,13 @@ from guix_tasks.stages.container import (
     kept_containers,
     work_container,
 )
-from guix_tasks.stages.log_faults import Lines, SubstituteServers
+from guix_tasks.stages.log_faults import SubstituteServers
 from guix_tasks.stages.project import Project
 from guix_tasks.stages.runner import STAGE_TRIES, run_container, run_stage
 from guix_tasks.stages.stage import Stage
 from guix_tasks.ui import redact
 from guix_tasks.ui.console import Display
+from guix_tasks.ui.log import LogReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -264,9 +265,9 @@ def test_last_line_without_newline_counts(site: Site) -> None:
 @given(st.lists(st.sampled_from([b"a", b"\n", b"\r", b"\xc3", b"\xa9", b" b "])), st.integers(1, 5))
 def test_lines_are_the_same_for_any_chunk_size(words: list[bytes], size: int) -> None:
     log = b"".join(words) + b"\n"
-    lines = Lines()
-    found = [each for at in range(0, len(log), size) for each in lines.add(log[at : at + size])]
-    assert found == Lines().add(log)
+    reader = LogReader()
+    found = [each for at in range(0, len(log), size) for each in reader.read(log[at : at + size])]
+    assert found == LogReader().read(log)
     assert "\n".join(found) == log[:-1].replace(b"\r", b"\n").decode(errors="replace")
 
 
