@@ -1,6 +1,6 @@
-"""Tests in several processes: those of a module stay together, and those of the other image store.
+"""Distribution of tests over processes: a module, and the other image store, stay in one process.
 
-pytest-xdist would otherwise make the fixtures of a module, and start the other engine, in each.
+Otherwise pytest-xdist would make the fixtures of a module, and start the other engine, in each.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import signal
 from typing import TYPE_CHECKING
 
+import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 if TYPE_CHECKING:
-    import pytest
     from xdist.remote import Producer
 
 OTHER_STORE = "other-store"
@@ -31,6 +31,7 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)  # absent with -p no:xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFixtures:
     return ByFixtures(config, log)
 

@@ -1,23 +1,25 @@
-"""A buildx that builds nothing: it takes down how it is called, and answers as buildx does.
+"""A buildx that builds nothing: it records how it is called and answers as buildx does.
 
-It is a program (``buildx_stub.py``), since that is how buildx is spoken to.  It knows builders,
-which it makes and forgets, and what a bake would leave behind: a log, reports, an archive, the
-file with the digest.
+It knows builders, which it creates and removes, and what a bake leaves behind: a log, reports, an
+archive, the file with the digest. ``Program`` runs it in the process of the tests.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import os
-import shlex
-import sys
-from dataclasses import dataclass, field
+import re
+import subprocess
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from guix_tasks.buildkit.buildx import Buildx
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from guix_tasks.ui.console import Console
 
 NAME = "insecure-builder"
@@ -33,25 +35,88 @@ OPTIONS = {
 UNKNOWN_FLAG = "ERROR: failed to solve: dockerfile parse error on line 2: unknown flag: --security"
 REFUSED = "ERROR: failed to solve: granting entitlement security.insecure is not allowed"
 NO_IMAGE = "ERROR: failed to solve: docker/dockerfile:1: failed to resolve source metadata for x"
+VERSION = "github.com/docker/buildx v0.26.1 0123abc\n"
+DISK_USAGE = (
+    "ID  RECLAIMABLE  SIZE  LAST ACCESSED\nx  true  8.2kB\nReclaimable:\t1GB\nTotal:\t\t1.23GB\n"
+)
 
-STUB = Path(__file__).with_name("buildx_stub.py")
+
+class Program(subprocess.Popen[Any]):
+    """In place of ``Popen``: a fake program is a function, whose outcome a shell prints.
+
+    A Python interpreter for each call would take most of the time of the tests.
+    """
+
+    FAKES: ClassVar[dict[str, FakeBuildx]] = {}
+
+    def __init__(self, argv: Any, *positional: Any, **options: Any) -> None:
+        fake = None if isinstance(argv, (str, os.PathLike)) else self.FAKES.get(argv[0])
+        if fake:
+            argv = fake.run(argv[1:], options.get("env") or os.environ)
+        super().__init__(argv, *positional, **options)
+
+
+PRINT = """
+[ -z "$1" ] || cat >"$1"
+[ "$2" = 0 ] || exec sleep "$2"
+printf %s "$3"
+printf %s "$4" >&2
+exit "$5"
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call prints, and its exit status."""
+
+    out: str = ""
+    err: str = ""
+    status: int = 0
+    seconds: float = 0
+    stdin: Path | None = None
+    """File for the standard input, or None if it is not read."""
+
+    def argv(self) -> list[str]:
+        words = (self.stdin or "", self.seconds, self.out, self.err, self.status)
+        return ["/bin/sh", "-c", PRINT, "docker-buildx", *map(str, words)]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The outcome of calls with some words."""
+
+    outcome: Outcome
+    has: tuple[str, ...]
+    without: tuple[str, ...]
+    once: bool
+
+    def matches(self, argv: Sequence[str]) -> bool:
+        def has(word: str) -> bool:
+            is_verb = word.isalpha() and word.islower()
+            return word in argv if is_verb else word in " ".join(argv)
+
+        return all(map(has, self.has)) and not any(map(has, self.without))
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of buildx, and what it found."""
+    """A call of buildx, and the files that it found."""
 
     argv: list[str]
     env: dict[str, str]
-    stdin: str
     files: dict[str, str]
     """The directory of a bake, by path."""
     config: str
     """Docker's own configuration file."""
+    input: Path | None
 
     @property
     def text(self) -> str:
         return " ".join(self.argv)
+
+    @property
+    def stdin(self) -> str:
+        return self.input.read_text() if self.input else ""
 
     @property
     def target(self) -> dict[str, Any]:
@@ -75,66 +140,62 @@ class FakeBuildx:
     platforms: tuple[str, ...] = ("linux/amd64", "linux/386")
     """Of the nodes that it makes."""
     answers: dict[str, str] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    rules: list[Rule] = field(default_factory=list)
+    called: list[Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True)
-        (self.directory / "calls").touch()
-        answers = {"user": "0", "name": "root", **self.answers}
-        self._write(
-            builders={}, rules=[], selected="mine", digest=DIGEST, answers=answers,
-            platforms=self.platforms,
-        )  # fmt: skip
-        argv = shlex.join([sys.executable, "-SE", str(STUB), str(self.directory)])
-        self.path.write_text(f'#!/bin/sh\nexec {argv} "$@"\n')
-        self.path.chmod(0o755)
+        self.answers = {"user": "0", "name": "root", **self.answers}
+        self.state = {"builders": {}, "selected": "mine"}
+        Program.FAKES[self.path] = self
 
     @property
-    def path(self) -> Path:
-        return self.directory / "docker-buildx"
-
-    @property
-    def state(self) -> dict[str, Any]:
-        found = json.loads((self.directory / "state.json").read_text())
-        assert isinstance(found, dict)
-        return found
-
-    def _write(self, **state: object) -> None:
-        (self.directory / "state.json").write_text(json.dumps(state))
+    def path(self) -> str:
+        return str(self.directory / "docker-buildx")
 
     def change(self, **state: object) -> None:
-        self._write(**{**self.state, **state})
+        self.state |= state
 
     def answer(self, **answers: str) -> None:
-        self.change(answers={**self.state["answers"], **answers})
+        self.answers |= answers
 
     def fail(
         self,
-        says: str,
+        error: str,
         *has: str,
         without: tuple[str, ...] = (),
         once: bool = False,
         sleeps: float = 0,
     ) -> None:
         """Let a call with these words fail."""
-        rule = {"says": says, "has": has, "without": without, "once": once, "sleeps": sleeps}
-        self.change(rules=[*self.state["rules"], rule])
+        outcome = Outcome(err=f"{error}\n", status=1, seconds=sleeps)
+        self.rules.append(Rule(outcome, has, without, once))
+
+    def print(self, out: str, *has: str) -> None:
+        """Let a call with these words print this."""
+        self.rules.append(Rule(Outcome(out), has, (), once=False))
 
     def add(self, name: str = NAME, driver: str = "docker-container", **more: object) -> None:
         """Let there be one more node of a builder, as ``buildx.setup`` would have made it."""
-        builders = self.state["builders"]
-        builder = builders.setdefault(name, {"name": name, "driver": driver, "nodes": []})
+        builder = self._builder(name, driver)
         node: dict[str, object] = {
             "name": f"{name}{len(builder['nodes'])}",
             "endpoint": SOCKET,
             "status": "running",
             "flags": FLAGS if driver == "docker-container" else "",
             "options": OPTIONS if driver == "docker-container" else {},
-            "platforms": self.platforms,
+            "platforms": list(self.platforms),
             "fixed": (),
             **more,
         }
         builder["nodes"].append(node)
-        self.change(builders=builders)
+
+    def _builder(self, name: str, driver: str) -> dict[str, Any]:
+        new = {"name": name, "driver": driver, "nodes": []}
+        found = self.state["builders"].setdefault(name, new)
+        assert isinstance(found, dict)
+        return found
 
     def program(
         self, console: Console | None = None, *, perform: bool = True, own: str = "default"
@@ -144,18 +205,136 @@ class FakeBuildx:
             "HOME": str(self.directory / "home"),
             "DOCKER_CONFIG": str(self.directory / "config"),
         }
-        return Buildx(str(self.path), environment, own, console, perform)
+        return Buildx(self.path, environment, own, console, perform)
 
     def calls(self, verb: str = "") -> list[Call]:
-        lines = (self.directory / "calls").read_text().splitlines()
-        calls = [Call(**json.loads(line)) for line in lines]
-        return [call for call in calls if not verb or call.argv[0] == verb]
+        return [call for call in self.called if not verb or call.argv[0] == verb]
 
     def verbs(self) -> list[str]:
-        return [call.argv[0] for call in self.calls()]
+        return [call.argv[0] for call in self.called]
 
     def changes(self) -> list[str]:
         """The calls that changed something."""
         changing = [c for c in self.calls() if c.argv[0] in ("create", "rm", "use", "bake")]
         boots = [call for call in self.calls("inspect") if "--bootstrap" in call.argv]
         return [call.text for call in self.calls() if call in changing + boots]
+
+    # --- Calls ---
+
+    def run(self, argv: list[str], environment: Mapping[str, str]) -> list[str]:
+        """Do what a call does; return the command that prints its outcome."""
+        options = dict(word[2:].split("=", 1) for word in argv if re.match("--.*=", word))
+        stdin = self.directory / f"stdin-{len(self.called)}" if argv[0] == "build" else None
+        self._record(argv, environment, options, stdin)
+        outcome = self._outcome(argv, options)
+        return replace(outcome, stdin=stdin).argv()
+
+    def _record(
+        self,
+        argv: list[str],
+        environment: Mapping[str, str],
+        options: Mapping[str, str],
+        stdin: Path | None,
+    ) -> None:
+        config = Path(environment.get("DOCKER_CONFIG", "/none")) / "config.json"
+        files = {}
+        if argv[0] == "bake":
+            place = Path(options["file"]).parent
+            paths = [path for path in sorted(place.rglob("*")) if path.is_file()]
+            files = {
+                str(path.relative_to(place)): path.read_text(errors="replace") for path in paths
+            }
+        text = config.read_text() if config.exists() else ""
+        self.called.append(Call(argv, dict(environment), files, text, stdin))
+
+    def _outcome(self, argv: list[str], options: Mapping[str, str]) -> Outcome:
+        for rule in self.rules:
+            if rule.matches(argv):
+                if rule.once:
+                    self.rules.remove(rule)
+                return rule.outcome
+        verb, last = argv[0], argv[-1]
+        if verb in ("inspect", "rm") and last not in self.state["builders"]:
+            return Outcome(err=f'ERROR: no builder "{last}" found\n', status=1)
+        if verb == "inspect":
+            return self._inspect(last, bootstrap="--bootstrap" in argv)
+        if verb == "create":
+            self._create(argv, options)
+        elif verb == "rm":
+            del self.state["builders"][last]
+        elif verb == "use":
+            self.change(selected=last)
+        elif verb == "bake":
+            self._bake(last, options)
+            return Outcome(err=f"#1 baking {last}\n")
+        return Outcome({"du": DISK_USAGE, "version": VERSION}.get(verb, ""))
+
+    def _inspect(self, name: str, *, bootstrap: bool) -> Outcome:
+        builder = self.state["builders"][name]
+        if bootstrap:
+            for node in builder["nodes"]:
+                node["status"] = "running"
+        head = f"Name:   {builder['name']}\nDriver: {builder['driver']}\n\nNodes:\n"
+        out = head + "".join(map(self._shown, builder["nodes"]))
+        return Outcome(out, "#1 booting buildkit\n" * bootstrap)
+
+    @staticmethod
+    def _shown(node: dict[str, Any]) -> str:
+        platforms = [f"{each}*" for each in node["fixed"]]
+        platforms += [each for each in node["platforms"] if each not in node["fixed"]]
+        options = " ".join(f'{name}="{value}"' for name, value in node["options"].items())
+        running = node["status"] == "running"
+        fields = {
+            "Name": node["name"],
+            "Endpoint": node["endpoint"],
+            "Driver Options": options,
+            "Status": node["status"],
+            "BuildKit daemon flags": node["flags"],
+            "BuildKit version": "v0.26.2" if running else "",
+            "Platforms": ", ".join(platforms) if running else "",
+        }
+        lines = [f"{name}: {value}" for name, value in fields.items() if value]
+        return "\n".join([*lines, "Labels:", " org.mobyproject.buildkit.worker: oci", ""])
+
+    def _create(self, argv: list[str], options: Mapping[str, str]) -> None:
+        given = [word.partition("=")[2] for word in argv if word.startswith("--driver-opt=")]
+        name = options["name"]
+        nodes = self._builder(name, options["driver"])["nodes"]
+        platforms = options.get("platform", "").split(",")
+        nodes.append(
+            {
+                "name": options.get("node", f"{name}{len(nodes)}"),
+                "endpoint": argv[argv.index("--") + 1] if "--" in argv else "of-the-driver",
+                "status": "inactive",
+                "flags": options.get("buildkitd-flags", ""),
+                "options": dict(next(csv.reader([each]))[0].split("=", 1) for each in given),
+                "platforms": list(self.platforms),
+                "fixed": [each for each in platforms if each],
+            }
+        )
+
+    def _bake(self, target: str, options: Mapping[str, str]) -> None:
+        file = Path(options["file"])
+        wanted = json.loads(file.read_text())["target"][target]
+        for output in wanted["output"]:
+            words = next(csv.reader([output]))
+            fields = dict(word.split("=", 1) for word in words)
+            if fields["type"] == "local":
+                self._report(Path(fields["dest"]), wanted, file.with_name("Dockerfile").read_text())
+            elif "dest" in fields:
+                Path(fields["dest"]).write_text("an archive")
+        result = {target: {"containerimage.digest": DIGEST}}
+        Path(options["metadata-file"]).write_text(json.dumps(result))
+
+    def _report(self, directory: Path, wanted: dict[str, Any], dockerfile: str) -> None:
+        stages = ("pull", "install")
+        names = ["created", *(each for each in stages if f" AS {each}\n" in dockerfile)]
+        if wanted["target"] == "asked":
+            names = ["user", "name"] + ["resolved"] * (" AS resolving\n" in dockerfile)
+        for platform in wanted["platforms"]:
+            word = platform.replace("/", "_")
+            own = directory / word if len(wanted["platforms"]) > 1 else directory
+            own.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                answer = self.answers.get(f"{word}/{name}", self.answers.get(name, ""))
+                (own / name).write_text(f"{answer}\n")

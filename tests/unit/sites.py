@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
+from fake_buildx import Program
 from fake_engine import Site, forget_contents, made_site, new_site, serial
 
 from guix_tasks import files
+from guix_tasks.oci import labels
 from guix_tasks.ui import redact
 
 if TYPE_CHECKING:
@@ -38,6 +41,18 @@ def no_accounts(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
     monkeypatch.setenv("DOCKER_CONFIG", home)
     monkeypatch.setenv("XDG_DATA_HOME", home)
     monkeypatch.delenv("DOCKER_AUTH_CONFIG", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The projects of the tests are in no git repository, which takes git a while to find out."""
+    monkeypatch.setattr(labels, "_git", lambda *_: "")
+
+
+@pytest.fixture(autouse=True)
+def fake_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``FakeBuildx`` is a program to whatever starts programs."""
+    monkeypatch.setattr(subprocess, "Popen", Program)
 
 
 @pytest.fixture

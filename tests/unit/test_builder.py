@@ -179,22 +179,25 @@ def test_a_frontend_that_is_too_old_itself_is_told(tmp_path: Path, fake: FakeBui
 
 
 @pytest.mark.parametrize(
-    ("driver", "mend"),
+    ("driver", "why", "fix"),
     [
-        ("docker", r"daemon\.json .*BUILDX_DRIVER=docker-container"),
-        ("docker-container", r"`inv buildx\.setup --recreate`"),
-        ("kubernetes", r"`inv buildx\.setup --recreate`"),
-        ("remote", "--allow-insecure-entitlement security.insecure"),
+        ("docker", REFUSED, r"daemon\.json .*BUILDX_DRIVER=docker-container"),
+        ("docker-container", REFUSED, r"`inv buildx\.setup --recreate`"),
+        (
+            "kubernetes",
+            "ERROR: security.insecure is not allowed",
+            r"`inv buildx\.setup --recreate`",
+        ),
+        ("remote", REFUSED, "--allow-insecure-entitlement security.insecure"),
     ],
 )
-@pytest.mark.parametrize("why", [REFUSED, "ERROR: security.insecure is not allowed"])
-def test_a_builder_that_refuses_insecure_steps_says_what_mends_it(
-    tmp_path: Path, fake: FakeBuildx, driver: str, mend: str, why: str
+def test_refused_insecure_steps_are_reported_with_a_fix(
+    tmp_path: Path, fake: FakeBuildx, driver: str, why: str, fix: str
 ) -> None:
     fake.fail(why, "build")
     nodes = {"BUILDX_NODES": "tcp://far.test:1234"} if driver == "remote" else {}
     wanted = settings(tmp_path, BUILDX_DRIVER=driver, **nodes)
-    with pytest.raises(BuilderError, match=f"{NAME} does not allow insecure steps .*{mend}"):
+    with pytest.raises(BuilderError, match=f"{NAME} does not allow insecure steps .*{fix}"):
         needed_syntax(wanted, fake.program(), NAME)
     assert len(fake.calls("build")) == 1
 

@@ -732,11 +732,12 @@ def test_a_dry_run_shows_no_secret_of_the_bake_file(site: Site, fake: FakeBuildx
 
 
 KILLED = """
-import sys
+import subprocess, sys
 from pathlib import Path
-from fake_buildx import FakeBuildx
+from fake_buildx import FakeBuildx, Program
 from fake_engine import new_site
 from guix_tasks.buildkit.build import BuildOptions, build
+subprocess.Popen = Program
 place = Path(sys.argv[1])
 site = new_site(place / "site", BUILDX_DRIVER="docker-container", BUILD_ARGS="TOKEN=hunter2-x")
 fake = FakeBuildx(place / "fake")

@@ -575,6 +575,11 @@ def test_a_build_that_fails_names_the_account_that_an_old_program_did_not_get(
         assert ("does not read DOCKER_AUTH_CONFIG" in str(caught.value)) is told
 
 
+def test_program_without_a_version_is_not_refused(stub: Path, tmp_path: Path) -> None:
+    program = saying(stub, "echo 'ERROR: unknown command: version' >&2; exit 1")
+    check_account_support(program, accounts(tmp_path, **{"a.example": ACCOUNT}), "a.example")
+
+
 # --- Builders -------------------------------------------------------------------------------
 
 TWO_NODES = """Name:          insecure-builder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fake_engine import IMAGE, FakeEngine, Site, heard, new_site, outline
+from fake_engine import IMAGE, FakeEngine, Site, heard, made_site, new_site, outline
+from invoke.exceptions import Exit
 
+from guix_tasks.cli import custom
 from guix_tasks.commands.clean import clean
 from guix_tasks.commands.push import push, require_image
 from guix_tasks.commands.sizes import sizes
@@ -32,9 +35,12 @@ from guix_tasks.stages.images import (
     squash_key,
 )
 from guix_tasks.stages.stage import stage_files
+from guix_tasks.tasks import ns
 from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
+    from invoke.collection import Collection
+
     from guix_tasks.engine.api import Engine
     from guix_tasks.stages.project import Project
 
@@ -67,8 +73,9 @@ def site(tmp_path: Path) -> OwnSite:
 
 
 @pytest.fixture
-def made(site: OwnSite) -> OwnSite:
-    site.make("base", "pull", "install", "deps", "checked")
+def made(tmp_path: Path) -> OwnSite:
+    site = OwnSite(tmp_path, made_site(tmp_path).engine)
+    site.make("deps", "checked")
     return site
 
 
@@ -89,7 +96,7 @@ def declare(**what: Any) -> CustomStage:
     return declared(**given, parents=STAGES, taken=("push", "install"))
 
 
-def test_a_text_is_for_the_shell_and_a_list_is_not() -> None:
+def test_command_string_is_run_by_the_shell_and_a_list_is_not() -> None:
     assert declare(command="a | b\nc").command == ("sh", "-euc", "a | b\nc")
     assert declare(command=["a", "b c"]).command == ("a", "b c")
 
@@ -170,7 +177,7 @@ def test_a_link_to_a_file_is_the_file(site: OwnSite) -> None:
 # --- A stage as the others ------------------------------------------------------------------
 
 
-def test_it_is_made_with_the_parents_that_it_lacks(site: OwnSite) -> None:
+def test_missing_parents_are_made(site: OwnSite) -> None:
     said = site.make("checked")
     for child, parent in (("checked", "deps"), ("deps", "install"), ("install", "pull")):
         assert f"{child}: {IMAGE}-{parent} is missing, so {parent} comes first" in said
@@ -190,7 +197,7 @@ def test_image_follows_the_one_that_was_added_last(site: OwnSite) -> None:
     assert site.image().id == site.image("checked").id
 
 
-def test_what_is_up_to_date_is_not_run(made: OwnSite) -> None:
+def test_custom_stage_that_is_up_to_date_is_not_run(made: OwnSite) -> None:
     assert made.ran(lambda: made.make("deps", "checked")) == []
     assert made.make("checked") == "checked: up to date\n"
     assert made.ran(lambda: made.make("deps", force=True)) == ["deps"]
@@ -205,7 +212,7 @@ def test_what_is_up_to_date_is_not_run(made: OwnSite) -> None:
         ("patches/two.patch", "patches/two.patch changed"),
     ],
 )
-def test_an_input_that_changes_makes_it_stale(made: OwnSite, file: str, why: str) -> None:
+def test_changed_input_makes_a_custom_stage_stale(made: OwnSite, file: str, why: str) -> None:
     made.write(file, "other\n")
     assert states(made) == {
         **dict.fromkeys(STAGES, "up to date"),
@@ -217,12 +224,12 @@ def test_an_input_that_changes_makes_it_stale(made: OwnSite, file: str, why: str
     assert made.why("checked") is None
 
 
-def test_another_command_makes_it_stale(made: OwnSite) -> None:
+def test_other_command_makes_a_custom_stage_stale(made: OwnSite) -> None:
     made.stages = (replace(DEPS, command=("guix", "package", "--install=sed")), CHECKED)
     assert made.why("deps") == "command changed"
 
 
-def test_a_stale_parent_is_refused(made: OwnSite) -> None:
+def test_stale_parent_is_refused(made: OwnSite) -> None:
     made.env["GUIX_PACKAGES"] = "sed"
     with pytest.raises(UsageError, match=r"run `inv install`, or `inv deps --upstream`"):
         made.make("deps")
@@ -255,7 +262,7 @@ def test_push_refuses_a_stale_one(made: OwnSite) -> None:
         push(made.project())
 
 
-def test_what_a_stage_made_that_is_no_more_is_pushed_with_a_warning(made: OwnSite) -> None:
+def test_image_of_a_removed_stage_is_pushed_with_a_warning(made: OwnSite) -> None:
     made.stages = (DEPS,)
     project = made.project()
     assert [*push(project)] == [IMAGE]
@@ -265,14 +272,14 @@ def test_what_a_stage_made_that_is_no_more_is_pushed_with_a_warning(made: OwnSit
     assert made.image().id == made.image("deps").id
 
 
-def test_a_stage_that_is_not_there_is_told_with_those_that_are(made: OwnSite) -> None:
+def test_unknown_stage_is_reported_with_the_known_ones(made: OwnSite) -> None:
     with pytest.raises(
         UsageError, match=r"its stages are base, pull, install, deps, checked and squ"
     ):
         require_image(made.project(), "nothing")
 
 
-def test_squash_takes_it_with_the_rest(made: OwnSite) -> None:
+def test_squash_includes_custom_stages(made: OwnSite) -> None:
     squash(made.project())
     assert key_of(made.image()) == squash_key(made.image("checked"))
     assert len(made.image().layers) == len(made.image("base").layers) + 1
@@ -281,7 +288,7 @@ def test_squash_takes_it_with_the_rest(made: OwnSite) -> None:
         push(made.project())
 
 
-def test_clean_removes_it(made: OwnSite) -> None:
+def test_clean_removes_custom_stages(made: OwnSite) -> None:
     removed = clean(made.project())
     assert {f"{IMAGE}-deps", f"{IMAGE}-checked", IMAGE} <= set(removed)
     assert not [tag for tag in made.engine.tags if tag.startswith(IMAGE)]
@@ -298,7 +305,7 @@ def test_sizes_are_those_above_the_parent(made: OwnSite) -> None:
     assert found["beside"] == beside.size - install.size
 
 
-def test_a_fresh_machine_takes_it_from_the_cache(tmp_path: Path) -> None:
+def test_fresh_machine_takes_custom_stages_from_the_cache(tmp_path: Path) -> None:
     first = new_site(tmp_path / "one")
     one = OwnSite(tmp_path / "one", first.engine, CACHE_IMAGE="registry.test/cache")
     one.make("checked")
@@ -334,7 +341,7 @@ def inv(directory: Path, tasks: str, *arguments: str) -> subprocess.CompletedPro
     return subprocess.run(argv, cwd=directory, env=env, capture_output=True, text=True, check=False)
 
 
-def test_its_task_is_listed_and_costs_no_import(tmp_path: Path) -> None:
+def test_task_of_a_custom_stage_is_listed_without_imports(tmp_path: Path) -> None:
     found = inv(tmp_path, TASKS, "-X", "importtime", "-m", "invoke", "--list")
     assert found.returncode == 0, found.stderr
     lines = " ".join(found.stdout.split())
@@ -345,12 +352,22 @@ def test_its_task_is_listed_and_costs_no_import(tmp_path: Path) -> None:
     assert imported.isdisjoint({"docker", "requests", "urllib3", "dotenv"})
 
 
-def test_its_task_has_the_options_of_install(tmp_path: Path) -> None:
-    found = inv(tmp_path, TASKS, "-m", "invoke", "--help", "deps")
-    for option in ("--force", "--upstream", "--no-commit", "--keep-failed"):
-        assert option in found.stdout
+@pytest.fixture
+def collection(monkeypatch: pytest.MonkeyPatch) -> Collection:
+    """The tasks of a project, to which its ``tasks.py`` adds."""
+    project: Collection = copy.deepcopy(ns)
+    monkeypatch.setattr(custom, "ns", project)
+    monkeypatch.setattr(custom, "custom_stages", [])
+    return project
 
 
+def test_task_of_a_custom_stage_has_the_options_of_install(collection: Collection) -> None:
+    exec(TASKS, {})  # noqa: S102 -- as Invoke does
+    options = {argument.name for argument in collection["deps"].get_arguments()}
+    assert options == {argument.name for argument in ns["install"].get_arguments()} - {"package"}
+
+
+@pytest.mark.usefixtures("collection")
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -360,9 +377,11 @@ def test_its_task_has_the_options_of_install(tmp_path: Path) -> None:
         ('add_stage("late", "x", parent="later")', "one of base, pull, install, deps, checked"),
     ],
 )
-def test_a_mistake_in_it_is_one_line(tmp_path: Path, line: str, said: str) -> None:
-    found = inv(tmp_path, TASKS + line + "\n", "-m", "invoke", "--list")
-    assert found.returncode == 2
-    assert found.stderr.startswith("error: tasks.py: ")
-    assert said in found.stderr
-    assert len(found.stderr.splitlines()) == 1
+def test_mistake_in_tasks_py_is_one_line(line: str, said: str) -> None:
+    with pytest.raises(Exit) as caught:
+        exec(f"{TASKS}{line}", {})  # noqa: S102
+    assert caught.value.code == 2
+    message = str(caught.value.message)
+    assert message.startswith("error: tasks.py: ")
+    assert said in message
+    assert len(message.splitlines()) == 1

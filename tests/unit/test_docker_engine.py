@@ -96,36 +96,36 @@ class Played(BaseHTTPRequestHandler):
 @contextmanager
 def played() -> Iterator[DockerEngine]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Played) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield DockerEngine(Address(f"tcp://127.0.0.1:{server.server_address[1]}", "test"))
         server.shutdown()
 
 
-def test_an_engine_that_dies_while_it_answers_is_an_error_of_one_line() -> None:
+def test_broken_answer_is_an_error_of_one_line() -> None:
     with played() as engine, pytest.raises(EngineError, match="does not answer: ") as raised:
         engine.push("localhost:1/x:t", None)
     assert "\n" not in str(raised.value)
 
 
-def test_a_full_disk_is_told_with_what_mends_it() -> None:
+def test_full_disk_is_reported_with_a_hint() -> None:
     with played() as engine, pytest.raises(EngineError) as raised:
         engine.tag("sha256:0", "localhost:1/x:t")
     assert str(raised.value).endswith(f"no space left on device; {FULL_DISK}")
 
 
 @pytest.mark.parametrize("store", ["classic", "containerd"])
-def test_a_push_answers_the_digest_that_either_store_reports(store: str) -> None:
+def test_push_returns_the_digest_of_either_store(store: str) -> None:
     with played() as engine:
         assert engine.push(f"localhost:1/x:{store}", None) == DIGEST
 
 
-def test_a_push_without_a_digest_is_an_error() -> None:
+def test_push_without_a_digest_is_an_error() -> None:
     with played() as engine, pytest.raises(RegistryError, match="the registry answered no digest"):
         engine.push("localhost:1/x:silent", None)
 
 
 @pytest.mark.parametrize(("reference", "size"), [("packed:t", 915), ("classic:t", 174)])
-def test_the_size_is_what_docker_images_shows(reference: str, size: int) -> None:
+def test_size_is_that_of_docker_images(reference: str, size: int) -> None:
     with played() as engine:
         image = engine.image(reference)
         assert image is not None
@@ -133,13 +133,13 @@ def test_the_size_is_what_docker_images_shows(reference: str, size: int) -> None
         assert engine.image("missing:t") is None
 
 
-def test_only_what_was_loaded_uncompressed_is_compressed_by_a_build() -> None:
+def test_build_compresses_only_uncompressed_layers() -> None:
     with played() as engine:
         references = ("loaded:t", "packed:t", "classic:t", "missing:t", "")
         assert [each for each in references if engine._is_uncompressed(each)] == ["loaded:t"]
 
 
-def test_the_store_is_known() -> None:
+def test_image_store_is_recognised() -> None:
     with played() as engine:
         assert engine.info().uses_containerd
         assert engine.info().store == "containerd image store (overlayfs)"

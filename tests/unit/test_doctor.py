@@ -471,22 +471,8 @@ def fake(tmp_path: Path) -> FakeBuildx:
     return FakeBuildx(tmp_path / "buildx")
 
 
-def program(fake: FakeBuildx, inspected: str = "") -> Buildx:
-    """The stub, with a version, and perhaps a node that only a real buildx has."""
-    path = fake.directory / "with-version"
-    lines = [
-        "#!/bin/sh",
-        '[ "$1" = version ] && exec echo github.com/docker/buildx v0.26.1 0123abc',
-        f"[ \"$1\" = inspect ] && exec printf '{inspected}'" if inspected else "",
-        f'exec {fake.path} "$@"',
-    ]
-    path.write_text("\n".join(lines))
-    path.chmod(0o755)
-    return replace(fake.program(), program=str(path))
-
-
-def builder(site: Site, fake: FakeBuildx, inspected: str = "") -> Finding:
-    version, found = find(site, "buildx|builder", program(fake, inspected))
+def builder(site: Site, fake: FakeBuildx) -> Finding:
+    version, found = find(site, "buildx|builder", fake.program())
     assert version.message.startswith("v0.26.1 at ")
     return found
 
@@ -554,15 +540,16 @@ def test_a_builder_that_is_stopped_is_not_started(
     found = builder(site, fake)
     assert found == Finding(NOTE, f"{NAME}{others} is not running", "`inv buildx.setup` starts it")
     assert fake.changes() == []
-    assert fake.verbs() == ["inspect"]
+    assert fake.verbs() == ["version", "inspect"]
 
 
 def test_a_node_that_cannot_be_reached_is_told_with_why(site: Site, fake: FakeBuildx) -> None:
     site.env.update(BUILDX_DRIVER="remote", BUILDX_NODES="tcp://b.test:1")
-    text = (
-        r"Name: r\nDriver: remote\n\nNodes:\nName: r0\nEndpoint: tcp://b.test:1\nError: no route\n"
+    fake.print(
+        "Name: r\nDriver: remote\n\nNodes:\nName: r0\nEndpoint: tcp://b.test:1\nError: no route\n",
+        "inspect",
     )
-    found = builder(site, fake, text)
+    found = builder(site, fake)
     assert found.message == "r0 is not running: no route"
     assert "BUILDX_NODES" in found.fix
 

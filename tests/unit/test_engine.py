@@ -27,7 +27,7 @@ from guix_tasks.engine.api import (
     build_options,
 )
 from guix_tasks.engine.dry_run import TracedEngine, create_argv
-from guix_tasks.errors import CheckError, NoEngineError
+from guix_tasks.errors import NoEngineError
 from guix_tasks.stages.images import STAGES
 from guix_tasks.ui import redact
 
@@ -186,8 +186,10 @@ def test_any_other_call_of_it_says_that_there_is_none(call: str) -> None:
         getattr(engine, call)()
 
 
-def test_importing_it_imports_no_docker() -> None:
-    code = "import sys, guix_tasks.tasks, guix_tasks.engine.api; assert 'docker' not in sys.modules"
+def test_import_of_tasks_and_stages_imports_neither_docker_nor_rich() -> None:
+    """Rich is imported when it draws."""
+    modules = "sys, guix_tasks.tasks, guix_tasks.engine.api, guix_tasks.stages.runner"
+    code = f"import {modules}; assert not {{'docker', 'rich'}} & set(sys.modules)"
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
 
@@ -380,13 +382,6 @@ def test_a_dry_run_of_shell_starts_nothing(made: Site, monkeypatch: pytest.Monke
     shell.shell(dry.project, ["docker"], {}, stage=None, fresh=False)
     dry.check()
     assert called == []
-
-
-def test_a_check_that_fails_is_an_error(made: Site) -> None:
-    """What the dry run of `verify` must not hide."""
-    made.engine.guix.failing["build"] = "no"
-    with pytest.raises(CheckError):
-        verify(made.project())
 
 
 def test_the_proxys_password_is_not_shown(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:

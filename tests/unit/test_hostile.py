@@ -258,20 +258,21 @@ def test_any_env_file_and_any_environment(attempt: Attempt, tmp_path: Path) -> N
             common_files(found)
         assert time.monotonic() - started < 5
 
-    attempt("env files", st.tuples(env_files(), ENVIRONMENTS), check, 120, 12_000)
+    attempt("env files", st.tuples(env_files(), ENVIRONMENTS), check, 40, 12_000)
 
 
 def test_any_text_of_any_setting(attempt: Attempt, tmp_path: Path) -> None:
-    def check(given: tuple[str, str]) -> None:
-        name, text = given
+    def check(given: tuple[str, str | list[str]]) -> None:
+        name, value = given
         try:
-            found = load_settings(tmp_path, tmp_path, {}, {name: text})
+            found = load_settings(tmp_path, tmp_path, {}, {name: value})
         except SettingsError as error:
             only_lines(error.problems)
         else:
             assert all(map(is_line, (*found.notes, str(found.image), str(found.base_image))))
 
-    attempt("values of settings", st.tuples(st.sampled_from(NAMES), VALUES), check, 120, 10_000)
+    values = VALUES | st.lists(VALUES, max_size=3)
+    attempt("values of settings", st.tuples(st.sampled_from(NAMES), values), check, 40, 10_000)
 
 
 @pytest.mark.parametrize("kind", [ImageReference, Platform])
@@ -288,7 +289,7 @@ def test_any_reference_and_any_platform(
             assert kind.parse(str(found)) == found
 
     parts = st.lists(st.sampled_from(["a", "b.c", "localhost", ":", "/", "@", "sha256:", "0" * 64]))
-    attempt("references and platforms", HOSTILE | parts.map("".join), check, 80, 6_000)
+    attempt("references and platforms", HOSTILE | parts.map("".join), check, 25, 6_000)
 
 
 def test_any_node_of_a_builder(attempt: Attempt, tmp_path: Path) -> None:
@@ -303,7 +304,7 @@ def test_any_node_of_a_builder(attempt: Attempt, tmp_path: Path) -> None:
 
     options = st.sampled_from(["tcp://h:1", "ssh://x", ",platform=linux/386", ",image=", ",env.A="])
     texts = st.lists(options | HOSTILE, max_size=4).map("".join)
-    attempt("nodes", st.tuples(st.sampled_from(Driver), texts), check, 60, 4_000)
+    attempt("nodes", st.tuples(st.sampled_from(Driver), texts), check, 20, 4_000)
 
 
 # --- What others say ------------------------------------------------------------------------
@@ -334,16 +335,16 @@ def test_any_channels_file_and_any_report(attempt: Attempt) -> None:
         lock_mismatch(good, text)
         assert time.monotonic() - started < 5
 
-    attempt("channels files and reports", SCHEME, check, 100, 6_000)
+    attempt("channels files and reports", SCHEME, check, 30, 6_000)
 
 
-@pytest.mark.parametrize("text", ["(" * 20_000, "#;" * 20_000, '"' * 20_001, "#|" * 5_000])
+@pytest.mark.parametrize("text", ["(" * 8_000, "#;" * 8_000, '"' * 8_001, "#|" * 2_000])
 def test_a_channels_file_that_is_deep_or_long_takes_no_time(text: str) -> None:
     started = time.monotonic()
     guix.channels(text)
     guix.is_literal(text)
     guix.unauthenticated(text)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 4
 
 
 JSON = st.recursive(
@@ -396,7 +397,7 @@ def test_any_labels_of_an_image(attempt: Attempt, tmp_path: Path) -> None:
     values = st.tuples(
         st.sampled_from(["base", "pull", "install"]), LABELS, st.booleans(), times | HOSTILE
     )
-    attempt("labels of images", values, check, 20, 2_500)
+    attempt("labels of images", values, check, 10, 2_500)
 
 
 def test_any_message_of_an_engine_a_registry_or_a_builder(attempt: Attempt, tmp_path: Path) -> None:
@@ -421,7 +422,7 @@ def test_any_message_of_an_engine_a_registry_or_a_builder(attempt: Attempt, tmp_
         buildx.parse_builder(f"Name: a\nDriver: b\n\nNodes:\n{text}")
         picture(text, [])
 
-    attempt("messages", HOSTILE, check, 60, 5_000)
+    attempt("messages", HOSTILE, check, 20, 5_000)
 
 
 def test_what_is_printable_stays_as_it_is(attempt: Attempt) -> None:
@@ -431,7 +432,7 @@ def test_what_is_printable_stays_as_it_is(attempt: Attempt) -> None:
             assert printable(text) == text
         assert all(map(is_line, printable(text, "\n\t").replace("\t", " ").split("\n")))
 
-    attempt("texts for a terminal", HOSTILE, check, 60, 4_000)
+    attempt("texts for a terminal", HOSTILE, check, 20, 4_000)
 
 
 # --- Whole tasks ----------------------------------------------------------------------------
@@ -519,7 +520,7 @@ def test_any_task_with_any_arguments_and_settings(
     # A mount or a context of the whole machine would be read, as it was asked for.
     environs = environs.filter(lambda found: "/" not in found.get("MOUNTS", "").partition(":")[0])
     paths = st.dictionaries(st.sampled_from(PATHS), INSIDE.map("sub/{}".format), max_size=1)
-    attempt("tasks", st.tuples(ARGUMENTS, environs, paths), check, 40, 4_000)
+    attempt("tasks", st.tuples(ARGUMENTS, environs, paths), check, 12, 4_000)
 
 
 # --- Real shells ----------------------------------------------------------------------------
@@ -669,7 +670,7 @@ def test_no_text_becomes_an_instruction_of_a_dockerfile(attempt: Attempt, tmp_pa
         for name, each in meant.items():
             assert unescaped(target_of[name]) == each
 
-    attempt("Dockerfiles", st.tuples(HOSTILE, HOSTILE, HOSTILE), check, 30, 2_500)
+    attempt("Dockerfiles", st.tuples(HOSTILE, HOSTILE, HOSTILE), check, 10, 2_500)
 
 
 def unescaped(value: Any) -> Any:
@@ -792,7 +793,7 @@ def test_an_archive_of_an_engine_writes_nothing_beside_its_folder(
             assert Path(os.path.realpath(path)).is_relative_to(place)
         subprocess.run(["rm", "-rf", str(place)], check=True)
 
-    attempt("archives of engines", MEMBERS, check, 15, 1_000)
+    attempt("archives of engines", MEMBERS, check, 8, 1_000)
 
 
 def test_a_file_is_written_whole_or_not_at_all(
@@ -824,4 +825,4 @@ def test_a_file_is_written_whole_or_not_at_all(
         raise OSError(28, "No space left on device")
 
     faults = st.sampled_from(["", "content", "touch", "replace"])
-    attempt("files", st.tuples(names, st.binary(), st.binary(), faults), check, 30, 1_500)
+    attempt("files", st.tuples(names, st.binary(), st.binary(), faults), check, 15, 1_500)

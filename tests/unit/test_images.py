@@ -461,13 +461,10 @@ def test_the_table_has_every_input_of_every_stage(kept: Kept) -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.name)
-@hypothesis_settings(STEADY, max_examples=2)
-@given(text=st.text(min_size=1, max_size=8))
-def test_a_change_of_an_input_changes_the_key_and_is_named(
-    kept: Kept, change: Change, text: str
-) -> None:
+def test_a_change_of_an_input_changes_the_key_and_is_named(kept: Kept, change: Change) -> None:
     site = kept.restore()
-    change.make(site, text)
+    images = {stage: site.image(stage) for stage in STAGES}
+    change.make(site, "é 1")
     first = STAGES.index(change.stages[0])
     for number, (stage, state) in enumerate(site.states().items()):
         assert (state.key == kept.keys[stage]) == (number < first), stage
@@ -479,14 +476,7 @@ def test_a_change_of_an_input_changes_the_key_and_is_named(
         else:
             assert state.why is not None
             assert STAGES[number - 1] in state.why or change.is_said(state.why)
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.name)
-def test_the_inputs_of_the_stage_itself_change(kept: Kept, change: Change) -> None:
-    """A stage is not only stale by way of its parent, as the parent may come from elsewhere."""
-    site = kept.restore()
-    images = {stage: site.image(stage) for stage in STAGES}
-    change.make(site, "x")
+    # A stage is not only stale because of its parent, as the parent may come from elsewhere.
     lifecycle = site.lifecycle
     for stage, image in images.items():
         inputs = lifecycle._inputs(stage, image, ())

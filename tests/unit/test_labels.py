@@ -35,6 +35,11 @@ def git(directory: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.fixture(autouse=True)
+def no_repository() -> None:
+    """The repositories of these tests are real."""
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     git(tmp_path, "init", "--quiet")
@@ -45,7 +50,7 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_revision_and_where_its_source_is(checkout: Path) -> None:
+def test_labels_name_revision_and_source(checkout: Path) -> None:
     found = oci_annotations(checkout)
     assert found[REVISION] == git(checkout, "rev-parse", "HEAD")
     assert found[SOURCE] == "https://example.org/me/image"
@@ -53,13 +58,15 @@ def test_the_revision_and_where_its_source_is(checkout: Path) -> None:
     assert abs((datetime.now(timezone.utc) - made).total_seconds()) < 60
 
 
-def test_a_revision_that_was_changed_says_so(checkout: Path) -> None:
+def test_changed_revision_is_dirty(checkout: Path) -> None:
     git(checkout, "tag", "v1")
     (checkout / "file").write_text("two")
     assert oci_annotations(checkout)[REVISION] == f"{git(checkout, 'rev-parse', 'HEAD')}-dirty"
 
 
-def test_without_git_there_is_but_the_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_without_git_have_only_the_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert list(oci_annotations(tmp_path)) == [CREATED]
     monkeypatch.setenv("PATH", str(tmp_path))
     assert list(oci_annotations(tmp_path)) == [CREATED]
@@ -81,31 +88,31 @@ def test_without_git_there_is_but_the_date(tmp_path: Path, monkeypatch: pytest.M
         ("", ""),
     ],
 )
-def test_where_people_find_a_repository(remote: str, address: str) -> None:
+def test_web_address_of_a_remote_has_no_account(remote: str, address: str) -> None:
     assert web_address(remote) == address
 
 
-def test_each_stage_says_when_it_was_made_and_what_it_is_built_on(made: Site) -> None:
+def test_each_stage_is_labelled_with_its_date_and_base(made: Site) -> None:
     labels = [made.image(stage).labels for stage in ("base", "pull", "install")]
     base = str(made.settings().base_image)
     assert [each[BASE_NAME] for each in labels] == [base] * 3
     assert [CREATED in each for each in labels] == [True] * 3
 
 
-def test_the_digest_of_a_base_that_is_in_a_registry(site: Site) -> None:
+def test_base_in_a_registry_has_a_digest_label(site: Site) -> None:
     site.make("base")
     known = site.engine.remote_digest(str(site.settings().base_image))
     assert known
     assert site.image("base").labels[BASE_DIGEST] == known
 
 
-def test_a_base_that_is_in_none_has_no_digest(site: Site) -> None:
+def test_base_in_no_registry_has_no_digest_label(site: Site) -> None:
     settings = site.settings()
     inputs = {"BASE_IMAGE": f"{settings.base_image} {'a' * 64}"}  # of what is in it
     assert base_annotations(settings, inputs) == {BASE_NAME: str(settings.base_image)}
 
 
-def test_a_new_date_makes_nothing_new(made: Site) -> None:
+def test_new_date_makes_no_stage_stale(made: Site) -> None:
     """Or a pull of floating channels would make everything above it stale each day."""
     made.env["GUIX_CHANNELS_LOCK"] = ""
     before = made.image("pull").id

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,7 +14,7 @@ from invoke.exceptions import Exit, ParseError
 from invoke.program import Program
 from invoke.tasks import task
 
-from guix_tasks.cli.program import GroupedProgram, completion_script
+from guix_tasks.cli.program import GroupedProgram, completion_script, main
 from guix_tasks.cli.tasks import GROUPS, grouped
 from guix_tasks.tasks import ns
 
@@ -29,6 +30,27 @@ SUMMARY = 55  # what is left of a line of 80 columns beside the longest name
 @pytest.fixture(autouse=True)
 def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("invoke.program.pty_size", lambda: (WIDTH, 24))
+
+
+Call = Callable[..., tuple[object, str, str]]
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Call:
+    """``guix-tasks`` in a directory: its exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def call(*arguments: str) -> tuple[object, str, str]:
+        monkeypatch.setitem(sys.modules, "tasks", None)
+        monkeypatch.setattr(sys, "argv", ["guix-tasks", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code, *capsys.readouterr()
+
+    return call
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str, kind: type[Program]) -> str:
@@ -153,56 +175,48 @@ def test_what_cannot_be_meant_is_one_line(
     ],
 )
 def test_a_mistake_in_the_tasks_of_a_project_is_one_line(
-    tmp_path: Path, text: str, words: str
+    call: Call, tmp_path: Path, text: str, words: str
 ) -> None:
     (tmp_path / "tasks.py").write_text(text)
-    result = call(tmp_path, "status")
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: tasks.py: ")
-    assert result.stderr.count("\n") == 1
-    assert words in result.stderr
+    code, _, errors = call("status")
+    assert code == 2
+    assert errors.startswith("error: tasks.py: ")
+    assert errors.count("\n") == 1
+    assert words in errors
 
 
-def test_tasks_that_are_not_found_have_a_hint(tmp_path: Path) -> None:
+def test_missing_collection_has_a_hint(call: Call, tmp_path: Path) -> None:
     (tmp_path / "tasks.py").write_text("from guix_tasks.tasks import ns\n")
-    result = call(tmp_path, "--collection=nope", "status")
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    assert "`guix-tasks init`" in result.stderr
+    code, _, errors = call("--collection=nope", "status")
+    assert code == 2
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert "`guix-tasks init`" in errors
 
 
-def test_a_folder_without_tasks_has_these_and_a_hint(tmp_path: Path) -> None:
-    assert "Build an image" in call(tmp_path, "--list").stdout
+def test_directory_without_tasks_has_these_and_a_hint(call: Call, tmp_path: Path) -> None:
+    assert "Build an image" in call("--list")[1]
     hint = "note: this directory has no project; `guix-tasks init` creates one\n"
-    result = call(tmp_path, "pull", "--quiet", "--verbose")
-    assert result.returncode == 2
-    assert hint in result.stderr
+    code, _, errors = call("pull", "--quiet", "--verbose")
+    assert code == 2
+    assert hint in errors
     (tmp_path / ".env").touch()
-    assert hint not in call(tmp_path, "pull", "--quiet", "--verbose").stderr
+    assert hint not in call("pull", "--quiet", "--verbose")[2]
 
 
-def test_a_reader_that_has_gone_is_no_error(tmp_path: Path) -> None:
+def test_closed_pipe_is_no_error(tmp_path: Path) -> None:
     """As ``head`` does, which ends after its lines."""
     reader, writer = os.pipe()
     os.close(reader)
     try:
-        result = call(tmp_path, "--list", stdout=writer)
+        result = subprocess.run(
+            [sys.executable, "-m", "guix_tasks", "--list"],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60, check=False,
+        )  # fmt: skip
     finally:
         os.close(writer)
     assert (result.returncode, result.stderr) == (141, "")
-
-
-def call(
-    directory: Path, *arguments: str, stdout: int = subprocess.PIPE
-) -> subprocess.CompletedProcess[str]:
-    """``guix-tasks`` in a directory, as a process of its own."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    argv = [sys.executable, "-m", "guix_tasks", *arguments]
-    return subprocess.run(
-        argv, cwd=directory, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60,
-        check=False,
-    )  # fmt: skip
 
 
 def test_the_help_shows_which_options_take_a_value(capsys: pytest.CaptureFixture[str]) -> None:

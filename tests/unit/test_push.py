@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import BASE_IMAGE, COMMITS, IMAGE, FakeEngine, Heard, Site, heard
+from fake_engine import BASE_IMAGE, COMMITS, IMAGE, FakeEngine, Heard, Site, heard, outline
 
 from guix_tasks.commands import commit, rollback, run
 from guix_tasks.commands.push import push, require_image
@@ -240,10 +240,12 @@ def test_an_image_that_was_rolled_back_to_is_pushed_as_it_is(made: Site) -> None
     assert made.image(PREVIOUS).id == made.image("install").id
 
 
-def test_a_registry_that_refuses_is_an_error_and_no_digest(made: Site) -> None:
+def test_refusal_of_a_registry_is_an_error_and_changes_no_tag(made: Site) -> None:
     made.engine.registry.refusal = "denied"
+    before = outline(made.engine)
     with pytest.raises(RegistryError, match="denied"):
         made.push()
+    assert outline(made.engine) == before
 
 
 def test_the_credentials_are_those_of_the_settings(made: Site) -> None:

@@ -94,6 +94,12 @@ def test_the_image_of_a_stage_can_be_used(made: Site) -> None:
     assert made.engine.specs[-1].image == made.image("install").id
 
 
+def test_missing_image_is_an_error(site: Site) -> None:
+    with pytest.raises(UsageError, match=f"{IMAGE} does not exist on this engine"):
+        run(site, "true")
+    assert site.engine.specs == []
+
+
 def test_with_keep_the_container_is_left(made: Site) -> None:
     _, said = run(made, "make", keep=True)
     assert "`inv commit` commits it as IMAGE" in said

@@ -363,7 +363,7 @@ def test_an_emulated_platform_is_one_line(inv: Inv) -> None:
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeBuildx:
     """A buildx on this machine, without a builder."""
     made = FakeBuildx(tmp_path / "buildx", answers={"resolved": LOCK.strip(), "pull": LOCK.strip()})
-    monkeypatch.setattr(buildx, "find_program", lambda *_: str(made.path))
+    monkeypatch.setattr(buildx, "find_program", lambda *_: made.path)
     return made
 
 
@@ -464,7 +464,7 @@ def test_without_buildx_setup_is_named(inv: Inv, task: str) -> None:
 
 def plugin_at(inv: Inv, fake: FakeBuildx) -> Path:
     """Let there be no buildx but the one that is installed; where that will be."""
-    content = fake.path.read_bytes()
+    content = b"a plugin"
     inv.site.write("plugin", content)
     inv.site.env.update(
         BUILDX_URL=f"file://{inv.site.directory}/plugin",
@@ -474,7 +474,7 @@ def plugin_at(inv: Inv, fake: FakeBuildx) -> Path:
     inv.monkeypatch.setenv("DOCKER_CONFIG", str(directory))
     target = directory / "cli-plugins" / "docker-buildx"
     inv.monkeypatch.setattr(
-        buildx, "find_program", lambda *_: str(target) if target.exists() else None
+        buildx, "find_program", lambda *_: fake.path if target.exists() else None
     )
     return target
 
@@ -762,15 +762,6 @@ def test_no_secret_is_shown_or_kept(inv: Inv, mode: tuple[str, ...]) -> None:
         assert {seen.password for seen in engine.registry.seen if seen} == {PASSWORD}
 
 
-def test_a_secret_is_not_shown_by_a_registry_that_refuses_it(inv: Inv) -> None:
-    inv.site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD=PASSWORD)
-    inv("install")
-    inv.site.engine.registry.refusal = "unauthorized"
-    done = inv("push")
-    assert done.code == 5
-    assert PASSWORD not in done.err + repr(inv.site.engine.calls)
-
-
 def test_an_engine_and_a_registry_that_repeat_a_secret_are_not_repeated(inv: Inv) -> None:
     inv.site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD=PASSWORD)
     inv("install")
@@ -780,6 +771,7 @@ def test_an_engine_and_a_registry_that_repeat_a_secret_are_not_repeated(inv: Inv
     done = inv("push")
     assert done.code == 5
     assert "unauthorized: *** of https://***@registry.test/token?token=***" in done.errors[0]
+    assert PASSWORD not in done.err + repr(inv.site.engine.calls)
 
 
 def test_settings_that_are_wrong_show_no_secret(inv: Inv) -> None:

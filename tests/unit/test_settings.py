@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import forget_contents
+from fake_engine import STEADY, forget_contents
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from guix_tasks.errors import SettingsError
@@ -236,17 +235,9 @@ def relative(value: Any, project: Path) -> Any:
 
 
 @pytest.mark.parametrize(("name", "text", "expected"), GOOD)
-def test_a_good_value_means_the_same_wherever_it_stands(
-    project: Path, name: str, text: str, expected: Any
-) -> None:
-    sources: list[tuple[str, dict[str, str], dict[str, str]]] = [
-        (f'{name}="{text}"\n', {}, {}),
-        ("", {name: text}, {}),
-        ("", {}, {name: text}),
-    ]
-    for file, environ, overrides in sources:
-        settings = load(project, BESIDE.get(name, "") + file, environ, overrides)
-        assert relative(getattr(settings, name.lower()), project) == expected
+def test_valid_value_is_parsed(project: Path, name: str, text: str, expected: Any) -> None:
+    settings = load(project, f'{BESIDE.get(name, "")}{name}="{text}"\n')
+    assert relative(getattr(settings, name.lower()), project) == expected
 
 
 def test_the_table_above_has_every_setting() -> None:
@@ -375,6 +366,7 @@ BAD = [
     ("STAGE_TIMEOUT", "1d", "is not a time"),
     ("CACHE_VOLUME", "-x", "is not a volume name"),
     ("CACHE_IMAGE", f"app@sha256:{HEX}", "has a digest, but a repository is required"),
+    ("CACHE_IMAGE", "team/Cache", "'team/Cache' has capital letters"),
     ("BUILDX_BUILDER", "", "is not a builder name"),
     ("BUILDX_BUILDER", "1x", "a letter first"),
     ("BUILDX_BUILDER", "--all", "a letter first"),
@@ -547,39 +539,51 @@ VALUES: dict[str, str | list[str]] = {
 }
 
 
-@pytest.mark.parametrize("name", VALUES)
-def test_later_wins(project: Path, name: str) -> None:
+def test_later_source_wins_for_every_setting(project: Path) -> None:
     cwd = project / "directory"
     for number in range(1, 6):
         (cwd / f"{number}.pub").touch()
         shutil.copy(AUTHORITY, cwd / f"{number}.pem")
-    pattern = VALUES[name]
-    texts = pattern if isinstance(pattern, list) else [pattern.format(n) for n in range(1, 6)]
-    texts = [text.replace("FILES", str(cwd)) for text in texts]
+
+    def texts(number: int) -> dict[str, str]:
+        """The values of one source."""
+        return {
+            name: (
+                pattern[number - 1] if isinstance(pattern, list) else pattern.format(number)
+            ).replace("FILES", str(cwd))
+            for name, pattern in VALUES.items()
+        }
+
+    def write(path: Path, number: int) -> None:
+        path.write_text("".join(f"{name}={text}\n" for name, text in texts(number).items()))
+
     environ: dict[str, str] = {}
     overrides: dict[str, str] = {}
 
-    def now() -> Any:
-        return getattr(load_settings(project, cwd, environ, overrides), name.lower())
+    def now() -> dict[str, Any]:
+        settings = load_settings(project, cwd, environ, overrides)
+        return {name: getattr(settings, name.lower()) for name in VALUES}
 
     seen = [now()]
-    (project / ".env").write_text(f"{BESIDE.get(name, '')}{name}={texts[0]}\n")
+    write(project / ".env", 1)
     seen.append(now())
-    (project / ".env.local").write_text(f"{name}={texts[1]}\n")
+    write(project / ".env.local", 2)
     seen.append(now())
-    (cwd / "named.env").write_text(f"{name}={texts[2]}\n")
+    write(cwd / "named.env", 3)
     assert now() == seen[-1]
     environ["ENV_FILE"] = "named.env"
     seen.append(now())
-    environ[name] = texts[3]
+    environ |= texts(4)
     seen.append(now())
-    overrides[name] = texts[4]
+    overrides |= texts(5)
     seen.append(now())
-    assert all(one != other for n, one in enumerate(seen) for other in seen[:n])
-    # An empty option, and an empty variable, are not there.
-    overrides[name] = ""
+    for name in VALUES:
+        values = [each[name] for each in seen]
+        assert all(one != other for n, one in enumerate(values) for other in values[:n]), name
+    # Empty options and variables do not count.
+    overrides |= dict.fromkeys(overrides, "")
     assert now() == seen[-2]
-    environ[name] = ""
+    environ |= dict.fromkeys(texts(4), "")
     assert now() == seen[-3]
 
 
@@ -988,42 +992,12 @@ assert not {{"invoke", "docker"}} & set(sys.modules)
 
 # --- Whatever is thrown at it ---------------------------------------------------------------
 
-_names = st.sampled_from([*DECLARATIONS])
-_pieces = st.sampled_from(
-    [*"=\"'\\#${}:/,;ax1-~é \n\r\0\ufeff\u2028\x1c", "\r\n", "${IMAGE}", "export "]
-)
-_files = st.binary(max_size=200) | (
-    st.lists(_names | _pieces, max_size=30).map("".join).map(str.encode)
-)
-_texts = st.text(max_size=30) | st.lists(_pieces, max_size=10).map("".join)
-_environs = st.dictionaries(_names | st.just("ENV_FILE"), _texts, max_size=6)
-_overrides = st.dictionaries(_names, _texts | st.lists(_texts, max_size=3), max_size=4)
-
-
-@hypothesis_settings(deadline=None)  # they read files
-@given(_files, _environs, _overrides)
-def test_anything_ends_in_settings_or_in_a_settings_error(
-    tmp_path_factory: pytest.TempPathFactory,
-    file: bytes,
-    environ: dict[str, str],
-    overrides: dict[str, str | list[str]],
-) -> None:
-    directory = tmp_path_factory.getbasetemp()
-    (directory / ".env").write_bytes(file)
-    lines: Sequence[str]
-    try:
-        lines = load_settings(directory, directory, environ, overrides).notes
-    except SettingsError as error:
-        lines = str(error).split("\n")
-    assert all(line and line.isprintable() for line in lines)
-
-
 _blocks = st.sampled_from(
     ["", "\n", "# comment", "  ", "A{}=1", "B{}='x\ny'", 'C{}="x\n\n#\n"', "D{}=x # y", "\t\x0c"]
 )
 
 
-@hypothesis_settings(deadline=None)
+@STEADY
 @given(st.lists(_blocks), st.sampled_from(["\n", "\r\n", "\r"]))
 def test_the_line_is_right_after_anything(
     tmp_path_factory: pytest.TempPathFactory, blocks: list[str], newline: str

@@ -6,8 +6,6 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 
 WORDS = re.compile(
@@ -28,22 +26,24 @@ def sources() -> list[Path]:
     return [each for each in (*code, *pages) if each.suffix in kinds and "/out/" not in str(each)]
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_text_has_no_word_of_the_list(path: Path) -> None:
-    lines = enumerate(path.read_text().splitlines(), 1)
+def test_text_has_no_word_of_the_list() -> None:
     found = [
-        f"{path.relative_to(ROOT)}:{n}: {m[0]}" for n, line in lines if (m := WORDS.search(line))
+        f"{path.relative_to(ROOT)}:{number}: {match[0]}"
+        for path in sources()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if (match := WORDS.search(line))
     ]
     assert found == []
 
 
-@pytest.mark.parametrize(
-    "path",
-    [each for each in sources() if each.suffix == ".py"],
-    ids=lambda p: str(p.relative_to(ROOT)),
-)
-def test_docstrings_begin_with_a_noun_or_a_verb(path: Path) -> None:
+def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
     kinds = (ast.FunctionDef, ast.ClassDef, ast.Module)
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
-    texts = [text for node in nodes if (text := ast.get_docstring(node))]
-    assert [text.splitlines()[0] for text in texts if text.split()[0] in FIRST_WORDS] == []
+    found = [
+        f"{path.relative_to(ROOT)}: {text.splitlines()[0]}"
+        for path in sources()
+        if path.suffix == ".py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, kinds) and (text := ast.get_docstring(node))
+        if text.split()[0] in FIRST_WORDS
+    ]
+    assert found == []
