@@ -50,7 +50,8 @@ def commit_image(
         **labels,
     }
     config = committed_config(like or parent, labels)
-    if not engine.is_dry and restore_ownership(engine, container):
+    # Reading a file of an assembled container would leave mount points in its layer.
+    if start is None and not engine.is_dry and restore_ownership(engine, container):
         # If the image has no user, root, a commit takes that of the container.
         config["User"] = config.get("User") or "root"
 

@@ -173,7 +173,8 @@ def work_container(engine: Engine, settings: Settings, image: str, work: Work) -
     try:
         with _uninterrupted():
             container = engine.create(spec)
-        fill(engine, settings, container, work)
+        if work.files or not work.plain:
+            fill(engine, settings, container, work)
         yield container
         if not work.keep:
             with _uninterrupted():
@@ -524,6 +525,7 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         # A daemon with privileges runs as root, but an image can name another user.
         user=privileges.user or ("root" if config.get("User") else None),
         tty=work.tty,
+        init=not work.plain,
         no_healthcheck=bool(config.get("Healthcheck")),
         platform=str(settings.platform) if settings.platform else None,
     )

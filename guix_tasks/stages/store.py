@@ -121,7 +121,16 @@ def seed_store(project: Project, volume: str, image: Image) -> None:
     Raise ``StageError`` if that fails, for example for lack of space.
     """
     engine, settings = project.engine, project.settings
-    work = _work("seed", volume, ("seed.sh", "seed.scm"))
+    files = {name: (RESOURCES / name).read_bytes() for name in ("seed.sh", "seed.scm")}
+    work = Work(
+        "seed",
+        (f"{WORK_DIRECTORY}/seed.sh", _MOUNT),
+        files,
+        entry_point=("sh",),
+        bare=True,
+        plain=True,
+        binds=(f"{volume}:{_MOUNT}",),
+    )
     project.console.detail(f"store: copying what {volume} lacks from {image.id}")
     with work_container(engine, settings, image.id, work) as container:
         rootless = settings.guix_sandbox is Sandbox.ROOTLESS and not engine.is_dry
@@ -155,8 +164,8 @@ def assemble(
     base = project.ledger.find("base") or parent
     for start in starts:
         used = 0 if start is starts[-1] else _bytes_above(project, start, base)
-        arguments = (result, labels[GUIX_KEY_LABEL], str(used), *STATE)
-        work = _work("assemble", volume, ("assemble.sh",), *arguments)
+        arguments = (_MOUNT, result, labels[GUIX_KEY_LABEL], str(used), *STATE)
+        work = _script_work("assemble.sh", *arguments, binds=(f"{volume}:{_MOUNT}",))
         with work_container(engine, settings, start.id, work) as container:
             status, log = _run(project, container)
             if status == _TOO_MUCH_WASTE:
@@ -193,15 +202,7 @@ def guix_state(project: Project, image: Image) -> tuple[str, str]:
 
     Both are empty in a dry run and if the image cannot run a shell script.
     """
-    script = "guix-state.sh"
-    work = Work(
-        "state",
-        (f"{WORK_DIRECTORY}/{script}",),
-        {script: (RESOURCES / script).read_bytes()},
-        entry_point=("sh",),
-        bare=True,
-        plain=True,
-    )
+    work = _script_work("guix-state.sh")
     with work_container(project.engine, project.settings, image.id, work) as container:
         status, log = _run(project, container)
     digests = re.findall(r"^[0-9a-f]{64}$", log, re.MULTILINE)
@@ -216,16 +217,20 @@ def _bytes_above(project: Project, image: Image, base: Image) -> int:
     return sum(layer.size for layer in layers[len(base.layers) :])
 
 
-def _work(name: str, volume: str, scripts: Sequence[str], *arguments: str) -> Work:
-    """Return a script for a container that has the volume next to the image's own store."""
+def _script_work(script: str, *arguments: str, binds: tuple[str, ...] = ()) -> Work:
+    """Return a work that runs one of ``resources`` with the files of an image and ``binds``.
+
+    The script is on the command line: a copy of it would leave mount points in the image.
+    """
+    text = (RESOURCES / script).read_text()
     return Work(
-        name,
-        (f"{WORK_DIRECTORY}/{scripts[0]}", _MOUNT, *arguments),
-        {script: (RESOURCES / script).read_bytes() for script in scripts},
+        script.partition(".")[0],
+        ("-c", text, script, *arguments),
+        {},
         entry_point=("sh",),
         bare=True,
         plain=True,
-        binds=(f"{volume}:{_MOUNT}",),
+        binds=binds,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
@@ -14,6 +13,8 @@ from harness import LOCK
 from guix_tasks.stages.images import KEY_LABEL
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from conftest import NewProject
     from harness import Docker, Project, Workshop
 

@@ -20,8 +20,8 @@ STAGES = ("base", "pull", "install")
 PACKAGES = ("greet", "hello", "tar", "gzip")
 
 LISTING = (
-    "find / -xdev ! -path '/proc*' ! -path '/dev*' ! -path '/sys*' ! -path /etc/resolv.conf "
-    "! -path /etc/hosts ! -path /etc/hostname ! -path /etc -printf '%p %m %U:%G %s %T@ %l\n' "
+    "find / -mindepth 1 -xdev ! -path '/proc*' ! -path '/dev*' ! -path '/sys*' ! -path /etc/resolv.conf "
+    "! -path /etc/hosts ! -path /etc/hostname ! -path /etc ! -path '/etc/guix' -printf '%p %m %U:%G %s %T@ %l\n' "
     "| sort"
 )
 
@@ -37,7 +37,7 @@ def files(docker: Docker, image: str) -> list[str]:
 
 
 def ran_guix(result: Result) -> bool:
-    return "container" in result.stderr
+    return "guix package" in result.stderr
 
 
 @pytest.mark.both_stores
@@ -175,7 +175,6 @@ def test_without_a_cache_volume_images_have_the_same_packages(
         project.ok("pull", "install")
         packages.append(docker.run(project.image, "guix", "package", "--list-installed").stdout)
     assert packages[0] == packages[1]
-    assert cold.volumes() == []
 
 
 def test_clean_removes_the_volume(project: Project) -> None:

@@ -164,8 +164,8 @@ def _seed(_container: FakeContainer) -> Output:
 
 
 def _assemble(container: FakeContainer) -> Output:
-    """Play ``assemble.sh VOLUME RESULT KEY ...``."""
-    result, key = container.argv[2:4]
+    """Play ``sh -c SCRIPT assemble.sh VOLUME RESULT KEY ...``."""
+    result, key = container.argv[4:6]
     if result in container.results:
         for path, content in container.results[result].items():
             container.write(path, (content or b"").decode())
@@ -173,7 +173,6 @@ def _assemble(container: FakeContainer) -> Output:
             container.results[key] = container.results.pop(result)
     else:
         container.status = 113
-    container.forget("/var/guix/guix-tasks")
     return iter(())
 
 
@@ -569,7 +568,7 @@ class FakeEngine:
     def run(self, container: str) -> Output:
         box = self._container(container)
         box.running = True
-        program = box.argv[0] if box.argv else ""
+        program = "".join(box.argv[2:3] if box.argv[:1] == ("-c",) else box.argv[:1])
         records_result = "record.sh" in box.text(program)
         yield from STORE_SCRIPTS.get(program.rpartition("/")[2], self.behaviour)(box)
         if records_result and not box.status:

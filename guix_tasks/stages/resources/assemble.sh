@@ -50,7 +50,6 @@ rm -f /var/guix/db/db.sqlite*
 cp "$result/db/"* /var/guix/db/
 chmod 644 /var/guix/db/db.sqlite /var/guix/db/schema
 chown 0:0 /var/guix /var/guix/db /var/guix/db/db.sqlite /var/guix/db/schema
-rm -rf /var/guix/guix-tasks
 for path; do
     parent=${path%/*}
     rm -rf "$path"
@@ -74,4 +73,9 @@ if [ -n "$key" ] && [ "$result" != "$results/$key" ]; then
     ls -t "$results" | tail -n +9 | while read -r old; do rm -rf "${results:?}/$old"; done
 fi
 
+# A daemon without root has a directory for profiles of its own.
+for path in /var/guix/profiles/per-user/*; do
+    [ "${path##*/}" = root ] || rmdir "$path" 2>/dev/null || :
+done
+if [ -d /var/guix/profiles/per-user ]; then touch -d @1 /var/guix/profiles/per-user; fi
 touch -d @1 /gnu /gnu/store /var/guix/db/db.sqlite /var/guix/db/schema /var/guix/db /var/guix /var
