@@ -287,7 +287,6 @@ class Rig:
     registry: LocalRegistry
     directory: Path
     network: int | None
-    """A process in the engine's network, if that is not the network of the tests."""
     waits: list[float] = field(default_factory=list)
     pause: float = 0
     """Seconds that a wait takes here."""
@@ -362,18 +361,22 @@ class Rig:
 
 
 @pytest.fixture
+def network(store: str, request: pytest.FixtureRequest) -> int | None:
+    """A process in the engine's network, if that is not the network of the tests."""
+    if store != OTHER_STORE:
+        return None
+    island: Island = request.getfixturevalue("other_store")
+    return island.holder
+
+
+@pytest.fixture
 def rig(
     engine: DockerEngine,
     registry: LocalRegistry,
-    store: str,
+    network: int | None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
 ) -> Iterator[Rig]:
-    network = None
-    if store == OTHER_STORE:
-        island: Island = request.getfixturevalue("other_store")
-        network = island.holder
     made = Rig(engine, registry, tmp_path, network)
     monkeypatch.setattr(retry, "time", SimpleNamespace(sleep=made.sleep))
     yield made
@@ -580,9 +583,11 @@ def test_a_fault_that_passes_is_told_and_survived(
         docker.ok("manifest", "inspect", "--insecure", held)
 
 
+@pytest.mark.both_stores
 def test_a_base_image_is_tried_again(
     new_project: NewProject,
     registry: LocalRegistry,
+    network: int | None,
     builder: dict[str, str],
     request: pytest.FixtureRequest,
 ) -> None:
@@ -594,7 +599,7 @@ def test_a_base_image_is_tried_again(
     for tag in base.tags():
         base.docker.ok("rmi", f"{base.repository}:{tag}")
     open_to_all = {"Authorization": basic(registry)}
-    with failing(registry, faults, headers=open_to_all) as address:
+    with failing(registry, faults, network, open_to_all) as address:
         # One when the base stage looks up the base image, the others when it is pulled.
         faults.times = 1 + RESENT["503"]
         reference = base.image.replace(f"localhost:{registry.port}", address)
