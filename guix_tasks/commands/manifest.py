@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks.buildkit.buildx import check_account_support, with_accounts
 from guix_tasks.engine.credentials import accounts_for
+from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import BuilderError, RegistryError, UsageError
 from guix_tasks.stages.push_records import load, records_directory
 
@@ -42,21 +43,27 @@ def join(project: Project, buildx: Buildx) -> str:
     accounts = accounts_for(project.engine, settings)
     check_account_support(buildx, accounts, image.registry)
     buildx = with_accounts(buildx, accounts)
-    try:
-        buildx.change(
-            "imagetools", "create", f"--builder={buildx.own}", "--progress=none",
-            *(f"--tag={reference}" for reference in settings.references), *sources,
-        )  # fmt: skip
-        if not buildx.perform:
-            return ""
-        output = buildx.ask(
-            "imagetools", "inspect", f"--builder={buildx.own}", "--format={{json .Manifest}}",
-            str(image),
-        )  # fmt: skip
-    except (BuilderError, RegistryError) as error:
-        raise RegistryError(
-            f"cannot join {image}: {error}; if an image is missing, push its platform again"
-        ) from None
+
+    def attempt() -> str:
+        try:
+            buildx.change(
+                "imagetools", "create", f"--builder={buildx.own}", "--progress=none",
+                *(f"--tag={reference}" for reference in settings.references), *sources,
+            )  # fmt: skip
+            return buildx.ask(
+                "imagetools", "inspect", f"--builder={buildx.own}", "--format={{json .Manifest}}",
+                str(image),
+            ) if buildx.perform else ""  # fmt: skip
+        except (BuilderError, RegistryError) as error:
+            failed = RegistryError(
+                f"cannot join {image}: {error}; if an image is missing, push its platform again"
+            )
+            failed.is_transient = error.is_transient
+            raise failed from None
+
+    output = retry_call(console, "the join", attempt)
+    if not buildx.perform:
+        return ""
     try:
         return str(json.loads(output)["digest"])
     except (ValueError, LookupError, TypeError):

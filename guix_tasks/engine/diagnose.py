@@ -126,6 +126,10 @@ SCANNER = "docker/buildkit-syft-scanner"
 
 NO_BASE = (
     "failed to resolve source metadata",
+    # The classic builder, if the engine has the containerd image store.
+    "failed to resolve reference",
+    "error from registry",
+    "httpReadSeeker",
     "pull access denied",
     "manifest unknown",
     "manifest for",
@@ -151,14 +155,19 @@ def failure(log: str, spec: BuildSpec | None = None) -> GuixTasksError:
             error = kind(f"{reason}; {hint}")
             error.is_transient = retry.is_transient(reason)
             return error
-    return build_error(spec, reason) if spec else BuilderError(f"{reason}{full_disk(reason)}")
+    if spec:
+        return build_error(spec, reason)
+    error = BuilderError(f"{reason}{full_disk(reason)}")
+    error.is_transient = retry.is_transient(reason)
+    return error
 
 
 def build_error(spec: BuildSpec, reason: str) -> BuilderError:
     """Return the error of a failed build, in one line, with a hint if one is known."""
     error = _build_error(spec, reason)
-    # A number in the output of a step, or in a Dockerfile, may look like an HTTP status.
-    error.is_transient = retry.is_transient(reason) and not _PERMANENT.search(reason)
+    # A number in the output of a step, in a Dockerfile or in a tag may look like an HTTP status.
+    text = reason.replace(spec.args.get("BASE_IMAGE", ""), "")
+    error.is_transient = retry.is_transient(text) and not _PERMANENT.search(text)
     return error
 
 
@@ -168,7 +177,8 @@ _PERMANENT = re.compile(
 
 
 _REQUEST = re.compile(
-    r'failed to resolve source metadata for \S+: (failed to do request: )?((Head|Get) "\S+": )?'
+    r"(unknown: )?failed to resolve (source metadata for|reference) \S+: "
+    r'(failed to do request: )?((Head|Get) "\S+": )?'
 )
 
 
@@ -191,7 +201,7 @@ def _build_error(spec: BuildSpec, reason: str) -> BuilderError:
         )
     if any(words in reason for words in NO_BASE):
         # The message repeats the reference and the URL up to three times.
-        short = _REQUEST.sub("", reason.removeprefix(f"{base}: "))
+        short = _REQUEST.sub("", reason.removeprefix(f"{base}: ")).removeprefix(f"{base}: ")
         return BuilderError(
             f"cannot get the base image {base}: {short}; set BASE_IMAGE to one that the engine has "
             "or can pull (`inv rootfs` builds one from Debian's packages)"

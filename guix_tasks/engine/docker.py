@@ -597,7 +597,8 @@ _REGISTRY_HINTS = {
     "the credentials are missing or refused: set DOCKER_USERNAME and DOCKER_PASSWORD for the "
     "registry of IMAGE, or run `docker login` for any registry, and check that the account may "
     "write to it": (
-        "no basic auth", "unauthorized", "authentication required", "denied",
+        "no basic auth", "unauthorized", "not authorized", "authentication required", "denied",
+        "forbidden",
     ),
     "no registry listens there: start it (`inv registry.up` for a local one), or fix the "
     "reference": ("connection refused",),
@@ -618,7 +619,12 @@ _REGISTRY_HINTS = {
 """Hints, with the words of the engine's messages to which they apply."""
 
 
+_QUERY = re.compile(r'(https?://[^\s"?]+)\?[^\s"]*?(?=:?(?:[\s"]|$))')
+"""A URL and its query, which may be long and have a signature that gives access to a blob."""
+
+
 def _registry_error(action: str, detail: str) -> RegistryError:
+    detail = _QUERY.sub(r"\1", detail)
     text = detail.lower()
     hints = (hint for hint, words in _REGISTRY_HINTS.items() if any(word in text for word in words))
     hint = next(hints, "")

@@ -29,11 +29,16 @@ LONGEST = 60.0
 
 _PASSING = re.compile(
     r"\b(429|50[0234])\b|too ?many ?requests|internal server error|bad gateway|"
+    # With the containerd image store, engines report the message in a registry's answer without
+    # its status and code (translateRegistryError in moby's daemon/containerd/registry_errors.go).
+    r"rate limit|rate exceeded|retry-after: |error from registry: (unknown (error|unknown)|"
+    r"unavailable)|"
     r"service unavailable|gateway time-?out|connection reset|broken pipe|unexpected eof|\bEOF\b|"
     r"i/o timeout|timed? ?out|(?<!like a )TLS handshake|temporary failure in name resolution|"
     r"connection was closed|use of closed network connection|"
     # The content was damaged on its way.
-    r"verification failed for digest|unexpected commit digest",
+    r"verification failed for digest|unexpected commit (digest|size)|"
+    r"digest (did not match|invalid)",
     re.IGNORECASE,
 )
 """Messages of engines, BuildKit and registries about transient failures.
@@ -42,9 +47,13 @@ _PASSING = re.compile(
 """
 
 
+_URL = re.compile(r'https?://[^\s"]+')
+
+
 def is_transient(text: str) -> bool:
     """Return True if a message reports a transient failure."""
-    return _PASSING.search(text) is not None
+    # A number in a URL, for example in a tag, is not an HTTP status.
+    return _PASSING.search(_URL.sub("", text)) is not None
 
 
 def retry_call(console: Console, what: str, call: Callable[[], T], tries: int = TRIES) -> T:

@@ -390,9 +390,18 @@ def programs_of_wheel(wheels: Path) -> Path:
 
 
 @pytest.fixture(params=["buildx", "classic"])
-def builder(request: pytest.FixtureRequest, engine_host: str) -> dict[str, str]:
+def builder(
+    request: pytest.FixtureRequest, registry: LocalRegistry, tmp_path: Path
+) -> dict[str, str]:
     """The environment in which the one or the other builder is found."""
-    return builder_environment(request.param)
+    environment = builder_environment(request.param)
+    if request.param == "classic":
+        # The registry alone: the private engine of the other image store has buildx.
+        data = tmp_path / "data"
+        (data / "guix-tasks").mkdir(parents=True)
+        (data / "guix-tasks" / "registry").symlink_to(registry.directory)
+        environment["XDG_DATA_HOME"] = str(data)
+    return environment
 
 
 @pytest.fixture(scope="session")

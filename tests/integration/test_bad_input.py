@@ -171,13 +171,14 @@ def test_a_dockerfile_with_a_mistake(new_project: NewProject, builder: dict[str,
 
 
 @pytest.mark.engine
+@pytest.mark.both_stores
 def test_a_base_image_that_is_nowhere(new_project: NewProject, builder: dict[str, str]) -> None:
     project = new_project("base")
     project.dockerfile(START)
     project.set(BASE_IMAGE=f"{project.repository}:nope")
     with project.unharmed():
         error = one_error(project.inv("base", env=builder), 6)
-    assert f"cannot get the base image {project.repository}:nope" in error
+    assert f"cannot get the base image {project.repository}:nope: " in error
     assert "BASE_IMAGE" in error
 
 

@@ -791,6 +791,36 @@ def test_why_a_base_image_is_out_of_reach_is_told_once_and_short() -> None:
     assert str(told).startswith(f"cannot get the base image a/b:1: {why}; set BASE_IMAGE")
 
 
+@pytest.mark.parametrize(
+    ("message", "short", "is_transient"),
+    [
+        ('failed to resolve reference "a:503": a:503: not found', "not found", False),
+        (
+            'failed to resolve reference "a:503": failed to do request: Head "http://a": dial: x',
+            "dial: x",
+            False,
+        ),
+        (
+            'unknown: failed to resolve reference "a:503": unexpected status: 502 Bad Gateway',
+            "unexpected status: 502 Bad Gateway",
+            True,
+        ),
+        (
+            "failed to copy: httpReadSeeker: failed open: unexpected status: 502 Bad Gateway",
+            "failed to copy: httpReadSeeker: failed open: unexpected status: 502 Bad Gateway",
+            True,
+        ),
+        ("error from registry: rate limit", "error from registry: rate limit", True),
+    ],
+)
+def test_messages_of_the_containerd_store_about_a_base_image(
+    message: str, short: str, is_transient: bool
+) -> None:
+    error = diagnose.build_error(spec(args={"BASE_IMAGE": "a:503"}), message)
+    assert str(error).startswith(f"cannot get the base image a:503: {short}; set BASE_IMAGE")
+    assert error.is_transient == is_transient
+
+
 def test_an_image_that_no_builder_can_be_handed_is_to_be_pushed() -> None:
     told = diagnose.failure("ERROR: unknown scheme oci-layout\n", spec(args={"BASE_IMAGE": "a:1"}))
     assert str(told).startswith("only the engine has a:1, and this builder cannot read an image")

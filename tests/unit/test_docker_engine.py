@@ -145,6 +145,33 @@ def test_image_store_is_recognised() -> None:
         assert engine.info().store == "containerd image store (overlayfs)"
 
 
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "denied: requested access to the resource is denied",
+        "error from registry: authentication required",
+        "error from registry: access to the requested resource is not authorized",
+        "unexpected status from PUT request to https://r.test/v2/c/manifests/1: 403 Forbidden",
+    ],
+)
+def test_refusals_of_both_stores_have_the_hint_for_accounts(refusal: str) -> None:
+    error = docker._registry_error("push r.test/c:1", refusal)
+    assert str(error).startswith(f"cannot push r.test/c:1: {refusal}; the credentials are missing")
+    assert not error.is_transient
+
+
+def test_queries_of_urls_are_not_shown() -> None:
+    upload = "https://r.test/v2/c/blobs/uploads/1"
+    for message in (
+        "unexpected status from PUT request to {}: 502 Bad Gateway",
+        'failed to do request: Put "{}": EOF',
+    ):
+        text = message.format(f"{upload}?_state=a&b=%3A")
+        error = docker._registry_error("push r.test/c:1", text)
+        assert str(error) == f"cannot push r.test/c:1: {message.format(upload)}"
+        assert error.is_transient
+
+
 @pytest.mark.parametrize("fault", ["connect: connection refused", "lookup r.test: no such host"])
 def test_a_registry_out_of_reach_may_be_that_of_any_setting(fault: str) -> None:
     """``CACHE_IMAGE``, a base image, what ``push`` was told: the engine knows the reference."""

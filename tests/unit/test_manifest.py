@@ -29,7 +29,9 @@ STUB = """#!/bin/sh
 printf '%s\\n' "$@" -- >>"$STUB/argv"
 printf '%s\n' "$DOCKER_AUTH_CONFIG" >>"$STUB/accounts"
 case $2 in
-  create) [ -f "$STUB/refusal" ] && { cat "$STUB/refusal" >&2; exit 1; } ;;
+  create)
+    [ -f "$STUB/refusal" ] && { cat "$STUB/refusal" >&2; exit 1; }
+    [ -f "$STUB/fault" ] && { cat "$STUB/fault" >&2; rm "$STUB/fault"; exit 1; } ;;
   inspect) cat "$STUB/answer" ;;
 esac
 exit 0
@@ -185,6 +187,20 @@ def test_it_comes_with_the_account_that_is_set(tmp_path: Path, stub: Buildx) -> 
     assert [json.loads(each) for each in shown if each] == 2 * [expected]
     assert "hunter2" not in (directory / "argv").read_text() + heard(made)
     assert (directory / "config" / "config.json").read_text() == "{}"
+
+
+def test_transient_failures_are_retried(
+    tmp_path: Path, stub: Buildx, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    site, made = project(tmp_path)
+    pushed(site, "linux/amd64")
+    fault = "unexpected status from PUT request to http://r/v2/a/manifests/1: 502 Bad Gateway"
+    (tmp_path / "stub" / "fault").write_text(f"ERROR: {fault}\n")
+    assert join(made, stub) == JOINED
+    assert len(waits) == 1
+    assert f"cannot join {NAME}:1: {fault}; " in heard(made)
 
 
 @pytest.mark.parametrize(

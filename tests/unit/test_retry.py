@@ -94,6 +94,20 @@ def test_no_wait_is_longer_than_a_minute(
         "filesystem layer verification failed for digest sha256:12",
         "image config verification failed for digest sha256:12",
         "502 Bad Gateway",
+        # The containerd image store, with and without the status of the registry's answer.
+        "unknown: unexpected status from PUT request to http://x/manifests/t: 504 Gateway Timeout",
+        "error from registry: You have reached your unauthenticated pull rate limit. https://x/y",
+        "error from registry: retry-after: 1.06ms, allowed: 44000/minute",
+        "error from registry: Rate exceeded",
+        "error from registry: toomanyrequests toomanyrequests",
+        "error from registry: unknown error - driver.Error",
+        "error from registry: unknown unknown",
+        "error from registry: unavailable unavailable",
+        "error from registry: provided digest did not match uploaded content",
+        "digest invalid: provided digest did not match uploaded content",
+        'failed commit on ref "config-sha256:1": commit failed: unexpected commit digest sha256:2',
+        'failed commit on ref "layer-sha256:1": unexpected commit size 3, expected 4',
+        "failed to copy: short read: expected 9 bytes but got 4: unexpected EOF",
     ],
 )
 def test_these_pass(text: str) -> None:
@@ -113,6 +127,14 @@ def test_these_pass(text: str) -> None:
         "403 Forbidden",
         "blob sha256:5000429500 is unknown to the registry",
         "no space left on device",
+        # The containerd image store.
+        'failed to resolve reference "x/a:t": x/a:t: not found',
+        "unknown: unexpected status from PUT request to http://x/v2/a/manifests/503: 403 Forbidden",
+        'failed to do request: Head "https://x/v2/429/manifests/500": connection refused',
+        "error from registry: requested access to the resource is denied",
+        "error from registry: unknown repository a",
+        "error from registry: blob unknown to registry",
+        "disk quota exceeded",
     ],
 )
 def test_these_do_not(text: str) -> None:
