@@ -40,6 +40,7 @@ class TracedEngine:
         self._images: dict[str, Image | None] = {}
         self._started: set[str] = set()
         self._specs: dict[str, ContainerSpec] = {}
+        self._volumes: dict[str, Mapping[str, str]] = {}
 
     def info(self) -> EngineInfo:
         return self._engine.info()
@@ -65,11 +66,14 @@ class TracedEngine:
         return self._engine.check_registry(reference, credentials)
 
     def volumes(self, labels: Mapping[str, str]) -> list[str]:
-        return self._engine.volumes(labels)
+        created = [name for name, own in self._volumes.items() if labels.items() <= own.items()]
+        return [*self._engine.volumes(labels), *created]
 
     def create_volume(self, name: str, labels: Mapping[str, str]) -> None:
         if self._shown("volume", "create", name):
             self._engine.create_volume(name, labels)
+        else:
+            self._volumes[name] = labels
 
     def remove_volume(self, name: str) -> None:
         if self._shown("volume", "rm", name):

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 COLLECT = RESOURCES / "collect.scm"
 """Script that deletes what a stage added to the store and does not need, before the commit."""
 
-RECORD = (RESOURCES / "record.sh", RESOURCES / "record.scm")
-"""Scripts that record in the warm store what a stage has made."""
+RECORD = tuple(RESOURCES / name for name in ("record.sh", "record.scm", "assemble.sh"))
+"""Scripts that record in the warm store what a stage has made, and assemble an image from it."""
 
 STATE = (
     "/var/guix/profiles", "/var/guix/gcroots", "/etc/guix", "/root/.config/guix",

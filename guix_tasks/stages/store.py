@@ -60,6 +60,8 @@ NEW_RESULT = "new"
 RESULT_DIRECTORY = f"{STORE_MOUNT}/guix-tasks/results/{NEW_RESULT}"
 """Directory of ``NEW_RESULT`` in a work container."""
 
+_RUN_IF_PRESENT = f'[ -f "$0" ] || exit {MISSING_ITEMS}; exec sh "$0" "$@"'
+
 _TOO_MUCH_WASTE = 114
 """Exit status of ``assemble.sh`` if deleted items would take too much of the image."""
 
@@ -164,8 +166,18 @@ def assemble(
     base = project.ledger.find("base") or parent
     for start in starts:
         used = 0 if start is starts[-1] else _bytes_above(project, start, base)
+        # A copied script would leave mount points in the layer.
+        script = f"{_MOUNT}/guix-tasks/results/{result}/assemble.sh"
         arguments = (_MOUNT, result, labels[GUIX_KEY_LABEL], str(used), *STATE)
-        work = _script_work("assemble.sh", *arguments, binds=(f"{volume}:{_MOUNT}",))
+        work = Work(
+            "assemble",
+            ("-c", _RUN_IF_PRESENT, script, *arguments),
+            {},
+            entry_point=("sh",),
+            bare=True,
+            plain=True,
+            binds=(f"{volume}:{_MOUNT}",),
+        )
         with work_container(engine, settings, start.id, work) as container:
             status, log = _run(project, container)
             if status == _TOO_MUCH_WASTE:
@@ -200,11 +212,23 @@ def reusable_start(project: Project, stage: Stage, parent: Image, current: Image
 def guix_state(project: Project, image: Image) -> tuple[str, str]:
     """Return digests of an image's Guix with all that it has installed, and of its trusted keys.
 
-    Both are empty in a dry run and if the image cannot run a shell script.
+    Both are empty if the image cannot run a shell script. A dry run assumes the keys of the current
+    base stage.
     """
-    work = _script_work("guix-state.sh")
+    script = "guix-state.sh"
+    work = Work(
+        "state",
+        (f"{WORK_DIRECTORY}/{script}",),
+        {script: (RESOURCES / script).read_bytes()},
+        entry_point=("sh",),
+        bare=True,
+        plain=True,
+    )
     with work_container(project.engine, project.settings, image.id, work) as container:
         status, log = _run(project, container)
+    if project.engine.is_dry:
+        current = project.ledger.find("base")
+        return "", current.labels.get(TRUST_LABEL, "") if current else ""
     digests = re.findall(r"^[0-9a-f]{64}$", log, re.MULTILINE)
     expected = ("state", "keys")
     if status or len(digests) != len(expected):
@@ -215,23 +239,6 @@ def guix_state(project: Project, image: Image) -> tuple[str, str]:
 def _bytes_above(project: Project, image: Image, base: Image) -> int:
     layers = project.engine.layers(image.id)
     return sum(layer.size for layer in layers[len(base.layers) :])
-
-
-def _script_work(script: str, *arguments: str, binds: tuple[str, ...] = ()) -> Work:
-    """Return a work that runs one of ``resources`` with the files of an image and ``binds``.
-
-    The script is on the command line: a copy of it would leave mount points in the image.
-    """
-    text = (RESOURCES / script).read_text()
-    return Work(
-        script.partition(".")[0],
-        ("-c", text, script, *arguments),
-        {},
-        entry_point=("sh",),
-        bare=True,
-        plain=True,
-        binds=binds,
-    )
 
 
 def _run(project: Project, container: str) -> tuple[int, str]:

@@ -1,14 +1,16 @@
 #!/bin/sh
 # Records in the store volume what a stage has made:  record.sh RESULT STATE...
 #
-# RESULT is a directory of the volume.  STATE are files and directories outside of the store that
-# belong to Guix, for example the profiles of root.
+# RESULT is a directory of the volume, which also gets the script that assembles an image from it.
+# STATE are files and directories outside of the store that belong to Guix, for example the
+# profiles of root.
 set -eu
 
 result=$1
 shift
 rm -rf "$result"
 mkdir -p "$result/state"
+cp "${0%/*}/assemble.sh" "$result/"
 guix repl -- "${0%/*}/record.scm" "$result"
 for path; do
     if [ -e "$path" ] || [ -L "$path" ]; then
