@@ -11,9 +11,11 @@ from guix_tasks.commands.push import require_image
 from guix_tasks.stages.container import Work, work_container
 from guix_tasks.stages.lifecycle import Lifecycle
 from guix_tasks.stages.runner import run_container
+from guix_tasks.stages.store import LIVE_LABEL, VOLUME_MOUNT, bytes_above, store_volumes
 from guix_tasks.ui.format import human_size
 
 if TYPE_CHECKING:
+    from guix_tasks.engine.api import Image
     from guix_tasks.stages.project import Project
 
 LARGEST = 15
@@ -46,18 +48,46 @@ def sizes(project: Project) -> list[Size]:
     for number, layer in enumerate(project.engine.layers(image.id), 1):
         command = " ".join(layer.made_by.split()).removeprefix("/bin/sh -c ") or "commit"
         parts.append(Size("layer", f"{number} {command[:60]}", layer.size))
-    return [*parts, *_store_items(project, image.id)]
+    return [*parts, *_live_and_waste(project, image), *_store_items(project, image.id)]
+
+
+def _live_and_waste(project: Project, image: Image) -> list[Size]:
+    """Return what an assembled image needs on its base, and what deleted items take."""
+    base, live = project.ledger.find("base"), image.labels.get(LIVE_LABEL, "")
+    if base is None or not live.isdecimal():
+        return []
+    waste = max(0, bytes_above(project, image, base) - int(live))
+    return [Size("store", "live", int(live)), Size("store", "waste", waste)]
 
 
 def _store_items(project: Project, image: str) -> list[Size]:
+    """Return the sizes of the volumes with warm stores and of the image's largest store items."""
+    volumes = dict(enumerate(store_volumes(project)))
     # GNU and BusyBox du both support -k, kibibytes on disk.
     measure = "du -sk /gnu/store/*-* 2>/dev/null | sort -rn | head -n " + str(LARGEST)
-    work = Work("sizes", ("-c", measure), {}, entry_point=("sh",), bare=True)
+    measure += f"; du -sk {VOLUME_MOUNT}/* 2>/dev/null"
+    work = Work(
+        "sizes",
+        ("-c", measure),
+        {},
+        entry_point=("sh",),
+        bare=True,
+        plain=True,
+        binds=tuple(f"{name}:{VOLUME_MOUNT}/{number}:ro" for number, name in volumes.items()),
+    )
     with work_container(project.engine, project.settings, image, work) as container:
         output = run_container(project, container, "sizes")
+    rows = re.findall(rf"^([0-9]{{1,15}})\t{VOLUME_MOUNT}/([0-9]{{1,3}})$", output, re.MULTILINE)
+    stores = [
+        Size("store", f"volume {volumes[int(number)]}", int(size) * 1024)
+        for size, number in rows
+        if int(number) in volumes
+    ]
     # The image may contain any program with the name of du.
     rows = re.findall(r"^([0-9]{1,15})\t(/gnu/store/.+)$", output, re.MULTILINE | re.ASCII)
-    return [Size("store item", path[PREFIX_LENGTH:], int(size) * 1024) for size, path in rows]
+    return stores + [
+        Size("store item", path[PREFIX_LENGTH:], int(size) * 1024) for size, path in rows
+    ]
 
 
 def size_rows(parts: list[Size]) -> list[tuple[str, str, str]]:
@@ -67,7 +97,7 @@ def size_rows(parts: list[Size]) -> list[tuple[str, str, str]]:
 ROW, LEFT, WIDTH, RIGHT, TOP = 22, 330, 420, 90, 44
 """Dimensions of the chart in pixels."""
 
-COLOURS = {"stage": "#3b6ea5", "layer": "#7a9e3f", "store item": "#c07f2a"}
+COLOURS = {"stage": "#3b6ea5", "layer": "#7a9e3f", "store": "#8a5a9e", "store item": "#c07f2a"}
 
 
 def picture(title: str, parts: list[Size]) -> str:

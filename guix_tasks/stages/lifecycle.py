@@ -21,6 +21,7 @@ from guix_tasks.stages.container import (
     check_native_platform,
     common_inputs,
     network,
+    platform_input,
     sweep,
     unstarted_container,
 )
@@ -319,7 +320,7 @@ class Lifecycle:
         parent = self.parent_image(name, options)
         if name == "install" and self._settings.guix_require_substitutes:
             require_substitutes(project, parent, options.packages)
-        replaced = self._ledger.find(name)
+        replaced = self._ledger.find(name) or self._take_newest_from_cache(name)
         image = run_stage(
             project,
             stage,
@@ -396,17 +397,49 @@ class Lifecycle:
         engine.untag(reference)
         return is_valid
 
-    def _push_to_cache(self, name: str, image: Image) -> None:
-        reference = self._cache_reference(name, key_of(image))
-        if reference is None:
-            return
-        self._project.engine.tag(image.id, reference)
+    def _take_newest_from_cache(self, name: str) -> Image | None:
+        """Take the newest image of a stage from ``CACHE_IMAGE``, to start from what it contains.
+
+        Its key is that of other inputs, so the stage is stale.
+        """
+        engine = self._project.engine
+        reference = self._newest_cache_reference(name)
+        if reference is None or not self._settings.cache_volume:
+            return None
         try:
-            push(self._project, reference)
-        except GuixTasksError as error:
-            self._project.console.warn(f"{name} was not pushed to CACHE_IMAGE: {error}")
-        finally:
-            self._project.engine.untag(reference)
+            pull(self._project, reference)
+        except GuixTasksError:
+            return None  # A missing image or an unreachable cache is not an error.
+        image = engine.image(reference)
+        if image and proven_stage(image) == name:
+            self._project.console.print(f"{name}: starts from {reference}")
+            engine.tag(image.id, self._ledger.tag(name))
+        else:
+            image = None
+        engine.untag(reference)
+        return image
+
+    def _push_to_cache(self, name: str, image: Image) -> None:
+        """Push a stage to ``CACHE_IMAGE``, by its key and as the newest image of the stage."""
+        engine, newest = self._project.engine, self._newest_cache_reference(name)
+        for reference in (self._cache_reference(name, key_of(image)), newest):
+            if reference is None:
+                return
+            engine.tag(image.id, reference)
+            try:
+                push(self._project, reference)
+            except GuixTasksError as error:
+                self._project.console.warn(f"{name} was not pushed to CACHE_IMAGE: {error}")
+                return
+            finally:
+                engine.untag(reference)
+
+    def _newest_cache_reference(self, name: str) -> str | None:
+        cache = self._settings.cache_image
+        if cache is None:
+            return None
+        platform = platform_input(self._project.engine, self._settings)["platform"]
+        return str(cache.with_tag(f"{name}-{platform.replace('/', '-')}"))
 
     def _drop_cache_tag(self, name: str, image: Image | None) -> None:
         """Remove the ``CACHE_IMAGE`` tag that a killed run left on an image."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import MissingItemsError, StageError
@@ -28,11 +29,12 @@ from guix_tasks.stages.images import (
 from guix_tasks.stages.runner import run_with_retries
 from guix_tasks.stages.stage import Stage, stage_files, warm_stage_files
 from guix_tasks.stages.store import (
-    NEW_RESULT,
-    RESULT_DIRECTORY,
+    LIVE_LABEL,
     assemble,
     create_store,
     guix_key,
+    new_result,
+    result_directory,
     reusable_start,
     seed_store,
     store_volume,
@@ -83,16 +85,15 @@ def run_stage(
             console.detail(pasteable(command))
         if warm:
             return _run_warm(project, stage, parent, current, step, force=force)
-        with _stage_container(project, stage, parent, keep=not commit, keep_failed=keep_failed) as (
-            container,
-            work,
-        ):
+        with _stage_container(
+            project, stage, parent, stage_files(stage), keep=not commit, keep_failed=keep_failed
+        ) as (container, work):
             report = _run_commands(project, stage, container, work)
             step.show_activity(lambda: "committing")
             if not commit:
                 console.print(f"{stage.name}: not committed; `inv commit` commits the container")
                 return None
-            labels = _labels(project, stage, parent, report)
+            labels = {**_labels(project, stage, parent, report), LIVE_LABEL: ""}
             if not force and current and _is_unchanged(project, current, parent, labels):
                 return None
             return commit_image(project, container, parent, project.ledger.tag(stage.name), labels)
@@ -114,12 +115,14 @@ def _run_warm(
         create_store(project, volume)
         for image in seeds:
             seed_store(project, volume, image)
+    result = new_result()
+    run = partial(_run_in_store, project, stage, parent, volume, result)
     try:
-        report, start = _run_in_store(project, stage, parent, volume, check_roots=True)
+        report, start = run(check_roots=True)
     except MissingItemsError:
         for image in seeds:
             seed_store(project, volume, image)
-        report, start = _run_in_store(project, stage, parent, volume, check_roots=False)
+        report, start = run(check_roots=False)
 
     step.show_activity(lambda: "assembling")
     try:
@@ -129,7 +132,7 @@ def _run_warm(
         starts = [start]
         if current and not force and reusable_start(project, stage, parent, current):
             starts.insert(0, current)
-        made = assemble(project, stage, parent, volume, labels, result=NEW_RESULT, starts=starts)
+        made = assemble(project, stage, parent, volume, labels, result=result, starts=starts)
     finally:
         if start is not parent:
             project.engine.drop(start.id)
@@ -142,19 +145,23 @@ def _run_warm(
 
 
 def _run_in_store(
-    project: Project, stage: Stage, parent: Image, volume: str, *, check_roots: bool
+    project: Project,
+    stage: Stage,
+    parent: Image,
+    volume: str,
+    result: str,
+    *,
+    check_roots: bool,
 ) -> tuple[str, Image]:
-    """Run a stage's commands with the warm store.
+    """Run a stage's commands with the warm store, and record what they made as ``result``.
 
     Return their report and the image to assemble on: ``parent``, or an untagged image with the
     files that the commands of a custom stage wrote outside of the store.
 
     Raise ``MissingItemsError`` if the volume lacks items of ``parent``.
     """
-    with _stage_container(project, stage, parent, store=volume, check_roots=check_roots) as (
-        container,
-        work,
-    ):
+    files = warm_stage_files(stage, result_directory(result), check_roots=check_roots)
+    with _stage_container(project, stage, parent, files, store=volume) as (container, work):
         report = _run_commands(project, stage, container, work)
         return report, commit_unnamed(project, container, parent) if stage.as_root else parent
 
@@ -222,18 +229,14 @@ def _stage_container(
     project: Project,
     stage: Stage,
     parent: Image,
+    files: Mapping[str, bytes],
     *,
     keep: bool = False,
     keep_failed: bool = False,
     store: str = "",
-    check_roots: bool = False,
 ) -> Iterator[tuple[str, Work]]:
     """Create the container of a stage, with access to its channels; yield its ID and its work."""
     engine, settings = project.engine, project.settings
-    if store:
-        files = warm_stage_files(stage, RESULT_DIRECTORY, check_roots=check_roots)
-    else:
-        files = stage_files(stage)
     with grant_access(engine, settings, stage.fetches) as access:
         work = Work(
             stage.name,

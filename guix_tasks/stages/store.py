@@ -11,12 +11,13 @@ The volume is a cache. If it is missing or lacks items of an image, ``seed_store
 that image. It contains, in addition to the directory ``store``:
 
 * ``guix-tasks/db``: the database of Guix's daemon;
-* ``guix-tasks/results/NAME``: results by the key of what Guix made; ``new`` is not assembled yet.
+* ``guix-tasks/results/NAME``: results by the key of what Guix made, and new results.
 """
 
 from __future__ import annotations
 
 import re
+import secrets
 from typing import TYPE_CHECKING
 
 from guix_tasks import guix
@@ -50,15 +51,9 @@ if TYPE_CHECKING:
     from guix_tasks.stages.project import Project
     from guix_tasks.stages.stage import Stage
 
-_MOUNT = "/dev/guix-tasks"
+VOLUME_MOUNT = "/dev/guix-tasks"
 """Directory of the volume in containers that assemble or seed. A mount below ``/dev`` leaves no
 directory in an image."""
-
-NEW_RESULT = "new"
-"""Name of the result of a stage that ran last."""
-
-RESULT_DIRECTORY = f"{STORE_MOUNT}/guix-tasks/results/{NEW_RESULT}"
-"""Directory of ``NEW_RESULT`` in a work container."""
 
 _RUN_IF_PRESENT = f'[ -f "$0" ] || exit {MISSING_ITEMS}; exec sh "$0" "$@"'
 
@@ -67,6 +62,9 @@ _TOO_MUCH_WASTE = 114
 
 _MAX_LAYERS = 10
 """Maximum number of layers on the base image before an image is assembled in one layer."""
+
+LIVE_LABEL = "org.guix-tasks.live"
+"""Bytes of an assembled image's store items that are not of the base image, unpacked."""
 
 TRUST_LABEL = "org.guix-tasks.trust"
 """Digest of the substitute keys that the base image trusts."""
@@ -113,6 +111,16 @@ def guix_key(stage: Stage, parent: Image, inputs: Mapping[str, str]) -> str:
     return stage_key(stage.name, below, inputs)
 
 
+def new_result() -> str:
+    """Return a name for a result, different from that of another process on the same volume."""
+    return f"new-{secrets.token_hex(4)}"
+
+
+def result_directory(result: str) -> str:
+    """Return the directory of a result in a work container."""
+    return f"{STORE_MOUNT}/guix-tasks/results/{result}"
+
+
 def create_store(project: Project, volume: str) -> None:
     project.engine.create_volume(volume, {PROJECT_LABEL: project_name(project.settings)})
 
@@ -126,12 +134,12 @@ def seed_store(project: Project, volume: str, image: Image) -> None:
     files = {name: (RESOURCES / name).read_bytes() for name in ("seed.sh", "seed.scm")}
     work = Work(
         "seed",
-        (f"{WORK_DIRECTORY}/seed.sh", _MOUNT),
+        (f"{WORK_DIRECTORY}/seed.sh", VOLUME_MOUNT),
         files,
         entry_point=("sh",),
         bare=True,
         plain=True,
-        binds=(f"{volume}:{_MOUNT}",),
+        binds=(f"{volume}:{VOLUME_MOUNT}",),
     )
     project.console.detail(f"store: copying what {volume} lacks from {image.id}")
     with work_container(engine, settings, image.id, work) as container:
@@ -165,10 +173,10 @@ def assemble(
     engine, settings = project.engine, project.settings
     base = project.ledger.find("base") or parent
     for start in starts:
-        used = 0 if start is starts[-1] else _bytes_above(project, start, base)
+        used = 0 if start is starts[-1] else bytes_above(project, start, base)
         # A copied script would leave mount points in the layer.
-        script = f"{_MOUNT}/guix-tasks/results/{result}/assemble.sh"
-        arguments = (_MOUNT, result, labels[GUIX_KEY_LABEL], str(used), *STATE)
+        script = f"{VOLUME_MOUNT}/guix-tasks/results/{result}/assemble.sh"
+        arguments = (VOLUME_MOUNT, result, labels[GUIX_KEY_LABEL], str(used), *STATE)
         work = Work(
             "assemble",
             ("-c", _RUN_IF_PRESENT, script, *arguments),
@@ -176,7 +184,7 @@ def assemble(
             entry_point=("sh",),
             bare=True,
             plain=True,
-            binds=(f"{volume}:{_MOUNT}",),
+            binds=(f"{volume}:{VOLUME_MOUNT}",),
         )
         with work_container(engine, settings, start.id, work) as container:
             status, log = _run(project, container)
@@ -190,6 +198,7 @@ def assemble(
                     f"{_last_line(log, status)}, and nothing was committed{full_disk(log)}"
                 )
             tag = project.ledger.tag(stage.name)
+            labels = {**labels, LIVE_LABEL: log.strip() if log.strip().isdecimal() else ""}
             return commit_image(project, container, parent, tag, labels, start=start)
     raise AssertionError
 
@@ -236,7 +245,8 @@ def guix_state(project: Project, image: Image) -> tuple[str, str]:
     return digests[0], digests[1]
 
 
-def _bytes_above(project: Project, image: Image, base: Image) -> int:
+def bytes_above(project: Project, image: Image, base: Image) -> int:
+    """Return the size of an image's layers on the base image, in bytes."""
     layers = project.engine.layers(image.id)
     return sum(layer.size for layer in layers[len(base.layers) :])
 

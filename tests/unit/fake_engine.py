@@ -140,10 +140,10 @@ class FakeContainer:
         if self.text(path) != content:
             self.changes[path] = content.encode()
 
-    def record_result(self) -> None:
+    def record_result(self, name: str) -> None:
         """Record what Guix made, as ``record.sh`` does."""
         files = {**self.lower, **self.changes}
-        self.results["new"] = {path: files[path] for path in (PROFILE, CHANNELS) if path in files}
+        self.results[name] = {path: files[path] for path in (PROFILE, CHANNELS) if path in files}
 
     def forget(self, directory: str) -> None:
         """Remove what was put below a directory, as the entry point does at its end."""
@@ -171,9 +171,9 @@ def _assemble(container: FakeContainer) -> Output:
             container.write(path, (content or b"").decode())
         if key:
             container.results[key] = container.results.pop(result)
+        yield False, b"1000\n"
     else:
         container.status = 113
-    return iter(())
 
 
 def _guix_state(container: FakeContainer) -> Output:
@@ -569,10 +569,10 @@ class FakeEngine:
         box = self._container(container)
         box.running = True
         program = "".join(box.argv[2:3] if box.argv[:1] == ("-c",) else box.argv[:1])
-        records_result = "record.sh" in box.text(program)
+        records_result = re.search(r"results/(new-\w+)", box.text(program))
         yield from STORE_SCRIPTS.get(program.rpartition("/")[2], self.behaviour)(box)
         if records_result and not box.status:
-            box.record_result()
+            box.record_result(records_result[1])
         box.running = False
 
     @_counted

@@ -410,6 +410,19 @@ def test_image_is_assembled_in_one_layer_if_there_are_many(made: Site) -> None:
     assert counts[counts.index(10) + 1] == len(made.image("pull").layers) - base + 1
 
 
+def test_stage_starts_from_the_newest_image_of_the_cache(site: Site, tmp_path: Path) -> None:
+    site.env["CACHE_IMAGE"] = "registry.test/cache"
+    site.make(*STAGES)
+    other = Site(tmp_path / "other", FakeEngine(site.engine.registry), **site.env)
+    other.lock.write_bytes(site.lock.read_bytes())
+    other.env["GUIX_PACKAGES"] = "hello tar"
+    text = other.make(*STAGES)
+    assert "install: starts from registry.test/cache:install-linux-amd64" in text
+    assert other.image("install").layers[:-1] == site.image("install").layers
+    assert packages(other.image("install")) == "certs@1.0 hello@1.0 tar@1.0"
+    assert not [tag for tag in other.engine.tags if tag.startswith("registry.test/cache")]
+
+
 def test_forced_stage_is_assembled_on_its_parent(made: Site) -> None:
     made.make("install", force=True)
     assert made.image("install").layers[:-1] == made.image("pull").layers

@@ -2,10 +2,12 @@
 # Makes Guix's store and state of this container equal to a result on the store volume:
 #   assemble.sh VOLUME RESULT KEY LIMIT STATE...
 #
-# Nothing of Guix runs here.  KEY is the name that the result gets, if it is not empty.  LIMIT is the size in bytes of the layers that this container already
-# has on the base image; 0 means that no waste is possible.  STATE are the files and directories
-# outside of the store that a result contains.  All times are fixed, so that the same result gives
-# the same layer.
+# Nothing of Guix runs here.  KEY is the name that the result gets, if it is not empty.  LIMIT is
+# the size in bytes of the layers that this container already has on the base image; 0 means that
+# no waste is possible.  STATE are the files and directories outside of the store that a result
+# contains.  All times are fixed, so that the same result gives the same layer.
+#
+# It prints the size in bytes of the store items that the base image does not have.
 #
 # Exit status: 113 if the volume lacks the result or an item of it, 114 if too much of the layers
 # would be waste.
@@ -14,7 +16,7 @@ export LC_ALL=C
 
 volume=$1 results=$1/guix-tasks/results result=$1/guix-tasks/results/$2 key=$3 limit=$4
 shift 4
-scratch=/dev/shm/guix-tasks-assemble
+scratch=/dev/shm/guix-tasks-assemble live=/dev/shm/guix-tasks-assemble/size
 store=/gnu/store
 
 [ -f "$result/items" ] || exit 113
@@ -23,6 +25,7 @@ if [ "$limit" -gt 0 ] && [ "$((limit * 5))" -gt "$(($(cat "$result/size") * 6 + 
 fi
 
 mkdir -p "$scratch" "$store"
+cp "$result/size" "$live"
 sort "$result/items" >"$scratch/items"
 for item in "$store"/*; do
     if [ -e "$item" ] || [ -L "$item" ]; then echo "${item##*/}"; fi
@@ -79,3 +82,4 @@ for path in /var/guix/profiles/per-user/*; do
 done
 if [ -d /var/guix/profiles/per-user ]; then touch -d @1 /var/guix/profiles/per-user; fi
 touch -d @1 /gnu /gnu/store /var/guix/db/db.sqlite /var/guix/db/schema /var/guix/db /var/guix /var
+cat "$live"
