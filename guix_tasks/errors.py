@@ -80,6 +80,10 @@ class MissingItemsError(StageError):
     """The warm store lacks items of the image in whose container a command ran."""
 
 
+class DamagedStoreError(StageError):
+    """The database of the warm store is damaged."""
+
+
 class RegistryError(GuixTasksError):
     """A registry cannot be reached, or refused a push or a pull."""
 

@@ -284,7 +284,7 @@ class Settings:
 
     cache_volume: str | None = _setting(
         parsers.optional(parsers.volume),
-        "Prefix of the names of cache volumes; empty: caches stay in the image.",
+        "Prefix of the volumes with Guix's store and caches; empty: each stage starts cold.",
         default="guix-tasks-cache",
         section="Caches",
         example="guix-tasks-cache",

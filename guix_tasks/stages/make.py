@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from guix_tasks.errors import MissingItemsError, StageError
+from guix_tasks.errors import DamagedStoreError, MissingItemsError, StageError
 from guix_tasks.stages.channel_access import grant_access
 from guix_tasks.stages.commit import commit_image, commit_unnamed
 from guix_tasks.stages.container import (
@@ -119,7 +119,13 @@ def _run_warm(
     run = partial(_run_in_store, project, stage, parent, volume, result)
     try:
         report, start = run(check_roots=True)
-    except MissingItemsError:
+    except (MissingItemsError, DamagedStoreError) as error:
+        if isinstance(error, DamagedStoreError):
+            project.console.print(
+                f"{stage.name}: the volume {volume} is damaged; creating it again"
+            )
+            project.engine.remove_volume(volume)
+            create_store(project, volume)
         for image in seeds:
             seed_store(project, volume, image)
         report, start = run(check_roots=False)

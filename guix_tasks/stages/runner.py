@@ -10,7 +10,13 @@ from typing import IO, TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.engine.retry import retry_call
-from guix_tasks.errors import EngineError, MissingItemsError, StageError, full_disk
+from guix_tasks.errors import (
+    DamagedStoreError,
+    EngineError,
+    MissingItemsError,
+    StageError,
+    full_disk,
+)
 from guix_tasks.guix.progress import Activity, BuildSteps, Noise
 from guix_tasks.stages.container import (
     Work,
@@ -38,6 +44,9 @@ STAGE_TRIES = 3
 
 _ERROR_LENGTH = 200
 """Maximum characters of an error of Guix in a message."""
+
+_DAMAGED = ("database disk image is malformed", "file is not a database")
+"""Messages of SQLite about a damaged database."""
 
 _METER_INTERVAL = 1.0
 """Seconds between two readings of a container's network traffic."""
@@ -67,7 +76,7 @@ def run_with_retries(project: Project, container: str, work: Work) -> str:
 
         try:
             return retry_call(project.console, work.name, attempt, tries=STAGE_TRIES)
-        except MissingItemsError:
+        except (MissingItemsError, DamagedStoreError):
             raise
         except StageError as error:
             failure = Failure(work.name, container, work.files["stage"], log)
@@ -198,7 +207,11 @@ def _command_error(project: Project, name: str, status: int, faults: LogFaults) 
         or (faults.network_failed and _proxy_fault(project))
         or ("see the output above for more" if message else "see the output above")
     )
-    kind = MissingItemsError if status == MISSING_ITEMS else StageError
+    kind = StageError
+    if status == MISSING_ITEMS:
+        kind = MissingItemsError
+    elif any(text in message for text in _DAMAGED):
+        kind = DamagedStoreError
     error = kind(
         f"{name}: {message or f'the command failed with exit status {status}'}, and nothing was "
         f"committed{full_disk(faults.tail) or f'; {hint}'}"

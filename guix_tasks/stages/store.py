@@ -148,9 +148,10 @@ def seed_store(project: Project, volume: str, image: Image) -> None:
         engine.copy_in(container, archive({"owner": str(owner).encode()}))
         status, log = _run(project, container)
     if status:
+        hint = full_disk(log) or f"; `docker volume rm {volume}` removes the volume"
         raise StageError(
             f"cannot copy the store of {image.id} to the volume {volume}: "
-            f"{_last_line(log, status)}; `inv clean` removes the volume"
+            f"{_last_line(log, status)}{hint}"
         )
 
 
