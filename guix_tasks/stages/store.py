@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import re
 import secrets
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from guix_tasks import guix
-from guix_tasks.errors import StageError, full_disk
+from guix_tasks.errors import EngineError, StageError, full_disk
 from guix_tasks.files import file_digest, text_digest
 from guix_tasks.settings.values import Sandbox
 from guix_tasks.stages.commit import commit_image
@@ -234,7 +235,12 @@ def guix_state(project: Project, image: Image) -> tuple[str, str]:
         bare=True,
         plain=True,
     )
-    with work_container(project.engine, project.settings, image.id, work) as container:
+    status, log = 1, ""
+    # An image without a shell can be pushed, but Guix cannot run in it.
+    with (
+        suppress(EngineError),
+        work_container(project.engine, project.settings, image.id, work) as container,
+    ):
         status, log = _run(project, container)
     if project.engine.is_dry:
         current = project.ledger.find("base")

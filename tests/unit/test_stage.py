@@ -53,6 +53,7 @@ from guix_tasks.stages.commit import commit_image
 from guix_tasks.stages.container import PROJECT_LABEL
 from guix_tasks.stages.images import (
     CHANNELS_LABEL,
+    GUIX_KEY_LABEL,
     IMAGE_LABEL,
     KEY_LABEL,
     LAYERS_LABEL,
@@ -378,6 +379,17 @@ def test_guix_runs_again_if_other_files_of_the_base_can_matter(made: Site, varia
     made.make(*STAGES)
     made.write("Dockerfile", "FROM y\n")
     assert made.ran(lambda: made.make(*STAGES)) == ["label", "pull", "install"]
+
+
+def test_base_without_a_shell_can_be_built(site: Site) -> None:
+    def fault(_number: int, name: str, _when: str) -> None:
+        if name == "run":
+            raise EngineError("the engine could not run a container: sh: not found")
+
+    site.engine.fault = fault
+    site.make("base")
+    assert site.image("base").labels[GUIX_KEY_LABEL] == ""
+    assert site.engine.all_containers == {}
 
 
 def test_guix_runs_again_without_a_cache_volume(made: Site) -> None:

@@ -128,6 +128,8 @@
                       (filter-map root-item (append-map symbolic-links
                                                         (filter file-exists? root-directories)))))
           (db        (sqlite-open (string-append source "/db.sqlite"))))
+     ;; The daemon locks the database while it closes it.
+     (execute db "pragma busy_timeout = 60000")
      (mkdir directory)
      (write-database db directory roots)
      (copy-file (string-append source "/schema") (string-append directory "/schema"))

@@ -49,6 +49,7 @@
           (schema    (string-append directory "/schema"))
           (is-new?   (not (file-exists? schema)))
           (db        (sqlite-open file)))
+     (sqlite-exec db "pragma busy_timeout = 60000")
      (sqlite-exec db (string-append "attach database '" image-database "' as image"))
      (when is-new?
        (when (null? (query db "select 1 from main.sqlite_master where name = 'ValidPaths'"))
