@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import re
 import secrets
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from guix_tasks import guix
@@ -235,13 +234,14 @@ def guix_state(project: Project, image: Image) -> tuple[str, str]:
         bare=True,
         plain=True,
     )
-    status, log = 1, ""
-    # An image without a shell can be pushed, but Guix cannot run in it.
-    with (
-        suppress(EngineError),
-        work_container(project.engine, project.settings, image.id, work) as container,
-    ):
-        status, log = _run(project, container)
+    try:
+        with work_container(project.engine, project.settings, image.id, work) as container:
+            status, log = _run(project, container)
+    except EngineError as error:
+        # An image without a shell can be pushed, but Guix cannot run in it.
+        if "executable file" not in str(error):
+            raise
+        return "", ""
     if project.engine.is_dry:
         current = project.ledger.find("base")
         return "", current.labels.get(TRUST_LABEL, "") if current else ""

@@ -384,7 +384,7 @@ def test_guix_runs_again_if_other_files_of_the_base_can_matter(made: Site, varia
 def test_base_without_a_shell_can_be_built(site: Site) -> None:
     def fault(_number: int, name: str, _when: str) -> None:
         if name == "run":
-            raise EngineError("the engine could not run a container: sh: not found")
+            raise EngineError("the engine could not run a container: executable file not found")
 
     site.engine.fault = fault
     site.make("base")
