@@ -51,8 +51,11 @@ class Goal:
     packages: tuple[str, ...]
     channels: str
     """A channels file in the material."""
-    dropped: str = ""
-    """The package that the last one of ``packages`` replaces."""
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    """Packages that the last change added and removed."""
+    base: str = ""
+    """Content of a file that the base image has in addition."""
 
 
 class Contestant(Protocol):
@@ -90,6 +93,12 @@ class Testbed:
             (self.docker, *arguments), env=self.direct, capture_output=True, text=True, check=False
         )
         return done.stdout if done.returncode == 0 else ""
+
+    def change_base(self, dockerfile: Path, content: str) -> None:
+        """Let a Dockerfile write a file, if there is content for it."""
+        lines = [line for line in dockerfile.read_text().splitlines() if "/srv/file" not in line]
+        more = [f"RUN echo {content} >/srv/file"] if content else []
+        dockerfile.write_text("\n".join([*lines, *more]) + "\n")
 
     def dockerfile(self, name: str) -> Path:
         """Return the project's Dockerfile in words that no builder has in its cache."""
@@ -280,10 +289,13 @@ class ShellLines:
 
     def command(self, scenario: str, goal: Goal) -> Command:
         # They know no way to leave a step out but by hand, on top of what is there.
-        by_hand = scenario == "change"
-        packages = " ".join(goal.packages)
-        if by_hand:
-            packages = goal.packages[-1] + (f" --remove {goal.dropped}" if goal.dropped else "")
+        by_hand = scenario in ("added", "removed", "change")
+        added, removed = (goal.added, goal.removed) if by_hand else (goal.packages, ())
+        options = [
+            *(f"--install={each}" for each in added),
+            *(f"--remove={each}" for each in removed),
+        ]
+        self.bed.change_base(self._dockerfile, goal.base)
         environment = {
             **self.bed.environment,
             "IMAGE": self.registry.image,
@@ -292,7 +304,7 @@ class ShellLines:
             "CONTEXT": str(ROOT),
             "MATERIAL": str(self.bed.material),
             "CHANNELS": goal.channels,
-            "PACKAGES": packages,
+            "OPTIONS": " ".join(options),
             "WORK": self._work,
         }
         steps = ("install", "push") if by_hand else ("build", "pull", "install", "push")
@@ -350,7 +362,8 @@ class Inv:
             "GUIX_PACKAGES": " ".join(goal.packages),
         }
         self._settings.write_text("".join(f"{name}={v}\n" for name, v in settings.items()))
-        if scenario == "cold":
+        self.bed.change_base(self._dockerfile, goal.base)
+        if scenario in ("cold", "base"):
             return self._command("base", "pull", "install", "commit", "push")
         update = ("--update",) if scenario == "channel" else ()
         return self._command("pull", *update, "install", "push")

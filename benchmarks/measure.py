@@ -6,20 +6,17 @@ notes when each call begins and ends.  When containers start and end the engine'
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import re
 import socket
 import subprocess
-import tarfile
 import threading
 import time
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -255,44 +252,3 @@ def blobs(data: Path) -> dict[str, int]:
     """Return the blobs in a registry's directory, with their sizes."""
     found = (data / "docker/registry/v2/blobs").glob("sha256/*/*/data")
     return {f"sha256:{path.parent.name}": path.stat().st_size for path in found}
-
-
-def blob(data: Path, digest: str) -> Path:
-    kind, _, digits = digest.partition(":")
-    return data / "docker/registry/v2/blobs" / kind / digits[:2] / digits / "data"
-
-
-def pushed_layers(data: Path, repository: str, tag: str) -> list[tuple[str, int]]:
-    """Return the layers of an image in a registry's directory: digest and compressed size."""
-    link = data / "docker/registry/v2/repositories" / repository / f"_manifests/tags/{tag}"
-    manifest = json.loads(blob(data, (link / "current/link").read_text()).read_text())
-    if "manifests" in manifest:  # an index, which BuildKit makes in the containerd image store
-        manifest = json.loads(blob(data, manifest["manifests"][0]["digest"]).read_text())
-    return [(layer["digest"], layer["size"]) for layer in manifest["layers"]]
-
-
-def store_size(layer: Path) -> int:
-    """Return the compressed size of what a layer has of the store, and of its database."""
-    sink = _Counter()
-    with (
-        gzip.GzipFile(fileobj=cast("io.BytesIO", sink), mode="wb", compresslevel=6) as packed,
-        tarfile.open(fileobj=packed, mode="w") as subset,
-        tarfile.open(layer, "r|gz") as tar,
-    ):
-        for member in tar:
-            if member.name.startswith(("gnu/store/", "var/guix/db/")):
-                subset.addfile(member, tar.extractfile(member) if member.isreg() else None)
-    return sink.size
-
-
-class _Counter(io.RawIOBase):
-    """Takes bytes, keeps their number."""
-
-    size = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: bytes | memoryview) -> int:  # type: ignore[override]
-        self.size += len(data)
-        return len(data)

@@ -2,14 +2,19 @@
 
     python benchmarks/run.py [--rounds N] [--only SCENARIO] [--output docs/benchmarks]
 
-In every round each contestant goes through all scenarios, in turns: everything cold, nothing
-changed, one package added, new commits of the channels, a large package.  After the rounds come
-20 changes in a row, in each of which one package replaces another: they show how an image grows.
+The image has a package of 500 MB in 20,000 files.  In every round each contestant goes through all
+scenarios, in turns: everything cold, nothing changed, one package of 1 MB added, that package
+removed, new commits of the channels, a changed file of the base image.  For a package that is added
+or removed the shell lines are those that a person would run by hand for that change alone, on top
+of what is there; for all others they start from the beginning, because nothing else gives the same
+image.  After the rounds come 50 random changes of the packages on a small image: they show how an
+image grows, and what is pushed in all.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import signal
 import sys
 from contextlib import ExitStack, suppress
@@ -22,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from contestants import (
     NEW_CHANNELS,
     OLD_CHANNELS,
-    REPOSITORY,
     ROOT,
     Buildx,
     Contestant,
@@ -33,7 +37,7 @@ from contestants import (
     Testbed,
     testbed,
 )
-from measure import blob, blobs, pushed_layers, store_size
+from measure import blobs
 from report import Sample, verdicts, write
 
 from guix_tasks.errors import GuixTasksError
@@ -42,11 +46,13 @@ from guix_tasks.ui.console import Console
 if TYPE_CHECKING:
     from types import FrameType
 
-REPEATED = ("cold", "nothing", "package", "channel", "large")
+REPEATED = ("cold", "nothing", "added", "removed", "channel", "base")
 SCENARIOS = (*REPEATED, "growth")
-CHANGES = 20
-_PACKAGES = ("hello", "greet")
-_MORE = {"package": ("part-1",), "channel": ("part-1",), "large": ("large",)}
+CHANGES = 50
+SEED = 20261128
+_SMALL = ("hello", "greet")
+_PACKAGES = (*_SMALL, "large")
+_PART = "part-1"
 
 
 @dataclass
@@ -69,7 +75,13 @@ class Session:
                     continue
                 if scenario == "channel":
                     channels = NEW_CHANNELS
-                goal = Goal(_PACKAGES + _MORE.get(scenario, ()), channels)
+                goal = Goal(
+                    packages=(*_PACKAGES, *([_PART] if scenario == "added" else [])),
+                    channels=channels,
+                    added=(_PART,) if scenario == "added" else (),
+                    removed=(_PART,) if scenario == "removed" else (),
+                    base=scenario if scenario == "base" else "",
+                )
                 for contestant in order:
                     if scenario == "cold":
                         self._clear(contestant)
@@ -77,15 +89,28 @@ class Session:
                         self._run(contestant, scenario, number, goal, keep=scenario in scenarios)
 
     def growth(self) -> None:
-        """Change the image again and again, and make the last one at once."""
-        goal = Goal(_PACKAGES, OLD_CHANNELS)
+        """Change the packages at random again and again, and make the last image at once."""
+        chance = random.Random(SEED)  # noqa: S311 -- the same changes in each run
+        self.console.print(f"growth: seed {SEED}")
+        parts = [f"part-{number}" for number in range(1, 21)]
+        goal, installed = Goal(_SMALL, OLD_CHANNELS), set[str]()
         changing = [each for each in self.contestants if each.measures("change")]
         for contestant in changing:
             self._clear(contestant)
             self._run(contestant, "cold", 0, goal, keep=False)
         for number in range(1, CHANGES + 1):
-            dropped = f"part-{number - 1}" if number > 1 else ""
-            goal = Goal((*_PACKAGES, f"part-{number}"), OLD_CHANNELS, dropped)
+            removed = set(
+                chance.sample(sorted(installed), chance.randint(0, min(2, len(installed))))
+            )
+            missing = [part for part in parts if part not in installed]
+            added = set(chance.sample(missing, chance.randint(0 if removed else 1, 2)))
+            installed = (installed - removed) | added
+            goal = Goal(
+                packages=(*_SMALL, *sorted(installed)),
+                channels=OLD_CHANNELS,
+                added=tuple(sorted(added)),
+                removed=tuple(sorted(removed)),
+            )
             for contestant in changing:
                 self._run(contestant, "change", number, goal)
         for contestant in changing:
@@ -109,9 +134,7 @@ class Session:
         if image is None:
             raise RuntimeError(f"{contestant.name}: there is no {registry.image}")
         pushed = {name: size for name, size in blobs(registry.data).items() if name not in before}
-        digest, layer = pushed_layers(registry.data, REPOSITORY, "latest")[-1]
         measured = keep and contestant.measures(scenario)
-        store = measured and scenario == "package"
         sample = Sample(
             scenario=scenario,
             contestant=contestant.name,
@@ -120,8 +143,6 @@ class Session:
             pushed=sum(pushed.values()),
             size=image.size,
             layers=len(image.layers),
-            last_layer=layer,
-            last_layer_store=store_size(blob(registry.data, digest)) if store else None,
         )
         if measured:
             self.samples.append(sample)

@@ -5,7 +5,7 @@
 #   IMAGE, BASE_IMAGE, DOCKERFILE, CONTEXT   as for guix-tasks
 #   MATERIAL                                 a folder with channels and substitutes
 #   CHANNELS                                 a channels file in it
-#   PACKAGES                                 what to install
+#   OPTIONS                                  options of `guix package`
 #   WORK                                     a name for the containers
 set -euo pipefail
 
@@ -28,7 +28,7 @@ pull() {
 
 install() {
   # shellcheck disable=SC2086 # a list
-  in_container guix package --install $PACKAGES
+  in_container guix package $OPTIONS
 }
 
 push() {
