@@ -291,11 +291,9 @@ class ShellLines:
         # They know no way to leave a step out but by hand, on top of what is there.
         by_hand = scenario in ("added", "removed", "change")
         added, removed = (goal.added, goal.removed) if by_hand else (goal.packages, ())
-        options = [
-            *(f"--install={each}" for each in added),
-            *(f"--remove={each}" for each in removed),
-        ]
-        self.bed.change_base(self._dockerfile, goal.base)
+        options = [f"--install={package}" for package in added]
+        options += [f"--remove={package}" for package in removed]
+        self.bed.change_base(self._dockerfile, goal.base and f"{goal.base} shell")
         environment = {
             **self.bed.environment,
             "IMAGE": self.registry.image,
@@ -362,7 +360,7 @@ class Inv:
             "GUIX_PACKAGES": " ".join(goal.packages),
         }
         self._settings.write_text("".join(f"{name}={v}\n" for name, v in settings.items()))
-        self.bed.change_base(self._dockerfile, goal.base)
+        self.bed.change_base(self._dockerfile, goal.base and f"{goal.base} inv")
         if scenario in ("cold", "base"):
             return self._command("base", "pull", "install", "commit", "push")
         update = ("--update",) if scenario == "channel" else ()

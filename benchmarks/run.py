@@ -99,9 +99,8 @@ class Session:
             self._clear(contestant)
             self._run(contestant, "cold", 0, goal, keep=False)
         for number in range(1, CHANGES + 1):
-            removed = set(
-                chance.sample(sorted(installed), chance.randint(0, min(2, len(installed))))
-            )
+            most = min(2, len(installed))
+            removed = set(chance.sample(sorted(installed), chance.randint(0, most)))
             missing = [part for part in parts if part not in installed]
             added = set(chance.sample(missing, chance.randint(0 if removed else 1, 2)))
             installed = (installed - removed) | added
