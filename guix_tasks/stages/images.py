@@ -50,7 +50,7 @@ GUIX_KEY_LABEL = f"{_PREFIX}guix-key"
 """Key of what Guix made, which does not change with other files of the base image; empty if any
 file can matter."""
 ASSEMBLED_LABEL = f"{_PREFIX}assembled"
-"""``yes`` on an image that was assembled from the warm store, else empty."""
+"""``trust_digest`` of the warm store from which an image was assembled, or empty."""
 IMAGE_LABEL = f"{_PREFIX}image"
 """``IMAGE`` of the project that made the image."""
 CONTAINER_LABEL = f"{_PREFIX}project"

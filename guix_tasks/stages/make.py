@@ -33,12 +33,13 @@ from guix_tasks.stages.store import (
     assemble,
     create_store,
     guix_key,
+    is_reusable,
     new_result,
     result_directory,
-    reusable_start,
     seed_store,
     store_volume,
     store_volumes,
+    trust_digest,
 )
 from guix_tasks.stages.volumes import check_volumes
 from guix_tasks.ui.format import pasteable
@@ -109,8 +110,10 @@ def _run_warm(
     force: bool,
 ) -> Image | None:
     """Run a stage's commands with the warm store, and assemble its image from the result."""
-    volume = store_volume(project, stage, parent)
-    seeds = (parent, *([current] if current else []))
+    trust = trust_digest(project, stage, parent)
+    volume = store_volume(project, trust)
+    previous = current if current and current.labels.get(ASSEMBLED_LABEL) == trust else None
+    seeds = (parent, *([previous] if previous else []))
     if volume not in store_volumes(project):
         create_store(project, volume)
         for image in seeds:
@@ -132,12 +135,12 @@ def _run_warm(
 
     step.show_activity(lambda: "assembling")
     try:
-        labels = {**_labels(project, stage, parent, report), ASSEMBLED_LABEL: "yes"}
+        labels = {**_labels(project, stage, parent, report), ASSEMBLED_LABEL: trust}
         if not force and current and _is_unchanged(project, current, parent, labels):
             return None
         starts = [start]
-        if current and not force and reusable_start(project, stage, parent, current):
-            starts.insert(0, current)
+        if previous and not force and is_reusable(project, stage, parent, previous):
+            starts.insert(0, previous)
         made = assemble(project, stage, parent, volume, labels, result=result, starts=starts)
     finally:
         if start is not parent:
@@ -188,7 +191,7 @@ def _reassemble(project: Project, stage: Stage, parent: Image, current: Image) -
         **own,
         **reported,
         GUIX_KEY_LABEL: key,
-        ASSEMBLED_LABEL: "yes",
+        ASSEMBLED_LABEL: trust_digest(project, stage, parent),
     }
     with project.console.step(stage.name) as step:
         step.show_activity(lambda: "assembling")

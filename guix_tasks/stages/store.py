@@ -37,7 +37,7 @@ from guix_tasks.stages.container import (
     work_container,
 )
 from guix_tasks.stages.container import project as project_name
-from guix_tasks.stages.images import ASSEMBLED_LABEL, GUIX_KEY_LABEL, is_above, stage_key
+from guix_tasks.stages.images import GUIX_KEY_LABEL, is_above, stage_key
 from guix_tasks.stages.ownership import daemon_user
 from guix_tasks.stages.pull import is_authenticated
 from guix_tasks.stages.stage import MISSING_ITEMS, STATE
@@ -70,24 +70,30 @@ TRUST_LABEL = "org.guix-tasks.trust"
 """Digest of the substitute keys that the base image trusts."""
 
 
-def store_volume(project: Project, stage: Stage, parent: Image) -> str:
-    """Return the name of the volume for a stage on ``parent``; empty without ``CACHE_VOLUME``.
+def trust_digest(project: Project, stage: Stage, parent: Image) -> str:
+    """Return a digest of what Guix accepts into the store of a stage on ``parent``.
 
-    What Guix accepts into a store depends on the keys and channels that it trusts, so each set of
-    trust settings has a volume. A daemon without root has another one, because it has to own it.
+    That depends on the substitute keys and the channels that it trusts. Items that it accepted with
+    other settings must not reach an image.
     """
-    settings, prefix = project.settings, cache_prefix(project.settings)
-    if prefix is None:
-        return ""
+    settings = project.settings
     unauthenticated = any(guix.UNAUTHENTICATED in command for command in stage.commands)
-    identity = text_digest(
+    return text_digest(
         *platform_input(project.engine, settings).values(),
         *sorted(map(file_digest, settings.guix_substitute_keys)),
         parent.labels.get(TRUST_LABEL, ""),
         "unauthenticated" if unauthenticated or not is_authenticated(parent) else "",
-        Sandbox.ROOTLESS.value if settings.guix_sandbox is Sandbox.ROOTLESS else "",
     )
-    return f"{prefix}-store-{identity[:8]}"
+
+
+def store_volume(project: Project, trust: str) -> str:
+    """Return the name of the volume for a ``trust_digest``.
+
+    A daemon without root has another volume, because it has to own its store.
+    """
+    rootless = project.settings.guix_sandbox is Sandbox.ROOTLESS
+    suffix = f"-{Sandbox.ROOTLESS.value}" if rootless else ""
+    return f"{cache_prefix(project.settings)}-store-{trust[:8]}{suffix}"
 
 
 def store_volumes(project: Project) -> list[str]:
@@ -204,7 +210,7 @@ def assemble(
     raise AssertionError
 
 
-def reusable_start(project: Project, stage: Stage, parent: Image, current: Image) -> bool:
+def is_reusable(project: Project, stage: Stage, parent: Image, current: Image) -> bool:
     """Whether an image can be assembled on the current image of its stage.
 
     The layers below must be those of the base image. Files outside of Guix's directories must not
@@ -213,7 +219,6 @@ def reusable_start(project: Project, stage: Stage, parent: Image, current: Image
     base = project.ledger.find("base") or parent
     return (
         not stage.as_root
-        and bool(current.labels.get(ASSEMBLED_LABEL))
         and is_above(current, base)
         and len(current.layers) - len(base.layers) < _MAX_LAYERS
     )

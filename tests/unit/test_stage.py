@@ -435,6 +435,28 @@ def test_stage_starts_from_the_newest_image_of_the_cache(site: Site, tmp_path: P
     assert not [tag for tag in other.engine.tags if tag.startswith("registry.test/cache")]
 
 
+def test_items_that_other_keys_signed_do_not_reach_an_image(made: Site, tmp_path: Path) -> None:
+    """Neither from the layers of the previous image nor from its volume."""
+    made.make("pull", "install", force=True)
+    volumes = set(made.engine.stores)
+    key = tmp_path / "other.pub"
+    key.write_text("(public-key (ecc (curve Ed25519) (q #ABCD#)))")
+    made.env["GUIX_SUBSTITUTE_KEYS"] = str(key)
+    seeds = []
+    made.engine.fault = lambda _number, name, when: (
+        seeds.append(made.engine.calls[-1][1][0].image)
+        if (name, when) == ("create", "before") and "-seed-" in made.engine.calls[-1][1][0].name
+        else None
+    )
+    previous = {made.image(stage).id for stage in ("pull", "install")}
+    made.make("pull", "install")
+    assert len(made.engine.stores.keys() - volumes) == 1
+    assert seeds
+    assert not previous & set(seeds)
+    for parent, stage in (("base", "pull"), ("pull", "install")):
+        assert made.image(stage).layers[:-1] == made.image(parent).layers
+
+
 def test_forced_stage_is_assembled_on_its_parent(made: Site) -> None:
     made.make("install", force=True)
     assert made.image("install").layers[:-1] == made.image("pull").layers
