@@ -257,6 +257,27 @@ def guix_state(project: Project, image: Image) -> tuple[str, str]:
     return digests[0], digests[1]
 
 
+def check_store(project: Project, volume: str, image: Image) -> str:
+    """Return why the database of a volume is damaged, or an empty string.
+
+    ``image`` is one that has Guix.
+    """
+    names = ("check-store.sh", "check-store.scm")
+    work = Work(
+        "check-store",
+        (f"{WORK_DIRECTORY}/{names[0]}", VOLUME_MOUNT),
+        {name: (RESOURCES / name).read_bytes() for name in names},
+        entry_point=("sh",),
+        bare=True,
+        plain=True,
+        binds=(f"{volume}:{VOLUME_MOUNT}",),
+    )
+    with work_container(project.engine, project.settings, image.id, work) as container:
+        status, log = _run(project, container)
+    line = _last_line(log, status)
+    return "" if status == 0 and line == "ok" else line
+
+
 def bytes_above(project: Project, image: Image, base: Image) -> int:
     """Return the size of an image's layers on the base image, in bytes."""
     layers = project.engine.layers(image.id)

@@ -181,7 +181,16 @@ def _guix_state(container: FakeContainer) -> Output:
         yield False, f"{hashlib.sha256(text.encode()).hexdigest()}\n".encode()
 
 
-STORE_SCRIPTS = {"seed.sh": _seed, "assemble.sh": _assemble, "guix-state.sh": _guix_state}
+def _check_store(container: FakeContainer) -> Output:
+    yield False, b"malformed\n" if "damaged" in container.results else b"ok\n"
+
+
+STORE_SCRIPTS = {
+    "check-store.sh": _check_store,
+    "seed.sh": _seed,
+    "assemble.sh": _assemble,
+    "guix-state.sh": _guix_state,
+}
 """What the scripts of the warm store do, whatever the engine's behaviour is."""
 
 

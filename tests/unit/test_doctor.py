@@ -1059,3 +1059,25 @@ def test_no_secret_is_shown(inv: Inv, site: Site) -> None:
         assert done.code == 0
         assert PASSWORD not in done.out + done.err
         assert "some-user" not in done.out + done.err
+
+
+def test_warm_store_is_checked(made: Site) -> None:
+    (volume,) = made.engine.stores
+    assert [(found.state, found.message) for found in stores(made)] == [
+        ("ok", f"{volume}: the database is intact")
+    ]
+    made.engine.stores[volume]["damaged"] = {}
+    (found,) = stores(made)
+    assert found.state == "failed"
+    assert "malformed" in found.message
+    assert f"docker volume rm {volume}" in found.fix
+
+
+def test_warm_store_that_is_turned_off_is_a_note(made: Site) -> None:
+    made.env["CACHE_VOLUME"] = ""
+    (found,) = stores(made)
+    assert (found.state, found.fix) == ("note", "set CACHE_VOLUME")
+
+
+def stores(site: Site) -> list[Finding]:
+    return [found for name, found in examine_project(site.project(), None) if name == "store"]
