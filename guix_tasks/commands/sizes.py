@@ -65,7 +65,7 @@ def _store_items(project: Project, image: str) -> list[Size]:
     volumes = dict(enumerate(store_volumes(project)))
     # GNU and BusyBox du both support -k, kibibytes on disk.
     measure = "du -sk /gnu/store/*-* 2>/dev/null | sort -rn | head -n " + str(LARGEST)
-    measure += f"; du -sk {VOLUME_MOUNT}/* 2>/dev/null"
+    measure += f"; du -sk {VOLUME_MOUNT}/* 2>/dev/null || true"
     work = Work(
         "sizes",
         ("-c", measure),

@@ -516,7 +516,8 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
             *mounts,
             *(f"{name}:{target}" for name, target in volumes.items()),
             *work.binds,
-            *([f"{work.store}:{STORE_MOUNT}"] if work.store else []),
+            # An engine would otherwise copy the image's store to an empty volume.
+            *([f"{work.store}:{STORE_MOUNT}:nocopy"] if work.store else []),
         ),
         # Builds leave gigabytes there, which belong on disk and not in the image.
         scratch="/tmp" if volumes else None,  # noqa: S108 -- inside the container

@@ -111,7 +111,7 @@ def warm_stage_files(stage: Stage, result: str, *, check_roots: bool) -> dict[st
         stage.commands,
         stage.report,
         before=_CHECK_ROOTS if check_roots else (),
-        finish=shlex.join(("sh", f"{WORK_DIRECTORY}/record.sh", result, *STATE)),
+        finish=shlex.join(("sh", f"{WORK_DIRECTORY}/record.sh", result, stage.keep or "", *STATE)),
         start=stage.directory,
     )
     files = {path.name: path.read_bytes() for path in RECORD}

@@ -116,7 +116,7 @@ def test_a_terminal_shows_what_goes_on_and_keeps_a_line_a_stage(new_project: New
     assert watched.end() == 0
     # What takes less than the time from one picture to the next may be in none.
     assert watched.ever(rf"^{TURN} install: {TIME}, (building|listing) .* \([1-6] of 6\)")
-    assert watched.ever(rf"^{TURN} install: {TIME}, committing$")
+    assert watched.ever(rf"^{TURN} install: {TIME}, (committing|assembling)$")
     assert watched.ever(r"^  │ \+ guix package --install=hello --install=greet$")
     assert watched.ever(r"^  │ (?!\+ guix package )")
     # The first call of a machine says besides which sandbox it has chosen.

@@ -544,7 +544,7 @@ class FakeEngine:
             created=number,
         )
         for bind in spec.binds:
-            volume, _, target = bind.partition(":")
+            volume, target = bind.split(":")[:2]
             if target in (STORE_MOUNT, "/dev/guix-tasks"):
                 box.results = self.stores.setdefault(volume, {})
         if not {word.rpartition("/")[2] for word in spec.command} & STORE_SCRIPTS.keys():

@@ -1,4 +1,7 @@
-;; Records in the store volume what the roots of this container need:  record.scm RESULT
+;; Records in the store volume what the roots of this container need:  record.scm RESULT [PROFILE]
+;;
+;; With PROFILE, what building such a profile takes gets roots: the next stage, also one on another
+;; machine, would fetch or build all of it again.
 ;;
 ;; RESULT is a directory.  It gets the file `items`, the names of the store items in order; the
 ;; file `size`, the bytes of those that the base image does not have; and `db/`, the database
@@ -10,10 +13,11 @@
 ;; one of the daemon.  An image's own items have the registration time 1.  Every other item in
 ;; the image's database is one of its base, and stays, because deleting it frees nothing.
 
-(use-modules (guix config) (guix store) (sqlite3)
+(use-modules (guix build utils) (guix config) (guix derivations) (guix store) (sqlite3)
              (ice-9 ftw) (ice-9 match) (srfi srfi-1) (srfi srfi-26))
 
 (define image-database "/var/guix/db/db.sqlite")
+(define tools-directory "/var/guix/gcroots/guix-tasks")
 (define root-directories '("/var/guix/profiles" "/var/guix/gcroots"))
 
 (define (symbolic-links directory)
@@ -30,6 +34,29 @@
     (and file
          (store-path? (or (false-if-exception (direct-store-path file)) ""))
          (direct-store-path file))))
+
+(define (inputs drv)
+  (map derivation-input-derivation (derivation-inputs drv)))
+
+(define (outputs drv)
+  (map derivation-output-path (map cdr (derivation-outputs drv))))
+
+;; A profile is built of what its hooks made (fonts, manuals, ...), and those by tools: two steps.
+(define (tools store profile)
+  "Return the store items that building PROFILE takes."
+  (let* ((drvs  (filter file-exists? (valid-derivers store (canonicalize-path profile))))
+         (hooks (append-map (compose inputs read-derivation-from-file) drvs))
+         (tools (append-map inputs hooks)))
+    (filter (cut valid-path? store <>)
+            (delete-duplicates (append-map outputs (append hooks tools))))))
+
+(define (add-roots items)
+  (mkdir-p tools-directory)
+  (for-each (lambda (item)
+              (let ((link (string-append tools-directory "/" (basename item))))
+                (unless (false-if-exception (lstat link))
+                  (symlink item link))))
+            items))
 
 (define (execute db statement)
   (sqlite-exec db statement))
@@ -118,10 +145,13 @@
       (for-each (cut format port "~a~%" <>) lines))))
 
 ;; The daemon creates the database when the first client connects.
-(with-store store #t)
+(with-store store
+  (match (command-line)
+    ((_ _ profile) (add-roots (tools store profile)))
+    (_ #t)))
 
 (match (command-line)
-  ((_ result)
+  ((_ result . _)
    (let* ((directory (string-append result "/db"))
           (source    %store-database-directory)
           (roots     (delete-duplicates

@@ -1,17 +1,18 @@
 #!/bin/sh
-# Records in the store volume what a stage has made:  record.sh RESULT STATE...
+# Records in the store volume what a stage has made:  record.sh RESULT PROFILE STATE...
 #
+# What building a profile like PROFILE takes stays in the image, if PROFILE is not empty.
 # RESULT is a directory of the volume, which also gets the script that assembles an image from it.
 # STATE are files and directories outside of the store that belong to Guix, for example the
 # profiles of root.
 set -eu
 
-result=$1
-shift
+result=$1 profile=$2
+shift 2
 rm -rf "$result"
 mkdir -p "$result/state"
 cp "${0%/*}/assemble.sh" "$result/"
-guix repl -- "${0%/*}/record.scm" "$result"
+guix repl -- "${0%/*}/record.scm" "$result" ${profile:+"$profile"}
 for path; do
     if [ -e "$path" ] || [ -L "$path" ]; then
         mkdir -p "$result/state${path%/*}"
