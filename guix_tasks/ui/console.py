@@ -166,6 +166,8 @@ class Console:
 
     def put(self, lines: bytes) -> None:
         """Print lines unchanged: lines of a log, or lines for a program."""
+        if not lines:
+            return
         self.end_streams()
         if Console._line_is_open:
             self._write_err(b"\n")

@@ -293,3 +293,12 @@ def test_a_message_of_ours_may_have_several_lines() -> None:
     console = Heard()
     console.print("one\n\ttwo\x1b")
     assert console.text == "one\n\ttwo\\x1b\n"
+
+
+def test_no_lines_of_a_log_print_nothing() -> None:
+    err = io.StringIO()
+    console = Console(out=io.StringIO(), err=err)
+    console.put(b"one\n")
+    console.put(b"")
+    console.put(b"two\n")
+    assert err.getvalue() == "one\ntwo\n"
