@@ -113,7 +113,9 @@ def verdicts(samples: Sequence[Sample]) -> Iterator[Verdict]:
         value = sum(each.pushed for each in changes) / sum(each.pushed for each in by_hand)
         yield Verdict(f"{what}, bytes pushed in all / by hand", value, 2)
         yield Verdict(f"{what}, size / made at once", changes[-1].size / scratch[0].size, 1.25)
-        yield Verdict(f"{what}, layers above those of the first", changes[-1].layers - 4, 10)
+        # Made at once, pull and install have one layer each.
+        base = scratch[0].layers - 2
+        yield Verdict(f"{what}, layers on the base image", changes[-1].layers - base, 10)
     if found.of("cold"):
         times = [each.times for each in found.of("cold")]
         own = median(each.own / each.seconds for each in times)

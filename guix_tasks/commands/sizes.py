@@ -77,13 +77,13 @@ def _store_items(project: Project, image: str) -> list[Size]:
     )
     with work_container(project.engine, project.settings, image, work) as container:
         output = run_container(project, container, "sizes")
-    rows = re.findall(rf"^([0-9]{{1,15}})\t{VOLUME_MOUNT}/([0-9]{{1,3}})$", output, re.MULTILINE)
+    # The image may contain any program with the name of du.
+    sizes = re.findall(rf"^([0-9]{{1,15}})\t{VOLUME_MOUNT}/([0-9]{{1,3}})$", output, re.MULTILINE)
     stores = [
         Size("store", f"volume {volumes[int(number)]}", int(size) * 1024)
-        for size, number in rows
+        for size, number in sizes
         if int(number) in volumes
     ]
-    # The image may contain any program with the name of du.
     rows = re.findall(r"^([0-9]{1,15})\t(/gnu/store/.+)$", output, re.MULTILINE | re.ASCII)
     return stores + [
         Size("store item", path[PREFIX_LENGTH:], int(size) * 1024) for size, path in rows

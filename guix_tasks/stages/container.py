@@ -36,7 +36,7 @@ from guix_tasks.settings.values import Sandbox
 from guix_tasks.stages.ownership import USER, grant_ownership
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from guix_tasks.engine.api import Container, Engine
     from guix_tasks.settings import Settings
@@ -251,6 +251,17 @@ def fill(engine: Engine, settings: Settings, container: str, work: Work) -> None
         owner = grant_ownership(engine, container, directories)
     files = {**common_files(settings, work.nearby, warm=bool(work.store)), **work.files}
     engine.copy_in(container, archive(files, owner))
+
+
+def resource_files(names: Iterable[str]) -> dict[str, bytes]:
+    """Return files of ``RESOURCES`` for ``WORK_DIRECTORY``."""
+    return {name: (RESOURCES / name).read_bytes() for name in names}
+
+
+def run_silently(engine: Engine, container: str) -> tuple[int, str]:
+    """Run a container to its end without showing its log; return its exit status and its log."""
+    log = b"".join(data for _, data in engine.run(container))
+    return engine.wait(container), log.decode(errors="replace")
 
 
 def drop_environment(engine: Engine, container: str) -> None:

@@ -378,16 +378,11 @@ class Lifecycle:
     def _take_from_cache(self, name: str, state: State) -> bool:
         """Tag the image with the state's key from ``CACHE_IMAGE``; return whether it exists."""
         reference = self._cache_reference(name, state.key)
-        if reference is None:
+        image = self._pull_stage(name, reference) if reference else None
+        if reference is None or image is None:
             return False
-        engine = self._project.engine
-        try:
-            pull(self._project, reference)
-        except GuixTasksError:
-            return False  # A missing image or an unreachable cache is not an error.
-        image = engine.image(reference)
-        is_valid = image is not None and proven_stage(image) == name and key_of(image) == state.key
-        if image and is_valid:
+        engine, is_valid = self._project.engine, key_of(image) == state.key
+        if is_valid:
             parent = self.parent_of(name)
             parent_image = self._ledger.find(parent) if parent else None
             if parent and parent_image and not is_child(image, parent_image):
@@ -402,22 +397,28 @@ class Lifecycle:
 
         Its key is that of other inputs, so the stage is stale.
         """
-        engine = self._project.engine
         reference = self._newest_cache_reference(name)
         if reference is None or not self._settings.cache_volume:
             return None
+        image = self._pull_stage(name, reference)
+        if image:
+            self._project.console.print(f"{name}: starts from {reference}")
+            self._project.engine.tag(image.id, self._ledger.tag(name))
+            self._project.engine.untag(reference)
+        return image
+
+    def _pull_stage(self, name: str, reference: str) -> Image | None:
+        """Pull a stage's image; None, without a tag, if it is missing or another image."""
+        engine = self._project.engine
         try:
             pull(self._project, reference)
         except GuixTasksError:
             return None  # A missing image or an unreachable cache is not an error.
         image = engine.image(reference)
         if image and proven_stage(image) == name:
-            self._project.console.print(f"{name}: starts from {reference}")
-            engine.tag(image.id, self._ledger.tag(name))
-        else:
-            image = None
+            return image
         engine.untag(reference)
-        return image
+        return None
 
     def _push_to_cache(self, name: str, image: Image) -> None:
         """Push a stage to ``CACHE_IMAGE``, by its key and as the newest image of the stage."""

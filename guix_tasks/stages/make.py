@@ -31,12 +31,11 @@ from guix_tasks.stages.stage import Stage, stage_files, warm_stage_files
 from guix_tasks.stages.store import (
     LIVE_LABEL,
     assemble,
-    create_store,
+    fill_store,
     guix_key,
     is_reusable,
     new_result,
     result_directory,
-    seed_store,
     store_volume,
     store_volumes,
     trust_digest,
@@ -115,9 +114,7 @@ def _run_warm(
     previous = current if current and current.labels.get(ASSEMBLED_LABEL) == trust else None
     seeds = (parent, *([previous] if previous else []))
     if volume not in store_volumes(project):
-        create_store(project, volume)
-        for image in seeds:
-            seed_store(project, volume, image)
+        fill_store(project, volume, seeds)
     result = new_result()
     run = partial(_run_in_store, project, stage, parent, volume, result)
     try:
@@ -128,9 +125,7 @@ def _run_warm(
                 f"{stage.name}: the volume {volume} is damaged; creating it again"
             )
             project.engine.remove_volume(volume)
-            create_store(project, volume)
-        for image in seeds:
-            seed_store(project, volume, image)
+        fill_store(project, volume, seeds)
         report, start = run(check_roots=False)
 
     step.show_activity(lambda: "assembling")

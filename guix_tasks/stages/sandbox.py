@@ -22,7 +22,13 @@ from typing import TYPE_CHECKING
 from guix_tasks.errors import REFUSED, EngineError
 from guix_tasks.files import cache_home, text_digest, write_whole
 from guix_tasks.settings.values import Sandbox
-from guix_tasks.stages.container import WORK_DIRECTORY, Work, time_limit, work_container
+from guix_tasks.stages.container import (
+    WORK_DIRECTORY,
+    Work,
+    run_silently,
+    time_limit,
+    work_container,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,13 +126,12 @@ def probe(engine: Engine, settings: Settings, image: Image) -> str | None:
         work_container(engine, settings, image.id, work) as container,
         time_limit(engine, container, PROBE_SECONDS, grace=5) as timed_out,
     ):
-        log = b"".join(data for _, data in engine.run(container))
-        status = engine.wait(container)
+        status, log = run_silently(engine, container)
     if timed_out.is_set():
         return f"the probe did not end within {PROBE_SECONDS} s"
     if status == 0:
         return None
-    lines = [line.strip() for line in log.decode(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     marks = ("substitute key", "no guix-daemon", "error:")
     error_lines = (line for mark in marks for line in lines if mark in line)
     return next(error_lines, lines[-1] if lines else f"the probe ended with status {status}")

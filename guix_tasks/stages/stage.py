@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.files import file_digest, text_digest
-from guix_tasks.stages.container import RESOURCES, WORK_DIRECTORY
+from guix_tasks.stages.container import RESOURCES, WORK_DIRECTORY, resource_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 
-COLLECT = RESOURCES / "collect.scm"
-"""Script that deletes what a stage added to the store and does not need, before the commit."""
+COLLECT = ("collect.scm", "profile-tools.scm")
+"""Scripts that delete what a stage added to the store and does not need, before the commit."""
 
-RECORD = tuple(RESOURCES / name for name in ("record.sh", "record.scm", "assemble.sh"))
+RECORD = ("record.sh", "record.scm", "database.scm", "profile-tools.scm", "assemble.sh")
 """Scripts that record in the warm store what a stage has made, and assemble an image from it."""
 
 STATE = (
@@ -32,7 +32,7 @@ MISSING_ITEMS = 113
 
 _CHECK_ROOTS = (
     "for link in $(find /var/guix/profiles /var/guix/gcroots -type l 2>/dev/null || true); do",
-    "    item=$(readlink $link)",
+    '    item=$(readlink "$link")',
     f'    case $item in /gnu/store/*) [ -e "$item" ] || exit {MISSING_ITEMS} ;; esac',
     "done",
 )
@@ -74,7 +74,7 @@ class Stage:
         ``common`` are the inputs that all stages share.
         """
         words = [shlex.join(command) for command in (*self.commands, self.report)]
-        words += [self.keep or "", *map(file_digest, (COLLECT, *RECORD))]
+        words += [self.keep or "", *map(file_digest, map(RESOURCES.joinpath, (*COLLECT, *RECORD)))]
         files = {name: hashlib.sha256(content).hexdigest() for name, content in self.files.items()}
         return {"command": text_digest(*words), **files, **self.extra_inputs, **common}
 
@@ -98,7 +98,7 @@ def stage_files(stage: Stage) -> dict[str, bytes]:
         after=[f"rm -f {items}"],
         start=stage.directory,
     )
-    return {**stage.files, "stage": script.encode(), COLLECT.name: COLLECT.read_bytes()}
+    return {**stage.files, "stage": script.encode(), **resource_files(COLLECT)}
 
 
 def warm_stage_files(stage: Stage, result: str, *, check_roots: bool) -> dict[str, bytes]:
@@ -114,5 +114,4 @@ def warm_stage_files(stage: Stage, result: str, *, check_roots: bool) -> dict[st
         finish=shlex.join(("sh", f"{WORK_DIRECTORY}/record.sh", result, stage.keep or "", *STATE)),
         start=stage.directory,
     )
-    files = {path.name: path.read_bytes() for path in RECORD}
-    return {**stage.files, "stage": script.encode(), **files}
+    return {**stage.files, "stage": script.encode(), **resource_files(RECORD)}

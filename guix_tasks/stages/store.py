@@ -7,7 +7,7 @@ a container without Guix: ``resources/assemble.sh`` makes the store and Guix's s
 result, and the engine commits one layer. The container starts from the previous image of the stage
 if that saves layers, else from the stage's parent.
 
-The volume is a cache. If it is missing or lacks items of an image, ``seed_store`` copies them from
+The volume is a cache. If it is missing or lacks items of an image, ``fill_store`` copies them from
 that image. It contains, in addition to the directory ``store``:
 
 * ``guix-tasks/db``: the database of Guix's daemon;
@@ -27,13 +27,14 @@ from guix_tasks.settings.values import Sandbox
 from guix_tasks.stages.commit import commit_image
 from guix_tasks.stages.container import (
     PROJECT_LABEL,
-    RESOURCES,
     STORE_MOUNT,
     WORK_DIRECTORY,
     Work,
     archive,
     cache_prefix,
     platform_input,
+    resource_files,
+    run_silently,
     work_container,
 )
 from guix_tasks.stages.container import project as project_name
@@ -127,32 +128,26 @@ def result_directory(result: str) -> str:
     return f"{STORE_MOUNT}/guix-tasks/results/{result}"
 
 
-def create_store(project: Project, volume: str) -> None:
-    project.engine.create_volume(volume, {PROJECT_LABEL: project_name(project.settings)})
-
-
-def seed_store(project: Project, volume: str, image: Image) -> None:
-    """Copy the store items of an image that the volume lacks to the volume.
+def fill_store(project: Project, volume: str, images: Sequence[Image]) -> None:
+    """Create the volume if it is missing, and copy to it what it lacks from the images.
 
     Raise ``StageError`` if that fails, for example for lack of space.
     """
+    project.engine.create_volume(volume, {PROJECT_LABEL: project_name(project.settings)})
+    for image in images:
+        _seed(project, volume, image)
+
+
+def _seed(project: Project, volume: str, image: Image) -> None:
+    """Copy the store items of an image that the volume lacks to the volume."""
     engine, settings = project.engine, project.settings
-    files = {name: (RESOURCES / name).read_bytes() for name in ("seed.sh", "seed.scm")}
-    work = Work(
-        "seed",
-        (f"{WORK_DIRECTORY}/seed.sh", VOLUME_MOUNT),
-        files,
-        entry_point=("sh",),
-        bare=True,
-        plain=True,
-        binds=(f"{volume}:{VOLUME_MOUNT}",),
-    )
+    work = _script_work("seed", ("seed.sh", "seed.scm", "database.scm"), volume)
     project.console.detail(f"store: copying what {volume} lacks from {image.id}")
     with work_container(engine, settings, image.id, work) as container:
         rootless = settings.guix_sandbox is Sandbox.ROOTLESS and not engine.is_dry
         owner = daemon_user(engine, container) if rootless else 0
         engine.copy_in(container, archive({"owner": str(owner).encode()}))
-        status, log = _run(project, container)
+        status, log = run_silently(engine, container)
     if status:
         hint = full_disk(log) or f"; `docker volume rm {volume}` removes the volume"
         raise StageError(
@@ -184,17 +179,9 @@ def assemble(
         # A copied script would leave mount points in the layer.
         script = f"{VOLUME_MOUNT}/guix-tasks/results/{result}/assemble.sh"
         arguments = (VOLUME_MOUNT, result, labels[GUIX_KEY_LABEL], str(used), *STATE)
-        work = Work(
-            "assemble",
-            ("-c", _RUN_IF_PRESENT, script, *arguments),
-            {},
-            entry_point=("sh",),
-            bare=True,
-            plain=True,
-            binds=(f"{volume}:{VOLUME_MOUNT}",),
-        )
+        work = _plain_work("assemble", ("-c", _RUN_IF_PRESENT, script, *arguments), volume=volume)
         with work_container(engine, settings, start.id, work) as container:
-            status, log = _run(project, container)
+            status, log = run_silently(engine, container)
             if status == _TOO_MUCH_WASTE:
                 continue
             if status == MISSING_ITEMS:
@@ -230,18 +217,10 @@ def guix_state(project: Project, image: Image) -> tuple[str, str]:
     Both are empty if the image cannot run a shell script. A dry run assumes the keys of the current
     base stage.
     """
-    script = "guix-state.sh"
-    work = Work(
-        "state",
-        (f"{WORK_DIRECTORY}/{script}",),
-        {script: (RESOURCES / script).read_bytes()},
-        entry_point=("sh",),
-        bare=True,
-        plain=True,
-    )
+    work = _script_work("state", ("guix-state.sh",))
     try:
         with work_container(project.engine, project.settings, image.id, work) as container:
-            status, log = _run(project, container)
+            status, log = run_silently(project.engine, container)
     except EngineError as error:
         # An image without a shell can be pushed, but Guix cannot run in it.
         if "executable file" not in str(error):
@@ -262,18 +241,10 @@ def check_store(project: Project, volume: str, image: Image) -> str:
 
     ``image`` is one that has Guix.
     """
-    names = ("check-store.sh", "check-store.scm")
-    work = Work(
-        "check-store",
-        (f"{WORK_DIRECTORY}/{names[0]}", VOLUME_MOUNT),
-        {name: (RESOURCES / name).read_bytes() for name in names},
-        entry_point=("sh",),
-        bare=True,
-        plain=True,
-        binds=(f"{volume}:{VOLUME_MOUNT}",),
-    )
+    scripts = ("check-store.sh", "check-store.scm", "database.scm")
+    work = _script_work("check-store", scripts, volume)
     with work_container(project.engine, project.settings, image.id, work) as container:
-        status, log = _run(project, container)
+        status, log = run_silently(project.engine, container)
     line = _last_line(log, status)
     return "" if status == 0 and line == "ok" else line
 
@@ -284,10 +255,18 @@ def bytes_above(project: Project, image: Image, base: Image) -> int:
     return sum(layer.size for layer in layers[len(base.layers) :])
 
 
-def _run(project: Project, container: str) -> tuple[int, str]:
-    """Run a container to its end and return its exit status and its log."""
-    log = b"".join(data for _, data in project.engine.run(container))
-    return project.engine.wait(container), log.decode(errors="replace")
+def _script_work(name: str, scripts: Sequence[str], volume: str = "") -> Work:
+    """Return a work that runs the first of ``scripts`` with the directory of ``volume``, if any."""
+    argv = (f"{WORK_DIRECTORY}/{scripts[0]}", *([VOLUME_MOUNT] if volume else []))
+    return _plain_work(name, argv, resource_files(scripts), volume=volume)
+
+
+def _plain_work(
+    name: str, argv: tuple[str, ...], files: Mapping[str, bytes] | None = None, *, volume: str
+) -> Work:
+    """Return a work of ``sh``, without privileges and network, with a volume if there is one."""
+    binds = (f"{volume}:{VOLUME_MOUNT}",) if volume else ()
+    return Work(name, argv, files or {}, entry_point=("sh",), bare=True, plain=True, binds=binds)
 
 
 def _last_line(log: str, status: int) -> str:

@@ -45,7 +45,7 @@ CHANGED = {
 NO_PART = ("IMAGE", "GUIX_CHANNEL_CREDENTIALS_FILE")
 """Another image has other stages; the example of a secret's file is on another machine."""
 
-BESIDE = {
+COMPANIONS = {
     "GUIX_BINARY_URL": {"GUIX_BINARY_SHA256": "0" * 64},
     "GUIX_BINARY_SHA256": {"GUIX_BINARY_URL": "https://a.test/guix"},
     "BUILDX_DRIVER": {"BUILDX_NODES": "tcp://a.test:1"},
@@ -53,7 +53,7 @@ BESIDE = {
     "BUILDX_URL": {"BUILDX_SHA256": "0" * 64},
     "BUILDX_SHA256": {"BUILDX_URL": "https://a.test/buildx"},
 }
-"""What a setting is refused without."""
+"""Settings without which a setting is invalid."""
 
 
 def test_the_tables_are_up_to_date() -> None:
@@ -116,7 +116,7 @@ def test_a_stage_in_bold_is_stale_when_the_setting_changes(made: Site) -> None:
         made.env.update(before)
         for extra in made.env.keys() - before.keys():
             del made.env[extra]
-        made.env.update(BESIDE.get(name, {}) | {name: CHANGED.get(name, setting.example)})
+        made.env.update(COMPANIONS.get(name, {}) | {name: CHANGED.get(name, setting.example)})
         lifecycle = made.lifecycle
         stale = [stage for stage in STAGES if is_changed(lifecycle, stage, images[stage])]
         if stale != (bold := re.findall(r"\*\*(\w+)\*\*", setting.used_by)):

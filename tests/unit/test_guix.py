@@ -429,6 +429,27 @@ def test_what_is_installed() -> None:
     assert guix.installed("guile: warning: failed to install locale\n") == []
 
 
+PLAIN = """; tools
+(specifications->manifest
+  (list "hello" "guile@3.0:debug"))"""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (PLAIN, True),
+        ('(specifications->manifest \'("hello"))', True),
+        ("(specifications->manifest names)", False),
+        ('(specifications->manifest (list (getenv "NAME")))', False),
+        (f'(load "/srv/packages.scm")\n{PLAIN}', False),
+        ("(packages->manifest (list hello))", False),
+        ("", False),
+    ],
+)
+def test_plain_manifest_contains_only_names(text: str, expected: bool) -> None:
+    assert guix.is_plain_manifest(text) is expected
+
+
 # --- The script -----------------------------------------------------------------------------
 
 STUB = """#!/bin/sh

@@ -88,8 +88,8 @@ DIGEST = f"sha256:{HEX}"
 
 AUTHORITY = Path(__file__).with_name("authority.pem")
 
-# What stands beside a setting that is refused without it.
-BESIDE = {
+# Settings without which a setting is invalid.
+COMPANIONS = {
     "GUIX_BINARY_URL": f"GUIX_BINARY_SHA256={HEX}\n",
     "GUIX_BINARY_SHA256": "GUIX_BINARY_URL=https://a.example/x\n",
     "BUILDX_URL": f"BUILDX_SHA256={HEX}\n",
@@ -236,7 +236,7 @@ def relative(value: Any, project: Path) -> Any:
 
 @pytest.mark.parametrize(("name", "text", "expected"), GOOD)
 def test_valid_value_is_parsed(project: Path, name: str, text: str, expected: Any) -> None:
-    settings = load(project, f'{BESIDE.get(name, "")}{name}="{text}"\n')
+    settings = load(project, f'{COMPANIONS.get(name, "")}{name}="{text}"\n')
     assert relative(getattr(settings, name.lower()), project) == expected
 
 
@@ -404,7 +404,7 @@ BAD = [
 def test_a_bad_value_is_one_line_with_its_place(
     project: Path, name: str, text: str, message: str
 ) -> None:
-    (problem,) = problems(project, f'\n{name}="{text}"\n{BESIDE.get(name, "")}')
+    (problem,) = problems(project, f'\n{name}="{text}"\n{COMPANIONS.get(name, "")}')
     assert problem.startswith(f".env:2: {name}: ")
     assert message in problem
     assert ";" in problem  # what is wrong; what would be right

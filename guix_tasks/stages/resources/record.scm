@@ -13,10 +13,12 @@
 ;; one of the daemon.  An image's own items have the registration time 1.  Every other item in
 ;; the image's database is one of its base, and stays, because deleting it frees nothing.
 
-(use-modules (guix build utils) (guix config) (guix derivations) (guix store) (sqlite3)
+(use-modules (guix build utils) (guix config) (guix store) (sqlite3)
              (ice-9 ftw) (ice-9 match) (srfi srfi-1) (srfi srfi-26))
 
-(define image-database "/var/guix/db/db.sqlite")
+(primitive-load (string-append (dirname (car (command-line))) "/database.scm"))
+(primitive-load (string-append (dirname (car (command-line))) "/profile-tools.scm"))
+
 (define tools-directory "/var/guix/gcroots/guix-tasks")
 (define root-directories '("/var/guix/profiles" "/var/guix/gcroots"))
 
@@ -35,21 +37,6 @@
          (store-path? (or (false-if-exception (direct-store-path file)) ""))
          (direct-store-path file))))
 
-(define (inputs drv)
-  (map derivation-input-derivation (derivation-inputs drv)))
-
-(define (outputs drv)
-  (map derivation-output-path (map cdr (derivation-outputs drv))))
-
-;; A profile is built of what its hooks made (fonts, manuals, ...), and those by tools: two steps.
-(define (tools store profile)
-  "Return the store items that building PROFILE takes."
-  (let* ((drvs  (filter file-exists? (valid-derivers store (canonicalize-path profile))))
-         (hooks (append-map (compose inputs read-derivation-from-file) drvs))
-         (tools (append-map inputs hooks)))
-    (filter (cut valid-path? store <>)
-            (delete-duplicates (append-map outputs (append hooks tools))))))
-
 (define (add-roots items)
   (mkdir-p tools-directory)
   (for-each (lambda (item)
@@ -58,36 +45,24 @@
                   (symlink item link))))
             items))
 
-(define (execute db statement)
-  (sqlite-exec db statement))
-
-(define (query db text)
-  (let* ((statement (sqlite-prepare db text))
-         (rows      (sqlite-map identity statement)))
-    (sqlite-finalize statement)
-    rows))
-
 (define (quoted text)
   (string-append "'" (string-join (string-split text #\') "''") "'"))
 
-(define (create-tables db schema)
-  "Create the tables of the database SCHEMA in the database `result`."
+(define (create-tables db)
+  "Create the tables of the database `main` in the database `result`."
   (for-each
-   (match-lambda
-     (#(text)
-      ;; CREATE KIND NAME ... -> CREATE KIND result.NAME ...
-      (match (string-split text #\space)
-        ((create kind name . rest)
-         (execute db (string-join (cons* create kind (string-append "result." name) rest)))))))
-   (query db (string-append "select sql from " schema ".sqlite_master where sql is not null "
-                            "and name not like 'sqlite_%' "
-                            "order by type = 'table' desc, name"))))
+   (lambda (text)
+     ;; CREATE KIND NAME ... -> CREATE KIND result.NAME ...
+     (match (string-split text #\space)
+       ((create kind name . rest)
+        (sqlite-exec db (string-join (cons* create kind (string-append "result." name) rest))))))
+   (definitions db "main")))
 
 (define (write-database db directory roots)
   "Write the database of the closure of ROOTS to DIRECTORY."
-  (execute db "create temp table wanted (path text primary key)")
+  (sqlite-exec db "create temp table wanted (path text primary key)")
   (for-each (lambda (root)
-              (execute db (string-append "insert into wanted values (" (quoted root) ")")))
+              (sqlite-exec db (string-append "insert into wanted values (" (quoted root) ")")))
             roots)
   (match (query db "select path from wanted where path not in (select path from main.ValidPaths)")
     (() #t)
@@ -95,34 +70,34 @@
      (format (current-error-port) "error: the store item ~a is not valid~%" path)
      (exit 113)))
   (if (file-exists? image-database)
-      (execute db (string-append "attach database " (quoted image-database) " as image"))
+      (sqlite-exec db (string-append "attach database " (quoted image-database) " as image"))
       (begin
-        (execute db "attach database ':memory:' as image")
-        (execute db "create table image.ValidPaths (id, path, hash, registrationTime, deriver, narSize)")
-        (execute db "create table image.Refs (referrer, reference)")
-        (execute db "create table image.DerivationOutputs (drv, id, path)")))
-  (execute db (string-append "attach database " (quoted (string-append directory "/db.sqlite"))
+        (sqlite-exec db "attach database ':memory:' as image")
+        (sqlite-exec db "create table image.ValidPaths (id, path, hash, registrationTime, deriver, narSize)")
+        (sqlite-exec db "create table image.Refs (referrer, reference)")
+        (sqlite-exec db "create table image.DerivationOutputs (drv, id, path)")))
+  (sqlite-exec db (string-append "attach database " (quoted (string-append directory "/db.sqlite"))
                              " as result"))
-  (execute db "begin")
-  (create-tables db "main")
-  (execute db "create temp table closure as
+  (sqlite-exec db "begin")
+  (create-tables db)
+  (sqlite-exec db "create temp table closure as
     with recursive needed(id) as (
       select id from main.ValidPaths where path in (select path from wanted)
       union
       select reference from main.Refs join needed on referrer = needed.id)
     select path from main.ValidPaths where id in (select id from needed)")
-  (execute db "create temp table row as
+  (sqlite-exec db "create temp table row as
     select path, hash, registrationTime, deriver, narSize from image.ValidPaths
       where registrationTime <> 1
     union all
     select path, hash, 1, deriver, narSize from main.ValidPaths
       where path in (select path from closure)
       and path not in (select path from image.ValidPaths where registrationTime <> 1)")
-  (execute db "insert into result.ValidPaths (path, hash, registrationTime, deriver, narSize)
+  (sqlite-exec db "insert into result.ValidPaths (path, hash, registrationTime, deriver, narSize)
     select * from row order by path")
   (for-each
    (lambda (source)
-     (execute db (string-append "insert or ignore into result.Refs
+     (sqlite-exec db (string-append "insert or ignore into result.Refs
         select new.id, newer.id
         from " source ".Refs as old
         join " source ".ValidPaths as referrer on referrer.id = old.referrer
@@ -130,14 +105,14 @@
         join result.ValidPaths as new on new.path = referrer.path
         join result.ValidPaths as newer on newer.path = reference.path
         order by new.id, newer.id"))
-     (execute db (string-append "insert or ignore into result.DerivationOutputs
+     (sqlite-exec db (string-append "insert or ignore into result.DerivationOutputs
         select new.id, old.id, old.path
         from " source ".DerivationOutputs as old
         join " source ".ValidPaths as drv on drv.id = old.drv
         join result.ValidPaths as new on new.path = drv.path
         order by new.id, old.id")))
    '("image" "main"))
-  (execute db "commit"))
+  (sqlite-exec db "commit"))
 
 (define (write-lines file lines)
   (call-with-output-file file
@@ -147,7 +122,7 @@
 ;; The daemon creates the database when the first client connects.
 (with-store store
   (match (command-line)
-    ((_ _ profile) (add-roots (tools store profile)))
+    ((_ _ profile) (add-roots (profile-tools store profile)))
     (_ #t)))
 
 (match (command-line)
@@ -157,9 +132,7 @@
           (roots     (delete-duplicates
                       (filter-map root-item (append-map symbolic-links
                                                         (filter file-exists? root-directories)))))
-          (db        (sqlite-open (string-append source "/db.sqlite"))))
-     ;; The daemon locks the database while it closes it.
-     (execute db "pragma busy_timeout = 60000")
+          (db        (open-database (string-append source "/db.sqlite"))))
      (mkdir directory)
      (write-database db directory roots)
      (copy-file (string-append source "/schema") (string-append directory "/schema"))

@@ -4,22 +4,14 @@
 
 (use-modules (sqlite3) (ice-9 match))
 
-(define image-database "/var/guix/db/db.sqlite")
-
-(define (query db text)
-  (let* ((statement (sqlite-prepare db text))
-         (rows      (sqlite-map identity statement)))
-    (sqlite-finalize statement)
-    rows))
+(primitive-load (string-append (dirname (car (command-line))) "/database.scm"))
 
 (define missing
   "from image.ValidPaths where path not in (select path from main.ValidPaths)")
 
 (define (create-tables db)
   (sqlite-exec db "begin")
-  (for-each (match-lambda (#(text) (sqlite-exec db text)))
-            (query db "select sql from image.sqlite_master where sql is not null
-                       and name not like 'sqlite_%' order by type = 'table' desc, name"))
+  (for-each (lambda (text) (sqlite-exec db text)) (definitions db "image"))
   (sqlite-exec db "commit"))
 
 (define (register db)
@@ -48,8 +40,7 @@
           (file      (string-append directory "/db.sqlite"))
           (schema    (string-append directory "/schema"))
           (is-new?   (not (file-exists? schema)))
-          (db        (sqlite-open file)))
-     (sqlite-exec db "pragma busy_timeout = 60000")
+          (db        (open-database file)))
      (sqlite-exec db (string-append "attach database '" image-database "' as image"))
      (when is-new?
        (when (null? (query db "select 1 from main.sqlite_master where name = 'ValidPaths'"))
