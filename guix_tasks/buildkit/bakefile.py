@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 from guix_tasks import guix
 from guix_tasks.buildkit.buildx import csv_field
 from guix_tasks.stages.channel_access import ACCESS_FILES
-from guix_tasks.stages.container import CACHES, ENTRY_POINT, EXTRA_CA, WORK_DIRECTORY
+from guix_tasks.stages.container import (
+    CACHES,
+    ENTRY_POINT,
+    EXTRA_CA,
+    STORE_DATABASE,
+    STORE_MOUNT,
+    WORK_DIRECTORY,
+)
+from guix_tasks.stages.stage import STATE
+from guix_tasks.stages.store import VOLUME_MOUNT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -34,8 +43,13 @@ ENVIRONMENT = "environment"
 """Secret with the environment of the steps, which is in no layer, cache key or history."""
 
 REPORTS = "/.guix-tasks-reports"
+RESULT = "result"
+"""Report with the name of a step's result in the warm store."""
 CREATED = "created"
 OWNER = "/tmp/guix-tasks-owner"  # noqa: S108 -- in the container, where every user may write
+
+KEYS = "keys"
+"""Report with the digest of the substitute keys that the base image trusts."""
 
 RESOLVE = "resolve"
 """Step that resolves floating channels to commits."""
@@ -72,6 +86,9 @@ class Recipe:
     binds: Sequence[Bind] = ()
     cache: str | None = None
     """Prefix of the IDs of cache mounts, or None to leave caches in the image."""
+    store: str | None = None
+    """ID of the cache mount with the warm store, without the platform, or None for the store of
+    the image."""
     ssh: bool = False
     """True if channels are fetched with the user's SSH agent."""
     user: str = ""
@@ -86,7 +103,7 @@ def dockerfile(recipe: Recipe) -> str:
 
 
 def _queries(recipe: Recipe) -> list[str]:
-    """Return the steps before the stages: the base's user and the commits of floating channels."""
+    """Return the steps before the stages: the base's user and keys, and the resolved channels."""
     # For a user without a name, `id -un` prints the number and fails.
     name = f"{{ id -un >{OWNER}/name || id -u >{OWNER}/name; }}"
     command = f"mkdir {OWNER} && id -u >{OWNER}/user && {name}"
@@ -100,9 +117,14 @@ def _queries(recipe: Recipe) -> list[str]:
         "FROM base AS owner",
         _shell(command),
         "",
+        f"FROM base AS {KEYS}",
+        "USER root",
+        _shell(f"cat /etc/guix/acl 2>/dev/null | sha256sum >/{KEYS}"),
+        "",
         *(resolved if recipe.resolve else []),
         f"FROM scratch AS {ASKED_TARGET}",
         f"COPY --from=owner {OWNER} /",
+        f"COPY --from={KEYS} /{KEYS} /",
         *([f"COPY --from=resolving {REPORTS} /"] if recipe.resolve else []),
     ]
 
@@ -111,12 +133,54 @@ def _stages(recipe: Recipe) -> list[str]:
     """Return the steps of the stages and of their reports."""
     lines, parent = [], "base"
     for stage in recipe.stages:
-        lines += ["", f"FROM {parent} AS {stage.name}"]
-        lines += ["USER root"] if recipe.user and parent == "base" else []
-        lines += [_step(recipe, stage.name, stage.name)]
-        parent = stage.name
+        name, root = stage.name, ["USER root"] if recipe.user and parent == "base" else []
+        if recipe.store:
+            lines += ["", *_warm_steps(recipe, name, parent, root)]
+        else:
+            lines += ["", f"FROM {parent} AS {name}", *root, _step(recipe, name, name)]
+        parent = name
     lines += ["", f"FROM {parent} AS described", *map(_shell, _descriptions(recipe))]
     return [*lines, "", f"FROM scratch AS {REPORTS_TARGET}", f"COPY --from=described {REPORTS} /"]
+
+
+def _warm_steps(recipe: Recipe, name: str, parent: str, root: Sequence[str]) -> list[str]:
+    """Return the steps of a stage with the warm store: fill the store, run Guix, assemble.
+
+    Only the last step's layer is in the image. The second step leaves the name of its result.
+    """
+    platform = ["ARG TARGETARCH", "ARG TARGETVARIANT"]
+    cache = f"type=cache,id={recipe.store}-${{TARGETARCH}}${{TARGETVARIANT}},sharing=locked,target="
+    results = f"{VOLUME_MOUNT}/guix-tasks/results"
+    script = f'result=$(cat {VOLUME_MOUNT}-report/{RESULT}) && exec sh "$1/$result/assemble.sh"'
+    arguments = (VOLUME_MOUNT, '"$result"', '""', "0", '""', *STATE)
+    return [
+        f"FROM {parent} AS {name}-seed",
+        *root,
+        *platform,
+        _run(
+            [
+                f"type=bind,from={WORK},source={name},target={WORK_DIRECTORY},rw",
+                f"{cache}{VOLUME_MOUNT}",
+            ],
+            ["/bin/sh", f"{WORK_DIRECTORY}/seed.sh", VOLUME_MOUNT],
+        ),
+        "",
+        f"FROM {name}-seed AS {name}-work",
+        *platform,
+        f"ENV GUIX_DATABASE_DIRECTORY={STORE_DATABASE}",
+        _step(recipe, name, name, f"{cache}{STORE_MOUNT}"),
+        "",
+        f"FROM {parent} AS {name}",
+        *root,
+        *platform,
+        _run(
+            [
+                f"type=bind,from={name}-work,source={REPORTS},target={VOLUME_MOUNT}-report",
+                f"{cache}{VOLUME_MOUNT}",
+            ],
+            ["/bin/sh", "-c", f"{script} {' '.join(arguments)}", "assemble", results],
+        ),
+    ]
 
 
 def _images(recipe: Recipe) -> list[str]:
@@ -145,8 +209,11 @@ def _word(platform: Platform) -> str:
     return str(platform).replace("/", "")
 
 
-def _step(recipe: Recipe, source: str, stage: str) -> str:
-    """Return the ``RUN`` of a stage, which mounts its files from ``source`` in ``WORK``."""
+def _step(recipe: Recipe, source: str, stage: str, *more: str) -> str:
+    """Return the ``RUN`` of a stage, which mounts its files from ``source`` in ``WORK``.
+
+    ``more`` are additional mounts.
+    """
     # Optional files are mounted even if they are missing, so that the cache key is the same.
     names = (EXTRA_CA, *(ACCESS_FILES if stage == "pull" else ()))
     mounts = [
@@ -156,14 +223,17 @@ def _step(recipe: Recipe, source: str, stage: str) -> str:
         *(["type=ssh"] if recipe.ssh and stage == "pull" else []),
         *_binds(recipe),
         *_caches(recipe),
+        *more,
     ]
-    words = [
-        "RUN --security=insecure",
-        *([f"--network={recipe.network}"] if recipe.network else []),
-        *(f"--mount={mount}" for mount in mounts),
-        # The entry point ignores the stage's name. The log shows it, and errors are parsed for it.
-        json.dumps([ENTRY_POINT, f"{WORK_DIRECTORY}/stage", stage]),
-    ]
+    options = [
+        "--security=insecure", *([f"--network={recipe.network}"] if recipe.network else []),
+    ]  # fmt: skip
+    # The entry point ignores the stage's name. The log shows it, and errors are parsed for it.
+    return _run(mounts, [ENTRY_POINT, f"{WORK_DIRECTORY}/stage", stage], *options)
+
+
+def _run(mounts: Sequence[str], argv: Sequence[str], *options: str) -> str:
+    words = [" ".join(("RUN", *options)), *(f"--mount={m}" for m in mounts), json.dumps(argv)]
     return " \\\n    ".join(words)
 
 

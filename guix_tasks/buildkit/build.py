@@ -24,9 +24,12 @@ from guix_tasks.buildkit.bakefile import (
     CREATED,
     DIGEST_KEY,
     IMAGE_TARGET,
+    KEYS,
+    REPORTS,
     REPORTS_TARGET,
     RESOLVE,
     RESOLVED,
+    RESULT,
     WORK,
     Definition,
     Recipe,
@@ -53,7 +56,7 @@ from guix_tasks.buildkit.context import (
 from guix_tasks.engine.credentials import accounts_for, credentials_for, remote_digest
 from guix_tasks.engine.retry import TRIES, retry_call
 from guix_tasks.errors import BuilderError, StageError, UsageError
-from guix_tasks.files import temporary_directory
+from guix_tasks.files import temporary_directory, text_digest
 from guix_tasks.guix import commits
 from guix_tasks.oci import labels as oci
 from guix_tasks.oci.platform import Platform
@@ -61,7 +64,13 @@ from guix_tasks.oci.reference import quoted
 from guix_tasks.settings import Driver, Output, Sandbox
 from guix_tasks.stages.base import base_spec, other_platform
 from guix_tasks.stages.channel_access import agent_socket, by_ssh, programs
-from guix_tasks.stages.container import RESOURCES, cache_prefix, network, project_digest
+from guix_tasks.stages.container import (
+    RESOURCES,
+    cache_prefix,
+    network,
+    project_digest,
+    resource_files,
+)
 from guix_tasks.stages.install import install_stage
 from guix_tasks.stages.log_faults import StepFaults
 from guix_tasks.stages.pull import (
@@ -74,7 +83,8 @@ from guix_tasks.stages.pull import (
 )
 from guix_tasks.stages.push_records import Pushed, save
 from guix_tasks.stages.runner import STAGE_TRIES, build_log
-from guix_tasks.stages.stage import stage_files
+from guix_tasks.stages.stage import MISSING_ITEMS, stage_files, warm_stage_files
+from guix_tasks.stages.store import SEED, result_directory, trust_inputs
 from guix_tasks.ui.format import human_size, human_time
 
 if TYPE_CHECKING:
@@ -224,8 +234,15 @@ class _Build:
         say(f"base: {settings.dockerfile} on {settings.base_image}")
         definition = self._definition(syntax)
         self._bake(definition, ASKED_TARGET)
-        definition = self._with_stages(definition)
-        self._bake(definition, REPORTS_TARGET)
+        definition = self._with_stages(definition, force=self.options.force)
+        try:
+            self._bake(definition, REPORTS_TARGET)
+        except (BuilderError, StageError) as error:
+            if not re.search(rf"exit (code:|status) {MISSING_ITEMS}\b", str(error)):
+                raise
+            say("buildx.build: the builder's cache lacks store items; running all steps again")
+            definition = self._with_stages(definition, force=True)
+            self._bake(definition, REPORTS_TARGET)
         for stage, platform in itertools.product(definition.recipe.stages, self._platforms):
             if stage.check:
                 stage.check(self._report(stage.name, platform))
@@ -317,8 +334,9 @@ class _Build:
         tag = f"buildx-{project_digest(self._settings)}"
         return [",".join(["type=registry", f"ref={cache.with_tag(tag)}", *more])]
 
-    def _with_stages(self, definition: Definition) -> Definition:
+    def _with_stages(self, definition: Definition, *, force: bool) -> Definition:
         settings, console = self._settings, self.project.console
+        definition = replace(definition, recipe=replace(definition.recipe, store=self._store()))
         stages = [self._pull()] if self.options.pull else []
         if settings.guix_manifest or settings.guix_packages or not stages:
             stages.append(install_stage(settings))
@@ -326,10 +344,33 @@ class _Build:
             console.print(f"{stage.name}: in an insecure step")
             for argv in stage.commands:
                 console.command(argv)
-            files = {**stage_files(stage), **(programs() if stage.fetches is not None else {})}
-            write_step(settings, self.directory, stage.name, files, force=self.options.force)
+            files = self._files(stage, warm=bool(definition.recipe.store))
+            files |= programs() if stage.fetches is not None else {}
+            write_step(settings, self.directory, stage.name, files, force=force)
         recipe = replace(definition.recipe, stages=stages, user=self._user(), resolve=False)
         return replace(definition, recipe=recipe)
+
+    def _store(self) -> str | None:
+        """Return the ID of the cache mount with the warm store of these trust settings."""
+        prefix, authenticate = cache_prefix(self._settings), self.options.authenticate
+        keys = [self._report(KEYS, platform) for platform in self._platforms]
+        trust = trust_inputs(self._settings, " ".join(keys), authenticate=authenticate)
+        return f"{prefix}-store-{text_digest(*trust)[:8]}" if prefix else None
+
+    def _files(self, stage: Stage, *, warm: bool) -> dict[str, bytes]:
+        """Return the files of a stage's steps."""
+        if not warm:
+            return stage_files(stage)
+        # One step at a time has the store, so that the first name needs to differ from no other.
+        result, directory = "new-buildkit", result_directory("")
+        after = (
+            "name=$(cat /proc/sys/kernel/random/uuid)",
+            f'mv {directory}{result} "{directory}$name"',
+            f"mkdir -p {REPORTS}",
+            f'echo "$name" >{REPORTS}/{RESULT}',
+        )
+        files = warm_stage_files(stage, f"{directory}{result}", check_roots=True, after=after)
+        return {**files, **resource_files(SEED), "owner": b"0\n"}
 
     def _pull(self) -> Stage:
         """Return the stage that pulls the locked or the resolved commits.

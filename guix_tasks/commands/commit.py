@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.stages.commit import commit_image
 from guix_tasks.stages.container import drop_environment, kept_containers
-from guix_tasks.stages.images import ASSEMBLED_LABEL, HAND_MADE, STAGE_LABEL
+from guix_tasks.stages.images import ASSEMBLED_LABEL, FILES_LABEL, HAND_MADE, STAGE_LABEL
 from guix_tasks.stages.store import LIVE_LABEL
 from guix_tasks.stages.volumes import check_volumes
 from guix_tasks.ui.format import human_size, human_time
@@ -47,7 +47,8 @@ def commit(project: Project) -> None:
     drop_environment(engine, container.id)
     current, started = engine.image(reference), time.monotonic()
     with console.step("commit", has_log=False):
-        labels = {STAGE_LABEL: HAND_MADE, ASSEMBLED_LABEL: "", LIVE_LABEL: ""}
+        own = dict.fromkeys((ASSEMBLED_LABEL, FILES_LABEL, LIVE_LABEL), "")
+        labels = {STAGE_LABEL: HAND_MADE, **own}
         image = commit_image(project, container.id, parent, reference, labels)
         project.ledger.keep(current)
         engine.remove(container.id)

@@ -13,7 +13,16 @@ from typing import IO, TYPE_CHECKING
 from guix_tasks.errors import UsageError
 from guix_tasks.stages.commit import commit_image
 from guix_tasks.stages.container import WORK_DIRECTORY, Work, archive, work_container
-from guix_tasks.stages.images import KEY_LABEL, SQUASH, STAGE_LABEL, is_above, squash_key
+from guix_tasks.stages.images import (
+    KEY_LABEL,
+    SQUASH,
+    STAGE_LABEL,
+    is_child,
+    proven_stage,
+    shared_layers,
+    squash_key,
+)
+from guix_tasks.stages.lifecycle import Lifecycle
 from guix_tasks.stages.runner import print_result, run_container
 from guix_tasks.stages.volumes import check_volumes
 
@@ -42,7 +51,7 @@ def squash(project: Project) -> None:
     ledger, console = project.ledger, project.console
     ledger.drop_unnamed()
     last, base = ledger.last_stage(), ledger.find("base")
-    if last is None or base is None or not is_above(last, base) or last.id == base.id:
+    if last is None or base is None or last.id == base.id or not _is_on(project, last, base):
         raise UsageError("nothing to squash: there is no stage above the base; run `inv install`")
     check_volumes(project.settings, base)
     replaced_image = ledger.find(SQUASH)
@@ -57,6 +66,19 @@ def squash(project: Project) -> None:
         project.engine.drop(replaced_image.id)
 
 
+def _is_on(project: Project, image: Image, base: Image) -> bool:
+    """Whether a stage's image has all layers of the base, or was made from its current stages."""
+    if shared_layers(image, base) == len(base.layers):
+        return True
+    lifecycle, stage = Lifecycle(project), proven_stage(image)
+    while stage and (parent := lifecycle.parent_of(stage)):
+        below = project.ledger.find(parent)
+        if below is None or not is_child(image, below):
+            return False
+        image, stage = below, parent
+    return image.id == base.id
+
+
 def _squash(project: Project, base: Image, last: Image) -> None:
     engine = project.engine
     # Unpacking deletes nothing, so each start removes the files that the next layer deletes.
@@ -68,7 +90,8 @@ def _squash(project: Project, base: Image, last: Image) -> None:
         _saved_image(project, last) as saved,
         work_container(engine, project.settings, base.id, work) as container,
     ):
-        for layer in _layers(saved)[len(base.layers) :]:
+        # All files that differ from the base image's are in these layers.
+        for layer in _layers(saved)[shared_layers(last, base) :]:
             deleted, files = _split_layer(saved, layer)
             with files:
                 engine.copy_in(container, archive({"deleted": "\0".join(deleted).encode()}))

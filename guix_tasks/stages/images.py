@@ -51,6 +51,9 @@ GUIX_KEY_LABEL = f"{_PREFIX}guix-key"
 file can matter."""
 ASSEMBLED_LABEL = f"{_PREFIX}assembled"
 """``trust_digest`` of the warm store from which an image was assembled, or empty."""
+FILES_LABEL = f"{_PREFIX}files"
+"""``layers_digest`` of the image that all files outside of Guix's directories equal; empty if
+that is the image itself."""
 IMAGE_LABEL = f"{_PREFIX}image"
 """``IMAGE`` of the project that made the image."""
 CONTAINER_LABEL = f"{_PREFIX}project"
@@ -147,9 +150,16 @@ def _parent_digest(image: Image) -> str:
     return fields[1] if len(fields) > 1 else ""
 
 
-def is_above(image: Image, base: Image) -> bool:
-    """Whether an image has all layers of ``base`` and at least one more."""
-    return len(image.layers) > len(base.layers) and image.layers[: len(base.layers)] == base.layers
+def files_digest(image: Image) -> str:
+    """Return a digest that two images share if their files outside of Guix's directories equal."""
+    return image.labels.get(FILES_LABEL) or layers_digest(image.layers)
+
+
+def shared_layers(image: Image, other: Image) -> int:
+    """Return how many of the lowest layers two images share."""
+    pairs = enumerate(zip(image.layers, other.layers, strict=False))
+    shortest = min(len(image.layers), len(other.layers))
+    return next((number for number, (a, b) in pairs if a != b), shortest)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from guix_tasks.stages.custom import custom_stage
 from guix_tasks.stages.images import (
     ASSEMBLED_LABEL,
     CHANNELS_LABEL,
+    FILES_LABEL,
     GUIX_KEY_LABEL,
     PACKAGES_LABEL,
     STAGES,
@@ -300,6 +301,7 @@ class Lifecycle:
             GUIX_KEY_LABEL: state,
             TRUST_LABEL: keys,
             ASSEMBLED_LABEL: "",
+            FILES_LABEL: "",
         }
         # The label that proves a stage contains the layers, which exist only after the build.
         with (

@@ -19,9 +19,11 @@ from guix_tasks.stages.container import (
 )
 from guix_tasks.stages.images import (
     ASSEMBLED_LABEL,
+    FILES_LABEL,
     GUIX_KEY_LABEL,
     REPORTED_LABELS,
     STAGE_LABEL,
+    files_digest,
     is_child,
     key_of,
     stage_labels,
@@ -130,7 +132,11 @@ def _run_warm(
 
     step.show_activity(lambda: "assembling")
     try:
-        labels = {**_labels(project, stage, parent, report), ASSEMBLED_LABEL: trust}
+        labels = {
+            **_labels(project, stage, parent, report),
+            ASSEMBLED_LABEL: trust,
+            FILES_LABEL: "" if stage.as_root else files_digest(parent),
+        }
         if not force and current and _is_unchanged(project, current, parent, labels):
             return None
         starts = [start]
@@ -181,17 +187,22 @@ def _reassemble(project: Project, stage: Stage, parent: Image, current: Image) -
         return None
     own = stage.labels("")
     reported = {name: current.labels[name] for name in REPORTED_LABELS if name in own}
+    trust = trust_digest(project, stage, parent)
     labels = {
         **stage_labels(stage.name, key_of(parent), inputs),
         **own,
         **reported,
         GUIX_KEY_LABEL: key,
-        ASSEMBLED_LABEL: trust_digest(project, stage, parent),
+        ASSEMBLED_LABEL: trust,
+        FILES_LABEL: files_digest(parent),
     }
+    is_trusted = current.labels.get(ASSEMBLED_LABEL) == trust
+    is_start = is_trusted and is_reusable(project, stage, parent, current)
+    starts = [current, parent] if is_start else [parent]
     with project.console.step(stage.name) as step:
         step.show_activity(lambda: "assembling")
         for volume in store_volumes(project):
-            image = assemble(project, stage, parent, volume, labels, result=key, starts=[parent])
+            image = assemble(project, stage, parent, volume, labels, result=key, starts=starts)
             if image:
                 project.console.print(f"{stage.name}: Guix has nothing to do; assembled again")
                 return image
@@ -216,6 +227,7 @@ def _labels(project: Project, stage: Stage, parent: Image, report: str) -> dict[
         **stage.labels(report),
         GUIX_KEY_LABEL: guix_key(pinned, parent, inputs),
         ASSEMBLED_LABEL: "",
+        FILES_LABEL: "",
     }
 
 

@@ -30,6 +30,19 @@ STATE = (
 MISSING_ITEMS = 113
 """Exit status of a stage's script if the warm store lacks items of the container's image."""
 
+_LOCK = (
+    "caches=${XDG_CACHE_HOME:-/root/.cache}",
+    'if command -v flock >/dev/null && [ -r "$caches" ]; then',
+    '    exec 9<"$caches"',
+    "    if ! flock -n 9; then",
+    '        echo "waiting for another run that uses the caches of this image on this engine"',
+    "        flock 9",
+    "    fi",
+    "fi",
+)
+"""The kernel of the engine's machine has this lock, so it is one for all users of the engine, and
+ends with the container.  Guix itself does not lock its checkouts of channels."""
+
 _CHECK_ROOTS = (
     "for link in $(find /var/guix/profiles /var/guix/gcroots -type l 2>/dev/null || true); do",
     '    item=$(readlink "$link")',
@@ -101,17 +114,20 @@ def stage_files(stage: Stage) -> dict[str, bytes]:
     return {**stage.files, "stage": script.encode(), **resource_files(COLLECT)}
 
 
-def warm_stage_files(stage: Stage, result: str, *, check_roots: bool) -> dict[str, bytes]:
+def warm_stage_files(
+    stage: Stage, result: str, *, check_roots: bool, after: Sequence[str] = ()
+) -> dict[str, bytes]:
     """Return the files of a stage whose container has the warm store.
 
     The script records what it has made in the directory ``result``. With ``check_roots`` it first
-    checks that the warm store has what the container's image needs.
+    checks that the warm store has what the container's image needs. ``after`` are shell commands.
     """
     script = guix.script(
         stage.commands,
         stage.report,
-        before=_CHECK_ROOTS if check_roots else (),
+        before=(*_LOCK, *(_CHECK_ROOTS if check_roots else ())),
         finish=shlex.join(("sh", f"{WORK_DIRECTORY}/record.sh", result, stage.keep or "", *STATE)),
+        after=after,
         start=stage.directory,
     )
     return {**stage.files, "stage": script.encode(), **resource_files(RECORD)}

@@ -5,7 +5,8 @@ what it has downloaded or built for earlier images. At the end of its script a s
 store items the roots of its container need (``resources/record.sh``). An image is then assembled in
 a container without Guix: ``resources/assemble.sh`` makes the store and Guix's state equal to that
 result, and the engine commits one layer. The container starts from the previous image of the stage
-if that saves layers, else from the stage's parent.
+if that saves layers, else from the stage's parent.  If the base image has changed since, the
+container also gets the files of the new one (``resources/other-files.sh``).
 
 The volume is a cache. If it is missing or lacks items of an image, ``fill_store`` copies them from
 that image. It contains, in addition to the directory ``store``:
@@ -38,7 +39,13 @@ from guix_tasks.stages.container import (
     work_container,
 )
 from guix_tasks.stages.container import project as project_name
-from guix_tasks.stages.images import GUIX_KEY_LABEL, is_above, stage_key
+from guix_tasks.stages.images import (
+    FILES_LABEL,
+    GUIX_KEY_LABEL,
+    files_digest,
+    shared_layers,
+    stage_key,
+)
 from guix_tasks.stages.ownership import daemon_user
 from guix_tasks.stages.pull import is_authenticated
 from guix_tasks.stages.stage import MISSING_ITEMS, STATE
@@ -49,6 +56,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from guix_tasks.engine.api import Image
+    from guix_tasks.settings import Settings
     from guix_tasks.stages.project import Project
     from guix_tasks.stages.stage import Stage
 
@@ -56,10 +64,14 @@ VOLUME_MOUNT = "/dev/guix-tasks"
 """Directory of the volume in containers that assemble or seed. A mount below ``/dev`` leaves no
 directory in an image."""
 
+SEED = ("seed.sh", "seed.scm", "database.scm")
+"""Scripts that copy the store of an image to the warm store. ``owner`` is their input."""
+
 _RUN_IF_PRESENT = f'[ -f "$0" ] || exit {MISSING_ITEMS}; exec sh "$0" "$@"'
 
-_TOO_MUCH_WASTE = 114
-"""Exit status of ``assemble.sh`` if deleted items would take too much of the image."""
+_UNSUITABLE = 114
+"""Exit status of ``assemble.sh`` if deleted items would take too much of the image, or if its
+other files cannot be changed."""
 
 _MAX_LAYERS = 10
 """Maximum number of layers on the base image before an image is assembled in one layer."""
@@ -77,14 +89,24 @@ def trust_digest(project: Project, stage: Stage, parent: Image) -> str:
     That depends on the substitute keys and the channels that it trusts. Items that it accepted with
     other settings must not reach an image.
     """
-    settings = project.settings
     unauthenticated = any(guix.UNAUTHENTICATED in command for command in stage.commands)
     return text_digest(
-        *platform_input(project.engine, settings).values(),
-        *sorted(map(file_digest, settings.guix_substitute_keys)),
-        parent.labels.get(TRUST_LABEL, ""),
-        "unauthenticated" if unauthenticated or not is_authenticated(parent) else "",
+        *platform_input(project.engine, project.settings).values(),
+        *trust_inputs(
+            project.settings,
+            parent.labels.get(TRUST_LABEL, ""),
+            authenticate=not unauthenticated and is_authenticated(parent),
+        ),
     )
+
+
+def trust_inputs(settings: Settings, base_keys: str, *, authenticate: bool) -> tuple[str, ...]:
+    """Return what decides which items and channels Guix accepts.
+
+    ``base_keys`` is a digest of the substitute keys that the base image trusts.
+    """
+    keys = sorted(map(file_digest, settings.guix_substitute_keys))
+    return (*keys, base_keys, "" if authenticate else "unauthenticated")
 
 
 def store_volume(project: Project, trust: str) -> str:
@@ -141,7 +163,7 @@ def fill_store(project: Project, volume: str, images: Sequence[Image]) -> None:
 def _seed(project: Project, volume: str, image: Image) -> None:
     """Copy the store items of an image that the volume lacks to the volume."""
     engine, settings = project.engine, project.settings
-    work = _script_work("seed", ("seed.sh", "seed.scm", "database.scm"), volume)
+    work = _script_work("seed", SEED, volume)
     project.console.detail(f"store: copying what {volume} lacks from {image.id}")
     with work_container(engine, settings, image.id, work) as container:
         rootless = settings.guix_sandbox is Sandbox.ROOTLESS and not engine.is_dry
@@ -175,14 +197,20 @@ def assemble(
     engine, settings = project.engine, project.settings
     base = project.ledger.find("base") or parent
     for start in starts:
-        used = 0 if start is starts[-1] else bytes_above(project, start, base)
+        used, files = 0, ""
+        if start is not starts[-1]:
+            used = bytes_above(project, start, base)
+            if files_digest(start) != labels[FILES_LABEL]:
+                files = _compare_files(project, volume, start, parent)
+                if not files:
+                    continue
         # A copied script would leave mount points in the layer.
         script = f"{VOLUME_MOUNT}/guix-tasks/results/{result}/assemble.sh"
-        arguments = (VOLUME_MOUNT, result, labels[GUIX_KEY_LABEL], str(used), *STATE)
+        arguments = (VOLUME_MOUNT, result, labels[GUIX_KEY_LABEL], str(used), files, *STATE)
         work = _plain_work("assemble", ("-c", _RUN_IF_PRESENT, script, *arguments), volume=volume)
         with work_container(engine, settings, start.id, work) as container:
             status, log = run_silently(engine, container)
-            if status == _TOO_MUCH_WASTE:
+            if status == _UNSUITABLE:
                 continue
             if status == MISSING_ITEMS:
                 return None
@@ -200,15 +228,28 @@ def assemble(
 def is_reusable(project: Project, stage: Stage, parent: Image, current: Image) -> bool:
     """Whether an image can be assembled on the current image of its stage.
 
-    The layers below must be those of the base image. Files outside of Guix's directories must not
-    be the stage's own.
+    It must share layers with the base image. Files outside of Guix's directories must not be the
+    stage's own.
     """
-    base = project.ledger.find("base") or parent
-    return (
-        not stage.as_root
-        and is_above(current, base)
-        and len(current.layers) - len(base.layers) < _MAX_LAYERS
-    )
+    shared = shared_layers(current, project.ledger.find("base") or parent)
+    return not stage.as_root and shared > 0 and len(current.layers) - shared < _MAX_LAYERS
+
+
+def _compare_files(project: Project, volume: str, start: Image, parent: Image) -> str:
+    """Find which files outside of Guix's directories differ between two images.
+
+    Return the directory on the volume that lists them for ``assemble.sh``; empty if the images lack
+    the programs to do that.
+    """
+    directory = f"{VOLUME_MOUNT}/guix-tasks/results/{new_result()}"
+    for image, command in ((start, "list"), (parent, "compare")):
+        work = _script_work("files", ("other-files.sh",), volume, (command, directory, *STATE))
+        with work_container(project.engine, project.settings, image.id, work) as container:
+            status, log = run_silently(project.engine, container)
+        if status:
+            project.console.detail(f"store: cannot compare the files: {_last_line(log, status)}")
+            return ""
+    return directory
 
 
 def guix_state(project: Project, image: Image) -> tuple[str, str]:
@@ -250,14 +291,16 @@ def check_store(project: Project, volume: str, image: Image) -> str:
 
 
 def bytes_above(project: Project, image: Image, base: Image) -> int:
-    """Return the size of an image's layers on the base image, in bytes."""
+    """Return the size of an image's layers that the base image does not have, in bytes."""
     layers = project.engine.layers(image.id)
-    return sum(layer.size for layer in layers[len(base.layers) :])
+    return sum(layer.size for layer in layers[shared_layers(image, base) :])
 
 
-def _script_work(name: str, scripts: Sequence[str], volume: str = "") -> Work:
-    """Return a work that runs the first of ``scripts`` with the directory of ``volume``, if any."""
-    argv = (f"{WORK_DIRECTORY}/{scripts[0]}", *([VOLUME_MOUNT] if volume else []))
+def _script_work(
+    name: str, scripts: Sequence[str], volume: str = "", arguments: Sequence[str] = ()
+) -> Work:
+    """Return a work that runs the first of ``scripts``, by default with the volume's directory."""
+    argv = (f"{WORK_DIRECTORY}/{scripts[0]}", *(arguments or ([VOLUME_MOUNT] if volume else [])))
     return _plain_work(name, argv, resource_files(scripts), volume=volume)
 
 

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 from harness import ROOT
 from island import settle
 
-from guix_tasks.stages.images import HAND_MADE, PREVIOUS, SQUASH, is_above, is_child, proven_stage
+from guix_tasks.stages.images import (
+    HAND_MADE,
+    PREVIOUS,
+    SQUASH,
+    is_child,
+    proven_stage,
+    shared_layers,
+)
 
 if TYPE_CHECKING:
     import random
@@ -109,7 +116,7 @@ class ExaminedProject:
         assert proven_stage(image) == stage
         if stage == SQUASH:
             base = self.image("base")
-            assert is_above(image, base)
+            assert shared_layers(image, base) == len(base.layers)
             assert len(image.layers) == len(base.layers) + 1
         elif PARENTS[stage]:
             assert is_child(image, self.image(PARENTS[stage]))

@@ -494,13 +494,14 @@ bake)
 esac
 """
 
-RUN = re.compile(r"^RUN --security=insecure (.*?) (\[.*\])$", re.MULTILINE)
+BLOCK = re.compile(r"^FROM (\S+) AS ((?:pull|install)\S*)\n((?:(?!FROM ).*\n)*)", re.MULTILINE)
+RUN = re.compile(r"^RUN (.*?) (\[.*\])$", re.MULTILINE)
 
 
 def test_the_commands_of_the_steps_make_the_same_image(
     new_project: NewProject, made: Made, docker: Docker, tmp_path: Path
 ) -> None:
-    """Also where no builder can run them: one after the other in a privileged container."""
+    """Also where no builder can run them: one after the other in a container each."""
     plugins = tmp_path / "config" / "cli-plugins"
     plugins.mkdir(parents=True)
     (plugins / buildx.PROGRAM).write_text(STUB)
@@ -511,46 +512,60 @@ def test_the_commands_of_the_steps_make_the_same_image(
     assert project.inv("buildx.build", env=environment).returncode == 0
     text = (kept / "Dockerfile").read_text().replace(" \\\n   ", "")
     contexts = json.loads((kept / "bake.json").read_text())["target"]["image"]["contexts"]
-    steps = RUN.findall(text)
-    assert len(steps) == 2
-    image = project.tag("base")
-    for step in steps:
-        image = run_step(project, image, step, kept, contexts)
+    steps = Steps(project, kept, contexts, {"base": project.tag("base")})
+    for parent, name, lines in BLOCK.findall(text):
+        steps.run(parent, name, lines)
     # Its configuration is what the other lines of the Dockerfile make, so only what is in it.
-    assert contents(docker, image) == contents(docker, made.project.image)
+    assert contents(docker, steps.images["install"]) == contents(docker, made.project.image)
 
 
-def run_step(
-    project: Project, image: str, step: tuple[str, str], kept: Path, contexts: dict[str, str]
-) -> str:
-    """Do what BuildKit does for a ``RUN``, in a container; the image that comes of it."""
-    docker, name = project.docker, project.container_name()
-    options, command = step
-    words = ["--privileged", "--name", name]
-    for option in options.split():
-        key, _, value = option.removeprefix("--").partition("=")
-        if key == "network":
-            words.append(f"--network={value}")
-        elif key == "mount":
-            fields = dict(each.partition("=")[::2] for each in value.split(","))
-            words += docker_mount(project, fields, kept, contexts)
-    entry, *rest = json.loads(command)
-    docker.ok("run", *words, f"--entrypoint={entry}", image, *rest)
-    committed = docker.ok("commit", name)
-    project.seen.add(committed)
-    return committed
+@dataclass
+class Steps:
+    """What BuildKit does for the steps of a Dockerfile, in containers."""
 
+    project: Project
+    kept: Path
+    contexts: dict[str, str]
+    images: dict[str, str]
+    """The image of each part of the Dockerfile, by name."""
 
-def docker_mount(
-    project: Project, fields: dict[str, str], kept: Path, contexts: dict[str, str]
-) -> list[str]:
-    """A mount of a ``RUN`` as options of ``docker run``."""
-    target = fields["target"]
-    if fields["type"] == "cache":
-        return [f"--volume={project.settings['CACHE_VOLUME']}-{fields['id']}:{target}"]
-    if fields["type"] == "secret":
-        return [f"--volume={kept / fields['id']}:{target}:ro"]
-    assert fields["type"] == "bind"
-    source = kept / "work" if fields["from"] == "work" else Path(contexts[fields["from"]])
-    source = source / fields.get("source", "")
-    return [f"--volume={source}:{target}{'' if 'rw' in fields else ':ro'}"]
+    def run(self, parent: str, name: str, lines: str) -> None:
+        """Do the only ``RUN`` of a part."""
+        docker, container = self.project.docker, self.project.container_name()
+        ((options, command),) = RUN.findall(lines)
+        words = ["--name", container, *re.findall(r"^ENV (.*)$", lines, re.MULTILINE)]
+        words = [f"--env={word}" if "DIRECTORY=" in word else word for word in words]
+        for option in options.split():
+            key, _, value = option.removeprefix("--").partition("=")
+            if key == "network":
+                words.append(f"--network={value}")
+            elif key == "mount":
+                words += self._mount(dict(each.partition("=")[::2] for each in value.split(",")))
+            else:
+                assert option == "--security=insecure"
+                words.append("--privileged")
+        entry, *rest = json.loads(command)
+        docker.ok("run", *words, f"--entrypoint={entry}", self.images[parent], *rest)
+        self.images[name] = docker.ok("commit", container)
+        self.project.seen.add(self.images[name])
+
+    def _mount(self, fields: dict[str, str]) -> list[str]:
+        """A mount of a ``RUN`` as options of ``docker run``."""
+        target, source = fields["target"], fields.get("source", "")
+        if fields["type"] == "cache":
+            identity = re.sub(r"\${\w+}", "", fields["id"])
+            prefix = self.project.settings["CACHE_VOLUME"]
+            return [f"--volume={prefix}-{identity}:{target}:nocopy"]
+        if fields["type"] == "secret":
+            return [f"--volume={self.kept / fields['id']}:{target}:ro"]
+        assert fields["type"] == "bind"
+        if fields["from"] in self.images:
+            copy = self.kept / fields["from"]
+            container = self.project.container_name()
+            docker = self.project.docker
+            docker.ok("create", "--name", container, self.images[fields["from"]])
+            docker.ok("cp", f"{container}:{source}", str(copy))
+            return [f"--volume={copy}:{target}:ro"]
+        work = self.kept / "work"
+        place = work if fields["from"] == "work" else Path(self.contexts[fields["from"]])
+        return [f"--volume={place / source}:{target}{'' if 'rw' in fields else ':ro'}"]

@@ -32,3 +32,17 @@ def test_one_waits_and_says_for_whom(
     assert (one.said() + other.said()).count("install: in a") == 1
     assert first.containers() == []
     assert "Hello" in docker.run(first.image, "hello").stdout
+
+
+def test_another_user_of_the_engine_waits(
+    new_project: NewProject, docker: Docker, tmp_path: Path
+) -> None:
+    first = new_project("base")
+    second = new_project(repository=first.repository)
+    one = first.start("pull", "install", env={"XDG_CACHE_HOME": str(tmp_path / "one")})
+    one.await_output("pull: in a")
+    other = second.start("pull", "install", env={"XDG_CACHE_HOME": str(tmp_path / "other")})
+    assert [one.inv.wait(timeout=300), other.inv.wait(timeout=300)] == [0, 0]
+    assert "waiting for another run that uses the caches" in one.said() + other.said()
+    assert "Hello" in docker.run(first.image, "hello").stdout
+    assert second.ok("pull", "install").stderr.count("up to date") == 2

@@ -46,7 +46,14 @@ from guix_tasks.guix import CHANNELS_FILE
 from guix_tasks.oci.labels import CREATED
 from guix_tasks.settings import Settings, load_settings
 from guix_tasks.stages.container import STORE_MOUNT
-from guix_tasks.stages.images import KEY_LABEL, LAYERS_LABEL, STAGES, Ledger, proven_stage
+from guix_tasks.stages.images import (
+    FILES_LABEL,
+    KEY_LABEL,
+    LAYERS_LABEL,
+    STAGES,
+    Ledger,
+    proven_stage,
+)
 from guix_tasks.stages.lifecycle import Lifecycle, StageOptions, State
 from guix_tasks.stages.project import Project
 from guix_tasks.ui.console import Console
@@ -163,9 +170,21 @@ def _seed(_container: FakeContainer) -> Output:
     return iter(())
 
 
+def _other_files(container: FakeContainer) -> Output:
+    """Play ``sh other-files.sh COMMAND DIRECTORY ...``."""
+    container.results[container.argv[2].rpartition("/")[2]] = dict(container.lower)
+    return iter(())
+
+
 def _assemble(container: FakeContainer) -> Output:
-    """Play ``sh -c SCRIPT assemble.sh VOLUME RESULT KEY ...``."""
-    result, key = container.argv[4:6]
+    """Play ``sh -c SCRIPT assemble.sh VOLUME RESULT KEY LIMIT FILES ...``."""
+    result, key, _, files = container.argv[4:8]
+    if files:
+        wanted = container.results.pop(files.rpartition("/")[2])
+        container.changes |= dict.fromkeys(container.lower.keys() - wanted.keys())
+        container.changes |= {
+            path: content for path, content in wanted.items() if container.read(path) != content
+        }
     if result in container.results:
         for path, content in container.results[result].items():
             container.write(path, (content or b"").decode())
@@ -189,6 +208,7 @@ STORE_SCRIPTS = {
     "check-store.sh": _check_store,
     "seed.sh": _seed,
     "assemble.sh": _assemble,
+    "other-files.sh": _other_files,
     "guix-state.sh": _guix_state,
 }
 """What the scripts of the warm store do, whatever the engine's behaviour is."""
@@ -908,7 +928,7 @@ def outline(engine: FakeEngine) -> dict[str, object]:
     found: dict[str, object] = {}
     for tag, identity in engine.tags.items():
         image = engine.all_images[identity]
-        varying = (LAYERS_LABEL, CREATED)
+        varying = (LAYERS_LABEL, FILES_LABEL, CREATED)
         labels = {name: text for name, text in image.labels.items() if name not in varying}
         state = (proven_stage(image), labels.get(KEY_LABEL), len(image.layers))
         found[tag] = (state, sorted(labels.items()), str(image.config.get("Cmd")))

@@ -77,6 +77,7 @@ def test_each_stage_is_made_of_the_one_before() -> None:
     found = blocks(Recipe([AMD64], [PULL, INSTALL]))
     assert {name: parent for name, (parent, _) in found.items()} == {
         "owner": "base",
+        "keys": "base",
         "asked": "scratch",
         "pull": "base",
         "install": "pull",
@@ -127,6 +128,7 @@ def test_floating_channels_are_asked_for_first() -> None:
     assert arguments(run)[-1] == "pull"
     assert found["asked"][1] == [
         f"COPY --from=owner {OWNER} /",
+        "COPY --from=keys /keys /",
         "COPY --from=resolving /.guix-tasks-reports /",
     ]
 
@@ -168,7 +170,26 @@ def test_an_image_for_another_user_is_made_by_root() -> None:
     assert found["pull"][1][0] == "USER root"
     assert len(found["install"][1]) == 1  # it is root already
     assert found["image-linuxamd64"][1] == found["image-linuxarm64"][1] == ["USER guest"]
-    assert "USER" not in dockerfile(Recipe([AMD64], [PULL, INSTALL]))
+    plain = blocks(Recipe([AMD64], [PULL, INSTALL], store="s"))
+    assert [name for name, (_, lines) in plain.items() if "USER" in "".join(lines)] == ["keys"]
+
+
+def test_a_stage_with_the_warm_store_is_assembled_from_it() -> None:
+    found = blocks(Recipe([AMD64], [PULL, INSTALL], store="app-store", user="guest"))
+    assert [found[f"install{step}"][0] for step in ("-seed", "-work", "")] == [
+        "pull", "install-seed", "pull",
+    ]  # fmt: skip
+    cache = "type=cache,id=app-store-${TARGETARCH}${TARGETVARIANT},sharing=locked,target="
+    seed, work, last = (found[f"install{step}"][1][-1] for step in ("-seed", "-work", ""))
+    assert mounts(seed)[-1] == mounts(last)[-1] == f"{cache}/dev/guix-tasks"
+    assert mounts(work)[-1] == f"{cache}/gnu"
+    assert "insecure" not in seed + last
+    assert mounts(last)[0] == (
+        "type=bind,from=install-work,source=/.guix-tasks-reports,target=/dev/guix-tasks-report"
+    )
+    assert "ENV GUIX_DATABASE_DIRECTORY=/gnu/guix-tasks/db" in found["install-work"][1]
+    assert not [line for line in found["install"][1] if line.startswith("ENV")]
+    assert found["pull"][1][0] == found["pull-seed"][1][0] == "USER root"
 
 
 @pytest.mark.parametrize(

@@ -1,25 +1,27 @@
 #!/bin/sh
 # Makes Guix's store and state of this container equal to a result on the store volume:
-#   assemble.sh VOLUME RESULT KEY LIMIT STATE...
+#   assemble.sh VOLUME RESULT KEY LIMIT FILES STATE...
 #
 # Nothing of Guix runs here.  KEY is the name that the result gets, if it is not empty.  LIMIT is
 # the size in bytes of the layers that this container already has on the base image; 0 means that
-# no waste is possible.  STATE are the files and directories outside of the store that a result
+# no waste is possible.  FILES is the directory with what `other-files.sh` found, or empty if all
+# other files stay.  STATE are the files and directories outside of the store that a result
 # contains.  All times are fixed, so that the same result gives the same layer.
 #
 # It prints the size in bytes of the store items that the base image does not have.
 #
 # Exit status: 113 if the volume lacks the result or an item of it, 114 if too much of the layers
-# would be waste.
+# would be waste, or if the other files cannot be changed.
 set -eu
 export LC_ALL=C
 
-volume=$1 results=$1/guix-tasks/results result=$1/guix-tasks/results/$2 key=$3 limit=$4
-shift 4
+volume=$1 results=$1/guix-tasks/results result=$1/guix-tasks/results/$2 key=$3 limit=$4 files=$5
+shift 5
 scratch=/dev/shm/guix-tasks-assemble live=/dev/shm/guix-tasks-assemble/size
 store=/gnu/store
 
 [ -f "$result/items" ] || exit 113
+if [ -n "$files" ]; then limit=$((limit + $(stat -c %s "$files/changed.tar"))); fi
 if [ "$limit" -gt 0 ] && [ "$((limit * 5))" -gt "$(($(cat "$result/size") * 6 + 50000000))" ]; then
     exit 114
 fi
@@ -35,6 +37,13 @@ comm -23 "$scratch/present" "$scratch/items" >"$scratch/dead"
 while read -r item; do
     [ -e "$volume/store/$item" ] || [ -L "$volume/store/$item" ] || exit 113
 done <"$scratch/missing"
+
+if [ -n "$files" ]; then
+    xargs -0 rm -rf -- <"$files/removed" || exit 114
+    tar --extract --file="$files/changed.tar" --directory=/ --numeric-owner --same-owner \
+        --preserve-permissions --xattrs --xattrs-include='*' || exit 114
+    rm -rf "$files"
+fi
 
 cd "$volume/store"
 # Not cp -a: which files are hard links depends on what else is on the volume.
@@ -71,9 +80,6 @@ done
 if [ -n "$key" ] && [ "$result" != "$results/$key" ]; then
     rm -rf "${results:?}/$key"
     mv "$result" "$results/$key"
-    # The names are digests, or `new`.
-    # shellcheck disable=SC2012
-    ls -t "$results" | tail -n +9 | while read -r old; do rm -rf "${results:?}/$old"; done
 fi
 
 # A daemon without root has a directory for profiles of its own.
