@@ -18,6 +18,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -600,6 +601,21 @@ def without(packages: str, directory: Path) -> dict[str, str]:
         "sys.meta_path.insert(0, Missing())\n"
     )
     return {"PYTHONPATH": str(directory)}
+
+
+class HttpHandler(BaseHTTPRequestHandler):
+    """A handler without TLS, which answers a client that tries TLS first as a server in Go does.
+
+    The containerd image store then continues without TLS.
+    """
+
+    def handle(self) -> None:
+        if self.rfile.peek(1)[:1] == b"\x16":  # type: ignore[attr-defined]
+            self.wfile.write(b"HTTP/1.0 400 Bad Request\r\n\r\n")
+        else:
+            super().handle()
+
+    def log_message(self, *_: object) -> None: ...
 
 
 def free_port() -> int:

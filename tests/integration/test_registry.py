@@ -7,11 +7,11 @@ import re
 import stat
 import threading
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import builder_environment, call, free_port, one_error
+from harness import HttpHandler, builder_environment, call, free_port, one_error
 
 from guix_tasks.bootstrap import service
 from guix_tasks.bootstrap.registry import USER, LocalRegistry
@@ -172,7 +172,7 @@ def test_who_listens_there_instead_is_not_told_the_password(other: Other) -> Non
     other.project.ok("base")
     asked: list[str] = []
 
-    class Stranger(BaseHTTPRequestHandler):
+    class Stranger(HttpHandler):
         def do_any(self) -> None:
             asked.append(self.headers.get("Authorization", ""))
             self.send_response(401)
@@ -181,8 +181,6 @@ def test_who_listens_there_instead_is_not_told_the_password(other: Other) -> Non
             self.end_headers()
 
         do_GET = do_HEAD = do_POST = do_any  # noqa: N815
-
-        def log_message(self, *_: object) -> None: ...
 
     with ThreadingHTTPServer(("127.0.0.1", other.port), Stranger) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
