@@ -45,8 +45,13 @@ STAGE_TRIES = 3
 _ERROR_LENGTH = 200
 """Maximum characters of an error of Guix in a message."""
 
-_DAMAGED = ("database disk image is malformed", "file is not a database")
-"""Messages of SQLite about a damaged database."""
+_DAMAGED = (
+    "database disk image is malformed",
+    "file is not a database",
+    # A run that was killed while it filled the volume leaves files of root to a rootless daemon.
+    "attempt to write a readonly database",
+)
+"""Messages of SQLite about a database that a stage cannot use."""
 
 _METER_INTERVAL = 1.0
 """Seconds between two readings of a container's network traffic."""

@@ -148,6 +148,21 @@ def test_item_that_is_missing_on_the_volume_is_copied_from_the_image(
     check_store(docker, project.image)
 
 
+def test_volume_that_a_killed_run_left_to_root_is_created_again(
+    new_project: NewProject, docker: Docker
+) -> None:
+    project = new_project("base", GUIX_SANDBOX="rootless", GUIX_PACKAGES="hello")
+    project.ok("pull", "install")
+    (volume,) = [name for name in project.volumes() if "-store-" in name]
+    docker.ok(
+        "run", "--rm", "--network=none", f"--volume={volume}:/dev/store", "--entrypoint=sh",
+        project.image, "-c", "chown 0:0 /dev/store/guix-tasks/db/*",
+    )  # fmt: skip
+    project.set(GUIX_PACKAGES="hello greet")
+    assert "is damaged; creating it again" in project.ok("install").stderr
+    check_store(docker, project.image)
+
+
 def test_random_changes_leave_exactly_what_is_needed(
     new_project: NewProject, docker: Docker, soak: Soak
 ) -> None:

@@ -168,6 +168,20 @@ def test_full_disk_is_not_retried(site: Site) -> None:
     assert FULL_DISK in failure(site, Try(1, [NO_NETWORK, full]))
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        b"guix package: error: database disk image is malformed\n",
+        b"guix package: error: setting journal mode: attempt to write a readonly database\n",
+    ],
+)
+def test_volume_with_an_unusable_database_is_created_again(site: Site, fault: bytes) -> None:
+    project = run(site, Try(1, [fault]), Try())
+    assert " is damaged; creating it again" in heard(project)
+    assert "remove_volume" in [name for name, _ in site.engine.calls]
+    assert site.image("own")
+
+
 def test_each_attempt_has_its_files(site: Site) -> None:
     site.engine.behaviour = played = Played([Try(1, [NO_NETWORK]), Try(1, [NO_NETWORK]), Try()])
     run_stage(site.project(), STAGE, parent(site))
