@@ -26,7 +26,7 @@ from guix_tasks.stages.container import (
     WORK_DIRECTORY,
 )
 from guix_tasks.stages.stage import STATE
-from guix_tasks.stages.store import VOLUME_MOUNT
+from guix_tasks.stages.store import RESULTS, VOLUME_MOUNT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -150,7 +150,6 @@ def _warm_steps(recipe: Recipe, name: str, parent: str, root: Sequence[str]) -> 
     """
     platform = ["ARG TARGETARCH", "ARG TARGETVARIANT"]
     cache = f"type=cache,id={recipe.store}-${{TARGETARCH}}${{TARGETVARIANT}},sharing=locked,target="
-    results = f"{VOLUME_MOUNT}/guix-tasks/results"
     script = f'result=$(cat {VOLUME_MOUNT}-report/{RESULT}) && exec sh "$1/$result/assemble.sh"'
     arguments = (VOLUME_MOUNT, '"$result"', '""', "0", '""', *STATE)
     return [
@@ -178,7 +177,7 @@ def _warm_steps(recipe: Recipe, name: str, parent: str, root: Sequence[str]) -> 
                 f"type=bind,from={name}-work,source={REPORTS},target={VOLUME_MOUNT}-report",
                 f"{cache}{VOLUME_MOUNT}",
             ],
-            ["/bin/sh", "-c", f"{script} {' '.join(arguments)}", "assemble", results],
+            ["/bin/sh", "-c", f"{script} {' '.join(arguments)}", "assemble", RESULTS],
         ),
     ]
 

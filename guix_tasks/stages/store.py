@@ -5,7 +5,7 @@ what it has downloaded or built for earlier images. At the end of its script a s
 store items the roots of its container need (``resources/record.sh``). An image is then assembled in
 a container without Guix: ``resources/assemble.sh`` makes the store and Guix's state equal to that
 result, and the engine commits one layer. The container starts from the previous image of the stage
-if that saves layers, else from the stage's parent.  If the base image has changed since, the
+if that saves layers, else from the stage's parent. If the base image has changed since, the
 container also gets the files of the new one (``resources/other-files.sh``).
 
 The volume is a cache. If it is missing or lacks items of an image, ``fill_store`` copies them from
@@ -63,6 +63,9 @@ if TYPE_CHECKING:
 VOLUME_MOUNT = "/dev/guix-tasks"
 """Directory of the volume in containers that assemble or seed. A mount below ``/dev`` leaves no
 directory in an image."""
+
+RESULTS = f"{VOLUME_MOUNT}/guix-tasks/results"
+"""Directory of the results in these containers."""
 
 SEED = ("seed.sh", "seed.scm", "database.scm")
 """Scripts that copy the store of an image to the warm store. ``owner`` is their input."""
@@ -163,7 +166,7 @@ def fill_store(project: Project, volume: str, images: Sequence[Image]) -> None:
 def _seed(project: Project, volume: str, image: Image) -> None:
     """Copy the store items of an image that the volume lacks to the volume."""
     engine, settings = project.engine, project.settings
-    work = _script_work("seed", SEED, volume)
+    work = _script_work("seed", SEED, VOLUME_MOUNT, volume=volume)
     project.console.detail(f"store: copying what {volume} lacks from {image.id}")
     with work_container(engine, settings, image.id, work) as container:
         rootless = settings.guix_sandbox is Sandbox.ROOTLESS and not engine.is_dry
@@ -205,7 +208,7 @@ def assemble(
                 if not files:
                     continue
         # A copied script would leave mount points in the layer.
-        script = f"{VOLUME_MOUNT}/guix-tasks/results/{result}/assemble.sh"
+        script = f"{RESULTS}/{result}/assemble.sh"
         arguments = (VOLUME_MOUNT, result, labels[GUIX_KEY_LABEL], str(used), files, *STATE)
         work = _plain_work("assemble", ("-c", _RUN_IF_PRESENT, script, *arguments), volume=volume)
         with work_container(engine, settings, start.id, work) as container:
@@ -241,9 +244,10 @@ def _compare_files(project: Project, volume: str, start: Image, parent: Image) -
     Return the directory on the volume that lists them for ``assemble.sh``; empty if the images lack
     the programs to do that.
     """
-    directory = f"{VOLUME_MOUNT}/guix-tasks/results/{new_result()}"
+    directory = f"{RESULTS}/{new_result()}"
     for image, command in ((start, "list"), (parent, "compare")):
-        work = _script_work("files", ("other-files.sh",), volume, (command, directory, *STATE))
+        arguments = (command, directory, *STATE)
+        work = _script_work("files", ("other-files.sh",), *arguments, volume=volume)
         with work_container(project.engine, project.settings, image.id, work) as container:
             status, log = run_silently(project.engine, container)
         if status:
@@ -283,7 +287,7 @@ def check_store(project: Project, volume: str, image: Image) -> str:
     ``image`` is one that has Guix.
     """
     scripts = ("check-store.sh", "check-store.scm", "database.scm")
-    work = _script_work("check-store", scripts, volume)
+    work = _script_work("check-store", scripts, VOLUME_MOUNT, volume=volume)
     with work_container(project.engine, project.settings, image.id, work) as container:
         status, log = run_silently(project.engine, container)
     line = _last_line(log, status)
@@ -296,11 +300,9 @@ def bytes_above(project: Project, image: Image, base: Image) -> int:
     return sum(layer.size for layer in layers[shared_layers(image, base) :])
 
 
-def _script_work(
-    name: str, scripts: Sequence[str], volume: str = "", arguments: Sequence[str] = ()
-) -> Work:
-    """Return a work that runs the first of ``scripts``, by default with the volume's directory."""
-    argv = (f"{WORK_DIRECTORY}/{scripts[0]}", *(arguments or ([VOLUME_MOUNT] if volume else [])))
+def _script_work(name: str, scripts: Sequence[str], *arguments: str, volume: str = "") -> Work:
+    """Return a work that runs the first of ``scripts``, which finds the others next to it."""
+    argv = (f"{WORK_DIRECTORY}/{scripts[0]}", *arguments)
     return _plain_work(name, argv, resource_files(scripts), volume=volume)
 
 

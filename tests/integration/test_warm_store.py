@@ -44,6 +44,14 @@ def all_files(docker: Docker, image: str) -> list[str]:
     return sorted(docker.run(image, "sh", "-c", listing, options=options).stdout.splitlines())
 
 
+def run_on_volume(project: Project, volume: str, command: str) -> None:
+    """Run a shell command with a volume at ``/dev/store``."""
+    project.docker.ok(
+        "run", "--rm", "--network=none", f"--volume={volume}:/dev/store", "--entrypoint=sh",
+        project.image, "-c", command,
+    )  # fmt: skip
+
+
 def ran_guix(result: Result) -> bool:
     return "guix package" in result.stderr
 
@@ -139,10 +147,7 @@ def test_item_that_is_missing_on_the_volume_is_copied_from_the_image(
     project.set(GUIX_PACKAGES="hello tar")
     project.ok("install")
     (volume,) = [name for name in project.volumes() if "-store-" in name]
-    docker.ok(
-        "run", "--rm", "--network=none", f"--volume={volume}:/dev/store", "--entrypoint=sh",
-        project.image, "-c", "rm -rf /dev/store/store/* /dev/store/guix-tasks/db/*",
-    )  # fmt: skip
+    run_on_volume(project, volume, "rm -rf /dev/store/store/* /dev/store/guix-tasks/db/*")
     project.set(GUIX_PACKAGES="hello greet tar")
     project.ok("install")
     check_store(docker, project.image)
@@ -154,10 +159,7 @@ def test_volume_that_a_killed_run_left_to_root_is_created_again(
     project = new_project("base", GUIX_SANDBOX="rootless", GUIX_PACKAGES="hello")
     project.ok("pull", "install")
     (volume,) = [name for name in project.volumes() if "-store-" in name]
-    docker.ok(
-        "run", "--rm", "--network=none", f"--volume={volume}:/dev/store", "--entrypoint=sh",
-        project.image, "-c", "chown 0:0 /dev/store/guix-tasks/db/*",
-    )  # fmt: skip
+    run_on_volume(project, volume, "chown 0:0 /dev/store/guix-tasks/db/*")
     project.set(GUIX_PACKAGES="hello greet")
     assert "is damaged; creating it again" in project.ok("install").stderr
     check_store(docker, project.image)

@@ -19,7 +19,7 @@ command=$1 directory=$2
 shift 2
 
 # The engine makes or mounts the other files here in each container.
-for path in / /dev /proc /sys /.dockerenv /run/.containerenv /etc/hosts /etc/hostname \
+for path in /dev /proc /sys /.dockerenv /run/.containerenv /etc/hosts /etc/hostname \
     /etc/mtab /etc/resolv.conf /gnu /var/guix/db /var/guix/guix-tasks; do
     set -- "$@" "$path"
 done
@@ -32,7 +32,6 @@ _list() {
     for _path; do
         _expression="$_expression -path $_path -prune -o"
     done
-    # The root directory itself must not be pruned.
     # shellcheck disable=SC2086 # the paths contain no spaces
     find / -mindepth 1 -xdev $_expression \
         -type d -printf '%D %y %m %U %G %T@ - - - %p\0' -o \

@@ -19,6 +19,6 @@ for path; do
         cp -pPR "$path" "$result/state${path%/*}/"
     fi
 done
-# The newest results can be needed again.  The names are digests, or `new` and digits.
+# The newest results can be needed again.  Their names have no spaces.
 # shellcheck disable=SC2012
 cd "$result/.." && ls -t | tail -n +9 | while read -r old; do rm -rf "./$old" || :; done
