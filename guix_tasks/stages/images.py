@@ -240,12 +240,16 @@ class Ledger:
                 self.engine.drop(dropped.id)
 
     def drop_unnamed(self) -> None:
-        """Remove the untagged images of a killed run."""
+        """Remove the untagged images of earlier runs, and those that they were assembled on."""
         name = str(self.settings.image)
-        for image_id in self.engine.unnamed({IMAGE_LABEL: name}):
-            image = self.engine.image(image_id)
-            if image and proven_stage(image):
-                self.engine.drop(image.id)
+        left: set[str] = set()
+        # An engine keeps an image, and may not list it, while another is made from it.
+        while (found := set(self.engine.unnamed({IMAGE_LABEL: name}))) != left:
+            for image_id in found:
+                image = self.engine.image(image_id)
+                if image and proven_stage(image):
+                    self.engine.drop(image.id)
+            left = found
         unfinished = {CONTAINER_LABEL: name, podman_api.UNFINISHED_LABEL: "yes"}
         for image_id in self.engine.unnamed(unfinished):
             self.engine.drop(image_id)

@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from harness import LOCK
 
-from guix_tasks.stages.images import KEY_LABEL
+from guix_tasks.stages.images import IMAGE_LABEL, KEY_LABEL
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +41,20 @@ def test_nothing_changed_nothing_is_run(project: Project) -> None:
     ]
     assert "container" not in again.stderr
     assert project.tags() == before
+
+
+@pytest.mark.both_stores
+def test_images_that_others_were_assembled_on_do_not_stay(project: Project) -> None:
+    for packages in ("hello", "hello greet", "hello", "hello greet"):
+        project.set(GUIX_PACKAGES=packages)
+        project.ok("install", "push")
+    # These start from the parent, so the last of the others goes, and then all below it.
+    for _ in range(2):
+        project.ok("install", "--force")
+    project.ok("base")
+    only = f"--filter=label={IMAGE_LABEL}={project.image}"
+    listing = project.docker.ok("image", "ls", "--quiet", "--filter=dangling=true", only)
+    assert listing.split() == []
 
 
 def test_the_lock_is_what_the_image_describes_and_is_written_again(
