@@ -211,19 +211,23 @@ def publish_script(address: str, port: int, keys: str) -> str:
 
     ``keys`` is the directory of the key pair, which the script generates once. Items are compressed
     while they are sent: a cache would need the space of a second store and return "not found" to
-    the first request. Compression is fast because the network is local. The lifetimes of responses
-    are short because the server can serve another store at any time.
+    the first request. Compression is fast because the network is local; zstd is offered if this Guix
+    has it. The lifetimes of responses are short because the server can serve another store at any
+    time.
     """
     publish = (
         "guix", "publish", f"--listen={address}", f"--port={port}",
         "--compression=gzip:1", "--ttl=5s", "--negative-ttl=1s",
     )  # fmt: skip
+    zstd = ("guix", "publish", "--compression=zstd:1", "--version")
     lines = [
         "#!/bin/sh",
         "set -eu",
         f"export GUIX_CONFIGURATION_DIRECTORY={keys}",
         f"[ -e {keys}/signing-key.sec ] || guix archive --generate-key",
-        f"exec {shlex.join(publish)}",
+        "zstd=",
+        f"if {shlex.join(zstd)} >/dev/null 2>&1; then zstd=--compression=zstd:1; fi",
+        f"exec {shlex.join(publish)} $zstd",
     ]
     return "\n".join(lines) + "\n"
 

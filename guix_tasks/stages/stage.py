@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 COLLECT = ("collect.scm", "profile-tools.scm")
 """Scripts that delete what a stage added to the store and does not need, before the commit."""
 
-RECORD = ("record.sh", "record.scm", "database.scm", "profile-tools.scm", "assemble.sh")
-"""Scripts that record in the warm store what a stage has made, and assemble an image from it."""
+RECORD = (
+    "record.sh", "record.scm", "database.scm", "profile-tools.scm", "assemble.sh", "has-git.scm",
+)  # fmt: skip
+"""Scripts of a stage with the warm store: they record what it has made, and assemble an image."""
 
 STATE = (
     "/var/guix/profiles", "/var/guix/gcroots", "/etc/guix", "/root/.config/guix",
@@ -42,6 +44,19 @@ _LOCK = (
 )
 """The kernel of the engine's machine has this lock, so it is one for all users of the engine, and
 ends with the container.  Guix itself does not lock its checkouts of channels."""
+
+_CHECKOUTS = (
+    "for checkout in \"$caches\"/guix/checkouts/*; do",
+    '    set -- "$checkout"/.git/objects/pack/*.pack',
+    '    if [ $# -ge 25 ]; then',
+    f"        guix repl -- {WORK_DIRECTORY}/has-git.scm && break",
+    '        echo "Guix has no git to pack the checkout of a channel: cloning it again"',
+    '        rm -rf "$checkout"',
+    "    fi",
+    "done",
+)
+"""Each update of a channel adds a pack to its checkout, and from 26 on ``update-cached-checkout``
+of Guix 1.5 fails without git.  Debian's package only recommends git."""
 
 _CHECK_ROOTS = (
     "for link in $(find /var/guix/profiles /var/guix/gcroots -type l 2>/dev/null || true); do",
@@ -125,7 +140,11 @@ def warm_stage_files(
     script = guix.script(
         stage.commands,
         stage.report,
-        before=(*_LOCK, *(_CHECK_ROOTS if check_roots else ())),
+        before=(
+            *_LOCK,
+            *(_CHECKOUTS if stage.fetches is not None else ()),
+            *(_CHECK_ROOTS if check_roots else ()),
+        ),
         finish=shlex.join(("sh", f"{WORK_DIRECTORY}/record.sh", result, stage.keep or "", *STATE)),
         after=after,
         start=stage.directory,

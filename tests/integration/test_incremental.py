@@ -174,6 +174,19 @@ def test_caches_are_on_volumes_and_go_with_the_project(
     assert project.volumes() == []
 
 
+def test_a_checkout_that_only_git_could_pack_is_cloned_again(new_project: NewProject) -> None:
+    """As after some 25 updates, on a base image with Debian's Guix and without git."""
+    project = new_project("base", GUIX_SANDBOX="capabilities")
+    project.ok("pull")
+    many = (
+        'cd "/root/.cache/guix/checkouts" && for each in */; do '
+        'for pack in $(seq 26); do : >"$each/.git/objects/pack/pack-$pack.pack"; done; done'
+    )
+    project.ok("run", "--", "sh", "-c", many)
+    assert "Guix has no git to pack the checkout" in project.ok("pull", "--force").stderr
+    assert "Guix has no git" not in project.ok("pull", "--force").stderr
+
+
 @pytest.mark.both_stores
 def test_squash_makes_one_layer_above_the_base(project: Project, docker: Docker) -> None:
     before = docker.config(project.image)

@@ -99,8 +99,8 @@ def test_one_call_does_what_several_do(pushed: Pushed, made: Made) -> None:
     one = pushed.project.docker.config(pushed.image)
     several = made.project.docker.config(made.project.image)
     for config in (one, several):
-        # The layers hold times, as the date does, and a project has its own name.
-        for label in (LAYERS_LABEL, CREATED, IMAGE_LABEL):
+        # The layers, also those of the base, hold times, and a project has its own name.
+        for label in (LAYERS_LABEL, FILES_LABEL, CREATED, IMAGE_LABEL):
             del config["Labels"][label]
     assert one == several
 

@@ -65,7 +65,7 @@ def requests(project: Project) -> str:
 
 def downloaded(project: Project) -> list[str]:
     """The store items that were fetched from a project's server."""
-    return re.findall(r"GET /nar/gzip/\w+-(\S+)", requests(project))
+    return re.findall(r"GET /nar/(?:gzip|zstd)/\w+-(\S+)", requests(project))
 
 
 def acl(docker: Docker, image: str) -> str:
