@@ -30,6 +30,7 @@ from guix_tasks.oci.labels import CREATED
 from guix_tasks.stages.container import PROJECT_LABEL
 from guix_tasks.stages.images import (
     CHANNELS_LABEL,
+    FILES_LABEL,
     IMAGE_LABEL,
     LAYERS_LABEL,
     PACKAGES_LABEL,
