@@ -211,9 +211,9 @@ def publish_script(address: str, port: int, keys: str) -> str:
 
     ``keys`` is the directory of the key pair, which the script generates once. Items are compressed
     while they are sent: a cache would need the space of a second store and return "not found" to
-    the first request. Compression is fast because the network is local; zstd is offered if this Guix
-    has it. The lifetimes of responses are short because the server can serve another store at any
-    time.
+    the first request. Compression is fast because the network is local, and zstd is offered if this
+    Guix has it. The lifetimes of responses are short because the server can serve another store at
+    any time.
     """
     publish = (
         "guix", "publish", f"--listen={address}", f"--port={port}",

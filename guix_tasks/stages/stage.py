@@ -46,9 +46,9 @@ _LOCK = (
 ends with the container.  Guix itself does not lock its checkouts of channels."""
 
 _CHECKOUTS = (
-    "for checkout in \"$caches\"/guix/checkouts/*; do",
+    'for checkout in "$caches"/guix/checkouts/*; do',
     '    set -- "$checkout"/.git/objects/pack/*.pack',
-    '    if [ $# -ge 25 ]; then',
+    "    if [ $# -ge 25 ]; then",
     f"        guix repl -- {WORK_DIRECTORY}/has-git.scm && break",
     '        echo "Guix has no git to pack the checkout of a channel: cloning it again"',
     '        rm -rf "$checkout"',
