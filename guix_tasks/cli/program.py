@@ -60,10 +60,19 @@ def fail(message: str) -> NoReturn:
 class GroupedProgram(Program):
     """Program of ``./inv`` and ``guix-tasks``; Invoke's ``inv`` also works."""
 
-    parse_core = one_line_errors(Program.parse_core)
     parse_collection = one_line_errors(Program.parse_collection)
     parse_tasks = one_line_errors(Program.parse_tasks)
     parse_cleanup = one_line_errors(Program.parse_cleanup)
+
+    @one_line_errors
+    def parse_core(self, argv: list[str] | None) -> None:
+        """Parse Invoke's options; let Python write bytecode where it does so by default.
+
+        Invoke turns that off, so that each call of a checkout would compile all modules.
+        """
+        setting = sys.dont_write_bytecode
+        super().parse_core(argv)
+        sys.dont_write_bytecode = setting
 
     def run(self, argv: list[str] | None = None, exit: bool = True) -> None:  # noqa: A002 -- Invoke's
         """Run a command line; exit silently if the reader of the output has ended."""

@@ -250,6 +250,7 @@ def script(
 
     Only the command ``report`` writes to standard output; all other output goes to standard error.
     ``before`` and ``after`` are shell commands. ``finish`` is one that runs next to ``report``.
+    In ``after`` the variable ``report`` contains the output of ``report``.
     The commands run in the directory ``start``, by default the working directory of the image.
     """
     lines = [
@@ -262,7 +263,8 @@ def script(
         # A pull replaces the program `guix`, so clear the shell's cache of its path.
         "hash -r",
         f"{finish} & finishing=$!",
-        f"{shlex.join(report)} >&3",
+        f"report=$({shlex.join(report)})",
+        """printf '%s\\n' "$report" >&3""",
         "wait $finishing",
         *after,
     ]

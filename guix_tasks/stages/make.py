@@ -118,7 +118,10 @@ def _run_warm(
     if volume not in store_volumes(project):
         fill_store(project, volume, seeds)
     result = new_result()
-    run = partial(_run_in_store, project, stage, parent, volume, result)
+    # A stage without commits in its inputs can make something else each time.
+    inputs = stage.inputs(common_inputs(project.engine, project.settings))
+    earlier = "" if force or stage.pinned else guix_key(stage, parent, inputs)
+    run = partial(_run_in_store, project, stage, parent, volume, result=result, earlier=earlier)
     try:
         report, start = run(check_roots=True)
     except (MissingItemsError, DamagedStoreError) as error:
@@ -159,18 +162,26 @@ def _run_in_store(
     stage: Stage,
     parent: Image,
     volume: str,
-    result: str,
     *,
+    result: str,
+    earlier: str,
     check_roots: bool,
 ) -> tuple[str, Image]:
     """Run a stage's commands with the warm store, and record what they made as ``result``.
+
+    If the volume has the result ``earlier``, which has the same inputs, that is taken instead.
 
     Return their report and the image to assemble on: ``parent``, or an untagged image with the
     files that the commands of a custom stage wrote outside of the store.
 
     Raise ``MissingItemsError`` if the volume lacks items of ``parent``.
     """
-    files = warm_stage_files(stage, result_directory(result), check_roots=check_roots)
+    files = warm_stage_files(
+        stage,
+        result_directory(result),
+        earlier=result_directory(earlier) if earlier else "",
+        check_roots=check_roots,
+    )
     with _stage_container(project, stage, parent, files, store=volume) as (container, work):
         report = _run_commands(project, stage, container, work)
         return report, commit_unnamed(project, container, parent) if stage.as_root else parent

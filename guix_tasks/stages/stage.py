@@ -19,7 +19,8 @@ COLLECT = ("collect.scm", "profile-tools.scm")
 """Scripts that delete what a stage added to the store and does not need, before the commit."""
 
 RECORD = (
-    "record.sh", "record.scm", "database.scm", "profile-tools.scm", "assemble.sh", "has-git.scm",
+    "record.sh", "record.scm", "database.scm", "profile-tools.scm", "reuse.sh", "assemble.sh",
+    "has-git.scm",
 )  # fmt: skip
 """Scripts of a stage with the warm store: they record what it has made, and assemble an image."""
 
@@ -130,23 +131,31 @@ def stage_files(stage: Stage) -> dict[str, bytes]:
 
 
 def warm_stage_files(
-    stage: Stage, result: str, *, check_roots: bool, after: Sequence[str] = ()
+    stage: Stage,
+    result: str,
+    *,
+    earlier: str = "",
+    check_roots: bool,
+    after: Sequence[str] = (),
 ) -> dict[str, bytes]:
     """Return the files of a stage whose container has the warm store.
 
-    The script records what it has made in the directory ``result``. With ``check_roots`` it first
-    checks that the warm store has what the container's image needs. ``after`` are shell commands.
+    The script records what it has made in the directory ``result``, or takes it from the directory
+    ``earlier`` if that is a result with the same inputs. With ``check_roots`` it first checks that
+    the warm store has what the container's image needs. ``after`` are shell commands.
     """
+    reuse = shlex.join(("sh", f"{WORK_DIRECTORY}/reuse.sh", earlier, result))
     script = guix.script(
         stage.commands,
         stage.report,
         before=(
+            *([f"if {reuse} >&3; then exit; fi"] if earlier else ()),
             *_LOCK,
             *(_CHECKOUTS if stage.fetches is not None else ()),
             *(_CHECK_ROOTS if check_roots else ()),
         ),
         finish=shlex.join(("sh", f"{WORK_DIRECTORY}/record.sh", result, stage.keep or "", *STATE)),
-        after=after,
+        after=(f"""printf '%s\\n' "$report" >{result}/report""", *after),
         start=stage.directory,
     )
     return {**stage.files, "stage": script.encode(), **resource_files(RECORD)}

@@ -78,6 +78,26 @@ def test_image_after_changes_equals_one_that_is_made_at_once(
     project.ok("verify")
 
 
+def test_earlier_packages_come_from_the_volume(new_project: NewProject, docker: Docker) -> None:
+    reused = "Guix has made this before"
+    project = new_project(*STAGES)
+    for packages, is_reused in (("hello", False), ("hello greet", False), ("hello", True)):
+        project.set(GUIX_PACKAGES=packages)
+        result = project.ok("install")
+        assert (reused in result.stderr) == is_reused, packages
+    back = files(docker, project.image)
+    listed = docker.labels(project.image)["org.guix-tasks.packages"].split()
+    assert [package.partition("@")[0] for package in listed] == ["hello"]
+    assert reused not in project.ok("install", "--force").stderr
+    assert files(docker, project.image) == back
+    # A result with a lost item is made again.
+    project.set(GUIX_PACKAGES="hello greet")
+    (volume,) = [name for name in project.volumes() if "-store-" in name]
+    run_on_volume(project, volume, "rm -rf /dev/store/store/*-greet-*")
+    assert reused not in project.ok("install").stderr
+    check_store(docker, project.image)
+
+
 @pytest.mark.both_stores
 def test_same_inputs_give_the_same_layers(new_project: NewProject, docker: Docker) -> None:
     projects = [new_project("base", GUIX_SANDBOX=sandbox) for sandbox in ("capabilities", "auto")]

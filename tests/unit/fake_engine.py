@@ -235,11 +235,12 @@ class FakeGuix:
             yield False, b"12\t/gnu/store/%b-hello-1.0\n" % (b"0" * 32)
         elif script:
             for line in script.splitlines():
-                if not line.startswith(("guix ", "cat ")):
+                is_report = line.startswith("report=$(")
+                command = line[len("report=$(") : -1] if is_report else line
+                if not command.startswith(("guix ", "cat ")):
                     continue
-                words = shlex.split(line.partition(">&3")[0])
-                for out in self._command(container, words):
-                    yield ">&3" not in line, out.encode()
+                for out in self._command(container, shlex.split(command)):
+                    yield not is_report, out.encode()
                 if container.status:
                     break
         else:

@@ -231,3 +231,12 @@ def test_without_a_task_the_tasks_are_listed(capsys: pytest.CaptureFixture[str])
     assert shown.startswith(said(capsys, "--list", kind=GroupedProgram))
     assert "--help" in shown
     assert "Core options" not in shown
+
+
+def test_bytecode_is_written_unless_python_is_told_not_to(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for setting in (False, True):
+        monkeypatch.setattr(sys, "dont_write_bytecode", setting)
+        call("--list")
+        assert sys.dont_write_bytecode is setting
