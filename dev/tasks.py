@@ -59,10 +59,12 @@ def open_demo(session: Session, directory: Path) -> Project:
 
     if session.is_dry:
         raise UsageError("cannot run the demo with --dry; leave --dry out")
-    settings = load_isolated(directory / ENV_FILE)
-    settings = session.use(replace(settings, output=Display(session.output or "auto")))
+    output = Display(session.output or "auto")
+    session.display(output)
+    # The settings name files that this makes in a fresh checkout.
     prepare(engine_or_private(session), session.console, directory)
-    return session.open(settings)
+    settings = load_isolated(directory / ENV_FILE)
+    return session.open(session.use(replace(settings, output=output)))
 
 
 def engine_or_private(session: Session) -> Engine:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from guix_tasks.engine.discovery import Address
     from guix_tasks.engine.docker import Build
     from guix_tasks.settings import Settings
+    from guix_tasks.ui.console import Display
 
     Overrides = Mapping[str, str | Sequence[str]] | None
     """Values of task options by the names of the settings that they override."""
@@ -67,12 +68,16 @@ class Session:
 
     def use(self, settings: Settings) -> Settings:
         """Set up the console, print each note on the settings once, and resolve ``OUTPUT``."""
-        self.console = Console(display=resolve_display(settings.output, sys.stderr, os.environ))
+        self.display(settings.output)
         for note in settings.notes:
             if note not in _printed_notes:
                 self.console.print(f"note: {note}")
                 _printed_notes.add(note)
         return replace(settings, output=self.console.display)
+
+    def display(self, output: Display) -> None:
+        """Set up the console for a value of ``OUTPUT``."""
+        self.console = Console(display=resolve_display(output, sys.stderr, os.environ))
 
     def project(self, overrides: Overrides = None, *, one_platform: bool = False) -> Project:
         """Open the project in the current directory.

@@ -38,6 +38,7 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.program import Program
 
+import dev.demo
 import dev.tasks
 from guix_tasks import files as files_module
 from guix_tasks.buildkit import buildx
@@ -52,6 +53,8 @@ from guix_tasks.tasks import ns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from guix_tasks.stages.project import Project
 
 LOCK = f"(list {channel('guix', 'https://guix.test', COMMITS['guix'])})\n"
 PASSWORD = "hunter2-$x"  # noqa: S105
@@ -732,6 +735,31 @@ def test_the_demo_is_never_dry(inv: Inv) -> None:
     assert done.code == 2
     assert "leave --dry out" in done.errors[0]
     assert inv.site.engine.calls == []
+
+
+def test_demo_makes_the_files_that_its_settings_name(inv: Inv, tmp_path: Path) -> None:
+    """A fresh checkout has none of them."""
+    example = tmp_path / "checkout" / dev.demo.ENV_FILE
+    example.parent.mkdir(parents=True)
+    example.write_text((Path(dev.tasks.CHECKOUT) / dev.demo.ENV_FILE).read_text())
+    (tmp_path / "checkout" / "Dockerfile").write_text("FROM base\n")
+
+    def prepare(_engine: object, _console: object, directory: Path) -> None:
+        made = directory / "examples" / "offline" / "out"
+        made.mkdir()
+        for name in ("channels.scm", "substitutes.pub"):
+            (made / name).write_text(LOCK)
+
+    projects: list[Project] = []
+    inv.monkeypatch.setattr(dev.demo, "prepare", prepare)
+    inv.monkeypatch.setattr(dev.demo, "run_demo", projects.append)
+    inv.monkeypatch.setattr(dev.demo, "print_next_steps", projects.append)
+    inv.monkeypatch.setattr(dev.tasks, "CHECKOUT", tmp_path / "checkout")
+    inv.tasks = Collection(dev.tasks.demo)
+    assert inv("demo").code == 0
+    assert [str(project.settings.image.name) for project in projects] == [
+        "localhost:5055/guix-tasks-demo"
+    ] * 2
 
 
 @pytest.mark.parametrize("task", ["demo", "test"])
