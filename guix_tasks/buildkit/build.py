@@ -56,7 +56,7 @@ from guix_tasks.buildkit.context import (
 from guix_tasks.engine.credentials import accounts_for, credentials_for, remote_digest
 from guix_tasks.engine.retry import TRIES, retry_call
 from guix_tasks.errors import BuilderError, StageError, UsageError
-from guix_tasks.files import temporary_directory, text_digest
+from guix_tasks.files import cache_home, temporary_directory, text_digest
 from guix_tasks.guix import commits
 from guix_tasks.oci import labels as oci
 from guix_tasks.oci.platform import Platform
@@ -324,7 +324,8 @@ class _Build:
             raise BuilderError(other_platform(str(reference), image, ", ".join(others)))
         if not self.buildx.perform:
             return {}
-        return {str(reference): save_as_layout(engine, image, reference, self.directory)}
+        kept = cache_home() / "base-images"
+        return {str(reference): save_as_layout(engine, image, reference, kept)}
 
     def _registry_cache(self, *more: str) -> list[str]:
         """Return ``CACHE_IMAGE`` as a build cache; empty if the builder has no registry cache."""

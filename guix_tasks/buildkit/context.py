@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import secrets
 import shutil
 import tarfile
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
     from guix_tasks.engine.api import Engine, Image
     from guix_tasks.oci.reference import ImageReference
     from guix_tasks.settings import Settings
+
+
+_KEPT_SECONDS = 7 * 24 * 3600
+"""Time for which a saved base image stays after its last use."""
 
 
 def write_environment(settings: Settings, directory: Path) -> None:
@@ -119,21 +126,46 @@ def local_base_image(engine: Engine, settings: Settings) -> Image | None:
     return None if remote in image.digests else image
 
 
-def save_as_layout(engine: Engine, image: Image, reference: ImageReference, directory: Path) -> str:
+def save_as_layout(engine: Engine, image: Image, reference: ImageReference, kept: Path) -> str:
     """Save an image of the engine as an OCI layout and return it as the value of a named context.
+
+    The layout stays in the directory ``kept`` for later builds, and is removed after a week without
+    one.
 
     Raise ``BuilderError`` if the engine cannot save an OCI layout.
     """
-    layout = directory / "base-image"
-    stream = as_file(engine.save(image.id))
+    kept.mkdir(parents=True, exist_ok=True)
+    layout = kept / image.id.replace(":", "-")
+    for path in kept.iterdir():
+        if path != layout and time.time() - path.stat().st_mtime > _KEPT_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
     try:
-        with tarfile.open(fileobj=stream, mode="r|") as tar:
-            tar.extractall(layout, filter="data")
+        if not layout.exists():
+            _save(engine, image, layout)
+        os.utime(layout)
         index = json.loads((layout / "index.json").read_text())
         digest = index["manifests"][0]["digest"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, tarfile.TarError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, tarfile.TarError) as error:
+        shutil.rmtree(layout, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         raise BuilderError(
             f"this engine cannot save {reference} as an OCI layout (Docker 25 and newer can); push "
             "it to a registry that the builder reaches, and set BASE_IMAGE to that reference"
         ) from None
     return f"oci-layout://{layout}@{digest}"
+
+
+def _save(engine: Engine, image: Image, layout: Path) -> None:
+    """Save an image of the engine in a new directory, which is complete if it exists."""
+    unfinished = layout.with_name(f"{layout.name}.{secrets.token_hex(4)}")
+    try:
+        with tarfile.open(fileobj=as_file(engine.save(image.id)), mode="r|") as tar:
+            tar.extractall(unfinished, filter="data")
+        try:
+            unfinished.rename(layout)
+        except OSError:
+            if not layout.exists():  # another build has saved it
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

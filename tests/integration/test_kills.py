@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import builder_environment, errors, eventually
+from harness import builder_environment, check_store, errors, eventually
 from island import raised
 from patient import admit
 
@@ -213,6 +213,7 @@ def test_any_moment_can_be_the_last(ward: Ward, soak: Soak) -> None:
             (stopped if who in SIGNALS else killed)[f"{who} in {stage}"] += 1
     ward.patient.finish("base")
     ward.patient.works()
+    check_store(ward.patient.project.docker, ward.patient.project.image)
     soak.tell(
         "any moment can be the last: no broken tag, nothing left, and the next run finishes",
         f"{killed.total()} kills ({told(killed)})",

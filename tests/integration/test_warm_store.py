@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 from harness import ROOT, check_store
+from island import load_image, settle
+
+from guix_tasks.stages.container import PROJECT_LABEL
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from conftest import NewProject
-    from harness import Docker, Project, Result
+    from harness import Docker, Project, Result, Workshop
+    from island import Island
     from soak import Soak
+
+    from guix_tasks.bootstrap.registry import LocalRegistry
 
 pytestmark = pytest.mark.engine
 
@@ -107,6 +117,18 @@ def test_same_inputs_give_the_same_layers(new_project: NewProject, docker: Docke
     assert first == second
 
 
+def test_another_engine_makes_the_same_layers(
+    project: Project, island: Island, registry: LocalRegistry, workshop: Workshop, tmp_path: Path
+) -> None:
+    project.ok("pull", "install", "--force")
+    there = settle(island, registry.directory / "root", workshop)
+    other = there.project(tmp_path / "other", GUIX_PACKAGES=project.settings["GUIX_PACKAGES"])
+    load_image(project.tag("base"), workshop.docker, there.docker)
+    other.docker.ok("tag", project.tag("base"), other.tag("base"))
+    other.ok("pull", "install")
+    assert layers(other.docker, other.image) == layers(workshop.docker, project.image)
+
+
 ONE = """RUN mkdir /srv/a /srv/b /srv/d && echo 1 >/srv/a/file && ln -s a /srv/link \\
     && echo 1 >/srv/b/same-size && ln /srv/a/file /srv/second && echo 1 >/srv/gone
 """
@@ -190,6 +212,33 @@ def test_volume_that_a_killed_run_left_to_root_is_created_again(
     check_store(docker, project.image)
 
 
+@pytest.mark.parametrize("who", ["inv", "container"])
+@pytest.mark.parametrize("work", ["seed", "assemble"])
+def test_killed_work_on_the_volume_is_done_by_the_next_run(
+    new_project: NewProject, docker: Docker, work: str, who: str
+) -> None:
+    project = new_project("base", "pull", GUIX_PACKAGES="hello tar")
+    events = docker.argv(
+        "events", f"--filter=label={PROJECT_LABEL}={project.image}", "--filter=event=start",
+        "--format={{.Actor.Attributes.name}}",
+    )  # fmt: skip
+    with subprocess.Popen(events, stdout=subprocess.PIPE, text=True) as listening:
+        started = project.start("install")
+        assert listening.stdout
+        name = next(line.strip() for line in listening.stdout if f"-{work}-" in line)
+        if who == "inv":
+            started.inv.kill()
+        else:
+            docker.ok("kill", name)
+        listening.kill()
+    assert started.inv.wait(timeout=60) == (-signal.SIGKILL if who == "inv" else 4), started.said()
+    assert project.id("install") is None
+    project.ok("install")
+    assert project.containers() == []
+    assert docker.run(project.image, "hello").stdout == "Hello, world!\n"
+    check_store(docker, project.image)
+
+
 def test_random_changes_leave_exactly_what_is_needed(
     new_project: NewProject, docker: Docker, soak: Soak
 ) -> None:
@@ -223,7 +272,7 @@ def test_each_sandbox_uses_the_warm_store(
     ]
 
 
-def test_other_trust_settings_have_another_volume(
+def test_item_of_other_trust_settings_reaches_no_image(
     new_project: NewProject, docker: Docker, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     project = new_project(*STAGES)
@@ -232,10 +281,19 @@ def test_other_trust_settings_have_another_volume(
     key = tmp_path_factory.mktemp("keys") / "other.pub"
     script = "guix archive --generate-key >/dev/null 2>&1; cat /etc/guix/signing-key.pub"
     key.write_text(docker.run(project.image, "sh", "-c", script).stdout)
-    keys = f"{project.settings['GUIX_SUBSTITUTE_KEYS']} {key}"
-    project.set(GUIX_SUBSTITUTE_KEYS=keys)
+    own = project.settings["GUIX_SUBSTITUTE_KEYS"]
+    project.set(GUIX_SUBSTITUTE_KEYS=f"{own} {key}")
     project.ok("pull", "install")
-    assert len({name for name in project.volumes() if "-store-" in name} - trusted) == 1
+    (other,) = {name for name in project.volumes() if "-store-" in name} - trusted
+    # What a daemon that trusts the other key could have accepted.
+    plant = "for file in /dev/store/store/*-hello-*/bin/hello; do echo planted >$file; done"
+    run_on_volume(project, other, f"chmod -R u+w /dev/store/store/*-hello-*; {plant}")
+    project.ok("install", "--force")
+    assert docker.run(project.image, "cat", "/root/.guix-profile/bin/hello").stdout == "planted\n"
+    project.set(GUIX_SUBSTITUTE_KEYS=own)
+    project.ok("pull", "install")
+    assert docker.run(project.image, "hello").stdout == "Hello, world!\n"
+    check_store(docker, project.image)
 
 
 @pytest.mark.both_stores

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import stat
 import tarfile
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -199,9 +201,41 @@ def test_an_image_is_handed_over_as_it_comes(directory: Path, size: int) -> None
     data = saved(GOOD_INDEX)
     pieces = [data[start : start + size] for start in range(0, len(data), size)]
     engine = Saving([b"", *pieces[:1], b"", *pieces[1:]])
-    context = save_as_layout(engine, an_image(engine), REFERENCE, directory)
-    assert context == f"oci-layout://{directory}/base-image@sha256:abc"
-    assert (directory / "base-image" / "blobs/sha256/x").read_bytes() == b"x" * 50_000
+    image = an_image(engine)
+    context = save_as_layout(engine, image, REFERENCE, directory)
+    layout = directory / image.id.replace(":", "-")
+    assert context == f"oci-layout://{layout}@sha256:abc"
+    assert (layout / "blobs/sha256/x").read_bytes() == b"x" * 50_000
+    assert list(directory.iterdir()) == [layout]
+
+
+def test_saved_image_is_kept_for_a_week_after_its_last_use(directory: Path) -> None:
+    engine = Saving([saved(GOOD_INDEX)])
+    image = an_image(engine)
+    other, unfinished = replace(image, id="sha256:other"), directory / "sha256-x.1234"
+    context = save_as_layout(engine, image, REFERENCE, directory)
+    engine.pieces = []
+    assert save_as_layout(engine, image, REFERENCE, directory) == context
+    unfinished.mkdir()
+    week = 7 * 24 * 3600
+    for path in directory.iterdir():
+        os.utime(path, (time.time() - week - 1,) * 2)
+    engine.pieces = [saved(GOOD_INDEX)]
+    save_as_layout(engine, other, REFERENCE, directory)
+    assert [path.name for path in directory.iterdir()] == ["sha256-other"]
+
+
+def test_full_disk_is_not_blamed_on_the_engine(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", fill)
+    engine = Saving([saved(GOOD_INDEX)])
+    with pytest.raises(OSError, match="No space left"):
+        save_as_layout(engine, an_image(engine), REFERENCE, directory)
+    assert list(directory.iterdir()) == []
 
 
 def promising(kind: bytes) -> bytes:

@@ -785,7 +785,7 @@ def test_an_archive_of_an_engine_writes_nothing_beside_its_folder(
         except BuilderError as error:
             only_lines([str(error)])
         else:
-            assert answer.startswith(f"oci-layout://{place}/base-image@")
+            assert answer.startswith(f"oci-layout://{place}/{image.id.replace(':', '-')}@")
         inside = everything_below(place)
         assert everything_below(tmp_path) - inside - {place} == before
         for path in inside:
