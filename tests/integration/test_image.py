@@ -541,13 +541,20 @@ def test_the_daemons_options(docker: Docker, image: str) -> None:
         "--cores=3",
         "--max-jobs=2",
         "--disable-chroot",
+        "--no-offload",
     ]
     options = [f"--env={name}=" for name in given]
     processors = int(docker.run(image, "nproc").out)
     assert docker.run(image, "sh", "-c", script, options=options).out.splitlines()[1:] == [
         "--build-users-group=guixbuild",
         f"--max-jobs={min(processors, 4)}",
+        "--no-offload",
     ]
+    # An image with build machines uses them.
+    machines = "mkdir -p /etc/guix; touch /etc/guix/machines.scm; exec /entry-point.sh sh -c "
+    result = sh(docker, image, f"{machines}{shlex.quote(script)}")
+    assert "--max-jobs" in result.out
+    assert "--no-offload" not in result.out
 
 
 def with_daemon(script: str, command: str) -> str:

@@ -366,6 +366,8 @@ _start_daemon() {
     if [ -n "${GUIX_CORES-}" ]; then set -- "$@" --cores="$GUIX_CORES"; fi
     set -- "$@" --max-jobs="${GUIX_MAX_JOBS:-$(_usual_jobs)}"
     if [ "${GUIX_SANDBOX-}" = nochroot ]; then set -- "$@" --disable-chroot; fi
+    # The daemon would start a program, which takes 0.3 s, to learn that there is no other machine.
+    if ! [ -f "${_configuration:-/etc/guix}/machines.scm" ]; then set -- "$@" --no-offload; fi
     # Substitutes have file names beyond ASCII, and the daemon's helpers obey the locale.
     set -- env LC_ALL="${LC_ALL:-C.UTF-8}" \
         ${_configuration:+"GUIX_CONFIGURATION_DIRECTORY=$_configuration"} "$@"
