@@ -90,10 +90,6 @@ def _store_items(project: Project, image: str) -> list[Size]:
     ]
 
 
-def size_rows(parts: list[Size]) -> list[tuple[str, str, str]]:
-    return [(part.group, part.name, human_size(part.size)) for part in parts]
-
-
 ROW, LEFT, WIDTH, RIGHT, TOP = 22, 330, 420, 90, 44
 """Dimensions of the chart in pixels."""
 
