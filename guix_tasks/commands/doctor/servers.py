@@ -33,7 +33,7 @@ def check_channels(settings: Settings) -> Finding | None:
     """Check the channels files; None if they name the channels to check."""
     lock, configured = lock_text(settings), channels_text(settings)
     if lock and (problem := lock_mismatch(configured, lock)):
-        return from_error(UsageError(lock_mismatch_line(settings, problem)))
+        return from_error(lock_mismatch_line(settings, problem))
     text = lock or configured
     if text is None:
         return note("no channels are set; those of the base image are used")
