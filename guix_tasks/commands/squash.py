@@ -8,7 +8,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import PurePosixPath
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 from guix_tasks.errors import UsageError
 from guix_tasks.stages.commit import commit_image
@@ -91,7 +91,8 @@ def _squash(project: Project, base: Image, last: Image) -> None:
         work_container(engine, project.settings, base.id, work) as container,
     ):
         # All files that differ from the base image's are in these layers.
-        for layer in _layers(saved)[shared_layers(last, base) :]:
+        manifest = json.load(cast("IO[bytes]", saved.extractfile("manifest.json")))
+        for layer in manifest[0]["Layers"][shared_layers(last, base) :]:
             deleted, files = _split_layer(saved, layer)
             with files:
                 engine.copy_in(container, archive({"deleted": "\0".join(deleted).encode()}))
@@ -110,12 +111,6 @@ def _saved_image(project: Project, image: Image) -> Iterator[tarfile.TarFile]:
         file.seek(0)
         with tarfile.open(fileobj=file) as saved:
             yield saved
-
-
-def _layers(saved: tarfile.TarFile) -> list[str]:
-    """Return the names of the layers in a saved image, lowest first."""
-    manifest = saved.extractfile("manifest.json")
-    return list(json.load(manifest)[0]["Layers"]) if manifest else []
 
 
 def _split_layer(saved: tarfile.TarFile, name: str) -> tuple[list[str], IO[bytes]]:
