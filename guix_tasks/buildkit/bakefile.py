@@ -59,7 +59,6 @@ RESOLVED = "resolved"
 ASKED_TARGET = "asked"
 REPORTS_TARGET = "reports"
 IMAGE_TARGET = "image"
-DIGEST_KEY = "containerimage.digest"
 
 
 @dataclass(frozen=True)
@@ -220,7 +219,12 @@ def _step(recipe: Recipe, source: str, stage: str, *more: str) -> str:
         f"type=secret,id={ENVIRONMENT},target={WORK_DIRECTORY}/{ENVIRONMENT}",
         *(f"type=secret,id={_secret_id(name)},target={WORK_DIRECTORY}/{name}" for name in names),
         *(["type=ssh"] if recipe.ssh and stage == "pull" else []),
-        *_binds(recipe),
+        *(
+            f"type=bind,from={bind.context},target={bind.target}"
+            + (f",source={bind.source}" if bind.source else "")
+            + ("" if bind.read_only else ",rw")
+            for bind in recipe.binds
+        ),
         *_caches(recipe),
         *more,
     ]
@@ -234,15 +238,6 @@ def _step(recipe: Recipe, source: str, stage: str, *more: str) -> str:
 def _run(mounts: Sequence[str], argv: Sequence[str], *options: str) -> str:
     words = [" ".join(("RUN", *options)), *(f"--mount={m}" for m in mounts), json.dumps(argv)]
     return " \\\n    ".join(words)
-
-
-def _binds(recipe: Recipe) -> list[str]:
-    return [
-        f"type=bind,from={bind.context},target={bind.target}"
-        + (f",source={bind.source}" if bind.source else "")
-        + ("" if bind.read_only else ",rw")
-        for bind in recipe.binds
-    ]
 
 
 def _caches(recipe: Recipe) -> list[str]:

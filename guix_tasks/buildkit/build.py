@@ -28,7 +28,7 @@ from guix_tasks.buildkit.builder import (
     native_platforms,
     needed_syntax,
 )
-from guix_tasks.buildkit.buildx import Builder, check_account_support, csv_field, with_accounts
+from guix_tasks.buildkit.buildx import Builder, csv_field, with_accounts
 from guix_tasks.engine.credentials import accounts_for, credentials_for, remote_digest
 from guix_tasks.engine.retry import TRIES, retry_call
 from guix_tasks.errors import BuilderError, StageError, UsageError
@@ -110,10 +110,8 @@ def build(project: Project, buildx: Buildx, options: BuildOptions) -> str:
         if not options.update and (line := pull.uncompared_lock(settings)):
             project.console.print(line)
     _check_output(project, options)
-    accounts = accounts_for(project.engine, settings)
-    if settings.buildx_output is Output.REGISTRY:
-        check_account_support(buildx, accounts, settings.image.registry)
-    buildx = with_accounts(buildx, accounts)
+    registry = settings.image.registry if settings.buildx_output is Output.REGISTRY else ""
+    buildx = with_accounts(buildx, accounts_for(project.engine, settings), registry)
     builder = _builder(project, buildx)
     for platform in settings.platforms:
         check_platform(settings, builder, platform)
@@ -529,4 +527,6 @@ class _Build:
             ) from None
         if not self.buildx.perform:
             return ""
-        return str(json.loads(metadata.read_text()).get(target, {}).get(bakefile.DIGEST_KEY, ""))
+        return str(
+            json.loads(metadata.read_text()).get(target, {}).get("containerimage.digest", "")
+        )
