@@ -62,18 +62,6 @@ IMAGE_TARGET = "image"
 
 
 @dataclass(frozen=True)
-class Bind:
-    """A file or directory of this machine that is mounted in steps."""
-
-    context: str
-    """Name of the context with the file or directory."""
-    source: str
-    """Path in the context; empty for the whole context."""
-    target: str
-    read_only: bool
-
-
-@dataclass(frozen=True)
 class Recipe:
     """Contents of the Dockerfile of the insecure steps."""
 
@@ -82,7 +70,8 @@ class Recipe:
     resolve: bool = False
     """True if a step resolves floating channels."""
     network: str | None = None
-    binds: Sequence[Bind] = ()
+    binds: Mapping[str, str] = field(default_factory=dict)
+    """Mounts of files and directories of this machine, by target, as values of ``--mount``."""
     cache: str | None = None
     """Prefix of the IDs of cache mounts, or None to leave caches in the image."""
     store: str | None = None
@@ -219,12 +208,7 @@ def _step(recipe: Recipe, source: str, stage: str, *more: str) -> str:
         f"type=secret,id={ENVIRONMENT},target={WORK_DIRECTORY}/{ENVIRONMENT}",
         *(f"type=secret,id={_secret_id(name)},target={WORK_DIRECTORY}/{name}" for name in names),
         *(["type=ssh"] if recipe.ssh and stage == "pull" else []),
-        *(
-            f"type=bind,from={bind.context},target={bind.target}"
-            + (f",source={bind.source}" if bind.source else "")
-            + ("" if bind.read_only else ",rw")
-            for bind in recipe.binds
-        ),
+        *recipe.binds.values(),
         *_caches(recipe),
         *more,
     ]
@@ -248,9 +232,8 @@ def _caches(recipe: Recipe) -> list[str]:
     if not recipe.cache:
         return []
     mounts = [f"type=cache,id={recipe.cache}-tmp,target=/tmp,mode=1777,sharing=private"]
-    bound = {bind.target for bind in recipe.binds}
     for name, target in CACHES.items():
-        if target in bound:
+        if target in recipe.binds:
             continue
         # A 32-bit program under QEMU fails with the inode numbers of a 64-bit file system.
         if name == "home" and any(platform.is_32_bit for platform in recipe.platforms):

@@ -269,6 +269,10 @@ def inspect(buildx: Buildx, name: str) -> Builder | None:
         raise
 
 
+_FIELD = re.compile(r"^(\S[^:\n]*):[ \t]*(.*?)[ \t\r]*$", re.MULTILINE)
+"""Key and value; indented lines belong to lists that are not used here."""
+
+
 def parse_builder(text: str) -> Builder:
     """Parse the output of ``buildx inspect``: blocks of ``Key: value`` lines, each from Name on.
 
@@ -276,16 +280,10 @@ def parse_builder(text: str) -> Builder:
     waits up to 20 s for every builder and Docker context of the user.
     """
     blocks = re.split(r"^(?=Name:)", text, flags=re.MULTILINE)[1:]
-    head, *nodes = [_fields(block) for block in blocks] or [{}]
+    head, *nodes = [dict(_FIELD.findall(block)) for block in blocks] or [{}]
     if "Error" in head:
         raise failure(f"ERROR: {head['Error']}")
     return Builder(head.get("Name", ""), head.get("Driver", ""), tuple(map(_node, nodes)))
-
-
-def _fields(block: str) -> dict[str, str]:
-    # Indented lines belong to lists that are not used here.
-    lines = (line.partition(":") for line in block.splitlines() if not line.startswith(" "))
-    return {key: value.strip() for key, colon, value in lines if colon}
 
 
 def _node(fields: Mapping[str, str]) -> BuilderNode:

@@ -33,7 +33,7 @@ from guix_tasks import files as files_module
 from guix_tasks import guix
 from guix_tasks import settings as settings_module
 from guix_tasks.buildkit import buildx
-from guix_tasks.buildkit.bakefile import Bind, Definition, Recipe, bake_file, dockerfile
+from guix_tasks.buildkit.bakefile import Definition, Recipe, bake_file, dockerfile
 from guix_tasks.buildkit.context import save_as_layout, write_mounts
 from guix_tasks.cli import session
 from guix_tasks.commands.sizes import picture
@@ -643,7 +643,7 @@ def test_what_is_shown_as_a_command_can_be_pasted(
 
 def test_no_text_becomes_an_instruction_of_a_dockerfile(attempt: Attempt, tmp_path: Path) -> None:
     platform = (Platform.parse("linux/amd64"),)
-    lines = dockerfile(Recipe(platform, binds=[Bind("a", "", "/x", read_only=False)])).count("\n")
+    lines = dockerfile(Recipe(platform, binds={"/x": "type=bind,from=a,target=/x"})).count("\n")
     site = new_site(tmp_path / "project")
 
     def check(given: tuple[str, str, str]) -> None:
