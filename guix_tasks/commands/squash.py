@@ -11,17 +11,10 @@ from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING, cast
 
 from guix_tasks.errors import UsageError
+from guix_tasks.stages import images
 from guix_tasks.stages.commit import commit_image
 from guix_tasks.stages.container import WORK_DIRECTORY, Work, archive, work_container
-from guix_tasks.stages.images import (
-    KEY_LABEL,
-    SQUASH,
-    STAGE_LABEL,
-    is_child,
-    proven_stage,
-    shared_layers,
-    squash_key,
-)
+from guix_tasks.stages.images import SQUASH, shared_layers
 from guix_tasks.stages.lifecycle import Lifecycle
 from guix_tasks.stages.runner import print_result, run_container
 from guix_tasks.stages.volumes import check_volumes
@@ -70,10 +63,10 @@ def _is_on(project: Project, image: Image, base: Image) -> bool:
     """Whether a stage's image has all layers of the base, or was made from its current stages."""
     if shared_layers(image, base) == len(base.layers):
         return True
-    lifecycle, stage = Lifecycle(project), proven_stage(image)
+    lifecycle, stage = Lifecycle(project), images.proven_stage(image)
     while stage and (parent := lifecycle.parent_of(stage)):
         below = project.ledger.find(parent)
-        if below is None or not is_child(image, below):
+        if below is None or not images.is_child(image, below):
             return False
         image, stage = below, parent
     return image.id == base.id
@@ -98,7 +91,7 @@ def _squash(project: Project, base: Image, last: Image) -> None:
                 engine.copy_in(container, archive({"deleted": "\0".join(deleted).encode()}))
                 run_container(project, container, SQUASH)
                 engine.copy_in(container, files)
-        labels = {STAGE_LABEL: SQUASH, KEY_LABEL: squash_key(last)}
+        labels = {images.STAGE_LABEL: SQUASH, images.KEY_LABEL: images.squash_key(last)}
         commit_image(project, container, base, project.ledger.tag(SQUASH), labels, like=last)
 
 
