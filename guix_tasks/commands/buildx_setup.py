@@ -85,17 +85,15 @@ def _ensure_builder(project: Project, buildx: Buildx, *, recreate: bool) -> None
     name = settings.buildx_builder
     nodes = _nodes(project, buildx)
     builder = command.inspect(buildx, name)
-    differences = list(_differences(settings, builder, nodes)) if builder else []
-    if builder and differences and not recreate:
-        raise BuilderError(
-            f"builder {name} does not match the settings: {'; '.join(differences)}; recreate it "
-            "with `inv buildx.setup --recreate` (keeps the cache), or change BUILDX_DRIVER and "
-            "BUILDX_NODES"
-        )
     if builder and not recreate:
-        idle = [node.name for node in builder.nodes if node.status != "running"]
-        if idle:
-            console.print(f"buildx.setup: {', '.join(idle)} is not running; starting it")
+        if differences := "; ".join(_differences(settings, builder, nodes)):
+            raise BuilderError(
+                f"builder {name} does not match the settings: {differences}; recreate it with "
+                "`inv buildx.setup --recreate` (keeps the cache), or change BUILDX_DRIVER and "
+                "BUILDX_NODES"
+            )
+        if idle := ", ".join(node.name for node in builder.nodes if node.status != "running"):
+            console.print(f"buildx.setup: {idle} is not running; starting it")
             buildx.change("inspect", "--bootstrap", name)
         else:
             console.print(f"buildx.setup: {name} exists")
