@@ -58,9 +58,6 @@ if TYPE_CHECKING:
     from guix_tasks.stages.stage import Stage
 
 
-_WITH_ATTESTATIONS = (Output.REGISTRY, Output.OCI)
-
-
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions:
     """Options of one `inv buildx.build` call."""
@@ -416,10 +413,11 @@ class _Build:
     def _output(self, definition: Definition) -> str:
         settings, output = self._settings, self._settings.buildx_output
         image, tags = settings.image, settings.references
+        can_attest = output in (Output.REGISTRY, Output.OCI)
         definition = replace(
             definition,
             # Docker's image format cannot store attestations.
-            attestations=settings.buildx_attestations if output in _WITH_ATTESTATIONS else (),
+            attestations=settings.buildx_attestations if can_attest else (),
             cache_to=[*settings.buildx_cache_to, *self._registry_cache("mode=max")],
         )
         if output in (Output.OCI, Output.DOCKER):
@@ -481,10 +479,8 @@ class _Build:
             for file in ("Dockerfile", "bake.json"):
                 console.print(f"--- {file}\n{(directory / file).read_text()}")
         metadata = directory / "metadata.json"
-        environment = {
-            **self.buildx.environment,
-            "BUILDX_METADATA_PROVENANCE": "disabled",
-        }
+        variables = {**self.buildx.environment, "BUILDX_METADATA_PROVENANCE": "disabled"}
+        program = replace(self.buildx, environment=variables)
         # All paths are safe to allow, because the bake file is generated.
         allowed = ["security.insecure", "fs=*", *(["ssh"] if definition.ssh_agent else [])]
         if definition.recipe.network == "host":
@@ -508,9 +504,7 @@ class _Build:
                 faults.check(log.read(data))
 
             try:
-                replace(self.buildx, environment=environment).stream(
-                    *arguments, output=output, spec=definition.base, seconds=remaining
-                )
+                program.stream(*arguments, output=output, spec=definition.base, seconds=remaining)
             except StageError as error:
                 error.is_transient = error.is_transient or faults.network_failed
                 raise
