@@ -200,7 +200,7 @@ class _Build:
             say("buildx.build: the builder's cache lacks store items; running all steps again")
             definition = self._with_stages(definition, force=True)
             self._bake(definition, REPORTS_TARGET)
-        for stage, platform in itertools.product(definition.recipe.stages, self._platforms):
+        for stage, platform in itertools.product(definition.stages, self._platforms):
             if stage.check:
                 stage.check(self._report(stage.name, platform))
         self._write_lock()
@@ -233,15 +233,12 @@ class _Build:
         return Definition(
             base=base_spec(settings, build_network),
             base_contexts={} if is_engine else self._base_contexts(),
-            recipe=bakefile.Recipe(
-                platforms=self._platforms,
-                resolve=self._floats,
-                network=build_network,
-                binds=binds,
-                cache=container.cache_prefix(settings),
-                ssh=bool(url),
-            ),
+            platforms=self._platforms,
             directory=directory,
+            resolve=self._floats,
+            network=build_network,
+            binds=binds,
+            cache=container.cache_prefix(settings),
             contexts={bakefile.WORK: directory / bakefile.WORK, **contexts},
             secrets=context.write_secrets(settings, directory, channels),
             ssh_agent=agent_socket(settings, url) if url else None,
@@ -309,10 +306,7 @@ class _Build:
             files = self._files(stage, warm=bool(store))
             files |= programs() if stage.fetches is not None else {}
             context.write_step(settings, self.directory, stage.name, files, force=force)
-        recipe = replace(
-            definition.recipe, stages=stages, store=store, user=self._user(), resolve=False
-        )
-        return replace(definition, recipe=recipe)
+        return replace(definition, stages=stages, store=store, user=self._user(), resolve=False)
 
     def _store(self) -> str | None:
         """Return the ID of the cache mount with the warm store of these trust settings."""
@@ -404,9 +398,9 @@ class _Build:
                 oci.BASE_DIGEST: digest or "",
             }
             labels[platform] = {name: text for name, text in annotations.items() if text}
-            for stage in definition.recipe.stages:
+            for stage in definition.stages:
                 labels[platform].update(stage.labels(self._report(stage.name, platform)))
-        return replace(definition, recipe=replace(definition.recipe, labels=labels))
+        return replace(definition, labels=labels)
 
     # --- output ---
 
@@ -473,7 +467,7 @@ class _Build:
     def _bake(self, definition: Definition, target: str) -> str:
         """Build a target with bake and return the image's digest, if it has one."""
         directory, console = self.directory, self.project.console
-        (directory / "Dockerfile").write_text(bakefile.dockerfile(definition.recipe))
+        (directory / "Dockerfile").write_text(bakefile.dockerfile(definition))
         (directory / "bake.json").write_text(bakefile.bake_file(definition))
         if not self.buildx.perform and target == IMAGE_TARGET:
             for file in ("Dockerfile", "bake.json"):
@@ -483,7 +477,7 @@ class _Build:
         program = replace(self.buildx, environment=variables)
         # All paths are safe to allow, because the bake file is generated.
         allowed = ["security.insecure", "fs=*", *(["ssh"] if definition.ssh_agent else [])]
-        if definition.recipe.network == "host":
+        if definition.network == "host":
             allowed.append("network.host")
         arguments = (
             "bake", f"--builder={self.builder.name}", f"--file={directory / 'bake.json'}",
@@ -491,7 +485,7 @@ class _Build:
             f"--metadata-file={metadata}", "--progress=plain", target,
         )  # fmt: skip
         limit = self._settings.stage_timeout
-        total = limit * max(1, len(definition.recipe.stages)) if limit else None
+        total = limit * max(1, len(definition.stages)) if limit else None
         started = time.monotonic()
 
         def attempt() -> None:

@@ -74,7 +74,7 @@ def write_step(
 
 
 def write_mounts(settings: Settings, directory: Path) -> tuple[dict[str, str], dict[str, Path]]:
-    """Return ``MOUNTS`` as ``Recipe.binds`` and the named contexts that contain them.
+    """Return ``MOUNTS`` as ``Definition.binds`` and the named contexts that contain them.
 
     A directory is a context. A file is copied into the context ``WORK``.
 
