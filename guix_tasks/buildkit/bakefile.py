@@ -59,50 +59,52 @@ RESOLVED = "resolved"
 ASKED_TARGET = "asked"
 REPORTS_TARGET = "reports"
 IMAGE_TARGET = "image"
-DIGEST_KEY = "containerimage.digest"
 
 
-@dataclass(frozen=True)
-class Bind:
-    """A file or directory of this machine that is mounted in steps."""
+@dataclass(frozen=True, kw_only=True)
+class Definition:
+    """Contents of the Dockerfile of the insecure steps and of the bake file."""
 
-    context: str
-    """Name of the context with the file or directory."""
-    source: str
-    """Path in the context; empty for the whole context."""
-    target: str
-    read_only: bool
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Contents of the Dockerfile of the insecure steps."""
-
+    base: BuildSpec
     platforms: Sequence[Platform]
+    directory: Path
+    """Directory of the Dockerfile, the context ``work`` and the file of ``ENVIRONMENT``."""
+    base_contexts: Mapping[str, str] = field(default_factory=dict)
+    """Contexts that replace images that the builder cannot pull, by reference."""
+    contexts: Mapping[str, Path] = field(default_factory=dict)
     stages: Sequence[Stage] = ()
     resolve: bool = False
     """True if a step resolves floating channels."""
     network: str | None = None
-    binds: Sequence[Bind] = ()
+    binds: Mapping[str, str] = field(default_factory=dict)
+    """Mounts of files and directories of this machine, by target, as values of ``--mount``."""
     cache: str | None = None
     """Prefix of the IDs of cache mounts, or None to leave caches in the image."""
     store: str | None = None
     """ID of the cache mount with the warm store, without the platform, or None for the store of
     the image."""
-    ssh: bool = False
-    """True if channels are fetched with the user's SSH agent."""
+    secrets: Mapping[str, Path] = field(default_factory=dict)
+    """Other secret files of the steps, by name."""
+    ssh_agent: Path | None = None
+    """The agent with which channels are fetched."""
     user: str = ""
     """User of the base image, or empty for root."""
     labels: Mapping[Platform, Mapping[str, str]] = field(default_factory=dict)
     """Labels of the image of each platform."""
+    syntax: str | None = None
+    tags: Sequence[str] = ()
+    output: str = ""
+    attestations: Sequence[str] = ()
+    cache_from: Sequence[str] = ()
+    cache_to: Sequence[str] = ()
 
 
-def dockerfile(recipe: Recipe) -> str:
+def dockerfile(definition: Definition) -> str:
     """Return the Dockerfile of the insecure steps."""
-    return "\n".join([*_queries(recipe), *_stages(recipe), *_images(recipe)]) + "\n"
+    return "\n".join([*_queries(definition), *_stages(definition), *_images(definition)]) + "\n"
 
 
-def _queries(recipe: Recipe) -> list[str]:
+def _queries(definition: Definition) -> list[str]:
     """Return the steps before the stages: the base's user and keys, and the resolved channels."""
     # For a user without a name, `id -un` prints the number and fails.
     name = f"{{ id -un >{OWNER}/name || id -u >{OWNER}/name; }}"
@@ -110,7 +112,7 @@ def _queries(recipe: Recipe) -> list[str]:
     resolved = [
         "FROM base AS resolving",
         "USER root",
-        _step(recipe, RESOLVE, "pull"),
+        _step(definition, RESOLVE, "pull"),
         "",
     ]
     return [
@@ -121,35 +123,37 @@ def _queries(recipe: Recipe) -> list[str]:
         "USER root",
         _shell(f"cat /etc/guix/acl 2>/dev/null | sha256sum >/{KEYS}"),
         "",
-        *(resolved if recipe.resolve else []),
+        *(resolved if definition.resolve else []),
         f"FROM scratch AS {ASKED_TARGET}",
         f"COPY --from=owner {OWNER} /",
         f"COPY --from={KEYS} /{KEYS} /",
-        *([f"COPY --from=resolving {REPORTS} /"] if recipe.resolve else []),
+        *([f"COPY --from=resolving {REPORTS} /"] if definition.resolve else []),
     ]
 
 
-def _stages(recipe: Recipe) -> list[str]:
+def _stages(definition: Definition) -> list[str]:
     """Return the steps of the stages and of their reports."""
     lines, parent = [], "base"
-    for stage in recipe.stages:
-        name, root = stage.name, ["USER root"] if recipe.user and parent == "base" else []
-        if recipe.store:
-            lines += ["", *_warm_steps(recipe, name, parent, root)]
+    for stage in definition.stages:
+        name, root = stage.name, ["USER root"] if definition.user and parent == "base" else []
+        if definition.store:
+            lines += ["", *_warm_steps(definition, name, parent, root)]
         else:
-            lines += ["", f"FROM {parent} AS {name}", *root, _step(recipe, name, name)]
+            lines += ["", f"FROM {parent} AS {name}", *root, _step(definition, name, name)]
         parent = name
-    lines += ["", f"FROM {parent} AS described", *map(_shell, _descriptions(recipe))]
+    lines += ["", f"FROM {parent} AS described", *map(_shell, _descriptions(definition))]
     return [*lines, "", f"FROM scratch AS {REPORTS_TARGET}", f"COPY --from=described {REPORTS} /"]
 
 
-def _warm_steps(recipe: Recipe, name: str, parent: str, root: Sequence[str]) -> list[str]:
+def _warm_steps(definition: Definition, name: str, parent: str, root: Sequence[str]) -> list[str]:
     """Return the steps of a stage with the warm store: fill the store, run Guix, assemble.
 
     Only the last step's layer is in the image. The second step leaves the name of its result.
     """
     platform = ["ARG TARGETARCH", "ARG TARGETVARIANT"]
-    cache = f"type=cache,id={recipe.store}-${{TARGETARCH}}${{TARGETVARIANT}},sharing=locked,target="
+    cache = (
+        f"type=cache,id={definition.store}-${{TARGETARCH}}${{TARGETVARIANT}},sharing=locked,target="
+    )
     script = f'result=$(cat {VOLUME_MOUNT}-report/{RESULT}) && exec sh "$1/$result/assemble.sh"'
     arguments = (VOLUME_MOUNT, '"$result"', '""', "0", '""', *STATE)
     return [
@@ -167,7 +171,7 @@ def _warm_steps(recipe: Recipe, name: str, parent: str, root: Sequence[str]) -> 
         f"FROM {name}-seed AS {name}-work",
         *platform,
         f"ENV GUIX_DATABASE_DIRECTORY={STORE_DATABASE}",
-        _step(recipe, name, name, f"{cache}{STORE_MOUNT}"),
+        _step(definition, name, name, f"{cache}{STORE_MOUNT}"),
         "",
         f"FROM {parent} AS {name}",
         *root,
@@ -182,25 +186,25 @@ def _warm_steps(recipe: Recipe, name: str, parent: str, root: Sequence[str]) -> 
     ]
 
 
-def _images(recipe: Recipe) -> list[str]:
+def _images(definition: Definition) -> list[str]:
     """Return the labelled image of each platform and the target that selects one of them."""
-    parent = recipe.stages[-1].name if recipe.stages else "base"
+    parent = definition.stages[-1].name if definition.stages else "base"
     lines = []
-    for platform in recipe.platforms:
+    for platform in definition.platforms:
         lines += ["", f"FROM {parent} AS {IMAGE_TARGET}-{_word(platform)}"]
-        lines += [f"USER {recipe.user}"] if recipe.user else []
-        for argument, name, _ in _labels(recipe, platform):
+        lines += [f"USER {definition.user}"] if definition.user else []
+        for argument, name, _ in _labels(definition, platform):
             lines += [f"ARG {argument}", f'LABEL {name}="${{{argument}}}"']
     selected = f"{IMAGE_TARGET}-${{TARGETOS}}${{TARGETARCH}}${{TARGETVARIANT}}"
     return [*lines, "", f"FROM {selected} AS {IMAGE_TARGET}"]
 
 
-def _labels(recipe: Recipe, platform: Platform) -> Iterator[tuple[str, str, str]]:
+def _labels(definition: Definition, platform: Platform) -> Iterator[tuple[str, str, str]]:
     """Yield the build argument, the name and the value of each label of a platform's image.
 
     Bake's own labels are the same for all platforms, but packages differ between platforms.
     """
-    for number, (name, value) in enumerate(sorted(recipe.labels.get(platform, {}).items())):
+    for number, (name, value) in enumerate(sorted(definition.labels.get(platform, {}).items())):
         yield f"LABEL_{number}_{_word(platform)}", name, value
 
 
@@ -208,7 +212,7 @@ def _word(platform: Platform) -> str:
     return str(platform).replace("/", "")
 
 
-def _step(recipe: Recipe, source: str, stage: str, *more: str) -> str:
+def _step(definition: Definition, source: str, stage: str, *more: str) -> str:
     """Return the ``RUN`` of a stage, which mounts its files from ``source`` in ``WORK``.
 
     ``more`` are additional mounts.
@@ -219,13 +223,13 @@ def _step(recipe: Recipe, source: str, stage: str, *more: str) -> str:
         f"type=bind,from={WORK},source={source},target={WORK_DIRECTORY},rw",
         f"type=secret,id={ENVIRONMENT},target={WORK_DIRECTORY}/{ENVIRONMENT}",
         *(f"type=secret,id={_secret_id(name)},target={WORK_DIRECTORY}/{name}" for name in names),
-        *(["type=ssh"] if recipe.ssh and stage == "pull" else []),
-        *_binds(recipe),
-        *_caches(recipe),
+        *(["type=ssh"] if definition.ssh_agent and stage == "pull" else []),
+        *definition.binds.values(),
+        *_caches(definition),
         *more,
     ]
     options = [
-        "--security=insecure", *([f"--network={recipe.network}"] if recipe.network else []),
+        "--security=insecure", *([f"--network={definition.network}"] if definition.network else []),
     ]  # fmt: skip
     # The entry point ignores the stage's name. The log shows it, and errors are parsed for it.
     return _run(mounts, [ENTRY_POINT, f"{WORK_DIRECTORY}/stage", stage], *options)
@@ -236,39 +240,29 @@ def _run(mounts: Sequence[str], argv: Sequence[str], *options: str) -> str:
     return " \\\n    ".join(words)
 
 
-def _binds(recipe: Recipe) -> list[str]:
-    return [
-        f"type=bind,from={bind.context},target={bind.target}"
-        + (f",source={bind.source}" if bind.source else "")
-        + ("" if bind.read_only else ",rw")
-        for bind in recipe.binds
-    ]
-
-
-def _caches(recipe: Recipe) -> list[str]:
+def _caches(definition: Definition) -> list[str]:
     """Return the mounts that replace the volumes of a work container.
 
     Each build has a private ``/tmp`` on disk.
     """
-    if not recipe.cache:
+    if not definition.cache:
         return []
-    mounts = [f"type=cache,id={recipe.cache}-tmp,target=/tmp,mode=1777,sharing=private"]
-    bound = {bind.target for bind in recipe.binds}
+    mounts = [f"type=cache,id={definition.cache}-tmp,target=/tmp,mode=1777,sharing=private"]
     for name, target in CACHES.items():
-        if target in bound:
+        if target in definition.binds:
             continue
         # A 32-bit program under QEMU fails with the inode numbers of a 64-bit file system.
-        if name == "home" and any(platform.is_32_bit for platform in recipe.platforms):
+        if name == "home" and any(platform.is_32_bit for platform in definition.platforms):
             mounts.append(f"type=tmpfs,target={target}")
         else:
-            mounts.append(f"type=cache,id={recipe.cache}-{name},target={target},sharing=locked")
+            mounts.append(f"type=cache,id={definition.cache}-{name},target={target},sharing=locked")
     return mounts
 
 
-def _descriptions(recipe: Recipe) -> list[str]:
+def _descriptions(definition: Definition) -> list[str]:
     """Return the commands that write the reports of all stages in the last stage's image."""
     path = f'PATH="{guix.CURRENT_GUIX}/bin:{guix.PROFILE}/bin:$PATH"'
-    reports = (f"{path} {shlex.join(s.report)} >{REPORTS}/{s.name}" for s in recipe.stages)
+    reports = (f"{path} {shlex.join(s.report)} >{REPORTS}/{s.name}" for s in definition.stages)
     # The time comes from a step, so that a cached image keeps the time of its build.
     return [f"mkdir -p {REPORTS}", *reports, f"date -u +%Y-%m-%dT%H:%M:%SZ >{REPORTS}/{CREATED}"]
 
@@ -290,33 +284,11 @@ def _shell(command: str) -> str:
     return "RUN " + json.dumps(["/bin/sh", "-c", command])
 
 
-@dataclass(frozen=True)
-class Definition:
-    """Contents of a bake file."""
-
-    base: BuildSpec
-    base_contexts: Mapping[str, str]
-    """Contexts that replace images that the builder cannot pull, by reference."""
-    recipe: Recipe
-    directory: Path
-    """Directory of the Dockerfile, the context ``work`` and the file of ``ENVIRONMENT``."""
-    contexts: Mapping[str, Path]
-    syntax: str | None = None
-    secrets: Mapping[str, Path] = field(default_factory=dict)
-    """Other secret files of the steps, by name."""
-    ssh_agent: Path | None = None
-    tags: Sequence[str] = ()
-    output: str = ""
-    attestations: Sequence[str] = ()
-    cache_from: Sequence[str] = ()
-    cache_to: Sequence[str] = ()
-
-
 def bake_file(definition: Definition) -> str:
     """Return the bake file in JSON."""
-    base, recipe = definition.base, definition.recipe
+    base = definition.base
     shared: dict[str, Any] = {
-        "platforms": [str(platform) for platform in recipe.platforms],
+        "platforms": [str(platform) for platform in definition.platforms],
         "cache-from": list(definition.cache_from),
         "attest": ["type=provenance,disabled=true"],
     }
@@ -332,8 +304,8 @@ def bake_file(definition: Definition) -> str:
             **({"BUILDKIT_SYNTAX": definition.syntax} if definition.syntax else {}),
             **{
                 argument: value
-                for platform in recipe.platforms
-                for argument, _, value in _labels(recipe, platform)
+                for platform in definition.platforms
+                for argument, _, value in _labels(definition, platform)
             },
         },
         "secret": [
@@ -341,7 +313,7 @@ def bake_file(definition: Definition) -> str:
             *(_secret(_secret_id(name), path) for name, path in definition.secrets.items()),
         ],
         **({"ssh": [f"default={definition.ssh_agent}"]} if definition.ssh_agent else {}),
-        **_network(recipe.network, "security.insecure"),
+        **_network(definition.network, "security.insecure"),
     }
     reports = f"type=local,{csv_field(f'dest={definition.directory}/reports')}"
     provenance = "mode=min" if "provenance" in definition.attestations else "disabled=true"

@@ -18,25 +18,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from guix_tasks.buildkit import buildx as buildx_command
-from guix_tasks.buildkit.bakefile import (
-    ASKED_TARGET,
-    CREATED,
-    DIGEST_KEY,
-    IMAGE_TARGET,
-    KEYS,
-    REPORTS,
-    REPORTS_TARGET,
-    RESOLVE,
-    RESOLVED,
-    RESULT,
-    WORK,
-    Definition,
-    Recipe,
-    bake_file,
-    dockerfile,
-    resolve_script,
-)
+from guix_tasks.buildkit import bakefile, context
+from guix_tasks.buildkit import buildx as command
+from guix_tasks.buildkit.bakefile import ASKED_TARGET, IMAGE_TARGET, REPORTS_TARGET, Definition
 from guix_tasks.buildkit.builder import (
     builder_name,
     check_platform,
@@ -44,15 +28,7 @@ from guix_tasks.buildkit.builder import (
     native_platforms,
     needed_syntax,
 )
-from guix_tasks.buildkit.buildx import Builder, check_account_support, csv_field, with_accounts
-from guix_tasks.buildkit.context import (
-    local_base_image,
-    save_as_layout,
-    write_environment,
-    write_mounts,
-    write_secrets,
-    write_step,
-)
+from guix_tasks.buildkit.buildx import Builder, csv_field, with_accounts
 from guix_tasks.engine.credentials import accounts_for, credentials_for, remote_digest
 from guix_tasks.engine.retry import TRIES, retry_call
 from guix_tasks.errors import BuilderError, StageError, UsageError
@@ -62,25 +38,11 @@ from guix_tasks.oci import labels as oci
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import quoted
 from guix_tasks.settings import Driver, Output, Sandbox
+from guix_tasks.stages import container, pull
 from guix_tasks.stages.base import base_spec, other_platform
 from guix_tasks.stages.channel_access import agent_socket, by_ssh, programs
-from guix_tasks.stages.container import (
-    RESOURCES,
-    cache_prefix,
-    network,
-    project_digest,
-    resource_files,
-)
 from guix_tasks.stages.install import install_stage
 from guix_tasks.stages.log_faults import StepFaults
-from guix_tasks.stages.pull import (
-    channels_text,
-    lock_text,
-    pull_stage,
-    stage_to_run,
-    uncompared_lock,
-    write_lock,
-)
 from guix_tasks.stages.push_records import Pushed, save
 from guix_tasks.stages.runner import STAGE_TRIES, build_log
 from guix_tasks.stages.stage import MISSING_ITEMS, stage_files, warm_stage_files
@@ -94,9 +56,6 @@ if TYPE_CHECKING:
     from guix_tasks.settings import Settings
     from guix_tasks.stages.project import Project
     from guix_tasks.stages.stage import Stage
-
-
-_WITH_ATTESTATIONS = (Output.REGISTRY, Output.OCI)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,14 +103,12 @@ def build(project: Project, buildx: Buildx, options: BuildOptions) -> str:
     if not options.pull:
         install_stage(settings)
     else:
-        stage_to_run(settings, update=options.update, authenticate=options.authenticate)
-        if not options.update and (line := uncompared_lock(settings)):
+        pull.stage_to_run(settings, update=options.update, authenticate=options.authenticate)
+        if not options.update and (line := pull.uncompared_lock(settings)):
             project.console.print(line)
     _check_output(project, options)
-    accounts = accounts_for(project.engine, settings)
-    if settings.buildx_output is Output.REGISTRY:
-        check_account_support(buildx, accounts, settings.image.registry)
-    buildx = with_accounts(buildx, accounts)
+    registry = settings.image.registry if settings.buildx_output is Output.REGISTRY else ""
+    buildx = with_accounts(buildx, accounts_for(project.engine, settings), registry)
     builder = _builder(project, buildx)
     for platform in settings.platforms:
         check_platform(settings, builder, platform)
@@ -170,7 +127,7 @@ def _builder(project: Project, buildx: Buildx) -> Builder:
     """
     settings = project.settings
     name = builder_name(settings, buildx)
-    if not buildx.perform and buildx_command.inspect(buildx, name) is None:
+    if not buildx.perform and command.inspect(buildx, name) is None:
         project.console.print(f"buildx.build: there is no builder {name} yet")
         return Builder(name, settings.buildx_driver.value, ())
     builder = find_builder(settings, buildx)
@@ -243,76 +200,78 @@ class _Build:
             say("buildx.build: the builder's cache lacks store items; running all steps again")
             definition = self._with_stages(definition, force=True)
             self._bake(definition, REPORTS_TARGET)
-        for stage, platform in itertools.product(definition.recipe.stages, self._platforms):
+        for stage, platform in itertools.product(definition.stages, self._platforms):
             if stage.check:
                 stage.check(self._report(stage.name, platform))
-        self._lock()
+        self._write_lock()
         return self._output(self._with_labels(definition))
 
     # --- inputs ---
 
     def _definition(self, syntax: str | None) -> Definition:
         settings, directory = self._settings, self.directory
-        for name in ("empty", WORK):
+        for name in ("empty", bakefile.WORK):
             (directory / name).mkdir()
-        write_environment(settings, directory)
-        binds, contexts = write_mounts(settings, directory)
+        context.write_environment(settings, directory)
+        binds, contexts = context.write_mounts(settings, directory)
         if self._floats:
             self._write_resolve()
         channels = None
         if self.options.pull:
-            lock = None if self._floats else lock_text(settings)
-            channels = lock or channels_text(settings) or ""
+            channels = self._lock or pull.channels_text(settings) or ""
         url = by_ssh(settings, channels or "")
         is_engine = self.builder.driver == Driver.DOCKER.value
-        build_network = network(self.project.engine, settings) if is_engine else settings.network
+        build_network = settings.network
+        if is_engine:
+            build_network = container.network(self.project.engine, settings)
         if build_network not in (None, "host", "none"):
             self.project.console.warn(
                 f"NETWORK={build_network}: a build can only join host and none; using the "
                 "builder's default network"
             )
             build_network = None
-        recipe = Recipe(
-            platforms=self._platforms,
-            resolve=self._floats,
-            network=build_network,
-            binds=binds,
-            cache=cache_prefix(settings),
-            ssh=bool(url),
-        )
         return Definition(
             base=base_spec(settings, build_network),
             base_contexts={} if is_engine else self._base_contexts(),
-            recipe=recipe,
+            platforms=self._platforms,
             directory=directory,
-            contexts={WORK: directory / WORK, **contexts},
-            secrets=write_secrets(settings, directory, channels),
+            resolve=self._floats,
+            network=build_network,
+            binds=binds,
+            cache=container.cache_prefix(settings),
+            contexts={bakefile.WORK: directory / bakefile.WORK, **contexts},
+            secrets=context.write_secrets(settings, directory, channels),
             ssh_agent=agent_socket(settings, url) if url else None,
             syntax=syntax,
             cache_from=[*settings.buildx_cache_from, *self._registry_cache()],
         )
 
     @cached_property
+    def _lock(self) -> str | None:
+        """The lock that fixes the commits of the channels, if there is one."""
+        return None if self.options.update else pull.lock_text(self._settings)
+
+    @property
     def _floats(self) -> bool:
         """True if the build pulls channels and no lock fixes their commits."""
-        return self.options.pull and (self.options.update or not lock_text(self._settings))
+        return self.options.pull and not self._lock
 
     def _write_resolve(self) -> None:
-        channels = channels_text(self._settings)
+        channels = pull.channels_text(self._settings)
         files = {
             **programs(),
-            "stage": resolve_script(
+            "stage": bakefile.resolve_script(
                 channels=channels is not None, authenticate=self.options.authenticate
             ),
-            "resolve.scm": (RESOURCES / "resolve.scm").read_bytes(),
+            "resolve.scm": (container.RESOURCES / "resolve.scm").read_bytes(),
             **({"channels.scm": channels.encode()} if channels is not None else {}),
         }
-        write_step(self._settings, self.directory, RESOLVE, files, force=True)
+        context.write_step(self._settings, self.directory, bakefile.RESOLVE, files, force=True)
 
     def _base_contexts(self) -> dict[str, str]:
         """Return the context that replaces a base image that only the engine has, if any."""
         settings, engine, reference = self._settings, self.project.engine, self._settings.base_image
-        image = local_base_image(engine, settings)
+        image = context.local_base_image(engine, settings)
         if image is None:
             return {}
         self.project.console.print(
@@ -325,19 +284,19 @@ class _Build:
         if not self.buildx.perform:
             return {}
         kept = cache_home() / "base-images"
-        return {str(reference): save_as_layout(engine, image, reference, kept)}
+        return {str(reference): context.save_as_layout(engine, image, reference, kept)}
 
     def _registry_cache(self, *more: str) -> list[str]:
         """Return ``CACHE_IMAGE`` as a build cache; empty if the builder has no registry cache."""
         cache = self._settings.cache_image
         if cache is None or self.builder.driver == Driver.DOCKER.value:
             return []
-        tag = f"buildx-{project_digest(self._settings)}"
+        tag = f"buildx-{container.project_digest(self._settings)}"
         return [",".join(["type=registry", f"ref={cache.with_tag(tag)}", *more])]
 
     def _with_stages(self, definition: Definition, *, force: bool) -> Definition:
         settings, console = self._settings, self.project.console
-        definition = replace(definition, recipe=replace(definition.recipe, store=self._store()))
+        store = self._store()
         stages = [self._pull()] if self.options.pull else []
         if settings.guix_manifest or settings.guix_packages or not stages:
             stages.append(install_stage(settings))
@@ -345,16 +304,15 @@ class _Build:
             console.print(f"{stage.name}: in an insecure step")
             for argv in stage.commands:
                 console.command(argv)
-            files = self._files(stage, warm=bool(definition.recipe.store))
+            files = self._files(stage, warm=bool(store))
             files |= programs() if stage.fetches is not None else {}
-            write_step(settings, self.directory, stage.name, files, force=force)
-        recipe = replace(definition.recipe, stages=stages, user=self._user(), resolve=False)
-        return replace(definition, recipe=recipe)
+            context.write_step(settings, self.directory, stage.name, files, force=force)
+        return replace(definition, stages=stages, store=store, user=self._user(), resolve=False)
 
     def _store(self) -> str | None:
         """Return the ID of the cache mount with the warm store of these trust settings."""
-        prefix, authenticate = cache_prefix(self._settings), self.options.authenticate
-        keys = [self._report(KEYS, platform) for platform in self._platforms]
+        prefix, authenticate = container.cache_prefix(self._settings), self.options.authenticate
+        keys = [self._report(bakefile.KEYS, platform) for platform in self._platforms]
         trust = trust_inputs(self._settings, " ".join(keys), authenticate=authenticate)
         return f"{prefix}-store-{text_digest(*trust)[:8]}" if prefix else None
 
@@ -367,11 +325,11 @@ class _Build:
         after = (
             "name=$(cat /proc/sys/kernel/random/uuid)",
             f'mv {directory}{result} "{directory}$name"',
-            f"mkdir -p {REPORTS}",
-            f'echo "$name" >{REPORTS}/{RESULT}',
+            f"mkdir -p {bakefile.REPORTS}",
+            f'echo "$name" >{bakefile.REPORTS}/{bakefile.RESULT}',
         )
         files = warm_stage_files(stage, f"{directory}{result}", check_roots=True, after=after)
-        return {**files, **resource_files(SEED), "owner": b"0\n"}
+        return {**files, **container.resource_files(SEED), "owner": b"0\n"}
 
     def _pull(self) -> Stage:
         """Return the stage that pulls the locked or the resolved commits.
@@ -379,11 +337,11 @@ class _Build:
         The step of resolved channels equals the step of their lock in later builds, so that its
         result is in the cache.
         """
-        authenticate = self.options.authenticate
+        settings, authenticate = self._settings, self.options.authenticate
         if not self._floats:
-            return stage_to_run(self._settings, authenticate=authenticate)
-        resolved = self._report(RESOLVED)
-        stage = pull_stage(resolved, channels_text(self._settings), authenticate=authenticate)
+            return pull.stage_to_run(settings, authenticate=authenticate)
+        resolved, wanted = self._report(bakefile.RESOLVED), pull.channels_text(settings)
+        stage = pull.pull_stage(resolved, wanted, authenticate=authenticate)
         if stage.check:
             stage.check(resolved)
         return stage
@@ -414,16 +372,16 @@ class _Build:
             "image's /etc/passwd, or use another BASE_IMAGE"
         )
 
-    def _lock(self) -> None:
+    def _write_lock(self) -> None:
         """Lock the pulled channels with the text of the request if it has the same commits.
 
         The text is in the cache key of the step, so another text would repeat the pull.
         """
         report = self._report("pull")
-        request = self._report(RESOLVED) if self._floats else lock_text(self._settings)
+        request = self._lock or self._report(bakefile.RESOLVED)
         if request and commits(request) == commits(report):
             report = request
-        if write_lock(self._settings, report):
+        if pull.write_lock(self._settings, report):
             lock = self._settings.guix_channels_lock
             self.project.console.print(f"pull: the channels are locked in {lock}")
 
@@ -436,24 +394,25 @@ class _Build:
         for platform in self._platforms:
             annotations = {
                 **oci.oci_annotations(settings.directory),
-                oci.CREATED: self._report(CREATED, platform),
+                oci.CREATED: self._report(bakefile.CREATED, platform),
                 oci.BASE_NAME: base,
                 oci.BASE_DIGEST: digest or "",
             }
             labels[platform] = {name: text for name, text in annotations.items() if text}
-            for stage in definition.recipe.stages:
+            for stage in definition.stages:
                 labels[platform].update(stage.labels(self._report(stage.name, platform)))
-        return replace(definition, recipe=replace(definition.recipe, labels=labels))
+        return replace(definition, labels=labels)
 
     # --- output ---
 
     def _output(self, definition: Definition) -> str:
         settings, output = self._settings, self._settings.buildx_output
         image, tags = settings.image, settings.references
+        can_attest = output in (Output.REGISTRY, Output.OCI)
         definition = replace(
             definition,
             # Docker's image format cannot store attestations.
-            attestations=settings.buildx_attestations if output in _WITH_ATTESTATIONS else (),
+            attestations=settings.buildx_attestations if can_attest else (),
             cache_to=[*settings.buildx_cache_to, *self._registry_cache("mode=max")],
         )
         if output in (Output.OCI, Output.DOCKER):
@@ -509,19 +468,17 @@ class _Build:
     def _bake(self, definition: Definition, target: str) -> str:
         """Build a target with bake and return the image's digest, if it has one."""
         directory, console = self.directory, self.project.console
-        (directory / "Dockerfile").write_text(dockerfile(definition.recipe))
-        (directory / "bake.json").write_text(bake_file(definition))
+        (directory / "Dockerfile").write_text(bakefile.dockerfile(definition))
+        (directory / "bake.json").write_text(bakefile.bake_file(definition))
         if not self.buildx.perform and target == IMAGE_TARGET:
             for file in ("Dockerfile", "bake.json"):
                 console.print(f"--- {file}\n{(directory / file).read_text()}")
         metadata = directory / "metadata.json"
-        environment = {
-            **self.buildx.environment,
-            "BUILDX_METADATA_PROVENANCE": "disabled",
-        }
+        variables = {**self.buildx.environment, "BUILDX_METADATA_PROVENANCE": "disabled"}
+        program = replace(self.buildx, environment=variables)
         # All paths are safe to allow, because the bake file is generated.
         allowed = ["security.insecure", "fs=*", *(["ssh"] if definition.ssh_agent else [])]
-        if definition.recipe.network == "host":
+        if definition.network == "host":
             allowed.append("network.host")
         arguments = (
             "bake", f"--builder={self.builder.name}", f"--file={directory / 'bake.json'}",
@@ -529,7 +486,7 @@ class _Build:
             f"--metadata-file={metadata}", "--progress=plain", target,
         )  # fmt: skip
         limit = self._settings.stage_timeout
-        total = limit * max(1, len(definition.recipe.stages)) if limit else None
+        total = limit * max(1, len(definition.stages)) if limit else None
         started = time.monotonic()
 
         def attempt() -> None:
@@ -542,9 +499,7 @@ class _Build:
                 faults.check(log.read(data))
 
             try:
-                replace(self.buildx, environment=environment).stream(
-                    *arguments, output=output, spec=definition.base, seconds=remaining
-                )
+                program.stream(*arguments, output=output, spec=definition.base, seconds=remaining)
             except StageError as error:
                 error.is_transient = error.is_transient or faults.network_failed
                 raise
@@ -561,4 +516,6 @@ class _Build:
             ) from None
         if not self.buildx.perform:
             return ""
-        return str(json.loads(metadata.read_text()).get(target, {}).get(DIGEST_KEY, ""))
+        return str(
+            json.loads(metadata.read_text()).get(target, {}).get("containerimage.digest", "")
+        )

@@ -193,24 +193,21 @@ def csv_field(text: str) -> str:
     return f'"{text.replace(chr(34), chr(34) * 2)}"' if set(text) & set(',"\r\n') else text
 
 
-def with_accounts(buildx: Buildx, accounts: Accounts) -> Buildx:
+def with_accounts(buildx: Buildx, accounts: Accounts, registry: str = "") -> Buildx:
     """Add the accounts that are not in Docker's config.json to the program's environment.
 
     Other users can read command lines and perhaps files, but not the environment. ``given``
     includes the accounts of ``DOCKER_AUTH_CONFIG``, which this replaces.
+
+    Raise ``BuilderError`` if the program is too old to get the account of ``registry``.
     """
     if not accounts.given:
         return buildx
+    is_needed = registry in accounts.given and not accounts.of_docker(registry)
+    if is_needed and (reason := _unsupported_accounts(buildx)):
+        raise BuilderError(f"cannot give buildx the account of {registry}: {reason}")
     environment = {**buildx.environment, AUTH_CONFIG: auth_config(accounts.given)}
     return replace(buildx, environment=environment)
-
-
-def check_account_support(buildx: Buildx, accounts: Accounts, host: str) -> None:
-    """Raise ``BuilderError`` if the program is too old to get the account of a registry."""
-    if host in accounts.given and not accounts.of_docker(host):
-        reason = _unsupported_accounts(buildx)
-        if reason:
-            raise BuilderError(f"cannot give buildx the account of {host}: {reason}")
 
 
 _FIRST_WITH_ACCOUNTS = (0, 26)
@@ -272,6 +269,10 @@ def inspect(buildx: Buildx, name: str) -> Builder | None:
         raise
 
 
+_FIELD = re.compile(r"^(\S[^:\n]*):[ \t]*(.*?)[ \t\r]*$", re.MULTILINE)
+"""Key and value; indented lines belong to lists that are not used here."""
+
+
 def parse_builder(text: str) -> Builder:
     """Parse the output of ``buildx inspect``: blocks of ``Key: value`` lines, each from Name on.
 
@@ -279,16 +280,10 @@ def parse_builder(text: str) -> Builder:
     waits up to 20 s for every builder and Docker context of the user.
     """
     blocks = re.split(r"^(?=Name:)", text, flags=re.MULTILINE)[1:]
-    head, *nodes = [_fields(block) for block in blocks] or [{}]
+    head, *nodes = [dict(_FIELD.findall(block)) for block in blocks] or [{}]
     if "Error" in head:
         raise failure(f"ERROR: {head['Error']}")
     return Builder(head.get("Name", ""), head.get("Driver", ""), tuple(map(_node, nodes)))
-
-
-def _fields(block: str) -> dict[str, str]:
-    # Indented lines belong to lists that are not used here.
-    lines = (line.partition(":") for line in block.splitlines() if not line.startswith(" "))
-    return {key: value.strip() for key, colon, value in lines if colon}
 
 
 def _node(fields: Mapping[str, str]) -> BuilderNode:

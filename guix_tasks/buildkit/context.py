@@ -13,7 +13,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from guix_tasks.buildkit.bakefile import ENVIRONMENT, WORK, Bind
+from guix_tasks.buildkit.bakefile import ENVIRONMENT, WORK
 from guix_tasks.engine.credentials import remote_digest
 from guix_tasks.errors import BuilderError, UsageError
 from guix_tasks.files import read_file
@@ -80,14 +80,14 @@ def write_step(
         path.chmod(0o755 if content.startswith(b"#!") else 0o644)
 
 
-def write_mounts(settings: Settings, directory: Path) -> tuple[list[Bind], dict[str, Path]]:
-    """Return the mounts of ``MOUNTS`` and the named contexts that contain them.
+def write_mounts(settings: Settings, directory: Path) -> tuple[dict[str, str], dict[str, Path]]:
+    """Return ``MOUNTS`` as ``Definition.binds`` and the named contexts that contain them.
 
     A directory is a context. A file is copied into the context ``WORK``.
 
     Raise ``UsageError`` if a build step cannot have a mount.
     """
-    binds, contexts = [], {}
+    binds, contexts = {}, {}
     for number, mount in enumerate(settings.mounts):
         # In a Dockerfile, blanks and commas end a target, and BuildKit garbles other characters.
         if not re.fullmatch(r"[\w./+:@%~=-]+", mount.target, re.ASCII):
@@ -95,12 +95,12 @@ def write_mounts(settings: Settings, directory: Path) -> tuple[list[Bind], dict[
                 f"MOUNTS: {quoted(mount.target)} has a character that a build step's mount cannot "
                 "have; use letters, digits, '.', '_' and '-'"
             )
-        name, source = f"mount-{number}", ""
+        name, path = f"mount-{number}", ""
         if mount.source.is_dir():
             contexts[name] = mount.source
         elif mount.source.is_file():
-            name, source = WORK, f"mounts/{number}"
-            copy = directory / name / source
+            name, path = WORK, f",source=mounts/{number}"
+            copy = directory / name / "mounts" / str(number)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(mount.source, copy)
         else:
@@ -108,7 +108,8 @@ def write_mounts(settings: Settings, directory: Path) -> tuple[list[Bind], dict[
                 f"MOUNTS: {mount.source} is neither a file nor a directory, and a build step can "
                 "mount nothing else; remove it"
             )
-        binds.append(Bind(name, source, mount.target, mount.read_only))
+        access = "" if mount.read_only else ",rw"
+        binds[mount.target] = f"type=bind,from={name},target={mount.target}{path}{access}"
     return binds, contexts
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -39,31 +39,23 @@ _LOG_OPTIONS = {"env.BUILDKIT_STEP_LOG_MAX_SIZE": "-1", "env.BUILDKIT_STEP_LOG_M
 STATUS_HEADER = ("node", "endpoint", "status", "BuildKit", "platforms", "entitlements")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SetupOptions:
-    """Options of `inv buildx.setup`."""
-
-    recreate: bool = False
-    """Recreate an existing builder and keep its cache."""
-    use: bool = False
-    """Select the builder for the user's `docker buildx`."""
-
-
-def set_up(project: Project, buildx: Buildx, options: SetupOptions) -> None:
+def set_up(project: Project, buildx: Buildx, *, recreate: bool = False, use: bool = False) -> None:
     """Create and start the builder of the settings, and check that it allows insecure steps.
 
-    Raise ``BuilderError`` if an existing builder does not match the settings, unless
-    ``options.recreate`` is set, or if the builder cannot be created. A partly created builder is
-    removed.
+    ``recreate`` replaces an existing builder and keeps its cache. ``use`` selects the builder for
+    the user's `docker buildx`.
+
+    Raise ``BuilderError`` if an existing builder does not match the settings and ``recreate`` is
+    false, or if the builder cannot be created. A partly created builder is removed.
     """
     settings, console = project.settings, project.console
     # The images of BuildKit and of its frontend may be in a private registry.
     buildx = command.with_accounts(buildx, accounts_for(project.engine, settings))
     if settings.buildx_driver is not Driver.DOCKER:
-        _ensure_builder(project, buildx, recreate=options.recreate)
+        _ensure_builder(project, buildx, recreate=recreate)
     if buildx.perform:
         _check(project, buildx)
-    if options.use:
+    if use:
         name = builder_name(settings, buildx)
         buildx.change("use", name)
         if buildx.perform:
@@ -93,17 +85,15 @@ def _ensure_builder(project: Project, buildx: Buildx, *, recreate: bool) -> None
     name = settings.buildx_builder
     nodes = _nodes(project, buildx)
     builder = command.inspect(buildx, name)
-    differences = list(_differences(settings, builder, nodes)) if builder else []
-    if builder and differences and not recreate:
-        raise BuilderError(
-            f"builder {name} does not match the settings: {'; '.join(differences)}; recreate it "
-            "with `inv buildx.setup --recreate` (keeps the cache), or change BUILDX_DRIVER and "
-            "BUILDX_NODES"
-        )
     if builder and not recreate:
-        idle = [node.name for node in builder.nodes if node.status != "running"]
-        if idle:
-            console.print(f"buildx.setup: {', '.join(idle)} is not running; starting it")
+        if differences := "; ".join(_differences(settings, builder, nodes)):
+            raise BuilderError(
+                f"builder {name} does not match the settings: {differences}; recreate it with "
+                "`inv buildx.setup --recreate` (keeps the cache), or change BUILDX_DRIVER and "
+                "BUILDX_NODES"
+            )
+        if idle := ", ".join(node.name for node in builder.nodes if node.status != "running"):
+            console.print(f"buildx.setup: {idle} is not running; starting it")
             buildx.change("inspect", "--bootstrap", name)
         else:
             console.print(f"buildx.setup: {name} exists")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import UsageError
+from guix_tasks.files import write_whole
 
 if TYPE_CHECKING:
     from guix_tasks.ui.console import Console
@@ -47,7 +48,9 @@ def write_start(directory: Path, console: Console, *, ci: str = CI[0], dry: bool
         path = directory / target
         is_new = not os.path.lexists(path)
         if is_new and not dry:
-            _write_new(path, (TEMPLATES / source).read_text(encoding="utf-8").replace(NAME, name))
+            text = (TEMPLATES / source).read_text(encoding="utf-8").replace(NAME, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, text.encode())
         verb = "would write" if dry else "wrote"
         console.print(f"init: {verb} {target}" if is_new else f"init: {target} exists, unchanged")
     if not (dry or mentions_guix_tasks(directory)):
@@ -93,15 +96,3 @@ def image_name(directory: Path) -> str:
     """Convert the directory's name to a repository name in lower case."""
     words = re.findall(r"[a-z0-9]+", directory.resolve().name.lower())
     return "-".join(words) or NAME
-
-
-def _write_new(path: Path, content: str) -> None:
-    """Write a new file. A failed write leaves no partial file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("x", encoding="utf-8")
-    try:
-        with file:
-            file.write(content)
-    except BaseException:
-        path.unlink()
-        raise

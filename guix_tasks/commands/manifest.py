@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from guix_tasks.buildkit.buildx import check_account_support, with_accounts
+from guix_tasks.buildkit.buildx import with_accounts
 from guix_tasks.engine.credentials import accounts_for
 from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import BuilderError, RegistryError, UsageError
@@ -40,9 +40,7 @@ def join(project: Project, buildx: Buildx) -> str:
     for platform, part in parts.items():
         console.print(f"manifest: {platform} is {part.reference}")
     sources = list(dict.fromkeys(part.reference for part in parts.values()))
-    accounts = accounts_for(project.engine, settings)
-    check_account_support(buildx, accounts, image.registry)
-    buildx = with_accounts(buildx, accounts)
+    buildx = with_accounts(buildx, accounts_for(project.engine, settings), image.registry)
 
     def attempt() -> str:
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence  # noqa: TC003 -- type of a field
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -50,18 +51,10 @@ def load(settings: Settings) -> list[Packed]:
 
 
 def _read(path: Path) -> Packed:
-    try:
+    with suppress(OSError, ValueError, TypeError, RecursionError):
         packed = Packed(**json.loads(path.read_text(encoding="utf-8")))
         texts = (packed.system, packed.format, packed.file, packed.sha256)
-        valid = (
-            all(isinstance(text, str) and text for text in texts)
-            and "/" not in packed.file
-            and isinstance(packed.channels, list)
-        )
-    except (OSError, ValueError, TypeError, RecursionError):
-        valid = False
-    if not valid:
-        raise UsageError(
-            f"{path} is not a record of `inv pack`; delete it and run `inv pack` again"
-        )
-    return packed
+        has_texts = all(isinstance(text, str) and text for text in texts)
+        if has_texts and "/" not in packed.file and isinstance(packed.channels, list):
+            return packed
+    raise UsageError(f"{path} is not a record of `inv pack`; delete it and run `inv pack` again")

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 LARGEST = 15
 """Number of store items to show."""
 
-PREFIX_LENGTH = len("/gnu/store/") + 32 + 1
-"""Length of a store item's path before the name: directory, hash and hyphen."""
-
 
 @dataclass(frozen=True)
 class Size:
@@ -84,14 +81,8 @@ def _store_items(project: Project, image: str) -> list[Size]:
         for size, number in sizes
         if int(number) in volumes
     ]
-    rows = re.findall(r"^([0-9]{1,15})\t(/gnu/store/.+)$", output, re.MULTILINE | re.ASCII)
-    return stores + [
-        Size("store item", path[PREFIX_LENGTH:], int(size) * 1024) for size, path in rows
-    ]
-
-
-def size_rows(parts: list[Size]) -> list[tuple[str, str, str]]:
-    return [(part.group, part.name, human_size(part.size)) for part in parts]
+    items = re.findall(r"^([0-9]{1,15})\t/gnu/store/.{32}-(.+)$", output, re.MULTILINE)
+    return stores + [Size("store item", name, int(size) * 1024) for size, name in items]
 
 
 ROW, LEFT, WIDTH, RIGHT, TOP = 22, 330, 420, 90, 44

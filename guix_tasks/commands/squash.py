@@ -8,20 +8,13 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import PurePosixPath
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 from guix_tasks.errors import UsageError
+from guix_tasks.stages import images
 from guix_tasks.stages.commit import commit_image
 from guix_tasks.stages.container import WORK_DIRECTORY, Work, archive, work_container
-from guix_tasks.stages.images import (
-    KEY_LABEL,
-    SQUASH,
-    STAGE_LABEL,
-    is_child,
-    proven_stage,
-    shared_layers,
-    squash_key,
-)
+from guix_tasks.stages.images import SQUASH, shared_layers
 from guix_tasks.stages.lifecycle import Lifecycle
 from guix_tasks.stages.runner import print_result, run_container
 from guix_tasks.stages.volumes import check_volumes
@@ -70,10 +63,10 @@ def _is_on(project: Project, image: Image, base: Image) -> bool:
     """Whether a stage's image has all layers of the base, or was made from its current stages."""
     if shared_layers(image, base) == len(base.layers):
         return True
-    lifecycle, stage = Lifecycle(project), proven_stage(image)
+    lifecycle, stage = Lifecycle(project), images.proven_stage(image)
     while stage and (parent := lifecycle.parent_of(stage)):
         below = project.ledger.find(parent)
-        if below is None or not is_child(image, below):
+        if below is None or not images.is_child(image, below):
             return False
         image, stage = below, parent
     return image.id == base.id
@@ -91,13 +84,14 @@ def _squash(project: Project, base: Image, last: Image) -> None:
         work_container(engine, project.settings, base.id, work) as container,
     ):
         # All files that differ from the base image's are in these layers.
-        for layer in _layers(saved)[shared_layers(last, base) :]:
+        manifest = json.load(cast("IO[bytes]", saved.extractfile("manifest.json")))
+        for layer in manifest[0]["Layers"][shared_layers(last, base) :]:
             deleted, files = _split_layer(saved, layer)
             with files:
                 engine.copy_in(container, archive({"deleted": "\0".join(deleted).encode()}))
                 run_container(project, container, SQUASH)
                 engine.copy_in(container, files)
-        labels = {STAGE_LABEL: SQUASH, KEY_LABEL: squash_key(last)}
+        labels = {images.STAGE_LABEL: SQUASH, images.KEY_LABEL: images.squash_key(last)}
         commit_image(project, container, base, project.ledger.tag(SQUASH), labels, like=last)
 
 
@@ -110,12 +104,6 @@ def _saved_image(project: Project, image: Image) -> Iterator[tarfile.TarFile]:
         file.seek(0)
         with tarfile.open(fileobj=file) as saved:
             yield saved
-
-
-def _layers(saved: tarfile.TarFile) -> list[str]:
-    """Return the names of the layers in a saved image, lowest first."""
-    manifest = saved.extractfile("manifest.json")
-    return list(json.load(manifest)[0]["Layers"]) if manifest else []
 
 
 def _split_layer(saved: tarfile.TarFile, name: str) -> tuple[list[str], IO[bytes]]:

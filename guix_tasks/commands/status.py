@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from guix_tasks import guix
-from guix_tasks.commands.sizes import picture, size_rows, sizes
+from guix_tasks.commands.sizes import picture, sizes
 from guix_tasks.errors import UsageError
 from guix_tasks.stages.container import uncommitted
 from guix_tasks.stages.images import CHANNELS_LABEL, HAND_MADE, SQUASH, proven_stage
@@ -59,17 +59,24 @@ def tag_statuses(project: Project) -> list[TagStatus]:
     return [*statuses, TagStatus("IMAGE", reference, image, _origin(project, image))]
 
 
-def show_status(project: Project, *, size: bool, plot: str, as_json: bool) -> None:
-    """Show the stages of each platform or the sizes of ``IMAGE``, or both as JSON."""
+def show_status(
+    project: Project, *, size: bool = False, plot: str = "", as_json: bool = False
+) -> None:
+    """Show the stages of each platform or the sizes of ``IMAGE``, or both as JSON.
+
+    Also draw the sizes in the SVG file ``plot``, if it is set.
+    """
+    parts = sizes(project) if size or plot else None
     if as_json:
-        parts = sizes(project) if size or plot else None
-        _write_plot(project, parts or [], plot)
         project.console.result(json.dumps(_document(project, parts), indent=2))
-    elif size or plot:
-        show_sizes(project, plot)
+    elif parts is not None:
+        table = [(part.group, part.name, human_size(part.size)) for part in parts]
+        project.console.table(("part", "name", "size"), table)
     else:
         rows = [row for platform in project.each_platform() for row in status_rows(platform)]
         project.console.table(STATUS_HEADER, rows, narrower=_narrower_tables(rows))
+    if plot:
+        _write_plot(project, parts or [], plot)
     if note := uncommitted(project.engine, project.settings):
         project.console.note(note)
 
@@ -112,17 +119,18 @@ def _json_entry(project: Project, status: TagStatus) -> dict[str, Any]:
 
 def status_rows(project: Project) -> list[tuple[str, ...]]:
     """Return a table row for each stage and one for ``IMAGE``."""
-    return [
-        (
-            status.stage,
-            *_cells(
-                status.reference,
-                status.image,
-                f"{status.state}: {status.reason}" if status.reason else status.state,
-            ),
-        )
-        for status in tag_statuses(project)
-    ]
+    rows: list[tuple[str, ...]] = []
+    for status in tag_statuses(project):
+        image = status.image
+        state = f"{status.state}: {status.reason}" if status.reason else status.state
+        cells = ("-", "-", "-", state, "-")
+        if image:
+            commits = guix.commits(image.labels.get(CHANNELS_LABEL, ""))
+            channels = " ".join(f"{name}@{commit[:7]}" for name, commit in commits.items()) or "-"
+            identity = image.id.removeprefix("sha256:")[:12]
+            cells = (identity, human_size(image.size), _age(image), state, channels)
+        rows.append((status.stage, status.reference, *cells))
+    return rows
 
 
 def _narrower_tables(rows: list[tuple[str, ...]]) -> Iterator[Table]:
@@ -131,15 +139,6 @@ def _narrower_tables(rows: list[tuple[str, ...]]) -> Iterator[Table]:
     for count in range(len(_OPTIONAL_COLUMNS) + 1):
         kept = [name not in _OPTIONAL_COLUMNS[:count] for name in STATUS_HEADER]
         yield tuple(compress(STATUS_HEADER, kept)), [tuple(compress(row, kept)) for row in rows]
-
-
-def _cells(reference: str, image: Image | None, state: str) -> tuple[str, ...]:
-    if image is None:
-        return (reference, "-", "-", "-", state, "-")
-    commits = guix.commits(image.labels.get(CHANNELS_LABEL, ""))
-    channels = " ".join(f"{name}@{commit[:7]}" for name, commit in commits.items()) or "-"
-    identity = image.id.removeprefix("sha256:")[:12]
-    return (reference, identity, human_size(image.size), _age(image), state, channels)
 
 
 def _age(image: Image) -> str:
@@ -164,18 +163,10 @@ def _origin(project: Project, image: Image | None) -> str:
     return f"an earlier {former_stage}" if former_stage else "not made here"
 
 
-def show_sizes(project: Project, plot: str) -> None:
-    """Show the sizes of the parts of ``IMAGE``; if ``plot`` is set, also write that SVG file."""
-    parts = sizes(project)
-    project.console.table(("part", "name", "size"), size_rows(parts))
-    _write_plot(project, parts, plot)
-
-
 def _write_plot(project: Project, parts: list[Size], plot: str) -> None:
-    if plot:
-        try:
-            Path(plot).write_text(picture(str(project.ledger.image), parts), encoding="utf-8")
-        except OSError as error:
-            raise UsageError(
-                f"--plot: cannot write {plot}: {error.strerror}; use another file"
-            ) from None
+    try:
+        Path(plot).write_text(picture(str(project.ledger.image), parts), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"--plot: cannot write {plot}: {error.strerror}; use another file"
+        ) from None

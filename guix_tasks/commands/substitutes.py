@@ -11,20 +11,7 @@ from guix_tasks.engine.api import ContainerSpec
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.files import write_whole
 from guix_tasks.settings.values import Sandbox
-from guix_tasks.stages.container import (
-    ENTRY_POINT,
-    PROJECT_LABEL,
-    ROOTLESS_CACHES,
-    WORK_DIRECTORY,
-    archive,
-    common_files,
-    find_server,
-    network,
-    project_digest,
-    server_name,
-    time_limit,
-)
-from guix_tasks.stages.container import project as project_name
+from guix_tasks.stages import container
 from guix_tasks.stages.images import proven_stage
 from guix_tasks.stages.ownership import USER, grant_ownership
 from guix_tasks.stages.substitute_server import ANY, KEYS, LISTEN_LABEL, public_key, server_url
@@ -56,7 +43,7 @@ def up(project: Project) -> None:
     if image is None:
         raise UsageError("there is no stage to serve; run `inv base pull install` first")
     stage = proven_stage(image)
-    server = find_server(engine, settings)
+    server = container.find_server(engine, settings)
     if server and _serves(project, server, image):
         console.print(f"substitutes: already serving the stage {stage}")
     else:
@@ -65,14 +52,14 @@ def up(project: Project) -> None:
         if engine.is_dry:
             return
         console.print(f"substitutes: serving the stage {stage}")
-        server = find_server(engine, settings)
+        server = container.find_server(engine, settings)
     if server:
         _print_settings(project, server)
 
 
 def down(project: Project) -> None:
     """Stop the server and keep its key pair."""
-    server = find_server(project.engine, project.settings)
+    server = container.find_server(project.engine, project.settings)
     _stop(project, server)
     if server is None:
         project.console.print("substitutes: no server of this project is running")
@@ -109,17 +96,19 @@ def _start(project: Project, image: Image) -> None:
         guix_substitute_keys=(),
         proxies=MappingProxyType({}),
     )
-    network_name = network(engine, settings)
+    network_name = container.network(engine, settings)
     has_host_network = network_name == "host"
     # The volume of the key pair; only the server mounts it.
-    volume = f"{settings.cache_volume or 'guix-tasks'}-{project_digest(settings)}-signing-key"
-    engine.create_volume(volume, {PROJECT_LABEL: project_name(settings)})
-    container = engine.create(
+    digest = container.project_digest(settings)
+    volume = f"{settings.cache_volume or 'guix-tasks'}-{digest}-signing-key"
+    labels = {container.PROJECT_LABEL: container.project(settings)}
+    engine.create_volume(volume, labels)
+    server = engine.create(
         ContainerSpec(
-            name=server_name(settings),
+            name=container.server_name(settings),
             image=image.id,
-            command=(ENTRY_POINT, f"{WORK_DIRECTORY}/serve"),
-            labels={PROJECT_LABEL: project_name(settings), LISTEN_LABEL: str(listen)},
+            command=(container.ENTRY_POINT, f"{container.WORK_DIRECTORY}/serve"),
+            labels={**labels, LISTEN_LABEL: str(listen)},
             network=network_name,
             publish={} if has_host_network else {listen.port: listen.port},
             publish_on=listen.address,
@@ -133,22 +122,23 @@ def _start(project: Project, image: Image) -> None:
     )
     try:
         if not engine.is_dry:
-            owner = grant_ownership(engine, container, ROOTLESS_CACHES.values(), unread=(KEYS,))
+            caches = container.ROOTLESS_CACHES.values()
+            owner = grant_ownership(engine, server, caches, unread=(KEYS,))
             address = listen.address if has_host_network else ANY
             script = guix.publish_script(address, listen.port, KEYS).encode()
-            files = {**common_files(settings), "serve": script}
-            engine.copy_in(container, archive(files, owner))
-        _await_start(project, container)
+            files = {**container.common_files(settings), "serve": script}
+            engine.copy_in(server, container.archive(files, owner))
+        _await_start(project, server)
     except BaseException:
-        engine.remove(container)
+        engine.remove(server)
         raise
 
 
-def _await_start(project: Project, container: str) -> None:
+def _await_start(project: Project, server: str) -> None:
     """Start the container and wait until it listens; it outlives this process."""
     log, last_line = LogReader(), ""
-    with time_limit(project.engine, container, START_SECONDS, grace=1):
-        for _, data in project.engine.run(container):
+    with container.time_limit(project.engine, server, START_SECONDS, grace=1):
+        for _, data in project.engine.run(server):
             for line in log.read(data):
                 if guix.is_publishing(line):
                     return

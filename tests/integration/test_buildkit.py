@@ -25,7 +25,6 @@ from guix_tasks.buildkit import buildx
 from guix_tasks.buildkit.bakefile import (
     ASKED_TARGET,
     Definition,
-    Recipe,
     bake_file,
     dockerfile,
 )
@@ -218,8 +217,10 @@ def plain_definition(directory: Path, base: str, labels: dict[str, str], user: s
     arguments = {"BASE_IMAGE": base, "TEXT": "${HOME} %{x} \"'$"}
     return Definition(
         base=BuildSpec(context, context / "Dockerfile", arguments, network="none"),
-        base_contexts={},
-        recipe=Recipe(platforms=[OWN], network="none", user=user, labels={OWN: labels}),
+        platforms=[OWN],
+        network="none",
+        user=user,
+        labels={OWN: labels},
         directory=directory,
         contexts={"work": directory / "work"},
     )
@@ -227,7 +228,7 @@ def plain_definition(directory: Path, base: str, labels: dict[str, str], user: s
 
 def bake(program: Buildx, builder: str, definition: Definition, target: str) -> None:
     directory = definition.directory
-    (directory / "Dockerfile").write_text(dockerfile(definition.recipe))
+    (directory / "Dockerfile").write_text(dockerfile(definition))
     (directory / "bake.json").write_text(bake_file(definition))
     log: list[bytes] = []
     program.stream(

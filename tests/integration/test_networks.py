@@ -19,7 +19,6 @@ from guix_tasks.buildkit.bakefile import (
     RESOLVE,
     WORK,
     Definition,
-    Recipe,
     bake_file,
     dockerfile,
     resolve_script,
@@ -221,14 +220,15 @@ def test_a_step_of_a_build(
     own = Platform.parse(engine.info().platform)
     definition = Definition(
         base=BuildSpec(directory / "base", directory / "base" / "Dockerfile", network="host"),
-        base_contexts={},
-        recipe=Recipe(platforms=[own], resolve=True, network="host", ssh=way == "ssh"),
+        platforms=[own],
+        resolve=True,
+        network="host",
         directory=directory,
         contexts={WORK: directory / WORK},
         secrets=write_secrets(settings, directory, text),
         ssh_agent=Path(forge.file("agent")) if way == "ssh" else None,
     )
-    insecure = dockerfile(definition.recipe)
+    insecure = dockerfile(definition)
     assert "--security=insecure" in insecure
     assert forge.token not in insecure + bake_file(definition)
     (directory / "Dockerfile").write_text(insecure.replace("--security=insecure ", ""))

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from fake_engine import STEADY
@@ -21,9 +21,7 @@ from guix_tasks.buildkit.bakefile import (
     IMAGE_TARGET,
     OWNER,
     REPORTS_TARGET,
-    Bind,
     Definition,
-    Recipe,
     bake_file,
     dockerfile,
     resolve_script,
@@ -31,6 +29,9 @@ from guix_tasks.buildkit.bakefile import (
 from guix_tasks.engine.api import BuildSpec
 from guix_tasks.oci.platform import Platform
 from guix_tasks.stages.stage import Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 AMD64, ARM64 = Platform.parse("linux/amd64"), Platform.parse("linux/arm64")
 ARM32 = Platform.parse("linux/arm/v7")
@@ -42,10 +43,19 @@ def stage(name: str, report: tuple[str, ...] = ("guix", "describe")) -> Stage:
 
 PULL, INSTALL = stage("pull"), stage("install", ("guix", "package", "-I", "it's"))
 
+BASE = BuildSpec(Path("/context"), Path("/context/Dockerfile"), args={"BASE_IMAGE": "a:1"})
+PLAIN = Definition(base=BASE, platforms=[AMD64], directory=Path("/f"))
 
-def blocks(recipe: Recipe) -> dict[str, tuple[str, list[str]]]:
+
+def define(
+    platforms: Sequence[Platform], stages: Sequence[Stage] = (), **options: Any
+) -> Definition:
+    return replace(PLAIN, platforms=platforms, stages=stages, **options)
+
+
+def blocks(definition: Definition) -> dict[str, tuple[str, list[str]]]:
     """The stages of the Dockerfile by name: what each is made from, and its instructions."""
-    text = dockerfile(recipe).replace(" \\\n    ", " ")
+    text = dockerfile(definition).replace(" \\\n    ", " ")
     found: dict[str, tuple[str, list[str]]] = {}
     for block in text.strip().split("\n\n"):
         first, *lines = block.split("\n")
@@ -59,8 +69,8 @@ def mounts(line: str) -> list[str]:
     return re.findall(r"--mount=(\S+)", line)
 
 
-def step(recipe: Recipe, name: str = "pull") -> str:
-    (line,) = [line for line in blocks(recipe)[name][1] if "security=insecure" in line]
+def step(definition: Definition, name: str = "pull") -> str:
+    (line,) = [line for line in blocks(definition)[name][1] if "security=insecure" in line]
     return line
 
 
@@ -74,7 +84,7 @@ def arguments(line: str) -> list[str]:
 
 
 def test_each_stage_is_made_of_the_one_before() -> None:
-    found = blocks(Recipe([AMD64], [PULL, INSTALL]))
+    found = blocks(define([AMD64], [PULL, INSTALL]))
     assert {name: parent for name, (parent, _) in found.items()} == {
         "owner": "base",
         "keys": "base",
@@ -89,16 +99,16 @@ def test_each_stage_is_made_of_the_one_before() -> None:
 
 
 def test_only_the_steps_of_guix_are_insecure() -> None:
-    for recipe in (Recipe([AMD64], [PULL, INSTALL]), Recipe([AMD64], [PULL], resolve=True)):
+    for definition in (define([AMD64], [PULL, INSTALL]), define([AMD64], [PULL], resolve=True)):
         insecure = [
-            name for name, (_, lines) in blocks(recipe).items() if "insecure" in "".join(lines)
+            name for name, (_, lines) in blocks(definition).items() if "insecure" in "".join(lines)
         ]
-        made = [each.name for each in recipe.stages]
-        assert insecure == (["resolving", *made] if recipe.resolve else made)
+        made = [each.name for each in definition.stages]
+        assert insecure == (["resolving", *made] if definition.resolve else made)
 
 
 def test_a_step_runs_the_script_of_its_stage_and_has_its_folder() -> None:
-    line = step(Recipe([AMD64], [PULL, INSTALL]), "install")
+    line = step(define([AMD64], [PULL, INSTALL]), "install")
     assert line.startswith("RUN --security=insecure --mount=")
     assert mounts(line) == [
         "type=bind,from=work,source=install,target=/var/guix/guix-tasks,rw",
@@ -113,14 +123,14 @@ def test_a_step_runs_the_script_of_its_stage_and_has_its_folder() -> None:
 
 
 def test_without_a_stage_the_image_is_the_base() -> None:
-    found = blocks(Recipe([AMD64]))
+    found = blocks(define([AMD64]))
     assert found["image-linuxamd64"][0] == found["described"][0] == "base"
     assert "pull" not in found
     assert "resolving" not in found
 
 
 def test_floating_channels_are_asked_for_first() -> None:
-    found = blocks(Recipe([AMD64], user="guest", resolve=True))
+    found = blocks(define([AMD64], user="guest", resolve=True))
     parent, (user, run) = found["resolving"]
     assert (parent, user) == ("base", "USER root")
     assert "source=resolve,target=/var/guix/guix-tasks" in run
@@ -134,7 +144,7 @@ def test_floating_channels_are_asked_for_first() -> None:
 
 
 def test_the_reports_are_those_of_the_last_image() -> None:
-    found = blocks(Recipe([AMD64], [PULL, INSTALL]))
+    found = blocks(define([AMD64], [PULL, INSTALL]))
     directory, first, second, created = (arguments(line)[2] for line in found["described"][1])
     assert directory == "mkdir -p /.guix-tasks-reports"
     assert first.endswith(" guix describe >/.guix-tasks-reports/pull")
@@ -146,8 +156,8 @@ def test_the_reports_are_those_of_the_last_image() -> None:
 
 def test_every_platform_has_labels_of_its_own() -> None:
     labels = {AMD64: {"org.a": "1"}, ARM32: {"org.b": "3", "org.a": "2"}}
-    recipe = Recipe([AMD64, ARM32], [PULL], labels=labels)
-    found = blocks(recipe)
+    definition = define([AMD64, ARM32], [PULL], labels=labels)
+    found = blocks(definition)
     assert found["image-linuxarmv7"] == (
         "pull",
         [
@@ -158,7 +168,7 @@ def test_every_platform_has_labels_of_its_own() -> None:
         ],
     )
     assert found["image-linuxamd64"][1][1:] == ['LABEL org.a="${LABEL_0_linuxamd64}"']
-    assert targets(replace(PLAIN, recipe=recipe))[IMAGE_TARGET]["args"] == {
+    assert targets(definition)[IMAGE_TARGET]["args"] == {
         "LABEL_0_linuxamd64": "1",
         "LABEL_0_linuxarmv7": "2",
         "LABEL_1_linuxarmv7": "3",
@@ -166,16 +176,16 @@ def test_every_platform_has_labels_of_its_own() -> None:
 
 
 def test_an_image_for_another_user_is_made_by_root() -> None:
-    found = blocks(Recipe([AMD64, ARM64], [PULL, INSTALL], user="guest"))
+    found = blocks(define([AMD64, ARM64], [PULL, INSTALL], user="guest"))
     assert found["pull"][1][0] == "USER root"
     assert len(found["install"][1]) == 1  # it is root already
     assert found["image-linuxamd64"][1] == found["image-linuxarm64"][1] == ["USER guest"]
-    plain = blocks(Recipe([AMD64], [PULL, INSTALL], store="s"))
+    plain = blocks(define([AMD64], [PULL, INSTALL], store="s"))
     assert [name for name, (_, lines) in plain.items() if "USER" in "".join(lines)] == ["keys"]
 
 
 def test_a_stage_with_the_warm_store_is_assembled_from_it() -> None:
-    found = blocks(Recipe([AMD64], [PULL, INSTALL], store="app-store", user="guest"))
+    found = blocks(define([AMD64], [PULL, INSTALL], store="app-store", user="guest"))
     assert [found[f"install{step}"][0] for step in ("-seed", "-work", "")] == [
         "pull", "install-seed", "pull",
     ]  # fmt: skip
@@ -207,7 +217,7 @@ def test_the_user_of_the_base_is_asked_for(
     program = tmp_path / "id"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
-    (run,) = blocks(Recipe([AMD64]))["owner"][1]
+    (run,) = blocks(define([AMD64]))["owner"][1]
     *shell, command = arguments(run)
     assert shell == ["/bin/sh", "-c"]
     place = tmp_path / "owner"
@@ -219,38 +229,33 @@ def test_the_user_of_the_base_is_asked_for(
 
 @pytest.mark.parametrize("network", ["host", "none"])
 def test_a_step_has_the_network_that_is_asked_for(network: str) -> None:
-    assert f" --network={network} " in step(Recipe([AMD64], [PULL], network=network))
-    assert "--network" not in dockerfile(Recipe([AMD64], [PULL]))
+    assert f" --network={network} " in step(define([AMD64], [PULL], network=network))
+    assert "--network" not in dockerfile(define([AMD64], [PULL]))
 
 
 def test_local_files_are_seen_by_every_step() -> None:
-    binds = [
-        Bind("mount-0", "", "/a", read_only=True),
-        Bind("work", "mounts/1", "/b", read_only=False),
-    ]
-    recipe = Recipe([AMD64], [PULL, INSTALL], binds=binds)
+    binds = {target: f"type=bind,from=work,target={target}" for target in ("/a", "/b")}
+    definition = define([AMD64], [PULL, INSTALL], binds=binds)
     for name in ("pull", "install"):
-        assert [each for each in mounts(step(recipe, name))[1:] if "type=bind" in each] == [
-            "type=bind,from=mount-0,target=/a",
-            "type=bind,from=work,target=/b,source=mounts/1,rw",
-        ]
+        seen = [each for each in mounts(step(definition, name))[1:] if "type=bind" in each]
+        assert seen == list(binds.values())
 
 
 def test_what_opens_private_channels_is_seen_by_the_steps_that_fetch() -> None:
-    recipe = Recipe([AMD64], [PULL, INSTALL], resolve=True, ssh=True)
-    for line in (step(recipe), step(recipe, "resolving")):
+    definition = define([AMD64], [PULL, INSTALL], resolve=True, ssh_agent=Path("/agent"))
+    for line in (step(definition), step(definition, "resolving")):
         secrets = [each for each in mounts(line) if each.startswith("type=secret,id=access-")]
         assert [each.rpartition("/access/")[2] for each in secrets] == [
             ".gitconfig", ".ssh/known_hosts", "credentials",
         ]  # fmt: skip
         assert "type=ssh" in mounts(line)
-        assert step(Recipe([AMD64], [PULL], ssh=False)).replace(" ", "").count("type=ssh") == 0
-    assert "access" not in step(recipe, "install")
-    assert "type=ssh" not in step(recipe, "install")
+        assert step(define([AMD64], [PULL])).replace(" ", "").count("type=ssh") == 0
+    assert "access" not in step(definition, "install")
+    assert "type=ssh" not in step(definition, "install")
 
 
 def test_caches_are_mounted_and_each_build_has_a_tmp_of_its_own() -> None:
-    assert mounts(step(Recipe([AMD64], [PULL], cache="c-1")))[6:] == [
+    assert mounts(step(define([AMD64], [PULL], cache="c-1")))[6:] == [
         "type=cache,id=c-1-tmp,target=/tmp,mode=1777,sharing=private",
         "type=cache,id=c-1-home,target=/root/.cache,sharing=locked",
         "type=cache,id=c-1-substitutes,target=/var/guix/substitute,sharing=locked",
@@ -259,14 +264,14 @@ def test_caches_are_mounted_and_each_build_has_a_tmp_of_its_own() -> None:
 
 @pytest.mark.parametrize("platforms", [[ARM32], [AMD64, ARM32]])
 def test_where_a_platform_has_32_bits_one_cache_is_in_memory(platforms: list[Platform]) -> None:
-    found = mounts(step(Recipe(platforms, [PULL], cache="c")))[2:]
+    found = mounts(step(define(platforms, [PULL], cache="c")))[2:]
     assert "type=tmpfs,target=/root/.cache" in found
     assert not [each for each in found if "c-home" in each]
     assert "type=cache,id=c-substitutes,target=/var/guix/substitute,sharing=locked" in found
 
 
 def test_without_a_cache_everything_stays_in_the_image() -> None:
-    text = dockerfile(Recipe([ARM32], [PULL, INSTALL]))
+    text = dockerfile(define([ARM32], [PULL, INSTALL]))
     assert "type=cache" not in text
     assert "type=tmpfs" not in text
 
@@ -285,9 +290,7 @@ def test_the_resolving_script_stops_at_the_first_error() -> None:
 
 # --- The bake file --------------------------------------------------------------------------
 
-BASE = BuildSpec(Path("/context"), Path("/context/Dockerfile"), args={"BASE_IMAGE": "a:1"})
 LABEL = "LABEL_0_linuxamd64"
-PLAIN = Definition(BASE, {}, Recipe([AMD64]), Path("/f"), {})
 
 
 def targets(definition: Definition) -> dict[str, dict[str, Any]]:
@@ -303,7 +306,8 @@ def test_the_base_is_built_as_ever_and_linked_to_the_steps() -> None:
             base=replace(BASE, network="none", secrets={"token": Path("/s/t")}),
             base_contexts={"a:1": "oci-layout:///f/x@sha256:1"},
             contexts={"work": Path("/f/work"), "mount-0": Path("/srv")},
-            recipe=Recipe([AMD64, ARM64], network="none"),
+            platforms=[AMD64, ARM64],
+            network="none",
         )
     )
     assert found["base"] == {
@@ -334,7 +338,7 @@ def test_the_base_is_built_as_ever_and_linked_to_the_steps() -> None:
 def test_only_the_steps_may_be_insecure_and_the_hosts_network_is_asked_for() -> None:
     for network, more in ((None, []), ("none", []), ("host", ["network.host"])):
         base = replace(BASE, network=network)
-        found = targets(replace(PLAIN, base=base, recipe=Recipe([AMD64], network=network)))
+        found = targets(replace(PLAIN, base=base, network=network))
         assert found["base"].get("entitlements", []) == more
         assert found["base"].get("network") == found["image"].get("network") == network
         for name in (ASKED_TARGET, REPORTS_TARGET, IMAGE_TARGET):
@@ -342,7 +346,7 @@ def test_only_the_steps_may_be_insecure_and_the_hosts_network_is_asked_for() -> 
 
 
 def test_the_frontend_and_the_labels_are_arguments_of_the_steps() -> None:
-    found = targets(replace(PLAIN, syntax="docker/dockerfile:1", recipe=labelled('a "b"\n${c}')))
+    found = targets(replace(labelled('a "b"\n${c}'), syntax="docker/dockerfile:1"))
     assert found[IMAGE_TARGET]["args"] == {
         "BUILDKIT_SYNTAX": "docker/dockerfile:1",
         "LABEL_0_linuxamd64": 'a "b"\n$${c}',
@@ -359,8 +363,8 @@ def test_a_path_with_a_comma_or_a_quote_stays_one_path() -> None:
     assert found["asked"]["output"] == ['type=local,"dest=/f,g/reports"']
 
 
-def labelled(value: str) -> Recipe:
-    return Recipe([AMD64], labels={AMD64: {"a": value}})
+def labelled(value: str) -> Definition:
+    return define([AMD64], labels={AMD64: {"a": value}})
 
 
 def read_template(text: str) -> str:
@@ -386,12 +390,11 @@ def test_no_text_is_a_template(text: str, expected: str) -> None:
     """Wherever it may stand: each ``expected`` was read back as ``text`` by bake itself."""
     place = Path("/") / text
     definition = replace(
-        PLAIN,
+        labelled(text),
         base=BuildSpec(place, place, args={"A": text}, secrets={"s": place}),
         base_contexts={"a:1": text},
         directory=place,
         contexts={"mount-0": place},
-        recipe=labelled(text),
         output=text,
         cache_from=[text],
         cache_to=[text],
@@ -408,5 +411,5 @@ def test_no_text_is_a_template(text: str, expected: str) -> None:
 @STEADY
 @given(st.lists(st.sampled_from([*'${}% \\"\n', "é", "\u2028"]), max_size=12).map("".join))
 def test_bake_reads_every_argument_as_it_was(text: str) -> None:
-    found = targets(replace(PLAIN, recipe=labelled(text)))["image"]["args"][LABEL]
+    found = targets(labelled(text))["image"]["args"][LABEL]
     assert read_template(found) == text

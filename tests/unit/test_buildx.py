@@ -25,7 +25,6 @@ from guix_tasks.buildkit import buildx
 from guix_tasks.buildkit.buildx import (
     BuilderNode,
     Buildx,
-    check_account_support,
     csv_field,
     parse_builder,
     with_accounts,
@@ -545,7 +544,7 @@ def test_a_program_that_reads_accounts_is_not_refused(
     stub: Path, tmp_path: Path, version: str
 ) -> None:
     given = accounts(tmp_path, **{"a.example": ACCOUNT})
-    check_account_support(answering(stub, version), given, "a.example")
+    with_accounts(answering(stub, version), given, "a.example")
 
 
 def test_a_program_that_reads_no_accounts_is_refused_where_one_is_needed(
@@ -553,15 +552,15 @@ def test_a_program_that_reads_no_accounts_is_refused_where_one_is_needed(
 ) -> None:
     given, old = accounts(tmp_path, **{"a.example": ACCOUNT}), answering(stub, "0.13.1+ds1")
     with pytest.raises(BuilderError) as caught:
-        check_account_support(old, given, "a.example")
+        with_accounts(old, given, "a.example")
     assert str(caught.value).startswith("cannot give buildx the account of a.example: buildx ")
     assert "`docker login`" in str(caught.value)
-    check_account_support(old, given, "b.example")
+    with_accounts(old, given, "b.example")
     # `docker login` has written one where every version reads it.
     (tmp_path / "docker").mkdir()
     config = {"auths": {"a.example": {"auth": CODED}}}
     (tmp_path / "docker" / "config.json").write_text(json.dumps(config))
-    check_account_support(old, given, "a.example")
+    with_accounts(old, given, "a.example")
 
 
 def test_a_build_that_fails_names_the_account_that_an_old_program_did_not_get(
@@ -577,7 +576,7 @@ def test_a_build_that_fails_names_the_account_that_an_old_program_did_not_get(
 
 def test_program_without_a_version_is_not_refused(stub: Path, tmp_path: Path) -> None:
     program = saying(stub, "echo 'ERROR: unknown command: version' >&2; exit 1")
-    check_account_support(program, accounts(tmp_path, **{"a.example": ACCOUNT}), "a.example")
+    with_accounts(program, accounts(tmp_path, **{"a.example": ACCOUNT}), "a.example")
 
 
 # --- Builders -------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from guix_tasks.buildkit import buildx as command
 from guix_tasks.commands import buildx_setup
 from guix_tasks.commands.buildx_setup import (
     STATUS_HEADER,
-    SetupOptions,
     cache_size,
     check_endpoint,
     create_argv,
@@ -49,7 +48,7 @@ def fake(tmp_path: Path) -> FakeBuildx:
 def setup(site: Site, fake: FakeBuildx, *, own: str = "default", **wishes: bool) -> str:
     """Set up; what was said."""
     project = site.project()
-    set_up(project, fake.program(own=own), SetupOptions(**wishes))
+    set_up(project, fake.program(own=own), **wishes)
     return heard(project)
 
 
@@ -347,7 +346,7 @@ def test_the_error_that_is_told_is_the_first(site: Site, fake: FakeBuildx) -> No
     fake.fail("ERROR: it does not go away", "rm")
     project = site.project()
     with pytest.raises(BuilderError, match="no route to host"):
-        set_up(project, fake.program(), SetupOptions())
+        set_up(project, fake.program())
     assert (
         f"warning: {NAME} is only partly created (it does not go away); `inv buildx.down`"
         in heard(project)
@@ -378,7 +377,7 @@ def test_nothing_is_said_of_platforms_that_it_has(site: Site, fake: FakeBuildx) 
 def dry(site: Site, fake: FakeBuildx, **wishes: bool) -> list[str]:
     """The commands that are shown; none is run."""
     console = Heard()
-    set_up(site.project(), fake.program(console, perform=False), SetupOptions(**wishes))
+    set_up(site.project(), fake.program(console, perform=False), **wishes)
     assert fake.changes() == []
     return [line for line in console.text.splitlines() if line.startswith("+ ")]
 

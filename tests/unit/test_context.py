@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import pytest
 from fake_engine import FakeEngine, FakeRegistry, new_site, publish_base
 
-from guix_tasks.buildkit.bakefile import Bind
 from guix_tasks.buildkit.context import (
     local_base_image,
     save_as_layout,
@@ -106,17 +105,17 @@ def test_a_folder_is_a_context_and_a_file_is_copied(tmp_path: Path, directory: P
         tmp_path, MOUNTS=f"'{tmp_path}/dir é:/a:ro' '{tmp_path}/a,b $c:/b/c' {tmp_path}/build:/d"
     )
     binds, contexts = write_mounts(made, directory)
-    assert binds == [
-        Bind("mount-0", "", "/a", read_only=True),
-        Bind("work", "mounts/1", "/b/c", read_only=False),
-        Bind("mount-2", "", "/d", read_only=False),
-    ]
+    assert binds == {
+        "/a": "type=bind,from=mount-0,target=/a",
+        "/b/c": "type=bind,from=work,target=/b/c,source=mounts/1,rw",
+        "/d": "type=bind,from=mount-2,target=/d,rw",
+    }
     assert contexts == {"mount-0": tmp_path / "dir é", "mount-2": directory}
     assert files(directory) == {"work/mounts/1": b"content"}
 
 
 def test_without_mounts_there_are_none(tmp_path: Path, directory: Path) -> None:
-    assert write_mounts(settings(tmp_path), directory) == ([], {})
+    assert write_mounts(settings(tmp_path), directory) == ({}, {})
 
 
 @pytest.mark.parametrize("target", ["/a b", "/a,b", "/a\nb", '/a"b', "/a'b", "/$a", "/é", "/a\\b"])

@@ -33,7 +33,7 @@ from guix_tasks import files as files_module
 from guix_tasks import guix
 from guix_tasks import settings as settings_module
 from guix_tasks.buildkit import buildx
-from guix_tasks.buildkit.bakefile import Bind, Definition, Recipe, bake_file, dockerfile
+from guix_tasks.buildkit.bakefile import Definition, bake_file, dockerfile
 from guix_tasks.buildkit.context import save_as_layout, write_mounts
 from guix_tasks.cli import session
 from guix_tasks.commands.sizes import picture
@@ -643,13 +643,14 @@ def test_what_is_shown_as_a_command_can_be_pasted(
 
 def test_no_text_becomes_an_instruction_of_a_dockerfile(attempt: Attempt, tmp_path: Path) -> None:
     platform = (Platform.parse("linux/amd64"),)
-    lines = dockerfile(Recipe(platform, binds=[Bind("a", "", "/x", read_only=False)])).count("\n")
-    site = new_site(tmp_path / "project")
+    site, directory = new_site(tmp_path / "project"), tmp_path / "directory"
+    base = BuildSpec(tmp_path, tmp_path / "Dockerfile")
+    plain = Definition(base=base, platforms=platform, directory=directory)
+    lines = dockerfile(replace(plain, binds={"/x": "type=bind,from=a,target=/x"})).count("\n")
 
     def check(given: tuple[str, str, str]) -> None:
         target, value, path = given
         values: dict[str, str | list[str]] = {"MOUNTS": shlex.join([f"context:/{target}"])}
-        directory = tmp_path / "directory"
         try:
             own = load_settings(
                 site.directory,
@@ -661,10 +662,10 @@ def test_no_text_becomes_an_instruction_of_a_dockerfile(attempt: Attempt, tmp_pa
         except GuixTasksError as error:
             only_lines(getattr(error, "problems", [str(error)]))
             return
-        recipe = Recipe(platform, binds=binds)
-        assert dockerfile(recipe).count("\n") == lines
         base = BuildSpec(tmp_path / path, tmp_path / path / "Dockerfile", args=own.build_args)
-        text = bake_file(Definition(base, {}, recipe, directory, contexts))
+        definition = replace(plain, base=base, binds=binds, contexts=contexts)
+        assert dockerfile(definition).count("\n") == lines
+        text = bake_file(definition)
         target_of = json.loads(text)["target"]["base"]
         meant = {"args": {"A": own.build_args["A"]}, "context": str(base.context)}
         for name, each in meant.items():

@@ -82,7 +82,7 @@ def test_half_a_file_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def full(self: Path, mode: str = "r", **how: str) -> object:
         file = write(self, mode, **how)  # type: ignore[call-overload]
-        if mode == "x":
+        if mode == "wb":
             file.close()  # what is written to it is lost
         return file
 

@@ -12,7 +12,7 @@ from fake_engine import BASE_IMAGE, COMMITS, IMAGE, FakeEngine, Heard, Site, hea
 
 from guix_tasks.commands import commit, run
 from guix_tasks.commands.clean import clean
-from guix_tasks.commands.status import STATUS_HEADER, show_sizes, show_status, status_rows
+from guix_tasks.commands.status import STATUS_HEADER, show_status, status_rows
 from guix_tasks.engine.api import ContainerSpec
 from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.engine.podman_api import UNFINISHED_LABEL
@@ -122,11 +122,11 @@ def test_status_of_an_image_without_a_date(made: Site, created: str) -> None:
 
 def test_sizes_are_shown_and_drawn(made: Site) -> None:
     project = made.project()
-    show_sizes(project, str(made.directory / "sizes.svg"))
+    show_status(project, plot=str(made.directory / "sizes.svg"))
     assert "stage" in heard(project)
     assert (made.directory / "sizes.svg").read_text().startswith("<svg")
     with pytest.raises(UsageError, match=r"--plot: .*: No such file or directory"):
-        show_sizes(made.project(), str(made.directory / "no" / "sizes.svg"))
+        show_status(made.project(), plot=str(made.directory / "no" / "sizes.svg"))
 
 
 def test_programs_of_an_image_may_say_of_its_sizes_what_they_like(made: Site) -> None:
@@ -134,7 +134,7 @@ def test_programs_of_an_image_may_say_of_its_sizes_what_they_like(made: Site) ->
     said = b"\n1\nx\t/gnu/store/a\n7\t/gnu/store/" + item + b"\n1\t2\t3\n-1\t/gnu/store/b\n"
     made.engine.behaviour = lambda _container: iter([(False, said)])
     project = made.project()
-    show_sizes(project, "")
+    show_status(project, size=True)
     assert re.findall("store item +(.*)", heard(project)) == ["x        7.17 kB"]
 
 
@@ -155,7 +155,7 @@ class Terminal(Heard):
 
 def shown_status(site: Site, console: Heard) -> list[str]:
     project = replace(site.project(), console=console)
-    show_status(project, size=False, plot="", as_json=False)
+    show_status(project)
     return console.results.getvalue().splitlines()
 
 
@@ -187,7 +187,7 @@ def test_status_tells_of_the_container_that_is_not_committed(made: Site, as_json
     def said() -> str:
         console = Heard()
         project = replace(made.project(), console=console)
-        show_status(project, size=False, plot="", as_json=as_json)
+        show_status(project, as_json=as_json)
         return console.said.getvalue()
 
     assert said() == ""
@@ -381,7 +381,7 @@ def test_the_fake_holds_what_a_container_uses() -> None:
 def test_status_for_machines(made: Site) -> None:
     made.write("channels.scm", '(list (channel (name \'mine) (url "https://m.test")))')
     project = made.project()
-    show_status(project, size=False, plot="", as_json=True)
+    show_status(project, as_json=True)
     found = json.loads(heard(project))
     assert found["engine"] == {
         "product": "Docker",
@@ -413,7 +413,7 @@ def test_status_for_machines(made: Site) -> None:
 def test_status_for_machines_of_what_is_missing(made: Site) -> None:
     made.engine.untag(f"{IMAGE}-install")
     project = made.project()
-    show_status(project, size=False, plot="", as_json=True)
+    show_status(project, as_json=True)
     missing = json.loads(heard(project))["stages"][STAGES.index("install")]
     assert missing["state"] == "missing"
     assert [missing[name] for name in ("id", "why", "size", "created")] == [None] * 4

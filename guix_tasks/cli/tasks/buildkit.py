@@ -63,11 +63,11 @@ def setup(
     The builder allows insecure steps; one such step is run as a test.  The
     buildx plugin is installed for your user if it is missing.
     """
-    from guix_tasks.commands.buildx_setup import SetupOptions, set_up
+    from guix_tasks.commands.buildx_setup import set_up
 
     project, buildx = session.buildx(needs_engine=not plugin, install=True)
     if not plugin:
-        set_up(project, buildx, SetupOptions(recreate=recreate, use=use))
+        set_up(project, buildx, recreate=recreate, use=use)
 
 
 @task()

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks import guix
-from guix_tasks.commands.doctor import builder, machine, registry, sandbox, servers, store
+from guix_tasks.commands.doctor import builder, machine, sandbox, servers
 from guix_tasks.commands.doctor.finding import Finding, failed, from_error, note, ok
 from guix_tasks.errors import GuixTasksError, SettingsError
 from guix_tasks.ui.format import printable
@@ -63,15 +63,15 @@ def _checks(project: Project, buildx: Buildx | None) -> list[tuple[str, Check]]:
         ("host", partial(machine.check_host, engine)),
         ("clock", partial(machine.check_clock, engine)),
         ("disk", partial(machine.check_disk, project)),
-        ("base image", partial(registry.check_base_image, project)),
+        ("base image", partial(servers.check_base_image, project)),
         ("mounts", partial(machine.check_mounts, engine, settings)),
         *(
             ("sandbox", partial(sandbox.check_sandbox, platform_project))
             for platform_project in project.each_platform()
         ),
-        ("store", partial(store.check_stores, project)),
+        ("store", partial(machine.check_stores, project)),
         ("proxy", partial(machine.check_proxies, engine, settings)),
-        ("registry", partial(registry.check_registry, engine, settings)),
+        ("registry", partial(servers.check_registry, engine, settings)),
         ("buildx", partial(builder.check_buildx, buildx)),
         ("builder", partial(builder.check_builder, settings, buildx)),
         ("channels", partial(servers.check_channels, settings)),

@@ -25,7 +25,7 @@ note = partial(Finding, "note")
 failed = partial(Finding, "failed")
 
 
-def from_error(error: GuixTasksError) -> Finding:
-    """Convert an error, whose text is a cause and a hint, to a failure."""
+def from_error(error: GuixTasksError | str) -> Finding:
+    """Convert an error, or its text, to a failure: the text is a cause and a hint."""
     message, _, fix = str(error).partition("; ")
     return failed(message, fix)

@@ -1,4 +1,4 @@
-"""Checks of the engine and its machine: host, clock, disk, mounts and proxies."""
+"""Checks of the engine and its machine: host, clock, disk, mounts, warm stores and proxies."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 from guix_tasks.commands.doctor.finding import Finding, failed, from_error, note, ok
-from guix_tasks.errors import UsageError
 from guix_tasks.stages.container import binds, proxy_error_line
+from guix_tasks.stages.store import check_store, store_volumes
 from guix_tasks.ui.format import human_size
 
 if TYPE_CHECKING:
@@ -78,8 +78,26 @@ def check_mounts(engine: Engine, settings: Settings) -> Finding | None:
     return None
 
 
+def check_stores(project: Project) -> Finding | None:
+    """Check the databases of the project's warm stores; None if it has none yet."""
+    if not project.settings.cache_volume:
+        return note("CACHE_VOLUME is empty, so each stage starts cold", "set CACHE_VOLUME")
+    volumes, image = store_volumes(project), project.ledger.find("base")
+    if not volumes:
+        return None
+    if image is None or project.engine.is_dry:
+        return note(f"{', '.join(volumes)}: not checked, because there is no base stage")
+    for volume in volumes:
+        if error_line := check_store(project, volume, image):
+            return failed(
+                f"the database of the volume {volume} is damaged: {error_line}",
+                f"remove it with `docker volume rm {volume}`, and the next run creates it again",
+            )
+    return ok(f"{', '.join(volumes)}: the database is intact")
+
+
 def check_proxies(engine: Engine, settings: Settings) -> Finding | None:
     if problem := proxy_error_line(engine, settings):
-        return from_error(UsageError(problem))
+        return from_error(problem)
     names = ", ".join(name for name in settings.proxies if name.islower())
     return ok(f"{names}: used by stages, builds and these checks") if settings.proxies else None
