@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from guix_tasks.errors import SettingsError
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import ImageReference
-from guix_tasks.settings import (
-    DECLARATIONS,
+from guix_tasks.settings import DECLARATIONS, Settings, load_isolated, load_settings
+from guix_tasks.settings.values import (
     Driver,
     ImageStore,
     Listen,
@@ -30,9 +30,6 @@ from guix_tasks.settings import (
     Output,
     Sandbox,
     Secret,
-    Settings,
-    load_isolated,
-    load_settings,
 )
 from guix_tasks.stages.container import environment
 from guix_tasks.stages.images import STAGES
