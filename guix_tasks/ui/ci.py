@@ -4,13 +4,14 @@ Output of a build must not be interpreted as a command to the CI system. GitHub'
 interpreting commands until it reads a random token. GitLab's section marks require a carriage
 return and an escape sequence, which ``ui.log`` removes from logs.
 
-The markup of a section must reach the log unchanged. ``now`` is Unix time in seconds.
+The markup of a section must reach the log unchanged.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ class GitHub:
     def __init__(self) -> None:
         self._token = secrets.token_hex(16)
 
-    def start(self, name: str, now: float) -> str:  # noqa: ARG002 -- the runner has a clock
+    def start(self, name: str) -> str:
         return f"::group::{_escape(name)}\n::stop-commands::{self._token}\n"
 
-    def end(self, now: float) -> str:  # noqa: ARG002
+    def end(self) -> str:
         return f"::{self._token}::\n::endgroup::\n"
 
 
@@ -40,12 +41,14 @@ class GitLab:
         self._suffix = secrets.token_hex(4)
         self._section = ""
 
-    def start(self, name: str, now: float) -> str:
+    def start(self, name: str) -> str:
         self._section = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}_{self._suffix}"
-        return f"section_start:{int(now)}:{self._section}[collapsed=true]{self._END}{name}\n"
+        return (
+            f"section_start:{int(time.time())}:{self._section}[collapsed=true]{self._END}{name}\n"
+        )
 
-    def end(self, now: float) -> str:
-        return f"section_end:{int(now)}:{self._section}{self._END}\n"
+    def end(self) -> str:
+        return f"section_end:{int(time.time())}:{self._section}{self._END}\n"
 
 
 Fold = GitHub | GitLab
