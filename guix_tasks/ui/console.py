@@ -240,15 +240,14 @@ class Step:
         self._tail: deque[bytes] = deque(maxlen=TAIL)
         self._part: LivePart | None = None
         self._timer: threading.Timer | None = None
-        self._fold: ci.Fold | None = None
+        self._end_section: Callable[[], str] = str
         if self.is_live:
             self._timer = threading.Timer(_DRAW_DELAY, self._draw)
             self._timer.daemon = True
             self._timer.start()
         elif has_log and self.shows_log:
-            self._fold = ci.detect_fold(os.environ)
-            if self._fold:
-                console.put(self._fold.start(printable(redact.clean(name))).encode())
+            start, self._end_section = ci.section(printable(redact.clean(name)), os.environ)
+            console.put(start.encode())
 
     @property
     def is_live(self) -> bool:
@@ -289,8 +288,7 @@ class Step:
             self._console.note(f"{self.name}: end of the log{hint}")
             self._console.stream(_join(self._tail))
             self._console.end_streams()
-        if self._fold:
-            self._console.put(self._fold.end().encode())
+        self._console.put(self._end_section().encode())
 
     def _draw(self) -> None:
         # Importing Rich is slow, and most calls draw nothing.
