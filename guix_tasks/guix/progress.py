@@ -48,32 +48,32 @@ _LINE = re.compile(
 _LISTED = re.compile(r" {2,3}/gnu/store/")
 
 
-_IN_PROGRESS = re.compile(rb"The following builds? (?:is|are) still in progress:$")
-_IN_PROGRESS_ITEM = re.compile(rb" +/gnu/store/")
-_HINT = re.compile(rb"hint: (?:Consider setting the necessary environment|After setting .PATH')")
-_HINT_LINE = re.compile(rb"\s|$|Alternately, see |.*'\.$")
+_NOISE = {
+    rb"The following builds? (?:is|are) still in progress:$": rb" +/gnu/store/",
+    rb"hint: (?:Consider setting the necessary environment|After setting .PATH')": (
+        rb"\s|$|Alternately, see |.*'\.$"
+    ),
+}
+"""First lines of messages that are noise, with their other lines."""
 
 
 class Noise:
     """Filter of repeated log lines, and of hints about login shells, which images do not have."""
 
     def __init__(self) -> None:
-        self._continuation: re.Pattern[bytes] | None = None
+        self._other_lines = b""
 
     def without(self, lines: list[bytes]) -> list[bytes]:
         """Return the next lines of the log without noise and blank lines."""
         return [line for line in lines if not self._is_noise(line)]
 
     def _is_noise(self, line: bytes) -> bool:
-        if self._continuation and self._continuation.match(line):
+        if self._other_lines and re.match(self._other_lines, line):
             return True
-        self._continuation = None
-        if _IN_PROGRESS.match(line):
-            self._continuation = _IN_PROGRESS_ITEM
-        elif _HINT.match(line):
-            self._continuation = _HINT_LINE
+        others = (others for first, others in _NOISE.items() if re.match(first, line))
+        self._other_lines = next(others, b"")
         # Guix prints dots while it downloads.
-        return self._continuation is not None or not line.strip(b". \t")
+        return bool(self._other_lines) or not line.strip(b". \t")
 
 
 class Activity:

@@ -112,23 +112,21 @@ class Sources:
             # An unknown name is not repeated, because it can be the second line of a password.
             name = f"{key}: " if key in self._known else ""
             if binding.error:
-                self.problems.append(
-                    f"{location}: not NAME=VALUE; close each quote, and if a value begins with a "
-                    "quote, quote all of it"
+                problem = (
+                    "not NAME=VALUE; close each quote, and if a value begins with a quote, quote "
+                    "all of it"
                 )
             elif key is None:
                 continue  # a comment
             elif value is None:
-                self.problems.append(
-                    f"{location}: {name}has no '='; write {key if name else 'NAME'}=VALUE"
-                )
+                problem = f"{name}has no '='; write {key if name else 'NAME'}=VALUE"
             elif key in lines:
-                self.problems.append(
-                    f"{location}: {name}is also set on line {lines[key]}; keep one"
-                )
+                problem = f"{name}is also set on line {lines[key]}; keep one"
             else:
                 lines[key] = line
                 self._add_value(layer, key, value, base or path.parent, location)
+                continue
+            self.problems.append(f"{location}: {problem}")
         self._add_layer(layer)
 
     def add_environ(self, cwd: Path) -> None:
