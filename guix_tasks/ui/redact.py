@@ -41,12 +41,10 @@ _NAME = r"\w*(?:token|secret|passw(?:or)?d|access_key)\w*(?<!_FILE)"
 _OPTION = re.compile(rf"(?<!-)\b({_NAME})=(?!id=)([^,\s'\"]+)", re.IGNORECASE)
 """Option such as ``secret_access_key=…`` of a build cache, but not ``--secret=id=…``."""
 
-_NOTHING = re.compile(rb"(?!)")
-
 _encodings: set[bytes] = set()
 """All secrets, in all their encodings."""
 
-_pattern = _NOTHING
+_pattern = re.compile(rb"(?!)")
 """Expression that matches all of ``_encodings``."""
 
 
@@ -58,13 +56,6 @@ def add(*secrets: str) -> None:
         _encodings.update(new)
         longest_first = sorted(_encodings, key=lambda encoding: (-len(encoding), encoding))
         _pattern = re.compile(b"|".join(map(re.escape, longest_first)))
-
-
-def forget() -> None:
-    """Remove all secrets from the set, for tests."""
-    global _pattern  # noqa: PLW0603
-    _encodings.clear()
-    _pattern = _NOTHING
 
 
 def secrets_in(text: str) -> list[str]:
