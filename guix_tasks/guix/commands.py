@@ -48,12 +48,7 @@ def record_channels() -> str:
 
 
 def install_argv(manifest: str | None, packages: Sequence[str]) -> tuple[str, ...]:
-    """Return one transaction that installs a manifest and packages.
-
-    Raise ``ValueError`` if both are empty, because ``guix package`` alone does nothing.
-    """
-    if not manifest and not packages:
-        raise ValueError("neither a manifest nor packages")
+    """Return one transaction that installs a manifest and packages."""
     return (
         "guix", "package",
         *([f"--manifest={manifest}"] if manifest else []),

@@ -141,11 +141,8 @@ class Sources:
         """Add the options of a task, in which an empty value counts as not set."""
         layer = {}
         for name, value in overrides.items():
-            setting = self._known.get(name)
-            option = (setting and setting.option) or name.lower().replace("_", "-")
-            if setting is None:
-                self.problems.append(f"option --{option}: is not a setting; see .env.example")
-            elif value:
+            if value:
+                option = self._known[name].option or name.lower().replace("_", "-")
                 text = value if isinstance(value, str) else shlex.join(value)
                 layer[name] = self._raw_value(name, text, cwd, f"option --{option}")
         self._add_layer(layer)
