@@ -82,6 +82,7 @@ class Sources:
             name: self._raw_value(name, setting.default, project, f"default: {name}")
             for name, setting in known.items()
         }
+        """Values of all settings, of the source with the highest precedence."""
         self.problems: list[str] = []
         self.notes: list[str] = []
         # Values of ${NAME}. The environment has precedence, and secrets are excluded.
