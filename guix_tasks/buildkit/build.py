@@ -37,7 +37,7 @@ from guix_tasks.guix import commits
 from guix_tasks.oci import labels as oci
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import quoted
-from guix_tasks.settings import Driver, Output, Sandbox
+from guix_tasks.settings.values import Driver, Output, Sandbox
 from guix_tasks.stages import container, pull
 from guix_tasks.stages.base import base_spec, other_platform
 from guix_tasks.stages.channel_access import agent_socket, by_ssh, programs

@@ -9,7 +9,7 @@ from guix_tasks.buildkit import buildx as command
 from guix_tasks.engine.diagnose import EMULATE, INSECURE_REFUSED, NO_BASE, UNKNOWN_FLAG
 from guix_tasks.errors import BuilderError, RegistryError, UsageError
 from guix_tasks.oci.platform import Platform
-from guix_tasks.settings import Driver, Sandbox
+from guix_tasks.settings.values import Driver, Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

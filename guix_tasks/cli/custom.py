@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from invoke.exceptions import Exit
 
@@ -11,12 +11,10 @@ from guix_tasks.cli.task import long_task
 from guix_tasks.cli.tasks import ns
 from guix_tasks.cli.tasks.lifecycle import STAGE_HELP
 from guix_tasks.errors import UsageError
-from guix_tasks.stages.declarations import CustomStage, CustomTest, declared, declared_test
+from guix_tasks.stages.declarations import CustomStage, declared, declared_test
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from invoke.tasks import Task
 
     from guix_tasks.cli.session import Session
 
@@ -47,9 +45,27 @@ def add_stage(
 
     parents = [*STAGES, *(stage.name for stage in custom_stages)]
     with _errors_in_tasks_py():
-        stage = declared(name, command, parent, inputs, parents=parents, taken=_names())
+        taken = [*ns.task_names, *ns.collections]
+        stage = declared(name, command, parent, inputs, parents=parents, taken=taken)
     custom_stages.append(stage)
-    ns.add_task(stage_task(stage, summary))
+
+    def body(
+        session: Session,
+        force: bool = False,
+        upstream: bool = False,
+        no_commit: bool = False,
+        keep_failed: bool = False,
+    ) -> None:
+        from guix_tasks.stages.lifecycle import StageOptions, make_each
+
+        options = StageOptions(
+            force=force, upstream=upstream, commit=not no_commit, keep_failed=keep_failed
+        )
+        with session.locked_project(name, one_platform=no_commit) as project:
+            make_each(project, name, options)
+
+    body.__doc__ = summary or f"Run the custom stage {name} on {parent}."
+    ns.add_task(long_task(name=name, help=STAGE_HELP)(body))
 
 
 def add_test(
@@ -68,38 +84,8 @@ def add_test(
     the project, mounted below ``/test``.
     """
     with _errors_in_tasks_py():
-        test = declared_test(name, command, image, inputs, taken=_names())
-    ns.add_task(test_task(test, summary))
-
-
-def _names() -> list[str]:
-    return [*ns.task_names, *ns.collections]
-
-
-def stage_task(stage: CustomStage, summary: str) -> Task[Any]:
-    """Return the task that runs a custom stage."""
-
-    def body(
-        session: Session,
-        force: bool = False,
-        upstream: bool = False,
-        no_commit: bool = False,
-        keep_failed: bool = False,
-    ) -> None:
-        from guix_tasks.stages.lifecycle import StageOptions, make_each
-
-        options = StageOptions(
-            force=force, upstream=upstream, commit=not no_commit, keep_failed=keep_failed
-        )
-        with session.locked_project(stage.name, one_platform=no_commit) as project:
-            make_each(project, stage.name, options)
-
-    body.__doc__ = summary or f"Run the custom stage {stage.name} on {stage.parent}."
-    return long_task(name=stage.name, help=STAGE_HELP)(body)
-
-
-def test_task(test: CustomTest, summary: str) -> Task[Any]:
-    """Return the task that runs a custom test of a packed tarball."""
+        taken = [*ns.task_names, *ns.collections]
+        test = declared_test(name, command, image, inputs, taken=taken)
 
     def body(session: Session, image: str = "") -> None:
         from guix_tasks.commands.custom_test import run_pack_test
@@ -109,7 +95,7 @@ def test_task(test: CustomTest, summary: str) -> Task[Any]:
 
     body.__doc__ = summary or "Test the tarball of `inv pack` without Guix."
     image_help = "image of the test container, instead of the one in tasks.py"
-    return long_task(name=test.name, help={"image": image_help})(body)
+    ns.add_task(long_task(name=name, help={"image": image_help})(body))
 
 
 @contextmanager

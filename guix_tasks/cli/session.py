@@ -124,11 +124,11 @@ class Session:
 
     def engine(self, settings: Mapping[str, str]) -> Engine:
         """Open the engine that Docker's variables select, in settings and environment."""
-        environment = docker_variables(settings)
+        environment = engine_environment(settings)
         address = find_engine(environment, private_engine().socket)
         key = (address.url, self.is_dry, self._echo)
         if key not in _engines:
-            opened = podman.open_engine(address, helpers({**os.environ, **environment}))
+            opened = podman.open_engine(address, helpers(environment))
             info = opened.info()
             self.console.print(f"engine: {info.name} at {info.url} ({info.origin}), {info.kind}")
             traced = TracedEngine(opened, self.console, perform=not self.is_dry)
@@ -155,7 +155,7 @@ class Session:
     def find_buildx(self, project: Project, *, install: bool = False) -> Buildx | None:
         """Return buildx for the project's engine, installed for the user if ``install`` is true."""
         settings = project.settings
-        environment = {**os.environ, **docker_variables(settings.docker_environment)}
+        environment = engine_environment(settings.docker_environment)
         try:
             address = find_engine(environment, private_engine().socket)
         except NoEngineError:
@@ -178,11 +178,11 @@ class Session:
                 "cannot open a terminal: it needs the docker command line, which is not installed"
             )
         info = project.engine.info()
-        variables = docker_variables(project.settings.docker_environment)
+        environment = engine_environment(project.settings.docker_environment)
         selected = {"DOCKER_HOST": info.url}
         if info.context:  # a context may also have certificates
             selected = {"DOCKER_CONTEXT": info.context, "DOCKER_HOST": ""}
-        return [str(program)], {**os.environ, **variables, **selected}
+        return [str(program)], {**environment, **selected}
 
     def skips(self, task: str) -> bool:
         """Return True in a dry run, and print the task; for tasks without calls of an engine."""
@@ -206,10 +206,8 @@ def helpers(environment: Mapping[str, str]) -> Helpers:
     return Helpers(registry.accounts, find_build)
 
 
-def docker_variables(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return Docker's variables; the environment of the process overrides the settings."""
+def engine_environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment with Docker's variables of the settings, which it overrides."""
     # As in env files, an empty value means that the variable is unset.
-    variables = {
-        name: value for name, value in os.environ.items() if name.startswith("DOCKER_") and value
-    }
-    return {**settings, **variables}
+    not_empty = {name: value for name, value in os.environ.items() if value}
+    return {**os.environ, **settings, **not_empty}

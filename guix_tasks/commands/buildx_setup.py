@@ -18,7 +18,7 @@ from guix_tasks.buildkit.builder import builder_name, find_builder, has_platform
 from guix_tasks.engine.credentials import accounts_for
 from guix_tasks.engine.diagnose import EMULATE, INSECURE_REFUSED, UNKNOWN_FLAG
 from guix_tasks.errors import BuilderError, GuixTasksError
-from guix_tasks.settings import Driver, Node
+from guix_tasks.settings.values import Driver, Node
 from guix_tasks.ui.log import LogReader
 from guix_tasks.ui.redact import holds_secret
 

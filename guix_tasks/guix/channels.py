@@ -55,28 +55,20 @@ def _literal_channels(text: str) -> Iterator[Channel]:
 
 def _channel(name: str, url: str, fields: Mapping[str, Any]) -> Channel:
     optional = {"branch", "commit", "introduction"}
-    literal = {
+    literal: dict[str, Any] = {
         field: fields[field] for field in ("branch", "commit") if _is_string(fields.get(field))
     }
-    introduction = _introduction(fields.get("introduction"))
-    if introduction:
-        literal["introduction"] = introduction
+    match fields.get("introduction"):
+        case ["make-channel-introduction", commit, ["openpgp-fingerprint", key]] if _is_string(
+            commit
+        ) and _is_string(key):
+            literal["introduction"] = Introduction(commit.lower(), "".join(key.split()).lower())
     absent = {field for field, datum in fields.items() if datum == _FALSE}
     inherited = optional if "inherit" in fields else set()
     computed = (fields.keys() & optional | inherited) - literal.keys()
     if name == "guix" and url in _OFFICIAL_URLS and "introduction" not in computed - absent:
         literal.setdefault("introduction", _OFFICIAL_INTRODUCTION)
     return Channel(name, url, **literal, computed=frozenset(computed - absent))
-
-
-def _introduction(datum: object) -> Introduction | None:
-    """Parse ``(make-channel-introduction "…" (openpgp-fingerprint "…"))``."""
-    match datum:
-        case ["make-channel-introduction", commit, ["openpgp-fingerprint", key]] if _is_string(
-            commit
-        ) and _is_string(key):
-            return Introduction(commit.lower(), "".join(key.split()).lower())
-    return None
 
 
 _OFFICIAL_URLS = ("https://git.guix.gnu.org/guix.git", "https://git.savannah.gnu.org/git/guix.git")

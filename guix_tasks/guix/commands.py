@@ -22,6 +22,11 @@ CURRENT_GUIX = "/var/guix/profiles/per-user/root/current-guix"
 CHANNELS_FILE = "/root/.config/guix/channels.scm"
 """Channels file that ``guix pull`` of root reads without ``--channels``."""
 
+DESCRIBE = ("guix", "describe", "--format=channels")
+"""Command that prints the channels and commits in use as a channels file."""
+
+LIST_INSTALLED = ("guix", "package", "--list-installed")
+"""Command that prints the installed packages; see ``installed``."""
 
 UNAUTHENTICATED = "--disable-authentication"
 """Option of ``guix pull`` that accepts commits without trusted signatures."""
@@ -36,34 +41,19 @@ def pull_argv(channels: str | None, *, authenticate: bool = True) -> tuple[str, 
     )  # fmt: skip
 
 
-def describe_argv() -> tuple[str, ...]:
-    """Return the command that prints the channels and commits in use as a channels file."""
-    return ("guix", "describe", "--format=channels")
-
-
 def record_channels() -> str:
     """Return a shell command that pins ``guix pull`` of root to the channels and commits in use."""
     directory = CHANNELS_FILE.rpartition("/")[0]
-    return f"mkdir -p {directory} && {shlex.join(describe_argv())} >{CHANNELS_FILE}"
+    return f"mkdir -p {directory} && {shlex.join(DESCRIBE)} >{CHANNELS_FILE}"
 
 
 def install_argv(manifest: str | None, packages: Sequence[str]) -> tuple[str, ...]:
-    """Return one transaction that installs a manifest and packages.
-
-    Raise ``ValueError`` if both are empty, because ``guix package`` alone does nothing.
-    """
-    if not manifest and not packages:
-        raise ValueError("neither a manifest nor packages")
+    """Return one transaction that installs a manifest and packages."""
     return (
         "guix", "package",
         *([f"--manifest={manifest}"] if manifest else []),
         *(f"--install={package}" for package in packages),
     )  # fmt: skip
-
-
-def list_installed_argv() -> tuple[str, ...]:
-    """Return the command that prints the installed packages; see ``installed``."""
-    return ("guix", "package", "--list-installed")
 
 
 def union_manifest(manifest: str) -> str:

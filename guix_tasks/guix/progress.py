@@ -48,32 +48,32 @@ _LINE = re.compile(
 _LISTED = re.compile(r" {2,3}/gnu/store/")
 
 
-_IN_PROGRESS = re.compile(rb"The following builds? (?:is|are) still in progress:$")
-_IN_PROGRESS_ITEM = re.compile(rb" +/gnu/store/")
-_HINT = re.compile(rb"hint: (?:Consider setting the necessary environment|After setting .PATH')")
-_HINT_LINE = re.compile(rb"\s|$|Alternately, see |.*'\.$")
+_NOISE = {
+    rb"The following builds? (?:is|are) still in progress:$": rb" +/gnu/store/",
+    rb"hint: (?:Consider setting the necessary environment|After setting .PATH')": (
+        rb"\s|$|Alternately, see |.*'\.$"
+    ),
+}
+"""First lines of messages that are noise, with their other lines."""
 
 
 class Noise:
     """Filter of repeated log lines, and of hints about login shells, which images do not have."""
 
     def __init__(self) -> None:
-        self._continuation: re.Pattern[bytes] | None = None
+        self._other_lines = b""
 
     def without(self, lines: list[bytes]) -> list[bytes]:
         """Return the next lines of the log without noise and blank lines."""
         return [line for line in lines if not self._is_noise(line)]
 
     def _is_noise(self, line: bytes) -> bool:
-        if self._continuation and self._continuation.match(line):
+        if self._other_lines and re.match(self._other_lines, line):
             return True
-        self._continuation = None
-        if _IN_PROGRESS.match(line):
-            self._continuation = _IN_PROGRESS_ITEM
-        elif _HINT.match(line):
-            self._continuation = _HINT_LINE
+        others = (others for first, others in _NOISE.items() if re.match(first, line))
+        self._other_lines = next(others, b"")
         # Guix prints dots while it downloads.
-        return self._continuation is not None or not line.strip(b". \t")
+        return bool(self._other_lines) or not line.strip(b". \t")
 
 
 class Activity:
@@ -103,12 +103,7 @@ class Activity:
             return
         self._list = ""
         name, text = next((n, t) for n, t in match.groupdict().items() if t is not None)
-        if name in _PHASES:
-            self._phase = _PHASES[name].format(text)
-        elif name in ("size", "count", "to_build", "to_graft", "to_fetch"):
-            self._plan(name, text, is_list=bool(match["listed"]))
-        else:
-            self._advance(name, text)
+        self._process(name, text, is_list=bool(match["listed"]))
 
     def receive(self, total: int, now: float) -> None:
         """Process the total of bytes received over the network at a time in seconds."""
@@ -153,30 +148,32 @@ class Activity:
             return ""
         return f"{human_size(int((last - first) / (end - start)))}/s"
 
-    def _plan(self, name: str, text: str, *, is_list: bool) -> None:
-        """Process a line about what Guix is going to build and download."""
-        if name == "size":
-            self._size += _number(text) * _MEGA
-            self._list = "to_fetch" if is_list else ""
-        elif name == "count":
-            self._to_fetch += int(_number(text))
-        else:
-            self._list = "to_fetch" if name == "to_fetch" else "to_build"
-
-    def _advance(self, name: str, text: str) -> None:
-        """Process a line about the start or end of a build or download."""
-        if name == "substitute":
-            self._fetched += 1
-            self._item = text
-        elif name == "substituted":
-            # Between two downloads, the finished one remains visible.
-            if self._item == text and self._fetched >= self._to_fetch:
-                self._item = ""
-        elif name == "built":
-            self._built += 1
-        else:
-            self._started += 1
-            self._build = f"building {text}" if name == "build" else text
+    def _process(self, name: str, text: str, *, is_list: bool) -> None:
+        """Process the group of ``_LINE`` that matched, and its text."""
+        match name:
+            case "size":
+                self._size += _number(text) * _MEGA
+                self._list = "to_fetch" if is_list else ""
+            case "count":
+                self._to_fetch += int(_number(text))
+            case "to_fetch":
+                self._list = "to_fetch"
+            case "to_build" | "to_graft":
+                self._list = "to_build"
+            case "substitute":
+                self._fetched += 1
+                self._item = text
+            case "substituted":
+                # Between two downloads, the finished one remains visible.
+                if self._item == text and self._fetched >= self._to_fetch:
+                    self._item = ""
+            case "build" | "other":
+                self._started += 1
+                self._build = f"building {text}" if name == "build" else text
+            case "built":
+                self._built += 1
+            case _:
+                self._phase = _PHASES[name].format(text)
 
 
 _PHASES = {

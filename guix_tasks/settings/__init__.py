@@ -41,20 +41,7 @@ from guix_tasks.ui.console import Display
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-__all__ = [
-    "DECLARATIONS",
-    "Driver",
-    "ImageStore",
-    "Listen",
-    "Mount",
-    "Node",
-    "Output",
-    "Sandbox",
-    "Secret",
-    "Settings",
-    "load_isolated",
-    "load_settings",
-]
+    from guix_tasks.settings.sources import RawValue
 
 # --- Declarations ---------------------------------------------------------------------------
 
@@ -605,7 +592,7 @@ def _shown(path: Path, cwd: Path) -> str:
 def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Settings:
     values, proxies = sources.values(), dict(_proxies(environ))
     # Before any problem is reported, because a wrong value can contain a secret.
-    redact.add(*_secrets(sources, values, proxies))
+    redact.add(*_secrets(sources.raw, values, proxies))
     _check_together(sources, values)
     if sources.problems:
         raise SettingsError(list(dict.fromkeys(sources.problems)))
@@ -619,23 +606,22 @@ def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Se
         directory=project,
         written=MappingProxyType(
             {
-                name: text
-                for name, text in sources.written().items()
-                if not (DECLARATIONS[name].secret or DECLARATIONS[name].confidential)
+                name: sources.raw[name].text
+                for name, setting in DECLARATIONS.items()
+                if not (setting.secret or setting.confidential)
             }
         ),
-        notes=tuple(dict.fromkeys([*sources.notes, *_exposed_secrets(sources, values)])),
-        origins=MappingProxyType(sources.origins()),
+        notes=tuple(dict.fromkeys([*sources.notes, *_exposed_secrets(sources.raw, values)])),
+        origins=MappingProxyType({name: raw.origin for name, raw in sources.raw.items()}),
     )
 
 
 def _secrets(
-    sources: Sources, values: Mapping[str, Any], proxies: Mapping[str, str]
+    raw: Mapping[str, RawValue], values: Mapping[str, Any], proxies: Mapping[str, str]
 ) -> Iterator[str]:
     """Yield all secrets in the settings, valid or not."""
-    written = sources.written()
     for name, setting in DECLARATIONS.items():
-        yield from setting.secrets(written[name], values[name])
+        yield from setting.secrets(raw[name].text, values[name])
     if values["DOCKER_USERNAME"] and values["DOCKER_PASSWORD"]:
         # HTTP encodes the two together.
         yield f"{values['DOCKER_USERNAME'].reveal()}:{values['DOCKER_PASSWORD'].reveal()}"
@@ -645,19 +631,18 @@ def _secrets(
         yield account.rpartition("@")[0].partition(":")[2]
 
 
-def _exposed_secrets(sources: Sources, values: Mapping[str, Any]) -> list[str]:
+def _exposed_secrets(raw: Mapping[str, RawValue], values: Mapping[str, Any]) -> list[str]:
     """Return warnings about valid settings that expose a secret in the image."""
-    origins = sources.origins()
     notes = [
-        f"{origins['BUILD_ARGS']}: the history of the image shows {name} to everyone who has the "
-        "image; pass a secret in BUILD_SECRETS"
+        f"{raw['BUILD_ARGS'].origin}: the history of the image shows {name} to everyone who has "
+        "the image; pass a secret in BUILD_SECRETS"
         for name, text in secrets.secret_arguments(values["BUILD_ARGS"])
         if text
     ]
     if redact.has_account(secrets.channels_text(values["GUIX_CHANNELS"])):
         notes.append(
-            f"{origins['GUIX_CHANNELS']}: a URL contains a user or a password, which Guix stores "
-            "in the image, and which the labels of the image and the lock file repeat; use "
+            f"{raw['GUIX_CHANNELS'].origin}: a URL contains a user or a password, which Guix "
+            "stores in the image, and which the labels of the image and the lock file repeat; use "
             "GUIX_CHANNEL_CREDENTIALS, which is stored in none of the three"
         )
     return notes
@@ -671,7 +656,7 @@ def _check_together(sources: Sources, values: Mapping[str, Any]) -> None:
         ("DOCKER_USERNAME", "DOCKER_PASSWORD"),
     ):
         for name, missing in (pair, pair[::-1]):
-            if sources.is_set(name) and not sources.is_set(missing):
+            if sources.raw[name].text and not sources.raw[missing].text:
                 sources.refuse(name, f"requires {missing}; set both or neither")
     if credentials := values["GUIX_CHANNEL_CREDENTIALS"]:
         try:

@@ -192,12 +192,9 @@ def url(*schemes: str) -> Parser:
             raise ValueError(
                 "a URL contains a user or a password; remove the part up to and including '@'"
             )
-        try:
-            parts = urlsplit(text)
-            _ = parts.port  # raises ValueError for a malformed port
-        except ValueError:
-            raise ValueError(f"{quoted(text)} is not a URL; {hint}") from None
-        location = parts.path if parts.scheme == "file" else parts.hostname
+        location = _location(text)
+        if location is None:
+            raise ValueError(f"{quoted(text)} is not a URL; {hint}")
         if not text.startswith(prefixes) or not location:
             raise ValueError(f"{quoted(text)} is not a supported URL; {hint}")
         if not re.fullmatch(r"[\w%+,\-./:=?&\[\]~]+", text, re.ASCII):
@@ -207,6 +204,16 @@ def url(*schemes: str) -> Parser:
         return text
 
     return parse
+
+
+def _location(address: str) -> str | None:
+    """Return the host of a URL, or the path of a file URL; None if the URL is malformed."""
+    try:
+        parts = urlsplit(address)
+        _ = parts.port  # raises ValueError for a malformed port
+    except ValueError:
+        return None
+    return parts.path if parts.scheme == "file" else parts.hostname or ""
 
 
 _PORT_MAX = 65535
@@ -394,14 +401,13 @@ def _mount(text: str, base: Path) -> Mount:
 
 
 def mirror(text: str, base: Path) -> tuple[str, str]:
-    pair = re.fullmatch(r"((?:https?|ssh|file)://[^=]+)=((?:https?|file)://.+|ssh://.+)", text)
+    pair = re.fullmatch(r"((?:https?|ssh|file)://[^=]+)=((?:https?|ssh|file)://.+)", text)
     if not pair:
         raise ValueError(f"{quoted(text)} is not URL=MIRROR; write two URLs with '=' between them")
     for address in pair.groups():
         # The user of an SSH address is part of the address, and no secret.
-        account = re.match(r"ssh://[\w.-]+@", address)
-        rest = address.replace(account[0], "ssh://", 1) if account else address
-        url("https", "http", "ssh", "file")(rest, base)
+        without_user = re.sub(r"\Assh://[\w.-]+@", "ssh://", address)
+        url("https", "http", "ssh", "file")(without_user, base)
     return pair[1], pair[2]
 
 
@@ -413,19 +419,14 @@ def channel_credentials(text: str) -> list[tuple[str, str, str]]:
     """
     credentials = []
     for number, word in enumerate(text.split(), 1):
-        account, at, rest = word.partition("://")[2].rpartition("@")
+        scheme, _, address = word.partition("://")
+        account, _, rest = address.rpartition("@")
         user, _, password = account.partition(":")
-        try:
-            parts = urlsplit(f"https://{rest}")
-            is_valid = word.startswith(("https://", "http://")) and at and user and parts.hostname
-            _ = parts.port  # raises ValueError for a malformed port
-        except ValueError:
-            is_valid = False
-        if not is_valid:
+        prefix = f"{scheme}://{rest}"
+        if scheme not in ("https", "http") or not user or not _location(prefix):
             raise ValueError(
                 f"item {number} is not a URL with credentials; write https://USER:TOKEN@HOST"
             )
-        prefix = f"{word.partition('://')[0]}://{rest}"
         # The final slash keeps example.org from being a prefix of example.org.evil.
         credentials.append((f"{prefix.rstrip('/')}/", unquote(user), unquote(password)))
     return credentials

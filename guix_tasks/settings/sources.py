@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from guix_tasks.settings.parsers import Parser
 
 
-def _secrets_in(text: str, _value: object) -> Iterable[str]:
-    return redact.secrets_in(text)
-
-
 @dataclass(frozen=True)
 class Setting:
     """Declaration of a setting."""
@@ -57,12 +53,12 @@ class Setting:
     """True if the value is not expanded and never shown; there is then also NAME_FILE."""
     confidential: bool = False
     """True if diagnostics leave out the value."""
-    secrets: Callable[[str, Any], Iterable[str]] = _secrets_in
+    secrets: Callable[[str, Any], Iterable[str]] = lambda text, _value: redact.secrets_in(text)
     """Function that returns texts to redact, from the unparsed text and the value, if valid."""
 
 
 @dataclass(frozen=True)
-class _RawValue:
+class RawValue:
     """Unparsed value of a setting."""
 
     text: str = field(repr=False)
@@ -82,10 +78,11 @@ class Sources:
         self._known = known
         self._secrets = [name for name, setting in known.items() if setting.secret]
         self._environ = environ
-        self._values = {
+        self.raw = {
             name: self._raw_value(name, setting.default, project, f"default: {name}")
             for name, setting in known.items()
         }
+        """Values of all settings, of the source with the highest precedence."""
         self.problems: list[str] = []
         self.notes: list[str] = []
         # Values of ${NAME}. The environment has precedence, and secrets are excluded.
@@ -109,30 +106,28 @@ class Sources:
         itself: the variable that refers to it.
         """
         text = self._read(path, label, referrer, optional=optional)
-        layer: dict[str, _RawValue] = {}
+        layer: dict[str, RawValue] = {}
         lines: dict[str, int] = {}
         for line, binding in _bindings(text):
             location, key, value = f"{label}:{line}", binding.key, binding.value
             # An unknown name is not repeated, because it can be the second line of a password.
             name = f"{key}: " if key in self._known else ""
             if binding.error:
-                self.problems.append(
-                    f"{location}: not NAME=VALUE; close each quote, and if a value begins with a "
-                    "quote, quote all of it"
+                problem = (
+                    "not NAME=VALUE; close each quote, and if a value begins with a quote, quote "
+                    "all of it"
                 )
             elif key is None:
                 continue  # a comment
             elif value is None:
-                self.problems.append(
-                    f"{location}: {name}has no '='; write {key if name else 'NAME'}=VALUE"
-                )
+                problem = f"{name}has no '='; write {key if name else 'NAME'}=VALUE"
             elif key in lines:
-                self.problems.append(
-                    f"{location}: {name}is also set on line {lines[key]}; keep one"
-                )
+                problem = f"{name}is also set on line {lines[key]}; keep one"
             else:
                 lines[key] = line
                 self._add_value(layer, key, value, base or path.parent, location)
+                continue
+            self.problems.append(f"{location}: {problem}")
         self._add_layer(layer)
 
     def add_environ(self, cwd: Path) -> None:
@@ -147,11 +142,8 @@ class Sources:
         """Add the options of a task, in which an empty value counts as not set."""
         layer = {}
         for name, value in overrides.items():
-            setting = self._known.get(name)
-            option = (setting and setting.option) or name.lower().replace("_", "-")
-            if setting is None:
-                self.problems.append(f"option --{option}: is not a setting; see .env.example")
-            elif value:
+            if value:
+                option = self._known[name].option or name.lower().replace("_", "-")
                 text = value if isinstance(value, str) else shlex.join(value)
                 layer[name] = self._raw_value(name, text, cwd, f"option --{option}")
         self._add_layer(layer)
@@ -160,22 +152,11 @@ class Sources:
         """Parse all settings; the value of an invalid setting is None."""
         return {name: self._parse(name) for name in self._known}
 
-    def is_set(self, name: str) -> bool:
-        return bool(self._values[name].text)
-
-    def written(self) -> dict[str, str]:
-        """Return the unparsed text of each setting."""
-        return {name: value.text for name, value in self._values.items()}
-
-    def origins(self) -> dict[str, str]:
-        """Return the start of errors about each setting: ``.env:3: IMAGE``, ``option --image``."""
-        return {name: value.origin for name, value in self._values.items()}
-
     def refuse(self, name: str, *problems: str) -> None:
-        self.problems += [f"{self._values[name].origin}: {problem}" for problem in problems]
+        self.problems += [f"{self.raw[name].origin}: {problem}" for problem in problems]
 
     def _parse(self, name: str) -> Any:
-        value = self._values[name]
+        value = self.raw[name]
         try:
             check_text(value.text)
             return value.parse(value.text, value.base)
@@ -183,12 +164,12 @@ class Sources:
             self.refuse(name, *error.args)
             return None
 
-    def _raw_value(self, name: str, text: str, base: Path, origin: str) -> _RawValue:
+    def _raw_value(self, name: str, text: str, base: Path, origin: str) -> RawValue:
         # White space at the ends is a typing mistake, but can be a part of a password.
         text = text if name in self._secrets else text.strip()
-        return _RawValue(text, self._known[name].parse, base, origin)
+        return RawValue(text, self._known[name].parse, base, origin)
 
-    def _add_layer(self, layer: dict[str, _RawValue]) -> None:
+    def _add_layer(self, layer: dict[str, RawValue]) -> None:
         """Add a source above the earlier ones; a source sets either a secret or its file."""
         for name in self._secrets:
             literal, file = layer.get(name), layer.pop(f"{name}_FILE", None)
@@ -196,7 +177,7 @@ class Sources:
                 self.problems.append(f"{file.origin}: {name} is also set; keep one of the two")
             elif file and (file.text or not literal):
                 layer[name] = file
-        self._values.update(layer)
+        self.raw.update(layer)
 
     def _read(self, path: Path, label: str, referrer: str, *, optional: bool) -> str:
         """Return the text of an env file, or report the problem and return nothing."""
@@ -215,7 +196,7 @@ class Sources:
         return ""
 
     def _add_value(
-        self, layer: dict[str, _RawValue], key: str, value: str, base: Path, location: str
+        self, layer: dict[str, RawValue], key: str, value: str, base: Path, location: str
     ) -> None:
         if key in self._known:
             origin = f"{location}: {key}"
@@ -229,14 +210,17 @@ class Sources:
 
     def _report_unknown(self, key: str, location: str) -> None:
         """Report an unknown key as a problem if it resembles a setting, otherwise as a note."""
-        suggestion = self._nearest(key)
+        name = key.upper()
+        similar = difflib.get_close_matches(name, self._known, n=1, cutoff=0.8)
+        if f"GUIX_{name}" in self._known:
+            similar = [f"GUIX_{name}"]
         if key == "ENV_FILE":
             self.problems.append(
                 f"{location}: ENV_FILE: has no effect in a file; set it in the environment"
             )
-        elif suggestion:
+        elif similar:
             self.problems.append(
-                f"{location}: {quoted(key)} is not a setting; did you mean {suggestion}?"
+                f"{location}: {quoted(key)} is not a setting; did you mean {similar[0]}?"
             )
         elif re.fullmatch(r"[A-Z][A-Z0-9_]{,40}|[a-z][a-z0-9_]{,40}", key):
             self.notes.append(f"{location}: {key}: is not a setting of guix-tasks; ignored")
@@ -244,13 +228,6 @@ class Sources:
             self.notes.append(
                 f"{location}: sets a name that is not a setting of guix-tasks; ignored"
             )
-
-    def _nearest(self, key: str) -> str | None:
-        """Return the setting with the most similar name, or None."""
-        name = key.upper()
-        if f"GUIX_{name}" in self._known:
-            return f"GUIX_{name}"
-        return next(iter(difflib.get_close_matches(name, self._known, n=1, cutoff=0.8)), None)
 
     def _interpolate(self, value: str, origin: str) -> str:
         text = []

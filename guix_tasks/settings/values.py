@@ -12,25 +12,17 @@ if TYPE_CHECKING:
     from guix_tasks.oci.platform import Platform
 
 
+@dataclass(frozen=True, repr=False, slots=True)
 class Secret:
     """Text that appears in no repr, log or error; ``reveal`` returns it."""
 
-    __slots__ = ("_value",)
-
-    def __init__(self, value: str) -> None:
-        self._value = value
+    _value: str
 
     def reveal(self) -> str:
         return self._value
 
     def __repr__(self) -> str:
         return "Secret(…)"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and other._value == self._value
-
-    def __hash__(self) -> int:
-        return hash(self._value)
 
 
 class Sandbox(Enum):

@@ -26,7 +26,7 @@ def custom_stage(settings: Settings, declaration: CustomStage) -> Stage:
     return Stage(
         name=declaration.name,
         commands=[declaration.command],
-        report=guix.list_installed_argv(),
+        report=guix.LIST_INSTALLED,
         labels=lambda report: {PACKAGES_LABEL: " ".join(guix.installed(report))},
         files=files,
         as_root=True,

@@ -41,7 +41,7 @@ def install_stage(settings: Settings, packages: tuple[str, ...] = ()) -> Stage:
         commands=[
             guix.install_argv(f"{WORK_DIRECTORY}/profile.scm" if manifest else None, packages)
         ],
-        report=guix.list_installed_argv(),
+        report=guix.LIST_INSTALLED,
         labels=lambda report: {PACKAGES_LABEL: " ".join(guix.installed(report)), **label},
         files=files,
         is_pure=manifest is None or guix.is_plain_manifest(read_text(manifest)),

@@ -54,7 +54,7 @@ def pull_stage(
     return Stage(
         name="pull",
         commands=commands,
-        report=("cat", guix.CHANNELS_FILE) if channels else guix.describe_argv(),
+        report=("cat", guix.CHANNELS_FILE) if channels else guix.DESCRIBE,
         labels=lambda report: {CHANNELS_LABEL: report, **trust},
         files={"channels.scm": channels.encode()} if channels else {},
         keep=guix.CURRENT_GUIX,

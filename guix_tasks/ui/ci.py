@@ -4,59 +4,38 @@ Output of a build must not be interpreted as a command to the CI system. GitHub'
 interpreting commands until it reads a random token. GitLab's section marks require a carriage
 return and an escape sequence, which ``ui.log`` removes from logs.
 
-The markup of a section must reach the log unchanged. ``now`` is Unix time in seconds.
+The markup of a section must reach the log unchanged.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+_GITLAB_HEADER_END = "\r\x1b[0K"
 
 
-class GitHub:
-    """Markup of GitHub (docs.github.com, "Workflow commands for GitHub Actions")."""
+def section(name: str, environment: Mapping[str, str]) -> tuple[str, Callable[[], str]]:
+    """Return the markup that starts a section, and a function that returns the markup of its end.
 
-    def __init__(self) -> None:
-        self._token = secrets.token_hex(16)
-
-    def start(self, name: str, now: float) -> str:  # noqa: ARG002 -- the runner has a clock
-        return f"::group::{_escape(name)}\n::stop-commands::{self._token}\n"
-
-    def end(self, now: float) -> str:  # noqa: ARG002
-        return f"::{self._token}::\n::endgroup::\n"
-
-
-class GitLab:
-    """Markup of GitLab (docs.gitlab.com, "Custom collapsible sections")."""
-
-    _END = "\r\x1b[0K"
-
-    def __init__(self) -> None:
+    Both are empty outside of a CI job.
+    """
+    if _is_github(environment):  # docs.github.com, "Workflow commands for GitHub Actions"
+        token = secrets.token_hex(16)
+        start = f"::group::{_escape(name)}\n::stop-commands::{token}\n"
+        return start, lambda: f"::{token}::\n::endgroup::\n"
+    if environment.get("GITLAB_CI") == "true":  # docs.gitlab.com, "Custom collapsible sections"
         # A job can run the same stage twice.
-        self._suffix = secrets.token_hex(4)
-        self._section = ""
-
-    def start(self, name: str, now: float) -> str:
-        self._section = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}_{self._suffix}"
-        return f"section_start:{int(now)}:{self._section}[collapsed=true]{self._END}{name}\n"
-
-    def end(self, now: float) -> str:
-        return f"section_end:{int(now)}:{self._section}{self._END}\n"
-
-
-Fold = GitHub | GitLab
-"""Markup of a collapsible section."""
-
-
-def detect_fold(environment: Mapping[str, str]) -> Fold | None:
-    """Return the markup of the CI system that runs this process, or None."""
-    if _is_github(environment):
-        return GitHub()
-    return GitLab() if environment.get("GITLAB_CI") == "true" else None
+        key = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)}_{secrets.token_hex(4)}"
+        header = f"{key}[collapsed=true]{_GITLAB_HEADER_END}{name}"
+        start = f"section_start:{int(time.time())}:{header}\n"
+        return start, lambda: f"section_end:{int(time.time())}:{key}{_GITLAB_HEADER_END}\n"
+    return "", str
 
 
 def annotation(error: str, environment: Mapping[str, str]) -> str | None:

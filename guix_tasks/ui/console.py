@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 import threading
-import time
 from collections import deque
 from contextlib import contextmanager, nullcontext
 from enum import Enum
@@ -85,7 +84,7 @@ class Console:
         self._step: Step | None = None
         self._streams = {
             # The result of a command is unchanged except for secrets.
-            False: redact.Stream(self._write_out, accounts=False),
+            False: redact.Stream(lambda data: self._write(self.out, data), accounts=False),
             True: redact.Stream(self._write_err),
         }
 
@@ -182,9 +181,6 @@ class Console:
         Console._line_is_open = not data.endswith(b"\n")
         self._write(self.err, data)
 
-    def _write_out(self, data: bytes) -> None:
-        self._write(self.out, data)
-
     @staticmethod
     def _write(target: TextIO, data: bytes) -> None:
         buffer = getattr(target, "buffer", None)
@@ -244,16 +240,14 @@ class Step:
         self._tail: deque[bytes] = deque(maxlen=TAIL)
         self._part: LivePart | None = None
         self._timer: threading.Timer | None = None
-        self._fold: ci.Fold | None = None
+        self._end_section: Callable[[], str] = str
         if self.is_live:
             self._timer = threading.Timer(_DRAW_DELAY, self._draw)
             self._timer.daemon = True
             self._timer.start()
         elif has_log and self.shows_log:
-            self._fold = ci.detect_fold(os.environ)
-            if self._fold:
-                start = self._fold.start(printable(redact.clean(name)), time.time())
-                console.put(start.encode())
+            start, self._end_section = ci.section(printable(redact.clean(name)), os.environ)
+            console.put(start.encode())
 
     @property
     def is_live(self) -> bool:
@@ -294,8 +288,7 @@ class Step:
             self._console.note(f"{self.name}: end of the log{hint}")
             self._console.stream(_join(self._tail))
             self._console.end_streams()
-        if self._fold:
-            self._console.put(self._fold.end(time.time()).encode())
+        self._console.put(self._end_section().encode())
 
     def _draw(self) -> None:
         # Importing Rich is slow, and most calls draw nothing.

@@ -124,9 +124,7 @@ class LivePart:
             lines.append(Text(_MARGINS[self._unicode] + text, "dim"))
         for line_text in lines:
             line_text.truncate(columns)
-        rendered = Text("\n", no_wrap=True, overflow="crop").join(lines)
-        rendered.no_wrap, rendered.overflow = True, "crop"
-        return rendered
+        return Text("\n", no_wrap=True, overflow="crop").join(lines)
 
     def _clean(self, text: str) -> str:
         text = printable(redact.clean(text))

@@ -41,12 +41,10 @@ _NAME = r"\w*(?:token|secret|passw(?:or)?d|access_key)\w*(?<!_FILE)"
 _OPTION = re.compile(rf"(?<!-)\b({_NAME})=(?!id=)([^,\s'\"]+)", re.IGNORECASE)
 """Option such as ``secret_access_key=…`` of a build cache, but not ``--secret=id=…``."""
 
-_NOTHING = re.compile(rb"(?!)")
-
 _encodings: set[bytes] = set()
 """All secrets, in all their encodings."""
 
-_pattern = _NOTHING
+_pattern = re.compile(rb"(?!)")
 """Expression that matches all of ``_encodings``."""
 
 
@@ -58,13 +56,6 @@ def add(*secrets: str) -> None:
         _encodings.update(new)
         longest_first = sorted(_encodings, key=lambda encoding: (-len(encoding), encoding))
         _pattern = re.compile(b"|".join(map(re.escape, longest_first)))
-
-
-def forget() -> None:
-    """Remove all secrets from the set, for tests."""
-    global _pattern  # noqa: PLW0603
-    _encodings.clear()
-    _pattern = _NOTHING
 
 
 def secrets_in(text: str) -> list[str]:
@@ -108,21 +99,19 @@ class Stream:
 
     def __init__(self, write: Callable[[bytes], object], *, accounts: bool = True) -> None:
         self._write = write
-        self._secrets = _Filter(_redact_secrets, _end_of_complete_secrets)
-        self._accounts = _Filter(_redact_accounts, _end_of_complete_accounts) if accounts else None
+        self._filters = [_Filter(_redact_secrets, _end_of_complete_secrets)]
+        if accounts:
+            self._filters.append(_Filter(_redact_accounts, _end_of_complete_accounts))
 
-    def add(self, data: bytes) -> None:
-        self._pass_on(self._secrets.add(data), last=False)
+    def add(self, data: bytes, *, last: bool = False) -> None:
+        for data_filter in self._filters:
+            data = data_filter.read(data, last=last)
+        if data:
+            self._write(data)
 
     def end(self) -> None:
         """Write the data that was held back."""
-        self._pass_on(self._secrets.end(), last=True)
-
-    def _pass_on(self, data: bytes, *, last: bool) -> None:
-        if self._accounts:
-            data = self._accounts.add(data) + (self._accounts.end() if last else b"")
-        if data:
-            self._write(data)
+        self.add(b"", last=True)
 
 
 class _Filter:
@@ -137,15 +126,11 @@ class _Filter:
         self._complete = complete
         self._rest = b""
 
-    def add(self, data: bytes) -> bytes:
+    def read(self, data: bytes, *, last: bool) -> bytes:
         text = self._rest + data
-        end = self._complete(text)
+        end = len(text) if last else self._complete(text)
         self._rest = text[end:]
         return self._redact(text[:end])
-
-    def end(self) -> bytes:
-        text, self._rest = self._rest, b""
-        return self._redact(text)
 
 
 def _redact_secrets(text: bytes) -> bytes:
@@ -218,7 +203,4 @@ def to_bytes(text: str) -> bytes:
 
 
 def _to_text(data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return data.decode(errors="surrogateescape")
+    return data.decode(errors="surrogateescape")

@@ -39,7 +39,7 @@ from guix_tasks.engine.accounts import docker_config_directory
 from guix_tasks.engine.discovery import find_engine
 from guix_tasks.engine.docker import DockerEngine
 from guix_tasks.errors import EngineError, NoEngineError
-from guix_tasks.settings import ImageStore
+from guix_tasks.settings.values import ImageStore
 from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:

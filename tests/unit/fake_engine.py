@@ -56,6 +56,7 @@ from guix_tasks.stages.images import (
 )
 from guix_tasks.stages.lifecycle import Lifecycle, StageOptions, State
 from guix_tasks.stages.project import Project
+from guix_tasks.ui import redact
 from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
@@ -81,6 +82,12 @@ def forget_contents() -> None:
     files_module._contents.clear()
     files_module.read_once.cache_clear()
     files_module.reopenable.cache_clear()
+
+
+def forget_secrets() -> None:
+    """Redact no secret from now on."""
+    redact._encodings.clear()
+    redact._pattern = re.compile(rb"(?!)")
 
 
 class Killed(BaseException):

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fake_buildx import Program
-from fake_engine import Site, forget_contents, made_site, new_site, serial
+from fake_engine import Site, forget_contents, forget_secrets, made_site, new_site, serial
 
 from guix_tasks import files
 from guix_tasks.oci import labels
-from guix_tasks.ui import redact
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def no_secrets() -> Iterator[None]:
     """Each test is a process of its own, which knows no secret and has read no file as yet."""
-    redact.forget()
+    forget_secrets()
     forget_contents()
     yield
-    redact.forget()
+    forget_secrets()
 
 
 @pytest.fixture(autouse=True)

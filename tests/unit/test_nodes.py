@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from guix_tasks.oci.platform import Platform
-from guix_tasks.settings import Driver, Node
 from guix_tasks.settings.nodes import node, problems
+from guix_tasks.settings.values import Driver, Node
 
 BASE = Path("/project")
 AMD64, ARM64 = Platform.parse("linux/amd64"), Platform.parse("linux/arm64")

@@ -21,7 +21,7 @@ from guix_tasks.bootstrap.engine import (
     private_engine,
 )
 from guix_tasks.errors import EngineError
-from guix_tasks.settings import ImageStore
+from guix_tasks.settings.values import ImageStore
 from guix_tasks.ui.console import Console
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from urllib.parse import quote
 
 import pytest
-from fake_engine import STEADY, Heard
+from fake_engine import STEADY, Heard, forget_secrets
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,7 +50,7 @@ def passed(pieces: list[bytes], *, accounts: bool = True) -> bytes:
 def test_no_secret_comes_through_in_any_pieces(
     secrets: list[str], data: st.DataObject, places: list[int]
 ) -> None:
-    redact.forget()
+    forget_secrets()
     redact.add(*secrets)
     texts = st.lists(st.one_of(st.sampled_from(secrets), st.text(LETTERS, max_size=6)))
     text = "".join(data.draw(texts)).encode()
@@ -64,7 +64,7 @@ def test_no_secret_comes_through_in_any_pieces(
 @STEADY
 @given(st.lists(st.binary(max_size=30)))
 def test_bytes_without_a_secret_come_out_unchanged(pieces: list[bytes]) -> None:
-    redact.forget()
+    forget_secrets()
     redact.add("a-secret-that-is-in-none-of-it")
     assert passed(pieces, accounts=False) == b"".join(pieces)
 
@@ -72,7 +72,7 @@ def test_bytes_without_a_secret_come_out_unchanged(pieces: list[bytes]) -> None:
 @STEADY
 @given(st.text(st.characters(codec="utf-8", exclude_characters="@=")))
 def test_text_without_secrets_is_unchanged(text: str) -> None:
-    redact.forget()
+    forget_secrets()
     redact.add("a-secret-that-is-in-none-of-it")
     assert redact.clean(text) == text
     assert passed([text.encode()]) == text.encode()

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from guix_tasks.errors import SettingsError
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import ImageReference
-from guix_tasks.settings import (
-    DECLARATIONS,
+from guix_tasks.settings import DECLARATIONS, Settings, load_isolated, load_settings
+from guix_tasks.settings.values import (
     Driver,
     ImageStore,
     Listen,
@@ -30,9 +30,6 @@ from guix_tasks.settings import (
     Output,
     Sandbox,
     Secret,
-    Settings,
-    load_isolated,
-    load_settings,
 )
 from guix_tasks.stages.container import environment
 from guix_tasks.stages.images import STAGES
@@ -463,9 +460,8 @@ def test_the_default_lock_is_not_the_channels_file_either(project: Path) -> None
 
 def test_the_environment_and_options_are_named_as_places(project: Path) -> None:
     environ = {"GUIX_CORES": "x", "NETWORK": "a\udcffb"}
-    overrides = {"IMAGE": "A", "GUIX_PACKAGES": ["hello", "-x"], "STAGE_TIMEOUT": "x", "WAT": "1"}
+    overrides = {"IMAGE": "A", "GUIX_PACKAGES": ["hello", "-x"], "STAGE_TIMEOUT": "x"}
     assert [problem.split("; ")[0] for problem in problems(project, "", environ, overrides)] == [
-        "option --wat: is not a setting",
         "option --image: repository 'A' has capital letters",
         "option --package: '-x' is not a package",
         "environment: GUIX_CORES: 'x' is not a whole number of at least 0",

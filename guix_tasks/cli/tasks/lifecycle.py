@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 from invoke.exceptions import Exit
 
 from guix_tasks.cli.task import long_task, task
+from guix_tasks.errors import CheckError
 
 if TYPE_CHECKING:
     from guix_tasks.cli.session import Session
-
-CHECK_FAILED = 1
 
 STAGE_HELP = {
     "force": "run the stage even if nothing changed",
@@ -304,7 +303,7 @@ def doctor(session: Session, json: bool = False) -> None:
 
     findings = examine(session.load, session.reopen, session.find_buildx)
     if show(session.console, findings, as_json=json):
-        raise Exit(code=CHECK_FAILED)
+        raise Exit(code=CheckError.exit_code)
 
 
 @task(help={"work": "remove only work containers"})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from guix_tasks.buildkit.builder import find_builder, needed_syntax
 from guix_tasks.commands.doctor.finding import Finding, from_error, note, ok
 from guix_tasks.errors import GuixTasksError
-from guix_tasks.settings import Driver
+from guix_tasks.settings.values import Driver
 
 if TYPE_CHECKING:
     from guix_tasks.buildkit.buildx import Buildx
