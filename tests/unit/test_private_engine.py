@@ -166,7 +166,11 @@ def test_one_that_answers_has_started(
 ) -> None:
     install(alone, "exec sleep 600")
     pid = alone.directory / "docker.pid"
-    monkeypatch.setattr(engine, "answers", lambda path: path == alone.socket and pid.exists())
+
+    def answers(path: Path) -> bool:
+        return path == alone.socket and pid.exists() and pid.read_text().strip() != ""
+
+    monkeypatch.setattr(engine, "answers", answers)
     monkeypatch.setattr(Path, "chmod", lambda *_: None)
     heard = Heard()
     try:
