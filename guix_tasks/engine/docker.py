@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -26,7 +26,7 @@ from guix_tasks.engine.accounts import HUB, docker_key
 from guix_tasks.engine.api import Container, EngineInfo, Image, Layer
 from guix_tasks.engine.build_context import context_archive, linked_context
 from guix_tasks.engine.discovery import Address, error_line
-from guix_tasks.engine.docker_ssh import Client, client_over_ssh
+from guix_tasks.engine.docker_ssh import Client
 from guix_tasks.engine.ssh import Ssh
 from guix_tasks.errors import (
     REFUSED,
@@ -40,6 +40,7 @@ from guix_tasks.oci.reference import ImageReference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from guix_tasks.engine.accounts import Credentials
     from guix_tasks.engine.api import BuildSpec, ContainerSpec, Progress
@@ -201,7 +202,10 @@ class DockerEngine:
         with self._engine_errors(action):
             try:
                 if credentials and credentials.password:
-                    _log_in(self._api, "" if host == HUB else host, credentials)
+                    self._api.login(
+                        credentials.username, credentials.password,
+                        registry="" if host == HUB else host, reauth=True,
+                    )  # fmt: skip
                 return self._look_up(reference, credentials)
             except docker.errors.NotFound:
                 pass
@@ -227,11 +231,8 @@ class DockerEngine:
             self._api.create_volume(name, labels=dict(labels))
 
     def remove_volume(self, name: str) -> None:
-        with self._engine_errors(f"remove the volume {name}"):
-            try:
-                self._api.remove_volume(name)
-            except docker.errors.NotFound:
-                return
+        with self._engine_errors(f"remove the volume {name}"), suppress(docker.errors.NotFound):
+            self._api.remove_volume(name)
 
     def tag(self, image: str, reference: str) -> None:
         repository, _, tag = reference.rpartition(":")
@@ -352,11 +353,8 @@ class DockerEngine:
             self._work_api.stop(container, timeout=seconds)
 
     def remove(self, container: str) -> None:
-        with self._engine_errors("remove a container"):
-            try:
-                self._work_api.remove_container(container, v=True, force=True)
-            except docker.errors.NotFound:
-                return
+        with self._engine_errors("remove a container"), suppress(docker.errors.NotFound):
+            self._work_api.remove_container(container, v=True, force=True)
 
     def commit(self, container: str, config: Mapping[str, Any]) -> str:
         with self._engine_errors("commit a container"):
@@ -364,16 +362,12 @@ class DockerEngine:
 
     def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
         with self._engine_errors(f"import {reference}"):
-            answer = self._work_api.import_image_from_data(archive, *self._import_name(reference))
+            answer = self._work_api.import_image_from_data(archive, reference)
         last = json.loads(answer.strip().splitlines()[-1])
         if "error" in last:
             reason = last["error"]
             raise EngineError(f"{REFUSED} import {reference}: {reason}{full_disk(reason)}")
         return str(last["status"])
-
-    def _import_name(self, reference: str) -> tuple[str, str | None]:
-        repository, _, tag = reference.rpartition(":")
-        return repository, tag
 
     def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
         build = self._helpers.find_build(self.address)
@@ -408,10 +402,27 @@ class DockerEngine:
                 "BUILD_SECRETS needs buildx, which is not installed on this machine; "
                 "install the package docker-buildx (docker-buildx-plugin in Docker's own archive)"
             )
-        image = ""
-        with self._engine_errors("build"):
+        accounts = spec.accounts.every() if spec.accounts else {}
+        # The SDK would pack the context by different rules for .dockerignore.
+        context, dockerfile = context_archive(spec.context, spec.dockerfile)
+        base, image = spec.args.get("BASE_IMAGE", "scratch"), ""
+        with self._engine_errors("build"), self._plain_http(base):
+            self._work_api.set_accounts(
+                {docker_key(host): _auth_config(account) for host, account in accounts.items()}
+            )
             try:
-                for event in self._build_events(spec):
+                events = self._work_api.build(
+                    fileobj=context,
+                    custom_context=True,
+                    dockerfile=dockerfile,
+                    buildargs={**spec.proxies, **spec.args},
+                    platform=spec.platform,
+                    network_mode=spec.network,
+                    rm=True,
+                    forcerm=True,
+                    decode=True,
+                )
+                for event in events:
                     if "error" in event:
                         raise diagnose.build_error(spec, error_line(event["error"]))
                     output(event.get("stream", "").encode())
@@ -420,55 +431,24 @@ class DockerEngine:
                 raise diagnose.build_error(spec, error_line(error)) from None
         return str(image)
 
-    def _build_events(self, spec: BuildSpec) -> Iterator[dict[str, Any]]:
-        accounts = spec.accounts.every() if spec.accounts else {}
-        self._work_api.set_accounts(
-            {docker_key(host): _auth_config(account) for host, account in accounts.items()}
-        )
-        # The SDK would pack the context by different rules for .dockerignore.
-        context, dockerfile = context_archive(spec.context, spec.dockerfile)
-        return self._work_api.build(
-            fileobj=context,
-            custom_context=True,
-            dockerfile=dockerfile,
-            buildargs={**spec.proxies, **spec.args},
-            platform=spec.platform,
-            network_mode=spec.network,
-            rm=True,
-            forcerm=True,
-            decode=True,
-        )
+    def _plain_http(self, _reference: str) -> AbstractContextManager[None]:
+        """Allow plain HTTP to a registry on loopback, which Docker allows by default."""
+        return nullcontext()
 
     def push(
         self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> str:
         digest = ""
-        with self._engine_errors(f"push {reference}"):
-            events = self._push_events(reference, credentials)
+        with self._engine_errors(f"push {reference}"), self._plain_http(reference):
+            events = self._work_api.push(
+                reference, stream=True, decode=True, auth_config=_auth_config(credentials)
+            )
             # A failed push raises nothing: the error is an event of the stream.
             for event in _events(events, f"push {reference}", progress):
-                digest = self._pushed_digest(event) or digest
+                digest = _pushed_digest(event) or digest
         if not digest:
             raise RegistryError(f"cannot push {reference}: the registry answered no digest")
         return digest
-
-    def _push_events(
-        self, reference: str, credentials: Credentials | None
-    ) -> Iterator[dict[str, Any]]:
-        repository, _, tag = reference.rpartition(":")
-        events: Iterator[dict[str, Any]] = self._work_api.push(
-            repository, tag, stream=True, decode=True, auth_config=_auth_config(credentials)
-        )
-        return events
-
-    @staticmethod
-    def _pushed_digest(event: Mapping[str, Any]) -> str:
-        """Return the digest in an event of a push, or an empty string.
-
-        The classic image store sends the digest as data, the containerd store in a status line.
-        """
-        line = _PUSHED.fullmatch(event.get("status", ""))
-        return str((event.get("aux") or {}).get("Digest", "")) or (line[1] if line else "")
 
     def pull(
         self,
@@ -499,12 +479,11 @@ class DockerEngine:
         return self._client(WORK_TIMEOUT, self._api.api_version)
 
     def _client(self, timeout: int, version: str) -> Client:
-        if self._ssh:
-            return client_over_ssh(self._ssh, timeout, version)
         return Client(
-            base_url=self.address.url,
+            self.address.url,
+            timeout,
+            self._ssh,
             tls=self.address.tls or False,
-            timeout=timeout,
             version=version,
         )
 
@@ -526,6 +505,8 @@ class DockerEngine:
             reason = error_line(error)
             raise EngineError(f"{REFUSED} {action}: {reason}{full_disk(reason)}") from None
         except _NO_ANSWER as error:
+            if isinstance(error.__cause__, GuixTasksError):  # the SDK wraps an error of ssh
+                raise error.__cause__ from None
             raise EngineError(self._unreachable(error)) from None
 
     def _unreachable(self, error: Exception) -> str:
@@ -551,10 +532,6 @@ def _disk_usage(image: Mapping[str, Any]) -> int:
     """
     totals = [manifest["Size"]["Total"] for manifest in image.get("Manifests") or ()]
     return sum(totals) or int(image["Size"])
-
-
-def _log_in(api: docker.APIClient, host: str, credentials: Credentials) -> None:
-    api.login(credentials.username, credentials.password, registry=host, reauth=True)
 
 
 def _filters(labels: Mapping[str, str]) -> list[str]:
@@ -590,8 +567,15 @@ def _events(
         yield event
 
 
-_PUSHED = re.compile(r"\S+: digest: (sha256:[0-9a-f]{64}) size: \d+")
-"""Last status line of a push from the containerd store."""
+def _pushed_digest(event: Mapping[str, Any]) -> str:
+    """Return the digest in an event of a push, or an empty string.
+
+    Docker's classic image store sends the digest as data; its containerd store and Podman send a
+    last status line.
+    """
+    line = re.search(r"\bdigest: (sha256:[0-9a-f]{64})\b", event.get("status") or "")
+    return str((event.get("aux") or {}).get("Digest", "")) or (line[1] if line else "")
+
 
 _REGISTRY_HINTS = {
     "the credentials are missing or refused: set DOCKER_USERNAME and DOCKER_PASSWORD for the "

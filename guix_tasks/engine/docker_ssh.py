@@ -1,7 +1,4 @@
-"""Client of the docker SDK that connects with the ssh program.
-
-The SDK's SSH support needs paramiko even if it runs the ssh program.
-"""
+"""Client of the docker SDK without Docker's config.json, which can connect with the ssh program."""
 
 from __future__ import annotations
 
@@ -9,7 +6,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import docker
 import docker.auth
-import docker.constants
 import docker.transport
 import docker.transport.unixconn
 
@@ -22,12 +18,18 @@ if TYPE_CHECKING:
 class Client(docker.APIClient):
     """SDK client that does not read Docker's config.json.
 
-    Accounts come from ``set_accounts``, so that a broken config.json is not an error.
+    Accounts come from ``set_accounts``, so that a broken config.json is not an error. With ``ssh``,
+    the connection is made over SSH; the SDK's SSH support needs paramiko even if it runs ssh.
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, base_url: str, timeout: int, ssh: Ssh | None = None, **options: Any) -> None:
+        self._ssh_adapter = _SshAdapter(ssh, timeout) if ssh else None
+        # Over SSH, the protocol is the same as on a Unix socket.
+        super().__init__("unix:///ssh" if ssh else base_url, timeout=timeout, **options)
         self.set_accounts({})
+
+    def get_adapter(self, url: str) -> Any:
+        return self._ssh_adapter or super().get_adapter(url)
 
     @property
     def _general_configs(self) -> dict[str, Any]:
@@ -45,27 +47,7 @@ class _Accounts(docker.auth.AuthConfig):
     is_empty = False  # True would let the SDK read the file
 
 
-def client_over_ssh(ssh: Ssh, timeout: int, version: str) -> Client:
-    """Return a client that connects over SSH.
-
-    ``timeout`` is in seconds. ``version`` is an API version, or ``auto`` for the engine's.
-    """
-    adapter = _SshAdapter(ssh, timeout)
-
-    def client(version: str) -> Client:
-        client = Client(base_url="unix:///ssh", timeout=timeout, version=version)
-        client.mount("http+docker://", adapter)
-        return client
-
-    if version == "auto":
-        oldest = client(docker.constants.MINIMUM_DOCKER_API_VERSION)
-        version = oldest.version(api_version=False)["ApiVersion"]
-    return client(version)
-
-
 class _SshAdapter(docker.transport.UnixHTTPAdapter):
-    """HTTP adapter for an engine over SSH; the protocol is the same as on a Unix socket."""
-
     def __init__(self, ssh: Ssh, timeout: int) -> None:
         super().__init__("http+unix:///ssh", timeout)
         self._ssh = ssh
