@@ -250,11 +250,7 @@ class Engine(Protocol):
         """
 
     def pull(
-        self,
-        reference: str,
-        credentials: Credentials | None,
-        platform: str | None = None,
-        progress: Progress | None = None,
+        self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> None:
         """Pull a reference into the local images.
 

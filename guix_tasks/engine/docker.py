@@ -36,6 +36,7 @@ from guix_tasks.errors import (
     RegistryError,
     full_disk,
 )
+from guix_tasks.oci.platform import canonical_name
 from guix_tasks.oci.reference import ImageReference
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class DockerEngine:
             name=info.get("Name", ""),
             version=info["ServerVersion"],
             product=self.product,
-            platform=_platform(info["OSType"], info["Architecture"]),
+            platform=canonical_name(f"{info['OSType']}/{info['Architecture']}"),
             storage_driver=info.get("Driver", ""),
             uses_containerd=_CONTAINERD_STORE in dict(info.get("DriverStatus") or ()).values(),
             has_bridge=has_bridge,
@@ -451,20 +452,16 @@ class DockerEngine:
         return digest
 
     def pull(
-        self,
-        reference: str,
-        credentials: Credentials | None,
-        platform: str | None = None,
-        progress: Progress | None = None,
+        self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> None:
         name, at, digest = reference.partition("@")
         repository, _, tag = (name, at, digest) if at else reference.rpartition(":")
         with self._engine_errors(f"pull {reference}"):
             try:
+                account = _auth_config(credentials)
                 events = self._work_api.pull(
-                    repository, tag, stream=True, decode=True,
-                    auth_config=_auth_config(credentials), platform=platform,
-                )  # fmt: skip
+                    repository, tag, stream=True, decode=True, auth_config=account
+                )
             except docker.errors.APIError as error:
                 raise _registry_error(f"pull {reference}", error_line(error)) from None
             for _ in _events(events, f"pull {reference}", progress):
@@ -668,23 +665,11 @@ def _time(text: str) -> datetime | None:
         return None
 
 
-def _platform(system: str, machine: str) -> str:
-    # `docker info` has the kernel's name of the architecture; images have OCI's name.
-    names = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm/v7", "i686": "386"}
-    return f"{system}/{names.get(machine, machine)}"
-
-
 def _root_cause(text: str) -> str:
     """Return the innermost cause in a message of requests, which nests several exceptions."""
-    for cause in (
-        "Connection refused",
-        "Connection reset by peer",
-        "closed connection",
-        "Connection broken",
-        "No such file or directory",
-        "timed out",
-        "Name or service",
-    ):
-        if cause in text:
-            return cause.lower()
-    return " ".join(text.split())
+    cause = re.search(
+        "Connection refused|Connection reset by peer|closed connection|Connection broken|"
+        "No such file or directory|timed out|Name or service",
+        text,
+    )
+    return cause[0].lower() if cause else " ".join(text.split())

@@ -145,14 +145,10 @@ class TracedEngine:
         return self._engine.push(reference, credentials, progress) if is_made else ""
 
     def pull(
-        self,
-        reference: str,
-        credentials: Credentials | None,
-        platform: str | None = None,
-        progress: Progress | None = None,
+        self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> None:
         if self._shown("pull", reference):
-            self._engine.pull(reference, credentials, platform, progress)
+            self._engine.pull(reference, credentials, progress)
 
     def _shown(self, *words: str) -> bool:
         """Print a call that changes state; return False if it is not made."""

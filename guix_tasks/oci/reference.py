@@ -77,11 +77,6 @@ class ImageReference:
         return replace(self, tag=tag, digest=None)
 
     @property
-    def canonical(self) -> str:
-        """Full reference: ``docker.io/library/debian:12``."""
-        return f"{self.registry}/{self.repository}{self._suffix}"
-
-    @property
     def name(self) -> str:
         """Registry and repository as displayed by Docker, without tag and digest."""
         full = f"{self.registry}/{self.repository}"
@@ -96,12 +91,9 @@ class ImageReference:
         return short if is_equivalent and not _IDENTIFIER.fullmatch(short) else full
 
     def __str__(self) -> str:
-        return self.name + self._suffix
-
-    @property
-    def _suffix(self) -> str:
         tag = "" if self.tag is None else f":{self.tag}"
-        return tag if self.digest is None else f"{tag}@{self.digest}"
+        digest = "" if self.digest is None else f"@{self.digest}"
+        return f"{self.name}{tag}{digest}"
 
 
 def check_tag(tag: str) -> None:

@@ -676,11 +676,7 @@ class FakeEngine:
 
     @_counted
     def pull(
-        self,
-        reference: str,
-        credentials: Credentials | None,
-        platform: str | None = None,
-        progress: Progress | None = None,
+        self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> None:
         self.registry.seen.append(credentials)
         found = None if self.registry.refusal else self.registry.find(reference)
