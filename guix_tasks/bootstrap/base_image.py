@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
-from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks import files
 from guix_tasks.bootstrap.apt import on_debian
+from guix_tasks.bootstrap.registry import pull_missing
 from guix_tasks.bootstrap.rootfs import PACKAGES, SUITE, container_argv, debian_rootfs, description
-from guix_tasks.engine.accounts import HUB, docker_accounts
 from guix_tasks.engine.api import ContainerSpec, run_to_end
-from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import BuilderError, GuixTasksError
 from guix_tasks.ui.format import human_size, human_time
 from guix_tasks.ui.log import LogReader
@@ -60,15 +57,13 @@ def make_plain(engine: Engine, console: Console, tag: str) -> None:
 
 def _in_container(engine: Engine, console: Console, packages: Sequence[str]) -> Iterator[bytes]:
     console.print(f"rootfs: this host is not Debian; using a container of {DEBIAN_IMAGE}")
-    if engine.image(DEBIAN_IMAGE) is None:
-        try:
-            pull = partial(engine.pull, DEBIAN_IMAGE, docker_accounts(os.environ).find(HUB))
-            retry_call(console, "the pull", pull)
-        except GuixTasksError as error:
-            raise BuilderError(
-                "cannot make the base image: this host is not Debian, and the image "
-                f"{DEBIAN_IMAGE} is unavailable: {error}"
-            ) from None
+    try:
+        pull_missing(engine, console, DEBIAN_IMAGE)
+    except GuixTasksError as error:
+        raise BuilderError(
+            "cannot make the base image: this host is not Debian, and the image "
+            f"{DEBIAN_IMAGE} is unavailable: {error}"
+        ) from None
     spec = ContainerSpec(
         name=f"guix-tasks-rootfs-{secrets.token_hex(3)}",
         image=DEBIAN_IMAGE,

@@ -209,7 +209,8 @@ class PrivateEngine:
             service.send(pid, signal.SIGKILL)
         service.wait_until(lambda: not self._leftovers(), _STOP_SECONDS)
         for point in self._mounts():
-            unmount(point)
+            # A small Debian has no umount program, so call the C library.
+            ctypes.CDLL(None).umount2(os.fsencode(point), _MNT_DETACH)
         if not self._mounts():
             shutil.rmtree(self._run, ignore_errors=True)
         self.socket.unlink(missing_ok=True)
@@ -269,11 +270,6 @@ def mounts_below(directory: Path, mountinfo: str) -> list[str]:
     directory = directory.resolve()
     nested = [point for point in points if directory in Path(point).parents]
     return sorted(nested, key=len, reverse=True)
-
-
-def unmount(point: str) -> None:
-    # A small Debian has no umount program, so call the C library.
-    ctypes.CDLL(None).umount2(os.fsencode(point), _MNT_DETACH)
 
 
 def answers(path: Path) -> bool:

@@ -227,9 +227,7 @@ class ContainerRegistry:
 
     def _start(self, console: Console) -> None:
         self._remove()
-        if self.engine.image(_IMAGE) is None:
-            pull = partial(self.engine.pull, _IMAGE, docker_accounts(os.environ).find(HUB))
-            retry_call(console, "the pull", pull)
+        pull_missing(self.engine, console, _IMAGE)
         container = self.engine.create(
             ContainerSpec(
                 name=f"guix-tasks-registry-{self.port}",
@@ -265,6 +263,13 @@ class ContainerRegistry:
             self.engine.remove(container.id)
         self._mark.unlink(missing_ok=True)
         return bool(containers)
+
+
+def pull_missing(engine: Engine, console: Console, image: str) -> None:
+    """Pull an image from Docker Hub unless the engine has it."""
+    if engine.image(image) is None:
+        account = docker_accounts(os.environ).find(HUB)
+        retry_call(console, "the pull", partial(engine.pull, image, account))
 
 
 def registry_for(engine: Engine, port: int = PORT) -> LocalRegistry | ContainerRegistry:

@@ -189,11 +189,9 @@ class Engine(Protocol):
 
     def info(self) -> EngineInfo:
         """Return the description of the engine."""
-        ...
 
     def local_accounts(self) -> Mapping[str, Credentials]:
         """Return the accounts of the local registries that serve this engine, by host."""
-        ...
 
     # --- images ---
 
@@ -239,7 +237,6 @@ class Engine(Protocol):
 
         Raise ``RegistryError`` if the registry is unreachable or refuses the account.
         """
-        ...
 
     def push(
         self, reference: str, credentials: Credentials | None, progress: Progress | None = None

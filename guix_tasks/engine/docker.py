@@ -103,6 +103,7 @@ class DockerEngine:
     def __init__(self, address: Address, helpers: Helpers = _NO_HELPERS) -> None:
         self.address = address
         self._helpers = helpers
+        self._ssh = Ssh(address.url) if address.url.startswith("ssh://") else None
 
     def info(self) -> EngineInfo:
         return self._info
@@ -484,10 +485,6 @@ class DockerEngine:
             version=version,
         )
 
-    @cached_property
-    def _ssh(self) -> Ssh | None:
-        return Ssh(self.address.url) if self.address.url.startswith("ssh://") else None
-
     @contextmanager
     def _engine_errors(self, action: str) -> Iterator[None]:
         """Convert errors of the SDK and of the connection to ``EngineError``.
@@ -496,8 +493,6 @@ class DockerEngine:
         """
         try:
             yield
-        except GuixTasksError:
-            raise
         except docker.errors.APIError as error:
             reason = error_line(error)
             raise EngineError(f"{REFUSED} {action}: {reason}{full_disk(reason)}") from None
@@ -517,7 +512,13 @@ class DockerEngine:
                 "the socket (`sudo usermod -aG docker $USER`, then log in again)"
             )
         start = "`inv engine.up`" if self.address.origin == "private engine" else "start it"
-        cause = _root_cause(text)
+        # The message of requests nests several exceptions.
+        innermost = re.search(
+            "Connection refused|Connection reset by peer|closed connection|Connection broken|"
+            "No such file or directory|timed out|Name or service",
+            text,
+        )
+        cause = innermost[0].lower() if innermost else " ".join(text.split())
         return f"{engine} does not answer: {cause}; {start}, or set DOCKER_HOST to another one"
 
 
@@ -663,13 +664,3 @@ def _time(text: str) -> datetime | None:
         return datetime.fromisoformat(text[:19] + (zone[1] if zone else "Z").replace("Z", "+00:00"))
     except ValueError:
         return None
-
-
-def _root_cause(text: str) -> str:
-    """Return the innermost cause in a message of requests, which nests several exceptions."""
-    cause = re.search(
-        "Connection refused|Connection reset by peer|closed connection|Connection broken|"
-        "No such file or directory|timed out|Name or service",
-        text,
-    )
-    return cause[0].lower() if cause else " ".join(text.split())
