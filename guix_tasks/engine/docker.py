@@ -14,10 +14,9 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 import docker
-import docker.context
+import docker.auth
 import docker.errors
 import docker.types
-import docker.utils
 import requests
 import urllib3.exceptions
 
@@ -26,8 +25,7 @@ from guix_tasks.engine.accounts import HUB, docker_key
 from guix_tasks.engine.api import Container, EngineInfo, Image, Layer
 from guix_tasks.engine.build_context import context_archive, linked_context
 from guix_tasks.engine.discovery import Address, error_line
-from guix_tasks.engine.docker_ssh import Client
-from guix_tasks.engine.ssh import Ssh
+from guix_tasks.engine.ssh import Ssh, SshAdapter
 from guix_tasks.errors import (
     REFUSED,
     BuilderError,
@@ -520,6 +518,37 @@ class DockerEngine:
         )
         cause = innermost[0].lower() if innermost else " ".join(text.split())
         return f"{engine} does not answer: {cause}; {start}, or set DOCKER_HOST to another one"
+
+
+class Client(docker.APIClient):
+    """SDK client that does not read Docker's config.json.
+
+    Accounts come from ``set_accounts``, so that a broken config.json is not an error. With ``ssh``,
+    the connection is made over SSH; the SDK's SSH support needs paramiko even if it runs ssh.
+    """
+
+    def __init__(self, base_url: str, timeout: int, ssh: Ssh | None = None, **options: Any) -> None:
+        self._ssh_adapter = SshAdapter(ssh, timeout) if ssh else None
+        super().__init__("unix:///ssh" if ssh else base_url, timeout=timeout, **options)
+        self.set_accounts({})
+
+    def get_adapter(self, url: str) -> Any:
+        return self._ssh_adapter or super().get_adapter(url)
+
+    @property
+    def _general_configs(self) -> dict[str, Any]:
+        return {"auths": {}}  # an empty dictionary would let the SDK read the file
+
+    @_general_configs.setter
+    def _general_configs(self, _: object) -> None: ...
+
+    def set_accounts(self, accounts: Mapping[str, Any]) -> None:
+        """Set the accounts of a build, by ``docker_key`` of their hosts."""
+        self._auth_configs = _Accounts({"auths": dict(accounts)})
+
+
+class _Accounts(docker.auth.AuthConfig):
+    is_empty = False  # True would let the SDK read the file
 
 
 def _disk_usage(image: Mapping[str, Any]) -> int:
