@@ -51,7 +51,7 @@ def make_material(engine: Engine, console: Console, image: str, directory: Path)
         # Packages of the image need not be downloaded.
         status = Path(scratch) / "status"
         status.write_bytes(_run(engine, console, image, ("cat", "/var/lib/dpkg/status")))
-        apt = Apt(files.cache_home() / "apt", [SUITE], status=status, failure=BuilderError)
+        apt = Apt([SUITE], status=status, failure=BuilderError)
         apt.update()
         apt.install_set(PACKAGES, cache / "debs")
     out = directory / "out"

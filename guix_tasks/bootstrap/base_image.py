@@ -6,7 +6,6 @@ import secrets
 import time
 from typing import TYPE_CHECKING
 
-from guix_tasks import files
 from guix_tasks.bootstrap.apt import on_debian
 from guix_tasks.bootstrap.registry import pull_missing
 from guix_tasks.bootstrap.rootfs import PACKAGES, SUITE, container_argv, debian_rootfs, description
@@ -27,17 +26,16 @@ PLAIN_TAG = f"guix-tasks/debian:{SUITE}"
 DEBIAN_IMAGE = f"debian:{SUITE}-slim"
 
 
-def make_base(
-    engine: Engine, console: Console, tag: str, packages: Sequence[str] = PACKAGES
-) -> None:
-    """Make the image ``tag`` with these packages, on Debian or in a Debian container.
+def make_base(engine: Engine, console: Console, tag: str, *, plain: bool = False) -> None:
+    """Make the image ``tag``, on Debian or in a Debian container; without Guix if ``plain``.
 
     Raise ``BuilderError`` if neither is possible.
     """
+    packages = () if plain else PACKAGES
     started = time.monotonic()
     with console.step("rootfs"):
         if on_debian():
-            archive = debian_rootfs(files.cache_home() / "apt", console, packages)
+            archive = debian_rootfs(console, packages)
         else:
             archive = _in_container(engine, console, packages)
         # The engine imports the archive while mmdebstrap writes it.
@@ -48,11 +46,6 @@ def make_base(
     console.print(f"rootfs: {tag}: {description(packages)}; {size}, {took}")
     if packages:
         console.print(f"rootfs: use it as BASE_IMAGE={tag}")
-
-
-def make_plain(engine: Engine, console: Console, tag: str) -> None:
-    """Make the image ``tag`` without Guix, to test packs in."""
-    make_base(engine, console, tag, packages=())
 
 
 def _in_container(engine: Engine, console: Console, packages: Sequence[str]) -> Iterator[bytes]:

@@ -150,7 +150,7 @@ class PrivateEngine:
         hint = "install Docker Engine with the packages of your distribution"
         suite = required_suite("the private engine", hint, EngineError)
         console.print(f"unpacking Docker Engine from Debian's packages into {self._root}")
-        apt = Apt(files.cache_home() / "apt", list(dict.fromkeys((suite, SUITE))))
+        apt = Apt(list(dict.fromkeys((suite, SUITE))))
         apt.unpack([*(f"{name}/{SUITE}" for name in PACKAGES), f"runc/{suite}"], self._root)
 
     def _check_store(self, store: ImageStore | None) -> None:

@@ -162,12 +162,11 @@ class LocalRegistry:
         package, root = "docker-registry", self.directory / "root"
         suite = required_suite("the local registry", "set IMAGE to another registry", RegistryError)
         console.print(f"unpacking Debian's {package} into {root}")
-        cache = files.cache_home() / "apt"
         try:
-            Apt(cache, [suite], failure=RegistryError).unpack([package], root)
+            Apt([suite], failure=RegistryError).unpack([package], root)
         except RegistryError:
             console.print(f"cannot get {package} from {suite}; trying {_OTHER_SUITE}")
-            Apt(cache, [_OTHER_SUITE], failure=RegistryError).unpack([package], root)
+            Apt([_OTHER_SUITE], failure=RegistryError).unpack([package], root)
 
     def _start(self) -> None:
         configuration = self.directory / f"{self.port}.yml"

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import threading
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -60,16 +61,14 @@ rm -f etc/apt/apt.conf.d/99mmdebstrap var/cache/debconf/*-old var/lib/dpkg/*-old
 _PREPARE = Path(__file__).parents[1] / "stages" / "resources" / "prepare.sh"
 
 
-def debian_rootfs(
-    apt_directory: Path, console: Console, packages: Sequence[str] = PACKAGES
-) -> Iterator[bytes]:
+def debian_rootfs(console: Console, packages: Sequence[str] = PACKAGES) -> Iterator[bytes]:
     """Yield the tar file of the root file system in chunks."""
     hint = (
         "run this task on Debian or in a Debian container, or set BASE_IMAGE to an image with Guix"
     )
     suite = required_suite("a root file system", hint, BuilderError)
     _check_namespaces()
-    apt = Apt(apt_directory, [suite], failure=BuilderError)
+    apt = Apt([suite], failure=BuilderError)
     environment = _mmdebstrap(apt, console)
     with temporary_directory() as scratch:
         settings = scratch / "apt.conf"
@@ -143,8 +142,7 @@ def _mmdebstrap(apt: Apt, console: Console) -> dict[str, str]:
     if not shutil.which("mmdebstrap") and not root.exists():
         console.print(f"unpacking Debian's mmdebstrap into {root}")
         installed = Path("/var/lib/dpkg/status")
-        missing = Apt(apt.directory, apt.suites, status=installed, failure=BuilderError)
-        missing.unpack(["mmdebstrap"], root, closure=True)
+        replace(apt, status=installed).unpack(["mmdebstrap"], root, closure=True)
     # Programs of the machine take precedence.  A small Debian has no complete Perl.
     programs = [os.environ.get("PATH", os.defpath), f"{root}/usr/bin", f"{root}/usr/sbin"]
     patterns = ("usr/share/perl5", "usr/share/perl/*", "usr/lib/*/perl/*")

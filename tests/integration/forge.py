@@ -99,7 +99,7 @@ def serving(docker: Docker, offline: Path, directory: Path) -> Iterator[Forge]:
     programs = files.cache_home() / "tests" / "forge"
     if not programs.exists():
         programs.parent.mkdir(parents=True, exist_ok=True)
-        Apt(files.cache_home() / "apt", [SUITE]).unpack(PACKAGES, programs)
+        Apt([SUITE]).unpack(PACKAGES, programs)
     name, port = f"guix-tasks-test-{token_hex(6)}", free_port()
     forge = Forge(docker, directory, port, name, substitutes=offline / "substitutes")
     docker.ok(

@@ -64,13 +64,13 @@ def test_not_root_and_no_user_namespaces(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BuilderError, match=r"needs root, or newuidmap .*BASE_IMAGE"):
-        next(debian_rootfs(tmp_path, console()[0]))
+        next(debian_rootfs(console()[0]))
 
 
-def test_not_debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_debian(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apt, "host_suite", lambda: None)
     with pytest.raises(BuilderError, match="on Debian or in a Debian container"):
-        next(debian_rootfs(tmp_path, console()[0]))
+        next(debian_rootfs(console()[0]))
 
 
 def test_only_the_way_to_the_mirror_is_taken_from_the_machine(
