@@ -584,7 +584,7 @@ def _events(
     for event in events:
         if "error" in event or "errorDetail" in event:
             detail = (event.get("errorDetail") or {}).get("message") or event.get("error", "")
-            raise _registry_error(action, " ".join(str(detail).split()))
+            raise _registry_error(action, error_line(detail))
         if progress and event.get("id"):
             amount = event.get("progressDetail") or {}
             progress(
