@@ -152,8 +152,6 @@ class Container:
     image: str
     labels: Mapping[str, str]
     running: bool
-    created: int
-    """Seconds since the epoch."""
     addresses: Mapping[str, str] = field(default_factory=dict)
     """IP address by network name; empty on the host's network."""
 

@@ -183,10 +183,10 @@ class DockerEngine:
 
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
         with self._engine_errors("list containers"):
-            containers = self._api.containers(all=True, filters={"label": _filters(labels)})
-        return sorted(
-            map(_container, containers), key=lambda container: container.created, reverse=True
-        )
+            answers = self._api.containers(all=True, filters={"label": _filters(labels)})
+        # The API documents no order.
+        answers.sort(key=lambda answer: answer["Created"], reverse=True)
+        return [_container(answer) for answer in answers]
 
     def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
         try:
@@ -656,7 +656,6 @@ def _container(answer: Mapping[str, Any]) -> Container:
         image=answer["ImageID"],
         labels=answer["Labels"],
         running=answer["State"] in ("running", "paused", "restarting"),
-        created=answer["Created"],
         addresses={
             name: network["IPAddress"]
             for name, network in networks.items()
