@@ -75,10 +75,22 @@ def context_digest(entries: Sequence[Entry], without: AbstractSet[Path] = frozen
 
     Raise ``UsageError`` if a file cannot be read.
     """
+    above = {parent for path in without for parent in path.parents}
+    counted = [
+        entry
+        for entry in entries
+        if entry.path not in without and without.isdisjoint(entry.path.parents)
+    ]
     try:
-        return list_digest(_description, _counted(entries, without))
+        return list_digest(_description, _without_empty(counted, lambda entry: entry.path in above))
     except OSError as error:
         raise _unreadable(error) from None
+
+
+def _description(entry: Entry) -> str:
+    content = file_digest(entry.path) if entry.has_content else ""
+    # No name contains a zero byte.
+    return f"{entry.name}\0{entry.mode:o}\0{entry.target}\0{entry.device}\0{content}"
 
 
 def ignore_file(context: Path, dockerfile: Path) -> Path | None:
@@ -126,7 +138,11 @@ def context_archive(context: Path, dockerfile: Path) -> tuple[IO[bytes], str]:
     """
     entries = context_entries(context, dockerfile)
     names = {entry.name for entry in entries}
-    name = _name_in_archive(context, dockerfile, names)
+    name = os.path.relpath(os.path.realpath(dockerfile), os.path.realpath(context))
+    directory = name.rpartition("/")[0]
+    # The engine removes an ignored Dockerfile, but not its ignored directory.
+    if directory and not {name, directory} & names:
+        name = OUTSIDE
     try:
         ignore = _archive_ignore_file(context, dockerfile, name, names)
         archive = tempfile.TemporaryFile()  # noqa: SIM115 -- the caller closes it
@@ -143,14 +159,6 @@ def context_archive(context: Path, dockerfile: Path) -> tuple[IO[bytes], str]:
         raise _unreadable(error) from None
     archive.seek(0)
     return archive, name
-
-
-def _name_in_archive(context: Path, dockerfile: Path, names: Collection[str]) -> str:
-    name = os.path.relpath(os.path.realpath(dockerfile), os.path.realpath(context))
-    directory = name.rpartition("/")[0]
-    # The engine removes an ignored Dockerfile, but not its ignored directory.
-    is_reachable = name in names or not directory or directory in names
-    return name if is_reachable else OUTSIDE
 
 
 def _archive_ignore_file(
@@ -277,22 +285,3 @@ def _without_empty(entries: Sequence[Entry], is_optional: Callable[[Entry], bool
             not_empty.add(entry.name.rpartition("/")[0])
             kept.append(entry)
     return kept[::-1]
-
-
-# --- Digests --------------------------------------------------------------------------------
-
-
-def _description(entry: Entry) -> str:
-    content = file_digest(entry.path) if entry.has_content else ""
-    # No name contains a zero byte.
-    return f"{entry.name}\0{entry.mode:o}\0{entry.target}\0{entry.device}\0{content}"
-
-
-def _counted(entries: Sequence[Entry], without: AbstractSet[Path]) -> list[Entry]:
-    above = {parent for path in without for parent in path.parents}
-    counted = [
-        entry
-        for entry in entries
-        if entry.path not in without and without.isdisjoint(entry.path.parents)
-    ]
-    return _without_empty(counted, lambda entry: entry.path in above)
