@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import files
 from guix_tasks.bootstrap.apt import Apt
-from guix_tasks.bootstrap.rootfs import SUITE
+from guix_tasks.bootstrap.base_image import SUITE
 from guix_tasks.engine.api import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError
 from guix_tasks.ui.log import LogReader

@@ -23,8 +23,7 @@ from harness import eventually, free_port
 
 from guix_tasks import files
 from guix_tasks.bootstrap.apt import Apt
-from guix_tasks.bootstrap.base_image import BASE_TAG
-from guix_tasks.bootstrap.rootfs import SUITE
+from guix_tasks.bootstrap.base_image import BASE_TAG, SUITE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
