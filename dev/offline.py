@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import files
 from guix_tasks.bootstrap.apt import Apt
-from guix_tasks.bootstrap.rootfs import SUITE
+from guix_tasks.bootstrap.base_image import SUITE
 from guix_tasks.engine.api import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError
 from guix_tasks.ui.log import LogReader
@@ -51,7 +51,7 @@ def make_material(engine: Engine, console: Console, image: str, directory: Path)
         # Packages of the image need not be downloaded.
         status = Path(scratch) / "status"
         status.write_bytes(_run(engine, console, image, ("cat", "/var/lib/dpkg/status")))
-        apt = Apt(files.cache_home() / "apt", [SUITE], status=status, failure=BuilderError)
+        apt = Apt([SUITE], status=status, failure=BuilderError)
         apt.update()
         apt.install_set(PACKAGES, cache / "debs")
     out = directory / "out"

@@ -12,13 +12,14 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks.bootstrap.service import locked
 from guix_tasks.errors import EngineError, GuixTasksError
+from guix_tasks.files import cache_home
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -62,10 +63,10 @@ class Apt:
     ``failure`` is the exception class to raise, which determines the exit code.
     """
 
-    directory: Path
     suites: Sequence[str]
     status: Path | None = None
     failure: type[GuixTasksError] = EngineError
+    directory: Path = field(default_factory=lambda: cache_home() / "apt")
 
     def update(self) -> None:
         """Fetch the package lists; required before a download."""

@@ -72,6 +72,5 @@ def _unpack(target: Path, console: Console) -> None:
     suites = list(dict.fromkeys((required_suite("buildx", hint, BuilderError), SUITE)))
     console.print(f"unpacking buildx from Debian's package {_PACKAGE}")
     root = target.with_name("root")
-    apt = Apt(files.cache_home() / "apt", suites, failure=BuilderError)
-    apt.unpack([f"{_PACKAGE}/{SUITE}"], root)
+    Apt(suites, failure=BuilderError).unpack([f"{_PACKAGE}/{SUITE}"], root)
     shutil.move(root / _IN_PACKAGE, target)

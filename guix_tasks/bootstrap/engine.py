@@ -15,7 +15,6 @@ import shutil
 import signal
 import socket
 import sys
-from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,19 +44,21 @@ _START_SECONDS = 60.0
 _STOP_SECONDS = 30.0
 
 
-@dataclass(frozen=True)
 class PrivateEngine:
     """Private engine in a directory; each user has one."""
 
-    directory: Path
-
-    @property
-    def socket(self) -> Path:
-        return self.directory / "docker.sock"
-
-    @property
-    def url(self) -> str:
-        return f"unix://{self.socket}"
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.socket = directory / "docker.sock"
+        self.url = f"unix://{self.socket}"
+        self._root = directory / "root"
+        self._run = directory / "run"
+        self._configuration = directory / "daemon.json"
+        self._daemon = Service(
+            program=self._root / "usr/sbin/dockerd",
+            pid_file=directory / "docker.pid",
+            log=directory / "dockerd.log",
+        )
 
     def running(self) -> bool:
         return self._daemon.pid() is not None
@@ -128,22 +129,6 @@ class PrivateEngine:
             command += f' PATH="$PATH":{shlex.quote(str(program.parent))}'
         return command
 
-    @property
-    def _root(self) -> Path:
-        return self.directory / "root"
-
-    @property
-    def _run(self) -> Path:
-        return self.directory / "run"
-
-    @property
-    def _daemon(self) -> Service:
-        return Service(
-            program=self._root / "usr/sbin/dockerd",
-            pid_file=self.directory / "docker.pid",
-            log=self.directory / "dockerd.log",
-        )
-
     def _check_host(self) -> None:
         if sys.platform != "linux":
             problem = "it needs Linux; install Docker Desktop or Docker Engine"
@@ -165,12 +150,8 @@ class PrivateEngine:
         hint = "install Docker Engine with the packages of your distribution"
         suite = required_suite("the private engine", hint, EngineError)
         console.print(f"unpacking Docker Engine from Debian's packages into {self._root}")
-        apt = Apt(files.cache_home() / "apt", list(dict.fromkeys((suite, SUITE))))
+        apt = Apt(list(dict.fromkeys((suite, SUITE))))
         apt.unpack([*(f"{name}/{SUITE}" for name in PACKAGES), f"runc/{suite}"], self._root)
-
-    @property
-    def _configuration(self) -> Path:
-        return self.directory / "daemon.json"
 
     def _check_store(self, store: ImageStore | None) -> None:
         if store is None:
@@ -228,7 +209,8 @@ class PrivateEngine:
             service.send(pid, signal.SIGKILL)
         service.wait_until(lambda: not self._leftovers(), _STOP_SECONDS)
         for point in self._mounts():
-            unmount(point)
+            # A small Debian has no umount program, so call the C library.
+            ctypes.CDLL(None).umount2(os.fsencode(point), _MNT_DETACH)
         if not self._mounts():
             shutil.rmtree(self._run, ignore_errors=True)
         self.socket.unlink(missing_ok=True)
@@ -285,14 +267,9 @@ def mounts_below(directory: Path, mountinfo: str) -> list[str]:
     escaped = [line.split(" ")[4] for line in mountinfo.splitlines()]
     # The kernel writes white space as octal escapes.
     points = [point.encode().decode("unicode_escape") for point in escaped]
-    directory = service.real(directory)
+    directory = directory.resolve()
     nested = [point for point in points if directory in Path(point).parents]
     return sorted(nested, key=len, reverse=True)
-
-
-def unmount(point: str) -> None:
-    # A small Debian has no umount program, so call the C library.
-    ctypes.CDLL(None).umount2(os.fsencode(point), _MNT_DETACH)
 
 
 def answers(path: Path) -> bool:

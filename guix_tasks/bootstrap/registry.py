@@ -11,7 +11,6 @@ import os
 import secrets
 import shlex
 import socket
-from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING
@@ -50,20 +49,13 @@ USER = "guix-tasks"
 _REALM = "the local registry of guix-tasks"
 
 
-@dataclass(frozen=True)
 class Account:
     """Account of all local registries of a user."""
 
-    directory: Path
-
-    @property
-    def password_file(self) -> Path:
-        return self.directory / "password"
-
-    @property
-    def accounts_file(self) -> Path:
+    def __init__(self, directory: Path) -> None:
+        self.password_file = directory / "password"
+        self.accounts_file = directory / "htpasswd"
         """File with the user and the hash of the password, which the registry reads."""
-        return self.directory / "htpasswd"
 
     def credentials(self) -> Credentials | None:
         """Return the user and password, or None before the account is made."""
@@ -108,16 +100,19 @@ def accounts(engine: str) -> dict[str, Credentials]:
     return {f"{host}:{port}": account for port in ports for host in ("localhost", _HOST)}
 
 
-@dataclass(frozen=True)
 class LocalRegistry:
     """Registry as a process; all ports of a user serve the same data."""
 
-    directory: Path
-    port: int = PORT
-
-    @property
-    def url(self) -> str:
-        return f"http://{_HOST}:{self.port}"
+    def __init__(self, directory: Path, port: int = PORT) -> None:
+        self.directory = directory
+        self.port = port
+        self.url = f"http://{_HOST}:{port}"
+        self.account = Account(directory)
+        self._service = Service(
+            program=directory / "root/usr/bin/docker-registry",
+            pid_file=directory / f"{port}.pid",
+            log=directory / f"{port}.log",
+        )
 
     def running(self) -> bool:
         return self._service.pid() is not None
@@ -151,18 +146,6 @@ class LocalRegistry:
             self._service.stop(_SECONDS)
         console.print(f"stopped the local registry; delete {self.directory} to delete its images")
 
-    @property
-    def account(self) -> Account:
-        return Account(self.directory)
-
-    @property
-    def _service(self) -> Service:
-        return Service(
-            program=self.directory / "root/usr/bin/docker-registry",
-            pid_file=self.directory / f"{self.port}.pid",
-            log=self.directory / f"{self.port}.log",
-        )
-
     def _check_port(self) -> None:
         with socket.socket() as probe:
             # Like the registry, accept a port that was just released.
@@ -179,12 +162,11 @@ class LocalRegistry:
         package, root = "docker-registry", self.directory / "root"
         suite = required_suite("the local registry", "set IMAGE to another registry", RegistryError)
         console.print(f"unpacking Debian's {package} into {root}")
-        cache = files.cache_home() / "apt"
         try:
-            Apt(cache, [suite], failure=RegistryError).unpack([package], root)
+            Apt([suite], failure=RegistryError).unpack([package], root)
         except RegistryError:
             console.print(f"cannot get {package} from {suite}; trying {_OTHER_SUITE}")
-            Apt(cache, [_OTHER_SUITE], failure=RegistryError).unpack([package], root)
+            Apt([_OTHER_SUITE], failure=RegistryError).unpack([package], root)
 
     def _start(self) -> None:
         configuration = self.directory / f"{self.port}.yml"
@@ -215,44 +197,36 @@ class LocalRegistry:
         }
 
 
-@dataclass(frozen=True)
 class ContainerRegistry:
     """Registry as a container, for an engine on another or a virtual machine.
 
     It listens on the ``localhost`` of the engine, which ``push`` uses.
     """
 
-    engine: Engine
-    port: int = PORT
-
-    @property
-    def _directory(self) -> Path:
-        return local_registry().directory
-
-    @property
-    def _mark(self) -> Path:
+    def __init__(self, engine: Engine, port: int = PORT) -> None:
+        self.engine = engine
+        self.port = port
+        self._directory = local_registry().directory
+        self._account = Account(self._directory)
+        self._mark = self._directory / f"{port}.engine"
         """File with the URL of the registry's engine."""
-        return self._directory / f"{self.port}.engine"
 
     def up(self, console: Console) -> None:
         """Start the registry on the engine's loopback unless it is running."""
-        account = Account(self._directory)
         with disk_errors_as(RegistryError), locked(self._directory / "lock"):
             self._directory.chmod(0o700)
             is_known = f"localhost:{self.port}" in accounts(self.engine.info().url)
-            account.make()
+            self._account.make()
             message = "the local registry is already running"
             if not is_known or not any(container.running for container in self._containers()):
-                self._start(account, console)
+                self._start(console)
                 message = "started the local registry"
         console.print(f"{message}: port {self.port} of the engine")
-        console.print(account.login_hint(self.port))
+        console.print(self._account.login_hint(self.port))
 
-    def _start(self, account: Account, console: Console) -> None:
+    def _start(self, console: Console) -> None:
         self._remove()
-        if self.engine.image(_IMAGE) is None:
-            pull = partial(self.engine.pull, _IMAGE, docker_accounts(os.environ).find(HUB))
-            retry_call(console, "the pull", pull)
+        pull_missing(self.engine, console, _IMAGE)
         container = self.engine.create(
             ContainerSpec(
                 name=f"guix-tasks-registry-{self.port}",
@@ -269,19 +243,15 @@ class ContainerRegistry:
             )
         )
         # The engine may be on another machine, so the file cannot be mounted.
-        content = {"htpasswd": account.accounts_file.read_bytes()}
+        content = {"htpasswd": self._account.accounts_file.read_bytes()}
         self.engine.copy_in(container, archive(content, directory=_IMAGE_DIRECTORY))
         self.engine.start(container)
         self._mark.write_text(self.engine.info().url)
 
     def down(self, console: Console) -> None:
         """Stop the registry; keep the pushed images in a volume."""
-        is_removed = self._remove()
-        console.print(
-            "stopped the local registry"
-            if is_removed
-            else "no local registry of guix-tasks is running"
-        )
+        stopped, absent = "stopped the local registry", "no local registry of guix-tasks is running"
+        console.print(stopped if self._remove() else absent)
 
     def _containers(self) -> list[Container]:
         return self.engine.containers({_LABEL: str(self.port)})
@@ -292,6 +262,13 @@ class ContainerRegistry:
             self.engine.remove(container.id)
         self._mark.unlink(missing_ok=True)
         return bool(containers)
+
+
+def pull_missing(engine: Engine, console: Console, image: str) -> None:
+    """Pull an image from Docker Hub unless the engine has it."""
+    if engine.image(image) is None:
+        account = docker_accounts(os.environ).find(HUB)
+        retry_call(console, "the pull", partial(engine.pull, image, account))
 
 
 def registry_for(engine: Engine, port: int = PORT) -> LocalRegistry | ContainerRegistry:

@@ -47,7 +47,7 @@ class Service:
             pid = int(self.pid_file.read_text())
         except (OSError, ValueError):
             return None
-        return pid if program_of(pid) == real(self.program) else None
+        return pid if program_of(pid) == self.program.resolve() else None
 
     def start(self, arguments: Sequence[str], path: Sequence[Path] = ()) -> subprocess.Popen[bytes]:
         """Start the daemon in a new session, which neither Ctrl-C nor the end of ``inv`` stops."""
@@ -122,10 +122,6 @@ def http_status(address: str | tuple[str, int], path: str) -> int | None:
             client.close()
 
 
-def real(path: Path) -> Path:
-    return Path(os.path.realpath(path))
-
-
 def program_of(pid: int) -> Path | None:
     """Return the program of a process, or None if it ended or belongs to another user."""
     try:
@@ -153,7 +149,7 @@ def processes() -> list[int]:
 
 def processes_below(directory: Path) -> list[int]:
     """Return the processes whose program is in a directory."""
-    directory = real(directory)
+    directory = directory.resolve()
     programs = ((pid, program_of(pid)) for pid in processes())
     return [pid for pid, program in programs if program and directory in program.parents]
 

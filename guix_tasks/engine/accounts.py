@@ -172,11 +172,8 @@ def _ask_helper(helper: str, host: str, environment: Mapping[str, str]) -> Crede
         raise _helper_error(host, f"{program} printed an answer without Username and Secret")
     if not secret:  # some helpers print an empty answer for an unknown host
         return None
-    return (
-        Credentials("", "", secret)
-        if username == docker.auth.TOKEN_USERNAME
-        else Credentials(username, secret)
-    )
+    is_token = username == docker.auth.TOKEN_USERNAME
+    return Credentials("", "", secret) if is_token else Credentials(username, secret)
 
 
 def _helper_error(host: str, reason: str) -> RegistryError:

@@ -152,8 +152,6 @@ class Container:
     image: str
     labels: Mapping[str, str]
     running: bool
-    created: int
-    """Seconds since the epoch."""
     addresses: Mapping[str, str] = field(default_factory=dict)
     """IP address by network name; empty on the host's network."""
 
@@ -178,8 +176,9 @@ class BuildSpec:
 class Engine(Protocol):
     """A container engine.
 
-    Every method may raise ``EngineError``. ``image`` parameters are an ID or a tag, ``container``
-    parameters an ID. ``labels`` select objects that have all of these labels.
+    Every method may raise ``EngineError``; ``build`` also ``BuilderError``; ``check_registry``,
+    ``push`` and ``pull`` also ``RegistryError``. ``image`` parameters are an ID or a tag,
+    ``container`` parameters an ID. ``labels`` select objects that have all of these labels.
 
     ``credentials`` is the account of the registry of ``reference``, or None for anonymous access.
     """
@@ -189,11 +188,9 @@ class Engine(Protocol):
 
     def info(self) -> EngineInfo:
         """Return the description of the engine."""
-        ...
 
     def local_accounts(self) -> Mapping[str, Credentials]:
         """Return the accounts of the local registries that serve this engine, by host."""
-        ...
 
     # --- images ---
 
@@ -222,10 +219,7 @@ class Engine(Protocol):
         """Create an image with one layer from a tar archive and return its ID."""
 
     def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
-        """Build an image, pass the log to ``output`` and return the image's ID.
-
-        Raise ``BuilderError`` if the build fails.
-        """
+        """Build an image, pass the log to ``output`` and return the image's ID."""
 
     # --- registries ---
 
@@ -236,30 +230,17 @@ class Engine(Protocol):
         """Check that the registry of a reference answers and accepts the account.
 
         The image itself may be missing. Return False if the engine has no call for this check.
-
-        Raise ``RegistryError`` if the registry is unreachable or refuses the account.
         """
-        ...
 
     def push(
         self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> str:
-        """Push a tag and return the digest from the registry's answer.
-
-        Raise ``RegistryError`` if the push fails.
-        """
+        """Push a tag and return the digest from the registry's answer."""
 
     def pull(
-        self,
-        reference: str,
-        credentials: Credentials | None,
-        platform: str | None = None,
-        progress: Progress | None = None,
+        self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> None:
-        """Pull a reference into the local images.
-
-        Raise ``RegistryError`` if the pull fails.
-        """
+        """Pull a reference into the local images."""
 
     # --- volumes ---
 

@@ -11,7 +11,7 @@ import re
 import stat
 import tarfile
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -22,7 +22,7 @@ from guix_tasks.oci.dockerignore import Matcher, Matches, PatternError, read_pat
 from guix_tasks.oci.tar import add_file
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from collections.abc import Set as AbstractSet
 
 IGNORE_FILE = ".dockerignore"
@@ -60,7 +60,7 @@ def context_entries(context: Path, dockerfile: Path) -> list[Entry]:
     file = ignore_file(context, dockerfile)
     try:
         matcher = Matcher(read_patterns(file.read_bytes()) if file else ())
-        return list(_Walker(context, matcher).entries())
+        return _Walker(context, matcher).entries()
     except PatternError as error:
         raise UsageError(f"{file}:{error.line}: {error.reason}; correct this line") from None
     except OSError as error:
@@ -75,10 +75,22 @@ def context_digest(entries: Sequence[Entry], without: AbstractSet[Path] = frozen
 
     Raise ``UsageError`` if a file cannot be read.
     """
+    above = {parent for path in without for parent in path.parents}
+    counted = [
+        entry
+        for entry in entries
+        if entry.path not in without and without.isdisjoint(entry.path.parents)
+    ]
     try:
-        return list_digest(_description, _counted(entries, without))
+        return list_digest(_description, _without_empty(counted, lambda entry: entry.path in above))
     except OSError as error:
         raise _unreadable(error) from None
+
+
+def _description(entry: Entry) -> str:
+    content = file_digest(entry.path) if entry.has_content else ""
+    # No name contains a zero byte.
+    return f"{entry.name}\0{entry.mode:o}\0{entry.target}\0{entry.device}\0{content}"
 
 
 def ignore_file(context: Path, dockerfile: Path) -> Path | None:
@@ -126,7 +138,11 @@ def context_archive(context: Path, dockerfile: Path) -> tuple[IO[bytes], str]:
     """
     entries = context_entries(context, dockerfile)
     names = {entry.name for entry in entries}
-    name = _name_in_archive(context, dockerfile, names)
+    name = os.path.relpath(os.path.realpath(dockerfile), os.path.realpath(context))
+    directory = name.rpartition("/")[0]
+    # The engine removes an ignored Dockerfile, but not its ignored directory.
+    if directory and not {name, directory} & names:
+        name = OUTSIDE
     try:
         ignore = _archive_ignore_file(context, dockerfile, name, names)
         archive = tempfile.TemporaryFile()  # noqa: SIM115 -- the caller closes it
@@ -143,14 +159,6 @@ def context_archive(context: Path, dockerfile: Path) -> tuple[IO[bytes], str]:
         raise _unreadable(error) from None
     archive.seek(0)
     return archive, name
-
-
-def _name_in_archive(context: Path, dockerfile: Path, names: Collection[str]) -> str:
-    name = os.path.relpath(os.path.realpath(dockerfile), os.path.realpath(context))
-    directory = name.rpartition("/")[0]
-    # The engine removes an ignored Dockerfile, but not its ignored directory.
-    is_reachable = name in names or not directory or directory in names
-    return name if is_reachable else OUTSIDE
 
 
 def _archive_ignore_file(
@@ -209,59 +217,39 @@ def _unreadable(error: OSError) -> UsageError:
 # --- Walking --------------------------------------------------------------------------------
 
 
-@dataclass
-class _Level:
-    """A directory on the path of the walk."""
-
-    names: Iterator[str]
-    """Names that are still to be visited."""
-    unsent: Entry | None
-    """The directory's entry until it is sent; None for the context itself."""
-    prefix: str
-    matches: Matches | None
-
-
 class _Walker:
-    """Walk of a context in BuildKit's order, without the ignored entries."""
+    """Walk of a context in BuildKit's order."""
 
     def __init__(self, context: Path, matcher: Matcher) -> None:
         self._context = Path(os.path.realpath(context))
         self._matcher = matcher
         self._first_names: dict[tuple[int, int], str] = {}
-        self._levels: list[_Level] = []
 
-    def entries(self) -> Iterator[Entry]:
-        self._levels = [_Level(_names(self._context), None, "", None)]
-        while self._levels:
-            level = self._levels[-1]
-            name = next(level.names, None)
-            if name is None:
-                self._levels.pop()
-            else:
-                yield from self._visit(f"{level.prefix}{name}", level.matches)
-
-    def _visit(self, name: str, parent: Matches | None) -> Iterator[Entry]:
-        ignored, matches = self._matcher.ignores_below(name, parent)
-        path = self._context / name
-        with _skip_unreadable(ignored=ignored):
-            status = path.lstat()
-            is_directory = stat.S_ISDIR(status.st_mode)
-            if ignored and (not is_directory or self._matcher.skips(name)):
-                return
-            entry = self._entry(name, path, status)
-            if not ignored:
-                yield from self._ignored_parents()
-                yield entry
-            if is_directory:
-                unsent = entry if ignored else None
-                self._levels.append(_Level(_names(path), unsent, f"{name}/", matches))
-
-    def _ignored_parents(self) -> Iterator[Entry]:
-        """Yield ignored directories that contain an entry that is not ignored."""
-        for level in self._levels:
-            if level.unsent:
-                yield level.unsent
-                level.unsent = None
+    def entries(self) -> list[Entry]:
+        """Return the entries that are not ignored, and the directories that contain them."""
+        entries: list[Entry] = []
+        ignored_directories: set[str] = set()
+        stack: list[tuple[str, Matches | None]] = [(name, None) for name in _names(self._context)]
+        while stack:
+            name, parent = stack.pop()
+            ignored, matches = self._matcher.ignores_below(name, parent)
+            path = self._context / name
+            try:
+                status = path.lstat()
+                is_directory = stat.S_ISDIR(status.st_mode)
+                if ignored and (not is_directory or self._matcher.skips(name)):
+                    continue
+                entries.append(self._entry(name, path, status))
+                if ignored:
+                    ignored_directories.add(name)
+                if is_directory:
+                    stack += [(f"{name}/{child}", matches) for child in _names(path)]
+            except FileNotFoundError:  # deleted during the walk
+                continue
+            except PermissionError:
+                if not ignored:
+                    raise
+        return _without_empty(entries, lambda entry: entry.name in ignored_directories)
 
     def _entry(self, name: str, path: Path, status: os.stat_result) -> Entry:
         mode = status.st_mode
@@ -282,40 +270,18 @@ class _Walker:
         return Entry(name, path, mode, is_emptied=emptied)
 
 
-def _names(directory: Path) -> Iterator[str]:
+def _names(directory: Path) -> list[str]:
+    """Return the names in a directory, last first."""
     with os.scandir(directory) as entries:
-        return iter(sorted((entry.name for entry in entries), key=os.fsencode))
+        return sorted((entry.name for entry in entries), key=os.fsencode, reverse=True)
 
 
-@contextmanager
-def _skip_unreadable(*, ignored: bool) -> Iterator[None]:
-    """Skip entries that were deleted during the walk and, if ignored, unreadable ones."""
-    try:
-        yield
-    except FileNotFoundError:
-        return
-    except PermissionError:
-        if not ignored:
-            raise
-
-
-# --- Digests --------------------------------------------------------------------------------
-
-
-def _description(entry: Entry) -> str:
-    content = file_digest(entry.path) if entry.has_content else ""
-    # No name contains a zero byte.
-    return f"{entry.name}\0{entry.mode:o}\0{entry.target}\0{entry.device}\0{content}"
-
-
-def _counted(entries: Sequence[Entry], without: AbstractSet[Path]) -> list[Entry]:
-    above = {parent for path in without for parent in path.parents}
-    counted: list[Entry] = []
+def _without_empty(entries: Sequence[Entry], is_optional: Callable[[Entry], bool]) -> list[Entry]:
+    """Return the entries without the optional directories that contain no other entry."""
+    kept: list[Entry] = []
     not_empty: set[str] = set()
     for entry in reversed(entries):  # the content of a directory precedes it in this order
-        if entry.path in without or not without.isdisjoint(entry.path.parents):
-            continue
-        if entry.path not in above or entry.name in not_empty:
+        if not is_optional(entry) or entry.name in not_empty:
             not_empty.add(entry.name.rpartition("/")[0])
-            counted.append(entry)
-    return counted[::-1]
+            kept.append(entry)
+    return kept[::-1]

@@ -28,91 +28,64 @@ def cause(log: str) -> str:
 
 UNKNOWN_FLAG = "unknown flag: --security"
 
-
 INSECURE_REFUSED = re.compile(
     r"security\.insecure is not allowed|granting entitlement security\.insecure"
 )
 
+EMULATE = "docker run --privileged --rm tonistiigi/binfmt --install"
+"""Command that installs emulators, from docs.docker.com/build/building/multi-platform."""
 
 _OTHER_DRIVER = (
     "use another driver (BUILDX_DRIVER=docker-container), or an engine with the containerd "
     "image store"
 )
 
-
-_HOST_NETWORK = "run `inv buildx.setup --recreate`, which allows it, or set NETWORK=none"
-
-
-_OLD_FRONTEND = (
-    "the builder's Dockerfile frontend is older than 1.20: set BUILDKIT_SYNTAX to one that the "
-    "builder can pull, or use a builder with BuildKit 0.26 or newer"
-)
-
-
-EMULATE = "docker run --privileged --rm tonistiigi/binfmt --install"
-"""Command that installs emulators, from docs.docker.com/build/building/multi-platform."""
-
-
-_NO_PLATFORM = (
-    "the builder or the base image does not have this platform: install its emulator with "
-    f"`{EMULATE} ARCH`, or change PLATFORMS"
-)
-
-
-_REFUSED = (
-    "the registry refuses: check that it runs (`inv registry.up` for a local one), and that the "
-    "account of DOCKER_USERNAME and DOCKER_PASSWORD, or of `docker login`, may write to it"
-)
-
-
-_NO_REGISTRY = (
-    "no registry listens there for the builder: start it (`inv registry.up` for a local one), or "
-    "change IMAGE; a builder in a separate network cannot reach this machine's localhost "
-    "(`inv buildx.setup --recreate`)"
-)
-
-
-_CACHE = "fix BUILDX_CACHE_FROM or BUILDX_CACHE_TO"
-
-
-_UNREACHABLE = (
-    "the builder's node is unreachable: start it, or fix BUILDX_DRIVER and BUILDX_NODES; "
-    "`inv buildx.status` shows the nodes"
-)
-
-
-_HINTS: Mapping[str, tuple[type[GuixTasksError], str]] = {
-    INSECURE_REFUSED.pattern: (BuilderError, "run `inv buildx.setup`, which prints the fix"),
-    r"network\.host is not allowed|granting entitlement network\.host": (
-        BuilderError, f"the builder does not allow steps on the host's network: {_HOST_NETWORK}",
+_HINTS: Mapping[str, GuixTasksError] = {
+    INSECURE_REFUSED.pattern: BuilderError("run `inv buildx.setup`, which prints the fix"),
+    r"network\.host is not allowed|granting entitlement network\.host": BuilderError(
+        "the builder does not allow steps on the host's network: run "
+        "`inv buildx.setup --recreate`, which allows it, or set NETWORK=none"
     ),
-    re.escape(UNKNOWN_FLAG): (BuilderError, _OLD_FRONTEND),
-    r"no builder .* found": (BuilderError, "run `inv buildx.setup` to create it"),
-    r"multi-?platform|multiple platforms": (
-        BuilderError, f"this builder builds one platform at a time: {_OTHER_DRIVER}",
+    re.escape(UNKNOWN_FLAG): BuilderError(
+        "the builder's Dockerfile frontend is older than 1.20: set BUILDKIT_SYNTAX to one that the "
+        "builder can pull, or use a builder with BuildKit 0.26 or newer"
     ),
-    r"(attestation|cache export|(oci|docker) exporter).* not supported|exporter .* not be found": (
-        BuilderError, f"the engine's built-in builder cannot do that: {_OTHER_DRIVER}",
+    r"no builder .* found": BuilderError("run `inv buildx.setup` to create it"),
+    r"multi-?platform|multiple platforms": BuilderError(
+        f"this builder builds one platform at a time: {_OTHER_DRIVER}"
     ),
-    r"exec format error|no match for platform|does not match the specified platform": (
-        BuilderError, _NO_PLATFORM,
+    r"(attestation|cache export|(oci|docker) exporter).* not supported|"
+    r"exporter .* not be found": BuilderError(
+        f"the engine's built-in builder cannot do that: {_OTHER_DRIVER}"
     ),
-    r"(cache|importer|exporter) requires|unknown cache": (BuilderError, _CACHE),
-    r"driver option|tls enabled|duplicate endpoint|failed to parse endpoint": (
-        BuilderError, "correct BUILDX_NODES",
+    r"exec format error|no match for platform|does not match the specified platform": BuilderError(
+        "the builder or the base image does not have this platform: install its emulator with "
+        f"`{EMULATE} ARCH`, or change PLATFORMS"
     ),
-    r"(failed to push|failed to do request).*connection refused": (RegistryError, _NO_REGISTRY),
+    r"(cache|importer|exporter) requires|unknown cache": BuilderError(
+        "fix BUILDX_CACHE_FROM or BUILDX_CACHE_TO"
+    ),
+    r"driver option|tls enabled|duplicate endpoint|failed to parse endpoint": BuilderError(
+        "correct BUILDX_NODES"
+    ),
+    r"(failed to push|failed to do request).*connection refused": RegistryError(
+        "no registry listens there for the builder: start it (`inv registry.up` for a local one), "
+        "or change IMAGE; a builder in a separate network cannot reach this machine's localhost "
+        "(`inv buildx.setup --recreate`)"
+    ),
     r"failed to (push|authorize)|push access denied|insufficient_scope|"
-    r"40[13] (unauthorized|forbidden)|no basic auth|failed to do request": (
-        RegistryError, _REFUSED,
+    r"40[13] (unauthorized|forbidden)|no basic auth|failed to do request": RegistryError(
+        "the registry refuses: check that it runs (`inv registry.up` for a local one), and that "
+        "the account of DOCKER_USERNAME and DOCKER_PASSWORD, or of `docker login`, may write to it"
     ),
     r"failed to list workers|failed to initialize builder|connection refused|no such host|"
-    r"cannot connect to the docker daemon|i/o timeout|deadline exceeded|no route to host": (
-        BuilderError, _UNREACHABLE,
+    r"cannot connect to the docker daemon|i/o timeout|deadline exceeded|"
+    r"no route to host": BuilderError(
+        "the builder's node is unreachable: start it, or fix BUILDX_DRIVER and BUILDX_NODES; "
+        "`inv buildx.status` shows the nodes"
     ),
-}  # fmt: skip
-"""Exception and hint, by a pattern of buildx's message."""
-
+}
+"""Kind of error and its hint, by a pattern of buildx's message."""
 
 _STEP = re.compile(
     r'process ".*/var/guix/guix-tasks/stage (?P<stage>\S+)" did not complete successfully: '
@@ -150,24 +123,12 @@ def failure(log: str, spec: BuildSpec | None = None) -> GuixTasksError:
             f"{step['stage']}: the command failed with exit status {step['status']}, and nothing "
             "was pushed; see the output above"
         )
-    for pattern, (kind, hint) in _HINTS.items():
-        if re.search(pattern, reason, re.IGNORECASE):
-            error = kind(f"{reason}; {hint}")
-            error.is_transient = retry.is_transient(reason)
-            return error
-    if spec:
+    hints = (hint for pattern, hint in _HINTS.items() if re.search(pattern, reason, re.IGNORECASE))
+    hint = next(hints, None)
+    if spec and not hint:
         return build_error(spec, reason)
-    error = BuilderError(f"{reason}{full_disk(reason)}")
+    error = type(hint)(f"{reason}; {hint}") if hint else BuilderError(reason + full_disk(reason))
     error.is_transient = retry.is_transient(reason)
-    return error
-
-
-def build_error(spec: BuildSpec, reason: str) -> BuilderError:
-    """Return the error of a failed build, in one line, with a hint if one is known."""
-    error = _build_error(spec, reason)
-    # A number in the output of a step, in a Dockerfile or in a tag may look like an HTTP status.
-    text = reason.replace(spec.args.get("BASE_IMAGE", ""), "")
-    error.is_transient = retry.is_transient(text) and not _PERMANENT.search(text)
     return error
 
 
@@ -182,29 +143,36 @@ _REQUEST = re.compile(
 )
 
 
-def _build_error(spec: BuildSpec, reason: str) -> BuilderError:
+def build_error(spec: BuildSpec, reason: str) -> BuilderError:
+    """Return the error of a failed build, in one line, with a hint if one is known."""
     base = spec.args.get("BASE_IMAGE", "")
     if SCANNER in reason:
-        return BuilderError(
+        message = (
             f"the builder cannot pull the SBOM scanner {SCANNER}: {reason}; remove sbom from "
             "BUILDX_ATTESTATIONS"
         )
-    if "invalid UTF-8" in reason:
-        return BuilderError(
+    elif "invalid UTF-8" in reason:
+        message = (
             f"a name in BUILD_CONTEXT is not UTF-8, which BuildKit cannot send: {reason}; rename "
             "the file, or list it in .dockerignore"
         )
-    if "unknown scheme oci-layout" in reason:
-        return BuilderError(
+    elif "unknown scheme oci-layout" in reason:
+        message = (
             f"only the engine has {base}, and this builder cannot read an image of the engine; "
             "push it to a registry that the builder reaches, and set BASE_IMAGE to that reference"
         )
-    if any(words in reason for words in NO_BASE):
+    elif any(words in reason for words in NO_BASE):
         # The message repeats the reference and the URL up to three times.
         short = _REQUEST.sub("", reason.removeprefix(f"{base}: ")).removeprefix(f"{base}: ")
-        return BuilderError(
+        message = (
             f"cannot get the base image {base}: {short}; set BASE_IMAGE to one that the engine has "
             "or can pull (`inv rootfs` builds one from Debian's packages)"
         )
-    hint = full_disk(reason) or "; see the output above"
-    return BuilderError(f"cannot build {spec.dockerfile}: {reason}{hint}")
+    else:
+        hint = full_disk(reason) or "; see the output above"
+        message = f"cannot build {spec.dockerfile}: {reason}{hint}"
+    error = BuilderError(message)
+    # A number in the output of a step, in a Dockerfile or in a tag may look like an HTTP status.
+    text = reason.replace(base, "")
+    error.is_transient = retry.is_transient(text) and not _PERMANENT.search(text)
+    return error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -14,10 +14,9 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 import docker
-import docker.context
+import docker.auth
 import docker.errors
 import docker.types
-import docker.utils
 import requests
 import urllib3.exceptions
 
@@ -26,8 +25,7 @@ from guix_tasks.engine.accounts import HUB, docker_key
 from guix_tasks.engine.api import Container, EngineInfo, Image, Layer
 from guix_tasks.engine.build_context import context_archive, linked_context
 from guix_tasks.engine.discovery import Address, error_line
-from guix_tasks.engine.docker_ssh import Client, client_over_ssh
-from guix_tasks.engine.ssh import Ssh
+from guix_tasks.engine.ssh import Ssh, SshAdapter
 from guix_tasks.errors import (
     REFUSED,
     BuilderError,
@@ -36,10 +34,12 @@ from guix_tasks.errors import (
     RegistryError,
     full_disk,
 )
+from guix_tasks.oci.platform import canonical_name
 from guix_tasks.oci.reference import ImageReference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+    from contextlib import AbstractContextManager
 
     from guix_tasks.engine.accounts import Credentials
     from guix_tasks.engine.api import BuildSpec, ContainerSpec, Progress
@@ -101,6 +101,7 @@ class DockerEngine:
     def __init__(self, address: Address, helpers: Helpers = _NO_HELPERS) -> None:
         self.address = address
         self._helpers = helpers
+        self._ssh = Ssh(address.url) if address.url.startswith("ssh://") else None
 
     def info(self) -> EngineInfo:
         return self._info
@@ -120,7 +121,7 @@ class DockerEngine:
             name=info.get("Name", ""),
             version=info["ServerVersion"],
             product=self.product,
-            platform=_platform(info["OSType"], info["Architecture"]),
+            platform=canonical_name(f"{info['OSType']}/{info['Architecture']}"),
             storage_driver=info.get("Driver", ""),
             uses_containerd=_CONTAINERD_STORE in dict(info.get("DriverStatus") or ()).values(),
             has_bridge=has_bridge,
@@ -182,10 +183,10 @@ class DockerEngine:
 
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
         with self._engine_errors("list containers"):
-            containers = self._api.containers(all=True, filters={"label": _filters(labels)})
-        return sorted(
-            map(_container, containers), key=lambda container: container.created, reverse=True
-        )
+            answers = self._api.containers(all=True, filters={"label": _filters(labels)})
+        # The API documents no order.
+        answers.sort(key=lambda answer: answer["Created"], reverse=True)
+        return [_container(answer) for answer in answers]
 
     def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
         try:
@@ -201,7 +202,10 @@ class DockerEngine:
         with self._engine_errors(action):
             try:
                 if credentials and credentials.password:
-                    _log_in(self._api, "" if host == HUB else host, credentials)
+                    self._api.login(
+                        credentials.username, credentials.password,
+                        registry="" if host == HUB else host, reauth=True,
+                    )  # fmt: skip
                 return self._look_up(reference, credentials)
             except docker.errors.NotFound:
                 pass
@@ -227,11 +231,8 @@ class DockerEngine:
             self._api.create_volume(name, labels=dict(labels))
 
     def remove_volume(self, name: str) -> None:
-        with self._engine_errors(f"remove the volume {name}"):
-            try:
-                self._api.remove_volume(name)
-            except docker.errors.NotFound:
-                return
+        with self._engine_errors(f"remove the volume {name}"), suppress(docker.errors.NotFound):
+            self._api.remove_volume(name)
 
     def tag(self, image: str, reference: str) -> None:
         repository, _, tag = reference.rpartition(":")
@@ -352,11 +353,8 @@ class DockerEngine:
             self._work_api.stop(container, timeout=seconds)
 
     def remove(self, container: str) -> None:
-        with self._engine_errors("remove a container"):
-            try:
-                self._work_api.remove_container(container, v=True, force=True)
-            except docker.errors.NotFound:
-                return
+        with self._engine_errors("remove a container"), suppress(docker.errors.NotFound):
+            self._work_api.remove_container(container, v=True, force=True)
 
     def commit(self, container: str, config: Mapping[str, Any]) -> str:
         with self._engine_errors("commit a container"):
@@ -364,16 +362,12 @@ class DockerEngine:
 
     def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
         with self._engine_errors(f"import {reference}"):
-            answer = self._work_api.import_image_from_data(archive, *self._import_name(reference))
+            answer = self._work_api.import_image_from_data(archive, reference)
         last = json.loads(answer.strip().splitlines()[-1])
         if "error" in last:
             reason = last["error"]
             raise EngineError(f"{REFUSED} import {reference}: {reason}{full_disk(reason)}")
         return str(last["status"])
-
-    def _import_name(self, reference: str) -> tuple[str, str | None]:
-        repository, _, tag = reference.rpartition(":")
-        return repository, tag
 
     def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
         build = self._helpers.find_build(self.address)
@@ -408,10 +402,27 @@ class DockerEngine:
                 "BUILD_SECRETS needs buildx, which is not installed on this machine; "
                 "install the package docker-buildx (docker-buildx-plugin in Docker's own archive)"
             )
-        image = ""
-        with self._engine_errors("build"):
+        accounts = spec.accounts.every() if spec.accounts else {}
+        # The SDK would pack the context by different rules for .dockerignore.
+        context, dockerfile = context_archive(spec.context, spec.dockerfile)
+        base, image = spec.args.get("BASE_IMAGE", "scratch"), ""
+        with self._engine_errors("build"), self._plain_http(base):
+            self._work_api.set_accounts(
+                {docker_key(host): _auth_config(account) for host, account in accounts.items()}
+            )
             try:
-                for event in self._build_events(spec):
+                events = self._work_api.build(
+                    fileobj=context,
+                    custom_context=True,
+                    dockerfile=dockerfile,
+                    buildargs={**spec.proxies, **spec.args},
+                    platform=spec.platform,
+                    network_mode=spec.network,
+                    rm=True,
+                    forcerm=True,
+                    decode=True,
+                )
+                for event in events:
                     if "error" in event:
                         raise diagnose.build_error(spec, error_line(event["error"]))
                     output(event.get("stream", "").encode())
@@ -420,71 +431,36 @@ class DockerEngine:
                 raise diagnose.build_error(spec, error_line(error)) from None
         return str(image)
 
-    def _build_events(self, spec: BuildSpec) -> Iterator[dict[str, Any]]:
-        accounts = spec.accounts.every() if spec.accounts else {}
-        self._work_api.set_accounts(
-            {docker_key(host): _auth_config(account) for host, account in accounts.items()}
-        )
-        # The SDK would pack the context by different rules for .dockerignore.
-        context, dockerfile = context_archive(spec.context, spec.dockerfile)
-        return self._work_api.build(
-            fileobj=context,
-            custom_context=True,
-            dockerfile=dockerfile,
-            buildargs={**spec.proxies, **spec.args},
-            platform=spec.platform,
-            network_mode=spec.network,
-            rm=True,
-            forcerm=True,
-            decode=True,
-        )
+    def _plain_http(self, _reference: str) -> AbstractContextManager[None]:
+        """Allow plain HTTP to a registry on loopback, which Docker allows by default."""
+        return nullcontext()
 
     def push(
         self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> str:
         digest = ""
-        with self._engine_errors(f"push {reference}"):
-            events = self._push_events(reference, credentials)
+        with self._engine_errors(f"push {reference}"), self._plain_http(reference):
+            events = self._work_api.push(
+                reference, stream=True, decode=True, auth_config=_auth_config(credentials)
+            )
             # A failed push raises nothing: the error is an event of the stream.
             for event in _events(events, f"push {reference}", progress):
-                digest = self._pushed_digest(event) or digest
+                digest = _pushed_digest(event) or digest
         if not digest:
             raise RegistryError(f"cannot push {reference}: the registry answered no digest")
         return digest
 
-    def _push_events(
-        self, reference: str, credentials: Credentials | None
-    ) -> Iterator[dict[str, Any]]:
-        repository, _, tag = reference.rpartition(":")
-        events: Iterator[dict[str, Any]] = self._work_api.push(
-            repository, tag, stream=True, decode=True, auth_config=_auth_config(credentials)
-        )
-        return events
-
-    @staticmethod
-    def _pushed_digest(event: Mapping[str, Any]) -> str:
-        """Return the digest in an event of a push, or an empty string.
-
-        The classic image store sends the digest as data, the containerd store in a status line.
-        """
-        line = _PUSHED.fullmatch(event.get("status", ""))
-        return str((event.get("aux") or {}).get("Digest", "")) or (line[1] if line else "")
-
     def pull(
-        self,
-        reference: str,
-        credentials: Credentials | None,
-        platform: str | None = None,
-        progress: Progress | None = None,
+        self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> None:
         name, at, digest = reference.partition("@")
         repository, _, tag = (name, at, digest) if at else reference.rpartition(":")
         with self._engine_errors(f"pull {reference}"):
             try:
+                account = _auth_config(credentials)
                 events = self._work_api.pull(
-                    repository, tag, stream=True, decode=True,
-                    auth_config=_auth_config(credentials), platform=platform,
-                )  # fmt: skip
+                    repository, tag, stream=True, decode=True, auth_config=account
+                )
             except docker.errors.APIError as error:
                 raise _registry_error(f"pull {reference}", error_line(error)) from None
             for _ in _events(events, f"pull {reference}", progress):
@@ -499,18 +475,13 @@ class DockerEngine:
         return self._client(WORK_TIMEOUT, self._api.api_version)
 
     def _client(self, timeout: int, version: str) -> Client:
-        if self._ssh:
-            return client_over_ssh(self._ssh, timeout, version)
         return Client(
-            base_url=self.address.url,
+            self.address.url,
+            timeout,
+            self._ssh,
             tls=self.address.tls or False,
-            timeout=timeout,
             version=version,
         )
-
-    @cached_property
-    def _ssh(self) -> Ssh | None:
-        return Ssh(self.address.url) if self.address.url.startswith("ssh://") else None
 
     @contextmanager
     def _engine_errors(self, action: str) -> Iterator[None]:
@@ -520,12 +491,12 @@ class DockerEngine:
         """
         try:
             yield
-        except GuixTasksError:
-            raise
         except docker.errors.APIError as error:
             reason = error_line(error)
             raise EngineError(f"{REFUSED} {action}: {reason}{full_disk(reason)}") from None
         except _NO_ANSWER as error:
+            if isinstance(error.__cause__, GuixTasksError):  # the SDK wraps an error of ssh
+                raise error.__cause__ from None
             raise EngineError(self._unreachable(error)) from None
 
     def _unreachable(self, error: Exception) -> str:
@@ -539,8 +510,45 @@ class DockerEngine:
                 "the socket (`sudo usermod -aG docker $USER`, then log in again)"
             )
         start = "`inv engine.up`" if self.address.origin == "private engine" else "start it"
-        cause = _root_cause(text)
+        # The message of requests nests several exceptions.
+        innermost = re.search(
+            "Connection refused|Connection reset by peer|closed connection|Connection broken|"
+            "No such file or directory|timed out|Name or service",
+            text,
+        )
+        cause = innermost[0].lower() if innermost else " ".join(text.split())
         return f"{engine} does not answer: {cause}; {start}, or set DOCKER_HOST to another one"
+
+
+class Client(docker.APIClient):
+    """SDK client that does not read Docker's config.json.
+
+    Accounts come from ``set_accounts``, so that a broken config.json is not an error. With ``ssh``,
+    the connection is made over SSH; the SDK's SSH support needs paramiko even if it runs ssh.
+    """
+
+    def __init__(self, base_url: str, timeout: int, ssh: Ssh | None = None, **options: Any) -> None:
+        self._ssh_adapter = SshAdapter(ssh, timeout) if ssh else None
+        super().__init__("unix:///ssh" if ssh else base_url, timeout=timeout, **options)
+        self.set_accounts({})
+
+    def get_adapter(self, url: str) -> Any:
+        return self._ssh_adapter or super().get_adapter(url)
+
+    @property
+    def _general_configs(self) -> dict[str, Any]:
+        return {"auths": {}}  # an empty dictionary would let the SDK read the file
+
+    @_general_configs.setter
+    def _general_configs(self, _: object) -> None: ...
+
+    def set_accounts(self, accounts: Mapping[str, Any]) -> None:
+        """Set the accounts of a build, by ``docker_key`` of their hosts."""
+        self._auth_configs = _Accounts({"auths": dict(accounts)})
+
+
+class _Accounts(docker.auth.AuthConfig):
+    is_empty = False  # True would let the SDK read the file
 
 
 def _disk_usage(image: Mapping[str, Any]) -> int:
@@ -551,10 +559,6 @@ def _disk_usage(image: Mapping[str, Any]) -> int:
     """
     totals = [manifest["Size"]["Total"] for manifest in image.get("Manifests") or ()]
     return sum(totals) or int(image["Size"])
-
-
-def _log_in(api: docker.APIClient, host: str, credentials: Credentials) -> None:
-    api.login(credentials.username, credentials.password, registry=host, reauth=True)
 
 
 def _filters(labels: Mapping[str, str]) -> list[str]:
@@ -580,7 +584,7 @@ def _events(
     for event in events:
         if "error" in event or "errorDetail" in event:
             detail = (event.get("errorDetail") or {}).get("message") or event.get("error", "")
-            raise _registry_error(action, " ".join(str(detail).split()))
+            raise _registry_error(action, error_line(detail))
         if progress and event.get("id"):
             amount = event.get("progressDetail") or {}
             progress(
@@ -590,8 +594,15 @@ def _events(
         yield event
 
 
-_PUSHED = re.compile(r"\S+: digest: (sha256:[0-9a-f]{64}) size: \d+")
-"""Last status line of a push from the containerd store."""
+def _pushed_digest(event: Mapping[str, Any]) -> str:
+    """Return the digest in an event of a push, or an empty string.
+
+    Docker's classic image store sends the digest as data; its containerd store and Podman send a
+    last status line.
+    """
+    line = re.search(r"\bdigest: (sha256:[0-9a-f]{64})\b", event.get("status") or "")
+    return str((event.get("aux") or {}).get("Digest", "")) or (line[1] if line else "")
+
 
 _REGISTRY_HINTS = {
     "the credentials are missing or refused: set DOCKER_USERNAME and DOCKER_PASSWORD for the "
@@ -645,7 +656,6 @@ def _container(answer: Mapping[str, Any]) -> Container:
         image=answer["ImageID"],
         labels=answer["Labels"],
         running=answer["State"] in ("running", "paused", "restarting"),
-        created=answer["Created"],
         addresses={
             name: network["IPAddress"]
             for name, network in networks.items()
@@ -682,25 +692,3 @@ def _time(text: str) -> datetime | None:
         return datetime.fromisoformat(text[:19] + (zone[1] if zone else "Z").replace("Z", "+00:00"))
     except ValueError:
         return None
-
-
-def _platform(system: str, machine: str) -> str:
-    # `docker info` has the kernel's name of the architecture; images have OCI's name.
-    names = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm/v7", "i686": "386"}
-    return f"{system}/{names.get(machine, machine)}"
-
-
-def _root_cause(text: str) -> str:
-    """Return the innermost cause in a message of requests, which nests several exceptions."""
-    for cause in (
-        "Connection refused",
-        "Connection reset by peer",
-        "closed connection",
-        "Connection broken",
-        "No such file or directory",
-        "timed out",
-        "Name or service",
-    ):
-        if cause in text:
-            return cause.lower()
-    return " ".join(text.split())

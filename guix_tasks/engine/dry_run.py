@@ -5,22 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any
 
-from guix_tasks.engine.api import (
-    BuildSpec,
-    Container,
-    ContainerSpec,
-    Engine,
-    EngineInfo,
-    Image,
-    Layer,
-    Progress,
-    build_options,
-)
+from guix_tasks.engine.api import Image, build_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from guix_tasks.engine.accounts import Credentials
+    from guix_tasks.engine.api import BuildSpec, ContainerSpec, Engine, Progress
     from guix_tasks.ui.console import Console
 
 
@@ -41,29 +32,22 @@ class TracedEngine:
         self._started: set[str] = set()
         self._specs: dict[str, ContainerSpec] = {}
         self._volumes: dict[str, Mapping[str, str]] = {}
-
-    def info(self) -> EngineInfo:
-        return self._engine.info()
-
-    def local_accounts(self) -> Mapping[str, Credentials]:
-        return self._engine.local_accounts()
+        # Calls that only read.
+        self.info = engine.info
+        self.local_accounts = engine.local_accounts
+        self.unnamed = engine.unnamed
+        self.layers = engine.layers
+        self.save = engine.save
+        self.remote_digest = engine.remote_digest
+        self.check_registry = engine.check_registry
+        self.containers = engine.containers
+        self.copy_out = engine.copy_out
+        self.bytes_received = engine.bytes_received
 
     def image(self, reference: str) -> Image | None:
         if reference in self._images:
             return self._images[reference]
         return self._engine.image(reference)
-
-    def unnamed(self, labels: Mapping[str, str]) -> list[str]:
-        return self._engine.unnamed(labels)
-
-    def containers(self, labels: Mapping[str, str]) -> list[Container]:
-        return self._engine.containers(labels)
-
-    def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
-        return self._engine.remote_digest(reference, credentials)
-
-    def check_registry(self, reference: str, credentials: Credentials | None) -> bool:
-        return self._engine.check_registry(reference, credentials)
 
     def volumes(self, labels: Mapping[str, str]) -> list[str]:
         created = [name for name, own in self._volumes.items() if labels.items() <= own.items()]
@@ -99,12 +83,6 @@ class TracedEngine:
         if self._perform:
             self._engine.drop(image)
 
-    def layers(self, image: str) -> list[Layer]:
-        return self._engine.layers(image)
-
-    def save(self, image: str) -> Iterator[bytes]:
-        return self._engine.save(image)
-
     def create(self, spec: ContainerSpec) -> str:
         self._console.command(create_argv(spec))
         if self._perform:
@@ -116,16 +94,10 @@ class TracedEngine:
         if self._shown("cp", "-", f"{container}:/"):
             self._engine.copy_in(container, archive)
 
-    def copy_out(self, container: str, path: str) -> Iterator[bytes]:
-        return self._engine.copy_out(container, path)
-
     def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
         self._started.add(container)
         is_made = self._shown("start", "--attach", container)
         return self._engine.run(container) if is_made else iter(())
-
-    def bytes_received(self, container: str) -> int | None:
-        return self._engine.bytes_received(container)
 
     def start(self, container: str) -> None:
         if self._shown("start", container):
@@ -173,14 +145,10 @@ class TracedEngine:
         return self._engine.push(reference, credentials, progress) if is_made else ""
 
     def pull(
-        self,
-        reference: str,
-        credentials: Credentials | None,
-        platform: str | None = None,
-        progress: Progress | None = None,
+        self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> None:
         if self._shown("pull", reference):
-            self._engine.pull(reference, credentials, platform, progress)
+            self._engine.pull(reference, credentials, progress)
 
     def _shown(self, *words: str) -> bool:
         """Print a call that changes state; return False if it is not made."""

@@ -94,10 +94,6 @@ class PodmanEngine(DockerEngine):
                 self._work_api.remove_image(unfinished)
         return image
 
-    def _import_name(self, reference: str) -> tuple[str, str | None]:
-        # Podman expects the tag in the name.
-        return reference, None
-
     def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
         if spec.secrets:
             raise BuilderError(
@@ -106,26 +102,9 @@ class PodmanEngine(DockerEngine):
             )
         return self._classic_build(spec, output)
 
-    def _build_events(self, spec: BuildSpec) -> Iterator[dict[str, Any]]:
-        with self._plain_http(spec.args.get("BASE_IMAGE", "scratch")):
-            return super()._build_events(spec)
-
-    def _push_events(
-        self, reference: str, credentials: Credentials | None
-    ) -> Iterator[dict[str, Any]]:
-        with self._plain_http(reference):
-            return super()._push_events(reference, credentials)
-
-    @staticmethod
-    def _pushed_digest(event: Mapping[str, Any]) -> str:
-        return podman_api.pushed_digest(event)
-
     @contextmanager
     def _plain_http(self, reference: str) -> Iterator[None]:
-        """Allow plain HTTP to a registry on loopback, which Docker allows by default.
-
-        Podman has this parameter for a push and a build, but not for a pull.
-        """
+        # Podman has this parameter for a push and a build, but not for a pull.
         if podman_api.is_loopback(ImageReference.parse(reference).registry):
             self._work_api.params = {"tlsVerify": "false"}
         try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +44,6 @@ def is_podman(version: Mapping[str, Any]) -> bool:
 def familiar_name(name: str) -> str:
     """Return an image name without Docker Hub's prefixes, as Docker prints it."""
     return name.removeprefix("docker.io/").removeprefix("library/")
-
-
-def pushed_digest(event: Mapping[str, Any]) -> str:
-    """Return the digest in the status line of a push event, or an empty string."""
-    match = re.search(r"\bdigest: (sha256:[0-9a-f]{64})\b", str(event.get("status", "")))
-    return match[1] if match else ""
 
 
 def is_loopback(host: str) -> bool:

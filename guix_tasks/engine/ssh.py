@@ -12,8 +12,11 @@ import socket
 import subprocess
 import tempfile
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
+
+import docker.transport
+import docker.transport.unixconn
 
 from guix_tasks.errors import EngineError
 
@@ -116,3 +119,35 @@ def ssh_arguments(url: str) -> Sequence[str]:
 
 def _address_error(url: str, reason: str) -> EngineError:
     return EngineError(f"DOCKER_HOST: {url}: {reason}; write ssh://[USER@]HOST[:PORT]")
+
+
+class SshAdapter(docker.transport.UnixHTTPAdapter):
+    """HTTP adapter for an engine over SSH; the protocol is the same as on a Unix socket."""
+
+    def __init__(self, ssh: Ssh, timeout: int) -> None:
+        super().__init__("http+unix:///ssh", timeout)
+        self._ssh = ssh
+
+    def get_connection(self, url: str | bytes, proxies: Any = None) -> Any:  # noqa: ARG002
+        pool = self.pools.get(url)
+        if pool is None:
+            pool = self.pools[url] = _SshPool(str(url), self.socket_path, self.timeout)
+            pool.ssh = self._ssh
+        return pool
+
+
+class _SshPool(docker.transport.unixconn.UnixHTTPConnectionPool):
+    ssh: Ssh
+
+    def _new_conn(self) -> Any:
+        connection = _SshConnection(self.base_url, self.socket_path, cast("int", self.timeout))
+        connection.ssh = self.ssh
+        return connection
+
+
+class _SshConnection(docker.transport.unixconn.UnixHTTPConnection):
+    ssh: Ssh
+
+    def connect(self) -> None:
+        self.sock = self.ssh.connect()
+        self.sock.settimeout(self.timeout)

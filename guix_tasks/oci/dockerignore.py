@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 MAX_LINE = 64 * 1024
 """Bytes that a line must not reach (``bufio.MaxScanTokenSize``)."""
@@ -71,18 +71,6 @@ class Pattern:
     is_exception: bool
     line: int
 
-    def match(self, path: str) -> bool:
-        """Match a path, but not its parents. Raise ``PatternError`` for an invalid pattern."""
-        kind, expression = self._compiled
-        if kind == "exact":
-            return path == self.text
-        if kind == "prefix":
-            return path.startswith(self.text[:-2])
-        if kind == "suffix":
-            suffix = self.text[2:]
-            return path.endswith(suffix) or (suffix[:1] == "/" and path == suffix[1:])
-        return expression.search(_valid(path)) is not None
-
     @property
     def literal_prefix(self) -> str | None:
         """Path that contains all matches, or None if the pattern has wildcards elsewhere."""
@@ -90,19 +78,29 @@ class Pattern:
         return None if _WILDCARDS.search(prefix) else prefix
 
     @cached_property
-    def _compiled(self) -> tuple[str, re.Pattern[str]]:
+    def match(self) -> Callable[[str], bool]:
+        """Function that matches a path, but not its parents.
+
+        Raise ``PatternError`` for an invalid pattern.
+        """
         kind, expression = _expression(_valid(self.text))
-        if kind != "expression":
-            return kind, re.compile("")
+        prefix, suffix = self.text[:-2], self.text[2:]
+        if kind == "exact":
+            return lambda path: path == self.text
+        if kind == "prefix":
+            return lambda path: path.startswith(prefix)
+        if kind == "suffix":
+            return lambda path: path.endswith(suffix) or f"/{path}" == suffix
         try:
             _check_expression(self.text)
             with warnings.catch_warnings():
                 # Python warns about set operations, which it does not have.
                 warnings.simplefilter("ignore", FutureWarning)
-                return kind, re.compile(expression)
+                compiled = re.compile(expression)
         except (re.error, OverflowError, ValueError) as error:
             reason = "" if isinstance(error, (re.error, OverflowError)) else f": {error}"
             raise PatternError(self.line, f"malformed pattern {self.text}{reason}") from None
+        return lambda path: compiled.search(_valid(path)) is not None
 
 
 def read_patterns(content: bytes) -> list[Pattern]:

@@ -16,8 +16,6 @@ _GUIX_SYSTEMS = {
 }
 
 
-# Aliases: those of containerd's platforms package, and those of `uname -m`, which engines report
-# as their architecture.
 _ARCHITECTURES = {
     "x86_64": "amd64",
     "x86-64": "amd64",
@@ -31,6 +29,14 @@ _ARCHITECTURES = {
     "armhf": "arm/v7",
     "armv7l": "arm/v7",
 }
+"""Aliases: those of containerd's platforms package, and those of `uname -m`, which engines report
+as their architecture."""
+
+
+def canonical_name(text: str) -> str:
+    """Return a platform with OCI's name of its architecture, whether or not Guix supports it."""
+    os, _, machine = text.lower().partition("/")
+    return f"{os}/{_ARCHITECTURES.get(machine, machine)}"
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,8 @@ class Platform:
     @classmethod
     def parse(cls, text: str) -> Platform:
         """Parse ``OS/ARCHITECTURE[/VARIANT]`` or an alias such as ``aarch64`` or ``arm64/v8``."""
-        os, _, machine = text.lower().partition("/")
-        architecture, _, variant = _ARCHITECTURES.get(machine, machine).partition("/")
+        os, _, machine = canonical_name(text).partition("/")
+        architecture, _, variant = machine.partition("/")
         return cls(os, architecture, variant or None)
 
     @property

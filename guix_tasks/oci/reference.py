@@ -48,14 +48,24 @@ class ImageReference:
     digest: str | None = None
 
     def __post_init__(self) -> None:
-        _check_registry(self.registry)
+        if not _REGISTRY.fullmatch(self.registry):
+            raise ValueError(
+                f"{quoted(self.registry)} is not a registry; write HOST or HOST:PORT, "
+                "an IPv6 address in brackets"
+            )
         _check_repository(self.repository)
         if self.registry == _HUB and "/" not in self.repository:
             raise ValueError(f"{self.repository!r} on {_HUB} is {_OFFICIAL + self.repository!r}")
         if self.tag is not None:
             check_tag(self.tag)
         if self.digest is not None:
-            _check_digest(self.digest)
+            algorithm, _, encoded = self.digest.partition(":")
+            digits = _DIGEST_DIGITS.get(algorithm)
+            if digits is None or not re.fullmatch(f"[a-f0-9]{{{digits}}}", encoded):
+                raise ValueError(
+                    f"{quoted(self.digest)} is not a digest; write sha256: and 64 lower case hex "
+                    "digits"
+                )
 
     @classmethod
     def parse(cls, text: str) -> ImageReference:
@@ -77,11 +87,6 @@ class ImageReference:
         return replace(self, tag=tag, digest=None)
 
     @property
-    def canonical(self) -> str:
-        """Full reference: ``docker.io/library/debian:12``."""
-        return f"{self.registry}/{self.repository}{self._suffix}"
-
-    @property
     def name(self) -> str:
         """Registry and repository as displayed by Docker, without tag and digest."""
         full = f"{self.registry}/{self.repository}"
@@ -96,12 +101,9 @@ class ImageReference:
         return short if is_equivalent and not _IDENTIFIER.fullmatch(short) else full
 
     def __str__(self) -> str:
-        return self.name + self._suffix
-
-    @property
-    def _suffix(self) -> str:
         tag = "" if self.tag is None else f":{self.tag}"
-        return tag if self.digest is None else f"{tag}@{self.digest}"
+        digest = "" if self.digest is None else f"@{self.digest}"
+        return f"{self.name}{tag}{digest}"
 
 
 def check_tag(tag: str) -> None:
@@ -125,14 +127,6 @@ def _split_registry(name: str) -> tuple[str, str]:
     return first, _OFFICIAL + rest if first == _HUB and "/" not in rest else rest
 
 
-def _check_registry(registry: str) -> None:
-    if not _REGISTRY.fullmatch(registry):
-        raise ValueError(
-            f"{quoted(registry)} is not a registry; write HOST or HOST:PORT, "
-            "an IPv6 address in brackets"
-        )
-
-
 def _check_repository(repository: str) -> None:
     # The user wrote "Foo", not "library/Foo".
     name = quoted(repository.removeprefix(_OFFICIAL))
@@ -148,12 +142,3 @@ def _check_repository(repository: str) -> None:
         f"{name} is not a repository; write lower case letters and digits, "
         "with single '.', '_' or '-' between them and '/' between the parts"
     )
-
-
-def _check_digest(digest: str) -> None:
-    algorithm, _, encoded = digest.partition(":")
-    digits = _DIGEST_DIGITS.get(algorithm)
-    if digits is None or not re.fullmatch(f"[a-f0-9]{{{digits}}}", encoded):
-        raise ValueError(
-            f"{quoted(digest)} is not a digest; write sha256: and 64 lower case hex digits"
-        )

@@ -30,7 +30,7 @@ from planted import PLANTED
 from dev.offline import make_material
 from guix_tasks import files
 from guix_tasks.bootstrap import service as service_module
-from guix_tasks.bootstrap.base_image import BASE_TAG, PLAIN_TAG, make_base, make_plain
+from guix_tasks.bootstrap.base_image import BASE_TAG, PLAIN_TAG, make_base
 from guix_tasks.bootstrap.engine import PrivateEngine, private_engine
 from guix_tasks.bootstrap.registry import LocalRegistry, local_registry
 from guix_tasks.bootstrap.service import Service
@@ -409,5 +409,5 @@ def plain_image(engine: DockerEngine) -> str:
     """A Debian that has no Guix; as the base image, it is made once."""
     with made_once():
         if engine.image(PLAIN_TAG) is None:
-            make_plain(engine, Console(), PLAIN_TAG)
+            make_base(engine, Console(), PLAIN_TAG, plain=True)
     return PLAIN_TAG

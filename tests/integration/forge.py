@@ -23,8 +23,7 @@ from harness import eventually, free_port
 
 from guix_tasks import files
 from guix_tasks.bootstrap.apt import Apt
-from guix_tasks.bootstrap.base_image import BASE_TAG
-from guix_tasks.bootstrap.rootfs import SUITE
+from guix_tasks.bootstrap.base_image import BASE_TAG, SUITE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,7 +98,7 @@ def serving(docker: Docker, offline: Path, directory: Path) -> Iterator[Forge]:
     programs = files.cache_home() / "tests" / "forge"
     if not programs.exists():
         programs.parent.mkdir(parents=True, exist_ok=True)
-        Apt(files.cache_home() / "apt", [SUITE]).unpack(PACKAGES, programs)
+        Apt([SUITE]).unpack(PACKAGES, programs)
     name, port = f"guix-tasks-test-{token_hex(6)}", free_port()
     forge = Forge(docker, directory, port, name, substitutes=offline / "substitutes")
     docker.ok(

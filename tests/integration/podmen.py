@@ -59,7 +59,7 @@ def unpacked() -> Path:
     root = files.cache_home() / "tests" / f"podman-{own}"
     if not root.exists():
         root.parent.mkdir(parents=True, exist_ok=True)
-        apt = Apt(files.cache_home() / "apt", [own], status=STATUS)
+        apt = Apt([own], status=STATUS)
         apt.unpack(PACKAGES, root, closure=True)
     return root
 

@@ -38,7 +38,7 @@ def shells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         if not root.exists():
             root.parent.mkdir(parents=True, exist_ok=True)
             try:
-                Apt(files.cache_home() / "apt", [suite]).unpack(packages, root)
+                Apt([suite]).unpack(packages, root)
             except EngineError as error:
                 pytest.skip(f"{name} is not here, and cannot be had: {error}")
         found[name] = root

@@ -477,14 +477,12 @@ class FakeEngine:
 
     @_counted
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
-        found = [
-            Container(
-                box.id, box.spec.name, box.image.id, box.config["Labels"], box.running, box.created
-            )
-            for box in self.all_containers.values()
+        boxes = sorted(self.all_containers.values(), key=lambda box: box.created, reverse=True)
+        return [
+            Container(box.id, box.spec.name, box.image.id, box.config["Labels"], box.running)
+            for box in boxes
             if labels.items() <= box.config["Labels"].items()
         ]
-        return sorted(found, key=lambda each: each.created, reverse=True)
 
     @_counted
     def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
@@ -684,11 +682,7 @@ class FakeEngine:
 
     @_counted
     def pull(
-        self,
-        reference: str,
-        credentials: Credentials | None,
-        platform: str | None = None,
-        progress: Progress | None = None,
+        self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> None:
         self.registry.seen.append(credentials)
         found = None if self.registry.refusal else self.registry.find(reference)

@@ -20,7 +20,8 @@ MIRROR = "http://mirror.example/debian/"
 
 
 def apt(tmp_path: Path, *suites: str) -> Apt:
-    made = Apt(tmp_path / "apt", suites or ("bookworm", "forky"), failure=BuilderError)
+    suites = suites or ("bookworm", "forky")
+    made = Apt(suites, failure=BuilderError, directory=tmp_path / "apt")
     made.__dict__.update(mirror=MIRROR, _architecture="amd64")
     return made
 
@@ -109,7 +110,7 @@ def test_a_host_without_apt_gets_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(
         EngineError, match=r"apt-get, dpkg or dpkg-deb is not installed.*install Docker"
     ):
-        Apt(tmp_path / "apt", ["forky"]).update()
+        Apt(["forky"], directory=tmp_path / "apt").update()
 
 
 def test_a_failure_of_apt_is_one_line_of_the_kind_asked_for(
@@ -146,7 +147,7 @@ def test_unpacked_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             (root / deb.stem).touch()
 
     monkeypatch.setattr(apt_module, "unpack", lay_out)
-    made, root = Unpacking(tmp_path / "apt", ["forky"]), tmp_path / "root"
+    made, root = Unpacking(["forky"], directory=tmp_path / "apt"), tmp_path / "root"
     with pytest.raises(EngineError):
         made.unpack(["one", "bad"], root)
     assert not root.exists()

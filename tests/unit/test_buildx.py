@@ -748,7 +748,7 @@ def test_known_error_is_reported_with_a_hint(
 def test_every_row_of_the_table_has_been_tried() -> None:
     marks = test_known_error_is_reported_with_a_hint.pytestmark  # type: ignore[attr-defined]
     tried = "\n".join(f"{each}" for mark in marks for each, _, _ in mark.args[1])
-    for pattern, (_, hint) in diagnose._HINTS.items():
+    for pattern, hint in diagnose._HINTS.items():
         assert re.search(pattern, tried, re.IGNORECASE), hint
 
 

@@ -179,7 +179,7 @@ def test_nobody_who_listens_is_one_line(target: Path) -> None:
 
 def test_without_an_address_it_is_debians(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Apt:
-        def __init__(self, directory: Path, suites: Sequence[str], **_: object) -> None:
+        def __init__(self, suites: Sequence[str], **_: object) -> None:
             self.suites = suites
 
         def unpack(self, packages: list[str], root: Path) -> None:

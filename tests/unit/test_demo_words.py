@@ -22,6 +22,6 @@ def test_next_steps_explain_how_to_reach_the_private_engine(
     monkeypatch.setattr(demo, "private_engine", lambda: engine)
     project = site.project()
     if private:
-        monkeypatch.setattr(PrivateEngine, "url", project.engine.info().url)
+        monkeypatch.setattr(engine, "url", project.engine.info().url)
     demo.print_next_steps(project)
     assert (engine.shell_hint() in heard(project)) is private

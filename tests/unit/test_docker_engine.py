@@ -119,6 +119,19 @@ def test_push_returns_the_digest_of_either_store(store: str) -> None:
         assert engine.push(f"localhost:1/x:{store}", None) == DIGEST
 
 
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (f"t: digest: {DIGEST} size: 1388", DIGEST),
+        ("t: digest: sha256:12 size: 1388", ""),
+        ("Pushed", ""),
+        (None, ""),
+    ],
+)
+def test_digest_of_a_push_is_in_its_status(status: str | None, expected: str) -> None:
+    assert docker._pushed_digest({"status": status}) == expected
+
+
 def test_push_without_a_digest_is_an_error() -> None:
     with played() as engine, pytest.raises(RegistryError, match="the registry answered no digest"):
         engine.push("localhost:1/x:silent", None)

@@ -76,19 +76,6 @@ def _blob(files: dict[str, bytes], described: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("status", "expected"),
-    [
-        (f"t: digest: {LAYERS[0]} size: 1388", LAYERS[0]),
-        ("t: digest: sha256:12 size: 1388", ""),
-        ("Pushed", ""),
-        (None, ""),
-    ],
-)
-def test_the_digest_of_a_push_is_in_words(status: str | None, expected: str) -> None:
-    assert podman_api.pushed_digest({"status": status}) == expected
-
-
-@pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("docker.io/library/debian:sid", "debian:sid"),

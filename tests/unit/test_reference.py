@@ -125,10 +125,8 @@ def test_the_longest_name_and_tag() -> None:
     assert str(ImageReference.parse(text)) == text
 
 
-def test_canonical_and_name() -> None:
-    reference = ImageReference.parse(f"debian:12@{SHA256}")
-    assert reference.canonical == f"docker.io/library/debian:12@{SHA256}"
-    assert reference.name == "debian"
+def test_name() -> None:
+    assert ImageReference.parse(f"debian:12@{SHA256}").name == "debian"
     assert ImageReference.parse("localhost:5055/a:b").name == "localhost:5055/a"
 
 
@@ -165,7 +163,8 @@ def test_what_is_shown_reads_back(
 ) -> None:
     reference = ImageReference(registry, repository, tag, digest)
     assert ImageReference.parse(str(reference)) == reference
-    assert ImageReference.parse(reference.canonical) == reference
+    suffix = str(reference).removeprefix(reference.name)
+    assert ImageReference.parse(f"{registry}/{repository}{suffix}") == reference
 
 
 _near = st.text("aZ0.:/@-_[] \n€" + string.ascii_lowercase, max_size=40)

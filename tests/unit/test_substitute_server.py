@@ -272,5 +272,5 @@ def test_where_it_is_reached(
     made.env["NETWORK"] = network
     project = made.project()
     labels = {substitute_server.LISTEN_LABEL: listen}
-    found = Container("i", "n", "m", labels, running=True, created=0, addresses=addresses)
+    found = Container("i", "n", "m", labels, running=True, addresses=addresses)
     assert substitute_server.server_url(project.engine, project.settings, found) == url

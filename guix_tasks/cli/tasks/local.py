@@ -74,11 +74,11 @@ def rootfs(session: Session, tag: str = "", plain: bool = False) -> None:
     Use it if BASE_IMAGE cannot be pulled: set BASE_IMAGE to the name that
     this task prints.
     """
-    from guix_tasks.bootstrap.base_image import BASE_TAG, PLAIN_TAG, make_base, make_plain
+    from guix_tasks.bootstrap.base_image import BASE_TAG, PLAIN_TAG, make_base
 
     project = session.project()
-    make, default = (make_plain, PLAIN_TAG) if plain else (make_base, BASE_TAG)
-    make(project.engine, project.console, tag or default)
+    tag = tag or (PLAIN_TAG if plain else BASE_TAG)
+    make_base(project.engine, project.console, tag, plain=plain)
 
 
 @task(

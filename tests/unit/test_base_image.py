@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from guix_tasks.bootstrap import apt, rootfs
-from guix_tasks.bootstrap.rootfs import container_argv, debian_rootfs, mmdebstrap_argv
+from guix_tasks.bootstrap import apt, base_image
+from guix_tasks.bootstrap.base_image import container_argv, debian_rootfs, mmdebstrap_argv
 from guix_tasks.errors import BuilderError
 from guix_tasks.ui.console import Console
 
@@ -23,7 +23,7 @@ def console() -> tuple[Console, io.StringIO]:
 
 
 def stream(script: str, to: Console) -> list[bytes]:
-    return list(rootfs._stream(["sh", "-c", script], dict(os.environ), to))
+    return list(base_image._stream(["sh", "-c", script], dict(os.environ), to))
 
 
 def test_what_is_written_is_handed_on_and_progress_is_said() -> None:
@@ -51,7 +51,7 @@ def test_where_nobody_reads_on_it_is_ended(tmp_path: Path) -> None:
     script = (
         f"trap 'touch {gone}; exit 1' TERM; head -c 1048576 /dev/zero; while :; do sleep 0.05; done"
     )
-    chunks = rootfs._stream(["sh", "-c", script], dict(os.environ), console()[0])
+    chunks = base_image._stream(["sh", "-c", script], dict(os.environ), console()[0])
     started = time.monotonic()
     assert len(next(chunks)) == 1 << 20
     chunks.close()  # type: ignore[attr-defined]
@@ -64,13 +64,13 @@ def test_not_root_and_no_user_namespaces(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BuilderError, match=r"needs root, or newuidmap .*BASE_IMAGE"):
-        next(debian_rootfs(tmp_path, console()[0]))
+        next(debian_rootfs(console()[0]))
 
 
-def test_not_debian(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_not_debian(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apt, "host_suite", lambda: None)
     with pytest.raises(BuilderError, match="on Debian or in a Debian container"):
-        next(debian_rootfs(tmp_path, console()[0]))
+        next(debian_rootfs(console()[0]))
 
 
 def test_only_the_way_to_the_mirror_is_taken_from_the_machine(
@@ -82,13 +82,13 @@ def test_only_the_way_to_the_mirror_is_taken_from_the_machine(
         return subprocess.CompletedProcess([], 0, dump, "")
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert rootfs._machine_settings() == 'Acquire::http::Proxy "http://p.example";\n'
+    assert base_image._machine_settings() == 'Acquire::http::Proxy "http://p.example";\n'
 
 
 def test_the_shell_in_it_is_sound() -> None:
     hooks = [
         option.partition("=")[2]
-        for option in mmdebstrap_argv(rootfs.PACKAGES)
+        for option in mmdebstrap_argv(base_image.PACKAGES)
         if "-hook=" in option
     ]
     shell, flag, script = container_argv()
@@ -104,7 +104,7 @@ def test_hooks_do_what_they_say(tmp_path: Path) -> None:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    for hook in (rootfs._BEFOREHAND, rootfs._AFTERWARDS):
+    for hook in (base_image._BEFOREHAND, base_image._AFTERWARDS):
         subprocess.run(["sh", "-c", hook, "hook", str(tmp_path)], check=True)
     assert [name for name in (*kept, *gone) if (tmp_path / name).exists()] == kept
     slim = (tmp_path / "etc/dpkg/dpkg.cfg.d/slim").read_text().splitlines()
@@ -115,5 +115,5 @@ def test_hooks_do_what_they_say(tmp_path: Path) -> None:
 
 
 def test_only_a_base_with_guix_gets_build_users() -> None:
-    assert "guixbuild" in " ".join(mmdebstrap_argv(rootfs.PACKAGES))
+    assert "guixbuild" in " ".join(mmdebstrap_argv(base_image.PACKAGES))
     assert "guixbuild" not in " ".join(mmdebstrap_argv(()))
