@@ -249,16 +249,20 @@ def text_digest(*texts: str) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-@cache
 def file_digest(path: Path) -> str:
-    """Return the digest of a file's content, from the cache if possible."""
+    """Return the digest of a file's content, from a cache if the file has not changed."""
     status = path.stat()
-    if status.st_size < WORTH_CACHING:
-        return hashlib.sha256(read_file(path)).hexdigest()
     # Tools can set the time of modification, but not the time of change.
     state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-    key = text_digest(str(path), *map(str, state))
-    cached = cache_home() / "digests" / key
+    return _digest_of_state(path, state)
+
+
+@cache
+def _digest_of_state(path: Path, state: tuple[int, ...]) -> str:
+    """Return the digest of a file, given its size, its times and its inode."""
+    if state[0] < WORTH_CACHING:
+        return hashlib.sha256(read_file(path)).hexdigest()
+    cached = cache_home() / "digests" / text_digest(str(path), *map(str, state))
     with suppress(OSError):
         return cached.read_text()
     digest = content_digest(path)

@@ -156,6 +156,8 @@ def context_archive(context: Path, dockerfile: Path) -> tuple[IO[bytes], str]:
             if name not in names:
                 add_file(tar, name, dockerfile.read_bytes())
     except OSError as error:
+        if error.filename is None:  # not a file of the context
+            raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
         raise _unreadable(error) from None
     archive.seek(0)
     return archive, name

@@ -590,14 +590,15 @@ def _shown(path: Path, cwd: Path) -> str:
 
 
 def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Settings:
-    values, proxies = sources.values(), dict(_proxies(environ))
+    values = sources.values()
+    docker = {name: str(values[name]) for name in _DOCKER_VARIABLES if values[name]}
+    proxies = dict(_proxies({**environ, **docker}))
     # Before any problem is reported, because a wrong value can contain a secret.
     redact.add(*_secrets(sources.raw, values, proxies))
     _check_together(sources, values)
     if sources.problems:
         raise SettingsError(list(dict.fromkeys(sources.problems)))
     field_names = {entry.name for entry in fields(Settings)}
-    docker = {name: str(values[name]) for name in _DOCKER_VARIABLES if values[name]}
     return Settings(
         **{name.lower(): value for name, value in values.items() if name.lower() in field_names},
         docker_environment=MappingProxyType(docker),

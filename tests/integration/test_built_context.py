@@ -268,7 +268,7 @@ def builds(
 
 def look(tree: Tree) -> tuple[dict[str, Content] | None, str]:
     """What the key sees, and the key; None for a malformed ignore file."""
-    files_module.file_digest.cache_clear()
+    files_module._digest_of_state.cache_clear()
     try:
         entries = context_entries(tree.root, tree.dockerfile)
     except UsageError:

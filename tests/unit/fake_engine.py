@@ -846,7 +846,7 @@ class Site:
         return load_settings(self.directory, self.directory, self.env)
 
     def project(self, engine: Engine | None = None) -> Project:
-        files_module.file_digest.cache_clear()
+        files_module._digest_of_state.cache_clear()
         return Project(self.settings(), engine or self.engine, Heard())
 
     @property

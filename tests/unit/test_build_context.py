@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,7 @@ def names(context: Path, dockerfile: Path | None = None) -> list[str]:
 
 
 def digest(context: Path, without: frozenset[Path] = frozenset()) -> str:
-    files.file_digest.cache_clear()
+    files._digest_of_state.cache_clear()
     return context_digest(context_entries(context, context / "Dockerfile"), without)
 
 
@@ -373,3 +374,17 @@ def test_archive_names_a_dockerfile_as_a_pattern_for_it_alone(context: Path) -> 
     assert name == "D[a]|{2}"
     patterns = Matcher(read_patterns(found[".dockerignore"] or b""))
     assert [each for each in ("D[a]|{2}", "Da", "Dockerfile") if patterns.ignores(each)] == [name]
+
+
+def test_full_disk_of_the_archive_is_not_blamed_on_the_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM x\n")
+    monkeypatch.setattr(
+        tempfile,
+        "TemporaryFile",
+        lambda: open("/dev/full", "wb", buffering=0),  # noqa: SIM115, PTH123
+    )
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        context_archive(tmp_path, tmp_path / "Dockerfile")
+    assert caught.value.filename == tempfile.gettempdir()

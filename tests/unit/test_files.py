@@ -35,7 +35,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def forget() -> None:
     """Start a new process, as it were."""
-    files.file_digest.cache_clear()
+    files._digest_of_state.cache_clear()
 
 
 def plant(directory: Path, tree: Tree, *, backwards: bool = False) -> Path:
@@ -189,6 +189,14 @@ def test_a_large_file_that_changed_is_read_again(large: Path, cache: Path, conte
     forget()
     assert file_digest(large) != digest
     assert len(kept(cache)) == 2
+
+
+def test_file_that_another_task_of_the_same_call_wrote_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "small"
+    path.write_bytes(b"one")
+    before = file_digest(path)
+    path.write_bytes(b"another")
+    assert file_digest(path) != before
 
 
 def test_its_time_alone_changes_nothing(large: Path) -> None:

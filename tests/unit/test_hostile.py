@@ -463,7 +463,7 @@ def run(
     """``inv`` in this process, with streams such as a real one has: its code, and what it said."""
     session._engines.clear()
     session._printed_notes.clear()
-    files_module.file_digest.cache_clear()
+    files_module._digest_of_state.cache_clear()
     out = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict")
     err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
     with monkeypatch.context() as patch:

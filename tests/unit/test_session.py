@@ -83,7 +83,7 @@ class Inv:
 
     def __call__(self, *argv: str) -> Result:
         session._engines.clear()
-        files_module.file_digest.cache_clear()
+        files_module._digest_of_state.cache_clear()
         forget_contents()
         lines = (f"{name}='{value}'\n" for name, value in self.site.env.items())
         self.site.write(".env", "".join(lines))

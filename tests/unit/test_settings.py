@@ -729,6 +729,9 @@ def test_proxies_of_dockers_own_configuration_are_weaker(project: Path) -> None:
     assert (found["http_proxy"], found["no_proxy"]) == ("http://a:hunter2@b.test", "d.test")
     assert "https_proxy" not in found
     assert redact.clean("hunter2") == "***"
+    # An env file can name the directory, too.
+    del environ["DOCKER_CONFIG"]
+    assert load(project, f"DOCKER_CONFIG={project}\n", environ).proxies == found
 
 
 def test_work_containers_get_the_proxies_of_the_settings(
