@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from guix_tasks import guix
@@ -49,7 +50,7 @@ from guix_tasks.stages.images import (
 from guix_tasks.stages.ownership import daemon_user
 from guix_tasks.stages.pull import is_authenticated
 from guix_tasks.stages.stage import MISSING_ITEMS, STATE
-from guix_tasks.ui.format import printable
+from guix_tasks.ui.format import human_size, printable
 from guix_tasks.ui.redact import clean
 
 if TYPE_CHECKING:
@@ -78,6 +79,10 @@ other files cannot be changed."""
 
 _MAX_LAYERS = 10
 """Maximum number of layers on the base image before an image is assembled in one layer."""
+
+_MAX_WASTE = 10_000_000_000
+"""Size in bytes of unused items on a volume, in addition to twice that of an image, from which the
+volume is created again."""
 
 LIVE_LABEL = "org.guix-tasks.live"
 """Bytes of an assembled image's store items that are not of the base image, unpacked."""
@@ -222,9 +227,19 @@ def assemble(
                     f"{stage.name}: cannot copy the store items of the volume {volume}: "
                     f"{_last_line(log, status)}, and nothing was committed{full_disk(log)}"
                 )
+            live, waste = map(int, log.split()) if not engine.is_dry else (0, 0)
             tag = project.ledger.tag(stage.name)
-            labels = {**labels, LIVE_LABEL: log.strip() if log.strip().isdecimal() else ""}
-            return commit_image(project, container, parent, tag, labels, start=start)
+            labels = {**labels, LIVE_LABEL: str(live)}
+            image = commit_image(project, container, parent, tag, labels, start=start)
+        if waste > _MAX_WASTE + 2 * live:
+            project.console.print(
+                f"{stage.name}: removing the volume {volume}, because {human_size(waste)} of it "
+                "are not in the latest images; the next run copies their items to a new one"
+            )
+            # Another run that uses the volume removes it later.
+            with suppress(EngineError):
+                engine.remove_volume(volume)
+        return image
     raise AssertionError
 
 

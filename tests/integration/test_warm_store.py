@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import signal
 import subprocess
 from typing import TYPE_CHECKING
@@ -209,6 +210,27 @@ def test_volume_that_a_killed_run_left_to_root_is_created_again(
     run_on_volume(project, volume, "chown 0:0 /dev/store/guix-tasks/db/*")
     project.set(GUIX_PACKAGES="hello greet")
     assert "is damaged; creating it again" in project.ok("install").stderr
+    check_store(docker, project.image)
+
+
+GROW = """
+(use-modules (sqlite3))
+(sqlite-exec (sqlite-open "/dev/store/guix-tasks/db/db.sqlite")
+             "update ValidPaths set narSize = 90000000000 where path like '%-profile.drv'")
+"""
+
+
+def test_volume_with_much_unused_is_created_again(new_project: NewProject, docker: Docker) -> None:
+    project = new_project("base", "pull", GUIX_PACKAGES="hello", GUIX_SANDBOX="capabilities")
+    project.ok("install")
+    (volume,) = [name for name in project.volumes() if "-store-" in name]
+    grow = f"echo {shlex.quote(GROW)} >/tmp/grow.scm; guix repl -- /tmp/grow.scm"
+    run_on_volume(project, volume, grow)
+    project.set(GUIX_PACKAGES="hello tar")
+    assert f"removing the volume {volume}, because " in project.ok("install").stderr
+    assert volume not in project.volumes()
+    project.set(GUIX_PACKAGES="tar")
+    assert "removing the volume" not in project.ok("install").stderr
     check_store(docker, project.image)
 
 

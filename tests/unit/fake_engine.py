@@ -197,7 +197,7 @@ def _assemble(container: FakeContainer) -> Output:
             container.write(path, (content or b"").decode())
         if key:
             container.results[key] = container.results.pop(result)
-        yield False, b"1000\n"
+        yield False, b"1000\n2000\n"
     else:
         container.status = 113
 

@@ -8,7 +8,8 @@
 # other files stay.  STATE are the files and directories outside of the store that a result
 # contains.  All times are fixed, so that the same result gives the same layer.
 #
-# It prints the size in bytes of the store items that the base image does not have.
+# It prints two sizes in bytes: of the store items that the base image does not have, and of the
+# items on the volume that no result has.
 #
 # Exit status: 113 if the volume lacks the result or an item of it, 114 if too much of the layers
 # would be waste, or if the other files cannot be changed.
@@ -17,17 +18,17 @@ export LC_ALL=C
 
 volume=$1 results=$1/guix-tasks/results result=$1/guix-tasks/results/$2 key=$3 limit=$4 files=$5
 shift 5
-scratch=/dev/shm/guix-tasks-assemble live=/dev/shm/guix-tasks-assemble/size
+scratch=/dev/shm/guix-tasks-assemble sizes=/dev/shm/guix-tasks-assemble/sizes
 store=/gnu/store
 
 [ -f "$result/items" ] || exit 113
 if [ -n "$files" ]; then limit=$((limit + $(stat -c %s "$files/changed.tar"))); fi
-if [ "$limit" -gt 0 ] && [ "$((limit * 5))" -gt "$(($(cat "$result/size") * 6 + 50000000))" ]; then
+if [ "$limit" -gt 0 ] && [ "$((limit * 5))" -gt "$(($(head -n 1 "$result/size") * 6 + 50000000))" ]; then
     exit 114
 fi
 
 mkdir -p "$scratch" "$store"
-cp "$result/size" "$live"
+cp "$result/size" "$sizes"
 sort "$result/items" >"$scratch/items"
 for item in "$store"/*; do
     if [ -e "$item" ] || [ -L "$item" ]; then echo "${item##*/}"; fi
@@ -88,4 +89,4 @@ for path in /var/guix/profiles/per-user/*; do
 done
 if [ -d /var/guix/profiles/per-user ]; then touch -d @1 /var/guix/profiles/per-user; fi
 touch -d @1 /gnu /gnu/store /var/guix/db/db.sqlite /var/guix/db/schema /var/guix/db /var/guix /var
-cat "$live"
+cat "$sizes"

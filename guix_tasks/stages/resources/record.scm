@@ -3,9 +3,10 @@
 ;; With PROFILE, what building such a profile takes gets roots: the next stage, also one on another
 ;; machine, would fetch or build all of it again.
 ;;
-;; RESULT is a directory.  It gets the file `items`, the names of the store items in order; the
-;; file `size`, the bytes of those that the base image does not have; and `db/`, the database
-;; that an image with exactly these items has.  The same items give the same database.
+;; RESULT is a directory next to earlier results.  It gets the file `items`, the names of the store
+;; items in order; the file `size`, the bytes of those that the base image does not have, and the
+;; bytes of items on the volume that no result has; and `db/`, the database that an image with
+;; exactly these items has.  The same items give the same database.
 ;;
 ;; The exit status is 113 if a root is not in the store volume's database.
 ;;
@@ -14,7 +15,7 @@
 ;; the image's database is one of its base, and stays, because deleting it frees nothing.
 
 (use-modules (guix build utils) (guix config) (guix store) (sqlite3)
-             (ice-9 ftw) (ice-9 match) (srfi srfi-1) (srfi srfi-26))
+             (ice-9 ftw) (ice-9 match) (ice-9 rdelim) (srfi srfi-1) (srfi srfi-26))
 
 (primitive-load (string-append (dirname (car (command-line))) "/database.scm"))
 (primitive-load (string-append (dirname (car (command-line))) "/profile-tools.scm"))
@@ -114,6 +115,24 @@
    '("image" "main"))
   (sqlite-exec db "commit"))
 
+(define (waste db results)
+  "Return the size in bytes of the items of the database `main` that no directory in RESULTS lists."
+  (define kept (make-hash-table))
+  (define (keep name)
+    (let ((items (string-append results "/" name "/items")))
+      (when (file-exists? items)
+        (call-with-input-file items
+          (lambda (port)
+            (let loop ((line (read-line port)))
+              (unless (eof-object? line)
+                (hash-set! kept line #t)
+                (loop (read-line port)))))))))
+  (for-each keep (scandir results (negate (cut string-prefix? "." <>))))
+  (fold (match-lambda* ((#(path size) sum)
+                        (if (hash-ref kept (basename path)) sum (+ sum (or size 0)))))
+        0
+        (query db "select path, narSize from main.ValidPaths")))
+
 (define (write-lines file lines)
   (call-with-output-file file
     (lambda (port)
@@ -139,7 +158,8 @@
      (write-lines (string-append result "/items")
                   (map (match-lambda (#(path) (basename path)))
                        (query db "select path from row order by path")))
-     (write-lines (string-append result "/size")
-                  (map (match-lambda (#(size) (or size 0)))
-                       (query db "select sum(narSize) from row where registrationTime = 1")))
+     (match (query db "select sum(narSize) from row where registrationTime = 1")
+       ((#(size))
+        (write-lines (string-append result "/size")
+                     (list (or size 0) (waste db (dirname result))))))
      (sqlite-close db))))
