@@ -150,9 +150,11 @@ def _run_warm(
         if start is not parent:
             project.engine.drop(start.id)
     if made is None:
+        # Guix takes the items for valid, so only another volume can get them back.
+        project.engine.remove_volume(volume)
         raise StageError(
-            f"{stage.name}: the volume {volume} lost store items while the stage ran, and nothing "
-            f"was committed; run `inv {stage.name}` again"
+            f"{stage.name}: the volume {volume} lacked store items that its database contains, and "
+            f"nothing was committed; it was removed, run `inv {stage.name}` again"
         )
     return made
 

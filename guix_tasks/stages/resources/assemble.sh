@@ -56,24 +56,87 @@ if [ -z "$(find "$volume/store" -prune -user 0)" ]; then
     xargs -n 100 sh -c '[ $# -eq 0 ] || chown -hR 0:0 -- "$@"' sh <"$scratch/missing"
 fi
 xargs rm -rf -- <"$scratch/dead"
-chown 0:0 /gnu /gnu/store
+
+# The engine would put an entry in the layer for each file that is written, also if it stays equal,
+# and not all image stores do so.  Therefore nothing is written that is as it should be.
+touch -d @1 "$scratch/one"
+_own() { # PATH...
+    for _path; do
+        # shellcheck disable=SC3067 # dash, bash and busybox have -O
+        [ -O "$_path" ] || chown 0:0 "$_path"
+    done
+}
+_age() { # PATH...
+    for _path; do
+        if [ "$_path" -nt "$scratch/one" ]; then touch -h -d @1 "$_path"; fi
+    done
+}
+_copy() { # SOURCE TARGET
+    rm -f "$2"
+    cp -pP "$1" "$2"
+    chown -h 0:0 "$2"
+}
 
 mkdir -p /var/guix/db
-rm -f /var/guix/db/db.sqlite*
-cp "$result/db/"* /var/guix/db/
-chmod 644 /var/guix/db/db.sqlite /var/guix/db/schema
-chown 0:0 /var/guix /var/guix/db /var/guix/db/db.sqlite /var/guix/db/schema
-for path; do
-    parent=${path%/*}
-    rm -rf "$path"
-    if [ -e "$result/state$path" ] || [ -L "$result/state$path" ]; then
-        mkdir -p "$parent"
-        cp -pPR "$result/state$path" "$parent/"
-        chown -hR 0:0 "$path"
-        find "$path" -exec touch -h -d @1 {} +
+rm -f /var/guix/db/db.sqlite-*
+chmod 644 "$result/db/"*
+for file in "$result/db/"*; do
+    cmp -s "$file" "/var/guix/db/${file##*/}" || _copy "$file" "/var/guix/db/${file##*/}"
+done
+_own /gnu /gnu/store /var/guix /var/guix/db
+
+tab=$(printf '\t')
+_list() { # DIRECTORY PATH...
+    cd "$1"
+    shift
+    for _path; do
+        if [ -e ".$_path" ] || [ -L ".$_path" ]; then
+            find ".$_path" -exec stat -c "%n$tab%F$tab%a$tab%N" {} +
+        fi
+    done | sort
+}
+# A daemon without root has a directory for profiles of its own.
+for path in "$result/state/var/guix/profiles/per-user"/*; do
+    [ "${path##*/}" = root ] || rmdir "$path" 2>/dev/null || :
+done
+: >"$scratch/changed"
+(_list / "$@") >"$scratch/state"
+(_list "$result/state" "$@") >"$scratch/wanted"
+cd /
+comm -23 "$scratch/state" "$scratch/wanted" | while IFS=$tab read -r path type _; do
+    wanted=$result/state/$path
+    if [ "$type" != directory ] || [ -L "$wanted" ] || [ ! -d "$wanted" ]; then rm -rf "$path"; fi
+    echo "$path" >>"$scratch/changed"
+done
+comm -13 "$scratch/state" "$scratch/wanted" | while IFS=$tab read -r path type mode _; do
+    mkdir -p "${path%/*}"
+    if [ "$type" = directory ]; then
+        mkdir -p "$path"
+        chmod "$mode" "$path"
+        _own "$path"
+    else
+        _copy "$result/state/$path" "$path"
     fi
+    echo "$path" >>"$scratch/changed"
+done
+comm -12 "$scratch/state" "$scratch/wanted" | while IFS=$tab read -r path type _; do
+    case $type in
+    regular*)
+        cmp -s "$result/state/$path" "$path" && continue
+        _copy "$result/state/$path" "$path"
+        echo "$path" >>"$scratch/changed"
+        ;;
+    esac
+done
+for path; do
+    if [ -e "$path" ] || [ -L "$path" ]; then
+        find "$path" -newer "$scratch/one" -exec touch -h -d @1 {} +
+    fi
+    # The engine changes the time of /etc in each container, but that is in no layer.
+    grep -q "^\.$path" "$scratch/changed" || continue
+    parent=${path%/*}
     while [ -n "$parent" ]; do
-        if [ -e "$parent" ]; then touch -d @1 "$parent"; fi
+        _age "$parent"
         parent=${parent%/*}
     done
 done
@@ -82,11 +145,6 @@ if [ -n "$key" ] && [ "$result" != "$results/$key" ]; then
     rm -rf "${results:?}/$key"
     mv "$result" "$results/$key"
 fi
-
-# A daemon without root has a directory for profiles of its own.
-for path in /var/guix/profiles/per-user/*; do
-    [ "${path##*/}" = root ] || rmdir "$path" 2>/dev/null || :
-done
-if [ -d /var/guix/profiles/per-user ]; then touch -d @1 /var/guix/profiles/per-user; fi
-touch -d @1 /gnu /gnu/store /var/guix/db/db.sqlite /var/guix/db/schema /var/guix/db /var/guix /var
+_age /gnu/store /gnu /var/guix/db/* /var/guix/db
+_age /var/guix /var
 cat "$sizes"
