@@ -206,7 +206,7 @@ def test_any_moment_can_be_the_last(ward: Ward, soak: Soak) -> None:
     chance = ward.patient.chance
     killed: Counter[str] = Counter()
     stopped: Counter[str] = Counter()
-    while killed.total() < soak.times(5, 100):
+    while killed.total() < soak.times(3, 100):
         who = chance.choice([*KILLED * 2, *SIGNALS])
         stage = ward.draw(IN_CONTAINERS if who == CONTAINER else STAGES)
         if ward.strike(who, stage):
