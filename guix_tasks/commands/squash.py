@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING, cast
 
 from guix_tasks.errors import UsageError
+from guix_tasks.oci.tar import new_archive
 from guix_tasks.stages import images
 from guix_tasks.stages.commit import commit_image
 from guix_tasks.stages.container import WORK_DIRECTORY, Work, archive, work_container
@@ -112,7 +113,7 @@ def _split_layer(saved: tarfile.TarFile, name: str) -> tuple[list[str], IO[bytes
     files = tempfile.TemporaryFile(prefix="guix-tasks-")  # noqa: SIM115 -- the caller closes it
     with (
         tarfile.open(fileobj=saved.extractfile(name)) as layer,
-        tarfile.open(fileobj=files, mode="w", format=tarfile.PAX_FORMAT) as copy,
+        new_archive(files, tarfile.PAX_FORMAT) as copy,
     ):
         for member in layer:
             path = PurePosixPath("/", member.name)

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING
 from guix_tasks.errors import UsageError
 from guix_tasks.files import cache_home, file_digest, list_digest, text_digest
 from guix_tasks.oci.dockerignore import Matcher, Matches, PatternError, read_patterns
-from guix_tasks.oci.tar import add_file
+from guix_tasks.oci.tar import add_file, new_archive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -147,7 +147,7 @@ def context_archive(context: Path, dockerfile: Path) -> tuple[IO[bytes], str]:
         ignore = _archive_ignore_file(context, dockerfile, name, names)
         archive = tempfile.TemporaryFile()  # noqa: SIM115 -- the caller closes it
         # GNU's format stores names as bytes, without a re-encoding.
-        with tarfile.open(fileobj=archive, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        with new_archive(archive, tarfile.GNU_FORMAT) as tar:
             for entry in entries:
                 if ignore is None or entry.name != IGNORE_FILE:
                     _add(tar, entry)

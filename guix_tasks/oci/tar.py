@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
@@ -13,9 +14,23 @@ _READS_AT_END = 10
 """Maximum number of reads at the end of a complete archive."""
 
 
+@contextmanager
+def new_archive(
+    file: IO[bytes], archive_format: int = tarfile.DEFAULT_FORMAT
+) -> Iterator[tarfile.TarFile]:
+    """Write an archive to an empty file, without the padding that tarfile adds after its end mark.
+
+    Podman stops reading at the mark and then sometimes reports a broken pipe.
+    """
+    with tarfile.open(fileobj=file, mode="w", format=archive_format) as tar:
+        yield tar
+        end = tar.offset + 2 * tarfile.BLOCKSIZE
+    file.truncate(end)
+
+
 def archive(files: Mapping[str, bytes]) -> bytes:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
+    with new_archive(buffer) as tar:
         for name, content in files.items():
             add_file(tar, name, content)
     return buffer.getvalue()

@@ -32,6 +32,7 @@ from guix_tasks.files import file_digest, read_file, text_digest, tree_digest
 from guix_tasks.guix.progress import VERBOSITY
 from guix_tasks.guix.result_paths import SUBSTITUTE_CACHE
 from guix_tasks.oci.platform import Platform
+from guix_tasks.oci.tar import new_archive
 from guix_tasks.settings.values import Sandbox
 from guix_tasks.stages.ownership import USER, grant_ownership
 
@@ -346,7 +347,7 @@ def archive(
     parents = {parent for name in files for parent in Path(name).parents}
     directories = {directory, *(f"{directory}/{parent}" for parent in parents if parent.name)}
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
+    with new_archive(buffer) as tar:
         for path in sorted(directories if files else ()):
             member = tarfile.TarInfo(path.lstrip("/"))
             member.type, member.mode = tarfile.DIRTYPE, 0o755

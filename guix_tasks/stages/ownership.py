@@ -14,7 +14,7 @@ import re
 import tarfile
 from typing import TYPE_CHECKING
 
-from guix_tasks.oci.tar import as_file
+from guix_tasks.oci.tar import as_file, new_archive
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -100,7 +100,7 @@ def _change_owner(
 
 def _copy_in(engine: Engine, container: str, members: Iterable[_Member]) -> None:
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
+    with new_archive(buffer) as tar:
         for header, content in members:
             header.uname = header.gname = ""  # the names are of the engine's machine
             tar.addfile(header, None if content is None else io.BytesIO(content))
