@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from measure import Command, Containers, Meter, Wire
+from measure import Command, Containers, Meter, SubstituteServer, Wire
 
 from dev.offline import make_material
 from guix_tasks import files
@@ -70,6 +70,9 @@ class Contestant(Protocol):
     def clear(self) -> None:
         """Forget all that was ever made."""
 
+    def move(self) -> None:
+        """Remove all that is on the engine, but not in the registry, as on another machine."""
+
     def command(self, scenario: str, goal: Goal) -> Command: ...
 
 
@@ -81,6 +84,7 @@ class Testbed:
     docker: str
     directory: Path
     material: Path
+    substitutes: SubstituteServer
     meter: Meter
     environment: dict[str, str]
     """For the commands that are measured."""
@@ -172,7 +176,11 @@ def testbed(console: Console) -> Iterator[Testbed]:
         stack.callback(containers.close)
         meter = Meter(wire, containers, directory / "log")
         material = _material(engine, console)
-        bed = Testbed(engine, str(docker), directory, material, meter, environment, direct)
+        substitutes = SubstituteServer(material / "substitutes")
+        stack.callback(substitutes.close)
+        bed = Testbed(
+            engine, str(docker), directory, material, substitutes, meter, environment, direct
+        )
         stack.callback(bed.prune)
         yield bed
 
@@ -283,13 +291,16 @@ class ShellLines:
         return True
 
     def clear(self) -> None:
+        self.move()
+        self._dockerfile = self.bed.dockerfile("shell")
+
+    def move(self) -> None:
         self.bed.call("rm", "--force", self._work)
         self.bed.forget(self.registry.image)
-        self._dockerfile = self.bed.dockerfile("shell")
 
     def command(self, scenario: str, goal: Goal) -> Command:
         # They know no way to leave a step out but by hand, on top of what is there.
-        by_hand = scenario in ("added", "removed", "change")
+        by_hand = scenario in ("added", "removed", "change", "fresh")
         added, removed = (goal.added, goal.removed) if by_hand else (goal.packages, ())
         options = [f"--install={package}" for package in added]
         options += [f"--remove={package}" for package in removed]
@@ -301,11 +312,14 @@ class ShellLines:
             "DOCKERFILE": str(self._dockerfile),
             "CONTEXT": str(ROOT),
             "MATERIAL": str(self.bed.material),
+            "SUBSTITUTE_URLS": self.bed.substitutes.url,
             "CHANNELS": goal.channels,
             "OPTIONS": " ".join(options),
             "WORK": self._work,
         }
         steps = ("install", "push") if by_hand else ("build", "pull", "install", "push")
+        if scenario == "fresh":
+            steps = ("fetch", *steps)
         return Command((str(_HERE / "shell-lines.sh"), *steps), self.bed.directory, environment)
 
     @property
@@ -326,15 +340,19 @@ class Inv:
         return True
 
     def clear(self) -> None:
-        if self._settings.exists():
-            self._clean()
-        self.bed.forget(self.registry.image)
+        self.move()
         self._folder.mkdir(exist_ok=True)
         shutil.copy(ROOT / "tasks.py", self._folder)
         # The commits come from a lock; the channels themselves are free to move.
         shutil.copy(self.bed.material / OLD_CHANNELS, self._folder / "channels.lock.scm")
-        shutil.rmtree(self.bed.directory / "cache", ignore_errors=True)
         self._dockerfile = self.bed.dockerfile("inv")
+
+    def move(self) -> None:
+        if self._settings.exists():
+            self._clean()
+        for repository in (self.registry.image, self._cache):
+            self.bed.forget(repository)
+        shutil.rmtree(self.bed.directory / "cache", ignore_errors=True)
 
     def _clean(self) -> None:
         clean = self._command("clean")
@@ -353,21 +371,26 @@ class Inv:
             "DOCKERFILE": self._dockerfile,
             "BUILD_CONTEXT": ROOT,
             "MOUNTS": f"{material}:/offline:ro",
-            "NETWORK": "none",
+            "NETWORK": "host",
             "GUIX_CHANNELS": material / NEW_CHANNELS,
-            "GUIX_SUBSTITUTE_URLS": "file:///offline/substitutes",
+            "GUIX_SUBSTITUTE_URLS": self.bed.substitutes.url,
             "GUIX_SUBSTITUTE_KEYS": material / "substitutes.pub",
             "GUIX_PACKAGES": " ".join(goal.packages),
+            "CACHE_IMAGE": self._cache if scenario in ("shared", "fresh") else "",
         }
         self._settings.write_text("".join(f"{name}={v}\n" for name, v in settings.items()))
         self.bed.change_base(self._dockerfile, goal.base and f"{goal.base} inv")
-        if scenario in ("cold", "base"):
-            return self._command("base", "pull", "install", "commit", "push")
+        if scenario in ("cold", "base", "shared", "fresh"):
+            return self._command("base", "pull", "install", "push")
         update = ("--update",) if scenario == "channel" else ()
         return self._command("pull", *update, "install", "push")
 
     def _command(self, *tasks: str) -> Command:
         return Command((sys.executable, "-m", "invoke", *tasks), self._folder, self.bed.environment)
+
+    @property
+    def _cache(self) -> str:
+        return f"{self.registry.image}-cache"
 
     @property
     def _folder(self) -> Path:
@@ -426,8 +449,11 @@ class Buildx:
         return not self.refusal or scenario == "nothing"
 
     def clear(self) -> None:
-        self.bed.forget(self.registry.image)
+        self.move()
         self._base = self._syntax + self.bed.dockerfile("buildx").read_text()
+
+    def move(self) -> None:
+        self.bed.forget(self.registry.image)
 
     def command(self, _scenario: str, goal: Goal) -> Command:
         dockerfile = self.bed.directory / "buildx/Dockerfile"

@@ -7,6 +7,7 @@ notes when each call begins and ends.  When containers start and end the engine'
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import subprocess
@@ -15,8 +16,10 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -96,6 +99,35 @@ def _pieces(source: socket.socket, target: socket.socket) -> Iterator[bytes]:
             target.sendall(piece)
     with suppress(OSError):
         target.shutdown(socket.SHUT_WR)
+
+
+class SubstituteServer:
+    """A substitute server on loopback that counts what it sends."""
+
+    def __init__(self, directory: Path) -> None:
+        self.sent = 0
+        server = self
+
+        class Handler(SimpleHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def copyfile(self, source: Any, outputfile: Any) -> None:
+                server.sent += os.fstat(source.fileno()).st_size
+                super().copyfile(source, outputfile)
+
+            def log_message(self, *_: object) -> None: ...
+
+        handler = partial(Handler, directory=str(directory))
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
 class Containers:

@@ -23,6 +23,7 @@ TITLES = {
     "removed": "that package removed",
     "channel": "new commits of the channels",
     "base": "a file of the base image changed",
+    "fresh": "one package added on a fresh engine",
 }
 SHELL, INV, BUILDX = "shell lines", "inv", "buildx"
 LIMITS = (
@@ -36,6 +37,13 @@ LIMITS = (
 """Scenario, and the most that we may take of the seconds and of the bytes of the shell lines."""
 
 
+_FETCHING_NOTHING = ("nothing", "removed", "base")
+"""Scenarios for which Guix has to get nothing from a server."""
+
+_FETCH = "POST /images/create"
+"""Call of the engine's API with which ``docker pull`` pulls an image."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One command in one scenario."""
@@ -46,6 +54,8 @@ class Sample:
     times: Times
     pushed: int
     """Bytes that are new in the registry."""
+    fetched: int
+    """Bytes that the substitute server sent."""
     size: int
     """Of the image, on the engine."""
     layers: int
@@ -58,7 +68,8 @@ class Sample:
         return (
             f"{self.contestant}: {times.seconds:.2f} s (in containers {times.guix:.2f}, "
             f"commit {times.commit:.2f}, push {times.push:.2f}, the rest {times.own:.2f}), "
-            f"pushed {human_size(self.pushed)}, {human_size(self.size)} in {self.layers} layers"
+            f"pushed {human_size(self.pushed)}, fetched {human_size(self.fetched)}, "
+            f"{human_size(self.size)} in {self.layers} layers"
         )
 
 
@@ -105,7 +116,21 @@ def verdicts(samples: Sequence[Sample]) -> Iterator[Verdict]:
         if pushed and ours and theirs:
             value = _pushed(ours) / _pushed(theirs)
             yield Verdict(f"{TITLES[scenario]}, bytes pushed / {SHELL}", value, pushed)
+        if scenario in _FETCHING_NOTHING and ours:
+            value = max(each.fetched for each in ours)
+            yield Verdict(f"{TITLES[scenario]}, bytes fetched", value, 0)
+        elif scenario == "added" and ours and theirs:
+            value = max(each.fetched for each in ours) / max(each.fetched for each in theirs)
+            yield Verdict(f"{TITLES[scenario]}, bytes fetched / {SHELL}", value, 1)
     yield from _ratio(found, "nothing", BUILDX, 1.5)
+    ours, theirs = found.of("fresh"), found.of("fresh", SHELL)
+    if ours and theirs:
+        times = theirs[0].times
+        fetch = times.calls[_FETCH][1]
+        value = (ours[0].times.seconds - fetch) / (times.seconds - fetch)
+        yield Verdict(f"{TITLES['fresh']}, seconds without the pull / {SHELL}", value, 1.5)
+        value = ours[0].pushed / theirs[0].pushed
+        yield Verdict(f"{TITLES['fresh']}, bytes pushed / {SHELL}", value, 1.3)
     changes, scratch = found.of("change"), found.of("scratch")
     by_hand = found.of("change", SHELL)
     if changes and scratch and by_hand:
@@ -168,7 +193,7 @@ _LEGEND = (
 def _table(found: Samples) -> str:
     header = (
         "scenario", "way", "seconds", "in containers", "commit", "push", "the rest", "pushed",
-        "image", "layers", "memory",
+        "fetched", "image", "layers", "memory",
     )  # fmt: skip
     rows = [header, tuple("---" for _ in header)]
     rows += [_row(*key, found.of(*key)) for key in found.keys()]  # noqa: SIM118 -- no mapping
@@ -196,6 +221,7 @@ def _row(scenario: str, contestant: str, samples: Sequence[Sample]) -> tuple[str
         spread(lambda each: each.times.push, seconds),
         spread(lambda each: each.times.own, seconds),
         spread(lambda each: each.pushed, size),
+        spread(lambda each: each.fetched, size),
         spread(lambda each: each.size, size),
         spread(lambda each: each.layers, lambda value: f"{value:.0f}"),
         spread(lambda each: each.times.memory, size) if contestant == INV else "",

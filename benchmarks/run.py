@@ -7,8 +7,9 @@ scenarios, in turns: everything cold, nothing changed, one package of 1 MB added
 removed, new commits of the channels, a changed file of the base image.  For a package that is added
 or removed the shell lines are those that a person would run by hand for that change alone, on top
 of what is there; for all others they start from the beginning, because nothing else gives the same
-image.  After the rounds come 50 random changes of the packages on a small image: they show how an
-image grows, and what is pushed in all.
+image.  After the rounds comes one package of 1 MB added on an engine that has nothing yet, from the
+image and the CACHE_IMAGE in the registry; then 50 random changes of the packages on a small image:
+they show how an image grows, and what is pushed in all.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 REPEATED = ("cold", "nothing", "added", "removed", "channel", "base")
-SCENARIOS = (*REPEATED, "growth")
+SCENARIOS = (*REPEATED, "fresh", "growth")
 CHANGES = 50
 SEED = 20261128
 _SMALL = ("hello", "greet")
@@ -87,6 +88,17 @@ class Session:
                         self._clear(contestant)
                     if scenario == "cold" or contestant.measures(scenario):
                         self._run(contestant, scenario, number, goal, keep=scenario in scenarios)
+
+    def fresh(self) -> None:
+        """Add a package on an engine that has nothing yet."""
+        goal = Goal(_PACKAGES, OLD_CHANNELS)
+        more = Goal((*_PACKAGES, _PART), OLD_CHANNELS, added=(_PART,))
+        for contestant in self.contestants:
+            if contestant.measures("fresh"):
+                self._clear(contestant)
+                self._run(contestant, "shared", 0, goal, keep=False)
+                contestant.move()
+                self._run(contestant, "fresh", 0, more)
 
     def growth(self) -> None:
         """Change the packages at random again and again, and make the last image at once."""
@@ -128,6 +140,7 @@ class Session:
     ) -> Sample:
         registry = contestant.registry
         images, before = self.bed.images(), blobs(registry.data)
+        sent = self.bed.substitutes.sent
         times = self.bed.meter.run(contestant.command(scenario, goal))
         image = self.bed.engine.image(registry.image)
         if image is None:
@@ -140,6 +153,7 @@ class Session:
             round=number,
             times=times,
             pushed=sum(pushed.values()),
+            fetched=self.bed.substitutes.sent - sent,
             size=image.size,
             layers=len(image.layers),
         )
@@ -187,8 +201,10 @@ def main() -> int:
                 stack.enter_context(contestant.registry.running(console))
                 stack.callback(_tidy, contestant)
             session = Session(bed, console, contestants)
-            if set(scenarios) != {"growth"}:
+            if set(scenarios) & {*REPEATED}:
                 session.rounds(arguments.rounds, scenarios)
+            if "fresh" in scenarios:
+                session.fresh()
             if "growth" in scenarios:
                 session.growth()
     except (GuixTasksError, RuntimeError) as error:
