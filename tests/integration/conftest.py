@@ -75,7 +75,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     In CI that is a failure, of the fixture ``engine``.
     """
     # The longest first: at the end no process should have much left while the others have none.
-    items.sort(key=lambda item: OTHER_STORE not in item.name)
+    items.sort(key=_rank)
     wanted = [item for item in items if item.get_closest_marker("engine")]
     if not wanted or os.geteuid() == 0 or os.environ.get("CI") == "true":
         return
@@ -87,6 +87,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in wanted]
     except EngineError:
         pass  # for the fixture to tell
+
+
+LONGEST = (
+    "test_warm_store", "test_kills", "test_incremental", "test_bad_input", "test_lifecycle",
+    "test_distributable", "test_leaks", "test_ci_files", "test_podman", "test_substitutes",
+)  # fmt: skip
+"""Modules that take more than two minutes, the longest first."""
+
+
+def _rank(item: pytest.Item) -> int:
+    """Return when a test starts: all of the other image store first, then the longest modules."""
+    if OTHER_STORE in item.name:
+        return -1
+    return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
 
 
 def pytest_terminal_summary(
