@@ -144,7 +144,7 @@ class Work:
     """Keep the container for inspection if the command fails."""
     tty: bool = False
     bare: bool = False
-    """No mounts, volumes or network: the command sees only the image."""
+    """No network, ``MOUNTS`` or cache volumes. ``binds`` are mounted in any case."""
     plain: bool = False
     """No privileges, because the command does not run Guix."""
     entry_point: tuple[str, ...] = (ENTRY_POINT,)
@@ -170,7 +170,7 @@ def work_container(engine: Engine, settings: Settings, image: str, work: Work) -
     for volume in () if work.bare else cache_volumes(settings):
         engine.create_volume(volume, {PROJECT_LABEL: project(settings)})
     spec = _spec(engine, settings, image, work)
-    container = spec.name
+    container = spec.name  # to remove it if the answer to the creation is lost
     try:
         with _uninterrupted():
             container = engine.create(spec)

@@ -156,8 +156,9 @@ class Lifecycle:
         The image is up to date if the parent is, if the image's inputs and key equal the current
         ones, and if it was committed from the parent's current image.
 
-        ``packages`` are the packages of ``install --package``; by default those that the image
-        was made with, so that ``inv push`` accepts such an image.
+        ``packages`` are the packages of ``install --package``; an empty tuple means
+        ``GUIX_PACKAGES``. By default they are those that the image was made with, so that
+        ``inv push`` accepts such an image.
         """
         image = self._ledger.find(name)
         if packages is None:
@@ -170,7 +171,8 @@ class Lifecycle:
             return State(image, key=None, why=None)
         parent = self._parent_state(name)
         if parent.key is None:
-            return State(image, key=None, why=parent.why)
+            why = parent.why or f"{self.parent_of(name)} is missing, and no lock names its channels"
+            return State(image, key=None, why=why if image else None)
 
         key = stage_key(name, parent.key, inputs)
         if image is None or parent.why:
@@ -334,7 +336,8 @@ class Lifecycle:
         if image is None:
             return
         packages, replaced_packages = _packages(image), _packages(replaced)
-        removed = [replaced_packages[name] for name in replaced_packages.keys() - packages.keys()]
+        gone = replaced_packages.keys() - packages.keys()
+        removed = [replaced_packages[package] for package in gone]
         if packages and removed:
             project.console.print(f"{name}: removed {' '.join(sorted(removed))}")
         print_result(project, name, started)
@@ -388,6 +391,7 @@ class Lifecycle:
             parent = self.parent_of(name)
             parent_image = self._ledger.find(parent) if parent else None
             if parent and parent_image and not is_child(image, parent_image):
+                # It has the same key but other layers, so the image would count as stale.
                 engine.untag(self._ledger.tag(parent))
             engine.tag(image.id, self._ledger.tag(name))
             self._project.console.print(f"{name}: taken from {reference}")

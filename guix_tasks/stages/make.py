@@ -118,7 +118,7 @@ def _run_warm(
     if volume not in store_volumes(project):
         fill_store(project, volume, seeds)
     result = new_result()
-    # A stage without commits in its inputs can make something else each time.
+    # Only install reuses a result: pull can fetch other commits from the same inputs.
     inputs = stage.inputs(common_inputs(project.engine, project.settings))
     earlier = "" if force or stage.pinned else guix_key(stage, parent, inputs)
     run = partial(_run_in_store, project, stage, parent, volume, result=result, earlier=earlier)
@@ -127,10 +127,11 @@ def _run_warm(
     except (MissingItemsError, DamagedStoreError) as error:
         if isinstance(error, DamagedStoreError):
             project.console.print(
-                f"{stage.name}: the volume {volume} is damaged; creating it again"
+                f"{stage.name}: the volume {volume} is damaged; recreating it"
             )
             project.engine.remove_volume(volume)
         fill_store(project, volume, seeds)
+        # The volume was just filled from these images.
         report, start = run(check_roots=False)
 
     step.show_activity(lambda: "assembling")

@@ -72,6 +72,7 @@ SEED = ("seed.sh", "seed.scm", "database.scm")
 """Scripts that copy the store of an image to the warm store. ``owner`` is their input."""
 
 _RUN_IF_PRESENT = f'[ -f "$0" ] || exit {MISSING_ITEMS}; exec sh "$0" "$@"'
+"""Run the script ``$0``, the first argument after ``-c``, or exit if the volume lacks it."""
 
 _UNSUITABLE = 114
 """Exit status of ``assemble.sh`` if deleted items would take too much of the image, or if its
@@ -81,8 +82,8 @@ _MAX_LAYERS = 10
 """Maximum number of layers on the base image before an image is assembled in one layer."""
 
 _MAX_WASTE = 10_000_000_000
-"""Size in bytes of unused items on a volume, in addition to twice that of an image, from which the
-volume is created again."""
+"""A volume is removed after a run if its unused items exceed this many bytes plus twice the size of
+the image's items."""
 
 LIVE_LABEL = "org.guix-tasks.live"
 """Bytes of an assembled image's store items that are not of the base image, unpacked."""
@@ -212,7 +213,8 @@ def assemble(
                 files = _compare_files(project, volume, start, parent)
                 if not files:
                     continue
-        # A copied script would leave mount points in the layer.
+        # The script is on the volume, because copying a file into the container would leave mount
+        # points in the layer.
         script = f"{RESULTS}/{result}/assemble.sh"
         arguments = (VOLUME_MOUNT, result, labels[GUIX_KEY_LABEL], str(used), files, *STATE)
         work = _plain_work("assemble", ("-c", _RUN_IF_PRESENT, script, *arguments), volume=volume)

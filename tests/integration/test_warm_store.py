@@ -208,7 +208,7 @@ def test_volume_that_a_killed_run_left_to_root_is_created_again(
     (volume,) = [name for name in project.volumes() if "-store-" in name]
     run_on_volume(project, volume, "chown 0:0 /dev/store/guix-tasks/db/*")
     project.set(GUIX_PACKAGES="hello greet")
-    assert "is damaged; creating it again" in project.ok("install").stderr
+    assert "is damaged; recreating it" in project.ok("install").stderr
     check_store(docker, project.image)
 
 

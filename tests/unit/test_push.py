@@ -179,6 +179,13 @@ def test_a_pull_after_install_makes_the_push_stale(made: Site) -> None:
         made.push()
 
 
+def test_image_whose_channels_nobody_knows_is_not_pushed_as_up_to_date(made: Site) -> None:
+    made.engine.untag(f"{IMAGE}-pull")
+    (made.directory / "channels.lock.scm").unlink()
+    with pytest.raises(UsageError, match=r"install is stale \(pull is missing, and no lock .*"):
+        made.push()
+
+
 def test_an_image_that_was_not_reached_is_repaired_first(made: Site) -> None:
     made.engine.untag(IMAGE)
     assert made.push()

@@ -177,7 +177,7 @@ def test_full_disk_is_not_retried(site: Site) -> None:
 )
 def test_volume_with_an_unusable_database_is_created_again(site: Site, fault: bytes) -> None:
     project = run(site, Try(1, [fault]), Try())
-    assert " is damaged; creating it again" in heard(project)
+    assert " is damaged; recreating it" in heard(project)
     assert "remove_volume" in [name for name, _ in site.engine.calls]
     assert site.image("own")
 
