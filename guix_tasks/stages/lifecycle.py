@@ -171,8 +171,10 @@ class Lifecycle:
             return State(image, key=None, why=None)
         parent = self._parent_state(name)
         if parent.key is None:
-            why = parent.why or f"{self.parent_of(name)} is missing, and no lock names its channels"
-            return State(image, key=None, why=why if image else None)
+            why = parent.why
+            if image and not parent.image:
+                why = f"{self.parent_of(name)} is missing, and no lock names its channels"
+            return State(image, key=None, why=why)
 
         key = stage_key(name, parent.key, inputs)
         if image is None or parent.why:

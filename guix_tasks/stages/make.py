@@ -126,9 +126,7 @@ def _run_warm(
         report, start = run(check_roots=True)
     except (MissingItemsError, DamagedStoreError) as error:
         if isinstance(error, DamagedStoreError):
-            project.console.print(
-                f"{stage.name}: the volume {volume} is damaged; recreating it"
-            )
+            project.console.print(f"{stage.name}: the volume {volume} is damaged; recreating it")
             project.engine.remove_volume(volume)
         fill_store(project, volume, seeds)
         # The volume was just filled from these images.
