@@ -111,10 +111,11 @@ class Session:
             self._clear(contestant)
             self._run(contestant, "cold", 0, goal, keep=False)
         for number in range(1, CHANGES + 1):
-            most = min(2, len(installed))
-            removed = set(chance.sample(sorted(installed), chance.randint(0, most)))
             missing = [part for part in parts if part not in installed]
-            added = set(chance.sample(missing, chance.randint(0 if removed else 1, 2)))
+            least, most = 0 if missing else 1, min(2, len(installed))
+            removed = set(chance.sample(sorted(installed), chance.randint(least, most)))
+            least, most = 0 if removed else 1, min(2, len(missing))
+            added = set(chance.sample(missing, chance.randint(least, most)))
             installed = (installed - removed) | added
             goal = Goal(
                 packages=(*_SMALL, *sorted(installed)),
