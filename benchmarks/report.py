@@ -40,6 +40,9 @@ LIMITS = (
 _FETCHING_NOTHING = ("nothing", "removed", "base")
 """Scenarios for which Guix has to get nothing from a server."""
 
+_PART_SIZE = 1 << 20
+"""Size in bytes of each of these packages, whose content cannot be compressed."""
+
 _FETCH = "POST /images/create"
 """Call of the engine's API with which ``docker pull`` pulls an image."""
 
@@ -59,6 +62,8 @@ class Sample:
     size: int
     """Of the image, on the engine."""
     layers: int
+    added: int
+    """Number of packages of 1 MB that the change added."""
 
     def renamed(self, scenario: str) -> Sample:
         return replace(self, scenario=scenario)
@@ -135,8 +140,11 @@ def verdicts(samples: Sequence[Sample]) -> Iterator[Verdict]:
     by_hand = found.of("change", SHELL)
     if changes and scratch and by_hand:
         what = f"{len(changes)} random changes"
-        value = sum(each.pushed for each in changes) / sum(each.pushed for each in by_hand)
-        yield Verdict(f"{what}, bytes pushed in all / by hand", value, 2)
+        pushed = sum(each.pushed for each in changes)
+        value = pushed / sum(each.added * _PART_SIZE for each in changes)
+        yield Verdict(f"{what}, bytes pushed in all / packages added", value, 2)
+        value = pushed / sum(each.pushed for each in by_hand)
+        yield Verdict(f"{what}, bytes pushed in all / by hand", value)
         yield Verdict(f"{what}, size / made at once", changes[-1].size / scratch[0].size, 1.25)
         # Made at once, pull and install have one layer each.
         base = scratch[0].layers - 2

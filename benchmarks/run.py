@@ -157,6 +157,7 @@ class Session:
             fetched=self.bed.substitutes.sent - sent,
             size=image.size,
             layers=len(image.layers),
+            added=len(goal.added),
         )
         if measured:
             self.samples.append(sample)
