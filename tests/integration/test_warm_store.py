@@ -9,7 +9,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import ROOT, Workshop, check_store, one_error
+from harness import ROOT, Workshop, check_store, contents, one_error
 from island import load_image
 
 from guix_tasks.stages.container import PROJECT_LABEL
@@ -290,7 +290,9 @@ def test_each_sandbox_makes_the_same_with_the_warm_store(
     project.set(GUIX_PACKAGES=made.project.settings["GUIX_PACKAGES"])
     project.ok("install")
     check_store(docker, project.image)
-    assert files(docker, project.image) == files(docker, made.project.image)
+    assert contents(docker, project.image) == contents(docker, made.project.image)
+    if sandbox != "nochroot":  # a build that is not isolated can write other bytes
+        assert files(docker, project.image) == files(docker, made.project.image)
     assert [line for line in files(docker, project.image) if " 0:0 " not in line] == [
         line for line in files(docker, project.tag("base")) if " 0:0 " not in line
     ]
