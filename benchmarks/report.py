@@ -125,8 +125,8 @@ def verdicts(samples: Sequence[Sample]) -> Iterator[Verdict]:
             value = max(each.fetched for each in ours)
             yield Verdict(f"{TITLES[scenario]}, bytes fetched", value, 0)
         elif scenario == "added" and ours and theirs:
-            value = max(each.fetched for each in ours) / max(each.fetched for each in theirs)
-            yield Verdict(f"{TITLES[scenario]}, bytes fetched / {SHELL}", value, 1)
+            value = max(each.fetched for each in ours) - max(each.fetched for each in theirs)
+            yield Verdict(f"{TITLES[scenario]}, bytes fetched more than by hand", value, 0)
     yield from _ratio(found, "nothing", BUILDX, 1.5)
     ours, theirs = found.of("fresh"), found.of("fresh", SHELL)
     if ours and theirs:
