@@ -10,6 +10,7 @@ import secrets
 import shutil
 import tarfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -138,8 +139,9 @@ def save_as_layout(engine: Engine, image: Image, reference: ImageReference, kept
     kept.mkdir(parents=True, exist_ok=True)
     layout = kept / image.id.replace(":", "-")
     for path in kept.iterdir():
-        if path != layout and time.time() - path.stat().st_mtime > _KEPT_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another build has removed it
+            if path != layout and time.time() - path.stat().st_mtime > _KEPT_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
     try:
         if not layout.exists():
             _save(engine, image, layout)

@@ -229,9 +229,11 @@ def assemble(
                     f"{stage.name}: cannot copy the store items of the volume {volume}: "
                     f"{_last_line(log, status)}, and nothing was committed{full_disk(log)}"
                 )
-            live, waste = map(int, log.split()) if not engine.is_dry else (0, 0)
+            # A program of the image can print a warning before, and a dry run prints nothing.
+            sizes = re.search(r"^([0-9]+)\n([0-9]+)\n\Z", log, re.MULTILINE)
+            live, waste = map(int, sizes.groups()) if sizes else (0, 0)
             tag = project.ledger.tag(stage.name)
-            labels = {**labels, LIVE_LABEL: str(live)}
+            labels = {**labels, LIVE_LABEL: str(live) if sizes else ""}
             image = commit_image(project, container, parent, tag, labels, start=start)
         if waste > _MAX_WASTE + 2 * live:
             project.console.print(

@@ -45,16 +45,16 @@ def fake(tmp_path: Path) -> FakeBuildx:
     return FakeBuildx(tmp_path / "buildx")
 
 
-def setup(site: Site, fake: FakeBuildx, *, own: str = "default", **wishes: bool) -> str:
+def setup(site: Site, fake: FakeBuildx, *, own: str = "default", **options: bool) -> str:
     """Set up; what was said."""
     project = site.project()
-    set_up(project, fake.program(own=own), **wishes)
+    set_up(project, fake.program(own=own), **options)
     return heard(project)
 
 
-def refused(site: Site, fake: FakeBuildx, **wishes: Any) -> str:
+def refused(site: Site, fake: FakeBuildx, **options: Any) -> str:
     with pytest.raises(BuilderError) as caught:
-        setup(site, fake, **wishes)
+        setup(site, fake, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -374,10 +374,10 @@ def test_nothing_is_said_of_platforms_that_it_has(site: Site, fake: FakeBuildx) 
 # --- A dry run ------------------------------------------------------------------------------
 
 
-def dry(site: Site, fake: FakeBuildx, **wishes: bool) -> list[str]:
+def dry(site: Site, fake: FakeBuildx, **options: bool) -> list[str]:
     """The commands that are shown; none is run."""
     console = Heard()
-    set_up(site.project(), fake.program(console, perform=False), **wishes)
+    set_up(site.project(), fake.program(console, perform=False), **options)
     assert fake.changes() == []
     return [line for line in console.text.splitlines() if line.startswith("+ ")]
 

@@ -72,6 +72,7 @@ from guix_tasks.stages.make import run_stage
 from guix_tasks.stages.project import Project
 from guix_tasks.stages.pull import AUTHENTICATION_LABEL, lock_mismatch, stage_to_run, write_lock
 from guix_tasks.stages.stage import Stage
+from guix_tasks.stages.store import LIVE_LABEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -411,6 +412,20 @@ def test_image_is_assembled_on_the_previous_image_of_its_stage(made: Site) -> No
     assert image.layers[:-1] == previous.layers
     assert is_child(image, made.image("pull"))
     assert proven_stage(image) == "install"
+
+
+def test_warning_of_a_program_in_the_image_is_not_taken_for_a_size(
+    made: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warn(container: FakeContainer) -> Output:
+        yield True, b"tar: file: time stamp is 3 s in the future\n"
+        yield from assemble(container)
+
+    assemble = STORE_SCRIPTS["assemble.sh"]
+    monkeypatch.setitem(STORE_SCRIPTS, "assemble.sh", warn)
+    made.env["GUIX_PACKAGES"] = "hello tar"
+    assert made.ran(lambda: made.make("install")) == ["install"]
+    assert made.image("install").labels[LIVE_LABEL] == "1000"
 
 
 def test_image_is_assembled_in_one_layer_if_there_are_many(made: Site) -> None:
