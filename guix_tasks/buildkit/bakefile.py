@@ -267,14 +267,14 @@ def _descriptions(definition: Definition) -> list[str]:
     return [f"mkdir -p {REPORTS}", *reports, f"date -u +%Y-%m-%dT%H:%M:%SZ >{REPORTS}/{CREATED}"]
 
 
-def resolve_script(*, channels: bool, authenticate: bool = True) -> bytes:
+def resolve_script(channels: str | None, *, authenticate: bool = True) -> bytes:
     """Return the script of the step ``RESOLVE``.
 
-    ``channels`` is true if the step has a channels file, false for Guix's default channels.
+    ``channels`` is the name of the step's channels file, or None for Guix's default channels.
     """
     argv = ["guix", "repl", "--", f"{WORK_DIRECTORY}/resolve.scm"]
     argv += [] if authenticate else [guix.UNAUTHENTICATED]
-    argv += [f"{WORK_DIRECTORY}/channels.scm"] if channels else []
+    argv += [f"{WORK_DIRECTORY}/{channels}"] if channels else []
     command = f"mkdir -p {REPORTS}\n{shlex.join(argv)} >{REPORTS}/{RESOLVED}"
     return f"#!/bin/sh\nset -eu\n{command}\n".encode()
 

@@ -65,6 +65,8 @@ class BuildOptions:
     pull: bool = True
     update: bool = False
     """Pull the current commits of the channels instead of those of the lock."""
+    newest: bool = False
+    """Also update to commits of Guix that no substitute server has built."""
     force: bool = False
     """Run every Guix step, even if the builder's cache has its result."""
     by_digest: bool = False
@@ -103,8 +105,8 @@ def build(project: Project, buildx: Buildx, options: BuildOptions) -> str:
     if not options.pull:
         install_stage(settings)
     else:
-        pull.stage_to_run(settings, update=options.update, authenticate=options.authenticate)
-        if not options.update and (line := pull.uncompared_lock(settings)):
+        _pull_to_run(settings, options)
+        if not (options.update or options.newest) and (line := pull.uncompared_lock(settings)):
             project.console.print(line)
     _check_output(project, options)
     registry = settings.image.registry if settings.buildx_output is Output.REGISTRY else ""
@@ -118,6 +120,12 @@ def build(project: Project, buildx: Buildx, options: BuildOptions) -> str:
         duration = human_time(time.monotonic() - started)
         project.console.print(f"buildx.build: {output}, {duration}")
     return output
+
+
+def _pull_to_run(settings: Settings, options: BuildOptions) -> Stage:
+    return pull.stage_to_run(
+        settings, update=options.update, newest=options.newest, authenticate=options.authenticate
+    )
 
 
 def _builder(project: Project, buildx: Buildx) -> Builder:
@@ -249,7 +257,8 @@ class _Build:
     @cached_property
     def _lock(self) -> str | None:
         """The lock that fixes the commits of the channels, if there is one."""
-        return None if self.options.update else pull.lock_text(self._settings)
+        update = self.options.update or self.options.newest
+        return None if update else pull.lock_text(self._settings)
 
     @property
     def _floats(self) -> bool:
@@ -257,14 +266,16 @@ class _Build:
         return self.options.pull and not self._lock
 
     def _write_resolve(self) -> None:
-        channels = pull.channels_text(self._settings)
+        stage = _pull_to_run(self._settings, self.options)
+        channels = (pull.BUILT_CHANNELS, "channels.scm")
         files = {
             **programs(),
+            **stage.files,
+            **container.resource_files(("resolve.scm",)),
             "stage": bakefile.resolve_script(
-                channels=channels is not None, authenticate=self.options.authenticate
+                next((name for name in channels if name in stage.files), None),
+                authenticate=self.options.authenticate,
             ),
-            "resolve.scm": (container.RESOURCES / "resolve.scm").read_bytes(),
-            **({"channels.scm": channels.encode()} if channels is not None else {}),
         }
         context.write_step(self._settings, self.directory, bakefile.RESOLVE, files, force=True)
 

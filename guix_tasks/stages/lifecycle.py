@@ -76,7 +76,9 @@ class StageOptions:
     upstream: bool = False
     """Make stale parents first, instead of raising an error."""
     update: bool = False
-    """Pull the newest commits of the channels and ignore the lock."""
+    """Pull the current commits of the channels and ignore the lock."""
+    newest: bool = False
+    """Also update to commits of Guix that no substitute server has built."""
     commit: bool = True
     keep_failed: bool = False
     """Keep the container of a command that fails."""
@@ -84,6 +86,10 @@ class StageOptions:
     """Packages to install in place of ``GUIX_PACKAGES``."""
     disable_authentication: bool = False
     """Pull channels without authenticating their commits."""
+
+    @property
+    def is_update(self) -> bool:
+        return self.update or self.newest
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ class Lifecycle:
         if options.force or not options.commit:
             return True
         if name == "pull":
-            floating = options.update or self._settings.guix_channels_lock is None
+            floating = options.is_update or self._settings.guix_channels_lock is None
             # Unauthenticated channels do not satisfy a pull that authenticates.
             return floating or not (options.disable_authentication or is_authenticated(image))
         # A label records the packages of `--package`, because `inv push` compares them.
@@ -356,9 +362,12 @@ class Lifecycle:
         if name == "install":
             return install_stage(settings, options.packages)
         stage = stage_to_run(
-            settings, update=options.update, authenticate=not options.disable_authentication
+            settings,
+            update=options.update,
+            newest=options.newest,
+            authenticate=not options.disable_authentication,
         )
-        if not options.update and lock_text(settings):
+        if not options.is_update and lock_text(settings):
             image = self._ledger.find("pull")
             if image is None:
                 if line := uncompared_lock(settings):
@@ -464,12 +473,12 @@ class Lifecycle:
 def make_each(project: Project, name: str, options: StageOptions) -> None:
     """Make a stage for each platform of a project in turn.
 
-    ``options.update`` applies to the first platform only.  The others pull the commits that the
+    An update applies to the first platform only.  The others pull the commits that the
     first one locked, so that all platforms have the same.
     """
     for single in project.each_platform():
         Lifecycle(single).make(name, options)
-        options = replace(options, update=False)
+        options = replace(options, update=False, newest=False)
 
 
 def _input_name(settings: Settings, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from guix_tasks import guix
 from guix_tasks.errors import StageError, UsageError
 from guix_tasks.files import read_text, text_digest, write_whole
 from guix_tasks.oci.reference import quoted
-from guix_tasks.stages.container import WORK_DIRECTORY
+from guix_tasks.stages.container import WORK_DIRECTORY, resource_files
 from guix_tasks.stages.images import CHANNELS_LABEL
 from guix_tasks.stages.stage import Stage
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 
 CHANNELS_INPUT = "GUIX_CHANNELS"
+
+BUILT_CHANNELS = "built-channels.scm"
+"""Channels file with Guix at the newest commit that a substitute server has built."""
 
 AUTHENTICATION_LABEL = "org.guix-tasks.authentication"
 """``disabled`` if the channels were pulled with ``--disable-authentication``, else empty."""
@@ -84,14 +88,18 @@ def _check_authenticated(channels: str) -> None:
         )
 
 
-def stage_to_run(settings: Settings, *, update: bool = False, authenticate: bool = True) -> Stage:
+def stage_to_run(
+    settings: Settings, *, update: bool = False, newest: bool = False, authenticate: bool = True
+) -> Stage:
     """Return the stage that pulls the lock, or ``GUIX_CHANNELS`` without a lock or to ``update``.
+
+    ``newest`` is an update that also takes commits of Guix that no substitute server has built.
 
     Raise ``UsageError`` if the lock does not match ``GUIX_CHANNELS``, or if ``authenticate`` is
     true and a channel has no introduction.
     """
-    wanted = channels_text(settings)
-    lock = None if update else lock_text(settings)
+    wanted, locked = channels_text(settings), lock_text(settings)
+    lock = None if update or newest else locked
     if lock and (problem := lock_mismatch(wanted, lock)):
         raise UsageError(lock_mismatch_line(settings, problem))
     unauthenticated = guix.unauthenticated(lock or wanted or "") if authenticate else []
@@ -104,7 +112,15 @@ def stage_to_run(settings: Settings, *, update: bool = False, authenticate: bool
             f"{path}: the channel {quoted(unauthenticated[0])} has no introduction, so Guix cannot "
             f"authenticate it; {hint}"
         )
-    return pull_stage(lock or wanted, wanted, authenticate=authenticate)
+    stage = pull_stage(lock or wanted, wanted, authenticate=authenticate)
+    if lock or newest:
+        return stage
+    pull, *others = stage.commands
+    pull = guix.pull_argv(f"{WORK_DIRECTORY}/{BUILT_CHANNELS}", authenticate=authenticate)
+    files = {**stage.files, **resource_files((BUILT_CHANNELS,))}
+    if locked:
+        files["locked.scm"] = locked.encode()
+    return replace(stage, commands=[pull, *others], files=files)
 
 
 def lock_mismatch_line(settings: Settings, problem: str) -> str:

@@ -214,7 +214,7 @@ def test_a_step_of_a_build(
     (directory / "base" / "Dockerfile").write_text(f"FROM {BASE_TAG}\n")
     write_environment(settings, directory)
     resolve = (RESOURCES / "resolve.scm").read_bytes()
-    files = {"stage": resolve_script(channels=True), "resolve.scm": resolve}
+    files = {"stage": resolve_script("channels.scm"), "resolve.scm": resolve}
     files |= {**programs(), "channels.scm": text.encode()}
     write_step(settings, directory, RESOLVE, files, force=True)
     own = Platform.parse(engine.info().platform)

@@ -8,18 +8,21 @@ import secrets
 import shlex
 import shutil
 import socket
+import threading
 import urllib.request
+from http.server import ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from harness import ROOT, contents, free_port, one_error
+from harness import ROOT, HttpHandler, contents, free_port, one_error
 from planted import PLANTED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from conftest import NewProject
-    from harness import Docker, Made, Project
+    from harness import Docker, Made, Project, Workshop
 
 pytestmark = pytest.mark.engine
 
@@ -196,6 +199,62 @@ def forecast(project: Project, *options: str, status: int = 0) -> list[dict[str,
     assert result.returncode == status, result.stderr
     found: list[dict[str, Any]] = json.loads(result.stdout)
     return found
+
+
+@pytest.fixture
+def built_commit() -> Iterator[SimpleNamespace]:
+    """A server with the API of Cuirass; ``commit`` is the last that it has built."""
+    server = SimpleNamespace(commit="f" * 40, url="")
+
+    class Handler(HttpHandler):
+        def do_GET(self) -> None:  # noqa: N802 -- the base class calls it
+            answers = {
+                "/api/latestbuilds": [{"id": 1, "evaluation": 7, "buildstatus": 0}],
+                "/api/evaluation": {"id": 7, "checkouts": [
+                    {"commit": server.commit, "channel": "guix"},
+                ]},
+            }  # fmt: skip
+            answer = answers.get(self.path.partition("?")[0])
+            self.send_response(404 if answer is None else 200)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        server.url = f"http://127.0.0.1:{listening.server_port}"
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield server
+        listening.shutdown()
+
+
+def test_an_update_takes_the_commit_of_guix_that_a_server_has_built(
+    new_project: NewProject, workshop: Workshop, built_commit: SimpleNamespace
+) -> None:
+    newest = workshop.commit_of("guix")
+    (built, _) = re.findall(
+        r'introduction\s+"(\w+)"', (workshop.offline / "channels.scm").read_text()
+    )
+    servers = f"file:///offline/substitutes {built_commit.url}"
+    project = new_project("base", NETWORK="host", GUIX_SUBSTITUTE_URLS=servers)
+
+    def locked() -> str:
+        lock = (project.directory / "channels.lock.scm").read_text()
+        (commit,) = re.findall(r'name .guix.*?commit\s+"(\w+)".*name', lock, re.DOTALL)
+        return str(commit)
+
+    log = project.ok("pull").stderr
+    assert "guix: taking the newest commit, because no substitute server names one" in log
+    assert locked() == newest
+    built_commit.commit = built
+    log = project.ok("pull", "--update").stderr
+    assert f"guix: staying at commit {newest} of the lock, because {built_commit.url}" in log
+    assert locked() == newest
+    (project.directory / "channels.lock.scm").unlink()
+    project.ok("clean")
+    log = project.ok("pull", "--upstream").stderr
+    assert f"guix: commit {built} is the newest that {built_commit.url} has built" in log
+    assert locked() == built
+    assert "guix: " not in project.ok("pull", "--newest").stderr
+    assert locked() == newest
 
 
 def test_the_weather_turns_when_a_server_comes_up(new_project: NewProject) -> None:

@@ -277,14 +277,14 @@ def test_without_a_cache_everything_stays_in_the_image() -> None:
 
 
 def test_the_resolving_script_stops_at_the_first_error() -> None:
-    own, given_ones = (resolve_script(channels=each).decode() for each in (False, True))
+    own, given_ones = (resolve_script(each).decode() for each in (None, "channels.scm"))
     assert own.startswith("#!/bin/sh\nset -eu\n")
     assert "/var/guix/guix-tasks/channels.scm" not in own
     assert (
         "resolve.scm /var/guix/guix-tasks/channels.scm >/.guix-tasks-reports/resolved\n"
         in given_ones
     )
-    bold = resolve_script(channels=True, authenticate=False).decode()
+    bold = resolve_script("channels.scm", authenticate=False).decode()
     assert "resolve.scm --disable-authentication /var/guix/guix-tasks/channels.scm >" in bold
 
 

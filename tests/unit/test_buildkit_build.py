@@ -355,7 +355,7 @@ def test_without_channels_those_of_the_base_are_resolved(site: Site, fake: FakeB
     bake(site, fake)
     files = bakes(fake)[0].files
     assert "work/resolve/channels.scm" not in files
-    assert "channels.scm" not in files["work/resolve/stage"]
+    assert "built-channels.scm" in files["work/resolve/stage"]
     assert bakes(fake)[1].files["work/pull/channels.scm"] == RESOLVED
 
 

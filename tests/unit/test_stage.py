@@ -1383,6 +1383,21 @@ def test_the_lock_is_pulled_and_without_one_what_is_asked_for(made: Site) -> Non
     assert stage_to_run(settings).files["channels.scm"] == asked
 
 
+def test_an_update_prefers_commits_that_are_built_and_knows_the_lock(made: Site) -> None:
+    settings, built = made.settings(), "/var/guix/guix-tasks/built-channels.scm"
+    updated, newest = (stage_to_run(settings, **{option: True}) for option in ("update", "newest"))
+    assert updated.commands[0] == ("guix", "pull", f"--channels={built}")
+    assert updated.files["locked.scm"].decode() == LOCKED.strip()
+    assert newest.commands[0] == stage_to_run(settings).commands[0]
+    assert newest.files.keys() == {"channels.scm"}
+    # The key is that of the commits, however they were found.
+    assert updated.pinned
+    pinned = updated.pinned(LOCKED.strip()).inputs({})
+    assert pinned == stage_to_run(settings).inputs({})
+    made.lock.unlink()
+    assert "locked.scm" not in stage_to_run(settings).files
+
+
 def test_a_lock_of_other_channels_is_pulled_by_nobody(made: Site) -> None:
     made.write("channels.scm", f"(list {channel('mine', 'https://m.test')})")
     with pytest.raises(UsageError, match="it lacks the channel mine; `inv pull --update`"):

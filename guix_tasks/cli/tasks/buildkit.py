@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from invoke.collection import Collection
 
 from guix_tasks.cli.task import long_task, task
+from guix_tasks.cli.tasks.lifecycle import UPDATE_HELP
 
 if TYPE_CHECKING:
     from guix_tasks.cli.session import Session
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 @long_task(
     help={
         "no_pull": "skip `guix pull` and install with the Guix of the base image",
-        "update": "pull the newest commits of the channels and rewrite the lock",
+        **UPDATE_HELP,
         "force": "run every step, even if the builder has it in its cache",
         "by_digest": "push without a tag, for `inv manifest` to join",
         "disable_authentication": "accept channels without an introduction, unverified",
@@ -25,6 +26,7 @@ def build(
     session: Session,
     no_pull: bool = False,
     update: bool = False,
+    newest: bool = False,
     force: bool = False,
     by_digest: bool = False,
     disable_authentication: bool = False,
@@ -38,8 +40,9 @@ def build(
 
     trust = not disable_authentication
     options = BuildOptions(
-        pull=not no_pull, update=update, force=force, by_digest=by_digest, authenticate=trust
-    )
+        pull=not no_pull, update=update, newest=newest, force=force, by_digest=by_digest,
+        authenticate=trust,
+    )  # fmt: skip
     project, buildx = session.buildx()
     if result := build(project, buildx, options):
         project.console.result(result)

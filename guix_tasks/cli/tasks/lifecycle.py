@@ -21,6 +21,12 @@ STAGE_HELP = {
 }
 """Options of every stage that runs in a work container."""
 
+UPDATE_HELP = {
+    "update": "pull current commits and rewrite the lock; of Guix, the newest built one",
+    "newest": "like --update, but also the newest commit of Guix, which takes minutes to compile",
+}
+"""Options of ``pull`` and ``buildx.build``."""
+
 
 @long_task(help={"force": STAGE_HELP["force"]})
 def base(session: Session, force: bool = False) -> None:
@@ -38,7 +44,7 @@ def base(session: Session, force: bool = False) -> None:
 @long_task(
     help={
         **STAGE_HELP,
-        "update": "pull the newest commits of the channels and rewrite the lock",
+        **UPDATE_HELP,
         "disable_authentication": "accept channels without an introduction, unverified",
     }
 )
@@ -47,6 +53,7 @@ def pull(
     force: bool = False,
     upstream: bool = False,
     update: bool = False,
+    newest: bool = False,
     no_commit: bool = False,
     keep_failed: bool = False,
     disable_authentication: bool = False,
@@ -54,14 +61,15 @@ def pull(
     """Run `guix pull` on the base image and commit.
 
     The channels are those of GUIX_CHANNELS, at the commits of
-    GUIX_CHANNELS_LOCK.  Without a lock, pull the newest commits and write
-    the lock.
+    GUIX_CHANNELS_LOCK.  Without a lock, pull current commits and write the
+    lock: the newest ones, but of Guix the newest that a substitute server has
+    built.
     """
     from guix_tasks.stages.lifecycle import StageOptions, make_each
 
     with session.locked_project("pull", one_platform=no_commit) as project:
         make_each(project, "pull", StageOptions(
-            force=force, upstream=upstream, update=update, commit=not no_commit,
+            force=force, upstream=upstream, update=update, newest=newest, commit=not no_commit,
             keep_failed=keep_failed, disable_authentication=disable_authentication,
         ))  # fmt: skip
 
