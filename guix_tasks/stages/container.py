@@ -230,9 +230,11 @@ def time_limit(
 
 
 @contextmanager
-def unstarted_container(engine: Engine, settings: Settings, image: str) -> Iterator[str]:
-    """Create a container that never runs, to give an image another configuration by a commit."""
-    work = Work("label", ("true",), {}, bare=True, plain=True)
+def unstarted_container(
+    engine: Engine, settings: Settings, image: str, binds: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """Create a container that never runs: to commit another configuration, or to fill a volume."""
+    work = Work("label", ("true",), {}, bare=True, plain=True, binds=binds)
     spec = _spec(engine, settings, image, work)
     container = spec.name
     try:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks.errors import DamagedStoreError, MissingItemsError, StageError
 from guix_tasks.stages.channel_access import grant_access
+from guix_tasks.stages.checkouts import push_checkouts, take_checkouts
 from guix_tasks.stages.commit import commit_image, commit_unnamed
 from guix_tasks.stages.container import (
     WORK_DIRECTORY,
@@ -86,7 +87,12 @@ def run_stage(
         for command in stage.commands:
             console.detail(pasteable(command))
         if warm:
-            return _run_warm(project, stage, parent, current, step, force=force)
+            if stage.fetches is not None:
+                take_checkouts(project)
+            image = _run_warm(project, stage, parent, current, step, force=force)
+            if stage.fetches is not None:
+                push_checkouts(project, parent)
+            return image
         with _stage_container(
             project, stage, parent, stage_files(stage), keep=not commit, keep_failed=keep_failed
         ) as (container, work):

@@ -157,6 +157,34 @@ def test_a_fresh_machine_resumes_from_the_cache(
     assert not docker.ok("image", "ls", "--quiet", cache)
 
 
+@pytest.mark.both_stores
+@pytest.mark.parametrize(
+    ("sandbox", "directory"),
+    [("capabilities", "/root/.cache"), ("rootless", "/tmp/guix-tasks-cache")],  # noqa: S108
+)
+def test_a_fresh_machine_takes_the_checkouts_of_the_channels_from_the_cache(
+    new_project: NewProject, docker: Docker, sandbox: str, directory: str
+) -> None:
+    first = new_project("base", GUIX_SANDBOX=sandbox)
+    settings = {"GUIX_SANDBOX": sandbox, "CACHE_IMAGE": f"{first.repository}-cache"}
+    first.set(**settings)
+    checkouts = f"{settings['CACHE_IMAGE']}:checkouts-"
+    assert f"push: {checkouts}" in first.ok("pull").stderr
+    assert f"push: {checkouts}" not in first.ok("pull", "--force").stderr
+    mark = f"for each in {directory}/guix/checkouts/*/.git; do touch $each/mark || exit; done"
+    first.ok("run", "--", "sh", "-c", f"{mark}; rm {directory}/pushed-checkouts")
+    assert f"push: {checkouts}" in first.ok("pull", "--force").stderr
+    first.remove()
+
+    second = new_project("base", repository=first.repository, **settings)
+    log = second.ok("pull", "--update").stderr
+    assert f"pull: starts from the checkouts of {checkouts}" in log
+    assert f"push: {checkouts}" not in log
+    found = second.ok("run", "--", "sh", "-c", f"ls {directory}/guix/checkouts/*/.git/mark")
+    assert len(found.stdout.split()) == len(("guix", "offline"))
+    assert not docker.ok("image", "ls", "--quiet", settings["CACHE_IMAGE"])
+
+
 @pytest.mark.parametrize(
     ("sandbox", "directory", "volumes"),
     [("capabilities", "/root/.cache", 3), ("rootless", "/tmp/guix-tasks-cache", 2)],  # noqa: S108

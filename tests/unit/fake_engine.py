@@ -56,6 +56,7 @@ from guix_tasks.stages.images import (
 )
 from guix_tasks.stages.lifecycle import Lifecycle, StageOptions, State
 from guix_tasks.stages.project import Project
+from guix_tasks.stages.pull import BUILT_CHANNELS
 from guix_tasks.ui import redact
 from guix_tasks.ui.console import Console
 
@@ -207,12 +208,17 @@ def _guix_state(container: FakeContainer) -> Output:
         yield False, f"{hashlib.sha256(text.encode()).hexdigest()}\n".encode()
 
 
+def _pack_checkouts(_container: FakeContainer) -> Output:
+    yield from ()  # the fake of `guix pull` writes no checkouts
+
+
 def _check_store(container: FakeContainer) -> Output:
     yield False, b"malformed\n" if "damaged" in container.results else b"ok\n"
 
 
 STORE_SCRIPTS = {
     "check-store.sh": _check_store,
+    "pack-checkouts.sh": _pack_checkouts,
     "seed.sh": _seed,
     "assemble.sh": _assemble,
     "other-files.sh": _other_files,
@@ -264,7 +270,9 @@ class FakeGuix:
     def _command(self, container: FakeContainer, words: list[str]) -> Iterator[str]:
         options = dict(word.lstrip("-").split("=", 1) for word in words if "=" in word)
         if words[:2] == ["guix", "pull"]:
-            text = container.text(options["channels"]) if "channels" in options else ""
+            # No substitute server has built anything, so this file stands for the one next to it.
+            file = options.get("channels", "").replace(BUILT_CHANNELS, "channels.scm")
+            text = container.text(file) if file else ""
             yield "Updating channel...\n"
             container.write(CHANNELS, self._pulled(self.evaluate(text) if text else ""))
         elif words[:2] in (["guix", "describe"], ["cat", CHANNELS_FILE]):

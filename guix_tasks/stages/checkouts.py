@@ -1,0 +1,124 @@
+"""Git checkouts of channels in ``CACHE_IMAGE``, so that a fresh machine does not clone them.
+
+A pull whose channels have moved needs the repository of each channel with its whole history: 0.5 GB
+for Guix, from a server that is often slow. The cache volume contains them. Once in a while they
+are pushed as an image of one layer next to the stages, and an engine without that volume fills it
+from there. ``guix pull`` then fetches only what is newer.
+
+The image also contains Guix's list of the commits that it has authenticated. Whoever can write to
+``CACHE_IMAGE`` can replace whole stages, so this trusts nobody more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from guix_tasks.errors import GuixTasksError
+from guix_tasks.stages.container import (
+    PROJECT_LABEL,
+    WORK_DIRECTORY,
+    Work,
+    archive,
+    cache_volumes,
+    project_digest,
+    resource_files,
+    unstarted_container,
+    work_container,
+)
+from guix_tasks.stages.container import project as project_name
+from guix_tasks.stages.transfer import pull, push
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from guix_tasks.engine.api import Image
+    from guix_tasks.stages.project import Project
+
+_MAX_AGE = 30
+"""Age in days after which the checkouts are pushed again."""
+
+_DIRECTORY = "guix-tasks-caches"
+"""Directory of the checkouts in their image, and below ``/dev`` in containers that copy them."""
+
+_SCRIPT = "pack-checkouts.sh"
+
+_MARK = "pushed-checkouts"
+"""File of the volume that is as old as the checkouts in ``CACHE_IMAGE``."""
+
+
+def take_checkouts(project: Project) -> None:
+    """Fill the cache volume from ``CACHE_IMAGE`` if this engine does not have the volume.
+
+    Without such an image, or if it cannot be pulled, Guix clones its channels.
+    """
+    engine, settings = project.engine, project.settings
+    names = _names(project)
+    labels = {PROJECT_LABEL: project_name(settings)}
+    if names is None or engine.is_dry or names[0] in engine.volumes(labels):
+        return
+    volume, reference = names
+    try:
+        pull(project, reference)
+    except GuixTasksError:
+        return
+    try:
+        engine.create_volume(volume, labels)
+        # The engine fills an empty volume from the directory of the image at its first mount.
+        with unstarted_container(engine, settings, reference, (f"{volume}:/{_DIRECTORY}",)):
+            project.console.print(f"pull: starts from the checkouts of {reference}")
+    finally:
+        engine.untag(reference)
+
+
+def push_checkouts(project: Project, image: Image) -> None:
+    """Push the checkouts of the cache volume to ``CACHE_IMAGE`` if those there are missing or old.
+
+    ``image`` is one with a shell.
+    """
+    engine, console = project.engine, project.console
+    names = _names(project)
+    if names is None or engine.is_dry:
+        return
+    volume, reference = names
+    caches = f"/dev/{_DIRECTORY}"
+    work = Work(
+        "checkouts",
+        (f"{WORK_DIRECTORY}/{_SCRIPT}", caches, _MARK, str(_MAX_AGE)),
+        resource_files((_SCRIPT,)),
+        entry_point=("sh",), bare=True, plain=True, binds=(f"{volume}:{caches}",),
+    )  # fmt: skip
+    try:
+        with work_container(engine, project.settings, image.id, work) as container:
+            data = _output(project, container)
+            first = next(data, None)
+            if first is None:
+                return
+            engine.import_rootfs(itertools.chain([first], data), reference)
+            try:
+                if status := engine.wait(container):
+                    console.detail(f"checkouts: tar failed with exit status {status}")
+                    return
+                push(project, reference)
+            finally:
+                engine.untag(reference)
+            engine.copy_in(container, archive({_MARK: b""}, directory=caches))
+    except GuixTasksError as error:
+        console.warn(f"the checkouts of the channels were not pushed to CACHE_IMAGE: {error}")
+
+
+def _output(project: Project, container: str) -> Iterator[bytes]:
+    for is_log, data in project.engine.run(container):
+        if not is_log:
+            yield data
+
+
+def _names(project: Project) -> tuple[str, str] | None:
+    """Return the volume with the checkouts and their reference in ``CACHE_IMAGE``, if there are."""
+    settings = project.settings
+    volumes = [name for name in cache_volumes(settings) if not name.endswith("-substitutes")]
+    if settings.cache_image is None or not volumes:
+        return None
+    kind = volumes[0].rpartition("-")[2]
+    tag = f"checkouts-{kind}-{project_digest(settings)}"
+    return volumes[0], str(settings.cache_image.with_tag(tag))
