@@ -11,7 +11,7 @@ from functools import cached_property
 from http import HTTPStatus
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import docker
 import docker.auth
@@ -35,7 +35,7 @@ from guix_tasks.errors import (
     full_disk,
 )
 from guix_tasks.oci.platform import canonical_name
-from guix_tasks.oci.reference import ImageReference
+from guix_tasks.oci.reference import ImageReference, is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -284,6 +284,8 @@ class DockerEngine:
                 },
                 mounts=[docker.types.Mount(spec.scratch, None)] if spec.scratch else None,
                 mem_limit=spec.memory,
+                # Podman's default of 2048 is too few for several builds.
+                pids_limit=-1,
                 init=spec.init,
             )
             if spec.unmasked:  # the API's form of `--security-opt systempaths=unconfined`
@@ -521,16 +523,30 @@ class DockerEngine:
 
 
 class Client(docker.APIClient):
-    """SDK client that does not read Docker's config.json.
+    """SDK client that reads neither Docker's config.json nor the variables of ``requests``.
 
     Accounts come from ``set_accounts``, so that a broken config.json is not an error. With ``ssh``,
     the connection is made over SSH; the SDK's SSH support needs paramiko even if it runs ssh.
+
+    Like Docker's own client, it reaches an engine on loopback without the proxies of the
+    environment, and trusts only the CA of ``DOCKER_CERT_PATH``, not that of ``REQUESTS_CA_BUNDLE``.
     """
+
+    trust_env = property(lambda _self: False, lambda _self, _value: None)
 
     def __init__(self, base_url: str, timeout: int, ssh: Ssh | None = None, **options: Any) -> None:
         self._ssh_adapter = SshAdapter(ssh, timeout) if ssh else None
         super().__init__("unix:///ssh" if ssh else base_url, timeout=timeout, **options)
         self.set_accounts({})
+
+    def merge_environment_settings(
+        self, url: str | bytes | None, proxies: Any, stream: Any, verify: Any, cert: Any
+    ) -> Any:
+        merged = super().merge_environment_settings(url, proxies, stream, verify, cert)
+        address = urlsplit(self.base_url)
+        if address.scheme in ("http", "https") and not is_loopback(address.netloc):
+            merged["proxies"] = requests.utils.get_environ_proxies(self.base_url)
+        return merged
 
     def get_adapter(self, url: str) -> Any:
         return self._ssh_adapter or super().get_adapter(url)
@@ -604,6 +620,8 @@ def _pushed_digest(event: Mapping[str, Any]) -> str:
     return str((event.get("aux") or {}).get("Digest", "")) or (line[1] if line else "")
 
 
+_NOT_FOUND = "the registry has no such image: fix the reference"
+
 _REGISTRY_HINTS = {
     "the credentials are missing or refused: set DOCKER_USERNAME and DOCKER_PASSWORD for the "
     "registry of IMAGE, or run `docker login` for any registry, and check that the account may "
@@ -623,7 +641,7 @@ _REGISTRY_HINTS = {
     "the engine does not trust the registry's certificate: put its CA into the engine's certs.d": (
         "x509", "certificate",
     ),
-    "the registry has no such image: fix the reference": (
+    _NOT_FOUND: (
         "manifest unknown", "not found", "does not exist",
     ),
 }  # fmt: skip
@@ -639,6 +657,8 @@ def _registry_error(action: str, detail: str) -> RegistryError:
     text = detail.lower()
     hints = (hint for hint, words in _REGISTRY_HINTS.items() if any(word in text for word in words))
     hint = next(hints, "")
+    if hint == _NOT_FOUND and action.startswith("push "):
+        hint = "the registry creates no repositories by itself: create this one there"
     error = RegistryError(f"cannot {action}: {detail}{f'; {hint}' if hint else full_disk(detail)}")
     # Names are removed because a number in a name is not an HTTP status.
     reference = action.rpartition(" ")[2]

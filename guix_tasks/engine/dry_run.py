@@ -170,6 +170,7 @@ def create_argv(spec: ContainerSpec) -> Sequence[str]:
         *(["--interactive", "--tty"] if spec.tty else []),
         *([f"--network={spec.network}"] if spec.network else []),
         *([f"--memory={spec.memory}"] if spec.memory else []),
+        "--pids-limit=-1",
         *([f"--user={spec.user}"] if spec.user else []),
         *([f"--platform={spec.platform}"] if spec.platform else []),
         *(f"--publish={spec.publish_on}:{host}:{port}" for host, port in spec.publish.items()),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from guix_tasks.engine import podman_api
 from guix_tasks.engine.docker import DockerEngine, Helpers, seccomp_profile
 from guix_tasks.errors import REFUSED, BuilderError, EngineError
-from guix_tasks.oci.reference import ImageReference
+from guix_tasks.oci.reference import ImageReference, is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -105,7 +105,7 @@ class PodmanEngine(DockerEngine):
     @contextmanager
     def _plain_http(self, reference: str) -> Iterator[None]:
         # Podman has this parameter for a push and a build, but not for a pull.
-        if podman_api.is_loopback(ImageReference.parse(reference).registry):
+        if is_loopback(ImageReference.parse(reference).registry):
             self._work_api.params = {"tlsVerify": "false"}
         try:
             yield

@@ -46,11 +46,6 @@ def familiar_name(name: str) -> str:
     return name.removeprefix("docker.io/").removeprefix("library/")
 
 
-def is_loopback(host: str) -> bool:
-    """Return True if a registry is on the engine's machine, where Docker allows plain HTTP."""
-    return host.partition(":")[0] == "localhost" or host.startswith("127.")
-
-
 def configured_image(inspected: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, bytes]:
     """Return the ID and the archive of a copy of an image with another configuration.
 

@@ -33,6 +33,11 @@ def quoted(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:77]}...")  # noqa: PLR2004
 
 
+def is_loopback(host: str) -> bool:
+    """Return True if a host, with or without a port, is the machine itself, by name or address."""
+    return bool(re.fullmatch(r"(localhost|127\.[0-9.]+|\[::1\])(:[0-9]+)?", host))
+
+
 @dataclass(frozen=True)
 class ImageReference:
     """Image reference with explicit registry and repository, as resolved by Docker.

@@ -209,7 +209,10 @@ class Sources:
             self._written[key] = text
 
     def _report_unknown(self, key: str, location: str) -> None:
-        """Report an unknown key as a problem if it resembles a setting, otherwise as a note."""
+        """Report an unknown key: as a problem if it resembles a setting of ours, else as a note.
+
+        Other tools, such as docker compose, can read the same file.
+        """
         name = key.upper()
         similar = difflib.get_close_matches(name, self._known, n=1, cutoff=0.8)
         if f"GUIX_{name}" in self._known:
@@ -219,7 +222,8 @@ class Sources:
                 f"{location}: ENV_FILE: has no effect in a file; set it in the environment"
             )
         elif similar:
-            self.problems.append(
+            own = name.startswith(("GUIX_", "BUILDX_"))
+            (self.problems if own else self.notes).append(
                 f"{location}: {quoted(key)} is not a setting; did you mean {similar[0]}?"
             )
         elif re.fullmatch(r"[A-Z][A-Z0-9_]{,40}|[a-z][a-z0-9_]{,40}", key):

@@ -418,9 +418,9 @@ def guix_environment(settings: Settings) -> dict[str, str]:
         # Not on the command line: that is in the key, and the option changes no result.
         "GUIX_BUILD_OPTIONS": "--fallback" if settings.guix_fallback else "",
     }
+    # Guix takes its profile and its channels from these, and an image can set others.
+    variables |= {"HOME": "/root", "USER": "root", "LOGNAME": "root"}
     if settings.guix_sandbox is Sandbox.ROOTLESS:
-        # The profiles are those of root, whatever the user of the container.
-        variables |= {"HOME": "/root", "USER": "root", "LOGNAME": "root"}
         variables["XDG_CACHE_HOME"] = ROOTLESS_CACHES["rootless"]
     return {name: str(value) for name, value in variables.items() if value not in (None, "")}
 

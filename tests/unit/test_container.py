@@ -143,6 +143,10 @@ def test_no_value_of_the_environment_reaches_a_shell_unquoted(
     assert done.stdout.decode() == value
 
 
+ROOT = {"HOME": "/root", "USER": "root", "LOGNAME": "root"}
+"""Guix takes its profile from these, also in a base image with another USER."""
+
+
 def test_environment_contains_the_settings(site: Site) -> None:
     site.env.update(
         GUIX_CORES="0", GUIX_MAX_JOBS="2", GUIX_SUBSTITUTE_URLS="https://a.test https://b.test"
@@ -152,11 +156,12 @@ def test_environment_contains_the_settings(site: Site) -> None:
         "GUIX_CORES": "0",
         "GUIX_MAX_JOBS": "2",
         "GUIX_SANDBOX": "privileged",
+        **ROOT,
     }
 
 
 def test_unset_settings_are_not_in_the_environment(site: Site) -> None:
-    assert environment(site.settings()) == {"GUIX_SANDBOX": "privileged"}
+    assert environment(site.settings()) == {"GUIX_SANDBOX": "privileged", **ROOT}
 
 
 def test_nothing_secret_is_in_the_environment(site: Site) -> None:

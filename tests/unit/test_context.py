@@ -75,7 +75,8 @@ def test_the_environment_is_beside_the_steps_and_never_in_one(
     write_step(made, directory, "install", {}, force=False)
     found = files(directory)
     assert found.pop("environment").decode() == (
-        "GUIX_SANDBOX=privileged\nhttps_proxy='http://me:hunter2@proxy; '\"'\"'$x'\n"
+        "GUIX_SANDBOX=privileged\nHOME=/root\nUSER=root\nLOGNAME=root\n"
+        "https_proxy='http://me:hunter2@proxy; '\"'\"'$x'\n"
     )
     assert found["work/install/environment"] == b""
     assert not [name for name, content in found.items() if b"hunter2" in content]

@@ -17,6 +17,7 @@ from guix_tasks.errors import FULL_DISK, EngineError, RegistryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 CHUNK = b'{"status": "Pushed"}\r\n'
 
@@ -171,6 +172,42 @@ def test_refusals_of_both_stores_have_the_hint_for_accounts(refusal: str) -> Non
     error = docker._registry_error("push r.test/c:1", refusal)
     assert str(error).startswith(f"cannot push r.test/c:1: {refusal}; the credentials are missing")
     assert not error.is_transient
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "name unknown: The repository with name 'app' does not exist in the registry with id '1'",
+        "unknown: repository team/app not found",
+    ],
+)
+def test_a_registry_that_creates_no_repositories_is_told_so_by_a_push(refusal: str) -> None:
+    error = str(docker._registry_error("push r.test/team/app:1", refusal))
+    assert error.endswith("the registry creates no repositories by itself: create this one there")
+    error = str(docker._registry_error("pull r.test/team/app:1", refusal))
+    assert error.endswith("the registry has no such image: fix the reference")
+
+
+def test_variables_of_requests_do_not_change_the_connection(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Docker's client, in Go, knows no REQUESTS_CA_BUNDLE, and no proxy for loopback."""
+    for name in ("http_proxy", "https_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "missing.pem"))
+    monkeypatch.delenv("no_proxy", raising=False)
+    with played() as engine:
+        assert engine.version() == {"ApiVersion": "1.48"}
+    for url, proxies in (
+        ("https://engine.test:2376", {"https": "http://127.0.0.1:9"}),
+        ("tcp://[::1]:2375", {}),
+        ("unix:///run/docker.sock", {}),
+    ):
+        client = docker.Client(url, 1, version="1.48")
+        merged = client.merge_environment_settings(url, {}, None, None, None)
+        assert merged["verify"] is True
+        assert proxies.items() <= dict(merged["proxies"]).items()
+        assert bool(merged["proxies"]) == bool(proxies)
 
 
 def test_queries_of_urls_are_not_shown() -> None:

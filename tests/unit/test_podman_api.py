@@ -87,17 +87,6 @@ def test_names_are_as_docker_says_them(name: str, expected: str) -> None:
     assert podman_api.familiar_name(name) == expected
 
 
-@pytest.mark.parametrize(
-    ("host", "expected"),
-    [
-        ("localhost", True), ("localhost:5055", True), ("127.0.0.1:80", True),
-        ("docker.io", False), ("localhost.test:5055", False), ("[::1]:80", False),
-    ],
-)  # fmt: skip
-def test_what_is_on_loopback(host: str, expected: bool) -> None:
-    assert podman_api.is_loopback(host) is expected
-
-
 def test_where_it_listens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     own, roots = podman_api.sockets()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guix_tasks.oci.platform import Platform
-from guix_tasks.oci.reference import ImageReference, quoted
+from guix_tasks.oci.reference import ImageReference, is_loopback, quoted
 
 SHA256 = "sha256:" + "0123456789abcdef" * 4
 
@@ -238,3 +238,15 @@ def test_any_text_is_a_platform_or_a_value_error_of_one_line(text: str) -> None:
 def test_quoted_is_printable_and_short(text: str) -> None:
     assert quoted(text).isprintable()
     assert quoted("x" * 1000).endswith("...'")
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("localhost", True), ("localhost:5055", True), ("127.0.0.1:80", True),
+        ("docker.io", False), ("localhost.test:5055", False), ("[::1]:80", True),
+        ("127.test", False),
+    ],
+)  # fmt: skip
+def test_what_is_on_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected

@@ -471,7 +471,7 @@ def test_the_environment_and_options_are_named_as_places(project: Path) -> None:
 
 
 def test_all_problems_are_reported_together(project: Path) -> None:
-    (project / ".env.local").write_text("PLATFORMS=linux/z linux/y\nimage=x\n")
+    (project / ".env.local").write_text("PLATFORMS=linux/z linux/y\nguix_cores=x\n")
     found = problems(project, "IMAGE=A:b:c\nB\nTAGS=-\n", {"ENV_FILE": "nowhere"}, {"NETWORK": "-"})
     assert [problem.split(": ")[0] for problem in found] == [
         ".env:2",
@@ -738,7 +738,7 @@ def test_work_containers_get_the_proxies_of_the_settings(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("https_proxy", "http://not-this-one.example")
-    expected = {"GUIX_SANDBOX": "auto"}
+    expected = {"GUIX_SANDBOX": "auto", "HOME": "/root", "USER": "root", "LOGNAME": "root"}
     assert environment(load(project)) == expected
     both = {"no_proxy": "*", "NO_PROXY": "*"}
     assert environment(load(project, "", {"no_proxy": "*"})) == {**expected, **both}
@@ -829,19 +829,32 @@ def test_a_folder_is_no_env_file(project: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "meant"),
     [
-        ("IMAGES", "IMAGE"),
-        ("image", "IMAGE"),
-        ("IMGE", "IMAGE"),
-        ("PACKAGES", "GUIX_PACKAGES"),
         ("GUIX_PACKAGE", "GUIX_PACKAGES"),
-        ("PLATFORM", "PLATFORMS"),
-        ("DOCKER_PASS", "DOCKER_PASSWORD"),
-        ("DOCKER_PASSWORDFILE", "DOCKER_PASSWORD_FILE"),
+        ("guix_packages", "GUIX_PACKAGES"),
+        ("BUILDX_NODE", "BUILDX_NODES"),
     ],
 )
 def test_key_similar_to_a_setting_is_an_error(project: Path, key: str, meant: str) -> None:
     (problem,) = problems(project, f"{key}=x\n")
     assert problem == f".env:1: {key!r} is not a setting; did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("IMAGES", "IMAGE"),
+        ("image", "IMAGE"),
+        ("IMGE", "IMAGE"),
+        ("PACKAGES", "GUIX_PACKAGES"),
+        ("PLATFORM", "PLATFORMS"),
+        ("TAG", "TAGS"),
+        ("DOCKER_USER", "DOCKER_USERNAME"),
+        ("DOCKER_PASSWORDFILE", "DOCKER_PASSWORD_FILE"),
+    ],
+)
+def test_key_that_another_tool_can_read_is_a_note(project: Path, key: str, meant: str) -> None:
+    settings = load(project, f"{key}=x\n")
+    assert settings.notes == (f".env:1: {key!r} is not a setting; did you mean {meant}?",)
 
 
 def test_other_unknown_key_is_a_note(project: Path) -> None:
@@ -922,7 +935,7 @@ def test_no_secret_in_a_repr_or_in_an_error(project: Path) -> None:
         "DOCKER_PASSWORD=hunter\nhunter2\n",
         "DOCKER_PASSWORD=x\nDOCKER_PASSWORD=hunter2\n",
         "DOCKER_PASSWORD_FILE=hunter2\n",
-        "DOCKER_PASSWORDS=hunter2\n",
+        "GUIX_CHANNEL_CREDENTIAL=hunter2\n",
         "DOCKER_PASSWORD=hunter2\nDOCKER_PASSWORD_FILE=hunter2\n",
         'DOCKER_PASSWORD="hunter2\0"\n',
     ]

@@ -78,17 +78,30 @@ def filled(site: Site) -> FakeContainer:
     return seen[0]
 
 
-def test_the_images_own_entry_point_is_tried(made: Site) -> None:
-    box = filled(made)
-    assert box.spec.command == ("/entry-point.sh", f"{WORK_DIRECTORY}/verify")
-    assert box.spec.environment == {"GUIX_SANDBOX": "privileged"}
+def with_entry_point(site: Site, entry_point: list[str] | None, script: bytes) -> None:
+    image = site.image("install")
+    config = {**image.config, "Entrypoint": entry_point}
+    site.engine.make_image(config, {"/start.sh": script}, parent=image, tag="mine:1")
+    site.env["IMAGE"] = "mine:1"
 
 
-def test_an_image_without_one_gets_ours(made: Site) -> None:
-    image = made.image("install")
-    made.engine.make_image({**image.config, "Entrypoint": None}, {}, parent=image, tag="mine:1")
-    made.env["IMAGE"] = "mine:1"
-    assert filled(made).spec.command[0] == ENTRY_POINT
+@pytest.mark.parametrize("entry_point", [["/start.sh"], ["tini", "--", "/start.sh"]])
+def test_an_entry_point_that_starts_the_daemon_is_tried(made: Site, entry_point: list[str]) -> None:
+    with_entry_point(made, entry_point, b'#!/bin/sh\nguix-daemon &\nexec "$@"\n')
+    assert filled(made).spec.command == (*entry_point, f"{WORK_DIRECTORY}/verify")
+
+
+@pytest.mark.parametrize("entry_point", [None, ["echo"], ["/start.sh"], ["/missing", "-x"]])
+def test_another_entry_point_does_not_take_the_checks(
+    made: Site, entry_point: list[str] | None
+) -> None:
+    with_entry_point(made, entry_point, b"#!/bin/sh\nexec nginx\n")
+    assert filled(made).spec.command == (ENTRY_POINT, f"{WORK_DIRECTORY}/verify")
+
+
+def test_the_environment_is_that_of_root(made: Site) -> None:
+    root = {"HOME": "/root", "USER": "root", "LOGNAME": "root"}
+    assert filled(made).spec.environment == {"GUIX_SANDBOX": "privileged", **root}
 
 
 def test_it_is_told_what_the_labels_say(made: Site) -> None:
