@@ -66,7 +66,13 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
 
 def _push(project: Project, reference: str) -> str:
     """Push a tag, check that the registry has the pushed digest, and return it."""
-    digest = push_once(project, reference)
+    try:
+        digest = push_once(project, reference)
+    except RegistryError:
+        if digest := _pushed_before(project, reference):
+            project.console.print(f"push: {reference}: the registry has this image already")
+            return digest
+        raise
     stored = remote_digest(project.engine, project.settings, reference) if digest else None
     if stored not in (None, digest):
         raise RegistryError(
@@ -74,6 +80,17 @@ def _push(project: Project, reference: str) -> str:
             "client pushes the same tag, or the registry is faulty; push again"
         )
     return digest
+
+
+def _pushed_before(project: Project, reference: str) -> str:
+    """Return the digest of a tag in the registry if that is the local image, else nothing.
+
+    A registry with immutable tags refuses to push a tag again, also if that changes nothing.
+    """
+    stored = remote_digest(project.engine, project.settings, reference)
+    image = project.engine.image(reference)
+    name = reference.rpartition(":")[0]
+    return stored if stored and image and f"{name}@{stored}" in image.digests else ""
 
 
 def pushed_references(settings: Settings) -> list[str]:

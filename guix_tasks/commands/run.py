@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from guix_tasks.commands.push import require_image
 from guix_tasks.errors import UsageError
@@ -17,10 +17,18 @@ if TYPE_CHECKING:
     from guix_tasks.stages.project import Project
 
 
-def run(project: Project, argv: Sequence[str], *, stage: str | None, keep: bool) -> int:
+def run(
+    project: Project,
+    argv: Sequence[str],
+    *,
+    stage: str | None,
+    keep: bool,
+    stdin: IO[bytes] | None = None,
+) -> int:
     """Run one command in a work container of ``IMAGE`` and return its exit status.
 
-    With ``keep``, the container of a successful command is kept for ``commit``.
+    The command reads ``stdin``. With ``keep``, the container of a successful command is kept for
+    ``commit``.
 
     Raise ``UsageError`` if there is no command or if an argument is not valid UTF-8 text, because
     the engine would change it.
@@ -38,9 +46,9 @@ def run(project: Project, argv: Sequence[str], *, stage: str | None, keep: bool)
     if keep:
         check_volumes(project.settings, image)
     project = project.with_sandbox(image, as_root=True)
-    work = Work("run", tuple(argv), {}, keep=keep)
+    work = Work("run", tuple(argv), {}, keep=keep, stdin=stdin is not None)
     with work_container(project.engine, project.settings, image.id, work) as container:
-        for is_error, data in project.engine.run(container):
+        for is_error, data in project.engine.run(container, stdin):
             project.console.stream(data, error=is_error)
         project.console.end_streams()
         status = project.engine.wait(container)

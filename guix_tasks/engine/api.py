@@ -138,6 +138,8 @@ class ContainerSpec:
     """In bytes."""
     user: str | None = None
     tty: bool = False
+    stdin: bool = False
+    """Whether ``Engine.run`` passes an input on."""
     init: bool = True
     no_healthcheck: bool = False
     platform: str | None = None
@@ -267,10 +269,11 @@ class Engine(Protocol):
     def copy_out(self, container: str, path: str) -> Iterator[bytes]:
         """Return a file or directory of a container as a tar archive; empty if it is missing."""
 
-    def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
+    def run(self, container: str, stdin: IO[bytes] | None = None) -> Iterator[tuple[bool, bytes]]:
         """Start a container and yield its output until it exits.
 
-        The items are ``(is_standard_error, data)``.
+        The items are ``(is_standard_error, data)``. A container with ``ContainerSpec.stdin``
+        receives ``stdin`` to its end.
         """
 
     def start(self, container: str) -> None:
@@ -281,6 +284,9 @@ class Engine(Protocol):
 
     def wait(self, container: str) -> int:
         """Wait until a container exits and return its exit status."""
+
+    def lacked_memory(self, container: str) -> bool:
+        """Return True if a process of a container was killed because memory ran out."""
 
     def stop(self, container: str, seconds: int) -> None:
         """Send SIGTERM, and SIGKILL after ``seconds``."""

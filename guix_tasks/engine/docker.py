@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from contextlib import contextmanager, nullcontext, suppress
+import socket
+import threading
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -301,7 +304,7 @@ class DockerEngine:
                 host_config=host,
                 ports=list(spec.publish.values()),
                 tty=spec.tty,
-                stdin_open=spec.tty,
+                stdin_open=spec.tty or spec.stdin,
                 user=spec.user,
                 healthcheck={"test": ["NONE"]} if spec.no_healthcheck else None,
                 platform=spec.platform,
@@ -325,16 +328,29 @@ class DockerEngine:
         ):
             yield from self._work_api.get_archive(container, path)[0]
 
-    def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
-        with self._engine_errors("run a container"):
+    def run(self, container: str, stdin: IO[bytes] | None = None) -> Iterator[tuple[bool, bytes]]:
+        with self._engine_errors("run a container"), ExitStack() as stack:
             # Attached before the start, so that not a byte is missed.
-            output = self._api.attach(container, stream=True, demux=True)
+            output = stack.enter_context(self._attach(container, "stdout", "stderr"))
+            source = stack.enter_context(self._attach(container, "stdin")) if stdin else None
             self._api.start(container)
-            for out, err in output:
-                if err:
-                    yield True, err
-                if out:
-                    yield False, out
+            if stdin and source:
+                threading.Thread(target=_send, args=(stdin, source), daemon=True).start()
+            yield from _frames(output)
+
+    @contextmanager
+    def _attach(self, container: str, *streams: str) -> Iterator[socket.socket]:
+        """Yield a connection to streams of a container."""
+        parameters = {"stream": 1, **dict.fromkeys(streams, 1)}
+        attached: Any = self._api.attach_socket(container, parameters)
+        # Without TLS it is a file of the socket.
+        connection: socket.socket = getattr(attached, "_sock", attached)
+        connection.settimeout(None)
+        try:
+            yield connection
+        finally:
+            connection.close()
+            attached.close()
 
     def bytes_received(self, container: str) -> int | None:
         with self._engine_errors("read the statistics of a container"):
@@ -349,6 +365,10 @@ class DockerEngine:
     def wait(self, container: str) -> int:
         with self._engine_errors("wait for a container"):
             return int(self._work_api.wait(container)["StatusCode"])
+
+    def lacked_memory(self, container: str) -> bool:
+        with self._engine_errors("inspect a container"):
+            return bool(self._api.inspect_container(container)["State"].get("OOMKilled"))
 
     def stop(self, container: str, seconds: int) -> None:
         with self._engine_errors("stop a container"):
@@ -567,6 +587,31 @@ class _Accounts(docker.auth.AuthConfig):
     is_empty = False  # True would let the SDK read the file
 
 
+_STANDARD_ERROR = 2
+
+
+def _frames(connection: socket.socket) -> Iterator[tuple[bool, bytes]]:
+    """Yield ``(is_standard_error, data)`` of a container's output, in the form of Docker's API.
+
+    A frame has a byte for the stream, three empty ones, and the length of its data in four.
+
+    The SDK's own reader waits until the connection has more data, also if TLS has received a whole
+    record and passed on a part of it, so that lines are late.
+    """
+    with connection.makefile("rb") as file:
+        while len(header := file.read(8)) == 8:  # noqa: PLR2004 -- the length of a header
+            yield header[0] == _STANDARD_ERROR, file.read(int.from_bytes(header[4:], "big"))
+
+
+def _send(source: IO[bytes], connection: socket.socket) -> None:
+    """Send ``source`` to its end, and then tell the container that its input has ended."""
+    # A command can end before it has read its input.
+    with suppress(OSError, ValueError):
+        while data := os.read(source.fileno(), 1 << 16):
+            connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+
+
 def _disk_usage(image: Mapping[str, Any]) -> int:
     """Return the bytes that an image takes on the engine's disk, as shown by ``docker images``.
 
@@ -623,6 +668,9 @@ def _pushed_digest(event: Mapping[str, Any]) -> str:
 _NOT_FOUND = "the registry has no such image: fix the reference"
 
 _REGISTRY_HINTS = {
+    "the registry does not allow that a tag is overwritten: choose another tag": (
+        "immutable", "cannot be overwritten",
+    ),
     "the credentials are missing or refused: set DOCKER_USERNAME and DOCKER_PASSWORD for the "
     "registry of IMAGE, or run `docker login` for any registry, and check that the account may "
     "write to it": (

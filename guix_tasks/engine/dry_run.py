@@ -94,10 +94,10 @@ class TracedEngine:
         if self._shown("cp", "-", f"{container}:/"):
             self._engine.copy_in(container, archive)
 
-    def run(self, container: str) -> Iterator[tuple[bool, bytes]]:
+    def run(self, container: str, stdin: IO[bytes] | None = None) -> Iterator[tuple[bool, bytes]]:
         self._started.add(container)
-        is_made = self._shown("start", "--attach", container)
-        return self._engine.run(container) if is_made else iter(())
+        is_made = self._shown("start", "--attach", *(["-i"] if stdin else []), container)
+        return self._engine.run(container, stdin) if is_made else iter(())
 
     def start(self, container: str) -> None:
         if self._shown("start", container):
@@ -105,6 +105,9 @@ class TracedEngine:
 
     def wait(self, container: str) -> int:
         return self._engine.wait(container) if self._perform else 0
+
+    def lacked_memory(self, container: str) -> bool:
+        return self._perform and self._engine.lacked_memory(container)
 
     def stop(self, container: str, seconds: int) -> None:
         if self._shown("stop", f"--time={seconds}", container):
@@ -167,7 +170,8 @@ def create_argv(spec: ContainerSpec) -> Sequence[str]:
         *(["--cap-drop=ALL"] if spec.capabilities is not None else []),
         *(f"--cap-add={capability}" for capability in spec.capabilities or ()),
         *(["--init"] if spec.init else []),
-        *(["--interactive", "--tty"] if spec.tty else []),
+        *(["--interactive"] if spec.tty or spec.stdin else []),
+        *(["--tty"] if spec.tty else []),
         *([f"--network={spec.network}"] if spec.network else []),
         *([f"--memory={spec.memory}"] if spec.memory else []),
         "--pids-limit=-1",

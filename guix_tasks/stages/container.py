@@ -143,6 +143,8 @@ class Work:
     keep_failed: bool = False
     """Keep the container for inspection if the command fails."""
     tty: bool = False
+    stdin: bool = False
+    """Whether ``Engine.run`` passes an input on."""
     bare: bool = False
     """No network, ``MOUNTS`` or cache volumes. ``binds`` are mounted in any case."""
     plain: bool = False
@@ -540,6 +542,7 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         # A daemon with privileges runs as root, but an image can name another user.
         user=privileges.user or ("root" if config.get("User") else None),
         tty=work.tty,
+        stdin=work.stdin,
         init=not work.plain,
         no_healthcheck=bool(config.get("Healthcheck")),
         platform=str(settings.platform) if settings.platform else None,

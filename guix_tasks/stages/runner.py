@@ -142,7 +142,7 @@ def run_container(
     if faults.servers.all_silent:
         raise faults.silence_error(f"{name}: ", _proxy_fault(project))
     if status:
-        raise _command_error(project, name, status, faults)
+        raise _command_error(project, name, container, status, faults)
     return output.decode(errors="replace")
 
 
@@ -202,8 +202,17 @@ def _timeout_error(project: Project, name: str) -> StageError:
     return StageError(f"{name}: stopped after STAGE_TIMEOUT ({limit}); nothing was committed")
 
 
-def _command_error(project: Project, name: str, status: int, faults: LogFaults) -> StageError:
+def _command_error(
+    project: Project, name: str, container: str, status: int, faults: LogFaults
+) -> StageError:
     """Describe a failed command by the last error of Guix, or else by its exit status."""
+    if project.engine.lacked_memory(container):
+        limit = project.settings.stage_memory
+        more = f"raise STAGE_MEMORY ({human_size(limit)})" if limit else "give the engine more"
+        return StageError(
+            f"{name}: a process was killed because memory ran out, and nothing was committed; "
+            f"{more}, or build fewer packages at once with GUIX_MAX_JOBS=1"
+        )
     # Redact first: a part of a secret would not be recognised.
     message = printable(clean(guix.last_error(faults.tail)))[:_ERROR_LENGTH]
     hint = (

@@ -38,6 +38,10 @@ class RecordingRegistry:
     uploads: dict[str, bytes] = field(default_factory=dict)
     manifests: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     """By ``NAME:TAG`` and ``NAME@DIGEST``: the media type and the content."""
+    immutable: bool = False
+    """Whether it refuses each push of a tag that it has."""
+    refused: set[str] = field(default_factory=set)
+    """Tags that it does not take."""
 
     @property
     def host(self) -> str:
@@ -105,6 +109,14 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = _any  # noqa: N815 -- the base class's names
 
     def _manifest(self, name: str, reference: str, body: bytes) -> None:
+        if self.command == "PUT" and reference in self.registry.refused:
+            self._answer(403, _error("DENIED"))
+            return
+        has_tag = f"{name}:{reference}" in self.registry.manifests
+        if self.command == "PUT" and has_tag and self.registry.immutable:
+            text = f"tag {reference} cannot be overwritten because the repository is immutable"
+            self._answer(400, _error("TAG_INVALID", text))
+            return
         if self.command == "PUT":
             kind, digest = self.headers["Content-Type"], _digest(body)
             self.registry.manifests[f"{name}@{digest}"] = (kind, body)
@@ -166,5 +178,5 @@ def _digest(content: bytes) -> str:
     return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def _error(code: str) -> bytes:
-    return json.dumps({"errors": [{"code": code, "message": code.lower()}]}).encode()
+def _error(code: str, message: str = "") -> bytes:
+    return json.dumps({"errors": [{"code": code, "message": message or code.lower()}]}).encode()

@@ -8,6 +8,7 @@ import shutil
 import ssl
 import subprocess
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from conftest import NewProject
+    from harness import Project
 
 pytestmark = pytest.mark.engine
 
@@ -196,6 +198,28 @@ def test_certificates_of_the_environment(guarded: Guarded, user: User) -> None:
     assert user.engine(**variables, DOCKER_CERT_PATH=str(guarded.directory))["url"] == guarded.host
     error = one_error(user.inv("status", **variables, DOCKER_CERT_PATH=str(user.directory)), 3)
     assert "DOCKER_CERT_PATH has no certificates" in error
+
+
+def test_over_tls_a_line_comes_when_it_is_written(guarded: Guarded, project: Project) -> None:
+    """And what is piped in reaches the command."""
+    tls = {"DOCKER_HOST": guarded.host, "DOCKER_TLS_VERIFY": "1"}
+    started = subprocess.Popen(
+        inv_argv("run", "--", "sh"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=project.directory,
+        env={**project.environment, **tls, "DOCKER_CERT_PATH": str(guarded.directory)},
+    )
+    assert started.stdin
+    assert started.stdout
+    with started:
+        started.stdin.write(b"echo A; sleep 6; echo B\n")
+        started.stdin.close()
+        assert started.stdout.readline() == b"A\n"
+        early = time.monotonic()
+        assert started.stdout.readline() == b"B\n"
+        assert time.monotonic() - early > 3
+    assert started.returncode == 0
 
 
 def test_without_certificates_nobody_gets_in(guarded: Guarded, user: User) -> None:

@@ -114,6 +114,14 @@ def test_a_fault_of_the_network_is_survived(new_project: NewProject, workshop: W
     assert project.containers() == []
 
 
+@pytest.mark.both_stores
+def test_a_stage_that_lacks_memory_names_that(new_project: NewProject) -> None:
+    project = new_project("base", GUIX_SANDBOX="capabilities", STAGE_MEMORY="60m")
+    error = one_error(project.inv("pull"), 4)
+    assert "pull: a process was killed because memory ran out, and nothing was committed" in error
+    assert "raise STAGE_MEMORY (62.9 MB)" in error
+
+
 def test_a_server_that_is_down_does_not_let_all_be_built(new_project: NewProject) -> None:
     server = f"http://127.0.0.1:{free_port()}"
     project = new_project("base", NETWORK="host", GUIX_SUBSTITUTE_URLS=server)

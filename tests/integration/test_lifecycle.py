@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import secrets
 import signal
+import subprocess
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,6 +22,7 @@ from harness import (
     errors,
     eventually,
     free_port,
+    inv_argv,
     one_error,
     running,
 )
@@ -424,6 +427,29 @@ def test_verify_finds_that_a_package_is_gone(project: Project) -> None:
         result = project.inv("verify")
     assert one_error(result, 1).endswith(" failed: packages")
     assert "verify: packages: failed: " in result.stderr
+
+
+# --- run
+
+
+@pytest.mark.both_stores
+def test_the_command_of_run_reads_what_is_piped_in(project: Project) -> None:
+    def piped(data: bytes, *argv: str) -> tuple[int, bytes]:
+        result = subprocess.run(
+            inv_argv("run", "--", *argv),
+            input=data,
+            stdout=subprocess.PIPE,
+            cwd=project.directory,
+            env=project.environment,
+            check=False,
+        )
+        return result.returncode, result.stdout
+
+    large = bytes(range(256)) * 20_000
+    assert piped(b"echo hi; exit 3\n", "sh") == (3, b"hi\n")
+    assert piped(large, "sha256sum") == (0, f"{sha256(large).hexdigest()}  -\n".encode())
+    # A command can end before its input does.
+    assert piped(large, "true") == (0, b"")
 
 
 # --- a dry run

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from harness import PASSWORD, USER, free_port, one_error
+from recording_registry import serving
 
 if TYPE_CHECKING:
     from conftest import NewProject
@@ -83,3 +84,22 @@ def test_a_user_without_a_password_is_not_silently_nobody(
     with project.unharmed():
         error = one_error(project.inv("push", env={"DOCKER_USERNAME": USER}), 2)
     assert "DOCKER_PASSWORD" in error
+
+
+@pytest.mark.both_stores
+def test_where_tags_are_immutable_a_push_can_be_repeated(new_project: NewProject) -> None:
+    """Also after a push that failed between two tags."""
+    with serving() as registry:
+        registry.immutable, registry.refused = True, {"2.0"}
+        project = tiny(new_project, registry.host)
+        project.set(TAGS="2.0 3.0")
+        assert ":2.0" in one_error(project.inv("push"), 5)
+        registry.refused.clear()
+        log = project.ok("push").stderr
+        assert f"push: {project.image}: the registry has this image already" in log
+        tags = {name.rpartition(":")[2] for name in registry.manifests if "@" not in name}
+        assert tags == {"t", "2.0", "3.0"}
+        project.dockerfile(f"{TINY}COPY Dockerfile /another\n")
+        project.ok("base")
+        error = one_error(project.inv("push"), 5)
+        assert "the registry does not allow that a tag is overwritten: choose another tag" in error

@@ -106,6 +106,8 @@ class FakeRegistry:
     images: dict[str, Image] = field(default_factory=dict)
     layers: dict[str, Files] = field(default_factory=dict)
     refusal: str = ""
+    immutable: bool = False
+    """Whether it refuses to push a tag again."""
     seen: list[Credentials | None] = field(default_factory=list)
     local_accounts: dict[str, Credentials] = field(default_factory=dict)
 
@@ -137,6 +139,8 @@ class FakeContainer:
     changes: Files = field(default_factory=dict)
     running: bool = False
     status: int = 0
+    lacked_memory: bool = False
+    stdin: bytes = b""
     results: dict[str, Files] = field(default_factory=dict)
     """Results on the volume with the warm store, which the engine owns."""
 
@@ -608,8 +612,9 @@ class FakeEngine:
         return iter(() if content is None else [_tar({path.rpartition("/")[2]: content})])
 
     @_counted
-    def run(self, container: str) -> Output:
+    def run(self, container: str, stdin: IO[bytes] | None = None) -> Output:
         box = self._container(container)
+        box.stdin = stdin.read() if stdin else b""
         box.running = True
         program = "".join(box.argv[2:3] if box.argv[:1] == ("-c",) else box.argv[:1])
         records_result = re.search(r"results/(new-\w+)", box.text(program))
@@ -629,6 +634,10 @@ class FakeEngine:
     @_counted
     def wait(self, container: str) -> int:
         return self._container(container).status
+
+    @_counted
+    def lacked_memory(self, container: str) -> bool:
+        return self._container(container).lacked_memory
 
     @_counted
     def stop(self, container: str, seconds: int) -> None:
@@ -677,6 +686,8 @@ class FakeEngine:
         self.registry.seen.append(credentials)
         if self.registry.refusal:
             raise RegistryError(f"cannot push {reference}: {self.registry.refusal}")
+        if self.registry.immutable and self.registry.find(reference):
+            raise RegistryError(f"cannot push {reference}: the tag is immutable")
         for layer in image.layers:
             self.registry.layers[layer] = self._files[layer]
             if progress:

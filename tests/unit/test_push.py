@@ -255,6 +255,15 @@ def test_refusal_of_a_registry_is_an_error_and_changes_no_tag(made: Site) -> Non
     assert outline(made.engine) == before
 
 
+def test_what_a_registry_has_already_need_not_be_pushed_again(made: Site) -> None:
+    digests = made.push()
+    made.engine.registry.immutable = True
+    assert made.push() == digests
+    made.make("install", packages=("tar",))
+    with pytest.raises(RegistryError, match="the tag is immutable"):
+        made.push()
+
+
 def test_the_credentials_are_those_of_the_settings(made: Site) -> None:
     made.push()
     assert set(made.engine.registry.seen[-2:]) == {None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from contextlib import suppress
@@ -79,6 +80,19 @@ def test_the_output_and_the_status_are_the_commands_own(made: Site) -> None:
     assert run_module.run(project, ["x"], stage=None, keep=False) == 7
     assert heard(project) == "out\nerr\n"
     assert made.engine.all_containers == {}
+
+
+def test_the_command_reads_the_input(made: Site) -> None:
+    def behaviour(container: FakeContainer) -> Output:
+        yield False, container.stdin.upper()
+
+    made.engine.behaviour = behaviour
+    project = made.project()
+    run_module.run(project, ["cat"], stage=None, keep=False, stdin=io.BytesIO(b"in\n"))
+    assert heard(project) == "IN\n"
+    assert made.engine.specs[-1].stdin
+    run(made, "cat")
+    assert not made.engine.specs[-1].stdin
 
 
 def test_no_command_is_an_error(made: Site) -> None:

@@ -162,6 +162,24 @@ def test_full_disk_is_reported(site: Site, word: str) -> None:
     assert FULL_DISK not in failure(site, Try(1, [NOT_BUILT]))
 
 
+@pytest.mark.parametrize(
+    ("limit", "hint"),
+    [("300m", "raise STAGE_MEMORY (315 MB)"), ("", "give the engine more")],
+)
+def test_lack_of_memory_is_reported(site: Site, limit: str, hint: str) -> None:
+    site.env["STAGE_MEMORY"] = limit
+
+    def killed(container: FakeContainer) -> Output:
+        container.status, container.lacked_memory = 1, True
+        yield True, NOT_BUILT
+
+    site.engine.behaviour = killed
+    with pytest.raises(StageError) as caught:
+        run_stage(site.project(), STAGE, parent(site))
+    assert "own: a process was killed because memory ran out, and nothing was" in str(caught.value)
+    assert hint in str(caught.value)
+
+
 def test_full_disk_is_not_retried(site: Site) -> None:
     """Although a substitute that cannot be stored looks like one that could not be fetched."""
     full = b"guix substitute: error: write: No space left on device\n"

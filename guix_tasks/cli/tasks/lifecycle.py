@@ -254,13 +254,16 @@ def release(session: Session, url: str = "") -> None:
 def run(session: Session, stage: str = "", keep: bool = False) -> None:
     """Run a command: `inv run -- COMMAND ARGUMENT...`.
 
-    It runs in a work container of IMAGE, next to the Guix daemon.  `inv`
-    exits with the status of the command.
+    It runs in a work container of IMAGE, next to the Guix daemon, and reads
+    what is piped into `inv`.  `inv` exits with the status of the command.
     """
     from guix_tasks.commands.run import run
 
     project = session.project(one_platform=True)
-    status = run(project, _after_dashes(sys.argv), stage=stage or None, keep=keep)
+    # A command that reads a terminal is for `inv shell`.
+    stdin = None if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer
+    argv = _after_dashes(sys.argv)
+    status = run(project, argv, stage=stage or None, keep=keep, stdin=stdin)
     if status:
         raise Exit(code=status)
 
