@@ -6,6 +6,7 @@ import errno
 import logging
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from contextlib import contextmanager
@@ -44,12 +45,14 @@ def report_errors() -> Iterator[None]:
         Console().error("interrupted; the unfinished step was undone")
         raise Exit(code=StoppedError.exit_code) from None
     except OSError as error:
-        Console().error(
-            f"cannot access {error.filename or 'a file'}: {error.strerror or error}; "
-            "fix the cause and run the task again"
-        )
-        code = EngineError.exit_code if error.errno == errno.ENOSPC else UsageError.exit_code
-        raise Exit(code=code) from None
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        name, hint = error.filename or "a file", "fix the cause and run the task again"
+        if is_full:
+            # Only temporary files have no name.
+            name = error.filename or tempfile.gettempdir()
+            hint = "free space there, or set TMPDIR to a directory on a larger disk"
+        Console().error(f"cannot access {name}: {error.strerror or error}; {hint}")
+        raise Exit(code=EngineError.exit_code if is_full else UsageError.exit_code) from None
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("docker", "dotenv", "requests"):
             raise

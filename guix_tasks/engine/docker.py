@@ -74,6 +74,13 @@ _NO_ANSWER = (
 """Exceptions of the SDK if the engine is missing or dies during a call."""
 
 
+_ENGINE_HINTS = {
+    "docker-init": "install tini, which contains docker-init, on the engine's machine",
+    "incompatible with user namespaces": "set GUIX_SANDBOX=capabilities",
+}
+"""Hints for refusals of the engine, by words of the message."""
+
+
 class Build(Protocol):
     """Function that builds an image, streams the log to ``output`` and returns the image's ID."""
 
@@ -515,7 +522,10 @@ class DockerEngine:
             yield
         except docker.errors.APIError as error:
             reason = error_line(error)
-            raise EngineError(f"{REFUSED} {action}: {reason}{full_disk(reason)}") from None
+            hint = full_disk(reason)
+            for words, fix in _ENGINE_HINTS.items():
+                hint = f"; {fix}" if words in reason else hint
+            raise EngineError(f"{REFUSED} {action}: {reason}{hint}") from None
         except _NO_ANSWER as error:
             if isinstance(error.__cause__, GuixTasksError):  # the SDK wraps an error of ssh
                 raise error.__cause__ from None

@@ -9,6 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 import pytest
+import requests
+from docker.errors import APIError
 
 from guix_tasks.engine import docker
 from guix_tasks.engine.discovery import Address
@@ -106,6 +108,22 @@ def test_broken_answer_is_an_error_of_one_line() -> None:
     with played() as engine, pytest.raises(EngineError, match="does not answer: ") as raised:
         engine.push("localhost:1/x:t", None)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("reason", "hint"),
+    [
+        ('exec: "docker-init": executable file not found in $PATH', "install tini, which contains"),
+        ("privileged mode is incompatible with user namespaces", "set GUIX_SANDBOX"),
+    ],
+)
+def test_refusals_of_the_engine_have_a_hint(reason: str, hint: str) -> None:
+    engine = DockerEngine(Address("unix:///none", "test"))
+    response = requests.Response()
+    response.status_code = 500
+    with pytest.raises(EngineError) as caught, engine._engine_errors("start a container"):
+        raise APIError("", response, reason)
+    assert str(caught.value).startswith(f"the engine could not start a container: {reason}; {hint}")
 
 
 def test_full_disk_is_reported_with_a_hint() -> None:

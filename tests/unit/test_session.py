@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -229,7 +230,10 @@ def test_the_options_of_the_stages_are_handed_on(inv: Inv) -> None:
     assert inv.site.image("base").id != before
 
 
-def test_run_keeps_arguments_exactly_and_passes_the_status_on(inv: Inv) -> None:
+def test_run_keeps_arguments_exactly_and_passes_the_status_on(
+    inv: Inv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     inv("install")
     done = inv("run", "--", "printf", "a b", "--keep", "--", "$x")
     assert done.code == 0
@@ -685,6 +689,18 @@ def test_an_inv_that_lacks_a_package_says_so(
 def test_another_module_that_is_missing_is_not_hidden() -> None:
     with pytest.raises(ModuleNotFoundError), errors.report_errors():
         raise ModuleNotFoundError("No module named 'mine'", name="mine")
+
+
+def test_a_full_disk_of_temporary_files_names_tmpdir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(Exit) as caught, errors.report_errors():
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.code == 3
+    error = capsys.readouterr().err
+    assert f"cannot access {tmp_path}: No space left on device; free space there" in error
+    assert "TMPDIR" in error
 
 
 def test_an_exit_of_a_task_passes() -> None:
