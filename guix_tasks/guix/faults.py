@@ -55,12 +55,16 @@ _FETCH_HINTS = {
         "the server's certificate is not signed by a trusted authority: set EXTRA_CA_FILE to the "
         "certificate of its authority"
     ),
+    r"unsupported manifest format": (
+        "the Guix of the lock is older than that of the base image and cannot read its profile: "
+        "update the lock with `inv pull --update`, or use an older BASE_IMAGE"
+    ),
 }
-"""Hints by errors of libgit2, libssh2 and Guix about access to a server."""
+"""Hints by errors of libgit2, libssh2 and Guix."""
 
 
 def fetch_hint(log: str) -> str:
-    """Return the hint about an access error between Guix and a server, or nothing."""
+    """Return the hint about an error between Guix and a server or an older Guix, or nothing."""
     errors = "\n".join(re.findall(r"^(?:guix .*error:|X\.509) .*$", log, re.MULTILINE))
     hints = (hint for pattern, hint in _FETCH_HINTS.items() if re.search(pattern, errors))
     return next(hints, "")

@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import IO, TYPE_CHECKING
 
 from guix_tasks import guix
@@ -26,7 +27,7 @@ from guix_tasks.stages.container import (
 )
 from guix_tasks.stages.diagnostics import Failure, log_path, save_diagnostics, saved_log
 from guix_tasks.stages.log_faults import LogFaults
-from guix_tasks.stages.stage import MISSING_ITEMS
+from guix_tasks.stages.stage import MISSING_ITEMS, RETRY
 from guix_tasks.ui.console import Display
 from guix_tasks.ui.format import human_size, human_time, printable
 from guix_tasks.ui.log import LogReader
@@ -75,7 +76,8 @@ def run_with_retries(project: Project, container: str, work: Work) -> str:
             elapsed = 0.0
             if next(starts):
                 # The entry point removed its files at the end of the first start.
-                fill(project.engine, project.settings, container, work)
+                again = replace(work, files={**work.files, RETRY: b""})
+                fill(project.engine, project.settings, container, again)
                 elapsed = time.monotonic() - started
             return run_container(project, container, work.name, log_file=log, elapsed=elapsed)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.files import file_digest, text_digest
+from guix_tasks.guix.result_paths import SUBSTITUTE_CACHE
 from guix_tasks.stages.container import RESOURCES, WORK_DIRECTORY, resource_files
 
 if TYPE_CHECKING:
@@ -58,6 +59,17 @@ _CHECKOUTS = (
 )
 """Each update of a channel adds a pack to its checkout, and from 26 on ``update-cached-checkout``
 of Guix 1.5 fails without git.  Debian's package only recommends git."""
+
+RETRY = "retry"
+"""File in ``container.WORK_DIRECTORY`` if the script runs again after a network failure."""
+
+_FORGET_SUBSTITUTES = (
+    f"if [ -e {WORK_DIRECTORY}/{RETRY} ]; then",
+    "    caches=${XDG_CACHE_HOME:-/root/.cache}",
+    f'    rm -rf {SUBSTITUTE_CACHE}/cache/* "$caches/guix/substitute" || :',
+    "fi",
+)
+"""Guix keeps a server's answers for up to 36 hours, also if the server has since lost the item."""
 
 _CHECK_ROOTS = (
     "for link in $(find /var/guix/profiles /var/guix/gcroots -type l 2>/dev/null || true); do",
@@ -122,7 +134,10 @@ def stage_files(stage: Stage) -> dict[str, bytes]:
     script = guix.script(
         stage.commands,
         stage.report,
-        before=[f"[ -e {items} ] || find /gnu/store -mindepth 1 -maxdepth 1 >{items} || true"],
+        before=[
+            *_FORGET_SUBSTITUTES,
+            f"[ -e {items} ] || find /gnu/store -mindepth 1 -maxdepth 1 >{items} || true",
+        ],
         finish=f"{collect} || echo 'the store could not be collected'",
         after=[f"rm -f {items}"],
         start=stage.directory,
@@ -150,6 +165,7 @@ def warm_stage_files(
         stage.report,
         before=(
             *([f"if {reuse} >&3; then exit; fi"] if earlier else ()),
+            *_FORGET_SUBSTITUTES,
             *_LOCK,
             *(_CHECKOUTS if stage.fetches is not None else ()),
             *(_CHECK_ROOTS if check_roots else ()),

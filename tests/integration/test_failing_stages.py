@@ -6,6 +6,7 @@ import threading
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
@@ -13,7 +14,6 @@ from harness import free_port, one_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from conftest import NewProject
     from harness import Project, Workshop
@@ -90,9 +90,31 @@ class Substitutes(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
+class Moved(Substitutes):
+    """A server whose first answer about each item names a file that it no longer has."""
+
+    seen: ClassVar[set[str]] = set()
+
+    def do_GET(self) -> None:
+        if not self.path.endswith(".narinfo") or self.path in self.seen:
+            super().do_GET()
+            return
+        try:
+            text = Path(self.translate_path(self.path)).read_bytes()
+        except OSError:
+            self.send_error(404)
+            return
+        self.seen.add(self.path)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text.replace(b"URL: nar/", b"URL: gone/"))
+
+
 @contextmanager
-def serving(directory: Path, missing: int) -> Iterator[str]:
-    handler = type("Handler", (Substitutes,), {"missing": missing})
+def serving(
+    directory: Path, missing: int = 0, kind: type[Substitutes] = Substitutes
+) -> Iterator[str]:
+    handler = type("Handler", (kind,), {"missing": missing, "seen": set()})
     with ThreadingHTTPServer(
         ("127.0.0.1", 0), partial(handler, directory=str(directory))
     ) as server:
@@ -120,6 +142,16 @@ def test_a_stage_that_lacks_memory_names_that(new_project: NewProject) -> None:
     error = one_error(project.inv("pull"), 4)
     assert "pull: a process was killed because memory ran out, and nothing was committed" in error
     assert "raise STAGE_MEMORY (62.9 MB)" in error
+
+
+def test_what_a_server_has_no_more_is_asked_for_again(
+    new_project: NewProject, workshop: Workshop
+) -> None:
+    """Guix itself would remember the answer for a day and a half."""
+    with serving(workshop.offline / "substitutes", kind=Moved) as server:
+        project = new_project("base", NETWORK="host", GUIX_SUBSTITUTE_URLS=server)
+        said = project.ok("pull", "--upstream").stderr
+    assert said.count("pull is retried in") == 1
 
 
 def test_a_server_that_is_down_does_not_let_all_be_built(new_project: NewProject) -> None:

@@ -169,6 +169,11 @@ def test_denied_access_has_a_hint(line: str, mend: str) -> None:
     assert guix.fetch_hint(f"a package says: {line}") == ""
 
 
+def test_a_lock_that_is_older_than_the_profile_has_a_hint() -> None:
+    log = "guix package: error: unsupported manifest format\n"
+    assert "`inv pull --update`, or use an older BASE_IMAGE" in guix.fetch_hint(log)
+
+
 LOGS = [f"/var/log/guix/drvs/{at}/{'c' * 30}-a+b_1.0.drv{end}" for at, end in
         [("ab", ".gz"), ("0z", ".bz2"), ("zz", "")]]  # fmt: skip
 
