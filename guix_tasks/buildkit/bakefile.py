@@ -47,6 +47,8 @@ RESULT = "result"
 """Report with the name of a step's result in the warm store."""
 CREATED = "created"
 OWNER = "/tmp/guix-tasks-owner"  # noqa: S108 -- in the container, where every user may write
+BASE_ENVIRONMENT = "environment"
+"""Report with the environment of the base image."""
 
 KEYS = "keys"
 """Report with the digest of the substitute keys that the base image trusts."""
@@ -91,6 +93,8 @@ class Definition:
     """User of the base image, or empty for root."""
     labels: Mapping[Platform, Mapping[str, str]] = field(default_factory=dict)
     """Labels of the image of each platform."""
+    environment: Mapping[Platform, Mapping[str, str]] = field(default_factory=dict)
+    """Variables of the image of each platform in addition to those of the base image."""
     syntax: str | None = None
     tags: Sequence[str] = ()
     output: str = ""
@@ -105,10 +109,13 @@ def dockerfile(definition: Definition) -> str:
 
 
 def _queries(definition: Definition) -> list[str]:
-    """Return the steps before the stages: the base's user and keys, and the resolved channels."""
+    """Return the steps before the stages.
+
+    They report the base's user, environment and keys, and the resolved channels.
+    """
     # For a user without a name, `id -un` prints the number and fails.
     name = f"{{ id -un >{OWNER}/name || id -u >{OWNER}/name; }}"
-    command = f"mkdir {OWNER} && id -u >{OWNER}/user && {name}"
+    command = f"mkdir {OWNER} && id -u >{OWNER}/user && {name} && env >{OWNER}/{BASE_ENVIRONMENT}"
     resolved = [
         "FROM base AS resolving",
         "USER root",
@@ -187,25 +194,27 @@ def _warm_steps(definition: Definition, name: str, parent: str, root: Sequence[s
 
 
 def _images(definition: Definition) -> list[str]:
-    """Return the labelled image of each platform and the target that selects one of them."""
+    """Return the configured image of each platform and the target that selects one of them."""
     parent = definition.stages[-1].name if definition.stages else "base"
     lines = []
     for platform in definition.platforms:
         lines += ["", f"FROM {parent} AS {IMAGE_TARGET}-{_word(platform)}"]
         lines += [f"USER {definition.user}"] if definition.user else []
-        for argument, name, _ in _labels(definition, platform):
-            lines += [f"ARG {argument}", f'LABEL {name}="${{{argument}}}"']
+        for argument, instruction, _ in _arguments(definition, platform):
+            lines += [f"ARG {argument}", f'{instruction}="${{{argument}}}"']
     selected = f"{IMAGE_TARGET}-${{TARGETOS}}${{TARGETARCH}}${{TARGETVARIANT}}"
     return [*lines, "", f"FROM {selected} AS {IMAGE_TARGET}"]
 
 
-def _labels(definition: Definition, platform: Platform) -> Iterator[tuple[str, str, str]]:
-    """Yield the build argument, the name and the value of each label of a platform's image.
+def _arguments(definition: Definition, platform: Platform) -> Iterator[tuple[str, str, str]]:
+    """Yield the argument, instruction and value of each label and variable of a platform's image.
 
     Bake's own labels are the same for all platforms, but packages differ between platforms.
     """
-    for number, (name, value) in enumerate(sorted(definition.labels.get(platform, {}).items())):
-        yield f"LABEL_{number}_{_word(platform)}", name, value
+    values = {"LABEL": definition.labels, "ENV": definition.environment}
+    for kind, of_platforms in values.items():
+        for number, (name, value) in enumerate(sorted(of_platforms.get(platform, {}).items())):
+            yield f"{kind}_{number}_{_word(platform)}", f"{kind} {name}", value
 
 
 def _word(platform: Platform) -> str:
@@ -305,7 +314,7 @@ def bake_file(definition: Definition) -> str:
             **{
                 argument: value
                 for platform in definition.platforms
-                for argument, _, value in _labels(definition, platform)
+                for argument, _, value in _arguments(definition, platform)
             },
         },
         "secret": [

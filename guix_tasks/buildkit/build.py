@@ -1,9 +1,9 @@
 """Build of the pull and install stages with BuildKit, as insecure steps of one build.
 
 There are three calls of bake. The first builds the base and queries its user and the commits of
-floating channels. The second runs the steps and gets their reports. The third adds the labels,
-whose values come from the reports, and outputs the image. Each call finds the results of the
-previous one in BuildKit's cache. Channels are locked and images labelled as by run and commit.
+floating channels. The second runs the steps and gets their reports. The third adds the labels
+and variables that come from the reports, and outputs the image. Each call finds the results of the
+previous one in BuildKit's cache. Channels are locked and images configured as by run and commit.
 Nothing is pushed unless the complete image was built.
 """
 
@@ -33,7 +33,7 @@ from guix_tasks.engine.credentials import accounts_for, credentials_for, remote_
 from guix_tasks.engine.retry import TRIES, retry_call
 from guix_tasks.errors import BuilderError, StageError, UsageError
 from guix_tasks.files import cache_home, temporary_directory, text_digest
-from guix_tasks.guix import commits
+from guix_tasks.guix import commits, with_search_paths
 from guix_tasks.oci import labels as oci
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import quoted
@@ -41,6 +41,7 @@ from guix_tasks.settings.values import Driver, Output, Sandbox
 from guix_tasks.stages import container, pull
 from guix_tasks.stages.base import base_spec, other_platform
 from guix_tasks.stages.channel_access import agent_socket, by_ssh, programs
+from guix_tasks.stages.images import SEARCH_PATHS_LABEL
 from guix_tasks.stages.install import install_stage
 from guix_tasks.stages.log_faults import StepFaults
 from guix_tasks.stages.push_records import Pushed, save
@@ -212,7 +213,7 @@ class _Build:
             if stage.check:
                 stage.check(self._report(stage.name, platform))
         self._write_lock()
-        return self._output(self._with_labels(definition))
+        return self._output(self._with_configuration(definition))
 
     # --- inputs ---
 
@@ -396,12 +397,13 @@ class _Build:
             lock = self._settings.guix_channels_lock
             self.project.console.print(f"pull: the channels are locked in {lock}")
 
-    def _with_labels(self, definition: Definition) -> Definition:
+    def _with_configuration(self, definition: Definition) -> Definition:
         settings, base = self._settings, str(self._settings.base_image)
         digest = None
         if settings.builds_on_engine_host:
             digest = remote_digest(self.project.engine, settings, base)
         labels: dict[Platform, dict[str, str]] = {}
+        environment: dict[Platform, dict[str, str]] = {}
         for platform in self._platforms:
             annotations = {
                 **oci.oci_annotations(settings.directory),
@@ -412,7 +414,11 @@ class _Build:
             labels[platform] = {name: text for name, text in annotations.items() if text}
             for stage in definition.stages:
                 labels[platform].update(stage.labels(self._report(stage.name, platform)))
-        return replace(definition, labels=labels)
+            base_lines = self._report(bakefile.BASE_ENVIRONMENT, platform).splitlines()
+            lines = with_search_paths(base_lines, labels[platform].get(SEARCH_PATHS_LABEL, ""))
+            new = (line.partition("=")[::2] for line in lines if line not in base_lines)
+            environment[platform] = dict(new)
+        return replace(definition, labels=labels, environment=environment)
 
     # --- output ---
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from guix_tasks import guix
 from guix_tasks.errors import EngineError
 from guix_tasks.oci.labels import oci_annotations
 from guix_tasks.stages.container import PROJECT_LABEL
 from guix_tasks.stages.images import (
     IMAGE_LABEL,
     LAYERS_LABEL,
+    SEARCH_PATHS_LABEL,
     layers_digest,
     proven_stage,
     seal,
@@ -104,6 +106,8 @@ def _sealed(
 def committed_config(image: Image, labels: Mapping[str, str]) -> dict[str, Any]:
     """Return the configuration for a commit: that of an image with additional labels.
 
+    If these define search paths, the environment has the variables.
+
     It leaves nothing open, because a commit takes the rest from the container, and the stage's
     command must not become the image's. The project label of work containers cannot be removed,
     so it is emptied: otherwise every container of the image would be taken for a work container.
@@ -112,5 +116,8 @@ def committed_config(image: Image, labels: Mapping[str, str]) -> dict[str, Any]:
         **image.config,
         "Entrypoint": image.config.get("Entrypoint") or [],
         "Cmd": image.config.get("Cmd") or [],
+        "Env": guix.with_search_paths(
+            image.config.get("Env") or [], labels.get(SEARCH_PATHS_LABEL, "")
+        ),
         "Labels": {**image.labels, **labels, PROJECT_LABEL: ""},
     }

@@ -60,7 +60,9 @@ CONTAINER_LABEL = f"{_PREFIX}project"
 """``IMAGE`` of a work container's project; also on Podman's unfinished commits."""
 CHANNELS_LABEL = f"{_PREFIX}channels"
 PACKAGES_LABEL = f"{_PREFIX}packages"
-REPORTED_LABELS = (CHANNELS_LABEL, PACKAGES_LABEL)
+SEARCH_PATHS_LABEL = f"{_PREFIX}search-paths"
+"""Definitions of the variables that an install image has in addition to those of its parent."""
+REPORTED_LABELS = (CHANNELS_LABEL, PACKAGES_LABEL, SEARCH_PATHS_LABEL)
 """Labels that describe what Guix made."""
 
 

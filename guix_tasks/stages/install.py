@@ -8,7 +8,7 @@ from guix_tasks import guix
 from guix_tasks.errors import UsageError
 from guix_tasks.files import read_file, read_text
 from guix_tasks.stages.container import WORK_DIRECTORY
-from guix_tasks.stages.images import PACKAGES_LABEL
+from guix_tasks.stages.images import PACKAGES_LABEL, SEARCH_PATHS_LABEL
 from guix_tasks.stages.stage import Stage
 
 if TYPE_CHECKING:
@@ -41,8 +41,12 @@ def install_stage(settings: Settings, packages: tuple[str, ...] = ()) -> Stage:
         commands=[
             guix.install_argv(f"{WORK_DIRECTORY}/profile.scm" if manifest else None, packages)
         ],
-        report=guix.LIST_INSTALLED,
-        labels=lambda report: {PACKAGES_LABEL: " ".join(guix.installed(report)), **label},
+        report=guix.REPORT_PROFILE,
+        labels=lambda report: {
+            PACKAGES_LABEL: " ".join(guix.installed(report)),
+            SEARCH_PATHS_LABEL: guix.search_paths(report),
+            **label,
+        },
         files=files,
         is_pure=manifest is None or guix.is_plain_manifest(read_text(manifest)),
     )

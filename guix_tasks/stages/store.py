@@ -20,13 +20,13 @@ from __future__ import annotations
 import re
 import secrets
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from guix_tasks import guix
 from guix_tasks.errors import EngineError, StageError, full_disk
 from guix_tasks.files import file_digest, text_digest
 from guix_tasks.settings.values import Sandbox
-from guix_tasks.stages.commit import commit_image
+from guix_tasks.stages.commit import commit_image, committed_config
 from guix_tasks.stages.container import (
     PROJECT_LABEL,
     STORE_MOUNT,
@@ -205,7 +205,11 @@ def assemble(
     """
     engine, settings = project.engine, project.settings
     base = project.ledger.find("base") or parent
+    variables = _variables(committed_config(parent, labels))
     for start in starts:
+        # A commit cannot remove a variable of its container.
+        if not _variables(start.config) <= variables:
+            continue
         used, files = 0, ""
         if start is not starts[-1]:
             used = bytes_above(project, start, base)
@@ -255,6 +259,10 @@ def is_reusable(project: Project, stage: Stage, parent: Image, current: Image) -
     """
     shared = shared_layers(current, project.ledger.find("base") or parent)
     return not stage.as_root and shared > 0 and len(current.layers) - shared < _MAX_LAYERS
+
+
+def _variables(config: Mapping[str, Any]) -> set[str]:
+    return {line.partition("=")[0] for line in config.get("Env") or ()}
 
 
 def _compare_files(project: Project, volume: str, start: Image, parent: Image) -> str:

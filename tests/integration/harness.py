@@ -432,6 +432,34 @@ class Workshop:
         return branch.read_text().strip()
 
 
+READER = """
+(use-modules (guix build-system trivial) (guix gexp) (guix packages) (guix profiles)
+             (guix search-paths) ((guix licenses) #:prefix license:))
+(packages->manifest
+ (list
+  (package
+    (name "reader")
+    (version "1.0")
+    (source #f)
+    (build-system trivial-build-system)
+    (arguments
+     (list #:builder
+           #~(let ((program (string-append #$output "/bin/reader")))
+               (for-each (lambda (directory) (mkdir (string-append #$output directory)))
+                         '("" "/bin" "/share" "/share/greet"))
+               (call-with-output-file program
+                 (lambda (port) (display "#!/bin/sh\\necho \\"$GREET_PATH\\"\\n" port)))
+               (chmod program #o755))))
+    (native-search-paths
+     (list (search-path-specification (variable "GREET_PATH") (files '("share/greet")))))
+    (home-page "https://example.org")
+    (synopsis "Program with a search path")
+    (description "This package prints its search path.")
+    (license license:gpl3+))))
+"""
+"""A manifest with the package ``reader``, which prints its search path ``GREET_PATH``."""
+
+
 CONTENTS = """
     profile=$(readlink -f /var/guix/profiles/per-user/root/guix-profile)
     echo $profile

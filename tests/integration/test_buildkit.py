@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from harness import LOCK, Result, builder_environment, contents, free_port, one_error
+from harness import LOCK, READER, Result, builder_environment, contents, free_port, one_error
 
 from guix_tasks import guix
 from guix_tasks.buildkit import buildx
@@ -244,15 +244,19 @@ def test_a_base_is_linked_and_its_image_is_labelled(
     labels = {"a.b": '(list\n  \'x "y" ${HOME} $HOME %{if} \\n é)', "c": "", "d": "one two"}
     tag = f"{workshop.registry}/guix-tasks-test-{workshop.token}/linked:t"
     plain = plain_definition(tmp_path / "a ${directory}, really", base_image, labels, "nobody")
-    definition = Definition(**{**vars(plain), "tags": [tag], "output": "type=docker"})
+    paths = {"A_PATH": "/profile/a ${HOME} \"'$"}
+    more = {"tags": [tag], "output": "type=docker", "environment": {OWN: paths}}
+    definition = Definition(**{**vars(plain), **more})
     bake(engines_own.buildx, "default", definition, ASKED_TARGET)
     assert (definition.directory / "reports" / "name").read_text() == "nobody\n"
+    lines = (definition.directory / "reports" / "environment").read_text().splitlines()
+    assert "TEXT=${HOME} %{x} \"'$" in lines
     bake(engines_own.buildx, "default", definition, "image")
     try:
         config = docker.config(tag)
         assert {name: config["Labels"][name] for name in labels} == labels
         assert config["User"] == "nobody"
-        assert "TEXT=${HOME} %{x} \"'$" in config["Env"]
+        assert {"TEXT=${HOME} %{x} \"'$", "A_PATH=/profile/a ${HOME} \"'$"} <= set(config["Env"])
     finally:
         docker("rmi", "--force", tag)
 
@@ -314,6 +318,25 @@ def test_the_image_is_the_same_both_ways(
     assert again.stdout.strip() == reference
     assert "Updating channel" not in again.stderr, "it is in the cache"
     docker("rmi", "--force", reference)
+
+
+def test_search_paths_are_the_same_both_ways(
+    insecure: Builder, new_project: NewProject, docker: Docker
+) -> None:
+    project = new_project(
+        "base",
+        BUILDX_OUTPUT="load",
+        GUIX_CHANNELS="",
+        GUIX_CHANNELS_LOCK="",
+        GUIX_PACKAGES="",
+        GUIX_MANIFEST="manifest.scm",
+    )
+    (project.directory / "manifest.scm").write_text(READER)
+    project.ok("install")
+    environment = docker.config(project.image)["Env"]
+    assert f"GREET_PATH={guix.PROFILE}/share/greet" in environment
+    insecure.ok(project, "buildx.build", "--no-pull")
+    assert docker.config(project.image)["Env"] == environment
 
 
 def test_a_builder_is_made_anew_with_its_cache(insecure: Builder, new_project: NewProject) -> None:

@@ -14,6 +14,7 @@ import pytest
 from harness import (
     LOCK,
     OFFLINE,
+    READER,
     Project,
     Result,
     Terminal,
@@ -234,6 +235,40 @@ def test_a_manifest_keeps_what_the_profile_of_the_base_has(
     listing = project.docker.run(project.image, "guix", "package", "--list-installed").stdout
     names = {each.partition("@")[0] for each in guix.installed(listing)}
     assert names == {"greet", "hello", "tar"}
+
+
+def test_search_paths_of_the_profile_are_set_for_every_program(new_project: NewProject) -> None:
+    project = new_project("base", "pull", GUIX_PACKAGES="", GUIX_MANIFEST="manifest.scm")
+    (project.directory / "manifest.scm").write_text(READER)
+    project.ok("install")
+    docker, greet = project.docker, f"{guix.PROFILE}/share/greet\n"
+    for user in ("0", "1000"):
+        assert docker.run(project.image, "reader", options=(f"--user={user}",)).stdout == greet
+    assert docker.run(project.image, options=("--entrypoint=reader",)).stdout == greet
+    assert project.ok("run", "--", "reader").stdout == greet
+    # --- a variable of the base
+    docker.ok("tag", project.tag("base"), f"{project.repository}:ground")
+    project.dockerfile(f"{SIMPLE}ENV GREET_PATH=/srv/greet\n")
+    project.set(BASE_IMAGE=f"{project.repository}:ground")
+    project.ok("base", "pull", "install")
+    both = f"{guix.PROFILE}/share/greet:/srv/greet\n"
+    assert docker.run(project.image, "reader").stdout == both
+    # --- and without the package
+    project.set(GUIX_MANIFEST="", GUIX_PACKAGES="hello")
+    project.ok("install")
+    assert docker.config(project.image)["Env"] == docker.config(project.tag("base"))["Env"]
+    project.ok("rollback")
+    assert docker.run(project.image, "reader").stdout == both
+
+
+def test_variable_of_a_removed_package_is_removed(new_project: NewProject) -> None:
+    project = new_project("base", "pull", GUIX_PACKAGES="", GUIX_MANIFEST="manifest.scm")
+    (project.directory / "manifest.scm").write_text(READER)
+    project.ok("install")
+    project.set(GUIX_MANIFEST="", GUIX_PACKAGES="hello")
+    project.ok("install")
+    assert "GREET_PATH" not in str(project.docker.config(project.image)["Env"])
+    assert project.docker.run(project.image, "hello").stdout == GREETING
 
 
 def test_nothing_to_install_is_an_error(new_project: NewProject) -> None:

@@ -330,7 +330,9 @@ class FakeBuildx:
         stages = ("pull", "install")
         names = ["created", *(each for each in stages if f" AS {each}\n" in dockerfile)]
         if wanted["target"] == "asked":
-            names = ["user", "name", "keys"] + ["resolved"] * (" AS resolving\n" in dockerfile)
+            names = ["user", "name", "environment", "keys"] + ["resolved"] * (
+                " AS resolving\n" in dockerfile
+            )
         for platform in wanted["platforms"]:
             word = platform.replace("/", "_")
             own = directory / word if len(wanted["platforms"]) > 1 else directory

@@ -30,6 +30,7 @@ from typing import IO, TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from hypothesis import settings as hypothesis_settings
 
 from guix_tasks import files as files_module
+from guix_tasks import guix
 from guix_tasks.commands.push import push
 from guix_tasks.engine.api import (
     BuildSpec,
@@ -172,6 +173,15 @@ class FakeContainer:
 
 Behaviour = Callable[[FakeContainer], Output]
 
+SEARCH_PATHS = {
+    "python": (
+        'export GUIX_PYTHONPATH="${GUIX_PROFILE:-/gnu/store/0-profile}/lib/python3/site-packages'
+        '${GUIX_PYTHONPATH:+:}$GUIX_PYTHONPATH"'
+    ),
+    "curl": 'export SSL_CERT_FILE="${GUIX_PROFILE:-/gnu/store/0-profile}/etc/ssl/all.crt"',
+}
+"""The lines of a profile's ``etc/profile``, by the package that declares the search path."""
+
 COMMITS = {"guix": "a" * 40, "mine": "b" * 40}
 
 PROFILE, CHANNELS = "/var/guix/profile", "/var/guix/channels"
@@ -254,10 +264,13 @@ class FakeGuix:
             for line in script.splitlines():
                 is_report = line.startswith("report=$(")
                 command = line[len("report=$(") : -1] if is_report else line
-                if not command.startswith(("guix ", "cat ")):
+                if is_report and command.startswith("sh -c "):
+                    command = shlex.split(command)[2]
+                elif not command.startswith(("guix ", "cat ")):
                     continue
-                for out in self._command(container, shlex.split(command)):
-                    yield not is_report, out.encode()
+                for part in command.split(" && "):
+                    for out in self._command(container, shlex.split(part)):
+                        yield not is_report, out.encode()
                 if container.status:
                     break
         else:
@@ -284,6 +297,9 @@ class FakeGuix:
         elif words[:2] == ["guix", "package"] and "--list-installed" in words:
             for package in sorted(container.text(PROFILE).split()):
                 yield f"{package}\t1.0\tout\t/gnu/store/{package}\n"
+        elif words == ["cat", f"{guix.PROFILE}/etc/profile"]:
+            packages = container.text(PROFILE).split()
+            yield from (f"{line}\n" for name, line in SEARCH_PATHS.items() if name in packages)
         elif words[:2] == ["guix", "package"]:
             yield from self._install(container, words, options.get("manifest"))
 

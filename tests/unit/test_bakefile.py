@@ -175,6 +175,25 @@ def test_every_platform_has_labels_of_its_own() -> None:
     }
 
 
+def test_each_platform_has_its_own_variables() -> None:
+    value = "/profile ${HOME}"
+    definition = define(
+        [AMD64, ARM64], environment={AMD64: {"A_PATH": value}}, labels={AMD64: {"org.a": "1"}}
+    )
+    found = blocks(definition)
+    assert found["image-linuxamd64"][1] == [
+        "ARG LABEL_0_linuxamd64",
+        'LABEL org.a="${LABEL_0_linuxamd64}"',
+        "ARG ENV_0_linuxamd64",
+        'ENV A_PATH="${ENV_0_linuxamd64}"',
+    ]
+    assert found["image-linuxarm64"][1] == []
+    assert targets(definition)[IMAGE_TARGET]["args"] == {
+        "LABEL_0_linuxamd64": "1",
+        "ENV_0_linuxamd64": "/profile $${HOME}",
+    }
+
+
 def test_an_image_for_another_user_is_made_by_root() -> None:
     found = blocks(define([AMD64, ARM64], [PULL, INSTALL], user="guest"))
     assert found["pull"][1][0] == "USER root"
@@ -225,6 +244,7 @@ def test_the_user_of_the_base_is_asked_for(
     subprocess.run([*shell, command.replace(OWNER, str(place))], check=True, env={"PATH": path})
     read = ((place / name).read_text() for name in ("user", "name"))
     assert tuple(read) == tuple(f"{each}\n" for each in expected)
+    assert f"PATH={path}" in (place / "environment").read_text().splitlines()
 
 
 @pytest.mark.parametrize("network", ["host", "none"])

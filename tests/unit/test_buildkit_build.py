@@ -17,11 +17,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fake_buildx import DIGEST, FLAGS, NAME, REFUSED, UNKNOWN_FLAG, Call, FakeBuildx
-from fake_engine import BASE_IMAGE, COMMITS, IMAGE, Heard, Site, channel, heard, new_site
+from fake_engine import (
+    BASE_IMAGE,
+    COMMITS,
+    IMAGE,
+    SEARCH_PATHS,
+    Heard,
+    Site,
+    channel,
+    heard,
+    new_site,
+)
 
 from guix_tasks.buildkit.build import BuildOptions, build
 from guix_tasks.engine.api import NoEngine
 from guix_tasks.errors import BuilderError, NoEngineError, RegistryError, StageError, UsageError
+from guix_tasks.guix import search_paths, with_search_paths
 from guix_tasks.oci.labels import BASE_DIGEST, BASE_NAME, CREATED
 from guix_tasks.stages.declarations import CustomStage
 from guix_tasks.stages.images import CHANNELS_LABEL, PACKAGES_LABEL, PREVIOUS
@@ -399,6 +410,21 @@ def test_the_labels_say_what_is_in_the_image(site: Site, fake: FakeBuildx) -> No
     assert found[CHANNELS_LABEL] == REPORT
     assert found[PACKAGES_LABEL] == "hello@1.0"
     assert "LABEL" not in bakes(fake)[1].files["Dockerfile"]
+
+
+def test_search_paths_of_the_profile_are_variables_of_the_image(
+    site: Site, fake: FakeBuildx
+) -> None:
+    report = f"{INSTALLED}\n{SEARCH_PATHS['python']}\n{SEARCH_PATHS['curl']}"
+    base = ["GUIX_PYTHONPATH=/srv/python", "PATH=/bin", "HOME=/root"]
+    fake.answer(install=report, environment="\n".join(base))
+    bake(site, fake)
+    call = bakes(fake)[-1]
+    arguments = re.findall(r'^ENV (\w+)="\${(\w+)}"$', call.files["Dockerfile"], re.MULTILINE)
+    variables = [f"{name}={call.target['args'][argument]}" for name, argument in arguments]
+    expected = with_search_paths(base, search_paths(report))
+    assert sorted(variables) == sorted(set(expected) - set(base))
+    assert [name for name, _ in arguments] == ["GUIX_PYTHONPATH", "SSL_CERT_FILE"]
 
 
 def test_oci_labels_say_when_the_steps_were_run(site: Site, fake: FakeBuildx) -> None:
