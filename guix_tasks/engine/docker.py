@@ -157,6 +157,11 @@ class DockerEngine:
                 image = self._inspect(reference)
             except docker.errors.ImageNotFound:
                 return None
+            except docker.errors.APIError as error:
+                # The containerd store, if another client removes the image at this moment.
+                if not re.search(r"content digest sha256:\w+: not found", error_line(error)):
+                    raise
+                return None
         platform = (image["Os"], image["Architecture"], image.get("Variant"))
         return Image(
             id=image["Id"],

@@ -12,6 +12,7 @@ The image also contains Guix's list of the commits that it has authenticated. Wh
 from __future__ import annotations
 
 import itertools
+import time
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import GuixTasksError
@@ -44,7 +45,7 @@ _DIRECTORY = "guix-tasks-caches"
 _SCRIPT = "pack-checkouts.sh"
 
 _MARK = "pushed-checkouts"
-"""File of the volume that is as old as the checkouts in ``CACHE_IMAGE``."""
+"""File of the volume with the time of the last push to ``CACHE_IMAGE``, in seconds."""
 
 
 def take_checkouts(project: Project) -> None:
@@ -102,7 +103,8 @@ def push_checkouts(project: Project, image: Image) -> None:
                 push(project, reference)
             finally:
                 engine.untag(reference)
-            engine.copy_in(container, archive({_MARK: b""}, directory=caches))
+            mark = f"{int(time.time())}\n".encode()
+            engine.copy_in(container, archive({_MARK: mark}, directory=caches))
     except GuixTasksError as error:
         console.warn(f"the checkouts of the channels were not pushed to CACHE_IMAGE: {error}")
 

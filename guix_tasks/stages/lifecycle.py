@@ -287,6 +287,9 @@ class Lifecycle:
                 project.console.detail(f"base: {settings.dockerfile} on {settings.base_image}")
                 build = partial(project.engine.build, spec, log.add)
                 image_id = retry_call(project.console, "the build", build)
+                if project.engine.image(image_id) is None:
+                    # Another client has removed it, for example with `docker system prune`.
+                    image_id = build()
         except BuilderError:
             # The builder's message is only that it cannot get the base image.
             if reason := base_platform_error(project.engine, settings):

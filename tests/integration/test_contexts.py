@@ -202,6 +202,7 @@ def test_certificates_of_the_environment(guarded: Guarded, user: User) -> None:
 
 def test_over_tls_a_line_comes_when_it_is_written(guarded: Guarded, project: Project) -> None:
     """And what is piped in reaches the command."""
+    project.set(MOUNTS="")
     tls = {"DOCKER_HOST": guarded.host, "DOCKER_TLS_VERIFY": "1"}
     started = subprocess.Popen(
         inv_argv("run", "--", "sh"),

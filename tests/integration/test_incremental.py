@@ -157,7 +157,6 @@ def test_a_fresh_machine_resumes_from_the_cache(
     assert not docker.ok("image", "ls", "--quiet", cache)
 
 
-@pytest.mark.both_stores
 @pytest.mark.parametrize(
     ("sandbox", "directory"),
     [("capabilities", "/root/.cache"), ("rootless", "/tmp/guix-tasks-cache")],  # noqa: S108

@@ -209,10 +209,16 @@ def built_commit() -> Iterator[SimpleNamespace]:
     class Handler(HttpHandler):
         def do_GET(self) -> None:  # noqa: N802 -- the base class calls it
             answers = {
-                "/api/latestbuilds": [{"id": 1, "evaluation": 7, "buildstatus": 0}],
-                "/api/evaluation": {"id": 7, "checkouts": [
-                    {"commit": server.commit, "channel": "guix"},
-                ]},
+                "/api/latestbuilds": [{
+                    "id": 1, "derivation": "x.drv", "evaluation": 7, "system": "x86_64-linux",
+                    "buildstatus": 0, "timestamp": 1, "starttime": 1, "stoptime": 1,
+                    "buildproducts": [],
+                }],
+                "/api/evaluation": {
+                    "id": 7, "specification": "guix", "status": 0, "timestamp": 1,
+                    "checkouttime": 1, "evaltime": 1,
+                    "checkouts": [{"commit": server.commit, "channel": "guix"}],
+                },
             }  # fmt: skip
             answer = answers.get(self.path.partition("?")[0])
             self.send_response(404 if answer is None else 200)
