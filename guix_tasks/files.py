@@ -44,8 +44,16 @@ def cache_home() -> Path:
 def _xdg(variable: str, fallback: str) -> Path:
     # The specification requires that relative paths in these variables are ignored.
     value = os.environ.get(variable, "")
-    home = Path(value) if value.startswith("/") else Path.home() / fallback
+    home = Path(value) if value.startswith("/") else user_home() / fallback
     return home / "guix-tasks"
+
+
+def user_home() -> Path:
+    """Return the user's home directory; for a user without one, a path that does not exist."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/nonexistent")  # the home directory of such users in Debian
 
 
 # --- Writing ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -44,6 +45,8 @@ def report_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         Console().error("interrupted; the unfinished step was undone")
         raise Exit(code=StoppedError.exit_code) from None
+    except BrokenPipeError:
+        raise Exit(code=end_output()) from None
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         name, hint = error.filename or "a file", "fix the cause and run the task again"
@@ -63,6 +66,13 @@ def report_errors() -> Iterator[None]:
         raise Exit(code=2) from None
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
+
+
+def end_output() -> int:
+    """Drop further output, whose reader has ended; return the exit status for that."""
+    # Python writes buffered output again at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE  # as a shell reports it
 
 
 def _redact_logs_and_tracebacks() -> None:

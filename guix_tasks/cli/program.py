@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 import sys
 from functools import wraps
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 COMPLETION = Path(__file__).with_name("completion")
-
-SIGPIPE_STATUS = 141
-"""Exit status of a program that SIGPIPE ends, as a shell reports it."""
 
 
 def main(name: str = "guix-tasks") -> None:
@@ -82,9 +78,9 @@ class GroupedProgram(Program):
             finally:
                 print(end="", flush=True)
         except BrokenPipeError:
-            # Python writes buffered output again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(SIGPIPE_STATUS)
+            from guix_tasks.cli.errors import end_output
+
+            sys.exit(end_output())
 
     def advice(self, error: ParseError) -> str:
         """Return the error of a command line and the most similar valid word."""
@@ -124,7 +120,7 @@ class GroupedProgram(Program):
             super().execute()
         except Exit as error:
             directory = project_directory(Path.cwd())
-            is_project = any((directory / name).exists() for name in ("tasks.py", ".env"))
+            is_project = any((directory / name).exists() for name in ("tasks.py", "tasks", ".env"))
             if error.code == UsageError.exit_code and not is_project:
                 hint = f"this directory has no project; `{self.binary} init` creates one"
                 print(f"note: {hint}", file=sys.stderr)

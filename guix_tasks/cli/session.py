@@ -59,12 +59,15 @@ class Session:
         """Value of ``OUTPUT`` that an option of the task sets; empty without such an option."""
         self.is_dry = bool(c.config.run.dry)
         self.console = Console()
+        # Where Invoke has found the collection; None if a program brought its own.
+        loaded = getattr(c.config, "_project_prefix", None)
+        self._directory = Path(loaded) if loaded else project_directory(Path.cwd())
         self._echo = bool(c.config.run.echo)
 
     def load(self, overrides: Overrides = None) -> Settings:
-        """Load the settings of the project in the current directory."""
+        """Load the settings of the project whose tasks Invoke runs."""
         options = {**(overrides or {}), "OUTPUT": self.output}
-        return load_settings(project_directory(Path.cwd()), Path.cwd(), os.environ, options)
+        return load_settings(self._directory, Path.cwd(), os.environ, options)
 
     def use(self, settings: Settings) -> Settings:
         """Set up the console, print each note on the settings once, and resolve ``OUTPUT``."""
@@ -80,7 +83,7 @@ class Session:
         self.console = Console(display=resolve_display(output, sys.stderr, os.environ))
 
     def project(self, overrides: Overrides = None, *, one_platform: bool = False) -> Project:
-        """Open the project in the current directory.
+        """Open the project whose tasks Invoke runs.
 
         Raise ``UsageError`` if ``one_platform`` is true and ``PLATFORMS`` has several.
         """

@@ -79,15 +79,21 @@ def _has_gitlab_remote(directory: Path) -> bool:
 
 
 def project_directory(start: Path) -> Path:
-    """Return the nearest directory upwards with a ``tasks.py``, as Invoke does, or ``start``."""
+    """Return the nearest directory upwards with a collection of tasks, as Invoke, or ``start``."""
     directories = (start, *start.parents)
-    return next((path for path in directories if (path / "tasks.py").exists()), start)
+    return next((path for path in directories if _collection(path)), start)
+
+
+def _collection(directory: Path) -> Path | None:
+    paths = (directory / "tasks.py", directory / "tasks" / "__init__.py")
+    return next((path for path in paths if path.exists()), None)
 
 
 def mentions_guix_tasks(directory: Path) -> bool:
-    """Check whether the ``tasks.py`` of a project mentions this package."""
+    """Check whether the collection of tasks of a project mentions this package."""
+    path = _collection(directory)
     try:
-        return b"guix_tasks" in (directory / "tasks.py").read_bytes()
+        return path is not None and b"guix_tasks" in path.read_bytes()
     except OSError:
         return False
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import docker.auth
 
 from guix_tasks.errors import RegistryError
+from guix_tasks.files import user_home
 from guix_tasks.ui import redact
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def auth_config(accounts: Mapping[str, Credentials]) -> str:
 
 def docker_config_directory(environment: Mapping[str, str]) -> Path:
     """Return the user's directory of Docker's plugins, contexts and accounts."""
-    return Path(environment.get("DOCKER_CONFIG") or Path.home() / ".docker")
+    return Path(environment.get("DOCKER_CONFIG") or user_home() / ".docker")
 
 
 def docker_key(host: str) -> str:

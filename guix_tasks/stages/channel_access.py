@@ -14,16 +14,16 @@ import struct
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import UsageError
-from guix_tasks.files import read_file, temporary_directory
+from guix_tasks.files import read_file, temporary_directory, user_home
 from guix_tasks.settings.parsers import channel_credentials
 from guix_tasks.stages.container import RESOURCES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from guix_tasks.engine.api import Engine
     from guix_tasks.settings import Settings
@@ -103,7 +103,7 @@ def mirrored(settings: Settings, url: str) -> str:
 
 
 def _known_hosts(settings: Settings) -> bytes:
-    path = settings.ssh_known_hosts or Path.home() / ".ssh" / "known_hosts"
+    path = settings.ssh_known_hosts or user_home() / ".ssh" / "known_hosts"
     try:
         return read_file(path)
     except OSError as error:

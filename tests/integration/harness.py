@@ -521,9 +521,17 @@ def check_store(docker: Docker, image: str) -> None:
         assert trouble not in done.stdout
 
 
+INV = """
+import sys
+sys.path[0] = sys.argv.pop(1)
+from guix_tasks.cli.program import main
+main("inv")
+"""
+
+
 def inv_argv(*arguments: str) -> list[str]:
-    """The command line of this Python's Invoke with the tasks of this checkout."""
-    return [sys.executable, "-m", "invoke", f"--search-root={ROOT}", *arguments]
+    """The command line of this Python with the tasks of this checkout, as ``./inv`` has it."""
+    return [sys.executable, "-c", INV, str(ROOT), *arguments]
 
 
 def call(

@@ -352,6 +352,27 @@ def test_task_of_a_custom_stage_is_listed_without_imports(tmp_path: Path) -> Non
     assert imported.isdisjoint({"docker", "requests", "urllib3", "dotenv"})
 
 
+@pytest.mark.parametrize("way", ["package", "subdirectory", "root", "collection"])
+def test_the_settings_are_those_next_to_what_invoke_has_loaded(tmp_path: Path, way: str) -> None:
+    project, sub = tmp_path / "project", tmp_path / "project" / "sub"
+    (project / "tasks").mkdir(parents=True)
+    sub.mkdir()
+    names = {"collection": "ci.py"}
+    (project / names.get(way, "tasks/__init__.py")).write_text("from guix_tasks.tasks import ns\n")
+    (project / ".env").write_text("GUIX_CORES=many\n")
+    options = {"root": ["-r", str(project)], "collection": ["-c", "ci"]}
+    found = subprocess.run(
+        [sys.executable, "-m", "invoke", *options.get(way, []), "status"],
+        cwd={"package": project, "root": tmp_path}.get(way, sub),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 2
+    assert "GUIX_CORES" in found.stderr
+
+
 @pytest.fixture
 def collection(monkeypatch: pytest.MonkeyPatch) -> Collection:
     """The tasks of a project, to which its ``tasks.py`` adds."""

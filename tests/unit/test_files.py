@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,10 +13,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from guix_tasks import files
+from guix_tasks.engine.accounts import docker_config_directory
 from guix_tasks.files import file_digest, text_digest, tree_digest
 
 if TYPE_CHECKING:
-    from pathlib import Path
 
 Tree = dict[str, bytes]
 
@@ -222,3 +223,13 @@ def test_a_cache_that_cannot_be_written_does_no_harm(large: Path, cache: Path) -
     (cache / "guix-tasks" / "digests").write_text("in the way")
     assert files.cache_home() == cache / "guix-tasks"
     assert file_digest(large) == digest
+
+
+def test_a_user_without_a_home_has_no_files_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", without_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert not docker_config_directory({}).exists()
+    assert not files.cache_home().exists()
