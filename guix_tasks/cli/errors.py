@@ -48,14 +48,7 @@ def report_errors() -> Iterator[None]:
     except BrokenPipeError:
         raise Exit(code=end_output()) from None
     except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        name, hint = error.filename or "a file", "fix the cause and run the task again"
-        if is_full:
-            # Only temporary files have no name.
-            name = error.filename or tempfile.gettempdir()
-            hint = "free space there, or set TMPDIR to a directory on a larger disk"
-        Console().error(f"cannot access {name}: {error.strerror or error}; {hint}")
-        raise Exit(code=EngineError.exit_code if is_full else UsageError.exit_code) from None
+        raise Exit(code=_report_os_error(error)) from None
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("docker", "dotenv", "requests"):
             raise
@@ -66,6 +59,17 @@ def report_errors() -> Iterator[None]:
         raise Exit(code=2) from None
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
+
+
+def _report_os_error(error: OSError) -> int:
+    """Print what a file of this machine cannot do, and return the exit code."""
+    name, hint, code = "a file", "fix the cause and run the task again", UsageError.exit_code
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        # Only temporary files have no name.
+        name, code = tempfile.gettempdir(), EngineError.exit_code
+        hint = "free space there, or set TMPDIR to a directory on a larger disk"
+    Console().error(f"cannot access {error.filename or name}: {error.strerror or error}; {hint}")
+    return code
 
 
 def end_output() -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from fake_engine import STEADY
@@ -15,8 +14,6 @@ from hypothesis import strategies as st
 from guix_tasks import files
 from guix_tasks.engine.accounts import docker_config_directory
 from guix_tasks.files import file_digest, text_digest, tree_digest
-
-if TYPE_CHECKING:
 
 Tree = dict[str, bytes]
 
