@@ -140,7 +140,6 @@ class ContainerSpec:
     tty: bool = False
     stdin: bool = False
     """Whether ``Engine.run`` passes an input on."""
-    init: bool = True
     no_healthcheck: bool = False
     platform: str | None = None
 

@@ -75,7 +75,6 @@ _NO_ANSWER = (
 
 
 _ENGINE_HINTS = {
-    "docker-init": "install tini, which contains docker-init, on the engine's machine",
     "incompatible with user namespaces": "set GUIX_SANDBOX=capabilities",
 }
 """Hints for refusals of the engine, by words of the message."""
@@ -301,7 +300,6 @@ class DockerEngine:
                 mem_limit=spec.memory,
                 # Podman's default of 2048 is too few for several builds.
                 pids_limit=-1,
-                init=spec.init,
             )
             if spec.unmasked:  # the API's form of `--security-opt systempaths=unconfined`
                 host["MaskedPaths"] = host["ReadonlyPaths"] = []

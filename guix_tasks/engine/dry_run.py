@@ -169,7 +169,6 @@ def create_argv(spec: ContainerSpec) -> Sequence[str]:
         *(["--security-opt=systempaths=unconfined"] if spec.unmasked else []),
         *(["--cap-drop=ALL"] if spec.capabilities is not None else []),
         *(f"--cap-add={capability}" for capability in spec.capabilities or ()),
-        *(["--init"] if spec.init else []),
         *(["--interactive"] if spec.tty or spec.stdin else []),
         *(["--tty"] if spec.tty else []),
         *([f"--network={spec.network}"] if spec.network else []),

@@ -543,7 +543,6 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         user=privileges.user or ("root" if config.get("User") else None),
         tty=work.tty,
         stdin=work.stdin,
-        init=not work.plain,
         no_healthcheck=bool(config.get("Healthcheck")),
         platform=str(settings.platform) if settings.platform else None,
     )

@@ -86,7 +86,6 @@ def resolve_sandbox(
 OTHER_FAULTS = {
     "no guix-daemon": "set BASE_IMAGE to an image with Guix, or install Guix in the Dockerfile",
     "substitute key": "correct GUIX_SUBSTITUTE_KEYS",
-    "docker-init": "install tini, which contains docker-init, on the engine's machine",
     "xec format error": "`docker run --privileged --rm tonistiigi/binfmt --install ARCH`",
 }
 """Hints for faults that no privilege repairs, by words of the error."""

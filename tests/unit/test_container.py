@@ -176,7 +176,6 @@ def test_work_container_runs_the_entry_point_of_guix_tasks(site: Site) -> None:
     spec = spec_of(site)
     assert spec.command == (ENTRY_POINT, "true", "a b")
     assert spec.privileged
-    assert spec.init
     assert spec.environment == {}
     assert spec.labels == {PROJECT_LABEL: IMAGE}
 

@@ -152,7 +152,7 @@ def test_a_container_is_shown_as_docker_would_make_it() -> None:
         platform="linux/arm64",
     )
     assert list(create_argv(spec)) == [
-        "docker", "create", "--name=n", "--privileged", "--init", "--interactive", "--tty",
+        "docker", "create", "--name=n", "--privileged", "--interactive", "--tty",
         "--network=host", "--memory=1024", "--pids-limit=-1", "--user=root",
         "--platform=linux/arm64", "--publish=10.0.0.1:5055:5000", "--volume=/a:/b:ro",
         "--volume=/tmp", "--env=E=v w", "--label=l=1 2", "--entrypoint=/entry", "i", "a b", "$x",
@@ -160,7 +160,7 @@ def test_a_container_is_shown_as_docker_would_make_it() -> None:
 
 
 def test_a_plain_container_has_no_options() -> None:
-    spec = ContainerSpec("n", "i", ("sh",), init=False)
+    spec = ContainerSpec("n", "i", ("sh",))
     argv = list(create_argv(spec))
     assert argv == ["docker", "create", "--name=n", "--pids-limit=-1", "--entrypoint=sh", "i"]
 
