@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from guix_tasks.ui.console import Console
 
 SUITE = "sid"
-PACKAGES = ("guix", "guile-zstd", "ca-certificates", "netbase")
-"""Without guile-zstd, which Debian's guix only recommends, Guix unpacks downloads with lzip: that
-is several times slower.  It also recommends git: 90 MB with Perl, to pack checkouts of channels."""
+PACKAGES = ("guix", "guile-zstd", "slirp4netns", "ca-certificates", "netbase")
+"""Debian's guix only recommends guile-zstd, without which Guix unpacks downloads with lzip, several
+times slower, and slirp4netns, without which builds cannot download (``svn-fetch`` and the like).
+It also recommends git: 90 MB with Perl, to pack checkouts of channels."""
 
 BASE_TAG = f"guix-tasks/debian-guix:{SUITE}"
 PLAIN_TAG = f"guix-tasks/debian:{SUITE}"

@@ -134,6 +134,8 @@ class ContainerSpec:
     """Directory on an anonymous volume, which is removed with the container."""
     tmpfs_directories: tuple[str, ...] = ()
     """Directories in memory, as with ``docker run --tmpfs``."""
+    devices: tuple[str, ...] = ()
+    """Devices of the engine's machine, by their paths."""
     memory: int | None = None
     """In bytes."""
     user: str | None = None

@@ -297,6 +297,7 @@ class DockerEngine:
                     port: (spec.publish_on, host_port) for host_port, port in spec.publish.items()
                 },
                 mounts=[docker.types.Mount(spec.scratch, None)] if spec.scratch else None,
+                devices=list(spec.devices),
                 mem_limit=spec.memory,
                 # Podman's default of 2048 is too few for several builds.
                 pids_limit=-1,

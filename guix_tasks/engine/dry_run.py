@@ -172,6 +172,7 @@ def create_argv(spec: ContainerSpec) -> Sequence[str]:
         *(["--interactive"] if spec.tty or spec.stdin else []),
         *(["--tty"] if spec.tty else []),
         *([f"--network={spec.network}"] if spec.network else []),
+        *(f"--device={device}" for device in spec.devices),
         *([f"--memory={spec.memory}"] if spec.memory else []),
         "--pids-limit=-1",
         *([f"--user={spec.user}"] if spec.user else []),

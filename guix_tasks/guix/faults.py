@@ -63,8 +63,17 @@ _FETCH_HINTS = {
 """Hints by errors of libgit2, libssh2 and Guix."""
 
 
+_NO_BUILD_NETWORK = (
+    "a build had no network to download with: that needs slirp4netns in the base image, and "
+    "GUIX_SANDBOX=privileged, or rootless and a /dev/net/tun that every user of the engine's "
+    "machine may open"
+)
+
+
 def fetch_hint(log: str) -> str:
     """Return the hint about an error between Guix and a server or an older Guix, or nothing."""
+    if "network access disabled" in log:  # build.cc of Guix 1.5
+        return _NO_BUILD_NETWORK
     errors = "\n".join(re.findall(r"^(?:guix .*error:|X\.509) .*$", log, re.MULTILINE))
     hints = (hint for pattern, hint in _FETCH_HINTS.items() if re.search(pattern, errors))
     return next(hints, "")

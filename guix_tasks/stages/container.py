@@ -16,6 +16,7 @@ import secrets
 import shlex
 import signal
 import socket
+import stat
 import tarfile
 import threading
 from contextlib import contextmanager, suppress
@@ -76,6 +77,8 @@ CAPABILITIES = (
     "SYS_CHROOT",
 )  # fmt: skip
 """Capabilities that the daemon needs to build, or (KILL) to stop its builds."""
+
+_TUN, _ALL_USERS = "/dev/net/tun", stat.S_IROTH | stat.S_IWOTH
 
 _SECCOMP = f"seccomp={Path(__file__).with_name('seccomp.json')}"
 
@@ -538,6 +541,7 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         # Builds leave gigabytes there, which belong on disk and not in the image.
         scratch="/tmp" if volumes else None,  # noqa: S108 -- inside the container
         tmpfs_directories=() if work.bare else tmpfs_directories(settings),
+        devices=() if work.plain else _devices(engine, settings),
         memory=settings.stage_memory,
         # A daemon with privileges runs as root, but an image can name another user.
         user=privileges.user or ("root" if config.get("User") else None),
@@ -546,6 +550,20 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         no_healthcheck=bool(config.get("Healthcheck")),
         platform=str(settings.platform) if settings.platform else None,
     )
+
+
+def _devices(engine: Engine, settings: Settings) -> tuple[str, ...]:
+    """Return the device with which a daemon without root lets builds download.
+
+    With ``capabilities`` the daemon would also need all of ``/proc``. The device is no privilege:
+    to use it, a program needs privileges over a network, such as that of its own user namespace.
+    """
+    if settings.guix_sandbox is not Sandbox.ROOTLESS or not engine.info().is_local:
+        return ()
+    with suppress(OSError):
+        if Path(_TUN).stat().st_mode & _ALL_USERS == _ALL_USERS:
+            return (_TUN,)
+    return ()
 
 
 def network(engine: Engine, settings: Settings) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -70,6 +72,37 @@ def attempts(project: NewProject, sandbox: str) -> dict[str, str]:
     made.set(MOUNTS=f"{directory}:/attacks:ro")
     said = made.ok("run", "--", "guix", "repl", "/attacks/a.scm").stdout
     return dict(line.split(": ") for line in said.splitlines() if ": " in line)
+
+
+FETCHED = r"""
+(use-modules (guix) (gcrypt hash) (rnrs bytevectors))
+(with-store store
+  (run-with-store store
+    (mlet %store-monad ((drv (gexp->derivation "fetched"
+                               #~(let ((socket (socket PF_INET SOCK_STREAM 0)))
+                                   ;; The address of the host in slirp4netns.
+                                   (connect socket AF_INET (inet-pton AF_INET "10.0.2.2") PORT)
+                                   (call-with-output-file #$output
+                                     (lambda (port) (display "ok" port))))
+                               #:hash-algo 'sha256 #:hash (sha256 (string->utf8 "ok")))))
+      (built-derivations (list drv)))))
+"""
+
+
+@pytest.mark.parametrize("sandbox", ["rootless", "privileged", "capabilities"])
+def test_a_build_that_downloads_has_a_network(new_project: NewProject, sandbox: str) -> None:
+    if sandbox == "rootless":
+        tun = Path("/dev/net/tun")
+        if not tun.exists() or tun.stat().st_mode & 0o006 != 0o006:
+            pytest.skip("not every user of this machine may open /dev/net/tun")
+    project = new_project(*STAGES, GUIX_SANDBOX=sandbox, NETWORK="host")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        (project.directory / "fetched.scm").write_text(FETCHED.replace("PORT", str(port)))
+        project.set(MOUNTS=f"{project.directory}:/fetched:ro")
+        result = project.inv("run", "--", "guix", "repl", "/fetched/fetched.scm")
+    assert (result.returncode == 0) == (sandbox != "capabilities")
+    assert ("network access disabled" in result.stderr) == (sandbox == "capabilities")
 
 
 def test_rootless(new_project: NewProject) -> None:

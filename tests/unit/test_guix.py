@@ -169,6 +169,11 @@ def test_denied_access_has_a_hint(line: str, mend: str) -> None:
     assert guix.fetch_hint(f"a package says: {line}") == ""
 
 
+def test_a_build_without_a_network_has_a_hint() -> None:
+    log = "|   `/dev/net/tun' is missing, network access disabled\n"
+    assert "slirp4netns in the base image" in guix.fetch_hint(log)
+
+
 def test_a_lock_that_is_older_than_the_profile_has_a_hint() -> None:
     log = "guix package: error: unsupported manifest format\n"
     assert "`inv pull --update`, or use an older BASE_IMAGE" in guix.fetch_hint(log)
