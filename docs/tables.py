@@ -1,6 +1,6 @@
 """Generate the tables of tasks, settings and exit codes, and ``.env.example``, from the code.
 
-``python -m docs.tables`` updates README.md, docs/reference/ and .env.example.  With ``--check`` it
+``python -m docs.tables`` updates docs/reference/ and .env.example.  With ``--check`` it
 only reports outdated files.  A unit test compares them with the code.
 """
 
@@ -26,14 +26,8 @@ if TYPE_CHECKING:
     from invoke.parser.argument import Argument
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "reference").glob("*.md"))]
+PAGES = sorted((ROOT / "docs" / "reference").glob("*.md"))
 
-
-SHORT = (
-    "IMAGE", "BASE_IMAGE", "GUIX_CHANNELS", "GUIX_MANIFEST", "GUIX_PACKAGES",
-    "GUIX_SUBSTITUTE_URLS", "GUIX_SANDBOX", "CACHE_IMAGE", "DOCKER_USERNAME", "DOCKER_PASSWORD",
-)  # fmt: skip
-"""Settings in the table of the README."""
 
 KINDS = {
     "str": "text",
@@ -69,13 +63,6 @@ def task_reference() -> str:
     for title, names in grouped(ns.task_names):
         parts += [f"## {title}", *map(_one_task, names)]
     return "\n\n".join(parts)
-
-
-def settings_table() -> str:
-    rows = [
-        (_code(name), _code(DECLARATIONS[name].default), DECLARATIONS[name].doc) for name in SHORT
-    ]
-    return _table(("setting", "default", "description"), rows)
 
 
 def example_text() -> str:
@@ -138,7 +125,6 @@ def fill_tables(page: str) -> str:
 TABLES = {
     "tasks": task_table,
     "task-reference": task_reference,
-    "settings": settings_table,
     "settings-reference": settings_reference_table,
     "exit-codes": exit_codes,
 }

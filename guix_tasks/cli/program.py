@@ -26,7 +26,11 @@ COMPLETION = Path(__file__).with_name("completion")
 
 def main(name: str = "guix-tasks") -> None:
     """Run Invoke with the project's ``tasks.py``, or with these tasks if it lacks them."""
-    custom = mentions_guix_tasks(project_directory(Path.cwd()))
+    try:
+        custom = mentions_guix_tasks(project_directory(Path.cwd()))
+    except FileNotFoundError:
+        print("error: the current directory was deleted; change to another one", file=sys.stderr)
+        sys.exit(UsageError.exit_code)
     GroupedProgram(namespace=None if custom else ns, name=name, binary=name).run()
 
 

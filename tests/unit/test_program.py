@@ -53,6 +53,14 @@ def call(
     return call
 
 
+def test_a_deleted_current_directory_is_one_line(call: Call, tmp_path: Path) -> None:
+    tmp_path.rmdir()
+    code, _, error = call("--list")
+    tmp_path.mkdir()
+    assert code == 2
+    assert error == "error: the current directory was deleted; change to another one\n"
+
+
 def said(capsys: pytest.CaptureFixture[str], *arguments: str, kind: type[Program]) -> str:
     kind(namespace=ns).run(["inv", *arguments], exit=False)
     return capsys.readouterr().out
