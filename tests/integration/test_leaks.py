@@ -63,7 +63,7 @@ def watched() -> Iterator[None]:
     finally:
         over.set()
         thread.join()
-    assert any(b"invoke" in each for each in seen), "it saw nothing"
+    assert any(b"guix_tasks" in each for each in seen), "it saw nothing"
     for each in seen:
         PLANTED.look("a command line", each)
     PLANTED.command_lines += len(seen)

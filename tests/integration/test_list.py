@@ -26,7 +26,7 @@ def test_it_works_where_packages_are_missing(tmp_path: Path) -> None:
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **without("docker dotenv", tmp_path)}
     result = call(inv_argv("--list"), env, 60, tmp_path)
     assert result.returncode == 0, result.stderr
-    for name in ("base", "pull", "install", "push", "engine.up", "registry.up", "demo", "test"):
+    for name in ("base", "pull", "install", "push", "engine.up", "registry.up"):
         assert re.search(rf"^  {re.escape(name)} ", result.stdout, re.MULTILINE)
 
 
