@@ -71,9 +71,11 @@ def write_whole(path: Path, content: bytes | Iterable[bytes], mode: int = 0o666)
         with unfinished.open("wb") as file:
             file.writelines([content] if isinstance(content, bytes) else content)
         unfinished.replace(path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             unfinished.unlink()
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a failed write has no name
         raise
 
 

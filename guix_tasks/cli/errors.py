@@ -65,8 +65,8 @@ def _report_os_error(error: OSError) -> int:
     """Print what a file of this machine cannot do, and return the exit code."""
     name, hint, code = "a file", "fix the cause and run the task again", UsageError.exit_code
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        # Only temporary files have no name.
-        name, code = tempfile.gettempdir(), EngineError.exit_code
+        # Of what this project writes, only temporary files and the output have no name.
+        name, code = f"a file, perhaps in {tempfile.gettempdir()}", EngineError.exit_code
         hint = "free space there, or set TMPDIR to a directory on a larger disk"
     Console().error(f"cannot access {error.filename or name}: {error.strerror or error}; {hint}")
     return code

@@ -86,7 +86,7 @@ def project_directory(start: Path) -> Path:
 
 def _collection(directory: Path) -> Path | None:
     paths = (directory / "tasks.py", directory / "tasks" / "__init__.py")
-    return next((path for path in paths if path.exists()), None)
+    return next((path for path in paths if os.path.exists(path)), None)  # noqa: PTH110
 
 
 def mentions_guix_tasks(directory: Path) -> bool:

@@ -142,6 +142,8 @@ class ContainerSpec:
     tty: bool = False
     stdin: bool = False
     """Whether ``Engine.run`` passes an input on."""
+    logged: bool = True
+    """Whether the engine keeps the output."""
     no_healthcheck: bool = False
     platform: str | None = None
 

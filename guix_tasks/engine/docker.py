@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import socket
 import threading
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -301,6 +302,7 @@ class DockerEngine:
                 mem_limit=spec.memory,
                 # Podman's default of 2048 is too few for several builds.
                 pids_limit=-1,
+                log_config=None if spec.logged else docker.types.LogConfig(type="none"),
             )
             if spec.unmasked:  # the API's form of `--security-opt systempaths=unconfined`
                 host["MaskedPaths"] = host["ReadonlyPaths"] = []
@@ -352,7 +354,8 @@ class DockerEngine:
     @contextmanager
     def _attach(self, container: str, *streams: str) -> Iterator[socket.socket]:
         """Yield a connection to streams of a container."""
-        parameters = {"stream": 1, **dict.fromkeys(streams, 1)}
+        # Podman would otherwise end the input at the bytes of its keys for detaching.
+        parameters = {"stream": 1, "detachKeys": "", **dict.fromkeys(streams, 1)}
         attached: Any = self._api.attach_socket(container, parameters)
         # Without TLS it is a file of the socket.
         connection: socket.socket = getattr(attached, "_sock", attached)
@@ -362,6 +365,7 @@ class DockerEngine:
         finally:
             connection.close()
             attached.close()
+            attached._response.close()  # noqa: SLF001 -- with TLS it keeps the connection open
 
     def bytes_received(self, container: str) -> int | None:
         with self._engine_errors("read the statistics of a container"):
@@ -582,6 +586,10 @@ class Client(docker.APIClient):
             merged["proxies"] = requests.utils.get_environ_proxies(self.base_url)
         return merged
 
+    def post(self, url: str | bytes, data: Any = None, json: Any = None, **options: Any) -> Any:
+        # The SDK attaches to containers without a timeout.
+        return super().post(url, data, json, **{"timeout": self.timeout, **options})
+
     def get_adapter(self, url: str) -> Any:
         return self._ssh_adapter or super().get_adapter(url)
 
@@ -621,9 +629,12 @@ def _send(source: IO[bytes], connection: socket.socket) -> None:
     """Send ``source`` to its end, and then tell the container that its input has ended."""
     # A command can end before it has read its input.
     with suppress(OSError, ValueError):
-        while data := os.read(source.fileno(), 1 << 16):
-            connection.sendall(data)
-        connection.shutdown(socket.SHUT_WR)
+        try:
+            # Another process can have made a pipe non-blocking.
+            while select.select([source], [], []) and (data := os.read(source.fileno(), 1 << 16)):
+                connection.sendall(data)
+        finally:
+            connection.shutdown(socket.SHUT_WR)
 
 
 def _disk_usage(image: Mapping[str, Any]) -> int:

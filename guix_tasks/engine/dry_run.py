@@ -175,6 +175,7 @@ def create_argv(spec: ContainerSpec) -> Sequence[str]:
         *(f"--device={device}" for device in spec.devices),
         *([f"--memory={spec.memory}"] if spec.memory else []),
         "--pids-limit=-1",
+        *([] if spec.logged else ["--log-driver=none"]),
         *([f"--user={spec.user}"] if spec.user else []),
         *([f"--platform={spec.platform}"] if spec.platform else []),
         *(f"--publish={spec.publish_on}:{host}:{port}" for host, port in spec.publish.items()),

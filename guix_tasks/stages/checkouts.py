@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from guix_tasks.engine import podman_api
 from guix_tasks.errors import GuixTasksError
 from guix_tasks.stages.container import (
     PROJECT_LABEL,
@@ -22,6 +24,7 @@ from guix_tasks.stages.container import (
     Work,
     archive,
     cache_volumes,
+    platform_input,
     project_digest,
     resource_files,
     unstarted_container,
@@ -65,9 +68,14 @@ def take_checkouts(project: Project) -> None:
         return
     try:
         engine.create_volume(volume, labels)
-        # The engine fills an empty volume from the directory of the image at its first mount.
-        with unstarted_container(engine, settings, reference, (f"{volume}:/{_DIRECTORY}",)):
+        # The engine fills an empty volume from the directory of the image at its first mount. It
+        # has imported the image, so the platform of that is its own.
+        native, binds = replace(settings, platforms=()), (f"{volume}:/{_DIRECTORY}",)
+        with unstarted_container(engine, native, reference, binds):
             project.console.print(f"pull: starts from the checkouts of {reference}")
+    except GuixTasksError as error:
+        project.console.warn(f"the checkouts of {reference} were not copied: {error}")
+        engine.remove_volume(volume)
     finally:
         engine.untag(reference)
 
@@ -87,7 +95,7 @@ def push_checkouts(project: Project, image: Image) -> None:
         "checkouts",
         (f"{WORK_DIRECTORY}/{_SCRIPT}", caches, _MARK, str(_MAX_AGE)),
         resource_files((_SCRIPT,)),
-        entry_point=("sh",), bare=True, plain=True, binds=(f"{volume}:{caches}",),
+        entry_point=("sh",), bare=True, plain=True, logged=False, binds=(f"{volume}:{caches}",),
     )  # fmt: skip
     try:
         with work_container(engine, project.settings, image.id, work) as container:
@@ -116,11 +124,17 @@ def _output(project: Project, container: str) -> Iterator[bytes]:
 
 
 def _names(project: Project) -> tuple[str, str] | None:
-    """Return the volume with the checkouts and their reference in ``CACHE_IMAGE``, if there are."""
+    """Return the volume with the checkouts and their reference in ``CACHE_IMAGE``, if there are.
+
+    Podman fills a volume from an image only when a container starts, and this image has no program.
+    """
     settings = project.settings
+    if project.engine.info().product == podman_api.NAME:
+        return None
     volumes = [name for name in cache_volumes(settings) if not name.endswith("-substitutes")]
     if settings.cache_image is None or not volumes:
         return None
     kind = volumes[0].rpartition("-")[2]
-    tag = f"checkouts-{kind}-{project_digest(settings)}"
+    platform = platform_input(project.engine, settings)["platform"].replace("/", "-")
+    tag = f"checkouts-{kind}-{platform}-{project_digest(settings)}"
     return volumes[0], str(settings.cache_image.with_tag(tag))

@@ -148,6 +148,8 @@ class Work:
     tty: bool = False
     stdin: bool = False
     """Whether ``Engine.run`` passes an input on."""
+    logged: bool = True
+    """Whether the engine keeps the output, which can be large."""
     bare: bool = False
     """No network, ``MOUNTS`` or cache volumes. ``binds`` are mounted in any case."""
     plain: bool = False
@@ -547,6 +549,7 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         user=privileges.user or ("root" if config.get("User") else None),
         tty=work.tty,
         stdin=work.stdin,
+        logged=work.logged,
         no_healthcheck=bool(config.get("Healthcheck")),
         platform=str(settings.platform) if settings.platform else None,
     )

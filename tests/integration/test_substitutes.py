@@ -252,7 +252,7 @@ def test_an_update_takes_the_commit_of_guix_that_a_server_has_built(
     assert locked() == newest
     built_commit.commit = built
     log = project.ok("pull", "--update").stderr
-    assert f"guix: staying at commit {newest} of the lock, because {built_commit.url}" in log
+    assert f"guix: staying at commit {newest}, because {built_commit.url} has built" in log
     assert locked() == newest
     (project.directory / "channels.lock.scm").unlink()
     project.ok("clean")

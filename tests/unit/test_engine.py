@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -163,6 +164,7 @@ def test_a_plain_container_has_no_options() -> None:
     spec = ContainerSpec("n", "i", ("sh",))
     argv = list(create_argv(spec))
     assert argv == ["docker", "create", "--name=n", "--pids-limit=-1", "--entrypoint=sh", "i"]
+    assert "--log-driver=none" in create_argv(replace(spec, logged=False))
 
 
 def test_the_options_of_a_build() -> None:

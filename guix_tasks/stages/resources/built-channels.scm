@@ -3,7 +3,8 @@
 ;; one for minutes.
 ;;
 ;; Servers with Cuirass, such as ci.guix.gnu.org, tell which commits they have built.  The commit
-;; must be on the channel's branch.  If `locked.scm` has a newer one, the channel stays there.
+;; must be on the channel's branch.  If `locked.scm` or the Guix that runs is at a newer commit,
+;; the channel stays there.
 
 (use-modules (guix channels) (guix ci) (guix diagnostics) (guix git) (guix scripts pull)
              (guix store) (ice-9 match) (srfi srfi-1) (srfi srfi-26))
@@ -38,8 +39,12 @@
       (sigaction SIGALRM (lambda _ (throw 'time-limit)))
       (alarm time-limit))
     (lambda ()
-      (parameterize ((guix-warning-port (%make-void-port "w")))
-        (channel-commit (channel-with-substitutes-available chan server))))
+      ;; Guix 1.4 raises an error if the server does not answer.
+      (catch #t
+        (lambda ()
+          (parameterize ((guix-warning-port (%make-void-port "w")))
+            (channel-commit (channel-with-substitutes-available chan server))))
+        (const #f)))
     (lambda ()
       (alarm 0)
       (sigaction SIGALRM SIG_DFL))))
@@ -58,30 +63,34 @@
 (define (on-branch? chan commit)
   (memq (relation chan commit `(branch . ,(channel-branch chan))) '(self ancestor)))
 
-(define (locked-commit chan)
-  (and (file-exists? (string-append directory "/locked.scm"))
-       (and=> (find guix-channel? (channels "locked.scm")) channel-commit)))
+(define (known-commits)
+  "Return the commits of Guix in `locked.scm` and of the Guix that runs, which refuses to go back."
+  (filter-map (lambda (channels)
+                (and=> (find guix-channel? channels) channel-commit))
+              (list (if (file-exists? (string-append directory "/locked.scm"))
+                        (channels "locked.scm")
+                        '())
+                    (or (false-if-exception ((@ (guix describe) current-channels))) '()))))
+
+(define (newer chan one other)
+  (if (and (on-branch? chan other) (eq? 'ancestor (relation chan one `(commit . ,other))))
+      other
+      one))
 
 (define (at-built-commit chan)
-  (let* ((found  (any (lambda (server)
-                        (let ((commit (built-commit chan server)))
-                          (and commit (on-branch? chan commit) (cons server commit))))
-                      (servers)))
-         (locked (and found (locked-commit chan))))
-    (match found
-      (#f
-       (report "taking the newest commit, because no substitute server names one that it has built")
-       chan)
-      ((server . commit)
-       (if (and locked (on-branch? chan locked)
-                (eq? 'ancestor (relation chan commit `(commit . ,locked))))
-           (begin
-             (report "staying at commit ~a of the lock, because ~a has built no newer one"
-                     locked server)
-             (channel (inherit chan) (commit locked)))
-           (begin
-             (report "commit ~a is the newest that ~a has built" commit server)
-             (channel (inherit chan) (commit commit))))))))
+  (define (built server)
+    (let ((commit (built-commit chan server)))
+      (and commit (on-branch? chan commit) (cons server commit))))
+  (match (any built (servers))
+    (#f
+     (report "taking the newest commit, because no substitute server names one that it has built")
+     chan)
+    ((server . commit)
+     (let ((best (fold (lambda (other best) (newer chan best other)) commit (known-commits))))
+       (if (string=? best commit)
+           (report "commit ~a is the newest that ~a has built" commit server)
+           (report "staying at commit ~a, because ~a has built no newer one" best server))
+       (channel (inherit chan) (commit best))))))
 
 (map (lambda (chan)
        (if (and (guix-channel? chan) (not (channel-commit chan)))

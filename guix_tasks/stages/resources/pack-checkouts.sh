@@ -13,10 +13,10 @@ pushed=$(cat "$mark" 2>/dev/null || echo 0)
 [ "$(date +%s)" -ge "$((pushed + days * 86400))" ] || exit 0
 set -- guix/checkouts/*/.git
 [ -e "$1" ] || exit 0
-# The lock of stages, which write to the checkouts.
+# The lock of stages, which write to the checkouts: while one runs, a later call does this.
 if command -v flock >/dev/null; then
     exec 9<.
-    flock 9
+    flock -n 9 || exit 0
 fi
 [ ! -d guix/authentication ] || set -- "$@" guix/authentication
 mkdir -p "/tmp/$name"
