@@ -363,9 +363,11 @@ class DockerEngine:
         try:
             yield connection
         finally:
+            # With TLS the response keeps the connection open; without, it can be closed already.
+            with suppress(ValueError):
+                attached._response.close()  # noqa: SLF001
             connection.close()
             attached.close()
-            attached._response.close()  # noqa: SLF001 -- with TLS it keeps the connection open
 
     def bytes_received(self, container: str) -> int | None:
         with self._engine_errors("read the statistics of a container"):
