@@ -67,7 +67,7 @@ class BuildOptions:
     update: bool = False
     """Pull the current commits of the channels instead of those of the lock."""
     newest: bool = False
-    """Also update to commits of Guix that no substitute server has built."""
+    """With ``update``, also take commits of Guix that no substitute server has built."""
     force: bool = False
     """Run every Guix step, even if the builder's cache has its result."""
     by_digest: bool = False
@@ -107,7 +107,7 @@ def build(project: Project, buildx: Buildx, options: BuildOptions) -> str:
         install_stage(settings)
     else:
         _pull_to_run(settings, options)
-        if not (options.update or options.newest) and (line := pull.uncompared_lock(settings)):
+        if not options.update and (line := pull.uncompared_lock(settings)):
             project.console.print(line)
     _check_output(project, options)
     registry = settings.image.registry if settings.buildx_output is Output.REGISTRY else ""
@@ -258,8 +258,7 @@ class _Build:
     @cached_property
     def _lock(self) -> str | None:
         """The lock that fixes the commits of the channels, if there is one."""
-        update = self.options.update or self.options.newest
-        return None if update else pull.lock_text(self._settings)
+        return None if self.options.update else pull.lock_text(self._settings)
 
     @property
     def _floats(self) -> bool:

@@ -532,9 +532,8 @@ class DockerEngine:
             yield
         except docker.errors.APIError as error:
             reason = error_line(error)
-            hint = full_disk(reason)
-            for words, fix in _ENGINE_HINTS.items():
-                hint = f"; {fix}" if words in reason else hint
+            hints = (f"; {fix}" for words, fix in _ENGINE_HINTS.items() if words in reason)
+            hint = next(hints, full_disk(reason))
             raise EngineError(f"{REFUSED} {action}: {reason}{hint}") from None
         except _NO_ANSWER as error:
             if isinstance(error.__cause__, GuixTasksError):  # the SDK wraps an error of ssh

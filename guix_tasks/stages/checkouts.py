@@ -5,8 +5,8 @@ for Guix, from a server that is often slow. The cache volume contains them. Once
 are pushed as an image of one layer next to the stages, and an engine without that volume fills it
 from there. ``guix pull`` then fetches only what is newer.
 
-The image also contains Guix's list of the commits that it has authenticated. Whoever can write to
-``CACHE_IMAGE`` can replace whole stages, so this trusts nobody more.
+The image also contains Guix's list of the commits that it has authenticated. Anyone who can write
+to ``CACHE_IMAGE`` can replace whole stages, so this trusts nobody more.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class StageOptions:
     update: bool = False
     """Pull the current commits of the channels and ignore the lock."""
     newest: bool = False
-    """Also update to commits of Guix that no substitute server has built."""
+    """With ``update``, also take commits of Guix that no substitute server has built."""
     commit: bool = True
     keep_failed: bool = False
     """Keep the container of a command that fails."""
@@ -86,10 +86,6 @@ class StageOptions:
     """Packages to install in place of ``GUIX_PACKAGES``."""
     disable_authentication: bool = False
     """Pull channels without authenticating their commits."""
-
-    @property
-    def is_update(self) -> bool:
-        return self.update or self.newest
 
 
 @dataclass(frozen=True)
@@ -150,7 +146,7 @@ class Lifecycle:
         if options.force or not options.commit:
             return True
         if name == "pull":
-            floating = options.is_update or self._settings.guix_channels_lock is None
+            floating = options.update or self._settings.guix_channels_lock is None
             # Unauthenticated channels do not satisfy a pull that authenticates.
             return floating or not (options.disable_authentication or is_authenticated(image))
         # A label records the packages of `--package`, because `inv push` compares them.
@@ -287,15 +283,13 @@ class Lifecycle:
                 project.console.detail(f"base: {settings.dockerfile} on {settings.base_image}")
                 build = partial(project.engine.build, spec, log.add)
                 image_id = retry_call(project.console, "the build", build)
-                if project.engine.image(image_id) is None:
-                    # Another client has removed it, for example with `docker system prune`.
-                    image_id = build()
+                # Another client can remove it, for example with `docker system prune`.
+                built = project.engine.image(image_id) or project.engine.image(build())
         except BuilderError:
             # The builder's message is only that it cannot get the base image.
             if reason := base_platform_error(project.engine, settings):
                 raise BuilderError(reason) from None
             raise
-        built = project.engine.image(image_id)
         if built is None:
             raise EngineError(
                 f"cannot find {image_id}, which the engine has built; run `inv base` again"
@@ -303,7 +297,7 @@ class Lifecycle:
         try:
             check_volumes(settings, built)
         except SettingsError:
-            project.engine.drop(image_id)
+            project.engine.drop(built.id)
             raise
         # The build has pulled the base image if it was missing, so its digest is known now.
         inputs = base_inputs(project.engine, settings, {})
@@ -319,7 +313,7 @@ class Lifecycle:
         # The label that proves a stage contains the layers, which exist only after the build.
         with (
             project.console.step("base", has_log=False) as step,
-            unstarted_container(project.engine, settings, image_id) as container,
+            unstarted_container(project.engine, settings, built.id) as container,
         ):
             step.show_activity(lambda: "committing")
             tag = self._ledger.tag("base")
@@ -370,7 +364,7 @@ class Lifecycle:
             newest=options.newest,
             authenticate=not options.disable_authentication,
         )
-        if not options.is_update and lock_text(settings):
+        if not options.update and lock_text(settings):
             image = self._ledger.find("pull")
             if image is None:
                 if line := uncompared_lock(settings):

@@ -40,7 +40,7 @@ def build(
 
     trust = not disable_authentication
     options = BuildOptions(
-        pull=not no_pull, update=update, newest=newest, force=force, by_digest=by_digest,
+        pull=not no_pull, update=update or newest, newest=newest, force=force, by_digest=by_digest,
         authenticate=trust,
     )  # fmt: skip
     project, buildx = session.buildx()

@@ -69,8 +69,9 @@ def pull(
 
     with session.locked_project("pull", one_platform=no_commit) as project:
         make_each(project, "pull", StageOptions(
-            force=force, upstream=upstream, update=update, newest=newest, commit=not no_commit,
-            keep_failed=keep_failed, disable_authentication=disable_authentication,
+            force=force, upstream=upstream, update=update or newest, newest=newest,
+            commit=not no_commit, keep_failed=keep_failed,
+            disable_authentication=disable_authentication,
         ))  # fmt: skip
 
 
