@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from contextlib import suppress
 from unittest.mock import Mock
@@ -32,6 +33,7 @@ class Screen(io.StringIO):
 
     def __init__(self, columns: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
+        self._lock = threading.Lock()
         self.screen = pyte.Screen(columns, rows)
         self.screen.set_mode(pyte.modes.LNM)
         self._stream = pyte.Stream(self.screen)
@@ -40,7 +42,8 @@ class Screen(io.StringIO):
         monkeypatch.setenv("TERM", "xterm-256color")
 
     def write(self, text: str) -> int:
-        self._stream.feed(text)
+        with self._lock:  # A test reads whole frames, which another thread draws.
+            self._stream.feed(text)
         return super().write(text)
 
     def isatty(self) -> bool:
@@ -48,7 +51,8 @@ class Screen(io.StringIO):
 
     @property
     def lines(self) -> list[str]:
-        return [line.rstrip() for line in self.screen.display if line.strip()]
+        with self._lock:
+            return [line.rstrip() for line in self.screen.display if line.strip()]
 
 
 @pytest.fixture
