@@ -18,7 +18,7 @@ from guix_tasks.stages.lifecycle import Lifecycle
 from guix_tasks.ui.format import human_size, human_time
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from guix_tasks.commands.sizes import Size
     from guix_tasks.engine.api import Image
@@ -43,6 +43,8 @@ class TagStatus:
     """``up to date``, ``stale`` or ``missing``; for ``IMAGE`` a description of its origin."""
     reason: str = ""
     """Reason why a stage is stale."""
+    follows: bool = False
+    """Whether the reason is about an earlier stage."""
 
 
 def tag_statuses(project: Project) -> list[TagStatus]:
@@ -51,9 +53,10 @@ def tag_statuses(project: Project) -> list[TagStatus]:
     statuses = []
     for stage in ledger.stages:
         state = lifecycle.state(stage)
-        word = "missing" if not state.image else "stale" if state.why else "up to date"
-        reason = state.why if state.image and state.why else ""
-        statuses.append(TagStatus(stage, ledger.tag(stage), state.image, word, reason))
+        follows = state.stale_stage != stage
+        statuses.append(
+            TagStatus(stage, ledger.tag(stage), state.image, state.word, state.why or "", follows)
+        )
     reference = str(ledger.image)
     image = project.engine.image(reference)
     return [*statuses, TagStatus("IMAGE", reference, image, _origin(project, image))]
@@ -73,7 +76,11 @@ def show_status(
         table = [(part.group, part.name, human_size(part.size)) for part in parts]
         project.console.table(("part", "name", "size"), table)
     else:
-        rows = [row for platform in project.each_platform() for row in status_rows(platform)]
+        statuses = [
+            status for platform in project.each_platform() for status in tag_statuses(platform)
+        ]
+        project.console.print(next_run(statuses))
+        rows = status_rows(statuses)
         project.console.table(STATUS_HEADER, rows, narrower=_narrower_tables(rows))
     if plot:
         _write_plot(project, parts or [], plot)
@@ -117,10 +124,24 @@ def _json_entry(project: Project, status: TagStatus) -> dict[str, Any]:
     }
 
 
-def status_rows(project: Project) -> list[tuple[str, ...]]:
-    """Return a table row for each stage and one for ``IMAGE``."""
+def next_run(statuses: Sequence[TagStatus]) -> str:
+    """Describe what a call of all stages would do, for all platforms."""
+    # A dictionary, because each platform has a status of each stage.
+    runs: dict[str, str] = {}
+    for status in statuses:
+        if status.stage != "IMAGE" and status.state != "up to date":
+            reason = "" if status.follows else status.reason
+            runs[status.stage] = runs.get(status.stage) or reason
+    if not runs:
+        return "all stages are up to date: `inv push` would run none of them"
+    stages = [f"{stage} ({reason})" if reason else stage for stage, reason in runs.items()]
+    return f"`inv {' '.join(runs)} push` would run {', '.join(stages)}"
+
+
+def status_rows(statuses: Iterable[TagStatus]) -> list[tuple[str, ...]]:
+    """Return a table row for each status."""
     rows: list[tuple[str, ...]] = []
-    for status in tag_statuses(project):
+    for status in statuses:
         image = status.image
         state = f"{status.state}: {status.reason}" if status.reason else status.state
         cells = ("-", "-", "-", state, "-")

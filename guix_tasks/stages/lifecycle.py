@@ -61,10 +61,16 @@ from guix_tasks.stages.transfer import pull, push
 from guix_tasks.stages.volumes import check_volumes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from guix_tasks.engine.api import Image
     from guix_tasks.settings import Settings
     from guix_tasks.stages.project import Project
     from guix_tasks.stages.stage import Stage
+
+
+_NAMED_PACKAGES = 10
+"""Maximum packages that the lines about a stage's result name for each kind of change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +98,30 @@ class StageOptions:
 class State:
     """A stage's current image, compared with the stage's current inputs."""
 
+    stage: str
     image: Image | None
     key: str | None
     """Key of the current inputs, or None if only running the stage can tell."""
-    why: str | None
-    """Reason why the image is stale, or None if the image is up to date or missing."""
+    reason: str = ""
+    """Reason why the image is stale, or empty if the image is up to date or missing."""
+    stale_stage: str = ""
+    """The stage that the reason is about: this stage or one before it."""
+
+    @property
+    def why(self) -> str | None:
+        """The reason, with the name of an earlier stage that it is about, or None."""
+        if self.reason and self.stale_stage != self.stage:
+            return f"{self.stale_stage}: {self.reason}"
+        return self.reason or None
+
+    @property
+    def word(self) -> str:
+        """``missing``, ``stale`` or ``up to date``."""
+        return "missing" if not self.image else "stale" if self.reason else "up to date"
 
     @property
     def is_up_to_date(self) -> bool:
-        return self.image is not None and self.key is not None and self.why is None
+        return self.image is not None and self.key is not None and not self.reason
 
 
 class _StaleError(Exception):
@@ -131,10 +152,13 @@ class Lifecycle:
         reuse = not self._must_run(name, state.image, options)
         if reuse and (state.is_up_to_date or self._take_from_cache(name, state)):
             self._project.console.print(f"{name}: up to date")
-        elif name == "base":
-            self._build_base()
         else:
-            self._run(name, options)
+            if state.why:
+                self._project.console.print(f"{name}: stale: {state.why}")
+            if name == "base":
+                self._build_base()
+            else:
+                self._run(name, options)
 
         if options.commit:
             if name == "pull":
@@ -165,42 +189,37 @@ class Lifecycle:
         image = self._ledger.find(name)
         if packages is None:
             packages = given_packages(image)
+
+        def stale(key: str | None, reason: str, stage: str = name) -> State:
+            return State(name, image, key, reason, stage) if image else State(name, None, key)
+
         try:
             inputs = self._inputs(name, image, packages)
-        except _StaleError as reason:
-            return State(image, key=None, why=str(reason) if image else None)
+        except _StaleError as error:
+            return stale(None, str(error))
         if inputs is None:
-            return State(image, key=None, why=None)
-        parent = self._parent_state(name)
-        if parent.key is None:
-            why = parent.why
-            if image and not parent.image:
-                why = f"{self.parent_of(name)} is missing, and no lock names its channels"
-            return State(image, key=None, why=why)
-
-        key = stage_key(name, parent.key, inputs)
-        if image is None or parent.why:
-            return State(image, key, why=parent.why if image else None)
+            return State(name, image, key=None)
+        parent_name = self.parent_of(name)
+        parent = self.state(parent_name) if parent_name else State("", None, key="")
+        if parent.key is None and not parent.image:
+            return stale(None, f"{parent_name} is missing, and no lock names its channels")
+        key = None if parent.key is None else stage_key(name, parent.key, inputs)
+        if parent.reason:
+            return stale(key, parent.reason, parent.stale_stage)
+        if image is None or key is None:
+            return State(name, image, key)
         recorded = inputs_of(image)
         changed = {
-            _input_name(self._settings, input_name)
+            _input_name(self._settings, name, input_name)
             for input_name in recorded.keys() | inputs.keys()
             if recorded.get(input_name) != inputs.get(input_name)
         }
-        if changed:
-            return State(image, key, why=f"{', '.join(sorted(changed))} changed")
+        reason = f"{', '.join(sorted(changed))} changed" if changed else ""
+        # A parent that was made again has the same key.
         is_current = key_of(image) == key and (not parent.image or is_child(image, parent.image))
-        return State(image, key, why=None if is_current else f"{self.parent_of(name)} is newer")
-
-    def _parent_state(self, name: str) -> State:
-        """Return the state of a stage's parent, with the name of the stale stage in its reason."""
-        parent = self.parent_of(name)
-        if parent is None:
-            return State(None, key="", why=None)
-        state = self.state(parent)
-        if state.why and state.why.partition(": ")[0] not in self._ledger.stages:
-            return replace(state, why=f"{parent}: {state.why}")
-        return state
+        if not reason and not is_current:
+            reason = f"{parent_name} is newer"
+        return State(name, image, key, reason, name)
 
     def _inputs(
         self, name: str, image: Image | None, packages: tuple[str, ...]
@@ -340,12 +359,9 @@ class Lifecycle:
         )
         if image is None:
             return
-        packages, replaced_packages = _packages(image), _packages(replaced)
-        gone = replaced_packages.keys() - packages.keys()
-        removed = [replaced_packages[package] for package in gone]
-        if packages and removed:
-            project.console.print(f"{name}: removed {' '.join(sorted(removed))}")
-        print_result(project, name, started)
+        print_result(project, name, started, replaced)
+        for line in _package_changes(replaced, image):
+            project.console.print(f"{name}: {line}")
         self._ledger.point_image(project.console)
         if replaced:
             project.engine.drop(replaced.id)
@@ -478,8 +494,8 @@ def make_each(project: Project, name: str, options: StageOptions) -> None:
         options = replace(options, update=False, newest=False)
 
 
-def _input_name(settings: Settings, name: str) -> str:
-    """Return the file or setting of a project that an input comes from."""
+def _input_name(settings: Settings, stage: str, name: str) -> str:
+    """Return the file or setting of a project that an input of a stage comes from."""
     files = {
         "Dockerfile": settings.dockerfile,
         "channels.scm": settings.guix_channels_lock,
@@ -488,9 +504,30 @@ def _input_name(settings: Settings, name: str) -> str:
     if file := files.get(name):
         inside = file.is_relative_to(settings.directory)
         return str(file.relative_to(settings.directory) if inside else file)
-    # guix-tasks writes profile.scm, so a change of it is a change of the command.
-    names = {"manifest.scm": "GUIX_MANIFEST", "profile.scm": "command"}
+    names = {"manifest.scm": "GUIX_MANIFEST", "profile.scm": "packages"}
+    if stage == "install":  # Its command lists GUIX_PACKAGES, or those of --package.
+        names["command"] = "packages"
     return names.get(name, name.removeprefix(f"{INPUTS}/"))
+
+
+def _package_changes(replaced: Image | None, image: Image) -> Iterator[str]:
+    """Yield a line for the packages that an image has added, upgraded and removed."""
+    before, after = _packages(replaced), _packages(image)
+    changes = {
+        "added": [after[name] for name in after.keys() - before.keys()],
+        "upgraded": [
+            f"{before[name]} to {after[name].rpartition('@')[2]}"
+            for name in after.keys() & before.keys()
+            if before[name] != after[name]
+        ],
+        # A stage without a report of its packages removes none.
+        "removed": [before[name] for name in before.keys() - after.keys()] if after else [],
+    }
+    for change, packages in changes.items():
+        if packages:
+            more = len(packages) - _NAMED_PACKAGES
+            names = ", ".join(sorted(packages)[:_NAMED_PACKAGES])
+            yield f"{change} {names}{f' and {more} more' if more > 0 else ''}"
 
 
 def _packages(image: Image | None) -> dict[str, str]:

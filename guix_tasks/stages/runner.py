@@ -36,6 +36,7 @@ from guix_tasks.ui.redact import clean
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from guix_tasks.engine.api import Image
     from guix_tasks.stages.project import Project
     from guix_tasks.ui.console import Step
 
@@ -262,14 +263,19 @@ def build_log(project: Project, name: str) -> Iterator[LogReader]:
             log.end()
 
 
-def print_result(project: Project, name: str, started: float) -> None:
-    """Print the tag and the size of a stage's image and the time since ``started``.
+def print_result(
+    project: Project, name: str, started: float, replaced: Image | None = None
+) -> None:
+    """Print the tag of a stage's image, its size, the change of it, and the time of the stage.
 
     ``started`` is a value of ``time.monotonic``. A dry run prints nothing.
     """
     if project.engine.is_dry:
         return
     tag = project.ledger.tag(name)
-    image = project.engine.image(tag)
-    size = f", {human_size(image.size)}" if image else ""
+    size = ""
+    if image := project.engine.image(tag):
+        size = f", {human_size(image.size)}"
+        if replaced and (growth := image.size - replaced.size):
+            size += f" ({'+' if growth > 0 else '-'}{human_size(abs(growth))})"
     project.console.print(f"{name}: {tag}{size}, {human_time(time.monotonic() - started)}")

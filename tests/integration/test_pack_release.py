@@ -96,7 +96,7 @@ def test_what_guix_cannot_pack_leaves_nothing(project: Project) -> None:
 def test_a_stale_guix_packs_nothing(new_project: NewProject) -> None:
     project = new_project("base", "pull", "install")
     project.set(GUIX_PACKAGES="hello")
-    assert "install is stale (command changed)" in one_error(project.inv("pack"), 2)
+    assert "install is stale (packages changed)" in one_error(project.inv("pack"), 2)
 
 
 def test_a_dry_run_packs_nothing(project: Project) -> None:

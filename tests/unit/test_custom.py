@@ -20,7 +20,7 @@ from guix_tasks.commands.clean import clean
 from guix_tasks.commands.push import push, require_image
 from guix_tasks.commands.sizes import sizes
 from guix_tasks.commands.squash import squash
-from guix_tasks.commands.status import STATUS_HEADER, status_rows
+from guix_tasks.commands.status import STATUS_HEADER, status_rows, tag_statuses
 from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import StageError, UsageError
 from guix_tasks.stages.container import WORK_DIRECTORY
@@ -84,8 +84,9 @@ def packages(site: Site, stage: str) -> set[str]:
 
 
 def states(site: Site) -> dict[str, str]:
-    rows = [dict(zip(STATUS_HEADER, row, strict=True)) for row in status_rows(site.project())]
-    return {row["stage"]: row["state"] for row in rows}
+    rows = status_rows(tag_statuses(site.project()))
+    table = [dict(zip(STATUS_HEADER, row, strict=True)) for row in rows]
+    return {row["stage"]: row["state"] for row in table}
 
 
 # --- What can be one ------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from fake_engine import BASE_CONFIG, BASE_IMAGE, IMAGE, PROFILE, FakeEngine, Hea
 from guix_tasks.commands import commit, rollback, run, shell
 from guix_tasks.commands.clean import clean
 from guix_tasks.commands.push import push
-from guix_tasks.commands.status import status_rows
+from guix_tasks.commands.status import status_rows, tag_statuses
 from guix_tasks.commands.verify import verify
 from guix_tasks.engine.accounts import Credentials
 from guix_tasks.engine.api import (
@@ -331,7 +331,7 @@ def test_stages_of_a_dry_run_see_one_another(made: Site) -> None:
 def test_a_dry_run_of_status_after_a_stage(site: Site) -> None:
     dry = Dry(site)
     dry.make("base")
-    assert status_rows(dry.project)
+    assert status_rows(tag_statuses(dry.project))
     dry.check()
 
 

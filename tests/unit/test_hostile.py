@@ -37,7 +37,7 @@ from guix_tasks.buildkit.bakefile import Definition, bake_file, dockerfile
 from guix_tasks.buildkit.context import save_as_layout, write_mounts
 from guix_tasks.cli import session
 from guix_tasks.commands.sizes import picture
-from guix_tasks.commands.status import status_rows
+from guix_tasks.commands.status import status_rows, tag_statuses
 from guix_tasks.engine import diagnose, discovery, docker, podman
 from guix_tasks.engine.api import BuildSpec, ContainerSpec
 from guix_tasks.engine.discovery import error_line
@@ -387,7 +387,7 @@ def test_any_labels_of_an_image(attempt: Attempt, tmp_path: Path) -> None:
         given_packages(fake)
         assert all(isinstance(each, str) for pair in inputs_of(fake).items() for each in pair)
         project = site.project()
-        project.console.table(["x"] * 7, status_rows(project))
+        project.console.table(["x"] * 7, status_rows(tag_statuses(project)))
         assert isinstance(project.console, Heard)
         assert all(map(is_line, project.console.text.splitlines()))
         with contextlib.suppress(GuixTasksError):

@@ -544,7 +544,9 @@ def test_install_starts_again_from_pull_and_says_what_went(made: Site) -> None:
     made.env["GUIX_PACKAGES"] = "tar"
     said = made.make("install")
     assert packages(made.image("install")) == "certs@1.0 tar@1.0"
+    assert said.startswith("install: stale: packages changed\n")
     assert "install: removed hello@1.0" in said
+    assert "install: added tar@1.0" in said
 
 
 def test_a_manifest_drops_nothing_of_the_bases_profile(site: Site) -> None:
