@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from guix_tasks.engine.api import Container, Engine
+    from guix_tasks.engine.api import Container, Engine, EngineInfo
     from guix_tasks.ui.console import Console
 
 # The usual port 5000 is in use on macOS.
@@ -83,18 +83,18 @@ class Account:
         return f"by hand: docker login -u {USER} --password-stdin localhost:{port} < {file}"
 
 
-def accounts(engine: str) -> dict[str, Credentials]:
+def accounts(engine: EngineInfo) -> dict[str, Credentials]:
     """Return the accounts of the local registries that an engine reaches as ``localhost``.
 
-    The keys are hosts with port; ``engine`` is the URL of the engine.  Ports on which another
-    program listens have no account, so that it does not receive the password.
+    The keys are hosts with port.  Ports on which another program listens have no account, so that
+    it does not receive the password.
     """
     directory = local_registry().directory
     account = Account(directory).credentials()
     if account is None:
         return {}
-    ports = [file.stem for file in directory.glob("*.engine") if file.read_text() == engine]
-    if engine.startswith("unix://"):
+    ports = [file.stem for file in directory.glob("*.engine") if file.read_text() == engine.url]
+    if engine.shares_loopback:
         started = [file.stem for file in directory.glob("*.pid") if file.stem.isdecimal()]
         ports += [port for port in started if LocalRegistry(directory, int(port)).running()]
     return {f"{host}:{port}": account for port in ports for host in ("localhost", _HOST)}
@@ -198,7 +198,7 @@ class LocalRegistry:
 
 
 class ContainerRegistry:
-    """Registry as a container, for an engine on another or a virtual machine.
+    """Registry as a container, for an engine that does not share this machine's loopback.
 
     It listens on the ``localhost`` of the engine, which ``push`` uses.
     """
@@ -215,7 +215,7 @@ class ContainerRegistry:
         """Start the registry on the engine's loopback unless it is running."""
         with disk_errors_as(RegistryError), locked(self._directory / "lock"):
             self._directory.chmod(0o700)
-            is_known = f"localhost:{self.port}" in accounts(self.engine.info().url)
+            is_known = f"localhost:{self.port}" in accounts(self.engine.info())
             self._account.make()
             message = "the local registry is already running"
             if not is_known or not any(container.running for container in self._containers()):
@@ -273,9 +273,8 @@ def pull_missing(engine: Engine, console: Console, image: str) -> None:
 
 def registry_for(engine: Engine, port: int = PORT) -> LocalRegistry | ContainerRegistry:
     """Return the registry that an engine reaches as ``localhost``."""
-    # Docker Desktop's engine also has a local socket, but its loopback is in a virtual machine.
-    is_local = engine.info().is_local and on_debian()
-    return local_registry(port) if is_local else ContainerRegistry(engine, port)
+    is_process = engine.info().shares_loopback and on_debian()
+    return local_registry(port) if is_process else ContainerRegistry(engine, port)
 
 
 def local_registry(port: int = PORT) -> LocalRegistry:

@@ -70,6 +70,16 @@ class EngineInfo:
         """True if the engine and this machine share a file system, so that paths are equal."""
         return self.url.startswith("unix://")
 
+    @property
+    def shares_loopback(self) -> bool:
+        """True if ``localhost`` is the same for the engine and for this machine.
+
+        Rootless Docker runs in a network namespace of its own (rootlesskit), Docker Desktop in a
+        virtual machine.  Both have a local socket.
+        """
+        is_apart = self.is_rootless and self.product == "Docker"
+        return self.is_local and not is_apart and self.name != "docker-desktop"
+
 
 @dataclass(frozen=True)
 class Image:

@@ -93,8 +93,8 @@ class Build(Protocol):
 class Helpers:
     """Functions of this machine that an engine needs in addition to its API."""
 
-    accounts: Callable[[str], Mapping[str, Credentials]] = lambda _url: {}
-    """Return the accounts of the local registries that serve the engine at a URL, by host."""
+    accounts: Callable[[EngineInfo], Mapping[str, Credentials]] = lambda _engine: {}
+    """Return the accounts of the local registries that an engine reaches, by host."""
     find_build: Callable[[Address], Build | None] = lambda _address: None
     """Return a function that builds with BuildKit, or None if buildx is not installed."""
 
@@ -117,7 +117,7 @@ class DockerEngine:
         return self._info
 
     def local_accounts(self) -> Mapping[str, Credentials]:
-        return self._helpers.accounts(self.address.url)
+        return self._helpers.accounts(self.info())
 
     @cached_property
     def _info(self) -> EngineInfo:

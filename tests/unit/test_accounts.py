@@ -225,7 +225,7 @@ def test_a_local_registry_gets_its_own_account_whatever_the_settings_have(
     account = Account(directory)
     account.make()
     (directory / "5056.engine").write_text(site.engine.about.url)
-    site.engine.registry.local_accounts = accounts(site.engine.about.url)
+    site.engine.registry.local_accounts = accounts(site.engine.about)
     assert site.engine.registry.local_accounts
     site.env.update(
         IMAGE="localhost:5056/app:1", DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2:€"  # noqa: S106

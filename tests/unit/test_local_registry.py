@@ -4,14 +4,15 @@ import io
 import json
 import socket
 import stat
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import bcrypt
 import pytest
 from fake_engine import FakeEngine
 
 from guix_tasks import files
-from guix_tasks.bootstrap import apt
+from guix_tasks.bootstrap import apt, registry
 from guix_tasks.bootstrap.apt import Apt
 from guix_tasks.bootstrap.registry import (
     PORT,
@@ -22,12 +23,19 @@ from guix_tasks.bootstrap.registry import (
     accounts,
     answers,
     local_registry,
+    registry_for,
 )
 from guix_tasks.errors import RegistryError
 from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from guix_tasks.engine.api import EngineInfo
+
+
+def engine_at(url: str, **more: Any) -> EngineInfo:
+    return replace(FakeEngine(url=url).info(), **more)
 
 
 def silent() -> Console:
@@ -107,18 +115,38 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_only_a_registry_of_ours_is_told_the_password(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert accounts("unix:///fake.sock") == {}
+    assert accounts(engine_at("unix:///fake.sock")) == {}
     Account(shared).make()
     # Not one that is gone, and not one that is somewhere else.
     for port in ("1", "2", "x"):
         (shared / f"{port}.pid").write_text("1")
     (shared / "3.engine").write_text("tcp://other:2375")
     monkeypatch.setattr(LocalRegistry, "running", lambda self: self.port == 2)
-    here = accounts("unix:///fake.sock")
+    here = accounts(engine_at("unix:///fake.sock"))
     assert list(here) == ["localhost:2", "127.0.0.1:2"]
     assert set(here.values()) == {Account(shared).credentials()}
-    assert list(accounts("tcp://other:2375")) == ["localhost:3", "127.0.0.1:3"]
-    assert accounts("ssh://third") == {}
+    assert list(accounts(engine_at("tcp://other:2375"))) == ["localhost:3", "127.0.0.1:3"]
+    assert accounts(engine_at("ssh://third")) == {}
+
+
+def test_engine_with_another_loopback_gets_a_container(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rootless Docker and Docker Desktop have a local socket, but not this machine's localhost."""
+    Account(shared).make()
+    (shared / "2.pid").write_text("1")
+    monkeypatch.setattr(LocalRegistry, "running", lambda self: True)
+    monkeypatch.setattr(registry, "on_debian", lambda: True)
+    engine = FakeEngine()
+    kinds: dict[type, list[dict[str, Any]]] = {
+        LocalRegistry: [{}, {"product": "Podman", "security": ("rootless",)}],
+        ContainerRegistry: [{"security": ("rootless",)}, {"name": "docker-desktop"}],
+    }
+    for kind, engines in kinds.items():
+        for about in engines:
+            engine.about = engine_at("unix:///fake.sock", **about)
+            assert isinstance(registry_for(engine), kind)
+            assert bool(accounts(engine.about)) is (kind is LocalRegistry)
 
 
 FAR = "tcp://engine.test:2375"
@@ -135,8 +163,8 @@ def far(shared: Path) -> FakeEngine:
 
 def test_a_container_asks_for_the_password_too(far: FakeEngine, shared: Path) -> None:
     said = io.StringIO()
-    registry = ContainerRegistry(far, 5056)
-    registry.up(Console(err=said))
+    container_registry = ContainerRegistry(far, 5056)
+    container_registry.up(Console(err=said))
     (spec,) = far.specs
     assert spec.environment["REGISTRY_AUTH"] == "htpasswd"
     account = Account(shared)
@@ -144,21 +172,23 @@ def test_a_container_asks_for_the_password_too(far: FakeEngine, shared: Path) ->
     path = spec.environment["REGISTRY_AUTH_HTPASSWD_PATH"]
     assert container.changes[path] == account.accounts_file.read_bytes()
     credentials = account.credentials()
-    assert accounts(FAR) == {f"{h}:5056": credentials for h in ("localhost", "127.0.0.1")}
+    assert accounts(engine_at(FAR)) == {
+        f"{h}:5056": credentials for h in ("localhost", "127.0.0.1")
+    }
     assert credentials
     assert credentials.password not in said.getvalue() + repr(spec)
     assert account.login_hint(5056) in said.getvalue()
-    registry.up(silent())
+    container_registry.up(silent())
     assert len(far.specs) == 1
-    registry.down(silent())
-    assert accounts(FAR) == {}
+    container_registry.down(silent())
+    assert accounts(engine_at(FAR)) == {}
 
 
 def test_container_without_a_record_is_recreated(far: FakeEngine, shared: Path) -> None:
-    registry = ContainerRegistry(far, 5056)
-    registry.up(silent())
+    container_registry = ContainerRegistry(far, 5056)
+    container_registry.up(silent())
     (shared / "5056.engine").unlink()
-    registry.up(silent())
+    container_registry.up(silent())
     assert len(far.specs) == 2
     assert len(far.all_containers) == 1
 
