@@ -132,14 +132,14 @@ def raised(programs: Path, store: str = "") -> Iterator[Island]:
 def _furnish(island: Island, programs: Path) -> None:
     (island.directory / "Dockerfile").write_text("FROM scratch\n")
     island.engine.directory.mkdir(parents=True)
-    shutil.copytree(programs, island.engine.directory / "root", symlinks=True, copy_function=_link)
+    shutil.copytree(programs, island.engine.directory / "root", symlinks=True, copy_function=link)
     eventually(lambda: _is_apart(island.holder), "a network of its own")
     island.do(sys.executable, "-c", LOOPBACK_UP)
     if DEFAULT_SOCKET.exists():
         island.do("mount", "--bind", os.devnull, str(DEFAULT_SOCKET))
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:  # on another disk

@@ -1,5 +1,5 @@
-;;; A channel of one's own, with one package.  It has no source to fetch, and is built by
-;;; nothing but Guile, so that it can be built where there is no network.
+;;; A custom channel with one package.  The package has no source to fetch and is built with
+;;; Guile alone, so that it can be built without a network.
 
 (define-module (offline packages)
   #:use-module (guix build-system trivial)
@@ -15,13 +15,21 @@
     (build-system trivial-build-system)
     (arguments
      (list #:builder
-           #~(let ((share (string-append #$output "/share")))
+           #~(let* ((bin (string-append #$output "/bin"))
+                    (program (string-append bin "/greet"))
+                    (share (string-append #$output "/share")))
                (mkdir #$output)
+               (mkdir bin)
                (mkdir share)
+               (call-with-output-file program
+                 (lambda (port)
+                   (display "#!/bin/sh\necho hello from a channel\n" port)))
+               (chmod program #o755)
                (call-with-output-file (string-append share "/greeting")
                  (lambda (port)
                    (display "hello from a channel\n" port))))))
     (home-page "https://example.org")
-    (synopsis "File with a greeting")
-    (description "This package is a file with a greeting, @file{share/greeting}.")
+    (synopsis "Program that prints a greeting")
+    (description
+     "This package has a shell script, @command{greet}, and a file, @file{share/greeting}.")
     (license license:gpl3+)))
