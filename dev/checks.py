@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import CheckError
@@ -16,19 +19,24 @@ if TYPE_CHECKING:
 
 LOCK = "requirements-dev.txt"
 
-# Files to lint with format-specific linters: the CI templates of `init` and the CI example.
+# Files to lint with format-specific linters: the CI templates of `init`, the CI example, and the
+# files of this repository for GitHub.
 GITHUB = ("guix_tasks/commands/templates/github.yml", "examples/ci/github-release.yml")
 GITLAB = "guix_tasks/commands/templates/gitlab.yml"
+DEPENDABOT = ".github/dependabot.yml"
+ISSUE_FORMS = (".github/ISSUE_TEMPLATE/bug.yml", ".github/ISSUE_TEMPLATE/idea.yml")
 
 LINTERS = (
     ("ruff", "check", "."),
     ("ruff", "format", "--check", "."),
     ("mypy",),
     ("lint-imports",),
-    ("yamllint", "--strict", *GITHUB, GITLAB),
-    ("zizmor", "--offline", "--persona=pedantic", "--quiet", *GITHUB),
+    ("yamllint", "--strict", *GITHUB, GITLAB, ".github"),
+    ("zizmor", "--offline", "--persona=pedantic", "--quiet", *GITHUB, DEPENDABOT),
     ("check-jsonschema", "--builtin-schema=vendor.github-workflows", *GITHUB),
     ("check-jsonschema", "--builtin-schema=vendor.gitlab-ci", "--data-transform=gitlab-ci", GITLAB),
+    ("check-jsonschema", "--builtin-schema=vendor.dependabot", DEPENDABOT),
+    ("check-jsonschema", "--builtin-schema=vendor.github-issue-forms", *ISSUE_FORMS),
 )
 
 
@@ -52,6 +60,7 @@ def run_checks(
     if not only and not soak:
         for command in (*LINTERS, ("shellcheck", *_shell_scripts(project))):
             _call(project, console, command)
+        check_package(project, console)
     directories = ["tests/unit"] if unit_only else ["tests/unit", "tests/integration"]
     selection = [*(["-k", only] if only else []), *(["-m", "soak", "--soak"] if soak else [])]
     parallel = ["-n", "auto", f"--maxprocesses={PROCESSES}", "--no-loadscope-reorder"]
@@ -66,6 +75,26 @@ def run_checks(
     }  # fmt: skip
     if statuses == {NO_TESTS}:
         raise CheckError(f"test: no test matches {only!r}")
+
+
+def check_package(project: Path, console: Console) -> None:
+    """Build and check the sdist and the wheel, and build them again from the unpacked sdist.
+
+    Raise ``CheckError`` if a tool fails, or if the second build differs from the first.
+    """
+    with TemporaryDirectory() as directory:
+        first, second = Path(directory, "first"), Path(directory, "second")
+        _call(project, console, ("hatchling", "build", "--directory", str(first)))
+        (wheel,), (sdist,) = first.glob("*.whl"), first.glob("*.tar.gz")
+        _call(project, console, ("twine", "check", "--strict", str(sdist), str(wheel)))
+        _call(project, console, ("check-wheel-contents", str(wheel)))
+        shutil.unpack_archive(sdist, directory)
+        unpacked = Path(directory, sdist.name.removesuffix(".tar.gz"))
+        _call(unpacked, console, ("hatchling", "build", "--directory", str(second)))
+        names = [sdist.name, wheel.name]
+        _, different, missing = filecmp.cmpfiles(first, second, names, shallow=False)
+        if different or missing:
+            raise CheckError(f"test: a second build differs: {', '.join(different + missing)}")
 
 
 def _install_tools(project: Path, console: Console) -> None:
