@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ LINTERS = (
     ("ruff", "format", "--check", "."),
     ("mypy",),
     ("lint-imports",),
-    ("yamllint", "--strict", *GITHUB, GITLAB, ".github"),
+    ("yamllint", "--strict", *GITHUB, GITLAB, ".github", "mkdocs.yml"),
     ("zizmor", "--offline", "--persona=pedantic", "--quiet", *GITHUB, DEPENDABOT),
     ("check-jsonschema", "--builtin-schema=vendor.github-workflows", *GITHUB),
     ("check-jsonschema", "--builtin-schema=vendor.gitlab-ci", "--data-transform=gitlab-ci", GITLAB),
@@ -39,6 +40,13 @@ LINTERS = (
     ("check-jsonschema", "--builtin-schema=vendor.github-issue-forms", *ISSUE_FORMS),
 )
 
+
+REMOTE = re.compile(
+    r"<(?:script|link|img|source|iframe)\b[^>]*\s(?:src|href|srcset)=[\"']?(?:https?:)?//[^\s>]*"
+    r"|url\([\"']?(?:https?:)?//[^)]*|@import[^;]*//[^;]*",
+    re.IGNORECASE,
+)
+"""Reference by which a page or a style sheet loads a file from another server."""
 
 PROCESSES = 4
 """Maximum parallel test processes, which share one engine."""
@@ -60,6 +68,7 @@ def run_checks(
     if not only and not soak:
         for command in (*LINTERS, ("shellcheck", *_shell_scripts(project))):
             _call(project, console, command)
+        check_site(project, console)
         check_package(project, console)
     directories = ["tests/unit"] if unit_only else ["tests/unit", "tests/integration"]
     selection = [*(["-k", only] if only else []), *(["-m", "soak", "--soak"] if soak else [])]
@@ -95,6 +104,20 @@ def check_package(project: Path, console: Console) -> None:
         _, different, missing = filecmp.cmpfiles(first, second, names, shallow=False)
         if different or missing:
             raise CheckError(f"test: a second build differs: {', '.join(different + missing)}")
+
+
+def check_site(project: Path, console: Console) -> None:
+    """Build the documentation as a site.
+
+    Raise ``CheckError`` for a broken link or anchor, for a page that is not in the navigation, and
+    for a script, style, font or picture from another server.
+    """
+    with TemporaryDirectory() as directory:
+        _call(project, console, ("mkdocs", "build", "--strict", "--site-dir", directory))
+        for path in (*Path(directory).rglob("*.html"), *Path(directory).rglob("*.css")):
+            if remote := REMOTE.search(path.read_text(encoding="utf-8")):
+                name = path.relative_to(directory)
+                raise CheckError(f"test: {name} loads a file from another server: {remote[0]}")
 
 
 def _install_tools(project: Path, console: Console) -> None:
