@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 LOCK = "requirements-dev.txt"
 
-# Files to lint with format-specific linters: the CI templates of `init`, the CI example, and the
+# Files to lint with format-specific linters: the CI templates of `init`, the CI examples, and the
 # files of this repository for GitHub.
-GITHUB = ("guix_tasks/commands/templates/github.yml", "examples/ci/github-release.yml")
-GITLAB = "guix_tasks/commands/templates/gitlab.yml"
+GITHUB = (
+    "guix_tasks/commands/templates/github.yml",
+    "examples/ci/github-release.yml",
+    "examples/ci/github-update.yml",
+)
+GITLAB = ("guix_tasks/commands/templates/gitlab.yml", "examples/ci/gitlab-update.yml")
 DEPENDABOT = ".github/dependabot.yml"
 ISSUE_FORMS = (".github/ISSUE_TEMPLATE/bug.yml", ".github/ISSUE_TEMPLATE/idea.yml")
 
@@ -32,10 +36,15 @@ LINTERS = (
     ("ruff", "format", "--check", "."),
     ("mypy",),
     ("lint-imports",),
-    ("yamllint", "--strict", *GITHUB, GITLAB, ".github", "mkdocs.yml"),
+    ("yamllint", "--strict", *GITHUB, *GITLAB, ".github", "mkdocs.yml"),
     ("zizmor", "--offline", "--persona=pedantic", "--quiet", *GITHUB, DEPENDABOT),
     ("check-jsonschema", "--builtin-schema=vendor.github-workflows", *GITHUB),
-    ("check-jsonschema", "--builtin-schema=vendor.gitlab-ci", "--data-transform=gitlab-ci", GITLAB),
+    (
+        "check-jsonschema",
+        "--builtin-schema=vendor.gitlab-ci",
+        "--data-transform=gitlab-ci",
+        *GITLAB,
+    ),
     ("check-jsonschema", "--builtin-schema=vendor.dependabot", DEPENDABOT),
     ("check-jsonschema", "--builtin-schema=vendor.github-issue-forms", *ISSUE_FORMS),
 )

@@ -13,18 +13,15 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = (
-    "examples/ci/github-release.yml",
-    "examples/distributable/README.md",
-    "examples/offline/README.md",
-)
+EXAMPLES = [*ROOT.glob("examples/*/README.md"), *ROOT.glob("examples/ci/*.yml")]
 """Files of the repository that pages link to."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the examples at the paths that they have in the repository."""
     for path in EXAMPLES:
-        files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
+        name = path.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
