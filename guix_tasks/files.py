@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -62,21 +62,64 @@ def user_home() -> Path:
 def write_whole(path: Path, content: bytes | Iterable[bytes], mode: int = 0o666) -> None:
     """Write or replace a file atomically.
 
-    ``content`` can be an iterator of chunks; if it raises, no file is written. The umask applies to
-    ``mode``. Raise ``OSError`` if the file cannot be written.
+    ``content`` can be an iterator of chunks; if it raises, no file is written. A link to the file
+    stays, and so do the mode and the owner of an existing file. ``mode`` is that of a new file; the
+    umask applies to it. A file that cannot be replaced, for example a mounted one, is overwritten.
+
+    Raise ``OSError`` if the file cannot be written.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    check_writable(path)
+    target = Path(os.path.realpath(path))
+    old = target.stat() if target.exists() else None
+    is_replaced = os.access(target.parent, os.W_OK) and not (old and not stat.S_ISREG(old.st_mode))
+    with nullcontext(target.parent) if is_replaced else temporary_directory() as directory:
+        unfinished = directory / f".{target.name}.{os.getpid()}"
+        try:
+            unfinished.touch(mode)
+            with unfinished.open("wb") as file:
+                file.writelines([content] if isinstance(content, bytes) else content)
+            if not (is_replaced and _replace(target, unfinished, old)):
+                with unfinished.open("rb") as source, target.open("wb") as file:
+                    shutil.copyfileobj(source, file)
+                unfinished.unlink()
+        except BaseException as error:
+            with suppress(OSError):
+                unfinished.unlink()
+            if isinstance(error, OSError):
+                error.filename = error.filename or str(path)  # a failed write has no name
+            raise
+
+
+def _replace(target: Path, new: Path, old: os.stat_result | None) -> bool:
+    """Give a new file the owner and the mode of the old one, and rename it to ``target``.
+
+    Return False if the old file can only be overwritten: the file of another user, or a mount.
+    """
     try:
-        unfinished.touch(mode)
-        with unfinished.open("wb") as file:
-            file.writelines([content] if isinstance(content, bytes) else content)
-        unfinished.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            unfinished.unlink()
-        if isinstance(error, OSError):
-            error.filename = error.filename or str(path)  # a failed write has no name
-        raise
+        if old:
+            os.chown(new, old.st_uid, old.st_gid)
+            new.chmod(stat.S_IMODE(old.st_mode))
+        new.replace(target)
+    except OSError as error:
+        if old is None or error.errno not in (errno.EBUSY, errno.EPERM, errno.EXDEV):
+            raise
+        return False
+    return True
+
+
+def check_writable(path: Path) -> None:
+    """Raise ``OSError`` if a file or a directory can be neither written nor created."""
+    target = Path(os.path.realpath(path))
+    place = target if target.exists() else target.parent
+    if not place.exists():
+        code = errno.ENOENT
+    elif place != target and not place.is_dir():
+        code = errno.ENOTDIR
+    elif os.access(place, os.W_OK):
+        return
+    else:
+        code = errno.EROFS if os.statvfs(place).f_flag & os.ST_RDONLY else errno.EACCES
+    raise OSError(code, os.strerror(code), str(path))
 
 
 _PREFIX = ".guix-tasks-temporary-"

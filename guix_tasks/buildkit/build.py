@@ -32,7 +32,7 @@ from guix_tasks.buildkit.buildx import Builder, csv_field, with_accounts
 from guix_tasks.engine.credentials import accounts_for, credentials_for, remote_digest
 from guix_tasks.engine.retry import TRIES, retry_call
 from guix_tasks.errors import BuilderError, StageError, UsageError
-from guix_tasks.files import cache_home, temporary_directory, text_digest
+from guix_tasks.files import cache_home, check_writable, temporary_directory, text_digest
 from guix_tasks.guix import commits, with_search_paths
 from guix_tasks.oci import labels as oci
 from guix_tasks.oci.platform import Platform
@@ -149,6 +149,8 @@ def _builder(project: Project, buildx: Buildx) -> Builder:
 def _check_output(project: Project, options: BuildOptions) -> None:
     """Raise an error for a ``BUILDX_OUTPUT`` that would fail after the build."""
     settings = project.settings
+    if options.by_digest or settings.buildx_output in (Output.OCI, Output.DOCKER):
+        check_writable(settings.output_directory)
     if options.by_digest and settings.buildx_output is not Output.REGISTRY:
         raise UsageError("--by-digest is a way to push; set BUILDX_OUTPUT=registry")
     if len(settings.platforms) > 1 and settings.buildx_output in (Output.LOAD, Output.DOCKER):

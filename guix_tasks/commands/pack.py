@@ -13,7 +13,7 @@ from guix_tasks import guix
 from guix_tasks.commands.pack_records import Packed, save
 from guix_tasks.commands.push import check_up_to_date, require_image
 from guix_tasks.errors import EngineError, StageError, UsageError
-from guix_tasks.files import content_digest, read_file, write_whole
+from guix_tasks.files import check_writable, content_digest, read_file, write_whole
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import quoted
 from guix_tasks.oci.tar import as_file
@@ -49,6 +49,7 @@ def pack(
     settings, console = project.settings, project.console
     _check_options(options, name, packages)
     files = _files(settings, options, packages)
+    check_writable(settings.output_directory)
     image = require_image(project)
     check_up_to_date(project, image, "pack")
     project = project.with_sandbox(image)

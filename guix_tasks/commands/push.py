@@ -9,6 +9,7 @@ from guix_tasks import guix
 from guix_tasks.engine.credentials import remote_digest
 from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import RegistryError, UsageError
+from guix_tasks.files import check_writable
 from guix_tasks.stages.container import uncommitted
 from guix_tasks.stages.images import CHANNELS_LABEL, HAND_MADE, SQUASH, proven_stage
 from guix_tasks.stages.lifecycle import Lifecycle
@@ -41,6 +42,9 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
         )
     if warning := uncommitted(engine, project.settings):
         project.console.warn(warning)
+    platform = None if stage or engine.is_dry else project.settings.platform
+    if platform:
+        check_writable(project.settings.output_directory)
     references = [ledger.tag(stage)] if stage else pushed_references(project.settings)
     digests = {}
     for reference in references:
@@ -52,8 +56,7 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
         digests[reference] = retry_call(
             project.console, "the push", partial(_push, project, reference)
         )
-    platform = project.settings.platform
-    if platform and not stage and not engine.is_dry:
+    if platform:
         (digest,) = digests.values()
         commits = guix.commits(image.labels.get(CHANNELS_LABEL, ""))
         pushed = Pushed(project.settings.image.name, (platform,), digest, commits)

@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, cast
 
 from guix_tasks import guix
 from guix_tasks.errors import EngineError
+from guix_tasks.files import write_whole
 from guix_tasks.ui.redact import clean, hidden, to_bytes
 
 if TYPE_CHECKING:
@@ -66,7 +67,6 @@ def saved_log(settings: Settings, name: str) -> Iterator[IO[bytes]]:
     """
     log = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 -- closed below
     path = log_path(settings, name)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield log
     finally:
@@ -74,11 +74,7 @@ def saved_log(settings: Settings, name: str) -> Iterator[IO[bytes]]:
             if log.tell():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 log.seek(0)
-                with unfinished.open("wb") as file:
-                    file.writelines(map(hidden, log))
-                unfinished.replace(path)
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+                write_whole(path, map(hidden, log))
         with suppress(OSError):
             log.close()
 

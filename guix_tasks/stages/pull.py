@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.errors import StageError, UsageError
-from guix_tasks.files import read_text, text_digest, write_whole
+from guix_tasks.files import check_writable, read_text, text_digest, write_whole
 from guix_tasks.oci.reference import quoted
 from guix_tasks.stages.container import WORK_DIRECTORY, resource_files
 from guix_tasks.stages.images import CHANNELS_LABEL
@@ -95,11 +96,14 @@ def stage_to_run(
 
     ``newest`` is an update that also takes commits of Guix that no substitute server has built.
 
-    Raise ``UsageError`` if the lock does not match ``GUIX_CHANNELS``, or if ``authenticate`` is
-    true and a channel has no introduction.
+    Raise ``UsageError`` if the lock does not match ``GUIX_CHANNELS`` or cannot be written, or if
+    ``authenticate`` is true and a channel has no introduction.
     """
     wanted, locked = channels_text(settings), lock_text(settings)
     lock = None if update or newest else locked
+    if settings.guix_channels_lock and not lock:
+        with _lock_errors(settings.guix_channels_lock):
+            check_writable(settings.guix_channels_lock)
     if lock and (problem := lock_mismatch(wanted, lock)):
         raise UsageError(lock_mismatch_line(settings, problem))
     unauthenticated = guix.unauthenticated(lock or wanted or "") if authenticate else []
@@ -153,15 +157,21 @@ def write_lock(settings: Settings, channels: str) -> bool:
     if path is None or not channels:
         return False
     content = f"{channels}\n".encode()
-    try:
+    with _lock_errors(path):
         if path.exists() and path.read_bytes() == content:
             return False
         write_whole(path, content)
+    return True
+
+
+@contextmanager
+def _lock_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UsageError(
             f"GUIX_CHANNELS_LOCK: cannot write {path}: {error.strerror}; choose a writable file"
         ) from None
-    return True
 
 
 def lock_text(settings: Settings) -> str | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from fake_engine import STEADY
@@ -13,7 +16,16 @@ from hypothesis import strategies as st
 
 from guix_tasks import files
 from guix_tasks.engine.accounts import docker_config_directory
-from guix_tasks.files import file_digest, text_digest, tree_digest
+from guix_tasks.files import (
+    check_writable,
+    file_digest,
+    text_digest,
+    tree_digest,
+    write_whole,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Tree = dict[str, bytes]
 
@@ -134,6 +146,129 @@ def test_a_file_is_a_tree_too(tmp_path: Path) -> None:
 def test_missing_file_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         file_digest(tmp_path / "no")
+
+
+# --- Writing --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A file as its user laid it out: not of the mode that a new file has."""
+    path = tmp_path / "project" / "file"
+    path.parent.mkdir()
+    path.write_text("old")
+    path.chmod(0o664)
+    return path
+
+
+def test_written_file_keeps_its_mode_and_owner(written: Path) -> None:
+    if os.geteuid() == 0:
+        os.chown(written, 1234, 4321)
+    before = written.stat()
+    write_whole(written, b"new")
+    after = written.stat()
+    assert written.read_bytes() == b"new"
+    assert (after.st_mode, after.st_uid, after.st_gid) == (
+        before.st_mode, before.st_uid, before.st_gid,
+    )  # fmt: skip
+
+
+def test_new_file_has_the_mode_of_the_umask(tmp_path: Path) -> None:
+    previous = os.umask(0o027)
+    try:
+        write_whole(tmp_path / "new", b"new")
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
+
+
+def test_file_behind_links_is_written(written: Path, tmp_path: Path) -> None:
+    (tmp_path / "first").symlink_to("project/file")
+    (tmp_path / "second").symlink_to(tmp_path / "first")
+    write_whole(tmp_path / "second", iter([b"n", b"ew"]))
+    assert written.read_bytes() == b"new"
+    assert (tmp_path / "first").is_symlink()
+    assert (tmp_path / "second").is_symlink()
+
+
+def test_link_to_a_missing_file_creates_that_file(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("new")
+    write_whole(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "new").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("call", ["chown", "replace"])
+def test_file_that_cannot_be_replaced_is_overwritten(
+    written: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Such as a mounted file, and the file of another user in a directory of one's own."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(os if call == "chown" else Path, call, refuse)
+    inode = written.stat().st_ino
+    write_whole(written, b"new")
+    assert written.read_bytes() == b"new"
+    assert written.stat().st_ino == inode
+    assert [*written.parent.iterdir()] == [written]
+
+
+def test_file_in_a_directory_that_cannot_be_written_is_overwritten(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _: path != written.parent)
+    inode = written.stat().st_ino
+    write_whole(written, b"new")
+    assert written.read_bytes() == b"new"
+    assert written.stat().st_ino == inode
+
+
+def test_pipe_is_written_and_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, b"new")
+    assert os.read(reader, 10) == b"new"
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_failed_content_leaves_the_file(written: Path) -> None:
+    def content() -> Iterator[bytes]:
+        yield b"new"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(written, content())
+    assert written.read_text() == "old"
+    assert [*written.parent.iterdir()] == [written]
+
+
+def test_file_without_permission_is_not_written(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, _: path != written)
+    with pytest.raises(PermissionError, match=r"Permission denied: '.*/file'"):
+        check_writable(written)
+    with pytest.raises(PermissionError):
+        write_whole(written, b"new")
+    assert written.read_text() == "old"
+
+
+def test_new_file_needs_a_directory_that_can_be_written(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = written.parent / "out"
+    check_writable(missing)
+    with pytest.raises(FileNotFoundError):
+        check_writable(missing / "file")
+    with pytest.raises(NotADirectoryError):
+        check_writable(written / "file")
+    monkeypatch.setattr(os, "access", lambda path, _: path != written.parent)
+    with pytest.raises(PermissionError):
+        check_writable(missing)
 
 
 # --- Files of some size ---------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 import tracemalloc
 from typing import TYPE_CHECKING
@@ -53,6 +54,19 @@ def run(made: Site, wanted: Pack | None = None, name: str = "", *packages: str) 
     path = pack.pack(made.project(), wanted or Pack(), name, packages)
     assert path
     return path
+
+
+def test_output_directory_that_cannot_be_written_is_reported_before_the_work(
+    made: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packs(made)
+    monkeypatch.setattr(os, "access", lambda path, _: path != made.directory)
+
+    def refused() -> None:
+        with pytest.raises(PermissionError):
+            run(made)
+
+    assert made.ran(refused) == []
 
 
 def out(made: Site) -> list[str]:

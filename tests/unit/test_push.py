@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -74,6 +75,16 @@ def test_a_platform_is_pushed_by_its_own_tag_and_written_down(site: Site, platfo
         "commits": {"guix": COMMITS["guix"]},
     }
     assert "`inv manifest` joins the platforms as" in heard(project)
+
+
+def test_record_that_cannot_be_written_is_reported_before_the_push(
+    made: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.env["PLATFORMS"] = "linux/amd64"
+    monkeypatch.setattr(os, "access", lambda path, _: path != made.directory)
+    with pytest.raises(PermissionError):
+        made.push()
+    assert pushed(made) == set()
 
 
 def test_another_push_of_a_platform_takes_the_place_of_the_one_before(site: Site) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import re
 import signal
 import threading
@@ -836,6 +837,30 @@ def test_a_lock_that_cannot_be_written_is_one_line(made: Site) -> None:
     made.env["GUIX_CHANNELS_LOCK"] = "no/such/directory/lock.scm"
     with pytest.raises(UsageError, match=r"GUIX_CHANNELS_LOCK: .*lock\.scm: No such file"):
         made.make("pull")
+
+
+def test_a_lock_that_cannot_be_written_is_reported_before_the_pull(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.make("base")
+    writable = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: p != site.directory and writable(p, mode))
+
+    def pull() -> None:
+        with pytest.raises(UsageError, match=r"cannot write .*lock\.scm: Permission denied"):
+            site.make("pull")
+
+    assert site.ran(pull) == []
+
+
+def test_a_pull_of_a_lock_needs_no_file_that_can_be_written(
+    made: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkout of a CI job can be read-only."""
+    writable = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: p != made.directory and writable(p, mode))
+    made.make("pull", force=True)
+    assert made.why("pull") is None
 
 
 @pytest.mark.parametrize("name", ["channels.lock.scm", "channels.scm"])
