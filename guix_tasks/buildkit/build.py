@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import secrets
 import time
@@ -407,7 +408,7 @@ class _Build:
         environment: dict[Platform, dict[str, str]] = {}
         for platform in self._platforms:
             annotations = {
-                **oci.oci_annotations(settings.directory),
+                **oci.oci_annotations(settings.directory, os.environ, self.project.console.print),
                 oci.CREATED: self._report(bakefile.CREATED, platform),
                 oci.BASE_NAME: base,
                 oci.BASE_DIGEST: digest or "",

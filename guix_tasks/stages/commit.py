@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from guix_tasks import guix
@@ -47,7 +48,7 @@ def commit_image(
     """
     engine = project.engine
     labels = {
-        **oci_annotations(project.settings.directory),
+        **oci_annotations(project.settings.directory, os.environ, project.console.print),
         IMAGE_LABEL: str(project.settings.image),
         **labels,
     }

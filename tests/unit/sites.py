@@ -44,8 +44,10 @@ def no_accounts(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(autouse=True)
 def no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The projects of the tests are in no git repository, which takes git a while to find out."""
-    monkeypatch.setattr(labels, "_git", lambda *_: "")
+    """The projects of the tests are in no git repository, and in no checkout of a CI job."""
+    monkeypatch.setattr(labels, "_repository", lambda _: None)
+    for name in ("GITHUB_SHA", "CI_COMMIT_SHA", "GIT_COMMIT"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 import pytest
 
+from guix_tasks.oci import labels
 from guix_tasks.oci.labels import (
     BASE_DIGEST,
     BASE_NAME,
@@ -25,6 +27,14 @@ if TYPE_CHECKING:
     from fake_engine import Site
 
 
+def labels_of(directory: Path, *lines: str, **environment: str) -> dict[str, str]:
+    """The annotations of a directory; ``lines`` are all that is reported."""
+    reported: list[str] = []
+    found = oci_annotations(directory, environment, reported.append)
+    assert reported == [*lines]
+    return found
+
+
 def git(directory: Path, *arguments: str) -> str:
     person = ("-c", "user.name=N", "-c", "user.email=n@example.org")
     command = ["git", "-C", str(directory), *person, *arguments]
@@ -36,8 +46,9 @@ def git(directory: Path, *arguments: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def no_repository() -> None:
+def no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     """The repositories of these tests are real."""
+    monkeypatch.setattr(labels, "_reported", set())
 
 
 @pytest.fixture
@@ -51,7 +62,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_labels_name_revision_and_source(checkout: Path) -> None:
-    found = oci_annotations(checkout)
+    found = labels_of(checkout)
     assert found[REVISION] == git(checkout, "rev-parse", "HEAD")
     assert found[SOURCE] == "https://example.org/me/image"
     made = datetime.strptime(found[CREATED], "%Y-%m-%dT%H:%M:%S%z")
@@ -61,15 +72,75 @@ def test_labels_name_revision_and_source(checkout: Path) -> None:
 def test_changed_revision_is_dirty(checkout: Path) -> None:
     git(checkout, "tag", "v1")
     (checkout / "file").write_text("two")
-    assert oci_annotations(checkout)[REVISION] == f"{git(checkout, 'rev-parse', 'HEAD')}-dirty"
+    assert labels_of(checkout)[REVISION] == f"{git(checkout, 'rev-parse', 'HEAD')}-dirty"
+
+
+def test_project_in_a_subdirectory_has_the_revision_of_its_repository(checkout: Path) -> None:
+    project = checkout / "images" / "one"
+    project.mkdir(parents=True)
+    assert labels_of(project)[REVISION] == git(checkout, "rev-parse", "HEAD")
+
+
+def test_repository_of_the_environment_is_not_that_of_the_project(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a hook of another repository, which has these variables."""
+    expected = labels_of(checkout)
+    other = tmp_path / "other"
+    other.mkdir()
+    git(other, "init", "--quiet")
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(other))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(other / "index"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(checkout.parent))
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", "remote.origin.url")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "https://example.org/other")
+    found = labels_of(checkout)
+    assert (found[REVISION], found[SOURCE]) == (expected[REVISION], expected[SOURCE])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_checkout_of_another_user_is_read_if_all_of_it_is_theirs(checkout: Path) -> None:
+    revision = git(checkout, "rev-parse", "HEAD")
+    index = (checkout / ".git/index").stat().st_ino
+    for path in (checkout, *checkout.rglob("*")):
+        os.chown(path, 1234, 1234)
+    os.utime(checkout / "file")
+    assert labels_of(checkout)[REVISION] == revision
+    assert (checkout / ".git/index").stat().st_ino == index
+    # The owner of the project's tasks.py is not the one whose hooks git would run.
+    project = checkout / "project"
+    project.mkdir()
+    error = f"git: fatal: detected dubious ownership in repository at '{checkout}'"
+    line = f"note: the image gets no label with the revision of {checkout}: {error}"
+    assert REVISION not in labels_of(project, line)
+    assert REVISION not in labels_of(project)  # reported once
+
+
+def test_checkout_that_git_cannot_read_has_the_revision_of_the_ci_job(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(checkout))
+    github = {"GITHUB_SERVER_URL": "https://github.test", "GITHUB_REPOSITORY": "me/image"}
+    found = labels_of(checkout, GITHUB_SHA="a" * 40, GITHUB_WORKSPACE=str(checkout), **github)
+    assert (found[REVISION], found[SOURCE]) == ("a" * 40, "https://github.test/me/image")
+    gitlab = {"CI_PROJECT_URL": "https://gitlab.test/me/image"}
+    found = labels_of(checkout, CI_COMMIT_SHA="b" * 40, **gitlab)
+    assert (found[REVISION], found[SOURCE]) == ("b" * 40, "https://gitlab.test/me/image")
+    found = labels_of(checkout, GIT_COMMIT="c" * 40, GIT_URL="https://me:secret@git.test/i.git")
+    assert (found[REVISION], found[SOURCE]) == ("c" * 40, "https://git.test/i")
+    line = f"note: the image gets no label with the revision of {checkout}: git is not installed"
+    elsewhere = {"CI_COMMIT_SHA": "b" * 40, "CI_PROJECT_DIR": "/elsewhere"}
+    assert [*labels_of(checkout, line, **elsewhere)] == [CREATED]
 
 
 def test_labels_without_git_have_only_the_date(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert list(oci_annotations(tmp_path)) == [CREATED]
+    assert list(labels_of(tmp_path)) == [CREATED]
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert list(oci_annotations(tmp_path)) == [CREATED]
+    assert list(labels_of(tmp_path)) == [CREATED]
 
 
 @pytest.mark.parametrize(
@@ -93,10 +164,10 @@ def test_web_address_of_a_remote_has_no_account(remote: str, address: str) -> No
 
 
 def test_each_stage_is_labelled_with_its_date_and_base(made: Site) -> None:
-    labels = [made.image(stage).labels for stage in ("base", "pull", "install")]
+    found = [made.image(stage).labels for stage in ("base", "pull", "install")]
     base = str(made.settings().base_image)
-    assert [each[BASE_NAME] for each in labels] == [base] * 3
-    assert [CREATED in each for each in labels] == [True] * 3
+    assert [each[BASE_NAME] for each in found] == [base] * 3
+    assert [CREATED in each for each in found] == [True] * 3
 
 
 def test_base_in_a_registry_has_a_digest_label(site: Site) -> None:
