@@ -123,13 +123,12 @@ def find_buildx(
 ) -> Buildx | None:
     """Return buildx for the engine at an address, or None if buildx is not installed.
 
-    The default builder is the engine's built-in one: another may not have the engine's images.
     ``private`` is the buildx of the private engine.
     """
     program = find_program(environment, private)
     if program is None:
         return None
-    variables = {name: value for name, value in environment.items() if name != "BUILDX_BUILDER"}
+    variables = dict(environment)
     if address and address.context:
         variables["DOCKER_CONTEXT"] = address.context
     elif address:

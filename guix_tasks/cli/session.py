@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager
@@ -209,8 +210,19 @@ def helpers(environment: Mapping[str, str]) -> Helpers:
     return Helpers(registry.accounts, find_build)
 
 
+_DROPPED = re.compile(
+    r"DOCKER_(API_VERSION|DEFAULT_PLATFORM)|SOURCE_DATE_EPOCH|BUILDX_(?!CONFIG|DEFAULT_POLICY).*"
+)
+"""Variables with which buildx would build another image than that of the settings, or would use
+another builder, and the version of the API, which ``docker.Client`` negotiates."""
+
+
 def engine_environment(settings: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment with Docker's variables of the settings, which it overrides."""
+    """Return the environment of Docker's programs.
+
+    Docker's variables of the environment override those of the settings.
+    """
+    kept = {name: value for name, value in os.environ.items() if not _DROPPED.fullmatch(name)}
     # As in env files, an empty value means that the variable is unset.
-    not_empty = {name: value for name, value in os.environ.items() if value}
-    return {**os.environ, **settings, **not_empty}
+    not_empty = {name: value for name, value in kept.items() if value}
+    return {**kept, **settings, **not_empty}

@@ -612,7 +612,15 @@ def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Se
                 if not (setting.secret or setting.confidential)
             }
         ),
-        notes=tuple(dict.fromkeys([*sources.notes, *_exposed_secrets(sources.raw, values)])),
+        notes=tuple(
+            dict.fromkeys(
+                [
+                    *sources.notes,
+                    *_exposed_secrets(sources.raw, values),
+                    *_ignored_platform(environ, values),
+                ]
+            )
+        ),
         origins=MappingProxyType({name: raw.origin for name, raw in sources.raw.items()}),
     )
 
@@ -647,6 +655,13 @@ def _exposed_secrets(raw: Mapping[str, RawValue], values: Mapping[str, Any]) -> 
             "GUIX_CHANNEL_CREDENTIALS, which is stored in none of the three"
         )
     return notes
+
+
+def _ignored_platform(environ: Mapping[str, str], values: Mapping[str, Any]) -> list[str]:
+    name = "DOCKER_DEFAULT_PLATFORM"
+    if not environ.get(name) or values["PLATFORMS"]:
+        return []
+    return [f"environment: {name} is ignored, and PLATFORMS is not set: using that of the engine"]
 
 
 def _check_together(sources: Sources, values: Mapping[str, Any]) -> None:

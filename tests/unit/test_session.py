@@ -914,6 +914,25 @@ def test_the_docker_command_takes_a_context_with_all_that_it_has(
     assert not environment["DOCKER_HOST"]
 
 
+def test_variables_that_change_a_build_do_not_reach_dockers_programs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dropped = {
+        "BUILDX_BUILDER": "mine",
+        "BUILDX_GIT_LABELS": "full",
+        "BUILDX_NO_DEFAULT_LOAD": "1",
+        "DOCKER_API_VERSION": "1.24",
+        "DOCKER_DEFAULT_PLATFORM": "linux/arm64",
+        "SOURCE_DATE_EPOCH": "1",
+    }
+    kept = {"BUILDX_CONFIG": "/buildx", "DOCKER_HOST": "unix:///x", "SSH_AUTH_SOCK": "/agent"}
+    for name, value in {**dropped, **kept}.items():
+        monkeypatch.setenv(name, value)
+    environment = session.engine_environment({"DOCKER_CONFIG": "/config"})
+    assert not dropped.keys() & environment.keys()
+    assert kept.items() <= environment.items()
+
+
 def test_without_the_docker_command_there_is_no_terminal(
     inv: Inv, monkeypatch: pytest.MonkeyPatch
 ) -> None:

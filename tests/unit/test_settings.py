@@ -781,6 +781,13 @@ def test_interpolation(project: Path) -> None:
     assert not any("not set" in note for note in settings.notes)
 
 
+def test_ignored_platform_of_dockers_command_line_is_worth_a_note(project: Path) -> None:
+    environment = {"DOCKER_DEFAULT_PLATFORM": "linux/arm64"}
+    (note,) = load(project, "", environment).notes
+    assert note.startswith("environment: DOCKER_DEFAULT_PLATFORM is ignored")
+    assert load(project, "PLATFORMS=linux/amd64\n", environment).notes == ()
+
+
 def test_a_variable_that_is_not_set_is_worth_a_note(project: Path) -> None:
     settings = load(project, "TAGS=1.${NOTHING}0\n")
     assert settings.tags == ("1.0",)
