@@ -36,7 +36,7 @@ def make_material(engine: Engine, console: Console, image: str, directory: Path)
     """
     mark = directory / "out" / "made-from"
     key = _key(engine, image, directory)
-    if mark.exists() and mark.read_text() == key:
+    if mark.exists() and mark.read_text(encoding="utf-8") == key:
         return
     console.print("offline example: making its channels and substitutes")
     if not engine.info().is_local:
@@ -60,7 +60,7 @@ def make_material(engine: Engine, console: Console, image: str, directory: Path)
         stale.unlink(missing_ok=True)
     binds = (f"{cache / 'debs'}:/debs:ro", f"{directory}:/example:ro", f"{out}:/out")
     _run(engine, console, image, ("bash", "/example/make.sh"), binds)
-    mark.write_text(key)
+    mark.write_text(key, encoding="utf-8")
 
 
 def _key(engine: Engine, name: str, directory: Path) -> str:

@@ -317,7 +317,7 @@ def _digest_of_state(path: Path, state: tuple[int, ...]) -> str:
         return hashlib.sha256(read_file(path)).hexdigest()
     cached = cache_home() / "digests" / text_digest(str(path), *map(str, state))
     with suppress(OSError):
-        return cached.read_text()
+        return cached.read_text(encoding="utf-8")
     digest = content_digest(path)
     with suppress(OSError):  # the cache is optional
         cached.parent.mkdir(parents=True, exist_ok=True)

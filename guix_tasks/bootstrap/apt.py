@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guix_tasks.bootstrap.service import locked
+from guix_tasks.bootstrap.service import kept_environment, locked
 from guix_tasks.errors import EngineError, GuixTasksError
 from guix_tasks.files import cache_home
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
+ENGLISH = {"LC_ALL": "C.UTF-8", "LANGUAGE": "C"}
+"""Variables without which errors and warnings cannot be distinguished."""
 
 # Fields of an index target that distinguish Debian's main archive from its security archive and
 # third parties, and the address.
@@ -79,8 +82,8 @@ class Apt:
             (self.directory / "lists" / "partial").mkdir(parents=True, exist_ok=True)
             (self.directory / "status").touch()
             sources = "".join(f"{self.source(suite)}\n" for suite in self.suites)
-            self._file("list").write_text(sources)
-            self._file("conf").write_text(self._configure())
+            self._file("list").write_text(sources, encoding="utf-8")
+            self._file("conf").write_text(self._configure(), encoding="utf-8")
             self._apt_get("update")
 
     def download(self, packages: Sequence[str], into: Path) -> None:
@@ -222,9 +225,8 @@ def error_line(output: str) -> str:
 
 
 def _run(argv: Sequence[str], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    # In another language, errors and warnings cannot be distinguished.
-    environment = {**os.environ, "LC_ALL": "C.UTF-8", "DEBIAN_FRONTEND": "noninteractive"}
+    environment = {**kept_environment(), **ENGLISH, "DEBIAN_FRONTEND": "noninteractive"}
     return subprocess.run(
-        argv, capture_output=True, text=True, errors="replace", cwd=cwd, env=environment,
+        argv, capture_output=True, encoding="utf-8", errors="replace", cwd=cwd, env=environment,
         stdin=subprocess.DEVNULL, check=False,
     )  # fmt: skip

@@ -19,8 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from guix_tasks.bootstrap.apt import KEYRING, Apt, on_debian, required_suite
+from guix_tasks.bootstrap.apt import ENGLISH, KEYRING, Apt, on_debian, required_suite
 from guix_tasks.bootstrap.registry import pull_missing
+from guix_tasks.bootstrap.service import kept_environment
 from guix_tasks.engine.api import ContainerSpec, run_to_end
 from guix_tasks.errors import BuilderError, GuixTasksError
 from guix_tasks.files import temporary_directory
@@ -131,7 +132,7 @@ def debian_rootfs(console: Console, packages: Sequence[str] = PACKAGES) -> Itera
     environment = _mmdebstrap(apt, console)
     with temporary_directory() as scratch:
         settings = scratch / "apt.conf"
-        settings.write_text(_machine_settings())
+        settings.write_text(_machine_settings(), encoding="utf-8")
         keyring = [f"--keyring={KEYRING}"] if KEYRING.exists() else []
         options = [f"--aptopt={settings}", *keyring]
         argv = [*mmdebstrap_argv(packages), *options, SUITE, "-", apt.mirror]
@@ -183,9 +184,9 @@ def _check_namespaces() -> None:
     if os.geteuid() == 0:
         return
     ranges = Path("/etc/subuid")
-    lines = ranges.read_text().splitlines() if ranges.exists() else []
+    text = ranges.read_text(encoding="utf-8", errors="replace") if ranges.exists() else ""
     is_granted = any(
-        line.startswith((f"{getpass.getuser()}:", f"{os.getuid()}:")) for line in lines
+        line.startswith((f"{getpass.getuser()}:", f"{os.getuid()}:")) for line in text.splitlines()
     )
     if not (shutil.which("newuidmap") and is_granted):
         raise BuilderError(
@@ -203,12 +204,13 @@ def _mmdebstrap(apt: Apt, console: Console) -> dict[str, str]:
         installed = Path("/var/lib/dpkg/status")
         replace(apt, status=installed).unpack(["mmdebstrap"], root, closure=True)
     # Programs of the machine take precedence.  A small Debian has no complete Perl.
-    programs = [os.environ.get("PATH", os.defpath), f"{root}/usr/bin", f"{root}/usr/sbin"]
+    kept = kept_environment()
+    programs = [kept["PATH"], f"{root}/usr/bin", f"{root}/usr/sbin"]
     patterns = ("usr/share/perl5", "usr/share/perl/*", "usr/lib/*/perl/*")
     modules = [directory for pattern in patterns for directory in root.glob(pattern)]
     return {
-        **os.environ,
-        "LC_ALL": "C.UTF-8",
+        **kept,
+        **ENGLISH,
         "PATH": os.pathsep.join(programs),
         **({"PERL5LIB": os.pathsep.join(map(str, modules))} if modules else {}),
     }
@@ -222,7 +224,7 @@ def _machine_settings() -> str:
     """
     kept = ("Acquire::http", "Acquire::https", "Acquire::ForceIPv", "Acquire::Retries")
     dump = subprocess.run(
-        ["apt-config", "dump", "--no-empty"], capture_output=True, text=True, check=False
+        ["apt-config", "dump", "--no-empty"], capture_output=True, encoding="utf-8", check=False
     )
     return "".join(f"{line}\n" for line in dump.stdout.splitlines() if line.startswith(kept))
 

@@ -156,7 +156,7 @@ class PrivateEngine:
     def _check_store(self, store: ImageStore | None) -> None:
         if store is None:
             return
-        running = json.loads(self._configuration.read_text())
+        running = json.loads(self._configuration.read_text(encoding="utf-8"))
         if running.get("features") != _features(store):
             raise EngineError(
                 f"the private engine is already running without the image store {store.value}; run "
@@ -164,7 +164,9 @@ class PrivateEngine:
             )
 
     def _start(self, store: ImageStore | None) -> None:
-        self._configuration.write_text(json.dumps(self._configure(store), indent=2) + "\n")
+        self._configuration.write_text(
+            json.dumps(self._configure(store), indent=2) + "\n", encoding="utf-8"
+        )
         programs = [self._root / "usr/bin", self._root / "usr/sbin"]
         process = self._daemon.start(["--config-file", str(self._configuration)], programs)
         try:
@@ -217,7 +219,7 @@ class PrivateEngine:
         self._daemon.pid_file.unlink(missing_ok=True)
 
     def _mounts(self) -> list[str]:
-        table = Path("/proc/self/mountinfo").read_text()
+        table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
         data = self.directory / "data"
         points = [*mounts_below(self._run, table), *mounts_below(data, table)]
         # The engine mounts its data directory on itself and creates this file.  Without the file,

@@ -60,7 +60,7 @@ class Account:
     def credentials(self) -> Credentials | None:
         """Return the user and password, or None before the account is made."""
         try:
-            return Credentials(USER, self.password_file.read_text().strip())
+            return Credentials(USER, self.password_file.read_text(encoding="utf-8").strip())
         except OSError:
             return None
 
@@ -93,7 +93,8 @@ def accounts(engine: EngineInfo) -> dict[str, Credentials]:
     account = Account(directory).credentials()
     if account is None:
         return {}
-    ports = [file.stem for file in directory.glob("*.engine") if file.read_text() == engine.url]
+    marks = directory.glob("*.engine")
+    ports = [mark.stem for mark in marks if mark.read_text(encoding="utf-8") == engine.url]
     if engine.shares_loopback:
         started = [file.stem for file in directory.glob("*.pid") if file.stem.isdecimal()]
         ports += [port for port in started if LocalRegistry(directory, int(port)).running()]
@@ -171,7 +172,7 @@ class LocalRegistry:
     def _start(self) -> None:
         configuration = self.directory / f"{self.port}.yml"
         # JSON is valid YAML and needs no quoting rules.
-        configuration.write_text(json.dumps(self._configure(), indent=2) + "\n")
+        configuration.write_text(json.dumps(self._configure(), indent=2) + "\n", encoding="utf-8")
         process = self._service.start(["serve", str(configuration)])
         try:
             self._wait(lambda: process.poll() is None)
@@ -246,7 +247,7 @@ class ContainerRegistry:
         content = {"htpasswd": self._account.accounts_file.read_bytes()}
         self.engine.copy_in(container, archive(content, directory=_IMAGE_DIRECTORY))
         self.engine.start(container)
-        self._mark.write_text(self.engine.info().url)
+        self._mark.write_text(self.engine.info().url, encoding="utf-8")
 
     def down(self, console: Console) -> None:
         """Stop the registry; keep the pushed images in a volume."""

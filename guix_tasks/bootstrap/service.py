@@ -26,11 +26,21 @@ if TYPE_CHECKING:
 
 PROC = Path("/proc")
 
-# Environment variables that a daemon inherits: proxies and certificates, but no other secrets.
-_KEPT = re.compile(r"HOME|LANG|LC_.*|TZ|TMPDIR|SSL_CERT_(FILE|DIR)|(?i:(http|https|no|all)_proxy)")
+_KEPT = re.compile(
+    r"PATH|HOME|LANG|LC_.*|TZ|TMPDIR|APT_CONFIG|SSL_CERT_(FILE|DIR)|(?i:(http|https|no|all)_proxy)"
+)
 
 _LOW_LEVEL = re.compile(r"level=(debug|info|warning)")
 _MESSAGE = re.compile(r'msg="((?:[^"\\]|\\.)*)"')
+
+
+def kept_environment() -> dict[str, str]:
+    """Return the variables that daemons and Debian's programs inherit.
+
+    These are proxies and certificates, but no other secrets, and no options of these programs.
+    """
+    kept = {name: value for name, value in os.environ.items() if _KEPT.fullmatch(name)}
+    return {"PATH": os.defpath, **kept}
 
 
 @dataclass(frozen=True)
@@ -44,15 +54,15 @@ class Service:
     def pid(self) -> int | None:
         """Return the pid of the daemon, or None if it is not running."""
         try:
-            pid = int(self.pid_file.read_text())
+            pid = int(self.pid_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return pid if program_of(pid) == self.program.resolve() else None
 
     def start(self, arguments: Sequence[str], path: Sequence[Path] = ()) -> subprocess.Popen[bytes]:
         """Start the daemon in a new session, which neither Ctrl-C nor the end of ``inv`` stops."""
-        environment = {name: v for name, v in os.environ.items() if _KEPT.fullmatch(name)}
-        environment["PATH"] = os.pathsep.join([*map(str, path), os.environ.get("PATH", os.defpath)])
+        environment = kept_environment()
+        environment["PATH"] = os.pathsep.join([*map(str, path), environment["PATH"]])
         # The process writes its pid before it becomes the daemon, so the daemon is known even if
         # ``inv`` is killed right after the start.
         launcher = ["/bin/sh", "-c", 'echo $$ >"$0" && exec "$@"', str(self.pid_file)]
@@ -92,7 +102,7 @@ class Service:
     def error_line(self) -> str:
         """Return the last line of the log above the level of warnings."""
         try:
-            lines = self.log.read_text(errors="replace").split("\n")
+            lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
         except OSError:
             lines = []
         errors = [line for line in lines if line.strip() and not _LOW_LEVEL.search(line)]
@@ -134,7 +144,7 @@ def program_of(pid: int) -> Path | None:
 def children(parents: Collection[int]) -> list[int]:
     def parent(pid: int) -> int | None:
         try:
-            status = (PROC / str(pid) / "stat").read_text(errors="replace")
+            status = (PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
         except OSError:
             return None
         # PID (NAME) STATE PARENT ...; the name may contain any characters.

@@ -368,7 +368,7 @@ class _Build:
         # BuildKit writes a directory for each platform if there are several.
         subdirectory = directory / str(platform or self._platforms[0]).replace("/", "_")
         path = (subdirectory if subdirectory.is_dir() else directory) / name
-        return path.read_text().strip() if path.exists() else ""
+        return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
     def _user(self) -> str:
         """Return the base image's user for a Dockerfile: name or UID, or empty for root.
@@ -487,11 +487,11 @@ class _Build:
     def _bake(self, definition: Definition, target: str) -> str:
         """Build a target with bake and return the image's digest, if it has one."""
         directory, console = self.directory, self.project.console
-        (directory / "Dockerfile").write_text(bakefile.dockerfile(definition))
-        (directory / "bake.json").write_text(bakefile.bake_file(definition))
+        (directory / "Dockerfile").write_text(bakefile.dockerfile(definition), encoding="utf-8")
+        (directory / "bake.json").write_text(bakefile.bake_file(definition), encoding="utf-8")
         if not self.buildx.perform and target == IMAGE_TARGET:
             for file in ("Dockerfile", "bake.json"):
-                console.print(f"--- {file}\n{(directory / file).read_text()}")
+                console.print(f"--- {file}\n{(directory / file).read_text(encoding='utf-8')}")
         metadata = directory / "metadata.json"
         variables = {**self.buildx.environment, "BUILDX_METADATA_PROVENANCE": "disabled"}
         program = replace(self.buildx, environment=variables)
@@ -536,5 +536,5 @@ class _Build:
         if not self.buildx.perform:
             return ""
         return str(
-            json.loads(metadata.read_text()).get(target, {}).get("containerimage.digest", "")
+            json.loads(metadata.read_bytes()).get(target, {}).get("containerimage.digest", "")
         )

@@ -81,7 +81,7 @@ class Buildx:
         """
         done = subprocess.run(
             [self.program, *arguments], env=dict(self.environment), input=text,
-            capture_output=True, text=True, errors="replace", check=False,
+            capture_output=True, encoding="utf-8", errors="replace", check=False,
         )  # fmt: skip
         if done.returncode:
             raise failure(done.stderr)

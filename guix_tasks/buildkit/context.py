@@ -146,7 +146,7 @@ def save_as_layout(engine: Engine, image: Image, reference: ImageReference, kept
         if not layout.exists():
             _save(engine, image, layout)
         os.utime(layout)
-        index = json.loads((layout / "index.json").read_text())
+        index = json.loads((layout / "index.json").read_bytes())
         digest = index["manifests"][0]["digest"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError, tarfile.TarError) as error:
         shutil.rmtree(layout, ignore_errors=True)

@@ -73,7 +73,13 @@ class Session:
     def use(self, settings: Settings) -> Settings:
         """Set up the console, print each note on the settings once, and resolve ``OUTPUT``."""
         self.display(settings.output)
-        for note in settings.notes:
+        notes = list(settings.notes)
+        if (encoding := sys.getfilesystemencoding()) != "utf-8":
+            notes.append(
+                f"the locale has the encoding {encoding}, and the engine reads names of files as "
+                "UTF-8; set PYTHONUTF8=1"
+            )
+        for note in notes:
             if note not in _printed_notes:
                 self.console.print(f"note: {note}")
                 _printed_notes.add(note)

@@ -154,7 +154,7 @@ def _ask_helper(helper: str, host: str, environment: Mapping[str, str]) -> Crede
     try:
         done = subprocess.run(
             [program, "get"], input=docker_key(host), env=dict(environment), capture_output=True,
-            text=True, errors="replace", check=False, timeout=_HELPER_SECONDS,
+            encoding="utf-8", errors="replace", check=False, timeout=_HELPER_SECONDS,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise _helper_error(host, f"{program} does not answer") from None

@@ -767,7 +767,7 @@ def seccomp_profile(option: str) -> Path | None:
 def _with_profile(option: str) -> str:
     """Return a security option with the content of its file, as Docker's API expects it."""
     file = seccomp_profile(option)
-    return f"{option.partition('=')[0]}={file.read_text()}" if file else option
+    return f"{option.partition('=')[0]}={file.read_text(encoding='utf-8')}" if file else option
 
 
 def _security(info: Mapping[str, Any]) -> tuple[str, ...]:

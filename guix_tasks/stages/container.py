@@ -635,7 +635,7 @@ def _started(pid: int) -> str:
     Process IDs are reused, so an ID alone does not identify a process.
     """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
     # proc(5): the name, in parentheses, can contain spaces; starttime is field 22.

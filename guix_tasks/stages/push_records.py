@@ -60,7 +60,7 @@ def load(settings: Settings) -> dict[Path, Pushed]:
 
 def _read(path: Path) -> Pushed:
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         platforms = tuple(Platform.parse(text) for text in record["platforms"])
         _ = platforms[0]  # A record without a platform is invalid.
         reference = ImageReference.parse(f"{record['repository']}@{record['digest']}")

@@ -72,7 +72,7 @@ def resolve_sandbox(
     )
     cached = cache_home() / "sandbox" / key
     with suppress(OSError, ValueError):
-        return replace(settings, guix_sandbox=Sandbox(cached.read_text()))
+        return replace(settings, guix_sandbox=Sandbox(cached.read_text(encoding="utf-8")))
     sandbox = None if engine.is_dry else _first_working(engine, settings, console, image, order)
     if sandbox is None:
         return replace(settings, guix_sandbox=order[0])

@@ -99,7 +99,9 @@ class Console:
     def result(self, text: str) -> None:
         """Print the result of the task on standard output."""
         self.end_streams()
-        print(redact.clean(text), file=self.out, flush=True)
+        encoding = self.out.encoding or "utf-8"  # perhaps ASCII, as with LC_ALL=C
+        text = redact.clean(text).encode(encoding, "backslashreplace").decode(encoding)
+        print(text, file=self.out, flush=True)
 
     def print(self, text: str) -> None:
         """Print a line about the progress of the task, unless the display is quiet."""

@@ -114,6 +114,19 @@ def test_hooks_do_what_they_say(tmp_path: Path) -> None:
     )
 
 
+def test_options_of_programs_in_the_environment_do_not_reach_mmdebstrap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hostile = {"TAR_OPTIONS": "--exclude=*", "SOURCE_DATE_EPOCH": "1", "PERL5OPT": "-Mx"}
+    for name, value in {**hostile, "http_proxy": "http://p.test", "LANGUAGE": "de"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "mmdebstrap").mkdir()
+    environment = base_image._mmdebstrap(apt.Apt(["sid"], directory=tmp_path), console()[0])
+    assert not hostile.keys() & environment.keys()
+    assert environment["http_proxy"] == "http://p.test"
+    assert environment["LANGUAGE"] == "C"
+
+
 def test_only_a_base_with_guix_gets_build_users() -> None:
     assert "guixbuild" in " ".join(mmdebstrap_argv(base_image.PACKAGES))
     assert "guixbuild" not in " ".join(mmdebstrap_argv(()))

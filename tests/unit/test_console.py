@@ -108,6 +108,12 @@ def test_a_stream_is_handed_on_byte_by_byte() -> None:
     assert raw.getvalue() == b"\xff\xc3\xa9\n"
 
 
+def test_result_that_the_locale_cannot_show_is_escaped() -> None:
+    raw = io.BytesIO()
+    Console(out=io.TextIOWrapper(raw, encoding="ascii")).result("one café")
+    assert raw.getvalue() == rb"one caf\xe9" + b"\n"
+
+
 def test_a_stream_and_lines_keep_their_order() -> None:
     raw = io.BytesIO()
     console = Console(err=io.TextIOWrapper(raw, encoding="utf-8"))

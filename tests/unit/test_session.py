@@ -914,6 +914,11 @@ def test_the_docker_command_takes_a_context_with_all_that_it_has(
     assert not environment["DOCKER_HOST"]
 
 
+def test_locale_without_utf8_is_worth_a_note(inv: Inv, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    assert "note: the locale has the encoding ascii, and" in inv("status").err
+
+
 def test_variables_that_change_a_build_do_not_reach_dockers_programs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

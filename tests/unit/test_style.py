@@ -47,3 +47,23 @@ def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
         if text.split()[0] in FIRST_WORDS
     ]
     assert found == []
+
+
+def test_text_of_files_and_programs_does_not_depend_on_the_locale() -> None:
+    """A call without an encoding uses that of ``LC_ALL``."""
+    found = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sources()
+        if path.suffix == ".py"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and _uses_locale(node)
+    ]
+    assert found == []
+
+
+def _uses_locale(call: ast.Call) -> bool:
+    options = {option.arg: ast.unparse(option.value) for option in call.keywords}
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+    # The function `files.read_text` has UTF-8 as its default; `universal_newlines` is not used.
+    is_text = name in ("read_text", "write_text") or options.get("text") == "True"
+    return is_text and "encoding" not in options
