@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from guix_tasks.ui.console import Console
 
@@ -346,23 +346,38 @@ def list_digest(describe: Callable[[T], str], items: Sequence[T]) -> str:
 def tree_digest(root: Path, *, without: Collection[Path] = ()) -> str:
     """Return the digest of a file, or of a directory with all its files.
 
-    ``without`` contains the real paths of directories to ignore.
+    ``without`` contains the real paths of files and directories to ignore.
+
+    Raise ``OSError`` if a file or a directory cannot be read.
     """
-    if not root.is_dir():
-        return file_digest(root)
-    return list_digest(partial(_entry, root), sorted(_walk(root, without)))
+    mode = root.stat().st_mode
+    if stat.S_ISDIR(mode):
+        return list_digest(partial(_entry, root), sorted(_walk(root, without)))
+    if stat.S_ISREG(mode):
+        digest = file_digest(root)
+        return text_digest("x", digest) if mode & stat.S_IXUSR else digest
+    return text_digest(f"{stat.S_IFMT(mode):o}")
 
 
 def _walk(root: Path, without: Collection[Path]) -> Iterator[str]:
     """Yield the paths of files, links and empty directories, relative to ``root``."""
-    real = root.resolve()
-    for directory, subdirectories, names in os.walk(root):
-        path = os.path.relpath(directory, root)
-        subdirectories[:] = [name for name in subdirectories if real / path / name not in without]
-        if path != os.curdir and not subdirectories and not names:
+    real = os.path.realpath(root)
+    ignored = {str(path) for path in without}
+    above = {str(parent) for path in without for parent in path.parents}
+    for directory, subdirectories, names in os.walk(real, onerror=raise_error):
+        path = os.path.relpath(directory, real)
+        kept = [name for name in names if f"{directory}/{name}" not in ignored]
+        subdirectories[:] = [n for n in subdirectories if f"{directory}/{n}" not in ignored]
+        # A directory that a task creates for its output is empty without it.
+        if not (path == os.curdir or subdirectories or kept or directory in above):
             yield os.path.normpath(path)
         links = (name for name in subdirectories if Path(directory, name).is_symlink())
-        yield from (os.path.normpath(f"{path}/{name}") for name in (*names, *links))
+        yield from (os.path.normpath(f"{path}/{name}") for name in (*kept, *links))
+
+
+def raise_error(error: OSError) -> NoReturn:
+    """Raise an error of ``os.walk``, which otherwise skips directories that cannot be read."""
+    raise error
 
 
 def _entry(root: Path, name: str) -> str:

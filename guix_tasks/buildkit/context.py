@@ -76,7 +76,7 @@ def write_step(
         contents["again"] = secrets.token_bytes(16)
     for file, content in contents.items():
         path = directory / WORK / name / file
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(path, directory)
         path.write_bytes(content)
         path.chmod(0o755 if content.startswith(b"#!") else 0o644)
 
@@ -102,7 +102,7 @@ def write_mounts(settings: Settings, directory: Path) -> tuple[dict[str, str], d
         elif mount.source.is_file():
             name, path = WORK, f",source=mounts/{number}"
             copy = directory / name / "mounts" / str(number)
-            copy.parent.mkdir(parents=True, exist_ok=True)
+            _make_parent(copy, directory)
             shutil.copy(mount.source, copy)
         else:
             raise UsageError(
@@ -112,6 +112,13 @@ def write_mounts(settings: Settings, directory: Path) -> tuple[dict[str, str], d
         access = "" if mount.read_only else ",rw"
         binds[mount.target] = f"type=bind,from={name},target={mount.target}{path}{access}"
     return binds, contexts
+
+
+def _make_parent(path: Path, root: Path) -> None:
+    """Create the directory of a file with the mode that it has in a work container."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for parent in list(path.relative_to(root).parents)[:-1]:
+        (root / parent).chmod(0o755)
 
 
 def local_base_image(engine: Engine, settings: Settings) -> Image | None:

@@ -431,10 +431,14 @@ class Settings:
         return self.directory / "out"
 
     @property
-    def logs(self) -> frozenset[Path]:
-        """Directories that tasks write to while they run; they are no input of any stage."""
-        out = self.output_directory.resolve()
-        return frozenset(out / name for name in ("logs", "failed", "digests"))
+    def no_inputs(self) -> frozenset[Path]:
+        """Real paths of the directories and of the lock that tasks write while they run.
+
+        They are no input of any stage, even if they are in a mount or in the build context.
+        """
+        out, lock = self.output_directory.resolve(), self.guix_channels_lock
+        links = {lock.parent.resolve() / lock.name, lock.resolve()} if lock else set()
+        return frozenset({*links, *(out / name for name in ("logs", "failed", "digests"))})
 
     @property
     def references(self) -> list[str]:

@@ -76,7 +76,7 @@ def base_inputs(engine: Engine, settings: Settings, known: Mapping[str, str]) ->
         "build context": _context_digest(settings, spec),
         "build arguments": text_digest(*sorted(f"{n}={text}" for n, text in arguments.items())),
         "image/": tree_digest(RESOURCES),
-        BASE_INPUT: _base_image(engine, settings, known.get(BASE_INPUT, "")),
+        BASE_INPUT: base_image_input(engine, settings, known.get(BASE_INPUT, "")),
         **platform_input(engine, settings),
     }
 
@@ -90,17 +90,11 @@ def base_annotations(settings: Settings, inputs: Mapping[str, str]) -> dict[str,
 
 
 def _context_digest(settings: Settings, spec: BuildSpec) -> str:
-    """Return the digest of the build context without the lock and the logs.
-
-    Both are written after the base stage is made.
-    """
-    excluded = set(settings.logs)
-    if lock := settings.guix_channels_lock:
-        excluded |= {lock.parent.resolve() / lock.name, lock.resolve()}
-    return context_digest(context_entries(spec.context, spec.dockerfile), excluded)
+    entries = context_entries(spec.context, spec.dockerfile)
+    return context_digest(entries, settings.no_inputs)
 
 
-def _base_image(engine: Engine, settings: Settings, known: str) -> str:
+def base_image_input(engine: Engine, settings: Settings, known: str) -> str:
     """Return the base image's reference and digest, separated by a space.
 
     The digest is the one of the registry, which is the same on all machines.  An image that is in

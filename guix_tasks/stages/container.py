@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from guix_tasks.engine.api import Container, Engine
     from guix_tasks.settings import Settings
+    from guix_tasks.settings.values import Mount
 
 WORK_DIRECTORY = "/var/guix/guix-tasks"
 """Private directory of a work container. The daemon's user owns its parent and can delete it."""
@@ -442,11 +443,16 @@ def common_inputs(engine: Engine, settings: Settings) -> dict[str, str]:
         "entry point": file_digest(RESOURCES / "entry-point.sh"),
         "substitute keys": text_digest(*sorted(map(file_digest, settings.guix_substitute_keys))),
         "caches": "on volumes" if settings.cache_volume else "in the image",
-        **{
-            f"mount {mount.target}": tree_digest(mount.source, without=settings.logs)
-            for mount in settings.mounts
-        },
+        **mount_inputs(settings, settings.mounts),
         **platform_input(engine, settings),
+    }
+
+
+def mount_inputs(settings: Settings, mounts: Iterable[Mount]) -> dict[str, str]:
+    """Return the digests of the content of mounts, by name."""
+    return {
+        f"mount {mount.target}": tree_digest(mount.source, without=settings.no_inputs)
+        for mount in mounts
     }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks import guix
 from guix_tasks.errors import UsageError
+from guix_tasks.files import raise_error
 from guix_tasks.stages.container import INPUTS, WORK_DIRECTORY
 from guix_tasks.stages.images import PACKAGES_LABEL
 from guix_tasks.stages.stage import Stage
@@ -45,10 +46,12 @@ def input_files(settings: Settings, owner: str, inputs: Sequence[str]) -> dict[s
 
 def _files(settings: Settings, owner: str, name: str) -> Iterator[tuple[str, bytes]]:
     path = settings.directory / name
-    files = sorted(_walk(path)) if path.is_dir() else [path]
-    if not files:
-        raise UsageError(f"{owner}: the input {path} is an empty directory; choose another input")
     try:
+        files = sorted(_walk(path)) if path.is_dir() else [path]
+        if not files:
+            raise UsageError(
+                f"{owner}: the input {path} is an empty directory; choose another input"
+            )
         for file in files:
             yield str(file.relative_to(settings.directory)), file.read_bytes()
     except OSError as error:
@@ -59,7 +62,7 @@ def _files(settings: Settings, owner: str, name: str) -> Iterator[tuple[str, byt
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    for directory, subdirectories, names in os.walk(root):
+    for directory, subdirectories, names in os.walk(root, onerror=raise_error):
         # os.walk does not follow links to directories.  Reading one fails, which reports it.
         links = [name for name in subdirectories if Path(directory, name).is_symlink()]
         yield from (Path(directory, name) for name in [*names, *links])

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 from guix_tasks.engine.credentials import accounts_for
 from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, SettingsError, UsageError
-from guix_tasks.stages.base import base_annotations, base_inputs, base_platform_error, base_spec
+from guix_tasks.stages.base import (
+    BASE_INPUT,
+    base_annotations,
+    base_image_input,
+    base_inputs,
+    base_platform_error,
+    base_spec,
+)
 from guix_tasks.stages.commit import commit_image
 from guix_tasks.stages.container import (
     INPUTS,
@@ -295,6 +302,8 @@ class Lifecycle:
         """Build the Dockerfile and commit the result with the labels of the base stage."""
         started = time.monotonic()
         project, settings = self._project, self._settings
+        # Before the build, so that a file that is edited meanwhile makes the stage stale.
+        inputs = base_inputs(project.engine, settings, {})
         accounts = accounts_for(project.engine, settings)
         spec = replace(base_spec(settings, network(project.engine, settings)), accounts=accounts)
         try:
@@ -319,7 +328,7 @@ class Lifecycle:
             project.engine.drop(built.id)
             raise
         # The build has pulled the base image if it was missing, so its digest is known now.
-        inputs = base_inputs(project.engine, settings, {})
+        inputs[BASE_INPUT] = base_image_input(project.engine, settings, "")
         state, keys = guix_state(project, built) if settings.cache_volume else ("", "")
         labels = {
             **stage_labels("base", "", inputs),

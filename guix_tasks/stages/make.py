@@ -16,6 +16,7 @@ from guix_tasks.stages.container import (
     cache_prefix,
     check_no_kept_container,
     common_inputs,
+    mount_inputs,
     work_container,
 )
 from guix_tasks.stages.images import (
@@ -78,6 +79,8 @@ def run_stage(
         image = _reassemble(project, stage, parent, current)
         if image:
             return image
+    # Before the run, so that a file that is edited meanwhile makes the stage stale.
+    common = common_inputs(project.engine, project.settings)
     project = project.with_sandbox(parent, as_root=stage.as_root)
     console, settings = project.console, project.settings
     if not commit or keep_failed:
@@ -89,7 +92,7 @@ def run_stage(
         if warm:
             if stage.fetches is not None:
                 take_checkouts(project)
-            image = _run_warm(project, stage, parent, current, step, force=force)
+            image = _run_warm(project, stage, parent, current, step, common=common, force=force)
             if stage.fetches is not None:
                 push_checkouts(project, parent)
             return image
@@ -101,7 +104,7 @@ def run_stage(
             if not commit:
                 console.print(f"{stage.name}: not committed; `inv commit` commits the container")
                 return None
-            labels = {**_labels(project, stage, parent, report), LIVE_LABEL: ""}
+            labels = {**_labels(project, stage, parent, report, common), LIVE_LABEL: ""}
             if not force and current and _is_unchanged(project, current, parent, labels):
                 return None
             return commit_image(project, container, parent, project.ledger.tag(stage.name), labels)
@@ -114,6 +117,7 @@ def _run_warm(
     current: Image | None,
     step: Step,
     *,
+    common: Mapping[str, str],
     force: bool,
 ) -> Image | None:
     """Run a stage's commands with the warm store, and assemble its image from the result."""
@@ -125,7 +129,7 @@ def _run_warm(
         fill_store(project, volume, seeds)
     result = new_result()
     # Only install reuses a result: pull can fetch other commits from the same inputs.
-    inputs = stage.inputs(common_inputs(project.engine, project.settings))
+    inputs = stage.inputs(common)
     earlier = "" if force or stage.pinned else guix_key(stage, parent, inputs)
     run = partial(_run_in_store, project, stage, parent, volume, result=result, earlier=earlier)
     try:
@@ -141,7 +145,7 @@ def _run_warm(
     step.show_activity(lambda: "assembling")
     try:
         labels = {
-            **_labels(project, stage, parent, report),
+            **_labels(project, stage, parent, report, common),
             ASSEMBLED_LABEL: trust,
             FILES_LABEL: "" if stage.as_root else files_digest(parent),
         }
@@ -235,11 +239,18 @@ def _run_commands(project: Project, stage: Stage, container: str, work: Work) ->
     return report
 
 
-def _labels(project: Project, stage: Stage, parent: Image, report: str) -> dict[str, str]:
-    """Return the labels of a stage's image for a report."""
+def _labels(
+    project: Project, stage: Stage, parent: Image, report: str, common: Mapping[str, str]
+) -> dict[str, str]:
+    """Return the labels of a stage's image for a report.
+
+    ``common`` are the inputs before the run. The run itself can have changed writable mounts.
+    """
+    writable = [mount for mount in project.settings.mounts if not mount.read_only]
+    common = {**common, **mount_inputs(project.settings, writable)}
     # A dry run has no report to pin the stage by.
     pinned = stage.pinned(report) if stage.pinned and report else stage
-    inputs = pinned.inputs(common_inputs(project.engine, project.settings))
+    inputs = pinned.inputs(common)
     return {
         **stage_labels(stage.name, key_of(parent), inputs),
         **stage.labels(report),

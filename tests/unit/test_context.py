@@ -44,6 +44,37 @@ def directory(tmp_path: Path) -> Path:
     return place
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_modes_of_a_step_do_not_depend_on_the_umask(
+    tmp_path: Path, directory: Path, umask: int
+) -> None:
+    (tmp_path / "file").touch(0o640)
+    made = settings(tmp_path, MOUNTS=f"{tmp_path / 'file'}:/file")
+    directory.chmod(0o700)
+    previous = os.umask(umask)
+    try:
+        write_step(made, directory, "pull", {"stage": b"#!/bin/sh\n", "x/y": b""}, force=False)
+        write_mounts(made, directory)
+    finally:
+        os.umask(previous)
+    modes = {
+        str(path.relative_to(directory)): f"{path.stat().st_mode & 0o777:o}"
+        for path in directory.rglob("*")
+    }
+    assert modes == {
+        "work": "755",
+        "work/pull": "755",
+        "work/pull/entry-point.sh": "755",
+        "work/pull/environment": "644",
+        "work/pull/stage": "755",
+        "work/pull/x": "755",
+        "work/pull/x/y": "644",
+        "work/mounts": "755",
+        "work/mounts/0": "640",
+    }
+    assert directory.stat().st_mode & 0o777 == 0o700
+
+
 def files(directory: Path) -> dict[str, bytes]:
     paths = (path for path in directory.rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): path.read_bytes() for path in paths}

@@ -24,7 +24,7 @@ from guix_tasks.commands.status import STATUS_HEADER, status_rows, tag_statuses
 from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import StageError, UsageError
 from guix_tasks.stages.container import WORK_DIRECTORY
-from guix_tasks.stages.custom import custom_stage
+from guix_tasks.stages.custom import custom_stage, input_files
 from guix_tasks.stages.declarations import CustomStage, declared
 from guix_tasks.stages.images import (
     PACKAGES_LABEL,
@@ -162,6 +162,22 @@ def test_empty_input_directory_is_reported(site: OwnSite) -> None:
     (site.directory / "patches/one/fix.patch").unlink()
     with pytest.raises(UsageError, match=r"patches is an empty directory"):
         site.make("deps")
+
+
+def test_input_directory_that_cannot_be_read_is_reported(
+    site: OwnSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.write("guix/deep/file", "x")
+    list_directory = os.scandir
+
+    def scan(path: str) -> object:
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return list_directory(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(UsageError, match=r"cannot read the input .*deep: Permission denied"):
+        input_files(site.settings(), "stage deps", ["guix"])
 
 
 def test_link_to_a_directory_is_reported(site: OwnSite) -> None:

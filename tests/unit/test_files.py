@@ -141,6 +141,36 @@ def test_special_files_do_not_hang(tmp_path: Path) -> None:
 def test_a_file_is_a_tree_too(tmp_path: Path) -> None:
     file = plant(tmp_path / "x", {"a": b"1"}) / "a"
     assert tree_digest(file) == file_digest(file)
+    file.chmod(0o755)
+    assert tree_digest(file) != file_digest(file)
+
+
+def test_directory_that_cannot_be_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine, which is root, would read what the digest lacks."""
+    directory = plant(tmp_path / "x", {"a": b"1", "deep/a": b"1"})
+    list_directory = os.scandir
+
+    def scan(path: str) -> object:
+        if path.endswith("deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return list_directory(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(PermissionError):
+        tree_digest(directory)
+
+
+def test_output_left_out_does_not_count(tmp_path: Path) -> None:
+    directory = plant(tmp_path / "x", {"a": b"1"})
+    without = [directory / "lock", directory / "out" / "logs"]
+    before = tree_digest(directory, without=without)
+    plant(directory / "out" / "logs", {"one": b"1"})
+    (directory / "lock").touch()
+    assert tree_digest(directory, without=without) == before
+    (directory / "out" / "pack").touch()
+    assert tree_digest(directory, without=without) != before
 
 
 def test_missing_file_is_an_os_error(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,11 @@ from fake_engine import (
     IMAGE,
     PROFILE,
     STEADY,
+    FakeContainer,
     FakeEngine,
     FakeRegistry,
     Heard,
+    Output,
     Site,
     channel,
     new_site,
@@ -52,6 +55,8 @@ from guix_tasks.stages.images import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from guix_tasks.engine.api import BuildSpec
 
 # --- The seal -------------------------------------------------------------------------------
 
@@ -543,6 +548,61 @@ def test_what_tasks_write_while_they_work_changes_no_key(kept: Kept, mounted: st
     assert site.keys() == before
     site.write("out/substitutes", "y")
     assert site.keys() != before
+
+
+def test_lock_in_a_mount_does_not_make_the_pull_stale_that_wrote_it(tmp_path: Path) -> None:
+    site = new_site(tmp_path, MOUNTS=".:/src")
+    site.make("base", "pull", "install")
+    assert site.why("install") is None
+
+
+def test_input_that_is_edited_during_the_run_makes_the_stage_stale(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The image has the earlier content, or some of each."""
+    build, behaviour = site.engine.build, site.engine.behaviour
+
+    def edited_build(spec: BuildSpec, output: Callable[[bytes], None]) -> str:
+        image = build(spec, output)
+        site.write("context/file", "edited")
+        return image
+
+    def edited_run(box: FakeContainer) -> Output:
+        site.write("mounted/file", "edited")
+        yield from behaviour(box)
+
+    monkeypatch.setattr(site.engine, "build", edited_build)
+    site.make("base")
+    assert site.why("base") == "build context changed"
+    monkeypatch.undo()
+    site.make("base")
+    site.write("mounted/file", "content")
+    site.env["MOUNTS"] = "mounted:/mnt:ro"
+    site.engine.behaviour = edited_run
+    site.make("pull")
+    assert site.why("pull") == "mount /mnt changed"
+
+
+def test_mount_that_a_stage_writes_to_does_not_make_it_stale(site: Site) -> None:
+    behaviour = site.engine.behaviour
+
+    def run(box: FakeContainer) -> Output:
+        site.write("mounted/cache", "made by the stage")
+        yield from behaviour(box)
+
+    site.write("mounted/file", "content")
+    site.env["MOUNTS"] = "mounted:/mnt"
+    site.engine.behaviour = run
+    site.make("base", "pull")
+    assert site.why("pull") is None
+
+
+def test_socket_can_be_mounted(site: Site) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(site.directory / "socket"))
+    site.env["MOUNTS"] = "socket:/run/socket"
+    site.make("base", "pull")
+    assert site.why("pull") is None
 
 
 def test_the_environment_does_not_change_a_key(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
