@@ -43,6 +43,8 @@ class EngineInfo:
     """Version of the cgroups."""
     security: tuple[str, ...] = ()
     """Names of the security options: ``seccomp``, ``apparmor``, ``rootless``…"""
+    first_id: int = 0
+    """ID on the engine's machine of the user that is root in containers (``userns-remap``)."""
     context: str | None = None
     """Name of the Docker context with the engine's address."""
     uses_containerd: bool = False
@@ -280,7 +282,10 @@ class Engine(Protocol):
         """Unpack a tar archive into the root directory of a container."""
 
     def copy_out(self, container: str, path: str) -> Iterator[bytes]:
-        """Return a file or directory of a container as a tar archive; empty if it is missing."""
+        """Return a file or directory of a container as a tar archive; empty if it is missing.
+
+        The owners are IDs on the engine's machine (``EngineInfo.first_id``), unlike in ``copy_in``.
+        """
 
     def run(self, container: str, stdin: IO[bytes] | None = None) -> Iterator[tuple[bool, bytes]]:
         """Start a container and yield its output until it exits.

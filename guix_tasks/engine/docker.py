@@ -139,6 +139,7 @@ class DockerEngine:
             time=_time(info.get("SystemTime", "")),
             cgroups=info.get("CgroupVersion", ""),
             security=_security(info),
+            first_id=_first_id(info),
         )
 
     def _has_bridge(self, info: Mapping[str, Any]) -> bool:
@@ -776,6 +777,12 @@ def _security(info: Mapping[str, Any]) -> tuple[str, ...]:
     names = [option.partition(",")[0].removeprefix("name=") for option in options]
     # Podman reports "Rootless" in a separate field.
     return tuple(dict.fromkeys([*names, *(["rootless"] if info.get("Rootless") else [])]))
+
+
+def _first_id(info: Mapping[str, Any]) -> int:
+    """Return the user ID after which an engine with ``userns-remap`` names its directory."""
+    match = re.search(r"/(\d+)\.\d+/?$", info.get("DockerRootDir", ""))
+    return int(match[1]) if match and "userns" in _security(info) else 0
 
 
 def _time(text: str) -> datetime | None:

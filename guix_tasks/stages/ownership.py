@@ -109,6 +109,7 @@ def _copy_in(engine: Engine, container: str, members: Iterable[_Member]) -> None
 
 def _members(engine: Engine, container: str, path: str) -> Iterator[_Member]:
     """Yield the files at a path of a container, with full names; none if the path is missing."""
+    first_id = engine.info().first_id
     parent = path.rpartition("/")[0].lstrip("/")
     chunks = engine.copy_out(container, path)
     first = next(chunks, None)
@@ -118,6 +119,8 @@ def _members(engine: Engine, container: str, path: str) -> Iterator[_Member]:
         for member in tar:
             file = tar.extractfile(member) if member.isfile() else None
             member.name = f"{parent}/{member.name}".lstrip("/")
+            if member.uid >= first_id:
+                member.uid -= first_id
             if member.islnk():
                 member.linkname = f"{parent}/{member.linkname}".lstrip("/")
             yield member, file.read() if file else None

@@ -108,9 +108,10 @@ def _first_working(
             reason = f", because {'; '.join(failures)}" if failures else ": Guix can build"
             console.print(f"sandbox: {sandbox.value}{reason}")
             return sandbox
-        if any(words in error_line for words in OTHER_FAULTS):
-            return None  # the stage reports it in full
         failures.append(f"{sandbox.value} fails ({error_line})")
+    # A daemon that may not write to Guix's directories also fails to authorise a key.
+    if any(words in failures[-1] for words in OTHER_FAULTS):
+        return None  # the stage reports it in full
     raise EngineError(
         f"Guix cannot build in a container of this engine: {', '.join(failures)}; run `inv doctor` "
         "for details, or set GUIX_SANDBOX=nochroot to build without isolation"

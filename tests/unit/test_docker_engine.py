@@ -120,6 +120,21 @@ def test_an_engine_that_cannot_grant_privileges_has_a_hint() -> None:
     assert str(caught.value) == error
 
 
+@pytest.mark.parametrize(
+    ("directory", "options", "first_id"),
+    [
+        ("/var/lib/docker/200000.200000", ["name=seccomp,profile=builtin", "name=userns"], 200000),
+        ("/srv/1.2", ["name=seccomp,profile=builtin"], 0),
+        ("/var/lib/docker", ["name=userns"], 0),
+    ],
+)
+def test_first_id_is_that_of_userns_remap(
+    directory: str, options: list[str], first_id: int
+) -> None:
+    answer = {"DockerRootDir": directory, "SecurityOptions": options}
+    assert docker._first_id(answer) == first_id
+
+
 def test_full_disk_is_reported_with_a_hint() -> None:
     with played() as engine, pytest.raises(EngineError) as raised:
         engine.tag("sha256:0", "localhost:1/x:t")

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, cast
 import pytest
 from fake_engine import Site, made_site
 
-from guix_tasks.engine.api import ContainerSpec
+from guix_tasks.engine.api import ContainerSpec, EngineInfo
 from guix_tasks.stages import commit, ownership
 from guix_tasks.stages.container import (
     ROOTLESS_CACHES,
@@ -36,6 +36,8 @@ ROOT_ONLY = "root:x:0:0:root:/root:/bin/sh\n"
 class Disk:
     """The file system of one container, as far as an engine copies it in and out."""
 
+    about = EngineInfo("unix:///x", "test", "test", "28", "linux/amd64", "overlay2", True)
+
     def __init__(self, *directories: str, **files: str) -> None:
         self.there: dict[str, tuple[tarfile.TarInfo, bytes]] = {}
         self.written: list[str] = []
@@ -48,6 +50,9 @@ class Disk:
             header = tarfile.TarInfo(path.lstrip("/"))
             header.mode, header.size = 0o640, len(text)
             self.there[path] = (header, text.encode())
+
+    def info(self) -> EngineInfo:
+        return self.about
 
     def copy_in(self, _container: str, archive: bytes | IO[bytes]) -> None:
         assert isinstance(archive, bytes)
@@ -66,6 +71,7 @@ class Disk:
                     member = copy.copy(header)
                     # As Docker does: by the last part of what was asked for.
                     member.name = str(PurePosixPath(name).relative_to(PurePosixPath(path).parent))
+                    member.uid += self.about.first_id
                     tar.addfile(member, io.BytesIO(content))
         yield from (buffer.getvalue()[each : each + 700] for each in range(0, buffer.tell(), 700))
 
@@ -123,6 +129,14 @@ def test_root_owns_every_directory_after_a_restore(disk: Disk) -> None:
     assert before.items() <= disk.owners().items()
     assert set(disk.owners().values()) == {0}
     assert not restore_ownership(disk.as_engine(), "x")
+
+
+def test_owners_are_those_in_the_container_with_userns_remap(disk: Disk) -> None:
+    disk.about = replace(disk.about, first_id=200000)
+    user = grant_ownership(disk.as_engine(), "x")
+    assert disk.owners()["/var/guix/db/db.sqlite"] == disk.owners()["/root"] == user
+    assert restore_ownership(disk.as_engine(), "x")
+    assert set(disk.owners().values()) == {0}
 
 
 def test_account_is_created_once_with_a_free_id(disk: Disk) -> None:

@@ -146,6 +146,23 @@ def test_image_without_guix_is_reported_by_the_stage(made: Site) -> None:
     assert not (files.cache_home() / "sandbox").exists()
 
 
+def test_key_that_only_an_unprivileged_daemon_cannot_authorise_is_no_fault_of_the_key(
+    made: Site,
+) -> None:
+    usual = FakeGuix()
+
+    def behaviour(container: FakeContainer) -> Output:
+        if kind_of(container.spec) != "rootless":
+            return usual(container)
+        container.status = 69
+        return iter([(True, b"entry-point: error: cannot authorise the substitute key 0-a.pub\n")])
+
+    made.engine.behaviour = behaviour
+    containers, said = install(made)
+    assert containers == ["probe rootless", "probe capabilities", "install capabilities"]
+    assert "sandbox: capabilities, because rootless fails (entry-point: error: cannot" in said
+
+
 def test_refused_value_is_skipped(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     create = made.engine.create
 
