@@ -83,6 +83,7 @@ class Activity:
         self._phase = ""
         self._list = ""
         """List that the log is printing, ``to_build`` or ``to_fetch``."""
+        self._derivations: list[str] = []
         self._build = ""
         self._started = self._built = self._to_build = 0
         self._item = ""
@@ -95,7 +96,9 @@ class Activity:
     def look(self, line: str) -> None:
         """Process the next line of the log."""
         if self._list and _LISTED.match(line):
-            self._to_build += self._list == "to_build"
+            if self._list == "to_build":
+                self._to_build += 1
+                self._derivations.append(line.strip())
             self._to_fetch += self._list == "to_fetch"
             return
         match = _LINE.match(line.lstrip("."))  # Guix prints dots while it downloads
@@ -112,6 +115,16 @@ class Activity:
         self._received.append((now, total))
         while now - self._received[0][0] > _RATE_SECONDS:
             self._received.popleft()
+
+    def take_unsubstituted(self) -> list[str]:
+        """Return the derivations that Guix begins to build while it has downloaded nothing.
+
+        Each list of the log is returned once, when it has ended.
+        """
+        if self._list or self._to_fetch or self._fetched or self._size:
+            return []
+        derivations, self._derivations = self._derivations, []
+        return derivations
 
     @property
     def is_building(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import posixpath
 import re
 import secrets
 import shlex
@@ -33,7 +34,7 @@ from guix_tasks.files import file_digest, read_file, text_digest, tree_digest
 from guix_tasks.guix.progress import VERBOSITY
 from guix_tasks.guix.result_paths import SUBSTITUTE_CACHE
 from guix_tasks.oci.platform import Platform
-from guix_tasks.oci.tar import new_archive
+from guix_tasks.oci.tar import as_file, new_archive
 from guix_tasks.settings.values import Sandbox
 from guix_tasks.stages.ownership import USER, grant_ownership
 
@@ -78,6 +79,9 @@ CAPABILITIES = (
     "SYS_CHROOT",
 )  # fmt: skip
 """Capabilities that the daemon needs to build, or (KILL) to stop its builds."""
+
+_MAX_FILE = 1 << 20
+"""Maximum bytes that are read of a file of a container, which can be endless."""
 
 _TUN, _ALL_USERS = "/dev/net/tun", stat.S_IROTH | stat.S_IWOTH
 
@@ -267,6 +271,26 @@ def fill(engine: Engine, settings: Settings, container: str, work: Work) -> None
 def resource_files(names: Iterable[str]) -> dict[str, bytes]:
     """Return files of ``RESOURCES`` for ``WORK_DIRECTORY``."""
     return {name: (RESOURCES / name).read_bytes() for name in names}
+
+
+def read_container_file(
+    engine: Engine, container: str, path: str, *, follow: bool = False
+) -> bytes:
+    """Return the content of a small file of a container; nothing if there is no such file.
+
+    With ``follow`` it can be a link.
+    """
+    with (
+        suppress(tarfile.ReadError),  # no file is an empty archive
+        tarfile.open(fileobj=as_file(engine.copy_out(container, path)), mode="r|") as tar,
+    ):
+        member = tar.next()
+        if member and member.issym() and follow:
+            target = posixpath.join(posixpath.dirname(path), member.linkname)
+            return read_container_file(engine, container, target)
+        if member and member.isfile() and (file := tar.extractfile(member)):
+            return file.read(_MAX_FILE)
+    return b""
 
 
 def run_silently(engine: Engine, container: str) -> tuple[int, str]:

@@ -28,6 +28,7 @@ from guix_tasks.stages.container import (
 from guix_tasks.stages.diagnostics import Failure, log_path, save_diagnostics, saved_log
 from guix_tasks.stages.log_faults import LogFaults
 from guix_tasks.stages.stage import MISSING_ITEMS, RETRY
+from guix_tasks.stages.trust import SubstituteTrust
 from guix_tasks.ui.console import Display
 from guix_tasks.ui.format import human_size, human_time, printable
 from guix_tasks.ui.log import LogReader
@@ -113,9 +114,10 @@ def run_container(
     earlier attempts took.
 
     Raise ``StageError`` if the command fails or exceeds ``STAGE_TIMEOUT``, or if no substitute
-    server answers and ``GUIX_FALLBACK`` is off.
+    server answers or none is trusted and ``GUIX_FALLBACK`` is off.
     """
     output, faults = bytearray(), LogFaults(project.settings)
+    trust = SubstituteTrust(project, container, name)
     activity, logs_builds = Activity(), project.settings.output.logs_builds
 
     def read(line: str) -> None:
@@ -124,6 +126,7 @@ def run_container(
         from_build = logs_builds and activity.is_building and not guix.build_fault(line)
         if not from_build and faults.look(line):
             project.engine.stop(container, seconds=10)
+        trust.check(activity.take_unsubstituted())
 
     with (
         project.console.step(name) as step,
@@ -144,6 +147,7 @@ def run_container(
         raise _timeout_error(project, name)
     if faults.servers.all_silent:
         raise faults.silence_error(f"{name}: ", _proxy_fault(project))
+    trust.raise_if_stopped()
     if status:
         raise _command_error(project, name, container, status, faults)
     return output.decode(errors="replace")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from typing import TYPE_CHECKING
 
-from guix_tasks.stages.container import SubstituteServer, find_server, network
+from guix_tasks.stages.container import (
+    SubstituteServer,
+    find_server,
+    network,
+    read_container_file,
+)
 
 if TYPE_CHECKING:
     from guix_tasks.engine.api import Container, Engine
@@ -55,9 +58,4 @@ def server_url(engine: Engine, settings: Settings, server: Container) -> str | N
 
 def public_key(engine: Engine, server: Container) -> bytes:
     """Return the key that the server signs substitutes with, or nothing if it has none yet."""
-    archive = b"".join(engine.copy_out(server.id, PUBLIC_KEY))
-    if not archive:
-        return b""
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-        file = tar.extractfile(tar.getmembers()[0])
-        return file.read() if file else b""
+    return read_container_file(engine, server.id, PUBLIC_KEY)
