@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import EngineError, UsageError
+from guix_tasks.settings.values import Sandbox
 from guix_tasks.stages.commit import commit_image
 from guix_tasks.stages.container import drop_environment, kept_containers
 from guix_tasks.stages.images import ASSEMBLED_LABEL, FILES_LABEL, HAND_MADE, STAGE_LABEL
@@ -32,8 +34,9 @@ def commit(project: Project) -> None:
         return
     container, reference = kept[0], str(project.ledger.image)
     check_stopped(container)
+    status = engine.wait(container.id) if container.started else 0
     # The exit status of a shell is that of its last command only.
-    if "-shell-" not in container.name and (status := engine.wait(container.id)):
+    if status and "-shell-" not in container.name:
         raise UsageError(
             f"cannot commit {container.name}: its command ended with status {status}; "
             "`inv clean --work` removes it"
@@ -44,7 +47,11 @@ def commit(project: Project) -> None:
             f"cannot commit {container.name}: its image, and so its configuration, no longer exists"
         )
     check_volumes(project.settings, parent)
-    drop_environment(engine, container.id)
+    if status or not container.started:
+        drop_environment(engine, container.id)
+    is_rootless = f"-{Sandbox.ROOTLESS.value}-" in container.name
+    sandbox = Sandbox.ROOTLESS if is_rootless else Sandbox.CAPABILITIES
+    project = replace(project, settings=replace(project.settings, guix_sandbox=sandbox))
     current, started = engine.image(reference), time.monotonic()
     with console.step("commit", has_log=False):
         own = dict.fromkeys((ASSEMBLED_LABEL, FILES_LABEL, LIVE_LABEL), "")

@@ -9,6 +9,7 @@ from guix_tasks.errors import UsageError
 from guix_tasks.oci.reference import quoted
 from guix_tasks.settings.parsers import check_text
 from guix_tasks.stages.container import Work, check_no_kept_container, work_container
+from guix_tasks.stages.make import committed_work
 from guix_tasks.stages.volumes import check_volumes
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ def run(
         check_volumes(project.settings, image)
     project = project.with_sandbox(image, as_root=True)
     work = Work("run", tuple(argv), {}, keep=keep, stdin=stdin is not None)
+    if keep:
+        work = committed_work(project, image.id, work)
     with work_container(project.engine, project.settings, image.id, work) as container:
         for is_error, data in project.engine.run(container, stdin):
             project.console.stream(data, error=is_error)

@@ -16,6 +16,7 @@ from guix_tasks.stages.container import (
     kept_containers,
     work_container,
 )
+from guix_tasks.stages.make import committed_work
 from guix_tasks.stages.volumes import check_volumes
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def shell(project: Project, docker: Sequence[str], environment: dict[str, str], 
     if kept and not fresh and "-shell-" in kept[0].name:
         check_stopped(kept[0])
         project.console.print("shell: re-entering the kept work container")
-        fill(engine, settings, kept[0].id, work)
+        fill(engine, settings, kept[0].id, committed_work(project, kept[0].image, work))
         status = _attach(project, [*attach, kept[0].id], environment)
     else:
         if kept and fresh:
@@ -51,7 +52,8 @@ def shell(project: Project, docker: Sequence[str], environment: dict[str, str], 
             check_no_kept_container(project.engine, project.settings)
         image = require_image(project, stage)
         check_volumes(settings, image)
-        settings = project.with_sandbox(image, as_root=True).settings
+        project = project.with_sandbox(image, as_root=True)
+        settings, work = project.settings, committed_work(project, image.id, work)
         with work_container(engine, settings, image.id, work) as container_id:
             status = _attach(project, [*attach, container_id], environment)
     project.console.print("shell: kept the container; `inv commit` commits it as IMAGE")

@@ -169,6 +169,8 @@ class Container:
     image: str
     labels: Mapping[str, str]
     running: bool
+    started: bool = True
+    """Whether it has ever been started."""
     addresses: Mapping[str, str] = field(default_factory=dict)
     """IP address by network name; empty on the host's network."""
 

@@ -751,6 +751,7 @@ def _container(answer: Mapping[str, Any]) -> Container:
         image=answer["ImageID"],
         labels=answer["Labels"],
         running=answer["State"] in ("running", "paused", "restarting"),
+        started=answer["State"] != "created",
         addresses={
             name: network["IPAddress"]
             for name, network in networks.items()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from guix_tasks import guix
 from guix_tasks.errors import EngineError
 from guix_tasks.oci.labels import oci_annotations
+from guix_tasks.settings.values import Sandbox
 from guix_tasks.stages.container import PROJECT_LABEL
 from guix_tasks.stages.images import (
     IMAGE_LABEL,
@@ -53,8 +54,9 @@ def commit_image(
         **labels,
     }
     config = committed_config(like or parent, labels)
-    # Reading a file of an assembled container would leave mount points in its layer.
-    if start is None and not engine.is_dry and restore_ownership(engine, container):
+    # Reading a file of a container leaves its mount points in the layer.
+    is_rootless = project.settings.guix_sandbox is Sandbox.ROOTLESS and not engine.is_dry
+    if is_rootless and start is None and restore_ownership(engine, container):
         # If the image has no user, root, a commit takes that of the container.
         config["User"] = config.get("User") or "root"
 

@@ -22,7 +22,7 @@ import tarfile
 import threading
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -54,6 +54,8 @@ INPUTS = "project"
 NEARBY_KEY = "nearby.pub"
 """File in ``WORK_DIRECTORY``: a substitute key that only the daemon of this container trusts."""
 EXTRA_CA = "extra-ca.pem"
+MOUNT_POINTS = "mount-points"
+"""File in ``WORK_DIRECTORY``: files and directories to unmount and remove after the command."""
 PROJECT_LABEL = "org.guix-tasks.project"
 
 _NAME = "guix-tasks"
@@ -243,10 +245,18 @@ def time_limit(
 
 @contextmanager
 def unstarted_container(
-    engine: Engine, settings: Settings, image: str, binds: tuple[str, ...] = ()
+    engine: Engine,
+    settings: Settings,
+    image: str,
+    binds: tuple[str, ...] = (),
+    *,
+    name: str = "label",
 ) -> Iterator[str]:
-    """Create a container that never runs: to commit another configuration, or to fill a volume."""
-    work = Work("label", ("true",), {}, bare=True, plain=True, binds=binds)
+    """Create a container that never runs.
+
+    It serves to commit another configuration, to fill a volume, or to read files of an image.
+    """
+    work = Work(name, ("true",), {}, bare=True, plain=True, binds=binds)
     spec = _spec(engine, settings, image, work)
     container = spec.name
     try:
@@ -256,6 +266,26 @@ def unstarted_container(
     finally:
         with _uninterrupted(), suppress(EngineError):
             engine.remove(container)
+
+
+def mount_points(engine: Engine, settings: Settings, image: str, work: Work) -> list[str]:
+    """Return the files and directories that the engine creates in an image for a work's mounts.
+
+    They are the targets that the image lacks, and the directories above, innermost first.
+    """
+    if engine.is_dry:
+        return []
+    created: set[str] = set()
+    spec = _spec(engine, settings, image, work)
+    targets = [PurePosixPath(bind.split(":")[1]) for bind in spec.binds]
+    with unstarted_container(engine, settings, image, name="files") as container:
+        for target in targets:
+            # /dev is in memory.
+            for path in () if target.is_relative_to("/dev") else (target, *target.parents[:-1]):
+                if next(engine.copy_out(container, str(path)), b""):
+                    break
+                created.add(str(path))
+    return sorted(created, key=len, reverse=True)
 
 
 def fill(engine: Engine, settings: Settings, container: str, work: Work) -> None:
@@ -300,7 +330,10 @@ def run_silently(engine: Engine, container: str) -> tuple[int, str]:
 
 
 def drop_environment(engine: Engine, container: str) -> None:
-    """Empty the environment file of a container that never ran: it can contain a password."""
+    """Empty the environment file of a container whose entry point may not have removed it.
+
+    It can contain a password.
+    """
     if b"".join(engine.copy_out(container, ENVIRONMENT)):
         engine.copy_in(container, archive({"environment": b""}))
 
@@ -552,8 +585,9 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         security += tuple(off for module, off in _UNCONFINED.items() if module in modules)
     volumes = {} if work.bare else cache_volumes(settings)
     mounts = () if work.bare else binds(engine, settings)
+    task = f"{work.name}-{Sandbox.ROOTLESS.value}" if privileges.user else work.name
     return ContainerSpec(
-        name=container_name(work.name, keep=work.keep or work.keep_failed),
+        name=container_name(task, keep=work.keep or work.keep_failed),
         image=image,
         command=(*work.entry_point, *work.argv),
         labels={PROJECT_LABEL: project(settings)},

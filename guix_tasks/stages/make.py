@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import DamagedStoreError, MissingItemsError, StageError
+from guix_tasks.settings.values import Sandbox
 from guix_tasks.stages.channel_access import grant_access
 from guix_tasks.stages.checkouts import push_checkouts, take_checkouts
 from guix_tasks.stages.commit import commit_image, commit_unnamed
 from guix_tasks.stages.container import (
+    MOUNT_POINTS,
     WORK_DIRECTORY,
     Work,
     cache_prefix,
     check_no_kept_container,
     common_inputs,
     mount_inputs,
+    mount_points,
     work_container,
 )
 from guix_tasks.stages.images import (
@@ -293,5 +297,26 @@ def _stage_container(
             binds=access.binds,
             store=store,
         )
+        if not store or stage.as_root:
+            work = committed_work(project, parent.id, work)
         with work_container(engine, settings, parent.id, work) as container:
             yield container, work
+
+
+def committed_work(project: Project, image: str, work: Work) -> Work:
+    """Return a work whose container of an image can be committed without its mount points.
+
+    Print a note if the targets of ``MOUNTS`` stay, because the entry point may not unmount them.
+    """
+    sandbox = project.settings.guix_sandbox
+    points = mount_points(project.engine, project.settings, image, work)
+    if sandbox in (Sandbox.CAPABILITIES, Sandbox.PRIVILEGED):
+        lines = "".join(f"{point}\n" for point in points)
+        return replace(work, files={**work.files, MOUNT_POINTS: lines.encode()})
+    targets = {mount.target for mount in project.settings.mounts}.intersection(points)
+    if targets:
+        project.console.print(
+            f"{work.name}: {', '.join(sorted(targets))} will be in the image, empty, because a "
+            f"{sandbox.value} container cannot remove the targets of MOUNTS"
+        )
+    return work

@@ -139,6 +139,7 @@ class FakeContainer:
     created: int
     changes: Files = field(default_factory=dict)
     running: bool = False
+    started: bool = False
     status: int = 0
     lacked_memory: bool = False
     stdin: bytes = b""
@@ -400,7 +401,7 @@ class FakeEngine:
         self.stores: dict[str, dict[str, Files]] = {}
         """Results in the warm stores, by volume."""
         self.specs: list[ContainerSpec] = []
-        """Created containers, without those that only move files of the warm store."""
+        """Created containers, without those that only move or read files."""
         self.about = EngineInfo(url, "fake", "fake", "28", platform, "memory", has_bridge)
         self._files: dict[str, Files] = {}
         self._parents: dict[str, str] = {}
@@ -507,7 +508,9 @@ class FakeEngine:
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
         boxes = sorted(self.all_containers.values(), key=lambda box: box.created, reverse=True)
         return [
-            Container(box.id, box.spec.name, box.image.id, box.config["Labels"], box.running)
+            Container(
+                box.id, box.spec.name, box.image.id, box.config["Labels"], box.running, box.started
+            )
             for box in boxes
             if labels.items() <= box.config["Labels"].items()
         ]
@@ -601,7 +604,8 @@ class FakeEngine:
             volume, target = bind.split(":")[:2]
             if target in (STORE_MOUNT, "/dev/guix-tasks"):
                 box.results = self.stores.setdefault(volume, {})
-        if not {word.rpartition("/")[2] for word in spec.command} & STORE_SCRIPTS.keys():
+        words = {word.rpartition("/")[2] for word in spec.command}
+        if not words & STORE_SCRIPTS.keys() and "-files-" not in spec.name:
             self.specs.append(spec)
         self.all_containers[box.id] = box
         return box.id
@@ -631,7 +635,7 @@ class FakeEngine:
     def run(self, container: str, stdin: IO[bytes] | None = None) -> Output:
         box = self._container(container)
         box.stdin = stdin.read() if stdin else b""
-        box.running = True
+        box.running = box.started = True
         program = "".join(box.argv[2:3] if box.argv[:1] == ("-c",) else box.argv[:1])
         records_result = re.search(r"results/(new-\w+)", box.text(program))
         yield from STORE_SCRIPTS.get(program.rpartition("/")[2], self.behaviour)(box)
@@ -645,7 +649,8 @@ class FakeEngine:
 
     @_counted
     def start(self, container: str) -> None:
-        self._container(container).running = True
+        box = self._container(container)
+        box.running = box.started = True
 
     @_counted
     def wait(self, container: str) -> int:

@@ -19,6 +19,7 @@ from fake_engine import (
     Killed,
     Site,
     another_process,
+    heard,
     new_site,
 )
 from hypothesis import given
@@ -29,6 +30,7 @@ from guix_tasks.engine.api import ContainerSpec
 from guix_tasks.errors import EngineError, StageError, StoppedError, UsageError
 from guix_tasks.stages.container import (
     ENTRY_POINT,
+    MOUNT_POINTS,
     PROJECT_LABEL,
     RESOURCES,
     WORK_DIRECTORY,
@@ -40,6 +42,7 @@ from guix_tasks.stages.container import (
     fill,
     is_kept,
     kept_containers,
+    mount_points,
     sweep,
     tmpfs_directories,
     unstarted_container,
@@ -47,6 +50,7 @@ from guix_tasks.stages.container import (
     work_containers,
 )
 from guix_tasks.stages.images import STAGES
+from guix_tasks.stages.make import committed_work
 
 if TYPE_CHECKING:
     from guix_tasks.settings import Settings
@@ -230,6 +234,29 @@ def test_bare_container_has_no_mounts_and_no_network(site: Site) -> None:
     spec = spec_of(site, replace(WORK, bare=True))
     assert (spec.binds, spec.scratch, spec.network) == ((), None, "none")
     assert site.engine.all_volumes == {}
+
+
+def test_mount_points_are_what_the_image_lacks(site: Site) -> None:
+    site.env["MOUNTS"] = "context:/x context:/srv/a/b context:/dev/c"
+    site.engine.make_image({}, {"/x": b"", "/srv": b"", "/root/.cache": b""}, tag="work:2")
+    work = replace(WORK, bare=False)
+    points = mount_points(site.engine, site.settings(), "work:2", work)
+    assert points == ["/var/guix/substitute", "/var/guix", "/srv/a/b", "/srv/a", "/var"]
+    assert site.engine.all_containers == {}
+
+
+@pytest.mark.parametrize("sandbox", ["privileged", "capabilities", "rootless", "nochroot"])
+def test_mount_points_are_removed_or_reported(site: Site, sandbox: str) -> None:
+    site.env |= {"MOUNTS": "context:/a/b", "GUIX_SANDBOX": sandbox, "CACHE_VOLUME": ""}
+    project = site.project()
+    work = committed_work(project, "work:1", WORK)
+    note = f"try: /a/b will be in the image, empty, because a {sandbox} container cannot remove"
+    if sandbox in ("privileged", "capabilities"):
+        assert work.files[MOUNT_POINTS] == b"/a/b\n/a\n"
+        assert note not in heard(project)
+    else:
+        assert work == WORK
+        assert note in heard(project)
 
 
 def test_caches_are_on_volumes_of_the_project(site: Site) -> None:

@@ -199,6 +199,7 @@ def test_rootless_container_has_the_daemon_user_and_no_capability(tmp_path: Path
 def test_committed_image_has_the_user_root(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A commit takes the container's user where there is none."""
     monkeypatch.setattr(commit, "restore_ownership", lambda *_: True)
+    site.env["GUIX_SANDBOX"] = "rootless"
     project, parent = site.project(), site.engine.make_image({}, {"/a": b""})
     spec = ContainerSpec("x", parent.id, ("true",), user=ownership.USER)
     container = site.engine.create(spec)

@@ -16,8 +16,8 @@
 #   GUIX_DAEMON_SOCKET       set to another socket: that daemon is used, none is started
 #
 # guix-tasks copies this file into its work containers, into /var/guix/guix-tasks, with the
-# files `environment`, `keys/*.pub` and `nearby.pub` next to it.  It removes that directory at its end, so that a
-# commit does not hold it.
+# files `environment`, `keys/*.pub`, `nearby.pub` and `mount-points` next to it.  It removes that
+# directory at its end, so that a commit does not hold it.
 #
 # It has to work under dash, bash and busybox, as process 1 and otherwise.  It looks into
 # /proc instead of calling ps, pgrep or ss, which an image need not have, and it does not use
@@ -531,8 +531,21 @@ _remove_stale_build_folders() {
     done
 }
 
+# A commit would contain what the engine has made for its mounts.  Without the right to unmount, and
+# below another mount, it stays.
+_remove_mount_points() {
+    if ! [ -f "${_directory:-/}/mount-points" ]; then return 0; fi
+    _points=$(cat "$_directory/mount-points") # without white space, the innermost first
+    for _made in $_points; do umount -l "$_made"; done
+    for _made in $_points; do
+        if _is_mounted "$_made"; then continue; fi
+        if [ -d "$_made" ]; then rmdir "$_made"; elif ! [ -s "$_made" ]; then rm -f "$_made"; fi
+    done
+} 2>/dev/null
+
 _remove_folders() {
     cd / || :
+    _remove_mount_points
     rm -rf ${_scratch:+"$_scratch"} ${_git_settings:+"$_git_settings"} ${_access:+"$_access"}
     # In a step of a build the directory is a mount, which goes by itself.
     if [ -n "$_directory" ] && ! _is_mounted "$_directory"; then rm -rf "$_directory"; fi
