@@ -83,7 +83,10 @@ def resolve_sandbox(
     return replace(settings, guix_sandbox=sandbox)
 
 
+_NO_MEMORY = "a process was killed because memory ran out"
+
 OTHER_FAULTS = {
+    _NO_MEMORY: "raise STAGE_MEMORY, or give the engine more",
     "no guix-daemon": "set BASE_IMAGE to an image with Guix, or install Guix in the Dockerfile",
     "substitute key": "correct GUIX_SUBSTITUTE_KEYS",
     "xec format error": "`docker run --privileged --rm tonistiigi/binfmt --install ARCH`",
@@ -128,10 +131,13 @@ def probe(engine: Engine, settings: Settings, image: Image) -> str | None:
         time_limit(engine, container, PROBE_SECONDS, grace=5) as timed_out,
     ):
         status, log = run_silently(engine, container)
+        lacked_memory = status != 0 and engine.lacked_memory(container)
     if timed_out.is_set():
         return f"the probe did not end within {PROBE_SECONDS} s"
     if status == 0:
         return None
+    if lacked_memory:
+        return _NO_MEMORY
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     marks = ("substitute key", "no guix-daemon", "error:")
     error_lines = (line for mark in marks for line in lines if mark in line)

@@ -32,7 +32,7 @@ from fake_engine import (
 )
 from invoke.program import Program
 
-from guix_tasks import files
+from guix_tasks import files, guix
 from guix_tasks.buildkit import buildx
 from guix_tasks.cli import session
 from guix_tasks.commands import doctor
@@ -328,10 +328,11 @@ def test_a_container_that_may_not_fork_is_told_by_guix_own_line(site: Site) -> N
             ["exec /var/guix/guix-tasks/entry-point.sh: exec format error"],
             "tonistiigi/binfmt --install ARCH`",
         ),
+        (["guix repl: error: write: No space left on device"], "`inv clean` removes"),
         (["Segmentation fault"], "privileged"),
         ([], "privileged"),
     ],
-    ids=["key", "emulator", "other", "nothing"],
+    ids=["key", "emulator", "disk", "other", "nothing"],
 )
 def test_fix_of_a_sandbox_fits_its_cause(site: Site, lines: list[str], fix: str) -> None:
     site.engine.behaviour = fails(*lines, status=69)
@@ -339,6 +340,17 @@ def test_fix_of_a_sandbox_fits_its_cause(site: Site, lines: list[str], fix: str)
     assert found.state == FAILED
     assert (lines[-1] if lines else "the probe ended with status 69") in found.message
     assert fix in found.fix
+
+
+def test_a_lack_of_memory_is_not_a_lack_of_privileges(made: Site) -> None:
+    def behaviour(container: FakeContainer) -> Output:
+        container.lacked_memory, container.status = True, 137
+        return iter(())
+
+    made.engine.behaviour = behaviour
+    found = one(made, "sandbox")
+    assert (found.state, "memory ran out" in found.message) == (FAILED, True)
+    assert "STAGE_MEMORY" in found.fix
 
 
 def test_a_base_image_that_gets_guix_by_the_dockerfile_is_no_fault(site: Site) -> None:
@@ -809,6 +821,30 @@ def test_a_substitute_server_without_a_key_is_noted(site: Site, start: StartServ
     assert note.state == NOTE
     assert note.message.endswith(" answers, but no key is set for it")
     assert "GUIX_SUBSTITUTE_KEYS" in note.fix
+
+
+KEY = "(public-key (ecc (curve Ed25519) (q #D0#)))"
+
+
+@pytest.mark.parametrize("trusts", ["nobody", "image", "setting"])
+def test_a_substitute_server_that_shows_its_key(
+    made: Site, start: StartServer, trusts: str
+) -> None:
+    server = start(CACHE + KEY.encode())
+    serve(made, server.url, keys=False)
+    if trusts == "setting":
+        made.write("a.pub", KEY)
+        made.env["GUIX_SUBSTITUTE_KEYS"] = "a.pub"
+    if trusts == "image":
+        made.engine._files[made.image("base").layers[0]][guix.ACL] = f"(acl {KEY})".encode()
+    found = one(made, "substitutes")
+    assert any(line.startswith("GET /signing-key.pub ") for line in server.asked)
+    if trusts == "nobody":
+        assert found.message == f"{server.url} answers, but the image does not trust its key"
+        assert (found.state, "GUIX_SUBSTITUTE_KEYS" in found.fix) == (FAILED, True)
+    else:
+        assert found == Finding(OK, f"{server.url} answers")
+    assert made.engine.all_containers == {}
 
 
 @pytest.mark.parametrize("slash", ["", "/"])

@@ -80,7 +80,7 @@ def _checks(project: Project, buildx: Buildx | None) -> list[tuple[str, Check]]:
             for channel in servers.channels(settings)
         ),
         *(
-            ("substitutes", partial(servers.check_substitutes, settings, url))
+            ("substitutes", partial(servers.check_substitutes, project, url))
             for url in settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS
         ),
     ]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from guix_tasks.commands.doctor.finding import Finding, failed, from_error, note, ok
-from guix_tasks.errors import EngineError, UsageError
+from guix_tasks.errors import EngineError, UsageError, full_disk
 from guix_tasks.stages.container import check_native_platform
 from guix_tasks.stages.sandbox import OTHER_FAULTS, probe
 
@@ -56,5 +56,5 @@ def _build(project: Project, image: Image) -> Finding:
     if problem is None:
         return ok(f"{kind}: Guix builds in a work container")
     fixes = (fix for words, fix in OTHER_FAULTS.items() if words in problem)
-    message = f"{kind}: Guix cannot build in a work container: {problem}"
-    return failed(message, next(fixes, PRIVILEGES_FIX))
+    fix = full_disk(problem).removeprefix("; ") or next(fixes, PRIVILEGES_FIX)
+    return failed(f"{kind}: Guix cannot build in a work container: {problem}", fix)

@@ -20,11 +20,14 @@ from guix_tasks.errors import UsageError
 from guix_tasks.files import read_text
 from guix_tasks.settings.parsers import channel_credentials
 from guix_tasks.stages.channel_access import by_ssh, grant_access, mirrored
+from guix_tasks.stages.container import read_container_file, unstarted_container
 from guix_tasks.stages.pull import channels_text, lock_mismatch, lock_mismatch_line, lock_text
 from guix_tasks.ui.format import human_size
 
 if TYPE_CHECKING:
-    from guix_tasks.engine.api import Engine
+    from pathlib import Path
+
+    from guix_tasks.engine.api import Engine, Image
     from guix_tasks.guix import Channel
     from guix_tasks.settings import Settings
     from guix_tasks.stages.project import Project
@@ -114,8 +117,9 @@ def check_channel(engine: Engine, settings: Settings, channel: Channel) -> Findi
     return note(f"{shown_url} was not tested")
 
 
-def check_substitutes(settings: Settings, url: str) -> Finding:
-    url, file = url.rstrip("/"), "nix-cache-info"
+def check_substitutes(project: Project, url: str) -> Finding:
+    """Check that a substitute server answers, and that the image trusts its key if it shows one."""
+    settings, url, file = project.settings, url.rstrip("/"), "nix-cache-info"
     if url.startswith("file://"):
         found = _check_mounted(settings, url.removeprefix("file://"), file)
     elif settings.network == "none":
@@ -130,8 +134,18 @@ def check_substitutes(settings: Settings, url: str) -> Finding:
             fix="correct GUIX_SUBSTITUTE_URLS: without substitutes Guix builds everything from "
             "source",
         )
+    if found.state != "ok":
+        return found
+    keys, image = _signing_keys(settings, url), _newest_image(project)
+    if keys and image:
+        if keys & _trusted_keys(project, image):
+            return found
+        return failed(
+            f"{found.message}, but the image does not trust its key",
+            "set GUIX_SUBSTITUTE_KEYS to its public key: Guix ignores these substitutes",
+        )
     needs_key = url not in guix.DEFAULT_SUBSTITUTE_URLS and not settings.guix_substitute_keys
-    if found.state != "ok" or not needs_key:
+    if not needs_key:
         return found
     return note(
         f"{found.message}, but no key is set for it",
@@ -140,19 +154,53 @@ def check_substitutes(settings: Settings, url: str) -> Finding:
     )
 
 
+def _signing_keys(settings: Settings, url: str) -> set[str]:
+    """Return the keys that sign a server's substitutes, as far as it shows them."""
+    if url.startswith("file://"):
+        source = _mounted(settings, url.removeprefix("file://"))
+        narinfo = next(source.glob("*.narinfo"), None) if source else None
+        return guix.signing_keys(read_text(narinfo, "utf-8", "replace")) if narinfo else set()
+    # `guix publish` has this file.
+    with suppress(OSError, ValueError, http.client.HTTPException):
+        return guix.public_keys(_get(settings, f"{url}/signing-key.pub"))
+    return set()
+
+
+def _newest_image(project: Project) -> Image | None:
+    """Return the base stage, or the base image if there is none; None on a dry run."""
+    if project.engine.is_dry:
+        return None
+    return project.ledger.find("base") or project.engine.image(str(project.settings.base_image))
+
+
+def _trusted_keys(project: Project, image: Image) -> set[str]:
+    """Return the keys that Guix trusts in containers of an image."""
+    keys = [read_text(path, "utf-8", "replace") for path in project.settings.guix_substitute_keys]
+    with unstarted_container(project.engine, project.settings, image.id, name="files") as container:
+        acl = read_container_file(project.engine, container, guix.ACL, follow=True)
+    return guix.public_keys("\n".join([acl.decode(errors="replace"), *keys]))
+
+
 def _check_mounted(settings: Settings, path: str, file: str = "") -> Finding:
     """Check that a mount provides a path of the work container, and in it ``file``."""
+    source = _mounted(settings, path)
+    if source is None:
+        return note(f"{path} must be in the base image, because MOUNTS does not contain it")
+    required = source / file
+    if required.exists():
+        return ok(f"{path} is {source}")
+    message = f"{path} is mounted from {source}, but {required} does not exist"
+    return failed(message, "correct MOUNTS")
+
+
+def _mounted(settings: Settings, path: str) -> Path | None:
+    """Return the source of a path of the work container, or None if it is below no mount."""
     # If mounts are nested, the innermost one is visible.
     for mount in sorted(settings.mounts, key=lambda mount: len(mount.target), reverse=True):
         below = path.removeprefix(mount.target)
         if path.startswith(mount.target) and below[:1] in ("", "/"):
-            source = mount.source / below.lstrip("/")
-            required = source / file
-            if required.exists():
-                return ok(f"{path} is {source}")
-            message = f"{path} is mounted from {source}, but {required} does not exist"
-            return failed(message, "correct MOUNTS")
-    return note(f"{path} must be in the base image, because MOUNTS does not contain it")
+            return mount.source / below.lstrip("/")
+    return None
 
 
 def _contact(
@@ -164,13 +212,7 @@ def _contact(
     matches ``response``, not that of a captive portal.
     """
     try:
-        tls = ssl.create_default_context()
-        if settings.extra_ca_file:
-            tls.load_verify_locations(cadata=read_text(settings.extra_ca_file, "ascii", "replace"))
-        request = _request(settings, url)
-        # Callers pass only http and https URLs.
-        with urllib.request.urlopen(request, timeout=_TIMEOUT, context=tls) as body:  # noqa: S310
-            text = body.read(1000).decode(errors="replace")
+        text = _get(settings, url)
         if re.search(response, text, re.MULTILINE):
             return ok(f"{shown_url} answers")
         answer = f"answers, but not as {kind}"
@@ -182,6 +224,18 @@ def _contact(
             fix = guix.fetch_hint("guix error: certificate verification") or fix
         answer = f"does not answer: {str(cause) or type(cause).__name__}"
     return failed(f"{shown_url} {' '.join(answer.split())}", fix)
+
+
+def _get(settings: Settings, url: str) -> str:
+    """Return the first 1000 bytes of a file on a server."""
+    tls = ssl.create_default_context()
+    if settings.extra_ca_file:
+        tls.load_verify_locations(cadata=read_text(settings.extra_ca_file, "ascii", "replace"))
+    request = _request(settings, url)
+    # Callers pass only http and https URLs.
+    with urllib.request.urlopen(request, timeout=_TIMEOUT, context=tls) as body:  # noqa: S310
+        text: str = body.read(1000).decode(errors="replace")
+        return text
 
 
 def _request(settings: Settings, url: str) -> urllib.request.Request:
