@@ -415,7 +415,16 @@ class DockerEngine:
             return self._classic_build(spec, output)
         compress = self._is_uncompressed(spec.args.get("BASE_IMAGE", ""))
         linked = replace(spec, context=linked_context(spec.context, spec.dockerfile))
-        return build(linked, output, compress=compress)
+        try:
+            return build(linked, output, compress=compress)
+        except BuilderError as error:
+            # github.com/moby/moby/issues/47377
+            if not (self.info().first_id and self.info().uses_containerd):
+                raise
+            raise BuilderError(
+                f"{error}; BuildKit of an engine with userns-remap and the containerd image store "
+                "gives files to other users: use the store overlay2, or turn off userns-remap"
+            ) from None
 
     def _is_uncompressed(self, reference: str) -> bool:
         """Return True if the containerd store has uncompressed layers of an image.

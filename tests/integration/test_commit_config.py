@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +21,7 @@ from guix_tasks.ui.console import Console
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from conftest import NewProject
     from harness import Project, Workshop
 
 pytestmark = pytest.mark.engine
@@ -139,3 +140,35 @@ def plain(config: dict[str, Any]) -> dict[str, Any]:
     user = "" if config.get("User") == "root" else config.get("User")
     plainer = {**config, "Labels": others, "User": user}
     return {key: value for key, value in plainer.items() if value}
+
+
+@pytest.mark.both_stores
+@pytest.mark.parametrize("sandbox", ["capabilities", "privileged"])
+def test_mount_points_are_in_no_image(
+    new_project: NewProject, workshop: Workshop, engine: DockerEngine, sandbox: str
+) -> None:
+    """Those of files and of directories, with the directories above; and no file of a mount."""
+    project = new_project("base", GUIX_SANDBOX=sandbox)
+    inner = project.directory / "outer" / "inner"
+    inner.mkdir(parents=True)
+    project.set(
+        MOUNTS=f"{workshop.offline}:/offline:ro project.env:/etc/secret.conf:ro outer:/srv/a/b "
+        "outer:/srv/a/b/inner context:/etc/skel"
+    )
+    project.dockerfile("FROM scratch\n")
+    opened = EngineProject(load_isolated(project.directory / "project.env"), engine, Console())
+    base = opened.ledger.find("base")
+    assert base
+    stage = replace(CUSTOM, commands=[("touch", "/opt/made")], as_root=True)
+    run_stage(opened, stage, base)
+    cold = replace(opened, settings=replace(opened.settings, cache_volume=None))
+    project.ok("run", "--stage=base", "--keep", "--", "touch", "/opt/made")
+    project.ok("commit")
+    images = [project.tag("pull"), project.image]
+    run_stage(cold, stage, base, force=True)
+    for image in [*images, project.tag("pull")]:
+        argv = ("run", "--rm", "--network=none", "--entrypoint=", image, "sh", "-c")
+        paths = "/opt/made /offline /etc/secret.conf /srv/a /etc/skel"
+        listing = project.docker.ok(*argv, f"ls -d {paths} 2>/dev/null || true")
+        assert listing.split() == ["/etc/skel", "/opt/made"]
+    assert inner.is_dir()
