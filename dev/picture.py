@@ -95,10 +95,12 @@ def main() -> None:
     screen = pyte.Screen(COLUMNS, ROWS)
     stream = pyte.ByteStream(screen)
     try:
-        offline.write_text(OFFLINE.format(out=CHECKOUT / "examples" / "offline" / "out"))
+        offline.write_text(
+            OFFLINE.format(out=CHECKOUT / "examples" / "offline" / "out"), encoding="utf-8"
+        )
         subprocess.run(["inv", "init"], cwd=directory, env=environment, check=True)
         (directory / "channels.scm").unlink()
-        (directory / ".env").write_text(PROJECT)
+        (directory / ".env").write_text(PROJECT, encoding="utf-8")
         for command in SESSION:
             stream.feed(f"\x1b[1;32m$\x1b[0;1m {command}\x1b[0m\r\n".encode())
             status = run(command, directory, environment, stream)

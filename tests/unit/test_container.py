@@ -8,7 +8,7 @@ import subprocess
 import tarfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from fake_engine import (
@@ -557,10 +557,10 @@ def test_a_machine_without_proc_removes_none(site: Site, monkeypatch: pytest.Mon
     """There a process cannot be told from a later one with its number."""
     real = Path.read_text
 
-    def read_text(self: Path, encoding: str | None = None) -> str:
+    def read_text(self: Path, *arguments: Any, **options: Any) -> str:
         if str(self).startswith("/proc/"):
             raise FileNotFoundError
-        return real(self, encoding)
+        return real(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "read_text", read_text)
     left = leave(site)
