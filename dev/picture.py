@@ -15,6 +15,7 @@ import sys
 import tempfile
 import termios
 from io import StringIO
+from itertools import groupby
 from pathlib import Path
 
 import pyte
@@ -22,6 +23,8 @@ from rich.console import Console
 from rich.style import Style
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
+
+from guix_tasks.bootstrap.engine import private_engine
 
 CHECKOUT = Path(__file__).parents[1]
 PICTURE = CHECKOUT / "docs" / "images" / "terminal.svg"
@@ -85,8 +88,11 @@ def main() -> None:
     directory = Path(tempfile.gettempdir()) / "my-image"
     directory.mkdir()
     offline = directory.with_suffix(".env")
+    # The path of the private engine's socket is that of a home.
+    socket = directory.with_suffix(".sock")
     environment = {
         **os.environ,
+        "DOCKER_HOST": f"unix://{socket}",
         "PATH": f"{CHECKOUT}:{os.environ['PATH']}",
         "ENV_FILE": str(offline),
         "TERM": "xterm-256color",
@@ -95,6 +101,7 @@ def main() -> None:
     screen = pyte.Screen(COLUMNS, ROWS)
     stream = pyte.ByteStream(screen)
     try:
+        socket.symlink_to(private_engine().socket)
         offline.write_text(
             OFFLINE.format(out=CHECKOUT / "examples" / "offline" / "out"), encoding="utf-8"
         )
@@ -102,7 +109,7 @@ def main() -> None:
         (directory / "channels.scm").unlink()
         (directory / ".env").write_text(PROJECT, encoding="utf-8")
         for command in SESSION:
-            stream.feed(f"\x1b[1;32m$\x1b[0;1m {command}\x1b[0m\r\n".encode())
+            stream.feed(f"\x1b[1;32m$ \x1b[0;1m{command}\x1b[0m\r\n".encode())
             status = run(command, directory, environment, stream)
             if status:
                 sys.exit(f"{command} failed with status {status}: {screen.display}")
@@ -111,6 +118,7 @@ def main() -> None:
     finally:
         shutil.rmtree(directory)
         offline.unlink(missing_ok=True)
+        socket.unlink()
     console = Console(record=True, width=COLUMNS, file=StringIO())
     for row in range(screen.cursor.y - 1):
         console.print(styled_line(screen, row), soft_wrap=True)
@@ -139,12 +147,12 @@ def run(command: str, directory: Path, environment: dict[str, str], stream: pyte
 
 def styled_line(screen: pyte.Screen, row: int) -> Text:
     """Return a line of the screen with its colours, without the blanks at its end."""
+    cells = [screen.buffer[row][column] for column in range(len(screen.display[row].rstrip()))]
     line = Text()
-    for column in range(len(screen.display[row].rstrip())):
-        cell = screen.buffer[row][column]
-        names = {"default": None, "brown": "yellow"}
-        colour = names.get(cell.fg, cell.fg)
-        line.append(cell.data, Style(color=colour, bold=cell.bold, reverse=cell.reverse))
+    names = {"default": None, "brown": "yellow"}
+    for (name, bold), run in groupby(cells, lambda cell: (cell.fg, cell.bold)):
+        style = Style(color=names.get(name, name), bold=bold)
+        line.append("".join(cell.data for cell in run), style)
     return line
 
 

@@ -77,6 +77,15 @@ def write_files(directory: Path) -> None:
     shutil.copy(Path(__file__).with_name("authority.pem"), directory / "company-ca.pem")
 
 
+def test_picture_of_a_run_shows_tasks_that_exist() -> None:
+    svg = (ROOT / "docs" / "images" / "terminal.svg").read_text(encoding="utf-8")
+    text = re.sub(r"<[^>]*>", "\n", svg).replace("&#160;", " ")
+    commands = re.findall(r"^inv (.*?)(?: -.*)?$", text, re.MULTILINE)
+    shown = {name for command in commands for name in command.split()}
+    assert shown >= {*STAGES, "verify", "push", "status"}
+    assert shown <= set(ns.task_names)
+
+
 def test_the_examples_are_good_values(tmp_path: Path) -> None:
     """All at once, so that what goes only with another has it."""
     write_files(tmp_path)
