@@ -6,6 +6,7 @@ can push only to the local registry.
 
 from __future__ import annotations
 
+import socket
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from dev.offline import make_material
 from guix_tasks.bootstrap.base_image import BASE_TAG, make_base
 from guix_tasks.bootstrap.engine import private_engine
-from guix_tasks.bootstrap.registry import registry_for
+from guix_tasks.bootstrap.registry import PORT, LocalRegistry, registry_for
 from guix_tasks.commands.clean import clean
 from guix_tasks.commands.commit import commit
 from guix_tasks.commands.push import push
@@ -40,20 +41,33 @@ ENV_FILE = "examples/offline/.env"
 GREETING = "Hello, world!"
 
 
-def prepare(engine: Engine, console: Console, directory: Path) -> None:
-    """Create the base image, registry, channels and substitutes of the example."""
+def prepare(engine: Engine, console: Console, directory: Path) -> int:
+    """Create the base image, registry, channels and substitutes of the example.
+
+    Return the port of the registry: the usual one, or a free one if another program uses that.
+    """
     if engine.image(BASE_TAG) is None:
         make_base(engine, console, BASE_TAG)
     make_material(engine, console, BASE_TAG, directory / "examples" / "offline")
-    registry_for(engine).up(console)
+    registry = registry_for(engine)
+    if isinstance(registry, LocalRegistry) and not registry.running() and registry.port_error():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            registry = registry_for(engine, free.getsockname()[1])
+    registry.up(console)
+    return registry.port
 
 
 def print_next_steps(project: Project) -> None:
     """Print the running services and the next commands."""
+    port = project.settings.image.registry.rpartition(":")[2]
+    is_usual = port == str(PORT)
+    variables = f"ENV_FILE={ENV_FILE}" + ("" if is_usual else f" IMAGE={project.settings.image}")
+    down = "./inv registry.down" + ("" if is_usual else f" --port {port}")
     lines = [
-        f"\nRepeat this example: ENV_FILE={ENV_FILE} ./inv pull install push",
+        f"\nRepeat this example: {variables} ./inv pull install push",
         "Build your image: cp .env.example .env, edit .env, then ./inv base pull install push",
-        "The registry is still running; `./inv registry.down` stops it.",
+        f"The registry is still running; `{down}` stops it.",
     ]
     private = private_engine()
     if project.engine.info().url == private.url:

@@ -62,9 +62,10 @@ def open_demo(session: Session, directory: Path) -> Project:
     output = Display(session.output or "auto")
     session.display(output)
     # The settings name files that this makes in a fresh checkout.
-    prepare(engine_or_private(session), session.console, directory)
+    port = prepare(engine_or_private(session), session.console, directory)
     settings = load_isolated(directory / ENV_FILE)
-    return session.open(session.use(replace(settings, output=output)))
+    image = replace(settings.image, registry=f"localhost:{port}")
+    return session.open(session.use(replace(settings, output=output, image=image)))
 
 
 def engine_or_private(session: Session) -> Engine:

@@ -130,7 +130,11 @@ class LocalRegistry:
                 self._wait(self.running)
                 message = "the local registry is already running"
             else:
-                self._check_port()
+                if error := self.port_error():
+                    raise RegistryError(
+                        f"cannot use port {self.port} for the local registry: {error}; use another "
+                        "port with `inv registry.up --port N`, and IMAGE=localhost:N/..."
+                    )
                 if not self.installed():
                     self._unpack(console)
                 self._start()
@@ -147,17 +151,16 @@ class LocalRegistry:
             self._service.stop(_SECONDS)
         console.print(f"stopped the local registry; delete {self.directory} to delete its images")
 
-    def _check_port(self) -> None:
+    def port_error(self) -> str:
+        """Return the reason why the port cannot be used, or an empty string."""
         with socket.socket() as probe:
             # Like the registry, accept a port that was just released.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((_HOST, self.port))
             except OSError as error:
-                raise RegistryError(
-                    f"cannot use port {self.port} for the local registry: {error.strerror}; use "
-                    "another port with `inv registry.up --port N`, and IMAGE=localhost:N/..."
-                ) from error
+                return error.strerror or str(error)
+        return ""
 
     def _unpack(self, console: Console) -> None:
         package, root = "docker-registry", self.directory / "root"

@@ -1,14 +1,16 @@
-"""Last lines of the demo."""
+"""Port and last lines of the demo."""
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import Site, heard
+from fake_engine import Heard, Site, heard
 
 from dev import demo
 from guix_tasks.bootstrap.engine import PrivateEngine
+from guix_tasks.bootstrap.registry import LocalRegistry
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,3 +27,25 @@ def test_next_steps_explain_how_to_reach_the_private_engine(
         monkeypatch.setattr(engine, "url", project.engine.info().url)
     demo.print_next_steps(project)
     assert (engine.shell_hint() in heard(project)) is private
+
+
+def test_demo_takes_a_free_port_if_another_program_uses_its_port(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+    monkeypatch.setattr(demo, "make_base", lambda *_: None)
+    monkeypatch.setattr(demo, "make_material", lambda *_: None)
+    monkeypatch.setattr(LocalRegistry, "up", lambda self, _: started.append(self.port))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        registry_for = lambda _engine, port=taken: LocalRegistry(tmp_path, port)  # noqa: E731
+        monkeypatch.setattr(demo, "registry_for", registry_for)
+        port = demo.prepare(site.engine, Heard(), tmp_path)
+    assert [port] == started != [taken]
+    site.env["IMAGE"] = f"localhost:{port}/guix-tasks-demo"
+    project = site.project()
+    demo.print_next_steps(project)
+    assert f"IMAGE=localhost:{port}/guix-tasks-demo:latest ./inv pull" in heard(project)
+    assert f"`./inv registry.down --port {port}`" in heard(project)

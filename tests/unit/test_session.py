@@ -763,11 +763,12 @@ def test_demo_makes_the_files_that_its_settings_name(inv: Inv, tmp_path: Path) -
     example.write_text((Path(dev.tasks.CHECKOUT) / dev.demo.ENV_FILE).read_text())
     (tmp_path / "checkout" / "Dockerfile").write_text("FROM base\n")
 
-    def prepare(_engine: object, _console: object, directory: Path) -> None:
+    def prepare(_engine: object, _console: object, directory: Path) -> int:
         made = directory / "examples" / "offline" / "out"
         made.mkdir()
         for name in ("channels.scm", "substitutes.pub"):
             (made / name).write_text(LOCK)
+        return 5055
 
     projects: list[Project] = []
     inv.monkeypatch.setattr(dev.demo, "prepare", prepare)
