@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import logging
 import signal
+import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import builder_environment, check_store, errors, eventually
+from harness import builder_environment, check_store, errors, eventually, one_error
 from island import raised
 from patient import admit
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from conftest import NewProject
-    from harness import Running, Workshop
+    from harness import Project, Running, Workshop
     from patient import ExaminedProject
     from soak import Soak
 
@@ -222,6 +224,44 @@ def test_any_moment_can_be_the_last(ward: Ward, soak: Soak) -> None:
         "Ctrl-C ends the container within seconds and exits 130",
         f"{stopped.total()} signals ({told(stopped)}), the slowest {ward.longest:.1f} s",
     )
+
+
+@pytest.mark.both_stores
+def test_pruning_in_a_loop_moves_no_wrong_tag(ward: Ward, soak: Soak) -> None:
+    """A cron job removes containers that do not run and images without a name, at any moment."""
+    patient, project = ward.patient, ward.patient.project
+    statuses: Counter[int] = Counter()
+    with _pruning(project):
+        for _ in range(soak.times(3, 60)):
+            stage = ward.draw(("base", "pull", "install", "push"))
+            patient.prepare(stage if stage != "push" else "install")
+            before = project.tags()
+            result = project.inv(*(("install",) if stage == "push" else ()), stage)
+            statuses[result.returncode] += 1
+            if result.returncode:
+                LOG.info("%s: %s", stage, one_error(result, result.returncode))
+            patient.check("install" if stage == "push" else stage, before)
+    patient.finish("base")
+    patient.works()
+    check_store(project.docker, project.image)
+    soak.tell("pruning in a loop moves no wrong tag", f"{dict(statuses)} runs by exit status")
+
+
+@contextmanager
+def _pruning(project: Project) -> Iterator[None]:
+    ended = threading.Event()
+
+    def prune() -> None:
+        while not ended.wait(0.1):
+            project.docker("system", "prune", "--force")
+
+    thread = threading.Thread(target=prune)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def told(struck: Counter[str]) -> str:
