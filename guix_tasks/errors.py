@@ -56,6 +56,11 @@ def full_disk(text: str) -> str:
     return f"; {FULL_DISK}" if is_full else ""
 
 
+FEWER_LAYERS = (
+    "squash BASE_IMAGE, combine steps of the Dockerfile, or use an engine with the containerd "
+    "image store"
+)
+
 REFUSED = "the engine could not"
 """Start of the message about a call that the engine answered with an error."""
 

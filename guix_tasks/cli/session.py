@@ -115,6 +115,8 @@ class Session:
     def open(self, settings: Settings, *, needs_engine: bool = True) -> Project:
         """Open a project on the engine of its settings or of this machine."""
         settings = self.use(settings)
+        for stage in custom_stages:
+            _check_tag(settings, stage.name)
         try:
             engine = self.engine(settings.docker_environment)
         except NoEngineError as error:
@@ -214,6 +216,19 @@ def helpers(environment: Mapping[str, str]) -> Helpers:
         return partial(build, buildx) if buildx else None
 
     return Helpers(registry.accounts, find_build)
+
+
+def _check_tag(settings: Settings, stage: str) -> None:
+    """Raise ``UsageError`` if the tags of a custom stage would be too long."""
+    platforms = [f"-{platform.tag_suffix}" for platform in settings.platforms]
+    suffix = f"-{stage}{max(platforms, key=len, default='')}"
+    try:
+        settings.image.with_tag(f"{settings.image.tag}{suffix}")
+    except ValueError:
+        raise UsageError(
+            f"{settings.origin('IMAGE')}: the tag with the suffix {suffix} has more than 128 "
+            "characters; shorten the tag, or the name of the stage in tasks.py"
+        ) from None
 
 
 _DROPPED = re.compile(

@@ -97,7 +97,7 @@ def _check_options(options: guix.Pack, name: str, packages: Sequence[str]) -> No
         _check_pattern("--symlink", link, "[^=]+=[^=]+", "SOURCE=TARGET, for example /bin=bin")
     program = "a program of a package, for example bin/hello"
     _check_pattern("--entry-point", options.entry_point, ".*", program)
-    _check_pattern("--name", name, r"([A-Za-z0-9][\w+.~-]*)?", "letters and digits")
+    _check_pattern("--name", name, r"([A-Za-z0-9][\w+.~-]{,99})?", "at most 100 letters and digits")
 
 
 def _check_choice(option: str, text: str, choices: tuple[str, ...]) -> None:

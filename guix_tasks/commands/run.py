@@ -9,6 +9,7 @@ from guix_tasks.errors import UsageError
 from guix_tasks.oci.reference import quoted
 from guix_tasks.settings.parsers import check_text
 from guix_tasks.stages.container import Work, check_no_kept_container, work_container
+from guix_tasks.stages.images import check_layers
 from guix_tasks.stages.make import committed_work
 from guix_tasks.stages.volumes import check_volumes
 
@@ -46,6 +47,7 @@ def run(
     image = require_image(project, stage)
     if keep:
         check_volumes(project.settings, image)
+        check_layers(project.engine, image)
     project = project.with_sandbox(image, as_root=True)
     work = Work("run", tuple(argv), {}, keep=keep, stdin=stdin is not None)
     if keep:

@@ -16,6 +16,7 @@ from guix_tasks.stages.container import (
     kept_containers,
     work_container,
 )
+from guix_tasks.stages.images import check_layers
 from guix_tasks.stages.make import committed_work
 from guix_tasks.stages.volumes import check_volumes
 
@@ -52,6 +53,7 @@ def shell(project: Project, docker: Sequence[str], environment: dict[str, str], 
             check_no_kept_container(project.engine, project.settings)
         image = require_image(project, stage)
         check_volumes(settings, image)
+        check_layers(engine, image)
         project = project.with_sandbox(image, as_root=True)
         settings, work = project.settings, committed_work(project, image.id, work)
         with work_container(engine, settings, image.id, work) as container_id:

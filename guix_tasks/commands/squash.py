@@ -48,6 +48,7 @@ def squash(project: Project) -> None:
     if last is None or base is None or last.id == base.id or not _is_on(project, last, base):
         raise UsageError("nothing to squash: there is no stage above the base; run `inv install`")
     check_volumes(project.settings, base)
+    images.check_layers(project.engine, base)
     replaced_image = ledger.find(SQUASH)
     if ledger.newest() != last:
         console.print("squash: up to date")

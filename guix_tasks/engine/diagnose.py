@@ -6,7 +6,14 @@ import re
 from typing import TYPE_CHECKING
 
 from guix_tasks.engine import retry
-from guix_tasks.errors import BuilderError, GuixTasksError, RegistryError, StageError, full_disk
+from guix_tasks.errors import (
+    FEWER_LAYERS,
+    BuilderError,
+    GuixTasksError,
+    RegistryError,
+    StageError,
+    full_disk,
+)
 from guix_tasks.ui.log import LogReader
 from guix_tasks.ui.redact import to_bytes
 
@@ -72,6 +79,10 @@ _HINTS: Mapping[str, GuixTasksError] = {
         "no registry listens there for the builder: start it (`inv registry.up` for a local one), "
         "or change IMAGE; a builder in a separate network cannot reach this machine's localhost "
         "(`inv buildx.setup --recreate`)"
+    ),
+    r"413 (request entity|payload|content) too large|unexpected status.*: 413\b": RegistryError(
+        "a proxy or the registry refuses uploads of this size: raise its limit (in nginx, "
+        "client_max_body_size)"
     ),
     r"failed to (push|authorize)|push access denied|insufficient_scope|"
     r"40[13] (unauthorized|forbidden)|no basic auth|failed to do request": RegistryError(
@@ -170,6 +181,8 @@ def build_error(spec: BuildSpec, reason: str) -> BuilderError:
         )
     else:
         hint = full_disk(reason) or "; see the output above"
+        if "max depth exceeded" in reason:
+            hint = f"; {FEWER_LAYERS}"
         message = f"cannot build {spec.dockerfile}: {reason}{hint}"
     error = BuilderError(message)
     # A number in the output of a step, in a Dockerfile or in a tag may look like an HTTP status.

@@ -31,6 +31,7 @@ from guix_tasks.engine.build_context import context_archive, linked_context
 from guix_tasks.engine.discovery import Address, error_line
 from guix_tasks.engine.ssh import Ssh, SshAdapter
 from guix_tasks.errors import (
+    FEWER_LAYERS,
     REFUSED,
     BuilderError,
     EngineError,
@@ -76,6 +77,7 @@ _NO_ANSWER = (
 
 
 _ENGINE_HINTS = {
+    "max depth exceeded": FEWER_LAYERS,
     "incompatible with user namespaces": "set GUIX_SANDBOX=capabilities",
 }
 """Hints for refusals of the engine, by words of the message."""
@@ -704,6 +706,11 @@ def _pushed_digest(event: Mapping[str, Any]) -> str:
 _NOT_FOUND = "the registry has no such image: fix the reference"
 
 _REGISTRY_HINTS = {
+    "a proxy or the registry refuses uploads of this size: raise its limit (in nginx, "
+    "client_max_body_size)": (
+        "413 request entity too large", "413 payload too large", "413 content too large",
+        "http 413 ", "status: 413",
+    ),
     "the registry does not allow that a tag is overwritten: choose another tag": (
         "immutable", "cannot be overwritten",
     ),

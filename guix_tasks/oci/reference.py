@@ -58,7 +58,7 @@ class ImageReference:
                 f"{quoted(self.registry)} is not a registry; write HOST or HOST:PORT, "
                 "an IPv6 address in brackets"
             )
-        _check_repository(self.repository)
+        _check_repository(self.registry, self.repository)
         if self.registry == _HUB and "/" not in self.repository:
             raise ValueError(f"{self.repository!r} on {_HUB} is {_OFFICIAL + self.repository!r}")
         if self.tag is not None:
@@ -132,12 +132,14 @@ def _split_registry(name: str) -> tuple[str, str]:
     return first, _OFFICIAL + rest if first == _HUB and "/" not in rest else rest
 
 
-def _check_repository(repository: str) -> None:
+def _check_repository(registry: str, repository: str) -> None:
     # The user wrote "Foo", not "library/Foo".
     name = quoted(repository.removeprefix(_OFFICIAL))
-    if len(repository) > _REPOSITORY_MAX:
+    # The registry counts for Podman and for Docker before 25 (OCI distribution specification).
+    if (length := len(f"{registry}/{repository}")) > _REPOSITORY_MAX:
         raise ValueError(
-            f"a repository name has {len(repository)} characters; write at most {_REPOSITORY_MAX}"
+            f"a repository name with its registry has {length} characters; write at most "
+            f"{_REPOSITORY_MAX}"
         )
     if _REPOSITORY.fullmatch(repository):
         return

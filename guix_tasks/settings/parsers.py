@@ -114,13 +114,16 @@ package = _matching(
     "is not a package; write NAME, NAME@VERSION or NAME@VERSION:OUTPUT",
 )
 sha256 = _matching("[0-9a-f]{64}", "is not a SHA-256 checksum; write 64 lower case hex digits")
-volume = _matching(r"[A-Za-z0-9][\w.-]{,60}", "is not a volume name; write letters and digits")
+volume = _matching(
+    r"[A-Za-z0-9][\w.-]{,60}", "is not a volume name; write at most 61 letters and digits"
+)
 network = _matching(r"[A-Za-z0-9][\w.-]*", "is not a network; write none, host or a network name")
 builder = _matching(
     # The rule of buildx, store/util.go and builder.go.
-    r"(?!(?i:default)\Z)[A-Za-z][\w.-]*",
-    "is not a builder name; write letters and digits, a letter first; to use the engine's own "
-    "builder, set BUILDX_DRIVER=docker",
+    # Files, containers, volumes and, with Kubernetes, deployments get the name with a suffix.
+    r"(?!(?i:default)\Z)[A-Za-z][\w.-]{,49}",
+    "is not a builder name; write at most 50 letters and digits, a letter first; to use the "
+    "engine's own builder, set BUILDX_DRIVER=docker",
 )
 attestation = _matching("provenance|sbom", "is not an attestation; write provenance or sbom")
 _cache_form = _matching(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from guix_tasks.engine import podman_api
+from guix_tasks.errors import FEWER_LAYERS, UsageError
 from guix_tasks.files import text_digest
 
 if TYPE_CHECKING:
@@ -40,6 +41,9 @@ HAND_MADE = "commit"
 
 PREVIOUS = "previous"
 """Tag of the image that ``IMAGE`` referred to before it last moved."""
+
+LAYERS_MAX = 125
+"""Layers of an image in Docker's classic image store (``maxLayerDepth`` of moby's layer store)."""
 
 _PREFIX = "org.guix-tasks."
 STAGE_LABEL = f"{_PREFIX}stage"
@@ -162,6 +166,17 @@ def shared_layers(image: Image, other: Image) -> int:
     pairs = enumerate(zip(image.layers, other.layers, strict=False))
     shortest = min(len(image.layers), len(other.layers))
     return next((number for number, (a, b) in pairs if a != b), shortest)
+
+
+def check_layers(engine: Engine, image: Image, more: int = 1) -> None:
+    """Raise ``UsageError`` if the engine cannot commit ``more`` layers on an image."""
+    info, layers = engine.info(), len(image.layers)
+    is_limited = info.product != podman_api.NAME and not info.uses_containerd
+    if is_limited and layers + more > LAYERS_MAX:
+        raise UsageError(
+            f"the image has {layers} layers, and {more} more would exceed the {LAYERS_MAX} of this "
+            f"engine's image store; {FEWER_LAYERS}"
+        )
 
 
 @dataclass(frozen=True)

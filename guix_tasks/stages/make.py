@@ -29,6 +29,7 @@ from guix_tasks.stages.images import (
     GUIX_KEY_LABEL,
     REPORTED_LABELS,
     STAGE_LABEL,
+    check_layers,
     files_digest,
     is_child,
     key_of,
@@ -78,6 +79,8 @@ def run_stage(
     """
     check_volumes(project.settings, parent)
     warm = commit and not keep_failed and cache_prefix(project.settings) is not None
+    # The files of a custom stage outside of the store are a layer of their own.
+    check_layers(project.engine, parent, 2 if warm and stage.as_root else 1)
     current = project.ledger.find(stage.name)
     if warm and current and not force:
         image = _reassemble(project, stage, parent, current)

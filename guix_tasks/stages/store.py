@@ -43,6 +43,7 @@ from guix_tasks.stages.container import project as project_name
 from guix_tasks.stages.images import (
     FILES_LABEL,
     GUIX_KEY_LABEL,
+    LAYERS_MAX,
     files_digest,
     shared_layers,
     stage_key,
@@ -258,7 +259,9 @@ def is_reusable(project: Project, stage: Stage, parent: Image, current: Image) -
     stage's own.
     """
     shared = shared_layers(current, project.ledger.find("base") or parent)
-    return not stage.as_root and shared > 0 and len(current.layers) - shared < _MAX_LAYERS
+    layers = len(current.layers)
+    has_room = layers - shared < _MAX_LAYERS and layers < LAYERS_MAX
+    return not stage.as_root and shared > 0 and has_room
 
 
 def _variables(config: Mapping[str, Any]) -> set[str]:

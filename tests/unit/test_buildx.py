@@ -718,6 +718,8 @@ STEP = f'process "{FOLDER}/entry-point.sh {FOLDER}/stage install" did not comple
          "; correct BUILDX_NODES"),
         ("invalid duplicate endpoint tcp://a:1", BuilderError, "; correct BUILDX_NODES"),
         ("failed to push r/a:1: unexpected status: 403 Forbidden", RegistryError, "may write"),
+        ("failed to push r/a:1: unexpected status from PUT: 413 Request Entity Too Large",
+         RegistryError, "refuses uploads of this size: raise"),
         ("failed to push localhost:5055/a: dial tcp 127.0.0.1:5055: connect: connection refused",
          RegistryError, "`inv registry.up`"),
         ("failed to authorize: failed to fetch oauth token", RegistryError, "DOCKER_USERNAME"),

@@ -215,6 +215,19 @@ def test_a_registry_that_creates_no_repositories_is_told_so_by_a_push(refusal: s
     assert error.endswith("the registry has no such image: fix the reference")
 
 
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        "unexpected status from PUT request to https://r.test/v2/c: 413 Request Entity Too Large",
+        "error parsing HTTP 413 response body: invalid character '<': \"<html><title>413 ...\"",
+    ],
+)
+def test_upload_that_is_too_large_for_a_proxy_has_a_hint(refusal: str) -> None:
+    error = docker._registry_error("push r.test/c:1", refusal)
+    assert "; a proxy or the registry refuses uploads of this size: raise its limit" in str(error)
+    assert not error.is_transient
+
+
 def test_variables_of_requests_do_not_change_the_connection(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

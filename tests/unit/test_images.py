@@ -40,9 +40,11 @@ from guix_tasks.stages.images import (
     INPUTS_LABEL,
     KEY_LABEL,
     LAYERS_LABEL,
+    LAYERS_MAX,
     PREVIOUS,
     STAGE_LABEL,
     STAGES,
+    check_layers,
     inputs_of,
     is_child,
     key_of,
@@ -51,6 +53,8 @@ from guix_tasks.stages.images import (
     stage_key,
     stage_labels,
 )
+from guix_tasks.stages.make import run_stage
+from guix_tasks.stages.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -595,6 +599,25 @@ def test_mount_that_a_stage_writes_to_does_not_make_it_stale(site: Site) -> None
     site.engine.behaviour = run
     site.make("base", "pull")
     assert site.why("pull") is None
+
+
+def test_stage_on_too_many_layers_is_refused_before_it_runs(site: Site) -> None:
+    parent = site.engine.make_image({}, {"/file": b""})
+    parent = replace(parent, layers=(*parent.layers,) * LAYERS_MAX)
+    stage = Stage("pull", [("true",)], ("true",), lambda _: {})
+
+    def run() -> None:
+        with pytest.raises(UsageError, match=r"has 125 layers, and 1 more .*; squash BASE_IMAGE"):
+            run_stage(site.project(), stage, parent)
+
+    assert site.ran(run) == []
+    check_layers(site.engine, replace(parent, layers=parent.layers[1:]))
+    with pytest.raises(UsageError, match="has 124 layers, and 2 more would"):
+        check_layers(site.engine, replace(parent, layers=parent.layers[1:]), 2)
+    docker = site.engine.about
+    for other in (replace(docker, uses_containerd=True), replace(docker, product="Podman")):
+        site.engine.about = other
+        check_layers(site.engine, parent)
 
 
 def test_socket_can_be_mounted(site: Site) -> None:

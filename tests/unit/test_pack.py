@@ -175,7 +175,7 @@ def test_packages_that_are_named_are_packed_instead(made: Site) -> None:
         (Pack(symlinks=("/bin",)), "", [], "--symlink: '/bin' is invalid; use SOURCE=TARGET"),
         (Pack(symlinks=("/bin=\udce9",)), "", [], "--symlink: .* malformed character"),
         (Pack(entry_point="a\nb"), "", [], "--entry-point: .* use a program"),
-        (Pack(), "../x", [], "--name: '../x' is invalid; use letters and digits"),
+        (Pack(), "../x", [], "--name: '../x' is invalid; use at most 100 letters and digits"),
         (Pack(), ".x", [], "--name: "),
         (Pack(), "", ["-r"], "--package: '-r' is not a package"),
     ],

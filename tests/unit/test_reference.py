@@ -85,7 +85,7 @@ REFUSED = {
     "a/-b": "is not a repository",
     "a___b": "is not a repository",
     "a b": "is not a repository",
-    "example.org/" + "a" * 256: "at most 255",
+    "example.org/" + "a" * 244: "has 256 characters; write at most 255",
     "-x.org/app": "is not a registry",
     "host:/app": "is not a registry",
     "host:80x/app": "is not a registry",
@@ -121,7 +121,7 @@ def test_does_not_repeat_a_password_in_a_url() -> None:
 
 
 def test_the_longest_name_and_tag() -> None:
-    text = f"example.org/{'a' * 255}:{'t' * 128}"
+    text = f"example.org/{'a' * 243}:{'t' * 128}"
     assert str(ImageReference.parse(text)) == text
 
 

@@ -50,6 +50,7 @@ from guix_tasks.commands.init import project_directory
 from guix_tasks.engine import discovery, podman
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.settings import DECLARATIONS
+from guix_tasks.stages.declarations import CustomStage
 from guix_tasks.tasks import ns
 
 if TYPE_CHECKING:
@@ -913,6 +914,21 @@ def test_the_docker_command_takes_a_context_with_all_that_it_has(
     _, environment = Session(Context()).docker_command(inv.site.project())
     assert environment["DOCKER_CONTEXT"] == "far"
     assert not environment["DOCKER_HOST"]
+
+
+def test_tag_that_is_too_long_for_a_custom_stage_is_an_error_of_the_settings(
+    inv: Inv, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = CustomStage("d" * 32, ("true",), "install")
+    monkeypatch.setattr(session, "custom_stages", [stage])
+    inv.site.env["IMAGE"] = f"registry.test/app:{'t' * 95}"
+    assert inv("status").code == 0
+    inv.site.env["PLATFORMS"] = "linux/amd64"
+    result = inv("status")
+    assert result.code == 2
+    (error,) = result.errors
+    assert error.startswith(f"error: .env:1: IMAGE: the tag with the suffix -{'d' * 32}-linux-")
+    assert not inv.site.engine.tags
 
 
 def test_locale_without_utf8_is_worth_a_note(inv: Inv, monkeypatch: pytest.MonkeyPatch) -> None:
