@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from guix_tasks.engine import podman_api
 from guix_tasks.errors import EngineError, NoEngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 
 DEFAULT_SOCKET = Path("/var/run/docker.sock")
@@ -66,8 +68,9 @@ def find_engine(environment: Mapping[str, str], private_socket: Path) -> Address
 def _context(environment: Mapping[str, str]) -> Address | None:
     name = environment.get("DOCKER_CONTEXT") or None
     try:
-        context = docker.context.ContextAPI.get_context(name)
-        arguments = docker.context.ContextAPI.kwargs_from_context(name, dict(environment))
+        with _config_directory(environment):
+            context = docker.context.ContextAPI.get_context(name)
+            arguments = docker.context.ContextAPI.kwargs_from_context(name, dict(environment))
     except (docker.errors.DockerException, OSError, ValueError) as error:
         raise EngineError(
             f"cannot read the {f'Docker context {name}' if name else 'selected Docker context'}: "
@@ -79,6 +82,22 @@ def _context(environment: Mapping[str, str]) -> Address | None:
         return None
     url = arguments.get("base_url", "")
     return Address(url, f"context {context.Name}", arguments.get("tls"), context.Name)
+
+
+@contextmanager
+def _config_directory(environment: Mapping[str, str]) -> Iterator[None]:
+    """Let the SDK find contexts in ``DOCKER_CONFIG`` of the settings.
+
+    It reads that variable of this process only.
+    """
+    previous = os.environ.pop("DOCKER_CONFIG", None)
+    try:
+        os.environ["DOCKER_CONFIG"] = environment.get("DOCKER_CONFIG", "")
+        yield
+    finally:
+        del os.environ["DOCKER_CONFIG"]
+        if previous is not None:
+            os.environ["DOCKER_CONFIG"] = previous
 
 
 def error_line(error: object) -> str:

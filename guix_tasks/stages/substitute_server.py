@@ -42,6 +42,11 @@ def nearby(engine: Engine, settings: Settings, console: Console) -> SubstituteSe
             "NETWORK, run `inv substitutes.up` again"
         )
         return None
+    if "http_proxy" in settings.proxies:
+        console.print(
+            f"substitutes: Guix asks {url} through http_proxy, because it ignores no_proxy; if the "
+            "proxy cannot reach that address, set only https_proxy"
+        )
     return SubstituteServer(url, key, server.image)
 
 

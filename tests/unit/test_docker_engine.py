@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +15,7 @@ import requests
 from docker.errors import APIError
 
 from guix_tasks.engine import docker
-from guix_tasks.engine.discovery import Address
+from guix_tasks.engine.discovery import Address, find_engine
 from guix_tasks.engine.docker import DockerEngine
 from guix_tasks.errors import FULL_DISK, EngineError, RegistryError
 
@@ -248,6 +250,28 @@ def test_variables_of_requests_do_not_change_the_connection(
         assert merged["verify"] is True
         assert proxies.items() <= dict(merged["proxies"]).items()
         assert bool(merged["proxies"]) == bool(proxies)
+
+
+@pytest.mark.parametrize("own", [None, "/missing"])
+def test_context_is_found_in_the_configuration_of_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    """As where an env file sets DOCKER_CONFIG, which the process's environment does not."""
+    meta = tmp_path / "contexts/meta" / hashlib.sha256(b"far").hexdigest()
+    meta.mkdir(parents=True)
+    (tmp_path / "config.json").write_text('{"currentContext": "far"}')
+    endpoint = {"docker": {"Host": "tcp://far.test:2375", "SkipTLSVerify": False}}
+    context = {"Name": "far", "Metadata": {}, "Endpoints": endpoint}
+    (meta / "meta.json").write_text(json.dumps(context))
+    if own:
+        monkeypatch.setenv("DOCKER_CONFIG", own)
+    else:
+        monkeypatch.delenv("DOCKER_CONFIG")
+    for name in ("", "far"):
+        variables = {"DOCKER_CONFIG": str(tmp_path), "DOCKER_CONTEXT": name}
+        address = find_engine(variables, tmp_path / "no.sock")
+        assert (address.url, address.context) == ("tcp://far.test:2375", "far")
+    assert os.environ.get("DOCKER_CONFIG") == own
 
 
 def test_queries_of_urls_are_not_shown() -> None:

@@ -233,6 +233,15 @@ def test_stages_ask_it_first_and_no_image_knows(made: Site, guix: Publishing) ->
     assert made.keys() == states
 
 
+def test_proxy_before_the_server_is_reported(made: Site, guix: Publishing) -> None:
+    up(made, NETWORK="host")
+    assert "through http_proxy" not in made.make("install", force=True)
+    made.env["https_proxy"] = "http://proxy.test:3128"
+    assert "through http_proxy" not in made.make("install", force=True)
+    made.env["http_proxy"] = "http://proxy.test:3128"
+    assert "substitutes: Guix asks http://" in made.make("install", force=True)
+
+
 def test_what_is_not_reached_is_told(made: Site, guix: Publishing) -> None:
     up(made, NETWORK="net")
     said = made.make("install", force=True)
