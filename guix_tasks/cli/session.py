@@ -232,7 +232,8 @@ def _check_tag(settings: Settings, stage: str) -> None:
 
 
 _DROPPED = re.compile(
-    r"DOCKER_(API_VERSION|DEFAULT_PLATFORM)|SOURCE_DATE_EPOCH|BUILDX_(?!CONFIG|DEFAULT_POLICY).*"
+    r"DOCKER_(API_VERSION|DEFAULT_PLATFORM)|SOURCE_DATE_EPOCH|GIT_.*|"
+    r"BUILDX_(?!CONFIG|DEFAULT_POLICY).*"
 )
 """Variables with which buildx would build another image than that of the settings, or would use
 another builder, and the version of the API, which ``docker.Client`` negotiates."""

@@ -86,10 +86,7 @@ def _context(environment: Mapping[str, str]) -> Address | None:
 
 @contextmanager
 def _config_directory(environment: Mapping[str, str]) -> Iterator[None]:
-    """Let the SDK find contexts in ``DOCKER_CONFIG`` of the settings.
-
-    It reads that variable of this process only.
-    """
+    """Set ``DOCKER_CONFIG`` of the settings for the SDK, which reads it in this process only."""
     previous = os.environ.pop("DOCKER_CONFIG", None)
     try:
         os.environ["DOCKER_CONFIG"] = environment.get("DOCKER_CONFIG", "")

@@ -944,6 +944,7 @@ def test_variables_that_change_a_build_do_not_reach_dockers_programs(
         "BUILDX_GIT_LABELS": "full",
         "BUILDX_NO_DEFAULT_LOAD": "1",
         "DOCKER_API_VERSION": "1.24",
+        "GIT_DIR": "/other/.git",
         "DOCKER_DEFAULT_PLATFORM": "linux/arm64",
         "SOURCE_DATE_EPOCH": "1",
     }
