@@ -122,6 +122,9 @@ def check_writable(path: Path) -> None:
     raise OSError(code, os.strerror(code), str(path))
 
 
+LONGEST_SOCKET = 107
+"""Bytes of a socket's path (unix(7))."""
+
 _PREFIX = ".guix-tasks-temporary-"
 """No name that a user would give a directory: leftovers with it are deleted."""
 

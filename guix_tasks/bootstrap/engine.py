@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 SUITE = "forky"
 PACKAGES = ("docker.io", "docker-cli", "docker-buildx", "containerd", "tini-static")
 
-# unix(7): the path of a socket has at most 108 bytes, including the final zero.
-_LONGEST_SOCKET = 107
 
 _START_SECONDS = 60.0
 # The engine waits 15 s for its containers.
@@ -137,10 +135,10 @@ class PrivateEngine:
                 "it needs root; run this task as root, or install Docker Engine and join the group "
                 "'docker'"
             )
-        elif len(os.fsencode(self.socket)) > _LONGEST_SOCKET:
+        elif len(os.fsencode(self.socket)) > files.LONGEST_SOCKET:
             problem = (
-                f"the path of its socket {self.socket} is longer than {_LONGEST_SOCKET} bytes; set "
-                "XDG_DATA_HOME to a shorter path"
+                f"the path of its socket {self.socket} is longer than {files.LONGEST_SOCKET} bytes"
+                "; set XDG_DATA_HOME to a shorter path"
             )
         else:
             return

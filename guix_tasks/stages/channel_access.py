@@ -7,6 +7,7 @@ and in no URL, because Guix keeps URLs in its caches and in descriptions of chan
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import socketserver
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from guix_tasks.errors import UsageError
-from guix_tasks.files import read_file, temporary_directory, user_home
+from guix_tasks.files import LONGEST_SOCKET, read_file, temporary_directory, user_home
 from guix_tasks.settings.parsers import channel_credentials
 from guix_tasks.stages.container import RESOURCES
 
@@ -182,6 +183,11 @@ def _agent_relay(agent: Path) -> Iterator[Path]:
 
     with temporary_directory() as directory:
         path = directory / "agent"
+        if len(os.fsencode(path)) > LONGEST_SOCKET:
+            raise UsageError(
+                f"the socket {path}, which passes on the SSH agent, would have a path longer than "
+                f"{LONGEST_SOCKET} bytes; set TMPDIR to a shorter one"
+            )
         with socketserver.ThreadingUnixStreamServer(str(path), Handler) as server:
             server.daemon_threads = True
             path.chmod(0o666)

@@ -140,6 +140,20 @@ def test_remote_engine_cannot_use_the_agent(site: Site) -> None:
             pass
 
 
+def test_temporary_directory_that_is_too_long_for_the_relay_is_named(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.env["SSH_KNOWN_HOSTS"] = str(site.write("hosts", "x"))
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    with an_agent([]) as agent:
+        monkeypatch.setattr(tempfile, "tempdir", str(long))
+        site.env["SSH_AUTH_SOCK"] = agent
+        access = grant_access(site.engine, site.settings(), BY_SSH)
+        with pytest.raises(UsageError, match=r"longer than 107 bytes; set TMPDIR"), access:
+            pass
+
+
 def test_relay_passes_on_only_list_and_sign(site: Site) -> None:
     site.env["SSH_KNOWN_HOSTS"] = str(site.write("hosts", "x"))
     asked: list[bytes] = []
