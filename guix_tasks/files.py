@@ -75,7 +75,7 @@ def write_whole(path: Path, content: bytes | Iterable[bytes], mode: int = 0o666)
     with nullcontext(target.parent) if is_replaced else temporary_directory() as directory:
         unfinished = directory / f".{target.name}.{os.getpid()}"
         try:
-            unfinished.touch(mode)
+            unfinished.touch(old.st_mode & 0o777 if old else mode)
             with unfinished.open("wb") as file:
                 file.writelines([content] if isinstance(content, bytes) else content)
             if not (is_replaced and _replace(target, unfinished, old)):

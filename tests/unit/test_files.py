@@ -203,6 +203,18 @@ def test_written_file_keeps_its_mode_and_owner(written: Path) -> None:
     )  # fmt: skip
 
 
+def test_content_of_a_private_file_is_private_from_the_start(written: Path) -> None:
+    written.chmod(0o600)
+
+    def content() -> Iterator[bytes]:
+        (unfinished,) = {*written.parent.iterdir()} - {written}
+        assert stat.S_IMODE(unfinished.stat().st_mode) == 0o600
+        yield b"new"
+
+    write_whole(written, content())
+    assert written.read_bytes() == b"new"
+
+
 def test_new_file_has_the_mode_of_the_umask(tmp_path: Path) -> None:
     previous = os.umask(0o027)
     try:
