@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
     from guix_tasks.settings import Settings
 
+NO_SERVICES = (
+    "the image has no /etc/services, in which Guix looks up the ports of servers: install the "
+    "package netbase in the Dockerfile"
+)
+
 _QUOTATION = "entry-point: the last lines of "
 _TAIL_LINES = 400
 
@@ -33,6 +38,7 @@ class SubstituteServers:
         # Guix reports only the host, so two servers on one host cannot be distinguished.
         self._watched = needed and len(self._hosts) == len(urls)
         self._silent: set[str] = set()
+        self._lacks_services = False
 
     @property
     def all_silent(self) -> bool:
@@ -44,15 +50,16 @@ class SubstituteServers:
         if not self._watched or self.all_silent:
             return False
         self._silent |= guix.silent_servers(line)
+        self._lacks_services = self._lacks_services or "Servname not supported" in line
         return self.all_silent
 
     @property
     def error_line(self) -> str:
         """The error if no server answers, with its hint."""
+        hint = "correct GUIX_SUBSTITUTE_URLS or the network, or set GUIX_FALLBACK=yes"
         return (
             f"no substitute server answers ({', '.join(sorted(self._silent))}), and Guix would "
-            "build everything from source; correct GUIX_SUBSTITUTE_URLS or the network, or set "
-            "GUIX_FALLBACK=yes"
+            f"build everything from source; {NO_SERVICES if self._lacks_services else hint}"
         )
 
 

@@ -847,6 +847,19 @@ def test_a_substitute_server_that_shows_its_key(
     assert made.engine.all_containers == {}
 
 
+@pytest.mark.parametrize(("services", "state"), [(b"", FAILED), (b"https 443/tcp\n", NOTE)])
+def test_image_without_ports_of_services_is_found(
+    made: Site, monkeypatch: pytest.MonkeyPatch, services: bytes, state: str
+) -> None:
+    monkeypatch.setattr(servers, "_get", lambda *_: "StoreDir: /gnu/store")
+    if services:
+        made.engine._files[made.image("base").layers[0]]["/etc/services"] = services
+    serve(made, "https://a.test", keys=False)
+    found = one(made, "substitutes")
+    assert found.state == state
+    assert ("install the package netbase" in found.fix) == (state == FAILED)
+
+
 @pytest.mark.parametrize("slash", ["", "/"])
 def test_guix_own_servers_need_no_key(site: Site, slash: str) -> None:
     site.env["GUIX_SUBSTITUTE_URLS"] = f"{DEFAULT_SUBSTITUTE_URLS[0]}{slash}"

@@ -325,6 +325,15 @@ def test_stage_stops_if_no_server_answers(site: Site) -> None:
     assert site.engine.changing_calls().count("stop") == STAGE_TRIES
 
 
+def test_image_without_ports_of_services_is_the_cause_of_silence(site: Site) -> None:
+    line = NOT_FOUND.replace(
+        b"Name or service not known", b"Servname not supported for ai_socktype"
+    )
+    error = failure(site, *[Try(0, [line % b"a.test", line % b"b.test"])] * STAGE_TRIES)
+    assert "no /etc/services" in error
+    assert "install the package netbase in the Dockerfile" in error
+
+
 def test_stage_succeeds_if_servers_answer_the_next_attempt(site: Site) -> None:
     run(site, Try(0, [SILENT % b"a.test", SILENT % b"b.test"]), Try(0, [SILENT % b"a.test"]))
     assert attempts(site) == 2

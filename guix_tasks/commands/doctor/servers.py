@@ -21,6 +21,7 @@ from guix_tasks.files import read_text
 from guix_tasks.settings.parsers import channel_credentials
 from guix_tasks.stages.channel_access import by_ssh, grant_access, mirrored
 from guix_tasks.stages.container import read_container_file, unstarted_container
+from guix_tasks.stages.log_faults import NO_SERVICES
 from guix_tasks.stages.pull import channels_text, lock_mismatch, lock_mismatch_line, lock_text
 from guix_tasks.ui.format import human_size
 
@@ -136,19 +137,28 @@ def check_substitutes(project: Project, url: str) -> Finding:
         )
     if found.state != "ok":
         return found
-    keys, image = _signing_keys(settings, url), _newest_image(project)
-    if keys and image:
-        if keys & _trusted_keys(project, image):
-            return found
-        return failed(
-            f"{found.message}, but the image does not trust its key",
-            "set GUIX_SUBSTITUTE_KEYS to its public key: Guix ignores these substitutes",
-        )
-    needs_key = url not in guix.DEFAULT_SUBSTITUTE_URLS and not settings.guix_substitute_keys
-    if not needs_key:
-        return found
+    return _check_use(project, url, found.message)
+
+
+def _check_use(project: Project, url: str, answer: str) -> Finding:
+    """Check that Guix in an image can reach a server that answers, and trusts its key."""
+    settings, keys = project.settings, _signing_keys(project.settings, url)
+    base = None if project.engine.is_dry else project.ledger.find("base")
+    if base:
+        trusted, has_services = _image_files(project, base)
+        if not (has_services or settings.proxies or urlsplit(url).port or url.startswith("file:")):
+            return failed(f"{answer}, but not to Guix", NO_SERVICES)
+        if keys and not keys & trusted:
+            return failed(
+                f"{answer}, but the image does not trust its key",
+                "set GUIX_SUBSTITUTE_KEYS to its public key: Guix ignores these substitutes",
+            )
+        if keys:
+            return ok(answer)
+    if url in guix.DEFAULT_SUBSTITUTE_URLS or settings.guix_substitute_keys:
+        return ok(answer)
     return note(
-        f"{found.message}, but no key is set for it",
+        f"{answer}, but no key is set for it",
         "set GUIX_SUBSTITUTE_KEYS, or Guix refuses its substitutes unless the base image trusts "
         "the key",
     )
@@ -166,19 +176,14 @@ def _signing_keys(settings: Settings, url: str) -> set[str]:
     return set()
 
 
-def _newest_image(project: Project) -> Image | None:
-    """Return the base stage, or the base image if there is none; None on a dry run."""
-    if project.engine.is_dry:
-        return None
-    return project.ledger.find("base") or project.engine.image(str(project.settings.base_image))
-
-
-def _trusted_keys(project: Project, image: Image) -> set[str]:
-    """Return the keys that Guix trusts in containers of an image."""
-    keys = [read_text(path, "utf-8", "replace") for path in project.settings.guix_substitute_keys]
-    with unstarted_container(project.engine, project.settings, image.id, name="files") as container:
-        acl = read_container_file(project.engine, container, guix.ACL, follow=True)
-    return guix.public_keys("\n".join([acl.decode(errors="replace"), *keys]))
+def _image_files(project: Project, image: Image) -> tuple[set[str], bool]:
+    """Return the keys that Guix trusts in containers of an image, and if it has /etc/services."""
+    engine, settings = project.engine, project.settings
+    keys = [read_text(path, "utf-8", "replace") for path in settings.guix_substitute_keys]
+    with unstarted_container(engine, settings, image.id, name="files") as container:
+        acl = read_container_file(engine, container, guix.ACL, follow=True)
+        services = next(engine.copy_out(container, "/etc/services"), b"")
+    return guix.public_keys("\n".join([acl.decode(errors="replace"), *keys])), bool(services)
 
 
 def _check_mounted(settings: Settings, path: str, file: str = "") -> Finding:
