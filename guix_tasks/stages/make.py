@@ -313,7 +313,7 @@ def committed_work(project: Project, image: str, work: Work) -> Work:
     """
     sandbox = project.settings.guix_sandbox
     points = mount_points(project.engine, project.settings, image, work)
-    if sandbox in (Sandbox.CAPABILITIES, Sandbox.PRIVILEGED):
+    if sandbox not in (Sandbox.ROOTLESS, Sandbox.NOCHROOT):
         lines = "".join(f"{point}\n" for point in points)
         return replace(work, files={**work.files, MOUNT_POINTS: lines.encode()})
     targets = {mount.target for mount in project.settings.mounts}.intersection(points)
