@@ -102,6 +102,8 @@ class LogFaults:
         return error
 
 
+_NO_KEY = "guix substitute: warning: ACL for archive imports seems to be uninitialized"
+
 _PREFIX = re.compile(r"\A(#[0-9]+ (\[[^\]]*\] )?[0-9.]+ |[ \t]*(=> )+# |[0-9]+\.[0-9]+ )")
 """Prefix that buildx adds to a line of a step: plain, on a terminal, or quoted at the end."""
 
@@ -109,8 +111,20 @@ _PREFIX = re.compile(r"\A(#[0-9]+ (\[[^\]]*\] )?[0-9.]+ |[ \t]*(=> )+# |[0-9]+\.
 class StepFaults(LogFaults):
     """Faults in the log of a BuildKit build, whose steps are stages."""
 
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._needs_key = not settings.guix_fallback
+
     def check(self, lines: Iterable[str]) -> None:
-        """Read the next lines. Raise ``StageError`` if no substitute server answers."""
+        """Read the next lines.
+
+        Raise ``StageError`` if no substitute server answers, or if Guix trusts none at all.
+        """
         for line in lines:
             if self.look(_PREFIX.sub("", line)):
                 raise self.silence_error()
+            if self._needs_key and _NO_KEY in line:
+                raise StageError(
+                    "the image trusts no key of a substitute server, so Guix would build "
+                    "everything from source; set GUIX_SUBSTITUTE_KEYS, or set GUIX_FALLBACK=yes"
+                )

@@ -164,3 +164,19 @@ def test_a_server_that_is_down_does_not_let_all_be_built(new_project: NewProject
     assert "GUIX_FALLBACK=yes" in error
     assert result.stderr.count("pull is retried in") == 2
     assert bundle(project)
+
+
+@pytest.mark.parametrize("sandbox", ["rootless", "capabilities"])
+@pytest.mark.parametrize("scheme", ["file", "http"])
+def test_a_server_that_is_not_trusted_does_not_let_all_be_built(
+    new_project: NewProject, workshop: Workshop, scheme: str, sandbox: str
+) -> None:
+    """The narinfos are in a directory, or in the cache of the daemon."""
+    project = new_project("base", NETWORK="host", GUIX_SANDBOX=sandbox, GUIX_SUBSTITUTE_KEYS="")
+    with serving(workshop.offline / "substitutes") as server, project.unharmed():
+        if scheme == "http":
+            project.set(GUIX_SUBSTITUTE_URLS=server)
+        error = one_error(project.inv("pull", "--upstream"), 4)
+    assert "pull: the image does not trust the key of the substitutes" in error
+    assert "set GUIX_SUBSTITUTE_KEYS to the server's public key" in error
+    assert "builder for" not in (bundle(project) / "log").read_text()

@@ -318,3 +318,14 @@ def test_each_registry_gets_its_own_account(shop: Workshop, tmp_path: Path) -> N
             model.remove()
             project.remove()
             project.docker("rmi", reference)
+
+
+def test_mount_points_are_in_no_image(bare: Project) -> None:
+    targets = "/etc/secret.conf", "/srv/a/b"
+    bare.set(MOUNTS=f"project.env:{targets[0]} home:{targets[1]}")
+    bare.ok("base")
+    bare.ok("run", "--stage=base", "--keep", "--", "sh", "-c", "cat /etc/secret.conf >/opt/made")
+    bare.ok("commit")
+    argv = ("run", "--rm", "--network=none", "--entrypoint=", bare.image, "sh", "-c")
+    listing = bare.docker.ok(*argv, f"ls -d /opt/made {' '.join(targets)} /srv/a || true")
+    assert listing.split() == ["/opt/made"]

@@ -55,3 +55,16 @@ def test_silent_servers_are_detected_in_every_log_format(settings: Settings, sha
 def test_failed_build_is_not_a_network_fault(settings: Settings) -> None:
     log = b"#1 1.0 guix build: error: build of `/gnu/store/x.drv' failed\n#1 1.1 " + EOF
     assert not faults_of(settings, log, b"\n").network_failed
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_image_that_trusts_no_key_is_detected(
+    settings: Settings, tmp_path: Path, shape: bytes
+) -> None:
+    line = shape % (
+        b"guix substitute: warning: ACL for archive imports seems to be uninitialized, substitutes"
+        b" may be unavailable"
+    )
+    with pytest.raises(StageError, match="trusts no key of a substitute server"):
+        faults_of(settings, line)
+    faults_of(new_site(tmp_path / "fallback", None, GUIX_FALLBACK="yes").settings(), line)
