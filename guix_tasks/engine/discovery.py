@@ -71,7 +71,7 @@ def _context(environment: Mapping[str, str]) -> Address | None:
         with _config_directory(environment):
             context = docker.context.ContextAPI.get_context(name)
             arguments = docker.context.ContextAPI.kwargs_from_context(name, dict(environment))
-    except (docker.errors.DockerException, OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 -- what the SDK raises for a damaged file
         raise EngineError(
             f"cannot read the {f'Docker context {name}' if name else 'selected Docker context'}: "
             f"{error_line(error)}; see `docker context ls`"
@@ -80,7 +80,7 @@ def _context(environment: Mapping[str, str]) -> Address | None:
         raise EngineError(f"there is no Docker context {name!r}; see `docker context ls`")
     if context.Name == "default":
         return None
-    url = arguments.get("base_url", "")
+    url = str(arguments.get("base_url", ""))
     return Address(url, f"context {context.Name}", arguments.get("tls"), context.Name)
 
 

@@ -24,7 +24,7 @@ import docker.types
 import requests
 import urllib3.exceptions
 
-from guix_tasks.engine import diagnose, retry
+from guix_tasks.engine import diagnose, podman_api, retry
 from guix_tasks.engine.accounts import HUB, docker_key
 from guix_tasks.engine.api import Container, EngineInfo, Image, Layer
 from guix_tasks.engine.build_context import context_archive, linked_context
@@ -41,6 +41,7 @@ from guix_tasks.errors import (
 )
 from guix_tasks.oci.platform import canonical_name
 from guix_tasks.oci.reference import ImageReference, is_loopback
+from guix_tasks.ui.redact import to_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -74,6 +75,9 @@ _NO_ANSWER = (
     OSError,
 )
 """Exceptions of the SDK if the engine is missing or dies during a call."""
+
+_MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""Exceptions of the code that reads an answer, if the answer is none of Docker's API."""
 
 
 _ENGINE_HINTS = {
@@ -125,39 +129,38 @@ class DockerEngine:
     def _info(self) -> EngineInfo:
         with self._engine_errors("report its version"):
             info = self._api.info()
-            has_bridge = self._has_bridge(info)
-        return EngineInfo(
-            url=self.address.url,
-            origin=self.address.origin,
-            context=self.address.context,
-            name=info.get("Name", ""),
-            version=info["ServerVersion"],
-            product=self.product,
-            platform=canonical_name(f"{info['OSType']}/{info['Architecture']}"),
-            storage_driver=info.get("Driver", ""),
-            uses_containerd=_CONTAINERD_STORE in dict(info.get("DriverStatus") or ()).values(),
-            has_bridge=has_bridge,
-            root=info.get("DockerRootDir", ""),
-            time=_time(info.get("SystemTime", "")),
-            cgroups=info.get("CgroupVersion", ""),
-            security=_security(info),
-            first_id=_first_id(info),
-        )
+            return EngineInfo(
+                url=self.address.url,
+                origin=self.address.origin,
+                context=self.address.context,
+                name=info.get("Name", ""),
+                version=info["ServerVersion"],
+                product=self.product,
+                platform=canonical_name(f"{info['OSType']}/{info['Architecture']}"),
+                storage_driver=info.get("Driver", ""),
+                uses_containerd=_CONTAINERD_STORE in dict(info.get("DriverStatus") or ()).values(),
+                has_bridge=self._has_bridge(info),
+                root=info.get("DockerRootDir", ""),
+                time=_time(info.get("SystemTime", "")),
+                cgroups=info.get("CgroupVersion", ""),
+                security=_security(info),
+                first_id=_first_id(info),
+            )
 
     def _has_bridge(self, info: Mapping[str, Any]) -> bool:
         networks = info.get("Plugins", {}).get("Network") or []
         return "bridge" in networks and bool(self._api.networks(names=["bridge"]))
 
-    def version(self) -> Mapping[str, Any]:
-        """Return the engine's answer to ``/version``."""
+    @property
+    def is_podman(self) -> bool:
+        """True if a Podman service answers at the address."""
         with self._engine_errors("report its version"):
-            answer: Mapping[str, Any] = self._api.version()
-        return answer
+            return podman_api.is_podman(self._api.version())
 
     def image(self, reference: str) -> Image | None:
         with self._engine_errors(f"inspect the image {reference}"):
             try:
-                image = self._inspect(reference)
+                return _image(self._inspect(reference))
             except docker.errors.ImageNotFound:
                 return None
             except docker.errors.APIError as error:
@@ -165,17 +168,6 @@ class DockerEngine:
                 if not re.search(r"content digest sha256:\w+: not found", error_line(error)):
                     raise
                 return None
-        platform = (image["Os"], image["Architecture"], image.get("Variant"))
-        return Image(
-            id=image["Id"],
-            layers=tuple(image["RootFS"].get("Layers") or ()),
-            config=image["Config"] or {},
-            size=_disk_usage(image),
-            created=image.get("Created") or "",
-            platform="/".join(filter(None, platform)),
-            digests=tuple(image.get("RepoDigests") or ()),
-            tags=tuple(image.get("RepoTags") or ()),
-        )
 
     def _inspect(self, reference: str) -> dict[str, Any]:
         api, name = self._api, quote(reference, safe="/:")
@@ -197,23 +189,23 @@ class DockerEngine:
             ids = self._api.images(
                 quiet=True, filters={"dangling": True, "label": _filters(labels)}
             )
-        return list(dict.fromkeys(ids))
+            return list(dict.fromkeys(ids))
 
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
         with self._engine_errors("list containers"):
             answers = self._api.containers(all=True, filters={"label": _filters(labels)})
-        # The API documents no order.
-        answers.sort(key=lambda answer: answer["Created"], reverse=True)
-        return [_container(answer) for answer in answers]
+            # The API documents no order.
+            answers.sort(key=lambda answer: answer["Created"], reverse=True)
+            return [_container(answer) for answer in answers]
 
     def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
         try:
             answer = self._api.inspect_distribution(  # type: ignore[no-untyped-call]
                 reference, _auth_config(credentials)
             )
-        except (docker.errors.DockerException, requests.RequestException):
+            return str(answer["Descriptor"]["digest"])
+        except (docker.errors.DockerException, requests.RequestException, *_MALFORMED):
             return None
-        return str(answer["Descriptor"]["digest"])
 
     def check_registry(self, reference: str, credentials: Credentials | None) -> bool:
         host, action = ImageReference.parse(reference).registry, f"look up {reference}"
@@ -242,7 +234,7 @@ class DockerEngine:
     def volumes(self, labels: Mapping[str, str]) -> list[str]:
         with self._engine_errors("list volumes"):
             volumes = self._api.volumes(filters={"label": _filters(labels)})["Volumes"] or ()
-        return [volume["Name"] for volume in volumes]
+            return [volume["Name"] for volume in volumes]
 
     def create_volume(self, name: str, labels: Mapping[str, str]) -> None:
         with self._engine_errors(f"create the volume {name}"):
@@ -280,8 +272,8 @@ class DockerEngine:
     def layers(self, image: str) -> list[Layer]:
         with self._engine_errors("list the layers of an image"):
             history = self._api.history(image)  # type: ignore[no-untyped-call]
-        steps = [Layer(step["Size"], step["CreatedBy"]) for step in reversed(history)]
-        return [step for step in steps if step.size]
+            steps = [Layer(step["Size"], step["CreatedBy"]) for step in reversed(history)]
+            return [step for step in steps if step.size]
 
     def save(self, image: str) -> Iterator[bytes]:
         with self._engine_errors("save an image"):
@@ -328,7 +320,7 @@ class DockerEngine:
                 # of a container would be committed.
                 use_config_proxy=False,
             )
-        return str(created["Id"])
+            return str(created["Id"])
 
     def _security(self, spec: ContainerSpec) -> list[str]:
         return [_with_profile(option) for option in spec.security]
@@ -375,8 +367,8 @@ class DockerEngine:
     def bytes_received(self, container: str) -> int | None:
         with self._engine_errors("read the statistics of a container"):
             stats = self._api.stats(container, stream=False, one_shot=True)
-        networks = stats.get("networks") or {}
-        return sum(network["rx_bytes"] for network in networks.values()) if networks else None
+            networks = stats.get("networks") or {}
+            return sum(network["rx_bytes"] for network in networks.values()) if networks else None
 
     def start(self, container: str) -> None:
         with self._engine_errors("start a container"):
@@ -405,11 +397,11 @@ class DockerEngine:
     def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
         with self._engine_errors(f"import {reference}"):
             answer = self._work_api.import_image_from_data(archive, reference)
-        last = json.loads(answer.strip().splitlines()[-1])
-        if "error" in last:
-            reason = last["error"]
-            raise EngineError(f"{REFUSED} import {reference}: {reason}{full_disk(reason)}")
-        return str(last["status"])
+            last = json.loads(answer.strip().splitlines()[-1])
+            if "error" in last:
+                reason = error_line(last["error"])
+                raise EngineError(f"{REFUSED} import {reference}: {reason}{full_disk(reason)}")
+            return str(last["status"])
 
     def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
         build = self._helpers.find_build(self.address)
@@ -441,11 +433,11 @@ class DockerEngine:
                 manifests = self._inspect(reference).get("Manifests") or ()
             except docker.errors.NotFound:
                 return False
-        content = sum(manifest["Size"]["Content"] for manifest in manifests)
-        unpacked = sum(manifest["ImageData"]["Size"]["Unpacked"] for manifest in manifests
-                       if "ImageData" in manifest)  # fmt: skip
-        # The unpacked size is a sum of blocks. Compressed layers have about half of it.
-        return bool(unpacked) and content > 0.9 * unpacked
+            content = sum(manifest["Size"]["Content"] for manifest in manifests)
+            unpacked = sum(manifest["ImageData"]["Size"]["Unpacked"] for manifest in manifests
+                           if "ImageData" in manifest)  # fmt: skip
+            # The unpacked size is a sum of blocks. Compressed layers have about half of it.
+            return bool(unpacked) and content > 0.9 * unpacked
 
     def _classic_build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
         if spec.secrets:
@@ -476,7 +468,7 @@ class DockerEngine:
                 for event in events:
                     if "error" in event:
                         raise diagnose.build_error(spec, error_line(event["error"]))
-                    output(event.get("stream", "").encode())
+                    output(to_bytes(event.get("stream", "")))
                     image = (event.get("aux") or {}).get("ID", image)
             except docker.errors.APIError as error:
                 raise diagnose.build_error(spec, error_line(error)) from None
@@ -551,6 +543,12 @@ class DockerEngine:
             if isinstance(error.__cause__, GuixTasksError):  # the SDK wraps an error of ssh
                 raise error.__cause__ from None
             raise EngineError(self._unreachable(error)) from None
+        except _MALFORMED as error:
+            reason = f"{type(error).__name__}: {error_line(error):.80}"
+            raise EngineError(
+                f"{REFUSED} {action}: the answer is not one of Docker's API ({reason}); check that "
+                f"an engine listens at {self.address.url} ({self.address.origin})"
+            ) from error
 
     def _unreachable(self, error: Exception) -> str:
         engine = f"the Docker Engine at {self.address.url} ({self.address.origin})"
@@ -624,6 +622,9 @@ class _Accounts(docker.auth.AuthConfig):
 
 _STANDARD_ERROR = 2
 
+_PART = 1 << 16
+"""Maximum bytes to read at once: a header can announce 4 GB, also one that is none."""
+
 
 def _frames(connection: socket.socket) -> Iterator[tuple[bool, bytes]]:
     """Yield ``(is_standard_error, data)`` of a container's output, in the form of Docker's API.
@@ -635,7 +636,10 @@ def _frames(connection: socket.socket) -> Iterator[tuple[bool, bytes]]:
     """
     with connection.makefile("rb") as file:
         while len(header := file.read(8)) == 8:  # noqa: PLR2004 -- the length of a header
-            yield header[0] == _STANDARD_ERROR, file.read(int.from_bytes(header[4:], "big"))
+            left = int.from_bytes(header[4:], "big")
+            while left and (data := file.read(min(left, _PART))):
+                left -= len(data)
+                yield header[0] == _STANDARD_ERROR, data
 
 
 def _send(source: IO[bytes], connection: socket.socket) -> None:
@@ -699,8 +703,10 @@ def _pushed_digest(event: Mapping[str, Any]) -> str:
     Docker's classic image store sends the digest as data; its containerd store and Podman send a
     last status line.
     """
-    line = re.search(r"\bdigest: (sha256:[0-9a-f]{64})\b", event.get("status") or "")
-    return str((event.get("aux") or {}).get("Digest", "")) or (line[1] if line else "")
+    data = event.get("aux") or {}
+    status = f"digest: {data['Digest']}" if "Digest" in data else event.get("status") or ""
+    line = re.search(r"\bdigest: (sha256:[0-9a-f]{64})\b", status)
+    return line[1] if line else ""
 
 
 _NOT_FOUND = "the registry has no such image: fix the reference"
@@ -757,6 +763,20 @@ def _registry_error(action: str, detail: str) -> RegistryError:
         detail = detail.replace(name, "")
     error.is_transient = retry.is_transient(detail)
     return error
+
+
+def _image(answer: Mapping[str, Any]) -> Image:
+    platform = (answer["Os"], answer["Architecture"], answer.get("Variant"))
+    return Image(
+        id=answer["Id"],
+        layers=tuple(answer["RootFS"].get("Layers") or ()),
+        config=answer["Config"] or {},
+        size=_disk_usage(answer),
+        created=answer.get("Created") or "",
+        platform="/".join(filter(None, platform)),
+        digests=tuple(answer.get("RepoDigests") or ()),
+        tags=tuple(answer.get("RepoTags") or ()),
+    )
 
 
 def _container(answer: Mapping[str, Any]) -> Container:

@@ -26,8 +26,7 @@ def open_engine(address: Address, helpers: Helpers) -> DockerEngine:
     Raise ``EngineError`` if the engine does not answer.
     """
     engine = DockerEngine(address, helpers)
-    is_podman = podman_api.is_podman(engine.version())
-    return PodmanEngine(address, helpers) if is_podman else engine
+    return PodmanEngine(address, helpers) if engine.is_podman else engine
 
 
 class PodmanEngine(DockerEngine):
@@ -47,7 +46,8 @@ class PodmanEngine(DockerEngine):
         if image is None:
             return None
         # Only the libpod API reports the health check.
-        check = self._libpod_image(image.id).get("Healthcheck")
+        with self._engine_errors(f"inspect the image {reference}"):
+            check = self._libpod_image(image.id).get("Healthcheck")
         return replace(
             image,
             config={**image.config, **({"Healthcheck": check} if check else {})},
@@ -57,10 +57,9 @@ class PodmanEngine(DockerEngine):
         )
 
     def _libpod_image(self, image: str) -> dict[str, Any]:
-        with self._engine_errors(f"inspect the image {image}"):
-            answer = self._api.get(f"{self._api.base_url}/v4.0.0/libpod/images/{image}/json")
-            answer.raise_for_status()
-            inspected: dict[str, Any] = answer.json()
+        answer = self._api.get(f"{self._api.base_url}/v4.0.0/libpod/images/{image}/json")
+        answer.raise_for_status()
+        inspected: dict[str, Any] = answer.json()
         return inspected
 
     def unnamed(self, labels: Mapping[str, str]) -> list[str]:

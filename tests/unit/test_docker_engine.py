@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import threading
 from contextlib import contextmanager
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import requests
@@ -22,6 +24,7 @@ from guix_tasks.errors import FULL_DISK, EngineError, RegistryError
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from socket import socket
 
 CHUNK = b'{"status": "Pushed"}\r\n'
 
@@ -110,6 +113,42 @@ def test_broken_answer_is_an_error_of_one_line() -> None:
     with played() as engine, pytest.raises(EngineError, match="does not answer: ") as raised:
         engine.push("localhost:1/x:t", None)
     assert "\n" not in str(raised.value)
+
+
+def test_answer_of_another_server_is_an_error_of_one_line() -> None:
+    with played() as engine, pytest.raises(EngineError) as raised:
+        engine.volumes({})
+    assert str(raised.value).startswith(
+        "the engine could not list volumes: the answer is not one of Docker's API "
+        "(KeyError: 'Volumes'); check that an engine listens at tcp://127.0.0.1:"
+    )
+
+
+def test_output_is_not_read_at_once_because_a_header_can_announce_4_gb() -> None:
+    class Output(io.BytesIO):
+        def makefile(self, _mode: str) -> Output:
+            return self
+
+        def read(self, size: int | None = -1) -> bytes:
+            assert size is not None
+            assert size <= 1 << 16
+            return super().read(size)
+
+    output = cast("socket", Output(b"\2\0\0\0\xff\xff\xff\xff" + b"x" * 100_000))
+    assert [len(data) for _, data in docker._frames(output)] == [1 << 16, 100_000 - (1 << 16)]
+
+
+@pytest.mark.parametrize("content", ["", "[", "{}", '"far"', '{"Endpoints": {"docker": 1}}'])
+def test_damaged_context_is_an_error_of_one_line(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"currentContext": "far"}')
+    directory = tmp_path / "contexts/meta" / sha256(b"far").hexdigest()
+    directory.mkdir(parents=True)
+    (directory / "meta.json").write_text(content)
+    with pytest.raises(EngineError, match=r"^cannot read the selected Docker context: .*\Z"):
+        find_engine({}, tmp_path / "no.sock")
 
 
 def test_an_engine_that_cannot_grant_privileges_has_a_hint() -> None:
@@ -239,7 +278,7 @@ def test_variables_of_requests_do_not_change_the_connection(
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "missing.pem"))
     monkeypatch.delenv("no_proxy", raising=False)
     with played() as engine:
-        assert engine.version() == {"ApiVersion": "1.48"}
+        assert not engine.is_podman
     for url, proxies in (
         ("https://engine.test:2376", {"https": "http://127.0.0.1:9"}),
         ("tcp://[::1]:2375", {}),
