@@ -5,9 +5,10 @@ into lines, a line is cleaned like a path, and a pattern becomes a regular expre
 ``regexp`` package. Names are strings; bytes that are not UTF-8 are surrogates, as in
 ``os.fsdecode``.
 
-Three constructs are rejected that BuildKit accepts: a backslash before a letter or digit, classes
-such as ``[:alpha:]``, and a repetition of ``^``. According to Docker's documentation, a backslash
-makes the next character literal, but BuildKit passes it to Go (``\d`` matches any digit).
+Four constructs are rejected that BuildKit accepts: a backslash before a letter or digit, classes
+such as ``[:alpha:]``, a repetition of ``^``, and more than six ``**``. According to Docker's
+documentation, a backslash makes the next character literal, but BuildKit passes it to Go (``\d``
+matches any digit).
 """
 
 from __future__ import annotations
@@ -45,6 +46,17 @@ _WELL_FORMED = re.compile(
 """Patterns that Go's ``filepath.Match`` accepts."""
 
 _TOKEN = re.compile(r"\*\*/?|\\.|.", re.DOTALL)
+
+_STAR, _ANY = "[^/]*", "(?:.*/)?"
+"""Expressions of ``*`` and ``**``."""
+
+_COMPLEX = re.compile(r"[\[\]{|]")
+"""Characters whose expressions can match text of several lengths, or a slash."""
+_MAX_WILDCARDS = 6
+"""Maximum of ``**``, and in a pattern with such characters also of ``*`` and repetitions.
+
+Python tries all combinations of their lengths, which would not end if there are many.
+"""
 
 _REPEAT = re.compile(r"\{(0|[1-9][0-9]*)(?:,(0|[1-9][0-9]*)?)?\}")
 _MAX_REPEAT = 1000
@@ -154,20 +166,31 @@ def _expression(pattern: str) -> tuple[str, str]:
     As upstream, the function translates single characters. Therefore wildcards are also translated
     in character classes, and ``{``, ``|`` and ``}`` are not escaped, because upstream's table of
     characters to escape ends before them.
+
+    A star takes the shortest text up to the next star: whatever matches after a longer text also
+    matches after the shortest. Otherwise Python would try all combinations of lengths. The
+    lookahead with a back reference is an atomic group, which Python 3.10 does not have.
     """
     kind, expression = "exact", "(?:^)"  # a pattern can begin with a repetition
+    star = None  # position of the last star, after which there was no other wildcard
     for token in _TOKEN.finditer(pattern):
         text = token[0]
         if text in ("**", "**/"):
+            star = None
             if token.end() < len(pattern):
-                kind, expression = "expression", f"{expression}(.*/)?"
+                kind, expression = "expression", f"{expression}{_ANY}"
             elif kind == "exact":
                 kind = "prefix"
             else:
                 kind, expression = "expression", f"{expression}.*"
             kind = "suffix" if token.start() == 0 else kind
-        elif text in ("*", "?"):
-            kind, expression = "expression", f"{expression}[^/]{text.removeprefix('?')}"
+        elif text == "*":
+            if star is not None and not _COMPLEX.search(pattern):
+                first = f"(?P<s{star}>[^/]*?{expression[star:].removeprefix(_STAR)})"
+                expression = f"{expression[:star]}(?={first})(?P=s{star})"
+            kind, star, expression = "expression", len(expression), f"{expression}{_STAR}"
+        elif text == "?":
+            kind, expression = "expression", f"{expression}[^/]"
         elif text in (".", "+", "(", ")", "$"):
             expression += f"\\{text}"
         elif text == "{" and not _REPEAT.match(pattern, token.start()):
@@ -185,6 +208,12 @@ def _check_expression(pattern: str) -> None:
             raise ValueError(
                 f"\\{escape} is not a literal character in BuildKit; remove the backslash"
             )
+    tokens = [token[0][:2] for token in _TOKEN.finditer(pattern)]
+    wildcards = tokens.count("**")
+    if _COMPLEX.search(pattern):
+        wildcards += tokens.count("*") + tokens.count("{")
+    if wildcards > _MAX_WILDCARDS:
+        raise ValueError(f"it has more than {_MAX_WILDCARDS} wildcards")
     if _NAMED_CLASS.search(pattern):
         raise ValueError("a named class is not supported")
     for repeat in _REPEAT.finditer(pattern):

@@ -134,9 +134,19 @@ def test_pattern_that_go_does_not_compile_is_an_error_when_it_is_tried(pattern: 
             matcher(pattern).ignores("x")
 
 
+@pytest.mark.parametrize("pattern", ["**/a" * 7, "[ab]" + "*a" * 7, "*|*" + "a{0,9}" * 7])
+def test_pattern_that_would_be_matched_for_hours_is_an_error(pattern: str) -> None:
+    with pytest.raises(PatternError, match="it has more than 6 wildcards"):
+        matcher(pattern).ignores("a" * 50)
+
+
 @pytest.mark.parametrize(
     ("pattern", "text", "expected"),
     [
+        ("*a" * 30 + "c", "a" * 200, False),
+        ("*a" * 30, "a" * 200, True),
+        ("*a*b/*c?*d", "xaxb/abcacdd", True),
+        ("*a*b/*c?*d", "xaxb/abcd", False),
         ("build", "Build", False),
         ("a|b*", "xb", True),  # upstream's table of what to escape ends before "|"
         ("a|b", "b", False),
