@@ -209,9 +209,8 @@ def unpack(debs: Iterable[Path], root: Path, failure: type[GuixTasksError] = Eng
 def debian_address(targets: str) -> str | None:
     """Return the address of Debian's main archive from index targets in the format ``_TARGET``."""
     for line in targets.splitlines():
-        origin, label, component, address = line.split("|", 3)
-        is_debian = (origin, label, component) == ("Debian", "Debian", "main")
-        if is_debian and not address.startswith("cdrom:"):
+        *archive, address = line.split("|", 3)
+        if archive == ["Debian", "Debian", "main"] and not address.startswith("cdrom:"):
             return address
     return None
 

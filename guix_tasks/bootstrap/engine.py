@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -264,11 +265,11 @@ def _network(pid: int | str) -> str:
 
 def mounts_below(directory: Path, mountinfo: str) -> list[str]:
     """Return the mount points below a directory, innermost first."""
-    escaped = [line.split(" ")[4] for line in mountinfo.splitlines()]
+    escaped = re.findall(r"^(?:\S+ ){4}(\S+) ", mountinfo, re.MULTILINE)
     # The kernel writes white space as octal escapes.
-    points = [point.encode().decode("unicode_escape") for point in escaped]
+    points = [re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), p) for p in escaped]
     directory = directory.resolve()
-    nested = [point for point in points if directory in Path(point).parents]
+    nested = [point for point in points if point.startswith(f"{directory}/")]
     return sorted(nested, key=len, reverse=True)
 
 

@@ -10,7 +10,6 @@ Nothing is pushed unless the complete image was built.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import secrets
@@ -533,8 +532,4 @@ class _Build:
                 f"buildx.build: stopped after STAGE_TIMEOUT ({human_time(limit or 0)} a stage); "
                 "nothing was pushed"
             ) from None
-        if not self.buildx.perform:
-            return ""
-        return str(
-            json.loads(metadata.read_bytes()).get(target, {}).get("containerimage.digest", "")
-        )
+        return command.built_digest(metadata, target)

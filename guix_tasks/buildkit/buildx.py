@@ -268,7 +268,7 @@ def inspect(buildx: Buildx, name: str) -> Builder | None:
         raise
 
 
-_FIELD = re.compile(r"^(\S[^:\n]*):[ \t]*(.*?)[ \t\r]*$", re.MULTILINE)
+_FIELD = re.compile(r"^(\S[^:\n]*):(.*)$", re.MULTILINE)
 """Key and value; indented lines belong to lists that are not used here."""
 
 
@@ -279,7 +279,8 @@ def parse_builder(text: str) -> Builder:
     waits up to 20 s for every builder and Docker context of the user.
     """
     blocks = re.split(r"^(?=Name:)", text, flags=re.MULTILINE)[1:]
-    head, *nodes = [dict(_FIELD.findall(block)) for block in blocks] or [{}]
+    fields = [{name: value.strip() for name, value in _FIELD.findall(block)} for block in blocks]
+    head, *nodes = fields or [{}]
     if "Error" in head:
         raise failure(f"ERROR: {head['Error']}")
     return Builder(head.get("Name", ""), head.get("Driver", ""), tuple(map(_node, nodes)))
@@ -357,7 +358,19 @@ def build(
             given = spec.accounts and spec.accounts.given
             hint = _unsupported_accounts(buildx) if given else ""
             raise build_error(spec, cause(log) + (hint and f"; {hint}"))
-        try:
-            return str(json.loads(metadata.read_bytes())["containerimage.digest"])
-        except (OSError, ValueError, LookupError):
-            raise build_error(spec, "the builder reported no image") from None
+        if digest := built_digest(metadata):
+            return digest
+        raise build_error(spec, "the builder reported no image")
+
+
+def built_digest(metadata: Path, target: str = "") -> str:
+    """Return the image's digest in a metadata file of a build or of a target of bake, or nothing.
+
+    The file is also empty or missing if the build has no image as its output.
+    """
+    try:
+        results = json.loads(metadata.read_bytes())
+        digest = (results[target] if target else results)["containerimage.digest"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ""
+    return digest if isinstance(digest, str) else ""

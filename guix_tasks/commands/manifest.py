@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from guix_tasks.buildkit.buildx import with_accounts
@@ -63,8 +64,8 @@ def join(project: Project, buildx: Buildx) -> str:
     if not buildx.perform:
         return ""
     try:
-        return str(json.loads(output)["digest"])
-    except (ValueError, LookupError, TypeError):
+        return str(replace(image, digest=json.loads(output)["digest"]).digest)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise RegistryError(
             f"{image} is joined, but the registry reports no digest; "
             f"`docker buildx imagetools inspect {image}` shows the manifest"

@@ -75,10 +75,11 @@ def oci_annotations(
 
 def web_address(remote: str) -> str:
     """Return the web address of a git remote, or nothing if it is a local path."""
-    http = re.fullmatch(r"(https?)://(?:[^/]*@)?(.+?)(?:\.git)?/*", remote)
+    address = remote.rstrip("/").removesuffix(".git")
+    http = re.fullmatch(r"(https?)://(?:[^/]*@)?(.+)", address)
     if http:
         return f"{http[1]}://{http[2]}"
-    ssh = re.fullmatch(r"(?:ssh://)?[\w.-]+@([\w.-]+)(?::\d+)?[:/](.+?)(?:\.git)?/*", remote)
+    ssh = re.fullmatch(r"(?:ssh://)?[\w.-]+@([\w.-]+)(?::\d+)?[:/](.+)", address)
     return f"https://{ssh[1]}/{ssh[2].lstrip('/')}" if ssh else ""
 
 

@@ -38,7 +38,7 @@ def test_the_address_is_that_of_debians_own_archive() -> None:
     assert debian_address("\n".join(targets)) == MIRROR
 
 
-@pytest.mark.parametrize("targets", ["", "|||http://unknown.example/", "Ubuntu|Ubuntu|main|x"])
+@pytest.mark.parametrize("targets", ["", "x", "|||http://unknown.example/", "Ubuntu|Ubuntu|main|x"])
 def test_no_address_where_debian_is_not_among_the_sources(targets: str) -> None:
     assert debian_address(targets) is None
 

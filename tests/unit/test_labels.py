@@ -150,6 +150,7 @@ def test_labels_without_git_have_only_the_date(
         ("https://token@example.org/a/b", "https://example.org/a/b"),
         ("http://u:p@example.org:8080/a/b/", "http://example.org:8080/a/b"),
         ("https://u:p@ss@example.org/a@b", "https://example.org/a@b"),
+        ("https://example.org/b.git" + "/" * 100_000, "https://example.org/b"),
         ("git@example.org:a/b.git", "https://example.org/a/b"),
         ("ssh://git@example.org:2222/a/b.git", "https://example.org/a/b"),
         ("ssh://git@example.org/a/b", "https://example.org/a/b"),

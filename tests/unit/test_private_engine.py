@@ -219,10 +219,11 @@ def test_mounts_below_a_folder_come_innermost_first() -> None:
     table = "\n".join(
         f"{number} 1 0:1 / {point} rw - ext4 /dev/x rw"
         for number, point in enumerate(
-            ["/", "/a", "/a/b", r"/a/b/with\040blank", "/a/b/with\\040blank/deep", "/ab", "/a/c"]
+            ["/", "/a", "/a/b", r"/a/b/with\040blank", "/a/b/with\\040blank/deep", "/ab", "/a/b/é"]
         )
     )
-    assert mounts_below(Path("/a/b"), table) == ["/a/b/with blank/deep", "/a/b/with blank"]
+    points = ["/a/b/with blank/deep", "/a/b/with blank", "/a/b/é"]
+    assert mounts_below(Path("/a/b"), table) == points
 
 
 def test_a_disk_that_the_user_put_there_stays(
