@@ -649,12 +649,6 @@ def test_odd_answers_are_read_too(text: str, nodes: int) -> None:
     assert not [node for node in found.nodes if node.platforms or node.flags]
 
 
-@STEADY
-@given(st.text(max_size=60) | st.text("Name: \nD\"'\\*,").map(lambda text: TWO_NODES + text))
-def test_no_answer_is_too_odd(text: str) -> None:
-    assert len(parse_builder(text).nodes) <= 2 + text.count("Name:")
-
-
 def test_error_of_a_builder_is_raised() -> None:
     with pytest.raises(BuilderError, match=r"^no daemon$"):
         parse_builder("Name: a\nDriver: b\nError: no daemon\n")

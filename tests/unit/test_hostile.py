@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
-from fake_engine import BASE_IMAGE, IMAGE, Heard, Site, channel, made_site, new_site, serial
+from fake_engine import IMAGE, Heard, Site, made_site, new_site, serial
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from invoke.program import Program
@@ -32,21 +32,17 @@ from invoke.program import Program
 from guix_tasks import files as files_module
 from guix_tasks import guix
 from guix_tasks import settings as settings_module
-from guix_tasks.buildkit import buildx
 from guix_tasks.buildkit.bakefile import Definition, bake_file, dockerfile
 from guix_tasks.buildkit.context import save_as_layout, write_mounts
 from guix_tasks.cli import session
-from guix_tasks.commands.sizes import picture
 from guix_tasks.commands.status import status_rows, tag_statuses
-from guix_tasks.engine import diagnose, discovery, docker, podman
+from guix_tasks.engine import discovery, podman
 from guix_tasks.engine.api import BuildSpec, ContainerSpec
-from guix_tasks.engine.discovery import error_line
-from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, SettingsError
+from guix_tasks.errors import BuilderError, GuixTasksError, SettingsError
 from guix_tasks.files import write_whole
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import ImageReference
-from guix_tasks.settings import load_settings, nodes
-from guix_tasks.settings.values import Driver
+from guix_tasks.settings import load_settings
 from guix_tasks.stages.container import common_files, environment
 from guix_tasks.stages.diagnostics import Failure, save_diagnostics
 from guix_tasks.stages.images import (
@@ -61,7 +57,6 @@ from guix_tasks.stages.images import (
     seal,
 )
 from guix_tasks.stages.install import ASKED_LABEL, given_packages
-from guix_tasks.stages.pull import lock_mismatch
 from guix_tasks.tasks import ns
 from guix_tasks.ui.format import printable
 
@@ -275,38 +270,6 @@ def test_any_text_of_any_setting(attempt: Attempt, tmp_path: Path) -> None:
     attempt("values of settings", st.tuples(st.sampled_from(NAMES), values), check, 40, 10_000)
 
 
-@pytest.mark.parametrize("kind", [ImageReference, Platform])
-def test_any_reference_and_any_platform(
-    attempt: Attempt, kind: type[ImageReference | Platform]
-) -> None:
-    def check(text: str) -> None:
-        try:
-            found = kind.parse(text)
-        except ValueError as error:
-            only_lines([str(error)])
-        else:
-            assert is_line(str(found))
-            assert kind.parse(str(found)) == found
-
-    parts = st.lists(st.sampled_from(["a", "b.c", "localhost", ":", "/", "@", "sha256:", "0" * 64]))
-    attempt("references and platforms", HOSTILE | parts.map("".join), check, 25, 6_000)
-
-
-def test_any_node_of_a_builder(attempt: Attempt, tmp_path: Path) -> None:
-    def check(given: tuple[Driver, str]) -> None:
-        driver, text = given
-        try:
-            node = nodes.node(text, tmp_path)
-            problems = list(nodes.problems(driver, (node, node)))
-        except ValueError as error:
-            problems = list(error.args)
-        assert all(map(is_line, problems)), problems
-
-    options = st.sampled_from(["tcp://h:1", "ssh://x", ",platform=linux/386", ",image=", ",env.A="])
-    texts = st.lists(options | HOSTILE, max_size=4).map("".join)
-    attempt("nodes", st.tuples(st.sampled_from(Driver), texts), check, 20, 4_000)
-
-
 # --- What others say ------------------------------------------------------------------------
 
 SCHEME = st.lists(
@@ -317,34 +280,6 @@ SCHEME = st.lists(
     | HOSTILE,
     max_size=30,
 ).map("".join)  # fmt: skip
-
-
-def test_any_channels_file_and_any_report(attempt: Attempt) -> None:
-    good = f"(list {channel('a', 'u')})"
-
-    def check(text: str) -> None:
-        started = time.monotonic()
-        guix.channels(text)
-        guix.is_literal(text)
-        guix.commits(text)
-        guix.unauthenticated(text)
-        guix.installed(text)
-        guix.build_logs(text)
-        guix.network_fault(text)
-        lock_mismatch(text, good)
-        lock_mismatch(good, text)
-        assert time.monotonic() - started < 5
-
-    attempt("channels files and reports", SCHEME, check, 30, 6_000)
-
-
-@pytest.mark.parametrize("text", ["(" * 8_000, "#;" * 8_000, '"' * 8_001, "#|" * 2_000])
-def test_a_channels_file_that_is_deep_or_long_takes_no_time(text: str) -> None:
-    started = time.monotonic()
-    guix.channels(text)
-    guix.is_literal(text)
-    guix.unauthenticated(text)
-    assert time.monotonic() - started < 4
 
 
 JSON = st.recursive(
@@ -398,31 +333,6 @@ def test_any_labels_of_an_image(attempt: Attempt, tmp_path: Path) -> None:
         st.sampled_from(["base", "pull", "install"]), LABELS, st.booleans(), times | HOSTILE
     )
     attempt("labels of images", values, check, 10, 2_500)
-
-
-def test_any_message_of_an_engine_a_registry_or_a_builder(attempt: Attempt, tmp_path: Path) -> None:
-    spec = BuildSpec(tmp_path, tmp_path / "Dockerfile", args={"BASE_IMAGE": BASE_IMAGE})
-
-    def check(text: str) -> None:
-        console = Heard()
-        for error in (
-            docker._registry_error("push x", text),
-            EngineError(error_line(text)),
-            diagnose.failure(text),
-            diagnose.failure(f"ERROR: {text}", spec),
-        ):
-            console.error(str(error))
-        with pytest.raises(GuixTasksError) as caught:
-            list(docker._events(iter([{"error": text}]), "push x", None))
-        console.error(str(caught.value))
-        said = console.text
-        assert said.count("\n") == len(said.split("\n")) - 1 == 5
-        assert all(map(is_line, said.split("\n"))), said
-        buildx.parse_builder(text)
-        buildx.parse_builder(f"Name: a\nDriver: b\n\nNodes:\n{text}")
-        picture(text, [])
-
-    attempt("messages", HOSTILE, check, 20, 5_000)
 
 
 def test_what_is_printable_stays_as_it_is(attempt: Attempt) -> None:

@@ -1,0 +1,864 @@
+"""Parsers of foreign input return, or raise one error of one line, whatever they read.
+
+Each function with the decorator ``reads`` is one parser, called as the package calls it, with
+valid examples. An input is an example after some random changes. Run a failure again with the seed
+of its run: ``--seed=N``, with ``--soak`` if that run had it.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import http.client
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import tarfile
+from collections import Counter
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+import requests
+import urllib3
+from fake_engine import Heard, channel, forget_contents, forget_secrets, made_site
+from test_buildx import TWO_NODES
+from test_docker_engine import DIGEST, INFO, PACKED
+from test_docker_engine import IMAGE as INSPECTED
+from test_podman_api import FOUND
+from test_search_paths import ETC_PROFILE
+
+from guix_tasks import guix
+from guix_tasks.bootstrap import apt, engine
+from guix_tasks.bootstrap.service import Service
+from guix_tasks.buildkit import buildx
+from guix_tasks.commands import manifest, release, verify
+from guix_tasks.commands.buildx_setup import entitlements
+from guix_tasks.engine import accounts, diagnose, discovery, docker, podman
+from guix_tasks.engine.api import BuildSpec, ContainerSpec, Image
+from guix_tasks.engine.build_context import context_entries
+from guix_tasks.engine.ssh import Ssh, ssh_arguments
+from guix_tasks.errors import GuixTasksError, NoEngineError, SettingsError
+from guix_tasks.guix.progress import Activity, BuildSteps, Noise
+from guix_tasks.oci.labels import web_address
+from guix_tasks.oci.platform import Platform
+from guix_tasks.oci.reference import ImageReference
+from guix_tasks.settings import load_settings, nodes
+from guix_tasks.settings.values import Driver
+from guix_tasks.stages import push_records, volumes
+from guix_tasks.stages.channel_access import by_ssh
+from guix_tasks.stages.diagnostics import Failure, save_diagnostics
+from guix_tasks.stages.images import (
+    INPUTS_LABEL,
+    LAYERS_LABEL,
+    STAGE_LABEL,
+    inputs_of,
+    is_child,
+    proven_stage,
+)
+from guix_tasks.stages.log_faults import StepFaults
+from guix_tasks.stages.ownership import _free_id, _user_id
+from guix_tasks.stages.pull import channels_text, lock_mismatch, lock_text
+from guix_tasks.ui import redact
+from guix_tasks.ui.log import LogReader
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Iterator
+    from random import Random
+    from types import FrameType
+
+    from fake_engine import Site
+    from soak import Soak
+
+    from guix_tasks.settings import Settings
+
+    Reader = Callable[[bytes, "Place"], tuple[GuixTasksError, ...] | None]
+
+pytestmark = pytest.mark.soak
+
+SECONDS = 1.0
+"""Processor time in which an input must be read."""
+
+LONG = 100_000
+"""Bytes of a long input."""
+
+# --- Random changes -------------------------------------------------------------------------
+
+PIECES = (
+    b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\xe2\x80\xae",
+    b"\xc2\x85", b"\xc2\x9b2J", b"\xd9\xa3", b"\n", b"\r", b"\r\n", b"\t", b" " * 50, b"\x1b[",
+    b"\x1b]", b"9" * 400, b"9" * 5_000, b"-1", b"1e999", b"1.2.3", b"NaN", b"null", b"[]", b"{}",
+    b'""', b"\\ud800", b"[" * 10_000, b'{"a":' * 10_000, b"(" * 10_000, b"a/" * 10_000, b"\\",
+    b"'", b'"', b"$", b"${", b"}", b"*", b"**/", b"?", b"[", b"]", b"!", b"#", b"#|", b"|", b",",
+    b":", b"=", b"@", b"//", b"..", b";", b"<<EOF",
+)  # fmt: skip
+
+VALUES: tuple[Any, ...] = (
+    None, True, 0, -1, 1.5, 10**30, "", "\0", "\ud800", "a\nb", "x" * 1000, [], {}, [None], [[]],
+    {"": None}, {"a": {}},
+)  # fmt: skip
+
+
+def cut(chance: Random, data: bytes) -> bytes:
+    start, end = sorted(chance.randrange(len(data) + 1) for _ in range(2))
+    return data[:start] + data[end:]
+
+
+def double(chance: Random, data: bytes) -> bytes:
+    start, end = sorted(chance.randrange(len(data) + 1) for _ in range(2))
+    return data[:end] + data[start:]
+
+
+def insert(chance: Random, data: bytes) -> bytes:
+    place = chance.randrange(len(data) + 1)
+    return data[:place] + chance.choice(PIECES) + data[place:]
+
+
+def overwrite(chance: Random, data: bytes) -> bytes:
+    place = chance.randrange(len(data) + 1)
+    return data[:place] + bytes([chance.randrange(256)]) + data[place + 1 :]
+
+
+def shuffle(chance: Random, data: bytes) -> bytes:
+    parts = data.splitlines(keepends=True)
+    chance.shuffle(parts)
+    return b"".join(parts)
+
+
+def convert(chance: Random, data: bytes) -> bytes:
+    return chance.choice((b"\xef\xbb\xbf" + data, data.replace(b"\n", b"\r\n")))
+
+
+def swap_value(chance: Random, data: bytes) -> bytes:
+    """Replace or delete a value in a line of JSON."""
+    parts = data.split(b"\n")
+    place = chance.randrange(len(parts))
+    try:
+        value = json.loads(parts[place])
+        parts[place] = json.dumps(swapped(chance, value)).encode()
+    except (ValueError, RecursionError):
+        return data
+    return b"\n".join(parts)
+
+
+def swapped(chance: Random, value: Any) -> Any:
+    keys: list[Any] = [*value] if isinstance(value, dict) else []
+    keys = [*range(len(value))] if isinstance(value, list) else keys
+    if not keys or chance.random() < 0.2:
+        return chance.choice(VALUES)
+    changed, key = value.copy(), chance.choice(keys)
+    if chance.random() < 0.2:
+        del changed[key]
+    else:
+        changed[key] = swapped(chance, changed[key])
+    return changed
+
+
+CHANGES = (cut, double, insert, insert, overwrite, shuffle, convert, *[swap_value] * 3)
+
+
+def damaged(chance: Random, example: bytes) -> bytes:
+    data = example if chance.random() < 0.95 else chance.randbytes(chance.randrange(100))
+    for _ in range(chance.choice((1, 1, 1, 2, 3, 6))):
+        data = chance.choice(CHANGES)(chance, data)
+    return data
+
+
+def lengthened(chance: Random, example: bytes) -> bytes:
+    """Repeat a piece, mostly one of the example, to find expressions that backtrack."""
+    start = chance.randrange(len(example) + 1)
+    end = start + chance.choice((1, 1, 2, 5, 20, 80))
+    piece = example[start:end] if chance.random() < 0.8 else chance.choice(PIECES)
+    return example[:start] + piece * (LONG // (len(piece) or 1)) + example[end:]
+
+
+# --- Parsers --------------------------------------------------------------------------------
+
+
+@dataclass
+class Place:
+    """A directory and a project for one parser."""
+
+    directory: Path
+    patch: pytest.MonkeyPatch
+
+    @cached_property
+    def site(self) -> Site:
+        return made_site(self.directory / "project")
+
+    @cached_property
+    def settings(self) -> Settings:
+        return replace(self.site.settings(), release_url="https://r.test")
+
+    def write(self, name: str, data: bytes) -> Path:
+        path = self.directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return path
+
+
+READERS: dict[str, tuple[tuple[bytes, ...], Reader]] = {}
+
+
+def reads(*examples: bytes | str | dict[str, Any] | list[Any]) -> Callable[[Reader], Reader]:
+    """Register a parser with valid examples, which can be values to write as JSON."""
+
+    def register(reader: Reader) -> Reader:
+        texts = (x if isinstance(x, (bytes, str)) else json.dumps(x) for x in examples)
+        raw = tuple(x if isinstance(x, bytes) else x.encode() for x in texts)
+        READERS[reader.__name__] = (raw, reader)
+        return reader
+
+    return register
+
+
+def text_of(data: bytes) -> str:
+    """Return data as the output of programs is decoded."""
+    return data.decode(errors="replace")
+
+
+def word_of(data: bytes) -> str:
+    """Return data as a variable or an argument can have it."""
+    return os.fsdecode(data.replace(b"\0", b""))
+
+
+@contextmanager
+def settings_problems() -> Iterator[None]:
+    """Convert errors of a parser of settings as the settings do."""
+    try:
+        yield
+    except ValueError as error:
+        raise SettingsError([*map(str, error.args)]) from None
+
+
+# --- Files and variables of users -----------------------------------------------------------
+
+
+@reads("# Comment\n*\n!src/**/*.py\nsrc/[a-c^]?\\*.txt\n /out/../x{2,3} \n", "*\n!/a b\n**/x*\n")
+def dockerignore(data: bytes, place: Place) -> None:
+    place.write("context/src/ab/c.txt", b"")
+    place.write("context/.dockerignore", data)
+    context_entries(place.directory / "context", place.directory / "context/Dockerfile")
+
+
+HUB = {"auth": base64.b64encode(b"me:hunter2").decode()}
+CONFIG = {
+    "auths": {"https://index.docker.io/v1/": HUB, "r.test:5000": {"identitytoken": "secret"}},
+    "credHelpers": {"gcr.test": "gcr"},
+    "credsStore": "",
+    "currentContext": "default",
+    "proxies": {"default": {"httpProxy": "http://p.test:3128", "noProxy": "a,b"}},
+}
+
+
+@reads(CONFIG, {"auths": {"r.test": {"auth": "bWU6aHVudGVyMg==\n"}}})
+def docker_config(data: bytes, place: Place) -> None:
+    place.write("config.json", data)
+    environment = {"DOCKER_CONFIG": str(place.directory)}
+    place.patch.setenv("DOCKER_CONFIG", str(place.directory))
+    place.patch.setattr(accounts, "_ask_helper", lambda *_: None)
+    found = accounts.docker_accounts(environment)
+    for host in ("docker.io", "r.test:5000", "gcr.test"):
+        found.find(host)
+    accounts.auth_config(found.every())
+    load_settings(place.directory, place.directory, environment)
+    with suppress(NoEngineError):
+        discovery.find_engine(environment, place.directory / "no.sock")
+
+
+@reads({"auths": {"r.test": HUB, "http://r.test:5000/v2/": {"username": "a", "password": "b"}}})
+def docker_auth_config(data: bytes, place: Place) -> None:
+    accounts.auth_config(accounts.docker_accounts({accounts.AUTH_CONFIG: word_of(data)}).every())
+
+
+@reads({"ServerURL": "r.test", "Username": "me", "Secret": "hunter2"}, "credentials not found\n")
+def credential_helper(data: bytes, place: Place) -> None:
+    done = subprocess.CompletedProcess([], len(data) % 2, text_of(data), "")
+    with place.patch.context() as patch:
+        patch.setattr(subprocess, "run", lambda *_, **__: done)
+        accounts._ask_helper("test", "r.test", {})
+
+
+@reads(
+    {
+        "Name": "far",
+        "Metadata": {"Description": "x"},
+        "Endpoints": {"docker": {"Host": "ssh://me@far.test", "SkipTLSVerify": False}},
+    }
+)
+def docker_context(data: bytes, place: Place) -> None:
+    place.write("config.json", b'{"currentContext": "far"}')
+    place.write(f"contexts/meta/{hashlib.sha256(b'far').hexdigest()}/meta.json", data)
+    place.patch.setenv("DOCKER_CONFIG", str(place.directory))
+    url = discovery.find_engine({}, place.directory / "no.sock").url
+    if url.startswith("ssh://"):
+        ssh_arguments(url)
+
+
+ENV_FILE = """\
+# Comment
+IMAGE=r.test/a:1
+export TAGS='1 2'
+GUIX_PACKAGES="hello git@2" # comment
+BUILD_ARGS="A=${HOME} B='x y'"
+DOCKER_USERNAME=me
+DOCKER_PASSWORD=hunter2$
+STAGE_TIMEOUT=90m
+BUILDX_NODES=tcp://h:1,platform=linux/arm64,env.A=b
+OTHER=\\
+"""
+
+
+@reads(ENV_FILE, "MOUNTS=.:/x:ro\nMEMORY=4g\nPLATFORMS=linux/amd64 linux/386\n")
+def env_file(data: bytes, place: Place) -> None:
+    # python-dotenv takes seconds for 100 kB of blanks in one line.
+    project = place.write("project/.env", re.sub(rb"\s{1000,}", b"\n", data)).parent
+    settings = load_settings(project, place.directory, {"HOME": "/x"})
+    assert all(note.isprintable() for note in settings.notes)
+    assert settings.output_directory == project / "out"
+
+
+@reads("localhost:5000/a/b-c:1.0", f"r.test/a@sha256:{'0' * 64}", "docker.io/library/debian")
+def image_reference(data: bytes, place: Place) -> None:
+    with settings_problems():
+        reference = ImageReference.parse(word_of(data))
+    assert ImageReference.parse(str(reference)) == reference
+
+
+@reads("linux/amd64", "linux/arm/v7", "linux/arm64/v8", "linux/aarch64")
+def platform_name(data: bytes, place: Place) -> None:
+    with settings_problems():
+        platform = Platform.parse(word_of(data))
+    assert Platform.parse(str(platform)) == platform
+
+
+@reads("tcp://h:1,platform=linux/arm64,cacert=x", 'ssh://me@h,"env.A=b,c"', "platform=linux/386")
+def builder_node(data: bytes, place: Place) -> None:
+    with settings_problems():
+        node = nodes.node(word_of(data), place.directory)
+    for driver in Driver:
+        assert all(map(str.isprintable, nodes.problems(driver, (node, node))))
+
+
+@reads("ssh://me@far.test:22/run/docker.sock", "ssh://far.test")
+def ssh_address(data: bytes, place: Place) -> None:
+    ssh_arguments(f"ssh://{word_of(data).removeprefix('ssh://')}")
+
+
+INTRODUCED = channel("guix", "https://g.test/guix.git", "0" * 40)
+
+
+@reads(
+    f'(list {INTRODUCED}\n #| c |# #;(x) ; y\n (channel (inherit c) (name \'b) (url "u")))\n',
+    '(specifications->manifest \'("hello" "git@2"))',
+)
+def channels_file(data: bytes, place: Place) -> None:
+    lock = place.settings.guix_channels_lock
+    assert lock
+    lock.write_bytes(data)
+    text = lock_text(place.settings) or ""
+    for wanted, locked in ((text, text), (text, INTRODUCED), (INTRODUCED, text)):
+        lock_mismatch(wanted, locked)
+    guix.unauthenticated(text)
+    guix.is_plain_manifest(text)
+    by_ssh(place.settings, text)
+    channels = place.settings.guix_channels
+    assert channels
+    channels.write_bytes(data)
+    channels_text(place.settings)
+
+
+DOCKERFILE = """\
+# syntax=docker/dockerfile:1
+# escape=\\
+ARG BASE_IMAGE
+FROM --platform=x ${BASE_IMAGE} AS a
+RUN <<EOF cat <<-'B' \\
+ # x
+EOF
+	B
+FROM a
+VOLUME ["/gnu", "/a b"] $X${Y}
+"""
+
+
+@reads(DOCKERFILE)
+def dockerfile(data: bytes, place: Place) -> None:
+    place.settings.dockerfile.write_bytes(data)
+    instructions = volumes._last_build_stage(place.settings)
+    assert volumes._origin(place.settings, instructions, "/gnu/store")
+
+
+# --- Damaged files of this project ----------------------------------------------------------
+
+
+RECORD = {"repository": "r.test/a", "platforms": ["linux/amd64"], "digest": DIGEST, "commits": {}}
+
+
+@reads(RECORD)
+def push_record(data: bytes, place: Place) -> None:
+    place.write("project/out/digests/x.json", data)
+    push_records.load(place.settings)
+
+
+CHANNEL = {"name": "guix", "url": "https://g.test", "commit": "0" * 40}
+
+
+@reads(
+    {"system": "a", "format": "tarball", "file": "a", "sha256": "0", "channels": [CHANNEL]},
+    {"system": "a", "format": "deb", "file": "b", "sha256": "0", "channels": []},
+)
+def pack_record(data: bytes, place: Place) -> None:
+    place.write("project/out/build-x.json", data)
+    release.release(place.settings, Heard())
+
+
+@reads({"a": {"url": "https://r.test/a", "sha256": "0", "deb": {"url": "b"}, "x": 1}})
+def build_index(data: bytes, place: Place) -> None:
+    example = READERS["pack_record"][0][0]
+    place.write("project/out/build-x.json", example)
+    place.write("project/out/build.json", data)
+    release.release(place.settings, Heard())
+
+
+@reads("12345\n")
+def pid_file(data: bytes, place: Place) -> None:
+    Service(Path("/bin/x"), place.write("pid", data), place.directory / "log").pid()
+
+
+# --- Answers of engines and registries ------------------------------------------------------
+
+
+class Connection(io.BytesIO):
+    """A socket with an answer to read."""
+
+    def makefile(self, *_: object) -> io.BytesIO:
+        return io.BytesIO(self.getvalue())
+
+
+class Answers(requests.adapters.HTTPAdapter):
+    """An engine whose answer to a call is the first one whose path is in the URL.
+
+    ``status`` and ``chunked`` are of the first answer.
+    """
+
+    def __init__(self, answers: dict[str, bytes], status: int, *, chunked: bool) -> None:
+        super().__init__()
+        self._answers, self._status, self._chunked = answers, status, chunked
+
+    def send(self, request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:
+        first = next(iter(self._answers))
+        path = next((path for path in self._answers if path in str(request.url)), "")
+        body, status = self._answers.get(path, b"{}"), self._status if path == first else 200
+        head, content = f"Content-Length: {len(body)}", body
+        if self._chunked and path == first:
+            half, head = len(body) // 2, "Transfer-Encoding: chunked"
+            parts = filter(None, (body[:half], body[half:]))
+            content = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
+            content += b"0\r\n\r\n"
+        answer = f"HTTP/1.1 {status} x\r\n{head}\r\n\r\n".encode() + content
+        raw = http.client.HTTPResponse(cast("socket.socket", Connection(answer)))
+        raw.begin()
+        response = urllib3.HTTPResponse(
+            raw, dict(raw.headers), status, preload_content=False, original_response=raw
+        )
+        return self.build_response(request, response)
+
+
+class FakeClient(docker.Client):
+    adapter: Answers
+
+    def get_adapter(self, url: str) -> Any:
+        return self.adapter
+
+
+VERSION = {"ApiVersion": "1.48", "Components": [{"Name": "Podman Engine"}]}
+OTHERS: dict[str, Any] = {
+    "/version": VERSION,
+    "/info": {**INFO, "Plugins": {"Network": ["bridge"]}},
+    "/networks": [{"Name": "bridge"}],
+    "/commit": {"Id": DIGEST},
+    "/libpod/images/": {**FOUND, "Healthcheck": {}},
+    "/images/": {**INSPECTED, "Manifests": [PACKED]},
+}
+REFERENCE = "r.test/a:1"
+
+
+def answer(
+    name: str,
+    path: str,
+    *examples: str | dict[str, Any] | list[Any],
+    call: Callable[[docker.DockerEngine], object],
+    product: type[docker.DockerEngine] = docker.DockerEngine,
+    status: int = 200,
+    chunked: bool = False,
+) -> None:
+    """Register the answer to one call of an engine."""
+    others = {path: json.dumps(content).encode() for path, content in OTHERS.items()}
+
+    def reader(data: bytes, place: Place) -> None:
+        answers = {path: data, **{other: others[other] for other in others if other != path}}
+        FakeClient.adapter = Answers(answers, status, chunked=chunked)
+        place.patch.setattr(docker, "Client", FakeClient)
+        call(product(discovery.Address("tcp://engine.test:1", "test")))
+
+    reader.__name__ = name
+    reads(*examples)(reader)
+
+
+def stream(*events: dict[str, Any]) -> str:
+    return "".join(f"{json.dumps(event)}\r\n" for event in events)
+
+
+def push(found: docker.DockerEngine) -> None:
+    digest = found.push(REFERENCE, ACCOUNT, lambda *_: None)
+    assert ImageReference.parse(f"x@{digest}").digest == digest
+
+
+def build(found: docker.DockerEngine) -> object:
+    context = Path(__file__).parent / "guix-logs"
+    spec = BuildSpec(context, Path(__file__), args={"BASE_IMAGE": "x:1"})
+    return found.build(spec, LogReader(list).add)
+
+
+MOVED = {"status": "Pushing", "id": "abc", "progressDetail": {"current": 1, "total": 2}}
+ERROR = {"errorDetail": {"message": "denied: x", "code": 1}, "error": "denied: x"}
+CONTAINER = {
+    "Id": "c", "Names": ["/a"], "ImageID": DIGEST, "Labels": {"a": "b"}, "State": "running",
+    "Created": 1, "NetworkSettings": {"Networks": {"bridge": {"IPAddress": "172.17.0.2"}}},
+}  # fmt: skip
+STATISTICS = {"networks": {"eth0": {"rx_bytes": 1}, "eth1": {"rx_bytes": 2}}}
+ACCOUNT = accounts.Credentials("me", "hunter2")
+
+# fmt: off
+answer("version", "/version", VERSION,
+       call=lambda found: podman.open_engine(found.address, docker.Helpers()))
+answer("info", "/info", OTHERS["/info"], call=lambda found: found.info().kind)
+answer("networks", "/networks", OTHERS["/networks"], call=lambda found: found.info())
+answer("image", "/images/", OTHERS["/images/"], call=lambda found: found.image("x:1"))
+answer("missing_image", "/images/", {"message": "No such image: x"}, status=404,
+       call=lambda found: found.image("x:1"))
+answer("missing_container", "/containers/", {"message": "No such container: x"}, status=404,
+       call=lambda found: found.remove("c"))
+answer("podman_image", "/libpod/", OTHERS["/libpod/images/"], product=podman.PodmanEngine,
+       call=lambda found: found.image("x:1"))
+answer("podman_commit", "/libpod/", OTHERS["/libpod/images/"], product=podman.PodmanEngine,
+       call=lambda found: found.commit("c", {}))
+answer("images", "/images/json", [{"Id": DIGEST}], call=lambda found: found.unnamed({"a": "b"}))
+answer("manifests", "/images/", OTHERS["/images/"],
+       call=lambda found: found._is_uncompressed("x:1"))
+answer("history", "/history", [{"Size": 1, "CreatedBy": "x"}],
+       call=lambda found: found.layers("x:1"))
+answer("containers", "/containers/json", [CONTAINER, CONTAINER],
+       call=lambda found: found.containers({"a": "b"}))
+answer("created", "/containers/create", {"Id": "c"},
+       call=lambda found: found.create(ContainerSpec("a", "x:1", ("true",))))
+answer("statistics", "/stats", STATISTICS, call=lambda found: found.bytes_received("c"))
+answer("exit_status", "/wait", {"StatusCode": 0, "Error": None}, call=lambda found: found.wait("c"))
+answer("state", "/containers/", {"State": {"OOMKilled": True}},
+       call=lambda found: found.lacked_memory("c"))
+answer("commit", "/commit", OTHERS["/commit"], call=lambda found: found.commit("c", {}))
+answer("volumes", "/volumes", {"Volumes": [{"Name": "a"}]},
+       call=lambda found: found.volumes({"a": "b"}))
+answer("registry_digest", "/distribution/", {"Descriptor": {"digest": DIGEST}, "Platforms": []},
+       call=lambda found: found.remote_digest(REFERENCE))
+answer("registry_check", "/distribution/", {"Descriptor": {"digest": DIGEST}, "Platforms": []},
+       call=lambda found: found.check_registry(REFERENCE, None))
+answer("login", "/auth", {"Status": "Login Succeeded"},
+       call=lambda found: found.check_registry(REFERENCE, ACCOUNT))
+answer("import_rootfs", "/images/create", {"status": DIGEST}, {"error": "x"},
+       call=lambda found: found.import_rootfs(iter([b""]), REFERENCE))
+answer("push", "/push", stream(MOVED, {"aux": {"Digest": DIGEST}}), stream(MOVED, ERROR),
+       stream({"status": f"1: digest: {DIGEST} size: 1"}), chunked=True, call=push)
+answer("pull", "/images/create", stream(MOVED, {"status": "Status: x"}), stream(ERROR),
+       chunked=True, call=lambda found: found.pull(REFERENCE, None))
+answer("build", "/build", stream({"stream": "Step 1/1 : FROM x\n"}, {"aux": {"ID": DIGEST}}),
+       stream({"stream": "x"}, ERROR), chunked=True, call=build)
+# fmt: on
+
+
+@reads(b"\1\0\0\0\0\0\0\3one\2\0\0\0\0\0\0\5two\n\n")
+def frames(data: bytes, place: Place) -> None:
+    for is_log, part in docker._frames(cast("socket.socket", Connection(data))):
+        assert isinstance(is_log, bool)
+        assert part
+
+
+@reads("ssh: connect to host h port 22: Connection refused\n", "Warning: x\r\nPermission denied\n")
+def ssh_log(data: bytes, place: Place) -> None:
+    log = io.BytesIO(data)
+    Ssh("ssh://me@far.test:22", log).error_line()
+
+
+@reads(
+    'unexpected status from PUT request to https://r.test/v2/blobs/1?_state=a&b=%3A: "502"',
+    "toomanyrequests: You have reached your rate limit; retry-after: 60",
+    'ERROR: failed to solve: process "/var/guix/guix-tasks/stage pull" did not complete '
+    "successfully: exit code: 1",
+    "ERROR: target image: failed to solve: failed to resolve source metadata for r.test/x: failed "
+    'to do request: Head "https://r.test/v2/": dial tcp: lookup r.test: no such host',
+)
+def message(data: bytes, place: Place) -> tuple[GuixTasksError, ...]:
+    text = text_of(data)
+    spec = BuildSpec(Path("x"), Path("x"), args={"BASE_IMAGE": "x:1"})
+    line = discovery.error_line(text)
+    return (
+        docker._registry_error(f"push {REFERENCE}", line),
+        diagnose.failure(text),
+        diagnose.failure(f"ERROR: {text}", spec),
+        diagnose.build_error(spec, line),
+    )
+
+
+@reads('{"a": "b"}', f"1 {DIGEST} x")
+def image_labels(data: bytes, place: Place) -> None:
+    labels = dict.fromkeys((STAGE_LABEL, INPUTS_LABEL, LAYERS_LABEL), text_of(data))
+    image = Image("x", ("a",), {"Labels": labels}, 0, "", "")
+    assert proven_stage(image) is None
+    assert is_child(image, image) is False
+    inputs_of(image)
+
+
+# --- Output of buildx -----------------------------------------------------------------------
+
+
+@reads(TWO_NODES, "Name: a\nDriver: b\nError: c\n")
+def builder(data: bytes, place: Place) -> None:
+    for node in buildx.parse_builder(text_of(data)).nodes:
+        entitlements(node)
+
+
+@reads("github.com/docker/buildx v0.29.1 0123456\n")
+def buildx_version(data: bytes, place: Place) -> None:
+    with place.patch.context() as patch:
+        patch.setattr(buildx.Buildx, "ask", lambda *_: text_of(data))
+        buildx._unsupported_accounts(buildx.Buildx("x", {}))
+
+
+@reads({"containerimage.digest": DIGEST, "image": {"containerimage.digest": DIGEST}})
+def build_metadata(data: bytes, place: Place) -> None:
+    path = place.write("metadata.json", data)
+    for target in ("", "image"):
+        assert isinstance(buildx.built_digest(path, target), str)
+
+
+@reads({"schemaVersion": 2, "mediaType": "x", "digest": DIGEST, "size": 1, "manifests": []})
+def joined_manifest(data: bytes, place: Place) -> None:
+    record = {**RECORD, "repository": place.settings.image.name}
+    place.write("project/out/digests/x.json", json.dumps(record).encode())
+    with place.patch.context() as patch:
+        patch.setattr(buildx.Buildx, "change", lambda *_: "")
+        patch.setattr(buildx.Buildx, "ask", lambda *_: text_of(data))
+        assert manifest.join(place.site.project(), buildx.Buildx("x", {})).startswith("sha256:")
+
+
+# --- Output of Guix, Git and other programs -------------------------------------------------
+
+LOGS = [path.read_text() for path in (Path(__file__).parent / "guix-logs").iterdir()]
+STORE = f"/gnu/store/{'0' * 32}-hello-2.12"
+FAULTS = f"""\
+guix substitute: warning: a.test: connection failed: x
+guix pull: error: Git error: failed to connect to g.test: timed out
+guix install: error: hello: unknown package
+/x/manifest.scm:1:2: error: y: unbound variable
+builder for `{STORE}.drv' failed with exit code 1
+View build log at '/var/log/guix/drvs/00/{"0" * 30}-hello-2.12.drv.gz'.
+The following files will be downloaded:
+   {STORE}
+1,234.5 MB will be downloaded:
+2 items will be downloaded
+substituting {STORE}...
+substitution of {STORE} complete
+building {STORE}.drv...
+"""
+BUILDKIT = f"""\
+#7 [base 2/3] RUN apt-get update
+#7 0.123 guix substitute: warning: a.test: host not found: x
+Step 2/3 : RUN x
+ => => # {FAULTS}
+"""
+
+
+@reads(*LOGS, FAULTS, BUILDKIT)
+def log(data: bytes, place: Place) -> None:
+    activity, steps, noise = Activity(), BuildSteps(), Noise()
+    faults = StepFaults(place.settings)
+
+    def show(shown: list[bytes]) -> None:
+        steps.look(noise.without(shown))
+
+    reader = LogReader(show)
+    found = [*reader.read(data[: len(data) // 2]), *reader.read(data[len(data) // 2 :])]
+    found += reader.end()
+    for number, line in enumerate(found):
+        activity.look(line)
+        activity.receive(number, number)
+    assert activity.text is not None
+    assert faults.network_failed in (True, False)
+    text = "\n".join(found)
+    for parse in (guix.last_error, guix.package_hint, guix.fetch_hint, guix.build_logs):
+        parse(text)
+    guix.package_hint(guix.last_error(text))
+    faults.check(found)
+
+
+@reads(f"hello\t2.12\tout\t{STORE}\ngit\t2\tgui\t{STORE}\n{ETC_PROFILE}")
+def profile_report(data: bytes, place: Place) -> None:
+    report = text_of(data)
+    guix.installed(report)
+    definitions = guix.search_paths(report)
+    assert guix.search_paths(definitions) == definitions
+    guix.with_search_paths(["PATH=/bin", "SSL_CERT_DIR="], definitions)
+
+
+@reads(
+    "weather:system\tx86_64-linux\nweather:wanted\thello\tstored\nweather:fetch\t1\t2\t3\t4\n",
+    f"is packed:hello\t2.12\n{STORE}-tarball-pack.tar.gz\n",
+    "ok daemon\nfailed build: x\n",
+)
+def guix_report(data: bytes, place: Place) -> None:
+    report = text_of(data)
+    guix.forecasts(report)
+    guix.pack_suffix("docker", guix.packed(report)[0])
+    list(verify._parse_results(report))
+
+
+def archive_of(name: str, content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@reads(archive_of("x-hello.drv.gz", gzip.compress(b"line\n" * 100, mtime=0)))
+def build_log(data: bytes, place: Place) -> None:
+    place.patch.setattr(place.site.engine, "copy_out", lambda *_: iter([data]))
+    report = io.BytesIO(f"'/var/log/guix/drvs/00/{'0' * 30}-hello.drv.gz'".encode())
+    directory = save_diagnostics(place.site.engine, place.settings, Failure("a", "c", b"x", report))
+    assert directory
+    for path in directory.iterdir():
+        path.unlink()
+    directory.rmdir()
+
+
+@reads("https://me:hunter2@g.test/a/b.git\n", "git@g.test:a/b.git\n", "ssh://g@g.test:22/a\n")
+def git_remote(data: bytes, place: Place) -> None:
+    web_address(text_of(data).strip())
+
+
+@reads("root:x:0:0:root:/root:/bin/sh\nguix-tasks:x:999:999::/:/bin/false\n")
+def user_accounts(data: bytes, place: Place) -> None:
+    text = data.decode(errors="surrogateescape")
+    _user_id(text)
+    _free_id(text, text)
+
+
+@reads("Debian|Debian|main|http://deb.test/debian\n", "E: Unable to locate package x\n")
+def apt_output(data: bytes, place: Place) -> None:
+    apt.debian_address(text_of(data))
+    apt.error_line(text_of(data))
+
+
+@reads('time="x" level=warning msg="a"\ntime="x" level=fatal msg="b \\"c\\""\n')
+def service_log(data: bytes, place: Place) -> None:
+    Service(Path("/bin/x"), place.directory / "pid", place.write("log", data)).error_line()
+
+
+@reads("22 1 0:21 / /proc rw - proc proc rw\n23 1 0:22 / /srv/a\\040b rw shared:1 - tmpfs x rw\n")
+def mount_table(data: bytes, place: Place) -> None:
+    engine.mounts_below(Path("/srv"), text_of(data))
+
+
+@reads("https://me:hunter2@g.test/x token=abc --secret=id=x, type=s3,secret_access_key=y\n")
+def printed_text(data: bytes, place: Place) -> None:
+    redact.add("hunter2", "another secret")
+    redact.clean(text_of(data))
+    written: list[bytes] = []
+    output = redact.Stream(written.append)
+    for start in range(0, len(data), 1 << 13):
+        output.add(data[start : start + (1 << 13)])
+    output.end()
+    assert b"hunter2" not in b"".join(written)
+
+
+# --- Attempts -------------------------------------------------------------------------------
+
+
+class TooSlow(BaseException):
+    """An input took too long. No handler of errors catches this."""
+
+
+def stop(_number: int, _frame: FrameType | None) -> None:
+    raise TooSlow
+
+
+def attempt(reader: Reader, data: bytes, place: Place) -> bool:
+    """Read an input in time and return whether it is valid.
+
+    Errors, which a parser raises or returns, have one line that a terminal can show.
+    """
+    forget_contents()
+    forget_secrets()
+    messages, is_valid = [], False
+    previous = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        messages = [str(error) for error in reader(data, place) or ()]
+        is_valid = True
+    except SettingsError as error:
+        messages = error.problems
+    except GuixTasksError as error:
+        messages = [str(error)]
+    except OSError as error:  # as of a file name that is too long
+        messages = [f"{error.filename!r}: {error.strerror}"]
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
+    console = Heard()
+    for text in messages:
+        assert text.strip()
+        console.error(text)
+    assert console.text.count("\n") == len(messages)
+    assert console.text.replace("\n", "").isprintable()
+    return is_valid
+
+
+@pytest.fixture(scope="module")
+def tally(soak: Soak) -> Iterator[Counter[str]]:
+    """Count the inputs of each parser."""
+    tried: Counter[str] = Counter()
+    yield tried
+    count = f"{tried.total()} inputs of {len(tried)} parsers, each in less than {SECONDS} s"
+    soak.tell("foreign input is read or is one error", count)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_input_is_read_or_is_one_error(
+    name: str,
+    soak: Soak,
+    tally: Counter[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (examples, reader), chance = READERS[name], soak.chance(name)
+    place, times = Place(tmp_path, monkeypatch), soak.times(10, 10_000)
+    assert attempt(reader, examples[0], place), "the first example is valid"
+    for number in range(times):
+        change = damaged if number % 50 else lengthened
+        data = change(chance, chance.choice(examples))
+        try:
+            attempt(reader, data, place)
+        except BaseException as error:  # noqa: BLE001 -- any is a failure, with its input
+            shown = data if len(data) < 2000 else data[:1000] + b" ... " + data[-1000:]
+            pytest.fail(f"{error!r} for input {number} of --seed={soak.seed}: {shown!r}")
+    tally[name] = times
