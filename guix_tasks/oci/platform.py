@@ -53,9 +53,8 @@ class Platform:
     def __post_init__(self) -> None:
         if str(self) not in _GUIX_SYSTEMS:
             supported = ", ".join(_GUIX_SYSTEMS)
-            raise ValueError(
-                f"Guix does not support the platform {quoted(str(self))}; use one of {supported}"
-            )
+            name = quoted(str(self).strip("/"))
+            raise ValueError(f"Guix does not support the platform {name}; use one of {supported}")
 
     @classmethod
     def parse(cls, text: str) -> Platform:

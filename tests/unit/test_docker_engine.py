@@ -139,16 +139,13 @@ def test_output_is_not_read_at_once_because_a_header_can_announce_4_gb() -> None
 
 
 @pytest.mark.parametrize("content", ["", "[", "{}", '"far"', '{"Endpoints": {"docker": 1}}'])
-def test_damaged_context_is_an_error_of_one_line(
-    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+def test_damaged_context_is_an_error_of_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"currentContext": "far"}')
     directory = tmp_path / "contexts/meta" / sha256(b"far").hexdigest()
     directory.mkdir(parents=True)
     (directory / "meta.json").write_text(content)
     with pytest.raises(EngineError, match=r"^cannot read the selected Docker context: .*\Z"):
-        find_engine({}, tmp_path / "no.sock")
+        find_engine({"DOCKER_CONFIG": str(tmp_path)}, tmp_path / "no.sock")
 
 
 def test_an_engine_that_cannot_grant_privileges_has_a_hint() -> None:

@@ -263,7 +263,6 @@ CONFIG = {
 def docker_config(data: bytes, place: Place) -> None:
     place.write("config.json", data)
     environment = {"DOCKER_CONFIG": str(place.directory)}
-    place.patch.setenv("DOCKER_CONFIG", str(place.directory))
     place.patch.setattr(accounts, "_ask_helper", lambda *_: None)
     found = accounts.docker_accounts(environment)
     for host in ("docker.io", "r.test:5000", "gcr.test"):
@@ -297,8 +296,9 @@ def credential_helper(data: bytes, place: Place) -> None:
 def docker_context(data: bytes, place: Place) -> None:
     place.write("config.json", b'{"currentContext": "far"}')
     place.write(f"contexts/meta/{hashlib.sha256(b'far').hexdigest()}/meta.json", data)
-    place.patch.setenv("DOCKER_CONFIG", str(place.directory))
-    url = discovery.find_engine({}, place.directory / "no.sock").url
+    url = discovery.find_engine(
+        {"DOCKER_CONFIG": str(place.directory)}, place.directory / "no.sock"
+    ).url
     if url.startswith("ssh://"):
         ssh_arguments(url)
 
