@@ -777,6 +777,7 @@ class Terminal:
     """`docker run --interactive --tty` at the other end of a pseudo-terminal."""
 
     def __init__(self, docker: Docker, image: str, *command: str, interactive: bool = True) -> None:
+        self.docker = docker
         self.container = docker.name(docker.containers)
         self.text = ""
         self._master, slave = pty.openpty()
@@ -811,7 +812,10 @@ class Terminal:
         eventually(lambda: text in self.text, f"{text!r} on the terminal: {self.text!r}")
 
     def wait(self) -> int:
-        return self.process.wait(timeout=20)
+        try:
+            return self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"{self.text!r}, and still there: {self.docker.ok('top', self.container)}")
 
 
 def test_ctrl_c_at_the_terminal(docker: Docker, image: str) -> None:
