@@ -473,12 +473,18 @@ def environment(settings: Settings) -> dict[str, str]:
     return {**variables, **settings.proxies}
 
 
+_DOWNLOADS = 4
+"""Jobs of the daemon if nothing large is built. More are not faster (docs/performance.md)."""
+
+
 def guix_environment(settings: Settings) -> dict[str, str]:
     """Return the variables for Guix and its daemon, which contain no secret."""
+    # A download is a job of the daemon too.  It takes time on the network, but little of a CPU.
+    jobs = _DOWNLOADS if settings.guix_require_substitutes else None
     variables = {
         "GUIX_SUBSTITUTE_URLS": " ".join(settings.guix_substitute_urls),
         "GUIX_CORES": settings.guix_cores,
-        "GUIX_MAX_JOBS": settings.guix_max_jobs,
+        "GUIX_MAX_JOBS": settings.guix_max_jobs or jobs,
         "GUIX_SANDBOX": settings.guix_sandbox.value,
         # Not on the command line: that is in the key, and the option changes no result.
         "GUIX_BUILD_OPTIONS": "--fallback" if settings.guix_fallback else "",

@@ -168,6 +168,13 @@ def test_unset_settings_are_not_in_the_environment(site: Site) -> None:
     assert environment(site.settings()) == {"GUIX_SANDBOX": "privileged", **ROOT}
 
 
+def test_there_are_more_jobs_if_everything_is_downloaded(site: Site) -> None:
+    site.env["GUIX_REQUIRE_SUBSTITUTES"] = "yes"
+    assert environment(site.settings())["GUIX_MAX_JOBS"] == "4"
+    site.env["GUIX_MAX_JOBS"] = "1"
+    assert environment(site.settings())["GUIX_MAX_JOBS"] == "1"
+
+
 def test_nothing_secret_is_in_the_environment(site: Site) -> None:
     site.env.update(DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2")  # noqa: S106
     assert "hunter2" not in repr(environment(site.settings()))
