@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import select
 import shutil
 import stat
@@ -320,7 +321,9 @@ def _digest_of_state(path: Path, state: tuple[int, ...]) -> str:
         return hashlib.sha256(read_file(path)).hexdigest()
     cached = cache_home() / "digests" / text_digest(str(path), *map(str, state))
     with suppress(OSError):
-        return cached.read_text(encoding="utf-8")
+        saved = cached.read_bytes()
+        if re.fullmatch(rb"[0-9a-f]{64}", saved):
+            return saved.decode()
     digest = content_digest(path)
     with suppress(OSError):  # the cache is optional
         cached.parent.mkdir(parents=True, exist_ok=True)

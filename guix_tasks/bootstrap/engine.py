@@ -155,8 +155,11 @@ class PrivateEngine:
     def _check_store(self, store: ImageStore | None) -> None:
         if store is None:
             return
-        running = json.loads(self._configuration.read_text(encoding="utf-8"))
-        if running.get("features") != _features(store):
+        try:
+            features = json.loads(self._configuration.read_bytes())["features"]
+        except (OSError, ValueError, LookupError, TypeError):
+            features = None
+        if features != _features(store):
             raise EngineError(
                 f"the private engine is already running without the image store {store.value}; run "
                 "`inv engine.down` first (each store has separate images)"

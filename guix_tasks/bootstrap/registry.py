@@ -61,7 +61,7 @@ class Account:
         """Return the user and password, or None before the account is made."""
         try:
             return Credentials(USER, self.password_file.read_text(encoding="utf-8").strip())
-        except OSError:
+        except (OSError, ValueError):
             return None
 
     def make(self) -> None:
@@ -93,8 +93,8 @@ def accounts(engine: EngineInfo) -> dict[str, Credentials]:
     account = Account(directory).credentials()
     if account is None:
         return {}
-    marks = directory.glob("*.engine")
-    ports = [mark.stem for mark in marks if mark.read_text(encoding="utf-8") == engine.url]
+    url = engine.url.encode()
+    ports = [mark.stem for mark in directory.glob("*.engine") if mark.read_bytes() == url]
     if engine.shares_loopback:
         started = [file.stem for file in directory.glob("*.pid") if file.stem.isdecimal()]
         ports += [port for port in started if LocalRegistry(directory, int(port)).running()]

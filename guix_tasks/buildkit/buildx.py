@@ -219,7 +219,7 @@ def _unsupported_accounts(buildx: Buildx) -> str:
         answer = buildx.ask("version")
     except GuixTasksError:
         return ""
-    version = re.search(r"\bv?(\d+)\.(\d+)\.\d+", answer)
+    version = re.search(r"\bv?(\d{1,4})\.(\d{1,4})\.\d+", answer)
     if version is None or (int(version[1]), int(version[2])) >= _FIRST_WITH_ACCOUNTS:
         return ""
     return (

@@ -75,7 +75,9 @@ def _has_gitlab_remote(directory: Path) -> bool:
         text = config.read_text(encoding="utf-8", errors="replace") if config else ""
     except OSError:
         return False
-    return bool(re.search(r"^\s*url\s*=\s*(\w+://)?([^/\s]*@)?[^/:\s]*gitlab", text, re.MULTILINE))
+    return bool(
+        re.search(r"^[ \t]*url[ \t]*=[ \t]*(\w+://)?([^/\s]*@)?[^/:\s]*gitlab", text, re.MULTILINE)
+    )
 
 
 def project_directory(start: Path) -> Path:

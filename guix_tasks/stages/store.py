@@ -235,7 +235,7 @@ def assemble(
                     f"{_last_line(log, status)}, and nothing was committed{full_disk(log)}"
                 )
             # A program of the image can print a warning before, and a dry run prints nothing.
-            sizes = re.search(r"^([0-9]+)\n([0-9]+)\n\Z", log, re.MULTILINE)
+            sizes = re.search(r"^([0-9]{1,18})\n([0-9]{1,18})\n\Z", log, re.MULTILINE)
             live, waste = map(int, sizes.groups()) if sizes else (0, 0)
             tag = project.ledger.tag(stage.name)
             labels = {**labels, LIVE_LABEL: str(live) if sizes else ""}

@@ -7,8 +7,10 @@ Dockerfile is only read for the line number of the error.
 
 from __future__ import annotations
 
+import glob
 import json
 import re
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, NamedTuple
 
 from guix_tasks.errors import SettingsError
@@ -81,14 +83,14 @@ def _is_literally(word: str, volume: str) -> bool:
 
 def _can_expand_to(word: str, volume: str) -> bool:
     texts = re.split(r"\$(?:\w+|\{[^}]*\})", word)
-    return len(texts) > 1 and bool(re.fullmatch(".*".join(map(re.escape, texts)), volume))
+    return len(texts) > 1 and fnmatchcase(volume, "*".join(map(glob.escape, texts)))
 
 
 def _words(text: str) -> list[str]:
     """Return the paths of a ``VOLUME``, in its JSON form or its plain form."""
     try:
         paths = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         paths = None
     if isinstance(paths, list):
         return [str(path) for path in paths]

@@ -539,7 +539,9 @@ def answering(stub: Path, version: str, build_fails: str = "") -> Buildx:
     return Buildx(str(stub), {"PATH": os.environ["PATH"]})
 
 
-@pytest.mark.parametrize("version", ["0.26.0", "0.29.1+ds1", "1.0.0", "1.2.3-dev"])
+@pytest.mark.parametrize(
+    "version", ["0.26.0", "0.29.1+ds1", "1.0.0", "1.2.3-dev", f"0.{'9' * 5000}.0"]
+)
 def test_a_program_that_reads_accounts_is_not_refused(
     stub: Path, tmp_path: Path, version: str
 ) -> None:

@@ -342,9 +342,18 @@ def test_a_large_file_is_not_read_twice(large: Path, cache: Path) -> None:
     digest = file_digest(large)
     (found,) = kept(cache)
     assert found.read_text() == digest
-    found.write_text("from the cache")
+    found.write_text("0" * 64)
     forget()
-    assert file_digest(large) == "from the cache"
+    assert file_digest(large) == "0" * 64
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"0" * 63])
+def test_damaged_file_of_the_cache_is_replaced(large: Path, cache: Path, content: bytes) -> None:
+    digest = file_digest(large)
+    (found,) = kept(cache)
+    found.write_bytes(content)
+    forget()
+    assert file_digest(large) == found.read_text() == digest
 
 
 def test_a_large_file_that_keeps_size_and_time_is_read_again(large: Path) -> None:

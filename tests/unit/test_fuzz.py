@@ -35,12 +35,13 @@ from test_docker_engine import IMAGE as INSPECTED
 from test_podman_api import FOUND
 from test_search_paths import ETC_PROFILE
 
-from guix_tasks import guix
+from guix_tasks import files, guix
 from guix_tasks.bootstrap import apt, engine
 from guix_tasks.bootstrap.service import Service
 from guix_tasks.buildkit import buildx
 from guix_tasks.commands import manifest, release, verify
 from guix_tasks.commands.buildx_setup import entitlements
+from guix_tasks.commands.init import ci_files
 from guix_tasks.engine import accounts, diagnose, discovery, docker, podman
 from guix_tasks.engine.api import BuildSpec, ContainerSpec, Image
 from guix_tasks.engine.build_context import context_entries
@@ -51,7 +52,7 @@ from guix_tasks.oci.labels import web_address
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import ImageReference
 from guix_tasks.settings import load_settings, nodes
-from guix_tasks.settings.values import Driver
+from guix_tasks.settings.values import Driver, ImageStore
 from guix_tasks.stages import push_records, volumes
 from guix_tasks.stages.channel_access import by_ssh
 from guix_tasks.stages.diagnostics import Failure, save_diagnostics
@@ -397,6 +398,12 @@ def dockerfile(data: bytes, place: Place) -> None:
     assert volumes._origin(place.settings, instructions, "/gnu/store")
 
 
+@reads('[core]\n\tbare = false\n[remote "origin"]\n\turl = https://me:x@gitlab.test/a.git\n')
+def git_config(data: bytes, place: Place) -> None:
+    place.write(".git/config", data)
+    ci_files(place.directory, "auto")
+
+
 # --- Damaged files of this project ----------------------------------------------------------
 
 
@@ -427,6 +434,25 @@ def build_index(data: bytes, place: Place) -> None:
     place.write("project/out/build-x.json", example)
     place.write("project/out/build.json", data)
     release.release(place.settings, Heard())
+
+
+@reads("0" * 64)
+def cached_digest(data: bytes, place: Place) -> None:
+    large = place.write("large", b"x")
+    with place.patch.context() as patch:
+        patch.setattr(files, "WORTH_CACHING", 1)
+        patch.setattr(files, "cache_home", lambda: place.directory)
+        files._digest_of_state(large, (1,))
+        (cached,) = (place.directory / "digests").iterdir()
+        cached.write_bytes(data)
+        files._digest_of_state.cache_clear()
+        assert len(files._digest_of_state(large, (1,))) == 64
+
+
+@reads({"features": {"containerd-snapshotter": True}, "hosts": []})
+def engine_configuration(data: bytes, place: Place) -> None:
+    place.write("engine/daemon.json", data)
+    engine.PrivateEngine(place.directory / "engine")._check_store(ImageStore.CONTAINERD)
 
 
 @reads("12345\n")

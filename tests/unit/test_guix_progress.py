@@ -127,6 +127,12 @@ def test_a_later_plan_adds_to_the_first() -> None:
     assert "substitute 1 of 1236: " in activity.text
 
 
+@pytest.mark.parametrize("number", ["1.2.3", "9" * 5000, ".", ","])
+def test_odd_numbers_of_a_build_are_no_plan(number: str) -> None:
+    lines = (f"{number} items will be downloaded", f"{number} MB will be downloaded:")
+    assert after(*lines, f"substituting {STORE}-a-1...").text == "substitute 1 of 1: a-1"
+
+
 def test_a_build_that_fails_is_no_longer_under_way() -> None:
     activity = after(f"building {STORE}-a.drv...")
     assert activity.is_building

@@ -126,6 +126,8 @@ def refused(action: Callable[[], object]) -> list[str]:
         ("FROM x\nENV STORE=/gnu/store\nVOLUME /a\nVOLUME $STORE\n", 4),
         ("FROM x\nARG G=gnu\nVOLUME /$G/store\nVOLUME /data/$G\n", 3),
         ("FROM x\nARG G=gnu\nVOLUME /${G:-a}/store\n", 3),
+        (f"FROM x\nVOLUME {'$A' * 1000}x\nVOLUME $STORE\n", 3),
+        (f"FROM x\nVOLUME {'[' * 100_000}\nVOLUME /gnu/store\n", 3),
         ("FROM x\nRUN <<EOF\nVOLUME /gnu/store\nEOF\nVOLUME /gnu/store\n", 5),
         ("FROM x AS one\nVOLUME /gnu/store\nFROM --platform=a one AS two\nVOLUME /a\n", 2),
         ("FROM y\nVOLUME /gnu/store\nFROM x AS b\nVOLUME /gnu/store\nFROM b\nRUN true\n", 4),
