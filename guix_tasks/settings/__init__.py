@@ -208,8 +208,7 @@ class Settings:
     )
     guix_max_jobs: int | None = _setting(
         parsers.optional(parsers.number(1)),
-        "Maximum parallel Guix builds and downloads (default: number of CPUs, at most 4; 4 with "
-        "GUIX_REQUIRE_SUBSTITUTES=yes).",
+        "Maximum parallel Guix builds and downloads (default: number of CPUs, at most 4).",
         example="1",
         used_by=_WORK,
     )
