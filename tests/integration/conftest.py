@@ -8,6 +8,7 @@ import shutil
 import sys
 from typing import TYPE_CHECKING, Protocol
 
+import engines
 import pytest
 from harness import (
     HTPASSWD,
@@ -111,11 +112,13 @@ def pytest_terminal_summary(
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_secret_leaks(soak: Soak) -> Iterator[None]:
-    """The end of the run says what was looked through; see ``planted``."""
+def summary(soak: Soak) -> Iterator[None]:
+    """Report what was searched for secrets (``planted``), and on which engines tasks ran."""
     yield
     if PLANTED.outputs:
         soak.tell("no secret leaks", PLANTED.told)
+    for engine, tasks in engines.lines():
+        soak.tell(engine, tasks)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -22,6 +22,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import engines
 import planted
 import pytest
 from planted import PLANTED
@@ -152,6 +153,8 @@ class Project:
         )
         self._look()
         PLANTED.look_at_output(f"inv {arguments}", result.stdout, result.stderr)
+        if result.returncode == 0:
+            engines.record(self.docker.host, arguments)
         return result
 
     def ok(self, *arguments: str, timeout: float = 360) -> Result:
