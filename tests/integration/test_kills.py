@@ -226,7 +226,6 @@ def test_any_moment_can_be_the_last(ward: Ward, soak: Soak) -> None:
     )
 
 
-@pytest.mark.both_stores
 def test_pruning_in_a_loop_moves_no_wrong_tag(ward: Ward, soak: Soak) -> None:
     """A cron job removes containers that do not run and images without a name, at any moment."""
     patient, project = ward.patient, ward.patient.project
