@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import ROOT, check_store, eventually, one_error
+from harness import ROOT, eventually, one_error
 from island import raised, supply
 
 if TYPE_CHECKING:
@@ -96,7 +96,6 @@ def test_image_works_and_all_of_it_belongs_to_root(made: Project) -> None:
     assert "Hello" in in_image(made, "hello")
     others = "find /gnu /var/guix /root /etc/guix -not -user 0 -not -path '*/db/reserved'"
     assert in_image(made, "sh", "-c", others) == ""
-    check_store(made.docker, made.image)
 
 
 @pytest.mark.parametrize("sandbox", ["rootless", "capabilities"])
@@ -109,7 +108,8 @@ def test_stages_without_warm_store(made: Project, sandbox: str) -> None:
 
 def test_privileged_is_refused_with_a_hint(made: Project) -> None:
     error = one_error(made.inv("install", "--force", env={"GUIX_SANDBOX": "privileged"}), 3)
-    assert "incompatible with user namespaces; set GUIX_SANDBOX=capabilities" in error
+    assert "incompatible with user namespaces" in error
+    assert error.endswith("; set GUIX_SANDBOX=capabilities")
 
 
 def test_a_killed_stage_is_resumed(made: Project) -> None:
@@ -122,7 +122,7 @@ def test_a_killed_stage_is_resumed(made: Project) -> None:
     test_image_works_and_all_of_it_belongs_to_root(made)
 
 
-def test_push_squash_rollback_and_doctor(made: Project) -> None:
+def test_push_squash_rollback_verify_and_doctor(made: Project) -> None:
     stage = made.id()
     assert "sha256:" in made.ok("push").stdout
     made.ok("squash")
@@ -130,6 +130,7 @@ def test_push_squash_rollback_and_doctor(made: Project) -> None:
     assert "Hello" in in_image(made, "hello")
     made.ok("rollback")
     assert made.id() == stage
+    made.ok("verify")
     lines = made.inv("doctor").stdout.splitlines()
     (sandbox,) = [line for line in lines if "sandbox: " in line]
     assert sandbox == "ok     sandbox: rootless: Guix builds in a work container"
