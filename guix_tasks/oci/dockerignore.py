@@ -62,7 +62,7 @@ _REPEAT = re.compile(r"\{(0|[1-9][0-9]*)(?:,(0|[1-9][0-9]*)?)?\}")
 _MAX_REPEAT = 1000
 """Maximum of Go."""
 
-_NAMED_CLASS = re.compile(r"\[(?:[^\]\\]|\\.)*\[:")
+_NAMED_CLASS = re.compile(r"\[(?:[^\[\]\\]|\\.)*\[:")
 
 
 class PatternError(ValueError):
