@@ -83,7 +83,7 @@ class Activity:
         self._phase = ""
         self._list = ""
         """List that the log is printing, ``to_build`` or ``to_fetch``."""
-        self._derivations: list[str] = []
+        self._is_listed = False
         self._build = ""
         self._started = self._built = self._to_build = 0
         self._item = ""
@@ -96,9 +96,8 @@ class Activity:
     def look(self, line: str) -> None:
         """Process the next line of the log."""
         if self._list and _LISTED.match(line):
-            if self._list == "to_build":
-                self._to_build += 1
-                self._derivations.append(line.strip())
+            self._is_listed = self._is_listed or self._list == "to_build"
+            self._to_build += self._list == "to_build"
             self._to_fetch += self._list == "to_fetch"
             return
         match = _LINE.match(line.lstrip("."))  # Guix prints dots while it downloads
@@ -116,15 +115,12 @@ class Activity:
         while now - self._received[0][0] > _RATE_SECONDS:
             self._received.popleft()
 
-    def take_unsubstituted(self) -> list[str]:
-        """Return the derivations that Guix begins to build while it has downloaded nothing.
-
-        Each list of the log is returned once, when it has ended.
-        """
+    def builds_without_substitutes(self) -> bool:
+        """Return True, once for each list, if Guix builds what it listed and downloads nothing."""
         if self._list or self._to_fetch or self._fetched or self._size:
-            return []
-        derivations, self._derivations = self._derivations, []
-        return derivations
+            return False
+        is_listed, self._is_listed = self._is_listed, False
+        return is_listed
 
     @property
     def is_building(self) -> bool:

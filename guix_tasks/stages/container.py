@@ -672,6 +672,16 @@ def binds(engine: Engine, settings: Settings) -> tuple[str, ...]:
     )
 
 
+def mounted_path(settings: Settings, path: str) -> Path | None:
+    """Return the source of a path of the work container, or None if it is below no mount."""
+    # If mounts are nested, the innermost one is visible.
+    for mount in sorted(settings.mounts, key=lambda mount: len(mount.target), reverse=True):
+        below = path.removeprefix(mount.target)
+        if path.startswith(mount.target) and below[:1] in ("", "/"):
+            return mount.source / below.lstrip("/")
+    return None
+
+
 def container_name(task: str, *, keep: bool = False) -> str:
     """Return a name that identifies the process of a container, and whether to keep it.
 

@@ -126,7 +126,7 @@ def run_container(
         from_build = logs_builds and activity.is_building and not guix.build_fault(line)
         if not from_build and faults.look(line):
             project.engine.stop(container, seconds=10)
-        trust.check(activity.take_unsubstituted())
+        trust.look(activity)
 
     with (
         project.console.step(name) as step,

@@ -8,25 +8,29 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
+import tarfile
+from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from guix_tasks import guix
 from guix_tasks.errors import StageError
+from guix_tasks.files import read_text
 from guix_tasks.guix.result_paths import SUBSTITUTE_CACHE
+from guix_tasks.oci.tar import as_file
 from guix_tasks.settings.values import Sandbox
-from guix_tasks.stages.container import ROOTLESS_CACHES, read_container_file
+from guix_tasks.stages.container import ROOTLESS_CACHES, mounted_path, read_container_file
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator
 
     from guix_tasks.engine.api import Engine
+    from guix_tasks.guix.progress import Activity
     from guix_tasks.settings import Settings
     from guix_tasks.stages.project import Project
 
-_MAX_DERIVATIONS = 8
-"""Number of derivations of a list that are looked up. A server that has one has nearly all."""
+_CACHES = {Sandbox.ROOTLESS: f"{ROOTLESS_CACHES['rootless']}/guix/substitute"}
+"""Directory of the daemon's cache of narinfos, if it is not the usual one."""
 
 
 class SubstituteTrust:
@@ -40,19 +44,31 @@ class SubstituteTrust:
         self._container = container
         self._name = name
         self._warning = ""
+        self._is_trusted = False
 
-    def check(self, derivations: Sequence[str]) -> None:
-        """Check the substitutes of derivations that Guix builds, until one is not trusted."""
-        if not derivations or self._warning:
+    def look(self, activity: Activity) -> None:
+        """Check the servers if Guix begins to build without substitutes."""
+        if self._warning or self._is_trusted or not activity.builds_without_substitutes():
             return
         engine, settings = self._project.engine, self._project.settings
-        servers = untrusted_servers(engine, settings, self._container, derivations)
-        if not servers:
+        acl = read_container_file(engine, self._container, guix.ACL, follow=True)
+        trusted = guix.public_keys(acl.decode(errors="replace"))
+        untrusted = []
+        for url in settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS:
+            keys: set[str] = set()
+            for narinfo in _narinfos(engine, settings, self._container, url):
+                keys |= guix.signing_keys(narinfo)
+                if keys & trusted:
+                    self._is_trusted = True
+                    return
+            if keys:
+                untrusted.append(urlsplit(url).hostname or url)
+        if not untrusted:
             return
-        names = ", ".join(urlsplit(url).hostname or url for url in servers)
         self._warning = (
-            f"{self._name}: the image does not trust the key of the substitutes ({names}), so Guix "
-            "builds everything from source; set GUIX_SUBSTITUTE_KEYS to the server's public key"
+            f"{self._name}: the image does not trust the key of the substitutes of "
+            f"{', '.join(untrusted)}, so Guix builds everything from source; set "
+            "GUIX_SUBSTITUTE_KEYS to the server's public key"
         )
         if settings.guix_fallback:
             self._project.console.print(self._warning)
@@ -65,38 +81,23 @@ class SubstituteTrust:
             raise StageError(f"{self._warning}, or set GUIX_FALLBACK=yes")
 
 
-def untrusted_servers(
-    engine: Engine, settings: Settings, container: str, derivations: Sequence[str]
-) -> list[str]:
-    """Return the servers with substitutes for ``derivations``, which Guix builds in a container.
-
-    None is returned if the image trusts the key of one of these substitutes.
-    """
-    acl = read_container_file(engine, container, guix.ACL, follow=True)
-    trusted = guix.public_keys(acl.decode(errors="replace"))
-    servers: dict[str, None] = {}
-    for derivation in derivations[:: -(-len(derivations) // _MAX_DERIVATIONS)]:
-        text = read_container_file(engine, container, derivation).decode(errors="replace")
-        output = re.match(r'Derive\(\[\("[^"]*","/gnu/store/([0-9a-z]{32})-', text)
-        for url in settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS:
-            path = _narinfo(settings, url, output[1]) if output else ""
-            narinfo = read_container_file(engine, container, path) if path else b""
-            if keys := guix.signing_keys(narinfo.decode(errors="replace")):
-                if keys & trusted:
-                    return []
-                servers[url] = None
-    return list(servers)
-
-
-def _narinfo(settings: Settings, url: str, item: str) -> str:
-    """Return the path of a narinfo in a container (``narinfo-cache-file`` in Guix)."""
+def _narinfos(engine: Engine, settings: Settings, container: str, url: str) -> Iterator[str]:
+    """Yield the narinfos of a server that a container has."""
     if urlsplit(url).scheme == "file":
-        return f"{urlsplit(url).path.rstrip('/')}/{item}.narinfo"
-    rootless = settings.guix_sandbox is Sandbox.ROOTLESS
-    cache = (
-        f"{ROOTLESS_CACHES['rootless']}/guix/substitute"
-        if rootless
-        else f"{SUBSTITUTE_CACHE}/cache"
-    )
-    server = base64.b32encode(hashlib.sha256(url.encode()).digest()).decode().lower().rstrip("=")
-    return f"{cache}/{server}/{item}"
+        source = mounted_path(settings, urlsplit(url).path)
+        with suppress(OSError):
+            for path in source.glob("*.narinfo") if source else ():
+                yield read_text(path, "utf-8", "replace")
+        return
+    # See ``narinfo-cache-file`` in Guix.
+    name = base64.b32encode(hashlib.sha256(url.encode()).digest()).decode().lower().rstrip("=")
+    cache = _CACHES.get(settings.guix_sandbox, f"{SUBSTITUTE_CACHE}/cache")
+    with (
+        suppress(tarfile.ReadError),  # a missing directory is an empty archive
+        tarfile.open(
+            fileobj=as_file(engine.copy_out(container, f"{cache}/{name}")), mode="r|"
+        ) as tar,
+    ):
+        for member in tar:
+            if member.isfile() and (file := tar.extractfile(member)):
+                yield file.read().decode(errors="replace")

@@ -56,9 +56,9 @@ def narinfo(key: str) -> str:
 
 
 def cached(url: str) -> str:
-    """Return the file in which Guix's daemon keeps a narinfo."""
+    """Return the directory in which Guix's daemon keeps the narinfos of a server."""
     name = base64.b32encode(hashlib.sha256(url.encode()).digest()).decode().lower().rstrip("=")
-    return f"/var/guix/substitute/cache/{name}/{ITEM}"
+    return f"/var/guix/substitute/cache/{name}"
 
 
 @pytest.fixture
@@ -78,8 +78,7 @@ def run(site: Site, files: dict[str, str], log: str = BUILDING) -> str:
 
     site.engine.behaviour = behaviour
     content = {name: text.encode() for name, text in files.items()}
-    derivation = f'Derive([("out","/gnu/store/{ITEM}-hello-2.12","","")],[])'.encode()
-    parent = site.engine.make_image({}, {**content, DERIVATION: derivation}, tag="parent:1")
+    parent = site.engine.make_image({}, {"/x": b"", **content}, tag="parent:1")
     project = site.project()
     run_stage(project, STAGE, parent)
     return heard(project)
@@ -94,16 +93,16 @@ def error(site: Site, files: dict[str, str], log: str = BUILDING) -> str:
 @pytest.mark.parametrize("acl", [{}, {guix.ACL: ACL.format(OTHER)}], ids=["none", "other"])
 def test_stage_stops_if_the_image_trusts_no_key(site: Site, acl: dict[str, str]) -> None:
     line = error(site, {**acl, cached(URL): f'(narinfo (value "{narinfo(KEY)}"))'})
-    assert line.startswith("own: the image does not trust the key of the substitutes (a.test)")
+    assert line.startswith("own: the image does not trust the key of the substitutes of a.test,")
     assert "set GUIX_SUBSTITUTE_KEYS to the server's public key, or set GUIX_FALLBACK=yes" in line
     assert site.engine.changing_calls().count("stop") == 1
 
 
-def test_narinfos_of_a_directory_are_read_from_it(site: Site) -> None:
-    site.env["GUIX_SUBSTITUTE_URLS"] = "file:///srv/substitutes"
-    assert "(file:///srv/substitutes)" in error(
-        site, {f"/srv/substitutes/{ITEM}.narinfo": narinfo(KEY)}
-    )
+def test_narinfos_of_a_directory_are_read_from_its_mount(site: Site) -> None:
+    site.env |= {"GUIX_SUBSTITUTE_URLS": "file:///srv/substitutes", "MOUNTS": "server:/srv"}
+    site.write(f"server/substitutes/{ITEM}.narinfo", narinfo(KEY))
+    assert "of file:///srv/substitutes, so" in error(site, {})
+    run(site, {guix.ACL: ACL.format(KEY)})
 
 
 def test_fallback_is_a_warning(site: Site) -> None:
@@ -128,12 +127,12 @@ def test_one_trusted_server_is_enough(site: Site) -> None:
     run(site, {**trusted, cached(URL): narinfo(OTHER)})
 
 
-def test_derivations_are_taken_when_their_list_has_ended() -> None:
-    activity, taken = Activity(), []
+def test_builds_without_substitutes_are_noticed_when_their_list_has_ended() -> None:
+    activity, noticed = Activity(), []
     for line in (BUILDING + BUILDING).splitlines():
         activity.look(line)
-        taken.append(activity.take_unsubstituted())
-    assert taken == [[], [], [DERIVATION], [], [], [DERIVATION]]
+        noticed.append(activity.builds_without_substitutes())
+    assert noticed == [False, False, True] * 2
 
 
 def test_keys_of_a_broken_signature_are_none() -> None:

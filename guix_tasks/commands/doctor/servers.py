@@ -20,14 +20,16 @@ from guix_tasks.errors import UsageError
 from guix_tasks.files import read_text
 from guix_tasks.settings.parsers import channel_credentials
 from guix_tasks.stages.channel_access import by_ssh, grant_access, mirrored
-from guix_tasks.stages.container import read_container_file, unstarted_container
+from guix_tasks.stages.container import (
+    mounted_path,
+    read_container_file,
+    unstarted_container,
+)
 from guix_tasks.stages.log_faults import NO_SERVICES
 from guix_tasks.stages.pull import channels_text, lock_mismatch, lock_mismatch_line, lock_text
 from guix_tasks.ui.format import human_size
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from guix_tasks.engine.api import Engine, Image
     from guix_tasks.guix import Channel
     from guix_tasks.settings import Settings
@@ -167,7 +169,7 @@ def _check_use(project: Project, url: str, answer: str) -> Finding:
 def _signing_keys(settings: Settings, url: str) -> set[str]:
     """Return the keys that sign a server's substitutes, as far as it shows them."""
     if url.startswith("file://"):
-        source = _mounted(settings, url.removeprefix("file://"))
+        source = mounted_path(settings, url.removeprefix("file://"))
         narinfo = next(source.glob("*.narinfo"), None) if source else None
         return guix.signing_keys(read_text(narinfo, "utf-8", "replace")) if narinfo else set()
     # `guix publish` has this file.
@@ -188,7 +190,7 @@ def _image_files(project: Project, image: Image) -> tuple[set[str], bool]:
 
 def _check_mounted(settings: Settings, path: str, file: str = "") -> Finding:
     """Check that a mount provides a path of the work container, and in it ``file``."""
-    source = _mounted(settings, path)
+    source = mounted_path(settings, path)
     if source is None:
         return note(f"{path} must be in the base image, because MOUNTS does not contain it")
     required = source / file
@@ -196,16 +198,6 @@ def _check_mounted(settings: Settings, path: str, file: str = "") -> Finding:
         return ok(f"{path} is {source}")
     message = f"{path} is mounted from {source}, but {required} does not exist"
     return failed(message, "correct MOUNTS")
-
-
-def _mounted(settings: Settings, path: str) -> Path | None:
-    """Return the source of a path of the work container, or None if it is below no mount."""
-    # If mounts are nested, the innermost one is visible.
-    for mount in sorted(settings.mounts, key=lambda mount: len(mount.target), reverse=True):
-        below = path.removeprefix(mount.target)
-        if path.startswith(mount.target) and below[:1] in ("", "/"):
-            return mount.source / below.lstrip("/")
-    return None
 
 
 def _contact(
