@@ -536,12 +536,27 @@ _remove_stale_build_folders() {
 _remove_mount_points() {
     if ! [ -f "${_directory:-/}/mount-points" ]; then return 0; fi
     _points=$(cat "$_directory/mount-points") # without white space, the innermost first
-    for _made in $_points; do umount -l "$_made"; done
+    # shellcheck disable=SC2086
+    [ -z "$_points" ] || _unmount $_points
     for _made in $_points; do
         if _is_mounted "$_made"; then continue; fi
         if [ -d "$_made" ]; then rmdir "$_made"; elif ! [ -s "$_made" ]; then rm -f "$_made"; fi
     done
 } 2>/dev/null
+
+# A small image has no program for this, but it has Guix.
+_unmount() { # PATH...
+    if command -v umount >/dev/null; then
+        umount -l "$@"
+        return
+    fi
+    _script=$_directory/unmount.scm
+    echo '(use-modules (guix build syscalls))' >"$_script"
+    # MNT_DETACH is 2.
+    echo '(for-each (lambda (path) (false-if-exception (umount path 2))) (cdr (command-line)))' \
+        >>"$_script"
+    GUILE_AUTO_COMPILE=0 guix repl -- "$_script" "$@"
+}
 
 _remove_folders() {
     cd / || :
