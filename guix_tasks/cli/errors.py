@@ -54,7 +54,7 @@ def report_errors() -> Iterator[None]:
             raise
         Console().error(
             f"cannot import the package {error.name} with the Python of this inv "
-            f"({sys.executable}); use ./inv, or run `pip install guix-tasks` in its environment"
+            f"({sys.executable}); use ./inv, or install guix-tasks in its environment"
         )
         raise Exit(code=2) from None
     finally:

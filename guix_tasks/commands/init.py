@@ -30,19 +30,22 @@ CI_FILES = {
     "github": (".github/workflows/image.yml", "github.yml"),
     "gitlab": (".gitlab-ci.yml", "gitlab.yml"),
 }
-CI = ("auto", *CI_FILES, "both", "none")
-"""Values of ``--ci``; ``auto`` depends on the remotes of the Git repository."""
+NO_CI = "none"
+CI = (*CI_FILES, NO_CI)
+"""Values of ``--ci``."""
 
 NAME = "my-image"
 """Name of the image in the templates; the name of the project directory replaces it."""
 
 
-def write_start(directory: Path, console: Console, *, ci: str = CI[0], dry: bool = False) -> None:
+def write_start(directory: Path, console: Console, *, ci: str = NO_CI, dry: bool = False) -> None:
     """Write the files that do not exist yet, and print their names and the next steps.
 
     Raise ``UsageError`` if ``ci`` is not in ``CI``, and ``OSError`` if a file cannot be written.
     """
-    files = {**FILES, **ci_files(directory, ci)}
+    if ci not in CI:
+        raise UsageError(f"--ci: {ci!r} is not one of {', '.join(CI)}")
+    files = {**FILES, **dict(pair for name, pair in CI_FILES.items() if name == ci)}
     name = image_name(directory)
     for target, source in files.items():
         path = directory / target
@@ -56,28 +59,8 @@ def write_start(directory: Path, console: Console, *, ci: str = CI[0], dry: bool
     if not (dry or mentions_guix_tasks(directory)):
         console.print("init: add `from guix_tasks.tasks import ns` to your tasks.py")
     console.print("init: next: edit .env, then run `inv base pull install verify push`")
-
-
-def ci_files(directory: Path, ci: str) -> dict[str, str]:
-    """Return the files of a CI by path; ``auto`` falls back to GitHub."""
-    if ci not in CI:
-        raise UsageError(f"--ci: {ci!r} is not one of {', '.join(CI)}")
-    if ci == "auto":
-        ci = "gitlab" if _has_gitlab_remote(directory) else "github"
-    return dict(pair for name, pair in CI_FILES.items() if ci in (name, "both"))
-
-
-def _has_gitlab_remote(directory: Path) -> bool:
-    """Check whether the Git repository has a remote whose host name contains ``gitlab``."""
-    paths = (parent / ".git/config" for parent in (directory, *directory.parents))
-    config = next((path for path in paths if path.is_file()), None)
-    try:
-        text = config.read_text(encoding="utf-8", errors="replace") if config else ""
-    except OSError:
-        return False
-    return bool(
-        re.search(r"^[ \t]*url[ \t]*=[ \t]*(\w+://)?([^/\s]*@)?[^/:\s]*gitlab", text, re.MULTILINE)
-    )
+    if ci != NO_CI:
+        console.print(f"init: set the variable TASKS_PACKAGE of the CI, see {CI_FILES[ci][0]}")
 
 
 def project_directory(start: Path) -> Path:

@@ -41,8 +41,10 @@ def repository(programs_of_wheel: Path, tmp_path: Path) -> Path:
     directory = tmp_path / "repository"
     directory.mkdir()
     home = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    made = call([str(programs_of_wheel / "guix-tasks"), "init", "--ci=both"], home, 60, directory)
-    assert made.returncode == 0, made.stderr
+    for ci in CI_FILES:
+        command = [str(programs_of_wheel / "guix-tasks"), "init", f"--ci={ci}"]
+        made = call(command, home, 60, directory)
+        assert made.returncode == 0, made.stderr
     return directory
 
 
@@ -69,6 +71,7 @@ def settings(project: Project, wheels: Path) -> dict[str, str]:
         "DOCKERFILE": "Dockerfile",
         "BUILD_CONTEXT": ".",
         "GUIX_PACKAGES": "greet",
+        "TASKS_PACKAGE": "guix-tasks",
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": str(wheels),
     }
@@ -121,7 +124,7 @@ def test_what_github_gives_by_itself_is_enough(repository: Path) -> None:
         "CACHE_IMAGE": "ghcr.io/me/it-cache",
     }
     for job in workflow.file["jobs"].values():
-        (env,) = (step["env"] for step in job["steps"] if "env" in step)
+        (env,) = (step["env"] for step in job["steps"] if step.get("run", "").startswith("inv "))
         assert workflow.environment(contexts, env) == {
             "DOCKER_USERNAME": "me",
             "DOCKER_PASSWORD": "a-token",
@@ -156,7 +159,12 @@ def test_the_workflow_of_github(
     cache = f"{project.repository}-cache"
     workflow = Workflow.read(
         repository / GITHUB,
-        vars={"IMAGE": project.image, "CACHE_IMAGE": cache, "DOCKER_USERNAME": account.username},
+        vars={
+            "IMAGE": project.image,
+            "CACHE_IMAGE": cache,
+            "DOCKER_USERNAME": account.username,
+            "TASKS_PACKAGE": "guix-tasks",
+        },
         secrets={"DOCKER_PASSWORD": account.password},
         github={"repository": "Me/It", "actor": "me", "ref_name": "v1.0", "token": "a-token"},
     )

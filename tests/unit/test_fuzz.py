@@ -41,7 +41,6 @@ from guix_tasks.bootstrap.service import Service
 from guix_tasks.buildkit import buildx
 from guix_tasks.commands import manifest, release, verify
 from guix_tasks.commands.buildx_setup import entitlements
-from guix_tasks.commands.init import ci_files
 from guix_tasks.engine import accounts, diagnose, discovery, docker, podman
 from guix_tasks.engine.api import BuildSpec, ContainerSpec, Image
 from guix_tasks.engine.build_context import context_entries
@@ -396,12 +395,6 @@ def dockerfile(data: bytes, place: Place) -> None:
     place.settings.dockerfile.write_bytes(data)
     instructions = volumes._last_build_stage(place.settings)
     assert volumes._origin(place.settings, instructions, "/gnu/store")
-
-
-@reads('[core]\n\tbare = false\n[remote "origin"]\n\turl = https://me:x@gitlab.test/a.git\n')
-def git_config(data: bytes, place: Place) -> None:
-    place.write(".git/config", data)
-    ci_files(place.directory, "auto")
 
 
 # --- Damaged files of this project ----------------------------------------------------------

@@ -18,7 +18,6 @@ from guix_tasks.tasks import ns
 from guix_tasks.ui.console import Console
 
 ROOT = Path(__file__).parents[2]
-GITHUB, GITLAB = (target for target, _ in CI_FILES.values())
 ALL = {**FILES, **dict(CI_FILES.values())}
 
 
@@ -33,10 +32,10 @@ def written(directory: Path) -> dict[str, bytes]:
 def test_all_files_are_written_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_start(tmp_path, Console(), ci="both")
-    assert set(written(tmp_path)) == set(ALL)
+    write_start(tmp_path, Console())
+    assert set(written(tmp_path)) == set(FILES)
     *said, after = capsys.readouterr().err.splitlines()
-    assert said == [f"init: wrote {name}" for name in ALL]
+    assert said == [f"init: wrote {name}" for name in FILES]
     assert "`inv base pull install verify push`" in after
 
 
@@ -47,7 +46,8 @@ def test_nothing_is_overwritten(
     mine = tmp_path / name
     mine.parent.mkdir(parents=True, exist_ok=True)
     mine.write_text("mine\n")
-    write_start(tmp_path, Console(), ci="both")
+    for ci in CI_FILES:
+        write_start(tmp_path, Console(), ci=ci)
     assert mine.read_text() == "mine\n"
     assert set(written(tmp_path)) == set(ALL)
     assert f"init: {name} exists, unchanged" in capsys.readouterr().err
@@ -139,49 +139,21 @@ def test_example_in_tasks_py_adds_a_stage(monkeypatch: pytest.MonkeyPatch) -> No
     assert "deps" in tasks.task_names
 
 
-@pytest.mark.parametrize(
-    ("ci", "files"),
-    [
-        ("auto", {GITHUB}),
-        ("github", {GITHUB}),
-        ("gitlab", {GITLAB}),
-        ("both", {GITHUB, GITLAB}),
-        ("none", set()),
-    ],
-)
-def test_the_ci_is_chosen(tmp_path: Path, ci: str, files: set[str]) -> None:
+@pytest.mark.parametrize("ci", CI_FILES)
+def test_a_ci_file_is_written_if_it_is_asked_for(
+    tmp_path: Path, ci: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_start(tmp_path, Console(), ci=ci)
-    assert set(written(tmp_path)) == {*FILES, *files}
+    file = CI_FILES[ci][0]
+    assert set(written(tmp_path)) == {*FILES, file}
+    assert f"set the variable TASKS_PACKAGE of the CI, see {file}" in capsys.readouterr().err
 
 
 def test_a_ci_that_there_is_not_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         write_start(tmp_path, Console(), ci="jenkins")
-    assert str(caught.value) == "--ci: 'jenkins' is not one of auto, github, gitlab, both, none"
+    assert str(caught.value) == "--ci: 'jenkins' is not one of github, gitlab, none"
     assert written(tmp_path) == {}
-
-
-@pytest.mark.parametrize(
-    ("url", "name"),
-    [
-        ("https://gitlab.com/me/it.git", GITLAB),
-        ("git@gitlab.com:me/it.git", GITLAB),
-        ("ssh://git@gitlab.example.org:2222/me/it.git", GITLAB),
-        ("https://me:secret@my.gitlab.example.org/it", GITLAB),
-        ("git@github.com:me/gitlab-tools.git", GITHUB),
-        ("https://github.com/gitlab/it", GITHUB),
-        ("/srv/gitlab/it.git", GITHUB),
-    ],
-)
-def test_gits_remote_tells_the_ci(tmp_path: Path, url: str, name: str) -> None:
-    place = tmp_path / "below" / "it"
-    place.mkdir(parents=True)
-    (tmp_path / ".git").mkdir()
-    (tmp_path / ".git/config").write_text(
-        f'[core]\n\tbare = false\n[remote "origin"]\n\turl = {url}\n'
-    )
-    write_start(place, Console())
-    assert {GITHUB, GITLAB} & set(written(place)) == {name}
 
 
 def test_what_the_files_say_of_tasks_and_settings_is_true() -> None:
@@ -195,7 +167,7 @@ def test_what_the_files_say_of_tasks_and_settings_is_true() -> None:
     for _, source in CI_FILES.values():
         env = re.findall(r"^[ -]+([A-Z_]+):", (TEMPLATES / source).read_text(), re.MULTILINE)
         assert expected <= set(env), source
-        assert set(env) - settings <= {"RUNNER", "DOCKER_TLS_CERTDIR"}, source
+        assert set(env) - settings <= {"RUNNER", "DOCKER_TLS_CERTDIR", "TASKS_PACKAGE"}, source
 
 
 def test_the_actions_of_the_workflow_are_pinned() -> None:

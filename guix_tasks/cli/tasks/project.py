@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from guix_tasks.cli.session import Session
 
 
-@task(help={"ci": "CI files: github, gitlab, both, none, or auto (from the Git remote)"})
-def init(session: Session, ci: str = "auto") -> None:
+@task(help={"ci": "also write the CI file of github or gitlab"})
+def init(session: Session, ci: str = "none") -> None:
     """Create a commented project in this directory.
 
     Existing files are not overwritten.
