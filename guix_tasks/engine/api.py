@@ -314,10 +314,10 @@ class Engine(Protocol):
     def remove(self, container: str) -> None:
         """Remove a container, running or not. A missing container is not an error."""
 
-    def commit(self, container: str, config: Mapping[str, Any]) -> str:
+    def commit(self, container: str, config: Mapping[str, Any], comment: str = "") -> str:
         """Commit a container with exactly this image configuration and return the image's ID.
 
-        The image has no tag yet.
+        The image has no tag yet.  ``docker history`` shows the comment.
         """
 
 

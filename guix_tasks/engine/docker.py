@@ -390,9 +390,10 @@ class DockerEngine:
         with self._engine_errors("remove a container"), suppress(docker.errors.NotFound):
             self._work_api.remove_container(container, v=True, force=True)
 
-    def commit(self, container: str, config: Mapping[str, Any]) -> str:
+    def commit(self, container: str, config: Mapping[str, Any], comment: str = "") -> str:
         with self._engine_errors("commit a container"):
-            return str(self._work_api.commit(container, conf=dict(config))["Id"])
+            made = self._work_api.commit(container, message=comment, conf=dict(config))
+            return str(made["Id"])
 
     def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
         with self._engine_errors(f"import {reference}"):

@@ -117,9 +117,9 @@ class TracedEngine:
         if self._shown("rm", "--force", container):
             self._engine.remove(container)
 
-    def commit(self, container: str, config: Mapping[str, Any]) -> str:
+    def commit(self, container: str, config: Mapping[str, Any], comment: str = "") -> str:
         if self._shown("commit", container):
-            return self._engine.commit(container, config)
+            return self._engine.commit(container, config, comment)
         # A commit adds one layer if the container was run.
         image = f"dry-run:{container}"
         spec = self._specs.get(container)

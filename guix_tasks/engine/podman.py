@@ -80,8 +80,9 @@ class PodmanEngine(DockerEngine):
         # Podman reads the profile's file itself. Its option for `unmasked` differs from Docker's.
         return [*spec.security, *(["unmask=ALL"] if spec.unmasked else [])]
 
-    def commit(self, container: str, config: Mapping[str, Any]) -> str:
-        # A commit takes no configuration; ``podman_api`` describes this second step.
+    def commit(self, container: str, config: Mapping[str, Any], comment: str = "") -> str:  # noqa: ARG002
+        # A commit takes no configuration; ``podman_api`` describes this second step.  Podman's OCI
+        # images have no comments.
         with self._engine_errors("commit a container"):
             changes = [f"LABEL {podman_api.UNFINISHED_LABEL}=yes"]
             unfinished = self._work_api.commit(container, changes=changes)["Id"]

@@ -14,6 +14,7 @@ from guix_tasks.stages.images import (
     IMAGE_LABEL,
     LAYERS_LABEL,
     SEARCH_PATHS_LABEL,
+    STAGE_LABEL,
     layers_digest,
     proven_stage,
     seal,
@@ -62,7 +63,9 @@ def commit_image(
 
     start = start or parent
     below = layers_digest(parent.layers)
-    image_id = engine.commit(container, _sealed(config, start, own_layers, below))
+    # Else `docker history` shows an empty row for the layer.
+    comment = f"guix-tasks: {labels.get(STAGE_LABEL, 'commit')}"
+    image_id = engine.commit(container, _sealed(config, start, own_layers, below), comment)
     image = engine.image(image_id)
     if image is None and engine.is_dry:
         engine.tag(image_id, tag)
@@ -73,7 +76,8 @@ def commit_image(
         engine.drop(image.id)
         own_layers = len(image.layers) - len(start.layers)
         config |= committed_config(image, {})
-        image = engine.image(engine.commit(container, _sealed(config, start, own_layers, below)))
+        sealed = _sealed(config, start, own_layers, below)
+        image = engine.image(engine.commit(container, sealed, comment))
     if image and proven_stage(image):
         engine.tag(image.id, tag)
         return image

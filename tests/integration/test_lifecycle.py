@@ -152,6 +152,12 @@ def test_its_profile_has_the_packages(pushed: Pushed) -> None:
     assert pushed.project.docker.labels(pushed.image)[PACKAGES_LABEL].split() == installed
 
 
+def test_history_names_the_stage_of_each_layer(project: Project) -> None:
+    comments = project.docker.ok("history", "--format={{.Comment}}", project.image).split("\n")
+    # The base stage adds no layer to the image of its Dockerfile, only a configuration.
+    assert comments[:3] == ["guix-tasks: install", "guix-tasks: pull", "guix-tasks: base"]
+
+
 @pytest.mark.parametrize("user", ["0", "1000", "65534:65534"])
 def test_hello_runs(pushed: Pushed, user: str) -> None:
     assert pushed.run("hello", options=(f"--user={user}",)) == GREETING

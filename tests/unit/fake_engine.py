@@ -672,7 +672,7 @@ class FakeEngine:
                 del self.all_containers[box.id]
 
     @_counted
-    def commit(self, container: str, config: Mapping[str, Any]) -> str:
+    def commit(self, container: str, config: Mapping[str, Any], comment: str = "") -> str:
         box = self._container(container)
         result = merged(copy.deepcopy(dict(config)), box.config)
         return self.make_image(result, box.changes, parent=box.image).id

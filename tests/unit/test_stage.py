@@ -173,7 +173,7 @@ def test_a_commit_that_is_not_understood_is_an_error(site: Site) -> None:
     project = site.project()
 
     class Odd(FakeEngine):
-        def commit(self, container: str, config: object) -> str:
+        def commit(self, container: str, config: object, comment: str = "") -> str:
             return self.make_image({}, {"/a": b""}, parent=self.make_image({}, {"/b": b""})).id
 
         def copy_out(self, container: str, path: str) -> Iterator[bytes]:
