@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 import sys
+from collections import Counter
 from functools import wraps
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -61,7 +63,6 @@ class GroupedProgram(Program):
     """Program of ``./inv`` and ``guix-tasks``; Invoke's ``inv`` also works."""
 
     parse_collection = one_line_errors(Program.parse_collection)
-    parse_tasks = one_line_errors(Program.parse_tasks)
     parse_cleanup = one_line_errors(Program.parse_cleanup)
 
     @one_line_errors
@@ -73,6 +74,19 @@ class GroupedProgram(Program):
         setting = sys.dont_write_bytecode
         super().parse_core(argv)
         sys.dont_write_bytecode = setting
+
+    @one_line_errors
+    def parse_tasks(self) -> None:
+        """Parse the tasks; to Invoke, a list option without a value is an empty list."""
+        super().parse_tasks()
+        lists = [argument for task in self.tasks for argument in task.args.values()
+                 if argument.kind is list]  # fmt: skip
+        words = takewhile(lambda word: word != "--", self.argv)
+        given = Counter(word.partition("=")[0] for word in words)
+        for name in {argument.name for argument in lists}:
+            values = sum(len(argument.value) for argument in lists if argument.name == name)
+            if given[f"--{name}"] > values:
+                fail(f"--{name} needs a value")
 
     def run(self, argv: list[str] | None = None, exit: bool = True) -> None:  # noqa: A002 -- Invoke's
         """Run a command line; exit silently if the reader of the output has ended."""

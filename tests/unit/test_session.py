@@ -42,6 +42,7 @@ from invoke.program import Program
 import dev.demo
 import dev.tasks
 from guix_tasks import files as files_module
+from guix_tasks.bootstrap.base_image import BASE_TAG
 from guix_tasks.buildkit import buildx
 from guix_tasks.cli import errors, session
 from guix_tasks.cli.session import Session
@@ -781,6 +782,13 @@ def test_demo_makes_the_files_that_its_settings_name(inv: Inv, tmp_path: Path) -
     assert [str(project.settings.image.name) for project in projects] == [
         "localhost:5055/guix-tasks-demo"
     ] * 2
+
+
+def test_rootfs_does_not_replace_an_image_that_projects_use(inv: Inv) -> None:
+    image = inv.site.engine.make_image({}, {}, tag=BASE_TAG)
+    done = inv("rootfs")
+    assert "is on the engine; `inv rootfs --force` makes it again" in done.err
+    assert inv.site.engine.tags[BASE_TAG] == image.id
 
 
 @pytest.mark.parametrize("task", ["demo", "test"])

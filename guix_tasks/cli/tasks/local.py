@@ -66,9 +66,10 @@ def registry_down(session: Session, port: int = 5055) -> None:
     help={
         "tag": "name of the image",
         "plain": "make a Debian image without Guix, to test packs in",
+        "force": "make an image again that is on the engine",
     }
 )
-def rootfs(session: Session, tag: str = "", plain: bool = False) -> None:
+def rootfs(session: Session, tag: str = "", plain: bool = False, force: bool = False) -> None:
     """Make a base image with Guix from Debian's packages.
 
     Use it if BASE_IMAGE cannot be pulled: set BASE_IMAGE to the name that
@@ -78,6 +79,12 @@ def rootfs(session: Session, tag: str = "", plain: bool = False) -> None:
 
     project = session.project()
     tag = tag or (PLAIN_TAG if plain else BASE_TAG)
+    if not force and project.engine.image(tag):
+        project.console.print(
+            f"rootfs: {tag} is on the engine; `inv rootfs --force` makes it again, and the stages "
+            "that are made from it become stale"
+        )
+        return
     make_base(project.engine, project.console, tag, plain=plain)
 
 
