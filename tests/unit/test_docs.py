@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from invoke.collection import Collection
+from invoke.exceptions import ParseError
+from invoke.parser import Parser
+from invoke.parser.argument import Argument
+from invoke.parser.context import ParserContext
+from invoke.program import Program
 
+import dev.tasks
 from guix_tasks.cli.tasks import GROUPS
 from guix_tasks.settings import DECLARATIONS, load_settings
 from guix_tasks.stages.images import STAGES, inputs_of
@@ -44,6 +53,12 @@ CHANGED = {
 
 NO_PART = ("IMAGE", "GUIX_CHANNEL_CREDENTIALS_FILE")
 """Another image has other stages; the example of a secret's file is on another machine."""
+
+OTHER_VARIABLES = {
+    "CHECK_IMAGE", "CI", "ENV_FILE", "GITHUB_ACTIONS", "GITLAB_CI", "JOBS", "NAME", "NO_COLOR",
+    "OFFLINE", "PATH", "PIP_FIND_LINKS", "PIP_NO_INDEX", "PYTHONUTF8", "SOURCE_DATE_EPOCH", "TERM",
+}  # fmt: skip
+"""Variables on the pages that are not settings."""
 
 COMPANIONS = {
     "GUIX_BINARY_URL": {"GUIX_BINARY_SHA256": "0" * 64},
@@ -151,3 +166,77 @@ def _anchors(text: str) -> set[str]:
     """The names that GitHub gives to headings."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+def code_of(text: str) -> list[str]:
+    """Return the code on a page: the lines of blocks, and the code in sentences on one line."""
+    fences = re.compile(r"^ *```[^\n]*\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+    blocks = "".join(fences.findall(text))
+    sentences = fences.sub("", text)
+    inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", sentences)]
+    indented = re.findall(r"^ {4}([^`\n]*)$", sentences, re.MULTILINE)
+    return [*blocks.splitlines(), *indented, *inline]
+
+
+def command_lines(line: str) -> list[list[str]]:
+    """Return the words after each ``inv`` or ``guix-tasks`` in a line, without placeholders."""
+    lexer = shlex.shlex(line.replace("`", ";"), posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    try:
+        words = list(lexer)
+    except ValueError:  # a sentence with an apostrophe
+        words = line.split()
+    found: list[list[str]] = []
+    is_command = False
+    for word in words:
+        if word in {"inv", "./inv", "guix-tasks"}:
+            found.append([])
+            is_command = True
+        elif is_command and not re.match(r"[|&;<>()]", word):
+            found[-1].extend([word] if "…" not in word else [])
+        else:
+            is_command = False
+    return found
+
+
+def test_commands_of_a_line_end_at_shell_operators_and_omit_placeholders() -> None:
+    assert command_lines("A=b inv pull && ./inv push | cat  # twice") == [["pull"], ["push"]]
+    assert command_lines("$ inv run -- sh -c 'a || b'") == [["run", "--", "sh", "-c", "a || b"]]
+    assert command_lines("then run `inv pull TASK…`, or") == [["pull"]]
+
+
+@pytest.fixture(scope="module")
+def contexts() -> list[ParserContext]:
+    """Return the tasks that pages can name, with their options."""
+    # Parsing a command removes the help of its task.
+    ours = deepcopy((ns, Collection(dev.tasks.demo, dev.tasks.test)))
+    return [context for collection in ours for context in collection.to_contexts()]
+
+
+def error_of(words: list[str], contexts: list[ParserContext]) -> str:
+    """Return the error with which Invoke refuses a command line, or an empty string."""
+    program = Program()
+    core = ParserContext(args=[*program.core_args(), *program.task_args()])
+    try:
+        Parser(contexts, core).parse_argv(words)
+    except ParseError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_settings_of_a_page_exist(page: Path, contexts: list[ParserContext]) -> None:
+    text = page.read_text(encoding="utf-8")
+    example = (ROOT / "examples" / "distributable" / "tasks.py").read_text(encoding="utf-8")
+    options = [Argument(name, kind=bool) for name in ("force", "upstream", "no-commit")]
+    custom = [
+        ParserContext(name, args=options)
+        for name in set(re.findall(r'add_(?:stage|test)\(\s*"([\w-]+)"', text + example))
+    ]
+    wrong = []
+    for line in code_of(text):
+        errors = (error_of(words, [*contexts, *custom]) for words in command_lines(line))
+        wrong += [f"{line}: {error}" for error in errors if error]
+        names = re.findall(r"(?:^|[\s\"])([A-Z][A-Z0-9_]+)=", line)
+        wrong += [f"{line}: {name}" for name in {*names} - OTHER_VARIABLES - {*DECLARATIONS}]
+    assert not wrong, "\n".join(wrong)
