@@ -193,7 +193,7 @@ def command_lines(line: str) -> list[list[str]]:
             found.append([])
             is_command = True
         elif is_command and not re.match(r"[|&;<>()]", word):
-            found[-1].extend([word] if "…" not in word else [])
+            found[-1].extend([] if re.fullmatch("[A-Z]*…", word) else [word])
         else:
             is_command = False
     return found
