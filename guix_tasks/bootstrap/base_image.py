@@ -75,11 +75,21 @@ rm -f etc/apt/apt.conf.d/99mmdebstrap var/cache/debconf/*-old var/lib/dpkg/*-old
 _PREPARE = Path(__file__).parents[1] / "stages" / "resources" / "prepare.sh"
 
 
-def make_base(engine: Engine, console: Console, tag: str, *, plain: bool = False) -> None:
+def make_base(
+    engine: Engine, console: Console, tag: str, *, plain: bool = False, force: bool = False
+) -> None:
     """Make the image ``tag``, on Debian or in a Debian container; without Guix if ``plain``.
+
+    An image of that name is replaced only with ``force``, because projects are made from it.
 
     Raise ``BuilderError`` if neither is possible.
     """
+    if engine.image(tag) and not force:
+        console.print(
+            f"rootfs: {tag} is on the engine; `inv rootfs --force` makes it again, and the stages "
+            "that are made from it become stale"
+        )
+        return
     packages = () if plain else PACKAGES
     started = time.monotonic()
     with console.step("rootfs"):

@@ -79,13 +79,7 @@ def rootfs(session: Session, tag: str = "", plain: bool = False, force: bool = F
 
     project = session.project()
     tag = tag or (PLAIN_TAG if plain else BASE_TAG)
-    if not force and project.engine.image(tag):
-        project.console.print(
-            f"rootfs: {tag} is on the engine; `inv rootfs --force` makes it again, and the stages "
-            "that are made from it become stale"
-        )
-        return
-    make_base(project.engine, project.console, tag, plain=plain)
+    make_base(project.engine, project.console, tag, plain=plain, force=force)
 
 
 @task(
