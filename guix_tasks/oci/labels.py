@@ -86,7 +86,8 @@ def web_address(remote: str) -> str:
 def _repository(project: Path) -> Path | None:
     """Return the nearest directory upwards with a git repository."""
     real = project.resolve()
-    return next((place for place in (real, *real.parents) if (place / ".git").exists()), None)
+    places = (real, *real.parents)
+    return next((place for place in places if os.path.exists(place / ".git")), None)  # noqa: PTH110
 
 
 def _git(repository: Path, project: Path, *arguments: str) -> str:
