@@ -162,6 +162,14 @@ def test_a_key_that_is_none_is_a_failure(new_project: NewProject) -> None:
     )
 
 
+def test_a_key_that_the_image_does_not_trust_is_a_failure(new_project: NewProject) -> None:
+    found = examine(new_project("base", GUIX_SUBSTITUTE_KEYS=""))
+    assert found.failed == {"substitutes"}
+    assert "but the image does not trust its key; set GUIX_SUBSTITUTE_KEYS" in found.said(
+        "substitutes"
+    )
+
+
 def test_a_base_image_that_is_not_to_be_had(new_project: NewProject) -> None:
     project = new_project()
     project.set(BASE_IMAGE=f"{project.repository}:nope")
