@@ -323,6 +323,10 @@ def probe(buildx: Buildx, builder: str, syntax: str | None) -> None:
 # --- Build ----------------------------------------------------------------------------------
 
 
+_LOAD = "type=docker,oci-mediatypes=true"
+"""Output to the engine. With the containerd image store, a commit has an OCI manifest and keeps the
+media types of the layers below. Buildah refuses an OCI manifest with layers of Docker's types."""
+
 _COMPRESSED = ",compression=gzip,force-compression=true"
 
 
@@ -345,7 +349,7 @@ def build(
         secret = {**spec.proxies, **secret}
         argv = (
             buildx.program, "build", f"--builder={buildx.own}", "--progress=plain",
-            f"--output=type=docker{_COMPRESSED if compress else ''}", "--provenance=false",
+            f"--output={_LOAD}{_COMPRESSED if compress else ''}", "--provenance=false",
             f"--metadata-file={metadata}",
             *(["--allow=network.host"] if spec.network == "host" else []),
             *build_options(replace(spec, args=plain)),

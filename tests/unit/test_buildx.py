@@ -79,7 +79,7 @@ def test_a_build_answers_the_image_and_shows_its_log(stub: Path) -> None:
     assert b"".join(log) == b"#1 one\n#2 two\n"
     words = argv(stub)
     assert words[:5] == ["build", "--builder=default", "--progress=plain",
-                         "--output=type=docker", "--provenance=false"]  # fmt: skip
+                         "--output=type=docker,oci-mediatypes=true", "--provenance=false"]  # fmt: skip
     assert words[-4:] == ["--file=/d", "--build-arg=A=1 $x", "--platform=linux/arm64", "/c d"]
     assert not [word for word in words if word.startswith("--allow")]
 
@@ -96,7 +96,10 @@ def test_an_image_is_the_one_that_its_store_knows_not_its_configuration(stub: Pa
 def test_layers_are_compressed_if_the_base_is_not(stub: Path) -> None:
     environment = {"STUB": str(stub.parent), "PATH": os.environ["PATH"]}
     buildx.build(Buildx(str(stub), environment), spec(), print, compress=True)
-    assert "--output=type=docker,compression=gzip,force-compression=true" in argv(stub)
+    assert (
+        "--output=type=docker,oci-mediatypes=true,compression=gzip,force-compression=true"
+        in argv(stub)
+    )
 
 
 def test_the_hosts_network_is_allowed_where_it_is_asked_for(stub: Path) -> None:
