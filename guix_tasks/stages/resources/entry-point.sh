@@ -68,7 +68,11 @@ _main() {
     exit "$_status"
 }
 
-_may_be_daemon() { [ "$(id -u)" -eq 0 ] || [ "${GUIX_SANDBOX-}" = rootless ]; }
+# With a read-only file system there can be no daemon, and what is installed runs without one.
+_may_be_daemon() {
+    if [ -d /var/guix ] && ! [ -w /var/guix ]; then return 1; fi
+    [ "$(id -u)" -eq 0 ] || [ "${GUIX_SANDBOX-}" = rootless ]
+}
 
 # A command in a work container may call this file again; the first call owns the directory.
 _use_work_directory() {
@@ -491,14 +495,27 @@ _report_failure() {
         _has_failed "$_derivation" || continue
         _count=$((_count + 1))
         if [ "$_count" -gt 5 ]; then break; fi
-        _say "the last lines of the build log of $_derivation:"
-        _print_log "$_log" | tail -n 40 >&2
+        _lines=$(_print_log "$_log" | tail -n 40)
+        if [ -n "$_lines" ]; then
+            _say "the last lines of the build log of $_derivation:"
+            printf '%s\n' "$_lines" >&2
+        fi
     done
     grep -v '^accepted connection from' "$_scratch/daemon.log" | tail -n 20 >"$_scratch/messages"
     if [ -s "$_scratch/messages" ]; then
         _say 'the last lines of guix-daemon:'
         cat "$_scratch/messages" >&2
     fi
+    if grep -q '^accepted connection from' "$_scratch/daemon.log" && ! _may_isolate; then
+        _say 'this container has no right to build packages: run it with --privileged'
+    fi
+}
+
+# Whether the daemon may start isolated builds as its build users: it needs CAP_SYS_ADMIN, bit 21.
+_may_isolate() {
+    if [ "$(id -u)" -ne 0 ] || [ "${GUIX_SANDBOX-}" = nochroot ]; then return 0; fi
+    _rights=$(sed -n 's/^CapEff:[[:space:]]*//p' /proc/self/status)
+    [ $((0x${_rights:-0} >> 21 & 1)) -eq 1 ]
 }
 
 # Whether the first output that the derivation names is not in the store.  A derivation is

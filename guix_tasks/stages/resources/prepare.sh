@@ -1,16 +1,20 @@
 #!/bin/sh
-# Makes an image ready for guix-daemon: the group `guixbuild` with ten users, and the directory
-# of root's profiles.  It does nothing that is there already.
+# Makes an image ready for guix-daemon: the group `guixbuild` with ten users, the directory of
+# root's profiles, and these profiles on the PATH of login shells.  It does nothing that is there
+# already.
 #
 # The accounts are written by hand: a small base has neither useradd nor groupadd.
 set -eu
 
 readonly users=10
+readonly profiles=/var/guix/profiles/per-user/root
+readonly login=/etc/profile.d/guix-tasks.sh
 
 _main() {
     _ensure_group
     _ensure_users
-    mkdir -p /var/guix/profiles/per-user/root
+    mkdir -p "$profiles"
+    _ensure_login_path
 }
 
 _ensure_group() {
@@ -41,6 +45,13 @@ _ensure_users() {
 _add_user() { # NAME
     echo "$1:!:$(_free_id):$gid:Guix build user ${1#guixbuilder}:/var/empty:/usr/sbin/nologin" \
         >>/etc/passwd
+}
+
+# /etc/profile replaces the PATH of the image, and then reads the files of this directory.
+_ensure_login_path() {
+    if ! [ -d "${login%/*}" ] || [ -e "$login" ]; then return 0; fi
+    echo "PATH=$profiles/current-guix/bin:$profiles/guix-profile/bin:\$PATH" >"$login"
+    chmod 644 "$login"
 }
 
 _has() { # FILE NAME
