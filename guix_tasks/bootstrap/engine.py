@@ -157,7 +157,7 @@ class PrivateEngine:
             return
         try:
             features = json.loads(self._configuration.read_bytes())["features"]
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             features = None
         if features != _features(store):
             raise EngineError(

@@ -54,7 +54,7 @@ def _read(path: Path) -> Packed:
     with suppress(OSError, ValueError, TypeError, RecursionError):
         packed = Packed(**json.loads(path.read_text(encoding="utf-8")))
         texts = (packed.system, packed.format, packed.file, packed.sha256)
-        has_texts = all(isinstance(text, str) and text for text in texts)
+        has_texts = all(isinstance(text, str) and text and text.isprintable() for text in texts)
         if has_texts and "/" not in packed.file and isinstance(packed.channels, list):
             return packed
     raise UsageError(f"{path} is not a record of `inv pack`; delete it and run `inv pack` again")

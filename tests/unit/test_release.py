@@ -138,6 +138,7 @@ def test_a_name_is_quoted_in_an_address(settings: Settings) -> None:
     [
         "", "{", "[]", "1", "null", "{}", '{"system": "x"}', "[" * 100_000, "\udcff",
         '{"system": 1, "format": "a", "file": "b", "sha256": "c", "channels": []}',
+        '{"system": "x", "format": "a", "file": "\\ud800", "sha256": "c", "channels": []}',
         '{"system": "x", "format": "a", "file": "../b", "sha256": "c", "channels": []}',
         '{"system": "x", "format": "a", "file": "b", "sha256": "c", "channels": {}}',
         '{"system": "x", "format": "a", "file": "b", "sha256": "c", "channels": [], "more": 1}',
