@@ -287,7 +287,7 @@ def parse_builder(text: str) -> Builder:
 
 
 def _node(fields: Mapping[str, str]) -> BuilderNode:
-    options = re.findall(r'([^\s=]+)="((?:[^"\\]|\\.)*)"', fields.get("Driver Options", ""))
+    options = re.findall(r'(?<!\S)([^\s=]+)="((?:[^"\\]|\\.)*)"', fields.get("Driver Options", ""))
     platforms = re.findall(r"[^\s,]+", fields.get("Platforms", ""))
     return BuilderNode(
         name=fields["Name"],

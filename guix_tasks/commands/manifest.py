@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from guix_tasks.buildkit.buildx import with_accounts
 from guix_tasks.engine.credentials import accounts_for
 from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import BuilderError, RegistryError, UsageError
+from guix_tasks.oci.reference import ImageReference
 from guix_tasks.stages.push_records import load, records_directory
 
 if TYPE_CHECKING:
@@ -64,8 +64,9 @@ def join(project: Project, buildx: Buildx) -> str:
     if not buildx.perform:
         return ""
     try:
-        return str(replace(image, digest=json.loads(output)["digest"]).digest)
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        digest = json.loads(output)["digest"]
+        return str(ImageReference.parse(f"{image.name}@{digest}").digest)
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise RegistryError(
             f"{image} is joined, but the registry reports no digest; "
             f"`docker buildx imagetools inspect {image}` shows the manifest"

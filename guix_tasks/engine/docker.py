@@ -76,7 +76,9 @@ _NO_ANSWER = (
 )
 """Exceptions of the SDK if the engine is missing or dies during a call."""
 
-_MALFORMED = (AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_MALFORMED = (
+    ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
 """Exceptions of the code that reads an answer, if the answer is none of Docker's API."""
 
 

@@ -227,7 +227,9 @@ def test_what_the_registry_refuses_is_its_error(
     assert len(calls(stub)) == 1
 
 
-@pytest.mark.parametrize("answer", ["", "null", "[]", "{}", "not JSON", '{"digest"'])
+@pytest.mark.parametrize(
+    "answer", ["", "null", "[]", "{}", "not JSON", '{"digest"', '{"digest": null}']
+)
 def test_an_answer_without_a_digest_is_no_success(
     tmp_path: Path, stub: Buildx, answer: str
 ) -> None:
