@@ -25,7 +25,7 @@ from guix_tasks.engine.podman import PodmanEngine, open_engine
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PACKAGES = ("podman", "runc", "catatonit", "netavark", "openssh-server")
+PACKAGES = ("podman", "buildah", "skopeo", "runc", "catatonit", "netavark", "openssh-server")
 
 STATUS = Path("/var/lib/dpkg/status")
 
@@ -45,18 +45,26 @@ default_ulimits = ["nofile={files}:{files}", "nproc=4096:4096"]
 runtime = "runc"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
+tmp_dir = "{directory}/tmp"
 [network]
 network_backend = "netavark"
-network_config_dir = "{networks}"
+network_config_dir = "{directory}/networks"
+"""
+
+STORAGE = """
+[storage]
+driver = "overlay"
+graphroot = "{directory}/images"
+runroot = "{directory}/run"
 """
 
 
 def unpacked() -> Path:
-    """Podman's packages and sshd's, with those that they need; skips where they cannot be had."""
+    """The packages, with those that they need; skips where they cannot be had."""
     own = host_suite()
     if os.geteuid() != 0 or own is None:
         pytest.skip("Podman is unpacked from Debian's packages, and run, by root")
-    root = files.cache_home() / "tests" / f"podman-{own}"
+    root = files.cache_home() / "tests" / f"containers-{own}"
     if not root.exists():
         root.parent.mkdir(parents=True, exist_ok=True)
         apt = Apt([own], status=STATUS)
@@ -98,8 +106,6 @@ def served() -> Iterator[Podman]:
     root = unpacked()
     # Not in pytest's directory: the path of a socket has to be short.
     directory = Path(tempfile.mkdtemp(prefix="podman-"))
-    text = CONFIGURATION.format(files=_most_files(), networks=directory / "networks")
-    (directory / "containers.conf").write_text(text)
     podman = Podman(directory, _started(root, directory))
     try:
         log = directory / "log"
@@ -115,22 +121,27 @@ def served() -> Iterator[Podman]:
         shutil.rmtree(directory)
 
 
+def write_configuration(directory: Path) -> dict[str, str]:
+    """Write the configuration of Podman and Buildah; the variables that name its files."""
+    files = {
+        "CONTAINERS_CONF": CONFIGURATION.format(files=_most_files(), directory=directory),
+        "CONTAINERS_STORAGE_CONF": STORAGE.format(directory=directory),
+    }
+    for name, text in files.items():
+        (directory / name).write_text(text)
+    return {"HOME": str(directory), **{name: str(directory / name) for name in files}}
+
+
 def _socket(directory: Path) -> Path:
     return directory / "podman.sock"
 
 
 def _started(root: Path, directory: Path) -> subprocess.Popen[bytes]:
-    places = {"root": "images", "runroot": "run", "tmpdir": "tmp"}
-    options = (f"--{name}={directory / place}" for name, place in places.items())
     serve = ("system", "service", "--time=0", f"unix://{_socket(directory)}")
-    environment = {
-        "PATH": os.environ["PATH"],
-        "HOME": str(directory),
-        "CONTAINERS_CONF": str(directory / "containers.conf"),
-    }
+    environment = {"PATH": os.environ["PATH"], **write_configuration(directory)}
     with (directory / "log").open("wb") as output:
         return subprocess.Popen(
-            as_installed(root, "podman", *options, *serve),
+            as_installed(root, "podman", *serve),
             env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             start_new_session=True,
         )  # fmt: skip
