@@ -1,7 +1,7 @@
 """The commands of the pages are run, and print what the pages show.
 
 In a ``console`` block, ``$`` starts a command, ``>`` continues it, and the other lines must appear
-in its output; ``…`` stands for any text.
+in its output; ``…`` stands for any text.  A block with a title is appended to that file.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
-from conftest import STAGES
 from harness import PASSWORD, ROOT, USER, builder_environment, call, free_port
 from planted import PLANTED
+
+from guix_tasks.stages.images import STAGES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from conftest import NewProject
     from harness import Project
 
-FENCE = re.compile(r"^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(?:console|\w+ title=\"([^\"]+)\")\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = "--- the end of a command"
 
 TUTORIAL = "docs/tutorial.md"
@@ -64,7 +65,10 @@ class Step(NamedTuple):
 
 def steps(text: str) -> list[Step]:
     found: list[Step] = []
-    for block in FENCE.findall(text):
+    for title, block in FENCE.findall(text):
+        if title:
+            found.append(Step(f"cat >>{title} <<'{MARK}'\n{block}{MARK}", []))
+            continue
         for line in block.splitlines():
             if line.startswith("$ "):
                 found.append(Step(line[2:], []))
@@ -123,7 +127,10 @@ def page_project(page: str, new_project: NewProject, request: pytest.FixtureRequ
         return new_project(*STAGES, NETWORK="host", SUBSTITUTES_LISTEN=listen)
     if page == PRIVATE_REGISTRY:
         locked = request.getfixturevalue("locked")
-        return new_project(*STAGES, repository=f"{locked}/team/image")
+        project = new_project(*STAGES, repository=f"{locked}/team/image")
+        del project.settings["IMAGE"]  # the page sets it
+        project.set()
+        return project
     return new_project(*STAGES)
 
 
@@ -154,6 +161,7 @@ def test_the_commands_of_a_page_print_what_it_shows(
     script = "".join(f"{step.command}\necho '{MARK}'\n" for step in steps(text))
     result = call(["bash", "-ec", f"exec 2>&1\n{script}"], env, 240, directory)
     PLANTED.look_at_output(page, result.stdout)
+    page_project.docker("rmi", "hello:latest")  # loaded by docs/how-to/small-image.md
     outputs = result.stdout.split(f"{MARK}\n")
     assert result.returncode == 0, outputs[-1]
     for step, output in zip(steps(text), outputs, strict=False):
