@@ -369,7 +369,7 @@ class Lifecycle:
         if image is None:
             return
         print_result(project, name, started, replaced)
-        for line in _package_changes(replaced, image):
+        for line in _package_changes(replaced or parent, image):
             project.console.print(f"{name}: {line}")
         self._ledger.point_image(project.console)
         if replaced:
@@ -519,9 +519,9 @@ def _input_name(settings: Settings, stage: str, name: str) -> str:
     return names.get(name, name.removeprefix(f"{INPUTS}/"))
 
 
-def _package_changes(replaced: Image | None, image: Image) -> Iterator[str]:
+def _package_changes(earlier: Image, image: Image) -> Iterator[str]:
     """Yield a line for the packages that an image has added, upgraded and removed."""
-    before, after = _packages(replaced), _packages(image)
+    before, after = _packages(earlier), _packages(image)
     changes = {
         "added": [after[name] for name in after.keys() - before.keys()],
         "upgraded": [
@@ -539,7 +539,7 @@ def _package_changes(replaced: Image | None, image: Image) -> Iterator[str]:
             yield f"{change} {names}{f' and {more} more' if more > 0 else ''}"
 
 
-def _packages(image: Image | None) -> dict[str, str]:
+def _packages(image: Image) -> dict[str, str]:
     """Return an image's packages, ``NAME@VERSION`` by name."""
-    packages = image.labels.get(PACKAGES_LABEL, "").split() if image else ()
+    packages = image.labels.get(PACKAGES_LABEL, "").split()
     return {package.partition("@")[0]: package for package in packages}

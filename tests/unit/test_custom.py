@@ -214,6 +214,12 @@ def test_image_follows_the_one_that_was_added_last(site: OwnSite) -> None:
     assert site.image().id == site.image("checked").id
 
 
+def test_first_run_reports_only_packages_that_the_parent_lacks(site: OwnSite) -> None:
+    site.make(*STAGES)
+    lines = site.make("deps").splitlines()
+    assert [line for line in lines if "added" in line] == ["deps: added tar@1.0"]
+
+
 def test_custom_stage_that_is_up_to_date_is_not_run(made: OwnSite) -> None:
     assert made.ran(lambda: made.make("deps", "checked")) == []
     assert made.make("checked") == "checked: up to date\n"
