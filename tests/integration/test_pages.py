@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
@@ -36,8 +37,6 @@ PAGES = [
     )
     if FENCE.search(page.read_text(encoding="utf-8"))
 ]
-
-
 PRIVATE_REGISTRY = "docs/how-to/private-registry.md"
 SUBSTITUTES = "docs/how-to/substitutes.md"
 
@@ -106,12 +105,12 @@ def test_a_line_that_is_not_printed_is_missing() -> None:
 
 
 def write_programs(directory: Path) -> None:
-    """Make a directory that has the names of a checkout, and ``guix-tasks`` as pip installs it."""
+    """Make a directory with ``inv`` and the examples of a checkout, and with ``guix-tasks``."""
     directory.mkdir()
     (directory / "examples").symlink_to(ROOT / "examples")
     for name, command in (
         ("inv", f"{ROOT}/inv"),
-        ("guix-tasks", f"env PYTHONPATH={ROOT} {ROOT}/.venv/bin/python -m guix_tasks"),
+        ("guix-tasks", f"env PYTHONPATH={ROOT} {sys.executable} -m guix_tasks"),
     ):
         (directory / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
         (directory / name).chmod(0o755)
@@ -119,7 +118,7 @@ def write_programs(directory: Path) -> None:
 
 @pytest.fixture
 def page_project(page: str, new_project: NewProject, request: pytest.FixtureRequest) -> Project:
-    """The project that a page assumes."""
+    """Make the project that a page assumes."""
     if page == TUTORIAL:
         return new_project()
     if page == SUBSTITUTES:
@@ -140,6 +139,8 @@ def test_the_commands_of_a_page_print_what_it_shows(
     page: str, page_project: Project, tmp_path: Path
 ) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
+    for name, value in placeholders(page_project).items():
+        text = text.replace(f"{name}:latest", value).replace(name, value)
     commands = steps(text)
     needs_buildx = any(re.search(r"inv .*(buildx|manifest)", step.command) for step in commands)
     path = builder_environment("buildx")["PATH"] if needs_buildx else os.environ["PATH"]
@@ -151,18 +152,16 @@ def test_the_commands_of_a_page_print_what_it_shows(
         (directory / "tasks.py").write_text("from guix_tasks.tasks import ns\n")
         (directory / "Dockerfile").symlink_to(ROOT / "Dockerfile")
         (directory / "home" / "token").write_text(PASSWORD)
-    for name, value in placeholders(page_project).items():
-        text = text.replace(f"{name}:latest", value).replace(name, value)
     env = page_project.environment | {
         "PATH": f"{programs}:{path}",
         "DOCKER_CONFIG": str(page_project.docker.directory),
     }
     del env["ENV_FILE"]
-    script = "".join(f"{step.command}\necho '{MARK}'\n" for step in steps(text))
+    script = "".join(f"{step.command}\necho '{MARK}'\n" for step in commands)
     result = call(["bash", "-ec", f"exec 2>&1\n{script}"], env, 240, directory)
     PLANTED.look_at_output(page, result.stdout)
     page_project.docker("rmi", "hello:latest")  # loaded by docs/how-to/small-image.md
     outputs = result.stdout.split(f"{MARK}\n")
     assert result.returncode == 0, outputs[-1]
-    for step, output in zip(steps(text), outputs, strict=False):
+    for step, output in zip(commands, outputs, strict=False):
         assert missing(step.shown, output) == [], f"{step.command}:\n{output}"
