@@ -29,12 +29,7 @@ MARK = "--- the end of a command"
 TUTORIAL = "docs/tutorial.md"
 PAGES = [
     str(page.relative_to(ROOT))
-    for page in (
-        ROOT / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
-        *sorted((ROOT / "docs" / "how-to").glob("*.md")),
-        *sorted((ROOT / "docs" / "explanation").glob("*.md")),
-    )
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
     if FENCE.search(page.read_text(encoding="utf-8"))
 ]
 PRIVATE_REGISTRY = "docs/how-to/private-registry.md"
