@@ -51,7 +51,7 @@ class Platform:
     variant: str | None = None
 
     def __post_init__(self) -> None:
-        if str(self) not in _GUIX_SYSTEMS:
+        if not (self.os and self.architecture) or str(self) not in _GUIX_SYSTEMS:
             supported = ", ".join(_GUIX_SYSTEMS)
             name = quoted(str(self).strip("/"))
             raise ValueError(f"Guix does not support the platform {name}; use one of {supported}")
@@ -82,5 +82,4 @@ class Platform:
         return str(self).replace("/", "-")
 
     def __str__(self) -> str:
-        variant = f"/{self.variant}" if self.variant else ""
-        return f"{self.os}/{self.architecture}{variant}"
+        return "/".join(part for part in (self.os, self.architecture, self.variant) if part)
