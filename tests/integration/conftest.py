@@ -93,7 +93,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 LONGEST = (
     "test_warm_store", "test_kills", "test_incremental", "test_bad_input", "test_lifecycle",
     "test_pages", "test_distributable", "test_leaks", "test_ci_files", "test_podman",
-    "test_substitutes",
+    "test_substitutes", "test_other_programs", "test_rootless_docker", "test_userns_remap",
 )  # fmt: skip
 """Modules that take more than two minutes, the longest first."""
 
