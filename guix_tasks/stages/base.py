@@ -67,6 +67,15 @@ def base_inputs(engine: Engine, settings: Settings, known: Mapping[str, str]) ->
 
     Raise ``UsageError`` if the Dockerfile or the build context cannot be read.
     """
+    base_image = base_image_input(engine, settings, known.get(BASE_INPUT, ""))
+    return {**file_inputs(engine, settings), BASE_INPUT: base_image}
+
+
+def file_inputs(engine: Engine, settings: Settings) -> dict[str, str]:
+    """Return the inputs of the base stage without the base image.
+
+    Raise ``UsageError`` if the Dockerfile or the build context cannot be read.
+    """
     spec = base_spec(settings, network(engine, settings))
     if not spec.context.is_dir():
         raise UsageError(f"BUILD_CONTEXT: {spec.context} is not a directory; choose a directory")
@@ -76,7 +85,6 @@ def base_inputs(engine: Engine, settings: Settings, known: Mapping[str, str]) ->
         "build context": _context_digest(settings, spec),
         "build arguments": text_digest(*sorted(f"{n}={text}" for n, text in arguments.items())),
         "image/": tree_digest(RESOURCES),
-        BASE_INPUT: base_image_input(engine, settings, known.get(BASE_INPUT, "")),
         **platform_input(engine, settings),
     }
 

@@ -21,6 +21,7 @@ from guix_tasks.stages.base import (
     base_inputs,
     base_platform_error,
     base_spec,
+    file_inputs,
 )
 from guix_tasks.stages.commit import commit_image
 from guix_tasks.stages.container import (
@@ -303,7 +304,7 @@ class Lifecycle:
         started = time.monotonic()
         project, settings = self._project, self._settings
         # Before the build, so that a file that is edited meanwhile makes the stage stale.
-        inputs = base_inputs(project.engine, settings, {})
+        inputs = file_inputs(project.engine, settings)
         accounts = accounts_for(project.engine, settings)
         spec = replace(base_spec(settings, network(project.engine, settings)), accounts=accounts)
         try:

@@ -83,7 +83,7 @@ def test_python_can_be_asked_too(program: Path, tmp_path: Path) -> None:
 def test_a_folder_that_may_not_be_written_is_one_line(program: Path, tmp_path: Path) -> None:
     directory = tmp_path / "empty"
     (directory / ".github").write_text("a file where a directory is to be")
-    error = one_error(run(program / "guix-tasks", directory, "init"), 2)
+    error = one_error(run(program / "guix-tasks", directory, "init", "--ci=github"), 2)
     assert "/.github" in error
 
 

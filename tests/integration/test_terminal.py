@@ -122,9 +122,10 @@ def test_a_terminal_shows_what_goes_on_and_keeps_a_line_a_stage(new_project: New
     # The first call of a machine says besides which sandbox it has chosen.
     kept = [line for line in watched.lines if not line.startswith("sandbox: ")]
     assert max(map(len, watched.seen)) <= 1 + 1 + 1 + 6
-    engine, install, push, digest = kept
+    engine, install, added, push, digest = kept
     assert engine.startswith("engine: ")
     assert re.fullmatch(rf"install: {project.tag('install')}, {SIZE}, {TIME}", install)
+    assert added == "install: added greet@1.0, hello@2.12.2"
     assert re.fullmatch(rf"push: {project.image}, (at least )?{SIZE} moved, {TIME}", push)
     assert re.match(rf"{project.image}@sha256:", digest)
     # All of it can be had.
@@ -168,7 +169,7 @@ def test_a_narrow_terminal_that_changes_its_size(new_project: NewProject) -> Non
         time.sleep(0.3)
     assert watched.end() == 0
     assert watched.ever(r"^  │ ")
-    assert watched.lines[-1].endswith(" s")
+    assert watched.lines[-2].endswith(" s")
     assert not is_live(watched.lines)
 
 
@@ -251,7 +252,8 @@ def test_the_log_of_a_job_is_folded(new_project: NewProject, job: str, failing: 
     assert names == stages
     assert ("::group::" in said) is (job == "GITHUB_ACTIONS")
     assert not any("building /gnu" in line for line in unfolded)
-    assert [*filter(None, unfolded)][-1].startswith(
+    *_, result_line, last = filter(None, unfolded)
+    assert (last if failing else result_line).startswith(
         ("::error::install: " if job == "GITHUB_ACTIONS" else "error: install: ")
         if failing
         else f"install: {project.tag('install')}, "
