@@ -826,6 +826,12 @@ def test_a_substitute_server_without_a_key_is_noted(site: Site, start: StartServ
 KEY = "(public-key (ecc (curve Ed25519) (q #D0#)))"
 
 
+def add_to_base(site: Site, path: str, content: bytes) -> None:
+    """Add a file to the base stage, in a layer that other sites do not share."""
+    layer = site.image("base").layers[0]
+    site.engine._files[layer] = {**site.engine._files[layer], path: content}
+
+
 @pytest.mark.parametrize("trusts", ["nobody", "image", "setting"])
 def test_a_substitute_server_that_shows_its_key(
     made: Site, start: StartServer, trusts: str
@@ -836,7 +842,7 @@ def test_a_substitute_server_that_shows_its_key(
         made.write("a.pub", KEY)
         made.env["GUIX_SUBSTITUTE_KEYS"] = "a.pub"
     if trusts == "image":
-        made.engine._files[made.image("base").layers[0]][guix.ACL] = f"(acl {KEY})".encode()
+        add_to_base(made, guix.ACL, f"(acl {KEY})".encode())
     found = one(made, "substitutes")
     assert any(line.startswith("GET /signing-key.pub ") for line in server.asked)
     if trusts == "nobody":
@@ -853,7 +859,7 @@ def test_image_without_ports_of_services_is_found(
 ) -> None:
     monkeypatch.setattr(servers, "_get", lambda *_: "StoreDir: /gnu/store")
     if services:
-        made.engine._files[made.image("base").layers[0]]["/etc/services"] = services
+        add_to_base(made, "/etc/services", services)
     serve(made, "https://a.test", keys=False)
     found = one(made, "substitutes")
     assert found.state == state
