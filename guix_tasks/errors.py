@@ -56,6 +56,11 @@ def full_disk(text: str) -> str:
     return f"; {FULL_DISK}" if is_full else ""
 
 
+UPLOAD_LIMIT = (
+    "a proxy or the registry refuses uploads of this size: raise its limit (in nginx, "
+    "client_max_body_size)"
+)
+
 FEWER_LAYERS = (
     "squash BASE_IMAGE, combine steps of the Dockerfile, or use an engine with the containerd "
     "image store"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from guix_tasks.engine import retry
 from guix_tasks.errors import (
     FEWER_LAYERS,
+    UPLOAD_LIMIT,
     BuilderError,
     GuixTasksError,
     RegistryError,
@@ -81,8 +82,7 @@ _HINTS: Mapping[str, GuixTasksError] = {
         "(`inv buildx.setup --recreate`)"
     ),
     r"413 (request entity|payload|content) too large|unexpected status.*: 413\b": RegistryError(
-        "a proxy or the registry refuses uploads of this size: raise its limit (in nginx, "
-        "client_max_body_size)"
+        UPLOAD_LIMIT
     ),
     r"failed to (push|authorize)|push access denied|insufficient_scope|"
     r"40[13] (unauthorized|forbidden)|no basic auth|failed to do request": RegistryError(

@@ -33,6 +33,7 @@ from guix_tasks.engine.ssh import Ssh, SshAdapter
 from guix_tasks.errors import (
     FEWER_LAYERS,
     REFUSED,
+    UPLOAD_LIMIT,
     BuilderError,
     EngineError,
     GuixTasksError,
@@ -715,8 +716,7 @@ def _pushed_digest(event: Mapping[str, Any]) -> str:
 _NOT_FOUND = "the registry has no such image: fix the reference"
 
 _REGISTRY_HINTS = {
-    "a proxy or the registry refuses uploads of this size: raise its limit (in nginx, "
-    "client_max_body_size)": (
+    UPLOAD_LIMIT: (
         "413 request entity too large", "413 payload too large", "413 content too large",
         "http 413 ", "status: 413",
     ),

@@ -600,6 +600,25 @@ def eventually(condition: Callable[[], bool], what: str, seconds: float = 120) -
         time.sleep(0.05)
 
 
+@contextmanager
+def repeated(action: Callable[[], object], seconds: float) -> Iterator[None]:
+    """Call a function again and again while the block runs, with a pause of ``seconds``."""
+    ended = threading.Event()
+
+    def repeat() -> None:
+        while not ended.is_set():
+            action()
+            ended.wait(seconds)
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def one_error(result: Result, status: int) -> str:
     """The one line of a failure that says what it was."""
     assert result.returncode == status, result.stderr

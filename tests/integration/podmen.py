@@ -23,7 +23,7 @@ from guix_tasks.engine.discovery import Address
 from guix_tasks.engine.podman import PodmanEngine, open_engine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 PACKAGES = ("podman", "buildah", "skopeo", "runc", "catatonit", "netavark", "openssh-server")
 
@@ -59,16 +59,22 @@ runroot = "{directory}/run"
 """
 
 
-def unpacked() -> Path:
-    """The packages, with those that they need; skips where they cannot be had."""
+def unpacked(
+    name: str = "containers", packages: Sequence[str] = PACKAGES, suites: Sequence[str] = ()
+) -> Path:
+    """Unpack packages and their dependencies to a cached directory, and return it.
+
+    ``suites`` are those of packages ``NAME/SUITE``, in addition to the suite of this machine.
+    Skip the test if this machine is not Debian or the user is not root.
+    """
     own = host_suite()
     if os.geteuid() != 0 or own is None:
-        pytest.skip("Podman is unpacked from Debian's packages, and run, by root")
-    root = files.cache_home() / "tests" / f"containers-{own}"
+        pytest.skip(f"{name}: only root on Debian can unpack and run the packages")
+    root = files.cache_home() / "tests" / f"{name}-{own}"
     if not root.exists():
         root.parent.mkdir(parents=True, exist_ok=True)
-        apt = Apt([own], status=STATUS)
-        apt.unpack(PACKAGES, root, closure=True)
+        apt = Apt(list(dict.fromkeys((own, *suites))), status=STATUS)
+        apt.unpack(packages, root, closure=True)
     return root
 
 

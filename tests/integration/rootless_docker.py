@@ -14,13 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
 from island import link
-from podmen import STATUS
+from podmen import unpacked
 
-from guix_tasks import files
 from guix_tasks.bootstrap import service
-from guix_tasks.bootstrap.apt import Apt, host_suite
+from guix_tasks.bootstrap.apt import host_suite
 from guix_tasks.bootstrap.engine import SUITE, answers
 
 if TYPE_CHECKING:
@@ -49,28 +47,17 @@ exec setpriv --reuid="$user" --regid="$user" --clear-groups env -i \
 """
 
 
-def unpacked() -> Path:
-    """The packages that rootless Docker needs; skips where they cannot be had."""
-    own = host_suite()
-    if os.geteuid() != 0 or own is None:
-        pytest.skip("rootless Docker is unpacked from Debian's packages by root")
-    root = files.cache_home() / "tests" / f"rootless-{own}"
-    if not root.exists():
-        root.parent.mkdir(parents=True, exist_ok=True)
-        apt = Apt(list(dict.fromkeys((own, SUITE))), status=STATUS)
-        packages = (f"rootlesskit/{SUITE}", f"slirp4netns/{own}", f"uidmap/{own}")
-        apt.unpack(packages, root, closure=True)
-    return root
-
-
 @contextmanager
 def rootless_docker(programs: Path) -> Iterator[str]:
     """A rootless engine while the block runs, from the private engine's programs; its URL."""
+    own = host_suite()
+    names = (f"rootlesskit/{SUITE}", f"slirp4netns/{own}", f"uidmap/{own}")
+    packages = unpacked("rootless", names, [SUITE])
     with tempfile.TemporaryDirectory(prefix="rootless-") as name:
         # The user must be able to read its programs, which are in a home of root.
         directory = Path(name)
         directory.chmod(0o755)
-        copies = {"packages": unpacked(), "programs": programs}
+        copies = {"packages": packages, "programs": programs}
         for copy, source in copies.items():
             shutil.copytree(source, directory / copy, symlinks=True, copy_function=link)
         for table in ("subuid", "subgid"):

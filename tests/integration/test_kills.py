@@ -5,15 +5,14 @@ from __future__ import annotations
 import base64
 import logging
 import signal
-import threading
 import time
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import builder_environment, check_store, errors, eventually, one_error
+from harness import builder_environment, check_store, errors, eventually, one_error, repeated
 from island import raised
 from patient import admit
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from conftest import NewProject
-    from harness import Project, Running, Workshop
+    from harness import Running, Workshop
     from patient import ExaminedProject
     from soak import Soak
 
@@ -230,7 +229,7 @@ def test_pruning_in_a_loop_moves_no_wrong_tag(ward: Ward, soak: Soak) -> None:
     """A cron job removes containers that do not run and images without a name, at any moment."""
     patient, project = ward.patient, ward.patient.project
     statuses: Counter[int] = Counter()
-    with _pruning(project):
+    with repeated(partial(project.docker, "system", "prune", "--force"), 0.1):
         for _ in range(soak.times(3, 60)):
             stage = ward.draw(("base", "pull", "install", "push"))
             patient.prepare(stage if stage != "push" else "install")
@@ -244,23 +243,6 @@ def test_pruning_in_a_loop_moves_no_wrong_tag(ward: Ward, soak: Soak) -> None:
     patient.works()
     check_store(project.docker, project.image)
     soak.tell("pruning in a loop moves no wrong tag", f"{dict(statuses)} runs by exit status")
-
-
-@contextmanager
-def _pruning(project: Project) -> Iterator[None]:
-    ended = threading.Event()
-
-    def prune() -> None:
-        while not ended.wait(0.1):
-            project.docker("system", "prune", "--force")
-
-    thread = threading.Thread(target=prune)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def told(struck: Counter[str]) -> str:

@@ -13,7 +13,16 @@ from secrets import token_hex
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import ROOT, Docker, HttpHandler, Terminal, builder_environment, call, one_error
+from harness import (
+    ROOT,
+    Docker,
+    HttpHandler,
+    Terminal,
+    builder_environment,
+    call,
+    one_error,
+    repeated,
+)
 from planted import PLANTED
 
 from guix_tasks.bootstrap import service
@@ -47,22 +56,14 @@ TELLTALE = """
 def watched() -> Iterator[None]:
     """Look at the command line of each process of this machine, those in containers too."""
     seen: set[bytes] = set()
-    over = threading.Event()
 
-    def watch() -> None:
-        while not over.is_set():
-            for pid in service.processes():
-                with suppress(OSError):  # it has ended
-                    seen.add((service.PROC / str(pid) / "cmdline").read_bytes())
-            over.wait(0.005)
+    def look() -> None:
+        for pid in service.processes():
+            with suppress(OSError):  # it has ended
+                seen.add((service.PROC / str(pid) / "cmdline").read_bytes())
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
+    with repeated(look, 0.005):
         yield
-    finally:
-        over.set()
-        thread.join()
     assert any(b"guix_tasks" in each for each in seen), "it saw nothing"
     for each in seen:
         PLANTED.look("a command line", each)

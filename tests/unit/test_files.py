@@ -244,7 +244,7 @@ def test_link_to_a_missing_file_creates_that_file(tmp_path: Path) -> None:
 def test_file_that_cannot_be_replaced_is_overwritten(
     written: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """Such as a mounted file, and the file of another user in a directory of one's own."""
+    """For example a mounted file, or the file of another user in a directory of this user."""
 
     def refuse(*_: object) -> None:
         raise OSError(errno.EBUSY, "Device or resource busy")
