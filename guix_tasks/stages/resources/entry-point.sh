@@ -501,7 +501,10 @@ _report_failure() {
             printf '%s\n' "$_lines" >&2
         fi
     done
-    grep -v '^accepted connection from' "$_scratch/daemon.log" | tail -n 20 >"$_scratch/messages"
+    # The daemon also prints a line when it gets a signal that a client closed its
+    # connection, and the connection is still open.
+    grep -v -e '^accepted connection from' -e '^spurious SIGPOLL$' "$_scratch/daemon.log" |
+        tail -n 20 >"$_scratch/messages"
     if [ -s "$_scratch/messages" ]; then
         _say 'the last lines of guix-daemon:'
         cat "$_scratch/messages" >&2
