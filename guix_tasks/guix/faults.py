@@ -13,9 +13,9 @@ _SILENT = re.compile(
 _NETWORK = re.compile(
     r"usually happens due to networking issues"
     r"|^guix [a-z-]+: error: (?!.*unknown package)"
-    r"(?:Git error(?!.*(?:status code: 4|authentication|credentials|certificate|hostkey"
-    r"|object not found|cannot locate))"
-    r"|.*(?:\bTLS|connect|timed out|resolv|unexpected EOF))"
+    r"(?!Git error.*(?:status code: 4|authentication|credentials|certificate|hostkey"
+    r"|not found|cannot locate|failed to resolve path|not owned|unsupported URL))"
+    r"(?:Git error|.*(?:\bTLS|connect|timed out|resolv|unexpected EOF))"
     r"|guix substitute: error: "
     r"|In procedure (getaddrinfo|connect): ",
     re.MULTILINE,
