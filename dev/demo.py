@@ -22,8 +22,7 @@ from guix_tasks.commands.push import push
 from guix_tasks.commands.verify import verify
 from guix_tasks.engine.api import ContainerSpec, run_to_end
 from guix_tasks.errors import CheckError
-from guix_tasks.stages.container import PROJECT_LABEL, network
-from guix_tasks.stages.container import project as project_name
+from guix_tasks.stages.container import PROJECT_LABEL, network, project_name
 from guix_tasks.stages.images import STAGES
 from guix_tasks.stages.lifecycle import Lifecycle, StageOptions
 from guix_tasks.stages.transfer import pull

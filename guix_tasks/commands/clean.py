@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from guix_tasks.commands.push import pushed_references
-from guix_tasks.stages.container import PROJECT_LABEL, find_server, work_containers
-from guix_tasks.stages.container import project as project_name
+from guix_tasks.stages.container import PROJECT_LABEL, find_server, project_name, work_containers
 from guix_tasks.stages.images import PREVIOUS, SQUASH, proven_stage
 
 if TYPE_CHECKING:

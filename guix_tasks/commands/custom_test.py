@@ -15,8 +15,7 @@ from guix_tasks.files import content_digest
 from guix_tasks.guix import TARBALL
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import ImageReference
-from guix_tasks.stages.container import PROJECT_LABEL, archive, container_name, sweep
-from guix_tasks.stages.container import project as project_name
+from guix_tasks.stages.container import PROJECT_LABEL, archive, container_name, project_name, sweep
 from guix_tasks.stages.custom import input_files
 from guix_tasks.stages.transfer import pull
 

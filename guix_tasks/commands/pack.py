@@ -53,7 +53,9 @@ def pack(
     image = require_image(project)
     check_up_to_date(project, image, "pack")
     project = project.with_sandbox(image)
-    work = Work("pack", (f"{WORK_DIRECTORY}/stage",), files, nearby=project.nearby("pack"))
+    work = Work(
+        "pack", (f"{WORK_DIRECTORY}/stage",), files, local_server=project.local_server("pack")
+    )
     with (
         console.step("pack"),
         work_container(project.engine, project.settings, image.id, work) as container,

@@ -68,8 +68,8 @@ def _store_items(project: Project, image: str) -> list[Size]:
         ("-c", measure),
         {},
         entry_point=("sh",),
-        bare=True,
-        plain=True,
+        isolated=True,
+        unprivileged=True,
         binds=tuple(f"{name}:{VOLUME_MOUNT}/{number}:ro" for number, name in volumes.items()),
     )
     with work_container(project.engine, project.settings, image, work) as container:

@@ -79,7 +79,12 @@ def _squash(project: Project, base: Image, last: Image) -> None:
     # Unpacking deletes nothing, so each start removes the files that the next layer deletes.
     remove = f"xargs -0 rm -rf -- <{WORK_DIRECTORY}/deleted && rm -rf {WORK_DIRECTORY}"
     work = Work(
-        SQUASH, ("-c", remove), {"deleted": b""}, entry_point=("sh",), bare=True, plain=True
+        SQUASH,
+        ("-c", remove),
+        {"deleted": b""},
+        entry_point=("sh",),
+        isolated=True,
+        unprivileged=True,
     )
     with (
         _saved_image(project, last) as saved,

@@ -115,7 +115,7 @@ class Activity:
         while now - self._received[0][0] > _RATE_SECONDS:
             self._received.popleft()
 
-    def builds_without_substitutes(self) -> bool:
+    def take_build_without_substitutes(self) -> bool:
         """Return True, once for each list, if Guix builds what it listed and downloads nothing."""
         if self._list or self._to_fetch or self._fetched or self._size:
             return False

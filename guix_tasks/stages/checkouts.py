@@ -26,11 +26,11 @@ from guix_tasks.stages.container import (
     cache_volumes,
     platform_input,
     project_digest,
+    project_name,
     resource_files,
     unstarted_container,
     work_container,
 )
-from guix_tasks.stages.container import project as project_name
 from guix_tasks.stages.transfer import pull, push
 
 if TYPE_CHECKING:
@@ -95,8 +95,12 @@ def push_checkouts(project: Project, image: Image) -> None:
         "checkouts",
         (f"{WORK_DIRECTORY}/{_SCRIPT}", caches, _MARK, str(_MAX_AGE)),
         resource_files((_SCRIPT,)),
-        entry_point=("sh",), bare=True, plain=True, logged=False, binds=(f"{volume}:{caches}",),
-    )  # fmt: skip
+        entry_point=("sh",),
+        isolated=True,
+        unprivileged=True,
+        logged=False,
+        binds=(f"{volume}:{caches}",),
+    )
     try:
         with work_container(engine, project.settings, image.id, work) as container:
             data = _output(project, container)

@@ -51,7 +51,7 @@ ENTRY_POINT = f"{WORK_DIRECTORY}/entry-point.sh"
 ENVIRONMENT = f"{WORK_DIRECTORY}/environment"
 INPUTS = "project"
 """Subdirectory of ``WORK_DIRECTORY`` for files of a project, which every user may read."""
-NEARBY_KEY = "nearby.pub"
+LOCAL_SERVER_KEY = "local-server.pub"
 """File in ``WORK_DIRECTORY``: a substitute key that only the daemon of this container trusts."""
 EXTRA_CA = "extra-ca.pem"
 MOUNT_POINTS = "mount-points"
@@ -157,14 +157,14 @@ class Work:
     """Whether ``Engine.run`` passes an input on."""
     logged: bool = True
     """Whether the engine keeps the output, which can be large."""
-    bare: bool = False
+    isolated: bool = False
     """No network, ``MOUNTS`` or cache volumes. ``binds`` are mounted in any case."""
-    plain: bool = False
+    unprivileged: bool = False
     """No privileges, because the command does not run Guix."""
     entry_point: tuple[str, ...] = (ENTRY_POINT,)
     environment: Mapping[str, str] = field(default_factory=dict)
     """Environment of the container, and so of an image that is committed from it."""
-    nearby: SubstituteServer | None = None
+    local_server: SubstituteServer | None = None
     """The substitute server that Guix asks first."""
     binds: tuple[str, ...] = ()
     """Additional mounts, which leave nothing in an image."""
@@ -181,14 +181,14 @@ def work_container(engine: Engine, settings: Settings, image: str, work: Work) -
     first.
     """
     sweep(engine, settings)
-    for volume in () if work.bare else cache_volumes(settings):
-        engine.create_volume(volume, {PROJECT_LABEL: project(settings)})
+    for volume in () if work.isolated else cache_volumes(settings):
+        engine.create_volume(volume, {PROJECT_LABEL: project_name(settings)})
     spec = _spec(engine, settings, image, work)
     container = spec.name  # to remove it if the answer to the creation is lost
     try:
         with _uninterrupted():
             container = engine.create(spec)
-        if work.files or not work.plain:
+        if work.files or not work.unprivileged:
             fill(engine, settings, container, work)
         yield container
         if not work.keep:
@@ -256,7 +256,7 @@ def unstarted_container(
 
     It serves to commit another configuration, to fill a volume, or to read files of an image.
     """
-    work = Work(name, ("true",), {}, bare=True, plain=True, binds=binds)
+    work = Work(name, ("true",), {}, isolated=True, unprivileged=True, binds=binds)
     spec = _spec(engine, settings, image, work)
     container = spec.name
     try:
@@ -291,10 +291,10 @@ def mount_points(engine: Engine, settings: Settings, image: str, work: Work) -> 
 def fill(engine: Engine, settings: Settings, container: str, work: Work) -> None:
     """Copy the files of the entry point and of the command in, for one start."""
     owner = 0
-    if settings.guix_sandbox is Sandbox.ROOTLESS and not (work.plain or engine.is_dry):
+    if settings.guix_sandbox is Sandbox.ROOTLESS and not (work.unprivileged or engine.is_dry):
         directories = (*ROOTLESS_CACHES.values(), *(STORE_DIRECTORIES if work.store else ()))
         owner = grant_ownership(engine, container, directories)
-    files = {**common_files(settings, work.nearby, warm=bool(work.store)), **work.files}
+    files = {**common_files(settings, work.local_server, warm=bool(work.store)), **work.files}
     engine.copy_in(container, archive(files, owner))
 
 
@@ -345,7 +345,7 @@ def kept_containers(engine: Engine, settings: Settings) -> list[Container]:
 
 def work_containers(engine: Engine, settings: Settings) -> list[Container]:
     """Return the work containers of this project, newest first."""
-    containers = engine.containers({PROJECT_LABEL: project(settings)})
+    containers = engine.containers({PROJECT_LABEL: project_name(settings)})
     return [container for container in containers if container.name != server_name(settings)]
 
 
@@ -356,7 +356,10 @@ def server_name(settings: Settings) -> str:
 
 def find_server(engine: Engine, settings: Settings) -> Container | None:
     """Return the container that ``substitutes.up`` started, running or not."""
-    name, containers = server_name(settings), engine.containers({PROJECT_LABEL: project(settings)})
+    name, containers = (
+        server_name(settings),
+        engine.containers({PROJECT_LABEL: project_name(settings)}),
+    )
     return next((container for container in containers if container.name == name), None)
 
 
@@ -389,14 +392,14 @@ def sweep(engine: Engine, settings: Settings) -> None:
             engine.remove(container.id)
 
 
-def project(settings: Settings) -> str:
+def project_name(settings: Settings) -> str:
     """Return the name that identifies a project: the image that it builds."""
     return str(settings.image)
 
 
 def project_digest(settings: Settings) -> str:
     """Return a short digest of the project's name, for the names of containers and volumes."""
-    return _short(project(settings))
+    return _short(project_name(settings))
 
 
 def archive(
@@ -433,7 +436,7 @@ def archive(
 
 
 def common_files(
-    settings: Settings, nearby: SubstituteServer | None = None, *, warm: bool = False
+    settings: Settings, local_server: SubstituteServer | None = None, *, warm: bool = False
 ) -> dict[str, bytes]:
     """Return the files that every entry point needs in ``WORK_DIRECTORY``.
 
@@ -442,17 +445,17 @@ def common_files(
     variables = environment(settings)
     if warm:
         variables["GUIX_DATABASE_DIRECTORY"] = STORE_DATABASE
-    if nearby:
+    if local_server:
         urls = settings.guix_substitute_urls or guix.DEFAULT_SUBSTITUTE_URLS
-        variables["GUIX_SUBSTITUTE_URLS"] = " ".join((nearby.url, *urls))
+        variables["GUIX_SUBSTITUTE_URLS"] = " ".join((local_server.url, *urls))
     files = {
         "entry-point.sh": (RESOURCES / "entry-point.sh").read_bytes(),
         "environment": "".join(
             f"{name}={shlex.quote(value)}\n" for name, value in variables.items()
         ).encode(errors="surrogateescape"),  # it need not be UTF-8
     }
-    if nearby:
-        files[NEARBY_KEY] = nearby.key
+    if local_server:
+        files[LOCAL_SERVER_KEY] = local_server.key
     for number, key in enumerate(settings.guix_substitute_keys):
         files[f"keys/{number}-{key.name}"] = read_file(key)
     if settings.extra_ca_file:
@@ -578,7 +581,7 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
     """Describe the container of a work."""
     parent = engine.image(image)
     config = parent.config if parent else {}
-    privileges = _Privileges() if work.plain else _PRIVILEGES[settings.guix_sandbox]
+    privileges = _Privileges() if work.unprivileged else _PRIVILEGES[settings.guix_sandbox]
     if privileges.user and engine.info().product == podman_api.NAME:
         # Files of other users would become root's in the image.
         raise EngineError(
@@ -589,20 +592,20 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
     if security:
         modules = engine.info().security
         security += tuple(off for module, off in _UNCONFINED.items() if module in modules)
-    volumes = {} if work.bare else cache_volumes(settings)
-    mounts = () if work.bare else binds(engine, settings)
+    volumes = {} if work.isolated else cache_volumes(settings)
+    mounts = () if work.isolated else binds(engine, settings)
     task = f"{work.name}-{Sandbox.ROOTLESS.value}" if privileges.user else work.name
     return ContainerSpec(
         name=container_name(task, keep=work.keep or work.keep_failed),
         image=image,
         command=(*work.entry_point, *work.argv),
-        labels={PROJECT_LABEL: project(settings)},
+        labels={PROJECT_LABEL: project_name(settings)},
         environment=work.environment,
         privileged=privileges.privileged,
         unmasked=privileges.unmasked,
         security=security,
         capabilities=privileges.capabilities,
-        network="none" if work.bare else network(engine, settings),
+        network="none" if work.isolated else network(engine, settings),
         binds=(
             *mounts,
             *(f"{name}:{target}" for name, target in volumes.items()),
@@ -612,8 +615,8 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         ),
         # Builds leave gigabytes there, which belong on disk and not in the image.
         scratch="/tmp" if volumes else None,  # noqa: S108 -- inside the container
-        tmpfs_directories=() if work.bare else tmpfs_directories(settings),
-        devices=() if work.plain else _devices(engine, settings),
+        tmpfs_directories=() if work.isolated else tmpfs_directories(settings),
+        devices=() if work.unprivileged else _devices(engine, settings),
         memory=settings.stage_memory,
         # A daemon with privileges runs as root, but an image can name another user.
         user=privileges.user or ("root" if config.get("User") else None),

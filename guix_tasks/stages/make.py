@@ -296,7 +296,7 @@ def _stage_container(
             {**files, **access.files},
             keep=keep,
             keep_failed=keep_failed,
-            nearby=project.nearby(stage.name),
+            local_server=project.local_server(stage.name),
             binds=access.binds,
             store=store,
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from guix_tasks.files import image_lock
 from guix_tasks.stages.images import STAGES, Ledger
 from guix_tasks.stages.sandbox import resolve_sandbox
-from guix_tasks.stages.substitute_server import nearby
+from guix_tasks.stages.substitute_server import local_server
 
 if TYPE_CHECKING:
     from guix_tasks.engine.api import Engine, Image
@@ -46,12 +46,12 @@ class Project:
         )
         return replace(self, settings=settings)
 
-    def nearby(self, task: str) -> SubstituteServer | None:
+    def local_server(self, task: str) -> SubstituteServer | None:
         """Return the local substitute server, and print that the task uses it.
 
         Return None if ``inv substitutes.up`` has started none that work containers can reach.
         """
-        server = nearby(self.engine, self.settings, self.console)
+        server = local_server(self.engine, self.settings, self.console)
         if server:
             newest = self.ledger.last_stage()
             is_newest = newest is not None and newest.id == server.image

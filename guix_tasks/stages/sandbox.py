@@ -125,7 +125,7 @@ def probe(engine: Engine, settings: Settings, image: Image) -> str | None:
     """Build a tiny derivation in a container of an image; return the error line if it fails."""
     directory = Path(__file__).parent
     files = {name: (directory / name).read_bytes() for name in ("probe.sh", "probe.scm")}
-    work = Work("probe", (f"{WORK_DIRECTORY}/probe.sh",), files, bare=True)
+    work = Work("probe", (f"{WORK_DIRECTORY}/probe.sh",), files, isolated=True)
     with (
         work_container(engine, settings, image.id, work) as container,
         time_limit(engine, container, PROBE_SECONDS, grace=5) as timed_out,

@@ -35,11 +35,11 @@ from guix_tasks.stages.container import (
     archive,
     cache_prefix,
     platform_input,
+    project_name,
     resource_files,
     run_silently,
     work_container,
 )
-from guix_tasks.stages.container import project as project_name
 from guix_tasks.stages.images import (
     FILES_LABEL,
     GUIX_KEY_LABEL,
@@ -341,7 +341,9 @@ def _plain_work(
 ) -> Work:
     """Return a work of ``sh``, without privileges and network, with a volume if there is one."""
     binds = (f"{volume}:{VOLUME_MOUNT}",) if volume else ()
-    return Work(name, argv, files or {}, entry_point=("sh",), bare=True, plain=True, binds=binds)
+    return Work(
+        name, argv, files or {}, entry_point=("sh",), isolated=True, unprivileged=True, binds=binds
+    )
 
 
 def _last_line(log: str, status: int) -> str:

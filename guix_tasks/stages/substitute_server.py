@@ -30,7 +30,7 @@ _DEFAULT_NETWORKS = ("bridge", "podman")
 """Networks that Docker and Podman use for a container without an explicit network."""
 
 
-def nearby(engine: Engine, settings: Settings, console: Console) -> SubstituteServer | None:
+def local_server(engine: Engine, settings: Settings, console: Console) -> SubstituteServer | None:
     """Return the running server, or None with a message if work containers cannot reach it."""
     server = find_server(engine, settings)
     if server is None or not server.running:

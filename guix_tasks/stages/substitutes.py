@@ -38,7 +38,7 @@ def forecast(
             "GUIX_MANIFEST, or pass `--package NAME`"
         )
     project = project.with_sandbox(image)
-    server = project.nearby("weather")
+    server = project.local_server("weather")
     manifest_file = f"{WORK_DIRECTORY}/manifest.scm" if manifest else None
     argv = guix.weather_argv(f"{WORK_DIRECTORY}/weather.scm", systems, manifest_file, packages)
     files = {
@@ -47,9 +47,9 @@ def forecast(
         **({"manifest.scm": read_file(manifest)} if manifest else {}),
         # Guix itself must trust the key, not only the daemon.  The key reaches no image, because
         # this container is never committed.
-        **({"keys/nearby.pub": server.key} if server else {}),
+        **({"keys/local-server.pub": server.key} if server else {}),
     }
-    work = Work("weather", (f"{WORK_DIRECTORY}/stage",), files, nearby=server)
+    work = Work("weather", (f"{WORK_DIRECTORY}/stage",), files, local_server=server)
     with work_container(project.engine, project.settings, image.id, work) as container:
         forecasts = guix.forecasts(run_with_retries(project, container, work))
     if len(forecasts) != len(systems) and not project.engine.is_dry:

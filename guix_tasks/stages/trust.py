@@ -48,7 +48,7 @@ class SubstituteTrust:
 
     def look(self, activity: Activity) -> None:
         """Check the servers if Guix begins to build without substitutes."""
-        if self._warning or self._is_trusted or not activity.builds_without_substitutes():
+        if self._warning or self._is_trusted or not activity.take_build_without_substitutes():
             return
         engine, settings = self._project.engine, self._project.settings
         acl = read_container_file(engine, self._container, guix.ACL, follow=True)

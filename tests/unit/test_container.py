@@ -236,9 +236,9 @@ def test_an_engine_elsewhere_cannot_see_mounts(tmp_path: Path) -> None:
     assert site.engine.all_containers == {}
 
 
-def test_bare_container_has_no_mounts_and_no_network(site: Site) -> None:
+def test_isolated_container_has_no_mounts_and_no_network(site: Site) -> None:
     site.env["MOUNTS"] = "context:/a"
-    spec = spec_of(site, replace(WORK, bare=True))
+    spec = spec_of(site, replace(WORK, isolated=True))
     assert (spec.binds, spec.scratch, spec.network) == ((), None, "none")
     assert site.engine.all_volumes == {}
 
@@ -246,7 +246,7 @@ def test_bare_container_has_no_mounts_and_no_network(site: Site) -> None:
 def test_mount_points_are_what_the_image_lacks(site: Site) -> None:
     site.env["MOUNTS"] = "context:/x context:/srv/a/b context:/dev/c"
     site.engine.make_image({}, {"/x": b"", "/srv": b"", "/root/.cache": b""}, tag="work:2")
-    work = replace(WORK, bare=False)
+    work = replace(WORK, isolated=False)
     points = mount_points(site.engine, site.settings(), "work:2", work)
     assert points == ["/var/guix/substitute", "/var/guix", "/srv/a/b", "/srv/a", "/var"]
     assert site.engine.all_containers == {}
@@ -322,9 +322,9 @@ def test_without_caches_none_is_in_memory(site: Site) -> None:
     assert spec_of(site).tmpfs_directories == ()
 
 
-def test_bare_container_has_no_directory_in_memory(site: Site) -> None:
+def test_isolated_container_has_no_directory_in_memory(site: Site) -> None:
     site.env["PLATFORMS"] = "linux/386"
-    assert spec_of(site, replace(WORK, bare=True)).tmpfs_directories == ()
+    assert spec_of(site, replace(WORK, isolated=True)).tmpfs_directories == ()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.guix import DEFAULT_SUBSTITUTE_URLS
 from guix_tasks.stages import substitute_server
-from guix_tasks.stages.container import NEARBY_KEY, WORK_DIRECTORY
+from guix_tasks.stages.container import LOCAL_SERVER_KEY, WORK_DIRECTORY
 from guix_tasks.stages.ownership import USER
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Publishing:
             yield True, b"guix publish: using 'gzip' compression method, level 1\n"
             yield True, self.said.encode()
         else:
-            names = ("environment", NEARBY_KEY, "keys/nearby.pub")
+            names = ("environment", LOCAL_SERVER_KEY, "keys/local-server.pub")
             self.given.append({name: container.text(f"{WORK_DIRECTORY}/{name}") for name in names})
             yield from self.guix(container)
 
@@ -227,9 +227,9 @@ def test_stages_ask_it_first_and_no_image_knows(made: Site, guix: Publishing) ->
     (given,) = guix.given
     urls = " ".join(("http://127.0.0.1:8181", *DEFAULT_SUBSTITUTE_URLS))
     assert f"GUIX_SUBSTITUTE_URLS='{urls}'" in given["environment"]
-    assert given[NEARBY_KEY] == KEY
+    assert given[LOCAL_SERVER_KEY] == KEY
     # What is in this directory would be the image's from then on.
-    assert given["keys/nearby.pub"] == ""
+    assert given["keys/local-server.pub"] == ""
     assert made.keys() == states
 
 

@@ -131,7 +131,7 @@ def test_builds_without_substitutes_are_noticed_when_their_list_has_ended() -> N
     activity, noticed = Activity(), []
     for line in (BUILDING + BUILDING).splitlines():
         activity.look(line)
-        noticed.append(activity.builds_without_substitutes())
+        noticed.append(activity.take_build_without_substitutes())
     assert noticed == [False, False, True] * 2
 
 

@@ -16,7 +16,7 @@
 #   GUIX_DAEMON_SOCKET       set to another socket: that daemon is used, none is started
 #
 # guix-tasks copies this file into its work containers, into /var/guix/guix-tasks, with the
-# files `environment`, `keys/*.pub`, `nearby.pub` and `mount-points` next to it.  It removes that
+# files `environment`, `keys/*.pub`, `local-server.pub` and `mount-points` next to it.  It removes that
 # directory at its end, so that a commit does not hold it.
 #
 # It has to work under dash, bash and busybox, as process 1 and otherwise.  It looks into
@@ -312,7 +312,7 @@ _authorize_keys() {
 # A server that is there today is none of the image's: only the daemon, and only now, trusts it,
 # by a list of its own.
 _authorize_nearby() {
-    [ -n "$_directory" ] && [ -f "$_directory/nearby.pub" ] || return 0
+    [ -n "$_directory" ] && [ -f "$_directory/local-server.pub" ] || return 0
     _configuration=$_scratch/configuration
     mkdir "$_configuration"
     for _file in /etc/guix/*; do
@@ -320,7 +320,7 @@ _authorize_nearby() {
     done
     rm -f "$_configuration/acl"
     if [ -e /etc/guix/acl ]; then cp /etc/guix/acl "$_configuration/"; fi
-    GUIX_CONFIGURATION_DIRECTORY=$_configuration guix archive --authorize <"$_directory/nearby.pub" || {
+    GUIX_CONFIGURATION_DIRECTORY=$_configuration guix archive --authorize <"$_directory/local-server.pub" || {
         _fail 'cannot authorise the key of the substitute server of this machine'
         return 1
     }
