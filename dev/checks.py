@@ -24,10 +24,15 @@ LOCK = "requirements-dev.txt"
 # files of this repository for GitHub.
 GITHUB = (
     "guix_tasks/commands/templates/github.yml",
+    "examples/ci/github-platforms.yml",
     "examples/ci/github-release.yml",
     "examples/ci/github-update.yml",
 )
-GITLAB = ("guix_tasks/commands/templates/gitlab.yml", "examples/ci/gitlab-update.yml")
+GITLAB = (
+    "guix_tasks/commands/templates/gitlab.yml",
+    "examples/ci/gitlab-platforms.yml",
+    "examples/ci/gitlab-update.yml",
+)
 DEPENDABOT = ".github/dependabot.yml"
 ISSUE_FORMS = (".github/ISSUE_TEMPLATE/bug.yml", ".github/ISSUE_TEMPLATE/idea.yml")
 

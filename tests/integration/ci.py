@@ -197,16 +197,17 @@ class Pipeline:
 
     def run(self, runner: Runner, job: str, row: int = 0) -> Path:
         """Run one job with the artifacts of those before it; its checkout.  ``FailedJobError``."""
-        said = {**self.file["default"], **self.file[job]}
+        said = {**self.file.get("default", {}), **self.file[job]}
         place = runner.start_job()
         if runner.artifact("").exists():
             shutil.copytree(runner.artifact(""), place, dirs_exist_ok=True)
-        script = "\n".join([*said["before_script"], *said["script"]])
+        script = "\n".join([*said.get("before_script", []), *said["script"]])
         # As the runner does where the job's image has bash.
         result = runner.run(["bash", "-eo", "pipefail"], script, place, self.variables(job, row))
         kept = said.get("artifacts", {})
         for path in kept.get("paths", []):
-            if (place / path).exists() and (kept["when"] == "always" or not result.returncode):
+            wanted = {"always", "on_failure" if result.returncode else "on_success"}
+            if (place / path).exists() and kept["when"] in wanted:
                 shutil.copytree(place / path, runner.artifact(path), dirs_exist_ok=True)
         if result.returncode:
             raise FailedJobError(result.stdout + result.stderr)

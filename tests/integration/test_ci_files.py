@@ -1,10 +1,11 @@
-"""The CI files that ``init`` writes, run job by job, as GitHub and GitLab run them."""
+"""The CI files of ``init`` and of the examples, run job by job, as GitHub and GitLab run them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from guix_tasks.bootstrap.registry import LocalRegistry
 
 GITHUB, GITLAB = (target for target, _ in CI_FILES.values())
+EXAMPLES = ROOT / "examples/ci"
 
 
 @pytest.fixture
@@ -112,13 +114,14 @@ def forget(project: Project) -> None:
 # --- GitHub Actions -------------------------------------------------------------------------
 
 
-def test_what_github_gives_by_itself_is_enough(repository: Path) -> None:
+@pytest.mark.parametrize("file", [GITHUB, EXAMPLES / "github-platforms.yml"])
+def test_what_github_gives_by_itself_is_enough(repository: Path, file: str | Path) -> None:
     contexts = {
         "vars": {},
         "secrets": {"GITHUB_TOKEN": "a-token"},
         "github": {"repository": "me/it", "actor": "me"},
     }
-    workflow = Workflow.read(repository / GITHUB)
+    workflow = Workflow.read(repository / file)
     assert workflow.environment(contexts, workflow.file["env"]) == {
         "IMAGE": "ghcr.io/me/it",
         "CACHE_IMAGE": "ghcr.io/me/it-cache",
@@ -152,7 +155,7 @@ def test_the_workflow_of_github(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A matrix of one, joined; then a fresh machine, a release, and a stage that fails."""
+    """One job; then a fresh machine for one of several platforms, a release, and a failed stage."""
     project = new_project()
     account = log_in(docker, registry)
     PLANTED.know(account.password)
@@ -177,22 +180,26 @@ def test_the_workflow_of_github(
     runner = fresh("first")
     first = workflow.run(runner, "image")
     project._look()
+    (digest,) = re.findall(rf"^{project.image}@(\S+)$", runner.said[-1], re.MULTILINE)
+    greets(docker, f"{project.repository}@{digest}")
+    assert not runner.artifact("").exists()
+    # --- the lock is committed, and fresh machines make nothing again, and join their platforms
+    shutil.copy(first / LOCK, repository)
+    forget(project)
+    runner = fresh("second")
+    platforms = Workflow.read(EXAMPLES / "github-platforms.yml", **workflow.contexts)
+    platforms.run(runner, "image")
+    for stage in STAGES:
+        assert f"{stage}: taken from {cache}:{stage}-" in runner.said[-1]
     pushed = json.loads((runner.artifact("digests-0") / "linux-amd64.json").read_text())
-    workflow.run(runner, "manifest")
+    platforms.run(runner, "manifest")
     found = joined(docker, plugin, project.image)
     assert f"{project.image}@{found.digest}" in runner.said[-1]
     assert found.parts == [pushed["digest"]]
     greets(docker, f"{project.repository}@{found.digest}")
-    # --- the lock is committed, and a fresh machine makes nothing again
-    shutil.copy(first / LOCK, repository)
-    forget(project)
-    runner = fresh("second")
-    workflow.run(runner, "image")
-    for stage in STAGES:
-        assert f"{stage}: taken from {cache}:{stage}-" in runner.said[-1]
     # --- packs of it are released
     runner = fresh("packs")
-    release = Workflow.read(ROOT / "examples/ci/github-release.yml", **workflow.contexts)
+    release = Workflow.read(EXAMPLES / "github-release.yml", **workflow.contexts)
     release.run(runner, "pack")
     monkeypatch.setenv("PATH", f"{with_gh(tmp_path)}:{os.environ['PATH']}")
     place = release.run(runner, "release")
@@ -209,9 +216,8 @@ def test_the_workflow_of_github(
     runner = fresh("third")
     with pytest.raises(FailedJobError, match="no-such-package: unknown package"):
         workflow.run(runner, "image")
-    (kept,) = runner.artifact("failed-0").iterdir()
+    (kept,) = runner.artifact("failed").iterdir()
     assert "no-such-package: unknown package" in (kept / "log").read_text()
-    assert not runner.artifact("digests-0").exists()
 
 
 # --- GitLab CI ------------------------------------------------------------------------------
@@ -223,7 +229,10 @@ def test_what_gitlab_gives_by_itself_is_enough(repository: Path) -> None:
         "CI_REGISTRY_USER": "gitlab-ci-token",
         "CI_REGISTRY_PASSWORD": "a-token",
     }
-    variables = Pipeline.read(repository / GITLAB, predefined, {}).variables("platform", 1)
+    variables = Pipeline.read(repository / GITLAB, predefined, {}).variables("build")
+    own = {"PLATFORMS": "linux/arm64", "RUNNER": "saas-linux-small-arm64"}
+    several = Pipeline.read(EXAMPLES / "gitlab-platforms.yml", predefined, {})
+    assert several.variables("platform", 1) == variables | own
     assert variables == predefined | {
         "IMAGE": "registry.example.org/me/it",
         "CACHE_IMAGE": "registry.example.org/me/it/cache",
@@ -234,8 +243,6 @@ def test_what_gitlab_gives_by_itself_is_enough(repository: Path) -> None:
         "DOCKER_TLS_CERTDIR": "/certs",
         "DOCKER_TLS_VERIFY": "1",
         "DOCKER_CERT_PATH": "/certs/client",
-        "PLATFORMS": "linux/arm64",
-        "RUNNER": "saas-linux-small-arm64",
     }
 
 
@@ -340,20 +347,17 @@ def test_the_pipeline_of_gitlab(
         project = settled.project(tmp_path / "project")
         account = log_in(island.docker, island.registry)
         PLANTED.know(account.password)
-        pipeline = Pipeline.read(
-            repository / GITLAB,
-            predefined={
-                "CI_REGISTRY_IMAGE": project.repository,
-                "CI_REGISTRY_USER": account.username,
-                "CI_REGISTRY_PASSWORD": account.password,
-            },
-            project={
-                "DOCKER_TLS_CERTDIR": str(certificates),
-                # The jobs have no network but the registry's.
-                "BUILDX_URL": f"file://{plugin}",
-                "BUILDX_SHA256": hashlib.sha256(Path(plugin).read_bytes()).hexdigest(),
-            },
-        )
+        predefined = {
+            "CI_REGISTRY_IMAGE": project.repository,
+            "CI_REGISTRY_USER": account.username,
+            "CI_REGISTRY_PASSWORD": account.password,
+        }
+        own = {
+            "DOCKER_TLS_CERTDIR": str(certificates),
+            # The jobs have no network but the registry's.
+            "BUILDX_URL": f"file://{plugin}",
+            "BUILDX_SHA256": hashlib.sha256(Path(plugin).read_bytes()).hexdigest(),
+        }
         embed(workshop.offline, repository)
         machine = {**settings(project, wheels), "MOUNTS": "", "GITLAB_CI": "true"}
 
@@ -361,19 +365,23 @@ def test_the_pipeline_of_gitlab(
             return Runner(tmp_path / name, repository, python, machine, enter=island.enter)
 
         runner = fresh("first")
-        first = pipeline.run(runner, "platform")
+        first = Pipeline.read(repository / GITLAB, predefined, own).run(runner, "build")
         assert "at tcp://docker:2376" in runner.said[-1]
+        latest = f"{project.repository}:latest"
+        (digest,) = re.findall(rf"^{latest}@(\S+)$", runner.said[-1], re.MULTILINE)
+        greets(island.docker, f"{project.repository}@{digest}")
+        # --- the lock is committed, and the next engines are as empty
+        shutil.copy(first / LOCK, repository)
+        forget(project)
+        runner = fresh("second")
+        pipeline = Pipeline.read(EXAMPLES / "gitlab-platforms.yml", predefined, own)
+        pipeline.run(runner, "platform")
+        for stage in STAGES:
+            assert f"{stage}: taken from {project.repository}/cache:{stage}-" in runner.said[-1]
         pushed = json.loads((runner.artifact("out/digests") / "linux-amd64.json").read_text())
         last = pipeline.run(runner, "manifest")
         assert (last.parent / ".docker/cli-plugins/docker-buildx").is_file()
         found = joined(island.docker, plugin, project.repository, island.enter)
-        assert f"{project.repository}:latest@{found.digest}" in runner.said[-1]
+        assert f"{latest}@{found.digest}" in runner.said[-1]
         assert found.parts == [pushed["digest"]]
         greets(island.docker, f"{project.repository}@{found.digest}")
-        # --- the lock is committed, and the next engine is as empty
-        shutil.copy(first / LOCK, repository)
-        forget(project)
-        runner = fresh("second")
-        pipeline.run(runner, "platform")
-        for stage in STAGES:
-            assert f"{stage}: taken from {project.repository}/cache:{stage}-" in runner.said[-1]
