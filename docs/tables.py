@@ -1,6 +1,6 @@
-"""Generate the tables of tasks, settings and exit codes, and ``.env.example``, from the code.
+"""Generate the reference of tasks, settings, exit codes and ``tasks.py``, and ``.env.example``.
 
-``python -m docs.tables`` updates docs/reference/ and .env.example.  With ``--check`` it
+``python -m docs.tables`` updates docs/ and .env.example.  With ``--check`` it
 only reports outdated files.  A unit test compares them with the code.
 """
 
@@ -11,22 +11,23 @@ import re
 import sys
 from dataclasses import fields
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks import errors
 from guix_tasks.cli.tasks import grouped
 from guix_tasks.settings import DECLARATIONS, Settings, values
-from guix_tasks.tasks import ns
+from guix_tasks.tasks import add_stage, add_test, ns
 from guix_tasks.ui.console import Display
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from invoke.parser.argument import Argument
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs" / "reference").glob("*.md"))
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
 KINDS = {
@@ -112,6 +113,16 @@ def settings_reference_table() -> str:
     return "\n\n".join([*sections, _table(header, rows)])
 
 
+def function_reference(function: Callable[..., None]) -> str:
+    """Return the signature and the documentation of a function for ``tasks.py``."""
+    parameters = inspect.signature(function).parameters.values()
+    names = [str(item.replace(annotation=inspect.Parameter.empty)) for item in parameters]
+    first = next(n for n, item in enumerate(parameters) if item.kind is item.KEYWORD_ONLY)
+    signature = ", ".join([*names[:first], "*", *names[first:]])
+    text = (inspect.getdoc(function) or "").replace("``", "`")
+    return f"```python\n{function.__name__}({signature})\n```\n\n{text}"
+
+
 def fill_tables(page: str) -> str:
     """Return a page with up-to-date tables."""
     for name, make in TABLES.items():
@@ -127,6 +138,8 @@ TABLES = {
     "task-reference": task_reference,
     "settings-reference": settings_reference_table,
     "exit-codes": exit_codes,
+    "add-stage": partial(function_reference, add_stage),
+    "add-test": partial(function_reference, add_test),
 }
 
 

@@ -32,8 +32,8 @@ def add_stage(
 ) -> None:
     """Add a stage and a task of the same name to a project; call it in ``tasks.py``.
 
-    The command runs in a work container of the parent's image.  As in a Dockerfile, a string is
-    run by the shell and a list is executed directly.  The command runs as root (unless
+    ``command`` runs in a work container of the image of ``parent``.  As in a Dockerfile, a string
+    is run by the shell and a list is executed directly.  The command runs as root (unless
     ``GUIX_SANDBOX=rootless`` is set) in a directory that contains the ``inputs``: files and
     directories of the project, named relative to it.  All changes are committed, except new store
     items that no profile and no garbage collector root refers to.
@@ -79,9 +79,9 @@ def add_test(
     """Add a task that tests the tarball of ``inv pack`` in a container without Guix.
 
     The tarball is unpacked at the root of a container of ``image``; without an image, the container
-    is empty and has not even a shell.  The command has the same form as that of a stage.  It runs
+    is empty and has not even a shell.  ``command`` has the same form as that of a stage.  It runs
     without network, and the task fails if it fails.  The ``inputs`` are files and directories of
-    the project, mounted below ``/test``.
+    the project, mounted below ``/test``.  ``summary`` is shown by ``inv --list``.
     """
     with _errors_in_tasks_py():
         taken = [*ns.task_names, *ns.collections]
