@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 STATUS_HEADER = ("stage", "image", "id", "size", "age", "state", "channels")
 
 _OPTIONAL_COLUMNS = ("id", "age", "channels")
+_FIRST_YEAR = 2013
+"""Year of the first Docker images."""
 """Columns that a narrow terminal omits, in this order."""
 
 
@@ -163,10 +165,15 @@ def _narrower_tables(rows: list[tuple[str, ...]]) -> Iterator[Table]:
 
 
 def _age(image: Image) -> str:
-    """Return the age of an image, or "-" if its builder wrote no valid date."""
+    """Return the age of an image, or "-" if its builder wrote no date.
+
+    Reproducible builders write a fixed one, for example of 1970.
+    """
     try:
         created = datetime.fromisoformat(image.created[:19]).replace(tzinfo=timezone.utc)
     except ValueError:
+        return "-"
+    if created.year < _FIRST_YEAR:
         return "-"
     return human_time((datetime.now(timezone.utc) - created).total_seconds())
 
