@@ -1,4 +1,4 @@
-"""What is shown of the calls of an engine, and a dry run that leaves it at that."""
+"""Traced engines, which show each changing call, and dry runs, which only show it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import BASE_CONFIG, BASE_IMAGE, IMAGE, PROFILE, FakeEngine, Heard, Site, outline
+from fake_engine import BASE_CONFIG, BASE_IMAGE, IMAGE, PROFILE, Heard, Site, outline
 
 from guix_tasks.commands import commit, rollback, run, shell
 from guix_tasks.commands.clean import clean
@@ -46,17 +46,17 @@ def traced(engine: Engine, *, perform: bool) -> tuple[TracedEngine, Heard]:
     return TracedEngine(engine, console, perform=perform), console
 
 
-class Dry:
-    """One ``inv --dry`` of several tasks, which share an engine."""
+class DryRun:
+    """One ``inv --dry`` of several tasks on one engine."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.engine, self.console = traced(site.engine, perform=False)
-        self._before = (outline(site.engine), site.engine.changing_calls(), self._files())
+        self._initial_state = (outline(site.engine), site.engine.changing_calls(), self._files())
 
     def _files(self) -> dict[Path, bytes]:
         return {
-            each: each.read_bytes() for each in self.site.directory.rglob("*") if each.is_file()
+            path: path.read_bytes() for path in self.site.directory.rglob("*") if path.is_file()
         }
 
     @property
@@ -67,32 +67,32 @@ class Dry:
         self.site.make(*stages, engine=self.engine, upstream=upstream)
 
     @property
-    def all_shown(self) -> list[str]:
-        """The ``docker`` commands that were shown, without their arguments."""
+    def all_commands(self) -> list[str]:
+        """The ``docker`` commands that the dry run showed, without arguments."""
         lines = [shlex.split(line) for line in self.console.text.splitlines()]
-        return [verb(line[2:]) for line in lines if line[:2] == ["+", "docker"]]
+        return [short_command(line[2:]) for line in lines if line[:2] == ["+", "docker"]]
 
     @property
-    def shown(self) -> list[str]:
-        """The same, but for a second commit; see the test of that."""
-        shown = self.all_shown
+    def commands(self) -> list[str]:
+        """All commands, with repeated commits merged into one."""
+        commands = self.all_commands
         return [
-            word
-            for word, before in zip(shown, ["", *shown], strict=False)
-            if not word == before == "commit"
+            command
+            for command, previous in zip(commands, ["", *commands], strict=False)
+            if not command == previous == "commit"
         ]
 
     def check(self) -> None:
         assert (outline(self.site.engine), self.site.engine.changing_calls(), self._files()) == (
-            self._before
+            self._initial_state
         )
 
 
-def verb(words: list[str]) -> str:
+def short_command(words: list[str]) -> str:
     return " ".join(words[:2] if words[0] in ("image", "volume") else words[:1])
 
 
-VERBS = {
+SHORT_COMMANDS = {
     "copy_in": "cp",
     "run": "start",
     "create_volume": "volume create",
@@ -100,24 +100,19 @@ VERBS = {
     "untag": "image rm",
     "remove": "rm",
 }
-"""What a call is shown as, where that is not its own name; `drop` is not shown."""
+"""Commands of the calls that have another name; `drop` has none."""
 
 
-def verbs(calls: list[str]) -> list[str]:
-    return [VERBS.get(call, call) for call in calls if call != "drop"]
+def short_commands(calls: list[str]) -> list[str]:
+    return [SHORT_COMMANDS.get(call, call) for call in calls if call != "drop"]
 
 
-# --- The values -----------------------------------------------------------------------------
+# --- Values ---------------------------------------------------------------------------------
 
 
-def test_the_fakes_and_the_traced_one_are_engines() -> None:
-    engines: list[Engine] = [FakeEngine(), traced(FakeEngine(), perform=True)[0]]
-    assert len(engines) == 2
-
-
-def test_a_password_does_not_show() -> None:
+def test_password_is_redacted() -> None:
     assert "hunter2" not in repr(Credentials("me", "hunter2"))
-    # Wherever they come from, nobody who speaks shows them.
+    # The credentials are registered as secrets.
     assert redact.clean("hunter2 bWU6aHVudGVyMg==") == "*** ***"
 
 
@@ -125,16 +120,16 @@ def test_a_password_does_not_show() -> None:
     ("url", "local"),
     [("unix:///x", True), ("tcp://127.0.0.1:1", False), ("ssh://host", False)],
 )
-def test_an_engine_is_local_on_a_socket(url: str, *, local: bool) -> None:
+def test_engine_on_a_socket_is_local(url: str, *, local: bool) -> None:
     assert EngineInfo(url, "", "", "", "", "", has_bridge=True).is_local == local
 
 
 @pytest.mark.parametrize("config", [{}, {"Labels": None}, {"Labels": {}}])
-def test_an_image_without_labels(config: dict[str, object]) -> None:
+def test_image_without_labels_has_an_empty_mapping(config: dict[str, object]) -> None:
     assert Image("", (), config, 0, "", "").labels == {}
 
 
-def test_a_container_is_shown_as_docker_would_make_it() -> None:
+def test_container_is_shown_as_a_docker_command() -> None:
     spec = ContainerSpec(
         name="n",
         image="i",
@@ -160,14 +155,14 @@ def test_a_container_is_shown_as_docker_would_make_it() -> None:
     ]  # fmt: skip
 
 
-def test_a_plain_container_has_no_options() -> None:
+def test_plain_container_has_no_options() -> None:
     spec = ContainerSpec("n", "i", ("sh",))
     argv = list(create_argv(spec))
     assert argv == ["docker", "create", "--name=n", "--pids-limit=-1", "--entrypoint=sh", "i"]
     assert "--log-driver=none" in create_argv(replace(spec, logged=False))
 
 
-def test_the_options_of_a_build() -> None:
+def test_build_options_are_those_of_docker() -> None:
     spec = BuildSpec(Path("/c"), Path("/d"), {"A": "1 2"}, {"s": Path("/f")}, "linux/arm64", "host")
     assert list(build_options(spec)) == [
         "--file=/d", "--build-arg=A=1 2", "--secret=id=s,src=/f", "--platform=linux/arm64",
@@ -176,14 +171,14 @@ def test_the_options_of_a_build() -> None:
     assert list(build_options(BuildSpec(Path("/c"), Path("/d")))) == ["--file=/d"]
 
 
-def test_where_no_engine_is_needed_there_is_one_without_images() -> None:
+def test_missing_engine_has_no_images() -> None:
     engine = NoEngine(NoEngineError("no Docker Engine on this machine"))
     assert engine.image(IMAGE) is None
     assert not engine.is_dry
 
 
 @pytest.mark.parametrize("call", ["info", "containers", "push", "create"])
-def test_any_other_call_of_it_says_that_there_is_none(call: str) -> None:
+def test_other_calls_of_a_missing_engine_fail(call: str) -> None:
     engine = NoEngine(NoEngineError("no Docker Engine on this machine"))
     with pytest.raises(NoEngineError, match="no Docker Engine on this machine"):
         getattr(engine, call)()
@@ -197,31 +192,32 @@ def test_import_of_tasks_and_stages_imports_neither_docker_nor_rich() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
 
 
-# --- Shown and done -------------------------------------------------------------------------
+# --- Traced calls ---------------------------------------------------------------------------
 
 
-def test_with_echo_every_call_that_changes_something_is_shown(site: Site) -> None:
+def test_echo_shows_every_changing_call(site: Site) -> None:
     engine, console = traced(site.engine, perform=True)
     site.make(*STAGES, engine=engine)
     push(site.project(engine))
     lines = [shlex.split(line) for line in console.text.splitlines() if line.startswith("+")]
-    assert [verb(words[2:]) for words in lines] == verbs(site.engine.changing_calls())
+    assert [short_command(words[2:]) for words in lines] == short_commands(
+        site.engine.changing_calls()
+    )
     assert site.image("install")
 
 
-def test_an_image_that_is_dropped_is_shown(made: Site) -> None:
+def test_dropped_image_is_shown(made: Site) -> None:
     engine, console = traced(made.engine, perform=True)
     made.make("install", engine=engine, force=True, packages=("tar",))
-    before = set(made.engine.all_images)
+    initial = set(made.engine.all_images)
     made.make("install", engine=engine, force=True, packages=("tar", "gzip"))
-    gone = before - set(made.engine.all_images)
-    assert gone
-    shown = {line.split()[-1] for line in console.text.splitlines() if "image rm" in line}
-    assert shown == gone
+    dropped = initial - set(made.engine.all_images)
+    assert dropped
+    image_ids = {line.split()[-1] for line in console.text.splitlines() if "image rm" in line}
+    assert image_ids == dropped
 
 
-def test_everything_is_handed_on(made: Site) -> None:
-    """What is asked of a traced engine is asked of the engine, and answered by it."""
+def test_traced_engine_forwards_every_call(made: Site) -> None:
     engine, _ = traced(made.engine, perform=True)
     plain = made.engine
     image = made.image("base")
@@ -237,7 +233,7 @@ def test_everything_is_handed_on(made: Site) -> None:
     engine.remove_volume("v")
     assert engine.volumes({"a": "b"}) == []
     container = engine.create(ContainerSpec("n", image.id, ("e", "x"), {"a": "b"}))
-    assert [each.id for each in engine.containers({"a": "b"})] == [container]
+    assert [item.id for item in engine.containers({"a": "b"})] == [container]
     assert list(engine.run(container)) == [(False, b"ran x\n")]
     assert engine.wait(container) == 0
     engine.start(container)
@@ -263,131 +259,131 @@ def test_everything_is_handed_on(made: Site) -> None:
     assert engine.image(IMAGE)
 
 
-# --- A dry run ------------------------------------------------------------------------------
+# --- Dry runs -------------------------------------------------------------------------------
 
 
-def test_a_dry_run_on_an_empty_engine_shows_what_a_run_does(site: Site) -> None:
+def test_dry_run_on_an_empty_engine_shows_the_commands_of_a_run(site: Site) -> None:
     site.engine.pull(BASE_IMAGE, None)
     site.engine.calls.clear()
-    dry = Dry(site)
-    dry.make(*STAGES)
-    push(dry.project)
-    dry.check()
+    dry_run = DryRun(site)
+    dry_run.make(*STAGES)
+    push(dry_run.project)
+    dry_run.check()
     site.make(*STAGES)
     site.push()
-    assert dry.shown == verbs(site.engine.changing_calls())
+    assert dry_run.commands == short_commands(site.engine.changing_calls())
 
 
-def test_a_dry_run_shows_no_call_too_many(site: Site) -> None:
-    dry = Dry(site)
-    dry.make("base")
-    assert dry.all_shown.count("commit") == 1
+def test_dry_run_shows_one_commit_of_a_stage(site: Site) -> None:
+    dry_run = DryRun(site)
+    dry_run.make("base")
+    assert dry_run.all_commands.count("commit") == 1
 
 
-def test_a_dry_run_of_install_shows_its_parents(site: Site) -> None:
-    dry = Dry(site)
-    dry.make("install")
-    dry.check()
-    assert dry.shown.count("commit") == 3
+def test_dry_run_of_install_shows_its_parents(site: Site) -> None:
+    dry_run = DryRun(site)
+    dry_run.make("install")
+    dry_run.check()
+    assert dry_run.commands.count("commit") == 3
 
 
-def test_a_dry_run_shows_what_stages_would_run(made: Site) -> None:
-    dry = Dry(made)
+def test_dry_run_shows_the_commands_of_stages(made: Site) -> None:
+    dry_run = DryRun(made)
     made.env["GUIX_PACKAGES"] = "tar"
-    said = made.make("install", engine=dry.engine)
-    dry.check()
-    assert "+ guix package --install=tar" in said
-    assert f"install: {IMAGE}" not in said
-    assert f"docker push {IMAGE}" not in dry.console.text
+    output = made.make("install", engine=dry_run.engine)
+    dry_run.check()
+    assert "+ guix package --install=tar" in output
+    assert f"install: {IMAGE}" not in output
+    assert f"docker push {IMAGE}" not in dry_run.console.text
 
 
-def test_a_dry_run_of_what_is_up_to_date_shows_nothing(made: Site) -> None:
-    dry = Dry(made)
-    dry.make(*STAGES)
-    dry.check()
-    assert dry.shown == []
+def test_dry_run_of_current_stages_shows_nothing(made: Site) -> None:
+    dry_run = DryRun(made)
+    dry_run.make(*STAGES)
+    dry_run.check()
+    assert dry_run.commands == []
 
 
-def test_a_dry_run_after_a_change_shows_what_a_run_does(made: Site) -> None:
+def test_dry_run_after_a_change_shows_the_commands_of_a_run(made: Site) -> None:
     made.engine.make_image(BASE_CONFIG, {PROFILE: b"certs tar"}, tag=BASE_IMAGE)
-    dry, before = Dry(made), len(made.engine.changing_calls())
-    dry.make("install", upstream=True)
-    dry.check()
+    dry_run, start = DryRun(made), len(made.engine.changing_calls())
+    dry_run.make("install", upstream=True)
+    dry_run.check()
     made.make("install", upstream=True)
-    assert dry.shown == verbs(made.engine.changing_calls()[before:])
+    assert dry_run.commands == short_commands(made.engine.changing_calls()[start:])
 
 
-def test_stages_of_a_dry_run_see_one_another(made: Site) -> None:
-    """With a lock, too, though a dry pull gets no channels."""
+def test_dry_run_stages_see_each_other(made: Site) -> None:
+    """A dry pull returns no channels, so the existing lock is used."""
     made.write("Dockerfile", "FROM y\n")
-    dry = Dry(made)
-    dry.make("base")
-    dry.make("pull")
-    dry.make("install")
-    dry.check()
-    assert dry.shown.count("commit") == 3
+    dry_run = DryRun(made)
+    dry_run.make("base")
+    dry_run.make("pull")
+    dry_run.make("install")
+    dry_run.check()
+    assert dry_run.commands.count("commit") == 3
 
 
-def test_a_dry_run_of_status_after_a_stage(site: Site) -> None:
-    dry = Dry(site)
-    dry.make("base")
-    assert status_rows(tag_statuses(dry.project))
-    dry.check()
+def test_dry_run_of_status_works_after_a_stage(site: Site) -> None:
+    dry_run = DryRun(site)
+    dry_run.make("base")
+    assert status_rows(tag_statuses(dry_run.project))
+    dry_run.check()
 
 
-def run_something(project: Project) -> object:
+def run_true(project: Project) -> object:
     return run.run(project, ["true"], stage=None, keep=False)
 
 
 DRY: dict[str, Callable[[Project], object]] = {
     "clean": clean,
     "push": push,
-    "run": run_something,
+    "run": run_true,
     "rollback": rollback.rollback,
 }
 
 
 @pytest.mark.parametrize("task", DRY.values(), ids=DRY)
-def test_a_dry_run_of_a_task_shows_what_it_does(
+def test_dry_run_of_a_task_shows_the_commands_of_a_run(
     made: Site, task: Callable[[Project], object]
 ) -> None:
-    dry, before = Dry(made), len(made.engine.changing_calls())
-    task(dry.project)
-    dry.check()
+    dry_run, start = DryRun(made), len(made.engine.changing_calls())
+    task(dry_run.project)
+    dry_run.check()
     task(made.project())
-    assert dry.shown == verbs(made.engine.changing_calls()[before:])
-    assert dry.shown
+    assert dry_run.commands == short_commands(made.engine.changing_calls()[start:])
+    assert dry_run.commands
 
 
-def test_a_dry_run_of_verify_checks_nothing_and_is_no_failure(made: Site) -> None:
-    dry = Dry(made)
-    verify(dry.project)
-    dry.check()
+def test_dry_run_of_verify_checks_nothing_and_succeeds(made: Site) -> None:
+    dry_run = DryRun(made)
+    verify(dry_run.project)
+    dry_run.check()
 
 
-def left_container(made: Site) -> None:
+def keep_container(made: Site) -> None:
     run.run(made.project(), ["make"], stage=None, keep=True)
 
 
-def test_a_dry_run_of_commit(made: Site) -> None:
-    left_container(made)
-    dry = Dry(made)
-    commit.commit(dry.project)
-    dry.check()
-    assert dry.shown == ["commit", "tag", "tag", "rm"]
+def test_dry_run_of_commit_shows_its_commands(made: Site) -> None:
+    keep_container(made)
+    dry_run = DryRun(made)
+    commit.commit(dry_run.project)
+    dry_run.check()
+    assert dry_run.commands == ["commit", "tag", "tag", "rm"]
 
 
-def test_a_dry_run_of_shell_starts_nothing(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_of_shell_starts_nothing(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[object] = []
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(subprocess, "call", lambda argv, **_: called.append(argv))
-    dry = Dry(made)
-    shell.shell(dry.project, ["docker"], {}, stage=None, fresh=False)
-    dry.check()
+    dry_run = DryRun(made)
+    shell.shell(dry_run.project, ["docker"], {}, stage=None, fresh=False)
+    dry_run.check()
     assert called == []
 
 
-def test_the_proxys_password_is_not_shown(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxy_password_is_not_shown(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, console = traced(made.engine, perform=True)
     project = made.project(engine)
     object.__setattr__(project.settings, "proxies", {"https_proxy": "http://me:hunter2@p.test"})

@@ -1,4 +1,4 @@
-"""``.env.example`` agrees with the definitions of settings."""
+"""Agreement of ``.env.example`` with the definitions of settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_as_an_env_file_it_changes_nothing(tmp_path: Path) -> None:
+def test_example_file_changes_no_setting(tmp_path: Path) -> None:
     defaults = load_settings(tmp_path, tmp_path, {})
     (tmp_path / ".env").write_text(example_text())
     settings = load_settings(tmp_path, tmp_path, {})
@@ -20,13 +20,13 @@ def test_as_an_env_file_it_changes_nothing(tmp_path: Path) -> None:
     assert settings.notes == ()
 
 
-def test_with_every_line_in_use_it_is_still_well_formed(tmp_path: Path) -> None:
+def test_example_file_with_every_line_enabled_is_valid(tmp_path: Path) -> None:
     defaults = load_settings(tmp_path, tmp_path, {})
     (tmp_path / ".env").write_text(re.sub(r"(?m)^#([A-Z])", r"\1", example_text()))
     assert load_settings(tmp_path, tmp_path, {}) == defaults
 
 
-def test_every_key_stands_below_its_documentation() -> None:
+def test_key_follows_its_documentation() -> None:
     for name, setting in DECLARATIONS.items():
         key = f"{name}={setting.default}" if setting.default else f"#{name}="
         assert f"\n# {setting.doc}\n{key}\n" in example_text()
@@ -34,6 +34,6 @@ def test_every_key_stands_below_its_documentation() -> None:
         assert len(setting.doc) < 100
 
 
-def test_no_key_is_missing() -> None:
-    some = {"IMAGE", "GUIX_PACKAGES", "DOCKER_PASSWORD", "DOCKER_PASSWORD_FILE", "DOCKER_HOST"}
-    assert some < set(DECLARATIONS)
+def test_common_settings_are_declared() -> None:
+    common = {"IMAGE", "GUIX_PACKAGES", "DOCKER_PASSWORD", "DOCKER_PASSWORD_FILE", "DOCKER_HOST"}
+    assert common < set(DECLARATIONS)

@@ -1,4 +1,4 @@
-"""Digests of files and directories: the same content gives the same, anything else another."""
+"""Digests of files and directories, atomic writes and the digest cache."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ TREES = st.dictionaries(
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    forget()
+    clear_memory()
     return tmp_path / "cache"
 
 
-def forget() -> None:
-    """Start a new process, as it were."""
+def clear_memory() -> None:
+    """Empty the cache in memory, as a new process would."""
     files._digest_of_state.cache_clear()
 
 
-def plant(directory: Path, tree: Tree, *, backwards: bool = False) -> Path:
-    forget()
+def write_tree(directory: Path, tree: Tree, *, backwards: bool = False) -> Path:
+    clear_memory()
     directory.mkdir(parents=True)
     for name in sorted(tree, reverse=backwards):
         path = directory / name
@@ -60,7 +60,7 @@ def plant(directory: Path, tree: Tree, *, backwards: bool = False) -> Path:
 
 @STEADY
 @given(st.lists(st.text(max_size=3)), st.lists(st.text(max_size=3)))
-def test_no_two_lists_of_texts_run_into_one_another(one: list[str], other: list[str]) -> None:
+def test_digests_of_different_lists_of_texts_differ(one: list[str], other: list[str]) -> None:
     assert (text_digest(*one) == text_digest(*other)) == (one == other)
     assert text_digest("a", "b") != text_digest("ab")
     assert text_digest("a") != text_digest("a", "")
@@ -68,58 +68,58 @@ def test_no_two_lists_of_texts_run_into_one_another(one: list[str], other: list[
 
 @hypothesis_settings(STEADY, max_examples=12)
 @given(TREES, TREES)
-def test_a_tree_is_its_names_and_contents(
+def test_tree_digest_depends_on_names_and_contents(
     tmp_path_factory: pytest.TempPathFactory, one: Tree, other: Tree
 ) -> None:
     directory = tmp_path_factory.mktemp("trees")
-    first = plant(directory / "x", one)
-    second = plant(directory / "y" / "z", one, backwards=True)
+    first = write_tree(directory / "x", one)
+    second = write_tree(directory / "y" / "z", one, backwards=True)
     for path in second.rglob("*"):
         os.utime(path, (1, 1))
     digest = tree_digest(first)
-    forget()
+    clear_memory()
     assert digest == tree_digest(second)
-    assert (digest == tree_digest(plant(directory / "other", other))) == (one == other)
+    assert (digest == tree_digest(write_tree(directory / "other", other))) == (one == other)
 
 
-def test_empty_directory_counts(tmp_path: Path) -> None:
-    directory = plant(tmp_path / "x", {"a": b"1"})
-    before = tree_digest(directory)
+def test_empty_directory_changes_the_digest(tmp_path: Path) -> None:
+    directory = write_tree(tmp_path / "x", {"a": b"1"})
+    digest = tree_digest(directory)
     (directory / "deep").mkdir()
     empty = tree_digest(directory)
-    assert empty != before
+    assert empty != digest
     (directory / "deep" / "er").mkdir()
-    assert tree_digest(directory) not in (before, empty)
+    assert tree_digest(directory) not in (digest, empty)
 
 
-def test_link_to_a_directory_counts_by_its_target(tmp_path: Path) -> None:
-    directory = plant(tmp_path / "x", {"one/a": b"1", "two/a": b"1"})
+def test_target_of_a_directory_link_changes_the_digest(tmp_path: Path) -> None:
+    directory = write_tree(tmp_path / "x", {"one/a": b"1", "two/a": b"1"})
     (directory / "current").symlink_to("one")
-    before = tree_digest(directory)
+    digest = tree_digest(directory)
     (directory / "current").unlink()
     (directory / "current").symlink_to("two")
-    assert tree_digest(directory) != before
+    assert tree_digest(directory) != digest
 
 
-def test_directory_left_out_does_not_count(tmp_path: Path) -> None:
-    directory = plant(tmp_path / "x", {"a": b"1"})
-    before = tree_digest(directory, without=[directory / "logs"])
-    plant(directory / "logs", {"one": b"1"})
-    assert tree_digest(directory, without=[directory / "logs"]) == before
-    assert tree_digest(directory) != before
+def test_excluded_directory_does_not_change_the_digest(tmp_path: Path) -> None:
+    directory = write_tree(tmp_path / "x", {"a": b"1"})
+    digest = tree_digest(directory, without=[directory / "logs"])
+    write_tree(directory / "logs", {"one": b"1"})
+    assert tree_digest(directory, without=[directory / "logs"]) == digest
+    assert tree_digest(directory) != digest
 
 
-def test_a_mode_counts_where_it_makes_a_program(tmp_path: Path) -> None:
-    directory = plant(tmp_path / "x", {"a": b"1"})
-    before = tree_digest(directory)
+def test_executable_bit_changes_the_digest(tmp_path: Path) -> None:
+    directory = write_tree(tmp_path / "x", {"a": b"1"})
+    digest = tree_digest(directory)
     (directory / "a").chmod(0o664)
-    assert tree_digest(directory) == before
+    assert tree_digest(directory) == digest
     (directory / "a").chmod(0o755)
-    assert tree_digest(directory) != before
+    assert tree_digest(directory) != digest
 
 
-def test_a_link_is_where_it_leads(tmp_path: Path) -> None:
-    directory = plant(tmp_path / "x", {"a": b"1", "b": b"1"})
+def test_link_target_changes_the_digest(tmp_path: Path) -> None:
+    directory = write_tree(tmp_path / "x", {"a": b"1", "b": b"1"})
     (directory / "link").symlink_to("a")
     to_a = tree_digest(directory)
     for target in ("b", "nowhere", "/", ".."):
@@ -132,24 +132,22 @@ def test_a_link_is_where_it_leads(tmp_path: Path) -> None:
 
 
 def test_special_files_do_not_hang(tmp_path: Path) -> None:
-    directory = plant(tmp_path / "x", {"a": b"1"})
-    before = tree_digest(directory)
+    directory = write_tree(tmp_path / "x", {"a": b"1"})
+    digest = tree_digest(directory)
     os.mkfifo(directory / "pipe")
-    assert tree_digest(directory) != before
+    assert tree_digest(directory) != digest
 
 
-def test_a_file_is_a_tree_too(tmp_path: Path) -> None:
-    file = plant(tmp_path / "x", {"a": b"1"}) / "a"
+def test_tree_digest_accepts_a_file(tmp_path: Path) -> None:
+    file = write_tree(tmp_path / "x", {"a": b"1"}) / "a"
     assert tree_digest(file) == file_digest(file)
     file.chmod(0o755)
     assert tree_digest(file) != file_digest(file)
 
 
-def test_directory_that_cannot_be_read_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The engine, which is root, would read what the digest lacks."""
-    directory = plant(tmp_path / "x", {"a": b"1", "deep/a": b"1"})
+def test_unreadable_directory_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine, which runs as root, would read files that the digest does not cover."""
+    directory = write_tree(tmp_path / "x", {"a": b"1", "deep/a": b"1"})
     list_directory = os.scandir
 
     def scan(path: str) -> object:
@@ -162,15 +160,15 @@ def test_directory_that_cannot_be_read_is_an_error(
         tree_digest(directory)
 
 
-def test_output_left_out_does_not_count(tmp_path: Path) -> None:
-    directory = plant(tmp_path / "x", {"a": b"1"})
+def test_excluded_output_does_not_change_the_digest(tmp_path: Path) -> None:
+    directory = write_tree(tmp_path / "x", {"a": b"1"})
     without = [directory / "lock", directory / "out" / "logs"]
-    before = tree_digest(directory, without=without)
-    plant(directory / "out" / "logs", {"one": b"1"})
+    digest = tree_digest(directory, without=without)
+    write_tree(directory / "out" / "logs", {"one": b"1"})
     (directory / "lock").touch()
-    assert tree_digest(directory, without=without) == before
+    assert tree_digest(directory, without=without) == digest
     (directory / "out" / "pack").touch()
-    assert tree_digest(directory, without=without) != before
+    assert tree_digest(directory, without=without) != digest
 
 
 def test_missing_file_is_an_os_error(tmp_path: Path) -> None:
@@ -183,7 +181,7 @@ def test_missing_file_is_an_os_error(tmp_path: Path) -> None:
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    """A file as its user laid it out: not of the mode that a new file has."""
+    """A file of a user whose mode differs from that of a new file."""
     path = tmp_path / "project" / "file"
     path.parent.mkdir()
     path.write_text("old")
@@ -194,12 +192,12 @@ def written(tmp_path: Path) -> Path:
 def test_written_file_keeps_its_mode_and_owner(written: Path) -> None:
     if os.geteuid() == 0:
         os.chown(written, 1234, 4321)
-    before = written.stat()
+    previous = written.stat()
     write_whole(written, b"new")
-    after = written.stat()
+    current = written.stat()
     assert written.read_bytes() == b"new"
-    assert (after.st_mode, after.st_uid, after.st_gid) == (
-        before.st_mode, before.st_uid, before.st_gid,
+    assert (current.st_mode, current.st_uid, current.st_gid) == (
+        previous.st_mode, previous.st_uid, previous.st_gid,
     )  # fmt: skip
 
 
@@ -224,7 +222,7 @@ def test_new_file_has_the_mode_of_the_umask(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
 
 
-def test_file_behind_links_is_written(written: Path, tmp_path: Path) -> None:
+def test_target_of_links_is_written(written: Path, tmp_path: Path) -> None:
     (tmp_path / "first").symlink_to("project/file")
     (tmp_path / "second").symlink_to(tmp_path / "first")
     write_whole(tmp_path / "second", iter([b"n", b"ew"]))
@@ -241,15 +239,15 @@ def test_link_to_a_missing_file_creates_that_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["chown", "replace"])
-def test_file_that_cannot_be_replaced_is_overwritten(
+def test_irreplaceable_file_is_overwritten(
     written: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     """For example a mounted file, or the file of another user in a directory of this user."""
 
-    def refuse(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise OSError(errno.EBUSY, "Device or resource busy")
 
-    monkeypatch.setattr(os if call == "chown" else Path, call, refuse)
+    monkeypatch.setattr(os if call == "chown" else Path, call, fail)
     inode = written.stat().st_ino
     write_whole(written, b"new")
     assert written.read_bytes() == b"new"
@@ -257,7 +255,7 @@ def test_file_that_cannot_be_replaced_is_overwritten(
     assert [*written.parent.iterdir()] == [written]
 
 
-def test_file_in_a_directory_that_cannot_be_written_is_overwritten(
+def test_file_in_an_unwritable_directory_is_overwritten(
     written: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, _: path != written.parent)
@@ -267,7 +265,7 @@ def test_file_in_a_directory_that_cannot_be_written_is_overwritten(
     assert written.stat().st_ino == inode
 
 
-def test_pipe_is_written_and_stays(tmp_path: Path) -> None:
+def test_pipe_is_written_and_not_replaced(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -277,7 +275,7 @@ def test_pipe_is_written_and_stays(tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
-def test_failed_content_leaves_the_file(written: Path) -> None:
+def test_failed_content_does_not_change_the_file(written: Path) -> None:
     def content() -> Iterator[bytes]:
         yield b"new"
         raise KeyboardInterrupt
@@ -299,7 +297,7 @@ def test_file_without_permission_is_not_written(
     assert written.read_text() == "old"
 
 
-def test_new_file_needs_a_directory_that_can_be_written(
+def test_new_file_needs_a_writable_directory(
     written: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = written.parent / "out"
@@ -313,7 +311,7 @@ def test_new_file_needs_a_directory_that_can_be_written(
         check_writable(missing)
 
 
-# --- Files of some size ---------------------------------------------------------------------
+# --- Digest cache ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -324,91 +322,91 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def kept(cache: Path) -> list[Path]:
+def cached_files(cache: Path) -> list[Path]:
     directory = cache / "guix-tasks" / "digests"
     return sorted(directory.iterdir()) if directory.exists() else []
 
 
-def test_a_large_file_has_the_digest_of_its_content(
+def test_large_file_has_the_digest_of_its_content(
     large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digest = file_digest(large)
     monkeypatch.setattr(files, "WORTH_CACHING", 1 << 20)
-    forget()
+    clear_memory()
     assert file_digest(large) == digest
 
 
-def test_a_large_file_is_not_read_twice(large: Path, cache: Path) -> None:
+def test_large_file_is_read_once(large: Path, cache: Path) -> None:
     digest = file_digest(large)
-    (found,) = kept(cache)
-    assert found.read_text() == digest
-    found.write_text("0" * 64)
-    forget()
+    (cached,) = cached_files(cache)
+    assert cached.read_text() == digest
+    cached.write_text("0" * 64)
+    clear_memory()
     assert file_digest(large) == "0" * 64
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"0" * 63])
-def test_damaged_file_of_the_cache_is_replaced(large: Path, cache: Path, content: bytes) -> None:
+def test_damaged_cache_file_is_replaced(large: Path, cache: Path, content: bytes) -> None:
     digest = file_digest(large)
-    (found,) = kept(cache)
-    found.write_bytes(content)
-    forget()
-    assert file_digest(large) == found.read_text() == digest
+    (cached,) = cached_files(cache)
+    cached.write_bytes(content)
+    clear_memory()
+    assert file_digest(large) == cached.read_text() == digest
 
 
-def test_a_large_file_that_keeps_size_and_time_is_read_again(large: Path) -> None:
+def test_changed_large_file_of_the_same_size_and_time_is_read_again(large: Path) -> None:
     os.utime(large, ns=(1, 1))
     digest = file_digest(large)
     large.write_bytes(b"9876543210")
     os.utime(large, ns=(1, 1))
-    forget()
+    clear_memory()
     assert file_digest(large) != digest
 
 
 @pytest.mark.parametrize("content", [b"9876543210", b"0123456789+"])
-def test_a_large_file_that_changed_is_read_again(large: Path, cache: Path, content: bytes) -> None:
+def test_changed_large_file_is_read_again(large: Path, cache: Path, content: bytes) -> None:
     digest = file_digest(large)
     large.write_bytes(content)
     os.utime(large, ns=(1, 1))
-    forget()
+    clear_memory()
     assert file_digest(large) != digest
-    assert len(kept(cache)) == 2
+    assert len(cached_files(cache)) == 2
 
 
-def test_file_that_another_task_of_the_same_call_wrote_is_read_again(tmp_path: Path) -> None:
+def test_file_written_by_an_earlier_task_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "small"
     path.write_bytes(b"one")
-    before = file_digest(path)
+    digest = file_digest(path)
     path.write_bytes(b"another")
-    assert file_digest(path) != before
+    assert file_digest(path) != digest
 
 
-def test_its_time_alone_changes_nothing(large: Path) -> None:
+def test_modification_time_does_not_change_the_digest(large: Path) -> None:
     digest = file_digest(large)
     os.utime(large, (1, 1))
-    forget()
+    clear_memory()
     assert file_digest(large) == digest
 
 
-def test_a_small_file_is_not_kept(tmp_path: Path, cache: Path) -> None:
+def test_small_file_is_not_cached(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "small"
     path.write_bytes(b"x")
     file_digest(path)
-    assert kept(cache) == []
+    assert cached_files(cache) == []
 
 
-def test_a_cache_that_cannot_be_written_does_no_harm(large: Path, cache: Path) -> None:
+def test_unwritable_cache_is_not_an_error(large: Path, cache: Path) -> None:
     digest = file_digest(large)
-    forget()
-    for each in kept(cache):
-        each.unlink()
+    clear_memory()
+    for path in cached_files(cache):
+        path.unlink()
     (cache / "guix-tasks" / "digests").rmdir()
     (cache / "guix-tasks" / "digests").write_text("in the way")
     assert files.cache_home() == cache / "guix-tasks"
     assert file_digest(large) == digest
 
 
-def test_a_user_without_a_home_has_no_files_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_user_without_a_home_directory_has_no_files(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 

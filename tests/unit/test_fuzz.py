@@ -1,8 +1,8 @@
-"""Parsers of foreign input return, or raise one error of one line, whatever they read.
+"""Fuzz tests of the parsers: any input is parsed or is one error of one line.
 
-Each function with the decorator ``reads`` is one parser, called as the package calls it, with
-valid examples. An input is an example after some random changes. Run a failure again with the seed
-of its run: ``--seed=N``, with ``--soak`` if that run had it.
+Each function with the decorator ``parses`` calls one parser as the package calls it and has valid
+examples. An input is an example after some random changes. Reproduce a failure with the seed of its
+run: ``--seed=N``, with ``--soak`` if that run had it.
 """
 
 from __future__ import annotations
@@ -80,19 +80,19 @@ if TYPE_CHECKING:
 
     from guix_tasks.settings import Settings
 
-    Reader = Callable[[bytes, "Place"], tuple[GuixTasksError, ...] | None]
+    Parser = Callable[[bytes, "Workspace"], tuple[GuixTasksError, ...] | None]
 
 pytestmark = pytest.mark.soak
 
-SECONDS = 2.0
-"""Processor time in which an input must be read; a busy machine takes twice the usual time."""
+CPU_SECONDS = 2.0
+"""CPU seconds in which an input must be parsed; a busy machine takes twice the usual time."""
 
-LONG = 100_000
+LONG_INPUT = 100_000
 """Bytes of a long input."""
 
 # --- Random changes -------------------------------------------------------------------------
 
-PIECES = (
+FRAGMENTS = (
     b"\0", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\xe2\x80\xa8", b"\xe2\x80\xae",
     b"\xc2\x85", b"\xc2\x9b2J", b"\xd9\xa3", b"\n", b"\r", b"\r\n", b"\t", b" " * 50, b"\x1b[",
     b"\x1b]", b"9" * 400, b"9" * 5_000, b"-1", b"1e999", b"1.2.3", b"NaN", b"null", b"[]", b"{}",
@@ -107,84 +107,84 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 
-def cut(chance: Random, data: bytes) -> bytes:
-    start, end = sorted(chance.randrange(len(data) + 1) for _ in range(2))
+def cut(random: Random, data: bytes) -> bytes:
+    start, end = sorted(random.randrange(len(data) + 1) for _ in range(2))
     return data[:start] + data[end:]
 
 
-def double(chance: Random, data: bytes) -> bytes:
-    start, end = sorted(chance.randrange(len(data) + 1) for _ in range(2))
+def duplicate(random: Random, data: bytes) -> bytes:
+    start, end = sorted(random.randrange(len(data) + 1) for _ in range(2))
     return data[:end] + data[start:]
 
 
-def insert(chance: Random, data: bytes) -> bytes:
-    place = chance.randrange(len(data) + 1)
-    return data[:place] + chance.choice(PIECES) + data[place:]
+def insert(random: Random, data: bytes) -> bytes:
+    position = random.randrange(len(data) + 1)
+    return data[:position] + random.choice(FRAGMENTS) + data[position:]
 
 
-def overwrite(chance: Random, data: bytes) -> bytes:
-    place = chance.randrange(len(data) + 1)
-    return data[:place] + bytes([chance.randrange(256)]) + data[place + 1 :]
+def overwrite(random: Random, data: bytes) -> bytes:
+    position = random.randrange(len(data) + 1)
+    return data[:position] + bytes([random.randrange(256)]) + data[position + 1 :]
 
 
-def shuffle(chance: Random, data: bytes) -> bytes:
+def shuffle(random: Random, data: bytes) -> bytes:
     parts = data.splitlines(keepends=True)
-    chance.shuffle(parts)
+    random.shuffle(parts)
     return b"".join(parts)
 
 
-def convert(chance: Random, data: bytes) -> bytes:
-    return chance.choice((b"\xef\xbb\xbf" + data, data.replace(b"\n", b"\r\n")))
+def convert(random: Random, data: bytes) -> bytes:
+    return random.choice((b"\xef\xbb\xbf" + data, data.replace(b"\n", b"\r\n")))
 
 
-def swap_value(chance: Random, data: bytes) -> bytes:
+def replace_json(random: Random, data: bytes) -> bytes:
     """Replace or delete a value in a line of JSON."""
     parts = data.split(b"\n")
-    place = chance.randrange(len(parts))
+    number = random.randrange(len(parts))
     try:
-        value = json.loads(parts[place])
-        parts[place] = json.dumps(swapped(chance, value)).encode()
+        value = json.loads(parts[number])
+        parts[number] = json.dumps(replace_value(random, value)).encode()
     except (ValueError, RecursionError):
         return data
     return b"\n".join(parts)
 
 
-def swapped(chance: Random, value: Any) -> Any:
+def replace_value(random: Random, value: Any) -> Any:
     keys: list[Any] = [*value] if isinstance(value, dict) else []
     keys = [*range(len(value))] if isinstance(value, list) else keys
-    if not keys or chance.random() < 0.2:
-        return chance.choice(VALUES)
-    changed, key = value.copy(), chance.choice(keys)
-    if chance.random() < 0.2:
+    if not keys or random.random() < 0.2:
+        return random.choice(VALUES)
+    changed, key = value.copy(), random.choice(keys)
+    if random.random() < 0.2:
         del changed[key]
     else:
-        changed[key] = swapped(chance, changed[key])
+        changed[key] = replace_value(random, changed[key])
     return changed
 
 
-CHANGES = (cut, double, insert, insert, overwrite, shuffle, convert, *[swap_value] * 3)
+MUTATIONS = (cut, duplicate, insert, insert, overwrite, shuffle, convert, *[replace_json] * 3)
 
 
-def damaged(chance: Random, example: bytes) -> bytes:
-    data = example if chance.random() < 0.95 else chance.randbytes(chance.randrange(100))
-    for _ in range(chance.choice((1, 1, 1, 2, 3, 6))):
-        data = chance.choice(CHANGES)(chance, data)
+def mutate(random: Random, example: bytes) -> bytes:
+    data = example if random.random() < 0.95 else random.randbytes(random.randrange(100))
+    for _ in range(random.choice((1, 1, 1, 2, 3, 6))):
+        data = random.choice(MUTATIONS)(random, data)
     return data
 
 
-def lengthened(chance: Random, example: bytes) -> bytes:
-    """Repeat a piece, mostly one of the example, to find expressions that backtrack."""
-    start = chance.randrange(len(example) + 1)
-    end = start + chance.choice((1, 1, 2, 5, 20, 80))
-    piece = example[start:end] if chance.random() < 0.8 else chance.choice(PIECES)
-    return example[:start] + piece * (LONG // (len(piece) or 1)) + example[end:]
+def lengthen(random: Random, example: bytes) -> bytes:
+    """Repeat a part, usually of the example, to find regular expressions that backtrack."""
+    start = random.randrange(len(example) + 1)
+    end = start + random.choice((1, 1, 2, 5, 20, 80))
+    part = example[start:end] if random.random() < 0.8 else random.choice(FRAGMENTS)
+    return example[:start] + part * (LONG_INPUT // (len(part) or 1)) + example[end:]
 
 
 # --- Parsers --------------------------------------------------------------------------------
 
 
 @dataclass
-class Place:
+class Workspace:
     """A directory and a project for one parser."""
 
     directory: Path
@@ -205,34 +205,34 @@ class Place:
         return path
 
 
-READERS: dict[str, tuple[tuple[bytes, ...], Reader]] = {}
+PARSERS: dict[str, tuple[tuple[bytes, ...], Parser]] = {}
 
 
-def reads(*examples: bytes | str | dict[str, Any] | list[Any]) -> Callable[[Reader], Reader]:
+def parses(*examples: bytes | str | dict[str, Any] | list[Any]) -> Callable[[Parser], Parser]:
     """Register a parser with valid examples, which can be values to write as JSON."""
 
-    def register(reader: Reader) -> Reader:
+    def decorate(parser: Parser) -> Parser:
         texts = (x if isinstance(x, (bytes, str)) else json.dumps(x) for x in examples)
         raw = tuple(x if isinstance(x, bytes) else x.encode() for x in texts)
-        READERS[reader.__name__] = (raw, reader)
-        return reader
+        PARSERS[parser.__name__] = (raw, parser)
+        return parser
 
-    return register
+    return decorate
 
 
-def text_of(data: bytes) -> str:
-    """Return data as the output of programs is decoded."""
+def decode_output(data: bytes) -> str:
+    """Decode data as output of programs."""
     return data.decode(errors="replace")
 
 
-def word_of(data: bytes) -> str:
-    """Return data as a variable or an argument can have it."""
+def decode_argument(data: bytes) -> str:
+    """Decode data as an environment variable or an argument."""
     return os.fsdecode(data.replace(b"\0", b""))
 
 
 @contextmanager
-def settings_problems() -> Iterator[None]:
-    """Convert errors of a parser of settings as the settings do."""
+def as_settings_error() -> Iterator[None]:
+    """Convert errors of a parser of settings as ``load_settings`` does."""
     try:
         yield
     except ValueError as error:
@@ -242,11 +242,11 @@ def settings_problems() -> Iterator[None]:
 # --- Files and variables of users -----------------------------------------------------------
 
 
-@reads("# Comment\n*\n!src/**/*.py\nsrc/[a-c^]?\\*.txt\n /out/../x{2,3} \n", "*\n!/a b\n**/x*\n")
-def dockerignore(data: bytes, place: Place) -> None:
-    place.write("context/src/ab/c.txt", b"")
-    place.write("context/.dockerignore", data)
-    context_entries(place.directory / "context", place.directory / "context/Dockerfile")
+@parses("# Comment\n*\n!src/**/*.py\nsrc/[a-c^]?\\*.txt\n /out/../x{2,3} \n", "*\n!/a b\n**/x*\n")
+def dockerignore(data: bytes, workspace: Workspace) -> None:
+    workspace.write("context/src/ab/c.txt", b"")
+    workspace.write("context/.dockerignore", data)
+    context_entries(workspace.directory / "context", workspace.directory / "context/Dockerfile")
 
 
 HUB = {"auth": base64.b64encode(b"me:hunter2").decode()}
@@ -259,45 +259,46 @@ CONFIG = {
 }
 
 
-@reads(CONFIG, {"auths": {"r.test": {"auth": "bWU6aHVudGVyMg==\n"}}})
-def docker_config(data: bytes, place: Place) -> None:
-    place.write("config.json", data)
-    environment = {"DOCKER_CONFIG": str(place.directory)}
-    place.patch.setattr(accounts, "_ask_helper", lambda *_: None)
-    found = accounts.docker_accounts(environment)
+@parses(CONFIG, {"auths": {"r.test": {"auth": "bWU6aHVudGVyMg==\n"}}})
+def docker_config(data: bytes, workspace: Workspace) -> None:
+    workspace.write("config.json", data)
+    environment = {"DOCKER_CONFIG": str(workspace.directory)}
+    workspace.patch.setattr(accounts, "_ask_helper", lambda *_: None)
+    store = accounts.docker_accounts(environment)
     for host in ("docker.io", "r.test:5000", "gcr.test"):
-        found.find(host)
-    accounts.auth_config(found.every())
-    load_settings(place.directory, place.directory, environment)
+        store.find(host)
+    accounts.auth_config(store.every())
+    load_settings(workspace.directory, workspace.directory, environment)
     with suppress(NoEngineError):
-        discovery.find_engine(environment, place.directory / "no.sock")
+        discovery.find_engine(environment, workspace.directory / "no.sock")
 
 
-@reads({"auths": {"r.test": HUB, "http://r.test:5000/v2/": {"username": "a", "password": "b"}}})
-def docker_auth_config(data: bytes, place: Place) -> None:
-    accounts.auth_config(accounts.docker_accounts({accounts.AUTH_CONFIG: word_of(data)}).every())
+@parses({"auths": {"r.test": HUB, "http://r.test:5000/v2/": {"username": "a", "password": "b"}}})
+def docker_auth_config(data: bytes, workspace: Workspace) -> None:
+    environment = {accounts.AUTH_CONFIG: decode_argument(data)}
+    accounts.auth_config(accounts.docker_accounts(environment).every())
 
 
-@reads({"ServerURL": "r.test", "Username": "me", "Secret": "hunter2"}, "credentials not found\n")
-def credential_helper(data: bytes, place: Place) -> None:
-    done = subprocess.CompletedProcess([], len(data) % 2, text_of(data), "")
-    with place.patch.context() as patch:
-        patch.setattr(subprocess, "run", lambda *_, **__: done)
+@parses({"ServerURL": "r.test", "Username": "me", "Secret": "hunter2"}, "credentials not found\n")
+def credential_helper(data: bytes, workspace: Workspace) -> None:
+    result = subprocess.CompletedProcess([], len(data) % 2, decode_output(data), "")
+    with workspace.patch.context() as patch:
+        patch.setattr(subprocess, "run", lambda *_, **__: result)
         accounts._ask_helper("test", "r.test", {})
 
 
-@reads(
+@parses(
     {
         "Name": "far",
         "Metadata": {"Description": "x"},
         "Endpoints": {"docker": {"Host": "ssh://me@far.test", "SkipTLSVerify": False}},
     }
 )
-def docker_context(data: bytes, place: Place) -> None:
-    place.write("config.json", b'{"currentContext": "far"}')
-    place.write(f"contexts/meta/{hashlib.sha256(b'far').hexdigest()}/meta.json", data)
+def docker_context(data: bytes, workspace: Workspace) -> None:
+    workspace.write("config.json", b'{"currentContext": "far"}')
+    workspace.write(f"contexts/meta/{hashlib.sha256(b'far').hexdigest()}/meta.json", data)
     url = discovery.find_engine(
-        {"DOCKER_CONFIG": str(place.directory)}, place.directory / "no.sock"
+        {"DOCKER_CONFIG": str(workspace.directory)}, workspace.directory / "no.sock"
     ).url
     if url.startswith("ssh://"):
         ssh_arguments(url)
@@ -317,63 +318,63 @@ OTHER=\\
 """
 
 
-@reads(ENV_FILE, "MOUNTS=.:/x:ro\nMEMORY=4g\nPLATFORMS=linux/amd64 linux/386\n")
-def env_file(data: bytes, place: Place) -> None:
+@parses(ENV_FILE, "MOUNTS=.:/x:ro\nMEMORY=4g\nPLATFORMS=linux/amd64 linux/386\n")
+def env_file(data: bytes, workspace: Workspace) -> None:
     # python-dotenv takes seconds for 100 kB of blanks in one line.
-    project = place.write("project/.env", re.sub(rb"\s{1000,}", b"\n", data)).parent
-    settings = load_settings(project, place.directory, {"HOME": "/x"})
+    project = workspace.write("project/.env", re.sub(rb"\s{1000,}", b"\n", data)).parent
+    settings = load_settings(project, workspace.directory, {"HOME": "/x"})
     assert all(note.isprintable() for note in settings.notes)
     assert settings.output_directory == project / "out"
 
 
-@reads("localhost:5000/a/b-c:1.0", f"r.test/a@sha256:{'0' * 64}", "docker.io/library/debian")
-def image_reference(data: bytes, place: Place) -> None:
-    with settings_problems():
-        reference = ImageReference.parse(word_of(data))
+@parses("localhost:5000/a/b-c:1.0", f"r.test/a@sha256:{'0' * 64}", "docker.io/library/debian")
+def image_reference(data: bytes, workspace: Workspace) -> None:
+    with as_settings_error():
+        reference = ImageReference.parse(decode_argument(data))
     assert ImageReference.parse(str(reference)) == reference
 
 
-@reads("linux/amd64", "linux/arm/v7", "linux/arm64/v8", "linux/aarch64")
-def platform_name(data: bytes, place: Place) -> None:
-    with settings_problems():
-        platform = Platform.parse(word_of(data))
+@parses("linux/amd64", "linux/arm/v7", "linux/arm64/v8", "linux/aarch64")
+def platform_name(data: bytes, workspace: Workspace) -> None:
+    with as_settings_error():
+        platform = Platform.parse(decode_argument(data))
     assert Platform.parse(str(platform)) == platform
 
 
-@reads("tcp://h:1,platform=linux/arm64,cacert=x", 'ssh://me@h,"env.A=b,c"', "platform=linux/386")
-def builder_node(data: bytes, place: Place) -> None:
-    with settings_problems():
-        node = nodes.node(word_of(data), place.directory)
+@parses("tcp://h:1,platform=linux/arm64,cacert=x", 'ssh://me@h,"env.A=b,c"', "platform=linux/386")
+def builder_node(data: bytes, workspace: Workspace) -> None:
+    with as_settings_error():
+        node = nodes.node(decode_argument(data), workspace.directory)
     for driver in Driver:
         assert all(map(str.isprintable, nodes.problems(driver, (node, node))))
 
 
-@reads("ssh://me@far.test:22/run/docker.sock", "ssh://far.test")
-def ssh_address(data: bytes, place: Place) -> None:
-    ssh_arguments(f"ssh://{word_of(data).removeprefix('ssh://')}")
+@parses("ssh://me@far.test:22/run/docker.sock", "ssh://far.test")
+def ssh_address(data: bytes, workspace: Workspace) -> None:
+    ssh_arguments(f"ssh://{decode_argument(data).removeprefix('ssh://')}")
 
 
 INTRODUCED = channel("guix", "https://g.test/guix.git", "0" * 40)
 
 
-@reads(
+@parses(
     f'(list {INTRODUCED}\n #| c |# #;(x) ; y\n (channel (inherit c) (name \'b) (url "u")))\n',
     '(specifications->manifest \'("hello" "git@2"))',
 )
-def channels_file(data: bytes, place: Place) -> None:
-    lock = place.settings.guix_channels_lock
+def channels_file(data: bytes, workspace: Workspace) -> None:
+    lock = workspace.settings.guix_channels_lock
     assert lock
     lock.write_bytes(data)
-    text = lock_text(place.settings) or ""
+    text = lock_text(workspace.settings) or ""
     lock_mismatch(text, text)
     lock_mismatch(text, INTRODUCED)
     guix.unauthenticated(text)
     guix.is_plain_manifest(text)
-    by_ssh(place.settings, text)
-    channels = place.settings.guix_channels
+    by_ssh(workspace.settings, text)
+    channels = workspace.settings.guix_channels
     assert channels
     channels.write_bytes(data)
-    channels_text(place.settings)
+    channels_text(workspace.settings)
 
 
 DOCKERFILE = """\
@@ -390,11 +391,11 @@ VOLUME ["/gnu", "/a b"] $X${Y}
 """
 
 
-@reads(DOCKERFILE)
-def dockerfile(data: bytes, place: Place) -> None:
-    place.settings.dockerfile.write_bytes(data)
-    instructions = volumes._last_build_stage(place.settings)
-    assert volumes._origin(place.settings, instructions, "/gnu/store")
+@parses(DOCKERFILE)
+def dockerfile(data: bytes, workspace: Workspace) -> None:
+    workspace.settings.dockerfile.write_bytes(data)
+    instructions = volumes._last_build_stage(workspace.settings)
+    assert volumes._origin(workspace.settings, instructions, "/gnu/store")
 
 
 # --- Damaged files of this project ----------------------------------------------------------
@@ -403,54 +404,54 @@ def dockerfile(data: bytes, place: Place) -> None:
 RECORD = {"repository": "r.test/a", "platforms": ["linux/amd64"], "digest": DIGEST, "commits": {}}
 
 
-@reads(RECORD)
-def push_record(data: bytes, place: Place) -> None:
-    place.write("project/out/digests/x.json", data)
-    push_records.load(place.settings)
+@parses(RECORD)
+def push_record(data: bytes, workspace: Workspace) -> None:
+    workspace.write("project/out/digests/x.json", data)
+    push_records.load(workspace.settings)
 
 
 CHANNEL = {"name": "guix", "url": "https://g.test", "commit": "0" * 40}
 
 
-@reads(
+@parses(
     {"system": "a", "format": "tarball", "file": "a", "sha256": "0", "channels": [CHANNEL]},
     {"system": "a", "format": "deb", "file": "b", "sha256": "0", "channels": []},
 )
-def pack_record(data: bytes, place: Place) -> None:
-    place.write("project/out/build-x.json", data)
-    release.release(place.settings, Heard())
+def pack_record(data: bytes, workspace: Workspace) -> None:
+    workspace.write("project/out/build-x.json", data)
+    release.release(workspace.settings, Heard())
 
 
-@reads({"a": {"url": "https://r.test/a", "sha256": "0", "deb": {"url": "b"}, "x": 1}})
-def build_index(data: bytes, place: Place) -> None:
-    example = READERS["pack_record"][0][0]
-    place.write("project/out/build-x.json", example)
-    place.write("project/out/build.json", data)
-    release.release(place.settings, Heard())
+@parses({"a": {"url": "https://r.test/a", "sha256": "0", "deb": {"url": "b"}, "x": 1}})
+def build_index(data: bytes, workspace: Workspace) -> None:
+    example = PARSERS["pack_record"][0][0]
+    workspace.write("project/out/build-x.json", example)
+    workspace.write("project/out/build.json", data)
+    release.release(workspace.settings, Heard())
 
 
-@reads("0" * 64)
-def cached_digest(data: bytes, place: Place) -> None:
-    large = place.write("large", b"x")
-    with place.patch.context() as patch:
+@parses("0" * 64)
+def cached_digest(data: bytes, workspace: Workspace) -> None:
+    large = workspace.write("large", b"x")
+    with workspace.patch.context() as patch:
         patch.setattr(files, "WORTH_CACHING", 1)
-        patch.setattr(files, "cache_home", lambda: place.directory)
+        patch.setattr(files, "cache_home", lambda: workspace.directory)
         files._digest_of_state(large, (1,))
-        (cached,) = (place.directory / "digests").iterdir()
+        (cached,) = (workspace.directory / "digests").iterdir()
         cached.write_bytes(data)
         files._digest_of_state.cache_clear()
         assert len(files._digest_of_state(large, (1,))) == 64
 
 
-@reads({"features": {"containerd-snapshotter": True}, "hosts": []})
-def engine_configuration(data: bytes, place: Place) -> None:
-    place.write("engine/daemon.json", data)
-    engine.PrivateEngine(place.directory / "engine")._check_store(ImageStore.CONTAINERD)
+@parses({"features": {"containerd-snapshotter": True}, "hosts": []})
+def engine_configuration(data: bytes, workspace: Workspace) -> None:
+    workspace.write("engine/daemon.json", data)
+    engine.PrivateEngine(workspace.directory / "engine")._check_store(ImageStore.CONTAINERD)
 
 
-@reads("12345\n")
-def pid_file(data: bytes, place: Place) -> None:
-    Service(Path("/bin/x"), place.write("pid", data), place.directory / "log").pid()
+@parses("12345\n")
+def pid_file(data: bytes, workspace: Workspace) -> None:
+    Service(Path("/bin/x"), workspace.write("pid", data), workspace.directory / "log").pid()
 
 
 # --- Answers of engines and registries ------------------------------------------------------
@@ -464,9 +465,9 @@ class Connection(io.BytesIO):
 
 
 class Answers(requests.adapters.HTTPAdapter):
-    """An engine whose answer to a call is the first one whose path is in the URL.
+    """An engine that answers a call with the first answer whose path is in the URL.
 
-    ``status`` and ``chunked`` are of the first answer.
+    ``status`` and ``chunked`` apply to the first answer.
     """
 
     def __init__(self, answers: dict[str, bytes], status: int, *, chunked: bool) -> None:
@@ -483,8 +484,8 @@ class Answers(requests.adapters.HTTPAdapter):
             parts = filter(None, (body[:half], body[half:]))
             content = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
             content += b"0\r\n\r\n"
-        answer = f"HTTP/1.1 {status} x\r\n{head}\r\n\r\n".encode() + content
-        raw = http.client.HTTPResponse(cast("socket.socket", Connection(answer)))
+        http_message = f"HTTP/1.1 {status} x\r\n{head}\r\n\r\n".encode() + content
+        raw = http.client.HTTPResponse(cast("socket.socket", Connection(http_message)))
         raw.begin()
         response = urllib3.HTTPResponse(
             raw, dict(raw.headers), status, preload_content=False, original_response=raw
@@ -500,7 +501,7 @@ class FakeClient(docker.Client):
 
 
 VERSION = {"ApiVersion": "1.48", "Components": [{"Name": "Podman Engine"}]}
-OTHERS: dict[str, Any] = {
+ANSWERS: dict[str, Any] = {
     "/version": VERSION,
     "/info": {**INFO, "Plugins": {"Network": ["bridge"]}},
     "/networks": [{"Name": "bridge"}],
@@ -511,7 +512,7 @@ OTHERS: dict[str, Any] = {
 REFERENCE = "r.test/a:1"
 
 
-def answer(
+def register(
     name: str,
     path: str,
     *examples: str | dict[str, Any] | list[Any],
@@ -520,32 +521,32 @@ def answer(
     status: int = 200,
     chunked: bool = False,
 ) -> None:
-    """Register the answer to one call of an engine."""
-    others = {path: json.dumps(content).encode() for path, content in OTHERS.items()}
+    """Register a parser of the answer to one call of an engine."""
+    others = {path: json.dumps(content).encode() for path, content in ANSWERS.items()}
 
-    def reader(data: bytes, place: Place) -> None:
+    def parser(data: bytes, workspace: Workspace) -> None:
         answers = {path: data, **{other: others[other] for other in others if other != path}}
         FakeClient.adapter = Answers(answers, status, chunked=chunked)
-        place.patch.setattr(docker, "Client", FakeClient)
+        workspace.patch.setattr(docker, "Client", FakeClient)
         call(product(discovery.Address("tcp://engine.test:1", "test")))
 
-    reader.__name__ = name
-    reads(*examples)(reader)
+    parser.__name__ = name
+    parses(*examples)(parser)
 
 
 def stream(*events: dict[str, Any]) -> str:
     return "".join(f"{json.dumps(event)}\r\n" for event in events)
 
 
-def push(found: docker.DockerEngine) -> None:
-    digest = found.push(REFERENCE, ACCOUNT, lambda *_: None)
+def push(client: docker.DockerEngine) -> None:
+    digest = client.push(REFERENCE, ACCOUNT, lambda *_: None)
     assert ImageReference.parse(f"x@{digest}").digest == digest
 
 
-def build(found: docker.DockerEngine) -> object:
+def build(client: docker.DockerEngine) -> object:
     context = Path(__file__).parent / "guix-logs"
     spec = BuildSpec(context, Path(__file__), args={"BASE_IMAGE": "x:1"})
-    return found.build(spec, LogReader(list).add)
+    return client.build(spec, LogReader(list).add)
 
 
 MOVED = {"status": "Pushing", "id": "abc", "progressDetail": {"current": 1, "total": 2}}
@@ -558,66 +559,67 @@ STATISTICS = {"networks": {"eth0": {"rx_bytes": 1}, "eth1": {"rx_bytes": 2}}}
 ACCOUNT = accounts.Credentials("me", "hunter2")
 
 # fmt: off
-answer("version", "/version", VERSION,
-       call=lambda found: podman.open_engine(found.address, docker.Helpers()))
-answer("info", "/info", OTHERS["/info"], call=lambda found: found.info().kind)
-answer("networks", "/networks", OTHERS["/networks"], call=lambda found: found.info())
-answer("image", "/images/", OTHERS["/images/"], call=lambda found: found.image("x:1"))
-answer("missing_image", "/images/", {"message": "No such image: x"}, status=404,
-       call=lambda found: found.image("x:1"))
-answer("missing_container", "/containers/", {"message": "No such container: x"}, status=404,
-       call=lambda found: found.remove("c"))
-answer("podman_image", "/libpod/", OTHERS["/libpod/images/"], product=podman.PodmanEngine,
-       call=lambda found: found.image("x:1"))
-answer("podman_commit", "/libpod/", OTHERS["/libpod/images/"], product=podman.PodmanEngine,
-       call=lambda found: found.commit("c", {}))
-answer("images", "/images/json", [{"Id": DIGEST}], call=lambda found: found.unnamed({"a": "b"}))
-answer("manifests", "/images/", OTHERS["/images/"],
-       call=lambda found: found._is_uncompressed("x:1"))
-answer("history", "/history", [{"Size": 1, "CreatedBy": "x"}],
-       call=lambda found: found.layers("x:1"))
-answer("containers", "/containers/json", [CONTAINER, CONTAINER],
-       call=lambda found: found.containers({"a": "b"}))
-answer("created", "/containers/create", {"Id": "c"},
-       call=lambda found: found.create(ContainerSpec("a", "x:1", ("true",))))
-answer("statistics", "/stats", STATISTICS, call=lambda found: found.bytes_received("c"))
-answer("exit_status", "/wait", {"StatusCode": 0, "Error": None}, call=lambda found: found.wait("c"))
-answer("state", "/containers/", {"State": {"OOMKilled": True}},
-       call=lambda found: found.lacked_memory("c"))
-answer("commit", "/commit", OTHERS["/commit"], call=lambda found: found.commit("c", {}))
-answer("volumes", "/volumes", {"Volumes": [{"Name": "a"}]},
-       call=lambda found: found.volumes({"a": "b"}))
-answer("registry_digest", "/distribution/", {"Descriptor": {"digest": DIGEST}, "Platforms": []},
-       call=lambda found: found.remote_digest(REFERENCE))
-answer("registry_check", "/distribution/", {"Descriptor": {"digest": DIGEST}, "Platforms": []},
-       call=lambda found: found.check_registry(REFERENCE, None))
-answer("login", "/auth", {"Status": "Login Succeeded"},
-       call=lambda found: found.check_registry(REFERENCE, ACCOUNT))
-answer("import_rootfs", "/images/create", {"status": DIGEST}, {"error": "x"},
-       call=lambda found: found.import_rootfs(iter([b""]), REFERENCE))
-answer("push", "/push", stream(MOVED, {"aux": {"Digest": DIGEST}}), stream(MOVED, ERROR),
-       stream({"status": f"1: digest: {DIGEST} size: 1"}), chunked=True, call=push)
-answer("pull", "/images/create", stream(MOVED, {"status": "Status: x"}), stream(ERROR),
-       chunked=True, call=lambda found: found.pull(REFERENCE, None))
-answer("build", "/build", stream({"stream": "Step 1/1 : FROM x\n"}, {"aux": {"ID": DIGEST}}),
-       stream({"stream": "x"}, ERROR), chunked=True, call=build)
+register("version", "/version", VERSION,
+         call=lambda client: podman.open_engine(client.address, docker.Helpers()))
+register("info", "/info", ANSWERS["/info"], call=lambda client: client.info().kind)
+register("networks", "/networks", ANSWERS["/networks"], call=lambda client: client.info())
+register("image", "/images/", ANSWERS["/images/"], call=lambda client: client.image("x:1"))
+register("missing_image", "/images/", {"message": "No such image: x"}, status=404,
+         call=lambda client: client.image("x:1"))
+register("missing_container", "/containers/", {"message": "No such container: x"}, status=404,
+         call=lambda client: client.remove("c"))
+register("podman_image", "/libpod/", ANSWERS["/libpod/images/"], product=podman.PodmanEngine,
+         call=lambda client: client.image("x:1"))
+register("podman_commit", "/libpod/", ANSWERS["/libpod/images/"], product=podman.PodmanEngine,
+         call=lambda client: client.commit("c", {}))
+register("images", "/images/json", [{"Id": DIGEST}], call=lambda client: client.unnamed({"a": "b"}))
+register("manifests", "/images/", ANSWERS["/images/"],
+         call=lambda client: client._is_uncompressed("x:1"))
+register("history", "/history", [{"Size": 1, "CreatedBy": "x"}],
+         call=lambda client: client.layers("x:1"))
+register("containers", "/containers/json", [CONTAINER, CONTAINER],
+         call=lambda client: client.containers({"a": "b"}))
+register("created", "/containers/create", {"Id": "c"},
+         call=lambda client: client.create(ContainerSpec("a", "x:1", ("true",))))
+register("statistics", "/stats", STATISTICS, call=lambda client: client.bytes_received("c"))
+register("exit_status", "/wait", {"StatusCode": 0, "Error": None},
+         call=lambda client: client.wait("c"))
+register("state", "/containers/", {"State": {"OOMKilled": True}},
+         call=lambda client: client.lacked_memory("c"))
+register("commit", "/commit", ANSWERS["/commit"], call=lambda client: client.commit("c", {}))
+register("volumes", "/volumes", {"Volumes": [{"Name": "a"}]},
+         call=lambda client: client.volumes({"a": "b"}))
+register("registry_digest", "/distribution/", {"Descriptor": {"digest": DIGEST}, "Platforms": []},
+         call=lambda client: client.remote_digest(REFERENCE))
+register("registry_check", "/distribution/", {"Descriptor": {"digest": DIGEST}, "Platforms": []},
+         call=lambda client: client.check_registry(REFERENCE, None))
+register("login", "/auth", {"Status": "Login Succeeded"},
+         call=lambda client: client.check_registry(REFERENCE, ACCOUNT))
+register("import_rootfs", "/images/create", {"status": DIGEST}, {"error": "x"},
+         call=lambda client: client.import_rootfs(iter([b""]), REFERENCE))
+register("push", "/push", stream(MOVED, {"aux": {"Digest": DIGEST}}), stream(MOVED, ERROR),
+         stream({"status": f"1: digest: {DIGEST} size: 1"}), chunked=True, call=push)
+register("pull", "/images/create", stream(MOVED, {"status": "Status: x"}), stream(ERROR),
+         chunked=True, call=lambda client: client.pull(REFERENCE, None))
+register("build", "/build", stream({"stream": "Step 1/1 : FROM x\n"}, {"aux": {"ID": DIGEST}}),
+         stream({"stream": "x"}, ERROR), chunked=True, call=build)
 # fmt: on
 
 
-@reads(b"\1\0\0\0\0\0\0\3one\2\0\0\0\0\0\0\5two\n\n")
-def frames(data: bytes, place: Place) -> None:
+@parses(b"\1\0\0\0\0\0\0\3one\2\0\0\0\0\0\0\5two\n\n")
+def frames(data: bytes, workspace: Workspace) -> None:
     for is_log, part in docker._frames(cast("socket.socket", Connection(data))):
         assert isinstance(is_log, bool)
         assert part
 
 
-@reads("ssh: connect to host h port 22: Connection refused\n", "Warning: x\r\nPermission denied\n")
-def ssh_log(data: bytes, place: Place) -> None:
+@parses("ssh: connect to host h port 22: Connection refused\n", "Warning: x\r\nPermission denied\n")
+def ssh_log(data: bytes, workspace: Workspace) -> None:
     log = io.BytesIO(data)
     Ssh("ssh://me@far.test:22", log).error_line()
 
 
-@reads(
+@parses(
     'unexpected status from PUT request to https://r.test/v2/blobs/1?_state=a&b=%3A: "502"',
     "toomanyrequests: You have reached your rate limit; retry-after: 60",
     'ERROR: failed to solve: process "/var/guix/guix-tasks/stage pull" did not complete '
@@ -625,8 +627,8 @@ def ssh_log(data: bytes, place: Place) -> None:
     "ERROR: target image: failed to solve: failed to resolve source metadata for r.test/x: failed "
     'to do request: Head "https://r.test/v2/": dial tcp: lookup r.test: no such host',
 )
-def message(data: bytes, place: Place) -> tuple[GuixTasksError, ...]:
-    text = text_of(data)
+def message(data: bytes, workspace: Workspace) -> tuple[GuixTasksError, ...]:
+    text = decode_output(data)
     spec = BuildSpec(Path("x"), Path("x"), args={"BASE_IMAGE": "x:1"})
     line = discovery.error_line(text)
     return (
@@ -637,9 +639,9 @@ def message(data: bytes, place: Place) -> tuple[GuixTasksError, ...]:
     )
 
 
-@reads('{"a": "b"}', f"1 {DIGEST} x")
-def image_labels(data: bytes, place: Place) -> None:
-    labels = dict.fromkeys((STAGE_LABEL, INPUTS_LABEL, LAYERS_LABEL), text_of(data))
+@parses('{"a": "b"}', f"1 {DIGEST} x")
+def image_labels(data: bytes, workspace: Workspace) -> None:
+    labels = dict.fromkeys((STAGE_LABEL, INPUTS_LABEL, LAYERS_LABEL), decode_output(data))
     image = Image("x", ("a",), {"Labels": labels}, 0, "", "")
     assert proven_stage(image) is None
     assert is_child(image, image) is False
@@ -649,34 +651,34 @@ def image_labels(data: bytes, place: Place) -> None:
 # --- Output of buildx -----------------------------------------------------------------------
 
 
-@reads(TWO_NODES, "Name: a\nDriver: b\nError: c\n")
-def builder(data: bytes, place: Place) -> None:
-    for node in buildx.parse_builder(text_of(data)).nodes:
+@parses(TWO_NODES, "Name: a\nDriver: b\nError: c\n")
+def builder(data: bytes, workspace: Workspace) -> None:
+    for node in buildx.parse_builder(decode_output(data)).nodes:
         entitlements(node)
 
 
-@reads("github.com/docker/buildx v0.29.1 0123456\n")
-def buildx_version(data: bytes, place: Place) -> None:
-    with place.patch.context() as patch:
-        patch.setattr(buildx.Buildx, "ask", lambda *_: text_of(data))
+@parses("github.com/docker/buildx v0.29.1 0123456\n")
+def buildx_version(data: bytes, workspace: Workspace) -> None:
+    with workspace.patch.context() as patch:
+        patch.setattr(buildx.Buildx, "ask", lambda *_: decode_output(data))
         buildx._unsupported_accounts(buildx.Buildx("x", {}))
 
 
-@reads({"containerimage.digest": DIGEST, "image": {"containerimage.digest": DIGEST}})
-def build_metadata(data: bytes, place: Place) -> None:
-    path = place.write("metadata.json", data)
+@parses({"containerimage.digest": DIGEST, "image": {"containerimage.digest": DIGEST}})
+def build_metadata(data: bytes, workspace: Workspace) -> None:
+    path = workspace.write("metadata.json", data)
     for target in ("", "image"):
         assert isinstance(buildx.built_digest(path, target), str)
 
 
-@reads({"schemaVersion": 2, "mediaType": "x", "digest": DIGEST, "size": 1, "manifests": []})
-def joined_manifest(data: bytes, place: Place) -> None:
-    record = {**RECORD, "repository": place.settings.image.name}
-    place.write("project/out/digests/x.json", json.dumps(record).encode())
-    with place.patch.context() as patch:
+@parses({"schemaVersion": 2, "mediaType": "x", "digest": DIGEST, "size": 1, "manifests": []})
+def joined_manifest(data: bytes, workspace: Workspace) -> None:
+    record = {**RECORD, "repository": workspace.settings.image.name}
+    workspace.write("project/out/digests/x.json", json.dumps(record).encode())
+    with workspace.patch.context() as patch:
         patch.setattr(buildx.Buildx, "change", lambda *_: "")
-        patch.setattr(buildx.Buildx, "ask", lambda *_: text_of(data))
-        assert manifest.join(place.site.project(), buildx.Buildx("x", {})).startswith("sha256:")
+        patch.setattr(buildx.Buildx, "ask", lambda *_: decode_output(data))
+        assert manifest.join(workspace.site.project(), buildx.Buildx("x", {})).startswith("sha256:")
 
 
 # --- Output of Guix, Git and other programs -------------------------------------------------
@@ -706,51 +708,51 @@ Step 2/3 : RUN x
 """
 
 
-@reads(*LOGS, FAULTS, BUILDKIT)
-def log(data: bytes, place: Place) -> None:
+@parses(*LOGS, FAULTS, BUILDKIT)
+def log(data: bytes, workspace: Workspace) -> None:
     activity, steps, noise = Activity(), BuildSteps(), Noise()
-    faults = StepFaults(place.settings)
+    faults = StepFaults(workspace.settings)
 
     def show(shown: list[bytes]) -> None:
         steps.look(noise.without(shown))
 
     reader = LogReader(show)
-    found = [*reader.read(data[: len(data) // 2]), *reader.read(data[len(data) // 2 :])]
-    found += reader.end()
-    for number, line in enumerate(found):
+    lines = [*reader.read(data[: len(data) // 2]), *reader.read(data[len(data) // 2 :])]
+    lines += reader.end()
+    for number, line in enumerate(lines):
         activity.look(line)
         activity.receive(number, number)
     assert activity.text is not None
     assert faults.network_failed in (True, False)
-    text = "\n".join(found)
+    text = "\n".join(lines)
     for parse in (guix.last_error, guix.package_hint, guix.fetch_hint, guix.build_logs):
         parse(text)
     guix.package_hint(guix.last_error(text))
-    faults.check(found)
+    faults.check(lines)
 
 
-@reads(f"hello\t2.12\tout\t{STORE}\ngit\t2\tgui\t{STORE}\n{ETC_PROFILE}")
-def profile_report(data: bytes, place: Place) -> None:
-    report = text_of(data)
+@parses(f"hello\t2.12\tout\t{STORE}\ngit\t2\tgui\t{STORE}\n{ETC_PROFILE}")
+def profile_report(data: bytes, workspace: Workspace) -> None:
+    report = decode_output(data)
     guix.installed(report)
     definitions = guix.search_paths(report)
     assert guix.search_paths(definitions) == definitions
     guix.with_search_paths(["PATH=/bin", "SSL_CERT_DIR="], definitions)
 
 
-@reads(
+@parses(
     "weather:system\tx86_64-linux\nweather:wanted\thello\tstored\nweather:fetch\t1\t2\t3\t4\n",
     f"is packed:hello\t2.12\n{STORE}-tarball-pack.tar.gz\n",
     "ok daemon\nfailed build: x\n",
 )
-def guix_report(data: bytes, place: Place) -> None:
-    report = text_of(data)
+def guix_report(data: bytes, workspace: Workspace) -> None:
+    report = decode_output(data)
     guix.forecasts(report)
     guix.pack_suffix("docker", guix.packed(report)[0])
     list(verify._parse_results(report))
 
 
-def archive_of(name: str, content: bytes) -> bytes:
+def archive(name: str, content: bytes) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         member = tarfile.TarInfo(name)
@@ -759,49 +761,51 @@ def archive_of(name: str, content: bytes) -> bytes:
     return buffer.getvalue()
 
 
-@reads(archive_of("x-hello.drv.gz", gzip.compress(b"line\n" * 100, mtime=0)))
-def build_log(data: bytes, place: Place) -> None:
-    place.patch.setattr(place.site.engine, "copy_out", lambda *_: iter([data]))
+@parses(archive("x-hello.drv.gz", gzip.compress(b"line\n" * 100, mtime=0)))
+def build_log(data: bytes, workspace: Workspace) -> None:
+    workspace.patch.setattr(workspace.site.engine, "copy_out", lambda *_: iter([data]))
     report = io.BytesIO(f"'/var/log/guix/drvs/00/{'0' * 30}-hello.drv.gz'".encode())
-    directory = save_diagnostics(place.site.engine, place.settings, Failure("a", "c", b"x", report))
+    directory = save_diagnostics(
+        workspace.site.engine, workspace.settings, Failure("a", "c", b"x", report)
+    )
     assert directory
     for path in directory.iterdir():
         path.unlink()
     directory.rmdir()
 
 
-@reads("https://me:hunter2@g.test/a/b.git\n", "git@g.test:a/b.git\n", "ssh://g@g.test:22/a\n")
-def git_remote(data: bytes, place: Place) -> None:
-    web_address(text_of(data).strip())
+@parses("https://me:hunter2@g.test/a/b.git\n", "git@g.test:a/b.git\n", "ssh://g@g.test:22/a\n")
+def git_remote(data: bytes, workspace: Workspace) -> None:
+    web_address(decode_output(data).strip())
 
 
-@reads("root:x:0:0:root:/root:/bin/sh\nguix-tasks:x:999:999::/:/bin/false\n")
-def user_accounts(data: bytes, place: Place) -> None:
+@parses("root:x:0:0:root:/root:/bin/sh\nguix-tasks:x:999:999::/:/bin/false\n")
+def user_accounts(data: bytes, workspace: Workspace) -> None:
     text = data.decode(errors="surrogateescape")
     _user_id(text)
     _free_id(text, text)
 
 
-@reads("Debian|Debian|main|http://deb.test/debian\n", "E: Unable to locate package x\n")
-def apt_output(data: bytes, place: Place) -> None:
-    apt.debian_address(text_of(data))
-    apt.error_line(text_of(data))
+@parses("Debian|Debian|main|http://deb.test/debian\n", "E: Unable to locate package x\n")
+def apt_output(data: bytes, workspace: Workspace) -> None:
+    apt.debian_address(decode_output(data))
+    apt.error_line(decode_output(data))
 
 
-@reads('time="x" level=warning msg="a"\ntime="x" level=fatal msg="b \\"c\\""\n')
-def service_log(data: bytes, place: Place) -> None:
-    Service(Path("/bin/x"), place.directory / "pid", place.write("log", data)).error_line()
+@parses('time="x" level=warning msg="a"\ntime="x" level=fatal msg="b \\"c\\""\n')
+def service_log(data: bytes, workspace: Workspace) -> None:
+    Service(Path("/bin/x"), workspace.directory / "pid", workspace.write("log", data)).error_line()
 
 
-@reads("22 1 0:21 / /proc rw - proc proc rw\n23 1 0:22 / /srv/a\\040b rw shared:1 - tmpfs x rw\n")
-def mount_table(data: bytes, place: Place) -> None:
-    engine.mounts_below(Path("/srv"), text_of(data))
+@parses("22 1 0:21 / /proc rw - proc proc rw\n23 1 0:22 / /srv/a\\040b rw shared:1 - tmpfs x rw\n")
+def mount_table(data: bytes, workspace: Workspace) -> None:
+    engine.mounts_below(Path("/srv"), decode_output(data))
 
 
-@reads("https://me:hunter2@g.test/x token=abc --secret=id=x, type=s3,secret_access_key=y\n")
-def printed_text(data: bytes, place: Place) -> None:
+@parses("https://me:hunter2@g.test/x token=abc --secret=id=x, type=s3,secret_access_key=y\n")
+def printed_text(data: bytes, workspace: Workspace) -> None:
     redact.add("hunter2", "another secret")
-    redact.clean(text_of(data))
+    redact.clean(decode_output(data))
     written: list[bytes] = []
     output = redact.Stream(written.append)
     for start in range(0, len(data), 1 << 13):
@@ -810,35 +814,35 @@ def printed_text(data: bytes, place: Place) -> None:
     assert b"hunter2" not in b"".join(written)
 
 
-# --- Attempts -------------------------------------------------------------------------------
+# --- Tests ----------------------------------------------------------------------------------
 
 
 class TooSlow(BaseException):
-    """An input took too long. No handler of errors catches this."""
+    """Parsing an input took too long. No error handler catches this."""
 
 
 def stop(_number: int, _frame: FrameType | None) -> None:
     raise TooSlow
 
 
-def attempt(reader: Reader, data: bytes, place: Place) -> bool:
-    """Read an input in time and return whether it is valid.
+def parse_in_time(parser: Parser, data: bytes, workspace: Workspace) -> bool:
+    """Parse an input in limited time and return whether it is valid.
 
-    Errors, which a parser raises or returns, have one line that a terminal can show.
+    Each error that a parser raises or returns must have one printable line.
     """
     forget_contents()
     forget_secrets()
     messages, is_valid = [], False
     previous = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
     try:
-        messages = [str(error) for error in reader(data, place) or ()]
+        messages = [str(error) for error in parser(data, workspace) or ()]
         is_valid = True
     except SettingsError as error:
         messages = error.problems
     except GuixTasksError as error:
         messages = [str(error)]
-    except OSError as error:  # as of a file name that is too long
+    except OSError as error:  # for example a file name that is too long
         messages = [f"{error.filename!r}: {error.strerror}"]
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -855,29 +859,29 @@ def attempt(reader: Reader, data: bytes, place: Place) -> bool:
 @pytest.fixture(scope="module")
 def tally(soak: Soak) -> Iterator[Counter[str]]:
     """Count the inputs of each parser."""
-    tried: Counter[str] = Counter()
-    yield tried
-    count = f"{tried.total()} inputs of {len(tried)} parsers, each in less than {SECONDS} s"
+    counts: Counter[str] = Counter()
+    yield counts
+    count = f"{counts.total()} inputs of {len(counts)} parsers, each in less than {CPU_SECONDS} s"
     soak.tell("foreign input is read or is one error", count)
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_damaged_input_is_read_or_is_one_error(
+@pytest.mark.parametrize("name", PARSERS)
+def test_damaged_input_is_parsed_or_is_one_error(
     name: str,
     soak: Soak,
     tally: Counter[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (examples, reader), chance = READERS[name], soak.chance(name)
-    place, times = Place(tmp_path, monkeypatch), soak.times(10, 10_000)
-    assert attempt(reader, examples[0], place), "the first example is valid"
+    (examples, parser), random = PARSERS[name], soak.chance(name)
+    workspace, times = Workspace(tmp_path, monkeypatch), soak.times(10, 10_000)
+    assert parse_in_time(parser, examples[0], workspace), "the first example is valid"
     for number in range(times):
-        change = damaged if number % 50 else lengthened
-        data = change(chance, chance.choice(examples))
+        change = mutate if number % 50 else lengthen
+        data = change(random, random.choice(examples))
         try:
-            attempt(reader, data, place)
-        except BaseException as error:  # noqa: BLE001 -- any is a failure, with its input
+            parse_in_time(parser, data, workspace)
+        except BaseException as error:  # noqa: BLE001 -- reported with the input
             shown = data if len(data) < 2000 else data[:1000] + b" ... " + data[-1000:]
             pytest.fail(f"{error!r} for input {number} of --seed={soak.seed}: {shown!r}")
     tally[name] = times

@@ -1,4 +1,4 @@
-"""What Guix is doing, by what it logged: Guix 1.5 with ``--verbosity=3``, in a real stage."""
+"""Progress of Guix, parsed from logs of real stages with Guix 1.5 and ``--verbosity=3``."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from guix_tasks.guix.progress import Activity, BuildSteps, Noise
 LOGS = Path(__file__).parent / "guix-logs"
 
 
-def told(name: str) -> list[str]:
-    """All that is told of a log, each of it once, in its order."""
-    activity, found = Activity(), [""]
+def activity_texts(name: str) -> list[str]:
+    """Return the texts of all activities of a log in order."""
+    activity, texts = Activity(), [""]
     for line in (LOGS / f"{name}.log").read_text().splitlines():
         activity.look(line)
-        if activity.text != found[-1]:
-            found.append(activity.text)
+        if activity.text != texts[-1]:
+            texts.append(activity.text)
     assert not activity.is_building
-    return found[1:]
+    return texts[1:]
 
 
-def test_activity_of_a_pull() -> None:
-    found = told("pull")
-    assert found[:3] == [
+def test_activities_of_a_pull_are_in_order() -> None:
+    texts = activity_texts("pull")
+    assert texts[:3] == [
         "updating the channel guix",
         "updating the channel offline",
         "computing what is to be built",
     ]
-    assert "substitute 1 of 7: guile-3.0.9" in found
-    assert any(each.endswith("substitute 7 of 7: guile-3.0.9") for each in found)
-    assert any(each.startswith("building module-import-compiled (1 of 17)") for each in found)
-    assert "building package cache (16 of 17)" in found
-    assert found[-1] == "building profile with 2 packages (17 of 17)"
+    assert "substitute 1 of 7: guile-3.0.9" in texts
+    assert any(text.endswith("substitute 7 of 7: guile-3.0.9") for text in texts)
+    assert any(text.startswith("building module-import-compiled (1 of 17)") for text in texts)
+    assert "building package cache (16 of 17)" in texts
+    assert texts[-1] == "building profile with 2 packages (17 of 17)"
 
 
-def test_activity_of_an_installation_with_hooks() -> None:
-    assert told("install") == [
+def test_activities_of_an_installation_include_hooks() -> None:
+    assert activity_texts("install") == [
         "substitute 1 of 1: hello-2.12.2",
         "building greet-1.0 (1 of 6); substitute 1 of 1: hello-2.12.2",
         "building greet-1.0 (1 of 6)",
@@ -49,7 +49,7 @@ def test_activity_of_an_installation_with_hooks() -> None:
     ]
 
 
-def after(*lines: str) -> Activity:
+def activity_after(*lines: str) -> Activity:
     activity = Activity()
     for line in lines:
         activity.look(line)
@@ -84,8 +84,8 @@ STORE = f"/gnu/store/{'a' * 32}"
         ("\0 The following derivations will be built:", ""),
     ],
 )
-def test_activity_after_a_line(line: str, text: str) -> None:
-    assert after(line).text == text
+def test_activity_is_parsed_from_a_line(line: str, text: str) -> None:
+    assert activity_after(line).text == text
 
 
 PLAN = (
@@ -97,8 +97,8 @@ PLAN = (
 )
 
 
-def test_substitutes_have_their_number_their_bytes_and_a_rate() -> None:
-    activity = after(*PLAN)
+def test_substitute_is_shown_with_number_size_and_rate() -> None:
+    activity = activity_after(*PLAN)
     for second in range(3):
         activity.receive(1_000_000, second)
     activity.look(f"substituting {STORE}-a-1...")
@@ -106,41 +106,45 @@ def test_substitutes_have_their_number_their_bytes_and_a_rate() -> None:
     for second in range(3, 8):
         activity.receive(1_000_000 + (second - 2) * 500_000, second)
     assert activity.text == "substitute 1 of 2: a-1, 2.5 MB of 12.5 MB, 500 kB/s"
-    # What is asked for beside the files themselves comes over the same network.
+    # Other downloads use the same network.
     activity.receive(30_000_000, 8)
     assert ", 12.5 MB of 12.5 MB, " in activity.text
 
 
-def test_size_is_shown_if_no_bytes_are_counted() -> None:
-    assert after(*PLAN, f"substituting {STORE}-a-1...").text == ("substitute 1 of 2: a-1, 12.5 MB")
+def test_size_is_shown_without_counted_bytes() -> None:
+    assert activity_after(*PLAN, f"substituting {STORE}-a-1...").text == (
+        "substitute 1 of 2: a-1, 12.5 MB"
+    )
 
 
-def test_a_channel_comes_at_a_rate() -> None:
-    activity = after("Updating channel 'guix' from Git repository at 'https://x'...")
+def test_channel_update_is_shown_with_a_rate() -> None:
+    activity = activity_after("Updating channel 'guix' from Git repository at 'https://x'...")
     activity.receive(0, 0)
     activity.receive(3_000_000, 2)
     assert activity.text == "updating the channel guix, 1.5 MB/s"
 
 
-def test_a_later_plan_adds_to_the_first() -> None:
-    activity = after(*PLAN, "1,234 items will be downloaded", f"substituting {STORE}-a-1...")
+def test_later_plan_adds_to_the_first() -> None:
+    activity = activity_after(
+        *PLAN, "1,234 items will be downloaded", f"substituting {STORE}-a-1..."
+    )
     assert "substitute 1 of 1236: " in activity.text
 
 
 @pytest.mark.parametrize("number", ["1.2.3", "9" * 5000, ".", ","])
-def test_odd_numbers_of_a_build_are_no_plan(number: str) -> None:
+def test_malformed_number_is_not_a_plan(number: str) -> None:
     lines = (f"{number} items will be downloaded", f"{number} MB will be downloaded:")
-    assert after(*lines, f"substituting {STORE}-a-1...").text == "substitute 1 of 1: a-1"
+    assert activity_after(*lines, f"substituting {STORE}-a-1...").text == "substitute 1 of 1: a-1"
 
 
-def test_a_build_that_fails_is_no_longer_under_way() -> None:
-    activity = after(f"building {STORE}-a.drv...")
+def test_failed_build_is_no_longer_active() -> None:
+    activity = activity_after(f"building {STORE}-a.drv...")
     assert activity.is_building
     activity.look(f"build of {STORE}-a.drv failed")
     assert not activity.is_building
 
 
-def test_the_steps_of_a_build() -> None:
+def test_build_steps_are_parsed() -> None:
     steps = BuildSteps()
     assert steps.text == ""
     for line, text in (
@@ -159,15 +163,19 @@ def without_noise(name: str) -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", ["pull", "install"])
-def test_noise_is_left_out_and_nothing_else(name: str) -> None:
-    log, left = (LOGS / f"{name}.log").read_bytes().splitlines(), without_noise(name)
-    assert not [line for line in left if not line.strip(b".") or b"hint: " in line]
-    assert not [line for line in left if b"still in progress" in line or b"GUIX_PROFILE" in line]
-    for starts in (b"building ", b"substitut", b"The following derivation", b"guix ", b"collected"):
-        assert [x for x in left if x.startswith(starts)] == [x for x in log if x.startswith(starts)]
+def test_only_noise_is_removed(name: str) -> None:
+    log, remaining = (LOGS / f"{name}.log").read_bytes().splitlines(), without_noise(name)
+    assert not [line for line in remaining if not line.strip(b".") or b"hint: " in line]
+    assert not [
+        line for line in remaining if b"still in progress" in line or b"GUIX_PROFILE" in line
+    ]
+    for prefix in (b"building ", b"substitut", b"The following derivation", b"guix ", b"collected"):
+        assert [line for line in remaining if line.startswith(prefix)] == [
+            line for line in log if line.startswith(prefix)
+        ]
 
 
-@pytest.mark.parametrize("before", [b"hint: Consider setting the necessary environment x", b"."])
-def test_lines_after_noise_remain(before: bytes) -> None:
+@pytest.mark.parametrize("noise", [b"hint: Consider setting the necessary environment x", b"."])
+def test_lines_after_noise_remain(noise: bytes) -> None:
     error = b"guix package: error: x: unknown package"
-    assert Noise().without([before, b"", error, b"  /gnu/store/x.drv"])[0] == error
+    assert Noise().without([noise, b"", error, b"  /gnu/store/x.drv"])[0] == error

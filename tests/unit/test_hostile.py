@@ -1,7 +1,7 @@
-"""Nothing gets in: whatever settings, arguments, images and archives say is data, and stays so.
+"""Injection tests: settings, arguments, image labels and archives are only ever treated as data.
 
-Each test tries many texts of those that have hurt other programs: words of shells, of file
-systems, of terminals, of Dockerfiles and of Scheme.
+Each test tries many texts that are special to shells, file systems, terminals, Dockerfiles or
+Scheme.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ pytestmark = pytest.mark.soak
 
 V = TypeVar("V")
 
-# --- What is tried --------------------------------------------------------------------------
+# --- Test data ------------------------------------------------------------------------------
 
 CANARY = "canary"
-"""A file that is made where a shell gets to read what it is not to."""
+"""A file that exists if a shell ran a text of the test data."""
 
-PIECES = (
+FRAGMENTS = (
     f"$(touch {CANARY})", f"`touch {CANARY}`", f";touch {CANARY};", f"|touch {CANARY}",
     f"&&touch {CANARY}", f"\ntouch {CANARY}\n", f"';touch {CANARY};'", f'";touch {CANARY};"',
     "'", '"', "\\", "\\\n", "\n", "\r", "\r\n", "\t", " ", "\0", "\x07", "\x1b[2J", "\x1b]0;x\x07",
@@ -86,25 +86,25 @@ PIECES = (
     "::error::", "error: ", "USER root", "\nRUN touch canary\n", "EOF",
 )  # fmt: skip
 
-HOSTILE = st.lists(st.sampled_from(PIECES) | st.text(max_size=4), max_size=8).map("".join)
+HOSTILE = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=4), max_size=8).map("".join)
 
 
-def of_system(text: str) -> str:
-    """What the system can hand to a program: no NUL, and any bytes as Python has them."""
+def as_system_text(text: str) -> str:
+    """Convert to a text that the system can pass to a program: no NUL, bytes as surrogates."""
     raw = text.replace("\0", "").encode("utf-8", "surrogatepass")
     return raw.decode("utf-8", "surrogateescape")
 
 
-WORD = HOSTILE.map(of_system)
+WORD = HOSTILE.map(as_system_text)
 """An argument, or the value of a variable."""
 
-INSIDE = WORD.map(lambda text: text.replace("..", "").replace("/", ""))
-"""A name that leads nowhere else: some tests write there, perhaps as root."""
+CONTAINED_NAME = WORD.map(lambda text: text.replace("..", "").replace("/", ""))
+"""A name without path separators: some tests write to it, perhaps as root."""
 
 NAMES = [*settings_module.DECLARATIONS]
 PROXIES = ("http_proxy", "https_proxy", "NO_PROXY")
 
-LIKELY = st.sampled_from(
+PLAUSIBLE = st.sampled_from(
     [
         "a/b:c", "localhost:5000/x", "hello git@1:out", "linux/arm64 linux/386", "yes",
         "privileged", "4g", "90m", "1", "none", "a=b c=d", ".:/x:ro", "remote", "oci", "type=gha",
@@ -112,12 +112,12 @@ LIKELY = st.sampled_from(
         "channels.scm", "Dockerfile",
     ]
 )  # fmt: skip
-VALUES = HOSTILE | LIKELY | st.builds("{}{}".format, LIKELY, HOSTILE)
+VALUES = HOSTILE | PLAUSIBLE | st.builds("{}{}".format, PLAUSIBLE, HOSTILE)
 
 
 @st.composite
 def env_files(draw: st.DrawFn) -> bytes:
-    """Lines of settings, some of them right, or anything at all."""
+    """Generate lines of settings, some of them valid, or arbitrary bytes."""
     if draw(st.integers(0, 9)) == 0:
         return draw(st.binary(max_size=60))
     lines = draw(
@@ -136,18 +136,19 @@ def env_files(draw: st.DrawFn) -> bytes:
 
 
 ENVIRONMENTS = st.dictionaries(
-    st.sampled_from([*NAMES, *PROXIES, "ENV_FILE", "HOME"]), VALUES.map(of_system), max_size=4
+    st.sampled_from([*NAMES, *PROXIES, "ENV_FILE", "HOME"]), VALUES.map(as_system_text), max_size=4
 )
 
 
 @pytest.fixture(scope="module")
 def tally(soak: Soak) -> Iterator[Counter[str]]:
-    """How many of each kind were tried."""
-    tried: Counter[str] = Counter()
-    yield tried
-    numbers = ", ".join(f"{count} {what}" for what, count in tried.items())
+    """Count the values of each kind."""
+    counts: Counter[str] = Counter()
+    yield counts
+    summary = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     soak.tell(
-        "nothing gets in", f"{numbers}; {tried.total()} in all: no traceback, no shell, no canary"
+        "hostile text is only data",
+        f"{summary}; {counts.total()} in all: no traceback, no shell, no canary",
     )
 
 
@@ -157,7 +158,7 @@ def attempt(soak: Soak, tally: Counter[str]) -> Attempt:
 
 
 class Attempt:
-    """Tries a check with many values of a kind."""
+    """Run a check with many values of a kind."""
 
     def __init__(self, soak: Soak, tally: Counter[str]) -> None:
         self._soak = soak
@@ -165,41 +166,41 @@ class Attempt:
 
     def __call__(
         self,
-        what: str,
+        kind: str,
         values: st.SearchStrategy[V],
         check: Callable[[V], None],
         short: int,
         long: int,
     ) -> None:
-        def counted(value: V) -> None:
-            self._tally[what] += 1
+        def count_and_check(value: V) -> None:
+            self._tally[kind] += 1
             check(value)
 
-        wanted = settings(
+        configure = settings(
             max_examples=self._soak.times(short, long),
             deadline=None,
             database=None,
             suppress_health_check=list(HealthCheck),
         )
-        seed(self._soak.seed)(wanted(given(values)(counted)))()
+        seed(self._soak.seed)(configure(given(values)(count_and_check)))()
 
 
 @pytest.fixture(autouse=True)
-def _no_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Nothing here may start a shell on text; and nobody's files are those of this machine."""
-    start = subprocess.Popen.__init__
+def _forbid_shells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Fail if a test starts a shell on text, and use none of the files of this machine."""
+    original = subprocess.Popen.__init__
 
-    def checked(self: Any, args: Any, *more: Any, **options: Any) -> None:
-        words = [args] if isinstance(args, (str, bytes)) else [os.fspath(each) for each in args]
+    def start(self: Any, args: Any, *more: Any, **options: Any) -> None:
+        words = [args] if isinstance(args, (str, bytes)) else [os.fspath(word) for word in args]
         assert not options.get("shell"), words
         if Path(os.fsdecode(words[0])).name in ("sh", "dash", "bash"):
             assert "-c" not in words, words
-        start(self, args, *more, **options)
+        original(self, args, *more, **options)
 
     def system(command: object) -> int:
         raise AssertionError(command)
 
-    monkeypatch.setattr(subprocess.Popen, "__init__", checked)
+    monkeypatch.setattr(subprocess.Popen, "__init__", start)
     monkeypatch.setattr(os, "system", system)
     monkeypatch.setattr(files_module, "ThreadPoolExecutor", serial)
     for name in (*NAMES, "ENV_FILE"):
@@ -213,64 +214,66 @@ def _no_shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     assert not list(tmp_path.rglob(CANARY))
 
 
-def is_line(text: str) -> bool:
-    """Whether a terminal shows it as one line, and does nothing else."""
+def is_printable_line(text: str) -> bool:
+    """Return whether a terminal shows the text as one line and does nothing else."""
     return text.isprintable()
 
 
-def only_lines(texts: Iterable[str]) -> None:
+def check_printable_lines(texts: Iterable[str]) -> None:
     assert texts
-    wrong = [text for text in texts if not is_line(text)]
-    assert not wrong
+    unprintable = [text for text in texts if not is_printable_line(text)]
+    assert not unprintable
 
 
 # --- Settings -------------------------------------------------------------------------------
 
 
-def test_any_env_file_and_any_environment(attempt: Attempt, tmp_path: Path) -> None:
+def test_env_file_is_loaded_or_is_an_error(attempt: Attempt, tmp_path: Path) -> None:
     project = tmp_path / "project"
     project.mkdir()
     for name in ("channels.scm", "Dockerfile", "x.pub"):
         (project / name).write_text("x\n")
 
-    def check(given: tuple[bytes, dict[str, str]]) -> None:
-        (project / ".env").write_bytes(given[0])
+    def check(example: tuple[bytes, dict[str, str]]) -> None:
+        (project / ".env").write_bytes(example[0])
         started = time.monotonic()
         try:
-            found = load_settings(project, project, given[1])
+            loaded = load_settings(project, project, example[1])
         except SettingsError as error:
-            only_lines(error.problems)
+            check_printable_lines(error.problems)
         else:
-            assert all(map(is_line, found.notes)), found.notes
+            assert all(map(is_printable_line, loaded.notes)), loaded.notes
             paths = (
-                found.dockerfile,
-                found.build_context,
-                found.guix_channels,
-                found.output_directory,
+                loaded.dockerfile,
+                loaded.build_context,
+                loaded.guix_channels,
+                loaded.output_directory,
             )
             assert all(path.is_absolute() for path in paths if path)
-            assert found.output_directory == project / "out"
-            common_files(found)
+            assert loaded.output_directory == project / "out"
+            common_files(loaded)
         assert time.monotonic() - started < 5
 
     attempt("env files", st.tuples(env_files(), ENVIRONMENTS), check, 40, 12_000)
 
 
-def test_any_text_of_any_setting(attempt: Attempt, tmp_path: Path) -> None:
-    def check(given: tuple[str, str | list[str]]) -> None:
-        name, value = given
+def test_value_of_a_setting_is_loaded_or_is_an_error(attempt: Attempt, tmp_path: Path) -> None:
+    def check(example: tuple[str, str | list[str]]) -> None:
+        name, value = example
         try:
-            found = load_settings(tmp_path, tmp_path, {}, {name: value})
+            loaded = load_settings(tmp_path, tmp_path, {}, {name: value})
         except SettingsError as error:
-            only_lines(error.problems)
+            check_printable_lines(error.problems)
         else:
-            assert all(map(is_line, (*found.notes, str(found.image), str(found.base_image))))
+            assert all(
+                map(is_printable_line, (*loaded.notes, str(loaded.image), str(loaded.base_image)))
+            )
 
     values = VALUES | st.lists(VALUES, max_size=3)
     attempt("values of settings", st.tuples(st.sampled_from(NAMES), values), check, 40, 10_000)
 
 
-# --- What others say ------------------------------------------------------------------------
+# --- Content of images ----------------------------------------------------------------------
 
 SCHEME = st.lists(
     st.sampled_from(
@@ -301,30 +304,30 @@ LABELS = st.fixed_dictionaries(
 )
 
 
-def test_any_labels_of_an_image(attempt: Attempt, tmp_path: Path) -> None:
-    """Of an image that somebody made with the tag of a stage, sealed or not."""
+def test_image_labels_are_only_data(attempt: Attempt, tmp_path: Path) -> None:
+    """Another tool built an image with the tag of a stage, with a valid seal or without."""
     directory = tmp_path / "project"
 
-    def check(given: tuple[str, dict[str, str], bool, str]) -> None:
-        stage, labels, sealed, created = given
+    def check(example: tuple[str, dict[str, str], bool, str]) -> None:
+        stage, labels, sealed, created = example
         site = made_site(directory)
-        before = site.image(stage)
+        original = site.image(stage)
         if sealed:
             labels = {STAGE_LABEL: stage, **labels}
-        config = {**before.config, "Labels": labels}
+        config = {**original.config, "Labels": labels}
         if sealed:
-            labels = {**labels, LAYERS_LABEL: seal(before.layers[:-1], 1, config)}
+            labels = {**labels, LAYERS_LABEL: seal(original.layers[:-1], 1, config)}
         config["Labels"] = labels
-        fake = replace(before, id=f"sha256:{'e' * 64}", config=config, created=created)
-        site.engine.all_images[fake.id] = fake
-        site.engine.tags[site.ledger.tag(stage)] = site.engine.tags[IMAGE] = fake.id
-        proven_stage(fake)
-        given_packages(fake)
-        assert all(isinstance(each, str) for pair in inputs_of(fake).items() for each in pair)
+        image = replace(original, id=f"sha256:{'e' * 64}", config=config, created=created)
+        site.engine.all_images[image.id] = image
+        site.engine.tags[site.ledger.tag(stage)] = site.engine.tags[IMAGE] = image.id
+        proven_stage(image)
+        given_packages(image)
+        assert all(isinstance(text, str) for pair in inputs_of(image).items() for text in pair)
         project = site.project()
         project.console.table(["x"] * 7, status_rows(tag_statuses(project)))
         assert isinstance(project.console, Heard)
-        assert all(map(is_line, project.console.text.splitlines()))
+        assert all(map(is_printable_line, project.console.text.splitlines()))
         with contextlib.suppress(GuixTasksError):
             site.push()
 
@@ -335,22 +338,22 @@ def test_any_labels_of_an_image(attempt: Attempt, tmp_path: Path) -> None:
     attempt("labels of images", values, check, 10, 2_500)
 
 
-def test_what_is_printable_stays_as_it_is(attempt: Attempt) -> None:
+def test_printable_text_is_unchanged(attempt: Attempt) -> None:
     def check(text: str) -> None:
-        assert is_line(printable(text))
-        if is_line(text):
+        assert is_printable_line(printable(text))
+        if is_printable_line(text):
             assert printable(text) == text
-        assert all(map(is_line, printable(text, "\n\t").replace("\t", " ").split("\n")))
+        assert all(map(is_printable_line, printable(text, "\n\t").replace("\t", " ").split("\n")))
 
     attempt("texts for a terminal", HOSTILE, check, 20, 4_000)
 
 
 # --- Whole tasks ----------------------------------------------------------------------------
 
-CODES = {0, 1, 2, 3, 4, 5, 6, 130}
+EXIT_CODES = {0, 1, 2, 3, 4, 5, 6, 130}
 
-PATHS = ("BUILD_CONTEXT", "GUIX_CHANNELS_LOCK")
-"""Settings that a task would write to, or read whole, wherever they point."""
+PATH_SETTINGS = ("BUILD_CONTEXT", "GUIX_CHANNELS_LOCK")
+"""Settings with paths that a task writes to or reads completely."""
 
 ARGUMENTS: st.SearchStrategy[list[str]] = st.one_of(
     st.sampled_from(
@@ -362,15 +365,15 @@ ARGUMENTS: st.SearchStrategy[list[str]] = st.one_of(
     st.builds(lambda word: ["install", f"--package={word}"], WORD),
     st.builds(lambda words: ["--echo", "run", "--", *words], st.lists(WORD, max_size=3)),
     st.builds(lambda one, two: ["run", f"--stage={one}", "--", two], WORD, WORD),
-    st.builds(lambda word: ["status", f"--plot=plots/{word}"], INSIDE),
+    st.builds(lambda word: ["status", f"--plot=plots/{word}"], CONTAINED_NAME),
     st.lists(WORD, max_size=3),
 )  # fmt: skip
 
 
-def run(
+def run_inv(
     site: Site, argv: list[str], environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> Any:
-    """``inv`` in this process, with streams such as a real one has: its code, and what it said."""
+    """Run ``inv`` in this process with real streams and return its exit code, output and errors."""
     session._engines.clear()
     session._printed_notes.clear()
     files_module._digest_of_state.cache_clear()
@@ -395,7 +398,7 @@ def run(
     return code, *texts
 
 
-def test_any_task_with_any_arguments_and_settings(
+def test_task_fails_with_a_printable_error(
     attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tmp_path / "project"
@@ -403,51 +406,53 @@ def test_any_task_with_any_arguments_and_settings(
     (directory / "plots").mkdir()
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(directory)
-    outside = sorted(tmp_path.iterdir())
+    siblings = sorted(tmp_path.iterdir())
 
-    def check(given: tuple[list[str], dict[str, str], dict[str, str]]) -> None:
-        argv, environ, paths = given
+    def check(example: tuple[list[str], dict[str, str], dict[str, str]]) -> None:
+        argv, environment, paths = example
         site = made_site(directory)
-        plain = {**site.env, "DOCKER_HOST": "unix:///fake.sock", "BUILDX_NODES": ""}
-        code, out, err = run(site, argv, {**plain, **environ, **paths}, monkeypatch)
-        assert code in CODES, (code, err)
+        defaults = {**site.env, "DOCKER_HOST": "unix:///fake.sock", "BUILDX_NODES": ""}
+        code, out, err = run_inv(site, argv, {**defaults, **environment, **paths}, monkeypatch)
+        assert code in EXIT_CODES, (code, err)
         assert "Traceback" not in out + err
         errors = [line for line in err.split("\n") if line.startswith("error: ")]
-        # With 1 it may be Invoke, which knows no such task or option.
+        # The exit code 1 can be of Invoke, for an unknown task or option.
         assert bool(errors) == (code != 0) or code == 1, (code, err)
-        assert all(map(is_line, errors)), errors
+        assert all(map(is_printable_line, errors)), errors
         if code > 2:
             assert len(errors) == 1, errors
         assert not site.engine.all_containers
-        # A shell that a stage starts in its container gets nothing of it, either.
+        # Nor does a shell of a stage run a text.
         for spec in site.engine.specs:
             if "-c" in spec.command:
                 assert CANARY not in spec.command[spec.command.index("-c") + 1]
-        assert sorted(tmp_path.iterdir()) == outside
+        assert sorted(tmp_path.iterdir()) == siblings
 
-    free = [name for name in NAMES if name not in PATHS and not name.startswith("DOCKER_")]
-    environs = st.dictionaries(st.sampled_from(free), VALUES.map(of_system), max_size=2)
-    # A mount or a context of the whole machine would be read, as it was asked for.
-    environs = environs.filter(lambda found: "/" not in found.get("MOUNTS", "").partition(":")[0])
-    paths = st.dictionaries(st.sampled_from(PATHS), INSIDE.map("sub/{}".format), max_size=1)
-    attempt("tasks", st.tuples(ARGUMENTS, environs, paths), check, 12, 4_000)
+    names = [name for name in NAMES if name not in PATH_SETTINGS and not name.startswith("DOCKER_")]
+    variables = st.dictionaries(st.sampled_from(names), VALUES.map(as_system_text), max_size=2)
+    # A mount of the whole machine would be read completely.
+    variables = variables.filter(lambda env: "/" not in env.get("MOUNTS", "").partition(":")[0])
+    paths = st.dictionaries(
+        st.sampled_from(PATH_SETTINGS), CONTAINED_NAME.map("sub/{}".format), max_size=1
+    )
+    attempt("tasks", st.tuples(ARGUMENTS, variables, paths), check, 12, 4_000)
 
 
 # --- Real shells ----------------------------------------------------------------------------
 
 SHELLS = [shell for shell in ("/bin/dash", "/bin/bash") if Path(shell).exists()]
 
-STUB = '#!/bin/sh\nexec 9>>"$SAID"\nflock 9\nprintf "%s\\0" "$#" "$@" >&9\n'
-"""A program that tells which words it was given, one call after the other."""
+RECORDER = '#!/bin/sh\nexec 9>>"$CALLS_FILE"\nflock 9\nprintf "%s\\0" "$#" "$@" >&9\n'
+"""A program that records the arguments of each call."""
 
 
-def words_of(said: bytes) -> list[list[bytes]]:
-    """The calls of the stub, each with its words."""
-    parts, calls = said.split(b"\0")[:-1], []
-    while parts:
-        count = int(parts[0])
-        calls.append(parts[1 : count + 1])
-        parts = parts[count + 1 :]
+def parse_calls(record: bytes) -> list[list[bytes]]:
+    """Return the arguments of each recorded call."""
+    fields, calls = record.split(b"\0")[:-1], []
+    while fields:
+        count = int(fields[0])
+        calls.append(fields[1 : count + 1])
+        fields = fields[count + 1 :]
     return calls
 
 
@@ -455,7 +460,7 @@ def shell(program: str, script: Path, directory: Path) -> subprocess.CompletedPr
     return subprocess.run(
         [program, str(script)],
         cwd=directory,
-        env={"PATH": f"{directory / 'bin'}:/usr/bin:/bin", "SAID": str(directory / "said")},
+        env={"PATH": f"{directory / 'bin'}:/usr/bin:/bin", "CALLS_FILE": str(directory / "calls")},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         timeout=20,
@@ -464,36 +469,36 @@ def shell(program: str, script: Path, directory: Path) -> subprocess.CompletedPr
 
 
 @pytest.fixture
-def stubbed(tmp_path: Path) -> Path:
-    """A directory with a ``guix`` that tells what it is given."""
+def recorder(tmp_path: Path) -> Path:
+    """A directory with a ``guix`` that records its calls."""
     (tmp_path / "bin").mkdir()
-    stub = tmp_path / "bin" / "guix"
-    stub.write_text(STUB)
-    stub.chmod(0o755)
+    program = tmp_path / "bin" / "guix"
+    program.write_text(RECORDER)
+    program.chmod(0o755)
     return tmp_path
 
 
 @pytest.mark.parametrize("program", SHELLS)
-def test_the_script_of_a_stage_hands_on_its_words(
-    attempt: Attempt, stubbed: Path, program: str
+def test_stage_script_passes_its_arguments_unchanged(
+    attempt: Attempt, recorder: Path, program: str
 ) -> None:
-    said, script = stubbed / "said", stubbed / "script"
+    record, script = recorder / "calls", recorder / "script"
 
-    def check(given: tuple[list[list[str]], list[str], str]) -> None:
-        commands, report, word = given
+    def check(example: tuple[list[list[str]], list[str], str]) -> None:
+        commands, report, word = example
         calls = [["guix", *words] for words in commands]
         text = guix.script(calls, ["guix", *report], finish=shlex.join(["guix", "finish", word]))
         script.write_bytes(text.encode(errors="surrogateescape"))
-        said.unlink(missing_ok=True)
-        done = shell(program, script, stubbed)
-        assert done.returncode == 0, (text, done.stderr)
-        meant = [*commands, ["finish", word], report]
-        wanted = [[os.fsencode(word) for word in words] for words in meant]
-        # The last two run at the same time.
-        got = words_of(said.read_bytes())
-        assert got[: len(commands)] == wanted[: len(commands)]
-        assert sorted(got) == sorted(wanted)
-        assert not (stubbed / CANARY).exists()
+        record.unlink(missing_ok=True)
+        result = shell(program, script, recorder)
+        assert result.returncode == 0, (text, result.stderr)
+        expected_words = [*commands, ["finish", word], report]
+        expected = [[os.fsencode(word) for word in words] for words in expected_words]
+        # The last two run concurrently.
+        recorded = parse_calls(record.read_bytes())
+        assert recorded[: len(commands)] == expected[: len(commands)]
+        assert sorted(recorded) == sorted(expected)
+        assert not (recorder / CANARY).exists()
 
     words = st.lists(WORD, min_size=1, max_size=4)
     attempt(
@@ -503,25 +508,26 @@ def test_the_script_of_a_stage_hands_on_its_words(
 
 
 @pytest.mark.parametrize("program", SHELLS)
-def test_the_environment_of_a_stage_is_read_as_it_was_meant(
-    attempt: Attempt, stubbed: Path, program: str
-) -> None:
-    site = new_site(stubbed / "project")
-    found = site.settings()
-    said, script = stubbed / "said", stubbed / "script"
+def test_stage_environment_is_unchanged(attempt: Attempt, recorder: Path, program: str) -> None:
+    site = new_site(recorder / "project")
+    site_settings = site.settings()
+    record, script = recorder / "calls", recorder / "script"
 
-    def check(given: dict[str, str]) -> None:
-        # As settings are made of the process's environment.
-        own = replace(found, proxies=MappingProxyType({k: v for k, v in given.items() if v}))
-        meant = environment(own)
-        (stubbed / "environment").write_bytes(common_files(own)["environment"])
-        names = " ".join(f'"${name}"' for name in meant)
+    def check(example: dict[str, str]) -> None:
+        # Empty variables are not settings.
+        proxied = replace(
+            site_settings, proxies=MappingProxyType({k: v for k, v in example.items() if v})
+        )
+        expected = environment(proxied)
+        (recorder / "environment").write_bytes(common_files(proxied)["environment"])
+        names = " ".join(f'"${name}"' for name in expected)
         script.write_text(f"set -a; . ./environment; set +a\nguix {names}\n")
-        said.unlink(missing_ok=True)
-        done = shell(program, script, stubbed)
-        assert done.returncode == 0, done.stderr
-        assert words_of(said.read_bytes()) == [[os.fsencode(value) for value in meant.values()]]
-        assert not (stubbed / CANARY).exists()
+        record.unlink(missing_ok=True)
+        result = shell(program, script, recorder)
+        assert result.returncode == 0, result.stderr
+        arguments = [os.fsencode(value) for value in expected.values()]
+        assert parse_calls(record.read_bytes()) == [arguments]
+        assert not (recorder / CANARY).exists()
 
     attempt(
         f"environments in {Path(program).name}",
@@ -530,20 +536,18 @@ def test_the_environment_of_a_stage_is_read_as_it_was_meant(
 
 
 @pytest.mark.parametrize("program", SHELLS)
-def test_what_is_shown_as_a_command_can_be_pasted(
-    attempt: Attempt, stubbed: Path, program: str
-) -> None:
-    said, script = stubbed / "said", stubbed / "script"
+def test_shown_command_can_be_pasted(attempt: Attempt, recorder: Path, program: str) -> None:
+    record, script = recorder / "calls", recorder / "script"
 
     def check(words: list[str]) -> None:
         console = Heard()
         console.command(["guix", *words])
         script.write_bytes(console.text.removeprefix("+ ").encode())
-        said.unlink(missing_ok=True)
-        shell(program, script, stubbed)
-        assert not (stubbed / CANARY).exists()
-        if program.endswith("bash") or all(map(is_line, words)):
-            assert words_of(said.read_bytes()) == [[os.fsencode(word) for word in words]]
+        record.unlink(missing_ok=True)
+        shell(program, script, recorder)
+        assert not (recorder / CANARY).exists()
+        if program.endswith("bash") or all(map(is_printable_line, words)):
+            assert parse_calls(record.read_bytes()) == [[os.fsencode(word) for word in words]]
 
     attempt(f"shown commands in {Path(program).name}", st.lists(WORD), check, 15, 800)
 
@@ -551,43 +555,43 @@ def test_what_is_shown_as_a_command_can_be_pasted(
 # --- Dockerfiles and bake files -------------------------------------------------------------
 
 
-def test_no_text_becomes_an_instruction_of_a_dockerfile(attempt: Attempt, tmp_path: Path) -> None:
+def test_text_does_not_become_a_dockerfile_instruction(attempt: Attempt, tmp_path: Path) -> None:
     platform = (Platform.parse("linux/amd64"),)
     site, directory = new_site(tmp_path / "project"), tmp_path / "directory"
     base = BuildSpec(tmp_path, tmp_path / "Dockerfile")
-    plain = Definition(base=base, platforms=platform, directory=directory)
-    lines = dockerfile(replace(plain, binds={"/x": "type=bind,from=a,target=/x"})).count("\n")
+    empty = Definition(base=base, platforms=platform, directory=directory)
+    lines = dockerfile(replace(empty, binds={"/x": "type=bind,from=a,target=/x"})).count("\n")
 
-    def check(given: tuple[str, str, str]) -> None:
-        target, value, path = given
+    def check(example: tuple[str, str, str]) -> None:
+        target, value, path = example
         values: dict[str, str | list[str]] = {"MOUNTS": shlex.join([f"context:/{target}"])}
         try:
-            own = load_settings(
+            loaded = load_settings(
                 site.directory,
                 site.directory,
                 {},
                 {**values, "BUILD_ARGS": [f"A={value}"], "IMAGE": IMAGE},
             )
-            binds, contexts = write_mounts(own, directory)
+            binds, contexts = write_mounts(loaded, directory)
         except GuixTasksError as error:
-            only_lines(getattr(error, "problems", [str(error)]))
+            check_printable_lines(getattr(error, "problems", [str(error)]))
             return
-        base = BuildSpec(tmp_path / path, tmp_path / path / "Dockerfile", args=own.build_args)
-        definition = replace(plain, base=base, binds=binds, contexts=contexts)
+        base = BuildSpec(tmp_path / path, tmp_path / path / "Dockerfile", args=loaded.build_args)
+        definition = replace(empty, base=base, binds=binds, contexts=contexts)
         assert dockerfile(definition).count("\n") == lines
         text = bake_file(definition)
-        target_of = json.loads(text)["target"]["base"]
-        meant = {"args": {"A": own.build_args["A"]}, "context": str(base.context)}
-        for name, each in meant.items():
-            assert unescaped(target_of[name]) == each
+        target_json = json.loads(text)["target"]["base"]
+        expected = {"args": {"A": loaded.build_args["A"]}, "context": str(base.context)}
+        for name, value in expected.items():
+            assert unescape(target_json[name]) == value
 
     attempt("Dockerfiles", st.tuples(HOSTILE, HOSTILE, HOSTILE), check, 10, 2_500)
 
 
-def unescaped(value: Any) -> Any:
-    """What bake makes of a string that has no template left in it."""
+def unescape(value: Any) -> Any:
+    """Evaluate a string without templates as bake does."""
     if isinstance(value, dict):
-        return {name: unescaped(each) for name, each in value.items()}
+        return {name: unescape(item) for name, item in value.items()}
     rest = value.replace("$${", "").replace("%%{", "")
     assert "${" not in rest
     assert "%{" not in rest
@@ -612,11 +616,11 @@ MEMBERS = st.lists(
 )
 
 
-def archived(members: list[tuple[str, bytes, str, bytes, int]]) -> bytes:
+def make_archive(members: list[tuple[str, bytes, str, bytes, int]]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        for name, kind, target, content, more in members:
-            member = tarfile.TarInfo(of_system(name) or "x")
+        for name, kind, target, content, missing in members:
+            member = tarfile.TarInfo(as_system_text(name) or "x")
             member.type, member.mode = kind, 0o6777
             if kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
                 member.linkname = target
@@ -624,8 +628,8 @@ def archived(members: list[tuple[str, bytes, str, bytes, int]]) -> bytes:
                 member.size = len(content)
                 start = buffer.tell()
                 tar.addfile(member, io.BytesIO(content))
-                if more:  # a header that promises what does not come
-                    member.size += more
+                if missing:  # the header declares more bytes than follow
+                    member.size += missing
                     end = buffer.tell()
                     buffer.seek(start)
                     buffer.write(member.tobuf(tarfile.GNU_FORMAT)[:512])
@@ -635,41 +639,41 @@ def archived(members: list[tuple[str, bytes, str, bytes, int]]) -> bytes:
     return buffer.getvalue()
 
 
-def everything_below(directory: Path) -> set[Path]:
+def paths_below(directory: Path) -> set[Path]:
     return set(directory.rglob("*"))
 
 
-def test_an_archive_of_a_container_writes_nothing_but_logs_in_out(
+def test_container_archive_writes_only_logs_to_out(
     attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = new_site(tmp_path / "project")
     site.engine.make_image({}, {"/x": b""}, tag="work:1")
     container = site.engine.create(ContainerSpec("failed", "work:1", ("x",)))
-    found = site.settings()
+    site_settings = site.settings()
     out = site.directory / "out"
 
-    def check(given: tuple[list[Any], list[str]]) -> None:
-        members, names = given
-        archive = archived(members)
+    def check(example: tuple[list[Any], list[str]]) -> None:
+        members, names = example
+        archive = make_archive(members)
         monkeypatch.setattr(site.engine, "copy_out", lambda *_: iter([archive]))
-        before = everything_below(tmp_path) - everything_below(out)
+        other_paths = paths_below(tmp_path) - paths_below(out)
         log = "".join(f"View build log at '/var/log/guix/drvs/{name}'.\n" for name in names).encode(
             errors="replace"
         )
-        kept = save_diagnostics(
-            site.engine, found, Failure("install", container, b"x", io.BytesIO(log))
+        directory = save_diagnostics(
+            site.engine, site_settings, Failure("install", container, b"x", io.BytesIO(log))
         )
-        assert kept
-        assert kept.parent == out / "failed"
-        files = everything_below(kept)
+        assert directory
+        assert directory.parent == out / "failed"
+        files = paths_below(directory)
         assert all(stat.S_ISREG(path.lstat().st_mode) for path in files), files
         assert {path.name for path in files if path.suffix != ".gz"} <= {
             "command", "settings", "versions", "log",
         }  # fmt: skip
-        assert everything_below(tmp_path) - everything_below(out) - {out} == before - {out}
+        assert paths_below(tmp_path) - paths_below(out) - {out} == other_paths - {out}
         for path in files:
             path.unlink()
-        kept.rmdir()
+        directory.rmdir()
 
     drv = st.builds("ab/{}-{}".format, st.just("c" * 30), HOSTILE | st.just("hello.drv.gz"))
     attempt(
@@ -677,7 +681,7 @@ def test_an_archive_of_a_container_writes_nothing_but_logs_in_out(
     )
 
 
-def test_an_archive_of_an_engine_writes_nothing_beside_its_folder(
+def test_engine_archive_writes_only_inside_its_directory(
     attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = made_site(tmp_path / "project")
@@ -686,50 +690,50 @@ def test_an_archive_of_an_engine_writes_nothing_beside_its_folder(
     directory.mkdir()
 
     def check(members: list[Any]) -> None:
-        archive = archived(members)
+        archive = make_archive(members)
         monkeypatch.setattr(site.engine, "save", lambda _image: iter([archive]))
-        before = everything_below(tmp_path)
-        place = directory / "work"
-        place.mkdir()
+        other_paths = paths_below(tmp_path)
+        layout = directory / "work"
+        layout.mkdir()
         try:
-            answer = save_as_layout(site.engine, image, reference, place)
+            context = save_as_layout(site.engine, image, reference, layout)
         except BuilderError as error:
-            only_lines([str(error)])
+            check_printable_lines([str(error)])
         else:
-            assert answer.startswith(f"oci-layout://{place}/{image.id.replace(':', '-')}@")
-        inside = everything_below(place)
-        assert everything_below(tmp_path) - inside - {place} == before
-        for path in inside:
-            # Not Path.resolve, to which links in a circle are an error.
-            assert Path(os.path.realpath(path)).is_relative_to(place)
-        subprocess.run(["rm", "-rf", str(place)], check=True)
+            assert context.startswith(f"oci-layout://{layout}/{image.id.replace(':', '-')}@")
+        new_paths = paths_below(layout)
+        assert paths_below(tmp_path) - new_paths - {layout} == other_paths
+        for path in new_paths:
+            # Path.resolve raises an error for circular links.
+            assert Path(os.path.realpath(path)).is_relative_to(layout)
+        subprocess.run(["rm", "-rf", str(layout)], check=True)
 
     attempt("archives of engines", MEMBERS, check, 8, 1_000)
 
 
-def test_a_file_is_written_whole_or_not_at_all(
+def test_file_is_written_completely_or_not_at_all(
     attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = st.text(st.sampled_from("ab $`'\";|&*?\\-é\n"), min_size=1, max_size=12)
 
-    def check(given: tuple[str, bytes, bytes, str]) -> None:
-        name, old, new, fault = given
+    def check(example: tuple[str, bytes, bytes, str]) -> None:
+        name, old, new, fault = example
         path = tmp_path / f"x{name}"
         path.write_bytes(old)
         with monkeypatch.context() as patch:
             if fault in {"touch", "replace"}:
-                patch.setattr(Path, fault, broken)
+                patch.setattr(Path, fault, fail_after_half)
             with contextlib.suppress(OSError):
-                write_whole(path, half(new) if fault == "content" else new)
+                write_whole(path, interrupted(new) if fault == "content" else new)
         assert path.read_bytes() == (old if fault else new)
         assert list(tmp_path.iterdir()) == [path]
         path.unlink()
 
-    def half(content: bytes) -> Iterator[bytes]:
+    def interrupted(content: bytes) -> Iterator[bytes]:
         yield content[: len(content) // 2]
         raise OSError(28, "No space left on device")
 
-    def broken(self: Path, *_: object) -> int:
+    def fail_after_half(self: Path, *_: object) -> int:
         if not self.exists():
             with self.open("wb") as file:
                 file.write(b"half")
