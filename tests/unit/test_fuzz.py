@@ -32,7 +32,7 @@ from fake_engine import Heard, channel, forget_contents, forget_secrets, made_si
 from test_buildx import TWO_NODES
 from test_docker_engine import DIGEST, INFO, PACKED
 from test_docker_engine import IMAGE as INSPECTED
-from test_podman_api import FOUND
+from test_podman_api import PODMAN_IMAGE
 from test_search_paths import ETC_PROFILE
 
 from guix_tasks import files, guix
@@ -506,7 +506,7 @@ ANSWERS: dict[str, Any] = {
     "/info": {**INFO, "Plugins": {"Network": ["bridge"]}},
     "/networks": [{"Name": "bridge"}],
     "/commit": {"Id": DIGEST},
-    "/libpod/images/": {**FOUND, "Healthcheck": {}},
+    "/libpod/images/": {**PODMAN_IMAGE, "Healthcheck": {}},
     "/images/": {**INSPECTED, "Manifests": [PACKED]},
 }
 REFERENCE = "r.test/a:1"

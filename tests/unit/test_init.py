@@ -1,4 +1,4 @@
-"""The start of a project: that nothing is overwritten, and that what is written is right."""
+"""Files of ``inv init``: existing files are kept and new files are valid."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 ALL = {**FILES, **dict(CI_FILES.values())}
 
 
-def written(directory: Path) -> dict[str, bytes]:
+def read_files(directory: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in directory.rglob("*")
@@ -29,83 +29,81 @@ def written(directory: Path) -> dict[str, bytes]:
     }
 
 
-def test_all_files_are_written_and_named(
+def test_all_files_are_written_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_start(tmp_path, Console())
-    assert set(written(tmp_path)) == set(FILES)
-    *said, after = capsys.readouterr().err.splitlines()
-    assert said == [f"init: wrote {name}" for name in FILES]
-    assert "`inv base pull install verify push`" in after
+    assert set(read_files(tmp_path)) == set(FILES)
+    *messages, last_message = capsys.readouterr().err.splitlines()
+    assert messages == [f"init: wrote {name}" for name in FILES]
+    assert "`inv base pull install verify push`" in last_message
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_nothing_is_overwritten(
+def test_existing_file_is_kept(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mine = tmp_path / name
-    mine.parent.mkdir(parents=True, exist_ok=True)
-    mine.write_text("mine\n")
+    existing = tmp_path / name
+    existing.parent.mkdir(parents=True, exist_ok=True)
+    existing.write_text("mine\n")
     for ci in CI_FILES:
         write_start(tmp_path, Console(), ci=ci)
-    assert mine.read_text() == "mine\n"
-    assert set(written(tmp_path)) == set(ALL)
+    assert existing.read_text() == "mine\n"
+    assert set(read_files(tmp_path)) == set(ALL)
     assert f"init: {name} exists, unchanged" in capsys.readouterr().err
 
 
-def test_a_tasks_py_without_these_tasks_is_told_how_to_have_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_existing_tasks_py_gets_a_hint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tasks.py").write_text("from invoke import task\n")
     write_start(tmp_path, Console())
     assert "add `from guix_tasks.tasks import ns` to your tasks.py" in capsys.readouterr().err
 
 
-def test_a_link_to_nothing_is_something(tmp_path: Path) -> None:
+def test_dangling_link_is_kept(tmp_path: Path) -> None:
     (tmp_path / ".env").symlink_to(tmp_path / "elsewhere")
     write_start(tmp_path, Console(), dry=True)
     write_start(tmp_path, Console())
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "Dockerfile").write_text("")
     write_start(tmp_path, Console(), dry=True)
-    assert set(written(tmp_path)) == {"Dockerfile"}
-    said = capsys.readouterr().err
-    assert "init: would write .env" in said
-    assert "init: Dockerfile exists, unchanged" in said
+    assert set(read_files(tmp_path)) == {"Dockerfile"}
+    messages = capsys.readouterr().err
+    assert "init: would write .env" in messages
+    assert "init: Dockerfile exists, unchanged" in messages
 
 
-def test_half_a_file_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = Path.open
+def test_partial_file_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Path.open
 
-    def full(self: Path, mode: str = "r", **how: str) -> object:
-        file = write(self, mode, **how)  # type: ignore[call-overload]
+    def open_and_close(self: Path, mode: str = "r", **options: str) -> object:
+        file = original(self, mode, **options)  # type: ignore[call-overload]
         if mode == "wb":
-            file.close()  # what is written to it is lost
+            file.close()  # a later write fails
         return file
 
-    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(Path, "open", open_and_close)
     with pytest.raises(ValueError, match="closed file"):
         write_start(tmp_path, Console())
-    assert written(tmp_path) == {}
+    assert read_files(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
-    ("directory", "name"),
+    ("directory_name", "name"),
     [("app", "app"), ("My App_2", "my-app-2"), ("ß", "my-image"), ("-x-", "x")],
 )
-def test_the_image_has_the_name_of_the_folder(tmp_path: Path, directory: str, name: str) -> None:
-    place = tmp_path / directory
-    place.mkdir()
-    assert image_name(place) == name
-    write_start(place, Console())
-    settings = load_settings(place, place, {})
+def test_image_is_named_after_the_directory(tmp_path: Path, directory_name: str, name: str) -> None:
+    directory = tmp_path / directory_name
+    directory.mkdir()
+    assert image_name(directory) == name
+    write_start(directory, Console())
+    settings = load_settings(directory, directory, {})
     assert str(settings.image) == f"localhost:5055/{name}:latest"
 
 
-def test_the_settings_are_read_without_a_note(tmp_path: Path) -> None:
+def test_settings_load_without_notes(tmp_path: Path) -> None:
     write_start(tmp_path, Console())
     settings = load_settings(tmp_path, tmp_path, {})
     assert settings.notes == ()
@@ -113,13 +111,13 @@ def test_the_settings_are_read_without_a_note(tmp_path: Path) -> None:
     assert settings.guix_manifest == tmp_path / "manifest.scm"
 
 
-def test_the_settings_that_are_commented_out_are_there() -> None:
+def test_settings_of_the_template_exist() -> None:
     known = set(DECLARATIONS)
     text = (TEMPLATES / "env").read_text()
     assert set(re.findall(r"^#?([A-Z_]+)=", text, re.MULTILINE)) <= known
 
 
-def test_the_channel_is_guixs_own_with_its_introduction() -> None:
+def test_channel_is_guix_with_its_introduction() -> None:
     text = (TEMPLATES / "channels.scm").read_text()
     assert guix.is_literal(text)
     assert guix.unauthenticated(text) == []
@@ -140,23 +138,23 @@ def test_example_in_tasks_py_adds_a_stage(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("ci", CI_FILES)
-def test_a_ci_file_is_written_if_it_is_asked_for(
+def test_ci_file_is_written_on_request(
     tmp_path: Path, ci: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_start(tmp_path, Console(), ci=ci)
     file = CI_FILES[ci][0]
-    assert set(written(tmp_path)) == {*FILES, file}
+    assert set(read_files(tmp_path)) == {*FILES, file}
     assert f"set the variable TASKS_PACKAGE of the CI, see {file}" in capsys.readouterr().err
 
 
-def test_a_ci_that_there_is_not_writes_nothing(tmp_path: Path) -> None:
+def test_unknown_ci_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
         write_start(tmp_path, Console(), ci="jenkins")
     assert str(caught.value) == "--ci: 'jenkins' is not one of github, gitlab, none"
-    assert written(tmp_path) == {}
+    assert read_files(tmp_path) == {}
 
 
-def test_the_files_name_only_tasks_and_settings_that_exist() -> None:
+def test_tasks_and_settings_of_the_files_exist() -> None:
     settings, examples = set(DECLARATIONS), ROOT / "examples/ci"
     for path in (*(TEMPLATES / source for source in ALL.values()), *examples.iterdir()):
         for call in re.findall(r"(?:`|run: |- )inv ((?:--[a-z]+ |[a-z.]+ ?)+)", path.read_text()):
@@ -170,13 +168,13 @@ def test_the_files_name_only_tasks_and_settings_that_exist() -> None:
     assert len(files) == 4
     for path in files:
         env = re.findall(r"^[ -]+([A-Z_]+):", path.read_text(), re.MULTILINE)
-        own = {"PLATFORMS"} if path.parent == examples else set()
-        assert expected | own <= set(env), path
+        required = {"PLATFORMS"} if path.parent == examples else set()
+        assert expected | required <= set(env), path
         assert set(env) - settings <= {"RUNNER", "DOCKER_TLS_CERTDIR", "TASKS_PACKAGE"}, path
 
 
-def test_the_actions_of_the_workflow_are_pinned() -> None:
-    """To the commit, with its version behind it; one action at one version."""
+def test_workflow_actions_are_pinned() -> None:
+    """Each action has one version: a commit, followed by a comment with the version."""
     files = (TEMPLATES / "github.yml", *(ROOT / "examples/ci").glob("github-*.yml"))
     used = {line for path in files for line in re.findall(r"uses: (.*)", path.read_text())}
     pinned = {
@@ -184,5 +182,5 @@ def test_the_actions_of_the_workflow_are_pinned() -> None:
         for line in used
     }
     assert all(pinned.values()), used
-    names = [found[1] for found in pinned.values() if found]
+    names = [match[1] for match in pinned.values() if match]
     assert len(names) == len(set(names)) >= 4

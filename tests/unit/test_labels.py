@@ -1,4 +1,4 @@
-"""What an image says of itself in OCI's words."""
+"""OCI annotations of images: revision, source, date and base image."""
 
 from __future__ import annotations
 
@@ -27,27 +27,33 @@ if TYPE_CHECKING:
     from fake_engine import Site
 
 
-def labels_of(directory: Path, *lines: str, **environment: str) -> dict[str, str]:
-    """The annotations of a directory; ``lines`` are all that is reported."""
+def read_annotations(directory: Path, *lines: str, **environment: str) -> dict[str, str]:
+    """Return the annotations of a directory, for which exactly ``lines`` are reported."""
     reported: list[str] = []
-    found = oci_annotations(directory, environment, reported.append)
+    annotations = oci_annotations(directory, environment, reported.append)
     assert reported == [*lines]
-    return found
+    return annotations
+
+
+def read_source(directory: Path, **environment: str) -> tuple[str, str]:
+    """Return the revision and the address of the source."""
+    annotations = read_annotations(directory, **environment)
+    return annotations[REVISION], annotations[SOURCE]
 
 
 def git(directory: Path, *arguments: str) -> str:
     person = ("-c", "user.name=N", "-c", "user.email=n@example.org")
     command = ["git", "-C", str(directory), *person, *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
     except FileNotFoundError:
         pytest.skip("git is not on this machine")
-    return done.stdout.strip()
+    return result.stdout.strip()
 
 
 @pytest.fixture(autouse=True)
 def no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The repositories of these tests are real."""
+    """Use real repositories in these tests."""
     monkeypatch.setattr(labels, "_reported", set())
 
 
@@ -61,31 +67,31 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_labels_name_revision_and_source(checkout: Path) -> None:
-    found = labels_of(checkout)
-    assert found[REVISION] == git(checkout, "rev-parse", "HEAD")
-    assert found[SOURCE] == "https://example.org/me/image"
-    made = datetime.strptime(found[CREATED], "%Y-%m-%dT%H:%M:%S%z")
-    assert abs((datetime.now(timezone.utc) - made).total_seconds()) < 60
+def test_annotations_contain_revision_and_source(checkout: Path) -> None:
+    annotations = read_annotations(checkout)
+    assert annotations[REVISION] == git(checkout, "rev-parse", "HEAD")
+    assert annotations[SOURCE] == "https://example.org/me/image"
+    created = datetime.strptime(annotations[CREATED], "%Y-%m-%dT%H:%M:%S%z")
+    assert abs((datetime.now(timezone.utc) - created).total_seconds()) < 60
 
 
 def test_changed_revision_is_dirty(checkout: Path) -> None:
     git(checkout, "tag", "v1")
     (checkout / "file").write_text("two")
-    assert labels_of(checkout)[REVISION] == f"{git(checkout, 'rev-parse', 'HEAD')}-dirty"
+    assert read_annotations(checkout)[REVISION] == f"{git(checkout, 'rev-parse', 'HEAD')}-dirty"
 
 
 def test_project_in_a_subdirectory_has_the_revision_of_its_repository(checkout: Path) -> None:
     project = checkout / "images" / "one"
     project.mkdir(parents=True)
-    assert labels_of(project)[REVISION] == git(checkout, "rev-parse", "HEAD")
+    assert read_annotations(project)[REVISION] == git(checkout, "rev-parse", "HEAD")
 
 
-def test_repository_of_the_environment_is_not_that_of_the_project(
+def test_repository_of_the_environment_is_ignored(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a hook of another repository, which has these variables."""
-    expected = labels_of(checkout)
+    """Git sets these variables in a hook of another repository."""
+    expected = read_source(checkout)
     other = tmp_path / "other"
     other.mkdir()
     git(other, "init", "--quiet")
@@ -96,51 +102,51 @@ def test_repository_of_the_environment_is_not_that_of_the_project(
     monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
     monkeypatch.setenv("GIT_CONFIG_KEY_0", "remote.origin.url")
     monkeypatch.setenv("GIT_CONFIG_VALUE_0", "https://example.org/other")
-    found = labels_of(checkout)
-    assert (found[REVISION], found[SOURCE]) == (expected[REVISION], expected[SOURCE])
+    assert read_source(checkout) == expected
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
-def test_checkout_of_another_user_is_read_if_all_of_it_is_theirs(checkout: Path) -> None:
+def test_checkout_owned_by_one_other_user_is_read(checkout: Path) -> None:
     revision = git(checkout, "rev-parse", "HEAD")
     index = (checkout / ".git/index").stat().st_ino
     for path in (checkout, *checkout.rglob("*")):
         os.chown(path, 1234, 1234)
     os.utime(checkout / "file")
-    assert labels_of(checkout)[REVISION] == revision
+    assert read_annotations(checkout)[REVISION] == revision
     assert (checkout / ".git/index").stat().st_ino == index
-    # The owner of the project's tasks.py is not the one whose hooks git would run.
+    # Git would run hooks of a user who does not own the project's tasks.py.
     project = checkout / "project"
     project.mkdir()
     error = f"git: fatal: detected dubious ownership in repository at '{checkout}'"
     line = f"note: the image gets no label with the revision of {checkout}: {error}"
-    assert REVISION not in labels_of(project, line)
-    assert REVISION not in labels_of(project)  # reported once
+    assert REVISION not in read_annotations(project, line)
+    assert REVISION not in read_annotations(project)  # reported once
 
 
-def test_checkout_that_git_cannot_read_has_the_revision_of_the_ci_job(
+def test_unreadable_checkout_has_the_revision_of_the_ci_job(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(checkout))
     github = {"GITHUB_SERVER_URL": "https://github.test", "GITHUB_REPOSITORY": "me/image"}
-    found = labels_of(checkout, GITHUB_SHA="a" * 40, GITHUB_WORKSPACE=str(checkout), **github)
-    assert (found[REVISION], found[SOURCE]) == ("a" * 40, "https://github.test/me/image")
+    github["GITHUB_WORKSPACE"] = str(checkout)
+    source = read_source(checkout, GITHUB_SHA="a" * 40, **github)
+    assert source == ("a" * 40, "https://github.test/me/image")
     gitlab = {"CI_PROJECT_URL": "https://gitlab.test/me/image"}
-    found = labels_of(checkout, CI_COMMIT_SHA="b" * 40, **gitlab)
-    assert (found[REVISION], found[SOURCE]) == ("b" * 40, "https://gitlab.test/me/image")
-    found = labels_of(checkout, GIT_COMMIT="c" * 40, GIT_URL="https://me:secret@git.test/i.git")
-    assert (found[REVISION], found[SOURCE]) == ("c" * 40, "https://git.test/i")
+    source = read_source(checkout, CI_COMMIT_SHA="b" * 40, **gitlab)
+    assert source == ("b" * 40, "https://gitlab.test/me/image")
+    source = read_source(checkout, GIT_COMMIT="c" * 40, GIT_URL="https://me:secret@git.test/i.git")
+    assert source == ("c" * 40, "https://git.test/i")
     line = f"note: the image gets no label with the revision of {checkout}: git is not installed"
     elsewhere = {"CI_COMMIT_SHA": "b" * 40, "CI_PROJECT_DIR": "/elsewhere"}
-    assert [*labels_of(checkout, line, **elsewhere)] == [CREATED]
+    assert [*read_annotations(checkout, line, **elsewhere)] == [CREATED]
 
 
-def test_labels_without_git_have_only_the_date(
+def test_annotations_without_git_contain_only_the_date(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert list(labels_of(tmp_path)) == [CREATED]
+    assert list(read_annotations(tmp_path)) == [CREATED]
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert list(labels_of(tmp_path)) == [CREATED]
+    assert list(read_annotations(tmp_path)) == [CREATED]
 
 
 @pytest.mark.parametrize(
@@ -164,29 +170,29 @@ def test_web_address_of_a_remote_has_no_account(remote: str, address: str) -> No
     assert web_address(remote) == address
 
 
-def test_each_stage_is_labelled_with_its_date_and_base(made: Site) -> None:
-    found = [made.image(stage).labels for stage in ("base", "pull", "install")]
+def test_stage_is_labelled_with_date_and_base(made: Site) -> None:
+    annotations = [made.image(stage).labels for stage in ("base", "pull", "install")]
     base = str(made.settings().base_image)
-    assert [each[BASE_NAME] for each in found] == [base] * 3
-    assert [CREATED in each for each in found] == [True] * 3
+    assert [stage_labels[BASE_NAME] for stage_labels in annotations] == [base] * 3
+    assert [CREATED in stage_labels for stage_labels in annotations] == [True] * 3
 
 
 def test_base_in_a_registry_has_a_digest_label(site: Site) -> None:
     site.make("base")
-    known = site.engine.remote_digest(str(site.settings().base_image))
-    assert known
-    assert site.image("base").labels[BASE_DIGEST] == known
+    digest = site.engine.remote_digest(str(site.settings().base_image))
+    assert digest
+    assert site.image("base").labels[BASE_DIGEST] == digest
 
 
-def test_base_in_no_registry_has_no_digest_label(site: Site) -> None:
+def test_base_outside_registries_has_no_digest_label(site: Site) -> None:
     settings = site.settings()
-    inputs = {"BASE_IMAGE": f"{settings.base_image} {'a' * 64}"}  # of what is in it
+    inputs = {"BASE_IMAGE": f"{settings.base_image} {'a' * 64}"}  # a digest of its content
     assert base_annotations(settings, inputs) == {BASE_NAME: str(settings.base_image)}
 
 
-def test_new_date_makes_no_stage_stale(made: Site) -> None:
-    """Or a pull of floating channels would make everything above it stale each day."""
+def test_new_date_does_not_make_a_stage_stale(made: Site) -> None:
+    """Otherwise a pull of floating channels would make later stages stale each day."""
     made.env["GUIX_CHANNELS_LOCK"] = ""
-    before = made.image("pull").id
+    image_id = made.image("pull").id
     assert "pull: unchanged" in made.make("pull")
-    assert made.image("pull").id == before
+    assert made.image("pull").id == image_id

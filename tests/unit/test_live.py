@@ -1,4 +1,4 @@
-"""What is drawn on a terminal while something goes on, and what is left of it."""
+"""The live display of a running step, and the output that remains after the step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SGR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class Screen(io.StringIO):
-    """A terminal, and what is on it."""
+    """A terminal whose screen can be read."""
 
     encoding = "utf-8"
 
@@ -42,7 +42,7 @@ class Screen(io.StringIO):
         monkeypatch.setenv("TERM", "xterm-256color")
 
     def write(self, text: str) -> int:
-        with self._lock:  # A test reads whole frames, which another thread draws.
+        with self._lock:  # Another thread draws the frames that a test reads.
             self._stream.feed(text)
         return super().write(text)
 
@@ -60,12 +60,12 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> Screen:
     return Screen(80, 24, monkeypatch)
 
 
-def live(screen: io.StringIO) -> Console:
+def live_console(screen: io.StringIO) -> Console:
     return Console(err=screen, display=Display.LIVE)
 
 
 def test_live_part_shows_name_time_activity_and_log(wide: Screen) -> None:
-    console = live(wide)
+    console = live_console(wide)
     with console.step("install") as step:
         step.show_activity(lambda: "building x (1 of 2)")
         step.log([b"line %d" % number for number in range(1000)])
@@ -81,14 +81,14 @@ def test_live_part_shows_name_time_activity_and_log(wide: Screen) -> None:
 
 
 def test_short_step_draws_nothing(wide: Screen) -> None:
-    with live(wide).step("install") as step:
+    with live_console(wide).step("install") as step:
         step.log([b"a line"])
     time.sleep(0.3)
     assert wide.getvalue() == ""
 
 
-def test_log_controls_no_terminal(wide: Screen) -> None:
-    with live(wide).step("install") as step:
+def test_log_cannot_control_the_terminal(wide: Screen) -> None:
+    with live_console(wide).step("install") as step:
         step.show_activity(lambda: "\x1b[2Jcleared\n\n")
         step.log([b"\x1b[2J\x1b]0;title\x07", b"[bold]no markup[/bold] :smile:", b"a" * 500])
         assert wait_until(lambda: any("aaa" in line for line in wide.lines), 20)
@@ -104,7 +104,7 @@ def test_small_terminal_shows_part_of_the_log(
     monkeypatch: pytest.MonkeyPatch, columns: int, rows: int
 ) -> None:
     screen = Screen(columns, rows, monkeypatch)
-    with live(screen).step("install") as step:
+    with live_console(screen).step("install") as step:
         step.log([b"a line of a log that is long, and another \xe6\xbc\xa2\xe5\xad\x97"] * 20)
         assert wait_until(lambda: len(screen.lines) > 0, 20)
         time.sleep(0.4)
@@ -114,17 +114,17 @@ def test_small_terminal_shows_part_of_the_log(
 
 def test_long_name_is_cut_and_its_figures_are_kept(wide: Screen) -> None:
     figures = "12.3 MB of 120 MB, 12.3 MB/s"
-    with live(wide).step(f"pull registry.test:5000/team/{'application' * 9}") as step:
+    with live_console(wide).step(f"pull registry.test:5000/team/{'application' * 9}") as step:
         step.show_activity(lambda: figures)
         assert wait_until(lambda: len(wide.lines) == 1, 20)
-        name, _, said = wide.lines[0].rpartition(": ")
-        assert re.fullmatch(rf"[0-9.]+ s, {figures}", said)
+        name, _, progress = wide.lines[0].rpartition(": ")
+        assert re.fullmatch(rf"[0-9.]+ s, {figures}", progress)
         assert re.match(r".{1,2} pull registry\.test:5000/.*…$", name)
 
 
 def test_digest_is_abbreviated(wide: Screen) -> None:
     reference = f"localhost:5055/guix-tasks-demo@sha256:{'0123456789abcdef' * 4}"
-    with transfer(Mock(console=live(wide)), "pull", reference) as progress:
+    with transfer(Mock(console=live_console(wide)), "pull", reference) as progress:
         assert wait_until(lambda: len(wide.lines) == 1, 20)
         short = "pull localhost:5055/guix-tasks-demo@sha256:0123456789ab"
         assert re.match(rf".{{1,2}} {short}: [0-9.]+ s$", wide.lines[0])
@@ -133,15 +133,15 @@ def test_digest_is_abbreviated(wide: Screen) -> None:
 
 
 def test_short_name_is_not_cut(wide: Screen) -> None:
-    with live(wide).step("buildx.setup") as step:
+    with live_console(wide).step("buildx.setup") as step:
         step.show_activity(lambda: "building " + "x" * 100)
         assert wait_until(lambda: len(wide.lines) == 1, 20)
         assert re.match(r".{1,2} buildx\.setup: [0-9.]+ s, building xxx", wide.lines[0])
 
 
 def test_echoed_input_leaves_no_line() -> None:
-    """A line of the log fills the width, and the terminal itself writes ^C there, twice."""
-    typed = b"\x03\x03"
+    """A line of the log fills the width, and the terminal itself echoes ^C there twice."""
+    keys = b"\x03\x03"
     script = """
 import sys, time
 from guix_tasks.ui.console import Console, Display
@@ -153,8 +153,8 @@ try:
 except KeyboardInterrupt:
     print("stopped", file=sys.stderr)
 """
-    ours, theirs = os.openpty()
-    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    terminal, other = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     screen = pyte.Screen(80, 24)
     stream = pyte.ByteStream(screen)
     environment = {**os.environ, "TERM": "xterm-256color", "PYTHONUTF8": "1"}
@@ -162,23 +162,23 @@ except KeyboardInterrupt:
         environment.pop(name, None)
     with subprocess.Popen(
         [sys.executable, "-c", script],
-        stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True,
+        stdin=other, stdout=other, stderr=other, env=environment, start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509
     ):  # fmt: skip
-        os.close(theirs)
-        with suppress(OSError):  # how Linux says that the other side is closed
-            while data := os.read(ours, 1 << 16):
+        os.close(other)
+        with suppress(OSError):  # Linux reports the closed other end as an error
+            while data := os.read(terminal, 1 << 16):
                 stream.feed(data)
-                if typed and "aaa" in "".join(screen.display):
-                    os.write(ours, typed)
-                    typed = b""
-    os.close(ours)
+                if keys and "aaa" in "".join(screen.display):
+                    os.write(terminal, keys)
+                    keys = b""
+    os.close(terminal)
     assert [line.rstrip() for line in screen.display if line.strip()] == ["stopped"]
 
 
 def test_no_color_removes_colors(wide: Screen, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    with live(wide).step("install") as step:
+    with live_console(wide).step("install") as step:
         step.log([b"a line"])
         assert wait_until(lambda: len(wide.lines) == 2, 20)
     assert "\x1b[2K" in wide.getvalue()
@@ -187,14 +187,14 @@ def test_no_color_removes_colors(wide: Screen, monkeypatch: pytest.MonkeyPatch) 
 
 def test_terminal_without_unicode_gets_ascii(wide: Screen) -> None:
     wide.encoding = "ascii"
-    with live(wide).step("install") as step:
+    with live_console(wide).step("install") as step:
         step.log(["ein Böses │".encode()])
         assert wait_until(lambda: len(wide.lines) == 2, 20)
     assert wide.getvalue().isascii()
 
 
-def test_closed_terminal_ends_no_step(wide: Screen) -> None:
-    with live(wide).step("install") as step:
+def test_closed_terminal_does_not_end_the_step(wide: Screen) -> None:
+    with live_console(wide).step("install") as step:
         assert wait_until(lambda: len(wide.lines) == 1, 20)
         wide.close()
         step.log([b"a line"])
@@ -214,7 +214,7 @@ def test_failed_step_leaves_the_end_of_its_log(wide: Screen, display: Display) -
 
 
 def test_engine_error_shows_no_log(wide: Screen) -> None:
-    with suppress(EngineError), live(wide).step("install") as step:
+    with suppress(EngineError), live_console(wide).step("install") as step:
         step.log([b"a line"])
         raise EngineError("gone")
     assert wide.lines == []
@@ -223,8 +223,8 @@ def test_engine_error_shows_no_log(wide: Screen) -> None:
 def test_quiet_prints_only_results_warnings_and_errors() -> None:
     out, err = io.StringIO(), io.StringIO()
     console = Console(out, err, Display.QUIET)
-    console.print("said")
-    console.detail("said, too")
+    console.print("a message")
+    console.detail("a detail")
     with console.step("install") as step:
         step.log([b"a line"])
     console.warn("careful")
@@ -235,7 +235,7 @@ def test_quiet_prints_only_results_warnings_and_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "terminal", "environment", "shown"),
+    ("setting", "terminal", "environment", "display"),
     [
         (Display.AUTO, True, {"TERM": "xterm"}, Display.LIVE),
         (Display.AUTO, False, {"TERM": "xterm"}, Display.PLAIN),
@@ -249,10 +249,10 @@ def test_quiet_prints_only_results_warnings_and_errors() -> None:
         (Display.VERBOSE, True, {"TERM": "xterm"}, Display.VERBOSE),
     ],
 )
-def test_live_display_requires_a_watched_terminal(
-    wide: Screen, wanted: Display, terminal: bool, environment: dict[str, str], shown: Display
+def test_live_display_requires_an_interactive_terminal(
+    wide: Screen, setting: Display, terminal: bool, environment: dict[str, str], display: Display
 ) -> None:
-    assert resolve_display(wanted, wide if terminal else io.StringIO(), environment) is shown
+    assert resolve_display(setting, wide if terminal else io.StringIO(), environment) is display
 
 
 def test_display_without_rich_is_plain(wide: Screen, monkeypatch: pytest.MonkeyPatch) -> None:

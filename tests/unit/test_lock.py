@@ -1,4 +1,4 @@
-"""One `inv` at a time changes an image."""
+"""The lock of an image: one `inv` at a time changes the image."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def holder() -> subprocess.Popen[str]:
-    """Another process, that works on the image until its input ends."""
+    """Another process that holds the lock until its input ends."""
     pipe = subprocess.PIPE
-    started = subprocess.Popen([sys.executable, "-c", HOLD], stdin=pipe, stdout=pipe, text=True)
-    assert started.stdout
-    assert started.stdout.readline() == "held\n"
-    return started
+    process = subprocess.Popen([sys.executable, "-c", HOLD], stdin=pipe, stdout=pipe, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "held\n"
+    return process
 
 
-def come_second(console: Heard, image: str = "image:t") -> threading.Thread:
+def start_second_run(console: Heard, image: str = "image:t") -> threading.Thread:
     def work() -> None:
         with image_lock(console.print, "engine", image, "install"):
             console.print("at work")
@@ -54,45 +54,45 @@ def come_second(console: Heard, image: str = "image:t") -> threading.Thread:
 
 def test_second_run_waits_and_names_the_first(holder: subprocess.Popen[str]) -> None:
     console = Heard()
-    second = come_second(console)
+    second = start_second_run(console)
     second.join(timeout=0.3)
-    who = f"`inv pull` (process {holder.pid})"
-    assert console.text == f"install: waiting for {who}, which uses image:t\n"
+    first_run = f"`inv pull` (process {holder.pid})"
+    assert console.text == f"install: waiting for {first_run}, which uses image:t\n"
     holder.communicate("")
     second.join(timeout=10)
     assert console.text.endswith("at work\n")
 
 
-def test_one_that_is_killed_is_waited_for_no_longer(holder: subprocess.Popen[str]) -> None:
+def test_killed_run_releases_the_lock(holder: subprocess.Popen[str]) -> None:
     console = Heard()
-    second = come_second(console)
+    second = start_second_run(console)
     holder.kill()
     holder.communicate()
     second.join(timeout=10)
     assert console.text.endswith("at work\n")
 
 
-def test_another_image_is_not_waited_for(holder: subprocess.Popen[str]) -> None:
+def test_run_on_another_image_does_not_wait(holder: subprocess.Popen[str]) -> None:
     console = Heard()
-    come_second(console, "image:other").join(timeout=10)
+    start_second_run(console, "image:other").join(timeout=10)
     assert console.text == "at work\n"
     holder.communicate("")
 
 
-def test_an_error_lets_go_of_it() -> None:
+def test_error_releases_the_lock() -> None:
     with (
         pytest.raises(ValueError, match="x"),
         image_lock(Heard().print, "engine", "image:t", "pull"),
     ):
         raise ValueError("x")
     console = Heard()
-    come_second(console).join(timeout=10)
+    start_second_run(console).join(timeout=10)
     assert console.text == "at work\n"
 
 
-def test_where_no_lock_can_be_made_the_work_goes_on(cache: Path) -> None:
+def test_unavailable_lock_is_ignored(cache: Path) -> None:
     files.cache_home().parent.mkdir(exist_ok=True)
-    files.cache_home().write_text("in its place")
+    files.cache_home().write_text("a file")
     console = Heard()
-    come_second(console).join(timeout=10)
+    start_second_run(console).join(timeout=10)
     assert console.text == "at work\n"

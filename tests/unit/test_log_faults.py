@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from guix_tasks.settings import Settings
 
-SILENT = b"guix substitute: warning: a.test: host not found: Name or service not known"
+NO_SERVER = b"guix substitute: warning: a.test: host not found: Name or service not known"
 EOF = b"guix pull: error: Git error: unexpected EOF"
 SHAPES = [
     b"#12 0.345 %s\n",
@@ -25,7 +25,7 @@ SHAPES = [
     b"12.34 %s\n",
     b"%s\r",
 ]
-"""How buildx shows a line of a step."""
+"""Formats of a line of a step in the log of buildx."""
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def settings(tmp_path: Path) -> Settings:
     return new_site(tmp_path, None, GUIX_SUBSTITUTE_URLS="https://a.test").settings()
 
 
-def faults_of(settings: Settings, *log: bytes) -> StepFaults:
+def check_log(settings: Settings, *log: bytes) -> StepFaults:
     reader, faults = LogReader(), StepFaults(settings)
     for data in log:
         faults.check(reader.read(data))
@@ -42,19 +42,19 @@ def faults_of(settings: Settings, *log: bytes) -> StepFaults:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_network_fault_is_detected_in_every_log_format(settings: Settings, shape: bytes) -> None:
-    assert faults_of(settings, *(bytes([byte]) for byte in shape % EOF)).network_failed
+    assert check_log(settings, *(bytes([byte]) for byte in shape % EOF)).network_failed
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_silent_servers_are_detected_in_every_log_format(settings: Settings, shape: bytes) -> None:
     with pytest.raises(StageError, match=r"no substitute server answers \(a.test\)") as caught:
-        faults_of(settings, shape % SILENT)
+        check_log(settings, shape % NO_SERVER)
     assert caught.value.is_transient
 
 
 def test_failed_build_is_not_a_network_fault(settings: Settings) -> None:
     log = b"#1 1.0 guix build: error: build of `/gnu/store/x.drv' failed\n#1 1.1 " + EOF
-    assert not faults_of(settings, log, b"\n").network_failed
+    assert not check_log(settings, log, b"\n").network_failed
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -66,5 +66,5 @@ def test_image_that_trusts_no_key_is_detected(
         b" may be unavailable"
     )
     with pytest.raises(StageError, match="trusts no key of a substitute server"):
-        faults_of(settings, line)
-    faults_of(new_site(tmp_path / "fallback", None, GUIX_FALLBACK="yes").settings(), line)
+        check_log(settings, line)
+    check_log(new_site(tmp_path / "fallback", None, GUIX_FALLBACK="yes").settings(), line)

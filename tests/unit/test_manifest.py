@@ -1,4 +1,4 @@
-"""Manifest: what is joined, what is refused, and how buildx is asked to do it."""
+"""The task ``manifest``: joined platforms, errors and the commands of buildx."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAME = "registry.test/team/app"
 DIGESTS = [f"sha256:{letter * 64}" for letter in "abc"]
 JOINED = f"sha256:{'d' * 64}"
 
-STUB = """#!/bin/sh
+BUILDX_STUB = """#!/bin/sh
 printf '%s\\n' "$@" -- >>"$STUB/argv"
 printf '%s\n' "$DOCKER_AUTH_CONFIG" >>"$STUB/accounts"
 case $2 in
@@ -44,7 +44,7 @@ def stub(tmp_path: Path) -> Buildx:
     (directory / "config").mkdir(parents=True)
     (directory / "config" / "config.json").write_text("{}")
     program = directory / "docker-buildx"
-    program.write_text(STUB)
+    program.write_text(BUILDX_STUB)
     program.chmod(0o755)
     (directory / "answer").write_text(json.dumps({"digest": JOINED}))
     environment = {
@@ -55,39 +55,39 @@ def stub(tmp_path: Path) -> Buildx:
     return Buildx(str(program), environment)
 
 
-def calls(stub: Buildx) -> list[list[str]]:
-    """The argument lists of all calls."""
-    taken_down = Path(stub.environment["STUB"]) / "argv"
-    text = taken_down.read_text() if taken_down.exists() else ""
+def read_calls(stub: Buildx) -> list[list[str]]:
+    """Return the argument lists of all calls."""
+    record = Path(stub.environment["STUB"]) / "argv"
+    text = record.read_text() if record.exists() else ""
     return [call.split("\n")[:-1] for call in text.split("--\n")[:-1]]
 
 
-def pushed(
+def save_record(
     site: Site, *platforms: str, digest: str = DIGESTS[0], name: str = NAME, **commits: str
 ) -> Path:
-    each = tuple(Platform.parse(platform) for platform in platforms)
-    return save(site.settings(), Pushed(name, each, digest, commits))
+    parsed = tuple(Platform.parse(platform) for platform in platforms)
+    return save(site.settings(), Pushed(name, parsed, digest, commits))
 
 
-def project(tmp_path: Path, **env: str) -> tuple[Site, Project]:
+def create_project(tmp_path: Path, **env: str) -> tuple[Site, Project]:
     site = new_site(tmp_path, None, **env)
     return site, site.project()
 
 
-def refusal(project: Project, stub: Buildx) -> str:
+def check_error(project: Project, stub: Buildx) -> str:
     with pytest.raises(UsageError) as caught:
         join(project, stub)
-    assert calls(stub) == []
+    assert read_calls(stub) == []
     return str(caught.value)
 
 
-def test_what_was_pushed_is_joined_under_every_tag(tmp_path: Path, stub: Buildx) -> None:
-    site, made = project(tmp_path, TAGS="1.0 stable")
-    pushed(site, "linux/arm64", digest=DIGESTS[1])
-    pushed(site, "linux/amd64")
-    pushed(site, "linux/riscv64", name="registry.test/other", digest=DIGESTS[2])
-    assert join(made, stub) == JOINED
-    assert calls(stub) == [
+def test_pushed_platforms_are_joined_under_every_tag(tmp_path: Path, stub: Buildx) -> None:
+    site, project = create_project(tmp_path, TAGS="1.0 stable")
+    save_record(site, "linux/arm64", digest=DIGESTS[1])
+    save_record(site, "linux/amd64")
+    save_record(site, "linux/riscv64", name="registry.test/other", digest=DIGESTS[2])
+    assert join(project, stub) == JOINED
+    assert read_calls(stub) == [
         [
             "imagetools", "create", "--builder=default", "--progress=none",
             f"--tag={NAME}:1", f"--tag={NAME}:1.0", f"--tag={NAME}:stable",
@@ -98,94 +98,99 @@ def test_what_was_pushed_is_joined_under_every_tag(tmp_path: Path, stub: Buildx)
             f"{NAME}:1",
         ],
     ]  # fmt: skip
-    assert f"manifest: linux/arm64 is {NAME}@{DIGESTS[1]}\n" in heard(made)
+    assert f"manifest: linux/arm64 is {NAME}@{DIGESTS[1]}\n" in heard(project)
 
 
-def test_platforms_that_were_pushed_together_are_one_source(tmp_path: Path, stub: Buildx) -> None:
-    site, made = project(tmp_path)
-    pushed(site, "linux/amd64", "linux/arm64")
-    pushed(site, "linux/riscv64", digest=DIGESTS[1])
-    join(made, stub)
-    assert [word for word in calls(stub)[0] if "@" in word] == [
+def test_platforms_pushed_together_are_one_source(tmp_path: Path, stub: Buildx) -> None:
+    site, project = create_project(tmp_path)
+    save_record(site, "linux/amd64", "linux/arm64")
+    save_record(site, "linux/riscv64", digest=DIGESTS[1])
+    join(project, stub)
+    assert [word for word in read_calls(stub)[0] if "@" in word] == [
         f"{NAME}@{DIGESTS[0]}",
         f"{NAME}@{DIGESTS[1]}",
     ]
 
 
-def test_exactly_the_platforms_that_are_named_are_joined(tmp_path: Path, stub: Buildx) -> None:
-    site, made = project(tmp_path, PLATFORMS="linux/arm64 linux/amd64")
+def test_only_the_platforms_of_the_settings_are_joined(tmp_path: Path, stub: Buildx) -> None:
+    site, project = create_project(tmp_path, PLATFORMS="linux/arm64 linux/amd64")
     for digest, platform in zip(DIGESTS, ("amd64", "arm64", "riscv64"), strict=True):
-        pushed(site, f"linux/{platform}", digest=digest)
-    join(made, stub)
-    assert calls(stub)[0][-2:] == [f"{NAME}@{DIGESTS[1]}", f"{NAME}@{DIGESTS[0]}"]
+        save_record(site, f"linux/{platform}", digest=digest)
+    join(project, stub)
+    assert read_calls(stub)[0][-2:] == [f"{NAME}@{DIGESTS[1]}", f"{NAME}@{DIGESTS[0]}"]
 
 
-def test_a_platform_that_is_missing_is_named(tmp_path: Path, stub: Buildx) -> None:
-    site, made = project(tmp_path, PLATFORMS="linux/amd64 linux/arm64 linux/riscv64")
-    pushed(site, "linux/arm64")
-    assert "no push record of linux/amd64, linux/riscv64: " in refusal(made, stub)
+def test_missing_platform_is_reported(tmp_path: Path, stub: Buildx) -> None:
+    site, project = create_project(tmp_path, PLATFORMS="linux/amd64 linux/arm64 linux/riscv64")
+    save_record(site, "linux/arm64")
+    assert "no push record of linux/amd64, linux/riscv64: " in check_error(project, stub)
 
 
-def test_what_comes_along_and_is_not_wanted_is_refused(tmp_path: Path, stub: Buildx) -> None:
-    site, made = project(tmp_path, PLATFORMS="linux/amd64")
-    place = pushed(site, "linux/amd64", "linux/arm64")
-    assert refusal(made, stub).startswith(f"{place} also contains linux/arm64, which is not in ")
+def test_record_with_another_platform_is_an_error(tmp_path: Path, stub: Buildx) -> None:
+    site, project = create_project(tmp_path, PLATFORMS="linux/amd64")
+    record = save_record(site, "linux/amd64", "linux/arm64")
+    assert check_error(project, stub).startswith(
+        f"{record} also contains linux/arm64, which is not in "
+    )
 
 
-def test_nothing_to_join_is_said(tmp_path: Path, stub: Buildx) -> None:
-    site, made = project(tmp_path)
-    pushed(site, "linux/amd64", name="registry.test/other")
-    assert f"contains no push record of {NAME}; " in refusal(made, stub)
+def test_missing_push_records_are_reported(tmp_path: Path, stub: Buildx) -> None:
+    site, project = create_project(tmp_path)
+    save_record(site, "linux/amd64", name="registry.test/other")
+    assert f"contains no push record of {NAME}; " in check_error(project, stub)
 
 
-def test_a_platform_in_two_files_is_refused(tmp_path: Path, stub: Buildx) -> None:
-    site, made = project(tmp_path)
-    one, two = pushed(site, "linux/amd64"), pushed(site, "linux/amd64", "linux/arm64")
-    assert refusal(made, stub) == f"linux/amd64 is in {one} and in {two}; delete the older file"
+def test_platform_in_two_files_is_an_error(tmp_path: Path, stub: Buildx) -> None:
+    site, project = create_project(tmp_path)
+    older, newer = save_record(site, "linux/amd64"), save_record(site, "linux/amd64", "linux/arm64")
+    assert (
+        check_error(project, stub)
+        == f"linux/amd64 is in {older} and in {newer}; delete the older file"
+    )
 
 
-def test_platforms_of_different_commits_are_refused(tmp_path: Path, stub: Buildx) -> None:
-    site, made = project(tmp_path)
-    pushed(site, "linux/amd64", guix="a" * 40, other="c" * 40)
-    pushed(site, "linux/arm64", guix="b" * 40, other="c" * 40)
-    assert refusal(made, stub) == (
+def test_platforms_of_different_commits_are_an_error(tmp_path: Path, stub: Buildx) -> None:
+    site, project = create_project(tmp_path)
+    save_record(site, "linux/amd64", guix="a" * 40, other="c" * 40)
+    save_record(site, "linux/arm64", guix="b" * 40, other="c" * 40)
+    assert check_error(project, stub) == (
         "linux/amd64 was built from guix at aaaaaaa, linux/arm64 at bbbbbbb; commit "
         "GUIX_CHANNELS_LOCK, which `inv pull` writes, and push all platforms again"
     )
 
 
-def test_platforms_whose_commits_are_not_known_are_joined(tmp_path: Path, stub: Buildx) -> None:
-    site, made = project(tmp_path)
-    pushed(site, "linux/amd64")
-    pushed(site, "linux/arm64", guix="b" * 40)
-    pushed(site, "linux/riscv64", guix="b" * 40, other="c" * 40)
-    assert join(made, stub) == JOINED
+def test_platforms_with_unknown_commits_are_joined(tmp_path: Path, stub: Buildx) -> None:
+    site, project = create_project(tmp_path)
+    save_record(site, "linux/amd64")
+    save_record(site, "linux/arm64", guix="b" * 40)
+    save_record(site, "linux/riscv64", guix="b" * 40, other="c" * 40)
+    assert join(project, stub) == JOINED
 
 
-def test_a_dry_run_says_what_it_would_join(tmp_path: Path, stub: Buildx) -> None:
-    site, made = project(tmp_path)
-    pushed(site, "linux/amd64")
-    assert join(made, replace(stub, shown_on=made.console, perform=False)) == ""
-    assert calls(stub) == []
-    assert f"imagetools create --builder=default --progress=none --tag={NAME}:1" in heard(made)
+def test_dry_run_shows_the_platforms(tmp_path: Path, stub: Buildx) -> None:
+    site, project = create_project(tmp_path)
+    save_record(site, "linux/amd64")
+    assert join(project, replace(stub, shown_on=project.console, perform=False)) == ""
+    assert read_calls(stub) == []
+    assert f"imagetools create --builder=default --progress=none --tag={NAME}:1" in heard(project)
 
 
-def test_a_dry_run_goes_on_where_nothing_was_pushed_yet(tmp_path: Path, stub: Buildx) -> None:
-    _, made = project(tmp_path)
-    assert join(made, replace(stub, shown_on=made.console, perform=False)) == ""
-    assert "contains no push record yet" in heard(made)
+def test_dry_run_without_push_records_succeeds(tmp_path: Path, stub: Buildx) -> None:
+    _, project = create_project(tmp_path)
+    assert join(project, replace(stub, shown_on=project.console, perform=False)) == ""
+    assert "contains no push record yet" in heard(project)
 
 
-def test_it_comes_with_the_account_that_is_set(tmp_path: Path, stub: Buildx) -> None:
-    site, made = project(tmp_path, DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2")  # noqa: S106
-    pushed(site, "linux/amd64")
-    join(made, stub)
+def test_buildx_gets_the_account_of_the_settings(tmp_path: Path, stub: Buildx) -> None:
+    site, project = create_project(tmp_path, DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2")  # noqa: S106
+    save_record(site, "linux/amd64")
+    join(project, stub)
     directory = tmp_path / "stub"
     pair = base64.b64encode(b"me:hunter2").decode()
-    shown = (directory / "accounts").read_text().splitlines()
+    lines = (directory / "accounts").read_text().splitlines()
     expected = {"auths": {"registry.test": {"auth": pair}}}
-    assert [json.loads(each) for each in shown if each] == 2 * [expected]
-    assert "hunter2" not in (directory / "argv").read_text() + heard(made)
+    assert [json.loads(line) for line in lines if line] == 2 * [expected]
+    assert "hunter2" not in (directory / "argv").read_text() + heard(project)
     assert (directory / "config" / "config.json").read_text() == "{}"
 
 
@@ -194,17 +199,17 @@ def test_transient_failures_are_retried(
 ) -> None:
     waits: list[float] = []
     monkeypatch.setattr("time.sleep", waits.append)
-    site, made = project(tmp_path)
-    pushed(site, "linux/amd64")
+    site, project = create_project(tmp_path)
+    save_record(site, "linux/amd64")
     fault = "unexpected status from PUT request to http://r/v2/a/manifests/1: 502 Bad Gateway"
     (tmp_path / "stub" / "fault").write_text(f"ERROR: {fault}\n")
-    assert join(made, stub) == JOINED
+    assert join(project, stub) == JOINED
     assert len(waits) == 1
-    assert f"cannot join {NAME}:1: {fault}; " in heard(made)
+    assert f"cannot join {NAME}:1: {fault}; " in heard(project)
 
 
 @pytest.mark.parametrize(
-    ("log", "why"),
+    ("log", "reason"),
     [
         (f"ERROR: {NAME}@{DIGESTS[0]}: not found", f"{NAME}@{DIGESTS[0]}: not found"),
         ("ERROR: unexpected status: 401 Unauthorized", "unexpected status: 401 Unauthorized"),
@@ -214,27 +219,25 @@ def test_transient_failures_are_retried(
         ),
     ],
 )
-def test_what_the_registry_refuses_is_its_error(
-    tmp_path: Path, stub: Buildx, log: str, why: str
+def test_error_of_the_registry_is_reported(
+    tmp_path: Path, stub: Buildx, log: str, reason: str
 ) -> None:
-    site, made = project(tmp_path)
-    pushed(site, "linux/amd64")
+    site, project = create_project(tmp_path)
+    save_record(site, "linux/amd64")
     (tmp_path / "stub" / "refusal").write_text(f"#1 [internal] x\n{log}\n")
     with pytest.raises(RegistryError) as caught:
-        join(made, stub)
-    assert str(caught.value).startswith(f"cannot join {NAME}:1: {why}")
+        join(project, stub)
+    assert str(caught.value).startswith(f"cannot join {NAME}:1: {reason}")
     assert "BUILDX_NODES" not in str(caught.value)
-    assert len(calls(stub)) == 1
+    assert len(read_calls(stub)) == 1
 
 
 @pytest.mark.parametrize(
     "answer", ["", "null", "[]", "{}", "not JSON", '{"digest"', '{"digest": null}']
 )
-def test_an_answer_without_a_digest_is_no_success(
-    tmp_path: Path, stub: Buildx, answer: str
-) -> None:
-    site, made = project(tmp_path)
-    pushed(site, "linux/amd64")
+def test_answer_without_a_digest_is_an_error(tmp_path: Path, stub: Buildx, answer: str) -> None:
+    site, project = create_project(tmp_path)
+    save_record(site, "linux/amd64")
     (tmp_path / "stub" / "answer").write_text(answer)
     with pytest.raises(RegistryError, match=r"is joined, but the registry reports no digest"):
-        join(made, stub)
+        join(project, stub)

@@ -1,4 +1,4 @@
-"""``BUILDX_NODES``: how a node is written, and what each driver takes."""
+"""``BUILDX_NODES``: syntax of nodes, and nodes of each driver."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ BASE = Path("/project")
 AMD64, ARM64 = Platform.parse("linux/amd64"), Platform.parse("linux/arm64")
 
 
-def found(driver: Driver, *texts: str) -> list[str]:
-    """What is wrong with nodes, each written as in the setting."""
+def find_problems(driver: Driver, *texts: str) -> list[str]:
+    """Return the problems of nodes in the syntax of the setting."""
     return list(problems(driver, tuple(node(text, BASE) for text in texts)))
 
 
-# --- How it is written ----------------------------------------------------------------------
+# --- Syntax ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -43,13 +43,13 @@ def found(driver: Driver, *texts: str) -> list[str]:
         ("platform=linux/arm64,env.A=tcp://a:1", Node("", (ARM64,), (("env.A", "tcp://a:1"),))),
     ],
 )
-def test_a_node_is_an_endpoint_with_platforms_and_options(text: str, expected: Node) -> None:
+def test_node_has_endpoint_platforms_and_options(text: str, expected: Node) -> None:
     assert node(text, BASE) == expected
 
 
-def test_certificates_are_relative_to_where_they_are_written() -> None:
-    read = node("tcp://a:1,cacert=tls/ca.pem,key=/k.pem,servername=tls/x", BASE)
-    assert dict(read.options) == {
+def test_certificates_are_relative_to_the_settings_file() -> None:
+    parsed = node("tcp://a:1,cacert=tls/ca.pem,key=/k.pem,servername=tls/x", BASE)
+    assert dict(parsed.options) == {
         "cacert": "/project/tls/ca.pem",
         "key": "/k.pem",
         "servername": "tls/x",
@@ -90,7 +90,7 @@ def test_invalid_node_is_reported_in_one_line(text: str, message: str) -> None:
     assert len(problem) < 200
 
 
-# --- What each driver takes -----------------------------------------------------------------
+# --- Drivers --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -104,16 +104,16 @@ def test_invalid_node_is_reported_in_one_line(text: str, message: str) -> None:
         (Driver.KUBERNETES, ["namespace=ci,replicas=4", "platform=linux/arm64"]),
     ],
 )
-def test_options_are_left_to_buildx(driver: Driver, texts: list[str]) -> None:
-    assert found(driver, *texts) == []
+def test_options_are_passed_to_buildx(driver: Driver, texts: list[str]) -> None:
+    assert find_problems(driver, *texts) == []
 
 
 def test_driver_docker_has_no_nodes() -> None:
-    (problem,) = found(Driver.DOCKER, "tcp://a:1")
+    (problem,) = find_problems(Driver.DOCKER, "tcp://a:1")
     assert "has no nodes; unset BUILDX_NODES" in problem
 
 
 @pytest.mark.parametrize("texts", [[], ["tcp://a:1", "cacert=/ca.pem"]])
 def test_driver_remote_requires_endpoints(texts: list[str]) -> None:
-    (problem,) = found(Driver.REMOTE, *texts)
+    (problem,) = find_problems(Driver.REMOTE, *texts)
     assert problem.startswith("the driver remote requires a node; write the endpoint")

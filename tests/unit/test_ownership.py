@@ -34,22 +34,22 @@ ROOT_ONLY = "root:x:0:0:root:/root:/bin/sh\n"
 
 
 class Disk:
-    """The file system of one container, as far as an engine copies it in and out."""
+    """The file system of a container, as far as an engine copies files in and out."""
 
     about = EngineInfo("unix:///x", "test", "test", "28", "linux/amd64", "overlay2", True)
 
     def __init__(self, *directories: str, **files: str) -> None:
-        self.there: dict[str, tuple[tarfile.TarInfo, bytes]] = {}
+        self.entries: dict[str, tuple[tarfile.TarInfo, bytes]] = {}
         self.written: list[str] = []
         self.read: list[str] = []
         for path in directories:
             header = tarfile.TarInfo(path.lstrip("/"))
             header.type, header.mode = tarfile.DIRTYPE, 0o750
-            self.there[path] = (header, b"")
+            self.entries[path] = (header, b"")
         for path, text in files.items():
             header = tarfile.TarInfo(path.lstrip("/"))
             header.mode, header.size = 0o640, len(text)
-            self.there[path] = (header, text.encode())
+            self.entries[path] = (header, text.encode())
 
     def info(self) -> EngineInfo:
         return self.about
@@ -59,27 +59,29 @@ class Disk:
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
             for member in tar:
                 file = tar.extractfile(member) if member.isfile() else None
-                self.there[f"/{member.name}"] = (member, file.read() if file else b"")
+                self.entries[f"/{member.name}"] = (member, file.read() if file else b"")
                 self.written.append(f"/{member.name}")
 
     def copy_out(self, _container: str, path: str) -> Iterator[bytes]:
         self.read.append(path)
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as tar:
-            for name, (header, content) in sorted(self.there.items()):
+            for name, (header, content) in sorted(self.entries.items()):
                 if name == path or name.startswith(f"{path}/"):
                     member = copy.copy(header)
-                    # As Docker does: by the last part of what was asked for.
+                    # Docker names members relative to the parent of the requested path.
                     member.name = str(PurePosixPath(name).relative_to(PurePosixPath(path).parent))
                     member.uid += self.about.first_id
                     tar.addfile(member, io.BytesIO(content))
-        yield from (buffer.getvalue()[each : each + 700] for each in range(0, buffer.tell(), 700))
+        yield from (
+            buffer.getvalue()[start : start + 700] for start in range(0, buffer.tell(), 700)
+        )
 
     def owners(self) -> dict[str, int]:
-        return {path: header.uid for path, (header, _) in self.there.items()}
+        return {path: header.uid for path, (header, _) in self.entries.items()}
 
     def text(self, path: str) -> str:
-        return self.there[path][1].decode()
+        return self.entries[path][1].decode()
 
     def as_engine(self) -> Engine:
         return cast("Engine", self)
@@ -101,37 +103,37 @@ def disk() -> Disk:
 def test_daemon_owns_its_state_and_the_store_directories(disk: Disk) -> None:
     user = grant_ownership(disk.as_engine(), "x", ["/tmp/cache"])  # noqa: S108
     owners = disk.owners()
-    lent = ("/gnu/store", "/gnu/store/.links", "/root", "/var/guix", "/var/guix/db/db.sqlite")
-    for path in (*lent, "/etc/guix/acl", "/var/log/guix", "/tmp/cache"):  # noqa: S108
+    granted = ("/gnu/store", "/gnu/store/.links", "/root", "/var/guix", "/var/guix/db/db.sqlite")
+    for path in (*granted, "/etc/guix/acl", "/var/log/guix", "/tmp/cache"):  # noqa: S108
         assert owners[path] == user, path
     assert disk.text("/var/guix/db/db.sqlite") == "database"
-    assert disk.there["/var/guix/db/db.sqlite"][0].mode == 0o640
+    assert disk.entries["/var/guix/db/db.sqlite"][0].mode == 0o640
 
 
 def test_unread_directory_is_created_private_to_the_user(disk: Disk) -> None:
     directory = "/var/lib/secret"
     user = grant_ownership(disk.as_engine(), "x", unread=[directory])
-    header, _ = disk.there[directory]
+    header, _ = disk.entries[directory]
     assert (header.uid, header.mode) == (user, 0o700)
     assert directory not in disk.read
 
 
 def test_store_items_keep_their_owner(disk: Disk) -> None:
-    """Or a layer would hold all of them again; and so would it what is only ever removed."""
+    """A file whose owner changes is stored again in the layer of a commit."""
     grant_ownership(disk.as_engine(), "x")
     assert not {"/gnu/store/a-guix", "/var/guix/db/reserved"} & {*disk.written}
 
 
 def test_root_owns_every_directory_after_a_restore(disk: Disk) -> None:
-    before = disk.owners()
+    initial_owners = disk.owners()
     grant_ownership(disk.as_engine(), "x")
     assert restore_ownership(disk.as_engine(), "x")
-    assert before.items() <= disk.owners().items()
+    assert initial_owners.items() <= disk.owners().items()
     assert set(disk.owners().values()) == {0}
     assert not restore_ownership(disk.as_engine(), "x")
 
 
-def test_owners_are_those_in_the_container_with_userns_remap(disk: Disk) -> None:
+def test_owners_with_userns_remap_are_those_in_the_container(disk: Disk) -> None:
     disk.about = replace(disk.about, first_id=200000)
     user = grant_ownership(disk.as_engine(), "x")
     assert disk.owners()["/var/guix/db/db.sqlite"] == disk.owners()["/root"] == user
@@ -141,7 +143,7 @@ def test_owners_are_those_in_the_container_with_userns_remap(disk: Disk) -> None
 
 def test_account_is_created_once_with_a_free_id(disk: Disk) -> None:
     user = grant_ownership(disk.as_engine(), "x")
-    assert user == 60707  # the usual one is a group here
+    assert user == 60707  # 60706 is the ID of a group in this image
     assert disk.text("/etc/passwd").startswith(ROOT_ONLY)
     assert f"\n{ownership.USER}:x:60707:60707:" in disk.text("/etc/passwd")
     accounts = disk.text("/etc/passwd")
@@ -159,7 +161,7 @@ def test_account_of_the_image_is_used() -> None:
 
 
 def test_files_of_another_user_keep_their_owner(disk: Disk) -> None:
-    header = disk.there["/var/guix/db"][0]
+    header = disk.entries["/var/guix/db"][0]
     header.uid = header.gid = 5
     grant_ownership(disk.as_engine(), "x")
     assert disk.owners()["/var/guix/db"] == 5
@@ -177,12 +179,12 @@ def test_image_without_guix_is_accepted() -> None:
 def test_links_keep_their_targets(disk: Disk) -> None:
     header = tarfile.TarInfo("var/guix/profile")
     header.type, header.linkname = tarfile.SYMTYPE, "../../gnu/store/a-guix"
-    disk.there["/var/guix/link"] = (header, b"")
+    disk.entries["/var/guix/link"] = (header, b"")
     grant_ownership(disk.as_engine(), "x")
-    assert disk.there["/var/guix/link"][0].linkname == "../../gnu/store/a-guix"
+    assert disk.entries["/var/guix/link"][0].linkname == "../../gnu/store/a-guix"
 
 
-# --- In a work container --------------------------------------------------------------------
+# --- Work containers ------------------------------------------------------------------------
 
 
 def test_rootless_container_has_the_daemon_user_and_no_capability(tmp_path: Path) -> None:
@@ -193,11 +195,11 @@ def test_rootless_container_has_the_daemon_user_and_no_capability(tmp_path: Path
     assert (spec.user, spec.privileged, spec.capabilities) == (ownership.USER, False, ())
     assert spec.unmasked
     assert "no-new-privileges" in spec.security
-    assert [each.partition("=")[0] for each in spec.security[1:]] == ["seccomp"]
+    assert [option.partition("=")[0] for option in spec.security[1:]] == ["seccomp"]
 
 
 def test_committed_image_has_the_user_root(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A commit takes the container's user where there is none."""
+    """Without a user in the configuration, a commit uses that of the container."""
     monkeypatch.setattr(commit, "restore_ownership", lambda *_: True)
     site.env["GUIX_SANDBOX"] = "rootless"
     project, parent = site.project(), site.engine.make_image({}, {"/a": b""})
@@ -207,7 +209,7 @@ def test_committed_image_has_the_user_root(site: Site, monkeypatch: pytest.Monke
     assert image.config["User"] == "root"
 
 
-def test_security_modules_of_the_engine_are_turned_off(site: Site) -> None:
+def test_security_modules_of_the_engine_are_disabled(site: Site) -> None:
     site.env["GUIX_SANDBOX"] = "rootless"
     site.engine.about = replace(site.engine.about, security=("apparmor", "seccomp"))
     site.make("base", "pull")
@@ -223,12 +225,12 @@ def test_files_of_a_rootless_container_belong_to_the_daemon(
     owners: dict[str, int] = {}
     copy_in = site.engine.copy_in
 
-    def watched(container: str, archive: bytes) -> None:
+    def record_owners(container: str, archive: bytes) -> None:
         with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-            owners.update({f"/{each.name}": each.uid for each in tar})
+            owners.update({f"/{member.name}": member.uid for member in tar})
         copy_in(container, archive)
 
-    monkeypatch.setattr(site.engine, "copy_in", watched)
+    monkeypatch.setattr(site.engine, "copy_in", record_owners)
     image, work = site.image("base").id, Work("x", (), {"a": b""})
     with work_container(site.engine, site.settings(), image, work) as container:
         environment = site.engine._container(container).text(f"{WORK_DIRECTORY}/environment")
@@ -238,8 +240,8 @@ def test_files_of_a_rootless_container_belong_to_the_daemon(
 
 
 def test_rootless_container_has_separate_cache_volumes(site: Site) -> None:
-    roots = cache_volumes(site.settings())
+    root_volumes = cache_volumes(site.settings())
     site.env["GUIX_SANDBOX"] = "rootless"
-    ours = cache_volumes(site.settings())
-    assert list(ours.values()) == list(ROOTLESS_CACHES.values())
-    assert not {*roots} & {*ours}
+    rootless_volumes = cache_volumes(site.settings())
+    assert list(rootless_volumes.values()) == list(ROOTLESS_CACHES.values())
+    assert not {*root_volumes} & {*rootless_volumes}

@@ -1,4 +1,4 @@
-"""Pack: what is packed, how its file is called, and that it comes wholly or not at all."""
+"""The task ``pack``: packages, file names, options and incomplete transfers."""
 
 from __future__ import annotations
 
@@ -30,74 +30,74 @@ CONTENT = "packed"
 DIGEST = hashlib.sha256(CONTENT.encode()).hexdigest()
 
 
-def packs(
+def fake_pack(
     made: Site, names: Sequence[str] = ("hello 2.12.2",), ending: str = "tarball-pack.tar.gz"
 ) -> dict[str, str]:
-    """Let Guix pack these; the files that it was given."""
-    item, seen = f"/gnu/store/{'0' * 32}-{ending}", {}
+    """Make the fake Guix pack packages, and return the files of the work container."""
+    store_item, files = f"/gnu/store/{'0' * 32}-{ending}", {}
 
     def behaviour(container: FakeContainer) -> Output:
         for name in ("stage", "pack.scm", "manifest.scm"):
-            seen[name] = container.text(f"{WORK_DIRECTORY}/{name}")
+            files[name] = container.text(f"{WORK_DIRECTORY}/{name}")
         for name in names:
             yield False, f"is packed:{name.replace(' ', chr(9), 1)}\n".encode()
         yield True, b"building...\n"
-        yield False, f"{item}\n".encode()
-        container.write(item, CONTENT)
+        yield False, f"{store_item}\n".encode()
+        container.write(store_item, CONTENT)
         container.forget(WORK_DIRECTORY)
 
     made.engine.behaviour = behaviour
-    return seen
+    return files
 
 
-def run(made: Site, wanted: Pack | None = None, name: str = "", *packages: str) -> Path:
-    path = pack.pack(made.project(), wanted or Pack(), name, packages)
+def run_pack(made: Site, options: Pack | None = None, name: str = "", *packages: str) -> Path:
+    path = pack.pack(made.project(), options or Pack(), name, packages)
     assert path
     return path
 
 
-def test_output_directory_that_cannot_be_written_is_reported_before_the_work(
+def test_unwritable_output_directory_is_reported_before_the_work(
     made: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    packs(made)
+    fake_pack(made)
     monkeypatch.setattr(os, "access", lambda path, _: path != made.directory)
 
-    def refused() -> None:
+    def fail() -> None:
         with pytest.raises(PermissionError):
-            run(made)
+            run_pack(made)
 
-    assert made.ran(refused) == []
-
-
-def out(made: Site) -> list[str]:
-    """What is in ``out/`` besides the logs."""
-    return sorted(each.name for each in made.directory.glob("out/*") if each.name != "logs")
+    assert made.ran(fail) == []
 
 
-def test_the_file_its_checksum_and_what_a_release_needs(made: Site) -> None:
-    packs(made)
-    before = outline(made.engine)
-    path = run(made)
+def output_files(made: Site) -> list[str]:
+    """Return the names of the files in ``out/`` except logs."""
+    return sorted(path.name for path in made.directory.glob("out/*") if path.name != "logs")
+
+
+def test_pack_writes_file_checksum_and_record(made: Site) -> None:
+    fake_pack(made)
+    initial_state = outline(made.engine)
+    path = run_pack(made)
     assert path == made.directory / "out" / "hello-2.12.2-x86_64-linux.tar.gz"
     assert path.read_text() == CONTENT
     assert path.stat().st_mode & 0o111 == 0
     checksum = path.with_name(f"{path.name}.sha256").read_text()
     assert checksum == f"{DIGEST}  hello-2.12.2-x86_64-linux.tar.gz\n"
-    part = json.loads((path.parent / "build-x86_64-linux.json").read_text())
-    assert part == {
+    record = json.loads((path.parent / "build-x86_64-linux.json").read_text())
+    assert record == {
         "system": "x86_64-linux",
         "format": "tarball",
         "file": path.name,
         "sha256": DIGEST,
         "channels": [{"name": "guix", "url": "https://guix.test", "commit": "a" * 40}],
     }
-    assert len(out(made)) == 3
-    assert outline(made.engine) == before
+    assert len(output_files(made)) == 3
+    assert outline(made.engine) == initial_state
     assert made.engine.all_containers == {}
 
 
 @pytest.mark.parametrize(
-    ("names", "ending", "wanted", "name", "file"),
+    ("names", "ending", "options", "name", "file"),
     [
         (["a 1", "b 2"], "tarball-pack.tar.gz", Pack(), "", "app-1-SYSTEM.tar.gz"),
         (["a 1", "b 2"], "tarball-pack.tar", Pack(compression="none"), "my", "my-1-SYSTEM.tar"),
@@ -109,26 +109,26 @@ def test_the_file_its_checksum_and_what_a_release_needs(made: Site) -> None:
         ([], "tarball-pack.tar.gz", Pack(), "", "app-1-SYSTEM.tar.gz"),
     ],
 )
-def test_how_the_file_is_called(
-    made: Site, *, names: list[str], ending: str, wanted: Pack, name: str, file: str
+def test_file_name_has_package_version_and_system(
+    made: Site, *, names: list[str], ending: str, options: Pack, name: str, file: str
 ) -> None:
-    packs(made, names, ending)
-    assert run(made, wanted, name).name == file.replace("SYSTEM", "x86_64-linux")
+    fake_pack(made, names, ending)
+    assert run_pack(made, options, name).name == file.replace("SYSTEM", "x86_64-linux")
 
 
-def test_each_format_has_a_part_of_its_own(made: Site) -> None:
-    packs(made)
-    run(made)
-    packs(made, ending="docker-pack.tar.gz")
-    run(made, Pack("docker"))
-    parts = [each for each in out(made) if each.startswith("build-")]
-    assert parts == ["build-x86_64-linux-docker.json", "build-x86_64-linux.json"]
+def test_each_format_has_a_separate_record(made: Site) -> None:
+    fake_pack(made)
+    run_pack(made)
+    fake_pack(made, ending="docker-pack.tar.gz")
+    run_pack(made, Pack("docker"))
+    records = [name for name in output_files(made) if name.startswith("build-")]
+    assert records == ["build-x86_64-linux-docker.json", "build-x86_64-linux.json"]
 
 
-def test_the_options_are_those_of_guix_pack(made: Site) -> None:
-    seen = packs(made)
-    run(made, Pack("docker", 2, ("/bin=bin", "/a b=c"), "zstd", 7, "bin/hello"))
-    assert seen["stage"] == (
+def test_options_are_passed_to_guix_pack(made: Site) -> None:
+    files = fake_pack(made)
+    run_pack(made, Pack("docker", 2, ("/bin=bin", "/a b=c"), "zstd", 7, "bin/hello"))
+    assert files["stage"] == (
         "#!/bin/sh\n"
         "exec guix pack --format=docker --relocatable --relocatable --symlink=/bin=bin "
         f"'--symlink=/a b=c' --compression=zstd --max-layers=7 --entry-point=bin/hello "
@@ -136,31 +136,31 @@ def test_the_options_are_those_of_guix_pack(made: Site) -> None:
     )
 
 
-def test_the_manifest_and_the_packages_are_packed(made: Site) -> None:
+def test_manifest_and_packages_are_packed(made: Site) -> None:
     text = '(specifications->manifest (list "tar"))\n'
     made.write("manifest.scm", text)
     made.env["GUIX_MANIFEST"] = "manifest.scm"
     made.make("install")
-    seen = packs(made)
-    run(made)
-    assert seen["manifest.scm"] == text
-    theirs = f'(primitive-load "{WORK_DIRECTORY}/manifest.scm")'
-    assert f'(list {theirs} (specifications->manifest \'("hello")))' in seen["pack.scm"]
+    files = fake_pack(made)
+    run_pack(made)
+    assert files["manifest.scm"] == text
+    project_manifest = f'(primitive-load "{WORK_DIRECTORY}/manifest.scm")'
+    assert f'(list {project_manifest} (specifications->manifest \'("hello")))' in files["pack.scm"]
 
 
-def test_packages_that_are_named_are_packed_instead(made: Site) -> None:
+def test_packages_of_the_command_line_replace_those_of_the_settings(made: Site) -> None:
     made.write("manifest.scm", "(specifications->manifest (list))\n")
     made.env["GUIX_MANIFEST"] = "manifest.scm"
     made.make("install")
-    seen = packs(made)
-    run(made, None, "", "tar@1.35", "git:send-email")
-    assert seen["manifest.scm"] == ""
-    assert '\'("tar@1.35" "git:send-email")' in seen["pack.scm"]
-    assert "primitive-load" not in seen["pack.scm"]
+    files = fake_pack(made)
+    run_pack(made, None, "", "tar@1.35", "git:send-email")
+    assert files["manifest.scm"] == ""
+    assert '\'("tar@1.35" "git:send-email")' in files["pack.scm"]
+    assert "primitive-load" not in files["pack.scm"]
 
 
 @pytest.mark.parametrize(
-    ("wanted", "name", "packages", "said"),
+    ("options", "name", "packages", "message"),
     [
         (
             Pack("oci"),
@@ -180,66 +180,66 @@ def test_packages_that_are_named_are_packed_instead(made: Site) -> None:
         (Pack(), "", ["-r"], "--package: '-r' is not a package"),
     ],
 )
-def test_what_cannot_be_is_refused_first(
-    made: Site, wanted: Pack, name: str, packages: list[str], said: str
+def test_invalid_option_is_reported_before_the_work(
+    made: Site, options: Pack, name: str, packages: list[str], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=said):
-        run(made, wanted, name, *packages)
+    with pytest.raises(UsageError, match=message):
+        run_pack(made, options, name, *packages)
     assert made.engine.changing_calls() == []
 
 
 def test_nothing_to_pack_is_an_error(made: Site) -> None:
     made.env["GUIX_PACKAGES"] = ""
     with pytest.raises(UsageError, match="nothing to pack: set GUIX_PACKAGES or GUIX_MANIFEST"):
-        run(made)
+        run_pack(made)
 
 
-def test_a_stale_image_packs_nothing(made: Site) -> None:
+def test_stale_image_is_not_packed(made: Site) -> None:
     made.engine.guix.heads["guix"] = "c" * 40
     made.make("pull", update=True)
     with pytest.raises(UsageError, match=r"install is stale \(.*; run `inv install.*, then pack"):
-        run(made)
-    assert out(made) == []
+        run_pack(made)
+    assert output_files(made) == []
 
 
-def test_a_pull_is_enough_to_pack(site: Site) -> None:
+def test_pack_requires_only_a_pull(site: Site) -> None:
     site.make("base", "pull")
-    packs(site)
-    assert run(site, None, "", "hello").read_text() == CONTENT
+    fake_pack(site)
+    assert run_pack(site, None, "", "hello").read_text() == CONTENT
 
 
-def test_a_guix_that_was_never_pulled_has_no_channels(site: Site) -> None:
+def test_record_without_a_pull_has_no_channels(site: Site) -> None:
     site.env["GUIX_CHANNELS"] = ""
     site.make("base")
-    packs(site)
-    run(site)
-    part = json.loads((site.directory / "out" / "build-x86_64-linux.json").read_text())
-    assert part["channels"] == []
+    fake_pack(site)
+    run_pack(site)
+    record = json.loads((site.directory / "out" / "build-x86_64-linux.json").read_text())
+    assert record["channels"] == []
 
 
-def test_what_guix_cannot_pack_is_its_error(made: Site) -> None:
-    def fails(container: FakeContainer) -> Output:
+def test_error_of_guix_pack_is_reported(made: Site) -> None:
+    def fail(container: FakeContainer) -> Output:
         container.status = 1
         yield True, b"guix pack: error: x: unknown package\n"
 
-    made.engine.behaviour = fails
+    made.engine.behaviour = fail
     with pytest.raises(StageError, match=r"pack: x: unknown package, and nothing"):
-        run(made)
-    assert out(made) == ["failed"]
+        run_pack(made)
+    assert output_files(made) == ["failed"]
     assert made.engine.all_containers == {}
 
 
-def test_a_guix_that_says_nothing_is_an_error(made: Site) -> None:
-    def says_nothing(container: FakeContainer) -> Output:
+def test_missing_store_item_is_an_error(made: Site) -> None:
+    def print_no_item(container: FakeContainer) -> Output:
         yield True, b"well\n"
 
-    made.engine.behaviour = says_nothing
+    made.engine.behaviour = print_no_item
     with pytest.raises(StageError, match="printed no store item"):
-        run(made)
-    assert out(made) == []
+        run_pack(made)
+    assert output_files(made) == []
 
 
-def _archive(kind: bytes, size: int) -> bytes:
+def make_archive(kind: bytes, size: int) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         member = tarfile.TarInfo("x")
@@ -249,44 +249,44 @@ def _archive(kind: bytes, size: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("archive", "said"),
+    ("archive", "message"),
     [
         (b"", "sent only a part of it"),
         (b"nonsense" * 200, "sent only a part of it"),
-        (_archive(tarfile.REGTYPE, 1 << 20)[: 1 << 19], "sent only a part of it"),
-        (_archive(tarfile.DIRTYPE, 0), "is not a regular file"),
+        (make_archive(tarfile.REGTYPE, 1 << 20)[: 1 << 19], "sent only a part of it"),
+        (make_archive(tarfile.DIRTYPE, 0), "is not a regular file"),
     ],
     ids=["nothing", "nonsense", "half", "a directory"],
 )
-def test_what_does_not_come_whole_leaves_what_was_there(
-    made: Site, monkeypatch: pytest.MonkeyPatch, archive: bytes, said: str
+def test_incomplete_transfer_keeps_the_previous_file(
+    made: Site, monkeypatch: pytest.MonkeyPatch, archive: bytes, message: str
 ) -> None:
-    packs(made)
-    path = run(made)
-    before = out(made)
+    fake_pack(made)
+    path = run_pack(made)
+    initial_files = output_files(made)
     monkeypatch.setattr(made.engine, "copy_out", lambda *_: iter([archive] if archive else []))
-    with pytest.raises(EngineError, match=said):
-        run(made)
-    assert out(made) == before
+    with pytest.raises(EngineError, match=message):
+        run_pack(made)
+    assert output_files(made) == initial_files
     assert path.read_text() == CONTENT
     assert made.engine.all_containers == {}
 
 
-def test_a_large_file_is_not_held_in_memory(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    packs(made)
-    size, piece = 64 << 20, b"z" * (1 << 16)
+def test_large_file_is_not_read_into_memory(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_pack(made)
+    size, chunk = 64 << 20, b"z" * (1 << 16)
 
     def copy_out(*_: object) -> Iterator[bytes]:
         member = tarfile.TarInfo("x")
         member.size, member.mode = size, 0o555
         yield member.tobuf()
-        for _each in range(size // len(piece)):
-            yield piece
+        for _ in range(size // len(chunk)):
+            yield chunk
         yield b"\0" * 1024
 
     monkeypatch.setattr(made.engine, "copy_out", copy_out)
     tracemalloc.start()
-    path = run(made)
+    path = run_pack(made)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert path.stat().st_size == size
@@ -294,17 +294,17 @@ def test_a_large_file_is_not_held_in_memory(made: Site, monkeypatch: pytest.Monk
     assert peak < size // 4
 
 
-def test_a_token_in_a_channels_url_is_not_published(made: Site) -> None:
+def test_token_in_a_channel_url_is_not_in_the_record(made: Site) -> None:
     channels = (made.directory / "channels.scm").read_text()
     url = "https://me:hunter2-token@guix.test"
     made.write("channels.scm", channels.replace("https://guix.test", url))
     made.make("pull", update=True)
     made.make("install")
-    packs(made)
-    run(made)
-    part = (made.directory / "out" / "build-x86_64-linux.json").read_text()
-    assert "guix.test" in part
-    assert "hunter2" not in part
+    fake_pack(made)
+    run_pack(made)
+    record = (made.directory / "out" / "build-x86_64-linux.json").read_text()
+    assert "guix.test" in record
+    assert "hunter2" not in record
 
 
 def test_each_platform_is_packed(made: Site) -> None:
@@ -313,24 +313,26 @@ def test_each_platform_is_packed(made: Site) -> None:
         made.env["PLATFORMS"] = str(platform)
         made.make("install", upstream=True)
     made.env["PLATFORMS"] = "linux/amd64 linux/386"
-    packs(made)
+    fake_pack(made)
     for project in made.project().each_platform():
         assert pack.pack(project, Pack())
     assert {spec.platform for spec in made.engine.specs[-2:]} == {"linux/amd64", "linux/386"}
 
 
-def test_a_dry_run_shows_what_it_would_run(made: Site) -> None:
+def test_dry_run_shows_the_command(made: Site) -> None:
     project = made.project()
-    dry = made.project(TracedEngine(made.engine, project.console, perform=False))
-    before = made.engine.changing_calls()
-    assert pack.pack(dry, Pack()) is None
-    assert made.engine.changing_calls() == before
-    assert f"+ guix pack --format=tarball --manifest={WORK_DIRECTORY}/pack.scm" in heard(dry)
-    assert out(made) == []
+    dry_project = made.project(TracedEngine(made.engine, project.console, perform=False))
+    initial_calls = made.engine.changing_calls()
+    assert pack.pack(dry_project, Pack()) is None
+    assert made.engine.changing_calls() == initial_calls
+    assert f"+ guix pack --format=tarball --manifest={WORK_DIRECTORY}/pack.scm" in heard(
+        dry_project
+    )
+    assert output_files(made) == []
     assert IMAGE in made.engine.tags
 
 
-def test_what_was_packed_is_the_last_store_item_that_is_told() -> None:
+def test_last_store_item_of_the_report_is_the_pack() -> None:
     report = "is packed:a\t1\n/gnu/store/x.drv\nsomething\nis packed:b\t2\n/gnu/store/y\n\n"
     assert guix.packed(report) == ("/gnu/store/y", [("a", "1"), ("b", "2")])
     assert guix.packed("") == ("", [])

@@ -1,4 +1,4 @@
-"""What Podman does in another way: its answers, and the archive that configures an image."""
+"""Differences of Podman: its answers, image names, sockets and archives of configurations."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 LAYERS = [f"sha256:{digit * 64}" for digit in "12"]
 
-FOUND = {
+PODMAN_IMAGE = {
     "Architecture": "arm64",
     "Os": "linux",
     "Created": "2026-01-02T03:04:05Z",
     "RootFS": {"Type": "layers", "Layers": LAYERS},
     "History": [{"created_by": "a"}, {"created_by": "b", "empty_layer": True}],
 }
-"""As Podman's own API says it."""
+"""An image in an answer of Podman's own API."""
 
 CONFIG = {"Env": ["A=b"], "Healthcheck": {"Test": ["CMD", "true"]}, "Labels": {"x": "ü"}}
 
@@ -38,12 +38,12 @@ CONFIG = {"Env": ["A=b"], "Healthcheck": {"Test": ["CMD", "true"]}, "Labels": {"
         ({"Version": "28.5.2"}, False),
     ],
 )
-def test_podman_is_told_from_docker(version: dict[str, Any], expected: bool) -> None:
+def test_podman_is_distinguished_from_docker(version: dict[str, Any], expected: bool) -> None:
     assert podman_api.is_podman(version) is expected
 
 
-def test_an_image_gets_its_configuration_by_an_archive_without_layers() -> None:
-    identity, archive = podman_api.configured_image(FOUND, CONFIG)
+def test_configuration_is_an_archive_without_layers() -> None:
+    identity, archive = podman_api.configured_image(PODMAN_IMAGE, CONFIG)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         files = {name: _read(tar, name) for name in tar.getnames()}
     assert len(files) == 4
@@ -51,14 +51,14 @@ def test_an_image_gets_its_configuration_by_an_archive_without_layers() -> None:
         if name.startswith("blobs/"):
             assert name == f"blobs/sha256/{hashlib.sha256(content).hexdigest()}"
     manifest = _blob(files, json.loads(files["index.json"])["manifests"][0])
-    assert [each["digest"] for each in manifest["layers"]] == LAYERS
+    assert [layer["digest"] for layer in manifest["layers"]] == LAYERS
     assert manifest["config"]["digest"] == identity
     assert _blob(files, manifest["config"]) == {
         "architecture": "arm64",
         "os": "linux",
-        "created": FOUND["Created"],
+        "created": PODMAN_IMAGE["Created"],
         "config": CONFIG,
-        "history": FOUND["History"],
+        "history": PODMAN_IMAGE["History"],
         "rootfs": {"type": "layers", "diff_ids": LAYERS},
     }
 
@@ -69,9 +69,9 @@ def _read(tar: tarfile.TarFile, name: str) -> bytes:
     return file.read()
 
 
-def _blob(files: dict[str, bytes], described: dict[str, Any]) -> Any:
-    content = files[f"blobs/{described['digest'].replace(':', '/')}"]
-    assert described["size"] == len(content)
+def _blob(files: dict[str, bytes], descriptor: dict[str, Any]) -> Any:
+    content = files[f"blobs/{descriptor['digest'].replace(':', '/')}"]
+    assert descriptor["size"] == len(content)
     return json.loads(content)
 
 
@@ -83,12 +83,14 @@ def _blob(files: dict[str, bytes], described: dict[str, Any]) -> Any:
         ("localhost:5055/library/x:t", "localhost:5055/library/x:t"),
     ],
 )
-def test_names_are_as_docker_says_them(name: str, expected: str) -> None:
+def test_names_are_those_of_docker(name: str, expected: str) -> None:
     assert podman_api.familiar_name(name) == expected
 
 
-def test_where_it_listens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sockets_are_those_of_user_and_system(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    own, roots = podman_api.sockets()
-    assert own == tmp_path / "podman" / "podman.sock"
-    assert str(roots) == "/run/podman/podman.sock"
+    user_socket, system_socket = podman_api.sockets()
+    assert user_socket == tmp_path / "podman" / "podman.sock"
+    assert str(system_socket) == "/run/podman/podman.sock"
