@@ -1,6 +1,7 @@
+"""The private engine: its configuration, checks before the start, start and stop."""
+
 from __future__ import annotations
 
-import io
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from fake_engine import Heard
 
 from guix_tasks import files
 from guix_tasks.bootstrap import apt, engine, service
@@ -22,20 +24,11 @@ from guix_tasks.bootstrap.engine import (
 )
 from guix_tasks.errors import EngineError
 from guix_tasks.settings.values import ImageStore
-from guix_tasks.ui.console import Console
-
-
-class Heard(Console):
-    """What was said."""
-
-    def __init__(self) -> None:
-        self.text = io.StringIO()
-        super().__init__(out=self.text, err=self.text)
 
 
 @pytest.fixture
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrivateEngine:
-    """An engine in an empty directory, as root on a Linux that has no other."""
+def private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrivateEngine:
+    """A private engine in an empty directory, for root on Linux without another engine."""
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(engine, "other_engine", lambda: None)
@@ -49,7 +42,7 @@ def install(private: PrivateEngine, daemon: str) -> None:
     program.chmod(0o755)
 
 
-def test_it_is_in_the_users_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_is_in_the_data_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     private = private_engine()
     assert private.directory == files.data_home() / "engine"
@@ -61,79 +54,85 @@ def test_it_is_in_the_users_data_folder(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_its_configuration_leaves_the_host_alone(alone: PrivateEngine) -> None:
-    configuration = alone._configure(None)
-    assert configuration["hosts"] == [alone.url]
+def test_configuration_does_not_change_the_host(private: PrivateEngine) -> None:
+    configuration = private._configure(None)
+    assert configuration["hosts"] == [private.url]
     assert configuration["bridge"] == "none"
-    untouched = ("iptables", "ip6tables", "ip-forward")
-    assert [configuration[name] for name in untouched] == [False] * 3
+    disabled = ("iptables", "ip6tables", "ip-forward")
+    assert [configuration[name] for name in disabled] == [False] * 3
     for name in ("data-root", "exec-root", "pidfile", "init-path"):
-        assert str(configuration[name]).startswith(f"{alone.directory}/")
+        assert str(configuration[name]).startswith(f"{private.directory}/")
 
 
 @pytest.mark.parametrize("store", ImageStore)
-def test_the_image_store_is_dockers_default_or_the_one_that_is_set(
-    alone: PrivateEngine, store: ImageStore
+def test_image_store_is_the_default_or_that_of_the_settings(
+    private: PrivateEngine, store: ImageStore
 ) -> None:
-    assert "features" not in alone._configure(None)
+    assert "features" not in private._configure(None)
     uses_containerd = store is ImageStore.CONTAINERD
-    assert alone._configure(store)["features"] == {"containerd-snapshotter": uses_containerd}
+    assert private._configure(store)["features"] == {"containerd-snapshotter": uses_containerd}
 
 
-def test_a_running_engine_does_not_change_its_store(
-    alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch
+def test_running_engine_does_not_change_its_store(
+    private: PrivateEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PrivateEngine, "running", lambda _: True)
-    monkeypatch.setattr(engine, "answers", lambda path: path == alone.socket)
-    alone.directory.mkdir(parents=True, exist_ok=True)
-    configuration = alone._configure(ImageStore.CONTAINERD)
-    (alone.directory / "daemon.json").write_text(json.dumps(configuration))
-    alone.up(Heard(), ImageStore.CONTAINERD)
+    monkeypatch.setattr(engine, "answers", lambda path: path == private.socket)
+    private.directory.mkdir(parents=True, exist_ok=True)
+    configuration = private._configure(ImageStore.CONTAINERD)
+    (private.directory / "daemon.json").write_text(json.dumps(configuration))
+    private.up(Heard(), ImageStore.CONTAINERD)
     with pytest.raises(EngineError, match=r"image store overlay2; run `inv engine.down` first"):
-        alone.up(Heard(), ImageStore.OVERLAY2)
+        private.up(Heard(), ImageStore.OVERLAY2)
 
 
-def test_not_root(alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_user_than_root_is_an_error(
+    private: PrivateEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(EngineError, match=r"needs root.*or install Docker Engine"):
-        alone.up(Heard())
-    assert not alone.directory.exists()
+        private.up(Heard())
+    assert not private.directory.exists()
 
 
-def test_not_linux(alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_system_than_linux_is_an_error(
+    private: PrivateEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(EngineError, match="needs Linux; install Docker"):
-        alone.up(Heard())
+        private.up(Heard())
 
 
-@pytest.mark.usefixtures("alone")
-def test_a_long_path_is_refused(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("private")
+def test_long_path_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"longer than 107 bytes.*XDG_DATA_HOME"):
         PrivateEngine(tmp_path / ("x" * 100)).up(Heard())
 
 
-def test_not_debian(alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_distribution_is_an_error(
+    private: PrivateEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(apt, "host_suite", lambda: None)
     with pytest.raises(EngineError, match="this host is not Debian; install Docker Engine"):
-        alone.up(Heard())
+        private.up(Heard())
 
 
-def test_beside_another_engine_it_does_not_start(
-    alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch
+def test_another_engine_is_an_error(
+    private: PrivateEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(alone, "exit 0")
+    install(private, "exit 0")
     monkeypatch.setattr(engine, "other_engine", lambda: "process 7")
     with pytest.raises(EngineError, match=r"another Docker Engine \(process 7\)"):
-        alone.up(Heard())
-    assert not alone._daemon.log.exists()
+        private.up(Heard())
+    assert not private._daemon.log.exists()
 
 
-def test_docker0_tells_of_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_docker0_is_detected_as_another_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "docker0")])
     assert other_engine() == "the network interface docker0"
 
 
-def test_a_dockerd_in_the_same_network_tells_of_another_engine(
+def test_dockerd_in_the_same_network_is_detected_as_another_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     programs = {1: "/sbin/init", 8: "/usr/bin/dockerd", 9: "/usr/bin/dockerd"}
@@ -146,76 +145,76 @@ def test_a_dockerd_in_the_same_network_tells_of_another_engine(
     assert other_engine() is None
 
 
-def test_a_daemon_that_dies_says_why(alone: PrivateEngine) -> None:
+def test_failed_start_reports_the_error(private: PrivateEngine) -> None:
     install(
-        alone, "echo 'level=info msg=\"starting\"'; echo 'failed to start daemon: boom'; exit 1"
+        private, "echo 'level=info msg=\"starting\"'; echo 'failed to start daemon: boom'; exit 1"
     )
-    (alone.directory / "docker.pid").write_text("1")
-    alone.socket.touch()
+    (private.directory / "docker.pid").write_text("1")
+    private.socket.touch()
     with pytest.raises(
         EngineError, match="cannot start the private engine: failed to start daemon: boom; see /"
     ):
-        alone.up(Heard())
-    left = sorted(path.name for path in alone.directory.iterdir())
-    assert left == ["daemon.json", "dockerd.log", "lock", "root"]
-    assert alone.directory.stat().st_mode & 0o777 == 0o700
+        private.up(Heard())
+    remaining = sorted(path.name for path in private.directory.iterdir())
+    assert remaining == ["daemon.json", "dockerd.log", "lock", "root"]
+    assert private.directory.stat().st_mode & 0o777 == 0o700
 
 
-def test_one_that_answers_has_started(
-    alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch
+def test_started_engine_is_reported(
+    private: PrivateEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(alone, "exec sleep 600")
-    pid = alone.directory / "docker.pid"
+    install(private, "exec sleep 600")
+    pid = private.directory / "docker.pid"
 
     def answers(path: Path) -> bool:
-        return path == alone.socket and pid.exists() and pid.read_text().strip() != ""
+        return path == private.socket and pid.exists() and pid.read_text().strip() != ""
 
     monkeypatch.setattr(engine, "answers", answers)
     monkeypatch.setattr(Path, "chmod", lambda *_: None)
-    heard = Heard()
+    console = Heard()
     try:
-        alone.up(heard)
-        by_hand = alone.shell_hint()
-        assert heard.text.getvalue() == f"started the private engine: {alone.url}\n{by_hand}\n"
+        private.up(console)
+        hint = private.shell_hint()
+        assert console.text == f"started the private engine: {private.url}\n{hint}\n"
     finally:
         os.kill(int(pid.read_text()), 9)
 
 
-def test_one_that_runs_is_told_of(alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PrivateEngine, "running", lambda _: True)
-    monkeypatch.setattr(engine, "answers", lambda path: path == alone.socket)
-    heard = Heard()
-    alone.up(heard)
-    runs = f"the private engine is already running: {alone.url}"
-    assert heard.text.getvalue() == f"{runs}\n{alone.shell_hint()}\n"
-
-
-def test_a_shell_is_told_how_docker_reaches_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_running_engine_is_reported(
+    private: PrivateEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(PrivateEngine, "running", lambda _: True)
+    monkeypatch.setattr(engine, "answers", lambda path: path == private.socket)
+    console = Heard()
+    private.up(console)
+    message = f"the private engine is already running: {private.url}"
+    assert console.text == f"{message}\n{private.shell_hint()}\n"
+
+
+def test_shell_hint_sets_host_and_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     private = PrivateEngine(tmp_path / "an engine")
-    by_hand = f"docker by hand: export DOCKER_HOST='unix://{private.socket}'"
+    hint = f"docker by hand: export DOCKER_HOST='unix://{private.socket}'"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert private.shell_hint() == by_hand
+    assert private.shell_hint() == hint
     program = private.directory / "root/usr/bin/docker"
     program.parent.mkdir(parents=True)
     program.touch(0o755)
-    assert private.shell_hint() == f"{by_hand} PATH=\"$PATH\":'{program.parent}'"
+    assert private.shell_hint() == f"{hint} PATH=\"$PATH\":'{program.parent}'"
     (tmp_path / "docker").touch(0o755)
-    assert private.shell_hint() == by_hand
+    assert private.shell_hint() == hint
 
 
 @pytest.mark.parametrize("directory", [True, False])
-def test_down_where_nothing_runs(alone: PrivateEngine, directory: bool) -> None:
+def test_down_without_an_engine_is_reported(private: PrivateEngine, directory: bool) -> None:
     if directory:
-        alone.directory.mkdir()
-        (alone.directory / "docker.pid").write_text("1")
-    heard = Heard()
-    alone.down(heard)
-    assert heard.text.getvalue().startswith("no private engine is running")
+        private.directory.mkdir()
+        (private.directory / "docker.pid").write_text("1")
+    console = Heard()
+    private.down(console)
+    assert console.text.startswith("no private engine is running")
 
 
-def test_mounts_below_a_folder_come_innermost_first() -> None:
+def test_mounts_below_a_directory_are_innermost_first() -> None:
     table = "\n".join(
         f"{number} 1 0:1 / {point} rw - ext4 /dev/x rw"
         for number, point in enumerate(
@@ -226,19 +225,17 @@ def test_mounts_below_a_folder_come_innermost_first() -> None:
     assert mounts_below(Path("/a/b"), table) == points
 
 
-def test_a_disk_that_the_user_put_there_stays(
-    alone: PrivateEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = str(alone.directory / "data")
+def test_mount_of_the_user_is_kept(private: PrivateEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = str(private.directory / "data")
     monkeypatch.setattr(
         engine,
         "mounts_below",
-        lambda directory, _table: {alone.directory: [data]}.get(directory, []),
+        lambda directory, _table: {private.directory: [data]}.get(directory, []),
     )
-    (alone.directory / "run").mkdir(parents=True)
-    assert alone._mounts() == []
-    (alone.directory / "run" / "unmount-on-shutdown").touch()
-    assert alone._mounts() == [data]
+    (private.directory / "run").mkdir(parents=True)
+    assert private._mounts() == []
+    (private.directory / "run" / "unmount-on-shutdown").touch()
+    assert private._mounts() == [data]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +247,7 @@ def test_a_disk_that_the_user_put_there_stays(
         (b"nonsense\r\n\r\n", False),
     ],
 )
-def test_answers(response: bytes, expected: bool) -> None:
+def test_engine_answers_with_status_200(response: bytes, expected: bool) -> None:
     directory = Path(tempfile.gettempdir())
     path = directory / f"guix-tasks-test-{os.getpid()}.sock"
     path.unlink(missing_ok=True)

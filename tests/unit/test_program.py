@@ -1,4 +1,4 @@
-"""What `./inv` and `guix-tasks` print of themselves."""
+"""Lists, help and errors of the commands `./inv` and `guix-tasks`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-from invoke.exceptions import Exit, ParseError
+from invoke.exceptions import Exit
 from invoke.program import Program
 from invoke.tasks import task
 
-from guix_tasks.cli.program import GroupedProgram, completion_script, main
+from guix_tasks.cli.program import GroupedProgram, main
 from guix_tasks.cli.tasks import GROUPS, grouped
 from guix_tasks.tasks import ns
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from invoke.context import Context
 
 WIDTH = 80
-SUMMARY = 55  # what is left of a line of 80 columns beside the longest name
+SUMMARY_WIDTH = 55  # the rest of a line of 80 columns after the longest name
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ Call = Callable[..., tuple[object, str, str]]
 def call(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Call:
-    """``guix-tasks`` in a directory: its exit code, output and errors."""
+    """Function that runs ``guix-tasks`` in a directory and returns exit code, output and errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
 
@@ -53,7 +53,7 @@ def call(
     return call
 
 
-def test_a_deleted_current_directory_is_one_line(call: Call, tmp_path: Path) -> None:
+def test_deleted_current_directory_is_an_error(call: Call, tmp_path: Path) -> None:
     tmp_path.rmdir()
     code, _, error = call("--list")
     tmp_path.mkdir()
@@ -61,32 +61,32 @@ def test_a_deleted_current_directory_is_one_line(call: Call, tmp_path: Path) -> 
     assert error == "error: the current directory was deleted; change to another one\n"
 
 
-def said(capsys: pytest.CaptureFixture[str], *arguments: str, kind: type[Program]) -> str:
+def run_program(capsys: pytest.CaptureFixture[str], *arguments: str, kind: type[Program]) -> str:
     kind(namespace=ns).run(["inv", *arguments], exit=False)
     return capsys.readouterr().out
 
 
-def test_the_list_has_the_groups_in_their_order(capsys: pytest.CaptureFixture[str]) -> None:
-    listed = said(capsys, "--list", kind=GroupedProgram)
-    titles = re.findall(r"^(\w.*[^:\n])$", listed, re.MULTILINE)
+def test_list_has_the_groups_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    output = run_program(capsys, "--list", kind=GroupedProgram)
+    titles = re.findall(r"^(\w.*[^:\n])$", output, re.MULTILINE)
     assert titles == [*GROUPS]
-    names = re.findall(r"^  (\S+)", listed, re.MULTILINE)
+    names = re.findall(r"^  (\S+)", output, re.MULTILINE)
     assert names == " ".join(GROUPS.values()).split()
 
 
 @pytest.mark.parametrize("kind", [Program, GroupedProgram])
-def test_no_line_of_the_list_is_wrapped(
+def test_lines_of_the_list_are_not_wrapped(
     capsys: pytest.CaptureFixture[str], kind: type[Program]
 ) -> None:
-    """That of Invoke's own `inv` neither."""
-    listed = said(capsys, "--list", kind=kind)
-    rows = [line for line in listed.splitlines() if line.startswith(" ")]
+    """The list of Invoke's own `inv` is not wrapped either."""
+    output = run_program(capsys, "--list", kind=kind)
+    rows = [line for line in output.splitlines() if line.startswith(" ")]
     assert len(rows) == len(ns.task_names)
     assert max(map(len, rows)) <= WIDTH
 
 
 def test_summaries_are_short() -> None:
-    long = {n: len(s) for n in ns.task_names if len(s := _summary(n)) > SUMMARY}
+    long = {n: len(s) for n in ns.task_names if len(s := _summary(n)) > SUMMARY_WIDTH}
     assert long == {}
 
 
@@ -95,21 +95,19 @@ def _summary(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(ns.task_names))
-def test_the_help_of_a_task_fits_on_a_terminal(
-    capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    shown = said(capsys, "--help", name, kind=GroupedProgram)
-    assert _summary(name) in shown
-    assert max(map(len, shown.splitlines())) <= WIDTH
+def test_help_of_a_task_fits_on_a_terminal(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    output = run_program(capsys, "--help", name, kind=GroupedProgram)
+    assert _summary(name) in output
+    assert max(map(len, output.splitlines())) <= WIDTH
 
 
-def test_a_part_of_the_list_is_invokes_own(capsys: pytest.CaptureFixture[str]) -> None:
-    listed = said(capsys, "--list", "buildx", kind=GroupedProgram)
-    assert "Build an image" not in listed
-    assert ".setup" in listed
+def test_part_of_the_list_is_that_of_invoke(capsys: pytest.CaptureFixture[str]) -> None:
+    output = run_program(capsys, "--list", "buildx", kind=GroupedProgram)
+    assert "Build an image" not in output
+    assert ".setup" in output
 
 
-def test_what_a_project_adds_comes_last() -> None:
+def test_tasks_of_the_project_are_last() -> None:
     @task
     def deps(c: Context) -> None: ...
 
@@ -121,21 +119,19 @@ def test_what_a_project_adds_comes_last() -> None:
     ]
 
 
-def test_a_completion_script_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ParseError, match="use one of: bash, fish, zsh"):
-        completion_script("csh")
+def test_completion_script_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Exit):
         GroupedProgram(namespace=ns).parse_core(["inv", "--print-completion-script=zsh"])
     assert "compdef _guix_tasks inv" in capsys.readouterr().out
 
 
-def test_the_version_names_both(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = said(capsys, "--version", kind=GroupedProgram)
-    assert re.fullmatch(r"guix-tasks\b.*\bInvoke 3\.\d+\.\d+\n", shown)
+def test_version_names_guix_tasks_and_invoke(capsys: pytest.CaptureFixture[str]) -> None:
+    output = run_program(capsys, "--version", kind=GroupedProgram)
+    assert re.fullmatch(r"guix-tasks\b.*\bInvoke 3\.\d+\.\d+\n", output)
 
 
-def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:
-    """The status, and what was said on standard error, of a call with these arguments."""
+def run_failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:
+    """Return the exit status and the standard error of a call."""
     with pytest.raises(SystemExit) as caught:
         GroupedProgram(namespace=ns, binary="inv").run(["inv", *arguments])
     return caught.value.code, capsys.readouterr().err
@@ -162,18 +158,18 @@ def ended(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, 
         ("install --package=tar --package", "--package needs a value"),
         ("pack --max-layers", "--max-layers needs a value"),
         ("--list nope", "'nope' not found"),
-        ("--print-completion-script=csh", "there is no completion for csh; use one of: bash"),
+        ("--print-completion-script=csh", "no completion for csh; use one of: bash, fish, zsh"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_meant_is_one_line(
+def test_invalid_arguments_are_reported_in_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: str, words: str
 ) -> None:
-    monkeypatch.setenv("DOCKER_HOST", "unix:///no/engine.sock")  # none of them gets that far
-    code, said = ended(capsys, *arguments.split())
+    monkeypatch.setenv("DOCKER_HOST", "unix:///no/engine.sock")  # no call connects to an engine
+    code, errors = run_failing(capsys, *arguments.split())
     assert code == 2
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert words in said
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert words in errors
 
 
 @pytest.mark.parametrize(
@@ -185,7 +181,7 @@ def test_what_cannot_be_meant_is_one_line(
         ("import nowhere_at_all  # and guix_tasks\n", "No module named 'nowhere_at_all'"),
     ],
 )
-def test_a_mistake_in_the_tasks_of_a_project_is_one_line(
+def test_error_in_tasks_py_is_reported_in_one_line(
     call: Call, tmp_path: Path, text: str, words: str
 ) -> None:
     (tmp_path / "tasks.py").write_text(text)
@@ -205,7 +201,7 @@ def test_missing_collection_has_a_hint(call: Call, tmp_path: Path) -> None:
     assert "`guix-tasks init`" in errors
 
 
-def test_directory_without_tasks_has_these_and_a_hint(call: Call, tmp_path: Path) -> None:
+def test_directory_without_a_project_has_tasks_and_a_hint(call: Call, tmp_path: Path) -> None:
     assert "Build an image" in call("--list")[1]
     hint = "note: this directory has no project; `guix-tasks init` creates one\n"
     code, _, errors = call("pull", "--quiet", "--verbose")
@@ -215,8 +211,8 @@ def test_directory_without_tasks_has_these_and_a_hint(call: Call, tmp_path: Path
     assert hint not in call("pull", "--quiet", "--verbose")[2]
 
 
-def test_closed_pipe_is_no_error(tmp_path: Path) -> None:
-    """As ``head`` does, which ends after its lines."""
+def test_closed_pipe_is_not_an_error(tmp_path: Path) -> None:
+    """The program ``head`` closes the pipe after its last line."""
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -230,23 +226,21 @@ def test_closed_pipe_is_no_error(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (141, "")
 
 
-def test_the_help_shows_which_options_take_a_value(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = said(capsys, "--help", "pack", kind=GroupedProgram)
-    options = re.findall(r"^  (--\S+)", shown, re.MULTILINE)
+def test_help_shows_the_options_with_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    output = run_program(capsys, "--help", "pack", kind=GroupedProgram)
+    options = re.findall(r"^  (--\S+)", output, re.MULTILINE)
     expected = {"--package=STRING", "--symlink=STRING", "--relocatable", "--max-layers=INT"}
     assert expected <= set(options)
 
 
-def test_without_a_task_the_tasks_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = said(capsys, kind=GroupedProgram)
-    assert shown.startswith(said(capsys, "--list", kind=GroupedProgram))
-    assert "--help" in shown
-    assert "Core options" not in shown
+def test_call_without_a_task_lists_the_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    output = run_program(capsys, kind=GroupedProgram)
+    assert output.startswith(run_program(capsys, "--list", kind=GroupedProgram))
+    assert "--help" in output
+    assert "Core options" not in output
 
 
-def test_bytecode_is_written_unless_python_is_told_not_to(
-    call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytecode_setting_of_python_is_kept(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     for setting in (False, True):
         monkeypatch.setattr(sys, "dont_write_bytecode", setting)
         call("--list")

@@ -1,4 +1,4 @@
-"""What platforms were pushed, as files that jobs of a CI matrix hand on."""
+"""Push records: files of pushed platforms that jobs of a CI matrix pass on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 AMD64, ARM64 = Platform.parse("linux/amd64"), Platform.parse("linux/arm64")
 ARM32 = Platform.parse("linux/arm/v7")
-DIGEST, OTHER = f"sha256:{'a' * 64}", f"sha256:{'b' * 64}"
+DIGEST, OTHER_DIGEST = f"sha256:{'a' * 64}", f"sha256:{'b' * 64}"
 
 
 @pytest.fixture
@@ -27,37 +27,37 @@ def settings(tmp_path: Path) -> Settings:
     return new_site(tmp_path).settings()
 
 
-def test_what_was_pushed_is_read_as_it_was_written(settings: Settings) -> None:
-    one = Pushed("docker.io/my.site/app", (ARM32,), DIGEST)
-    two = Pushed("debian", (AMD64, ARM64), OTHER, {"guix": "c" * 40})
-    places = [save(settings, each) for each in (one, two)]
-    assert [each.name for each in places] == ["linux-arm-v7.json", "linux-amd64_linux-arm64.json"]
-    assert load(settings) == {places[0]: one, places[1]: two}
-    assert [each.reference for each in (one, two)] == [
+def test_saved_records_are_loaded(settings: Settings) -> None:
+    first = Pushed("docker.io/my.site/app", (ARM32,), DIGEST)
+    second = Pushed("debian", (AMD64, ARM64), OTHER_DIGEST, {"guix": "c" * 40})
+    paths = [save(settings, record) for record in (first, second)]
+    assert [path.name for path in paths] == ["linux-arm-v7.json", "linux-amd64_linux-arm64.json"]
+    assert load(settings) == {paths[0]: first, paths[1]: second}
+    assert [record.reference for record in (first, second)] == [
         f"docker.io/my.site/app@{DIGEST}",
-        f"debian@{OTHER}",
+        f"debian@{OTHER_DIGEST}",
     ]
-    assert records_directory(settings) == places[0].parent == settings.output_directory / "digests"
+    assert records_directory(settings) == paths[0].parent == settings.output_directory / "digests"
 
 
-def test_a_push_replaces_what_was_pushed_for_the_same_platforms(settings: Settings) -> None:
+def test_record_of_the_same_platforms_is_replaced(settings: Settings) -> None:
     save(settings, Pushed("debian", (AMD64, ARM64), DIGEST))
-    place = save(settings, Pushed("debian", (ARM64, AMD64), OTHER))
-    (found,) = load(settings).values()
-    assert found.digest == OTHER
-    assert list(place.parent.iterdir()) == [place]  # and nothing unfinished is left
+    path = save(settings, Pushed("debian", (ARM64, AMD64), OTHER_DIGEST))
+    (record,) = load(settings).values()
+    assert record.digest == OTHER_DIGEST
+    assert list(path.parent.iterdir()) == [path]  # no temporary file is left
 
 
-def test_where_nothing_was_pushed_there_is_nothing(settings: Settings) -> None:
+def test_missing_directory_has_no_records(settings: Settings) -> None:
     assert load(settings) == {}
 
 
-def test_what_another_push_is_just_writing_is_passed_over(settings: Settings) -> None:
-    place = save(settings, Pushed("debian", (AMD64,), DIGEST))
-    (place.parent / f".{place.name}.123").write_text("{")
-    (place.parent / ".x.json").write_text("{")
-    (place.parent / "README").write_text("x")
-    assert list(load(settings)) == [place]
+def test_other_files_are_ignored(settings: Settings) -> None:
+    path = save(settings, Pushed("debian", (AMD64,), DIGEST))
+    (path.parent / f".{path.name}.123").write_text("{")
+    (path.parent / ".x.json").write_text("{")
+    (path.parent / "README").write_text("x")
+    assert list(load(settings)) == [path]
 
 
 @pytest.mark.parametrize(
@@ -90,29 +90,27 @@ def test_what_another_push_is_just_writing_is_passed_over(settings: Settings) ->
         {"repository": "http://me:hunter2@host/x"},
     ],
 )
-def test_a_file_that_no_push_wrote_is_named(
-    settings: Settings, record: bytes | dict[str, object]
-) -> None:
-    place = save(settings, Pushed("debian", (AMD64,), DIGEST))
+def test_invalid_record_is_reported(settings: Settings, record: bytes | dict[str, object]) -> None:
+    path = save(settings, Pushed("debian", (AMD64,), DIGEST))
     if isinstance(record, bytes):
-        place.write_bytes(record)
+        path.write_bytes(record)
     else:
-        place.write_text(json.dumps({**json.loads(place.read_text()), **record} if record else {}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), **record} if record else {}))
     with pytest.raises(UsageError) as caught:
         load(settings)
     assert str(caught.value) == (
-        f"{place} is not a push record; delete it and push that platform again"
+        f"{path} is not a push record; delete it and push that platform again"
     )
 
 
-def test_a_folder_in_the_place_of_a_file_is_named(settings: Settings) -> None:
-    place = save(settings, Pushed("debian", (AMD64,), DIGEST))
-    place.with_name("x.json").mkdir()
+def test_directory_with_the_name_of_a_record_is_reported(settings: Settings) -> None:
+    path = save(settings, Pushed("debian", (AMD64,), DIGEST))
+    path.with_name("x.json").mkdir()
     with pytest.raises(UsageError, match=r"x\.json is not a push record"):
         load(settings)
 
 
-def test_the_tag_of_a_reference_is_no_part_of_it(settings: Settings) -> None:
-    place = save(settings, Pushed("debian", (AMD64,), DIGEST))
-    place.write_text(place.read_text().replace("debian", "docker.io/library/debian:12"))
-    assert load(settings)[place].reference == f"debian@{DIGEST}"
+def test_tag_of_a_repository_is_removed(settings: Settings) -> None:
+    path = save(settings, Pushed("debian", (AMD64,), DIGEST))
+    path.write_text(path.read_text().replace("debian", "docker.io/library/debian:12"))
+    assert load(settings)[path].reference == f"debian@{DIGEST}"

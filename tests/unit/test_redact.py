@@ -1,4 +1,4 @@
-"""That no secret comes through the filter, in whatever pieces, and all else does unchanged."""
+"""The filter of secrets: secrets are redacted in any chunks, and other text is unchanged."""
 
 from __future__ import annotations
 
@@ -23,84 +23,84 @@ from guix_tasks.ui.log import LogReader
 
 SECRET = "hunter2-$x"  # noqa: S105
 
-# What replaces a secret must not be able to make a part of one.
+# The replacement of a secret must not contain a part of a secret.
 LETTERS = "ab:/@$ \"'\\%é"
 SECRETS = st.lists(st.text(LETTERS, min_size=3, max_size=8), min_size=1, max_size=4)
 
 
-def cut(data: bytes, places: list[int]) -> list[bytes]:
-    ends = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
+def split(data: bytes, positions: list[int]) -> list[bytes]:
+    ends = [0, *sorted(position % (len(data) + 1) for position in positions), len(data)]
     return [data[start:end] for start, end in itertools.pairwise(ends)]
 
 
-def passed(pieces: list[bytes], *, accounts: bool = True) -> bytes:
-    found: list[bytes] = []
-    stream = redact.Stream(found.append, accounts=accounts)
-    for piece in pieces:
-        stream.add(piece)
+def filter_chunks(chunks: list[bytes], *, accounts: bool = True) -> bytes:
+    output: list[bytes] = []
+    stream = redact.Stream(output.append, accounts=accounts)
+    for chunk in chunks:
+        stream.add(chunk)
     stream.end()
-    return b"".join(found)
+    return b"".join(output)
 
 
-# --- Any text, any pieces -------------------------------------------------------------------
+# --- Any text in any chunks -----------------------------------------------------------------
 
 
 @STEADY
 @given(SECRETS, st.data(), st.lists(st.integers(0, 200), max_size=6))
-def test_no_secret_comes_through_in_any_pieces(
-    secrets: list[str], data: st.DataObject, places: list[int]
+def test_secret_is_redacted_in_any_chunks(
+    secrets: list[str], data: st.DataObject, positions: list[int]
 ) -> None:
     forget_secrets()
     redact.add(*secrets)
     texts = st.lists(st.one_of(st.sampled_from(secrets), st.text(LETTERS, max_size=6)))
     text = "".join(data.draw(texts)).encode()
     for accounts in (False, True):
-        said = passed(cut(text, places), accounts=accounts)
-        assert said == passed([text], accounts=accounts)
+        output = filter_chunks(split(text, positions), accounts=accounts)
+        assert output == filter_chunks([text], accounts=accounts)
         for secret in secrets:
-            assert len(secret.strip()) < redact.LEAST or secret.strip().encode() not in said
+            assert len(secret.strip()) < redact.LEAST or secret.strip().encode() not in output
 
 
 @STEADY
 @given(st.lists(st.binary(max_size=30)))
-def test_bytes_without_a_secret_come_out_unchanged(pieces: list[bytes]) -> None:
+def test_bytes_without_secrets_are_unchanged(chunks: list[bytes]) -> None:
     forget_secrets()
-    redact.add("a-secret-that-is-in-none-of-it")
-    assert passed(pieces, accounts=False) == b"".join(pieces)
+    redact.add("a-secret-that-is-not-in-the-text")
+    assert filter_chunks(chunks, accounts=False) == b"".join(chunks)
 
 
 @STEADY
 @given(st.text(st.characters(codec="utf-8", exclude_characters="@=")))
 def test_text_without_secrets_is_unchanged(text: str) -> None:
     forget_secrets()
-    redact.add("a-secret-that-is-in-none-of-it")
+    redact.add("a-secret-that-is-not-in-the-text")
     assert redact.clean(text) == text
-    assert passed([text.encode()]) == text.encode()
+    assert filter_chunks([text.encode()]) == text.encode()
 
 
-def test_of_a_stream_nothing_is_held_back_that_can_be_no_secret() -> None:
-    """What moves on a terminal has to move."""
+def test_stream_holds_back_only_possible_secrets() -> None:
+    """Progress on a terminal must not be delayed."""
     redact.add(SECRET)
-    found: list[bytes] = []
-    stream = redact.Stream(found.append)
-    for piece in (b"10%", b"\r20% h", b"o", b"\nhunter2-$", b"x."):
-        stream.add(piece)
-    assert found == [b"10%", b"\r20% ", b"ho", b"\n", b"***."]
+    output: list[bytes] = []
+    stream = redact.Stream(output.append)
+    for chunk in (b"10%", b"\r20% h", b"o", b"\nhunter2-$", b"x."):
+        stream.add(chunk)
+    assert output == [b"10%", b"\r20% ", b"ho", b"\n", b"***."]
 
 
-def test_a_secret_that_is_in_the_beginning_of_another_is_not_cut() -> None:
+def test_overlapping_secrets_are_redacted() -> None:
     redact.add("hello-ab", "abxyz")
-    assert passed([b"hello-ab", b"q"]) == b"***q"
-    assert passed([b"hello-ab", b"xyz"]) == b"***xyz"
+    assert filter_chunks([b"hello-ab", b"q"]) == b"***q"
+    assert filter_chunks([b"hello-ab", b"xyz"]) == b"***xyz"
 
 
-# --- How a secret may be written ------------------------------------------------------------
+# --- Spellings of secrets -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("secret", [SECRET, 'a"b\\c', "it's so", "p/w?d #1", "käse-ü", "p%2Fw"])
-def test_a_secret_is_hidden_however_it_is_written(secret: str) -> None:
+def test_secret_is_redacted_in_every_spelling(secret: str) -> None:
     redact.add(secret)
-    for way in (
+    for spelling in (
         secret,
         quote(secret, safe=""),
         quote(secret),
@@ -110,59 +110,59 @@ def test_a_secret_is_hidden_however_it_is_written(secret: str) -> None:
         shlex.join(["x", f"--build-arg=A={secret}"]),
         base64.b64encode(secret.encode()).decode(),
     ):
-        said = redact.clean(f"<{way}>")
-        assert "***" in said
-        assert secret not in said
-        assert way.strip("'\"") not in said
+        output = redact.clean(f"<{spelling}>")
+        assert "***" in output
+        assert secret not in output
+        assert spelling.strip("'\"") not in output
 
 
-@pytest.mark.parametrize("trivial", ["", " ", "a", "ab", "\n", "  x  "])
-def test_short_text_is_not_redacted(trivial: str) -> None:
-    redact.add(trivial)
+@pytest.mark.parametrize("text", ["", " ", "a", "ab", "\n", "  x  "])
+def test_short_text_is_not_redacted(text: str) -> None:
+    redact.add(text)
     assert redact.clean("ab  x a cab\n") == "ab  x a cab\n"
 
 
-def test_each_long_line_of_a_key_is_redacted() -> None:
+def test_long_lines_of_a_key_are_redacted() -> None:
     redact.add("-----BEGIN KEY-----\nMIIEabcdefgh\n{\n==\n")
     assert redact.clean("x MIIEabcdefgh { ==") == "x *** { =="
 
 
-def test_an_account_in_a_url_is_hidden_whoever_wrote_it() -> None:
-    for text, said in (
+def test_account_in_a_url_is_redacted() -> None:
+    for text, expected in (
         ("https://me:tok@git.test/x", "https://***@git.test/x"),
         ("https://ghp_0@git.test/x", "https://***@git.test/x"),
         ("ssh://me:tok@host", "ssh://***@host"),
         ("https://git.test/a@b, me@mail.test", "https://git.test/a@b, me@mail.test"),
     ):
-        assert redact.clean(text) == said
-        assert passed([bytes([each]) for each in text.encode()]) == said.encode()
-    # The user of an SSH address is no secret, and a command is there to be pasted.
+        assert redact.clean(text) == expected
+        assert filter_chunks([bytes([byte]) for byte in text.encode()]) == expected.encode()
+    # The user of an SSH address is not a secret, and a shown command can be pasted.
     assert redact.clean("docker buildx create ssh://me@host") == (
         "docker buildx create ssh://me@host"
     )
 
 
-def test_the_value_of_a_secret_option_is_hidden_and_the_path_of_a_file_is_not() -> None:
-    said = redact.clean(
+def test_value_of_a_secret_option_is_redacted() -> None:
+    output = redact.clean(
         "type=s3,secret_access_key=abc,x=1 TOKEN=abc 'Password=abc' --secret=id=npm,src=/f "
         "DOCKER_PASSWORD_FILE=/f"
     )
-    assert said == (
+    assert output == (
         "type=s3,secret_access_key=***,x=1 TOKEN=*** 'Password=***' --secret=id=npm,src=/f "
         "DOCKER_PASSWORD_FILE=/f"
     )
 
 
-# --- Everything that is said ----------------------------------------------------------------
+# --- Console and logs -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("display", [Display.PLAIN, Display.VERBOSE, Display.QUIET, Display.LIVE])
-def test_a_console_shows_no_secret(display: Display) -> None:
+def test_console_shows_no_secret(display: Display) -> None:
     redact.add(SECRET)
     out, err = io.StringIO(), io.StringIO()
     console = Console(out, err, display)
-    for say in (console.print, console.warn, console.error, console.result):
-        say(f"a {SECRET} b")
+    for print_message in (console.print, console.warn, console.error, console.result):
+        print_message(f"a {SECRET} b")
     console.command(["docker", "build", f"--build-arg=A={SECRET}"])
     console.table(["name", SECRET], [[SECRET, "x"]])
     half, rest = SECRET[:4].encode(), SECRET[4:].encode()
@@ -180,17 +180,17 @@ def test_a_console_shows_no_secret(display: Display) -> None:
         if display is Display.LIVE:
             assert wait_until(lambda: "doing" in err.getvalue(), 20)
         raise StageError(SECRET)
-    said = out.getvalue() + err.getvalue()
-    assert SECRET not in said
-    assert "from ***\nand ***\n" in said
+    output = out.getvalue() + err.getvalue()
+    assert SECRET not in output
+    assert "from ***\nand ***\n" in output
 
 
-def test_a_secret_that_is_a_common_word_hides_no_fault() -> None:
+def test_secret_that_is_a_common_word_does_not_hide_an_error() -> None:
     redact.add("guix")
-    shown: list[bytes] = []
-    log = LogReader(shown.extend)
+    output: list[bytes] = []
+    log = LogReader(output.extend)
     assert log.read(b"guix 1%\rguix: error: x\n") == ["guix 1%", "guix: error: x"]
-    assert shown == [b"***: error: x"]
+    assert output == [b"***: error: x"]
 
 
 def test_held_output_precedes_the_next_message() -> None:
@@ -201,8 +201,8 @@ def test_held_output_precedes_the_next_message() -> None:
     assert console.text == "hunter\ndone\n"
 
 
-def test_the_output_of_a_command_keeps_what_only_looks_like_an_account() -> None:
-    """It may be an archive."""
+def test_output_of_a_command_keeps_text_like_an_account() -> None:
+    """The output can be an archive."""
     redact.add(SECRET)
     out = io.StringIO()
     console = Console(out)

@@ -1,4 +1,4 @@
-"""Image references and platforms: what is read, what is refused, and how it is said."""
+"""Image references and platforms: parsing, errors and canonical text."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from guix_tasks.oci.reference import ImageReference, is_loopback, quoted
 
 SHA256 = "sha256:" + "0123456789abcdef" * 4
 
-# text: registry, repository, tag, digest, and how it is shown
-PARSED = {
+# text: registry, repository, tag, digest and canonical text
+VALID_REFERENCES = {
     "debian": ("docker.io", "library/debian", None, None, "debian"),
     "debian:12": ("docker.io", "library/debian", "12", None, "debian:12"),
     "docker.io/debian": ("docker.io", "library/debian", None, None, "debian"),
@@ -23,7 +23,7 @@ PARSED = {
     "metacall/guix:latest": ("docker.io", "metacall/guix", "latest", None, "metacall/guix:latest"),
     "docker.io/metacall/guix": ("docker.io", "metacall/guix", None, None, "metacall/guix"),
     "docker.io/library/a/b": ("docker.io", "library/a/b", None, None, "library/a/b"),
-    # A host needs a slash behind it: this is a tag.
+    # A host is followed by a slash; this is a tag.
     "example.org:5000": ("docker.io", "library/example.org", "5000", None, "example.org:5000"),
     "localhost:5055": ("docker.io", "library/localhost", "5055", None, "localhost:5055"),
     "localhost/app": ("localhost", "app", None, None, "localhost/app"),
@@ -31,7 +31,7 @@ PARSED = {
     "localhost:5055/a/b:T-1": ("localhost:5055", "a/b", "T-1", None, "localhost:5055/a/b:T-1"),
     "host:80/app": ("host:80", "app", None, None, "host:80/app"),
     "example.org/app": ("example.org", "app", None, None, "example.org/app"),
-    # A namespace has no capitals, so this is a host of the local domain.
+    # A namespace has no capital letters, so this is a host of the local domain.
     "BUILDHOST/app": ("BUILDHOST", "app", None, None, "BUILDHOST/app"),
     "127.0.0.1:5055/app:x": ("127.0.0.1:5055", "app", "x", None, "127.0.0.1:5055/app:x"),
     "[::1]/app": ("[::1]", "app", None, None, "[::1]/app"),
@@ -45,7 +45,7 @@ PARSED = {
         None,
         "a__b/c---d.e_f:_x.Y-z",
     ),
-    # What Docker shortens although it then reads it back as something else, keeps its registry.
+    # A reference keeps its registry if Docker would parse the short form as another reference.
     "docker.io/my.site/app": ("docker.io", "my.site/app", None, None, "docker.io/my.site/app"),
     "docker.io/localhost/a": ("docker.io", "localhost/a", None, None, "docker.io/localhost/a"),
     f"docker.io/library/{'a' * 64}": (
@@ -57,7 +57,7 @@ PARSED = {
     ),
 }
 
-REFUSED = {
+INVALID_REFERENCES = {
     "": "is empty",
     "a" * 64: "an image ID",
     "https://example.org/app": "not a URL",
@@ -95,18 +95,18 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("text", "expected"), PARSED.items())
-def test_references_are_parsed_like_dockers(
+@pytest.mark.parametrize(("text", "expected"), VALID_REFERENCES.items())
+def test_references_are_parsed_like_those_of_docker(
     text: str, expected: tuple[str, str, str | None, str | None, str]
 ) -> None:
-    registry, repository, tag, digest, shown = expected
+    registry, repository, tag, digest, canonical = expected
     reference = ImageReference.parse(text)
     assert reference == ImageReference(registry, repository, tag, digest)
-    assert str(reference) == shown
+    assert str(reference) == canonical
     assert ImageReference.parse(str(reference)) == reference
 
 
-@pytest.mark.parametrize(("text", "message"), REFUSED.items())
+@pytest.mark.parametrize(("text", "message"), INVALID_REFERENCES.items())
 def test_invalid_reference_is_explained(text: str, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         ImageReference.parse(text)
@@ -114,51 +114,51 @@ def test_invalid_reference_is_explained(text: str, message: str) -> None:
     assert str(caught.value).isprintable()
 
 
-def test_does_not_repeat_a_password_in_a_url() -> None:
+def test_error_does_not_repeat_a_password_in_a_url() -> None:
     with pytest.raises(ValueError) as caught:
         ImageReference.parse("https://user:hunter2@example.org/app")
     assert "hunter2" not in str(caught.value)
 
 
-def test_the_longest_name_and_tag() -> None:
+def test_longest_name_and_tag_are_valid() -> None:
     text = f"example.org/{'a' * 243}:{'t' * 128}"
     assert str(ImageReference.parse(text)) == text
 
 
-def test_name() -> None:
+def test_name_has_no_tag_and_no_digest() -> None:
     assert ImageReference.parse(f"debian:12@{SHA256}").name == "debian"
     assert ImageReference.parse("localhost:5055/a:b").name == "localhost:5055/a"
 
 
-def test_with_tag() -> None:
+def test_with_tag_replaces_tag_and_digest() -> None:
     reference = ImageReference.parse(f"localhost:5055/app:1@{SHA256}")
     assert str(reference.with_tag("1-pull")) == "localhost:5055/app:1-pull"
     with pytest.raises(ValueError, match="is not a tag"):
         reference.with_tag("a/b")
 
 
-def test_a_reference_made_by_hand_is_checked_too() -> None:
+def test_reference_of_the_constructor_is_checked() -> None:
     with pytest.raises(ValueError, match="is 'library/debian'"):
         ImageReference("docker.io", "debian")
 
 
-_label = st.from_regex(r"[a-z0-9](-[a-z0-9]+)?", fullmatch=True)
-_port = st.one_of(st.just(""), st.integers(1, 65535).map(lambda port: f":{port}"))
+_labels = st.from_regex(r"[a-z0-9](-[a-z0-9]+)?", fullmatch=True)
+_ports = st.one_of(st.just(""), st.integers(1, 65535).map(lambda port: f":{port}"))
 _registries = st.one_of(
     st.just("docker.io"),
-    st.builds("{}.{}{}".format, _label, _label, _port),
-    st.builds("localhost{}".format, _port),
-    st.builds("[{}]{}".format, st.ip_addresses(v=6).map(str), _port),
+    st.builds("{}.{}{}".format, _labels, _labels, _ports),
+    st.builds("localhost{}".format, _ports),
+    st.builds("[{}]{}".format, st.ip_addresses(v=6).map(str), _ports),
 )
-_component = st.from_regex(r"[a-z0-9]{1,5}(([._]|__|-{1,3})[a-z0-9]{1,5}){0,2}", fullmatch=True)
-_repositories = st.lists(_component, min_size=2, max_size=4).map("/".join)
+_components = st.from_regex(r"[a-z0-9]{1,5}(([._]|__|-{1,3})[a-z0-9]{1,5}){0,2}", fullmatch=True)
+_repositories = st.lists(_components, min_size=2, max_size=4).map("/".join)
 _tags = st.none() | st.text(string.ascii_letters + string.digits + "_", min_size=1, max_size=128)
 _digests = st.none() | st.just(SHA256)
 
 
-@settings(max_examples=50)  # regular expressions are slow to draw from
+@settings(max_examples=50)  # generating text from regular expressions is slow
 @given(_registries, _repositories, _tags, _digests)
-def test_what_is_shown_reads_back(
+def test_text_of_a_reference_is_parsed_back(
     registry: str, repository: str, tag: str | None, digest: str | None
 ) -> None:
     reference = ImageReference(registry, repository, tag, digest)
@@ -178,7 +178,7 @@ PLATFORMS = {
 
 
 @pytest.mark.parametrize(("text", "names"), PLATFORMS.items())
-def test_platform(text: str, names: tuple[str, str]) -> None:
+def test_platform_has_guix_system_and_tag_suffix(text: str, names: tuple[str, str]) -> None:
     platform = Platform.parse(text)
     assert (platform.guix_system, platform.tag_suffix) == names
     assert str(platform) == text
@@ -198,7 +198,7 @@ def test_platform(text: str, names: tuple[str, str]) -> None:
         ("linux/armv7l", "linux/arm/v7"),
     ],
 )
-def test_other_spellings_of_a_platform(text: str, same: str) -> None:
+def test_other_spellings_of_a_platform_are_parsed(text: str, same: str) -> None:
     assert Platform.parse(text) == Platform.parse(same)
 
 
@@ -209,7 +209,7 @@ def test_other_spellings_of_a_platform(text: str, same: str) -> None:
         "windows/amd64", "linux/arm/v6", "a/b/c/d",
     ],
 )  # fmt: skip
-def test_a_platform_without_guix_names_those_with(text: str) -> None:
+def test_unsupported_platform_is_reported_with_the_supported_ones(text: str) -> None:
     with pytest.raises(ValueError) as caught:
         Platform.parse(text)
     assert all(known in str(caught.value) for known in PLATFORMS)
@@ -229,5 +229,5 @@ def test_quoted_is_printable_and_short(text: str) -> None:
         ("127.test", False),
     ],
 )  # fmt: skip
-def test_what_is_on_loopback(host: str, expected: bool) -> None:
+def test_loopback_hosts_are_recognised(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected

@@ -1,4 +1,4 @@
-"""Faults that pass, and trying again."""
+"""Retries after transient failures."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from guix_tasks.ui.console import Console
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    found: list[float] = []
-    monkeypatch.setattr("time.sleep", found.append)
-    return found
+    seconds: list[float] = []
+    monkeypatch.setattr("time.sleep", seconds.append)
+    return seconds
 
 
-def fault(text: str = "no", *, passes: bool = True) -> RegistryError:
+def fault(text: str = "no", *, transient: bool = True) -> RegistryError:
     error = RegistryError(text)
-    error.is_transient = passes
+    error.is_transient = transient
     return error
 
 
 class Server:
-    """Fails so often, and answers then."""
+    """A server that raises each fault once and then answers."""
 
     def __init__(self, *faults: Exception) -> None:
         self.faults = list(faults)
@@ -38,42 +38,40 @@ class Server:
         return "answer"
 
 
-def test_what_goes_well_is_not_tried_again(waits: list[float]) -> None:
+def test_success_is_not_retried(waits: list[float]) -> None:
     server = Server()
     assert retry.retry_call(Console(), "it", server) == "answer"
     assert (server.calls, waits) == (1, [])
 
 
-def test_a_fault_that_passes_is_tried_again_ever_later(waits: list[float]) -> None:
-    said = io.StringIO()
+def test_transient_failure_is_retried_with_growing_delays(waits: list[float]) -> None:
+    output = io.StringIO()
     server = Server(fault("one"), fault("two"), fault("three"))
-    assert retry.retry_call(Console(err=said), "the push", server) == "answer"
+    assert retry.retry_call(Console(err=output), "the push", server) == "answer"
     assert len(waits) == 3
-    for wait, longest in zip(waits, (2, 4, 8), strict=True):
-        assert longest / 2 <= wait <= longest
-    lines = said.getvalue().splitlines()
+    for wait, maximum in zip(waits, (2, 4, 8), strict=True):
+        assert maximum / 2 <= wait <= maximum
+    lines = output.getvalue().splitlines()
     assert lines[0].startswith("warning: one; the push is retried in ")
     assert len(lines) == 3
 
 
-def test_a_fault_that_stays_is_told_after_the_last_try(waits: list[float]) -> None:
+def test_permanent_failure_is_raised_after_the_last_try(waits: list[float]) -> None:
     server = Server(*(fault(str(number)) for number in range(9)))
     with pytest.raises(RegistryError, match="3"):
         retry.retry_call(Console(err=io.StringIO()), "it", server)
     assert server.calls == retry.TRIES
 
 
-def test_a_fault_that_does_not_pass_is_told_at_once(waits: list[float]) -> None:
-    server = Server(fault(passes=False))
+def test_other_failure_is_raised_immediately(waits: list[float]) -> None:
+    server = Server(fault(transient=False))
     with pytest.raises(RegistryError):
         retry.retry_call(Console(), "it", server)
     assert (server.calls, waits) == (1, [])
 
 
-def test_no_wait_is_longer_than_a_minute(
-    waits: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("random.uniform", lambda _least, most: most)
+def test_delay_is_at_most_a_minute(waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("random.uniform", lambda _lower, upper: upper)
     server = Server(*(fault() for _ in range(10)))
     retry.retry_call(Console(err=io.StringIO()), "it", server, tries=11)
     assert waits[-1] == max(waits) == retry.LONGEST
@@ -110,7 +108,7 @@ def test_no_wait_is_longer_than_a_minute(
         "failed to copy: short read: expected 9 bytes but got 4: unexpected EOF",
     ],
 )
-def test_these_pass(text: str) -> None:
+def test_transient_failure_is_recognised(text: str) -> None:
     assert retry.is_transient(text)
 
 
@@ -137,5 +135,5 @@ def test_these_pass(text: str) -> None:
         "disk quota exceeded",
     ],
 )
-def test_these_do_not(text: str) -> None:
+def test_other_failure_is_not_transient(text: str) -> None:
     assert not retry.is_transient(text)

@@ -1,4 +1,4 @@
-"""One command, a shell, and the commit of what they left."""
+"""The tasks ``run`` and ``shell``, and the commit of their work containers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def commit(site: Site) -> str:
     return heard(project)
 
 
-def fails(container: FakeContainer) -> Output:
+def fail(container: FakeContainer) -> Output:
     container.status = 3
     yield True, b"no\n"
 
@@ -69,7 +69,7 @@ def test_arguments_are_kept_exactly(made: Site) -> None:
     assert made.engine.specs[-1].command == (ENTRY_POINT, *argv)
 
 
-def test_the_output_and_the_status_are_the_commands_own(made: Site) -> None:
+def test_output_and_status_are_those_of_the_command(made: Site) -> None:
     def behaviour(container: FakeContainer) -> Output:
         container.status = 7
         yield False, b"out\n"
@@ -82,7 +82,7 @@ def test_the_output_and_the_status_are_the_commands_own(made: Site) -> None:
     assert made.engine.all_containers == {}
 
 
-def test_the_command_reads_the_input(made: Site) -> None:
+def test_command_reads_the_input(made: Site) -> None:
     def behaviour(container: FakeContainer) -> Output:
         yield False, container.stdin.upper()
 
@@ -95,13 +95,13 @@ def test_the_command_reads_the_input(made: Site) -> None:
     assert not made.engine.specs[-1].stdin
 
 
-def test_no_command_is_an_error(made: Site) -> None:
+def test_missing_command_is_an_error(made: Site) -> None:
     with pytest.raises(UsageError, match=r"run: the command is missing; use `inv run -- COMMAND"):
         run(made)
     assert made.engine.specs == []
 
 
-def test_the_image_of_a_stage_can_be_used(made: Site) -> None:
+def test_image_of_a_stage_can_be_used(made: Site) -> None:
     run(made, "true", stage="pull")
     assert made.engine.specs[-1].image == made.image("pull").id
     run(made, "true")
@@ -114,26 +114,26 @@ def test_missing_image_is_an_error(site: Site) -> None:
     assert site.engine.specs == []
 
 
-def test_with_keep_the_container_is_left(made: Site) -> None:
-    _, said = run(made, "make", keep=True)
-    assert "`inv commit` commits it as IMAGE" in said
+def test_container_is_kept_with_keep(made: Site) -> None:
+    _, output = run(made, "make", keep=True)
+    assert "`inv commit` commits it as IMAGE" in output
     assert len(kept_containers(made.engine, made.settings())) == 1
 
 
-def test_what_failed_is_not_for_committing(made: Site) -> None:
-    made.engine.behaviour = fails
-    status, said = run(made, "make", keep=True)
+def test_container_of_a_failed_command_is_removed(made: Site) -> None:
+    made.engine.behaviour = fail
+    status, output = run(made, "make", keep=True)
     assert status == 3
-    assert "inv commit" not in said
+    assert "inv commit" not in output
     assert made.engine.all_containers == {}
 
 
-def test_a_second_container_is_refused(made: Site) -> None:
+def test_second_container_is_an_error(made: Site) -> None:
     run(made, "make", keep=True)
-    before = dict(made.engine.all_containers)
+    containers = dict(made.engine.all_containers)
     with pytest.raises(UsageError, match=r"is not committed yet; .*`inv clean --work` removes it"):
         run(made, "make", keep=True)
-    assert made.engine.all_containers == before
+    assert made.engine.all_containers == containers
     assert run(made, "true")[0] == 0
 
 
@@ -141,17 +141,17 @@ def test_a_second_container_is_refused(made: Site) -> None:
 
 
 def test_nothing_to_commit_is_a_success(made: Site) -> None:
-    before = outline(made.engine)
+    initial_state = outline(made.engine)
     assert commit(made) == "commit: nothing to commit\n"
-    assert outline(made.engine) == before
+    assert outline(made.engine) == initial_state
 
 
-def test_a_commit_is_image_and_the_stages_stay(made: Site) -> None:
+def test_commit_changes_the_image_and_no_stage(made: Site) -> None:
     stages = {stage: made.image(stage).id for stage in STAGES}
     run(made, "make", keep=True)
-    said = commit(made)
+    output = commit(made)
     image = made.image()
-    assert said.startswith(f"commit: {IMAGE}, ")
+    assert output.startswith(f"commit: {IMAGE}, ")
     assert image.layers[:-1] == made.image("install").layers
     assert "/made/make" in made.engine.files(image)
     assert proven_stage(image) == HAND_MADE
@@ -159,32 +159,32 @@ def test_a_commit_is_image_and_the_stages_stay(made: Site) -> None:
     assert made.engine.all_containers == {}
 
 
-def test_a_commit_keeps_the_configuration(made: Site) -> None:
+def test_commit_keeps_the_configuration(made: Site) -> None:
     run(made, "make", keep=True)
     commit(made)
-    found, before = made.image().config, made.image("install").config
-    assert {**found, "Labels": None} == {**before, "Labels": None}
-    assert found["Labels"]["maintainer"] == "me"
+    committed, original = made.image().config, made.image("install").config
+    assert {**committed, "Labels": None} == {**original, "Labels": None}
+    assert committed["Labels"]["maintainer"] == "me"
 
 
-def test_a_commit_of_nothing_is_hand_made_all_the_same(made: Site) -> None:
-    def nothing(_container: FakeContainer) -> Output:
-        _container.forget("/var/guix/guix-tasks")
+def test_commit_without_changes_is_hand_made(made: Site) -> None:
+    def change_nothing(container: FakeContainer) -> Output:
+        container.forget("/var/guix/guix-tasks")
         yield True, b""
 
-    made.engine.behaviour = nothing
+    made.engine.behaviour = change_nothing
     run(made, "true", keep=True)
     commit(made)
     assert proven_stage(made.image()) == HAND_MADE
     assert made.image().layers == made.image("install").layers
 
 
-def test_the_next_stage_leaves_the_hand_made_image_behind_and_says_so(made: Site) -> None:
+def test_next_stage_replaces_the_hand_made_image_with_a_note(made: Site) -> None:
     run(made, "make", keep=True)
     commit(made)
     hand_made = made.image()
-    said = made.make("install")
-    assert "replaced the image of `inv commit`" in said
+    output = made.make("install")
+    assert "replaced the image of `inv commit`" in output
     assert made.image().id == made.image("install").id
     project = made.project()
     rollback.rollback(project)
@@ -192,7 +192,7 @@ def test_the_next_stage_leaves_the_hand_made_image_behind_and_says_so(made: Site
     assert "is now sha256:" in heard(project)
 
 
-def test_a_stage_that_was_not_committed_is_committed(made: Site) -> None:
+def test_uncommitted_stage_is_committed(made: Site) -> None:
     made.env["GUIX_PACKAGES"] = "tar"
     made.make("install", commit=False)
     commit(made)
@@ -200,7 +200,7 @@ def test_a_stage_that_was_not_committed_is_committed(made: Site) -> None:
     assert proven_stage(made.image()) == HAND_MADE
 
 
-def test_a_commit_of_what_was_never_started_holds_no_password(made: Site) -> None:
+def test_commit_of_an_unused_container_has_no_password(made: Site) -> None:
     made.env["https_proxy"] = "http://me:hunter2@proxy.test"
     project = made.project()
     work = Work("shell", (), {}, keep=True, tty=True)
@@ -210,45 +210,45 @@ def test_a_commit_of_what_was_never_started_holds_no_password(made: Site) -> Non
     assert made.engine.files(made.image())[ENVIRONMENT] == b""
 
 
-def test_one_that_still_runs_is_not_committed(made: Site) -> None:
+def test_running_container_is_not_committed(made: Site) -> None:
     run(made, "make", keep=True)
-    (box,) = made.engine.all_containers.values()
-    box.running = True
+    (container,) = made.engine.all_containers.values()
+    container.running = True
     with pytest.raises(UsageError, match="is still running; exit its shell first"):
         commit(made)
-    assert box.id in made.engine.all_containers
+    assert container.id in made.engine.all_containers
 
 
-def test_one_whose_image_is_gone_is_an_error(made: Site) -> None:
+def test_missing_image_of_the_container_is_an_error(made: Site) -> None:
     run(made, "make", keep=True)
     made.engine.all_images.clear()
     with pytest.raises(EngineError, match="its configuration, no longer exists"):
         commit(made)
 
 
-def test_a_kill_while_it_runs_does_not_leave_it_for_commit(made: Site) -> None:
-    """It goes on in the engine, and may fail, or be half done."""
+def test_container_of_a_killed_run_is_not_committed(made: Site) -> None:
+    """The command continues in the engine and may fail or be incomplete."""
 
-    def killed(container: FakeContainer) -> Output:
+    def kill_client(container: FakeContainer) -> Output:
         yield True, b"half\n"
         container.status, container.running = 137, False
-        made.engine.fault = dead
+        made.engine.fault = raise_killed
         raise Killed
 
-    def dead(*_: object) -> None:
+    def raise_killed(*_: object) -> None:
         raise Killed
 
-    behaviour, made.engine.behaviour = made.engine.behaviour, killed
+    behaviour, made.engine.behaviour = made.engine.behaviour, kill_client
     with another_process(), suppress(Killed):
         run(made, "make", keep=True)
     made.engine.behaviour, made.engine.fault = behaviour, lambda *_: None
-    before = made.image()
+    image = made.image()
     with suppress(UsageError):
         commit(made)
-    assert made.image().id == before.id
+    assert made.image().id == image.id
 
 
-def test_rollback_of_nothing_is_an_error(tmp_path: Path) -> None:
+def test_rollback_without_a_previous_image_is_an_error(tmp_path: Path) -> None:
     site = new_site(tmp_path)
     with pytest.raises(UsageError, match="has no previous image"):
         rollback.rollback(site.project())
@@ -259,15 +259,15 @@ def test_rollback_of_nothing_is_an_error(tmp_path: Path) -> None:
 
 @pytest.fixture
 def terminal(made: Site, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
-    """The commands that were given the terminal; each leaves a file in the container."""
+    """Commands that were attached to the terminal; each writes a file in the container."""
     attached: list[Sequence[str]] = []
 
     def call(argv: Sequence[str], env: dict[str, str]) -> int:
         assert env == {"DOCKER_HOST": "x"}
         attached.append(argv)
-        box = made.engine._container(argv[-1])
-        box.write(f"/made/{len(attached)}", "by hand")
-        box.forget("/var/guix/guix-tasks")
+        container = made.engine._container(argv[-1])
+        container.write(f"/made/{len(attached)}", "by hand")
+        container.forget("/var/guix/guix-tasks")
         return 5
 
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
@@ -281,37 +281,39 @@ def shell(site: Site, *, stage: str | None = None, fresh: bool = False) -> tuple
     return status, heard(project)
 
 
-def test_a_shell_needs_a_terminal(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shell_requires_a_terminal(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     with pytest.raises(UsageError, match=r"not a terminal; use `inv run -- COMMAND`"):
         shell(made)
     assert made.engine.all_containers == {}
 
 
-def test_a_shell_is_attached_and_its_container_left(
+def test_shell_is_attached_and_its_container_kept(
     made: Site, terminal: list[Sequence[str]]
 ) -> None:
-    status, said = shell(made)
+    status, output = shell(made)
     (container,) = made.engine.all_containers
     assert terminal == [["docker", "start", "--attach", "--interactive", container]]
     assert status == 5
-    assert "`inv commit` commits it as IMAGE" in said
+    assert "`inv commit` commits it as IMAGE" in output
     spec = made.engine.specs[-1]
     assert spec.tty
     assert spec.command == (ENTRY_POINT,)
     assert spec.labels == {PROJECT_LABEL: IMAGE}
 
 
-def test_a_shell_is_entered_again(made: Site, terminal: list[Sequence[str]]) -> None:
+def test_shell_is_re_entered(made: Site, terminal: list[Sequence[str]]) -> None:
     shell(made)
-    _, said = shell(made)
-    assert "re-entering the kept work container" in said
+    _, output = shell(made)
+    assert "re-entering the kept work container" in output
     assert terminal[0] == terminal[1]
     commit(made)
     assert {"/made/1", "/made/2"} <= made.engine.files(made.image()).keys()
 
 
-def test_a_fresh_shell_drops_the_one_before(made: Site, terminal: list[Sequence[str]]) -> None:
+def test_fresh_shell_removes_the_previous_container(
+    made: Site, terminal: list[Sequence[str]]
+) -> None:
     shell(made)
     shell(made, fresh=True, stage="base")
     assert len(made.engine.all_containers) == 1
@@ -319,7 +321,7 @@ def test_a_fresh_shell_drops_the_one_before(made: Site, terminal: list[Sequence[
     assert made.engine.specs[-1].image == made.image("base").id
 
 
-def test_a_shell_does_not_enter_the_container_of_a_command(
+def test_shell_does_not_enter_the_container_of_a_command(
     made: Site, terminal: list[Sequence[str]]
 ) -> None:
     run(made, "make", keep=True)
@@ -328,21 +330,19 @@ def test_a_shell_does_not_enter_the_container_of_a_command(
     assert terminal == []
 
 
-def test_a_shell_that_is_open_is_not_entered_twice(
-    made: Site, terminal: list[Sequence[str]]
-) -> None:
+def test_open_shell_is_not_entered_twice(made: Site, terminal: list[Sequence[str]]) -> None:
     shell(made)
-    (box,) = made.engine.all_containers.values()
-    box.running = True
+    (container,) = made.engine.all_containers.values()
+    container.running = True
     with pytest.raises(UsageError, match="is still running"):
         shell(made)
     assert len(terminal) == 1
 
 
-def test_an_argument_that_the_engine_would_change_is_refused(made: Site) -> None:
-    before = made.engine.changing_calls()
+def test_argument_with_a_malformed_character_is_an_error(made: Site) -> None:
+    calls = made.engine.changing_calls()
     with pytest.raises(
         UsageError, match=r"run: 'caf\\udce9' contains a NUL or a malformed character"
     ):
         run_module.run(made.project(), ["ls", "caf\udce9"], stage=None, keep=False)
-    assert made.engine.changing_calls() == before
+    assert made.engine.changing_calls() == calls

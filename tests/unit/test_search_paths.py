@@ -1,4 +1,4 @@
-"""Search paths of the profile: how they are read, and the environment of the images."""
+"""Search paths of the profile: their parser and the environment of images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ export XML_CATALOG_FILES="{ROOT}/xml/a.xml {ROOT}/xml/b.xml${{XML_CATALOG_FILES:
 export SSL_CERT_DIR="{ROOT}/etc/ssl/certs"
 export C_INCLUDE_PATH="{ROOT}/include/c++:{ROOT}/include${{C_INCLUDE_PATH:+:}}$C_INCLUDE_PATH"
 """  # noqa: E501 -- these are lines of Guix
-"""A file as ``build-etc/profile`` of Guix writes it."""
+"""A file written by ``build-etc/profile`` of Guix."""
 
 INCLUDE = f"{guix.PROFILE}/include/c++:{guix.PROFILE}/include"
 CERTIFICATES = f"{guix.PROFILE}/etc/ssl/certs"
@@ -37,7 +37,7 @@ CATALOGS = f"{guix.PROFILE}/xml/a.xml {guix.PROFILE}/xml/b.xml"
 DEFINITIONS = guix.search_paths(ETC_PROFILE)
 
 
-# --- The report -----------------------------------------------------------------------------
+# --- Reports --------------------------------------------------------------------------------
 
 
 def test_search_paths_are_sorted_and_refer_to_the_link_of_the_profile() -> None:
@@ -47,7 +47,7 @@ def test_search_paths_are_sorted_and_refer_to_the_link_of_the_profile() -> None:
     assert guix.search_paths(DEFINITIONS) == DEFINITIONS
 
 
-def test_search_paths_of_a_report_are_read_without_its_packages() -> None:
+def test_search_paths_of_a_report_exclude_its_packages() -> None:
     report = f"hello\t1.0\tout\t/gnu/store/02-hello\n{ETC_PROFILE}"
     assert guix.search_paths(report) == DEFINITIONS
     assert guix.installed(report) == ["hello@1.0"]
@@ -74,13 +74,13 @@ def test_search_paths_of_a_report_are_read_without_its_packages() -> None:
         'export Ä="/b"',
     ],
 )
-def test_line_that_guix_does_not_write_is_ignored(line: str) -> None:
+def test_unexpected_line_is_ignored(line: str) -> None:
     assert guix.search_paths(f"{line}\n{ETC_PROFILE}{line}\n") == DEFINITIONS
 
 
 @STEADY
 @given(st.lists(st.sampled_from(['export A="', ROOT, "/b", "${A:+:}$A", '"', "\n", "$", "}"])))
-def test_any_report_can_be_read(parts: list[str]) -> None:
+def test_any_report_is_parsed(parts: list[str]) -> None:
     definitions = guix.search_paths("".join(parts))
     assert len(guix.with_search_paths([], definitions)) == len(definitions.splitlines())
 
@@ -91,7 +91,7 @@ def test_report_command_prints_packages_then_definitions() -> None:
     assert command == f"guix package --list-installed && cat {guix.PROFILE}/etc/profile"
 
 
-# --- The environment ------------------------------------------------------------------------
+# --- Environments ---------------------------------------------------------------------------
 
 
 def test_variables_are_added_after_those_of_the_image() -> None:
@@ -126,8 +126,8 @@ def test_empty_variable_counts_as_unset() -> None:
 
 
 def test_paths_are_not_repeated_if_the_base_is_an_install_image() -> None:
-    once = guix.with_search_paths(["C_INCLUDE_PATH=/a"], DEFINITIONS)
-    assert guix.with_search_paths(once, DEFINITIONS) == once
+    environment = guix.with_search_paths(["C_INCLUDE_PATH=/a"], DEFINITIONS)
+    assert guix.with_search_paths(environment, DEFINITIONS) == environment
 
 
 def test_environment_without_definitions_is_unchanged() -> None:
@@ -135,21 +135,21 @@ def test_environment_without_definitions_is_unchanged() -> None:
     assert guix.with_search_paths(environment, "") == environment
 
 
-@pytest.mark.parametrize("own", ["", "/a:/b"])
-def test_shell_that_sources_the_file_has_the_same_values(tmp_path: Path, own: str) -> None:
+@pytest.mark.parametrize("value", ["", "/a:/b"])
+def test_shell_that_sources_the_file_has_the_same_values(tmp_path: Path, value: str) -> None:
     file = tmp_path / "profile"
     file.write_text(ETC_PROFILE)
     names = ("C_INCLUDE_PATH", "XML_CATALOG_FILES")
-    environment = {"GUIX_PROFILE": guix.PROFILE, **dict.fromkeys(names, own)}
+    environment = {"GUIX_PROFILE": guix.PROFILE, **dict.fromkeys(names, value)}
     script = f". {file}; printf '%s\\n' " + " ".join(f'"{name}=${name}"' for name in names)
-    printed = subprocess.run(
+    output = subprocess.run(
         ["/bin/sh", "-c", script], check=True, capture_output=True, text=True, env=environment
     ).stdout
-    lines = guix.with_search_paths([f"{name}={own}" for name in names], DEFINITIONS)
-    assert printed.splitlines() == lines[:2]
+    lines = guix.with_search_paths([f"{name}={value}" for name in names], DEFINITIONS)
+    assert output.splitlines() == lines[:2]
 
 
-# --- The images -----------------------------------------------------------------------------
+# --- Images ---------------------------------------------------------------------------------
 
 SITE_PACKAGES = f"{guix.PROFILE}/lib/python3/site-packages"
 BUNDLE = f"{guix.PROFILE}/etc/ssl/all.crt"
@@ -189,7 +189,7 @@ def test_install_image_without_search_paths_has_the_environment_of_its_parent(ma
     assert made.image("install").labels[SEARCH_PATHS_LABEL] == ""
 
 
-def test_paths_of_the_base_follow_in_the_install_image(python: Site) -> None:
+def test_paths_of_the_base_follow_those_of_the_profile(python: Site) -> None:
     set_base_environment(python, "GUIX_PYTHONPATH=/srv/python", "SSL_CERT_FILE=/srv/own.crt")
     python.make("base", "pull", "install")
     assert f"GUIX_PYTHONPATH={SITE_PACKAGES}:/srv/python" in environment(python)
@@ -213,7 +213,7 @@ def test_added_search_path_is_set_in_an_image_on_the_previous_one(made: Site) ->
     assert f"GUIX_PYTHONPATH={SITE_PACKAGES}" in environment(made)
 
 
-def test_removed_variable_of_the_base_is_in_no_stage(python: Site) -> None:
+def test_removed_variable_of_the_base_is_removed_from_stages(python: Site) -> None:
     set_base_environment(python, "NAME=value")
     python.make("base", "pull", "install")
     assert "NAME=value" in environment(python)
@@ -222,28 +222,28 @@ def test_removed_variable_of_the_base_is_in_no_stage(python: Site) -> None:
     assert "NAME=value" not in environment(python, "pull") + environment(python)
 
 
-def test_stage_that_is_assembled_without_guix_keeps_the_search_paths(python: Site) -> None:
-    before = environment(python)
+def test_stage_assembled_without_guix_keeps_the_search_paths(python: Site) -> None:
+    initial_environment = environment(python)
     python.write("Dockerfile", "FROM y\n")
     assert python.ran(lambda: python.make("base", "pull", "install")) == ["label"]
-    assert environment(python) == before
+    assert environment(python) == initial_environment
 
 
 def test_stage_without_a_warm_store_sets_the_search_paths(python: Site) -> None:
-    before = environment(python)
+    initial_environment = environment(python)
     python.env["CACHE_VOLUME"] = ""
     python.make("install", upstream=True)
-    assert environment(python) == before
+    assert environment(python) == initial_environment
 
 
 def test_squashed_image_keeps_the_search_paths(python: Site) -> None:
-    before = environment(python)
+    initial_environment = environment(python)
     squash(python.project())
-    assert environment(python, "squash") == environment(python, "") == before
+    assert environment(python, "squash") == environment(python, "") == initial_environment
 
 
 def test_install_image_as_base_has_each_path_once(python: Site) -> None:
-    before = environment(python)
+    initial_environment = environment(python)
     python.engine.tag(python.image("install").id, BASE_IMAGE)
     python.make("base", "pull", "install")
-    assert environment(python, "base") == environment(python) == before
+    assert environment(python, "base") == environment(python) == initial_environment

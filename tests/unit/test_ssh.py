@@ -31,7 +31,7 @@ END = ("docker system dial-stdio",)
         ("ssh://-oProxyCommand=x", ("--", "-oproxycommand=x", *END)),
     ],
 )
-def test_arguments_of_ssh(url: str, expected: tuple[str, ...]) -> None:
+def test_ssh_arguments_are_those_of_the_address(url: str, expected: tuple[str, ...]) -> None:
     options = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=30", "-T")
     assert tuple(ssh_arguments(url)) == (*options, *expected)
 
@@ -67,7 +67,7 @@ def test_invalid_address_is_an_error(url: str, reason: str) -> None:
             "permission denied while trying to connect to the docker API\n",
             "the remote user may not use the engine",
         ),
-        ("what nobody knows\n\n", ""),
+        ("an unknown error\n\n", ""),
     ],
 )
 def test_message_of_ssh_is_reported_with_a_hint(
