@@ -1,4 +1,4 @@
-"""Settings: sources, values, and messages about mistakes."""
+"""Settings: values, sources, env files, secrets and error messages."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ from guix_tasks.ui.console import Display
 ROOT = Path(__file__).parents[2]
 HEX = "0123456789abcdef" * 4
 PASSWORD = "hunter2-€-${IMAGE}"  # noqa: S105
-USER = "DOCKER_USERNAME=me\n"  # a password is nothing without one
+USER = "DOCKER_USERNAME=me\n"  # a password requires it
 
 Overrides = Mapping[str, str | Sequence[str]]
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A project with the files that the values below name."""
+    """The directory of a project with the files of the values below."""
     names = ("channels.scm", "manifest.scm", "a.pub", "b.pub", "signing-key.sec", "with,comma")
     for name in names:
         (tmp_path / name).write_text(f"{name}\n")
@@ -85,7 +85,7 @@ DIGEST = f"sha256:{HEX}"
 
 AUTHORITY = Path(__file__).with_name("authority.pem")
 
-# Settings without which a setting is invalid.
+# Settings that another setting requires.
 COMPANIONS = {
     "GUIX_BINARY_URL": f"GUIX_BINARY_SHA256={HEX}\n",
     "GUIX_BINARY_SHA256": "GUIX_BINARY_URL=https://a.example/x\n",
@@ -96,8 +96,8 @@ COMPANIONS = {
     "DOCKER_PASSWORD_FILE": "DOCKER_USERNAME=me\n",
 }
 
-# What is expected of a path is relative to the project.
-GOOD: list[tuple[str, str, Any]] = [
+# Expected paths are relative to the project.
+VALID_VALUES: list[tuple[str, str, Any]] = [
     ("IMAGE", "team/app:1", ImageReference("docker.io", "team/app", "1")),
     ("IMAGE", "team/app", ImageReference("docker.io", "team/app", "latest")),
     ("IMAGE", f" a:{'x' * 100} ", ImageReference("docker.io", "library/a", "x" * 100)),
@@ -218,38 +218,38 @@ GOOD: list[tuple[str, str, Any]] = [
 ]
 
 
-def relative(value: Any, project: Path) -> Any:
-    """The same value with the paths that lie in ``project`` relative to it."""
+def make_relative(value: Any, project: Path) -> Any:
+    """Make the paths of a value that are in ``project`` relative to it."""
     if isinstance(value, Path):
         return value.relative_to(project) if value.is_relative_to(project) else value
     if isinstance(value, Mount):
-        return replace(value, source=relative(value.source, project))
+        return replace(value, source=make_relative(value.source, project))
     if isinstance(value, tuple):
-        return tuple(relative(item, project) for item in value)
+        return tuple(make_relative(item, project) for item in value)
     if isinstance(value, Mapping):
-        return {name: relative(item, project) for name, item in value.items()}
+        return {name: make_relative(item, project) for name, item in value.items()}
     return value
 
 
-@pytest.mark.parametrize(("name", "text", "expected"), GOOD)
+@pytest.mark.parametrize(("name", "text", "expected"), VALID_VALUES)
 def test_valid_value_is_parsed(project: Path, name: str, text: str, expected: Any) -> None:
     settings = load(project, f'{COMPANIONS.get(name, "")}{name}="{text}"\n')
-    assert relative(getattr(settings, name.lower()), project) == expected
+    assert make_relative(getattr(settings, name.lower()), project) == expected
 
 
-def test_the_table_above_has_every_setting() -> None:
+def test_table_of_valid_values_has_every_setting() -> None:
     names = {entry.name.upper() for entry in fields(Settings) if "setting" in entry.metadata}
-    assert names == {name for name, _, _ in GOOD}
+    assert names == {name for name, _, _ in VALID_VALUES}
 
 
-def test_the_items_of_a_sequence_are_taken_as_they_are(project: Path) -> None:
+def test_items_of_a_sequence_are_not_parsed(project: Path) -> None:
     overrides = {"MOUNTS": ["with space:/a"], "BUILD_ARGS": ["A='x y'", "B=\\"]}
     settings = load(project, overrides=overrides)
     assert settings.mounts == (Mount(project / "with space", "/a"),)
     assert settings.build_args == {"A": "'x y'", "B": "\\"}
 
 
-def test_settings_cannot_be_changed(project: Path) -> None:
+def test_settings_are_immutable(project: Path) -> None:
     settings: Any = load(project, "BUILD_ARGS=A=1\nDOCKER_HOST=unix:///x\n")
     with pytest.raises(AttributeError):
         settings.image = None
@@ -258,7 +258,7 @@ def test_settings_cannot_be_changed(project: Path) -> None:
             getattr(settings, name)["A"] = "2"
 
 
-def test_a_copy_with_another_value_keeps_the_rest(project: Path) -> None:
+def test_copy_with_another_value_keeps_the_other_values(project: Path) -> None:
     settings = load(project, "TAGS=a\nFOREIGN=x\n", {"no_proxy": "x", "DOCKER_HOST": "unix:///x"})
     other = replace(settings, tags=("b",))
     for entry in fields(Settings):
@@ -269,7 +269,7 @@ def test_a_copy_with_another_value_keeps_the_rest(project: Path) -> None:
 
 # --- Invalid values ------------------------------------------------------------------------
 
-BAD = [
+INVALID_VALUES = [
     ("EXTRA_CA_FILE", "/dev/null", "contains no PEM certificates"),
     ("EXTRA_CA_FILE", "nowhere.pem", "No such file"),
     ("GUIX_CHANNEL_MIRRORS", "https://a.test", "is not URL=MIRROR"),
@@ -282,9 +282,6 @@ BAD = [
     ("IMAGE", "", "is empty"),
     ("IMAGE", f"app@sha256:{HEX}", "has a digest"),
     ("IMAGE", "app:" + "x" * 101, "at most 100 characters"),
-    ("IMAGE", "app:1-base", "ends in -base is reserved for a stage"),
-    ("IMAGE", "app:1-pull-linux-arm-v7", "ends in -pull-linux-arm-v7 is reserved for a stage"),
-    ("TAGS", "1.0 latest-install", "'latest-install' is reserved for a stage"),
     ("TAGS", "a/b", "'a/b' is not a tag"),
     ("TAGS", "a,b", "by spaces, not commas"),
     ("PLATFORMS", "linux/s390x", "linux/riscv64"),
@@ -364,7 +361,6 @@ BAD = [
     ("CACHE_VOLUME", "-x", "is not a volume name"),
     ("CACHE_VOLUME", "x" * 62, "write at most 61 letters and digits"),
     ("CACHE_IMAGE", f"app@sha256:{HEX}", "has a digest, but a repository is required"),
-    ("CACHE_IMAGE", "team/Cache", "'team/Cache' has capital letters"),
     ("BUILDX_BUILDER", "", "is not a builder name"),
     ("BUILDX_BUILDER", "x" * 51, "write at most 50 letters and digits"),
     ("BUILDX_BUILDER", "1x", "a letter first"),
@@ -373,8 +369,6 @@ BAD = [
     ("BUILDX_DRIVER", "Docker", "write one of: docker, docker-container, remote, kubernetes"),
     ("BUILDX_NODES", "a ''", "'' is not an endpoint"),
     ("BUILDX_NODES", "tcp://a:1,tcp://b:1", "by spaces, not commas"),
-    ("BUILDX_NODES", "a,platform=linux/s390x", "Guix does not support the platform 'linux/s390x'"),
-    ("BUILDX_NODES", "'a\nb'", "contains a control character"),
     ("ENGINE_IMAGE_STORE", "vfs", "write one of: containerd, overlay2"),
     ("OUTPUT", "loud", "write one of: auto, plain, quiet, verbose, live"),
     ("BUILDX_OUTPUT", "tar", "write one of: registry, oci, docker, load"),
@@ -387,7 +381,6 @@ BAD = [
     ("BUILDX_CACHE_TO", "'type=local,dest=\\\"a'", "write type=KIND,NAME=VALUE"),
     ("BUILDX_CACHE_TO", "type=local,dest=", "a path is empty"),
     ("BUILDKIT_SYNTAX", "", "is empty"),
-    ("BUILDKIT_SYNTAX", "docker/Dockerfile:1", "has capital letters"),
     ("BUILDX_URL", "ftp://a.example/x", "https:// or http:// or file://"),
     ("BUILDX_URL", "https://me:hunter2@a.example/x", "remove the part up to and including '@'"),
     ("BUILDX_SHA256", HEX.upper(), "write 64 lower case hex digits"),
@@ -399,28 +392,28 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "message"), BAD)
-def test_a_bad_value_is_one_line_with_its_place(
+@pytest.mark.parametrize(("name", "text", "message"), INVALID_VALUES)
+def test_invalid_value_is_reported_in_one_line_with_its_line(
     project: Path, name: str, text: str, message: str
 ) -> None:
     (problem,) = problems(project, f'\n{name}="{text}"\n{COMPANIONS.get(name, "")}')
     assert problem.startswith(f".env:2: {name}: ")
     assert message in problem
-    assert ";" in problem  # what is wrong; what would be right
+    assert ";" in problem  # the error; the hint
     assert len(problem) < 300
     assert "hunter2" not in problem
 
 
 @pytest.mark.parametrize("suffix", ["", "-linux-amd64", "-linux-arm-v7"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_tag_of_a_stage_is_no_tag_for_an_image(project: Path, stage: str, suffix: str) -> None:
+def test_tag_of_a_stage_is_reserved(project: Path, stage: str, suffix: str) -> None:
     tag = f"1.0-{stage}{suffix}"
-    (of_image,) = problems(project, f"IMAGE=app:{tag}\n")
-    assert of_image.startswith(
+    (image_problem,) = problems(project, f"IMAGE=app:{tag}\n")
+    assert image_problem.startswith(
         f".env:1: IMAGE: a tag that ends in -{stage}{suffix} is reserved for a stage; "
     )
-    (of_tags,) = problems(project, "IMAGE=app:1.0\n", {"TAGS": f"1.0 {tag}"})
-    assert of_tags == f"environment: TAGS: {tag!r} is reserved for a stage; use another tag"
+    (tags_problem,) = problems(project, "IMAGE=app:1.0\n", {"TAGS": f"1.0 {tag}"})
+    assert tags_problem == f"environment: TAGS: {tag!r} is reserved for a stage; use another tag"
     assert load(project, f"IMAGE=app:{stage}\nTAGS='{tag} 1x0-{stage} 1.0-my{stage}'\n").tags
 
 
@@ -437,15 +430,17 @@ def test_the_tag_of_a_stage_is_no_tag_for_an_image(project: Path, stage: str, su
         ("DOCKER_PASSWORD_FILE", "a.pub", "DOCKER_USERNAME"),
     ],
 )
-def test_half_of_a_pair_is_refused(project: Path, name: str, text: str, missing: str) -> None:
+def test_setting_without_its_companion_is_an_error(
+    project: Path, name: str, text: str, missing: str
+) -> None:
     expected = f"{name}: requires {missing}; set both or neither"
     assert problems(project, f"{name}={text}\n") == [f".env:1: {expected}"]
-    # An empty value is none.
+    # An empty value is the same as no value.
     assert problems(project, f"{missing}=\n", {name: text}) == [f"environment: {expected}"]
 
 
 @pytest.mark.parametrize("lock", ["channels.scm", "directory/../channels.scm", "link.scm"])
-def test_the_lock_is_not_the_channels_file(project: Path, lock: str) -> None:
+def test_channels_file_as_lock_is_an_error(project: Path, lock: str) -> None:
     (project / "link.scm").symlink_to("channels.scm")
     text = f"GUIX_CHANNELS=channels.scm\nGUIX_CHANNELS_LOCK={lock}\n"
     (problem,) = problems(project, text)
@@ -453,14 +448,14 @@ def test_the_lock_is_not_the_channels_file(project: Path, lock: str) -> None:
     assert load(project, text, {"GUIX_CHANNELS_LOCK": "other.scm"}).guix_channels_lock
 
 
-def test_the_default_lock_is_not_the_channels_file_either(project: Path) -> None:
+def test_default_lock_as_channels_file_is_an_error(project: Path) -> None:
     (project / "channels.lock.scm").touch()
     (problem,) = problems(project, "GUIX_CHANNELS=channels.lock.scm\n")
     assert problem.startswith("default: GUIX_CHANNELS_LOCK: pull would overwrite GUIX_CHANNELS; ")
     assert load(project, "GUIX_CHANNELS=channels.lock.scm\nGUIX_CHANNELS_LOCK=\n").guix_channels
 
 
-def test_the_environment_and_options_are_named_as_places(project: Path) -> None:
+def test_problems_name_the_environment_and_options(project: Path) -> None:
     environ = {"GUIX_CORES": "x", "NETWORK": "a\udcffb"}
     overrides = {"IMAGE": "A", "GUIX_PACKAGES": ["hello", "-x"], "STAGE_TIMEOUT": "x"}
     assert [problem.split("; ")[0] for problem in problems(project, "", environ, overrides)] == [
@@ -474,8 +469,10 @@ def test_the_environment_and_options_are_named_as_places(project: Path) -> None:
 
 def test_all_problems_are_reported_together(project: Path) -> None:
     (project / ".env.local").write_text("PLATFORMS=linux/z linux/y\nguix_cores=x\n")
-    found = problems(project, "IMAGE=A:b:c\nB\nTAGS=-\n", {"ENV_FILE": "nowhere"}, {"NETWORK": "-"})
-    assert [problem.split(": ")[0] for problem in found] == [
+    messages = problems(
+        project, "IMAGE=A:b:c\nB\nTAGS=-\n", {"ENV_FILE": "nowhere"}, {"NETWORK": "-"}
+    )
+    assert [problem.split(": ")[0] for problem in messages] == [
         ".env:2",
         ".env.local:2",
         "environment",
@@ -487,14 +484,14 @@ def test_all_problems_are_reported_together(project: Path) -> None:
     ]
 
 
-def test_a_bad_value_that_a_later_source_replaces_does_no_harm(project: Path) -> None:
+def test_replaced_invalid_value_is_ignored(project: Path) -> None:
     assert load(project, "GUIX_CORES=x\n", {"GUIX_CORES": "2"}).guix_cores == 2
 
 
-# --- Where a value comes from ---------------------------------------------------------------
+# --- Sources of values ----------------------------------------------------------------------
 
-# Five values of each setting; {} is a number from 1 to 5, in a list it picks.
-VALUES: dict[str, str | list[str]] = {
+# Five values of each setting; {} is a number from 1 to 5, which is the index of a list.
+SOURCE_VALUES: dict[str, str | list[str]] = {
     "IMAGE": "example.org/app:{}",
     "BASE_IMAGE": "example.org/base:{}",
     "TAGS": "{}",
@@ -543,55 +540,55 @@ def test_later_source_wins_for_every_setting(project: Path) -> None:
         (cwd / f"{number}.pub").touch()
         shutil.copy(AUTHORITY, cwd / f"{number}.pem")
 
-    def texts(number: int) -> dict[str, str]:
-        """The values of one source."""
+    def source_values(number: int) -> dict[str, str]:
+        """Return the values of one source."""
         return {
             name: (
                 pattern[number - 1] if isinstance(pattern, list) else pattern.format(number)
             ).replace("FILES", str(cwd))
-            for name, pattern in VALUES.items()
+            for name, pattern in SOURCE_VALUES.items()
         }
 
     def write(path: Path, number: int) -> None:
-        path.write_text("".join(f"{name}={text}\n" for name, text in texts(number).items()))
+        path.write_text("".join(f"{name}={text}\n" for name, text in source_values(number).items()))
 
     environ: dict[str, str] = {}
     overrides: dict[str, str] = {}
 
-    def now() -> dict[str, Any]:
+    def read_values() -> dict[str, Any]:
         settings = load_settings(project, cwd, environ, overrides)
-        return {name: getattr(settings, name.lower()) for name in VALUES}
+        return {name: getattr(settings, name.lower()) for name in SOURCE_VALUES}
 
-    seen = [now()]
+    snapshots = [read_values()]
     write(project / ".env", 1)
-    seen.append(now())
+    snapshots.append(read_values())
     write(project / ".env.local", 2)
-    seen.append(now())
+    snapshots.append(read_values())
     write(cwd / "named.env", 3)
-    assert now() == seen[-1]
+    assert read_values() == snapshots[-1]
     environ["ENV_FILE"] = "named.env"
-    seen.append(now())
-    environ |= texts(4)
-    seen.append(now())
-    overrides |= texts(5)
-    seen.append(now())
-    for name in VALUES:
-        values = [each[name] for each in seen]
-        assert all(one != other for n, one in enumerate(values) for other in values[:n]), name
-    # Empty options and variables do not count.
+    snapshots.append(read_values())
+    environ |= source_values(4)
+    snapshots.append(read_values())
+    overrides |= source_values(5)
+    snapshots.append(read_values())
+    for name in SOURCE_VALUES:
+        values = [snapshot[name] for snapshot in snapshots]
+        assert all(value not in values[:number] for number, value in enumerate(values)), name
+    # Empty options and variables are ignored.
     overrides |= dict.fromkeys(overrides, "")
-    assert now() == seen[-2]
-    environ |= dict.fromkeys(texts(4), "")
-    assert now() == seen[-3]
+    assert read_values() == snapshots[-2]
+    environ |= dict.fromkeys(source_values(4), "")
+    assert read_values() == snapshots[-3]
 
 
 def test_the_table_of_values_has_every_setting() -> None:
-    few = {"GUIX_FALLBACK", "GUIX_REQUIRE_SUBSTITUTES", "GUIX_SANDBOX", "OUTPUT"}
-    few |= {"BUILDX_DRIVER", "BUILDX_OUTPUT", "BUILDX_ATTESTATIONS", "ENGINE_IMAGE_STORE"}
-    assert {*VALUES, *few} == {name for name, _, _ in GOOD}
+    choices = {"GUIX_FALLBACK", "GUIX_REQUIRE_SUBSTITUTES", "GUIX_SANDBOX", "OUTPUT"}
+    choices |= {"BUILDX_DRIVER", "BUILDX_OUTPUT", "BUILDX_ATTESTATIONS", "ENGINE_IMAGE_STORE"}
+    assert {*SOURCE_VALUES, *choices} == {name for name, _, _ in VALID_VALUES}
 
 
-def test_env_file_names_several_from_the_current_folder(project: Path) -> None:
+def test_env_file_names_several_files_in_the_current_directory(project: Path) -> None:
     cwd = project / "directory"
     (cwd / "one.env").write_text("IMAGE=one/one:1\nTAGS=one\nGUIX_CORES=1\n")
     (project / "two.env").write_text("IMAGE=two/two:2\nTAGS=two\n")
@@ -613,12 +610,12 @@ def test_file_of_env_file_must_exist(project: Path) -> None:
         assert len(problems(project, "", {"ENV_FILE": name})) == 1
 
 
-def test_env_file_in_an_env_file_is_a_mistake(project: Path) -> None:
+def test_env_file_setting_in_an_env_file_is_an_error(project: Path) -> None:
     (problem,) = problems(project, "ENV_FILE=x\n")
     assert "set it in the environment" in problem
 
 
-def test_relative_paths_start_where_they_are_written(project: Path) -> None:
+def test_paths_are_relative_to_their_source(project: Path) -> None:
     cwd = project / "directory"
     elsewhere = project / "elsewhere"
     elsewhere.mkdir()
@@ -637,7 +634,7 @@ def test_relative_paths_start_where_they_are_written(project: Path) -> None:
     assert Path(settings.docker_environment["DOCKER_CERT_PATH"]).resolve() == elsewhere / "certs"
 
 
-def test_files_of_buildx_are_relative_to_where_they_are_written_too(project: Path) -> None:
+def test_paths_of_buildx_are_relative_to_their_source(project: Path) -> None:
     cwd = project / "directory"
     (cwd / "ca.pem").touch()
     (project / ".env").write_text(
@@ -652,35 +649,35 @@ def test_files_of_buildx_are_relative_to_where_they_are_written_too(project: Pat
         "type=registry,dest=x",
     )
     assert settings.buildx_cache_from == (f"type=local,src={cwd}/x", "type=gha")
-    named = project / "with,comma.d"
-    named.mkdir()
-    (problem,) = problems(named, "BUILDX_CACHE_TO=type=local,dest=x\n")
+    comma_directory = project / "with,comma.d"
+    comma_directory.mkdir()
+    (problem,) = problems(comma_directory, "BUILDX_CACHE_TO=type=local,dest=x\n")
     assert "contains a comma or a double quote, which ends a path in buildx; rename it" in problem
 
 
 def test_nodes_are_checked_against_the_driver(project: Path) -> None:
     nodes = "BUILDX_NODES=tcp://a:1,memory=4g\n"
     assert load(project, nodes).buildx_nodes
-    (of_docker,) = problems(project, nodes, {"BUILDX_DRIVER": "docker"})
-    assert of_docker.startswith(".env:1: BUILDX_NODES: ")
-    assert of_docker.endswith(
+    (docker_problem,) = problems(project, nodes, {"BUILDX_DRIVER": "docker"})
+    assert docker_problem.startswith(".env:1: BUILDX_NODES: ")
+    assert docker_problem.endswith(
         "the driver docker uses the engine and has no nodes; unset BUILDX_NODES"
     )
-    (of_none,) = problems(project, "", {"BUILDX_DRIVER": "remote"})
-    assert of_none.startswith("default: BUILDX_NODES: the driver remote requires a node; ")
+    (remote_problem,) = problems(project, "", {"BUILDX_DRIVER": "remote"})
+    assert remote_problem.startswith("default: BUILDX_NODES: the driver remote requires a node; ")
     assert len(problems(project, nodes, {"BUILDX_DRIVER": "wat"})) == 1
 
 
-def test_each_platform_has_settings_of_its_own(project: Path) -> None:
+def test_each_platform_has_a_copy_of_the_settings(project: Path) -> None:
     settings = load(project, "PLATFORMS='linux/arm64 linux/amd64'\nTAGS=a\n")
-    each = settings.each_platform()
-    assert [str(one.platform) for one in each] == ["linux/arm64", "linux/amd64"]
-    assert [one.platforms for one in each] == [(platform,) for platform in settings.platforms]
-    assert {one.tags for one in each} == {("a",)}
-    assert [one.platform for one in load(project).each_platform()] == [None]
+    copies = settings.each_platform()
+    assert [str(copy.platform) for copy in copies] == ["linux/arm64", "linux/amd64"]
+    assert [copy.platforms for copy in copies] == [(platform,) for platform in settings.platforms]
+    assert {copy.tags for copy in copies} == {("a",)}
+    assert [copy.platform for copy in load(project).each_platform()] == [None]
 
 
-def test_an_empty_value_in_a_file_takes_a_value_away(project: Path) -> None:
+def test_empty_value_in_a_file_removes_a_value(project: Path) -> None:
     (project / ".env.local").write_text(
         "TAGS=\nNETWORK=''\nDOCKER_USERNAME=\nDOCKER_PASSWORD=\nDOCKER_HOST=\n"
         "GUIX_CHANNELS= # none\n"
@@ -695,7 +692,7 @@ def test_an_empty_value_in_a_file_takes_a_value_away(project: Path) -> None:
     assert settings.docker_environment == {}
 
 
-def test_dockers_own_variables(project: Path) -> None:
+def test_variables_of_docker_are_read_from_both_sources(project: Path) -> None:
     text = "DOCKER_HOST=unix:///a\nDOCKER_CONTEXT=mine\nDOCKER_TLS_VERIFY=1\n"
     environ = {"DOCKER_HOST": "unix:///b", "DOCKER_CONTEXT": "", "DOCKER_BUILDKIT": "1"}
     assert load(project, text, environ).docker_environment == {
@@ -705,7 +702,7 @@ def test_dockers_own_variables(project: Path) -> None:
     }
 
 
-def test_proxies_come_from_the_environment_alone(project: Path) -> None:
+def test_proxies_are_read_only_from_the_environment(project: Path) -> None:
     proxies = {
         name: f"http://me:hunter2@{name.replace('_', '-')}.example"
         for lower in ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy", "no_proxy")
@@ -714,26 +711,26 @@ def test_proxies_come_from_the_environment_alone(project: Path) -> None:
     settings = load(project, "", {**proxies, "PROXY": "x", "rsync_proxy": "x"})
     assert settings.proxies == proxies
     assert "hunter2" not in repr(settings)
-    # Guix reads the lower case, and others the upper.
-    both = {"no_proxy": "*", "NO_PROXY": "*"}
-    assert load(project, "HTTP_PROXY=x\n", {"NO_PROXY": "", "no_proxy": "*"}).proxies == both
+    # Guix reads the lower case names, and other programs the upper case names.
+    no_proxy = {"no_proxy": "*", "NO_PROXY": "*"}
+    assert load(project, "HTTP_PROXY=x\n", {"NO_PROXY": "", "no_proxy": "*"}).proxies == no_proxy
 
 
-def test_proxies_of_dockers_own_configuration_are_weaker(project: Path) -> None:
-    """That is where the docker command line has those of containers from."""
+def test_environment_overrides_proxies_of_the_docker_configuration(project: Path) -> None:
+    """The docker command reads the proxies of containers there."""
     config = {"httpProxy": "http://a:hunter2@b.test", "noProxy": "c.test", "httpsProxy": 1}
     environ = {"DOCKER_CONFIG": str(project), "no_proxy": "d.test"}
     for content in ("[]", '{"proxies": {"default": []}}', '{"proxies": 1}', "["):
         (project / "config.json").write_text(content)
         assert load(project, "", environ).proxies.keys() == {"no_proxy", "NO_PROXY"}
     (project / "config.json").write_text(json.dumps({"proxies": {"default": config}}))
-    found = load(project, "", environ).proxies
-    assert (found["http_proxy"], found["no_proxy"]) == ("http://a:hunter2@b.test", "d.test")
-    assert "https_proxy" not in found
+    proxies = load(project, "", environ).proxies
+    assert (proxies["http_proxy"], proxies["no_proxy"]) == ("http://a:hunter2@b.test", "d.test")
+    assert "https_proxy" not in proxies
     assert redact.clean("hunter2") == "***"
-    # An env file can name the directory, too.
+    # An env file can also name the directory.
     del environ["DOCKER_CONFIG"]
-    assert load(project, f"DOCKER_CONFIG={project}\n", environ).proxies == found
+    assert load(project, f"DOCKER_CONFIG={project}\n", environ).proxies == proxies
 
 
 def test_work_containers_get_the_proxies_of_the_settings(
@@ -742,11 +739,11 @@ def test_work_containers_get_the_proxies_of_the_settings(
     monkeypatch.setenv("https_proxy", "http://not-this-one.example")
     expected = {"GUIX_SANDBOX": "auto", "HOME": "/root", "USER": "root", "LOGNAME": "root"}
     assert environment(load(project)) == expected
-    both = {"no_proxy": "*", "NO_PROXY": "*"}
-    assert environment(load(project, "", {"no_proxy": "*"})) == {**expected, **both}
+    no_proxy = {"no_proxy": "*", "NO_PROXY": "*"}
+    assert environment(load(project, "", {"no_proxy": "*"})) == {**expected, **no_proxy}
 
 
-def test_isolated_reads_one_file_and_nothing_else(
+def test_isolated_settings_are_those_of_one_file(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (project / ".env").write_text("IMAGE=example.org/real:1\n")
@@ -774,7 +771,7 @@ def test_isolated_reads_one_file_and_nothing_else(
 # --- Env files ------------------------------------------------------------------------------
 
 
-def test_interpolation(project: Path) -> None:
+def test_variables_are_interpolated(project: Path) -> None:
     (project / ".env.local").write_text("TAGS=${V}-${W}-${X:-d}-${IMAGE_TAG}\n")
     text = "V=file\nIMAGE_TAG=7\nIMAGE=a/b:${IMAGE_TAG}\n"
     settings = load(project, text, {"V": "environ", "W": "outer", "X": ""})
@@ -783,14 +780,14 @@ def test_interpolation(project: Path) -> None:
     assert not any("not set" in note for note in settings.notes)
 
 
-def test_ignored_platform_of_dockers_command_line_is_worth_a_note(project: Path) -> None:
+def test_ignored_platform_of_docker_is_reported(project: Path) -> None:
     environment = {"DOCKER_DEFAULT_PLATFORM": "linux/arm64"}
     (note,) = load(project, "", environment).notes
     assert note.startswith("environment: DOCKER_DEFAULT_PLATFORM is ignored")
     assert load(project, "PLATFORMS=linux/amd64\n", environment).notes == ()
 
 
-def test_a_variable_that_is_not_set_is_worth_a_note(project: Path) -> None:
+def test_unset_variable_is_reported(project: Path) -> None:
     settings = load(project, "TAGS=1.${NOTHING}0\n")
     assert settings.tags == ("1.0",)
     assert settings.notes == (".env:1: TAGS: 'NOTHING' in ${...} is not set; using empty text",)
@@ -809,19 +806,19 @@ def test_a_variable_that_is_not_set_is_worth_a_note(project: Path) -> None:
 )
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
-def test_the_line_is_where_the_mistake_is(
+def test_problem_has_the_line_of_its_cause(
     project: Path, text: str, lines: list[int], newline: str, mark: str
 ) -> None:
-    found = problems(project, (mark + text).replace("\n", newline))
-    assert [problem.split(":")[1] for problem in found] == [str(line) for line in lines]
+    messages = problems(project, (mark + text).replace("\n", newline))
+    assert [problem.split(":")[1] for problem in messages] == [str(line) for line in lines]
 
 
-def test_a_key_twice_in_one_file(project: Path) -> None:
+def test_key_that_is_set_twice_is_an_error(project: Path) -> None:
     (problem,) = problems(project, "IMAGE=a\n\nTAGS=x\nIMAGE=b\n")
     assert problem == ".env:4: IMAGE: is also set on line 1; keep one"
 
 
-def test_bad_encodings(project: Path) -> None:
+def test_other_encoding_than_utf8_is_an_error(project: Path) -> None:
     assert problems(project, b"A=1\nIMAGE=\xff\n") == [
         ".env:2: is not UTF-8; save the file as UTF-8"
     ]
@@ -829,27 +826,27 @@ def test_bad_encodings(project: Path) -> None:
     assert str(load(project, "\ufeffIMAGE=a\r\n").image) == "a:latest"
 
 
-def test_a_folder_is_no_env_file(project: Path) -> None:
+def test_directory_as_env_file_is_an_error(project: Path) -> None:
     (project / ".env").mkdir()
     with pytest.raises(SettingsError, match=r"^\.env: Is a directory"):
         load_settings(project, project, {})
 
 
 @pytest.mark.parametrize(
-    ("key", "meant"),
+    ("key", "setting"),
     [
         ("GUIX_PACKAGE", "GUIX_PACKAGES"),
         ("guix_packages", "GUIX_PACKAGES"),
         ("BUILDX_NODE", "BUILDX_NODES"),
     ],
 )
-def test_key_similar_to_a_setting_is_an_error(project: Path, key: str, meant: str) -> None:
+def test_key_similar_to_a_setting_is_an_error(project: Path, key: str, setting: str) -> None:
     (problem,) = problems(project, f"{key}=x\n")
-    assert problem == f".env:1: {key!r} is not a setting; did you mean {meant}?"
+    assert problem == f".env:1: {key!r} is not a setting; did you mean {setting}?"
 
 
 @pytest.mark.parametrize(
-    ("key", "meant"),
+    ("key", "setting"),
     [
         ("IMAGES", "IMAGE"),
         ("image", "IMAGE"),
@@ -861,9 +858,9 @@ def test_key_similar_to_a_setting_is_an_error(project: Path, key: str, meant: st
         ("DOCKER_PASSWORDFILE", "DOCKER_PASSWORD_FILE"),
     ],
 )
-def test_key_that_another_tool_can_read_is_a_note(project: Path, key: str, meant: str) -> None:
+def test_key_that_another_tool_can_read_is_a_note(project: Path, key: str, setting: str) -> None:
     settings = load(project, f"{key}=x\n")
-    assert settings.notes == (f".env:1: {key!r} is not a setting; did you mean {meant}?",)
+    assert settings.notes == (f".env:1: {key!r} is not a setting; did you mean {setting}?",)
 
 
 def test_other_unknown_key_is_a_note(project: Path) -> None:
@@ -877,7 +874,7 @@ def test_other_unknown_key_is_a_note(project: Path) -> None:
 # --- Secrets --------------------------------------------------------------------------------
 
 
-def test_secrets_are_taken_literally(project: Path) -> None:
+def test_secrets_are_not_interpolated(project: Path) -> None:
     settings = load(
         project, f"DOCKER_USERNAME='${{A}} me '\nDOCKER_PASSWORD={PASSWORD}\n", {"A": "b"}
     )
@@ -887,7 +884,7 @@ def test_secrets_are_taken_literally(project: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
-def test_a_secret_from_a_file(project: Path, end: str) -> None:
+def test_secret_is_read_from_a_file(project: Path, end: str) -> None:
     (project / "password").write_bytes(f"{PASSWORD}{end}".encode())
     settings = load(project, f"DOCKER_PASSWORD_FILE=${{N}}\n{USER}", {"N": "password"})
     assert settings.docker_password == Secret(PASSWORD)
@@ -896,14 +893,14 @@ def test_a_secret_from_a_file(project: Path, end: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"hunter\0two", b"hunter2\xff"])
-def test_a_file_without_a_secret(project: Path, content: bytes) -> None:
+def test_file_without_a_secret_is_an_error(project: Path, content: bytes) -> None:
     (project / "password").write_bytes(content)
     (problem,) = problems(project, f"DOCKER_PASSWORD_FILE=password\n{USER}")
     assert problem.startswith(".env:1: DOCKER_PASSWORD_FILE: the file ")
     assert "hunter" not in problem
 
 
-def test_a_secret_given_twice_in_one_source(project: Path) -> None:
+def test_secret_that_is_set_twice_in_one_source_is_an_error(project: Path) -> None:
     (project / "password").write_text("a")
     text = "DOCKER_PASSWORD_FILE=password\nDOCKER_PASSWORD=b\n"
     assert problems(project, text + USER) == [
@@ -914,7 +911,7 @@ def test_a_secret_given_twice_in_one_source(project: Path) -> None:
     assert problem.startswith("environment: DOCKER_USERNAME_FILE: ")
 
 
-def test_a_secret_in_a_later_source_replaces_the_earlier_one(project: Path) -> None:
+def test_secret_of_a_later_source_wins(project: Path) -> None:
     (project / "password").write_text("from the file\n")
     in_file, literal = f"DOCKER_PASSWORD_FILE=password\n{USER}", f"DOCKER_PASSWORD=literal\n{USER}"
     environ = {"DOCKER_PASSWORD_FILE": "password"}
@@ -925,7 +922,7 @@ def test_a_secret_in_a_later_source_replaces_the_earlier_one(project: Path) -> N
     assert load(project, in_file).docker_password is None
 
 
-def test_a_secret_shows_itself_only_when_asked() -> None:
+def test_secret_has_no_readable_repr() -> None:
     secret = Secret("hunter2")
     assert secret.reveal() == "hunter2"
     assert str(secret) == repr(secret) == f"{secret}" == "Secret(…)"
@@ -933,7 +930,7 @@ def test_a_secret_shows_itself_only_when_asked() -> None:
     assert {secret: 1}[Secret("hunter2")] == 1
 
 
-def test_no_secret_in_a_repr_or_in_an_error(project: Path) -> None:
+def test_repr_and_errors_have_no_secret(project: Path) -> None:
     environ = {"DOCKER_USERNAME": "hunter1", "DOCKER_PASSWORD": "hunter2"}
     assert "hunter" not in repr(load(project, "", environ))
     texts = [
@@ -957,7 +954,7 @@ def test_no_secret_in_a_repr_or_in_an_error(project: Path) -> None:
         assert caught.value.__context__ is None
 
 
-def test_the_second_line_of_a_secret_is_not_repeated_in_a_note(project: Path) -> None:
+def test_second_line_of_a_secret_is_not_in_a_note(project: Path) -> None:
     notes = load(project, f"DOCKER_PASSWORD=aGVsbG8\nd29ybGQh=\n{USER}").notes
     assert notes == (".env:2: sets a name that is not a setting of guix-tasks; ignored",)
 
@@ -966,7 +963,7 @@ def test_the_second_line_of_a_secret_is_not_repeated_in_a_note(project: Path) ->
 
 
 class Untouchable(Mapping[str, str]):
-    """An environment that nobody may look at."""
+    """An environment that raises an error on every access."""
 
     def __getitem__(self, key: str) -> str:
         raise AssertionError(key)
@@ -978,17 +975,17 @@ class Untouchable(Mapping[str, str]):
         raise AssertionError
 
 
-def test_the_processs_environment_is_neither_read_nor_written(
+def test_process_environment_is_not_accessed(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patched:  # pytest itself needs it again afterwards
-        patched.setattr(os, "environ", Untouchable())
+    with monkeypatch.context() as patch:  # pytest uses the environment later
+        patch.setattr(os, "environ", Untouchable())
         settings = load(project, "IMAGE=${A}/b\nTAGS=x\n", {"A": "a", "no_proxy": "x"})
         assert str(settings.image) == "a/b:latest"
         assert problems(project, "IMAGE=A\n")
 
 
-def test_nothing_is_read_at_import(tmp_path: Path) -> None:
+def test_import_reads_nothing(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("malformed")
     program = f"""
 import sys, dotenv, dotenv.parser, dotenv.variables, os, urllib.parse, difflib, shlex
@@ -1011,22 +1008,22 @@ assert not {{"invoke", "docker"}} & set(sys.modules)
     assert (result.returncode, result.stderr) == (0, "")
 
 
-# --- Whatever is thrown at it ---------------------------------------------------------------
+# --- Any env file ---------------------------------------------------------------------------
 
-_blocks = st.sampled_from(
+BLOCKS = st.sampled_from(
     ["", "\n", "# comment", "  ", "A{}=1", "B{}='x\ny'", 'C{}="x\n\n#\n"', "D{}=x # y", "\t\x0c"]
 )
 
 
 @STEADY
-@given(st.lists(_blocks), st.sampled_from(["\n", "\r\n", "\r"]))
-def test_the_line_is_right_after_anything(
+@given(st.lists(BLOCKS), st.sampled_from(["\n", "\r\n", "\r"]))
+def test_problem_has_the_right_line_after_any_text(
     tmp_path_factory: pytest.TempPathFactory, blocks: list[str], newline: str
 ) -> None:
     directory = tmp_path_factory.getbasetemp()
-    above = "".join(f"{block.format(n)}\n" for n, block in enumerate(blocks))
-    text = f"{above}GUIX_CORES=x\nmalformed line\nGUIX_MAX_JOBS=x\n".replace("\n", newline)
-    line = above.count("\n") + 1
+    prefix = "".join(f"{block.format(n)}\n" for n, block in enumerate(blocks))
+    text = f"{prefix}GUIX_CORES=x\nmalformed line\nGUIX_MAX_JOBS=x\n".replace("\n", newline)
+    line = prefix.count("\n") + 1
     assert [problem.split(": ")[0] for problem in problems(directory, text.encode())] == [
         f".env:{line + 1}",
         f".env:{line}",
@@ -1034,11 +1031,11 @@ def test_the_line_is_right_after_anything(
     ]
 
 
-# --- Secrets that others would see ----------------------------------------------------------
+# --- Redacted secrets -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("url", "noted"),
+    ("url", "is_reported"),
     [
         ("https://me:hunter2@git.test/x", True),
         ("https://ghp_0123@git.test/x", True),
@@ -1048,14 +1045,14 @@ def test_the_line_is_right_after_anything(
     ],
 )
 def test_account_in_a_channel_url_is_reported_and_redacted(
-    project: Path, url: str, *, noted: bool
+    project: Path, url: str, *, is_reported: bool
 ) -> None:
     (project / "channels.scm").write_text(f'(list (channel (name \'x) (url "{url}")))\n')
     settings = load(project, "GUIX_CHANNELS=channels.scm\n")
-    said = ".env:1: GUIX_CHANNELS: a URL contains a user or a password"
-    assert [note.startswith(said) for note in settings.notes] == [True] * noted
-    if noted and "hunter2" in url:
-        assert redact.clean("said hunter2") == "said ***"
+    note_start = ".env:1: GUIX_CHANNELS: a URL contains a user or a password"
+    assert [note.startswith(note_start) for note in settings.notes] == [True] * is_reported
+    if is_reported and "hunter2" in url:
+        assert redact.clean("with hunter2") == "with ***"
 
 
 def test_secret_build_argument_is_reported(project: Path) -> None:
@@ -1076,7 +1073,7 @@ def test_secrets_of_settings_are_redacted(project: Path) -> None:
         "BUILDX_CACHE_TO=type=s3,bucket=buck,secret_access_key=hunter3\n",
         {"https_proxy": "http://me:hunter4@proxy.test"},
     )
-    said = redact.clean(
+    output = redact.clean(
         "me pass%20word abcdefghij { hunter1 1.2.3 buck hunter3 hunter4 bWU6cGFzcyB3b3Jk"
     )
-    assert said == "me *** *** { *** 1.2.3 buck *** *** ***"
+    assert output == "me *** *** { *** 1.2.3 buck *** *** ***"

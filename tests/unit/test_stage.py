@@ -1,4 +1,4 @@
-"""Stages: how one is run and committed, and which of them a run makes."""
+"""Stages: their commits, order, locks, channels and cache, and faults at any call."""
 
 from __future__ import annotations
 
@@ -20,14 +20,12 @@ from fake_engine import (
     CHANNELS,
     COMMITS,
     IMAGE,
-    INTRODUCTION,
     PROFILE,
     READING,
     STEADY,
     STORE_SCRIPTS,
     FakeContainer,
     FakeEngine,
-    FakeRegistry,
     Killed,
     Output,
     Site,
@@ -36,7 +34,6 @@ from fake_engine import (
     heard,
     new_site,
     outline,
-    publish_base,
 )
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -46,7 +43,6 @@ from guix_tasks.commands.squash import squash
 from guix_tasks.errors import (
     BuilderError,
     EngineError,
-    RegistryError,
     StageError,
     StoppedError,
     UsageError,
@@ -91,14 +87,14 @@ pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 @pytest.fixture
 def cached(tmp_path: Path) -> Site:
-    """Made, and put into a cache."""
+    """A project whose stages are in a cache."""
     site = new_site(tmp_path / "one", CACHE_IMAGE="registry.test/cache")
     site.make(*STAGES)
     return site
 
 
-def fresh_machine(site: Site, directory: Path) -> Site:
-    """Another checkout of the same commit, on an engine that has nothing."""
+def new_machine(site: Site, directory: Path) -> Site:
+    """Create another checkout of the same commit, on an empty engine."""
     other = Site(directory, FakeEngine(site.engine.registry), **site.env)
     other.write("channels.lock.scm", site.lock.read_text())
     return other
@@ -108,42 +104,37 @@ def packages(image: Image) -> str:
     return image.labels[PACKAGES_LABEL]
 
 
-# --- A stage and its commit -----------------------------------------------------------------
-
-
-def with_config(site: Site, config: dict[str, object]) -> None:
-    """Give the base image another configuration."""
-    site.engine.make_image(config, {PROFILE: b"certs"}, tag=BASE_IMAGE)
+# --- Commits of stages ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_commit_keeps_every_field_of_the_configuration(made: Site, stage: str) -> None:
+def test_commit_keeps_every_field_of_the_configuration(made: Site, stage: str) -> None:
     expected = {**BASE_CONFIG, "Entrypoint": ["/entry-point.sh"], "Cmd": ["bash"]}
-    found = made.image(stage).config
-    assert {name: found[name] for name in expected} == {**expected, "Labels": found["Labels"]}
-    assert not {name: value for name, value in found.items() if value and name not in expected}
+    config = made.image(stage).config
+    assert {name: config[name] for name in expected} == {**expected, "Labels": config["Labels"]}
+    assert not {name: value for name, value in config.items() if value and name not in expected}
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_commit_keeps_the_labels(made: Site, stage: str) -> None:
+def test_commit_keeps_the_labels(made: Site, stage: str) -> None:
     labels = made.image(stage).labels
     assert labels["maintainer"] == "me"
     assert labels[STAGE_LABEL] == stage
     assert not labels[PROJECT_LABEL]
 
 
-def test_a_commit_of_a_sparse_configuration_adds_nothing(site: Site) -> None:
-    """What the image leaves open is not filled from the container: neither command nor user."""
-    made_by_docker = site.engine.make_image({"Labels": None}, {PROFILE: b"certs"})
+def test_commit_of_a_sparse_configuration_adds_nothing(site: Site) -> None:
+    """Missing fields, such as the command and the user, are not those of the container."""
+    parent = site.engine.make_image({"Labels": None}, {PROFILE: b"certs"})
     project = site.project()
-    stage = Stage("own", [("guix", "describe")], ("guix", "describe"), lambda _: {})
-    image = run_stage(project, stage, made_by_docker)
+    stage = Stage("custom", [("guix", "describe")], ("guix", "describe"), lambda _: {})
+    image = run_stage(project, stage, parent)
     assert image
     for name in ("Entrypoint", "Cmd", "Env", "User", "Healthcheck", "ExposedPorts"):
         assert not image.config.get(name), name
 
 
-def test_nothing_of_a_work_container_is_committed(made: Site) -> None:
+def test_files_of_a_work_container_are_not_committed(made: Site) -> None:
     for stage in STAGES:
         image = made.image(stage)
         assert not [path for path in made.engine.files(image) if "guix-tasks" in path]
@@ -156,35 +147,35 @@ def test_each_stage_is_one_layer_on_its_parent(made: Site) -> None:
     assert install.layers[:-1] == pull.layers
     assert is_child(install, pull)
     made.make("install", force=True)
-    assert len(made.image("install").layers) == len(install.layers)
+    assert made.image("install").layers[:-1] == pull.layers
 
 
-def test_a_stage_that_changes_nothing_has_no_layer_and_is_proven(site: Site) -> None:
-    site.env["GUIX_PACKAGES"] = "certs"  # the base's profile has it
+def test_stage_without_changes_has_no_layer_and_is_proven(site: Site) -> None:
+    site.env["GUIX_PACKAGES"] = "certs"  # the profile of the base has this package
     site.make(*STAGES)
     assert site.image("install").layers == site.image("pull").layers
     assert proven_stage(site.image("install")) == "install"
     assert site.make("install") == "install: up to date\n"
 
 
-def test_a_commit_that_is_not_understood_is_an_error(site: Site) -> None:
-    """Such as one of an engine that adds a layer of its own."""
+def test_unexpected_commit_is_an_error(site: Site) -> None:
+    """For example the commit of an engine that adds another layer."""
     parent = site.engine.make_image({}, {"/a": b""})
     project = site.project()
 
-    class Odd(FakeEngine):
+    class OddEngine(FakeEngine):
         def commit(self, container: str, config: object, comment: str = "") -> str:
             return self.make_image({}, {"/a": b""}, parent=self.make_image({}, {"/b": b""})).id
 
         def copy_out(self, container: str, path: str) -> Iterator[bytes]:
             return iter(())
 
-    odd = Odd()
+    engine = OddEngine()
     with pytest.raises(EngineError, match="the engine changes the layers or the configuration"):
-        commit_image(Project(project.settings, odd, project.console), "x", parent, IMAGE, {})
+        commit_image(Project(project.settings, engine, project.console), "x", parent, IMAGE, {})
 
 
-def test_stage_is_a_few_lines_of_data(made: Site) -> None:
+def test_stage_is_defined_by_data(made: Site) -> None:
     project = made.project()
     stage = Stage(
         name="tests",
@@ -204,39 +195,37 @@ def test_stage_is_a_few_lines_of_data(made: Site) -> None:
     assert other.keys() == {"command", "data"}
 
 
-def test_a_command_that_fails_commits_nothing(made: Site) -> None:
-    before = outline(made.engine)
+def test_failed_command_is_not_committed(made: Site) -> None:
+    initial_state = outline(made.engine)
     made.env["GUIX_PACKAGES"] = "no-such-package"
     with pytest.raises(StageError, match="install: no-such-package: unknown package"):
         made.make("install")
-    assert outline(made.engine) == before
+    assert outline(made.engine) == initial_state
     assert made.engine.all_containers == {}
 
 
-def test_the_log_is_shown_and_the_report_is_not(site: Site) -> None:
-    said = site.make("pull")
-    assert "Updating channel..." in said
-    assert "https://guix.test" not in said
+def test_log_is_shown_without_the_report(site: Site) -> None:
+    output = site.make("pull")
+    assert "Updating channel..." in output
+    assert "https://guix.test" not in output
 
 
-def test_output_is_shown_as_it_comes(site: Site) -> None:
-    project, seen = site.project(), []
+def test_output_is_shown_immediately(site: Site) -> None:
+    project, outputs = site.project(), []
 
     def behaviour(container: FakeContainer) -> Output:
         yield True, b"one\n"
-        seen.append(heard(project))
+        outputs.append(heard(project))
         yield True, b"t\xffwo\n"
 
     site.make("base")
     site.engine.behaviour = behaviour
-    run_stage(project, Stage("own", [("true",)], ("true",), lambda _: {}), site.image("base"))
-    assert seen[0].endswith("one\n")
+    run_stage(project, Stage("custom", [("true",)], ("true",), lambda _: {}), site.image("base"))
+    assert outputs[0].endswith("one\n")
     assert "t\N{REPLACEMENT CHARACTER}wo" in heard(project)
 
 
-def test_a_stage_that_takes_too_long_is_stopped(
-    made: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stage_is_stopped_after_its_timeout(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     made.env["STAGE_TIMEOUT"] = "1"
     stopped = threading.Event()
     monkeypatch.setattr(
@@ -245,10 +234,10 @@ def test_a_stage_that_takes_too_long_is_stopped(
         lambda _seconds, function: threading.Thread(target=function),
     )
     monkeypatch.setattr(threading.Thread, "cancel", lambda _self: None, raising=False)
-    real = made.engine.stop
+    original_stop = made.engine.stop
 
     def stop(container: str, seconds: int) -> None:
-        real(container, seconds)
+        original_stop(container, seconds)
         stopped.set()
 
     def behaviour(container: FakeContainer) -> Output:
@@ -257,16 +246,14 @@ def test_a_stage_that_takes_too_long_is_stopped(
 
     monkeypatch.setattr(made.engine, "stop", stop)
     made.engine.behaviour = behaviour
-    before = outline(made.engine)
+    initial_state = outline(made.engine)
     with pytest.raises(StageError, match=r"install: stopped after STAGE_TIMEOUT \(1\.0 s\)"):
         made.make("install", force=True)
-    assert outline(made.engine) == before
+    assert outline(made.engine) == initial_state
     assert made.engine.all_containers == {}
 
 
-def test_a_stage_that_cannot_be_stopped_is_no_traceback(
-    made: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_stop_prints_no_traceback(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     made.env["STAGE_TIMEOUT"] = "1"
     raised: list[object] = []
     threads: list[threading.Thread] = []
@@ -290,27 +277,27 @@ def test_a_stage_that_cannot_be_stopped_is_no_traceback(
     assert raised == []
 
 
-# --- Which stages a run makes ---------------------------------------------------------------
+# --- Order of stages ------------------------------------------------------------------------
 
 
-def test_a_missing_parent_is_made_first_with_a_line_that_says_so(site: Site) -> None:
-    said = site.make("install")
-    assert f"install: {IMAGE}-pull is missing, so pull comes first" in said
-    assert f"pull: {IMAGE}-base is missing, so base comes first" in said
+def test_missing_parent_is_built_first_with_a_message(site: Site) -> None:
+    output = site.make("install")
+    assert f"install: {IMAGE}-pull is missing, so pull comes first" in output
+    assert f"pull: {IMAGE}-base is missing, so base comes first" in output
     assert [proven_stage(site.image(stage)) for stage in STAGES] == list(STAGES)
 
 
-def test_what_is_up_to_date_is_not_run(made: Site) -> None:
-    before = made.engine.changing_calls()
+def test_current_stage_is_not_run(made: Site) -> None:
+    calls = made.engine.changing_calls()
     assert made.make(*STAGES) == "base: up to date\npull: up to date\ninstall: up to date\n"
-    assert made.engine.changing_calls() == before
+    assert made.engine.changing_calls() == calls
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_force_runs_a_stage_although_nothing_changed(made: Site, stage: str) -> None:
-    before = made.image(stage)
+def test_force_runs_a_current_stage(made: Site, stage: str) -> None:
+    previous = made.image(stage)
     made.make(stage, force=True)
-    assert made.image(stage).id != before.id
+    assert made.image(stage).id != previous.id
     assert made.why(stage) is None
 
 
@@ -327,9 +314,9 @@ def test_force_of_pull_makes_its_children_stale(made: Site) -> None:
     assert made.why("install") == "pull is newer"
 
 
-def test_a_stale_parent_stops_with_the_command_to_run(made: Site) -> None:
+def test_stale_parent_is_an_error_with_the_command(made: Site) -> None:
     made.write("Dockerfile", "FROM y\n")
-    before = outline(made.engine)
+    initial_state = outline(made.engine)
     for stage, parent in (("pull", "base"), ("install", "pull")):
         with pytest.raises(UsageError) as caught:
             made.make(stage)
@@ -337,30 +324,30 @@ def test_a_stale_parent_stops_with_the_command_to_run(made: Site) -> None:
         assert text.startswith(f"{parent} is stale (")
         assert "Dockerfile changed" in text
         assert f"run `inv {parent}`, or `inv {stage} --upstream`" in text
-    assert outline(made.engine) == before
+    assert outline(made.engine) == initial_state
 
 
-def test_upstream_brings_stale_parents_up_to_date(made: Site) -> None:
+def test_upstream_updates_stale_parents(made: Site) -> None:
     made.write("Dockerfile", "FROM y\n")
     assert made.ran(lambda: made.make("install", upstream=True)) == ["label"]
     assert [made.why(stage) for stage in STAGES] == [None] * 3
     assert made.engine.tags[IMAGE] == made.image("install").id
 
 
-def test_upstream_leaves_parents_that_are_up_to_date(made: Site) -> None:
+def test_upstream_keeps_current_parents(made: Site) -> None:
     made.env["GUIX_PACKAGES"] = "tar"
     assert made.ran(lambda: made.make("install", upstream=True)) == ["install"]
 
 
 def test_guix_does_not_run_if_only_other_files_of_the_base_changed(made: Site) -> None:
-    before = {stage: made.image(stage) for stage in STAGES}
+    previous = {stage: made.image(stage) for stage in STAGES}
     made.write("Dockerfile", "FROM y\n")
     assert made.ran(lambda: made.make(*STAGES)) == ["label"]
     for parent, stage in itertools.pairwise(STAGES):
         assert is_child(made.image(stage), made.image(parent))
-        assert made.image(stage).id != before[stage].id
+        assert made.image(stage).id != previous[stage].id
         for label in REPORTED_LABELS:
-            assert made.image(stage).labels.get(label) == before[stage].labels.get(label)
+            assert made.image(stage).labels.get(label) == previous[stage].labels.get(label)
     assert [made.why(stage) for stage in STAGES] == [None] * 3
 
 
@@ -415,7 +402,7 @@ def test_image_is_assembled_on_the_previous_image_of_its_stage(made: Site) -> No
     assert proven_stage(image) == "install"
 
 
-def test_warning_of_a_program_in_the_image_is_not_taken_for_a_size(
+def test_warning_of_a_program_in_the_image_is_not_a_size(
     made: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def warn(container: FakeContainer) -> Output:
@@ -454,8 +441,8 @@ def test_changed_base_is_a_layer_on_the_previous_image_of_a_stage(made: Site) ->
     squash(made.project())
     squashed, base = made.image(), made.image("base")
     assert squashed.layers[:-1] == base.layers
-    wanted = made.engine.files(made.image("install"))
-    assert wanted.items() <= made.engine.files(squashed).items()
+    install_files = made.engine.files(made.image("install"))
+    assert install_files.items() <= made.engine.files(squashed).items()
 
 
 def test_stage_of_a_changed_base_is_assembled_on_its_parent_without_gnu_tools(
@@ -493,8 +480,8 @@ def test_stage_starts_from_the_newest_image_of_the_cache(site: Site, tmp_path: P
     assert not [tag for tag in other.engine.tags if tag.startswith("registry.test/cache")]
 
 
-def test_items_that_other_keys_signed_do_not_reach_an_image(made: Site, tmp_path: Path) -> None:
-    """Neither from the layers of the previous image nor from its volume."""
+def test_items_signed_by_removed_keys_are_not_in_an_image(made: Site, tmp_path: Path) -> None:
+    """Neither the layers nor the volume of the previous image are used."""
     made.make("pull", "install", force=True)
     volumes = set(made.engine.stores)
     key = tmp_path / "other.pub"
@@ -515,13 +502,8 @@ def test_items_that_other_keys_signed_do_not_reach_an_image(made: Site, tmp_path
         assert made.image(stage).layers[:-1] == made.image(parent).layers
 
 
-def test_forced_stage_is_assembled_on_its_parent(made: Site) -> None:
-    made.make("install", force=True)
-    assert made.image("install").layers[:-1] == made.image("pull").layers
-
-
-def test_a_parent_made_anew_makes_its_children_stale(made: Site) -> None:
-    """Even where its key is what it was: two builds of the same are not the same."""
+def test_recreated_parent_makes_its_children_stale(made: Site) -> None:
+    """The key is the same, but two builds of the same inputs can differ."""
     made.engine.untag(f"{IMAGE}-pull")
     made.make("pull")
     assert made.why("install") == "pull is newer"
@@ -541,23 +523,23 @@ def test_pull_does_not_move_image_while_install_exists(made: Site) -> None:
     assert made.why("install") == "pull is newer"
 
 
-def test_install_starts_again_from_pull_and_says_what_went(made: Site) -> None:
+def test_install_starts_from_pull_and_reports_changed_packages(made: Site) -> None:
     made.env["GUIX_PACKAGES"] = "tar"
-    said = made.make("install")
+    output = made.make("install")
     assert packages(made.image("install")) == "certs@1.0 tar@1.0"
-    assert said.startswith("install: stale: packages changed\n")
-    assert "install: removed hello@1.0" in said
-    assert "install: added tar@1.0" in said
+    assert output.startswith("install: stale: packages changed\n")
+    assert "install: removed hello@1.0" in output
+    assert "install: added tar@1.0" in output
 
 
-def test_a_manifest_drops_nothing_of_the_bases_profile(site: Site) -> None:
+def test_manifest_keeps_the_packages_of_the_base(site: Site) -> None:
     site.write("manifest.scm", '(specifications->manifest \'("tar"))')
     site.env["GUIX_MANIFEST"] = "manifest.scm"
     site.make("install")
     assert packages(site.image("install")) == "certs@1.0 hello@1.0 tar@1.0"
 
 
-def test_neither_packages_nor_a_manifest_is_an_error(site: Site) -> None:
+def test_install_without_packages_is_an_error(site: Site) -> None:
     site.env["GUIX_PACKAGES"] = ""
     site.make("pull")
     with pytest.raises(
@@ -566,7 +548,7 @@ def test_neither_packages_nor_a_manifest_is_an_error(site: Site) -> None:
         site.make("install")
 
 
-def test_install_starts_from_base_where_no_channels_are_asked_for(site: Site) -> None:
+def test_install_without_channels_starts_from_base(site: Site) -> None:
     del site.env["GUIX_CHANNELS"]
     site.make("install")
     assert is_child(site.image("install"), site.image("base"))
@@ -577,53 +559,53 @@ def test_install_starts_from_base_where_no_channels_are_asked_for(site: Site) ->
     assert is_child(site.image("install"), site.image("pull"))
 
 
-def test_install_starts_from_pull_where_it_was_made_without_channels_or_a_lock(site: Site) -> None:
+def test_install_starts_from_an_existing_pull_without_channels(site: Site) -> None:
     del site.env["GUIX_CHANNELS"]
     site.env["GUIX_CHANNELS_LOCK"] = ""
     site.make("pull", "install")
     assert is_child(site.image("install"), site.image("pull"))
 
 
-def test_a_lock_alone_makes_pull_come_first(site: Site) -> None:
+def test_lock_without_channels_requires_a_pull(site: Site) -> None:
     del site.env["GUIX_CHANNELS"]
     site.lock.write_text(LOCKED)
     site.make("install")
     assert is_child(site.image("install"), site.image("pull"))
 
 
-def test_no_commit_leaves_the_container(made: Site) -> None:
-    before = outline(made.engine)
-    said = made.make("install", commit=False)
-    assert "`inv commit` commits the container" in said
-    assert outline(made.engine) == before
+def test_container_is_kept_without_a_commit(made: Site) -> None:
+    initial_state = outline(made.engine)
+    output = made.make("install", commit=False)
+    assert "`inv commit` commits the container" in output
+    assert outline(made.engine) == initial_state
     (container,) = made.engine.all_containers.values()
     assert "-kept-" in container.spec.name
 
 
-def test_a_second_container_is_not_left(made: Site) -> None:
+def test_second_kept_container_is_an_error(made: Site) -> None:
     made.make("install", commit=False)
     with pytest.raises(UsageError, match="is not committed yet"):
         made.make("install", commit=False)
 
 
-def test_a_build_that_fails_changes_nothing(site: Site) -> None:
+def test_failed_build_changes_nothing(site: Site) -> None:
     site.env["BASE_IMAGE"] = "registry.test/none:1"
     with pytest.raises(BuilderError):
         site.make("base")
     assert site.engine.tags == {}
 
 
-def test_a_base_image_that_no_registry_can_tell_of_is_built_on(site: Site) -> None:
+def test_local_base_image_needs_no_registry(site: Site) -> None:
     site.engine.pull(BASE_IMAGE, None)
     site.engine.registry.refusal = "connection refused"
     site.make(*STAGES)
     assert site.make("base") == "base: up to date\n"
 
 
-# --- The lock -------------------------------------------------------------------------------
+# --- Locks ----------------------------------------------------------------------------------
 
 
-def test_the_lock_is_written_after_the_commit(site: Site) -> None:
+def test_lock_is_written_after_the_commit(site: Site) -> None:
     site.make("base")
 
     def fault(_number: int, name: str, when: str) -> None:
@@ -631,20 +613,20 @@ def test_the_lock_is_written_after_the_commit(site: Site) -> None:
             assert not site.lock.exists()
 
     site.engine.fault = fault
-    said = site.make("pull")
-    assert f"pull: the channels are locked in {site.lock}" in said
+    output = site.make("pull")
+    assert f"pull: the channels are locked in {site.lock}" in output
     assert COMMITS["guix"] in site.lock.read_text()
     assert site.image("pull").labels[CHANNELS_LABEL] == site.lock.read_text().strip()
 
 
-def test_a_pull_that_fails_writes_no_lock(site: Site) -> None:
+def test_failed_pull_writes_no_lock(site: Site) -> None:
     site.engine.guix.heads.clear()
     with pytest.raises(KeyError):
         site.make("pull")
     assert not site.lock.exists()
 
 
-def test_what_is_locked_is_pulled_again(made: Site) -> None:
+def test_locked_commits_are_pulled_again(made: Site) -> None:
     made.engine.guix.heads["guix"] = NEW
     assert made.make("pull") == "pull: up to date\n"
     made.engine.untag(f"{IMAGE}-pull")
@@ -661,52 +643,25 @@ def test_update_moves_the_lock(made: Site) -> None:
     assert made.why("install") == "pull is newer"
 
 
-def test_update_with_nothing_new_commits_nothing(made: Site) -> None:
-    before, lock = outline(made.engine), made.lock.read_text()
+def test_update_without_new_commits_commits_nothing(made: Site) -> None:
+    initial_state, lock_text = outline(made.engine), made.lock.read_text()
     assert "pull: unchanged" in made.make("pull", update=True)
-    assert outline(made.engine) == before
-    assert made.lock.read_text() == lock
+    assert outline(made.engine) == initial_state
+    assert made.lock.read_text() == lock_text
     assert made.why("install") is None
 
 
-GUIX = channel("guix", "https://guix.test")
-OTHER_KEY = GUIX.replace("ABCD", "0000", 1)
-OTHER_COMMIT = GUIX.replace("1" * 40, NEW)
-
-MISFITS = {
-    "another branch": (
-        f'(channel (name \'guix) (url "https://guix.test") (branch "b") {INTRODUCTION})',
-        "is on branch master, not on b",
-    ),
-    "another key": (OTHER_KEY, "guix is introduced by commit"),
-    "another first commit": (OTHER_COMMIT, f"in GUIX_CHANNELS is introduced by commit {NEW}"),
-    "another channel": (channel("mine", "https://m.test"), "it lacks the channel mine"),
-    "another address": (channel("guix", "https://fork.test"), "not from https://fork.test"),
-    "another commit": (channel("guix", "https://guix.test", NEW), f"not at {NEW}"),
-}
-
-
-@pytest.mark.parametrize(("asked", "said"), MISFITS.values(), ids=MISFITS)
-def test_a_lock_that_does_not_fit_names_update(made: Site, asked: str, said: str) -> None:
-    made.write("channels.scm", f"(list {asked})\n")
-    with pytest.raises(UsageError) as caught:
+def test_lock_that_does_not_fit_is_an_error_with_the_command(made: Site) -> None:
+    made.write("channels.scm", f"(list {channel('mine', 'https://m.test')})\n")
+    message = r"lock\.scm does not fit GUIX_CHANNELS.*lacks the channel mine; `inv pull --update`"
+    with pytest.raises(UsageError, match=message):
         made.make("pull")
-    assert f"{made.lock} does not fit GUIX_CHANNELS" in str(caught.value)
-    assert said in str(caught.value)
-    assert "`inv pull --update`" in str(caught.value)
-
-
-@pytest.mark.parametrize("asked", [asked for asked, _ in MISFITS.values()], ids=MISFITS)
-def test_lock_that_does_not_fit_makes_pull_stale(made: Site, asked: str) -> None:
-    made.write("channels.scm", f"(list {asked})\n")
     assert (made.why("pull") or "").startswith("GUIX_CHANNELS changed (")
     assert (made.why("install") or "").startswith("pull: GUIX_CHANNELS changed (")
 
 
 @pytest.mark.parametrize("text", ["(list\n (channel", "(list))"])
-def test_channels_that_guile_cannot_read_are_an_error_with_their_line(
-    made: Site, text: str
-) -> None:
+def test_syntax_error_in_the_channels_has_its_line(made: Site, text: str) -> None:
     made.write("channels.scm", f"; mine\n{text}\n")
     line = made.directory / f"channels.scm:{text.count(chr(10)) + 2}: "
     for stage in ("pull", "install"):
@@ -717,7 +672,7 @@ def test_channels_that_guile_cannot_read_are_an_error_with_their_line(
             made.make("pull", update=update)
 
 
-def test_lock_that_guile_cannot_read_names_its_line(made: Site) -> None:
+def test_syntax_error_in_the_lock_has_its_line(made: Site) -> None:
     made.lock.write_text(f"{made.lock.read_text()})")
     with pytest.raises(UsageError, match=r"in line 2, unexpected \); `inv pull --update`"):
         made.make("pull")
@@ -725,121 +680,128 @@ def test_lock_that_guile_cannot_read_names_its_line(made: Site) -> None:
     assert made.why("pull") is None
 
 
-def test_update_mends_a_lock_that_does_not_fit(made: Site) -> None:
-    asked = (channel("guix", "https://guix.test"), channel("mine", "https://m.test"))
-    made.write("channels.scm", f"(list {' '.join(asked)})\n")
+def test_update_replaces_a_lock_that_does_not_fit(made: Site) -> None:
+    requested = (channel("guix", "https://guix.test"), channel("mine", "https://m.test"))
+    made.write("channels.scm", f"(list {' '.join(requested)})\n")
     made.make("pull", update=True)
     assert COMMITS["mine"] in made.lock.read_text()
 
 
-def introduced(commit: str = "1", key: str = "AB") -> str:
+def introduce(commit: str = "1", key: str = "AB") -> str:
     return f'(make-channel-introduction "{commit}" (openpgp-fingerprint "{key}"))'
 
 
-def spelled(**fields: str) -> str:
-    own = {"name": "'guix", "url": '"https://guix.test"', **fields}
-    return f"(list (channel {' '.join(f'({name} {text})' for name, text in own.items())}))"
+def scheme(**fields: str) -> str:
+    all_fields = {"name": "'guix", "url": '"https://guix.test"', **fields}
+    return f"(list (channel {' '.join(f'({name} {text})' for name, text in all_fields.items())}))"
 
 
 @pytest.mark.parametrize(
-    ("wanted", "lock", "problem"),
+    ("requested", "lock", "problem"),
     [
-        (spelled(), spelled(commit='"a"'), None),
-        (None, spelled(commit='"a"'), None),
-        (spelled(branch='"b"'), spelled(branch='"b"', commit='"a"'), None),
-        (spelled(branch='"b"'), spelled(commit='"a"'), "guix is on branch master, not on b"),
-        (spelled(), spelled(branch='"b"'), "guix is on branch b, not on master"),
-        (spelled(branch='"master"'), spelled(), None),
-        (spelled(), spelled(branch='"master"'), None),
-        (spelled(branch="%branch"), spelled(branch='"b"'), None),
-        (spelled(commit="%commit"), spelled(commit='"a"'), None),
-        (spelled(introduction=introduced()), spelled(introduction=introduced()), None),
+        (scheme(), scheme(commit='"a"'), None),
+        (None, scheme(commit='"a"'), None),
+        (scheme(branch='"b"'), scheme(branch='"b"', commit='"a"'), None),
+        (scheme(branch='"b"'), scheme(commit='"a"'), "guix is on branch master, not on b"),
+        (scheme(), scheme(branch='"b"'), "guix is on branch b, not on master"),
+        (scheme(branch='"master"'), scheme(), None),
+        (scheme(), scheme(branch='"master"'), None),
+        (scheme(branch="%branch"), scheme(branch='"b"'), None),
+        (scheme(commit="%commit"), scheme(commit='"a"'), None),
+        (scheme(introduction=introduce()), scheme(introduction=introduce()), None),
         (
-            spelled(introduction=introduced("AB", "CDEF")),
-            spelled(introduction=introduced("ab", "cd ef")),
+            scheme(introduction=introduce("AB", "CDEF")),
+            scheme(introduction=introduce("ab", "cd ef")),
             None,
         ),
         (
-            spelled(introduction=introduced("1a")),
-            spelled(introduction=introduced("2b")),
+            scheme(introduction=introduce("1a")),
+            scheme(introduction=introduce("2b")),
             (
                 "guix is introduced by commit 2b of key AB, and in GUIX_CHANNELS is introduced by "
                 "commit 1a of key AB"
             ),
         ),
         (
-            spelled(introduction=introduced(key="AB")),
-            spelled(introduction=introduced(key="CD")),
+            scheme(introduction=introduce(key="AB")),
+            scheme(introduction=introduce(key="CD")),
             (
                 "guix is introduced by commit 1 of key CD, and in GUIX_CHANNELS is introduced by "
                 "commit 1 of key AB"
             ),
         ),
         (
-            spelled(introduction=introduced()),
-            spelled(),
+            scheme(introduction=introduce()),
+            scheme(),
             "guix has no introduction, and in GUIX_CHANNELS is introduced by commit 1 of key AB",
         ),
         (
-            spelled(),
-            spelled(introduction=introduced()),
+            scheme(),
+            scheme(introduction=introduce()),
             "guix is introduced by commit 1 of key AB, and in GUIX_CHANNELS has no introduction",
         ),
-        (spelled(introduction="%mine"), spelled(introduction=introduced()), None),
-        (spelled(), f"{spelled()})", "in line 1, unexpected )"),
-        ("%default-channels", spelled(commit='"a"'), None),
-        (spelled(branch='"b"'), spelled(branch='"c"'), "guix is on branch c, not on b"),
-        (spelled(commit='"b"'), spelled(commit='"a"'), "guix is at a, not at b"),
-        (spelled(), "", "it names no channel"),
+        (scheme(introduction="%mine"), scheme(introduction=introduce()), None),
+        (scheme(), f"{scheme()})", "in line 1, unexpected )"),
+        ("%default-channels", scheme(commit='"a"'), None),
+        (scheme(branch='"b"'), scheme(branch='"c"'), "guix is on branch c, not on b"),
+        (scheme(commit='"b"'), scheme(commit='"a"'), "guix is at a, not at b"),
+        (scheme(), "", "it names no channel"),
         (None, "%default-channels", "it names no channel"),
-        (spelled(name="'mine"), spelled(), "it lacks the channel mine"),
-        ("(list)", spelled(), "it has the channel guix"),
+        (scheme(name="'mine"), scheme(), "it lacks the channel mine"),
+        (
+            scheme(url='"https://fork.test"'),
+            scheme(),
+            "guix is from https://guix.test, not from https://fork.test",
+        ),
+        ("(list)", scheme(), "it has the channel guix"),
     ],
 )
-def test_what_does_not_fit_is_said(wanted: str | None, lock: str, problem: str | None) -> None:
-    assert lock_mismatch(wanted, lock) == problem
+def test_mismatch_of_the_lock_is_described(
+    requested: str | None, lock: str, problem: str | None
+) -> None:
+    assert lock_mismatch(requested, lock) == problem
 
 
-NOT_LITERAL = {
+COMPUTED_CHANNELS = {
     "inherited": '(list (channel (inherit %default-guix-channel) (url "https://guix.test")))',
     "computed": f'(cons {channel("mine", "https://m.test")} (load "others.scm"))',
 }
 
 
-@pytest.mark.parametrize("text", NOT_LITERAL.values(), ids=NOT_LITERAL)
-def test_lock_of_computed_channels_is_named_on_a_fresh_machine(site: Site, text: str) -> None:
+@pytest.mark.parametrize("text", COMPUTED_CHANNELS.values(), ids=COMPUTED_CHANNELS)
+def test_lock_of_computed_channels_is_reported_as_unchecked(site: Site, text: str) -> None:
     site.write("channels.scm", text)
     site.lock.write_text(LOCKED + channel("mine", "https://m.test", NEW))
     site.engine.guix.evaluate = lambda _text: site.lock.read_text()
-    said = site.make("pull")
-    assert "without comparing it with GUIX_CHANNELS" in said
-    assert "`inv pull --update` updates the lock" in said
+    output = site.make("pull")
+    assert "without comparing it with GUIX_CHANNELS" in output
+    assert "`inv pull --update` updates the lock" in output
 
 
-@pytest.mark.parametrize("text", NOT_LITERAL.values(), ids=NOT_LITERAL)
-def test_channels_that_are_computed_are_no_misfit(site: Site, text: str) -> None:
+@pytest.mark.parametrize("text", COMPUTED_CHANNELS.values(), ids=COMPUTED_CHANNELS)
+def test_computed_channels_fit_their_lock(site: Site, text: str) -> None:
     site.write("channels.scm", text)
-    both = (channel("guix", "https://guix.test"), channel("mine", "https://m.test"))
-    site.engine.guix.evaluate = lambda _text: f"(list {' '.join(both)})"
+    channels = (channel("guix", "https://guix.test"), channel("mine", "https://m.test"))
+    site.engine.guix.evaluate = lambda _text: f"(list {' '.join(channels)})"
     site.make("pull")
     assert "pull: up to date" in site.make("pull")
 
 
-def test_a_lock_that_was_lost_is_written_from_the_label(made: Site) -> None:
+def test_missing_lock_is_restored_from_the_label(made: Site) -> None:
     text = made.lock.read_text()
     made.lock.unlink()
-    said = made.make("pull")
-    assert "pull: up to date" in said
+    output = made.make("pull")
+    assert "pull: up to date" in output
     assert made.lock.read_text() == text
 
 
-def test_a_lock_that_cannot_be_written_is_one_line(made: Site) -> None:
+def test_missing_directory_of_the_lock_is_an_error(made: Site) -> None:
     made.env["GUIX_CHANNELS_LOCK"] = "no/such/directory/lock.scm"
     with pytest.raises(UsageError, match=r"GUIX_CHANNELS_LOCK: .*lock\.scm: No such file"):
         made.make("pull")
 
 
-def test_a_lock_that_cannot_be_written_is_reported_before_the_pull(
+def test_unwritable_lock_is_reported_before_the_pull(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.make("base")
@@ -853,9 +815,7 @@ def test_a_lock_that_cannot_be_written_is_reported_before_the_pull(
     assert site.ran(pull) == []
 
 
-def test_a_pull_of_a_lock_needs_no_file_that_can_be_written(
-    made: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pull_of_a_lock_needs_no_writable_file(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkout of a CI job can be read-only."""
     writable = os.access
     monkeypatch.setattr(os, "access", lambda p, mode: p != made.directory and writable(p, mode))
@@ -864,34 +824,32 @@ def test_a_pull_of_a_lock_needs_no_file_that_can_be_written(
 
 
 @pytest.mark.parametrize("name", ["channels.lock.scm", "channels.scm"])
-def test_channels_that_are_not_text_are_one_line(made: Site, name: str) -> None:
+def test_binary_channels_file_is_an_error(made: Site, name: str) -> None:
     made.write(name, b"\xff\xfe")
     with pytest.raises(UsageError):
         made.make("pull")
 
 
-def test_a_lock_that_is_not_text_is_written_anew(made: Site) -> None:
+def test_binary_lock_is_replaced(made: Site) -> None:
     made.lock.write_bytes(b"\xff")
     assert write_lock(made.settings(), LOCKED.strip())
     assert made.lock.read_text() == LOCKED
     assert not write_lock(made.settings(), LOCKED.strip())
 
 
-def test_nothing_half_written_is_left_of_a_lock(
-    made: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(_self: Path, _target: Path) -> None:
+def test_failed_write_keeps_the_lock(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_self: Path, _target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    before = sorted(made.directory.iterdir())
-    monkeypatch.setattr(Path, "replace", full)
+    initial_files = sorted(made.directory.iterdir())
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(UsageError, match=r"GUIX_CHANNELS_LOCK: .*No space left on device"):
         write_lock(made.settings(), "(list)")
-    assert sorted(made.directory.iterdir()) == before
+    assert sorted(made.directory.iterdir()) == initial_files
     assert made.lock.read_text() == LOCKED
 
 
-def test_a_lock_that_is_a_folder_is_one_line(site: Site) -> None:
+def test_directory_as_lock_is_an_error(site: Site) -> None:
     site.env["GUIX_CHANNELS_LOCK"] = "context"
     with pytest.raises(UsageError):
         site.make("pull")
@@ -907,16 +865,16 @@ def floating(tmp_path: Path) -> Site:
     return site
 
 
-def test_floating_channels_with_nothing_new_change_nothing(floating: Site) -> None:
-    before = outline(floating.engine)
-    said = floating.make("pull")
-    assert "set GUIX_CHANNELS_LOCK to lock them" in said
-    assert "pull: unchanged" in said
-    assert outline(floating.engine) == before
+def test_floating_channels_without_new_commits_change_nothing(floating: Site) -> None:
+    initial_state = outline(floating.engine)
+    output = floating.make("pull")
+    assert "set GUIX_CHANNELS_LOCK to lock them" in output
+    assert "pull: unchanged" in output
+    assert outline(floating.engine) == initial_state
     assert floating.make("install") == "install: up to date\n"
 
 
-def test_floating_channels_with_something_new_are_committed(floating: Site) -> None:
+def test_new_commits_of_floating_channels_are_committed(floating: Site) -> None:
     floating.engine.guix.heads["guix"] = NEW
     floating.make("pull")
     assert NEW in floating.image("pull").labels[CHANNELS_LABEL]
@@ -931,14 +889,14 @@ def test_floating_channels_are_not_pulled_by_install(floating: Site) -> None:
     assert floating.ran(lambda: floating.make("install")) == ["install"]
 
 
-def test_floating_channels_that_are_others_make_pull_stale(floating: Site) -> None:
+def test_changed_floating_channels_make_pull_stale(floating: Site) -> None:
     floating.write("channels.scm", f"(list {channel('mine', 'https://m.test')})\n")
     assert floating.why("pull")
     with pytest.raises(UsageError, match="stale"):
         floating.push()
 
 
-def test_an_install_of_what_is_no_longer_asked_for_is_stale(made: Site) -> None:
+def test_install_without_requested_packages_is_stale(made: Site) -> None:
     made.env["GUIX_PACKAGES"] = ""
     assert made.why("install") == "no packages are specified"
 
@@ -956,18 +914,18 @@ def test_package_replaces_the_packages_and_can_be_pushed(made: Site) -> None:
     assert packages(pushed) == "certs@1.0 tar@1.0"
 
 
-def test_package_is_for_one_call(made: Site) -> None:
+def test_package_applies_to_one_call(made: Site) -> None:
     made.make("install", packages=("tar",))
     made.make("install")
     assert packages(made.image("install")) == "certs@1.0 hello@1.0"
 
 
-def test_package_of_what_is_there_is_up_to_date(made: Site) -> None:
+def test_same_package_is_up_to_date(made: Site) -> None:
     made.make("install", packages=("tar",))
     assert made.make("install", packages=("tar",)) == "install: up to date\n"
 
 
-def test_package_of_what_was_there_before_can_be_pushed(made: Site) -> None:
+def test_previous_package_can_be_pushed(made: Site) -> None:
     made.env["GUIX_PACKAGES"] = "tar"
     made.make("install", packages=("hello",))
     assert made.push()
@@ -976,14 +934,14 @@ def test_package_of_what_was_there_before_can_be_pushed(made: Site) -> None:
 # --- CACHE_IMAGE ----------------------------------------------------------------------------
 
 
-def test_finished_stages_are_put_into_the_cache(cached: Site) -> None:
+def test_finished_stages_are_pushed_to_the_cache(cached: Site) -> None:
     expected = {f"registry.test/cache:{stage}-{key}" for stage, key in cached.keys().items()}
     assert expected <= cached.engine.registry.images.keys()
     assert not [tag for tag in cached.engine.tags if tag.startswith("registry.test/cache")]
 
 
-def test_a_fresh_machine_resumes_from_the_cache(cached: Site, tmp_path: Path) -> None:
-    other = fresh_machine(cached, tmp_path / "two")
+def test_new_machine_uses_the_cache(cached: Site, tmp_path: Path) -> None:
+    other = new_machine(cached, tmp_path / "two")
     assert other.ran(lambda: other.make(*STAGES)) == []
     for stage in STAGES:
         assert other.image(stage).id == cached.image(stage).id
@@ -992,68 +950,68 @@ def test_a_fresh_machine_resumes_from_the_cache(cached: Site, tmp_path: Path) ->
     assert not [tag for tag in other.engine.tags if tag.startswith("registry.test/cache")]
 
 
-def test_install_alone_is_taken_from_the_cache(cached: Site, tmp_path: Path) -> None:
-    other = fresh_machine(cached, tmp_path / "two")
+def test_install_is_taken_from_the_cache_without_its_parents(cached: Site, tmp_path: Path) -> None:
+    other = new_machine(cached, tmp_path / "two")
     assert other.ran(lambda: other.make("install")) == []
     assert other.make("install") == "install: up to date\n"
     assert other.push()
 
 
-def test_a_fresh_machine_resumes_from_the_last_good_stage(cached: Site, tmp_path: Path) -> None:
-    other = fresh_machine(cached, tmp_path / "two")
+def test_new_machine_continues_from_the_last_cached_stage(cached: Site, tmp_path: Path) -> None:
+    other = new_machine(cached, tmp_path / "two")
     other.env["GUIX_PACKAGES"] = "tar"
     assert other.ran(lambda: other.make(*STAGES)) == ["install"]
     assert is_child(other.image("install"), cached.image("pull"))
 
 
-def test_a_stage_from_the_cache_does_not_stay_on_a_strange_parent(
-    cached: Site, tmp_path: Path
-) -> None:
-    """A parent made here has other layers; the one that the stage was made from comes along."""
-    other = fresh_machine(cached, tmp_path / "two")
-    cache, other.env["CACHE_IMAGE"] = other.env["CACHE_IMAGE"], ""
+def test_cached_stage_replaces_a_different_parent(cached: Site, tmp_path: Path) -> None:
+    """A parent that was built here has other layers; the cache also provides the right parent."""
+    other = new_machine(cached, tmp_path / "two")
+    cache_image, other.env["CACHE_IMAGE"] = other.env["CACHE_IMAGE"], ""
     other.make("base", "pull")
-    other.env["CACHE_IMAGE"] = cache
+    other.env["CACHE_IMAGE"] = cache_image
     other.make(*STAGES)
     assert [other.why(stage) for stage in STAGES] == [None] * 3
     assert other.image("install").id == cached.image("install").id
 
 
-def test_the_cache_can_be_in_the_repository_of_image(made: Site) -> None:
+def test_cache_can_be_in_the_repository_of_the_image(made: Site) -> None:
     made.env["CACHE_IMAGE"] = "registry.test/team/app"
     made.engine.tag(made.image().id, "registry.test/team/app:mine")
-    before = outline(made.engine)
+    initial_state = outline(made.engine)
     assert made.ran(lambda: made.make(*STAGES)) == []
-    assert outline(made.engine) == before
+    assert outline(made.engine) == initial_state
 
 
 @pytest.mark.parametrize("refusal", ["connection refused", "denied"])
-def test_a_cache_that_is_down_is_no_error(cached: Site, tmp_path: Path, refusal: str) -> None:
-    other = fresh_machine(cached, tmp_path / "two")
+def test_unavailable_cache_is_not_an_error(cached: Site, tmp_path: Path, refusal: str) -> None:
+    other = new_machine(cached, tmp_path / "two")
     other.engine.pull(BASE_IMAGE, None)
     other.engine.registry.refusal = refusal
     assert other.ran(lambda: other.make(*STAGES)) == ["label", "pull", "install"]
     assert not [tag for tag in other.engine.tags if tag.startswith("registry.test/cache")]
 
 
-def test_a_cache_that_does_not_take_is_said(cached: Site) -> None:
+def test_failed_push_to_the_cache_is_reported(cached: Site) -> None:
     cached.engine.registry.refusal = "denied"
     cached.env["GUIX_PACKAGES"] = "tar"
-    said = cached.make("install")
-    assert "warning: install was not pushed to CACHE_IMAGE: cannot push" in said
+    output = cached.make("install")
+    assert "warning: install was not pushed to CACHE_IMAGE: cannot push" in output
     assert cached.why("install") is None
 
 
-def test_what_the_cache_has_under_a_wrong_name_is_not_taken(cached: Site, tmp_path: Path) -> None:
-    """Such as an image that somebody made FROM a stage, or another stage."""
-    other = fresh_machine(cached, tmp_path / "two")
+def test_wrong_image_in_the_cache_is_ignored(cached: Site, tmp_path: Path) -> None:
+    """For example an image that is derived from a stage, or another stage."""
+    other = new_machine(cached, tmp_path / "two")
     registry, keys = cached.engine.registry, cached.keys()
-    stranger = FakeEngine(registry)
-    stranger.pull(f"registry.test/cache:install-{keys['install']}", None)
-    (image,) = stranger.all_images.values()
-    child = stranger.make_image(image.config, {"/mine": b""}, parent=image, tag="registry.test/x:1")
-    stranger.push("registry.test/x:1", None)
-    registry.put(f"registry.test/cache:install-{keys['install']}", child)
+    builder = FakeEngine(registry)
+    builder.pull(f"registry.test/cache:install-{keys['install']}", None)
+    (image,) = builder.all_images.values()
+    derived = builder.make_image(
+        image.config, {"/mine": b""}, parent=image, tag="registry.test/x:1"
+    )
+    builder.push("registry.test/x:1", None)
+    registry.put(f"registry.test/cache:install-{keys['install']}", derived)
     registry.put(
         f"registry.test/cache:pull-{keys['pull']}",
         registry.images[f"registry.test/cache:base-{keys['base']}"],
@@ -1062,7 +1020,7 @@ def test_what_the_cache_has_under_a_wrong_name_is_not_taken(cached: Site, tmp_pa
 
 
 @pytest.mark.parametrize("call", ["pull", "push"])
-def test_sigterm_is_not_taken_for_a_cache_that_is_down(cached: Site, call: str) -> None:
+def test_sigterm_is_not_an_unavailable_cache(cached: Site, call: str) -> None:
     def fault(_number: int, name: str, _when: str) -> None:
         if name == call:
             raise StoppedError
@@ -1076,17 +1034,17 @@ def test_sigterm_is_not_taken_for_a_cache_that_is_down(cached: Site, call: str) 
 # --- Faults ---------------------------------------------------------------------------------
 
 
-def prepared(directory: Path) -> Site:
+def create_site(directory: Path) -> Site:
     return new_site(directory, CACHE_IMAGE="registry.test/cache", TAGS="stable")
 
 
-def first(site: Site) -> None:
+def run_first(site: Site) -> None:
     site.make(*STAGES)
     site.push()
 
 
-def again(site: Site) -> None:
-    """Everything changes: the base, the channels, the packages."""
+def run_again(site: Site) -> None:
+    """Run all stages after a change of the base, the channels and the packages."""
     site.engine.guix.heads["guix"] = NEW
     site.env.update(GUIX_PACKAGES="tar", BUILD_ARGS="A=1")
     site.make("base")
@@ -1095,45 +1053,45 @@ def again(site: Site) -> None:
     site.push()
 
 
-def prepare_first(site: Site) -> None:
+def prepare_nothing(site: Site) -> None:
     pass
 
 
-SCENARIOS: dict[str, tuple[Callable[[Site], None], Callable[[Site], None]]] = {
-    "the first run": (prepare_first, first),
-    "another run": (first, again),
+SCENARIO_STEPS: dict[str, tuple[Callable[[Site], None], Callable[[Site], None]]] = {
+    "the first run": (prepare_nothing, run_first),
+    "another run": (run_first, run_again),
 }
 
 
-def allowed(site: Site, steps: Callable[[Site], None]) -> dict[str, list[object]]:
-    """What each tag stands for in the course of a run to which nothing happens.
+def record_states(site: Site, steps: Callable[[Site], None]) -> dict[str, list[object]]:
+    """Run the steps without faults and return the states of each tag in this run.
 
-    Only tags whose stage is finished are looked at, as each is set by one call.
+    Only tags of finished stages are recorded, each of which is set by one call.
     """
-    seen: dict[str, list[object]] = {}
+    recorded: dict[str, list[object]] = {}
 
-    def look(_number: int, _name: str, _when: str) -> None:
-        now = outline(site.engine)
-        for tag in {*seen, *now}:
-            states = seen.setdefault(tag, [None])
-            if now.get(tag) not in states:
-                states.append(now.get(tag))
+    def record(_number: int, _name: str, _when: str) -> None:
+        current = outline(site.engine)
+        for tag in {*recorded, *current}:
+            states = recorded.setdefault(tag, [None])
+            if current.get(tag) not in states:
+                states.append(current.get(tag))
 
-    site.engine.fault = look
-    look(0, "", "")
+    site.engine.fault = record
+    record(0, "", "")
     steps(site)
-    look(0, "", "")
-    return seen
+    record(0, "", "")
+    return recorded
 
 
 class Run:
-    """A run to which something happens at one call, and then another to which nothing does."""
+    """A run with a fault at one call, and the next run without faults."""
 
-    def __init__(self, trial: Trial) -> None:
-        self.engine = trial.engine.clone()
-        self.site = copy.copy(trial.site)
-        self.site.engine, self.site.env = self.engine, dict(trial.env)
-        self.lock = trial.lock
+    def __init__(self, scenario: Scenario) -> None:
+        self.engine = scenario.engine.clone()
+        self.site = copy.copy(scenario.site)
+        self.site.engine, self.site.env = self.engine, dict(scenario.env)
+        self.lock = scenario.lock
 
     def step(self, steps: Callable[[Site], None], fault: Callable[[int, str, str], None]) -> None:
         self._write_lock()
@@ -1152,114 +1110,113 @@ class Run:
 
 
 def killed_at(number: int, when: str) -> Callable[[int, str, str], None]:
-    """From this call on, or from its end on, nothing reaches the engine any more."""
+    """Return a fault that ends every call from this one on, or from its end on."""
 
-    def fault(now: int, _name: str, at: str) -> None:
-        if now > number or (now == number and when in (at, "before")):
+    def fault(call: int, _name: str, moment: str) -> None:
+        if call > number or (call == number and when in (moment, "before")):
             raise Killed
 
     return fault
 
 
 def once_at(number: int, error: BaseException) -> Callable[[int, str, str], None]:
-    def fault(now: int, _name: str, at: str) -> None:
-        if now == number and at == "before":
+    def fault(call: int, _name: str, moment: str) -> None:
+        if call == number and moment == "before":
             raise error
 
     return fault
 
 
-class Trial:
-    """A scenario, what its tags may be, and how often the engine is called in it."""
+class Scenario:
+    """A scenario with the allowed states of its tags and the calls of the engine."""
 
-    def __init__(self, directory: Path, scenario: str) -> None:
-        prepare, self.steps = SCENARIOS[scenario]
-        self.site = prepared(directory)
+    def __init__(self, directory: Path, title: str) -> None:
+        prepare, self.steps = SCENARIO_STEPS[title]
+        self.site = create_site(directory)
         prepare(self.site)
         self.engine, self.env = self.site.engine, dict(self.site.env)
         self.lock = self.site.lock.read_text() if self.site.lock.exists() else None
-        tried = self.run()
-        self.allowed: dict[str, list[object]] = {}
-        tried.engine.calls.clear()
-        self.allowed = allowed(tried.site, self.steps)
-        self.end = outline(tried.engine)
-        self.end_lock = tried.site.lock.read_text()
-        self.calls = [name for name, _ in tried.engine.calls]
+        run = self.run()
+        run.engine.calls.clear()
+        self.allowed_states = record_states(run.site, self.steps)
+        self.end = outline(run.engine)
+        self.end_lock = run.site.lock.read_text()
+        self.calls = [name for name, _ in run.engine.calls]
 
     def run(self) -> Run:
         return Run(self)
 
-    def places(self, soak: Soak) -> list[tuple[int, str, str]]:
-        """Every call before which the engine is not as it was before the one before it.
+    def fault_points(self, soak: Soak) -> list[tuple[int, str, str]]:
+        """Return every call that follows a change of the engine, and the end of the last call.
 
-        In a short run, only the first after each kind of call that changes something.
+        A short run has only the first call after each kind of change.
         """
         calls = list(enumerate(self.calls))
-        before = [
+        points = [
             (number, name, "before")
             for number, name in calls
             if number == 0 or self.calls[number - 1] not in READING
         ]
         if not soak.long:
-            firsts = {self.calls[place[0] - 1]: place for place in before[:0:-1]}
-            before = sorted(firsts.values())
-        last = [(number, name, "after") for number, name in calls[-1:]]
-        return before + last
+            first_points = {self.calls[point[0] - 1]: point for point in points[:0:-1]}
+            points = sorted(first_points.values())
+        end = [(number, name, "after") for number, name in calls[-1:]]
+        return points + end
 
-    def check_tags(self, engine: FakeEngine, place: object) -> None:
+    def check_tags(self, engine: FakeEngine, point: object) -> None:
         for tag, state in outline(engine).items():
-            assert state in self.allowed.get(tag, []), (place, tag)
+            assert state in self.allowed_states.get(tag, []), (point, tag)
             if tag.rpartition("-")[2] in STAGES:
-                assert proven_stage(engine.all_images[engine.tags[tag]]), (place, tag)
+                assert proven_stage(engine.all_images[engine.tags[tag]]), (point, tag)
 
-    def check_end(self, run: Run, place: object) -> None:
-        """A next run finishes, and leaves nothing behind."""
+    def check_end(self, run: Run, point: object) -> None:
+        """Check that the next run completes and leaves no containers and images."""
         run.step(self.steps, lambda *_: None)
-        own = {tag: state for tag, state in self.end.items() if not tag.endswith(PREVIOUS)}
-        found = outline(run.engine)
-        assert {tag: found.get(tag) for tag in own} == own, place
-        assert run.lock == self.end_lock, place
-        assert run.engine.all_containers == {}, place
-        assert run.engine.unnamed({IMAGE_LABEL: str(run.site.settings().image)}) == [], place
+        expected = {tag: state for tag, state in self.end.items() if not tag.endswith(PREVIOUS)}
+        current = outline(run.engine)
+        assert {tag: current.get(tag) for tag in expected} == expected, point
+        assert run.lock == self.end_lock, point
+        assert run.engine.all_containers == {}, point
+        assert run.engine.unnamed({IMAGE_LABEL: str(run.site.settings().image)}) == [], point
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_killed_at_any_call_the_tags_are_right_and_the_next_run_finishes(
-    tmp_path: Path, scenario: str, soak: Soak
+@pytest.mark.parametrize("title", SCENARIO_STEPS)
+def test_next_run_completes_after_a_kill_at_any_call(
+    tmp_path: Path, title: str, soak: Soak
 ) -> None:
-    trial = Trial(tmp_path, scenario)
+    scenario = Scenario(tmp_path, title)
     runs = []
     with another_process():
-        for number, name, when in trial.places(soak):
-            run = trial.run()
-            run.step(trial.steps, killed_at(number, when))
-            trial.check_tags(run.engine, (number, name, when))
+        for number, name, when in scenario.fault_points(soak):
+            run = scenario.run()
+            run.step(scenario.steps, killed_at(number, when))
+            scenario.check_tags(run.engine, (number, name, when))
             runs.append(((number, name, when), run))
     assert len(runs) > soak.times(10, 30)
-    for place, run in runs:
-        trial.check_end(run, place)
+    for point, run in runs:
+        scenario.check_end(run, point)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize(
     "error", [EngineError("the engine is gone"), KeyboardInterrupt()], ids=repr
 )
-def test_an_error_at_any_call_leaves_no_container_and_the_tags_right(
+def test_error_at_any_call_leaves_no_container(
     tmp_path: Path, error: BaseException, soak: Soak
 ) -> None:
-    trial = Trial(tmp_path, "the first run")
-    for number, name, _ in trial.places(soak):
-        run = trial.run()
-        run.step(trial.steps, once_at(number, error))
-        trial.check_tags(run.engine, (number, name))
+    scenario = Scenario(tmp_path, "the first run")
+    for number, name, _ in scenario.fault_points(soak):
+        run = scenario.run()
+        run.step(scenario.steps, once_at(number, error))
+        scenario.check_tags(run.engine, (number, name))
         if name != "remove":
             assert run.engine.all_containers == {}, (number, name)
 
 
 @pytest.mark.parametrize("call", ["create", "remove"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_ctrl_c_while_a_container_comes_or_goes_leaves_none(
+def test_interrupt_of_create_or_remove_leaves_no_container(
     made: Site, stage: str, call: str
 ) -> None:
     def fault(_number: int, name: str, when: str) -> None:
@@ -1273,14 +1230,14 @@ def test_ctrl_c_while_a_container_comes_or_goes_leaves_none(
     assert made.engine.all_containers == {}
 
 
-def test_a_container_that_was_left_goes_with_the_next_run(site: Site) -> None:
+def test_leftover_container_is_removed_by_the_next_run(site: Site) -> None:
     site.make("base", "pull")
 
     def fault(_number: int, name: str, when: str) -> None:
         if name == "tag" and when == "after":
-            site.engine.fault = no_effect
+            site.engine.fault = raise_killed
 
-    def no_effect(*_: object) -> None:
+    def raise_killed(*_: object) -> None:
         raise Killed
 
     with another_process(), suppress(Killed):
@@ -1292,9 +1249,9 @@ def test_a_container_that_was_left_goes_with_the_next_run(site: Site) -> None:
     assert site.engine.all_containers == {}
 
 
-def test_images_without_a_name_are_removed_where_they_are_this_projects_stages(made: Site) -> None:
+def test_unnamed_stages_of_the_project_are_removed(made: Site) -> None:
     engine, image = made.engine, made.image("install")
-    theirs = engine.make_image(image.config, {"/theirs": b""}, parent=image)
+    derived = engine.make_image(image.config, {"/derived": b""}, parent=image)
     made.env["GUIX_PACKAGES"] = "tar"
 
     def fault(_number: int, name: str, when: str) -> None:
@@ -1302,21 +1259,21 @@ def test_images_without_a_name_are_removed_where_they_are_this_projects_stages(m
             raise Killed
 
     engine.fault = fault
-    before = set(engine.all_images)
+    initial_images = set(engine.all_images)
     with another_process(), suppress(Killed):
         made.make("install")
     engine.fault = lambda *_: None
-    (left,) = set(engine.all_images) - before
-    own, made.env["IMAGE"] = made.env["IMAGE"], "registry.test/another:1"
+    (unnamed,) = set(engine.all_images) - initial_images
+    image_name, made.env["IMAGE"] = made.env["IMAGE"], "registry.test/another:1"
     made.project().ledger.drop_unnamed()
-    assert left in engine.all_images
-    made.env["IMAGE"] = own
+    assert unnamed in engine.all_images
+    made.env["IMAGE"] = image_name
     made.make("base")
-    assert left not in engine.all_images
-    assert theirs.id in engine.all_images
+    assert unnamed not in engine.all_images
+    assert derived.id in engine.all_images
 
 
-def test_killed_between_two_commits_the_base_stage_is_what_it_was(made: Site) -> None:
+def test_kill_between_two_commits_keeps_the_base_stage(made: Site) -> None:
     commits = []
 
     def fault(_number: int, name: str, when: str) -> None:
@@ -1332,7 +1289,7 @@ def test_killed_between_two_commits_the_base_stage_is_what_it_was(made: Site) ->
     assert made.ledger.find("base")
 
 
-def test_a_tag_of_the_cache_that_a_killed_run_left_goes(cached: Site) -> None:
+def test_leftover_tag_of_the_cache_is_removed(cached: Site) -> None:
     def fault(_number: int, name: str, when: str) -> None:
         if name == "push" and when == "before":
             raise Killed
@@ -1341,7 +1298,7 @@ def test_a_tag_of_the_cache_that_a_killed_run_left_goes(cached: Site) -> None:
     cached.engine.fault = fault
     with suppress(Killed):
         cached.make("install")
-    # A `finally` cannot run in a process that was killed.
+    # A killed process runs no `finally`.
     key = cached.image("install").labels[KEY_LABEL]
     cached.engine.tag(cached.image("install").id, f"registry.test/cache:install-{key}")
     cached.engine.fault = lambda *_: None
@@ -1351,7 +1308,7 @@ def test_a_tag_of_the_cache_that_a_killed_run_left_goes(cached: Site) -> None:
 
 @hypothesis_settings(STEADY, max_examples=6)
 @given(st.lists(st.sampled_from([*STAGES, "force", "packages", "lock", "Dockerfile"]), max_size=6))
-def test_whatever_was_done_before_upstream_makes_it_right(
+def test_upstream_updates_any_project(
     tmp_path_factory: pytest.TempPathFactory, steps: list[str]
 ) -> None:
     site = new_site(tmp_path_factory.mktemp("site"))
@@ -1374,50 +1331,40 @@ def test_whatever_was_done_before_upstream_makes_it_right(
     assert site.push()
 
 
-# --- Odds -----------------------------------------------------------------------------------
+# --- Engines and labels ---------------------------------------------------------------------
 
 
-def test_an_engine_that_loses_what_it_made_is_an_error(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_built_image_is_an_error(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(site.engine, "build", lambda _spec, _output: "sha256:gone")
     with pytest.raises(EngineError, match="which the engine has built"):
         site.make("base")
 
 
-def test_labels_say_the_layers(made: Site) -> None:
+def test_label_contains_the_number_of_layers(made: Site) -> None:
     for number, stage in enumerate(STAGES, 2):
         assert made.image(stage).labels[LAYERS_LABEL].startswith(f"{number} sha256:")
 
 
-def test_registries_do_not_mix() -> None:
-    """The fake itself: what one registry has, another has not."""
-    one = FakeRegistry()
-    publish_base(one)
-    with pytest.raises(RegistryError):
-        FakeEngine().pull(BASE_IMAGE, None)
+# --- Channels to pull -----------------------------------------------------------------------
 
 
-# --- Which pull -----------------------------------------------------------------------------
-
-
-def test_the_lock_is_pulled_and_without_one_what_is_asked_for(made: Site) -> None:
+def test_pull_uses_the_lock_or_the_channels(made: Site) -> None:
     settings = made.settings()
     assert stage_to_run(settings).files["channels.scm"].decode() == LOCKED.strip()
-    asked = (made.directory / "channels.scm").read_bytes().strip()
-    assert stage_to_run(settings, update=True).files["channels.scm"] == asked
+    requested = (made.directory / "channels.scm").read_bytes().strip()
+    assert stage_to_run(settings, update=True).files["channels.scm"] == requested
     made.lock.unlink()
-    assert stage_to_run(settings).files["channels.scm"] == asked
+    assert stage_to_run(settings).files["channels.scm"] == requested
 
 
-def test_an_update_prefers_commits_that_are_built_and_knows_the_lock(made: Site) -> None:
+def test_update_prefers_built_commits_and_compares_the_lock(made: Site) -> None:
     settings, built = made.settings(), "/var/guix/guix-tasks/built-channels.scm"
     updated, newest = (stage_to_run(settings, **{option: True}) for option in ("update", "newest"))
     assert updated.commands[0] == ("guix", "pull", f"--channels={built}")
     assert updated.files["locked.scm"].decode() == LOCKED.strip()
     assert newest.commands[0] == stage_to_run(settings).commands[0]
     assert newest.files.keys() == {"channels.scm"}
-    # The key is that of the commits, however they were found.
+    # The key depends only on the commits.
     assert updated.pinned
     pinned = updated.pinned(LOCKED.strip()).inputs({})
     assert pinned == stage_to_run(settings).inputs({})
@@ -1425,21 +1372,14 @@ def test_an_update_prefers_commits_that_are_built_and_knows_the_lock(made: Site)
     assert "locked.scm" not in stage_to_run(settings).files
 
 
-def test_a_lock_of_other_channels_is_pulled_by_nobody(made: Site) -> None:
-    made.write("channels.scm", f"(list {channel('mine', 'https://m.test')})")
-    with pytest.raises(UsageError, match="it lacks the channel mine; `inv pull --update`"):
-        stage_to_run(made.settings())
-    assert b"m.test" in stage_to_run(made.settings(), update=True).files["channels.scm"]
+# --- Unauthenticated channels ---------------------------------------------------------------
+
+UNINTRODUCED = channel("mine", "https://m.test", introduced=False)
+PARTLY_INTRODUCED = f"(list {channel('guix', 'https://guix.test')} {UNINTRODUCED})"
 
 
-# --- Channels that nothing authenticates ----------------------------------------------------
-
-BARE = channel("mine", "https://m.test", introduced=False)
-BOTH = f"(list {channel('guix', 'https://guix.test')} {BARE})"
-
-
-def test_a_channel_without_an_introduction_is_refused_before_anything_is_done(site: Site) -> None:
-    site.write("channels.scm", BOTH)
+def test_channel_without_an_introduction_is_an_error_before_the_work(site: Site) -> None:
+    site.write("channels.scm", PARTLY_INTRODUCED)
     with pytest.raises(UsageError) as caught:
         site.make("pull")
     assert f"{site.directory / 'channels.scm'}: the channel 'mine' has no introduc" in str(
@@ -1451,23 +1391,23 @@ def test_a_channel_without_an_introduction_is_refused_before_anything_is_done(si
 
 
 @pytest.mark.parametrize("commit", [True, False])
-def test_one_that_is_computed_is_refused_when_it_is_seen(site: Site, *, commit: bool) -> None:
-    """As one is that another channel depends on."""
+def test_computed_channel_without_an_introduction_is_an_error(site: Site, *, commit: bool) -> None:
+    """For example a channel that another channel depends on."""
     site.make("base")
-    before = outline(site.engine)
+    initial_state = outline(site.engine)
     site.write("channels.scm", "(my-channels)")
-    site.engine.guix.evaluate = lambda _text: BOTH
+    site.engine.guix.evaluate = lambda _text: PARTLY_INTRODUCED
     with pytest.raises(StageError, match="the channel 'mine' has no introduction"):
         site.make("pull", commit=commit)
-    assert outline(site.engine) == before
+    assert outline(site.engine) == initial_state
     assert site.engine.all_containers == {}
     assert not site.lock.exists()
 
 
-@pytest.mark.parametrize("text", [BOTH, "(my-channels)"], ids=["spelled out", "computed"])
-def test_it_is_pulled_where_that_is_said_and_by_nobody_else(site: Site, text: str) -> None:
+@pytest.mark.parametrize("text", [PARTLY_INTRODUCED, "(my-channels)"], ids=["literal", "computed"])
+def test_unauthenticated_channel_is_pulled_only_with_the_option(site: Site, text: str) -> None:
     site.write("channels.scm", text)
-    site.engine.guix.evaluate = lambda _text: BOTH
+    site.engine.guix.evaluate = lambda _text: PARTLY_INTRODUCED
     assert "+ guix pull --disable-authentication --channels=" in site.make(
         "pull", disable_authentication=True
     )
@@ -1480,7 +1420,7 @@ def test_it_is_pulled_where_that_is_said_and_by_nobody_else(site: Site, text: st
     assert site.push()
 
 
-def test_what_was_not_authenticated_does_for_nobody_who_wants_it_so(made: Site) -> None:
+def test_unauthenticated_pull_is_repeated_without_the_option(made: Site) -> None:
     made.make("pull", disable_authentication=True, force=True)
     key = made.keys()["pull"]
     assert "+ guix pull --channels=" in made.make("pull")
@@ -1488,11 +1428,11 @@ def test_what_was_not_authenticated_does_for_nobody_who_wants_it_so(made: Site) 
     assert made.keys()["pull"] != key
 
 
-def test_what_was_authenticated_does_for_everybody(made: Site) -> None:
+def test_authenticated_pull_is_not_repeated_with_the_option(made: Site) -> None:
     assert made.make("pull", disable_authentication=True) == "pull: up to date\n"
 
 
-def test_a_cache_has_no_unauthenticated_stage_for_whoever_wants_it_authenticated(
+def test_unauthenticated_stage_of_a_cache_is_ignored(
     tmp_path: Path,
 ) -> None:
     first = new_site(tmp_path / "first", CACHE_IMAGE="registry.test/cache")
@@ -1500,26 +1440,26 @@ def test_a_cache_has_no_unauthenticated_stage_for_whoever_wants_it_authenticated
     first.make("pull", disable_authentication=True)
     second = new_site(tmp_path / "second", first.engine.registry, CACHE_IMAGE="registry.test/cache")
     second.lock.write_text(first.lock.read_text())
-    said = second.make("base", "pull")
-    assert "base: taken from" in said
-    assert "+ guix pull --channels=" in said
+    output = second.make("base", "pull")
+    assert "base: taken from" in output
+    assert "+ guix pull --channels=" in output
 
 
 # --- Platforms ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_emulated_platform_is_refused_before_anything_is_done(site: Site, stage: str) -> None:
+def test_emulated_platform_is_an_error_before_the_work(site: Site, stage: str) -> None:
     site.env["PLATFORMS"] = "linux/arm64"
     with pytest.raises(UsageError, match="linux/arm64 is emulated by this engine"):
         site.make(stage)
     assert site.engine.changing_calls() == []
 
 
-def test_without_isolation_an_emulated_platform_is_made(site: Site) -> None:
+def test_emulated_platform_is_built_without_isolation(site: Site) -> None:
     site.env.update(PLATFORMS="linux/arm64", GUIX_SANDBOX="nochroot")
-    said = site.make(*STAGES)
-    assert "pull: in a nochroot container" in said
+    output = site.make(*STAGES)
+    assert "pull: in a nochroot container" in output
     assert {spec.platform for spec in site.engine.specs} == {"linux/arm64"}
     assert not any(spec.privileged for spec in site.engine.specs)
     specs = [arguments[0] for name, arguments in site.engine.calls if name == "build"]
@@ -1527,19 +1467,19 @@ def test_without_isolation_an_emulated_platform_is_made(site: Site) -> None:
     assert site.make("install") == "install: up to date\n"
 
 
-def test_one_platform_after_the_other_is_made_of_one_lock(site: Site) -> None:
+def test_platforms_are_built_from_one_lock(site: Site) -> None:
     site.env.update(PLATFORMS="linux/amd64 linux/386")
-    for each in site.project().each_platform():
-        site.env["PLATFORMS"] = str(each.settings.platform)
+    for project in site.project().each_platform():
+        site.env["PLATFORMS"] = str(project.settings.platform)
         site.make(*STAGES)
         site.engine.guix.heads["guix"] = NEW
     assert site.image("pull").labels[CHANNELS_LABEL] == LOCKED.strip()
 
 
-def test_a_proxy_of_the_build_arguments_is_the_only_one(made: Site) -> None:
-    """In either case of its letters, which a builder takes for one name."""
-    made.env.update(BUILD_ARGS="http_proxy=http://own.test", https_proxy="http://p.test")
+def test_proxy_of_the_build_arguments_overrides_the_settings(made: Site) -> None:
+    """Names in lower and upper case are the same name for a builder."""
+    made.env.update(BUILD_ARGS="http_proxy=http://argument.test", https_proxy="http://p.test")
     made.env["HTTP_PROXY"] = "http://environment.test"
     spec = base_spec(made.settings(), None)
-    assert spec.args["http_proxy"] == "http://own.test"
+    assert spec.args["http_proxy"] == "http://argument.test"
     assert spec.proxies == {"https_proxy": "http://p.test", "HTTPS_PROXY": "http://p.test"}
