@@ -582,12 +582,6 @@ def test_container_is_kept_without_a_commit(made: Site) -> None:
     assert "-kept-" in container.spec.name
 
 
-def test_second_kept_container_is_an_error(made: Site) -> None:
-    made.make("install", commit=False)
-    with pytest.raises(UsageError, match="is not committed yet"):
-        made.make("install", commit=False)
-
-
 def test_failed_build_changes_nothing(site: Site) -> None:
     site.env["BASE_IMAGE"] = "registry.test/none:1"
     with pytest.raises(BuilderError):

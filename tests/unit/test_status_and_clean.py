@@ -1,4 +1,4 @@
-"""Status and clean."""
+"""The tasks ``status`` and ``clean``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import BASE_IMAGE, COMMITS, IMAGE, FakeEngine, Heard, Site, heard
+from fake_engine import BASE_IMAGE, COMMITS, IMAGE, Heard, Site, heard
 
 from guix_tasks.commands import commit, run
 from guix_tasks.commands.clean import clean
@@ -29,40 +29,40 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 
-def status_table(project: Project) -> list[dict[str, str]]:
+def read_status(project: Project) -> list[dict[str, str]]:
     rows = status_rows(tag_statuses(project))
     return [dict(zip(STATUS_HEADER, row, strict=True)) for row in rows]
 
 
-def states(site: Site) -> dict[str, str]:
-    rows = status_table(site.project())
+def read_states(site: Site) -> dict[str, str]:
+    rows = read_status(site.project())
     return {row["stage"]: row["state"] for row in rows}
 
 
 # --- Status ---------------------------------------------------------------------------------
 
 
-def test_status_of_nothing(site: Site) -> None:
-    assert states(site) == dict.fromkeys((*STAGES, "IMAGE"), "missing")
+def test_status_without_images_is_missing(site: Site) -> None:
+    assert read_states(site) == dict.fromkeys((*STAGES, "IMAGE"), "missing")
     assert site.engine.changing_calls() == []
 
 
-def test_status_of_what_is_up_to_date(made: Site) -> None:
+def test_status_of_current_stages_is_up_to_date(made: Site) -> None:
     up_to_date = dict.fromkeys(STAGES, "up to date")
-    assert states(made) == {**up_to_date, "IMAGE": "stage install"}
+    assert read_states(made) == {**up_to_date, "IMAGE": "stage install"}
 
 
-def test_status_says_why(made: Site) -> None:
+def test_status_has_the_reason(made: Site) -> None:
     made.write("Dockerfile", "FROM y\n")
-    found = states(made)
-    assert found["base"] == "stale: Dockerfile changed"
-    assert found["pull"].startswith("stale: base")
-    assert found["install"].startswith("stale: ")
+    stages = read_states(made)
+    assert stages["base"] == "stale: Dockerfile changed"
+    assert stages["pull"].startswith("stale: base")
+    assert stages["install"].startswith("stale: ")
     made.make("base")
-    assert states(made)["pull"] == "stale: base is newer"
+    assert read_states(made)["pull"] == "stale: base is newer"
 
 
-def test_status_begins_with_what_the_next_run_does(made: Site) -> None:
+def test_status_begins_with_the_next_run(made: Site) -> None:
     def first_line() -> str:
         console = Heard()
         show_status(replace(made.project(), console=console))
@@ -78,37 +78,37 @@ def test_status_begins_with_what_the_next_run_does(made: Site) -> None:
     assert first_line() == "`inv pull install push` would run pull (base is newer), install"
 
 
-def test_status_names_files_as_the_project_does(made: Site) -> None:
-    made.write("scm/wanted.scm", '(specifications->manifest \'("tar"))')
-    made.env["GUIX_MANIFEST"] = "scm/wanted.scm"
-    assert states(made)["install"] == "stale: packages, scm/wanted.scm changed"
+def test_status_names_files_relative_to_the_project(made: Site) -> None:
+    made.write("scm/manifest.scm", '(specifications->manifest \'("tar"))')
+    made.env["GUIX_MANIFEST"] = "scm/manifest.scm"
+    assert read_states(made)["install"] == "stale: packages, scm/manifest.scm changed"
     made.make("install")
-    made.write("scm/wanted.scm", '(specifications->manifest \'("sed"))')
-    assert states(made)["install"] == "stale: scm/wanted.scm changed"
+    made.write("scm/manifest.scm", '(specifications->manifest \'("sed"))')
+    assert read_states(made)["install"] == "stale: scm/manifest.scm changed"
     del made.env["GUIX_MANIFEST"]
-    assert states(made)["install"] == "stale: GUIX_MANIFEST, packages changed"
+    assert read_states(made)["install"] == "stale: GUIX_MANIFEST, packages changed"
     made.write("sub/Other", "FROM y\n")
     made.env["DOCKERFILE"] = "sub/Other"
-    assert states(made)["base"] == "stale: sub/Other changed"
+    assert read_states(made)["base"] == "stale: sub/Other changed"
 
 
-def test_status_names_the_lock_as_the_project_does(made: Site) -> None:
+def test_status_names_the_lock_relative_to_the_project(made: Site) -> None:
     lock = made.settings().guix_channels_lock
     assert lock
     lock.write_text(lock.read_text() + "\n;; by hand\n")
-    assert states(made)["pull"] == f"stale: {lock.relative_to(made.directory)} changed"
+    assert read_states(made)["pull"] == f"stale: {lock.relative_to(made.directory)} changed"
 
 
-def test_status_says_that_the_lock_does_not_fit(made: Site) -> None:
+def test_status_reports_a_lock_that_does_not_fit(made: Site) -> None:
     made.write("channels.scm", '(list (channel (name \'mine) (url "https://m.test")))')
-    found = states(made)
-    assert found["base"] == "up to date"
-    assert found["pull"] == "stale: GUIX_CHANNELS changed (it lacks the channel mine)"
-    assert found["install"].startswith("stale: pull")
+    stages = read_states(made)
+    assert stages["base"] == "up to date"
+    assert stages["pull"] == "stale: GUIX_CHANNELS changed (it lacks the channel mine)"
+    assert stages["install"].startswith("stale: pull")
 
 
 def test_status_has_sizes_ages_and_channels(made: Site) -> None:
-    rows = status_table(made.project())
+    rows = read_status(made.project())
     pull = rows[STAGES.index("pull")]
     assert pull["image"] == f"{IMAGE}-pull"
     assert pull["id"] == made.image("pull").id.removeprefix("sha256:")[:12]
@@ -118,29 +118,22 @@ def test_status_has_sizes_ages_and_channels(made: Site) -> None:
     assert rows[0]["channels"] == "-"
 
 
-def test_status_says_what_image_stands_for(made: Site) -> None:
-    def image_is() -> str:
-        return states(made)["IMAGE"]
+def test_status_describes_the_image(made: Site) -> None:
+    def image_state() -> str:
+        return read_states(made)["IMAGE"]
 
-    before = made.image("install")
-    made.engine.tag(before.id, "kept:1")
+    install_image = made.image("install")
+    made.engine.tag(install_image.id, "other:1")
     run.run(made.project(), ["make"], stage=None, keep=True)
     commit.commit(made.project())
-    assert image_is() == "made by hand"
+    assert image_state() == "made by hand"
     made.make("install", packages=("tar",))
-    made.engine.tag(before.id, IMAGE)
-    assert image_is() == "an earlier install"
-    made.engine.make_image(before.config, {"/mine": b""}, parent=before, tag=IMAGE)
-    assert image_is() == "not made here"
+    made.engine.tag(install_image.id, IMAGE)
+    assert image_state() == "an earlier install"
+    made.engine.make_image(install_image.config, {"/mine": b""}, parent=install_image, tag=IMAGE)
+    assert image_state() == "not made here"
     made.engine.untag(IMAGE)
-    assert image_is() == "missing"
-
-
-@pytest.mark.parametrize("created", ["", "0001-01-01T00:00:00Z"])
-def test_status_of_an_image_without_a_date(made: Site, created: str) -> None:
-    image = made.engine.make_image({}, {"/x": b""}, tag=IMAGE)
-    made.engine.all_images[image.id] = replace(image, created=created)
-    assert states(made)["IMAGE"] == "not made here"
+    assert image_state() == "missing"
 
 
 def test_sizes_are_shown_and_drawn(made: Site) -> None:
@@ -152,31 +145,37 @@ def test_sizes_are_shown_and_drawn(made: Site) -> None:
         show_status(made.project(), plot=str(made.directory / "no" / "sizes.svg"))
 
 
-def test_programs_of_an_image_may_say_of_its_sizes_what_they_like(made: Site) -> None:
+def test_malformed_size_report_of_an_image_is_ignored(made: Site) -> None:
     item = b"0" * 32 + b"-x"
-    said = b"\n1\nx\t/gnu/store/a\n7\t/gnu/store/" + item + b"\n1\t2\t3\n-1\t/gnu/store/b\n"
-    made.engine.behaviour = lambda _container: iter([(False, said)])
+    size_report = b"\n1\nx\t/gnu/store/a\n7\t/gnu/store/" + item + b"\n1\t2\t3\n-1\t/gnu/store/b\n"
+    made.engine.behaviour = lambda _container: iter([(False, size_report)])
     project = made.project()
     show_status(project, size=True)
     assert re.findall("store item +(.*)", heard(project)) == ["x        7.17 kB"]
 
 
+def test_image_with_a_zero_date_has_a_state(made: Site) -> None:
+    image = made.engine.make_image({}, {"/x": b""}, tag=IMAGE)
+    made.engine.all_images[image.id] = replace(image, created="0001-01-01T00:00:00Z")
+    assert read_states(made)["IMAGE"] == "not made here"
+
+
 @pytest.mark.parametrize("created", ["0000-01-01T00:00:00Z", "never", ""])
-def test_an_image_without_a_date_that_can_be_has_no_age(made: Site, created: str) -> None:
+def test_image_with_an_invalid_date_has_no_age(made: Site, created: str) -> None:
     image = made.image("install")
     made.engine.all_images[image.id] = replace(image, created=created)
     assert status_rows(tag_statuses(made.project()))[-1][4] == "-"
 
 
 class Terminal(Heard):
-    """A terminal as wide as COLUMNS says."""
+    """A terminal whose width is ``COLUMNS``."""
 
     def __init__(self) -> None:
         super().__init__()
         self.results.isatty = lambda: True  # type: ignore[method-assign]
 
 
-def shown_status(site: Site, console: Heard) -> list[str]:
+def status_lines(site: Site, console: Heard) -> list[str]:
     project = replace(site.project(), console=console)
     show_status(project)
     return console.results.getvalue().splitlines()
@@ -187,10 +186,10 @@ def test_status_fits_a_narrow_terminal(
     made: Site, monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    wide = shown_status(made, Heard())
+    wide = status_lines(made, Heard())
     assert max(map(len, wide)) > 100
     assert f"  {IMAGE}-pull  " in wide[2]
-    narrow = shown_status(made, Terminal())
+    narrow = status_lines(made, Terminal())
     assert max(map(len, narrow)) <= columns
     tag = IMAGE.rpartition(":")[2]
     assert re.match(rf"pull +{tag}-pull +", narrow[2])
@@ -198,56 +197,56 @@ def test_status_fits_a_narrow_terminal(
     assert (f"guix@{COMMITS['guix'][:7]}" in narrow[2]) is (columns > 45)
 
 
-def test_status_is_whole_on_a_terminal_that_has_room(
-    made: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_status_is_complete_on_a_wide_terminal(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    assert shown_status(made, Terminal()) == shown_status(made, Heard())
+    assert status_lines(made, Terminal()) == status_lines(made, Heard())
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_status_tells_of_the_container_that_is_not_committed(made: Site, as_json: bool) -> None:
-    def said() -> str:
+def test_status_reports_an_uncommitted_container(made: Site, as_json: bool) -> None:
+    def messages() -> str:
         console = Heard()
         project = replace(made.project(), console=console)
         show_status(project, as_json=as_json)
         return console.said.getvalue()
 
-    assert "is not committed" not in said()
+    assert "is not committed" not in messages()
     run.run(made.project(), ["make"], stage=None, keep=True)
-    assert re.search(r"work container \S+-kept-run-\S+ is not committed yet; `inv commit`", said())
+    assert re.search(
+        r"work container \S+-kept-run-\S+ is not committed yet; `inv commit`", messages()
+    )
     commit.commit(made.project())
-    assert "is not committed" not in said()
+    assert "is not committed" not in messages()
 
 
 # --- Clean ----------------------------------------------------------------------------------
 
 
-def others(site: Site) -> set[str]:
-    """What is on the engine and not the project's."""
+def create_foreign_objects(site: Site) -> set[str]:
+    """Create objects of other projects on the engine and return their tags."""
     engine = site.engine
     install = site.image("install")
     engine.make_image({}, {"/x": b""}, tag="debian:12")
     engine.make_image(install.config, {"/mine": b""}, parent=install, tag="mine:1")
     engine.make_image(install.config, {}, parent=install, tag="mine:2")
     engine.make_image(install.config, {"/mine": b""}, parent=install, tag=f"{IMAGE}-mine")
-    engine.tag(install.id, "kept:1")
+    engine.tag(install.id, "other:1")
     engine.create(ContainerSpec("mine", "debian:12", ("x",)))
     engine.create(ContainerSpec("of-a-stage", "mine:1", ("x",)))
     engine.create(ContainerSpec("another", "debian:12", ("x",), {PROJECT_LABEL: "another:1"}))
     engine.create_volume("mine", {})
     engine.create_volume("another", {PROJECT_LABEL: "another:1"})
-    return {"debian:12", "mine:1", "mine:2", f"{IMAGE}-mine", "kept:1"}
+    return {"debian:12", "mine:1", "mine:2", f"{IMAGE}-mine", "other:1"}
 
 
-def test_clean_removes_only_what_is_ours(made: Site) -> None:
+def test_clean_removes_only_objects_of_the_project(made: Site) -> None:
     made.env["TAGS"] = "stable"
     made.push()
-    kept = others(made)
+    foreign_tags = create_foreign_objects(made)
     run.run(made.project(), ["make"], stage=None, keep=True)
     removed = clean(made.project())
-    assert made.engine.tags.keys() == kept
-    names = {box.spec.name for box in made.engine.all_containers.values()}
+    assert made.engine.tags.keys() == foreign_tags
+    names = {container.spec.name for container in made.engine.all_containers.values()}
     assert names == {"mine", "of-a-stage", "another"}
     assert made.engine.all_volumes.keys() == {"mine", "another"}
     tags = {IMAGE, "registry.test/team/app:stable", f"{IMAGE}-{PREVIOUS}"}
@@ -256,21 +255,21 @@ def test_clean_removes_only_what_is_ours(made: Site) -> None:
     assert len(removed) == len(tags) + len(STAGES) + volumes + containers
 
 
-def test_clean_leaves_what_others_made_of_image(made: Site) -> None:
+def test_clean_keeps_an_image_of_another_tool(made: Site) -> None:
     install = made.image("install")
-    mine = made.engine.make_image(install.config, {"/mine": b""}, parent=install, tag=IMAGE)
+    derived = made.engine.make_image(install.config, {"/mine": b""}, parent=install, tag=IMAGE)
     clean(made.project())
-    assert made.engine.tags == {IMAGE: mine.id}
+    assert made.engine.tags == {IMAGE: derived.id}
 
 
-def test_clean_leaves_what_has_a_stages_tag_and_is_not_the_stage(made: Site) -> None:
+def test_clean_keeps_another_image_with_the_tag_of_a_stage(made: Site) -> None:
     install = made.image("install")
     made.engine.make_image(install.config, {"/mine": b""}, parent=install, tag=f"{IMAGE}-install")
     clean(made.project())
     assert f"{IMAGE}-install" in made.engine.tags
 
 
-def test_clean_of_the_work_containers_alone(made: Site) -> None:
+def test_clean_can_remove_only_work_containers(made: Site) -> None:
     run.run(made.project(), ["make"], stage=None, keep=True)
     tags, volumes = dict(made.engine.tags), dict(made.engine.all_volumes)
     (removed,) = clean(made.project(), work_only=True)
@@ -279,12 +278,12 @@ def test_clean_of_the_work_containers_alone(made: Site) -> None:
     assert made.engine.all_containers == {}
 
 
-def test_clean_of_nothing(site: Site) -> None:
+def test_clean_without_images_removes_nothing(site: Site) -> None:
     assert clean(site.project()) == []
     assert site.engine.changing_calls() == []
 
 
-def test_clean_leaves_another_project_of_the_same_engine(made: Site, tmp_path: Path) -> None:
+def test_clean_keeps_another_project_of_the_engine(made: Site, tmp_path: Path) -> None:
     other = Site(tmp_path / "other", made.engine, IMAGE="registry.test/team/app:2")
     other.make(*STAGES)
     volumes = set(made.engine.all_volumes)
@@ -294,28 +293,28 @@ def test_clean_leaves_another_project_of_the_same_engine(made: Site, tmp_path: P
     assert len(volumes - made.engine.all_volumes.keys()) == len(volumes) / 2
 
 
-def test_after_clean_all_is_made_again(made: Site) -> None:
+def test_stages_are_recreated_after_clean(made: Site) -> None:
     clean(made.project())
     assert not [tag for tag in made.engine.tags if tag != BASE_IMAGE]
     assert made.ran(lambda: made.make("install")) == ["label", "pull", "install"]
     assert [made.why(stage) for stage in STAGES] == [None] * 3
 
 
-def test_clean_leaves_no_image_behind(made: Site) -> None:
-    """Neither with a tag nor without."""
+def test_clean_removes_all_images(made: Site) -> None:
+    """This includes images without a tag."""
     made.make("install", packages=("tar",))
     made.make("base", force=True)
     made.make("install", upstream=True)
     clean(made.project())
-    ours = [
+    remaining = [
         image
         for image in made.engine.all_images.values()
         if any(name.startswith("org.guix-tasks") for name in image.labels)
     ]
-    assert ours == []
+    assert remaining == []
 
 
-def test_an_engine_of_another_platform_has_its_own_tags(made: Site, tmp_path: Path) -> None:
+def test_clean_removes_only_tags_of_its_platform(made: Site, tmp_path: Path) -> None:
     other = Site(tmp_path / "other", made.engine, PLATFORMS="linux/arm64", GUIX_SANDBOX="nochroot")
     other.lock.write_text(made.lock.read_text())
     other.make("base")
@@ -324,8 +323,8 @@ def test_an_engine_of_another_platform_has_its_own_tags(made: Site, tmp_path: Pa
     assert f"{IMAGE}-base-linux-arm64" not in made.engine.tags
 
 
-def make_both(site: Site) -> None:
-    """Make the stages for the engine's own platform and for another."""
+def make_two_platforms(site: Site) -> None:
+    """Make the stages for the platform of the engine and for another platform."""
     site.env.update(GUIX_SANDBOX="nochroot", TAGS="stable", PLATFORMS="linux/amd64")
     for platform in ("linux/amd64", "linux/arm64"):
         site.env["PLATFORMS"] = platform
@@ -334,21 +333,21 @@ def make_both(site: Site) -> None:
     site.env["PLATFORMS"] = "linux/amd64 linux/arm64"
 
 
-def test_clean_removes_what_is_of_each_platform(site: Site) -> None:
-    make_both(site)
+def test_clean_removes_objects_of_each_platform(site: Site) -> None:
+    make_two_platforms(site)
     run.run(site.project().each_platform()[0], ["make"], stage=None, keep=True)
     assert f"{IMAGE}-linux-arm64" in site.engine.tags
     assert f"{IMAGE}-linux-amd64" in site.engine.tags
-    kept = others(site)
+    foreign_tags = create_foreign_objects(site)
     removed = clean(site.project())
-    assert site.engine.tags.keys() == kept
+    assert site.engine.tags.keys() == foreign_tags
     assert len(removed) == len(set(removed))
     for tag in (IMAGE, f"{IMAGE}-base", f"{IMAGE}-linux-arm64", f"{IMAGE}-install-linux-arm64"):
         assert tag in removed
     assert site.engine.all_volumes.keys() == {"mine", "another"}
 
 
-def test_clean_removes_what_was_tagged_for_a_push_whatever_the_platforms_are_now(
+def test_clean_removes_tags_of_earlier_platforms(
     site: Site,
 ) -> None:
     site.env["PLATFORMS"] = "linux/amd64"
@@ -359,54 +358,41 @@ def test_clean_removes_what_was_tagged_for_a_push_whatever_the_platforms_are_now
     assert f"{IMAGE}-linux-amd64" not in site.engine.tags
 
 
-def test_a_dry_clean_of_several_platforms_shows_each_removal_once(site: Site) -> None:
-    make_both(site)
+def test_dry_clean_shows_each_removal_once(site: Site) -> None:
+    make_two_platforms(site)
     console = Heard()
     project = site.project()
-    dry = TracedEngine(site.engine, console, perform=False)
-    removed = clean(replace(project, engine=dry))
+    traced = TracedEngine(site.engine, console, perform=False)
+    removed = clean(replace(project, engine=traced))
     shown = [line for line in console.text.splitlines() if line.startswith("+ ")]
     assert len(shown) == len(set(shown)) == len(removed)
 
 
-def test_clean_of_one_platform_leaves_the_others(site: Site) -> None:
-    make_both(site)
+def test_clean_of_one_platform_keeps_the_others(site: Site) -> None:
+    make_two_platforms(site)
     site.env["PLATFORMS"] = "linux/arm64"
     clean(site.project())
-    left = set(site.engine.tags)
-    assert {f"{IMAGE}-{stage}" for stage in STAGES} | {IMAGE} <= left
-    assert not [tag for tag in left if tag.endswith("arm64")]
+    tags = set(site.engine.tags)
+    assert {f"{IMAGE}-{stage}" for stage in STAGES} | {IMAGE} <= tags
+    assert not [tag for tag in tags if tag.endswith("arm64")]
 
 
 def test_status_has_rows_for_each_platform(site: Site) -> None:
-    make_both(site)
+    make_two_platforms(site)
     platforms = site.project().each_platform()
-    found = [row for platform in platforms for row in status_table(platform)]
-    assert [row["state"] for row in found] == [*["up to date"] * 3, "stage install"] * 2
-    assert [row["image"] for row in found if row["stage"] == "IMAGE"] == [
+    rows = [row for platform in platforms for row in read_status(platform)]
+    assert [row["state"] for row in rows] == [*["up to date"] * 3, "stage install"] * 2
+    assert [row["image"] for row in rows if row["stage"] == "IMAGE"] == [
         IMAGE, f"{IMAGE}-linux-arm64",
     ]  # fmt: skip
 
 
-def test_the_fake_holds_what_a_container_uses() -> None:
-    """The fake itself: an image whose last tag goes stays as long as a container has it."""
-    engine = FakeEngine()
-    image = engine.make_image({}, {"/x": b""}, tag="a:1")
-    container = engine.create(ContainerSpec("c", "a:1", ("x",)))
-    engine.untag("a:1")
-    engine.drop(image.id)
-    assert engine.image(image.id)
-    engine.remove(container)
-    engine.drop(image.id)
-    assert engine.image(image.id) is None
-
-
-def test_status_for_machines(made: Site) -> None:
+def test_status_is_printed_as_json(made: Site) -> None:
     made.write("channels.scm", '(list (channel (name \'mine) (url "https://m.test")))')
     project = made.project()
     show_status(project, as_json=True)
-    found = json.loads(heard(project))
-    assert found["engine"] == {
+    status = json.loads(heard(project))
+    assert status["engine"] == {
         "product": "Docker",
         "version": "28",
         "platform": "linux/amd64",
@@ -415,7 +401,7 @@ def test_status_for_machines(made: Site) -> None:
         "rootless": False,
         "storage_driver": "memory",
     }
-    stages = {each["stage"]: each for each in found["stages"]}
+    stages = {item["stage"]: item for item in status["stages"]}
     assert list(stages) == [*STAGES, "IMAGE"]
     pull, image = stages["pull"], made.image("pull")
     assert pull == {
@@ -433,7 +419,7 @@ def test_status_for_machines(made: Site) -> None:
     assert stages["IMAGE"]["state"] == "stage install"
 
 
-def test_status_for_machines_of_what_is_missing(made: Site) -> None:
+def test_json_status_of_a_missing_stage_has_no_values(made: Site) -> None:
     made.engine.untag(f"{IMAGE}-install")
     project = made.project()
     show_status(project, as_json=True)
@@ -443,24 +429,24 @@ def test_status_for_machines_of_what_is_missing(made: Site) -> None:
     assert missing["channels"] == {}
 
 
-def test_sizes_for_machines(made: Site) -> None:
+def test_sizes_are_printed_as_json(made: Site) -> None:
     project = made.project()
     show_status(project, size=True, plot=str(made.directory / "sizes.svg"), as_json=True)
     parts = json.loads(heard(project)[heard(project).index("{\n") :])["parts"]
     assert {"group", "name", "size"} == set(parts[0])
-    assert {each["group"] for each in parts} >= {"stage", "layer"}
+    assert {part["group"] for part in parts} >= {"stage", "layer"}
     assert (made.directory / "sizes.svg").read_text().startswith("<svg")
 
 
-def test_what_podman_committed_and_did_not_configure_is_removed(made: Site) -> None:
-    labels = {PROJECT_LABEL: IMAGE, UNFINISHED_LABEL: "yes"}
-    of_another = {**labels, PROJECT_LABEL: "other/x:t"}
-    by_hand = {PROJECT_LABEL: IMAGE}
-    gone, *kept = (
-        made.engine.make_image({"Labels": each}, {"/x": b""})
-        for each in (labels, of_another, by_hand)
+def test_unfinished_commit_of_podman_is_removed(made: Site) -> None:
+    unfinished = {PROJECT_LABEL: IMAGE, UNFINISHED_LABEL: "yes"}
+    other_project = {**unfinished, PROJECT_LABEL: "other/x:t"}
+    finished = {PROJECT_LABEL: IMAGE}
+    removed, *kept_images = (
+        made.engine.make_image({"Labels": labels}, {"/x": b""})
+        for labels in (unfinished, other_project, finished)
     )
     made.project().ledger.drop_unnamed()
-    assert made.engine.image(gone.id) is None
-    assert all(made.engine.image(each.id) for each in kept)
+    assert made.engine.image(removed.id) is None
+    assert all(made.engine.image(image.id) for image in kept_images)
     assert CONTAINER_LABEL == PROJECT_LABEL

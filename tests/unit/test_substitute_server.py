@@ -1,4 +1,4 @@
-"""Substitutes near by: what is started, who is told of it, and that no image is."""
+"""The local substitute server: its container, its use by stages, and instructions for machines."""
 
 from __future__ import annotations
 
@@ -26,54 +26,56 @@ KEY = "(public-key (ecc (curve Ed25519) (q #00#)))\n"
 LISTENING = "guix publish: publishing /gnu/store on 0.0.0.0, port 8181\n"
 
 
-class Publishing:
-    """A Guix that serves, too, and takes down what work containers were given."""
+class FakePublish:
+    """A fake Guix that also serves, and records the files of work containers."""
 
-    def __init__(self, said: str = LISTENING) -> None:
-        self.said = said
+    def __init__(self, log: str = LISTENING) -> None:
+        self.log = log
         self.guix = FakeGuix()
         self.scripts: list[str] = []
-        self.given: list[dict[str, str]] = []
+        self.work_files: list[dict[str, str]] = []
 
     def __call__(self, container: FakeContainer) -> Output:
         if container.spec.name.startswith("guix-tasks-substitutes-"):
             self.scripts.append(container.text(f"{WORK_DIRECTORY}/serve"))
             container.write(substitute_server.PUBLIC_KEY, KEY)
             yield True, b"guix publish: using 'gzip' compression method, level 1\n"
-            yield True, self.said.encode()
+            yield True, self.log.encode()
         else:
             names = ("environment", LOCAL_SERVER_KEY, "keys/local-server.pub")
-            self.given.append({name: container.text(f"{WORK_DIRECTORY}/{name}") for name in names})
+            self.work_files.append(
+                {name: container.text(f"{WORK_DIRECTORY}/{name}") for name in names}
+            )
             yield from self.guix(container)
 
 
 @pytest.fixture
-def guix(made: Site) -> Publishing:
-    found = Publishing()
-    made.engine.behaviour = found
-    return found
+def guix(made: Site) -> FakePublish:
+    publish = FakePublish()
+    made.engine.behaviour = publish
+    return publish
 
 
-def up(made: Site, **env: str) -> Project:
+def start_server(made: Site, **env: str) -> Project:
     made.env.update(env)
     project = made.project()
     substitutes.up(project)
     return project
 
 
-def server(made: Site) -> FakeContainer:
-    (box,) = made.engine.all_containers.values()
-    return box
+def find_server(made: Site) -> FakeContainer:
+    (container,) = made.engine.all_containers.values()
+    return container
 
 
-def key_volumes(made: Site) -> list[str]:
-    return [each for each in made.engine.all_volumes if each.endswith("-signing-key")]
+def find_key_volumes(made: Site) -> list[str]:
+    return [name for name in made.engine.all_volumes if name.endswith("-signing-key")]
 
 
-def test_the_newest_stage_is_served_with_no_right(made: Site, guix: Publishing) -> None:
-    before = outline(made.engine)
-    project = up(made)
-    spec, image = server(made).spec, made.image("install")
+def test_newest_stage_is_served_without_privileges(made: Site, guix: FakePublish) -> None:
+    initial_state = outline(made.engine)
+    project = start_server(made)
+    spec, image = find_server(made).spec, made.image("install")
     assert spec.image == image.id
     assert (spec.user, spec.capabilities, spec.security) == (USER, (), ("no-new-privileges",))
     assert not spec.privileged
@@ -81,89 +83,87 @@ def test_the_newest_stage_is_served_with_no_right(made: Site, guix: Publishing) 
     assert (spec.publish, spec.publish_on) == ({8181: 8181}, "127.0.0.1")
     assert spec.no_healthcheck
     assert spec.environment == {}
-    (volume,) = key_volumes(made)
+    (volume,) = find_key_volumes(made)
     assert spec.binds == (f"{volume}:{substitute_server.KEYS}",)
     assert "--listen=0.0.0.0 --port=8181" in guix.scripts[0]
     assert "serves" not in heard(project)
     assert "serving the stage install\n" in heard(project)
     assert (made.directory / "out/substitutes-app.pub").read_text() == KEY
-    assert outline(made.engine) == before
+    assert outline(made.engine) == initial_state
 
 
-def test_another_machine_is_told_what_to_set(made: Site, guix: Publishing) -> None:
-    own = made.write("own.pub", "key")
-    project = up(
+def test_settings_for_another_machine_are_printed(made: Site, guix: FakePublish) -> None:
+    key = made.write("custom.pub", "key")
+    project = start_server(
         made,
         SUBSTITUTES_LISTEN="0.0.0.0:9",
         GUIX_SUBSTITUTE_URLS="https://a.test file:///here",
-        GUIX_SUBSTITUTE_KEYS=str(own),
+        GUIX_SUBSTITUTE_KEYS=str(key),
     )
     lines = heard(project).splitlines()
     assert "replace fake with a name" in heard(project)
     assert 'GUIX_SUBSTITUTE_URLS="http://fake:9 https://a.test"' in lines
-    assert 'GUIX_SUBSTITUTE_KEYS="substitutes-app.pub own.pub"' in lines
+    assert 'GUIX_SUBSTITUTE_KEYS="substitutes-app.pub custom.pub"' in lines
     assert "unreachable for other machines" not in heard(project)
-    assert server(made).spec.publish_on == "0.0.0.0"  # noqa: S104
+    assert find_server(made).spec.publish_on == "0.0.0.0"  # noqa: S104
 
 
-def test_guixs_own_servers_come_behind_it(made: Site, guix: Publishing) -> None:
-    project = up(made, SUBSTITUTES_LISTEN="10.0.0.1:9")
+def test_default_servers_follow_the_local_server(made: Site, guix: FakePublish) -> None:
+    project = start_server(made, SUBSTITUTES_LISTEN="10.0.0.1:9")
     urls = " ".join(("http://10.0.0.1:9", *DEFAULT_SUBSTITUTE_URLS))
     assert f'GUIX_SUBSTITUTE_URLS="{urls}"' in heard(project).splitlines()
-    assert "in the place of" not in heard(project)
+    assert "with a name" not in heard(project)
 
 
-def test_keys_of_servers_that_another_machine_lacks_are_left_out(
-    made: Site, guix: Publishing
-) -> None:
-    own = made.write("own.pub", "key")
-    directories = {"GUIX_SUBSTITUTE_URLS": "file:///here", "GUIX_SUBSTITUTE_KEYS": str(own)}
-    lines = heard(up(made, SUBSTITUTES_LISTEN="10.0.0.1:9", **directories)).splitlines()
+def test_keys_of_local_directories_are_omitted(made: Site, guix: FakePublish) -> None:
+    key = made.write("custom.pub", "key")
+    directories = {"GUIX_SUBSTITUTE_URLS": "file:///here", "GUIX_SUBSTITUTE_KEYS": str(key)}
+    lines = heard(start_server(made, SUBSTITUTES_LISTEN="10.0.0.1:9", **directories)).splitlines()
     assert 'GUIX_SUBSTITUTE_URLS="http://10.0.0.1:9"' in lines
     assert 'GUIX_SUBSTITUTE_KEYS="substitutes-app.pub"' in lines
 
 
-def test_on_loopback_other_machines_are_told_nothing(made: Site, guix: Publishing) -> None:
-    said = heard(up(made))
-    assert "`inv substitutes.up --listen 0.0.0.0:8181` makes it reachable" in said
-    assert "another machine" not in said
-    assert "GUIX_SUBSTITUTE" not in said
+def test_server_on_loopback_prints_no_settings(made: Site, guix: FakePublish) -> None:
+    output = heard(start_server(made))
+    assert "`inv substitutes.up --listen 0.0.0.0:8181` makes it reachable" in output
+    assert "another machine" not in output
+    assert "GUIX_SUBSTITUTE" not in output
 
 
-def test_on_the_hosts_network_it_listens_there_itself(made: Site, guix: Publishing) -> None:
-    up(made, NETWORK="host", SUBSTITUTES_LISTEN="10.0.0.1:9")
-    assert server(made).spec.publish == {}
+def test_server_on_the_host_network_publishes_no_port(made: Site, guix: FakePublish) -> None:
+    start_server(made, NETWORK="host", SUBSTITUTES_LISTEN="10.0.0.1:9")
+    assert find_server(made).spec.publish == {}
     assert "--listen=10.0.0.1 --port=9" in guix.scripts[0]
 
 
-def test_once_is_enough(made: Site, guix: Publishing) -> None:
-    up(made, NETWORK="host")
-    first = server(made).id
-    assert "already serving the stage" in heard(up(made))
-    assert server(made).id == first
-    # Other settings, another image, or one that has ended: a new one.
-    up(made, SUBSTITUTES_LISTEN="127.0.0.1:9")
-    assert server(made).id != first
-    second = server(made)
+def test_running_server_is_used_until_a_change(made: Site, guix: FakePublish) -> None:
+    start_server(made, NETWORK="host")
+    first = find_server(made).id
+    assert "already serving the stage" in heard(start_server(made))
+    assert find_server(made).id == first
+    # Other settings, another image or a stopped server require a new server.
+    start_server(made, SUBSTITUTES_LISTEN="127.0.0.1:9")
+    assert find_server(made).id != first
+    second = find_server(made)
     second.running = False
-    up(made)
-    assert server(made).id != second.id
+    start_server(made)
+    assert find_server(made).id != second.id
     made.make("install", packages=("other",))
-    up(made)
-    assert server(made).spec.image == made.image("install").id
+    start_server(made)
+    assert find_server(made).spec.image == made.image("install").id
 
 
-def test_what_is_left_of_an_older_image_goes_with_it(made: Site, guix: Publishing) -> None:
-    up(made, NETWORK="host")
-    old = server(made).image.id
+def test_older_image_is_removed_with_its_server(made: Site, guix: FakePublish) -> None:
+    start_server(made, NETWORK="host")
+    old_image = find_server(made).image.id
     made.make("install", force=True, packages=("other",))
     made.make("install", force=True, packages=("third",))
-    assert old in made.engine.all_images
-    up(made)
-    assert old not in made.engine.all_images
+    assert old_image in made.engine.all_images
+    start_server(made)
+    assert old_image not in made.engine.all_images
 
 
-def test_without_a_stage_or_a_network_nothing_is_started(site: Site) -> None:
+def test_missing_stage_or_network_is_an_error(site: Site) -> None:
     with pytest.raises(UsageError, match="there is no stage to serve"):
         substitutes.up(site.project())
     site.env["NETWORK"] = "none"
@@ -172,8 +172,8 @@ def test_without_a_stage_or_a_network_nothing_is_started(site: Site) -> None:
     assert site.engine.specs == []
 
 
-def test_one_that_does_not_start_is_told_and_removed(made: Site) -> None:
-    made.engine.behaviour = Publishing("guix publish: error: bind: Address already in use\n")
+def test_failed_start_is_reported_and_removed(made: Site) -> None:
+    made.engine.behaviour = FakePublish("guix publish: error: bind: Address already in use\n")
     with pytest.raises(
         EngineError, match=r"cannot start the substitute server: .*in use; if its port"
     ):
@@ -181,7 +181,7 @@ def test_one_that_does_not_start_is_told_and_removed(made: Site) -> None:
     assert made.engine.all_containers == {}
 
 
-def test_a_dry_run_shows_it(made: Site) -> None:
+def test_dry_run_shows_the_container(made: Site) -> None:
     project = made.project()
     engine = TracedEngine(made.engine, project.console, perform=False)
     substitutes.up(replace(project, engine=engine))
@@ -190,51 +190,51 @@ def test_a_dry_run_shows_it(made: Site) -> None:
     assert made.engine.all_containers == {}
 
 
-def test_a_dry_down_stops_nothing(made: Site, guix: Publishing) -> None:
-    project = up(made)
+def test_dry_down_stops_nothing(made: Site, guix: FakePublish) -> None:
+    project = start_server(made)
     engine = TracedEngine(made.engine, project.console, perform=False)
     substitutes.down(replace(project, engine=engine))
     assert "+ docker rm" in heard(project)
     assert "stopped" not in heard(project)
-    assert server(made)
+    assert find_server(made)
 
 
-def test_down_leaves_the_key_and_clean_does_not(made: Site, guix: Publishing) -> None:
-    up(made)
+def test_down_keeps_the_key_and_clean_removes_it(made: Site, guix: FakePublish) -> None:
+    start_server(made)
     clean.clean(made.project(), work_only=True)
-    assert server(made)
+    assert find_server(made)
     substitutes.down(made.project())
     assert made.engine.all_containers == {}
-    assert len(key_volumes(made)) == 1
-    assert "no server of this project" in _said(made)
-    up(made)
+    assert len(find_key_volumes(made)) == 1
+    assert "no server of this project" in stop_server(made)
+    start_server(made)
     clean.clean(made.project())
     assert made.engine.all_containers == {}
     assert made.engine.all_volumes == {}
 
 
-def _said(made: Site) -> str:
+def stop_server(made: Site) -> str:
     project = made.project()
     substitutes.down(project)
     return heard(project)
 
 
-def test_stages_ask_it_first_and_no_image_knows(made: Site, guix: Publishing) -> None:
-    states = made.keys()
-    up(made, NETWORK="host")
-    assert made.keys() == states
+def test_stages_use_the_server_and_images_do_not_contain_it(made: Site, guix: FakePublish) -> None:
+    keys = made.keys()
+    start_server(made, NETWORK="host")
+    assert made.keys() == keys
     made.make("install", force=True)
-    (given,) = guix.given
+    (work_files,) = guix.work_files
     urls = " ".join(("http://127.0.0.1:8181", *DEFAULT_SUBSTITUTE_URLS))
-    assert f"GUIX_SUBSTITUTE_URLS='{urls}'" in given["environment"]
-    assert given[LOCAL_SERVER_KEY] == KEY
-    # What is in this directory would be the image's from then on.
-    assert given["keys/local-server.pub"] == ""
-    assert made.keys() == states
+    assert f"GUIX_SUBSTITUTE_URLS='{urls}'" in work_files["environment"]
+    assert work_files[LOCAL_SERVER_KEY] == KEY
+    # A key in this directory would become part of the image.
+    assert work_files["keys/local-server.pub"] == ""
+    assert made.keys() == keys
 
 
-def test_proxy_before_the_server_is_reported(made: Site, guix: Publishing) -> None:
-    up(made, NETWORK="host")
+def test_proxy_before_the_server_is_reported(made: Site, guix: FakePublish) -> None:
+    start_server(made, NETWORK="host")
     assert "through http_proxy" not in made.make("install", force=True)
     made.env["https_proxy"] = "http://proxy.test:3128"
     assert "through http_proxy" not in made.make("install", force=True)
@@ -242,21 +242,21 @@ def test_proxy_before_the_server_is_reported(made: Site, guix: Publishing) -> No
     assert "substitutes: Guix asks http://" in made.make("install", force=True)
 
 
-def test_what_is_not_reached_is_told(made: Site, guix: Publishing) -> None:
-    up(made, NETWORK="net")
-    said = made.make("install", force=True)
-    assert "work containers cannot reach the running server" in said
-    assert "GUIX_SUBSTITUTE_URLS" not in guix.given[-1]["environment"]
+def test_unreachable_server_is_reported(made: Site, guix: FakePublish) -> None:
+    start_server(made, NETWORK="net")
+    output = made.make("install", force=True)
+    assert "work containers cannot reach the running server" in output
+    assert "GUIX_SUBSTITUTE_URLS" not in guix.work_files[-1]["environment"]
 
 
-def test_one_that_has_ended_is_none(made: Site, guix: Publishing) -> None:
-    up(made, NETWORK="host")
-    server(made).running = False
+def test_stopped_server_is_ignored(made: Site, guix: FakePublish) -> None:
+    start_server(made, NETWORK="host")
+    find_server(made).running = False
     assert "substitutes" not in made.make("install", force=True)
 
 
-def test_an_older_one_is_told(made: Site, guix: Publishing) -> None:
-    up(made, NETWORK="host")
+def test_server_of_an_older_image_is_reported(made: Site, guix: FakePublish) -> None:
+    start_server(made, NETWORK="host")
     assert "of an older image" not in made.make("install", packages=("other",))
     assert "of an older image" in made.make("install", packages=("third",))
 
@@ -275,11 +275,11 @@ def test_an_older_one_is_told(made: Site, guix: Publishing) -> None:
         ("host", "0.0.0.0:1", {}, "http://127.0.0.1:1"),
     ],
 )
-def test_where_it_is_reached(
+def test_url_of_the_server_depends_on_the_network(
     made: Site, network: str, listen: str, addresses: dict[str, str], url: str | None
 ) -> None:
     made.env["NETWORK"] = network
     project = made.project()
     labels = {substitute_server.LISTEN_LABEL: listen}
-    found = Container("i", "n", "m", labels, running=True, addresses=addresses)
-    assert substitute_server.server_url(project.engine, project.settings, found) == url
+    container = Container("i", "n", "m", labels, running=True, addresses=addresses)
+    assert substitute_server.server_url(project.engine, project.settings, container) == url

@@ -1,4 +1,4 @@
-"""The tasks: that they are there, say what they do, and take arguments as they are."""
+"""The tasks: their names, help, options and arguments."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ NAMES = {
 
 TASKS: dict[str, Task[Any]] = {name: ns[name] for name in sorted(ns.task_names)}
 
-# Taken now, since Invoke takes them out of the task when it first parses a command line.
+# Read at import, because Invoke removes the help of a task when it first parses a command line.
 HELP = {name: set(task.help or {}) for name, task in TASKS.items()}
 
 
-def test_the_tasks_are_those_of_the_design() -> None:
+def test_task_names_are_complete() -> None:
     assert set(ns.task_names) == NAMES
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_a_task_says_what_it_does(task: Task[Any]) -> None:
+def test_task_has_a_summary(task: Task[Any]) -> None:
     text = inspect.getdoc(task.body)
     assert text
     assert text.splitlines()[0].endswith(".")
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_option_is_explained_and_none_is_short(name: str) -> None:
+def test_option_has_help_and_no_short_name(name: str) -> None:
     task = TASKS[name]
     options = list(inspect.signature(task.body).parameters)[1:]
     assert set(options) == HELP[name]
@@ -60,11 +60,11 @@ def test_every_option_is_explained_and_none_is_short(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["pull", "install"])
 @pytest.mark.parametrize("option", ["keep_failed", "no_commit", "force", "upstream"])
-def test_an_option_of_a_stage_is_the_wish_of_its_name(
+def test_option_sets_the_stage_option_of_its_name(
     monkeypatch: pytest.MonkeyPatch, name: str, option: str
 ) -> None:
-    """StageOptions are given by their places, which are easily mixed up."""
-    wished: list[tuple[str, StageOptions]] = []
+    """StageOptions are passed by position and are easily confused."""
+    calls: list[tuple[str, StageOptions]] = []
 
     @contextmanager
     def locked_project(*_: object, **__: object) -> Iterator[SimpleNamespace]:
@@ -72,17 +72,17 @@ def test_an_option_of_a_stage_is_the_wish_of_its_name(
 
     monkeypatch.setattr(Session, "locked_project", locked_project)
     monkeypatch.setattr(
-        lifecycle, "make_each", lambda _project, name, wishes: wished.append((name, wishes))
+        lifecycle, "make_each", lambda _project, stage, options: calls.append((stage, options))
     )
     TASKS[name].body(Context(), **{option: True})
     field, value = ("commit", False) if option == "no_commit" else (option, True)
-    assert [(each, asdict(wishes)) for each, wishes in wished] == [
+    assert [(stage, asdict(options)) for stage, options in calls] == [
         (name, {**asdict(StageOptions()), field: value})
     ]
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
-def test_a_task_is_thin(task: Task[Any]) -> None:
+def test_task_has_at_most_nine_lines(task: Task[Any]) -> None:
     source = inspect.getsource(task.body)
     body = source.partition('"""')[2].partition('"""')[2]
     assert len([line for line in body.splitlines() if line.strip()]) <= 9
@@ -99,36 +99,36 @@ def test_a_task_is_thin(task: Task[Any]) -> None:
         (["inv", "run", "--", "", " ", "*", "--keep"], ["", " ", "*", "--keep"]),
     ],
 )
-def test_what_comes_after_the_dashes(argv: list[str], command: list[str]) -> None:
+def test_command_follows_the_dashes(argv: list[str], command: list[str]) -> None:
     assert _after_dashes(argv) == command
 
 
-LONG = {"base", "pull", "install", "commit", "squash", "verify", "push", "pack", "rootfs", "demo"}
-LONG |= {"buildx.build", "buildx.setup"}
+LONG_TASKS = {"base", "pull", "install", "commit", "squash", "verify", "push", "pack", "rootfs"}
+LONG_TASKS |= {"demo", "buildx.build", "buildx.setup"}
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_that_takes_its_time_can_say_less_or_more(name: str) -> None:
+def test_long_task_has_options_of_its_output(name: str) -> None:
     options = {*inspect.signature(TASKS[name].body).parameters}
-    assert ({"quiet", "verbose"} <= options) is (name in LONG)
+    assert ({"quiet", "verbose"} <= options) is (name in LONG_TASKS)
 
 
 @pytest.mark.parametrize(
-    ("options", "shown"),
+    ("options", "output"),
     [({}, "plain"), ({"quiet": True}, "quiet"), ({"verbose": True}, "verbose")],
 )
-def test_an_option_comes_before_the_setting(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: dict[str, bool], shown: str
+def test_option_overrides_the_setting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: dict[str, bool], output: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OUTPUT", "plain")
-    seen = []
-    made = long_task(name="x")(lambda session: seen.append(session.load().output.value))
-    made.body(Context(), **options)
-    assert seen == [shown]
+    outputs = []
+    task = long_task(name="x")(lambda session: outputs.append(session.load().output.value))
+    task.body(Context(), **options)
+    assert outputs == [output]
 
 
-def test_less_and_more_is_refused() -> None:
+def test_quiet_and_verbose_together_are_an_error() -> None:
     with pytest.raises(Exit) as caught:
         long_task()(lambda _: None).body(Context(), quiet=True, verbose=True)
     assert caught.value.code == 2

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 STAGE = Stage("own", [("guix", "pull")], ("guix", "describe"), lambda _: {})
-KEY, OTHER = "D0" * 32, "8D" * 32
+KEY, OTHER_KEY = "D0" * 32, "8D" * 32
 ITEM = "a" * 32
 DERIVATION = f"/gnu/store/{'b' * 32}-hello-2.12.drv"
 URL = "https://a.test"
@@ -48,14 +48,14 @@ building {DERIVATION}...
 
 def narinfo(key: str) -> str:
     signature = (
-        f"(signature (data (hash sha256 #{OTHER}#)) (sig-val (ecdsa (r #00#) (s #{KEY}#)))"
+        f"(signature (data (hash sha256 #{OTHER_KEY}#)) (sig-val (ecdsa (r #00#) (s #{KEY}#)))"
         f" (public-key (ecc (curve Ed25519) (q #{key}#))))"
     )
     encoded = base64.b64encode(signature.encode()).decode()
     return f"StorePath: /gnu/store/{ITEM}-hello\nSignature: 1;a.test;{encoded}\nURL: nar/x\n"
 
 
-def cached(url: str) -> str:
+def cache_directory(url: str) -> str:
     """Return the directory in which Guix's daemon keeps the narinfos of a server."""
     name = base64.b32encode(hashlib.sha256(url.encode()).digest()).decode().lower().rstrip("=")
     return f"/var/guix/substitute/cache/{name}"
@@ -84,15 +84,15 @@ def run(site: Site, files: dict[str, str], log: str = BUILDING) -> str:
     return heard(project)
 
 
-def error(site: Site, files: dict[str, str], log: str = BUILDING) -> str:
+def fail(site: Site, files: dict[str, str], log: str = BUILDING) -> str:
     with pytest.raises(StageError) as caught:
         run(site, files, log)
     return str(caught.value)
 
 
-@pytest.mark.parametrize("acl", [{}, {guix.ACL: ACL.format(OTHER)}], ids=["none", "other"])
+@pytest.mark.parametrize("acl", [{}, {guix.ACL: ACL.format(OTHER_KEY)}], ids=["none", "other"])
 def test_stage_stops_if_the_image_trusts_no_key(site: Site, acl: dict[str, str]) -> None:
-    line = error(site, {**acl, cached(URL): f'(narinfo (value "{narinfo(KEY)}"))'})
+    line = fail(site, {**acl, cache_directory(URL): f'(narinfo (value "{narinfo(KEY)}"))'})
     assert line.startswith("own: the image does not trust the key of the substitutes of a.test,")
     assert "set GUIX_SUBSTITUTE_KEYS to the server's public key, or set GUIX_FALLBACK=yes" in line
     assert site.engine.changing_calls().count("stop") == 1
@@ -101,20 +101,20 @@ def test_stage_stops_if_the_image_trusts_no_key(site: Site, acl: dict[str, str])
 def test_narinfos_of_a_directory_are_read_from_its_mount(site: Site) -> None:
     site.env |= {"GUIX_SUBSTITUTE_URLS": "file:///srv/substitutes", "MOUNTS": "server:/srv"}
     site.write(f"server/substitutes/{ITEM}.narinfo", narinfo(KEY))
-    assert "of file:///srv/substitutes, so" in error(site, {})
+    assert "of file:///srv/substitutes, so" in fail(site, {})
     run(site, {guix.ACL: ACL.format(KEY)})
 
 
-def test_fallback_is_a_warning(site: Site) -> None:
+def test_fallback_prints_a_warning(site: Site) -> None:
     site.env["GUIX_FALLBACK"] = "yes"
-    messages = run(site, {cached(URL): narinfo(KEY)}, BUILDING * 2)
+    messages = run(site, {cache_directory(URL): narinfo(KEY)}, BUILDING * 2)
     assert messages.count("own: the image does not trust the key of the substitutes") == 1
     assert "stop" not in site.engine.changing_calls()
 
 
 @pytest.mark.parametrize("log", [BUILDING, BUILDING * 2, DOWNLOADING])
-def test_trusted_substitutes_stop_nothing(site: Site, log: str) -> None:
-    run(site, {guix.ACL: ACL.format(KEY.lower()), cached(URL): narinfo(KEY)}, log)
+def test_trusted_substitutes_do_not_stop_a_stage(site: Site, log: str) -> None:
+    run(site, {guix.ACL: ACL.format(KEY.lower()), cache_directory(URL): narinfo(KEY)}, log)
 
 
 def test_package_without_substitutes_is_built(site: Site) -> None:
@@ -123,18 +123,18 @@ def test_package_without_substitutes_is_built(site: Site) -> None:
 
 def test_one_trusted_server_is_enough(site: Site) -> None:
     site.env["GUIX_SUBSTITUTE_URLS"] = f"{URL} https://b.test"
-    trusted = {guix.ACL: ACL.format(KEY), cached("https://b.test"): narinfo(KEY)}
-    run(site, {**trusted, cached(URL): narinfo(OTHER)})
+    trusted = {guix.ACL: ACL.format(KEY), cache_directory("https://b.test"): narinfo(KEY)}
+    run(site, {**trusted, cache_directory(URL): narinfo(OTHER_KEY)})
 
 
-def test_builds_without_substitutes_are_noticed_when_their_list_has_ended() -> None:
-    activity, noticed = Activity(), []
+def test_builds_without_substitutes_are_detected_after_their_list() -> None:
+    activity, detected = Activity(), []
     for line in (BUILDING + BUILDING).splitlines():
         activity.look(line)
-        noticed.append(activity.take_build_without_substitutes())
-    assert noticed == [False, False, True] * 2
+        detected.append(activity.take_build_without_substitutes())
+    assert detected == [False, False, True] * 2
 
 
-def test_keys_of_a_broken_signature_are_none() -> None:
+def test_invalid_signature_has_no_keys() -> None:
     assert guix.signing_keys("Signature: 1;a.test;x\nSignature: nothing\n") == set()
     assert guix.public_keys("(public-key (rsa (n #0A#) (e #010001#)))") == {"0A"}

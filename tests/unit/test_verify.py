@@ -1,4 +1,4 @@
-"""Verify: what a fresh container is told and asked, and what its answers mean."""
+"""The task ``verify``: its container, its checks and their results."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 
-def said(site: Site, stage: str | None = None) -> str:
+def run_verify(site: Site, stage: str | None = None) -> str:
     project = site.project()
     verify(project, stage)
     return heard(project)
 
 
-def test_every_check_is_said(made: Site) -> None:
-    assert said(made).splitlines() == [f"verify: {check}: ok" for check in CHECKS]
+def test_every_check_is_reported(made: Site) -> None:
+    assert run_verify(made).splitlines() == [f"verify: {check}: ok" for check in CHECKS]
     assert made.engine.all_containers == {}
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_a_check_that_fails_is_named(made: Site, check: str) -> None:
+def test_failed_check_is_reported(made: Site, check: str) -> None:
     made.engine.guix.failing[check] = "a reason: of two parts"
     project = made.project()
     with pytest.raises(CheckError, match=rf"failed: {check}$"):
@@ -40,7 +40,7 @@ def test_a_check_that_fails_is_named(made: Site, check: str) -> None:
     assert made.engine.all_containers == {}
 
 
-def test_what_was_not_reached_has_failed(made: Site) -> None:
+def test_unreached_check_is_a_failure(made: Site) -> None:
     def behaviour(_container: FakeContainer) -> Output:
         yield False, b"ok daemon\nok bui"
         yield False, b"ld\n"
@@ -52,7 +52,7 @@ def test_what_was_not_reached_has_failed(made: Site) -> None:
     assert "verify: packages: not reached" in heard(project)
 
 
-def test_a_container_that_fails_is_an_error(made: Site) -> None:
+def test_failed_container_is_an_error(made: Site) -> None:
     def behaviour(container: FakeContainer) -> Output:
         container.status = 69
         yield True, b"no daemon\n"
@@ -62,23 +62,23 @@ def test_a_container_that_fails_is_an_error(made: Site) -> None:
         verify(made.project())
 
 
-def filled(site: Site) -> FakeContainer:
-    """The container of a check, as it was when it was run."""
-    seen: list[FakeContainer] = []
+def read_container(site: Site) -> FakeContainer:
+    """Run verify and return a copy of its container at the start."""
+    containers: list[FakeContainer] = []
     guix = site.engine.guix
 
     def behaviour(container: FakeContainer) -> Output:
         container.changes = dict(container.changes)
-        seen.append(container)
+        containers.append(container)
         yield from ((False, f"ok {check}\n".encode()) for check in CHECKS)
 
     site.engine.behaviour = behaviour
     verify(site.project())
     site.engine.behaviour = guix
-    return seen[0]
+    return containers[0]
 
 
-def with_entry_point(site: Site, entry_point: list[str] | None, script: bytes) -> None:
+def set_entry_point(site: Site, entry_point: list[str] | None, script: bytes) -> None:
     image = site.image("install")
     config = {**image.config, "Entrypoint": entry_point}
     site.engine.make_image(config, {"/start.sh": script}, parent=image, tag="mine:1")
@@ -86,52 +86,51 @@ def with_entry_point(site: Site, entry_point: list[str] | None, script: bytes) -
 
 
 @pytest.mark.parametrize("entry_point", [["/start.sh"], ["tini", "--", "/start.sh"]])
-def test_an_entry_point_that_starts_the_daemon_is_tried(made: Site, entry_point: list[str]) -> None:
-    with_entry_point(made, entry_point, b'#!/bin/sh\nguix-daemon &\nexec "$@"\n')
-    assert filled(made).spec.command == (*entry_point, f"{WORK_DIRECTORY}/verify")
+def test_entry_point_that_starts_the_daemon_is_used(made: Site, entry_point: list[str]) -> None:
+    set_entry_point(made, entry_point, b'#!/bin/sh\nguix-daemon &\nexec "$@"\n')
+    assert read_container(made).spec.command == (*entry_point, f"{WORK_DIRECTORY}/verify")
 
 
 @pytest.mark.parametrize("entry_point", [None, ["echo"], ["/start.sh"], ["/missing", "-x"]])
-def test_another_entry_point_does_not_take_the_checks(
-    made: Site, entry_point: list[str] | None
-) -> None:
-    with_entry_point(made, entry_point, b"#!/bin/sh\nexec nginx\n")
-    assert filled(made).spec.command == (ENTRY_POINT, f"{WORK_DIRECTORY}/verify")
+def test_other_entry_point_is_replaced(made: Site, entry_point: list[str] | None) -> None:
+    set_entry_point(made, entry_point, b"#!/bin/sh\nexec nginx\n")
+    assert read_container(made).spec.command == (ENTRY_POINT, f"{WORK_DIRECTORY}/verify")
 
 
-def test_the_environment_is_that_of_root(made: Site) -> None:
+def test_environment_is_that_of_root(made: Site) -> None:
     root = {"HOME": "/root", "USER": "root", "LOGNAME": "root"}
-    assert filled(made).spec.environment == {"GUIX_SANDBOX": "privileged", **root}
+    assert read_container(made).spec.environment == {"GUIX_SANDBOX": "privileged", **root}
 
 
-def test_it_is_told_what_the_labels_say(made: Site) -> None:
-    box = filled(made)
-    assert box.text(f"{WORK_DIRECTORY}/commits") == f"{COMMITS['guix']}\n"
-    assert box.text(f"{WORK_DIRECTORY}/packages") == "certs\t1.0\tout\nhello\t1.0\tout\n"
-    assert box.text(f"{WORK_DIRECTORY}/verify").startswith("#!/bin/sh")
+def test_commits_and_packages_are_those_of_the_labels(made: Site) -> None:
+    container = read_container(made)
+    assert container.text(f"{WORK_DIRECTORY}/commits") == f"{COMMITS['guix']}\n"
+    assert container.text(f"{WORK_DIRECTORY}/packages") == "certs\t1.0\tout\nhello\t1.0\tout\n"
+    assert container.text(f"{WORK_DIRECTORY}/verify").startswith("#!/bin/sh")
 
 
-def test_an_output_of_a_package_is_told(made: Site) -> None:
+def test_output_of_a_package_is_checked(made: Site) -> None:
     image = made.image("install")
     labels = {**image.labels, "org.guix-tasks.packages": "git@2.4 git@2.4:send-email"}
     made.engine.make_image({**image.config, "Labels": labels}, {}, parent=image, tag="mine:1")
     made.env["IMAGE"] = "mine:1"
     assert (
-        filled(made).text(f"{WORK_DIRECTORY}/packages") == "git\t2.4\tout\ngit\t2.4\tsend-email\n"
+        read_container(made).text(f"{WORK_DIRECTORY}/packages")
+        == "git\t2.4\tout\ngit\t2.4\tsend-email\n"
     )
 
 
-def test_nothing_is_committed(made: Site) -> None:
-    before = made.engine.changing_calls().count("commit")
-    said(made)
-    assert made.engine.changing_calls().count("commit") == before
+def test_verify_commits_nothing(made: Site) -> None:
+    commits = made.engine.changing_calls().count("commit")
+    run_verify(made)
+    assert made.engine.changing_calls().count("commit") == commits
 
 
-def test_the_image_of_a_stage_can_be_checked(made: Site) -> None:
-    said(made, "pull")
+def test_image_of_a_stage_can_be_verified(made: Site) -> None:
+    run_verify(made, "pull")
     assert made.engine.specs[-1].image == made.image("pull").id
 
 
-def test_nothing_to_verify_is_an_error(tmp_path: Path) -> None:
+def test_missing_image_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="run `inv install`"):
-        said(new_site(tmp_path / "empty"))
+        run_verify(new_site(tmp_path / "empty"))

@@ -1,4 +1,4 @@
-"""Mounts and volumes where stages write are refused before any work is lost in them."""
+"""Mounts and volumes over directories of results, which are an error before a stage runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 
-# --- The paths ------------------------------------------------------------------------------
+# --- Paths ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_target_over_a_result_is_a_conflict(target: str, expected: str) -> None:
         *("/root/.config/guix/other", "/etc/guix/machines.scm", "/var/guix/substitute"),
     ],
 )
-def test_other_target_is_no_conflict(target: str) -> None:
+def test_other_target_is_not_a_conflict(target: str) -> None:
     assert conflict(target) is None
 
 
@@ -103,13 +103,13 @@ def test_mount_at_a_cache_is_the_cache(site: Site) -> None:
 
 
 def declare(site: Site, *volumes: str, dockerfile: str = "FROM x\n") -> None:
-    """Let the base image have volumes, as one built from this Dockerfile would."""
+    """Declare volumes of the base image, as an image of this Dockerfile does."""
     config: dict[str, object] = {"Volumes": {volume: {} for volume in volumes}}
     site.engine.make_image(config, {PROFILE: b"certs"}, tag=BASE_IMAGE)
     site.write("Dockerfile", dockerfile)
 
 
-def refused(action: Callable[[], object]) -> list[str]:
+def problems(action: Callable[[], object]) -> list[str]:
     with pytest.raises(SettingsError) as error:
         action()
     return error.value.problems
@@ -134,15 +134,17 @@ def refused(action: Callable[[], object]) -> list[str]:
         ("FROM x\nVOLUME /gnu/store\nVOLUME /a\nVOLUME /gnu/store\n", 4),
     ],
 )
-def test_volume_is_refused_with_its_line(site: Site, dockerfile: str, line: int) -> None:
+def test_conflicting_volume_is_reported_with_its_line(
+    site: Site, dockerfile: str, line: int
+) -> None:
     declare(site, "/gnu/store", "/a", "/b", dockerfile=dockerfile)
-    (problem,) = refused(lambda: site.make("base"))
+    (problem,) = problems(lambda: site.make("base"))
     assert problem.startswith(f"Dockerfile:{line}: VOLUME /gnu/store covers /gnu/store, ")
 
 
-def test_all_volumes_are_reported(site: Site) -> None:
+def test_all_conflicting_volumes_are_reported(site: Site) -> None:
     declare(site, "/var/guix/db", "/root", dockerfile="FROM x\nVOLUME /var/guix/db\nVOLUME /root\n")
-    first, second = refused(lambda: site.make("base"))
+    first, second = problems(lambda: site.make("base"))
     assert first.startswith("Dockerfile:3: VOLUME /root covers /root/.config/guix/channels.scm, ")
     assert second.startswith("Dockerfile:2: VOLUME /var/guix/db is in /var/guix, ")
 
@@ -158,84 +160,84 @@ def test_all_volumes_are_reported(site: Site) -> None:
         ("ARG BASE_IMAGE\n\nFROM example.org/x AS y\n", "Dockerfile:3: FROM example.org/x"),
     ],
 )
-def test_volume_of_the_base_image_is_refused(site: Site, dockerfile: str, origin: str) -> None:
+def test_volume_of_the_base_image_is_reported(site: Site, dockerfile: str, origin: str) -> None:
     declare(site, "/gnu", dockerfile=dockerfile)
-    (problem,) = refused(lambda: site.make("base"))
+    (problem,) = problems(lambda: site.make("base"))
     assert problem.startswith(f"{origin}: its VOLUME /gnu covers /gnu/store, ")
 
 
-def test_refused_base_leaves_no_image_and_no_container(site: Site) -> None:
+def test_conflicting_volume_leaves_no_image_and_no_container(site: Site) -> None:
     declare(site, "/gnu")
-    before = dict(site.engine.tags), set(site.engine.all_images)
-    refused(lambda: site.make("install"))
-    assert (site.engine.tags, set(site.engine.all_images)) == before
+    initial_state = dict(site.engine.tags), set(site.engine.all_images)
+    problems(lambda: site.make("install"))
+    assert (site.engine.tags, set(site.engine.all_images)) == initial_state
     assert site.engine.all_containers == {}
 
 
 def test_other_volumes_are_kept(site: Site) -> None:
-    kept = ("/data", "/root/.ssh", "/root/.cache", "/var/guix/substitute")
-    declare(site, *kept, dockerfile="FROM x\nVOLUME /data\n")
+    declared = ("/data", "/root/.ssh", "/root/.cache", "/var/guix/substitute")
+    declare(site, *declared, dockerfile="FROM x\nVOLUME /data\n")
     site.make("base", "pull", "install")
-    assert set(site.image().config["Volumes"]) == set(kept)
+    assert set(site.image().config["Volumes"]) == set(declared)
 
 
 @contextmanager
-def unchecked() -> Iterator[None]:
-    """Let volumes pass, as an earlier version did."""
+def disable_check() -> Iterator[None]:
+    """Disable the check of volumes, which an earlier version lacked."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(volumes, "conflict", lambda _: None)
         yield
 
 
 @pytest.fixture
-def old(site: Site) -> Site:
-    """A project whose stages were made before such a volume was refused."""
+def old_site(site: Site) -> Site:
+    """A project whose stages were made without the check of volumes."""
     declare(site, "/gnu/store")
-    with unchecked():
+    with disable_check():
         site.make(*STAGES)
     return site
 
 
-def test_stage_on_an_old_image_is_refused_before_it_starts(old: Site) -> None:
-    ran = old.ran(lambda: refused(lambda: old.make("install", force=True)))
-    assert ran == []
+def test_stage_on_an_old_image_fails_before_it_starts(old_site: Site) -> None:
+    calls = old_site.ran(lambda: problems(lambda: old_site.make("install", force=True)))
+    assert calls == []
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_run_is_refused_only_if_it_is_kept(old: Site, *, keep: bool) -> None:
-    def run_it() -> int:
-        return run.run(old.project(), ["true"], stage=None, keep=keep)
+def test_run_on_an_old_image_fails_only_with_keep(old_site: Site, *, keep: bool) -> None:
+    def run_true() -> int:
+        return run.run(old_site.project(), ["true"], stage=None, keep=keep)
 
     if keep:
-        assert old.ran(lambda: refused(run_it)) == []
+        assert old_site.ran(lambda: problems(run_true)) == []
     else:
-        assert run_it() == 0
+        assert run_true() == 0
 
 
-def test_shell_is_refused(old: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shell_on_an_old_image_is_an_error(old_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    refused(lambda: shell.shell(old.project(), ["docker"], {}, stage=None, fresh=False))
-    assert old.engine.all_containers == {}
+    problems(lambda: shell.shell(old_site.project(), ["docker"], {}, stage=None, fresh=False))
+    assert old_site.engine.all_containers == {}
 
 
-def test_commit_is_refused_and_leaves_its_container(old: Site) -> None:
-    with unchecked():
-        run.run(old.project(), ["make"], stage=None, keep=True)
-    before = dict(old.engine.tags)
-    refused(lambda: commit.commit(old.project()))
-    assert old.engine.tags == before
-    assert len(old.engine.all_containers) == 1
+def test_commit_on_an_old_image_keeps_its_container(old_site: Site) -> None:
+    with disable_check():
+        run.run(old_site.project(), ["make"], stage=None, keep=True)
+    tags = dict(old_site.engine.tags)
+    problems(lambda: commit.commit(old_site.project()))
+    assert old_site.engine.tags == tags
+    assert len(old_site.engine.all_containers) == 1
 
 
-def test_squash_is_refused(old: Site) -> None:
-    project = old.project()
-    refused(lambda: squash(project))
+def test_squash_of_an_old_image_is_an_error(old_site: Site) -> None:
+    project = old_site.project()
+    problems(lambda: squash(project))
     assert heard(project) == ""
-    assert old.engine.all_containers == {}
+    assert old_site.engine.all_containers == {}
 
 
-def test_unreadable_dockerfile_does_not_hide_the_reason(old: Site) -> None:
-    old.settings().dockerfile.unlink()
-    (problem,) = refused(lambda: check_volumes(old.settings(), old.image()))
+def test_unreadable_dockerfile_does_not_hide_the_reason(old_site: Site) -> None:
+    old_site.settings().dockerfile.unlink()
+    (problem,) = problems(lambda: check_volumes(old_site.settings(), old_site.image()))
     assert problem.startswith(f"environment: BASE_IMAGE: {BASE_IMAGE}: its VOLUME /gnu/store ")
-    assert IMAGE in old.engine.tags
+    assert IMAGE in old_site.engine.tags

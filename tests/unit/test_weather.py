@@ -1,4 +1,4 @@
-"""Weather: what the servers have, as Guix said it, and what is made of that."""
+"""The task ``weather``: the parser of its report, its messages and required substitutes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("serial_hashing")
 
-# What resources/weather.scm printed with Guix 1.5, in the offline example.
+# Output of resources/weather.scm with Guix 1.5 in the offline example.
 RECORDED = """\
 weather:system\tx86_64-linux
 weather:wanted\thello@2.12.2\tsubstitutable
@@ -38,9 +38,9 @@ weather:fetch\t0\t0\t0\t0
 """
 
 
-def test_what_guix_said() -> None:
-    here, other = guix.forecasts(RECORDED)
-    assert here == Forecast(
+def test_report_of_guix_is_parsed() -> None:
+    native, other = guix.forecasts(RECORDED)
+    assert native == Forecast(
         "x86_64-linux",
         {
             "hello@2.12.2": "substitutable",
@@ -52,59 +52,61 @@ def test_what_guix_said() -> None:
         packed=0,
         unknown=1,
     )
-    assert here.missing == ["greet@1.0", "git@2.52.0:send-email"]
+    assert native.missing == ["greet@1.0", "git@2.52.0:send-email"]
     assert other.missing == ["hello@2.12.2", "icecat@140.6.0-gnu1"]
 
 
 @pytest.mark.parametrize(
     "report", ["", "a manifest said this\n", "weather:system\tx\nweather:wanted\ta\tmissing\n"]
 )
-def test_what_did_not_come_to_its_end_is_nothing(report: str) -> None:
+def test_incomplete_report_is_ignored(report: str) -> None:
     assert guix.forecasts(report) == []
 
 
-def test_what_a_manifest_prints_does_no_harm() -> None:
-    loud = "fetch\t1\nwanted\tx\tmissing\nweather:what\tis\tthis\n"
-    assert guix.forecasts(loud + RECORDED + loud) == guix.forecasts(RECORDED)
+def test_output_of_a_manifest_is_ignored() -> None:
+    noise = "fetch\t1\nwanted\tx\tmissing\nweather:what\tis\tthis\n"
+    assert guix.forecasts(noise + RECORDED + noise) == guix.forecasts(RECORDED)
 
 
-def turn(made: Site, report: str) -> list[str]:
-    """Let the servers be as recorded; the commands that Guix was asked by."""
-    asked: list[str] = []
-    played = FakeGuix()
+def play_report(made: Site, report: str) -> list[str]:
+    """Play a report and return the scripts that query the servers."""
+    scripts: list[str] = []
+    guix_behaviour = FakeGuix()
 
     def behaviour(container: FakeContainer) -> Output:
         if "-weather-" not in container.spec.name:
-            yield from played(container)
+            yield from guix_behaviour(container)
             return
-        asked.append(container.text(f"{WORK_DIRECTORY}/stage"))
+        scripts.append(container.text(f"{WORK_DIRECTORY}/stage"))
         yield True, b"looking...\n"
         yield False, report.encode()
         container.forget(WORK_DIRECTORY)
 
     made.engine.behaviour = behaviour
-    return asked
+    return scripts
 
 
-def results(project: Project) -> str:
+def read_results(project: Project) -> str:
     assert isinstance(project.console, Heard)
     return project.console.results.getvalue()
 
 
-def report(*wanted: str, sizes: Iterable[int] = (0, 0, 0, 0), system: str = "x86_64-linux") -> str:
-    lines = [f"wanted\t{each.replace(' ', chr(9))}" for each in wanted]
+def make_report(
+    *packages: str, sizes: Iterable[int] = (0, 0, 0, 0), system: str = "x86_64-linux"
+) -> str:
+    lines = [f"wanted\t{package.replace(' ', chr(9))}" for package in packages]
     fetch = "\t".join(map(str, sizes))
-    return "".join(f"weather:{each}\n" for each in (f"system\t{system}", *lines, f"fetch\t{fetch}"))
+    return "".join(f"weather:{line}\n" for line in (f"system\t{system}", *lines, f"fetch\t{fetch}"))
 
 
-def test_it_is_asked_with_the_guix_that_install_has(made: Site) -> None:
+def test_query_runs_in_the_image_of_pull(made: Site) -> None:
     made.write("manifest.scm", "(manifest)")
     made.env |= {"GUIX_MANIFEST": "manifest.scm", "GUIX_PACKAGES": "hello git:send-email"}
-    asked = turn(made, report("hello@1 substitutable", sizes=(3, 4000, 2000, 0)))
-    before = outline(made.engine)
+    scripts = play_report(made, make_report("hello@1 substitutable", sizes=(3, 4000, 2000, 0)))
+    initial_state = outline(made.engine)
     project = made.project()
     weather(project)
-    (script,) = asked
+    (script,) = scripts
     assert shlex.split(script.splitlines()[-1]) == [
         "exec", "guix", "repl", "--", f"{WORK_DIRECTORY}/weather.scm", "x86_64-linux",
         f"{WORK_DIRECTORY}/manifest.scm", "hello", "git:send-email",
@@ -112,30 +114,28 @@ def test_it_is_asked_with_the_guix_that_install_has(made: Site) -> None:
     assert made.engine.specs[-1].image == made.image("pull").id
     line = "x86_64-linux: 1 of 1 available, 2 kB to download (4 kB of store items)"
     assert line in heard(project).splitlines()
-    assert outline(made.engine) == before
+    assert outline(made.engine) == initial_state
     assert made.engine.all_containers == {}
 
 
 @pytest.mark.parametrize(
-    ("sizes", "words"),
+    ("sizes", "message"),
     [
         ((0, 0, 0, 0), "nothing to download"),
         ((2, 4000, 0, 2), "a download of unknown size (4 kB of store items)"),
         ((2, 4000, 1000, 1), "at least 1 kB to download (4 kB of store items)"),
     ],
 )
-def test_sizes_are_told_as_far_as_they_are_known(
-    made: Site, sizes: tuple[int, ...], words: str
-) -> None:
-    turn(made, report("hello@1 stored", sizes=sizes))
+def test_known_sizes_are_printed(made: Site, sizes: tuple[int, ...], message: str) -> None:
+    play_report(made, make_report("hello@1 stored", sizes=sizes))
     project = made.project()
     weather(project)
-    assert heard(project).splitlines()[0] == f"x86_64-linux: 1 of 1 available, {words}"
+    assert heard(project).splitlines()[0] == f"x86_64-linux: 1 of 1 available, {message}"
 
 
-def test_what_is_missing_is_named_and_is_a_failure(made: Site) -> None:
+def test_missing_substitutes_are_an_error(made: Site) -> None:
     made.env["PLATFORMS"] = "linux/amd64 linux/ppc64le"
-    asked = turn(made, RECORDED)
+    scripts = play_report(made, RECORDED)
     project = made.project()
     with pytest.raises(CheckError) as raised:
         weather(project)
@@ -143,18 +143,18 @@ def test_what_is_missing_is_named_and_is_a_failure(made: Site) -> None:
         "weather: substitutes are missing for x86_64-linux (greet@1.0 git@2.52.0:send-email), "
         "powerpc64le-linux (hello@2.12.2 icecat@140.6.0-gnu1)"
     )
-    assert "'x86_64-linux powerpc64le-linux'" in asked[0]
+    assert "'x86_64-linux powerpc64le-linux'" in scripts[0]
     lines = heard(project).splitlines()
     assert "  missing: greet@1.0" in lines
     assert "  not for this system: icecat@140.6.0-gnu1" in lines
 
 
-def test_machines_can_read_it(made: Site) -> None:
-    turn(made, report("hello@1 substitutable", sizes=(3, 4000, 2000, 1)))
+def test_result_is_printed_as_json(made: Site) -> None:
+    play_report(made, make_report("hello@1 substitutable", sizes=(3, 4000, 2000, 1)))
     project = made.project()
     weather(project, as_json=True)
-    (found,) = json.loads(results(project))
-    assert found == {
+    (item,) = json.loads(read_results(project))
+    assert item == {
         "system": "x86_64-linux",
         "wanted": {"hello@1": "substitutable"},
         "missing": [],
@@ -165,47 +165,47 @@ def test_machines_can_read_it(made: Site) -> None:
     }
 
 
-def test_a_guix_that_says_nothing_is_an_error(made: Site) -> None:
-    turn(made, "")
+def test_empty_report_is_an_error(made: Site) -> None:
+    play_report(made, "")
     with pytest.raises(StageError, match="Guix did not report all systems"):
         weather(made.project())
 
 
-def test_nothing_wanted_is_told(made: Site) -> None:
+def test_query_without_packages_is_an_error(made: Site) -> None:
     made.env["GUIX_PACKAGES"] = ""
     with pytest.raises(UsageError, match="cannot query substitutes: no packages"):
         weather(made.project())
 
 
-def test_a_dry_run_asks_nobody(made: Site) -> None:
-    asked, project = turn(made, ""), made.project()
+def test_dry_run_sends_no_query(made: Site) -> None:
+    scripts, project = play_report(made, ""), made.project()
     weather(replace(project, engine=TracedEngine(made.engine, project.console, perform=False)))
-    assert asked == []
+    assert scripts == []
 
 
-def test_the_stage_that_is_asked_is_made_where_it_is_missing(site: Site) -> None:
-    turn(site, report("hello@1 stored"))
+def test_missing_pull_is_made_before_the_query(site: Site) -> None:
+    play_report(site, make_report("hello@1 stored"))
     weather(site.project())
     assert site.image("pull")
     assert site.ledger.find("install") is None
 
 
-def test_a_stage_that_requires_substitutes_stops_before_it_builds(made: Site) -> None:
+def test_required_substitute_that_is_missing_is_an_error(made: Site) -> None:
     made.env["GUIX_REQUIRE_SUBSTITUTES"] = "yes"
-    before = outline(made.engine)
-    asked = turn(made, report("hello@1 substitutable", "greet@1 missing"))
+    initial_state = outline(made.engine)
+    scripts = play_report(made, make_report("hello@1 substitutable", "greet@1 missing"))
     with pytest.raises(CheckError, match="no substitute for greet@1, and GUIX_REQUIRE_SUBSTITUTES"):
         made.make("install", packages=("greet", "hello"))
-    assert "greet hello" in asked[0]
-    assert outline(made.engine) == before
-    turn(made, report("hello@1 substitutable", "greet@1 stored"))
+    assert "greet hello" in scripts[0]
+    assert outline(made.engine) == initial_state
+    play_report(made, make_report("hello@1 substitutable", "greet@1 stored"))
     made.make("install", packages=("greet", "hello"))
-    assert outline(made.engine) != before
+    assert outline(made.engine) != initial_state
 
 
-def test_a_stage_that_is_up_to_date_requires_nothing(made: Site) -> None:
+def test_current_stage_requires_no_substitutes(made: Site) -> None:
     made.env["GUIX_REQUIRE_SUBSTITUTES"] = "yes"
-    asked = turn(made, report("hello@1 missing"))
+    scripts = play_report(made, make_report("hello@1 missing"))
     assert made.make("install").endswith("install: up to date\n")
     made.make("pull", force=True)
-    assert asked == []
+    assert scripts == []
