@@ -374,13 +374,13 @@ def test_dry_run_of_commit_shows_its_commands(made: Site) -> None:
 
 
 def test_dry_run_of_shell_starts_nothing(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[object] = []
+    calls: list[object] = []
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(subprocess, "call", lambda argv, **_: called.append(argv))
+    monkeypatch.setattr(subprocess, "call", lambda argv, **_: calls.append(argv))
     dry_run = DryRun(made)
     shell.shell(dry_run.project, ["docker"], {}, stage=None, fresh=False)
     dry_run.check()
-    assert called == []
+    assert calls == []
 
 
 def test_proxy_password_is_not_shown(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,8 +60,8 @@ def write_tree(directory: Path, tree: Tree, *, backwards: bool = False) -> Path:
 
 @STEADY
 @given(st.lists(st.text(max_size=3)), st.lists(st.text(max_size=3)))
-def test_digests_of_different_lists_of_texts_differ(one: list[str], other: list[str]) -> None:
-    assert (text_digest(*one) == text_digest(*other)) == (one == other)
+def test_digests_of_different_lists_of_texts_differ(first: list[str], second: list[str]) -> None:
+    assert (text_digest(*first) == text_digest(*second)) == (first == second)
     assert text_digest("a", "b") != text_digest("ab")
     assert text_digest("a") != text_digest("a", "")
 
@@ -69,17 +69,18 @@ def test_digests_of_different_lists_of_texts_differ(one: list[str], other: list[
 @hypothesis_settings(STEADY, max_examples=12)
 @given(TREES, TREES)
 def test_tree_digest_depends_on_names_and_contents(
-    tmp_path_factory: pytest.TempPathFactory, one: Tree, other: Tree
+    tmp_path_factory: pytest.TempPathFactory, tree: Tree, other_tree: Tree
 ) -> None:
     directory = tmp_path_factory.mktemp("trees")
-    first = write_tree(directory / "x", one)
-    second = write_tree(directory / "y" / "z", one, backwards=True)
+    first = write_tree(directory / "x", tree)
+    second = write_tree(directory / "y" / "z", tree, backwards=True)
     for path in second.rglob("*"):
         os.utime(path, (1, 1))
     digest = tree_digest(first)
     clear_memory()
     assert digest == tree_digest(second)
-    assert (digest == tree_digest(write_tree(directory / "other", other))) == (one == other)
+    other_digest = tree_digest(write_tree(directory / "other", other_tree))
+    assert (digest == other_digest) == (tree == other_tree)
 
 
 def test_empty_directory_changes_the_digest(tmp_path: Path) -> None:
@@ -180,7 +181,7 @@ def test_missing_file_is_an_os_error(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Path:
+def user_file(tmp_path: Path) -> Path:
     """A file of a user whose mode differs from that of a new file."""
     path = tmp_path / "project" / "file"
     path.parent.mkdir()
@@ -189,28 +190,28 @@ def written(tmp_path: Path) -> Path:
     return path
 
 
-def test_written_file_keeps_its_mode_and_owner(written: Path) -> None:
+def test_written_file_keeps_its_mode_and_owner(user_file: Path) -> None:
     if os.geteuid() == 0:
-        os.chown(written, 1234, 4321)
-    previous = written.stat()
-    write_whole(written, b"new")
-    current = written.stat()
-    assert written.read_bytes() == b"new"
+        os.chown(user_file, 1234, 4321)
+    previous = user_file.stat()
+    write_whole(user_file, b"new")
+    current = user_file.stat()
+    assert user_file.read_bytes() == b"new"
     assert (current.st_mode, current.st_uid, current.st_gid) == (
         previous.st_mode, previous.st_uid, previous.st_gid,
     )  # fmt: skip
 
 
-def test_content_of_a_private_file_is_private_from_the_start(written: Path) -> None:
-    written.chmod(0o600)
+def test_content_of_a_private_file_is_private_from_the_start(user_file: Path) -> None:
+    user_file.chmod(0o600)
 
     def content() -> Iterator[bytes]:
-        (unfinished,) = {*written.parent.iterdir()} - {written}
+        (unfinished,) = {*user_file.parent.iterdir()} - {user_file}
         assert stat.S_IMODE(unfinished.stat().st_mode) == 0o600
         yield b"new"
 
-    write_whole(written, content())
-    assert written.read_bytes() == b"new"
+    write_whole(user_file, content())
+    assert user_file.read_bytes() == b"new"
 
 
 def test_new_file_has_the_mode_of_the_umask(tmp_path: Path) -> None:
@@ -222,11 +223,11 @@ def test_new_file_has_the_mode_of_the_umask(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
 
 
-def test_target_of_links_is_written(written: Path, tmp_path: Path) -> None:
+def test_target_of_links_is_written(user_file: Path, tmp_path: Path) -> None:
     (tmp_path / "first").symlink_to("project/file")
     (tmp_path / "second").symlink_to(tmp_path / "first")
     write_whole(tmp_path / "second", iter([b"n", b"ew"]))
-    assert written.read_bytes() == b"new"
+    assert user_file.read_bytes() == b"new"
     assert (tmp_path / "first").is_symlink()
     assert (tmp_path / "second").is_symlink()
 
@@ -240,7 +241,7 @@ def test_link_to_a_missing_file_creates_that_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["chown", "replace"])
 def test_irreplaceable_file_is_overwritten(
-    written: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    user_file: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     """For example a mounted file, or the file of another user in a directory of this user."""
 
@@ -248,21 +249,21 @@ def test_irreplaceable_file_is_overwritten(
         raise OSError(errno.EBUSY, "Device or resource busy")
 
     monkeypatch.setattr(os if call == "chown" else Path, call, fail)
-    inode = written.stat().st_ino
-    write_whole(written, b"new")
-    assert written.read_bytes() == b"new"
-    assert written.stat().st_ino == inode
-    assert [*written.parent.iterdir()] == [written]
+    inode = user_file.stat().st_ino
+    write_whole(user_file, b"new")
+    assert user_file.read_bytes() == b"new"
+    assert user_file.stat().st_ino == inode
+    assert [*user_file.parent.iterdir()] == [user_file]
 
 
 def test_file_in_an_unwritable_directory_is_overwritten(
-    written: Path, monkeypatch: pytest.MonkeyPatch
+    user_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda path, _: path != written.parent)
-    inode = written.stat().st_ino
-    write_whole(written, b"new")
-    assert written.read_bytes() == b"new"
-    assert written.stat().st_ino == inode
+    monkeypatch.setattr(os, "access", lambda path, _: path != user_file.parent)
+    inode = user_file.stat().st_ino
+    write_whole(user_file, b"new")
+    assert user_file.read_bytes() == b"new"
+    assert user_file.stat().st_ino == inode
 
 
 def test_pipe_is_written_and_not_replaced(tmp_path: Path) -> None:
@@ -275,38 +276,38 @@ def test_pipe_is_written_and_not_replaced(tmp_path: Path) -> None:
     assert pipe.is_fifo()
 
 
-def test_failed_content_does_not_change_the_file(written: Path) -> None:
+def test_failed_content_does_not_change_the_file(user_file: Path) -> None:
     def content() -> Iterator[bytes]:
         yield b"new"
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_whole(written, content())
-    assert written.read_text() == "old"
-    assert [*written.parent.iterdir()] == [written]
+        write_whole(user_file, content())
+    assert user_file.read_text() == "old"
+    assert [*user_file.parent.iterdir()] == [user_file]
 
 
 def test_file_without_permission_is_not_written(
-    written: Path, monkeypatch: pytest.MonkeyPatch
+    user_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda path, _: path != written)
+    monkeypatch.setattr(os, "access", lambda path, _: path != user_file)
     with pytest.raises(PermissionError, match=r"Permission denied: '.*/file'"):
-        check_writable(written)
+        check_writable(user_file)
     with pytest.raises(PermissionError):
-        write_whole(written, b"new")
-    assert written.read_text() == "old"
+        write_whole(user_file, b"new")
+    assert user_file.read_text() == "old"
 
 
 def test_new_file_needs_a_writable_directory(
-    written: Path, monkeypatch: pytest.MonkeyPatch
+    user_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    missing = written.parent / "out"
+    missing = user_file.parent / "out"
     check_writable(missing)
     with pytest.raises(FileNotFoundError):
         check_writable(missing / "file")
     with pytest.raises(NotADirectoryError):
-        check_writable(written / "file")
-    monkeypatch.setattr(os, "access", lambda path, _: path != written.parent)
+        check_writable(user_file / "file")
+    monkeypatch.setattr(os, "access", lambda path, _: path != user_file.parent)
     with pytest.raises(PermissionError):
         check_writable(missing)
 

@@ -480,8 +480,8 @@ class Answers(requests.adapters.HTTPAdapter):
         body, status = self._answers.get(path, b"{}"), self._status if path == first else 200
         head, content = f"Content-Length: {len(body)}", body
         if self._chunked and path == first:
-            half, head = len(body) // 2, "Transfer-Encoding: chunked"
-            parts = filter(None, (body[:half], body[half:]))
+            middle, head = len(body) // 2, "Transfer-Encoding: chunked"
+            parts = filter(None, (body[:middle], body[middle:]))
             content = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
             content += b"0\r\n\r\n"
         http_message = f"HTTP/1.1 {status} x\r\n{head}\r\n\r\n".encode() + content
@@ -522,10 +522,10 @@ def register(
     chunked: bool = False,
 ) -> None:
     """Register a parser of the answer to one call of an engine."""
-    others = {path: json.dumps(content).encode() for path, content in ANSWERS.items()}
+    other_answers = {path: json.dumps(content).encode() for path, content in ANSWERS.items()}
 
     def parser(data: bytes, workspace: Workspace) -> None:
-        answers = {path: data, **{other: others[other] for other in others if other != path}}
+        answers = {path: data, **{key: other_answers[key] for key in other_answers if key != path}}
         FakeClient.adapter = Answers(answers, status, chunked=chunked)
         workspace.patch.setattr(docker, "Client", FakeClient)
         call(product(discovery.Address("tcp://engine.test:1", "test")))
@@ -549,7 +549,7 @@ def build(client: docker.DockerEngine) -> object:
     return client.build(spec, LogReader(list).add)
 
 
-MOVED = {"status": "Pushing", "id": "abc", "progressDetail": {"current": 1, "total": 2}}
+PROGRESS = {"status": "Pushing", "id": "abc", "progressDetail": {"current": 1, "total": 2}}
 ERROR = {"errorDetail": {"message": "denied: x", "code": 1}, "error": "denied: x"}
 CONTAINER = {
     "Id": "c", "Names": ["/a"], "ImageID": DIGEST, "Labels": {"a": "b"}, "State": "running",
@@ -597,9 +597,9 @@ register("login", "/auth", {"Status": "Login Succeeded"},
          call=lambda client: client.check_registry(REFERENCE, ACCOUNT))
 register("import_rootfs", "/images/create", {"status": DIGEST}, {"error": "x"},
          call=lambda client: client.import_rootfs(iter([b""]), REFERENCE))
-register("push", "/push", stream(MOVED, {"aux": {"Digest": DIGEST}}), stream(MOVED, ERROR),
+register("push", "/push", stream(PROGRESS, {"aux": {"Digest": DIGEST}}), stream(PROGRESS, ERROR),
          stream({"status": f"1: digest: {DIGEST} size: 1"}), chunked=True, call=push)
-register("pull", "/images/create", stream(MOVED, {"status": "Status: x"}), stream(ERROR),
+register("pull", "/images/create", stream(PROGRESS, {"status": "Status: x"}), stream(ERROR),
          chunked=True, call=lambda client: client.pull(REFERENCE, None))
 register("build", "/build", stream({"stream": "Step 1/1 : FROM x\n"}, {"aux": {"ID": DIGEST}}),
          stream({"stream": "x"}, ERROR), chunked=True, call=build)
@@ -713,8 +713,8 @@ def log(data: bytes, workspace: Workspace) -> None:
     activity, steps, noise = Activity(), BuildSteps(), Noise()
     faults = StepFaults(workspace.settings)
 
-    def show(shown: list[bytes]) -> None:
-        steps.look(noise.without(shown))
+    def show(lines: list[bytes]) -> None:
+        steps.look(noise.without(lines))
 
     reader = LogReader(show)
     lines = [*reader.read(data[: len(data) // 2]), *reader.read(data[len(data) // 2 :])]
@@ -882,6 +882,6 @@ def test_damaged_input_is_parsed_or_is_one_error(
         try:
             parse_in_time(parser, data, workspace)
         except BaseException as error:  # noqa: BLE001 -- reported with the input
-            shown = data if len(data) < 2000 else data[:1000] + b" ... " + data[-1000:]
-            pytest.fail(f"{error!r} for input {number} of --seed={soak.seed}: {shown!r}")
+            excerpt = data if len(data) < 2000 else data[:1000] + b" ... " + data[-1000:]
+            pytest.fail(f"{error!r} for input {number} of --seed={soak.seed}: {excerpt!r}")
     tally[name] = times

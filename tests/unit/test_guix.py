@@ -58,7 +58,7 @@ WARNING = "guix substitute: warning: "
 
 
 @pytest.mark.parametrize(
-    "why",
+    "reason",
     [
         "connection failed: Connection refused",
         "connection failed: No route to host",
@@ -66,8 +66,8 @@ WARNING = "guix substitute: warning: "
         "TLS connection failed: in 'handshake': The TLS connection was non-properly terminated.",
     ],
 )
-def test_unreachable_server_is_silent(why: str) -> None:
-    assert guix.silent_servers(f"\r\x1b[Ksubstitute: {WARNING}CI.test: {why}\n") == {"ci.test"}
+def test_unreachable_server_is_silent(reason: str) -> None:
+    assert guix.silent_servers(f"\r\x1b[Ksubstitute: {WARNING}CI.test: {reason}\n") == {"ci.test"}
 
 
 @pytest.mark.parametrize(
@@ -408,8 +408,8 @@ def test_every_channel_of_a_list_is_parsed(commits: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("line", ["\t", "a\t1", "\t\t\t", "a\t1\tout", "\x1b[2J"])
 def test_malformed_row_of_a_report_is_ignored(line: str) -> None:
-    good = "hello\t2.12\tout\t/gnu/store/a"
-    assert "hello@2.12" in guix.installed(f"{line}\n{good}\n")
+    row = "hello\t2.12\tout\t/gnu/store/a"
+    assert "hello@2.12" in guix.installed(f"{line}\n{row}\n")
 
 
 def test_installed_packages_are_sorted() -> None:

@@ -190,12 +190,12 @@ def _forbid_shells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     """Fail if a test starts a shell on text, and use none of the files of this machine."""
     original = subprocess.Popen.__init__
 
-    def start(self: Any, args: Any, *more: Any, **options: Any) -> None:
+    def start(self: Any, args: Any, *arguments: Any, **options: Any) -> None:
         words = [args] if isinstance(args, (str, bytes)) else [os.fspath(word) for word in args]
         assert not options.get("shell"), words
         if Path(os.fsdecode(words[0])).name in ("sh", "dash", "bash"):
             assert "-c" not in words, words
-        original(self, args, *more, **options)
+        original(self, args, *arguments, **options)
 
     def system(command: object) -> int:
         raise AssertionError(command)
@@ -364,7 +364,7 @@ ARGUMENTS: st.SearchStrategy[list[str]] = st.one_of(
     st.builds(lambda word: ["verify", "--stage", word], WORD),
     st.builds(lambda word: ["install", f"--package={word}"], WORD),
     st.builds(lambda words: ["--echo", "run", "--", *words], st.lists(WORD, max_size=3)),
-    st.builds(lambda one, two: ["run", f"--stage={one}", "--", two], WORD, WORD),
+    st.builds(lambda stage, word: ["run", f"--stage={stage}", "--", word], WORD, WORD),
     st.builds(lambda word: ["status", f"--plot=plots/{word}"], CONTAINED_NAME),
     st.lists(WORD, max_size=3),
 )  # fmt: skip
@@ -592,9 +592,9 @@ def unescape(value: Any) -> Any:
     """Evaluate a string without templates as bake does."""
     if isinstance(value, dict):
         return {name: unescape(item) for name, item in value.items()}
-    rest = value.replace("$${", "").replace("%%{", "")
-    assert "${" not in rest
-    assert "%{" not in rest
+    literal = value.replace("$${", "").replace("%%{", "")
+    assert "${" not in literal
+    assert "%{" not in literal
     return value.replace("$${", "${").replace("%%{", "%{")
 
 
@@ -717,15 +717,15 @@ def test_file_is_written_completely_or_not_at_all(
     names = st.text(st.sampled_from("ab $`'\";|&*?\\-é\n"), min_size=1, max_size=12)
 
     def check(example: tuple[str, bytes, bytes, str]) -> None:
-        name, old, new, fault = example
+        name, previous, current, fault = example
         path = tmp_path / f"x{name}"
-        path.write_bytes(old)
+        path.write_bytes(previous)
         with monkeypatch.context() as patch:
             if fault in {"touch", "replace"}:
                 patch.setattr(Path, fault, fail_after_half)
             with contextlib.suppress(OSError):
-                write_whole(path, interrupted(new) if fault == "content" else new)
-        assert path.read_bytes() == (old if fault else new)
+                write_whole(path, interrupted(current) if fault == "content" else current)
+        assert path.read_bytes() == (previous if fault else current)
         assert list(tmp_path.iterdir()) == [path]
         path.unlink()
 

@@ -99,10 +99,10 @@ def test_image_derived_from_a_stage_is_not_proven(
 @STEADY
 @given(LAYERS, LAYERS)
 def test_stage_is_a_child_only_of_its_parent(
-    parent: tuple[str, ...], other: tuple[str, ...]
+    parent: tuple[str, ...], other_parent: tuple[str, ...]
 ) -> None:
     stage = sealed_image((*parent, "layer"), parent, 1)
-    assert is_child(stage, Image("y", other, {}, 0, "", "")) == (parent == other)
+    assert is_child(stage, Image("y", other_parent, {}, 0, "", "")) == (parent == other_parent)
 
 
 @pytest.mark.parametrize("label", [None, "", "1", "1 sha256:0", "x y z"])
@@ -150,16 +150,16 @@ INPUTS = st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=4)
 @STEADY
 @given(INPUTS, INPUTS, st.text(max_size=2), st.text(max_size=2))
 def test_key_depends_on_stage_parent_and_inputs(
-    one: dict[str, str], other: dict[str, str], name: str, parent: str
+    inputs: dict[str, str], other_inputs: dict[str, str], name: str, parent: str
 ) -> None:
-    key = stage_key("pull", "parent", one)
-    assert key == stage_key("pull", "parent", dict(reversed(one.items())))
-    assert (key == stage_key("pull", "parent", other)) == (one == other)
-    assert (key == stage_key(name, "parent", one)) == (name == "pull")
-    assert (key == stage_key("pull", parent, one)) == (parent == "parent")
-    labels = stage_labels("pull", "parent", one)
+    key = stage_key("pull", "parent", inputs)
+    assert key == stage_key("pull", "parent", dict(reversed(inputs.items())))
+    assert (key == stage_key("pull", "parent", other_inputs)) == (inputs == other_inputs)
+    assert (key == stage_key(name, "parent", inputs)) == (name == "pull")
+    assert (key == stage_key("pull", parent, inputs)) == (parent == "parent")
+    labels = stage_labels("pull", "parent", inputs)
     image = Image("x", (), {"Labels": labels}, 0, "", "")
-    assert (key_of(image), inputs_of(image)) == (key, one)
+    assert (key_of(image), inputs_of(image)) == (key, inputs)
 
 
 # --- Tags -----------------------------------------------------------------------------------
@@ -618,8 +618,8 @@ def test_stage_on_too_many_layers_fails_before_it_runs(site: Site) -> None:
     with pytest.raises(UsageError, match="has 124 layers, and 2 more would"):
         check_layers(site.engine, replace(parent, layers=parent.layers[1:]), 2)
     docker = site.engine.about
-    for other in (replace(docker, uses_containerd=True), replace(docker, product="Podman")):
-        site.engine.about = other
+    for about in (replace(docker, uses_containerd=True), replace(docker, product="Podman")):
+        site.engine.about = about
         check_layers(site.engine, parent)
 
 
@@ -643,15 +643,16 @@ def test_environment_does_not_change_a_key(
 def test_checkouts_on_two_engines_have_the_same_keys(tmp_path: Path) -> None:
     """Directories, image IDs, layers and dates differ; one engine already has the base image."""
     registry = FakeRegistry()
-    one, other = full_site(tmp_path / "one", registry), full_site(tmp_path / "two/deep", registry)
-    other.engine.pull(BASE_IMAGE, None)
-    for site in (one, other):
+    first = full_site(tmp_path / "one", registry)
+    second = full_site(tmp_path / "two/deep", registry)
+    second.engine.pull(BASE_IMAGE, None)
+    for site in (first, second):
         site.make(*STAGES)
-    assert one.keys() == other.keys()
+    assert first.keys() == second.keys()
     for stage in STAGES:
-        assert key_of(one.image(stage)) == key_of(other.image(stage))
-        assert one.image(stage).layers != other.image(stage).layers
-        assert one.why(stage) is None
+        assert key_of(first.image(stage)) == key_of(second.image(stage))
+        assert first.image(stage).layers != second.image(stage).layers
+        assert first.why(stage) is None
 
 
 def test_platform_changes_the_keys(made: Site) -> None:
@@ -668,9 +669,9 @@ def test_platform_changes_the_keys(made: Site) -> None:
 def test_platform_of_the_engine_changes_the_keys(tmp_path: Path) -> None:
     registry = FakeRegistry()
     publish_base(registry)
-    one = new_site(tmp_path / "one", registry)
-    other = Site(tmp_path / "two", FakeEngine(registry, platform="linux/arm64"))
-    assert one.keys()["base"] != other.keys()["base"]
+    first = new_site(tmp_path / "one", registry)
+    second = Site(tmp_path / "two", FakeEngine(registry, platform="linux/arm64"))
+    assert first.keys()["base"] != second.keys()["base"]
 
 
 def test_engine_platform_is_the_default(made: Site) -> None:
@@ -680,21 +681,21 @@ def test_engine_platform_is_the_default(made: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "one", "other"),
+    ("name", "first", "second"),
     [
         pytest.param("BUILD_ARGS", "A=1 B=2", "B=2 A=1", id="build arguments"),
         pytest.param("GUIX_SUBSTITUTE_KEYS", "a.pub b.pub", "b.pub a.pub", id="keys"),
     ],
 )
 def test_irrelevant_order_does_not_change_a_key(
-    site: Site, name: str, one: str, other: str
+    site: Site, name: str, first: str, second: str
 ) -> None:
     site.write("a.pub", "a")
     site.write("b.pub", "b")
-    site.env[name] = one
+    site.env[name] = first
     site.make(*STAGES)
     keys = site.keys()
-    site.env[name] = other
+    site.env[name] = second
     assert site.keys() == keys
 
 

@@ -112,9 +112,9 @@ def test_settings_load_without_notes(tmp_path: Path) -> None:
 
 
 def test_settings_of_the_template_exist() -> None:
-    known = set(DECLARATIONS)
+    names = set(DECLARATIONS)
     text = (TEMPLATES / "env").read_text()
-    assert set(re.findall(r"^#?([A-Z_]+)=", text, re.MULTILINE)) <= known
+    assert set(re.findall(r"^#?([A-Z_]+)=", text, re.MULTILINE)) <= names
 
 
 def test_channel_is_guix_with_its_introduction() -> None:
@@ -176,11 +176,11 @@ def test_tasks_and_settings_of_the_files_exist() -> None:
 def test_workflow_actions_are_pinned() -> None:
     """Each action has one version: a commit, followed by a comment with the version."""
     files = (TEMPLATES / "github.yml", *(ROOT / "examples/ci").glob("github-*.yml"))
-    used = {line for path in files for line in re.findall(r"uses: (.*)", path.read_text())}
+    uses = {line for path in files for line in re.findall(r"uses: (.*)", path.read_text())}
     pinned = {
         line: re.fullmatch(r"actions/([a-z-]+)@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)
-        for line in used
+        for line in uses
     }
-    assert all(pinned.values()), used
+    assert all(pinned.values()), uses
     names = [match[1] for match in pinned.values() if match]
     assert len(names) == len(set(names)) >= 4

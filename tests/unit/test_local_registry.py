@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from guix_tasks.engine.api import EngineInfo
 
 
-def engine_at(url: str, **more: Any) -> EngineInfo:
-    return replace(FakeEngine(url=url).info(), **more)
+def engine_at(url: str, **changes: Any) -> EngineInfo:
+    return replace(FakeEngine(url=url).info(), **changes)
 
 
 def silent() -> Console:

@@ -48,9 +48,9 @@ def test_image_and_tags_are_pushed(made: Site) -> None:
 
 def test_pushed_image_is_that_of_the_stage(made: Site) -> None:
     digest = made.push()[IMAGE]
-    other = FakeEngine(made.engine.registry)
-    other.pull(f"registry.test/team/app@{digest}", None)
-    image = other.image(f"registry.test/team/app@{digest}")
+    other_engine = FakeEngine(made.engine.registry)
+    other_engine.pull(f"registry.test/team/app@{digest}", None)
+    image = other_engine.image(f"registry.test/team/app@{digest}")
     assert image
     assert image.layers == made.image().layers
     assert image.config == made.image("install").config
@@ -143,8 +143,8 @@ def test_summary_has_size_and_time(made: Site) -> None:
     project = made.project()
     push(project)
     size = human_size(1000 * len(made.image().layers))
-    last = heard(project).splitlines()[-1]
-    assert re.fullmatch(rf"push: {IMAGE}, {re.escape(size)} moved, [0-9.]+ s", last)
+    summary = heard(project).splitlines()[-1]
+    assert re.fullmatch(rf"push: {IMAGE}, {re.escape(size)} moved, [0-9.]+ s", summary)
 
 
 @pytest.mark.parametrize("stage", ["", "base"])
@@ -162,7 +162,7 @@ def test_invalid_stage_name_is_an_error(made: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("last", "change", "command"),
+    ("stage", "change", "command"),
     [
         ("base", "Dockerfile", "inv base"),
         ("pull", "Dockerfile", "inv pull --upstream"),
@@ -171,14 +171,14 @@ def test_invalid_stage_name_is_an_error(made: Site) -> None:
     ],
 )
 def test_stale_stage_is_reported_with_the_command(
-    site: Site, last: str, change: str, command: str
+    site: Site, stage: str, change: str, command: str
 ) -> None:
-    site.make(*STAGES[: STAGES.index(last) + 1])
+    site.make(*STAGES[: STAGES.index(stage) + 1])
     if change == "packages":
         site.env["GUIX_PACKAGES"] = "tar"
     else:
         site.write("Dockerfile", "FROM y\n")
-    with pytest.raises(UsageError, match=rf"{last} is stale \(.*; run `{command}"):
+    with pytest.raises(UsageError, match=rf"{stage} is stale \(.*; run `{command}"):
         site.push()
     assert pushed_references(site) == set()
 
@@ -226,13 +226,13 @@ def test_image_of_a_commit_is_pushed_unchanged(made: Site) -> None:
 
 def test_image_of_another_tool_is_pushed_with_a_warning(made: Site) -> None:
     """For example an image of BuildKit, whose inputs are unknown."""
-    other = made.engine.make_image({}, {"/x": b""}, tag=IMAGE)
+    image = made.engine.make_image({}, {"/x": b""}, tag=IMAGE)
     project = made.project()
     push(project)
     assert "not built by a stage of this project" in heard(project)
     pushed = made.engine.registry.find(IMAGE)
     assert pushed
-    assert pushed.layers == other.layers
+    assert pushed.layers == image.layers
     made.engine.untag(IMAGE)
     project = made.project()
     push(project)

@@ -165,16 +165,16 @@ def test_console_shows_no_secret(display: Display) -> None:
         print_message(f"a {SECRET} b")
     console.command(["docker", "build", f"--build-arg=A={SECRET}"])
     console.table(["name", SECRET], [[SECRET, "x"]])
-    half, rest = SECRET[:4].encode(), SECRET[4:].encode()
+    start, end = SECRET[:4].encode(), SECRET[4:].encode()
     for error in (False, True):
-        console.stream(b"x" + half, error=error)
-        console.stream(rest + b"y\n", error=error)
+        console.stream(b"x" + start, error=error)
+        console.stream(end + b"y\n", error=error)
     with suppress(StageError), console.step(f"a {SECRET}") as step:
         step.show_activity(lambda: f"doing {SECRET}")
         log = LogReader(step.log)
-        log.add(b"from " + half)
-        log.add(rest + b"\nand " + half)
-        log.add(rest)
+        log.add(b"from " + start)
+        log.add(end + b"\nand " + start)
+        log.add(end)
         log.end()
         console.detail(f"a {SECRET}")
         if display is Display.LIVE:

@@ -186,7 +186,7 @@ def test_platform_has_guix_system_and_tag_suffix(text: str, names: tuple[str, st
 
 
 @pytest.mark.parametrize(
-    ("text", "same"),
+    ("text", "canonical"),
     [
         ("linux/arm64/v8", "linux/arm64"),
         ("linux/aarch64", "linux/arm64"),
@@ -198,8 +198,8 @@ def test_platform_has_guix_system_and_tag_suffix(text: str, names: tuple[str, st
         ("linux/armv7l", "linux/arm/v7"),
     ],
 )
-def test_other_spellings_of_a_platform_are_parsed(text: str, same: str) -> None:
-    assert Platform.parse(text) == Platform.parse(same)
+def test_other_spellings_of_a_platform_are_parsed(text: str, canonical: str) -> None:
+    assert Platform.parse(text) == Platform.parse(canonical)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_other_spellings_of_a_platform_are_parsed(text: str, same: str) -> None:
 def test_unsupported_platform_is_reported_with_the_supported_ones(text: str) -> None:
     with pytest.raises(ValueError) as caught:
         Platform.parse(text)
-    assert all(known in str(caught.value) for known in PLATFORMS)
+    assert all(platform in str(caught.value) for platform in PLATFORMS)
 
 
 @given(st.text())

@@ -364,8 +364,8 @@ def test_dry_clean_shows_each_removal_once(site: Site) -> None:
     project = site.project()
     traced = TracedEngine(site.engine, console, perform=False)
     removed = clean(replace(project, engine=traced))
-    shown = [line for line in console.text.splitlines() if line.startswith("+ ")]
-    assert len(shown) == len(set(shown)) == len(removed)
+    commands = [line for line in console.text.splitlines() if line.startswith("+ ")]
+    assert len(commands) == len(set(commands)) == len(removed)
 
 
 def test_clean_of_one_platform_keeps_the_others(site: Site) -> None:
