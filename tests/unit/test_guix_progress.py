@@ -49,7 +49,7 @@ def test_activities_of_an_installation_include_hooks() -> None:
     ]
 
 
-def activity_after(*lines: str) -> Activity:
+def observe(*lines: str) -> Activity:
     activity = Activity()
     for line in lines:
         activity.look(line)
@@ -85,7 +85,7 @@ STORE = f"/gnu/store/{'a' * 32}"
     ],
 )
 def test_activity_is_parsed_from_a_line(line: str, text: str) -> None:
-    assert activity_after(line).text == text
+    assert observe(line).text == text
 
 
 PLAN = (
@@ -98,7 +98,7 @@ PLAN = (
 
 
 def test_substitute_is_shown_with_number_size_and_rate() -> None:
-    activity = activity_after(*PLAN)
+    activity = observe(*PLAN)
     for second in range(3):
         activity.receive(1_000_000, second)
     activity.look(f"substituting {STORE}-a-1...")
@@ -112,33 +112,29 @@ def test_substitute_is_shown_with_number_size_and_rate() -> None:
 
 
 def test_size_is_shown_without_counted_bytes() -> None:
-    assert activity_after(*PLAN, f"substituting {STORE}-a-1...").text == (
-        "substitute 1 of 2: a-1, 12.5 MB"
-    )
+    assert observe(*PLAN, f"substituting {STORE}-a-1...").text == "substitute 1 of 2: a-1, 12.5 MB"
 
 
 def test_channel_update_is_shown_with_a_rate() -> None:
-    activity = activity_after("Updating channel 'guix' from Git repository at 'https://x'...")
+    activity = observe("Updating channel 'guix' from Git repository at 'https://x'...")
     activity.receive(0, 0)
     activity.receive(3_000_000, 2)
     assert activity.text == "updating the channel guix, 1.5 MB/s"
 
 
 def test_later_plan_adds_to_the_first() -> None:
-    activity = activity_after(
-        *PLAN, "1,234 items will be downloaded", f"substituting {STORE}-a-1..."
-    )
+    activity = observe(*PLAN, "1,234 items will be downloaded", f"substituting {STORE}-a-1...")
     assert "substitute 1 of 1236: " in activity.text
 
 
 @pytest.mark.parametrize("number", ["1.2.3", "9" * 5000, ".", ","])
 def test_malformed_number_is_not_a_plan(number: str) -> None:
     lines = (f"{number} items will be downloaded", f"{number} MB will be downloaded:")
-    assert activity_after(*lines, f"substituting {STORE}-a-1...").text == "substitute 1 of 1: a-1"
+    assert observe(*lines, f"substituting {STORE}-a-1...").text == "substitute 1 of 1: a-1"
 
 
 def test_failed_build_is_no_longer_active() -> None:
-    activity = activity_after(f"building {STORE}-a.drv...")
+    activity = observe(f"building {STORE}-a.drv...")
     assert activity.is_building
     activity.look(f"build of {STORE}-a.drv failed")
     assert not activity.is_building
@@ -164,15 +160,12 @@ def without_noise(name: str) -> list[bytes]:
 
 @pytest.mark.parametrize("name", ["pull", "install"])
 def test_only_noise_is_removed(name: str) -> None:
-    log, remaining = (LOGS / f"{name}.log").read_bytes().splitlines(), without_noise(name)
-    assert not [line for line in remaining if not line.strip(b".") or b"hint: " in line]
-    assert not [
-        line for line in remaining if b"still in progress" in line or b"GUIX_PROFILE" in line
-    ]
-    for prefix in (b"building ", b"substitut", b"The following derivation", b"guix ", b"collected"):
-        assert [line for line in remaining if line.startswith(prefix)] == [
-            line for line in log if line.startswith(prefix)
-        ]
+    log, output = (LOGS / f"{name}.log").read_bytes().splitlines(), without_noise(name)
+    assert not [line for line in output if not line.strip(b".") or b"hint: " in line]
+    assert not [line for line in output if b"still in progress" in line or b"GUIX_PROFILE" in line]
+    prefixes = (b"building ", b"substitut", b"The following derivation", b"guix ", b"collected")
+    lines = [line for line in log if line.startswith(prefixes)]
+    assert [line for line in output if line.startswith(prefixes)] == lines
 
 
 @pytest.mark.parametrize("noise", [b"hint: Consider setting the necessary environment x", b"."])
