@@ -187,7 +187,7 @@ class Attempt:
 
 @pytest.fixture(autouse=True)
 def _forbid_shells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Fail if a test starts a shell on text, and use none of the files of this machine."""
+    """Fail if a test runs a text in a shell, and use no files of this machine."""
     original = subprocess.Popen.__init__
 
     def start(self: Any, args: Any, *arguments: Any, **options: Any) -> None:
@@ -422,7 +422,7 @@ def test_task_fails_with_a_printable_error(
         if code > 2:
             assert len(errors) == 1, errors
         assert not site.engine.all_containers
-        # Nor does a shell of a stage run a text.
+        # Shells in the containers of stages run no text either.
         for spec in site.engine.specs:
             if "-c" in spec.command:
                 assert CANARY not in spec.command[spec.command.index("-c") + 1]

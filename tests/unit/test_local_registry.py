@@ -114,7 +114,7 @@ def test_password_is_sent_only_to_local_registries(
 ) -> None:
     assert accounts(engine_at("unix:///fake.sock")) == {}
     Account(registries).make()
-    # Not a stopped registry, and not a registry of another engine.
+    # Stopped registries and registries of other engines get no password.
     for port in ("1", "2", "x"):
         (registries / f"{port}.pid").write_text("1")
     (registries / "3.engine").write_text("tcp://other:2375")

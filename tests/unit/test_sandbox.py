@@ -75,7 +75,7 @@ def test_auto_selects_the_fewest_privileges_that_work(made: Site) -> None:
 
 
 def test_probe_is_repeated_for_another_dockerfile_on_the_same_base_image(made: Site) -> None:
-    """Only one of them may create the users of builds."""
+    """Only one of the Dockerfiles may create the users of builds."""
     made.engine.behaviour = builds_with("rootless", "capabilities", "privileged")
     install(made)
     made.write("Dockerfile", "FROM another\n")
@@ -195,7 +195,7 @@ def test_stage_that_needs_root_runs_as_root(made: Site) -> None:
 
 
 def test_run_and_verify_run_as_root(made: Site) -> None:
-    """They use the fewest privileges with root."""
+    """They run as root with the fewest privileges."""
     made.engine.behaviour = builds_with("rootless", "capabilities")
     run.run(made.project(), ["true"], stage=None, keep=False)
     verify(made.project())
