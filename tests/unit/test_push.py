@@ -157,7 +157,7 @@ def test_missing_image_is_reported_with_the_command(site: Site, stage: str) -> N
 
 
 def test_invalid_stage_name_is_an_error(made: Site) -> None:
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match="--stage: 'Bad Stage!' is not a valid stage name"):
         made.push("Bad Stage!")
 
 

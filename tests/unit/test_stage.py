@@ -820,7 +820,7 @@ def test_pull_of_a_lock_needs_no_writable_file(made: Site, monkeypatch: pytest.M
 @pytest.mark.parametrize("name", ["channels.lock.scm", "channels.scm"])
 def test_binary_channels_file_is_an_error(made: Site, name: str) -> None:
     made.write(name, b"\xff\xfe")
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=f"{name} is not UTF-8; write a channels file"):
         made.make("pull")
 
 
@@ -845,7 +845,7 @@ def test_failed_write_keeps_the_lock(made: Site, monkeypatch: pytest.MonkeyPatch
 
 def test_directory_as_lock_is_an_error(site: Site) -> None:
     site.env["GUIX_CHANNELS_LOCK"] = "context"
-    with pytest.raises(UsageError):
+    with pytest.raises(UsageError, match=r"GUIX_CHANNELS_LOCK: cannot read .*: Is a directory"):
         site.make("pull")
 
 
