@@ -102,14 +102,6 @@ def test_target_of_a_directory_link_changes_the_digest(tmp_path: Path) -> None:
     assert tree_digest(directory) != digest
 
 
-def test_excluded_directory_does_not_change_the_digest(tmp_path: Path) -> None:
-    directory = write_tree(tmp_path / "x", {"a": b"1"})
-    digest = tree_digest(directory, without=[directory / "logs"])
-    write_tree(directory / "logs", {"one": b"1"})
-    assert tree_digest(directory, without=[directory / "logs"]) == digest
-    assert tree_digest(directory) != digest
-
-
 def test_executable_bit_changes_the_digest(tmp_path: Path) -> None:
     directory = write_tree(tmp_path / "x", {"a": b"1"})
     digest = tree_digest(directory)

@@ -13,7 +13,7 @@ from fake_engine import STEADY, FakeContainer, Heard, Output, Site, heard, new_s
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guix_tasks.commands import clean, commit
+from guix_tasks.commands import commit
 from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import FULL_DISK, EngineError, StageError, UsageError
 from guix_tasks.stages.container import (
@@ -596,30 +596,11 @@ def test_keep_failed_keeps_the_container_and_prints_a_hint(site: Site) -> None:
     assert "\n" not in error
 
 
-def test_keep_failed_removes_a_successful_container(site: Site) -> None:
-    run(site, Attempt(), keep_failed=True)
-    assert site.engine.all_containers == {}
-    assert site.image("own")
-
-
 def test_failed_container_is_not_committed(site: Site) -> None:
     fail(site, Attempt(1), keep_failed=True)
     with pytest.raises(UsageError, match=r"cannot commit .* ended with status 1"):
         commit.commit(site.project())
     assert len(site.engine.all_containers) == 1
-
-
-def test_clean_removes_a_failed_container(site: Site) -> None:
-    fail(site, Attempt(1), keep_failed=True)
-    assert len(clean.clean(site.project(), work_only=True)) == 1
-    assert site.engine.all_containers == {}
-
-
-def test_next_run_keeps_a_failed_container(site: Site) -> None:
-    fail(site, Attempt(1), keep_failed=True)
-    (container,) = kept_containers(site.engine, site.settings())
-    run(site, Attempt())
-    assert kept_containers(site.engine, site.settings()) == [container]
 
 
 @pytest.mark.parametrize("options", [{"keep_failed": True}, {"commit": False}], ids=str)
@@ -628,11 +609,6 @@ def test_second_container_is_an_error(site: Site, options: dict[str, bool]) -> N
     with pytest.raises(UsageError, match=r"not committed yet; .*`inv clean --work` removes it"):
         run(site, Attempt(), **options)
     assert len(site.engine.all_containers) == 1
-
-
-def test_failed_container_is_removed_without_commit(site: Site) -> None:
-    fail(site, Attempt(1), commit=False)
-    assert site.engine.all_containers == {}
 
 
 # --- Other tasks and dry runs -------------------------------------------------------------------
