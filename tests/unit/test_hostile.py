@@ -582,8 +582,8 @@ def test_text_does_not_become_a_dockerfile_instruction(attempt: Attempt, tmp_pat
         text = bake_file(definition)
         target_json = json.loads(text)["target"]["base"]
         expected = {"args": {"A": loaded.build_args["A"]}, "context": str(base.context)}
-        for name, value in expected.items():
-            assert unescape(target_json[name]) == value
+        for name, content in expected.items():
+            assert unescape(target_json[name]) == content
 
     attempt("Dockerfiles", st.tuples(HOSTILE, HOSTILE, HOSTILE), check, 10, 2_500)
 

@@ -276,7 +276,7 @@ def test_large_file_is_not_read_into_memory(made: Site, monkeypatch: pytest.Monk
     fake_pack(made)
     size, chunk = 64 << 20, b"z" * (1 << 16)
 
-    def copy_out(*_: object) -> Iterator[bytes]:
+    def copy_out(*_arguments: object) -> Iterator[bytes]:
         member = tarfile.TarInfo("x")
         member.size, member.mode = size, 0o555
         yield member.tobuf()
