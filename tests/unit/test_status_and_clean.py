@@ -160,7 +160,16 @@ def test_image_with_a_zero_date_has_a_state(made: Site) -> None:
     assert read_states(made)["IMAGE"] == "not made here"
 
 
-@pytest.mark.parametrize("created", ["0000-01-01T00:00:00Z", "never", ""])
+@pytest.mark.parametrize(
+    "created",
+    [
+        "0000-01-01T00:00:00Z",
+        "0001-01-01T00:00:00Z",
+        "1970-01-01T00:00:01Z",
+        "never",
+        "",
+    ],
+)
 def test_image_with_an_invalid_date_has_no_age(made: Site, created: str) -> None:
     image = made.image("install")
     made.engine.all_images[image.id] = replace(image, created=created)
