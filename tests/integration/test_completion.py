@@ -1,4 +1,4 @@
-"""Tab in real shells: bash, zsh and fish name the tasks and their options."""
+"""Tab completion of tasks and options in real shells: bash, zsh and fish."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from harness import ROOT, call, one_error
+from harness import ROOT, call
 
 from guix_tasks import files
 from guix_tasks.bootstrap.apt import Apt, host_suite
@@ -28,8 +28,8 @@ PACKAGES = {"zsh": ("zsh", "zsh-common"), "fish": ("fish", "fish-common", "libpc
 
 @pytest.fixture(scope="session")
 def shells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Where each shell is unpacked that this machine lacks; a directory of its own."""
-    found = {}
+    """The directories of the unpacked shells that are missing on this machine."""
+    roots = {}
     for name, packages in PACKAGES.items():
         suite = host_suite()
         if shutil.which(name) or not suite:
@@ -40,39 +40,39 @@ def shells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             try:
                 Apt([suite]).unpack(packages, root)
             except EngineError as error:
-                pytest.skip(f"{name} is not here, and cannot be had: {error}")
-        found[name] = root
-    return found
+                pytest.skip(f"{name} is neither installed nor available as a package: {error}")
+        roots[name] = root
+    return roots
 
 
 @dataclass
 class Terminal:
-    """A shell in a pseudo-terminal, which is typed into."""
+    """A shell in a pseudo-terminal."""
 
     process: int
     screen: int
-    shown: str = field(default="")
+    output: str = field(default="")
 
     def type(self, keys: str) -> None:
-        self.shown = ""
+        self.output = ""
         os.write(self.screen, keys.encode())
 
     def wait_for(self, pattern: str) -> str:
-        """What is shown, once it has this; without the colours and moves of the cursor."""
+        """Wait for a match in the output, and return the output without escape sequences."""
         end = time.monotonic() + SECONDS
         while True:
             plain = re.sub(
-                r"\x1b(\[[0-9;?>=]*[A-Za-z]|[()][A-B0-2]|[=>])|[\r\x07\x0f]", "", self.shown
+                r"\x1b(\[[0-9;?>=]*[A-Za-z]|[()][A-B0-2]|[=>])|[\r\x07\x0f]", "", self.output
             )
             if re.search(pattern, plain, re.MULTILINE):
                 return plain
             ready, _, _ = select.select([self.screen], [], [], max(0, end - time.monotonic()))
             assert ready, f"no {pattern!r} within {SECONDS} s: {plain!r}"
-            self.shown += os.read(self.screen, 1 << 16).decode(errors="replace")
+            self.output += os.read(self.screen, 1 << 16).decode(errors="replace")
 
 
-def write_start(shell: str, home: Path, root: Path | None) -> tuple[list[str], dict[str, str]]:
-    """The command line of a shell with a plain prompt, and the environment that it needs."""
+def configure(shell: str, home: Path, root: Path | None) -> tuple[list[str], dict[str, str]]:
+    """Give a shell a plain prompt, and return its command line and environment."""
     usr = (root or Path("/")) / "usr"
     script = f'"{ROOT}/inv" --print-completion-script={shell}'
     if shell == "bash":
@@ -82,7 +82,7 @@ def write_start(shell: str, home: Path, root: Path | None) -> tuple[list[str], d
         return ["bash", "--noprofile", "--rcfile", str(home / "rc"), "-i"], {}
     if shell == "zsh":
         modules = " ".join(map(str, (usr / "lib").glob("*/zsh/*")))
-        functions = " ".join(str(each) for each in (usr / "share/zsh/functions").glob("**/"))
+        functions = " ".join(str(path) for path in (usr / "share/zsh/functions").glob("**/"))
         (home / ".zshenv").write_text(
             f"module_path=({modules} $module_path)\nfpath=({functions} $fpath)\n" if root else ""
         )
@@ -107,11 +107,11 @@ def write_start(shell: str, home: Path, root: Path | None) -> tuple[list[str], d
 def terminal(request: pytest.FixtureRequest, shells: dict[str, Path], tmp_path: Path) -> object:
     shell, root = request.param, shells.get(request.param)
     if root is None and not shutil.which(shell):
-        pytest.skip(f"{shell} is not on this machine, nor in the packages of its distribution")
-    argv, more = write_start(shell, tmp_path, root)
+        pytest.skip(f"{shell} is neither installed nor in the packages of the distribution")
+    argv, variables = configure(shell, tmp_path, root)
     env = {
         "PATH": os.environ["PATH"], "HOME": str(tmp_path), "TERM": "xterm", "LANG": "C.UTF-8",
-        "COLUMNS": "80", **{name: value for name, value in more.items() if value},
+        "COLUMNS": "80", **{name: value for name, value in variables.items() if value},
     }  # fmt: skip
     process, screen = pty.fork()
     if process == 0:
@@ -125,7 +125,7 @@ def terminal(request: pytest.FixtureRequest, shells: dict[str, Path], tmp_path: 
         os.waitpid(process, 0)
 
 
-def test_tab_completes(terminal: Terminal) -> None:
+def test_tab_completes_tasks_and_options(terminal: Terminal) -> None:
     terminal.wait_for(PROMPT)
     terminal.type("./inv rollb\t")
     terminal.wait_for("rollback ")
@@ -134,9 +134,9 @@ def test_tab_completes(terminal: Terminal) -> None:
     terminal.type("install --keep\t")
     terminal.wait_for("--keep-failed ")
     terminal.type("pack --\t\t")
-    said = terminal.wait_for("--symlink")
-    assert "--upstream" not in said
-    assert "note" not in said
+    output = terminal.wait_for("--symlink")
+    assert "--upstream" not in output
+    assert "note" not in output
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,10 @@ def test_tab_completes(terminal: Terminal) -> None:
         (("--",), {"--list", "--dry", "--echo"}),
     ],
 )
-def test_what_a_shell_is_told(words: tuple[str, ...], expected: set[str]) -> None:
-    """The same by each program: names alone, nothing beside them, and quickly."""
+def test_completions_are_the_same_from_each_program(
+    words: tuple[str, ...], expected: set[str]
+) -> None:
+    """The output is quick and contains only names."""
     env = {"PATH": os.environ["PATH"], "IMAGE": "Not An Image"}
     inv, guix_tasks = [str(ROOT / "inv")], [sys.executable, "-m", "guix_tasks"]
     for program in (inv, guix_tasks, [sys.executable, "-m", "invoke"]):
@@ -159,10 +161,3 @@ def test_what_a_shell_is_told(words: tuple[str, ...], expected: set[str]) -> Non
         assert (result.returncode, result.stderr) == (0, "")
         assert expected <= set(result.stdout.split())
         assert " " not in result.stdout
-
-
-def test_a_shell_that_is_not_known() -> None:
-    env = {"PATH": os.environ["PATH"]}
-    result = call([str(ROOT / "inv"), "--print-completion-script=tcsh"], env, 60, ROOT)
-    error = one_error(result, 2)
-    assert error == "error: there is no completion for tcsh; use one of: bash, fish, zsh"
