@@ -1,4 +1,4 @@
-"""The BuildKit way on real builders, and the very commands of its steps where there is none."""
+"""Builds with BuildKit on real builders, and the commands of their steps in containers."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.engine
 
 BUILDKIT_IMAGE = "moby/buildkit:buildx-stable-1"
-"""What buildx starts its builders from."""
+"""Image of the builders that buildx creates."""
 
-OWN = Platform.parse("linux/amd64")
+PLATFORM = Platform.parse("linux/amd64")
 
 
-# --- What is needed for them ----------------------------------------------------------------
+# --- Fixtures and helpers --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Builder:
-    """The environment in which inv finds a builder of the tests' own."""
+    """The environment in which ``inv`` uses a builder of the tests."""
 
     environment: dict[str, str]
     buildx: Buildx
 
-    def but(self, **environment: str) -> Builder:
+    def with_variables(self, **environment: str) -> Builder:
         return Builder({**self.environment, **environment}, self.buildx)
 
     def inv(self, project: Project, *arguments: str, timeout: float = 240) -> Result:
@@ -73,43 +73,43 @@ class Builder:
 
 
 @pytest.fixture(scope="module")
-def engines_own(engine: DockerEngine, tmp_path_factory: pytest.TempPathFactory) -> Builder:
-    """The builder that is the engine itself."""
+def engine_builder(engine: DockerEngine, tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    """The builder that is part of the engine."""
     config = str(tmp_path_factory.mktemp("docker"))
-    found = local_buildx({**os.environ, "DOCKER_CONFIG": config}, engine.address)
-    if found is None:
+    program = local_buildx({**os.environ, "DOCKER_CONFIG": config}, engine.address)
+    if program is None:
         pytest.skip("buildx is not on this machine")
     environment = {**builder_environment("buildx"), "DOCKER_CONFIG": config}
-    return Builder({**environment, "BUILDX_DRIVER": "docker"}, found)
+    return Builder({**environment, "BUILDX_DRIVER": "docker"}, program)
 
 
 @pytest.fixture(scope="module")
-def insecure(
-    engines_own: Builder,
+def insecure_builder(
+    engine_builder: Builder,
     docker: Docker,
     tmp_path_factory: pytest.TempPathFactory,
     workshop: Workshop,
 ) -> Iterator[Builder]:
-    """A builder of the driver docker-container, made by ``buildx.setup``."""
-    here = docker("image", "inspect", BUILDKIT_IMAGE).returncode == 0
-    if not here and docker("pull", BUILDKIT_IMAGE).returncode:
+    """A builder of the driver docker-container, created by ``buildx.setup``."""
+    is_local = docker("image", "inspect", BUILDKIT_IMAGE).returncode == 0
+    if not is_local and docker("pull", BUILDKIT_IMAGE).returncode:
         pytest.skip(
-            f"no builder can run insecure steps here: {BUILDKIT_IMAGE}, which has buildkitd, is "
-            "neither on this engine nor in its reach"
+            f"no builder can run insecure steps: the engine has no {BUILDKIT_IMAGE} and cannot "
+            "pull it"
         )
     name = f"guix-tasks-test-{secrets.token_hex(4)}"
-    made = engines_own.but(BUILDX_DRIVER="docker-container", BUILDX_BUILDER=name)
+    created = engine_builder.with_variables(BUILDX_DRIVER="docker-container", BUILDX_BUILDER=name)
     project = workshop.project(tmp_path_factory.mktemp("setup") / "project")
     try:
-        made.ok(project, "buildx.setup")
-        yield made
+        created.ok(project, "buildx.setup")
+        yield created
     finally:
-        made.inv(project, "buildx.down")
+        created.inv(project, "buildx.down")
 
 
 @contextmanager
-def dialled(program: Buildx) -> Iterator[str]:
-    """The engine's own BuildKit at a port of loopback, as ``buildx dial-stdio`` serves it."""
+def serve_buildkit(program: Buildx) -> Iterator[str]:
+    """Serve the BuildKit of the engine on a loopback port, with ``buildx dial-stdio``."""
 
     class Dial(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -119,16 +119,16 @@ def dialled(program: Buildx) -> Iterator[str]:
             ) as process:  # fmt: skip
                 assert process.stdin
                 assert process.stdout
-                back = threading.Thread(target=self._answer, args=(process,), daemon=True)
-                back.start()
+                reply = threading.Thread(target=self._reply, args=(process,), daemon=True)
+                reply.start()
                 while data := self.request.recv(1 << 16):
                     process.stdin.write(data)
                     process.stdin.flush()
                 process.terminate()
 
-        def _answer(self, process: subprocess.Popen[bytes]) -> None:
+        def _reply(self, process: subprocess.Popen[bytes]) -> None:
             assert process.stdout
-            with suppress(OSError, ValueError):  # either side may have gone
+            with suppress(OSError, ValueError):  # either side may have closed the connection
                 while data := os.read(process.stdout.fileno(), 1 << 16):
                     self.request.sendall(data)
                 self.request.shutdown(socket.SHUT_RDWR)
@@ -141,8 +141,8 @@ def dialled(program: Buildx) -> Iterator[str]:
         server.shutdown()
 
 
-def facts(docker: Docker, image: str) -> dict[str, Any]:
-    """The same, with how the image is set up and what it says of itself."""
+def describe(docker: Docker, image: str) -> dict[str, Any]:
+    """Return the contents of an image, its configuration, and its channels and packages."""
     config = docker.config(image)
     kept = ("Cmd", "Entrypoint", "Env", "User", "WorkingDir", "ExposedPorts", "Volumes")
     return {
@@ -152,15 +152,15 @@ def facts(docker: Docker, image: str) -> dict[str, Any]:
     }
 
 
-# --- The engine's own builder, and a remote one: all that needs no newer frontend ------------
+# --- The builder of the engine and a remote builder, without insecure steps ------------------
 
 
-def test_setup_says_whether_the_engine_can_do_it(
-    new_project: NewProject, engines_own: Builder
+def test_setup_reports_support_for_insecure_steps(
+    new_project: NewProject, engine_builder: Builder
 ) -> None:
-    """On a frontend that does not know such steps, what would is named."""
+    """If the frontend is too old, the error names a newer one."""
     project = new_project()
-    result = engines_own.inv(project, "buildx.setup")
+    result = engine_builder.inv(project, "buildx.setup")
     if result.returncode == 0:
         assert "runs insecure steps" in result.stderr
         return
@@ -170,34 +170,39 @@ def test_setup_says_whether_the_engine_can_do_it(
     assert "set BUILDKIT_SYNTAX" in error
 
 
-def test_a_build_by_a_builder_that_cannot_do_it_touches_nothing(
-    new_project: NewProject, engines_own: Builder
+def test_unsupported_build_changes_nothing(
+    new_project: NewProject, engine_builder: Builder
 ) -> None:
     project = new_project()
-    result = engines_own.inv(project, "buildx.build", timeout=600)
+    result = engine_builder.inv(project, "buildx.build", timeout=600)
     if result.returncode == 0:
-        pytest.skip("this engine's own builder can")
+        pytest.skip("the builder of this engine runs insecure steps")
     with project.unharmed():
-        one_error(engines_own.inv(project, "buildx.build"), 6)
+        one_error(engine_builder.inv(project, "buildx.build"), 6)
     assert not (project.directory / LOCK).exists()
 
 
-def test_status_of_the_engines_own(new_project: NewProject, engines_own: Builder) -> None:
-    said = engines_own.ok(new_project(), "buildx.status").stdout
-    assert re.search(r"^default +default +running +\S+ +linux/\S+", said, re.MULTILINE)
-    assert "security.insecure" in said or "none" in said
-    assert re.search(r"^cache: [0-9.]+ ?[kMGT]?B$", said, re.MULTILINE)
+def test_status_shows_the_builder_of_the_engine(
+    new_project: NewProject, engine_builder: Builder
+) -> None:
+    status = engine_builder.ok(new_project(), "buildx.status").stdout
+    assert re.search(r"^default +default +running +\S+ +linux/\S+", status, re.MULTILINE)
+    assert "security.insecure" in status or "none" in status
+    assert re.search(r"^cache: [0-9.]+ ?[kMGT]?B$", status, re.MULTILINE)
 
 
-def test_the_engines_own_is_not_removed(new_project: NewProject, engines_own: Builder) -> None:
-    said = engines_own.ok(new_project(), "buildx.down").stderr
-    assert "nothing to remove" in said
-    engines_own.ok(new_project(), "buildx.status")
+def test_builder_of_the_engine_is_not_removed(
+    new_project: NewProject, engine_builder: Builder
+) -> None:
+    assert "nothing to remove" in engine_builder.ok(new_project(), "buildx.down").stderr
+    engine_builder.ok(new_project(), "buildx.status")
 
 
-def test_a_builder_that_is_not_there(new_project: NewProject, engines_own: Builder) -> None:
+def test_missing_builder_is_reported(new_project: NewProject, engine_builder: Builder) -> None:
     project = new_project()
-    missing = engines_own.but(BUILDX_DRIVER="docker-container", BUILDX_BUILDER="nobody-made-it")
+    missing = engine_builder.with_variables(
+        BUILDX_DRIVER="docker-container", BUILDX_BUILDER="nobody-made-it"
+    )
     for task in ("buildx.build", "buildx.status"):
         error = one_error(missing.inv(project, task), 6)
         assert "nobody-made-it" in error
@@ -206,7 +211,7 @@ def test_a_builder_that_is_not_there(new_project: NewProject, engines_own: Build
 
 
 def plain_definition(directory: Path, base: str, labels: dict[str, str], user: str) -> Definition:
-    """A build of no stages: it has all but an insecure step."""
+    """Define a build without stages, and therefore without insecure steps."""
     for name in ("empty", "work", "context"):
         (directory / name).mkdir(parents=True)
     (directory / "environment").write_text("")
@@ -217,10 +222,10 @@ def plain_definition(directory: Path, base: str, labels: dict[str, str], user: s
     arguments = {"BASE_IMAGE": base, "TEXT": "${HOME} %{x} \"'$"}
     return Definition(
         base=BuildSpec(context, context / "Dockerfile", arguments, network="none"),
-        platforms=[OWN],
+        platforms=[PLATFORM],
         network="none",
         user=user,
-        labels={OWN: labels},
+        labels={PLATFORM: labels},
         directory=directory,
         contexts={"work": directory / "work"},
     )
@@ -237,21 +242,21 @@ def bake(program: Buildx, builder: str, definition: Definition, target: str) -> 
     )  # fmt: skip
 
 
-def test_a_base_is_linked_and_its_image_is_labelled(
-    engines_own: Builder, docker: Docker, base_image: str, tmp_path: Path, workshop: Workshop
+def test_base_is_linked_and_labelled(
+    engine_builder: Builder, docker: Docker, base_image: str, tmp_path: Path, workshop: Workshop
 ) -> None:
-    """Whatever is in a label, a build argument or a path gets there as it is."""
+    """Special characters in labels, build arguments and paths are preserved."""
     labels = {"a.b": '(list\n  \'x "y" ${HOME} $HOME %{if} \\n é)', "c": "", "d": "one two"}
     tag = f"{workshop.registry}/guix-tasks-test-{workshop.token}/linked:t"
     plain = plain_definition(tmp_path / "a ${directory}, really", base_image, labels, "nobody")
     paths = {"A_PATH": "/profile/a ${HOME} \"'$"}
-    more = {"tags": [tag], "output": "type=docker", "environment": {OWN: paths}}
-    definition = Definition(**{**vars(plain), **more})
-    bake(engines_own.buildx, "default", definition, ASKED_TARGET)
+    changes = {"tags": [tag], "output": "type=docker", "environment": {PLATFORM: paths}}
+    definition = Definition(**{**vars(plain), **changes})
+    bake(engine_builder.buildx, "default", definition, ASKED_TARGET)
     assert (definition.directory / "reports" / "name").read_text() == "nobody\n"
     lines = (definition.directory / "reports" / "environment").read_text().splitlines()
     assert "TEXT=${HOME} %{x} \"'$" in lines
-    bake(engines_own.buildx, "default", definition, "image")
+    bake(engine_builder.buildx, "default", definition, "image")
     try:
         config = docker.config(tag)
         assert {name: config["Labels"][name] for name in labels} == labels
@@ -261,13 +266,15 @@ def test_a_base_is_linked_and_its_image_is_labelled(
         docker("rmi", "--force", tag)
 
 
-def test_a_remote_builder(
-    new_project: NewProject, engines_own: Builder, base_image: str, tmp_path: Path
+def test_remote_builder_is_created_used_and_removed(
+    new_project: NewProject, engine_builder: Builder, base_image: str, tmp_path: Path
 ) -> None:
-    """It is made, seen, built with as far as its frontend goes, and removed."""
+    """It builds without insecure steps, which its frontend may not support."""
     name = f"guix-tasks-test-{secrets.token_hex(4)}"
-    with dialled(engines_own.buildx) as endpoint:
-        remote = engines_own.but(BUILDX_DRIVER="remote", BUILDX_BUILDER=name, BUILDX_NODES=endpoint)
+    with serve_buildkit(engine_builder.buildx) as endpoint:
+        remote = engine_builder.with_variables(
+            BUILDX_DRIVER="remote", BUILDX_BUILDER=name, BUILDX_NODES=endpoint
+        )
         project = new_project()
         try:
             first = remote.inv(project, "buildx.setup")
@@ -277,51 +284,52 @@ def test_a_remote_builder(
             status = remote.ok(project, "buildx.status").stdout
             assert re.search(rf"^{name}0 +{endpoint} +running", status, re.MULTILINE)
             definition = plain_definition(tmp_path / "plain", base_image, {}, "nobody")
-            bake(engines_own.buildx, name, definition, ASKED_TARGET)
+            bake(engine_builder.buildx, name, definition, ASKED_TARGET)
             assert (definition.directory / "reports" / "name").read_text() == "nobody\n"
         finally:
-            said = remote.inv(project, "buildx.down").stderr
-        assert f"removed {name}" in said
-    assert buildx.inspect(engines_own.buildx, name) is None
+            removal = remote.inv(project, "buildx.down").stderr
+        assert f"removed {name}" in removal
+    assert buildx.inspect(engine_builder.buildx, name) is None
 
 
-def test_a_remote_builder_that_does_not_answer(
-    new_project: NewProject, engines_own: Builder
+def test_unreachable_remote_builder_is_removed(
+    new_project: NewProject, engine_builder: Builder
 ) -> None:
-    """Nothing is left of what was begun."""
     endpoint = f"tcp://127.0.0.1:{free_port()}"
-    far = engines_own.but(BUILDX_DRIVER="remote", BUILDX_NODES=endpoint, BUILDX_BUILDER="far")
+    remote = engine_builder.with_variables(
+        BUILDX_DRIVER="remote", BUILDX_NODES=endpoint, BUILDX_BUILDER="far"
+    )
     project = new_project()
-    error = one_error(far.inv(project, "buildx.setup"), 6)
+    error = one_error(remote.inv(project, "buildx.setup"), 6)
     assert "correct BUILDX_NODES" in error
-    assert "builder far does not exist" in far.ok(project, "buildx.down").stderr
+    assert "builder far does not exist" in remote.ok(project, "buildx.down").stderr
 
 
 # --- A builder that runs insecure steps ------------------------------------------------------
 
 
-def test_the_image_is_the_same_both_ways(
-    insecure: Builder, new_project: NewProject, made: Made, docker: Docker
+def test_buildkit_makes_the_same_image(
+    insecure_builder: Builder, new_project: NewProject, made: Made, docker: Docker
 ) -> None:
-    """From one env file, from a clean state; and what comes of it is in the registry, locked."""
+    """The image comes from one env file and is pushed, and its channels are locked."""
     project = new_project()
-    said = insecure.ok(project, "base", "buildx.setup", "buildx.build")
-    reference = said.stdout.strip().splitlines()[-1]
+    result = insecure_builder.ok(project, "base", "buildx.setup", "buildx.build")
+    reference = result.stdout.strip().splitlines()[-1]
     assert re.fullmatch(rf"{re.escape(project.image)}@sha256:[0-9a-f]{{64}}", reference)
-    assert "base: copying" in said.stderr, "only the engine has the base image"
+    assert "base: copying" in result.stderr, "only the engine has the base image"
     docker.ok("pull", reference)
-    assert facts(docker, reference) == facts(docker, made.project.image)
+    assert describe(docker, reference) == describe(docker, made.project.image)
     lock = (project.directory / LOCK).read_text()
     assert guix.commits(lock) == guix.commits((made.project.directory / LOCK).read_text())
-    # Nothing changed: every step is in the cache, also the one that pulled what floated before.
-    again = insecure.ok(project, "buildx.build")
-    assert again.stdout.strip() == reference
-    assert "Updating channel" not in again.stderr, "it is in the cache"
+    # Nothing changed: every step is in the cache, also the pull of the floating channels.
+    second = insecure_builder.ok(project, "buildx.build")
+    assert second.stdout.strip() == reference
+    assert "Updating channel" not in second.stderr, "the pull is in the cache"
     docker("rmi", "--force", reference)
 
 
-def test_search_paths_are_the_same_both_ways(
-    insecure: Builder, new_project: NewProject, docker: Docker
+def test_buildkit_sets_the_same_search_paths(
+    insecure_builder: Builder, new_project: NewProject, docker: Docker
 ) -> None:
     project = new_project(
         "base",
@@ -335,32 +343,34 @@ def test_search_paths_are_the_same_both_ways(
     project.ok("install")
     environment = docker.config(project.image)["Env"]
     assert f"GREET_PATH={guix.PROFILE}/share/greet" in environment
-    insecure.ok(project, "buildx.build", "--no-pull")
+    insecure_builder.ok(project, "buildx.build", "--no-pull")
     assert docker.config(project.image)["Env"] == environment
 
 
-def test_a_builder_is_made_anew_with_its_cache(insecure: Builder, new_project: NewProject) -> None:
-    """Where all is well nothing is done; the selected builder is another before and after."""
+def test_builder_is_recreated_with_its_cache(
+    insecure_builder: Builder, new_project: NewProject
+) -> None:
+    """Setup of a matching builder changes nothing, and setup never selects the builder."""
     project = new_project()
-    assert "exists" in insecure.ok(project, "buildx.setup").stderr
-    before = insecure.ok(project, "buildx.status").stdout
-    assert "network.host security.insecure" in before
-    said = insecure.ok(project, "--echo", "buildx.setup", "--recreate").stderr
-    assert "rm --keep-state" in said
-    assert "cache: 0B" not in insecure.ok(project, "buildx.status").stdout
-    selected = f"{insecure.environment['BUILDX_BUILDER']}*"
-    assert selected not in insecure.buildx.ask("ls")
+    assert "exists" in insecure_builder.ok(project, "buildx.setup").stderr
+    status = insecure_builder.ok(project, "buildx.status").stdout
+    assert "network.host security.insecure" in status
+    recreation = insecure_builder.ok(project, "--echo", "buildx.setup", "--recreate").stderr
+    assert "rm --keep-state" in recreation
+    assert "cache: 0B" not in insecure_builder.ok(project, "buildx.status").stdout
+    selected = f"{insecure_builder.environment['BUILDX_BUILDER']}*"
+    assert selected not in insecure_builder.buildx.ask("ls")
 
 
-def test_a_builder_that_was_made_otherwise_is_told_of(
-    insecure: Builder, new_project: NewProject, engine_host: str
+def test_builder_with_other_flags_is_reported(
+    insecure_builder: Builder, new_project: NewProject, engine_host: str
 ) -> None:
     name = f"guix-tasks-test-{secrets.token_hex(4)}"
-    insecure.buildx.change(
+    insecure_builder.buildx.change(
         "create", f"--name={name}", "--driver=docker-container", "--driver-opt=network=host",
         "--bootstrap", engine_host,
     )  # fmt: skip
-    other = insecure.but(BUILDX_BUILDER=name)
+    other = insecure_builder.with_variables(BUILDX_BUILDER=name)
     project = new_project()
     try:
         error = one_error(other.inv(project, "buildx.setup"), 6)
@@ -373,132 +383,125 @@ def test_a_builder_that_was_made_otherwise_is_told_of(
         other.inv(project, "buildx.down")
 
 
-def test_a_step_that_fails_pushes_nothing(
-    insecure: Builder, new_project: NewProject, docker: Docker
+def test_failed_step_pushes_nothing(
+    insecure_builder: Builder, new_project: NewProject, docker: Docker
 ) -> None:
     project = new_project(GUIX_PACKAGES="hello no-such-package")
-    error = one_error(insecure.inv(project, "buildx.build", "--no-pull"), 4)
+    error = one_error(insecure_builder.inv(project, "buildx.build", "--no-pull"), 4)
     assert "install: the command failed with exit status 1" in error
     assert docker("manifest", "inspect", "--insecure", project.image).returncode
 
 
-def test_a_build_that_is_interrupted_pushes_nothing(
-    insecure: Builder, new_project: NewProject, docker: Docker
+def test_interrupted_build_pushes_nothing(
+    insecure_builder: Builder, new_project: NewProject, docker: Docker
 ) -> None:
     project = new_project(GUIX_PACKAGES="hello")
-    running = project.start("buildx.build", "--no-pull", "--force", env=insecure.environment)
+    running = project.start(
+        "buildx.build", "--no-pull", "--force", env=insecure_builder.environment
+    )
     running.await_output("will be installed")
     assert running.signal(signal.SIGINT) == 130
     assert "Traceback" not in running.said()
     assert docker("manifest", "inspect", "--insecure", project.image).returncode
 
 
-def test_a_registry_that_is_not_there(insecure: Builder, new_project: NewProject) -> None:
+def test_unreachable_registry_is_reported(
+    insecure_builder: Builder, new_project: NewProject
+) -> None:
     project = new_project(repository=f"localhost:{free_port()}/x/y", GUIX_PACKAGES="hello")
-    error = one_error(insecure.inv(project, "buildx.build", "--no-pull"), 5)
+    error = one_error(insecure_builder.inv(project, "buildx.build", "--no-pull"), 5)
     assert "inv registry.up" in error
 
 
-def test_what_is_secret_is_in_no_layer(
-    insecure: Builder, new_project: NewProject, docker: Docker
+def test_image_contains_no_secret(
+    insecure_builder: Builder, new_project: NewProject, docker: Docker
 ) -> None:
-    """A proxy's password above all; and nothing of the work directory or the mounts is left."""
+    """The password of a proxy, the work directory and the mounts are not in the image."""
     project = new_project(BUILDX_OUTPUT="load", GUIX_PACKAGES="hello")
-    secretive = insecure.but(http_proxy="http://me:hunter2@127.0.0.1:9")
-    said = secretive.ok(project, "buildx.build", "--no-pull")
-    assert "hunter2" not in said.stdout + said.stderr
-    assert said.stdout.strip() == project.image
+    builder = insecure_builder.with_variables(http_proxy="http://me:hunter2@127.0.0.1:9")
+    result = builder.ok(project, "buildx.build", "--no-pull")
+    assert "hunter2" not in result.stdout + result.stderr
+    assert result.stdout.strip() == project.image
     assert "hunter2" not in docker.ok("history", "--no-trunc", project.image)
     assert "hunter2" not in json.dumps(docker.config(project.image))
-    ours = "/.guix-tasks* /var/guix/guix-tasks* /offline /root/.cache"
-    look = f"ls -d {ours}; grep -rl hunter2 /etc /root"
-    left = docker.run(project.image, "-c", look, options=("--entrypoint=sh",))
-    assert left.stdout == ""
+    paths = "/.guix-tasks* /var/guix/guix-tasks* /offline /root/.cache"
+    search = f"ls -d {paths}; grep -rl hunter2 /etc /root"
+    matches = docker.run(project.image, "-c", search, options=("--entrypoint=sh",))
+    assert matches.stdout == ""
 
 
-def test_jobs_push_by_digest_and_the_last_one_joins(
-    insecure: Builder, new_project: NewProject, docker: Docker
+def test_images_pushed_by_digest_are_joined(
+    insecure_builder: Builder, new_project: NewProject, docker: Docker
 ) -> None:
     project = new_project(PLATFORMS="linux/amd64", GUIX_PACKAGES="hello")
-    said = insecure.ok(project, "buildx.build", "--no-pull", "--by-digest").stdout.strip()
-    assert said.startswith(f"{project.repository}@sha256:")
+    pushed = insecure_builder.ok(project, "buildx.build", "--no-pull", "--by-digest").stdout.strip()
+    assert pushed.startswith(f"{project.repository}@sha256:")
     assert docker("manifest", "inspect", "--insecure", project.image).returncode, "no tag yet"
-    joined = insecure.ok(project, "manifest").stdout.strip()
-    found = json.loads(docker.ok("manifest", "inspect", "--insecure", joined))
-    assert [each["digest"] for each in found["manifests"]] == [said.partition("@")[2]]
+    joined = insecure_builder.ok(project, "manifest").stdout.strip()
+    index = json.loads(docker.ok("manifest", "inspect", "--insecure", joined))
+    assert [part["digest"] for part in index["manifests"]] == [pushed.partition("@")[2]]
 
 
-def test_an_archive_is_in_the_output_folder(insecure: Builder, new_project: NewProject) -> None:
+def test_archive_is_in_the_output_directory(
+    insecure_builder: Builder, new_project: NewProject
+) -> None:
     project = new_project(BUILDX_OUTPUT="oci", GUIX_PACKAGES="hello")
-    said = insecure.ok(project, "buildx.build", "--no-pull").stdout.strip()
-    assert Path(said).parent == project.directory / "out"
-    with tarfile.open(said) as tar:
+    archive = Path(insecure_builder.ok(project, "buildx.build", "--no-pull").stdout.strip())
+    assert archive.parent == project.directory / "out"
+    with tarfile.open(archive) as tar:
         assert "index.json" in tar.getnames()
-    kept = [each.name for each in (project.directory / "out").iterdir() if each.name != "logs"]
-    assert kept == [Path(said).name]
+    names = [path.name for path in archive.parent.iterdir() if path.name != "logs"]
+    assert names == [archive.name]
 
 
-# --- Many platforms by run and commit --------------------------------------------------------
+# --- Several platforms without BuildKit ------------------------------------------------------
 
 
-def test_platforms_are_pushed_one_by_one_and_joined(
-    new_project: NewProject, engines_own: Builder, docker: Docker
+def test_platforms_are_pushed_and_joined(
+    new_project: NewProject, engine_builder: Builder, docker: Docker
 ) -> None:
     """The Dockerfile runs nothing, so it builds for any platform without emulation."""
     project = new_project(PLATFORMS="linux/amd64 linux/arm64", GUIX_SANDBOX="nochroot", TAGS="more")
     project.dockerfile("FROM scratch\nCOPY Dockerfile /\n")
-    said = engines_own.ok(project, "base", "push").stdout.split()
-    digests = [line.partition("@")[2] for line in said]
-    assert [line.partition("@")[0] for line in said] == [
+    references = engine_builder.ok(project, "base", "push").stdout.split()
+    digests = [reference.partition("@")[2] for reference in references]
+    assert [reference.partition("@")[0] for reference in references] == [
         project.tag("linux-amd64"),
         project.tag("linux-arm64"),
     ]
     records = sorted((project.directory / "out" / "digests").iterdir())
-    assert [each.name for each in records] == ["linux-amd64.json", "linux-arm64.json"]
-    assert [json.loads(each.read_text())["digest"] for each in records] == digests
-    joined = engines_own.ok(project, "manifest").stdout.strip()
+    assert [record.name for record in records] == ["linux-amd64.json", "linux-arm64.json"]
+    assert [json.loads(record.read_text())["digest"] for record in records] == digests
+    joined = engine_builder.ok(project, "manifest").stdout.strip()
     assert joined.startswith(f"{project.image}@sha256:")
     for tag in ("t", "more"):
-        found = json.loads(
+        index = json.loads(
             docker.ok("manifest", "inspect", "--insecure", f"{project.repository}:{tag}")
         )
-        parts = {(each["platform"]["architecture"], each["digest"]) for each in found["manifests"]}
+        parts = {(part["platform"]["architecture"], part["digest"]) for part in index["manifests"]}
         assert parts == {("amd64", digests[0]), ("arm64", digests[1])}
     records[1].unlink()
-    error = one_error(engines_own.inv(project, "manifest"), 2)
+    error = one_error(engine_builder.inv(project, "manifest"), 2)
     assert "linux/arm64" in error
-    engines_own.ok(project, "clean")
+    engine_builder.ok(project, "clean")
     assert project.tags() == {}
 
 
-def test_an_emulated_platform_wants_no_isolation(new_project: NewProject) -> None:
-    project = new_project(PLATFORMS="linux/riscv64")
-    with project.unharmed():
-        error = one_error(project.inv("install"), 2)
-    assert "GUIX_SANDBOX=nochroot" in error
-
-
-def test_a_task_for_one_platform_wants_to_know_which(new_project: NewProject) -> None:
-    project = new_project(PLATFORMS="linux/amd64 linux/arm64")
-    error = one_error(project.inv("run", "--", "true"), 2)
-    assert "PLATFORMS=linux/amd64" in error
-
-
-def test_builds_that_are_not_isolated_come_out_the_same(
+def test_builds_without_isolation_make_the_same_image(
     new_project: NewProject, made: Made, docker: Docker
 ) -> None:
-    """And take no privilege."""
+    """The work container is not privileged."""
     project = new_project("base", "pull", GUIX_SANDBOX="nochroot")
-    said = project.ok("--echo", "install").stderr
-    assert "--privileged" not in said
-    assert "--security-opt=seccomp=unconfined" in said
-    assert facts(docker, project.image) == facts(docker, made.project.image)
+    output = project.ok("--echo", "install").stderr
+    assert "--privileged" not in output
+    assert "--security-opt=seccomp=unconfined" in output
+    assert describe(docker, project.image) == describe(docker, made.project.image)
 
 
-# --- The very commands of the steps ----------------------------------------------------------
+# --- The commands of the steps, without a builder --------------------------------------------
 
 STUB = """#!/bin/sh
-# Answers as a builder would that can do it; keeps what the last call of bake was given.
+# Answers like a builder that runs insecure steps, and keeps the input of the last bake call.
 case $1 in
 inspect)
     printf 'Name:   default\\nDriver: docker\\n\\nNodes:\\nName:      default\\n'
@@ -522,10 +525,10 @@ BLOCK = re.compile(r"^FROM (\S+) AS ((?:pull|install)\S*)\n((?:(?!FROM ).*\n)*)"
 RUN = re.compile(r"^RUN (.*?) (\[.*\])$", re.MULTILINE)
 
 
-def test_the_commands_of_the_steps_make_the_same_image(
+def test_commands_of_the_steps_make_the_same_image(
     new_project: NewProject, made: Made, docker: Docker, tmp_path: Path
 ) -> None:
-    """Also where no builder can run them: one after the other in a container each."""
+    """Run each command in a container, as a check that needs no builder."""
     plugins = tmp_path / "config" / "cli-plugins"
     plugins.mkdir(parents=True)
     (plugins / buildx.PROGRAM).write_text(STUB)
@@ -539,57 +542,60 @@ def test_the_commands_of_the_steps_make_the_same_image(
     steps = Steps(project, kept, contexts, {"base": project.tag("base")})
     for parent, name, lines in BLOCK.findall(text):
         steps.run(parent, name, lines)
-    # Its configuration is what the other lines of the Dockerfile make, so only what is in it.
+    # Other lines of the Dockerfile make the configuration, so compare only the contents.
     assert contents(docker, steps.images["install"]) == contents(docker, made.project.image)
 
 
 @dataclass
 class Steps:
-    """What BuildKit does for the steps of a Dockerfile, in containers."""
+    """Run the steps of a Dockerfile in containers, as BuildKit would."""
 
     project: Project
-    kept: Path
+    inputs: Path
+    """Copy of the directory that ``bake`` reads."""
     contexts: dict[str, str]
     images: dict[str, str]
-    """The image of each part of the Dockerfile, by name."""
+    """The image of each stage of the Dockerfile, by name."""
 
     def run(self, parent: str, name: str, lines: str) -> None:
-        """Do the only ``RUN`` of a part."""
+        """Run the only ``RUN`` of a stage."""
         docker, container = self.project.docker, self.project.container_name()
         ((options, command),) = RUN.findall(lines)
-        words = ["--name", container, *re.findall(r"^ENV (.*)$", lines, re.MULTILINE)]
-        words = [f"--env={word}" if "DIRECTORY=" in word else word for word in words]
+        arguments = ["--name", container, *re.findall(r"^ENV (.*)$", lines, re.MULTILINE)]
+        arguments = [f"--env={word}" if "DIRECTORY=" in word else word for word in arguments]
         for option in options.split():
             key, _, value = option.removeprefix("--").partition("=")
             if key == "network":
-                words.append(f"--network={value}")
+                arguments.append(f"--network={value}")
             elif key == "mount":
-                words += self._mount(dict(each.partition("=")[::2] for each in value.split(",")))
+                arguments += self._mount(
+                    dict(field.partition("=")[::2] for field in value.split(","))
+                )
             else:
                 assert option == "--security=insecure"
-                words.append("--privileged")
+                arguments.append("--privileged")
         entry, *rest = json.loads(command)
-        docker.ok("run", *words, f"--entrypoint={entry}", self.images[parent], *rest)
+        docker.ok("run", *arguments, f"--entrypoint={entry}", self.images[parent], *rest)
         self.images[name] = docker.ok("commit", container)
         self.project.seen.add(self.images[name])
 
     def _mount(self, fields: dict[str, str]) -> list[str]:
-        """A mount of a ``RUN`` as options of ``docker run``."""
+        """Convert a mount of a ``RUN`` to options of ``docker run``."""
         target, source = fields["target"], fields.get("source", "")
         if fields["type"] == "cache":
             identity = re.sub(r"\${\w+}", "", fields["id"])
             prefix = self.project.settings["CACHE_VOLUME"]
             return [f"--volume={prefix}-{identity}:{target}:nocopy"]
         if fields["type"] == "secret":
-            return [f"--volume={self.kept / fields['id']}:{target}:ro"]
+            return [f"--volume={self.inputs / fields['id']}:{target}:ro"]
         assert fields["type"] == "bind"
         if fields["from"] in self.images:
-            copy = self.kept / fields["from"]
+            copy = self.inputs / fields["from"]
             container = self.project.container_name()
             docker = self.project.docker
             docker.ok("create", "--name", container, self.images[fields["from"]])
             docker.ok("cp", f"{container}:{source}", str(copy))
             return [f"--volume={copy}:{target}:ro"]
-        work = self.kept / "work"
-        place = work if fields["from"] == "work" else Path(self.contexts[fields["from"]])
-        return [f"--volume={place / source}:{target}{'' if 'rw' in fields else ':ro'}"]
+        work = self.inputs / "work"
+        directory = work if fields["from"] == "work" else Path(self.contexts[fields["from"]])
+        return [f"--volume={directory / source}:{target}{'' if 'rw' in fields else ':ro'}"]

@@ -1,4 +1,4 @@
-"""What the key takes for the build context is what a real build copies, for random trees."""
+"""The key of a build context covers exactly the files that a real build copies (random trees)."""
 
 from __future__ import annotations
 
@@ -46,23 +46,23 @@ MALFORMED = ["[", "!", "[]a]", "[b-a]", "a[", "\\", "[-x]"]
 DOCKERFILE = "FROM scratch\nARG NUMBER\nLABEL number=$NUMBER\nCOPY . /ctx/\n"
 
 Content = tuple[str, int, "bytes | str", frozenset[str]]
-"""Type, mode, content or target of a link, and all names of the file within the context."""
+"""Type, mode, content or link target, and all names of the file within the context."""
 
 
 @dataclass
 class Tree:
-    """A build context at random."""
+    """A random build context."""
 
     root: Path
     random: Random
     classic: bool
-    """For the engine's own builder, which keeps names that are not UTF-8, and no setgid bit."""
+    """For the classic builder, which keeps names that are not UTF-8, but no setgid bit."""
 
     @property
     def dockerfile(self) -> Path:
         return self.root / "Dockerfile"
 
-    def plant(self) -> None:
+    def create(self) -> None:
         self.root.mkdir()
         self.dockerfile.write_text(DOCKERFILE)
         for _ in range(self.random.randint(3, 14)):
@@ -83,17 +83,17 @@ class Tree:
             self.random.choice(PARTS if self.random.random() < 0.5 else NAMES).partition("\n")[0]
             for _ in range(self.random.choice([1, 1, 1, 2, 2, 3]))
         ]
-        before = self.random.choice(["", "", "", "!", "!", "/", "!/", " ", "! ", "./", "#"])
-        return before + "/".join(parts) + self.random.choice(["", "", "", "/", " ", "\r"])
+        prefix = self.random.choice(["", "", "", "!", "!", "/", "!/", " ", "! ", "./", "#"])
+        return prefix + "/".join(parts) + self.random.choice(["", "", "", "/", " ", "\r"])
 
     def directories(self) -> list[Path]:
-        return [self.root, *(each for each in self.paths() if is_directory(each))]
+        return [self.root, *(path for path in self.paths() if is_directory(path))]
 
     def paths(self) -> list[Path]:
-        found = (Path(each) / name for each, directories, files in os.walk(self.root)
+        paths = (Path(parent) / name for parent, directories, files in os.walk(self.root)
                  for name in (*directories, *files))  # fmt: skip
-        kept = {"Dockerfile", ".dockerignore", "Dockerfile.dockerignore"}
-        return sorted(each for each in found if each.name not in kept)
+        fixed = {"Dockerfile", ".dockerignore", "Dockerfile.dockerignore"}
+        return sorted(path for path in paths if path.name not in fixed)
 
     def new_path(self) -> Path:
         name = self.random.choice(NAMES)
@@ -107,7 +107,7 @@ class Tree:
             return
         kind = self.random.choice(["file"] * 5 + ["directory"] * 4 + ["link"] * 2 + ["hard"] * 2
                                   + ["pipe", "socket"])  # fmt: skip
-        files = [each for each in self.paths() if stat.S_ISREG(each.lstat().st_mode)]
+        files = [file for file in self.paths() if stat.S_ISREG(file.lstat().st_mode)]
         if kind == "file":
             path.write_text(self.random.choice(["", "1", "2", "three"]))
         elif kind == "directory":
@@ -125,12 +125,12 @@ class Tree:
 
     def change_mode(self, path: Path) -> None:
         if not path.is_symlink():
-            own = 0o700 if path.is_dir() else 0o600
-            mode = own | self.random.choice([0, 0o4, 0o44, 0o66, 0o55, 0o111, 0o1022, 0o2050])
+            least = 0o700 if path.is_dir() else 0o600
+            mode = least | self.random.choice([0, 0o4, 0o44, 0o66, 0o55, 0o111, 0o1022, 0o2050])
             path.chmod(mode if path.is_dir() or not self.classic else mode & 0o1777)
 
     def edit(self) -> str:
-        """Change one thing, which the build may see or not."""
+        """Make one random change, which may affect the build or not, and describe it."""
         paths = self.paths()
         kind = self.random.choice(["add", "remove", "mode", "content", "rename", "time", "rules"])
         path = self.random.choice(paths) if paths else self.root
@@ -152,13 +152,13 @@ class Tree:
             self.write_rules()
         return f"{kind} {path.relative_to(self.root)}"
 
-    def described(self) -> str:
-        """The tree and its rules, for who looks into a failure."""
+    def describe(self) -> str:
+        """Describe the tree and its rules for the message of a failure."""
         rules = {name: (self.root / name).read_bytes() for name in
                  (".dockerignore", "Dockerfile.dockerignore")
                  if (self.root / name).exists()}  # fmt: skip
         entries = [
-            f"{each.lstat().st_mode:o} {each.relative_to(self.root)}" for each in self.paths()
+            f"{path.lstat().st_mode:o} {path.relative_to(self.root)}" for path in self.paths()
         ]
         return f"{rules} {entries}"
 
@@ -169,75 +169,74 @@ def is_directory(path: Path) -> bool:
 
 def bind(path: Path) -> None:
     with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as server:
-        server.bind(f"{directory}/s")  # the name of a socket may not be long
+        server.bind(f"{directory}/s")  # the path of a socket must be short
         Path(directory, "s").rename(path)
 
 
-def grouped(found: dict[str, Content], links: dict[str, str]) -> dict[str, Content]:
-    """Give every name of a file what its first one has."""
+def merge_links(files: dict[str, Content], links: dict[str, str]) -> dict[str, Content]:
+    """Return all files, where every hard link has the content of its first name."""
     names: dict[str, set[str]] = {}
     for name, target in links.items():
         names.setdefault(target, {target}).add(name)
-    whole = dict(found)
+    merged = dict(files)
     for target, group in names.items():
-        kind, mode, content, _ = found[target]
-        whole |= dict.fromkeys(group, (kind, mode, content, frozenset(group)))
-    return whole
+        kind, mode, content, _ = files[target]
+        merged |= dict.fromkeys(group, (kind, mode, content, frozenset(group)))
+    return merged
 
 
-def expected(entries: list[Entry]) -> dict[str, Content]:
-    found, links = dict[str, Content](), dict[str, str]()
-    for each in entries:
+def expected_files(entries: list[Entry]) -> dict[str, Content]:
+    files, links = dict[str, Content](), dict[str, str]()
+    for entry in entries:
         kind = "bcd-lp"[[stat.S_IFBLK, stat.S_IFCHR, stat.S_IFDIR, stat.S_IFREG, stat.S_IFLNK,
-                         stat.S_IFIFO].index(stat.S_IFMT(each.mode))]  # fmt: skip
-        if kind == "-" and each.target:
-            links[each.name] = each.target
+                         stat.S_IFIFO].index(stat.S_IFMT(entry.mode))]  # fmt: skip
+        if kind == "-" and entry.target:
+            links[entry.name] = entry.target
             continue
-        content = each.path.read_bytes() if each.has_content else each.target
-        found[each.name] = kind, stat.S_IMODE(each.mode), content or b"", frozenset()
-    return grouped(found, links)
+        content = entry.path.read_bytes() if entry.has_content else entry.target
+        files[entry.name] = kind, stat.S_IMODE(entry.mode), content or b"", frozenset()
+    return merge_links(files, links)
 
 
 KINDS = {tarfile.DIRTYPE: "d", tarfile.REGTYPE: "-", tarfile.SYMTYPE: "l", tarfile.FIFOTYPE: "p"}
 
 
-def built(engine: DockerEngine, image: str) -> dict[str, Content]:
-    """What is below ``/ctx`` in an image."""
-    found, links = dict[str, Content](), dict[str, str]()
+def copied_files(engine: DockerEngine, image: str) -> dict[str, Content]:
+    """Return the files below ``/ctx`` in an image."""
+    files, links = dict[str, Content](), dict[str, str]()
     with tempfile.TemporaryFile() as file:
         file.writelines(engine.save(image))
         file.seek(0)
         with tarfile.open(fileobj=file) as archive:
             manifest = archive.extractfile("manifest.json")
             assert manifest
-            for name in json.load(manifest)[0]["Layers"]:
-                layer = archive.extractfile(name)
+            for layer_name in json.load(manifest)[0]["Layers"]:
+                layer = archive.extractfile(layer_name)
                 with tarfile.open(fileobj=layer) as tar:
-                    for each in tar:
-                        inside = each.name.removeprefix("ctx").removeprefix("/")
-                        if each.islnk():
-                            links[inside] = each.linkname.removeprefix("ctx/")
-                        elif inside:
-                            content = tar.extractfile(each) if each.isfile() else None
-                            text = content.read() if content else each.linkname or b""
-                            found[inside] = KINDS[each.type], each.mode, text, frozenset()
-    return grouped(found, links)
+                    for member in tar:
+                        name = member.name.removeprefix("ctx").removeprefix("/")
+                        if member.islnk():
+                            links[name] = member.linkname.removeprefix("ctx/")
+                        elif name:
+                            content = tar.extractfile(member) if member.isfile() else None
+                            text = content.read() if content else member.linkname or b""
+                            files[name] = KINDS[member.type], member.mode, text, frozenset()
+    return merge_links(files, links)
 
 
 class Builds:
-    """Builds of one builder, whose images are removed."""
+    """Builds with one builder; the fixture removes their images."""
 
     def __init__(self, engine: DockerEngine) -> None:
         self.engine = engine
         self.images: set[str] = set()
-        self.refusal = ""
+        self.error = ""
 
     def build(self, tree: Tree) -> dict[str, Content] | None:
-        """What a build copies; None if it fails.
+        """Build, and return the copied files, or None if the build fails.
 
-        No cache may answer: both builders take a copy from theirs if the mode of a directory is
-        all that changed.  BuildKit has another one for each place of a context, and the engine's
-        own builder one for each label.
+        The build must not use a cached copy: both builders would if only the mode of a directory
+        has changed. BuildKit caches by the path of the context, the classic builder by labels.
         """
         number = secrets.token_hex(8)
         tree.root = tree.root.rename(tree.root.with_name(number))
@@ -245,11 +244,11 @@ class Builds:
         spec = BuildSpec(tree.root, tree.dockerfile, arguments)
         try:
             image = self.engine.build(spec, lambda _: None)
-        except (BuilderError, UsageError) as error:
-            self.refusal = str(error)
+        except (BuilderError, UsageError) as caught:
+            self.error = str(caught)
             return None
         self.images.add(image)
-        return built(self.engine, image)
+        return copied_files(self.engine, image)
 
 
 @pytest.fixture(params=["buildx", "classic"])
@@ -260,58 +259,58 @@ def builds(
         monkeypatch.setattr(engine, "_helpers", Helpers())
     elif local_buildx(os.environ, engine.address) is None:
         pytest.skip("buildx is not on this machine")
-    made = Builds(engine)
-    yield made
-    for image in made.images:
+    builds = Builds(engine)
+    yield builds
+    for image in builds.images:
         engine.drop(image)
 
 
-def look(tree: Tree) -> tuple[dict[str, Content] | None, str]:
-    """What the key sees, and the key; None for a malformed ignore file."""
+def compute_key(tree: Tree) -> tuple[dict[str, Content] | None, str]:
+    """Return the files in the key and the key, or None if the ignore file is malformed."""
     files_module._digest_of_state.cache_clear()
     try:
         entries = context_entries(tree.root, tree.dockerfile)
     except UsageError:
         return None, ""
-    return expected(entries), context_digest(entries)
+    return expected_files(entries), context_digest(entries)
 
 
 @pytest.mark.soak
-def test_key_sees_what_the_builder_sees(
+def test_key_covers_the_files_that_the_builder_copies(
     builds: Builds, request: pytest.FixtureRequest, soak: Soak, tmp_path: Path
 ) -> None:
     name = str(request.node.callspec.params["builds"])
     classic = name == "classic"
     random = soak.chance(f"build contexts {name}")
-    tried = changed = malformed = 0
+    builds_made = changed = malformed = 0
     for number in range(soak.times(5, 400)):
         tree = Tree(tmp_path / f"{number}", random, classic)
-        tree.plant()
+        tree.create()
         edits: list[str] = []
-        before: tuple[dict[str, Content] | None, str] | None = None
+        previous: tuple[dict[str, Content] | None, str] | None = None
         for _ in range(3):
-            seen, key = look(tree)
-            if classic and seen == {}:
-                break  # such a builder has nothing to copy then, and fails
+            expected, key = compute_key(tree)
+            if classic and expected == {}:
+                break  # the classic builder fails if there are no files to copy
             copied = builds.build(tree)
-            about = f"--seed={soak.seed}, tree {number}, {edits}: {tree.described()}"
-            assert copied == seen, f"{about}: {builds.refusal}"
-            if before:
-                assert (key != before[1]) == (copied != before[0]), about
-                changed += key != before[1]
-            tried, malformed = tried + 1, malformed + (seen is None)
-            before = copied, key
+            case = f"--seed={soak.seed}, tree {number}, {edits}: {tree.describe()}"
+            assert copied == expected, f"{case}: {builds.error}"
+            if previous:
+                assert (key != previous[1]) == (copied != previous[0]), case
+                changed += key != previous[1]
+            builds_made, malformed = builds_made + 1, malformed + (expected is None)
+            previous = copied, key
             edits.append(tree.edit())
         shutil.rmtree(tree.root)
     soak.tell(
-        f"a key sees what the builder sees ({name})",
-        f"{tried} builds of random trees, {changed} that changed, {malformed} malformed",
+        f"a key covers the files that the builder copies ({name})",
+        f"{builds_made} builds of random trees, {changed} that changed, {malformed} malformed",
     )
 
 
 @pytest.mark.parametrize("builds", ["buildx"], indirect=True)
-def test_mode_of_a_directory_reaches_the_next_image(builds: Builds, tmp_path: Path) -> None:
-    """BuildKit alone would not notice it, in what it keeps of the same context."""
+def test_changed_mode_of_a_directory_is_in_the_next_image(builds: Builds, tmp_path: Path) -> None:
+    """BuildKit itself would use its cached copy of the context."""
     (tmp_path / "spool").mkdir()
     (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /ctx/\n")
     spec = BuildSpec(tmp_path, tmp_path / "Dockerfile")
@@ -319,4 +318,4 @@ def test_mode_of_a_directory_reaches_the_next_image(builds: Builds, tmp_path: Pa
         (tmp_path / "spool").chmod(mode)
         image = builds.engine.build(spec, lambda _: None)
         builds.images.add(image)
-        assert built(builds.engine, image)["spool"][1] == mode
+        assert copied_files(builds.engine, image)["spool"][1] == mode

@@ -1,4 +1,4 @@
-"""The CI files of ``init`` and of the examples, run job by job, as GitHub and GitLab run them."""
+"""The CI files of ``init`` and of the examples, run job by job as on GitHub and GitLab."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ EXAMPLES = ROOT / "examples/ci"
 
 @pytest.fixture
 def repository(programs_of_wheel: Path, tmp_path: Path) -> Path:
-    """A project as `init` writes it."""
+    """A project as written by `init`."""
     directory = tmp_path / "repository"
     directory.mkdir()
     home = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     for ci in CI_FILES:
         command = [str(programs_of_wheel / "guix-tasks"), "init", f"--ci={ci}"]
-        made = call(command, home, 60, directory)
-        assert made.returncode == 0, made.stderr
+        result = call(command, home, 60, directory)
+        assert result.returncode == 0, result.stderr
     return directory
 
 
 @pytest.fixture(scope="session")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the first job has its Python made."""
+    """The directory in which the first job creates its Python."""
     return tmp_path_factory.mktemp("ci") / "python"
 
 
@@ -65,7 +65,7 @@ def plugin() -> str:
 
 
 def settings(project: Project, wheels: Path) -> dict[str, str]:
-    """The offline example, and the wheel for `pip install`, as the environment of a machine."""
+    """Return an environment with the offline example and the wheel for `pip install`."""
     offline = {name: value for name, value in project.settings.items() if name != "IMAGE"}
     return {
         **ENVIRONMENT,
@@ -79,32 +79,32 @@ def settings(project: Project, wheels: Path) -> dict[str, str]:
     }
 
 
-def joined(docker: Docker, program: str, image: str, enter: Sequence[str] = ()) -> Joined:
-    """What the registry has under a name."""
+def inspect_index(docker: Docker, program: str, image: str, enter: Sequence[str] = ()) -> Index:
+    """Look up the index of an image in its registry."""
     env = {**docker.environment, "DOCKER_CONFIG": str(docker.directory)}
     raw = call([*enter, program, "imagetools", "inspect", "--raw", image], env, 60)
     assert raw.returncode == 0, raw.stderr
     digest = f"sha256:{hashlib.sha256(raw.stdout.encode()).hexdigest()}"
-    return Joined(digest, [each["digest"] for each in json.loads(raw.stdout)["manifests"]])
+    return Index(digest, [part["digest"] for part in json.loads(raw.stdout)["manifests"]])
 
 
 @dataclass(frozen=True)
-class Joined:
+class Index:
     """An index in a registry."""
 
     digest: str
     parts: list[str]
 
 
-def greets(docker: Docker, reference: str) -> None:
-    """The engine gets an image by its digest, and runs what was installed."""
-    said = docker.run(reference, "hello")
-    assert "Hello, world!" in said.stdout, said.stderr
+def check_hello(docker: Docker, reference: str) -> None:
+    """Pull an image by its digest and run the installed program."""
+    result = docker.run(reference, "hello")
+    assert "Hello, world!" in result.stdout, result.stderr
     docker.ok("rmi", reference)
 
 
-def forget(project: Project) -> None:
-    """Let the engine have nothing of a project, as a fresh machine has."""
+def clear_engine(project: Project) -> None:
+    """Remove the images and volumes of a project from the engine, as on a fresh machine."""
     for tag in project.tags():
         project.docker.ok("rmi", f"{project.repository}:{tag}")
     for volume in project.volumes():
@@ -115,7 +115,7 @@ def forget(project: Project) -> None:
 
 
 @pytest.mark.parametrize("file", [GITHUB, EXAMPLES / "github-platforms.yml"])
-def test_what_github_gives_by_itself_is_enough(repository: Path, file: str | Path) -> None:
+def test_github_needs_no_variables_and_secrets(repository: Path, file: str | Path) -> None:
     contexts = {
         "vars": {},
         "secrets": {"GITHUB_TOKEN": "a-token"},
@@ -134,17 +134,17 @@ def test_what_github_gives_by_itself_is_enough(repository: Path, file: str | Pat
         }
 
 
-def with_gh(directory: Path) -> Path:
-    """Stand in for the command line of GitHub, whose service is not here; it notes its words."""
+def write_gh(directory: Path) -> Path:
+    """Write a `gh` that records its arguments, because the tests cannot reach GitHub."""
     programs = directory / "programs"
     programs.mkdir()
-    (programs / "gh").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{directory}/gh.said\n')
+    (programs / "gh").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{directory}/gh.arguments\n')
     (programs / "gh").chmod(0o755)
     return programs
 
 
 @pytest.mark.engine
-def test_the_workflow_of_github(
+def test_github_workflow_builds_joins_and_releases(
     new_project: NewProject,
     repository: Path,
     registry: LocalRegistry,
@@ -155,7 +155,7 @@ def test_the_workflow_of_github(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One job; then a fresh machine for one of several platforms, a release, and a failed stage."""
+    """Run one job, then on fresh machines the jobs of a platform, a release and a failure."""
     project = new_project()
     account = log_in(docker, registry)
     PLANTED.know(account.password)
@@ -174,71 +174,71 @@ def test_the_workflow_of_github(
     github = {"GITHUB_ACTIONS": "true", "GITHUB_REF_NAME": "v1.0", "DOCKER_HOST": docker.host}
     machine = {**settings(project, wheels), **github}
 
-    def fresh(name: str) -> Runner:
+    def new_runner(name: str) -> Runner:
         return Runner(tmp_path / name, repository, python, machine, plugin)
 
-    runner = fresh("first")
+    runner = new_runner("first")
     first = workflow.run(runner, "image")
     project._look()
     (digest,) = re.findall(rf"^{project.image}@(\S+)$", runner.said[-1], re.MULTILINE)
-    greets(docker, f"{project.repository}@{digest}")
+    check_hello(docker, f"{project.repository}@{digest}")
     assert not runner.artifact("").exists()
-    # --- the lock is committed, and fresh machines make nothing again, and join their platforms
+    # --- with the lock in Git a fresh machine uses the cache; the platforms are joined
     shutil.copy(first / LOCK, repository)
-    forget(project)
-    runner = fresh("second")
+    clear_engine(project)
+    runner = new_runner("second")
     platforms = Workflow.read(EXAMPLES / "github-platforms.yml", **workflow.contexts)
     platforms.run(runner, "image")
     for stage in STAGES:
         assert f"{stage}: taken from {cache}:{stage}-" in runner.said[-1]
     pushed = json.loads((runner.artifact("digests-0") / "linux-amd64.json").read_text())
     platforms.run(runner, "manifest")
-    found = joined(docker, plugin, project.image)
-    assert f"{project.image}@{found.digest}" in runner.said[-1]
-    assert found.parts == [pushed["digest"]]
-    greets(docker, f"{project.repository}@{found.digest}")
-    # --- packs of it are released
-    runner = fresh("packs")
+    index = inspect_index(docker, plugin, project.image)
+    assert f"{project.image}@{index.digest}" in runner.said[-1]
+    assert index.parts == [pushed["digest"]]
+    check_hello(docker, f"{project.repository}@{index.digest}")
+    # --- a release contains its packed files
+    runner = new_runner("packs")
     release = Workflow.read(EXAMPLES / "github-release.yml", **workflow.contexts)
     release.run(runner, "pack")
-    monkeypatch.setenv("PATH", f"{with_gh(tmp_path)}:{os.environ['PATH']}")
-    place = release.run(runner, "release")
-    (pack,) = (place / "out").glob("*.tar.gz")
-    assert (tmp_path / "gh.said").read_text().splitlines() == [
+    monkeypatch.setenv("PATH", f"{write_gh(tmp_path)}:{os.environ['PATH']}")
+    directory = release.run(runner, "release")
+    (pack,) = (directory / "out").glob("*.tar.gz")
+    assert (tmp_path / "gh.arguments").read_text().splitlines() == [
         "release", "create", "v1.0", "--verify-tag", "--generate-notes",
         f"out/{pack.name}", f"out/{pack.name}.sha256", "out/build.json",
     ]  # fmt: skip
-    entry = json.loads((place / "out/build.json").read_text())["x86_64-linux"]
+    entry = json.loads((directory / "out/build.json").read_text())["x86_64-linux"]
     assert entry["url"] == f"https://github.com/Me/It/releases/download/v1.0/{pack.name}"
     assert entry["sha256"] == hashlib.sha256(pack.read_bytes()).hexdigest()
-    # --- a stage that fails
+    # --- the diagnostics of a failed stage are kept
     machine["GUIX_PACKAGES"] = "no-such-package"
-    runner = fresh("third")
+    runner = new_runner("third")
     with pytest.raises(FailedJobError, match="no-such-package: unknown package"):
         workflow.run(runner, "image")
-    (kept,) = runner.artifact("failed").iterdir()
-    assert "no-such-package: unknown package" in (kept / "log").read_text()
+    (diagnostics,) = runner.artifact("failed").iterdir()
+    assert "no-such-package: unknown package" in (diagnostics / "log").read_text()
 
 
 # --- GitLab CI ------------------------------------------------------------------------------
 
 
-def test_what_gitlab_gives_by_itself_is_enough(repository: Path) -> None:
+def test_gitlab_needs_no_variables(repository: Path) -> None:
     predefined = {
         "CI_REGISTRY_IMAGE": "registry.example.org/me/it",
         "CI_REGISTRY_USER": "gitlab-ci-token",
         "CI_REGISTRY_PASSWORD": "a-token",
     }
     variables = Pipeline.read(repository / GITLAB, predefined, {}).variables("build")
-    own = {"PLATFORMS": "linux/arm64", "RUNNER": "saas-linux-small-arm64"}
-    several = Pipeline.read(EXAMPLES / "gitlab-platforms.yml", predefined, {})
-    assert several.variables("platform", 1) == variables | own
+    of_platform = {"PLATFORMS": "linux/arm64", "RUNNER": "saas-linux-small-arm64"}
+    platforms = Pipeline.read(EXAMPLES / "gitlab-platforms.yml", predefined, {})
+    assert platforms.variables("platform", 1) == variables | of_platform
     assert variables == predefined | {
         "IMAGE": "registry.example.org/me/it",
         "CACHE_IMAGE": "registry.example.org/me/it/cache",
         "DOCKER_USERNAME": "gitlab-ci-token",
         "DOCKER_PASSWORD": "a-token",
-        # What docker:dind needs; see its entry point, and GitLab's page on it.
+        # Required by docker:dind; see its entry point and the GitLab documentation.
         "DOCKER_HOST": "tcp://docker:2376",
         "DOCKER_TLS_CERTDIR": "/certs",
         "DOCKER_TLS_VERIFY": "1",
@@ -247,7 +247,7 @@ def test_what_gitlab_gives_by_itself_is_enough(repository: Path) -> None:
 
 
 def make_certificates(directory: Path) -> None:
-    """What the entry point of docker:dind makes: an authority, a server's and a client's."""
+    """Make the certificates of docker:dind's entry point: authority, server and client."""
     (directory / "client").mkdir(parents=True)
     (directory / "server").mkdir()
     kinds = {
@@ -272,13 +272,13 @@ def make_certificates(directory: Path) -> None:
 
 
 def _openssl(directory: Path, *options: str) -> None:
-    words = [word for option in options for word in option.split("=", 1)]
-    made = call(["openssl", *words], dict(os.environ), 60, directory)
-    assert made.returncode == 0, made.stderr
+    arguments = [word for option in options for word in option.split("=", 1)]
+    result = call(["openssl", *arguments], dict(os.environ), 60, directory)
+    assert result.returncode == 0, result.stderr
 
 
-def embed(offline: Path, repository: Path) -> None:
-    """Let the base stage have the channels and substitutes: that engine mounts nothing of ours."""
+def embed_channels(offline: Path, repository: Path) -> None:
+    """Copy channels and substitutes into the base stage, because the engine cannot mount them."""
     shutil.copytree(offline, repository / "offline", symlinks=True)
     with (repository / "Dockerfile").open("a") as file:
         file.write("COPY offline /offline\n")
@@ -288,7 +288,7 @@ def embed(offline: Path, repository: Path) -> None:
 
 @contextmanager
 def docker_in_docker(island: Island, certificates: Path) -> Iterator[None]:
-    """An engine as the service of docker:dind is one: at docker:2376, for who has a certificate."""
+    """Run an engine like docker:dind, at docker:2376 for clients with a certificate."""
     make_certificates(certificates)
     hosts = island.directory / "hosts"
     hosts.write_text("127.0.0.1 localhost docker\n")
@@ -300,7 +300,7 @@ def docker_in_docker(island: Island, certificates: Path) -> Iterator[None]:
         json.dumps(
             engine._configure(None)
             | {
-                # The socket is for the test alone.
+                # Only the test uses the socket.
                 "hosts": [engine.url, "tcp://127.0.0.1:2376"],
                 "tlsverify": True,
                 "tlscacert": str(server / "ca.pem"),
@@ -309,7 +309,7 @@ def docker_in_docker(island: Island, certificates: Path) -> Iterator[None]:
             }
         )
     )
-    programs = [str(engine.directory / "root/usr" / each) for each in ("bin", "sbin")]
+    programs = [str(engine.directory / "root/usr" / name) for name in ("bin", "sbin")]
     path = os.pathsep.join([*programs, os.environ["PATH"]])
     with (island.directory / "log").open("wb") as log:
         daemon = subprocess.Popen(
@@ -328,7 +328,7 @@ def docker_in_docker(island: Island, certificates: Path) -> Iterator[None]:
 
 
 @pytest.mark.engine
-def test_the_pipeline_of_gitlab(
+def test_gitlab_pipeline_builds_and_joins(
     island: Island,
     workshop: Workshop,
     registry: LocalRegistry,
@@ -338,13 +338,13 @@ def test_the_pipeline_of_gitlab(
     python: Path,
     tmp_path: Path,
 ) -> None:
-    """On an engine over TLS, which is empty each time, and in the last job without one."""
+    """The engine is behind TLS and empty for each job; the last job has no engine."""
     if shutil.which("openssl") is None:
-        pytest.skip("the certificates are made by openssl")
+        pytest.skip("openssl, which makes the certificates, is not on this machine")
     certificates = tmp_path / "certificates"
     with docker_in_docker(island, certificates):
-        settled = supply(island, registry.directory / "root", workshop)
-        project = settled.project(tmp_path / "project")
+        island_workshop = supply(island, registry.directory / "root", workshop)
+        project = island_workshop.project(tmp_path / "project")
         account = log_in(island.docker, island.registry)
         PLANTED.know(account.password)
         predefined = {
@@ -352,36 +352,36 @@ def test_the_pipeline_of_gitlab(
             "CI_REGISTRY_USER": account.username,
             "CI_REGISTRY_PASSWORD": account.password,
         }
-        own = {
+        variables = {
             "DOCKER_TLS_CERTDIR": str(certificates),
-            # The jobs have no network but the registry's.
+            # The jobs can only reach the registry.
             "BUILDX_URL": f"file://{plugin}",
             "BUILDX_SHA256": hashlib.sha256(Path(plugin).read_bytes()).hexdigest(),
         }
-        embed(workshop.offline, repository)
+        embed_channels(workshop.offline, repository)
         machine = {**settings(project, wheels), "MOUNTS": "", "GITLAB_CI": "true"}
 
-        def fresh(name: str) -> Runner:
+        def new_runner(name: str) -> Runner:
             return Runner(tmp_path / name, repository, python, machine, enter=island.enter)
 
-        runner = fresh("first")
-        first = Pipeline.read(repository / GITLAB, predefined, own).run(runner, "build")
+        runner = new_runner("first")
+        first = Pipeline.read(repository / GITLAB, predefined, variables).run(runner, "build")
         assert "at tcp://docker:2376" in runner.said[-1]
         latest = f"{project.repository}:latest"
         (digest,) = re.findall(rf"^{latest}@(\S+)$", runner.said[-1], re.MULTILINE)
-        greets(island.docker, f"{project.repository}@{digest}")
-        # --- the lock is committed, and the next engines are as empty
+        check_hello(island.docker, f"{project.repository}@{digest}")
+        # --- with the lock in Git the next empty engine uses the cache
         shutil.copy(first / LOCK, repository)
-        forget(project)
-        runner = fresh("second")
-        pipeline = Pipeline.read(EXAMPLES / "gitlab-platforms.yml", predefined, own)
+        clear_engine(project)
+        runner = new_runner("second")
+        pipeline = Pipeline.read(EXAMPLES / "gitlab-platforms.yml", predefined, variables)
         pipeline.run(runner, "platform")
         for stage in STAGES:
             assert f"{stage}: taken from {project.repository}/cache:{stage}-" in runner.said[-1]
         pushed = json.loads((runner.artifact("out/digests") / "linux-amd64.json").read_text())
         last = pipeline.run(runner, "manifest")
         assert (last.parent / ".docker/cli-plugins/docker-buildx").is_file()
-        found = joined(island.docker, plugin, project.repository, island.enter)
-        assert f"{latest}@{found.digest}" in runner.said[-1]
-        assert found.parts == [pushed["digest"]]
-        greets(island.docker, f"{project.repository}@{found.digest}")
+        index = inspect_index(island.docker, plugin, project.repository, island.enter)
+        assert f"{latest}@{index.digest}" in runner.said[-1]
+        assert index.parts == [pushed["digest"]]
+        check_hello(island.docker, f"{project.repository}@{index.digest}")

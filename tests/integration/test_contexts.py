@@ -1,4 +1,4 @@
-"""Engines that are found by a context, behind TLS, and by ssh."""
+"""Engines that are selected by a context, behind TLS, and reached by ssh."""
 
 from __future__ import annotations
 
@@ -66,23 +66,23 @@ GlobalKnownHostsFile /dev/null
 
 @pytest.fixture
 def local(docker: Docker) -> Docker:
-    """An engine on a socket of this machine, which what is tested here leads to."""
+    """An engine on a socket of this machine, to which the tests connect in other ways."""
     if not docker.host.startswith("unix://"):
-        pytest.skip("the engine of this machine has no socket to lead to")
+        pytest.skip("the engine of this machine has no socket")
     return docker
 
 
 @dataclass(frozen=True)
 class User:
-    """Somebody with a Docker configuration, and with what else an engine is found by."""
+    """A user with a Docker configuration and environment variables that select an engine."""
 
     directory: Path
     environment: dict[str, str]
 
-    def context(self, name: str, host: str, **tls: Path) -> None:
-        """What ``docker context create`` writes, and ``docker context use``."""
-        place = sha256(name.encode()).hexdigest()
-        meta, material = (self.directory / "contexts" / each / place for each in ("meta", "tls"))
+    def use_context(self, name: str, host: str, **tls: Path) -> None:
+        """Write the files of ``docker context create`` and ``docker context use``."""
+        key = sha256(name.encode()).hexdigest()
+        meta, material = (self.directory / "contexts" / kind / key for kind in ("meta", "tls"))
         meta.mkdir(parents=True)
         endpoint = {"Host": host, "SkipTLSVerify": False}
         text = {"Name": name, "Metadata": {}, "Endpoints": {"docker": endpoint}}
@@ -92,20 +92,20 @@ class User:
             shutil.copy(source, material / "docker" / f"{file}.pem")
         (self.directory / "config.json").write_text(json.dumps({"currentContext": name}))
 
-    def inv(self, *arguments: str, **more: str) -> Result:
+    def inv(self, *arguments: str, **variables: str) -> Result:
         (self.directory / "Dockerfile").write_text("FROM scratch\n")
-        own = {"DOCKER_CONFIG": str(self.directory), "HOME": str(self.directory)}
-        base = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "XDG_DATA_HOME": str(self.directory)}
+        home = dict.fromkeys(("DOCKER_CONFIG", "HOME", "XDG_DATA_HOME"), str(self.directory))
+        base = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **home}
         return call(
-            inv_argv(*arguments), {**base, **own, **self.environment, **more}, 60, self.directory
+            inv_argv(*arguments), {**base, **self.environment, **variables}, 60, self.directory
         )
 
-    def engine(self, **more: str) -> dict[str, Any]:
-        """What ``inv status`` says of the engine that it finds."""
-        done = self.inv("status", "--json", **more)
-        assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(done.stdout)["engine"]
-        return found
+    def engine(self, **variables: str) -> dict[str, Any]:
+        """Return the engine as reported by ``inv status``."""
+        result = self.inv("status", "--json", **variables)
+        assert result.returncode == 0, result.stderr
+        engine: dict[str, Any] = json.loads(result.stdout)["engine"]
+        return engine
 
 
 @pytest.fixture
@@ -116,23 +116,25 @@ def user(tmp_path: Path) -> User:
 # --- contexts
 
 
-def test_a_context_on_a_socket(local: Docker, user: User) -> None:
-    """As Docker Desktop, Colima and a rootless engine make them."""
-    user.context("colima", local.host)
-    found = user.engine()
-    assert (found["url"], found["origin"]) == (local.host, "context colima")
-    assert found["product"] == "Docker"
-    assert found["version"] == local.ok("version", "--format={{.Server.Version}}")
+def test_context_with_a_socket_is_used(local: Docker, user: User) -> None:
+    """Docker Desktop, Colima and rootless engines create such contexts."""
+    user.use_context("colima", local.host)
+    engine = user.engine()
+    assert (engine["url"], engine["origin"]) == (local.host, "context colima")
+    assert engine["product"] == "Docker"
+    assert engine["version"] == local.ok("version", "--format={{.Server.Version}}")
     first = user.inv("status").stderr.splitlines()[0]
-    assert first.endswith(f"at {local.host} (context colima), Docker {found['version']}")
+    assert first.endswith(f"at {local.host} (context colima), Docker {engine['version']}")
 
 
-def test_docker_host_and_docker_context_come_first(local: Docker, user: User) -> None:
-    user.context("broken", "unix:///nowhere.sock")
+def test_docker_host_and_docker_context_override_the_selected_context(
+    local: Docker, user: User
+) -> None:
+    user.use_context("broken", "unix:///nowhere.sock")
     assert user.engine(DOCKER_HOST=local.host)["origin"] == "DOCKER_HOST"
     error = one_error(user.inv("status"), 3)
     assert "(context broken) does not answer: no such file or directory" in error
-    user.context("desktop-linux", local.host)
+    user.use_context("desktop-linux", local.host)
     error = one_error(user.inv("status", DOCKER_CONTEXT="broken"), 3)
     assert "(context broken)" in error
     assert user.engine(DOCKER_CONTEXT="desktop-linux")["origin"] == "context desktop-linux"
@@ -142,8 +144,8 @@ def test_docker_host_and_docker_context_come_first(local: Docker, user: User) ->
 
 
 @dataclass(frozen=True)
-class Guarded:
-    """The engine behind TLS, and what it takes to get in."""
+class TlsEngine:
+    """The engine behind TLS, and the certificates for it."""
 
     host: str
     directory: Path
@@ -154,7 +156,7 @@ class Guarded:
 
 
 @pytest.fixture
-def guarded(local: Docker, tmp_path: Path) -> Iterator[Guarded]:
+def tls_engine(local: Docker, tmp_path: Path) -> Iterator[TlsEngine]:
     if not shutil.which("openssl"):
         pytest.skip("openssl, which makes the certificates, is not on this machine")
     directory = tmp_path / "certificates"
@@ -163,53 +165,52 @@ def guarded(local: Docker, tmp_path: Path) -> Iterator[Guarded]:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=directory / "ca.pem")
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_cert_chain(directory / "server.pem", directory / "server-key.pem")
-    with _wrapped(context, local.host) as port:
-        yield Guarded(f"tcp://127.0.0.1:{port}", directory)
+    with _serve_tls(context, local.host) as port:
+        yield TlsEngine(f"tcp://127.0.0.1:{port}", directory)
 
 
 @contextmanager
-def _wrapped(context: ssl.SSLContext, host: str) -> Iterator[int]:
-    """TLS before an engine's socket."""
+def _serve_tls(context: ssl.SSLContext, host: str) -> Iterator[int]:
+    """Serve an engine's socket with TLS."""
     relay = Witness(host)
 
-    class Guard(BaseRequestHandler):
+    class Handler(BaseRequestHandler):
         def handle(self) -> None:
             try:
                 client = context.wrap_socket(self.request, server_side=True)
             except (ssl.SSLError, OSError):
-                return  # who has no certificate
+                return  # the client has no certificate
             relay.relay(client)
 
-    with ThreadingTCPServer(("127.0.0.1", 0), Guard) as server:
+    with ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_address[1]
         server.shutdown()
 
 
-def test_a_context_with_certificates(guarded: Guarded, user: User) -> None:
-    user.context("far", guarded.host, **guarded.material)
-    found = user.engine()
-    assert (found["url"], found["origin"]) == (guarded.host, "context far")
+def test_certificates_of_a_context_are_used(tls_engine: TlsEngine, user: User) -> None:
+    user.use_context("far", tls_engine.host, **tls_engine.material)
+    engine = user.engine()
+    assert (engine["url"], engine["origin"]) == (tls_engine.host, "context far")
 
 
-def test_certificates_of_the_environment(guarded: Guarded, user: User) -> None:
-    variables = {"DOCKER_HOST": guarded.host, "DOCKER_TLS_VERIFY": "1"}
-    assert user.engine(**variables, DOCKER_CERT_PATH=str(guarded.directory))["url"] == guarded.host
-    error = one_error(user.inv("status", **variables, DOCKER_CERT_PATH=str(user.directory)), 3)
-    assert "DOCKER_CERT_PATH has no certificates" in error
+def test_certificates_of_the_environment_are_used(tls_engine: TlsEngine, user: User) -> None:
+    variables = {"DOCKER_HOST": tls_engine.host, "DOCKER_TLS_VERIFY": "1"}
+    engine = user.engine(**variables, DOCKER_CERT_PATH=str(tls_engine.directory))
+    assert engine["url"] == tls_engine.host
 
 
-def test_over_tls_a_line_comes_when_it_is_written(guarded: Guarded, project: Project) -> None:
-    """And what is piped in reaches the command."""
+def test_output_over_tls_is_shown_immediately(tls_engine: TlsEngine, project: Project) -> None:
+    """Standard input reaches the command."""
     project.set(MOUNTS="")
-    tls = {"DOCKER_HOST": guarded.host, "DOCKER_TLS_VERIFY": "1"}
+    tls = {"DOCKER_HOST": tls_engine.host, "DOCKER_TLS_VERIFY": "1"}
     started = subprocess.Popen(
         inv_argv("run", "--", "sh"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=project.directory,
-        env={**project.environment, **tls, "DOCKER_CERT_PATH": str(guarded.directory)},
+        env={**project.environment, **tls, "DOCKER_CERT_PATH": str(tls_engine.directory)},
     )
     assert started.stdin
     assert started.stdout
@@ -217,17 +218,17 @@ def test_over_tls_a_line_comes_when_it_is_written(guarded: Guarded, project: Pro
         started.stdin.write(b"echo A; sleep 6; echo B\n")
         started.stdin.close()
         assert started.stdout.readline() == b"A\n"
-        early = time.monotonic()
+        first_line = time.monotonic()
         assert started.stdout.readline() == b"B\n"
-        assert time.monotonic() - early > 3
+        assert time.monotonic() - first_line > 3
     assert started.returncode == 0
 
 
-def test_without_certificates_nobody_gets_in(guarded: Guarded, user: User) -> None:
-    user.context("bare", guarded.host)
+def test_wrong_certificates_are_reported(tls_engine: TlsEngine, user: User) -> None:
+    user.use_context("bare", tls_engine.host)
     assert "(context bare)" in one_error(user.inv("status"), 3)
-    material = {**guarded.material, "ca": guarded.directory / "cert.pem"}
-    user.context("stranger", guarded.host, **material)
+    material = {**tls_engine.material, "ca": tls_engine.directory / "cert.pem"}
+    user.use_context("stranger", tls_engine.host, **material)
     error = one_error(user.inv("status"), 3)
     assert "CERTIFICATE_VERIFY_FAILED" in error
     assert "\n" not in error
@@ -237,8 +238,8 @@ def test_without_certificates_nobody_gets_in(guarded: Guarded, user: User) -> No
 
 
 @dataclass(frozen=True)
-class Far:
-    """An sshd with keys of its own, and the engine behind it."""
+class SshEngine:
+    """The engine behind an sshd, and the keys of both sides."""
 
     port: int
     directory: Path
@@ -248,7 +249,7 @@ class Far:
         return f"ssh://root@127.0.0.1:{self.port}"
 
     def user(self, directory: Path, *, key: str = "key", hosts: str = "hosts") -> User:
-        """Somebody whose ssh has this key and knows these hosts."""
+        """Create a user whose ssh has this key and these known hosts."""
         programs = directory / "bin"
         programs.mkdir(parents=True)
         (programs / "config").write_text(
@@ -262,7 +263,7 @@ class Far:
 
 
 @contextmanager
-def _sshd(directory: Path, engine: str, path: str) -> Iterator[Far]:
+def _run_sshd(directory: Path, engine: str, path: str) -> Iterator[SshEngine]:
     root, port = unpacked(), free_port()
     directory.mkdir()
     for name in ("host", "key", "other"):
@@ -277,72 +278,71 @@ def _sshd(directory: Path, engine: str, path: str) -> Iterator[Far]:
     if "\nsshd:" not in accounts.read_text():
         with accounts.open("a") as file:
             file.write("sshd:x:65533:65534::/run/sshd:/usr/sbin/nologin\n")
-    # Debian's sshd wants an account, and an empty directory.
-    own = f'mount --bind "{accounts}" /etc/passwd && exec "$@"'
+    # Debian's sshd requires an account and an empty directory.
+    mount = f'mount --bind "{accounts}" /etc/passwd && exec "$@"'
     empty = Path("/run/sshd")
-    was_there = empty.exists()
+    existed = empty.exists()
     empty.mkdir(exist_ok=True)
     serve = ("/usr/sbin/sshd", "-D", "-e", "-f", str(directory / "configuration"))
     started = subprocess.Popen(
-        as_installed(root, "sh", "-c", own, "sh", *serve),
+        as_installed(root, "sh", "-c", mount, "sh", *serve),
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=(directory / "log").open("wb"),
     )  # fmt: skip
     try:
         log = directory / "log"
         assert service.wait_until(lambda: "listening" in log.read_text(), 20), log.read_text()
-        yield Far(port, directory)
+        yield SshEngine(port, directory)
     finally:
         started.terminate()
         started.wait(timeout=20)
-        if not was_there:
+        if not existed:
             empty.rmdir()
 
 
 @pytest.fixture
-def far(local: Docker, tmp_path: Path) -> Iterator[Far]:
+def ssh_engine(local: Docker, tmp_path: Path) -> Iterator[SshEngine]:
     programs = Path(shutil.which("docker") or "").parent
-    with _sshd(tmp_path / "far", local.host, f"{programs}:/usr/bin:/bin") as found:
-        yield found
+    with _run_sshd(tmp_path / "far", local.host, f"{programs}:/usr/bin:/bin") as ssh_engine:
+        yield ssh_engine
 
 
-def test_an_engine_by_ssh(far: Far, tmp_path: Path, new_project: NewProject) -> None:
-    """Stages, output and exit statuses, as with an engine that is here."""
+def test_engine_by_ssh_is_like_a_local_engine(
+    ssh_engine: SshEngine, tmp_path: Path, new_project: NewProject
+) -> None:
+    """Stages run, and the output and the exit status of commands arrive complete."""
     project = new_project(MOUNTS="", GUIX_SANDBOX="privileged")
     project.dockerfile("ARG BASE_IMAGE\nFROM ${BASE_IMAGE}\nRUN touch /made\n")
-    over = {"DOCKER_HOST": far.host, **far.user(tmp_path / "user").environment}
-
-    def inv(*arguments: str) -> Result:
-        return project.inv(*arguments, env=over)
-
-    done = inv("base")
-    assert done.returncode == 0, done.stderr
-    assert f"at {far.host} (DOCKER_HOST), Docker " in done.stderr.splitlines()[0]
+    env = {"DOCKER_HOST": ssh_engine.host, **ssh_engine.user(tmp_path / "user").environment}
+    base = project.inv("base", env=env)
+    assert base.returncode == 0, base.stderr
+    assert f"at {ssh_engine.host} (DOCKER_HOST), Docker " in base.stderr.splitlines()[0]
     lines = "".join(f"{number}\n" for number in range(20_000))
-    many = inv("run", "--", "sh", "-c", "ls /made; seq 0 19999; echo late >&2; exit 3")
-    assert (many.returncode, many.stdout) == (3, f"/made\n{lines}")
-    assert "late" in many.stderr
+    script = "ls /made; seq 0 19999; echo late >&2; exit 3"
+    result = project.inv("run", "--", "sh", "-c", script, env=env)
+    assert (result.returncode, result.stdout) == (3, f"/made\n{lines}")
+    assert "late" in result.stderr
     assert project.containers() == []
-    error = one_error(project.inv("run", "--", "true", env={**over, "MOUNTS": f"{tmp_path}:/x"}), 2)
+    error = one_error(project.inv("run", "--", "true", env={**env, "MOUNTS": f"{tmp_path}:/x"}), 2)
     assert "is on another machine and cannot see files of this one" in error
 
 
-def test_a_context_by_ssh(far: Far, tmp_path: Path) -> None:
-    somebody = far.user(tmp_path / "user")
-    somebody.context("far", far.host)
-    found = somebody.engine()
-    assert (found["url"], found["origin"]) == (far.host, "context far")
+def test_context_with_ssh_is_used(ssh_engine: SshEngine, tmp_path: Path) -> None:
+    user = ssh_engine.user(tmp_path / "user")
+    user.use_context("far", ssh_engine.host)
+    engine = user.engine()
+    assert (engine["url"], engine["origin"]) == (ssh_engine.host, "context far")
 
 
-def test_ctrl_c_ends_what_runs_behind_ssh(
-    far: Far, tmp_path: Path, new_project: NewProject
+def test_ctrl_c_stops_a_command_over_ssh(
+    ssh_engine: SshEngine, tmp_path: Path, new_project: NewProject
 ) -> None:
     project = new_project(MOUNTS="", GUIX_SANDBOX="privileged")
     project.docker.ok("tag", project.settings["BASE_IMAGE"], project.image)
-    over = {"DOCKER_HOST": far.host, **far.user(tmp_path / "user").environment}
-    running = project.start("run", "--", "sh", "-c", "echo begun; sleep 300", env=over)
+    env = {"DOCKER_HOST": ssh_engine.host, **ssh_engine.user(tmp_path / "user").environment}
+    running = project.start("run", "--", "sh", "-c", "echo begun; sleep 300", env=env)
     running.await_output("begun")
-    # As the terminal sends it: to each process of the group.
+    # Like a terminal, send it to each process of the group.
     os.killpg(running.inv.pid, 2)
     assert running.inv.wait(timeout=30) == 130
     assert (
@@ -354,35 +354,35 @@ def test_ctrl_c_ends_what_runs_behind_ssh(
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("fault", "message"),
     [
         ({"hosts": "nobody"}, "know the host's key: run `ssh -p {port} root@127.0.0.1` once"),
         ({"key": "other"}, "Permission denied (publickey).; ssh cannot log in without a prompt"),
     ],
 )
-def test_ssh_never_asks(far: Far, tmp_path: Path, wrong: dict[str, str], said: str) -> None:
-    error = one_error(far.user(tmp_path / "user", **wrong).inv("status", DOCKER_HOST=far.host), 3)
-    assert f"{far.host} (DOCKER_HOST) cannot be reached: " in error
-    assert said.format(port=far.port) in error
+def test_ssh_never_prompts(
+    ssh_engine: SshEngine, tmp_path: Path, fault: dict[str, str], message: str
+) -> None:
+    error = one_error(
+        ssh_engine.user(tmp_path / "user", **fault).inv("status", DOCKER_HOST=ssh_engine.host), 3
+    )
+    assert f"{ssh_engine.host} (DOCKER_HOST) cannot be reached: " in error
+    assert message.format(port=ssh_engine.port) in error
 
 
-def test_nobody_answers_behind_ssh(far: Far, tmp_path: Path) -> None:
-    somebody = far.user(tmp_path / "user")
-    error = one_error(somebody.inv("status", DOCKER_HOST=f"{far.host}/nowhere.sock"), 3)
+def test_unreachable_host_or_engine_is_reported(ssh_engine: SshEngine, tmp_path: Path) -> None:
+    user = ssh_engine.user(tmp_path / "user")
+    error = one_error(user.inv("status", DOCKER_HOST=f"{ssh_engine.host}/nowhere.sock"), 3)
     assert error.endswith("no such file or directory; no engine listens there: start it")
-    error = one_error(somebody.inv("status", DOCKER_HOST=f"ssh://127.0.0.1:{free_port()}"), 3)
+    error = one_error(user.inv("status", DOCKER_HOST=f"ssh://127.0.0.1:{free_port()}"), 3)
     assert "Connection refused; nothing answers there: start sshd" in error
 
 
-def test_there_is_no_docker_behind_ssh(local: Docker, tmp_path: Path) -> None:
+def test_missing_docker_command_of_the_host_is_reported(local: Docker, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    with _sshd(tmp_path / "far", local.host, str(empty)) as far:
-        error = one_error(far.user(tmp_path / "user").inv("status", DOCKER_HOST=far.host), 3)
+    with _run_sshd(tmp_path / "far", local.host, str(empty)) as ssh_engine:
+        error = one_error(
+            ssh_engine.user(tmp_path / "user").inv("status", DOCKER_HOST=ssh_engine.host), 3
+        )
     assert "the docker command is missing on the host, or not on the PATH" in error
-
-
-def test_there_is_no_ssh_here(user: User) -> None:
-    error = one_error(user.inv("status", DOCKER_HOST="ssh://far.test", PATH=str(user.directory)), 3)
-    assert "ssh://far.test needs the program ssh: " in error
-    assert error.endswith("; install openssh-client")

@@ -1,4 +1,4 @@
-"""The demo, as whoever has a fresh checkout runs it."""
+"""The demo in a fresh checkout."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.engine
 
 
-def checkout(directory: Path, material: Path) -> Path:
-    """What Git has, or will have, and the channels, which it would take the network to make."""
-    files = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    found = subprocess.run(files, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, found.split("\0")):
+def copy_checkout(directory: Path, material: Path) -> Path:
+    """Copy the files of the Git repository, and the channels, which the demo would download."""
+    argv = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listing.split("\0")):
         if (ROOT / name).exists():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, directory / name)
-    others = shutil.ignore_patterns("logs", "failed", "digests")
-    place = directory / material.relative_to(ROOT)
-    shutil.copytree(material, place, symlinks=True, ignore=others)
+    ignore = shutil.ignore_patterns("logs", "failed", "digests")
+    target = directory / material.relative_to(ROOT)
+    shutil.copytree(material, target, symlinks=True, ignore=ignore)
     return directory
 
 
 @pytest.mark.both_stores
-def test_the_demo_in_a_fresh_checkout(
+def test_demo_runs_in_a_fresh_checkout(
     island: Island, registry: LocalRegistry, workshop: Workshop, tmp_path: Path
 ) -> None:
     settle(island, registry.directory / "root", workshop)
-    directory = checkout(tmp_path / "checkout", workshop.offline)
+    directory = copy_checkout(tmp_path / "checkout", workshop.offline)
     inv = [
         "sh",
         "-c",
@@ -52,8 +52,8 @@ def test_the_demo_in_a_fresh_checkout(
         "invoke",
         "demo",
     ]
-    made = call([*island.enter, *inv], island.environment, 480)
-    assert made.returncode == 0, made.stderr
-    image, _, digest = made.stdout.strip().splitlines()[-1].partition("@")
+    result = call([*island.enter, *inv], island.environment, 480)
+    assert result.returncode == 0, result.stderr
+    image, _, digest = result.stdout.strip().splitlines()[-1].partition("@")
     assert (image, digest[:7]) == ("localhost:5055/guix-tasks-demo", "sha256:")
-    assert "Hello, world!" in made.stdout + made.stderr
+    assert "Hello, world!" in result.stdout + result.stderr

@@ -1,4 +1,4 @@
-"""The example of a project that ships a tarball, by the commands of its README."""
+"""The commands in the README of the example that distributes a tarball."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXAMPLE = ROOT / "examples" / "distributable"
 WELCOME = "Please welcome Ada!\nPlease welcome Grace!\n"
 
 
-def commands_of_readme() -> str:
+def read_commands() -> str:
     return "\n".join(
         re.findall(
             r"^```sh\n(.*?)^```$", (EXAMPLE / "README.md").read_text(), re.MULTILINE | re.DOTALL
@@ -38,21 +38,21 @@ def commands_of_readme() -> str:
 
 @dataclass
 class Announce:
-    """The example in a directory of its own, and what the engine has of it."""
+    """A copy of the example, with a project for its images."""
 
     project: Project
     programs: Path
     image: str
-    """A Debian without Guix."""
+    """An image of Debian without Guix."""
 
     @property
     def directory(self) -> Path:
         return self.project.directory / "announce"
 
-    def run(self, script: str, directory: Path | None = None, **more: str) -> Result:
-        """Run shell commands as a person would who has activated the virtual environment."""
+    def run(self, script: str, directory: Path | None = None, **variables: str) -> Result:
+        """Run shell commands in the activated virtual environment."""
         settings = {name: self.project.settings[name] for name in ("IMAGE", "CACHE_VOLUME")}
-        environment = {**self.project.environment, **settings, **more}
+        environment = {**self.project.environment, **settings, **variables}
         environment["PATH"] = f"{self.programs}:{environment['PATH']}"
         self.project._look()
         result = call(["sh", "-euc", script], environment, 300, directory or self.directory)
@@ -60,19 +60,19 @@ class Announce:
         PLANTED.look_at_output(script, result.stdout, result.stderr)
         return result
 
-    def inv(self, arguments: str, **more: str) -> Result:
-        more = {"ENV_FILE": "offline.env", "CHECK_IMAGE": self.image, **more}
-        return self.run(f"inv {arguments}", None, **more)
+    def inv(self, arguments: str, **variables: str) -> Result:
+        variables = {"ENV_FILE": "offline.env", "CHECK_IMAGE": self.image, **variables}
+        return self.run(f"inv {arguments}", None, **variables)
 
-    def ok(self, arguments: str, **more: str) -> str:
-        result = self.inv(arguments, **more)
+    def ok(self, arguments: str, **variables: str) -> str:
+        result = self.inv(arguments, **variables)
         assert result.returncode == 0, result.stderr
         return result.stderr
 
-    def edit(self, name: str, before: str, after: str) -> None:
+    def edit(self, name: str, old: str, new: str) -> None:
         path = self.directory / name
-        assert before in path.read_text()
-        path.write_text(path.read_text().replace(before, after))
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
 
 
 @pytest.fixture
@@ -84,8 +84,8 @@ def announce(
     return Announce(new_project(), programs_of_wheel, plain_image)
 
 
-def unpacked(docker: Docker, tarball: Path, name: str, *command: str) -> str:
-    """What a command says where there is a tarball, and nothing of guix-tasks."""
+def run_in_tarball(docker: Docker, tarball: Path, name: str, *command: str) -> str:
+    """Run a command in an image that contains only a tarball, and return its output."""
     docker.ok("import", str(tarball), name)
     try:
         return docker.run(name, *command).stdout
@@ -93,66 +93,64 @@ def unpacked(docker: Docker, tarball: Path, name: str, *command: str) -> str:
         docker("rmi", name)
 
 
-def test_from_an_empty_folder_to_a_tested_tarball(announce: Announce, docker: Docker) -> None:
+def test_readme_builds_a_tested_tarball(announce: Announce, docker: Docker) -> None:
     project, directory = announce.project, announce.directory
     cache = f"{project.repository}-cache"
     result = announce.run(
-        commands_of_readme(),
+        read_commands(),
         project.directory,
         GUIX_TASKS=str(ROOT),
         CACHE_IMAGE=cache,
         ENV_FILE="",
     )
     assert result.returncode == 0, result.stderr
-    # --- what is there
+    # --- the files in out/
     (tarball,) = (directory / "out").glob("*.tar.gz")
     assert re.fullmatch(r"announce-1\.0-\w+-linux\.tar\.gz", tarball.name)
     digest = hashlib.sha256(tarball.read_bytes()).hexdigest()
     assert (directory / f"out/{tarball.name}.sha256").read_text() == f"{digest}  {tarball.name}\n"
     PLANTED.look_at_file(tarball)
-    # --- it was tried where there is no Guix, and really runs there
+    # --- the tarball was tested in an image without Guix
     assert result.stderr.count(": passed") == 2
     assert WELCOME in result.stdout
     assert docker.run(announce.image, "ls", "/gnu").returncode != 0
     name = f"{project.repository}:packed"
-    assert unpacked(docker, tarball, name, "/opt/announce/bin/announce") == ""
-    # --- what is released
+    assert run_in_tarball(docker, tarball, name, "/opt/announce/bin/announce") == ""
+    # --- the release
     (entry,) = json.loads((directory / "out/build.json").read_text()).values()
     assert entry["url"] == f"https://example.org/announce/1.0/{tarball.name}"
     assert entry["sha256"] == digest
-    assert [each["name"] for each in entry["channels"]] == ["guix", "offline", "example"]
+    assert [channel["name"] for channel in entry["channels"]] == ["guix", "offline", "example"]
     lock = (directory / "channels.lock.scm").read_text()
-    assert all(each["commit"] in lock for each in entry["channels"])
-    # --- nothing changed
+    assert all(channel["commit"] in lock for channel in entry["channels"])
+    # --- without changes, the stages are up to date
     assert announce.ok("pull deps build").count(": up to date") == 3
-    # --- the sources change: the dependencies do not
+    # --- changed sources leave the dependencies up to date
     announce.edit("src/announce.scm", "(display (greeting name))", '(display "Hear, hear! ")')
     assert "stale: src/announce.scm changed" in announce.inv("status").stdout
     assert "build is stale" in one_error(announce.inv("pack"), 2)
-    said = announce.ok("deps build", CACHE_IMAGE=cache)
-    assert "deps: up to date" in said
-    assert "build: up to date" not in said
-    # --- a package of the project's own channel, as any other
+    output = announce.ok("deps build", CACHE_IMAGE=cache)
+    assert "deps: up to date" in output
+    assert "build: up to date" not in output
+    # --- a package of the project's channel is packed like any other
     announce.ok("pack --package=phrases")
     assert [*(directory / "out").glob("phrases-0.1-*.tar.gz")]
-    # --- a dependency changes
+    # --- a changed dependency
     announce.edit("guix.scm", "phrases))\n  (home", "phrases hello))\n  (home")
     announce.edit("guix.scm", "(gnu packages guile)", "(gnu packages base) (gnu packages guile)")
     assert "deps is stale (guix.scm changed)" in one_error(announce.inv("build"), 2)
     assert "deps: up to date" not in announce.ok("deps build", CACHE_IMAGE=cache)
-    # --- on an engine that has nothing of it, only what is in no cache is made
+    # --- an empty engine runs only the stages that are not in the cache
     announce.ok("clean")
     assert project.tags() == {}
     announce.edit("src/announce.scm", "Hear, hear! ", "Silence! ")
-    said = announce.ok("build", CACHE_IMAGE=cache)
-    assert f"deps: taken from {cache}:deps-" in said
-    assert "pull: in a " not in said
-    assert "build: in a " in said
+    output = announce.ok("build", CACHE_IMAGE=cache)
+    assert f"deps: taken from {cache}:deps-" in output
+    assert "pull: in a " not in output
+    assert "build: in a " in output
 
 
-def test_what_a_test_is_refused_or_fails_with(
-    announce: Announce, base_image: str, offline: Path
-) -> None:
+def test_errors_of_tests_are_reported(announce: Announce, base_image: str, offline: Path) -> None:
     project, directory = announce.project, announce.directory
     shutil.copytree(EXAMPLE, directory)
     (directory / "offline").symlink_to(offline)
@@ -175,7 +173,7 @@ def test_what_a_test_is_refused_or_fails_with(
         assert f"{base_image} contains /gnu" in error
         error = one_error(announce.inv("check"), 1)
         assert f"ended with status 127 in a container of {announce.image}" in error
-        # The command is not there, and so the container does not start.
+        # Without the command, the container does not start.
         assert announce.inv("bare").returncode in (1, 3)
     (out / "a.tar.gz").write_bytes(b"another")
     assert "differs from the packed file" in one_error(announce.inv("bare"), 2)
@@ -188,13 +186,13 @@ def empty_tarball() -> bytes:
     return buffer.getvalue()
 
 
-def test_the_channel_is_made_once_and_then_updated(announce: Announce) -> None:
+def test_channel_is_created_once_and_then_updated(announce: Announce) -> None:
     directory = announce.directory
     shutil.copytree(EXAMPLE, directory)
-    made = announce.run("sh make-channel.sh && sh make-channel.sh")
-    assert made.returncode == 0, made.stderr
-    assert made.stdout.count("added the channel to channels.scm") == 1
-    assert made.stdout.count("channel.git is at commit") == 2
+    result = announce.run("sh make-channel.sh && sh make-channel.sh")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("added the channel to channels.scm") == 1
+    assert result.stdout.count("channel.git is at commit") == 2
     channels = (directory / "channels.scm").read_text()
     assert channels.count("(name 'example)") == 1
     assert channels.count("(") == channels.count(")")

@@ -1,4 +1,4 @@
-"""Doctor on a real engine: what it says of it, and that it leaves nothing behind."""
+"""Doctor on a real engine: its findings, and that it changes nothing."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ CLONE = "guix repl: error: clone: Operation not permitted"
 
 
 @dataclass(frozen=True)
-class Examined:
-    """What ``inv doctor`` found."""
+class Findings:
+    """The findings of ``inv doctor``."""
 
     result: Result
     rows: list[dict[str, str]]
@@ -38,8 +38,8 @@ class Examined:
     def state(self, check: str) -> str:
         return self._one(check)["state"]
 
-    def said(self, check: str) -> str:
-        """The line of one check, of which there is but one."""
+    def line(self, check: str) -> str:
+        """Return the only finding of a check as a line."""
         row = self._one(check)
         return f"{row['state']}: {row['message']}; {row['fix']}"
 
@@ -53,30 +53,30 @@ class Examined:
         return {row["check"] for row in self.rows if row["state"] == "failed"} - {"disk"}
 
 
-def examine(project: Project, **env: str) -> Examined:
-    """Let the doctor look, who is to change nothing."""
+def run_doctor(project: Project, **env: str) -> Findings:
+    """Run doctor, and check that it changes nothing."""
     with project.unharmed():
         result = project.inv("doctor", "--json", env=env)
     assert "Traceback" not in result.stderr
     assert project.volumes() == []
     rows = json.loads(result.stdout)
     assert result.returncode == int(any(row["state"] == "failed" for row in rows)), result.stdout
-    return Examined(result, rows)
+    return Findings(result, rows)
 
 
-# --- All well
+# --- Without failures
 
 
-def test_all_is_well_with_the_offline_example(new_project: NewProject) -> None:
-    found = examine(new_project("base"))
-    assert found.failed == set()
-    assert found.said("sandbox") == "ok: rootless: Guix builds in a work container; "
+def test_offline_example_has_no_failure(new_project: NewProject) -> None:
+    findings = run_doctor(new_project("base"))
+    assert findings.failed == set()
+    assert findings.line("sandbox") == "ok: rootless: Guix builds in a work container; "
     for check in ("settings", "engine", "clock", "base image", "mounts", "registry"):
-        assert found.state(check) == "ok"
-    assert found.state("channel guix") == found.state("substitutes") == "ok"
+        assert findings.state(check) == "ok"
+    assert findings.state("channel guix") == findings.state("substitutes") == "ok"
 
 
-def test_a_line_is_a_finding(new_project: NewProject) -> None:
+def test_each_line_is_a_finding(new_project: NewProject) -> None:
     project = new_project()
     with project.unharmed():
         result = project.inv("doctor")
@@ -89,25 +89,25 @@ def test_a_line_is_a_finding(new_project: NewProject) -> None:
 # --- The sandbox
 
 
-def test_a_base_image_is_probed_before_there_is_a_stage(new_project: NewProject) -> None:
-    assert examine(new_project()).state("sandbox") == "ok"
+def test_base_image_is_probed_before_the_base_stage_exists(new_project: NewProject) -> None:
+    assert run_doctor(new_project()).state("sandbox") == "ok"
 
 
-def test_guix_builds_without_privileges_where_it_does_not_isolate(new_project: NewProject) -> None:
-    found = examine(new_project(GUIX_SANDBOX="nochroot"))
-    assert found.said("sandbox") == "ok: nochroot: Guix builds in a work container; "
+def test_nochroot_needs_no_privileges(new_project: NewProject) -> None:
+    findings = run_doctor(new_project(GUIX_SANDBOX="nochroot"))
+    assert findings.line("sandbox") == "ok: nochroot: Guix builds in a work container; "
 
 
-def probe(
-    project: Project, directory: Path, options: Sequence[str], before: str = "true"
+def run_probe(
+    project: Project, directory: Path, options: Sequence[str], preparation: str = "true"
 ) -> Result:
-    """Run the probe by the entry point, as the doctor does, in a container of one's own."""
+    """Run the probe with the entry point, as doctor does, in a container with these options."""
     name, work = project.container_name(), directory / "var/guix/guix-tasks"
     work.mkdir(parents=True)
     for file in ("probe.sh", "probe.scm", "resources/entry-point.sh"):
         shutil.copy(ROOT / "guix_tasks" / "stages" / file, work)
         (work / file.rpartition("/")[2]).chmod(0o755)
-    command = f"{before} && exec /var/guix/guix-tasks/probe.sh"
+    command = f"{preparation} && exec /var/guix/guix-tasks/probe.sh"
     project.docker.ok(
         "create", f"--name={name}", "--network=none", *options,
         "--entrypoint=/var/guix/guix-tasks/entry-point.sh", BASE_TAG, "sh", "-c", command,
@@ -116,148 +116,151 @@ def probe(
     return project.docker("start", "--attach", name)
 
 
-def test_a_container_that_may_not_fork_fails_with_one_line(
+def test_container_that_may_not_clone_is_reported_in_one_line(
     new_project: NewProject, tmp_path: Path
 ) -> None:
-    result = probe(new_project(), tmp_path, ())
+    result = run_probe(new_project(), tmp_path, ())
     assert result.returncode == 1
     lines = (result.stdout + result.stderr).splitlines()
     assert [line for line in lines if "error:" in line] == [CLONE]
 
 
-def test_the_probe_really_builds(new_project: NewProject, tmp_path: Path) -> None:
-    before = 'test -z "$(ls -d /gnu/store/*-guix-tasks-probe 2>/dev/null)"'
-    result = probe(new_project(), tmp_path, ["--privileged"], before)
+def test_probe_builds_a_derivation(new_project: NewProject, tmp_path: Path) -> None:
+    is_missing = 'test -z "$(ls -d /gnu/store/*-guix-tasks-probe 2>/dev/null)"'
+    result = run_probe(new_project(), tmp_path, ["--privileged"], is_missing)
     assert result.returncode == 0
     assert "build-succeeded /gnu/store/" in result.stderr
     assert "substitute" not in result.stdout + result.stderr
 
 
-def test_the_probe_needs_no_ldd(new_project: NewProject, tmp_path: Path) -> None:
-    result = probe(new_project(), tmp_path, ["--privileged"], "rm $(command -v ldd)")
+def test_probe_needs_no_ldd(new_project: NewProject, tmp_path: Path) -> None:
+    result = run_probe(new_project(), tmp_path, ["--privileged"], "rm $(command -v ldd)")
     assert result.returncode == 0, result.stderr
 
 
-def test_a_base_stage_without_guix_is_a_failure(new_project: NewProject) -> None:
+def test_base_stage_without_guix_is_a_failure(new_project: NewProject) -> None:
     project = new_project(GUIX_SUBSTITUTE_KEYS="")
     project.dockerfile(f"{START}RUN rm /usr/bin/guix*\n")
     project.ok("base")
-    said = examine(project).said("sandbox")
-    assert said.startswith("failed: ")
-    assert "this image has no guix-daemon" in said
-    # The same image as a base is none: a Dockerfile may bring Guix.
+    line = run_doctor(project).line("sandbox")
+    assert line.startswith("failed: ")
+    assert "this image has no guix-daemon" in line
+    # As a base image it is no failure, because the Dockerfile can install Guix.
     other = new_project(GUIX_SUBSTITUTE_KEYS="", BASE_IMAGE=project.tag("base"))
-    found = examine(other)
-    assert found.said("sandbox").startswith("note: ")
-    assert found.failed == set()
+    findings = run_doctor(other)
+    assert findings.line("sandbox").startswith("note: ")
+    assert findings.failed == set()
 
 
-def test_a_key_that_is_none_is_a_failure(new_project: NewProject) -> None:
+def test_invalid_key_is_a_failure(new_project: NewProject) -> None:
     project = new_project(GUIX_SUBSTITUTE_KEYS="junk.pub")
     (project.directory / "junk.pub").write_text("junk\n")
-    found = examine(project)
-    assert found.failed == {"sandbox"}
-    assert found.said("sandbox").endswith(
+    findings = run_doctor(project)
+    assert findings.failed == {"sandbox"}
+    assert findings.line("sandbox").endswith(
         "cannot authorise the substitute key 0-junk.pub; correct GUIX_SUBSTITUTE_KEYS"
     )
 
 
-def test_a_key_that_the_image_does_not_trust_is_a_failure(new_project: NewProject) -> None:
-    found = examine(new_project("base", GUIX_SUBSTITUTE_KEYS=""))
-    assert found.failed == {"substitutes"}
-    assert "but the image does not trust its key; set GUIX_SUBSTITUTE_KEYS" in found.said(
+def test_untrusted_key_is_a_failure(new_project: NewProject) -> None:
+    findings = run_doctor(new_project("base", GUIX_SUBSTITUTE_KEYS=""))
+    assert findings.failed == {"substitutes"}
+    assert "but the image does not trust its key; set GUIX_SUBSTITUTE_KEYS" in findings.line(
         "substitutes"
     )
 
 
-def test_a_base_image_that_is_not_to_be_had(new_project: NewProject) -> None:
+def test_unavailable_base_image_is_a_failure(new_project: NewProject) -> None:
     project = new_project()
     project.set(BASE_IMAGE=f"{project.repository}:nope")
-    found = examine(project)
-    assert found.failed == {"base image"}
-    assert f"{project.repository}:nope is neither on the engine nor in its registry" in found.said(
-        "base image"
+    findings = run_doctor(project)
+    assert findings.failed == {"base image"}
+    assert (
+        f"{project.repository}:nope is neither on the engine nor in its registry"
+        in findings.line("base image")
     )
-    assert found.state("sandbox") == "note"
+    assert findings.state("sandbox") == "note"
 
 
 # --- The registry
 
 
-def registry_said(project: Project, **env: str) -> str:
-    found = examine(project, **env)
-    assert found.failed <= {"registry"}
-    return found.said("registry")
+def registry_finding(project: Project, **env: str) -> str:
+    findings = run_doctor(project, **env)
+    assert findings.failed <= {"registry"}
+    return findings.line("registry")
 
 
-def test_a_registry_that_is_down(new_project: NewProject) -> None:
-    # The name proves that only what the registry says counts.
-    place = f"localhost:{free_port()}"
-    said = registry_said(new_project(repository=f"{place}/unknown/manifest-unknown"))
-    assert said.startswith(f"failed: cannot look up {place}/unknown/manifest-unknown:t: ")
-    assert "connection refused" in said
-    assert "inv registry.up" in said
+def test_stopped_registry_is_a_failure(new_project: NewProject) -> None:
+    # The name contains an error code of registries, which must not be taken for an answer.
+    address = f"localhost:{free_port()}"
+    line = registry_finding(new_project(repository=f"{address}/unknown/manifest-unknown"))
+    assert line.startswith(f"failed: cannot look up {address}/unknown/manifest-unknown:t: ")
+    assert "connection refused" in line
+    assert "inv registry.up" in line
 
 
-def test_a_registry_at_an_unknown_host(new_project: NewProject) -> None:
-    said = registry_said(new_project(repository="unknown.invalid/x"))
-    assert said.startswith("failed: ")
-    # Without a network nobody knows that there is no such host.
-    assert "there is no such registry: fix the reference" in said or "unreachable" in said
+def test_registry_at_an_unknown_host_is_a_failure(new_project: NewProject) -> None:
+    line = registry_finding(new_project(repository="unknown.invalid/x"))
+    assert line.startswith("failed: ")
+    # Without a network, the host cannot be looked up.
+    assert "there is no such registry: fix the reference" in line or "unreachable" in line
 
 
 @pytest.mark.parametrize(
-    "account", [{}, {**ACCOUNT, "DOCKER_PASSWORD": "wrong-one"}], ids=["nobody", "wrong-password"]
+    "account",
+    [{}, {**ACCOUNT, "DOCKER_PASSWORD": "wrong-one"}],
+    ids=["no-account", "wrong-password"],
 )
-def test_a_registry_that_refuses_the_account(
+def test_refused_account_is_a_failure(
     new_project: NewProject, locked: str, account: dict[str, str]
 ) -> None:
-    found = examine(new_project(repository=f"{locked}/x"), **account)
-    assert found.failed == {"registry"}
-    assert "set DOCKER_USERNAME and DOCKER_PASSWORD" in found.said("registry")
-    assert "wrong-one" not in found.result.stdout + found.result.stderr
+    findings = run_doctor(new_project(repository=f"{locked}/x"), **account)
+    assert findings.failed == {"registry"}
+    assert "set DOCKER_USERNAME and DOCKER_PASSWORD" in findings.line("registry")
+    assert "wrong-one" not in findings.result.stdout + findings.result.stderr
 
 
-def test_a_registry_that_knows_the_account(new_project: NewProject, locked: str) -> None:
-    said = registry_said(new_project(repository=f"{locked}/x"), **ACCOUNT)
-    assert said == f"ok: {locked} answers to DOCKER_USERNAME; "
+def test_accepted_account_is_reported(new_project: NewProject, locked: str) -> None:
+    line = registry_finding(new_project(repository=f"{locked}/x"), **ACCOUNT)
+    assert line == f"ok: {locked} answers to DOCKER_USERNAME; "
 
 
-def credential_helper(project: Project) -> dict[str, str]:
-    """The environment of a Docker configuration whose credential helper is not there."""
+def configure_missing_helper(project: Project) -> dict[str, str]:
+    """Configure a missing credential helper, and return the environment for that."""
     directory = project.directory / "docker"
     directory.mkdir()
     (directory / "config.json").write_text('{"credsStore": "nowhere"}')
     return {"DOCKER_CONFIG": str(directory)}
 
 
-def test_a_credential_helper_that_is_missing_is_not_taken_for_a_dead_engine(
+def test_missing_credential_helper_is_reported(new_project: NewProject, locked: str) -> None:
+    project = new_project(repository=f"{locked}/x")
+    line = registry_finding(project, **configure_missing_helper(project))
+    assert line.startswith("failed: ")
+    assert "docker-credential-nowhere is not installed" in line
+    assert "does not answer" not in line
+
+
+def test_account_of_the_settings_needs_no_credential_helper(
     new_project: NewProject, locked: str
 ) -> None:
     project = new_project(repository=f"{locked}/x")
-    said = registry_said(project, **credential_helper(project))
-    assert said.startswith("failed: ")
-    assert "docker-credential-nowhere is not installed" in said
-    assert "does not answer" not in said
-
-
-def test_a_credential_helper_that_is_missing_is_not_needed_for_an_account(
-    new_project: NewProject, locked: str
-) -> None:
-    project = new_project(repository=f"{locked}/x")
-    assert registry_said(project, **credential_helper(project), **ACCOUNT).startswith("ok: ")
+    assert registry_finding(project, **configure_missing_helper(project), **ACCOUNT).startswith(
+        "ok: "
+    )
     wrong = {**ACCOUNT, "DOCKER_PASSWORD": "wrong-one"}
-    again = {"DOCKER_CONFIG": str(project.directory / "docker")}
-    assert "unauthorized" in registry_said(project, **again, **wrong).lower()
+    configuration = {"DOCKER_CONFIG": str(project.directory / "docker")}
+    assert "unauthorized" in registry_finding(project, **configuration, **wrong).lower()
 
 
-def error(code: str, message: str) -> str:
+def error_body(code: str, message: str) -> str:
     return json.dumps({"errors": [{"code": code, "message": message}]})
 
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[int, str], str]]:
-    """Starts a registry that gives one answer to all but the greeting; its address."""
+    """Start registries that give one answer to all requests except ``/v2/``."""
     servers: list[http.server.ThreadingHTTPServer] = []
 
     def start(status: int, body: str) -> str:
@@ -290,20 +293,20 @@ def serve() -> Iterator[Callable[[int, str], str]]:
 @pytest.mark.parametrize(
     ("status", "body", "state"),
     [
-        (404, error("MANIFEST_UNKNOWN", "manifest unknown"), "ok"),
-        (404, error("NAME_UNKNOWN", "repository name not known to registry"), "ok"),
-        (404, error("NOT_FOUND", "artifact x:t not found"), "ok"),
-        (404, error("NOT_FOUND", "project x not found"), "failed"),
+        (404, error_body("MANIFEST_UNKNOWN", "manifest unknown"), "ok"),
+        (404, error_body("NAME_UNKNOWN", "repository name not known to registry"), "ok"),
+        (404, error_body("NOT_FOUND", "artifact x:t not findings"), "ok"),
+        (404, error_body("NOT_FOUND", "project x not findings"), "failed"),
         (404, "<html>404 Not Found</html>", "failed"),
-        (403, error("DENIED", "not yours"), "failed"),
-        (429, error("TOOMANYREQUESTS", "later"), "failed"),
-        (500, error("UNKNOWN", "unknown error"), "failed"),
+        (403, error_body("DENIED", "not yours"), "failed"),
+        (429, error_body("TOOMANYREQUESTS", "later"), "failed"),
+        (500, error_body("UNKNOWN", "unknown error"), "failed"),
         (503, "down for maintenance", "failed"),
         (200, "<html>Log in", "failed"),
     ],
 )
-def test_only_an_image_that_is_not_there_yet_is_no_fault(
+def test_only_a_missing_image_is_no_failure(
     new_project: NewProject, serve: Callable[[int, str], str], status: int, body: str, state: str
 ) -> None:
     project = new_project(repository=f"{serve(status, body)}/x")
-    assert registry_said(project).startswith(f"{state}: ")
+    assert registry_finding(project).startswith(f"{state}: ")
