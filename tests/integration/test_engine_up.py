@@ -1,10 +1,8 @@
-"""The private engine, for real, where it sees no other: a network and mounts of its own."""
+"""The private engine on a real machine, in a separate network and mount namespace."""
 
 from __future__ import annotations
 
 import io
-import os
-import signal
 import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,37 +27,37 @@ SLEEP = "98765"
 
 
 def sleepers() -> list[int]:
-    """What runs in the container of these tests."""
+    """Return the processes of the container of these tests."""
     return running("sleep", SLEEP)
 
 
 def is_deserted(island: Island) -> bool:
-    """Whether nothing of an engine is left but its files."""
+    """Whether only the files of the engine remain."""
     return island.is_deserted() and not sleepers()
 
 
 def start_container(engine: PrivateEngine) -> None:
-    """A container that runs the programs of this machine."""
+    """Start a container that runs the programs of this machine."""
     client = DockerEngine(Address(engine.url, "test"), helpers({}))
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         tar.addfile(tarfile.TarInfo("empty"))
     image = client.import_rootfs(iter([archive.getvalue()]), "island:latest")
-    directories = [each for each in ("/usr", "/bin", "/lib", "/lib64") if Path(each).exists()]
+    directories = [path for path in ("/usr", "/bin", "/lib", "/lib64") if Path(path).exists()]
     container = client.create(
         ContainerSpec(
             name="island",
             image=image,
             command=("sleep", SLEEP),
             network="none",
-            binds=tuple(f"{each}:{each}:ro" for each in directories),
+            binds=tuple(f"{path}:{path}:ro" for path in directories),
         )
     )
     client.start(container)
     eventually(lambda: sleepers() != [], "the container runs")
 
 
-def test_up_and_down(island: Island) -> None:
+def test_engine_is_started_and_stopped(island: Island) -> None:
     assert "`inv engine.up`" in one_error(island.inv("status"), 3)
     assert f"started the private engine: {island.engine.url}" in island.ok("engine.up")
     assert f"at {island.engine.url} (private engine)" in island.ok("status")
@@ -71,36 +69,30 @@ def test_up_and_down(island: Island) -> None:
     assert "`inv engine.up`" in one_error(island.inv("status"), 3)
 
 
-def test_a_crash_is_mended_by_the_next_up(island: Island) -> None:
+def test_engine_is_restarted_after_a_crash(island: Island) -> None:
     island.ok("engine.up")
     start_container(island.engine)
-    daemon = island.engine._daemon.pid()
-    assert daemon
-    os.kill(daemon, signal.SIGKILL)
-    eventually(lambda: not island.engine.running(), "the end of the engine")
+    island.kill_engine()
     assert "`inv engine.up`" in one_error(island.inv("status"), 3)
     assert "started the private engine" in island.ok("engine.up")
     assert answers(island.engine.socket)
     assert sleepers() == []
     client = DockerEngine(Address(island.engine.url, "test"), helpers({}))
     assert client.image("island:latest")
-    assert not any(each.running for each in client.containers({}))
+    assert not any(container.running for container in client.containers({}))
     island.ok("engine.down")
     assert is_deserted(island)
 
 
-def test_a_crash_is_cleared_by_down(island: Island) -> None:
+def test_engine_is_removed_after_a_crash(island: Island) -> None:
     island.ok("engine.up")
     start_container(island.engine)
-    daemon = island.engine._daemon.pid()
-    assert daemon
-    os.kill(daemon, signal.SIGKILL)
-    eventually(lambda: not island.engine.running(), "the end of the engine")
+    island.kill_engine()
     assert "removed processes and mounts of a killed private engine" in island.ok("engine.down")
     assert is_deserted(island)
 
 
-def test_it_keeps_out_of_the_way_of_another_engine(island: Island) -> None:
+def test_engine_does_not_start_in_the_network_of_another(island: Island) -> None:
     island.ok("engine.up")
     elsewhere = island.directory / "elsewhere"
     elsewhere.mkdir()
@@ -110,6 +102,6 @@ def test_it_keeps_out_of_the_way_of_another_engine(island: Island) -> None:
     assert answers(island.engine.socket)
 
 
-def test_a_dry_run_starts_nothing(island: Island) -> None:
+def test_dry_run_starts_no_engine(island: Island) -> None:
     island.ok("--dry", "engine.up")
     assert not island.engine.running()

@@ -1,4 +1,4 @@
-"""Variables of other tools and the umask do not change what the stages make."""
+"""Variables of other tools and the umask do not change the images of stages."""
 
 from __future__ import annotations
 
@@ -82,15 +82,15 @@ HOSTILE = {
     "TAR_OPTIONS": "--exclude=*",
     "XZ_OPT": "-0",
 }
-"""Values that change the result of a tool that reads them, or make it fail."""
+"""Values that change the results of tools that read them, or make them fail."""
 
 
-def with_umask(project: Project, umask: str) -> None:
+def set_umask(project: Project, umask: str) -> None:
     project.program = ["sh", "-c", f'umask {umask}; exec "$@"', "sh", *project.program]
 
 
 def configuration(project: Project, image: str) -> dict[str, object]:
-    """The configuration, without what differs between two projects and between two times."""
+    """Return the configuration without the labels that differ between projects and times."""
     config = project.docker.config(image)
     for label in (CREATED, FILES_LABEL, IMAGE_LABEL, LAYERS_LABEL):
         del config["Labels"][label]
@@ -102,7 +102,7 @@ def test_variables_of_other_tools_do_not_change_the_result(
     new_project: NewProject, made: Made, tmp_path: Path
 ) -> None:
     project = new_project()
-    with_umask(project, "077")
+    set_umask(project, "077")
     temporary = tmp_path / "of, all"
     temporary.mkdir()
     environment = {**HOSTILE, "TMPDIR": str(temporary)}
@@ -111,19 +111,19 @@ def test_variables_of_other_tools_do_not_change_the_result(
     assert re.fullmatch(rf"{re.escape(project.image)}@sha256:[0-9a-f]{{64}}\n", result.stdout)
     assert "note: environment: DOCKER_DEFAULT_PLATFORM is ignored" in result.stderr
     for stage in ("base", "pull", "install"):
-        ours, normal = project.tag(stage), made.project.tag(stage)
-        assert configuration(project, ours) == configuration(made.project, normal)
+        expected = configuration(made.project, made.project.tag(stage))
+        assert configuration(project, project.tag(stage)) == expected
     docker = project.docker
     assert contents(docker, project.image) == contents(docker, made.project.image)
-    # Without the variables nothing is stale.
-    again = project.ok("base", "pull", "install").stderr
-    assert re.findall(r"^(\w+): up to date$", again, re.MULTILINE) == ["base", "pull", "install"]
+    # The stages are up to date without the variables.
+    output = project.ok("base", "pull", "install").stderr
+    assert re.findall(r"^(\w+): up to date$", output, re.MULTILINE) == ["base", "pull", "install"]
 
 
-def test_entry_point_of_a_private_checkout_is_that_of_every_user(
+def test_entry_point_of_a_private_checkout_is_readable_by_every_user(
     new_project: NewProject, tmp_path: Path
 ) -> None:
-    """As after ``umask 077; git clone``."""
+    """The checkout has the modes of ``umask 077; git clone``."""
     context, resources = tmp_path / "context", "guix_tasks/stages/resources"
     shutil.copytree(ROOT / resources, context / resources)
     shutil.copy(ROOT / "Dockerfile", context)
@@ -133,5 +133,5 @@ def test_entry_point_of_a_private_checkout_is_that_of_every_user(
     project.ok("base")
     command = ("-c", "stat -c %a /entry-point.sh && cat /entry-point.sh >/dev/null")
     options = ("--user=12345", "--entrypoint=sh")
-    shown = project.docker.run(project.tag("base"), *command, options=options)
-    assert (shown.stdout, shown.stderr) == ("755\n", "")
+    result = project.docker.run(project.tag("base"), *command, options=options)
+    assert (result.stdout, result.stderr) == ("755\n", "")

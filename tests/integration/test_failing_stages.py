@@ -1,4 +1,4 @@
-"""Stages that fail: for want of a network, and because something does not build."""
+"""Stages that fail because of the network, or because a package does not build."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ BROKEN = """
 """
 
 
-def bundle(project: Project) -> Path:
+def diagnostics(project: Project) -> Path:
     (directory,) = (project.directory / "out" / "failed").iterdir()
     return directory
 
 
-def test_what_does_not_build_leaves_what_one_needs(new_project: NewProject) -> None:
-    """And is not tried again; no secret is in it."""
+def test_failed_build_writes_diagnostics(new_project: NewProject) -> None:
+    """They contain no secret, and the stage is not retried."""
     project = new_project("base", "pull", GUIX_PACKAGES="", BUILD_ARGS="TOKEN=hunter2")
     (project.directory / "broken.scm").write_text(BROKEN)
     project.set(GUIX_MANIFEST="broken.scm", DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2")  # noqa: S106
     result = project.inv("install", "--upstream")
     error = one_error(result, 4)
     assert project.containers() == []
-    directory = bundle(project)
+    directory = diagnostics(project)
     assert directory.name.startswith("install-")
     assert f"the logs are in {directory}" in error
     assert "install: build of `/gnu/store/" in error
@@ -53,12 +53,12 @@ def test_what_does_not_build_leaves_what_one_needs(new_project: NewProject) -> N
     assert "guix package --manifest=" in (directory / "command").read_text()
     assert "GUIX_MANIFEST=broken.scm" in (directory / "settings").read_text()
     assert "builder for" in (directory / "log").read_text()
-    assert [each for each in directory.iterdir() if "broken-1.drv" in each.name]
-    for each in directory.iterdir():
-        assert b"hunter2" not in each.read_bytes()
+    assert [file for file in directory.iterdir() if "broken-1.drv" in file.name]
+    for file in directory.iterdir():
+        assert b"hunter2" not in file.read_bytes()
 
 
-def test_a_container_that_failed_can_be_looked_into(new_project: NewProject) -> None:
+def test_container_of_a_failed_stage_can_be_kept(new_project: NewProject) -> None:
     project = new_project("base", "pull", GUIX_PACKAGES="no-such-package")
     error = one_error(project.inv("install", "--keep-failed"), 4)
     assert "install: no-such-package: unknown package" in error
@@ -71,18 +71,18 @@ def test_a_container_that_failed_can_be_looked_into(new_project: NewProject) -> 
 
 
 class Substitutes(SimpleHTTPRequestHandler):
-    """A substitute server that has not got the first thing that it is asked for."""
+    """A substitute server that answers the first requests for one file with 404."""
 
     missing: ClassVar[int] = 0
-    """How often it has not."""
+    """Number of these answers."""
     first: ClassVar[str] = ""
 
     def do_GET(self) -> None:
-        ours = type(self)
-        if "/nar/" in self.path and not ours.first:
-            ours.first = self.path
-        if self.path == ours.first and ours.missing:
-            ours.missing -= 1
+        server = type(self)
+        if "/nar/" in self.path and not server.first:
+            server.first = self.path
+        if self.path == server.first and server.missing:
+            server.missing -= 1
             self.send_error(404)
         else:
             super().do_GET()
@@ -90,8 +90,8 @@ class Substitutes(SimpleHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
 
-class Moved(Substitutes):
-    """A server whose first answer about each item names a file that it no longer has."""
+class MovedSubstitutes(Substitutes):
+    """A substitute server whose first narinfo of each item names a missing file."""
 
     seen: ClassVar[set[str]] = set()
 
@@ -111,7 +111,7 @@ class Moved(Substitutes):
 
 
 @contextmanager
-def serving(
+def serve(
     directory: Path, missing: int = 0, kind: type[Substitutes] = Substitutes
 ) -> Iterator[str]:
     handler = type("Handler", (kind,), {"missing": missing, "seen": set()})
@@ -123,38 +123,33 @@ def serving(
         server.shutdown()
 
 
-def test_a_fault_of_the_network_is_survived(new_project: NewProject, workshop: Workshop) -> None:
-    """In the same container: what was fetched is not fetched again.
-
-    Guix itself asks twice.
-    """
-    with serving(workshop.offline / "substitutes", missing=2) as server:
+def test_network_fault_is_retried(new_project: NewProject, workshop: Workshop) -> None:
+    """The retry runs in the same container, which keeps the downloads. Guix itself asks twice."""
+    with serve(workshop.offline / "substitutes", missing=2) as server:
         project = new_project("base", NETWORK="host", GUIX_SUBSTITUTE_URLS=server)
-        said = project.ok("pull", "--upstream").stderr
-    assert said.count("pull is retried in") == 1
+        output = project.ok("pull", "--upstream").stderr
+    assert output.count("pull is retried in") == 1
     assert not (project.directory / "out" / "failed").exists()
     assert project.containers() == []
 
 
 @pytest.mark.both_stores
-def test_a_stage_that_lacks_memory_names_that(new_project: NewProject) -> None:
+def test_lack_of_memory_is_reported(new_project: NewProject) -> None:
     project = new_project("base", GUIX_SANDBOX="capabilities", STAGE_MEMORY="60m")
     error = one_error(project.inv("pull"), 4)
     assert "pull: a process was killed because memory ran out, and nothing was committed" in error
     assert "raise STAGE_MEMORY (62.9 MB)" in error
 
 
-def test_what_a_server_has_no_more_is_asked_for_again(
-    new_project: NewProject, workshop: Workshop
-) -> None:
-    """Guix itself would remember the answer for a day and a half."""
-    with serving(workshop.offline / "substitutes", kind=Moved) as server:
+def test_stale_narinfo_is_fetched_again(new_project: NewProject, workshop: Workshop) -> None:
+    """Guix itself would cache the narinfo for 36 hours."""
+    with serve(workshop.offline / "substitutes", kind=MovedSubstitutes) as server:
         project = new_project("base", NETWORK="host", GUIX_SUBSTITUTE_URLS=server)
-        said = project.ok("pull", "--upstream").stderr
-    assert said.count("pull is retried in") == 1
+        output = project.ok("pull", "--upstream").stderr
+    assert output.count("pull is retried in") == 1
 
 
-def test_a_server_that_is_down_does_not_let_all_be_built(new_project: NewProject) -> None:
+def test_packages_are_not_built_if_no_server_answers(new_project: NewProject) -> None:
     server = f"http://127.0.0.1:{free_port()}"
     project = new_project("base", NETWORK="host", GUIX_SUBSTITUTE_URLS=server)
     with project.unharmed():
@@ -163,20 +158,20 @@ def test_a_server_that_is_down_does_not_let_all_be_built(new_project: NewProject
     assert "no substitute server answers (127.0.0.1)" in error
     assert "GUIX_FALLBACK=yes" in error
     assert result.stderr.count("pull is retried in") == 2
-    assert bundle(project)
+    assert diagnostics(project)
 
 
 @pytest.mark.parametrize("sandbox", ["rootless", "capabilities"])
 @pytest.mark.parametrize("scheme", ["file", "http"])
-def test_a_server_that_is_not_trusted_does_not_let_all_be_built(
+def test_packages_are_not_built_if_the_server_is_not_trusted(
     new_project: NewProject, workshop: Workshop, scheme: str, sandbox: str
 ) -> None:
-    """The narinfos are in a directory, or in the cache of the daemon."""
+    """The narinfos are in a directory or in the cache of the daemon."""
     project = new_project("base", NETWORK="host", GUIX_SANDBOX=sandbox, GUIX_SUBSTITUTE_KEYS="")
-    with serving(workshop.offline / "substitutes") as server, project.unharmed():
+    with serve(workshop.offline / "substitutes") as server, project.unharmed():
         if scheme == "http":
             project.set(GUIX_SUBSTITUTE_URLS=server)
         error = one_error(project.inv("pull", "--upstream"), 4)
     assert "pull: the image does not trust the key of the substitutes" in error
     assert "set GUIX_SUBSTITUTE_KEYS to the server's public key" in error
-    assert "builder for" not in (bundle(project) / "log").read_text()
+    assert "builder for" not in (diagnostics(project) / "log").read_text()

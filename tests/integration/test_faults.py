@@ -1,4 +1,4 @@
-"""A registry that fails in every way: a push ends in a pushed image or in one clear line."""
+"""Faults of a registry: a push succeeds or ends with an error of one line."""
 
 from __future__ import annotations
 
@@ -55,55 +55,55 @@ pytestmark = pytest.mark.engine
 TINY = "FROM scratch\nCOPY Dockerfile /\n"
 
 Answer: TypeAlias = "Callable[[Proxy], bool]"
-"""Answers a request in the place of the registry; false where that is to answer after all."""
+"""Answers a request instead of the registry, or returns false to forward the request."""
 
 
 @dataclass
 class Faults:
-    """What goes wrong: the requests that it concerns, how often, and what is answered instead."""
+    """An answer to the first ``times`` requests that match."""
 
     answer: Answer
-    concerns: Callable[[str, str], bool]
+    matches: Callable[[str, str], bool]
     times: int = 1
-    met: int = 0
-    asked: list[str] = field(default_factory=list)
+    count: int = 0
+    requests: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def due(self, method: str, path: str) -> Answer | None:
+    def find_answer(self, method: str, path: str) -> Answer | None:
         with self.lock:
-            self.asked.append(f"{method} {path}")
-            if not self.concerns(method, path) or self.met >= self.times:
+            self.requests.append(f"{method} {path}")
+            if not self.matches(method, path) or self.count >= self.times:
                 return None
-            self.met += 1
+            self.count += 1
             return self.answer
 
 
 @dataclass
-class Several:
-    """Faults one after the other: each waits until the one before it was met."""
+class FaultSequence:
+    """Faults in sequence: each begins when all occurrences of the previous one are over."""
 
     faults: list[Faults]
 
-    def due(self, method: str, path: str) -> Answer | None:
-        for each in self.faults:
-            if each.met < each.times:
-                return each.due(method, path)
+    def find_answer(self, method: str, path: str) -> Answer | None:
+        for faults in self.faults:
+            if faults.count < faults.times:
+                return faults.find_answer(method, path)
         return None
 
 
 class Proxy(BaseHTTPRequestHandler):
-    """Hands every request on to a registry, but for those that a fault meets."""
+    """Forwards requests to a registry, except those with a fault."""
 
     protocol_version = "HTTP/1.1"
-    # So that who begins with TLS hears that this is HTTP.
+    # Clients that begin with TLS get an answer in HTTP.
     default_request_version = "HTTP/1.0"
     registry: ClassVar[int]
-    faults: ClassVar[Faults | Several]
-    more: ClassVar[dict[str, str]]
+    faults: ClassVar[Faults | FaultSequence]
+    extra_headers: ClassVar[dict[str, str]]
 
     def handle_any(self) -> None:
-        fault = self.faults.due(self.command, self.path)
-        if fault and fault(self):
+        answer = self.faults.find_answer(self.command, self.path)
+        if answer and answer(self):
             return
         self.forward(self.body())
 
@@ -121,16 +121,18 @@ class Proxy(BaseHTTPRequestHandler):
         self.rfile.readline()
         return data
 
-    def forward(self, body: bytes, *, spoil: bool = False, cut: bool = False) -> None:
-        """Ask the registry, and hand on its answer, or what is left of it."""
+    def forward(self, body: bytes, *, corrupt: bool = False, truncate: bool = False) -> None:
+        """Forward the request, and return the answer, which can be corrupted or truncated."""
         upstream = http.client.HTTPConnection("127.0.0.1", self.registry, timeout=30)
-        left_out = ("transfer-encoding", "content-length", "connection")
-        # A header that is given twice, as Accept is, is one with both.
-        given = {name: ", ".join(self.headers.get_all(name, [])) for name in self.headers}
-        ours = {n: v for n, v in given.items() if n.lower() not in left_out}
-        upstream.request(
-            self.command, self.path, body, {**ours, **self.more, "Content-Length": str(len(body))}
-        )
+        removed = ("transfer-encoding", "content-length", "connection")
+        # Headers that occur twice, such as Accept, are joined.
+        headers = {
+            name: ", ".join(self.headers.get_all(name, []))
+            for name in self.headers
+            if name.lower() not in removed
+        }
+        headers |= {**self.extra_headers, "Content-Length": str(len(body))}
+        upstream.request(self.command, self.path, body, headers)
         answer = upstream.getresponse()
         data = answer.read()
         self.send_response(answer.status)
@@ -138,9 +140,9 @@ class Proxy(BaseHTTPRequestHandler):
             if name.lower() not in ("transfer-encoding", "connection", "date", "server"):
                 self.send_header(name, value)
         self.end_headers()
-        if spoil and data:
+        if corrupt and data:
             data = bytes([data[0] ^ 1]) + data[1:]
-        self.wfile.write(data[: len(data) // 2] if cut else data)
+        self.wfile.write(data[: len(data) // 2] if truncate else data)
         self.wfile.flush()
         upstream.close()
 
@@ -155,43 +157,43 @@ class Proxy(BaseHTTPRequestHandler):
         return True
 
     def reset(self) -> bool:
-        """End the connection as a crash would: with RST."""
+        """End the connection with RST, like a crash."""
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.close()
         return True
 
 
-def manifest(method: str, path: str) -> bool:
+def puts_manifest(method: str, path: str) -> bool:
     return method == "PUT" and "/manifests/" in path
 
 
-def upload(method: str, path: str) -> bool:
+def uploads_data(method: str, path: str) -> bool:
     return method in ("PATCH", "PUT") and "/blobs/uploads/" in path
 
 
-def beginning(method: str, path: str) -> bool:
+def starts_upload(method: str, path: str) -> bool:
     return method == "POST" and "/blobs/uploads/" in path
 
 
-def closing(method: str, path: str) -> bool:
-    """The request that ends an upload, and names its digest."""
+def ends_upload(method: str, path: str) -> bool:
+    """Whether a request ends an upload and contains its digest."""
     return method == "PUT" and "/blobs/uploads/" in path
 
 
-def reading(method: str, path: str) -> bool:
+def gets_manifest(method: str, path: str) -> bool:
     return method == "GET" and "/manifests/" in path
 
 
-def blob(method: str, path: str) -> bool:
+def gets_blob(method: str, path: str) -> bool:
     return method == "GET" and "/blobs/sha256:" in path
 
 
-def anything(_method: str, _path: str) -> bool:
+def is_any(_method: str, _path: str) -> bool:
     return True
 
 
-def status(code: int, **headers: str) -> Callable[[Proxy], bool]:
+def answer_with(code: int, **headers: str) -> Callable[[Proxy], bool]:
     def answer(proxy: Proxy) -> bool:
         proxy.body()
         return proxy.answer_status(code, "not now", **headers)
@@ -203,36 +205,36 @@ def reset(proxy: Proxy) -> bool:
     return proxy.reset()
 
 
-def cut_short(proxy: Proxy) -> bool:
-    """Take half of what is uploaded."""
+def reset_upload(proxy: Proxy) -> bool:
+    """Reset the connection after a part of the upload."""
     proxy.rfile.read(16)
     return proxy.reset()
 
 
-def slow(_proxy: Proxy) -> bool:
+def delay(_proxy: Proxy) -> bool:
     time.sleep(2)
     return False
 
 
-def drop(proxy: Proxy) -> bool:
-    """Say that what was pushed is there, and forget it."""
+def discard(proxy: Proxy) -> bool:
+    """Confirm a push without storing it."""
     digest = f"sha256:{hashlib.sha256(proxy.body()).hexdigest()}"
     return proxy.answer_status(201, Docker_Content_Digest=digest, Location=proxy.path)
 
 
-def spoilt(proxy: Proxy) -> bool:
-    """Answer with a blob that has one byte of another's."""
-    proxy.forward(proxy.body(), spoil=True)
+def corrupt(proxy: Proxy) -> bool:
+    """Answer with one changed byte."""
+    proxy.forward(proxy.body(), corrupt=True)
     return True
 
 
-def cut_off(proxy: Proxy) -> bool:
-    """Answer with half of what was asked for, as long as it may seem."""
-    proxy.forward(proxy.body(), cut=True)
+def truncate(proxy: Proxy) -> bool:
+    """Answer with half of the data, but with its full length in the header."""
+    proxy.forward(proxy.body(), truncate=True)
     return proxy.reset()
 
 
-def explained(code: int, name: str, message: str) -> Callable[[Proxy], bool]:
+def answer_with_error(code: int, name: str, message: str) -> Callable[[Proxy], bool]:
     """Answer with an error of the distribution specification."""
 
     def answer(proxy: Proxy) -> bool:
@@ -244,28 +246,28 @@ def explained(code: int, name: str, message: str) -> Callable[[Proxy], bool]:
 
 
 CLONE_NEWNET = 0x40000000
-"""Of <sched.h>."""
+"""From <sched.h>."""
 
 
 def join_network(process: int) -> None:
-    """Move this thread, and the threads that it will start, to the network of a process."""
+    """Move this thread and its future threads to the network of a process."""
     with Path(f"/proc/{process}/ns/net").open() as network:
         assert ctypes.CDLL(None).setns(network.fileno(), CLONE_NEWNET) == 0
 
 
 @contextmanager
-def failing(
+def serve_faults(
     registry: LocalRegistry,
-    faults: Faults | Several,
+    faults: Faults | FaultSequence,
     network: int | None = None,
     headers: dict[str, str] | None = None,
 ) -> Iterator[str]:
-    """A registry that fails; its address.  It adds headers to what it is asked.
+    """Serve a registry with faults at the returned address, and add headers to its requests.
 
     It is in the network of the process ``network``, or of the tests.
     """
-    more = {"registry": registry.port, "faults": faults, "more": headers or {}}
-    handler = type("Handler", (Proxy,), more)
+    attributes = {"registry": registry.port, "faults": faults, "extra_headers": headers or {}}
+    handler = type("Handler", (Proxy,), attributes)
     join = partial(join_network, network) if network else None
     with (
         ThreadPoolExecutor(1, initializer=join) as pool,
@@ -281,7 +283,7 @@ def failing(
 
 @dataclass
 class Rig:
-    """A tiny image, and this process' own calls of the engine: as ``inv`` makes them, but quick."""
+    """A small image, and calls of the engine in this process, which are faster than ``inv``."""
 
     engine: DockerEngine
     registry: LocalRegistry
@@ -289,9 +291,9 @@ class Rig:
     network: int | None
     waits: list[float] = field(default_factory=list)
     pause: float = 0
-    """Seconds that a wait takes here."""
-    said: io.StringIO = field(default_factory=io.StringIO)
-    made: list[str] = field(default_factory=list)
+    """Actual seconds of each wait."""
+    messages: io.StringIO = field(default_factory=io.StringIO)
+    references: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
     @property
@@ -303,23 +305,23 @@ class Rig:
         self.waits.append(seconds)
         time.sleep(self.pause)
 
-    def failing(self, faults: Faults) -> AbstractContextManager[str]:
-        return failing(self.registry, faults, self.network)
+    def serve(self, faults: Faults) -> AbstractContextManager[str]:
+        return serve_faults(self.registry, faults, self.network)
 
     def project(self, address: str) -> EngineProject:
         account = self.registry.account.credentials()
         assert account
         image = f"{address}/guix-tasks-test/faults-{secrets.token_hex(6)}:t"
-        # A process reads an env file once.
-        env_file = self.directory / f"{len(self.made)}.env"
+        # A process reads each env file only once.
+        env_file = self.directory / f"{len(self.references)}.env"
         env_file.write_text(
             f"IMAGE={image}\nDOCKER_USERNAME={account.username}\n"
             f"DOCKER_PASSWORD={account.password}\n"
         )
-        return EngineProject(load_isolated(env_file), self.engine, Console(err=self.said))
+        return EngineProject(load_isolated(env_file), self.engine, Console(err=self.messages))
 
-    def image(self, project: EngineProject) -> Image:
-        """An image of a layer that no registry has, under the project's name."""
+    def create_image(self, project: EngineProject) -> Image:
+        """Create an image for the project, with a layer that is in no registry."""
         data = io.BytesIO()
         with tarfile.open(fileobj=data, mode="w") as tar:
             member = tarfile.TarInfo("content")
@@ -327,13 +329,13 @@ class Rig:
             tar.addfile(member, io.BytesIO(secrets.token_bytes(20_000)))
         reference = str(project.settings.image)
         self.engine.import_rootfs(iter([data.getvalue()]), reference)
-        self.made.append(reference)
+        self.references.append(reference)
         image = self.engine.image(reference)
         assert image
         return image
 
-    def pushed(self, project: EngineProject) -> bool:
-        """Push it: whether it is there, and what its registry holds is what was to be pushed."""
+    def push(self, project: EngineProject) -> bool:
+        """Push the image, check its digest in the registry, and return whether this succeeded."""
         try:
             (digest,) = push(project).values()
         except RegistryError as error:
@@ -343,8 +345,8 @@ class Rig:
         assert remote_digest(self.engine, project.settings, reference) == digest
         return True
 
-    def pulled(self, project: EngineProject, image: Image) -> bool:
-        """Pull what was pushed, to where it is not any more: it is the same, or it is not there."""
+    def pull(self, project: EngineProject, image: Image) -> bool:
+        """Remove the image and pull it again, and return whether this succeeded."""
         reference = str(project.settings.image)
         self.engine.untag(reference)
         assert self.engine.image(image.id) is None
@@ -354,15 +356,15 @@ class Rig:
             self.errors.append(str(error))
             assert self.engine.image(reference) is None
             return False
-        found = self.engine.image(reference)
-        assert found
-        assert (found.id, found.layers) == (image.id, image.layers)
+        pulled = self.engine.image(reference)
+        assert pulled
+        assert (pulled.id, pulled.layers) == (image.id, image.layers)
         return True
 
 
 @pytest.fixture
 def network(store: str, request: pytest.FixtureRequest) -> int | None:
-    """A process in the engine's network, if that is not the network of the tests."""
+    """A process in the engine's network, or None if that is the network of the tests."""
     if store != OTHER_STORE:
         return None
     island: Island = request.getfixturevalue("other_store")
@@ -377,135 +379,143 @@ def rig(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Rig]:
-    made = Rig(engine, registry, tmp_path, network)
-    monkeypatch.setattr(retry, "time", SimpleNamespace(sleep=made.sleep))
-    yield made
-    for reference in made.made:
+    rig = Rig(engine, registry, tmp_path, network)
+    monkeypatch.setattr(retry, "time", SimpleNamespace(sleep=rig.sleep))
+    yield rig
+    for reference in rig.references:
         engine.untag(reference)
-    assert not [error for error in made.errors if "\n" in error]
+    assert not [error for error in rig.errors if "\n" in error]
 
 
 PUSH_FAULTS = {
-    "429": (status(429), manifest),
-    "429, retry after": (status(429, Retry_After="1"), beginning),
-    "429, explained": (explained(429, "TOOMANYREQUESTS", "retry-after: 1ms, allowed: 9"), manifest),
-    "500": (status(500), manifest),
-    "500, explained": (explained(500, "UNKNOWN", "unknown error"), manifest),
-    "502": (status(502), upload),
-    "503": (status(503), beginning),
-    "504": (status(504), upload),
-    "reset": (reset, manifest),
-    "reset at once": (reset, beginning),
-    "cut short": (cut_short, upload),
-    "slow": (slow, manifest),
+    "429": (answer_with(429), puts_manifest),
+    "429, retry after": (answer_with(429, Retry_After="1"), starts_upload),
+    "429, with an error": (
+        answer_with_error(429, "TOOMANYREQUESTS", "retry-after: 1ms, allowed: 9"),
+        puts_manifest,
+    ),
+    "500": (answer_with(500), puts_manifest),
+    "500, with an error": (answer_with_error(500, "UNKNOWN", "unknown error"), puts_manifest),
+    "502": (answer_with(502), uploads_data),
+    "503": (answer_with(503), starts_upload),
+    "504": (answer_with(504), uploads_data),
+    "reset": (reset, puts_manifest),
+    "reset at once": (reset, starts_upload),
+    "truncated": (reset_upload, uploads_data),
+    "delay": (delay, puts_manifest),
     "wrong digest": (
-        explained(400, "DIGEST_INVALID", "provided digest did not match uploaded content"),
-        closing,
+        answer_with_error(400, "DIGEST_INVALID", "provided digest did not match uploaded content"),
+        ends_upload,
     ),
 }
 
 PULL_FAULTS = {
-    "429": (status(429), reading),
-    "429, explained": (
-        explained(429, "TOOMANYREQUESTS", "You have reached your pull rate limit."),
-        reading,
+    "429": (answer_with(429), gets_manifest),
+    "429, with an error": (
+        answer_with_error(429, "TOOMANYREQUESTS", "You have reached your pull rate limit."),
+        gets_manifest,
     ),
-    "500": (status(500), reading),
-    "503": (status(503), reading),
-    "503, explained": (explained(503, "UNAVAILABLE", "service unavailable"), reading),
-    "reset": (reset, reading),
-    "cut short": (cut_off, reading),
-    "slow": (slow, reading),
-    "a blob cut short": (cut_off, blob),
-    "wrong digest": (spoilt, blob),
+    "500": (answer_with(500), gets_manifest),
+    "503": (answer_with(503), gets_manifest),
+    "503, with an error": (
+        answer_with_error(503, "UNAVAILABLE", "service unavailable"),
+        gets_manifest,
+    ),
+    "reset": (reset, gets_manifest),
+    "truncated": (truncate, gets_manifest),
+    "delay": (delay, gets_manifest),
+    "truncated blob": (truncate, gets_blob),
+    "wrong digest": (corrupt, gets_blob),
 }
 
 
-PATIENT = {"429, retry after", "502", "503", "504", "reset at once"}
-"""Kinds that the engine itself tries again, after five seconds: enough of these are below."""
+SLOW = {"429, retry after", "502", "503", "504", "reset at once"}
+"""Kinds that the engine itself retries after five seconds; other tests cover them."""
 
 RESENT = {"429": 6, "500": 2, "503": 2, "504": 2}
-"""How often an engine with the containerd image store sends a request that gets a status.
+"""Requests of an engine with the containerd image store for each status, without a wait.
 
-It does not wait meanwhile: see `retryRequest` in containerd's core/remotes/docker/resolver.go. From
-2.3.2 on it sends a request 5 times after 429.
+See `retryRequest` in containerd's core/remotes/docker/resolver.go. Since 2.3.2 it sends 5 requests
+after 429.
 """
 
 
 def times(rig: Rig, kind: str) -> int:
-    """How often a fault has to occur to be one for this engine."""
+    """Return how often a fault must occur until this engine reports it."""
     return RESENT.get(kind[:3], 1) if rig.resends else 1
 
 
 @pytest.mark.both_stores
-@pytest.mark.parametrize("kind", sorted(PUSH_FAULTS.keys() - PATIENT))
-def test_a_push_survives_what_passes(rig: Rig, kind: str) -> None:
-    answer, concerns = PUSH_FAULTS[kind]
-    faults = Faults(answer, concerns, times(rig, kind) * (2 if kind == "429" else 1))
-    with rig.failing(faults) as address:
+@pytest.mark.parametrize("kind", sorted(PUSH_FAULTS.keys() - SLOW))
+def test_push_retries_transient_faults(rig: Rig, kind: str) -> None:
+    answer, matches = PUSH_FAULTS[kind]
+    faults = Faults(answer, matches, times(rig, kind) * (2 if kind == "429" else 1))
+    with rig.serve(faults) as address:
         project = rig.project(address)
-        rig.image(project)
-        assert rig.pushed(project), rig.errors
-        assert faults.met == faults.times
+        rig.create_image(project)
+        assert rig.push(project), rig.errors
+        assert faults.count == faults.times
 
 
 @pytest.mark.both_stores
-def test_what_is_uploaded_is_not_uploaded_again(rig: Rig) -> None:
-    faults = Faults(status(503), manifest, 2 * times(rig, "503"))
-    with rig.failing(faults) as address:
+def test_uploaded_layers_are_not_uploaded_again(rig: Rig) -> None:
+    faults = Faults(answer_with(503), puts_manifest, 2 * times(rig, "503"))
+    with rig.serve(faults) as address:
         project = rig.project(address)
-        rig.image(project)
-        assert rig.pushed(project)
+        rig.create_image(project)
+        assert rig.push(project)
     assert len(rig.waits) == 2
-    ends = [each for each in faults.asked if closing(*each.split())]
+    ends = [request for request in faults.requests if ends_upload(*request.split())]
     assert len(ends) == 2, "a layer and a configuration, once each"
 
 
 @pytest.mark.both_stores
 @pytest.mark.parametrize("kind", PULL_FAULTS)
-def test_a_pull_survives_what_passes(rig: Rig, kind: str) -> None:
-    answer, concerns = PULL_FAULTS[kind]
-    faults = Faults(answer, concerns, times=0)
+def test_pull_retries_transient_faults(rig: Rig, kind: str) -> None:
+    answer, matches = PULL_FAULTS[kind]
+    faults = Faults(answer, matches, times=0)
     if kind == "wrong digest" and rig.resends:
         # The containerd store holds the damaged content until it collects garbage, just after the
         # pull. This is the shortest wait before a retry.
         rig.pause = 1
-    with rig.failing(faults) as address:
+    with rig.serve(faults) as address:
         project = rig.project(address)
-        image = rig.image(project)
-        assert rig.pushed(project)
+        image = rig.create_image(project)
+        assert rig.push(project)
         faults.times = times(rig, kind)
-        assert rig.pulled(project, image), rig.errors
-        assert faults.met == faults.times
+        assert rig.pull(project, image), rig.errors
+        assert faults.count == faults.times
 
 
-@pytest.mark.parametrize("concerns", ["reading", "blob"])
-def test_what_is_never_what_its_digest_says_is_never_an_image(rig: Rig, concerns: str) -> None:
-    faults = Faults(spoilt, {"reading": reading, "blob": blob}[concerns], times=0)
-    with failing(rig.registry, faults) as address:
+@pytest.mark.parametrize("matches", [gets_manifest, gets_blob])
+def test_content_with_a_wrong_digest_makes_no_image(
+    rig: Rig, matches: Callable[[str, str], bool]
+) -> None:
+    faults = Faults(corrupt, matches, times=0)
+    with serve_faults(rig.registry, faults) as address:
         project = rig.project(address)
-        image = rig.image(project)
-        assert rig.pushed(project)
+        image = rig.create_image(project)
+        assert rig.push(project)
         faults.times = 100
-        assert not rig.pulled(project, image)
+        assert not rig.pull(project, image)
 
 
 @pytest.mark.parametrize("code", [401, 403])
-def test_a_pull_that_is_refused_is_not_tried_again(rig: Rig, code: int) -> None:
-    faults = Faults(status(code), reading, times=0)
-    with failing(rig.registry, faults) as address:
+def test_refused_pull_is_not_retried(rig: Rig, code: int) -> None:
+    faults = Faults(answer_with(code), gets_manifest, times=0)
+    with serve_faults(rig.registry, faults) as address:
         project = rig.project(address)
-        image = rig.image(project)
-        assert rig.pushed(project)
+        image = rig.create_image(project)
+        assert rig.push(project)
         faults.times = 100
-        assert not rig.pulled(project, image)
+        assert not rig.pull(project, image)
     assert rig.waits == []
 
 
-def test_what_is_not_there_is_not_tried_again(rig: Rig) -> None:
-    """A cache that misses costs no time."""
+def test_pull_of_a_missing_image_is_not_retried(rig: Rig) -> None:
+    """A cache miss must not cost time."""
     with (
-        failing(rig.registry, Faults(status(500), anything, 0)) as address,
+        serve_faults(rig.registry, Faults(answer_with(500), is_any, 0)) as address,
         pytest.raises(RegistryError, match="fix the reference"),
     ):
         pull(rig.project(address), f"{address}/guix-tasks-test/500/429:t-503")
@@ -513,49 +523,48 @@ def test_what_is_not_there_is_not_tried_again(rig: Rig) -> None:
 
 
 @pytest.mark.soak
-def test_faults_in_any_order(rig: Rig, soak: Soak) -> None:
-    """Each ends in an image that is there, or in one line."""
-    chance = soak.chance("faults in any order")
+def test_random_faults_end_in_an_image_or_one_error_line(rig: Rig, soak: Soak) -> None:
+    rng = soak.chance("random faults")
     kinds: collections.Counter[str] = collections.Counter()
-    came: collections.Counter[bool] = collections.Counter()
-    chosen = sorted(PUSH_FAULTS if soak.long else PUSH_FAULTS.keys() - PATIENT)
+    results: collections.Counter[bool] = collections.Counter()
+    push_kinds = sorted(PUSH_FAULTS if soak.long else PUSH_FAULTS.keys() - SLOW)
     for _ in range(soak.times(2, 60)):
-        sequence = [chance.choice(chosen) for _ in range(chance.randint(1, 4))]
-        several = Several([Faults(*PUSH_FAULTS[kind]) for kind in sequence])
-        with failing(rig.registry, several) as address:
+        chosen = [rng.choice(push_kinds) for _ in range(rng.randint(1, 4))]
+        sequence = FaultSequence([Faults(*PUSH_FAULTS[kind]) for kind in chosen])
+        with serve_faults(rig.registry, sequence) as address:
             project = rig.project(address)
-            rig.image(project)
-            came[rig.pushed(project)] += 1
+            rig.create_image(project)
+            results[rig.push(project)] += 1
             rig.engine.untag(str(project.settings.image))
-        met = zip(sequence, several.faults, strict=True)
-        kinds.update(f"push: {kind}" for kind, each in met if each.met)
+        pairs = zip(chosen, sequence.faults, strict=True)
+        kinds.update(f"push: {kind}" for kind, faults in pairs if faults.count)
     for _ in range(soak.times(2, 20)):
-        kind = chance.choice(sorted(PULL_FAULTS))
+        kind = rng.choice(sorted(PULL_FAULTS))
         faults = Faults(*PULL_FAULTS[kind], times=0)
-        with failing(rig.registry, faults) as address:
+        with serve_faults(rig.registry, faults) as address:
             project = rig.project(address)
-            image = rig.image(project)
-            assert rig.pushed(project)
-            faults.times = chance.randint(1, 3)
-            came[rig.pulled(project, image)] += 1
+            image = rig.create_image(project)
+            assert rig.push(project)
+            faults.times = rng.randint(1, 3)
+            results[rig.pull(project, image)] += 1
             rig.engine.untag(str(project.settings.image))
-        kinds[f"pull: {kind}"] += faults.met
+        kinds[f"pull: {kind}"] += faults.count
     soak.tell(
-        "a registry that fails",
-        f"{sum(kinds.values())} faults of {len(kinds)} kinds: {came[True]} transfers ended in the "
-        f"image, {came[False]} in one line",
+        "faults of a registry",
+        f"{sum(kinds.values())} faults of {len(kinds)} kinds: {results[True]} transfers succeeded, "
+        f"{results[False]} ended with one error line",
     )
 
 
-def basic(registry: LocalRegistry) -> str:
+def basic_authorization(registry: LocalRegistry) -> str:
     account = registry.account.credentials()
     assert account
     pair = f"{account.username}:{account.password}"
     return f"Basic {base64.b64encode(pair.encode()).decode()}"
 
 
-def tiny(new_project: NewProject, registry: LocalRegistry, address: str) -> Project:
-    """A project that goes to a registry by way of a proxy, which is none of ours to ``inv``."""
+def make_base(new_project: NewProject, registry: LocalRegistry, address: str) -> Project:
+    """Make the base stage of a project whose registry is the proxy at an address."""
     account = registry.account.credentials()
     assert account
     project = new_project(
@@ -563,101 +572,102 @@ def tiny(new_project: NewProject, registry: LocalRegistry, address: str) -> Proj
         DOCKER_USERNAME=account.username,
         DOCKER_PASSWORD=account.password,
     )
-    # Each with a layer of its own, so that there is something to upload.
+    # The label makes the layers unique, so that a push uploads them.
     project.dockerfile(f"{TINY}LABEL once={time.time_ns()}\n")
     project.ok("base")
     return project
 
 
-def test_a_fault_that_passes_is_told_and_survived(
+def test_retry_of_a_push_is_reported(
     new_project: NewProject, registry: LocalRegistry, docker: Docker, engine: DockerEngine
 ) -> None:
     resent = RESENT["429"] if engine.info().uses_containerd else 1
-    faults = Faults(status(429, Retry_After="1"), manifest, resent)
-    with failing(registry, faults) as address:
-        project = tiny(new_project, registry, address)
+    faults = Faults(answer_with(429, Retry_After="1"), puts_manifest, resent)
+    with serve_faults(registry, faults) as address:
+        project = make_base(new_project, registry, address)
         result = project.ok("push")
-        assert faults.met == faults.times
+        assert faults.count == faults.times
         assert result.stderr.count("the push is retried in") == 1
-        held = result.stdout.strip().replace(address, f"localhost:{registry.port}")
-        docker.ok("manifest", "inspect", "--insecure", held)
+        reference = result.stdout.strip().replace(address, f"localhost:{registry.port}")
+        docker.ok("manifest", "inspect", "--insecure", reference)
 
 
 @pytest.mark.both_stores
-def test_a_base_image_is_tried_again(
+def test_pull_of_the_base_image_is_retried(
     new_project: NewProject,
     registry: LocalRegistry,
     network: int | None,
     builder: dict[str, str],
     request: pytest.FixtureRequest,
 ) -> None:
-    """Whichever builder pulls it."""
-    faults = Faults(status(503), reading, times=0)
+    """Each builder pulls it in its own way."""
+    faults = Faults(answer_with(503), gets_manifest, times=0)
     base = new_project()
     base.dockerfile(f"{TINY}LABEL once={time.time_ns()}\n")
     base.ok("base", "push")
     for tag in base.tags():
         base.docker.ok("rmi", f"{base.repository}:{tag}")
-    open_to_all = {"Authorization": basic(registry)}
-    with failing(registry, faults, network, open_to_all) as address:
-        # One when the base stage looks up the base image, the others when it is pulled.
+    headers = {"Authorization": basic_authorization(registry)}
+    with serve_faults(registry, faults, network, headers) as address:
+        # The base stage looks up the base image once; the other requests pull it.
         faults.times = 1 + RESENT["503"]
         reference = base.image.replace(f"localhost:{registry.port}", address)
         project = new_project(BASE_IMAGE=reference)
         project.dockerfile("ARG BASE_IMAGE\nFROM $BASE_IMAGE\nCOPY Dockerfile /again\n")
-        made = project.inv("base", env=builder)
+        result = project.inv("base", env=builder)
         project.docker("rmi", reference)
-        assert made.returncode == 0, made.stderr
-        assert faults.met == faults.times
+        assert result.returncode == 0, result.stderr
+        assert faults.count == faults.times
         # BuildKit itself retries.
         is_classic = "buildx" not in request.node.callspec.id
-        assert ("the build is retried in" in made.stderr) == is_classic
+        assert ("the build is retried in" in result.stderr) == is_classic
 
 
 @pytest.mark.parametrize(
-    ("answer", "concerns"),
+    ("answer", "matches"),
     [
-        pytest.param(status(401), manifest, id="401"),
-        pytest.param(status(403), manifest, id="403"),
-        pytest.param(status(403), beginning, id="403 at once"),
+        pytest.param(answer_with(401), puts_manifest, id="401"),
+        pytest.param(answer_with(403), puts_manifest, id="403"),
+        pytest.param(answer_with(403), starts_upload, id="403 at once"),
     ],
 )
-def test_a_refusal_is_told_and_not_tried_again(
+def test_refused_push_is_reported_without_a_retry(
     new_project: NewProject,
     registry: LocalRegistry,
     answer: Callable[[Proxy], bool],
-    concerns: Callable[[str, str], bool],
+    matches: Callable[[str, str], bool],
 ) -> None:
-    faults = Faults(answer, concerns, times=100)
-    with failing(registry, faults) as address:
-        project = tiny(new_project, registry, address)
+    faults = Faults(answer, matches, times=100)
+    with serve_faults(registry, faults) as address:
+        project = make_base(new_project, registry, address)
         result = project.inv("push")
         assert project.image in one_error(result, 5)
         assert "is retried" not in result.stderr
-        assert len([each for each in faults.asked if concerns(*each.split())]) == faults.met
+        matching = [request for request in faults.requests if matches(*request.split())]
+        assert len(matching) == faults.count
 
 
 @pytest.mark.both_stores
-def test_a_fault_that_stays_ends_in_one_line(rig: Rig) -> None:
-    faults = Faults(status(429), manifest, times=100)
-    with rig.failing(faults) as address:
+def test_permanent_fault_ends_with_one_error_line(rig: Rig) -> None:
+    faults = Faults(answer_with(429), puts_manifest, times=100)
+    with rig.serve(faults) as address:
         project = rig.project(address)
-        rig.image(project)
-        assert not rig.pushed(project)
+        rig.create_image(project)
+        assert not rig.push(project)
         assert str(project.settings.image) in rig.errors[0]
-        assert rig.said.getvalue().count("is retried in") == len(rig.waits) == 3
-        assert faults.met in ({4 * 5, 4 * RESENT["429"]} if rig.resends else {4})
+        assert rig.messages.getvalue().count("is retried in") == len(rig.waits) == 3
+        assert faults.count in ({4 * 5, 4 * RESENT["429"]} if rig.resends else {4})
 
 
-def test_a_registry_that_holds_another_image_is_not_believed(
+def test_push_fails_if_the_registry_has_another_image(
     new_project: NewProject, registry: LocalRegistry
 ) -> None:
-    faults = Faults(drop, manifest, times=0)
-    with failing(registry, faults) as address:
-        project = tiny(new_project, registry, address)
-        before = project.ok("push").stdout.strip().partition("@")[2]
+    faults = Faults(discard, puts_manifest, times=0)
+    with serve_faults(registry, faults) as address:
+        project = make_base(new_project, registry, address)
+        previous_digest = project.ok("push").stdout.strip().partition("@")[2]
         project.dockerfile(f"{TINY}LABEL again=yes\n")
         project.ok("base")
         faults.times = 1
         error = one_error(project.inv("push"), 5)
-        assert f"but the registry has {before}" in error
+        assert f"but the registry has {previous_digest}" in error
