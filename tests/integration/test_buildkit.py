@@ -528,7 +528,7 @@ RUN = re.compile(r"^RUN (.*?) (\[.*\])$", re.MULTILINE)
 def test_commands_of_the_steps_make_the_same_image(
     new_project: NewProject, made: Made, docker: Docker, tmp_path: Path
 ) -> None:
-    """Run each command in a container, as a check that needs no builder."""
+    """Run each command in a container, which checks the commands without a builder."""
     plugins = tmp_path / "config" / "cli-plugins"
     plugins.mkdir(parents=True)
     (plugins / buildx.PROGRAM).write_text(STUB)

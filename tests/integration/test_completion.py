@@ -28,7 +28,7 @@ PACKAGES = {"zsh": ("zsh", "zsh-common"), "fish": ("fish", "fish-common", "libpc
 
 @pytest.fixture(scope="session")
 def shells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The directories of the unpacked shells that are missing on this machine."""
+    """The directories of unpacked shells that are not installed on this machine."""
     roots = {}
     for name, packages in PACKAGES.items():
         suite = host_suite()

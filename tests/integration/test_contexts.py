@@ -1,4 +1,4 @@
-"""Engines that are selected by a context, behind TLS, and reached by ssh."""
+"""Engines selected by a context, behind TLS, and reached by ssh."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_certificates_of_the_environment_are_used(tls_engine: TlsEngine, user: U
 
 
 def test_output_over_tls_is_shown_immediately(tls_engine: TlsEngine, project: Project) -> None:
-    """Standard input reaches the command."""
+    """Standard input also reaches the command."""
     project.set(MOUNTS="")
     tls = {"DOCKER_HOST": tls_engine.host, "DOCKER_TLS_VERIFY": "1"}
     started = subprocess.Popen(

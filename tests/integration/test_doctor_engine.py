@@ -227,7 +227,7 @@ def test_accepted_account_is_reported(new_project: NewProject, locked: str) -> N
 
 
 def configure_missing_helper(project: Project) -> dict[str, str]:
-    """Configure a missing credential helper, and return the environment for that."""
+    """Configure a missing credential helper and return the environment that selects it."""
     directory = project.directory / "docker"
     directory.mkdir()
     (directory / "config.json").write_text('{"credsStore": "nowhere"}')
@@ -295,8 +295,8 @@ def serve() -> Iterator[Callable[[int, str], str]]:
     [
         (404, error_body("MANIFEST_UNKNOWN", "manifest unknown"), "ok"),
         (404, error_body("NAME_UNKNOWN", "repository name not known to registry"), "ok"),
-        (404, error_body("NOT_FOUND", "artifact x:t not findings"), "ok"),
-        (404, error_body("NOT_FOUND", "project x not findings"), "failed"),
+        (404, error_body("NOT_FOUND", "artifact x:t not found"), "ok"),
+        (404, error_body("NOT_FOUND", "project x not found"), "failed"),
         (404, "<html>404 Not Found</html>", "failed"),
         (403, error_body("DENIED", "not yours"), "failed"),
         (429, error_body("TOOMANYREQUESTS", "later"), "failed"),

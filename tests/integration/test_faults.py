@@ -80,7 +80,7 @@ class Faults:
 
 @dataclass
 class FaultSequence:
-    """Faults in sequence: each begins when all occurrences of the previous one are over."""
+    """Faults in sequence: each begins after the last occurrence of the previous one."""
 
     faults: list[Faults]
 

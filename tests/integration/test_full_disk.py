@@ -1,4 +1,4 @@
-"""The disk of the engine is full: one line says so, and with room again the next run finishes."""
+"""A full disk of the engine is reported in one line, and with free space the next run succeeds."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ pytestmark = [pytest.mark.engine, pytest.mark.soak]
 LOG = logging.getLogger(__name__)
 
 SIZE = 3 << 30
-"""Bytes of the disk; what is not used of it takes no room on the disk below it."""
+"""Bytes of the disk, which is a sparse file."""
 
 STATUS = {"base": (3, 6), "pull": (3, 4), "install": (3, 4), "push": (3, 5)}
-"""What inv may end with: the disk may be full for the engine or for what runs on it."""
+"""Exit statuses of tasks: the disk may be full for the engine or for a container."""
 
 
 @dataclass(frozen=True)
 class Disk:
-    """A small disk that an engine has to itself."""
+    """A small disk with the data of one engine."""
 
     directory: Path
 
@@ -49,57 +49,57 @@ class Disk:
         return self.directory / "ballast"
 
     def free(self) -> int:
-        """The bytes that are left."""
-        found = os.statvfs(self.directory)
-        return found.f_bavail * found.f_frsize
+        """Return the number of free bytes."""
+        status = os.statvfs(self.directory)
+        return status.f_bavail * status.f_frsize
 
     def fill(self, room: int) -> None:
-        """Leave so many bytes."""
-        # What fills a disk takes some of it to be written down.
+        """Leave this many bytes free."""
+        # The metadata of the file needs some bytes of the disk itself.
         with self.ballast.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, self.free() - max(room, 1 << 16))
 
 
-def put_disk(island: Island) -> Disk:
-    """Give an engine that was not started yet a disk of its own for its data."""
+def mount_disk(island: Island) -> Disk:
+    """Mount a new disk for the data of an engine that is not running."""
     data, file = island.engine.directory / "data", island.directory / "disk"
     maker = shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     if maker is None:
-        pytest.skip("a disk is made with mkfs.ext4, which is not on this machine")
+        pytest.skip("mkfs.ext4, which makes the disk, is not on this machine")
     data.mkdir()
     with file.open("wb") as disk:
         disk.truncate(SIZE)
-    # Without the blocks that are kept for root, whose the engine is.
+    # No blocks are reserved for root, because the engine runs as root.
     island.do(maker, "-q", "-m", "0", str(file))
     try:
         island.do("mount", "-o", "loop", str(file), str(data))
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"no disk can be made of a file here: {error.stderr.decode()}")
+        pytest.skip(f"cannot mount a file as a disk: {error.stderr.decode()}")
     return Disk(Path(f"/proc/{island.holder}/root{data}"))
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A project whose engine's disk can be filled."""
+class DiskProject:
+    """A project on an engine whose disk can be filled."""
 
-    patient: ExaminedProject
+    examined: ExaminedProject
     disk: Disk
 
-    def needed(self, stage: str) -> int:
-        """The most bytes that a stage takes while it runs."""
-        self.patient.prepare(stage)
+    def measure(self, stage: str) -> int:
+        """Return the maximum number of bytes that a stage needs while it runs."""
+        self.examined.prepare(stage)
         least = before = self.disk.free()
-        started = self.patient.project.start(stage)
+        started = self.examined.project.start(stage)
         while not started.has_ended():
             least = min(least, self.disk.free())
             time.sleep(0.01)
         assert started.inv.returncode == 0, started.said()
         return before - least
 
-    def run_out(self, stage: str, room: int) -> bool:
-        """Run a stage with so many bytes left, and then with enough; whether they were too few."""
-        self.patient.prepare(stage)
-        project, before = self.patient.project, self.patient.project.tags()
+    def run(self, stage: str, room: int) -> bool:
+        """Run a stage with this many free bytes, then with enough, and return whether it failed."""
+        self.examined.prepare(stage)
+        project, before = self.examined.project, self.examined.project.tags()
         self.disk.fill(room)
         try:
             result = project.inv(stage)
@@ -108,43 +108,45 @@ class Trial:
                 assert result.returncode in STATUS[stage]
                 error = one_error(result, result.returncode)
                 assert "the disk is full: `inv status --size`" in error
-            self.patient.check(stage, before, runs=False)
+            self.examined.check(stage, before, runs=False)
         finally:
             self.disk.ballast.unlink()
-        self.patient.finish(stage)
+        self.examined.finish(stage)
         return result.returncode != 0
 
 
 @pytest.fixture(scope="module")
-def trial(
+def disk_project(
     programs: Path,
     registry: LocalRegistry,
     workshop: Workshop,
     tmp_path_factory: pytest.TempPathFactory,
     soak: Soak,
-) -> Iterator[Trial]:
+) -> Iterator[DiskProject]:
     with raised(programs) as island:
-        disk = put_disk(island)
+        disk = mount_disk(island)
         directory = tmp_path_factory.mktemp("disk") / "project"
-        chance = soak.chance("full disk")
-        patient = admit(island, registry.directory / "root", workshop, directory, chance)
-        patient.project.ok("base", "pull", "install", "push")
-        yield Trial(patient, disk)
+        rng = soak.chance("full disk")
+        examined = admit(island, registry.directory / "root", workshop, directory, rng)
+        examined.project.ok("base", "pull", "install", "push")
+        yield DiskProject(examined, disk)
 
 
-def test_full_disk(trial: Trial, soak: Soak) -> None:
-    chance = trial.patient.chance
+def test_full_disk_is_reported_and_the_next_run_succeeds(
+    disk_project: DiskProject, soak: Soak
+) -> None:
+    rng = disk_project.examined.chance
     stages = [*PARENTS, "push"] if soak.long else ["pull", "install"]
-    needed = {stage: trial.needed(stage) for stage in stages}
-    trial.patient.project.ok("base", "pull", "install", "push")
+    needed = {stage: disk_project.measure(stage) for stage in stages}
+    disk_project.examined.project.ok("base", "pull", "install", "push")
     LOG.info("needed: %s", needed)
-    full: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
     for turn in range(soak.times(2, 16)):
         stage = stages[turn % len(stages)]
-        full[stage] += trial.run_out(stage, int(needed[stage] * chance.random() ** 2))
-    assert full.total()
-    found = ", ".join(f"{count} in {stage}" for stage, count in full.items())
+        failures[stage] += disk_project.run(stage, int(needed[stage] * rng.random() ** 2))
+    assert failures.total()
+    counts = ", ".join(f"{count} in {stage}" for stage, count in failures.items())
     soak.tell(
-        "a full disk is told in one line, breaks no tag, and the next run finishes",
-        f"{full.total()} full disks ({found})",
+        "a full disk is reported in one line, breaks no tag, and the next run succeeds",
+        f"{failures.total()} full disks ({counts})",
     )

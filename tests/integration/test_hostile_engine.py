@@ -1,4 +1,4 @@
-"""Nothing gets in, with the real command line, a real engine and a real Guix."""
+"""Hostile input is not executed by the command line, a real engine and a real Guix."""
 
 from __future__ import annotations
 
@@ -31,37 +31,31 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.engine, pytest.mark.soak]
 
 CANARY = "canary"
-WORDS = f"$(touch {CANARY}) `touch {CANARY}` ; touch {CANARY} '\"\\ \x1b[2J \u202e -- ../.."
+HOSTILE_TEXT = f"$(touch {CANARY}) `touch {CANARY}` ; touch {CANARY} '\"\\ \x1b[2J \u202e -- ../.."
 
 
-def no_canary(directory: Path) -> bool:
+def has_no_canary(directory: Path) -> bool:
     return not list(directory.rglob(CANARY))
 
 
 @pytest.mark.parametrize(
     "package", ["$(touch canary)", "`touch canary`", "a;touch canary", "--help", "../x", "a\nb"]
 )
-def test_a_package_that_is_a_command_is_refused(new_project: NewProject, package: str) -> None:
+def test_package_that_is_a_command_is_refused(new_project: NewProject, package: str) -> None:
     project = new_project()
     with project.unharmed():
         error = one_error(project.inv("install", f"--package={package}"), 2)
     assert "--package" in error
-    assert no_canary(project.directory)
-
-
-def test_arguments_reach_a_command_as_they_are(project: Project) -> None:
-    words = ["$(touch canary)", "`touch canary`", "a b", "'", '"', "\\", "\n", "-n", "*", "$HOME"]
-    with project.unharmed():
-        done = project.ok("run", "--", "printf", "<%s>", *words)
-    assert done.stdout == "".join(f"<{word}>" for word in words)
-    assert no_canary(project.directory)
+    assert has_no_canary(project.directory)
 
 
 HOSTILE_NAME = 'it\'s $(touch canary) `touch canary` ";touch canary;" \\ \n\x1b[2J'
 
 
-def test_a_folder_of_any_name_is_a_folder(workshop: Workshop, made: Made, tmp_path: Path) -> None:
-    """The manifest, the channels, the lock, a mount, the log and ``out/`` are all in it."""
+def test_project_directory_can_have_any_name(
+    workshop: Workshop, made: Made, tmp_path: Path
+) -> None:
+    """It contains the manifest, the channels, the lock, a mount, the log and ``out/``."""
     project = workshop.project(
         tmp_path / HOSTILE_NAME,
         GUIX_CHANNELS="mine.scm",
@@ -69,42 +63,43 @@ def test_a_folder_of_any_name_is_a_folder(workshop: Workshop, made: Made, tmp_pa
         GUIX_PACKAGES="no-such-package",
     )
     for name in ("out/channels.scm", "manifest.scm"):
-        own = project.directory / name.replace("out/channels", "mine")
-        own.write_bytes((OFFLINE / name).read_bytes())
+        copy = project.directory / name.replace("out/channels", "mine")
+        copy.write_bytes((OFFLINE / name).read_bytes())
     try:
         for stage in ("base", "pull"):
             project.take(stage, made.project)
         with project.unharmed():
-            done = project.inv("install")
-        assert "no-such-package: unknown package" in done.stderr
-        error = one_error(done, 4)
-        assert repr(HOSTILE_NAME)[-9:-1] in error  # where the logs are, on one line
-        (kept,) = (project.directory / "out" / "failed").iterdir()
-        assert "GUIX_MANIFEST=manifest.scm" in (kept / "settings").read_text()
+            result = project.inv("install")
+        assert "no-such-package: unknown package" in result.stderr
+        error = one_error(result, 4)
+        assert repr(HOSTILE_NAME)[-9:-1] in error  # the directory of the logs, on one line
+        (diagnostics,) = (project.directory / "out" / "failed").iterdir()
+        assert "GUIX_MANIFEST=manifest.scm" in (diagnostics / "settings").read_text()
         assert "\x1b[2J" not in error
-        assert no_canary(tmp_path)
+        assert has_no_canary(tmp_path)
     finally:
         project.remove()
 
 
-def test_labels_that_others_made_are_words(project: Project) -> None:
-    """An image with hostile labels as ``BASE_IMAGE``, and as each stage of the project."""
+def test_hostile_labels_are_not_executed(project: Project) -> None:
+    """The labels are on the image of ``BASE_IMAGE`` and on the image of each stage."""
     labels = dict.fromkeys(
-        (STAGE_LABEL, KEY_LABEL, LAYERS_LABEL, CHANNELS_LABEL, PACKAGES_LABEL, ASKED_LABEL), WORDS
+        (STAGE_LABEL, KEY_LABEL, LAYERS_LABEL, CHANNELS_LABEL, PACKAGES_LABEL, ASKED_LABEL),
+        HOSTILE_TEXT,
     )
-    labels[INPUTS_LABEL] = json.dumps({WORDS: WORDS})
-    labels["-e " + WORDS] = WORDS
+    labels[INPUTS_LABEL] = json.dumps({HOSTILE_TEXT: HOSTILE_TEXT})
+    labels["-e " + HOSTILE_TEXT] = HOSTILE_TEXT
     container = project.docker.ok("create", project.settings["BASE_IMAGE"], "true")
-    change = [f"LABEL {json.dumps(name)}={json.dumps(text)}" for name, text in labels.items()]
+    changes = [f"LABEL {json.dumps(name)}={json.dumps(text)}" for name, text in labels.items()]
     hostile = f"{project.repository}:hostile"
     try:
         project.docker.ok(
-            "commit", *(f"--change={each.replace('$', chr(92) + '$')}" for each in change),
+            "commit", *(f"--change={change.replace('$', chr(92) + '$')}" for change in changes),
             container, hostile,
         )  # fmt: skip
     finally:
         project.docker("rm", container)
-    assert WORDS.partition(" ")[0] in str(project.docker.labels(hostile))
+    assert HOSTILE_TEXT.partition(" ")[0] in str(project.docker.labels(hostile))
     for stage in ("base", "pull", "install"):
         project.docker.ok("tag", hostile, project.tag(stage))
     project.docker.ok("tag", hostile, project.tag())
@@ -115,22 +110,22 @@ def test_labels_that_others_made_are_words(project: Project) -> None:
     project.set(BASE_IMAGE=hostile)
     project.ok("base")
     assert project.docker.labels(project.tag("base"))[STAGE_LABEL] == "base"
-    assert no_canary(project.directory)
+    assert has_no_canary(project.directory)
 
 
-def test_a_container_of_any_name_is_removed_by_clean(project: Project) -> None:
-    """It has our label, and a name that looks like an option, or like one of ours."""
-    mine = f"guix-tasks-x-{secrets.token_hex(3)}-..-99999999999999999999-$"[:-1]
+def test_container_with_any_name_is_removed_by_clean(project: Project) -> None:
+    """It has the label of the project, and a name similar to those of guix-tasks."""
+    name = f"guix-tasks-x-{secrets.token_hex(3)}-..-99999999999999999999-$"[:-1]
     project.docker.ok(
-        "create", f"--name={mine}", f"--label={PROJECT_LABEL}={project.image}",
-        f"--label=x={WORDS}", project.settings["BASE_IMAGE"], "true",
+        "create", f"--name={name}", f"--label={PROJECT_LABEL}={project.image}",
+        f"--label=x={HOSTILE_TEXT}", project.settings["BASE_IMAGE"], "true",
     )  # fmt: skip
-    done = project.ok("clean", "--work")
-    assert "1 removed" in done.stderr
+    result = project.ok("clean", "--work")
+    assert "1 removed" in result.stderr
     assert project.containers() == []
 
 
-# --- Channels that nothing authenticates ----------------------------------------------------
+# --- Channels without authentication --------------------------------------------------------
 
 COMPUTED = """(map (lambda (c) (if (eq? (channel-name c) 'guix) c
                             (channel (inherit c) (introduction #f))))
@@ -138,8 +133,8 @@ COMPUTED = """(map (lambda (c) (if (eq? (channel-name c) 'guix) c
 """
 
 
-def test_a_channel_without_an_introduction(new_project: NewProject) -> None:
-    """Guix itself pulls it without a word."""
+def test_channel_without_an_introduction_is_refused(new_project: NewProject) -> None:
+    """Guix itself pulls it without a warning."""
     project = new_project("base", GUIX_CHANNELS="mine.scm")
     channels = (OFFLINE / "out" / "channels.scm").read_text()
     start = channels.rindex("(introduction")
@@ -147,15 +142,15 @@ def test_a_channel_without_an_introduction(new_project: NewProject) -> None:
     mine = project.directory / "mine.scm"
     with project.unharmed():
         mine.write_text(bare)
-        early = one_error(project.inv("pull"), 2)
-        assert "mine.scm: the channel 'offline' has no introduction" in early
+        error = one_error(project.inv("pull"), 2)
+        assert "mine.scm: the channel 'offline' has no introduction" in error
         mine.write_text(COMPUTED.format(channels=channels))
-        late = one_error(project.inv("pull"), 4)
-        assert "the channel 'offline' has no introduction" in late
+        error = one_error(project.inv("pull"), 4)
+        assert "the channel 'offline' has no introduction" in error
         assert not (project.directory / LOCK).exists()
     mine.write_text(bare)
-    said = project.ok("pull", "--disable-authentication").stderr
-    assert "channel authentication disabled" in said
+    output = project.ok("pull", "--disable-authentication").stderr
+    assert "channel authentication disabled" in output
     assert project.docker.labels(project.tag("pull"))[AUTHENTICATION_LABEL] == "disabled"
     project.ok("install")
     with project.unharmed():
@@ -163,21 +158,21 @@ def test_a_channel_without_an_introduction(new_project: NewProject) -> None:
 
 
 @pytest.mark.parametrize(("option", "status"), [((), 1), ((UNAUTHENTICATED,), 0)])
-def test_floating_channels_are_resolved_as_they_are_pulled(
+def test_unauthenticated_channel_is_resolved_only_with_the_option(
     new_project: NewProject, tmp_path: Path, option: tuple[str, ...], status: int
 ) -> None:
-    """What the BuildKit way asks first, of a channel that Guix itself refuses."""
+    """Builds with BuildKit resolve floating channels first; Guix itself refuses this one."""
     project = new_project("base")
     mine = tmp_path / "mine.scm"
     mine.write_text('(list (channel (name \'guix) (url "file:///offline/channels/guix")))')
-    seen = {mine: "/mine.scm", RESOURCES / "resolve.scm": "/resolve.scm"}
-    done = project.docker.run(
+    files = {mine: "/mine.scm", RESOURCES / "resolve.scm": "/resolve.scm"}
+    result = project.docker.run(
         project.tag("base"), "guix", "repl", "--", "/resolve.scm", *option, "/mine.scm",
         options=(
             "--privileged", f"--volume={OFFLINE / 'out'}:/offline:ro",
-            *(f"--volume={source}:{target}:ro" for source, target in seen.items()),
+            *(f"--volume={source}:{target}:ro" for source, target in files.items()),
         ),
     )  # fmt: skip
-    assert done.returncode == status, done.stderr
-    assert ("introduction and cannot be authenticated" in done.stderr) == bool(status)
-    assert ("(name 'guix)" in done.stdout) == (status == 0)
+    assert result.returncode == status, result.stderr
+    assert ("introduction and cannot be authenticated" in result.stderr) == bool(status)
+    assert ("(name 'guix)" in result.stdout) == (status == 0)

@@ -1,4 +1,4 @@
-"""The image of the top-level Dockerfile, and its entry point, on a real engine."""
+"""The image of the top-level Dockerfile and its entry point, on a real engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).resolve().parents[2]
 ENTRY_POINT = ROOT / "guix_tasks" / "stages" / "resources" / "entry-point.sh"
-HERE = Path(__file__).resolve().parent / "image"
+LAB = Path(__file__).resolve().parent / "image"
 
 UNAVAILABLE = 69
 CURRENT = "/var/guix/profiles/per-user/root/current-guix"
@@ -44,13 +44,13 @@ KEY = (
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 BUILD = "guix build --no-substitutes"
 
-# Prints a process a line, in the container, without ps.
+# Prints each process of the container on a line, without ps.
 PROCESSES = (
     "for p in /proc/[0-9]*; do"
     ' test "$(tr "\\0" " " <$p/cmdline)" && echo "${p#/proc/} $(tr "\\0" " " <$p/cmdline)";'
     " done 2>/dev/null"
 )
-# Sets `daemon` to the process of the daemon.
+# Sets `daemon` to the process ID of the daemon.
 FIND_DAEMON = (
     "for p in /proc/[0-9]*; do"
     ' if [ "$(cat $p/comm)" = guix-daemon ]; then daemon=${p#/proc/}; fi; done 2>/dev/null'
@@ -66,7 +66,7 @@ class Result:
 
 @dataclass
 class Docker:
-    """The docker command line, and what has to be removed after the tests."""
+    """The docker command line, with the containers and images to remove after the tests."""
 
     host: str
     containers: list[str] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Docker:
         timeout: float = 60,
         **environment: str,
     ) -> Result:
-        done = subprocess.run(
+        process = subprocess.run(
             ["docker", *arguments],
             input=stdin,
             stdin=subprocess.DEVNULL if stdin is None else None,
@@ -92,21 +92,21 @@ class Docker:
             check=False,
             env={**self.environment, **environment},
         )
-        return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+        return Result(process.returncode, process.stdout.decode(), process.stderr.decode())
 
     def ok(self, *arguments: str, stdin: bytes | None = None) -> str:
-        """Standard output of a call that has to succeed."""
+        """Run a call that must succeed, and return its standard output."""
         result = self(*arguments, stdin=stdin)
         assert result.status == 0, result
         return result.out.strip()
 
-    def name(self, kind: list[str]) -> str:
+    def new_name(self, names: list[str]) -> str:
         name = f"guix-tasks-test-{uuid.uuid4().hex[:12]}"
-        kind.append(name)
+        names.append(name)
         return name
 
     def create(self, image: str, *command: str, options: Sequence[str] = ()) -> str:
-        name = self.name(self.containers)
+        name = self.new_name(self.containers)
         self.ok(
             "create", "--name", name, "--privileged", "--network=none", *options, image, *command
         )
@@ -119,12 +119,12 @@ class Docker:
         options: Sequence[str] = (),
         stdin: bytes | None = None,
     ) -> Result:
-        """Run in a container that is removed at once."""
+        """Run a command in a container that is removed afterwards."""
         if stdin is not None:
             options = ("--interactive", *options)
-        name = self.name(self.containers)  # in case the call has to be given up
-        fixed = ("run", "--rm", "--privileged", "--network=none", f"--name={name}")
-        return self(*fixed, *options, image, *command, stdin=stdin)
+        name = self.new_name(self.containers)  # for removal after a timeout
+        argv = ("run", "--rm", "--privileged", "--network=none", f"--name={name}", *options)
+        return self(*argv, image, *command, stdin=stdin)
 
     def start(self, image: str, *command: str, options: Sequence[str] = ()) -> str:
         name = self.create(image, *command, options=options)
@@ -142,7 +142,7 @@ class Docker:
         return result.out, result.err
 
     def changes(self, container: str) -> list[str]:
-        """What the container has added to its image, or changed in it."""
+        """Return the paths that a container has added or changed."""
         lines = self.ok("diff", container).splitlines()
         return [line[2:] for line in lines if line[0] in "AC"]
 
@@ -151,21 +151,21 @@ class Docker:
         return [line[2:] for line in lines if line[0] == "D"]
 
     def size(self, container: str, path: str) -> int | None:
-        """The size of a file in a container, or None where it has none."""
-        done = subprocess.run(
+        """Return the size of a file in a container, or None if it does not exist."""
+        copy = subprocess.run(
             ["docker", "cp", f"{container}:{path}", "-"],
             capture_output=True,
             check=False,
             env=self.environment,
         )
-        if done.returncode:
+        if copy.returncode:
             return None
-        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-            return archive.getmembers()[0].size
+        with tarfile.open(fileobj=io.BytesIO(copy.stdout)) as tar:
+            return tar.getmembers()[0].size
 
-    def put(self, container: str, files: dict[str, str | bytes], mode: int = 0o755) -> None:
-        """Write files, by absolute names, into a container."""
-        self.ok("cp", "-", f"{container}:/", stdin=archive(files, mode))
+    def write(self, container: str, files: dict[str, str | bytes], mode: int = 0o755) -> None:
+        """Write files, by absolute path, into a container."""
+        self.ok("cp", "-", f"{container}:/", stdin=make_archive(files, mode))
 
     def remove_all(self) -> None:
         if self.containers:
@@ -174,7 +174,7 @@ class Docker:
             self("rmi", "--force", *self.images)
 
 
-def archive(files: dict[str, str | bytes], mode: int = 0o755) -> bytes:
+def make_archive(files: dict[str, str | bytes], mode: int = 0o755) -> bytes:
     memory = io.BytesIO()
     with tarfile.open(fileobj=memory, mode="w") as tar:
         for name, content in files.items():
@@ -185,10 +185,10 @@ def archive(files: dict[str, str | bytes], mode: int = 0o755) -> bytes:
     return memory.getvalue()
 
 
-def eventually(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+def eventually(condition: Callable[[], bool], description: str, seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        assert time.monotonic() < end, f"not within {seconds} s: {description}"
         time.sleep(0.05)
 
 
@@ -210,11 +210,11 @@ def build(
     url: str = "",
     checksum: str = "",
 ) -> tuple[str, Result]:
-    """Build a Dockerfile on a base; the name of the image, and what the builder said."""
-    image = docker.name(docker.images)
+    """Build a Dockerfile on a base, and return the name of the image and the result."""
+    image = docker.new_name(docker.images)
     arguments = {"BASE_IMAGE": base, "GUIX_BINARY_URL": url, "GUIX_BINARY_SHA256": checksum}
     options = (*options, *(f"--build-arg={k}={v}" for k, v in arguments.items() if v))
-    done = subprocess.run(
+    process = subprocess.run(
         [
             *build_command(docker, builder),
             *(f"--tag={image}", "--network=host", *options, str(context)),
@@ -224,7 +224,7 @@ def build(
         timeout=300,
         env={**docker.environment, "DOCKER_BUILDKIT": "0", "BUILDKIT_PROGRESS": "plain"},
     )
-    return image, Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+    return image, Result(process.returncode, process.stdout.decode(), process.stderr.decode())
 
 
 @pytest.fixture(scope="session")
@@ -244,37 +244,39 @@ def image(docker: Docker, base_image: str) -> str:
 
 @pytest.fixture(scope="session")
 def lab(docker: Docker, image: str) -> str:
-    """The same with three derivations to build, and a profile."""
+    """The image with three derivations to build and a profile."""
     container = docker.create(image, "/lab/make-lab.sh")
-    docker.put(container, {f"/lab/{path.name}": path.read_bytes() for path in HERE.iterdir()})
+    docker.write(container, {f"/lab/{path.name}": path.read_bytes() for path in LAB.iterdir()})
     result = docker("start", "--attach", container)
     assert result.status == 0, result
-    name = docker.name(docker.images)
+    name = docker.new_name(docker.images)
     docker.ok("commit", "--change", 'CMD ["bash"]', container, name)
     return name
 
 
 def sh(docker: Docker, image: str, script: str, *options: str) -> Result:
-    """Run a script as process 1, in place of the entry point."""
+    """Run a script as process 1 instead of the entry point."""
     return docker.run(image, "-c", script, options=("--entrypoint=sh", *options))
 
 
 def assert_clean(docker: Docker, container: str) -> None:
-    """The database is closed, and nothing of a build that did not end is there."""
+    """Check that the database is closed and no files of an unfinished build remain."""
     assert not docker.size(container, "/var/guix/db/db.sqlite-wal")
-    left = [
+    leftovers = [
         path
         for path in docker.changes(container)
         if path.endswith(".chroot") or path.startswith(("/tmp/guix-", "/dev/shm/guix-"))  # noqa: S108
     ]
-    assert left == []
+    assert leftovers == []
 
 
 # --- the Dockerfile
 
 
 @pytest.mark.parametrize("builder", ["buildkit", "classic"])
-def test_both_builders_make_the_same_image(docker: Docker, base_image: str, builder: str) -> None:
+def test_image_is_the_same_from_both_builders(
+    docker: Docker, base_image: str, builder: str
+) -> None:
     image, result = build(docker, builder, base_image)
     assert result.status == 0, result
     template = "{{json .Config.Entrypoint}} {{json .Config.Cmd}} {{json .Config.Env}}"
@@ -285,14 +287,14 @@ def test_both_builders_make_the_same_image(docker: Docker, base_image: str, buil
     assert sh(docker, image, "ls /tmp").out == ""
 
 
-def test_the_dockerfile_asks_for_nothing_special() -> None:
+def test_dockerfile_needs_no_privileges_and_no_frontend() -> None:
     text = (ROOT / "Dockerfile").read_text()
     assert "--security" not in text
     assert "# syntax=" not in text
     assert "ARG BASE_IMAGE=metacall/guix:latest\n" in text
 
 
-def test_only_the_scripts_go_to_the_builder(docker: Docker, tmp_path: Path) -> None:
+def test_build_context_contains_only_the_scripts(docker: Docker, tmp_path: Path) -> None:
     (tmp_path / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
     image, result = build(docker, "classic", "", f"--file={tmp_path / 'Dockerfile'}")
     assert result.status == 0, result
@@ -308,7 +310,7 @@ def test_only_the_scripts_go_to_the_builder(docker: Docker, tmp_path: Path) -> N
     }
 
 
-def test_there_are_ten_build_users_with_numbers_of_their_own(docker: Docker, image: str) -> None:
+def test_image_has_ten_build_users_with_unique_ids(docker: Docker, image: str) -> None:
     groups = sh(docker, image, "cat /etc/group").out.splitlines()
     users = sh(docker, image, "cat /etc/passwd").out.splitlines()
     (group,) = (line.split(":") for line in groups if line.startswith("guixbuild:"))
@@ -316,18 +318,18 @@ def test_there_are_ten_build_users_with_numbers_of_their_own(docker: Docker, ima
     assert group[3].split(",") == [user[0] for user in builders]
     assert len(builders) == 10
     assert {user[3] for user in builders} == {group[2]}
-    numbers = [line.split(":")[2] for line in users]
-    assert len(set(numbers)) == len(numbers)
+    ids = [line.split(":")[2] for line in users]
+    assert len(set(ids)) == len(ids)
 
 
-def test_preparing_again_changes_nothing(docker: Docker, image: str) -> None:
+def test_second_preparation_changes_nothing(docker: Docker, image: str) -> None:
     container = docker.create(image, "/prepare.sh", options=("--entrypoint=sh",))
-    docker.put(container, {"/prepare.sh": (ENTRY_POINT.parent / "prepare.sh").read_bytes()})
+    docker.write(container, {"/prepare.sh": (ENTRY_POINT.parent / "prepare.sh").read_bytes()})
     assert docker("start", "--attach", container).status == 0
     assert docker.changes(container) == ["/prepare.sh"]
 
 
-def test_a_group_without_members_gets_them(docker: Docker, image: str) -> None:
+def test_missing_build_users_are_added_to_their_group(docker: Docker, image: str) -> None:
     container = docker.create(
         image,
         "-c",
@@ -336,7 +338,7 @@ def test_a_group_without_members_gets_them(docker: Docker, image: str) -> None:
         " && sh /prepare.sh && id guixbuilder10 && id guixbuilder01",
         options=("--entrypoint=sh",),
     )
-    docker.put(container, {"/prepare.sh": (ENTRY_POINT.parent / "prepare.sh").read_bytes()})
+    docker.write(container, {"/prepare.sh": (ENTRY_POINT.parent / "prepare.sh").read_bytes()})
     result = docker("start", "--attach", container)
     assert result.status == 0, result
     assert result.out.count("gid=4242(guixbuild)") == 2
@@ -347,77 +349,86 @@ def test_a_group_without_members_gets_them(docker: Docker, image: str) -> None:
 
 @pytest.mark.parametrize("init", [(), ("--init",)], ids=["process-1", "init"])
 @pytest.mark.parametrize("status", [0, 3, 127, 137, 255])
-def test_the_status_is_the_commands_own(
+def test_status_is_that_of_the_command(
     docker: Docker, image: str, status: int, init: tuple[str, ...]
 ) -> None:
     result = docker.run(image, "sh", "-c", f"exit {status}", options=init)
     assert (result.status, result.out, result.err) == (status, "", "")
 
 
-def test_a_killed_command_and_one_that_is_not_there(docker: Docker, image: str) -> None:
+def test_killed_or_missing_command_has_the_status_of_a_shell(docker: Docker, image: str) -> None:
     assert docker.run(image, "sh", "-c", "kill -KILL $$").status == 137
     assert docker.run(image, "no-such-program").status == 127
     assert docker.run(image, "/etc/passwd").status == 126
 
 
-def test_arguments_are_kept_exactly(docker: Docker, image: str) -> None:
-    words = ["a b", "", '"', "it's", "$HOME", "*", "\\n", "-n", "--", "a=b", "ü", "a\nb", ";", ""]
-    result = docker.run(image, "printf", "<%s>", *words)
-    assert result.out == "".join(f"<{word}>" for word in words)
+def test_arguments_are_preserved(docker: Docker, image: str) -> None:
+    arguments = [
+        "a b", "", '"', "it's", "$HOME", "*", "\\n", "-n", "--", "a=b", "ü", "a\nb", ";", "",
+    ]  # fmt: skip
+    result = docker.run(image, "printf", "<%s>", *arguments)
+    assert result.out == "".join(f"<{argument}>" for argument in arguments)
 
 
-def test_names_that_mean_something_to_a_shell_or_to_env(docker: Docker, image: str) -> None:
+def test_command_is_not_interpreted_by_shell_or_env(docker: Docker, image: str) -> None:
     assert docker.run(image, "_main").status == 127
     assert docker.run(image, "exit", "3").status == 127
     script = "cp /bin/echo '/tmp/a=b'; exec /entry-point.sh '/tmp/a=b' said"
     assert sh(docker, image, script).out == "said\n"
 
 
-def test_the_environment_is_kept(docker: Docker, image: str) -> None:
-    given = {"name": "1", "status": "x y", "command": "c", "line": "l", "LC_ALL": "C", "tree": "t"}
-    options = [f"--env={name}={value}" for name, value in given.items()]
-    with_ours = docker.run(image, "env", options=options).out
+def test_environment_is_preserved(docker: Docker, image: str) -> None:
+    variables = {
+        "name": "1",
+        "status": "x y",
+        "command": "c",
+        "line": "l",
+        "LC_ALL": "C",
+        "tree": "t",
+    }
+    options = [f"--env={name}={value}" for name, value in variables.items()]
+    with_entry_point = docker.run(image, "env", options=options).out
     without = docker.run(image, options=(*options, "--entrypoint=env")).out
-    own = ("HOSTNAME=", "_=", "PWD=")  # of a container, and of a shell
-    ours, plain = (
-        sorted(line for line in text.splitlines() if not line.startswith(own))
-        for text in (with_ours, without)
+    ignored = ("HOSTNAME=", "_=", "PWD=")  # set by each container or by the shell
+    actual, expected = (
+        sorted(line for line in text.splitlines() if not line.startswith(ignored))
+        for text in (with_entry_point, without)
     )
-    assert "status=x y" in ours
-    assert ours == plain
+    assert "status=x y" in actual
+    assert actual == expected
 
 
-def test_standard_input_is_kept(docker: Docker, image: str) -> None:
+def test_standard_input_is_passed_on(docker: Docker, image: str) -> None:
     assert docker.run(image, "cat", stdin=b"one\ntwo\n").out == "one\ntwo\n"
     closed = sh(docker, image, "/entry-point.sh sh -c 'cat; echo end' <&-")
     assert (closed.status, closed.out) == (0, "end\n")
 
 
-def test_without_a_command_it_gives_a_shell(docker: Docker, image: str) -> None:
+def test_default_command_is_a_shell(docker: Docker, image: str) -> None:
     options = ("--entrypoint=/entry-point.sh",)
     result = docker.run(image, options=options, stdin=b'echo "$BASH"; exit 5\n')
     assert (result.status, result.out) == (5, "/usr/bin/bash\n")
 
 
-def test_the_profile_is_there_for_every_user(docker: Docker, lab: str) -> None:
+def test_profile_is_available_to_every_user(docker: Docker, lab: str) -> None:
     for user in ("0", "1000", "1000:1000"):
         result = docker.run(lab, "hello", options=(f"--user={user}",))
         assert (result.status, result.out, result.err) == (0, "Hello, world!\n", "")
 
 
-def test_another_user_gets_no_daemon(docker: Docker, image: str) -> None:
+def test_daemon_is_only_started_for_root(docker: Docker, image: str) -> None:
     result = docker.run(image, "sh", "-c", f"id -u; {PROCESSES}", options=("--user=1000",))
     assert result.out.splitlines()[0] == "1000"
     assert "guix-daemon" not in result.out
 
 
-def test_the_path_is_set_where_the_image_does_not(docker: Docker, image: str) -> None:
+def test_missing_path_of_the_profiles_is_added(docker: Docker, image: str) -> None:
     result = docker.run(image, "sh", "-c", "echo $PATH", options=("--env=PATH=/usr/bin:/bin",))
     profiles = "/var/guix/profiles/per-user/root"
     assert result.out == f"{profiles}/current-guix/bin:{profiles}/guix-profile/bin:/usr/bin:/bin\n"
 
 
-def test_it_costs_little(docker: Docker, image: str) -> None:
+def test_entry_point_takes_little_time(docker: Docker, image: str) -> None:
     script = """
         for i in 1 2 3 4 5 6 7 8 9 10; do
             begin=$(date +%s%N); /entry-point.sh true; end=$(date +%s%N)
@@ -431,20 +442,20 @@ def test_it_costs_little(docker: Docker, image: str) -> None:
 
 
 @pytest.mark.parametrize("shell", ["dash", "bash", "busybox"])
-def test_every_shell_builds_reports_and_stops(docker: Docker, lab: str, shell: str) -> None:
-    words = ["busybox", "sh"] if shell == "busybox" else [shell]
-    # To the find of busybox, what is as old as the start by the second is not newer.
+def test_entry_point_runs_in_every_shell(docker: Docker, lab: str, shell: str) -> None:
+    program, *options = ["busybox", "sh"] if shell == "busybox" else [shell]
+    # The find of busybox compares whole seconds, so the log must be a second newer than the start.
     build_both = f"{BUILD} $(cat /lab/ok) && sleep 1 && {BUILD} -v0 $(cat /lab/failing)"
     container = docker.create(
         lab,
-        *(*words[1:], "/entry-point.sh", "sh", "-c", build_both),
-        options=(f"--entrypoint={words[0]}",),
+        *(*options, "/entry-point.sh", "sh", "-c", build_both),
+        options=(f"--entrypoint={program}",),
     )
     if shell == "busybox":
-        program = shutil.which("busybox")
-        if program is None:
+        busybox = shutil.which("busybox")
+        if busybox is None:
             pytest.skip("this machine has no busybox to copy into the container")
-        docker.put(container, {"/usr/local/bin/busybox": Path(program).read_bytes()})
+        docker.write(container, {"/usr/local/bin/busybox": Path(busybox).read_bytes()})
     result = docker("start", "--attach", container)
     assert result.status == 1, result
     assert result.out.endswith("-ok\n")
@@ -454,7 +465,7 @@ def test_every_shell_builds_reports_and_stops(docker: Docker, lab: str, shell: s
 
 
 @pytest.mark.parametrize("init", [(), ("--init",)], ids=["process-1", "init"])
-def test_a_derivation_builds(docker: Docker, lab: str, init: tuple[str, ...]) -> None:
+def test_derivation_is_built(docker: Docker, lab: str, init: tuple[str, ...]) -> None:
     container = docker.create(lab, "sh", "-c", f"cat $({BUILD} $(cat /lab/ok))", options=init)
     result = docker("start", "--attach", container)
     assert (result.status, result.out) == (0, "done\n"), result
@@ -462,7 +473,7 @@ def test_a_derivation_builds(docker: Docker, lab: str, init: tuple[str, ...]) ->
     assert_clean(docker, container)
 
 
-def test_twice_in_one_step(docker: Docker, lab: str) -> None:
+def test_entry_point_runs_twice_in_one_container(docker: Docker, lab: str) -> None:
     call = f"/entry-point.sh {BUILD} $(cat /lab/ok)"
     result = sh(docker, lab, f"{call} && {call} --check && cat /proc/[0-9]*/comm && exit 5")
     assert result.status == 5, result
@@ -471,7 +482,7 @@ def test_twice_in_one_step(docker: Docker, lab: str) -> None:
 
 
 @pytest.mark.parametrize("builder", ["buildkit", "classic"])
-def test_twice_in_one_run_of_a_dockerfile(
+def test_entry_point_runs_twice_in_one_run_of_a_dockerfile(
     docker: Docker, lab: str, builder: str, tmp_path: Path
 ) -> None:
     connect = "/entry-point.sh guix gc --references $(cat /lab/ok)"
@@ -491,7 +502,7 @@ def test_twice_in_one_run_of_a_dockerfile(
     assert "\nsocket\n" not in listing.out
 
 
-def test_a_call_inside_a_call_uses_the_daemon_that_runs(docker: Docker, lab: str) -> None:
+def test_nested_call_uses_the_running_daemon(docker: Docker, lab: str) -> None:
     script = f"/entry-point.sh {BUILD} $(cat /lab/ok); {PROCESSES}; {BUILD} $(cat /lab/ok)"
     result = docker.run(lab, "sh", "-c", script)
     assert result.status == 0, result
@@ -500,7 +511,7 @@ def test_a_call_inside_a_call_uses_the_daemon_that_runs(docker: Docker, lab: str
     assert len(daemons) == 1
 
 
-def test_a_daemon_elsewhere_is_used(docker: Docker, lab: str) -> None:
+def test_daemon_of_the_environment_is_used(docker: Docker, lab: str) -> None:
     options = ("--env=GUIX_DAEMON_SOCKET=/elsewhere/socket",)
     result = docker.run(lab, "sh", "-c", PROCESSES, options=options)
     assert "guix-daemon" not in result.out.replace("GUIX", "")
@@ -514,27 +525,27 @@ def volume(docker: Docker) -> Iterator[str]:
     docker("volume", "rm", name)
 
 
-def test_a_socket_that_is_mounted(docker: Docker, lab: str, volume: str) -> None:
+def test_daemon_of_a_mounted_socket_is_used(docker: Docker, lab: str, volume: str) -> None:
     mount = (f"--volume={volume}:/var/guix/daemon-socket",)
     server = docker.start(lab, "sh", "-c", "echo ready; sleep 600", options=mount)
     docker.await_output(server, "ready")
     client = docker.run(lab, "sh", "-c", PROCESSES, options=mount)
     assert "guix-daemon --" not in client.out
     docker.ok("kill", server)
-    # Now nobody answers at the socket that is left behind.
+    # The socket remains, but the daemon does not answer any more.
     client = docker.run(lab, "sh", "-c", PROCESSES, options=mount)
     assert "guix-daemon --" in client.out
 
 
-def test_the_daemons_options(docker: Docker, image: str) -> None:
-    given = {
+def test_environment_sets_the_options_of_the_daemon(docker: Docker, image: str) -> None:
+    variables = {
         "GUIX_SUBSTITUTE_URLS": "https://one.example https://two.example",
         "GUIX_CORES": "3",
         "GUIX_MAX_JOBS": "2",
         "GUIX_SANDBOX": "nochroot",
     }
     script = f"{FIND_DAEMON}; xargs -0 -n 1 </proc/$daemon/cmdline"
-    options = [f"--env={name}={value}" for name, value in given.items()]
+    options = [f"--env={name}={value}" for name, value in variables.items()]
     assert docker.run(image, "sh", "-c", script, options=options).out.splitlines()[1:] == [
         "--build-users-group=guixbuild",
         "--substitute-urls=https://one.example https://two.example",
@@ -543,7 +554,7 @@ def test_the_daemons_options(docker: Docker, image: str) -> None:
         "--disable-chroot",
         "--no-offload",
     ]
-    options = [f"--env={name}=" for name in given]
+    options = [f"--env={name}=" for name in variables]
     processors = int(docker.run(image, "nproc").out)
     assert docker.run(image, "sh", "-c", script, options=options).out.splitlines()[1:] == [
         "--build-users-group=guixbuild",
@@ -557,8 +568,8 @@ def test_the_daemons_options(docker: Docker, image: str) -> None:
     assert "--no-offload" not in result.out
 
 
-def with_daemon(script: str, command: str) -> str:
-    """Shell lines that put a program in the place of the pulled Guix's daemon."""
+def with_daemon_script(script: str, command: str) -> str:
+    """Return shell lines that install a script as the daemon of the pulled Guix."""
     program = f"{CURRENT}/bin/guix-daemon"
     return (
         f"mkdir -p {CURRENT}/bin; printf '#!/bin/sh\\n%s\\n' {shlex.quote(script)} >{program};"
@@ -566,25 +577,25 @@ def with_daemon(script: str, command: str) -> str:
     )
 
 
-def test_the_daemon_of_the_pulled_guix_is_the_one_that_runs(docker: Docker, lab: str) -> None:
+def test_daemon_of_the_pulled_guix_is_used(docker: Docker, lab: str) -> None:
     script = 'touch /pulled; exec /usr/bin/guix-daemon "$@"'
     command = f"exec /entry-point.sh sh -c 'ls /pulled; {BUILD} $(cat /lab/ok)'"
-    result = sh(docker, lab, with_daemon(script, command))
+    result = sh(docker, lab, with_daemon_script(script, command))
     assert result.status == 0, result
     assert result.out.startswith("/pulled\n")
     assert result.out.endswith("-ok\n")
 
 
-def test_a_daemon_that_runs_below_a_script(docker: Docker, lab: str) -> None:
+def test_daemon_that_a_script_starts_is_stopped(docker: Docker, lab: str) -> None:
     script = '/usr/bin/guix-daemon "$@"; exit'
     command = f"/entry-point.sh {BUILD} $(cat /lab/ok); echo $?; {PROCESSES}"
-    result = sh(docker, lab, with_daemon(script, command))
+    result = sh(docker, lab, with_daemon_script(script, command))
     assert "-ok\n0\n" in result.out
     assert "guix-daemon --" not in result.out.split("\n0\n")[1]
 
 
-def test_a_daemon_that_dies_at_its_start(docker: Docker, image: str) -> None:
-    script = with_daemon("echo what went wrong >&2; exit 9", "exec /entry-point.sh echo ran")
+def test_daemon_that_ends_at_its_start_is_reported(docker: Docker, image: str) -> None:
+    script = with_daemon_script("echo what went wrong >&2; exit 9", "exec /entry-point.sh echo ran")
     result = sh(docker, image, script)
     assert (result.status, result.out) == (UNAVAILABLE, "")
     assert result.err == (
@@ -593,29 +604,29 @@ def test_a_daemon_that_dies_at_its_start(docker: Docker, image: str) -> None:
     )
 
 
-def test_a_daemon_that_never_answers(docker: Docker, image: str) -> None:
-    script = with_daemon("echo waiting; exec sleep 100", "exec /entry-point.sh echo ran")
-    begin = time.monotonic()
+def test_daemon_that_never_answers_is_reported(docker: Docker, image: str) -> None:
+    script = with_daemon_script("echo waiting; exec sleep 100", "exec /entry-point.sh echo ran")
+    start = time.monotonic()
     result = sh(docker, image, script, "--env=GUIX_DAEMON_TIMEOUT=1")
     assert (result.status, result.out) == (UNAVAILABLE, "")
     assert "guix-daemon's socket did not answer within 1 s:\nwaiting\n" in result.err
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - start < 10
 
 
-def test_an_image_without_a_daemon(docker: Docker, image: str) -> None:
+def test_missing_daemon_is_reported(docker: Docker, image: str) -> None:
     result = sh(docker, image, "rm /usr/bin/guix-daemon; exec /entry-point.sh echo ran")
     assert (result.status, result.out) == (UNAVAILABLE, "")
     assert "this image has no guix-daemon" in result.err
 
 
-def test_a_daemon_that_dies_on_the_way(docker: Docker, image: str) -> None:
+def test_daemon_that_ends_early_is_reported(docker: Docker, image: str) -> None:
     script = f"{FIND_DAEMON}; kill $daemon; sleep 0.2; exit 4"
     result = docker.run(image, "sh", "-c", script)
     assert result.status == 4
     assert "guix-daemon ended before the command did" in result.err
 
 
-def test_a_failing_derivation_shows_the_end_of_its_log(docker: Docker, lab: str) -> None:
+def test_end_of_the_log_of_a_failed_build_is_shown(docker: Docker, lab: str) -> None:
     script = f"{BUILD} -v0 $(cat /lab/ok); {BUILD} -v0 $(cat /lab/failing) 2>/dev/null"
     result = docker.run(lab, "sh", "-c", script)
     assert result.status == 1
@@ -625,7 +636,7 @@ def test_a_failing_derivation_shows_the_end_of_its_log(docker: Docker, lab: str)
     assert result.err == heading + "".join(lines)
 
 
-def test_old_failures_are_not_shown_again(docker: Docker, lab: str) -> None:
+def test_logs_of_earlier_failures_are_not_shown(docker: Docker, lab: str) -> None:
     call = f"/entry-point.sh {BUILD} -v0 $(cat /lab/failing) 2>/dev/null"
     result = sh(docker, lab, f"{call}; sleep 0.1; exec /entry-point.sh sh -c 'exit 6'")
     assert (result.status, result.err) == (6, "")
@@ -636,22 +647,22 @@ def test_old_failures_are_not_shown_again(docker: Docker, lab: str) -> None:
 
 @pytest.mark.parametrize("init", [(), ("--init",)], ids=["process-1", "init"])
 @pytest.mark.parametrize("number", [*SIGNALS, signal.SIGHUP], ids=lambda number: number.name)
-def test_a_signal_reaches_a_long_command(
+def test_signal_ends_a_command(
     docker: Docker, image: str, number: signal.Signals, init: tuple[str, ...]
 ) -> None:
-    # The shell waits for its child: the signal has to reach both.
+    # The shell waits for its child, so the signal must reach both.
     command = ("sh", "-c", "echo begin; sleep 600; echo end")
     container = docker.start(image, *command, options=init)
     docker.await_output(container, "begin")
-    begin = time.monotonic()
+    start = time.monotonic()
     docker.ok("kill", f"--signal={number.name}", container)
     assert docker.wait(container) == 128 + number
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - start < 5
     assert docker.logs(container) == ("begin\n", "")
     assert_clean(docker, container)
 
 
-def test_a_command_that_handles_the_signal_keeps_its_status(docker: Docker, image: str) -> None:
+def test_command_that_handles_a_signal_keeps_its_status(docker: Docker, image: str) -> None:
     script = "trap 'echo bye; exit 7' TERM; echo begin; while :; do sleep 0.05; done"
     container = docker.start(image, "sh", "-c", script)
     docker.await_output(container, "begin")
@@ -662,7 +673,7 @@ def test_a_command_that_handles_the_signal_keeps_its_status(docker: Docker, imag
 
 @pytest.mark.parametrize("init", [(), ("--init",)], ids=["process-1", "init"])
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_signal_ends_a_build(
+def test_signal_ends_a_build(
     docker: Docker, lab: str, number: signal.Signals, init: tuple[str, ...]
 ) -> None:
     container = docker.start(lab, "sh", "-c", f"exec {BUILD} $(cat /lab/slow)", options=init)
@@ -676,14 +687,14 @@ def test_a_signal_ends_a_build(
 @pytest.mark.parametrize(
     "client",
     [f"{BUILD} $(cat /lab/slow) &", f"( {BUILD} $(cat /lab/slow) & );"],
-    ids=["client-gone", "client-goes-on"],
+    ids=["client-ends", "client-continues"],
 )
 @pytest.mark.parametrize("shell", ["dash", "bash"])
-def test_workers_and_builders_are_gone_before_it_ends(
+def test_workers_and_builders_end_before_the_entry_point(
     docker: Docker, lab: str, shell: str, client: str
 ) -> None:
-    # The entry point is not process 1, so whoever it leaves behind stays.  A client that
-    # nobody below the command is the parent of gets no signal, and goes on.
+    # The entry point is not process 1, so remaining processes would be listed. A client without
+    # a parent below the command gets no signal and continues.
     script = f"""
         {shell} /entry-point.sh sh -c '{client} sleep 600' &
         entry=$!
@@ -698,8 +709,8 @@ def test_workers_and_builders_are_gone_before_it_ends(
     assert not {"guix-daemon", "loader"} & set(after)
 
 
-def test_a_signal_before_the_daemon_answers(docker: Docker, image: str) -> None:
-    script = with_daemon("exec sleep 100", "exec /entry-point.sh echo ran")
+def test_signal_before_the_daemon_answers_ends_the_entry_point(docker: Docker, image: str) -> None:
+    script = with_daemon_script("exec sleep 100", "exec /entry-point.sh echo ran")
     container = docker.start(image, "-c", script, options=("--entrypoint=sh",))
     eventually(lambda: "sleep 100\n" in docker("top", container).out, "the daemon's start")
     docker.ok("kill", "--signal=TERM", container)
@@ -707,7 +718,7 @@ def test_a_signal_before_the_daemon_answers(docker: Docker, image: str) -> None:
     assert docker.logs(container) == ("", "")
 
 
-def test_a_killed_build_is_recovered(docker: Docker, lab: str) -> None:
+def test_files_of_a_killed_build_are_removed_at_the_next_start(docker: Docker, lab: str) -> None:
     killed = docker.start(lab, "sh", "-c", f"{BUILD} $(cat /lab/slow)")
     docker.await_output(killed, "started\n")
     docker.ok("kill", "--signal=KILL", killed)
@@ -716,7 +727,7 @@ def test_a_killed_build_is_recovered(docker: Docker, lab: str) -> None:
     assert any(path.endswith("-slow.drv.chroot") for path in changes)
     assert "/tmp/guix-build-slow.drv-0" in changes  # noqa: S108
     assert "/var/guix/db/db.sqlite-wal" in changes
-    stale = docker.name(docker.images)
+    stale = docker.new_name(docker.images)
     docker.ok("commit", killed, stale)
 
     container = docker.create(stale, "true")
@@ -731,8 +742,8 @@ def test_a_killed_build_is_recovered(docker: Docker, lab: str) -> None:
     assert_clean(docker, container)
 
 
-def test_a_log_that_was_not_worked_off_is(docker: Docker, lab: str) -> None:
-    """A write-ahead log with something in it, as of a container killed while it wrote."""
+def test_write_ahead_log_of_a_killed_container_is_checkpointed(docker: Docker, lab: str) -> None:
+    """The container is killed while the database has a write-ahead log with content."""
     script = """
         /usr/bin/guix-daemon >/dev/null 2>&1 &
         until guix gc --references $(cat /lab/ok) >/dev/null 2>&1; do sleep 0.05; done
@@ -741,19 +752,19 @@ def test_a_log_that_was_not_worked_off_is(docker: Docker, lab: str) -> None:
           (display "written") (newline) (force-output) (sleep 600))' >/tmp/write.scm
         exec guix repl /tmp/write.scm"""
 
-    def kill_it() -> str:
+    def kill_writer() -> str:
         killed = docker.start(lab, "-c", script, options=("--entrypoint=sh",))
         docker.await_output(killed, "written\n")
         docker.ok("kill", "--signal=KILL", killed)
         docker.wait(killed)
         return killed
 
-    # Once in a while it has just been worked off; then it is killed again.
-    tries = (kill_it() for _ in range(5))
+    # The log can be empty after a checkpoint, so try several times.
+    containers = (kill_writer() for _ in range(5))
     log = "/var/guix/db/db.sqlite-wal"
-    killed = next((each for each in tries if docker.size(each, log)), "")
-    assert killed, "none of them left a log"
-    stale = docker.name(docker.images)
+    killed = next((container for container in containers if docker.size(container, log)), "")
+    assert killed, "no container has a log with content"
+    stale = docker.new_name(docker.images)
     docker.ok("commit", "--change", 'ENTRYPOINT ["/entry-point.sh"]', killed, stale)
 
     container = docker.create(stale, "true")
@@ -762,7 +773,7 @@ def test_a_log_that_was_not_worked_off_is(docker: Docker, lab: str) -> None:
     assert not docker.size(container, "/var/guix/db/db.sqlite-wal")
 
 
-def test_folders_that_keep_failed_keeps_stay(docker: Docker, lab: str) -> None:
+def test_directories_of_keep_failed_are_not_removed(docker: Docker, lab: str) -> None:
     script = f"{BUILD} -K $(cat /lab/failing); ls -d /tmp/guix-build-failing.drv-0"
     result = sh(
         docker, lab, f"/entry-point.sh sh -c '{script}' && ls -d /tmp/guix-build-failing.drv-0"
@@ -774,11 +785,11 @@ def test_folders_that_keep_failed_keeps_stay(docker: Docker, lab: str) -> None:
 
 
 class Terminal:
-    """`docker run --interactive --tty` at the other end of a pseudo-terminal."""
+    """`docker run --interactive --tty` in a pseudo-terminal."""
 
     def __init__(self, docker: Docker, image: str, *command: str, interactive: bool = True) -> None:
         self.docker = docker
-        self.container = docker.name(docker.containers)
+        self.container = docker.new_name(docker.containers)
         self.text = ""
         self._master, slave = pty.openpty()
         options = ["--tty", *(["--interactive"] if interactive else [])]
@@ -804,7 +815,7 @@ class Terminal:
             pass
 
     def type(self, keys: str) -> None:
-        # Before docker has set the terminal up, it would itself take Ctrl-C for its own.
+        # Until docker has set up the terminal, Ctrl-C would stop docker itself.
         eventually(lambda: not termios.tcgetattr(self._master)[3] & termios.ICANON, "raw mode")
         os.write(self._master, keys.encode())
 
@@ -815,10 +826,12 @@ class Terminal:
         try:
             return self.process.wait(timeout=20)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"{self.text!r}, and still there: {self.docker.ok('top', self.container)}")
+            pytest.fail(
+                f"{self.text!r}, and still running: {self.docker.ok('top', self.container)}"
+            )
 
 
-def test_ctrl_c_at_the_terminal(docker: Docker, image: str) -> None:
+def test_ctrl_c_at_the_terminal_ends_the_command(docker: Docker, image: str) -> None:
     terminal = Terminal(docker, image, "sh", "-c", "echo begin; sleep 600; echo end")
     terminal.expect("begin")
     terminal.type("\x03")
@@ -843,7 +856,7 @@ def test_ctrl_c_at_the_terminal_is_one_signal(docker: Docker, image: str) -> Non
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-def test_a_signal_from_elsewhere_than_the_terminal(
+def test_signal_ends_a_command_with_a_terminal(
     docker: Docker, lab: str, number: signal.Signals
 ) -> None:
     terminal = Terminal(
@@ -855,7 +868,7 @@ def test_a_signal_from_elsewhere_than_the_terminal(
     assert_clean(docker, terminal.container)
 
 
-def test_an_inner_shell_has_its_job_control(docker: Docker, image: str) -> None:
+def test_interactive_shell_has_job_control(docker: Docker, image: str) -> None:
     terminal = Terminal(docker, image)
     terminal.type("echo be''gin; sleep 600\n")
     terminal.expect("begin")
@@ -872,26 +885,26 @@ def test_an_inner_shell_has_its_job_control(docker: Docker, image: str) -> None:
     assert "job control" not in terminal.text
 
 
-def test_a_shell_at_the_terminal_can_be_stopped(docker: Docker, image: str) -> None:
+def test_docker_stop_ends_an_interactive_shell(docker: Docker, image: str) -> None:
     terminal = Terminal(docker, image)
     terminal.type("echo be''gin\n")
     terminal.expect("begin")
-    begin = time.monotonic()
+    start = time.monotonic()
     docker.ok("stop", "--time=20", terminal.container)
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - start < 10
     assert terminal.wait() == 129
 
 
 # --- a work container
 
 
-def work_container(
+def create_work_container(
     docker: Docker, image: str, *command: str, environment: str = "", options: Sequence[str] = ()
 ) -> str:
     container = docker.create(
         image, *command, options=("--entrypoint=/var/guix/guix-tasks/entry-point.sh", *options)
     )
-    docker.put(
+    docker.write(
         container,
         {
             "/var/guix/guix-tasks/entry-point.sh": ENTRY_POINT.read_bytes(),
@@ -903,13 +916,15 @@ def work_container(
     return container
 
 
-def assert_nothing_left(docker: Docker, container: str) -> None:
+def assert_no_work_files(docker: Docker, container: str) -> None:
     assert [
         path for path in docker.changes(container) if path.startswith("/var/guix/guix-tasks")
     ] == []
 
 
-def test_a_work_container(docker: Docker, base_image: str) -> None:
+def test_work_container_uses_its_environment_files_and_keys(
+    docker: Docker, base_image: str
+) -> None:
     value = 'it\'s a "value" with $HOME\nand two lines'
     command = (
         "sh",
@@ -917,51 +932,51 @@ def test_a_work_container(docker: Docker, base_image: str) -> None:
         'cat /var/guix/guix-tasks/for-the-command; printf "<%s>" "$VALUE"; exit 5',
     )
     environment = f"VALUE={shlex.quote(value)}\nGUIX_CORES='3'\n"
-    container = work_container(docker, base_image, *command, environment=environment)
+    container = create_work_container(docker, base_image, *command, environment=environment)
     result = docker("start", "--attach", container)
     assert (result.status, result.out) == (5, f"text\n<{value}>")
-    assert_nothing_left(docker, container)
+    assert_no_work_files(docker, container)
     assert "/etc/guix/acl" in docker.changes(container)
-    archive_of_acl = subprocess.run(
+    acl = subprocess.run(
         ["docker", "cp", f"{container}:/etc/guix/acl", "-"],
         capture_output=True,
         check=True,
         env=docker.environment,
     )
-    assert KEY.split("#")[1].encode() in archive_of_acl.stdout
+    assert KEY.split("#")[1].encode() in acl.stdout
 
 
-def test_a_key_that_is_authorised_is_left_alone(docker: Docker, image: str) -> None:
-    authorised = docker.name(docker.images)
-    first = work_container(docker, image, "true")
+def test_authorised_key_is_not_added_again(docker: Docker, image: str) -> None:
+    authorised = docker.new_name(docker.images)
+    first = create_work_container(docker, image, "true")
     docker.ok("start", "--attach", first)
     docker.ok("commit", first, authorised)
-    second = work_container(docker, authorised, "true")
+    second = create_work_container(docker, authorised, "true")
     docker.ok("start", "--attach", second)
     assert "/etc/guix/acl" not in docker.changes(second)
 
 
-def test_a_bad_key_stops_a_work_container(docker: Docker, image: str) -> None:
-    container = work_container(docker, image, "echo", "ran")
-    docker.put(container, {"/var/guix/guix-tasks/keys/bad.pub": "no key\n"})
+def test_invalid_key_stops_a_work_container(docker: Docker, image: str) -> None:
+    container = create_work_container(docker, image, "echo", "ran")
+    docker.write(container, {"/var/guix/guix-tasks/keys/bad.pub": "no key\n"})
     result = docker("start", "--attach", container)
     assert (result.status, result.out) == (UNAVAILABLE, "")
     assert "cannot authorise the substitute key bad.pub" in result.err
-    assert_nothing_left(docker, container)
+    assert_no_work_files(docker, container)
 
 
-def test_a_work_container_that_gets_a_signal(docker: Docker, image: str) -> None:
-    container = work_container(docker, image, "sh", "-c", "echo begin; sleep 600")
+def test_work_files_are_removed_after_a_signal(docker: Docker, image: str) -> None:
+    container = create_work_container(docker, image, "sh", "-c", "echo begin; sleep 600")
     docker.ok("start", container)
     docker.await_output(container, "begin")
     docker.ok("kill", "--signal=TERM", container)
     assert docker.wait(container) == 143
-    assert_nothing_left(docker, container)
+    assert_no_work_files(docker, container)
 
 
-def test_a_work_container_that_is_killed_holds_no_environment(docker: Docker, image: str) -> None:
-    """A proxy's password may be there, and whoever commits what was left would have it in there."""
-    container = work_container(
+def test_killed_work_container_contains_no_environment(docker: Docker, image: str) -> None:
+    """The environment may have the password of a proxy, which a commit would keep."""
+    container = create_work_container(
         docker, image, "sh", "-c", "echo begin; sleep 600", environment="VALUE=hunter2\n"
     )
     docker.ok("start", container)
@@ -972,25 +987,25 @@ def test_a_work_container_that_is_killed_holds_no_environment(docker: Docker, im
     assert "/var/guix/guix-tasks/environment" not in docker.changes(container)
 
 
-def test_a_work_container_without_a_daemon(docker: Docker, image: str) -> None:
+def test_work_files_are_removed_without_a_daemon(docker: Docker, image: str) -> None:
     script = "exec sleep 100"
-    container = work_container(
+    container = create_work_container(
         docker, image, "echo", "ran", options=("--env=GUIX_DAEMON_TIMEOUT=0",)
     )
-    docker.put(container, {f"{CURRENT}/bin/guix-daemon": f"#!/bin/sh\n{script}\n"})
+    docker.write(container, {f"{CURRENT}/bin/guix-daemon": f"#!/bin/sh\n{script}\n"})
     result = docker("start", "--attach", container)
     assert (result.status, result.out) == (UNAVAILABLE, "")
-    assert_nothing_left(docker, container)
+    assert_no_work_files(docker, container)
 
 
-def test_inner_calls_leave_the_work_folder_alone(docker: Docker, image: str) -> None:
+def test_nested_calls_keep_the_work_files(docker: Docker, image: str) -> None:
     directory = "/var/guix/guix-tasks"
     script = (
         f"{directory}/entry-point.sh true; /entry-point.sh true; cat {directory}/for-the-command"
     )
-    container = work_container(docker, image, "sh", "-c", script)
+    container = create_work_container(docker, image, "sh", "-c", script)
     assert docker("start", "--attach", container).out == "text\n"
-    assert_nothing_left(docker, container)
+    assert_no_work_files(docker, container)
 
 
 # --- the binary tarball
@@ -1001,7 +1016,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def __init__(self, content: bytes) -> None:
         class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:  # the name that http.server calls
+            def do_GET(self) -> None:  # called by http.server
                 self.send_response(200 if self.path == "/guix.tar.gz" else 404)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
@@ -1018,7 +1033,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 TARBALL = gzip.compress(
-    archive(
+    make_archive(
         {
             "./gnu/store/00000000000000000000000000000000-guix/bin/guix-daemon": (
                 '#!/bin/sh\ntouch /from-the-tarball\nexec /usr/bin/guix-daemon "$@"\n'
@@ -1045,7 +1060,7 @@ def tarball_url() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("builder", ["buildkit", "classic"])
-def test_the_binary_tarball(
+def test_binary_tarball_is_installed(
     docker: Docker, base_image: str, builder: str, tarball_url: str
 ) -> None:
     image, result = build(
@@ -1066,7 +1081,7 @@ def test_the_binary_tarball(
 
 
 @pytest.mark.parametrize("builder", ["buildkit", "classic"])
-def test_a_wrong_checksum_stops_the_build(
+def test_wrong_checksum_stops_the_build(
     docker: Docker, base_image: str, builder: str, tarball_url: str
 ) -> None:
     wrong = "0123456789abcdef" * 4
@@ -1089,7 +1104,7 @@ def test_a_wrong_checksum_stops_the_build(
     ],
     ids=["no-checksum", "no-url", "short", "no-hexadecimal", "not-there"],
 )
-def test_wrong_arguments_stop_the_build(
+def test_invalid_arguments_stop_the_build(
     docker: Docker, base_image: str, tarball_url: str, *, url: str, checksum: str, message: str
 ) -> None:
     url = url.format(tarball_url)
@@ -1098,7 +1113,7 @@ def test_wrong_arguments_stop_the_build(
     assert f"install-guix: error: {message.format(tarball_url)}\n" in result.out + result.err
 
 
-def test_a_base_that_has_a_store_is_left_alone(docker: Docker, lab: str, tarball_url: str) -> None:
+def test_base_with_a_store_is_refused(docker: Docker, lab: str, tarball_url: str) -> None:
     _, result = build(docker, "classic", lab, url=tarball_url, checksum=SUM)
     assert result.status != 0
     assert "install-guix: error: the base already has a store of Guix" in result.out + result.err

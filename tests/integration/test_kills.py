@@ -1,4 +1,4 @@
-"""Any moment can be the last: whatever is killed, each tag is whole, and the next run finishes."""
+"""After a kill at a random moment, each tag is valid and the next run succeeds."""
 
 from __future__ import annotations
 
@@ -35,215 +35,220 @@ pytestmark = [pytest.mark.engine, pytest.mark.soak]
 LOG = logging.getLogger(__name__)
 
 STAGES = {"base": 2, "pull": 2, "install": 8, "push": 6, "commit": 5, SQUASH: 1}
-"""How often each is drawn: what takes long less often."""
+"""Weights of the random choice: long stages are chosen less often."""
 
-USUAL = {"commit": 0.5, SQUASH: 8.0}
-"""The seconds of those that are drawn in a long run alone."""
+DURATIONS = {"commit": 0.5, SQUASH: 8.0}
+"""Durations in seconds of the tasks that are only chosen in a long run."""
 
 IN_CONTAINERS = ("pull", "install", SQUASH)
 
-KILLED = INV, CONTAINER, ENGINE = ("inv", "container", "engine")
+TARGETS = INV, CONTAINER, ENGINE = ("inv", "container", "engine")
 SIGNALS = ("SIGINT", "SIGTERM")
 STATUS = {CONTAINER: (4,), ENGINE: (3, 5, 6), **dict.fromkeys(SIGNALS, (130,))}
-"""What inv may end with when one of them is killed, or when it gets a signal."""
+"""Exit statuses of ``inv`` after a kill or a signal."""
 
-STARTING = 0.8
-"""Seconds of a stage in which there is no container yet, or no more."""
+OVERHEAD = 0.8
+"""Seconds of a stage before its container is created and after it is removed."""
 
-PROMPT = 10.0
-"""Seconds in which Ctrl-C ends everything."""
+STOP_SECONDS = 10.0
+"""Maximum seconds from Ctrl-C to the end of ``inv``."""
 
 
 @dataclass
-class Ward:
-    """A project with all its stages, and how long each of them takes if nobody disturbs it."""
+class KillableProject:
+    """A project with all its stages, and their durations."""
 
-    patient: ExaminedProject
-    usual: dict[str, float]
-    """The seconds of the last time that nobody disturbed it."""
-    longest: float = 0
-    """The most seconds that ``inv`` took to end after a signal."""
+    examined: ExaminedProject
+    durations: dict[str, float]
+    """Seconds of the last run without a kill."""
+    slowest: float = 0
+    """Maximum seconds from a signal to the end of ``inv``."""
 
-    def draw(self, among: Iterable[str]) -> str:
-        known = [each for each in among if each in self.usual]
-        return self.patient.chance.choices(known, [STAGES[each] for each in known])[0]
+    def choose(self, stages: Iterable[str]) -> str:
+        known = [stage for stage in stages if stage in self.durations]
+        return self.examined.chance.choices(known, [STAGES[stage] for stage in known])[0]
 
-    def moment(self, stage: str, within: float) -> float:
-        """Seconds into a stage, or what is within it; the end, with its commit, is drawn more."""
-        first = self.patient.chance.choice([0.0, 0.7])
-        return max(0, self.usual[stage] - within) * self.patient.chance.uniform(first, 1.05)
+    def choose_moment(self, stage: str, overhead: float) -> float:
+        """Choose a time in seconds; the end of a stage, with its commit, is chosen more often."""
+        first = self.examined.chance.choice([0.0, 0.7])
+        return max(0, self.durations[stage] - overhead) * self.examined.chance.uniform(first, 1.05)
 
-    def strike(self, who: str, stage: str) -> bool:
-        """Kill somebody in the middle of a stage, and run it again; whether it was in time."""
-        patient, project = self.patient, self.patient.project
-        patient.prepare(stage)
+    def disturb(self, target: str, stage: str) -> bool:
+        """Kill a target during a stage, run it again, and return whether the kill was in time."""
+        examined, project = self.examined, self.examined.project
+        examined.prepare(stage)
         before = project.tags()
-        began = time.monotonic()
-        place = project.directory / "tmp"
-        place.mkdir(exist_ok=True)
-        started = project.start(stage, env={"TMPDIR": str(place)})
-        moment = self.moment(stage, within=STARTING if who == CONTAINER else 0)
-        if who == CONTAINER:
-            eventually(lambda: self.working() != [] or started.has_ended(), "a container")
-        elif who in SIGNALS:
-            # Before that Python itself is about to start, and nothing is under way.
+        start = time.monotonic()
+        temporary = project.directory / "tmp"
+        temporary.mkdir(exist_ok=True)
+        started = project.start(stage, env={"TMPDIR": str(temporary)})
+        moment = self.choose_moment(stage, overhead=OVERHEAD if target == CONTAINER else 0)
+        if target == CONTAINER:
+            eventually(lambda: self.running_containers() != [] or started.has_ended(), "container")
+        elif target in SIGNALS:
+            # Python itself is still starting before this line.
             started.await_output("engine: ")
-        in_time = started.goes_on(moment) and self.kill(who, started)
-        stopping = time.monotonic()
+        in_time = started.goes_on(moment) and self.kill(target, started)
+        stop = time.monotonic()
         status = started.inv.wait(timeout=60)
-        assert_no_password(place, self.patient.island.registry)
-        took = time.monotonic() - stopping
-        if who in SIGNALS and status in (1, -signal.Signals[who]) and not errors(started.said()):
-            in_time = False  # it had done its work, and Python was about to end
-        what = f"{who} {moment:.2f} s into {stage}: {status} after {took:.2f} s"
+        assert_no_password(temporary, self.examined.island.registry)
+        seconds = time.monotonic() - stop
+        late_statuses = (1, -signal.Signals[target]) if target in SIGNALS else ()
+        if status in late_statuses and not errors(started.said()):
+            in_time = False  # the work was done, and Python was about to end
+        case = f"{target} {moment:.2f} s into {stage}: {status} after {seconds:.2f} s"
         if in_time:
-            LOG.info("%s %s", what, errors(started.said()))
-            assert "Traceback" not in started.said(), f"{what}: {started.said()}"
-            self.look(who, status, took, started)
+            LOG.info("%s %s", case, errors(started.said()))
+            assert "Traceback" not in started.said(), f"{case}: {started.said()}"
+            self.check_end(target, status, seconds, started)
         elif status == 0:
-            # The machine has other things to do at one time than at another.
-            self.usual[stage] = stopping - began
-        if not patient.island.engine.running():
-            patient.island.ok("engine.up")
-        patient.check(stage, before)
-        patient.finish(stage)
+            # Durations change with the load of the machine.
+            self.durations[stage] = stop - start
+        if not examined.island.engine.running():
+            examined.island.ok("engine.up")
+        examined.check(stage, before)
+        examined.finish(stage)
         return in_time
 
-    def look(self, who: str, status: int, took: float, started: Running) -> None:
-        """See how ``inv`` ended that was disturbed."""
-        if who in SIGNALS:
-            self.longest = max(self.longest, took)
-            # What `commit` was to commit is kept until it does.
-            left = self.patient.project.containers()
-            assert [each for each in left if "-kept-" not in each] == []
-            assert took < PROMPT
-        if who == INV:
+    def check_end(self, target: str, status: int, seconds: float, started: Running) -> None:
+        """Check the exit status and the duration of ``inv`` after a kill."""
+        if target in SIGNALS:
+            self.slowest = max(self.slowest, seconds)
+            # The container that waits for `commit` is kept.
+            names = self.examined.project.containers()
+            assert [name for name in names if "-kept-" not in name] == []
+            assert seconds < STOP_SECONDS
+        if target == INV:
             assert status == -signal.SIGKILL
         elif status:
-            assert status in STATUS[who], started.said()
+            assert status in STATUS[target], started.said()
             assert len(errors(started.said())) == 1, started.said()
 
-    def working(self) -> list[str]:
-        """The work containers that run."""
-        found = self.patient.engine.containers({PROJECT_LABEL: self.patient.project.image})
-        return [each.id for each in found if each.running]
+    def running_containers(self) -> list[str]:
+        """Return the work containers that run."""
+        label = {PROJECT_LABEL: self.examined.project.image}
+        containers = self.examined.engine.containers(label)
+        return [container.id for container in containers if container.running]
 
-    def kill(self, who: str, started: Running) -> bool:
-        """Kill, unless that is over which was to be disturbed."""
-        docker = self.patient.project.docker
+    def kill(self, target: str, started: Running) -> bool:
+        """Kill the target, and return whether it was still running."""
+        docker = self.examined.project.docker
         in_time = not started.has_ended()
-        if who == CONTAINER:
-            killed = [docker("kill", each).returncode == 0 for each in self.working()]
-            return any(killed)
-        if who == ENGINE:
-            self.patient.island.kill_engine()
+        if target == CONTAINER:
+            results = [docker("kill", container) for container in self.running_containers()]
+            return any(result.returncode == 0 for result in results)
+        if target == ENGINE:
+            self.examined.island.kill_engine()
         else:
-            started.inv.send_signal(signal.SIGKILL if who == INV else signal.Signals[who])
+            started.inv.send_signal(signal.SIGKILL if target == INV else signal.Signals[target])
         return in_time
 
 
-def assert_no_password(place: Path, registry: LocalRegistry) -> None:
-    """See that no file of a temporary directory holds the password of a registry."""
+def assert_no_password(directory: Path, registry: LocalRegistry) -> None:
+    """Check that no file of a temporary directory contains the password of a registry."""
     account = registry.account.credentials()
     assert account
     pair = f"{account.username}:{account.password}".encode()
     secrets = {account.password.encode(), base64.b64encode(pair)}
-    # What removes directories after a kill needs a moment.
-    eventually(lambda: not any(holds(file, secrets) for file in place.rglob("*")), "no password", 5)
+    # The process that removes directories after a kill needs a moment.
+    eventually(
+        lambda: not any(contains(file, secrets) for file in directory.rglob("*")), "no password", 5
+    )
 
 
-def holds(path: Path, secrets: set[bytes]) -> bool:
+def contains(path: Path, secrets: set[bytes]) -> bool:
     try:
-        return path.is_file() and any(each in path.read_bytes() for each in secrets)
-    except OSError:  # it has just gone
+        return path.is_file() and any(secret in path.read_bytes() for secret in secrets)
+    except OSError:  # the file was removed meanwhile
         return False
 
 
 @pytest.fixture(scope="module")
-def ward(
+def killable_project(
     programs: Path,
     registry: LocalRegistry,
     workshop: Workshop,
     tmp_path_factory: pytest.TempPathFactory,
     soak: Soak,
-) -> Iterator[Ward]:
+) -> Iterator[KillableProject]:
     with raised(programs) as island:
         directory = tmp_path_factory.mktemp("kills") / "project"
-        chance = soak.chance("kills")
-        patient = admit(island, registry.directory / "root", workshop, directory, chance)
-        usual = dict(USUAL) if soak.long else {}
+        rng = soak.chance("kills")
+        examined = admit(island, registry.directory / "root", workshop, directory, rng)
+        durations = dict(DURATIONS) if soak.long else {}
         for stage in ("base", "pull", "install", "push"):
-            started = time.monotonic()
-            patient.project.ok(stage)
-            usual[stage] = time.monotonic() - started
-        yield Ward(patient, usual)
+            start = time.monotonic()
+            examined.project.ok(stage)
+            durations[stage] = time.monotonic() - start
+        yield KillableProject(examined, durations)
 
 
 SLOW = "ARG BASE_IMAGE\nFROM $BASE_IMAGE\nRUN echo under-way && sleep 30\n"
 
 
-def test_a_killed_base_leaves_no_password(
+def test_killed_base_leaves_no_password(
     new_project: NewProject, registry: LocalRegistry, tmp_path: Path
 ) -> None:
-    """Not even while the builder still works: buildx has the account from its environment."""
-    place = tmp_path / "tmp"
-    place.mkdir()
+    """There is none during the build either: buildx has the account in its environment."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
     project = new_project()
     project.dockerfile(SLOW)
-    environment = {**builder_environment("buildx"), "TMPDIR": str(place)}
+    environment = {**builder_environment("buildx"), "TMPDIR": str(temporary)}
     started = project.start("base", env=environment)
     started.await_output("under-way")
     account = registry.account.credentials()
     assert account
     pair = base64.b64encode(f"{account.username}:{account.password}".encode())
-    assert [file for file in place.rglob("*") if holds(file, {pair})] == []
+    assert [file for file in temporary.rglob("*") if contains(file, {pair})] == []
     assert started.signal(signal.SIGKILL) == -signal.SIGKILL
-    assert_no_password(place, registry)
-    eventually(lambda: list(place.iterdir()) == [], "the end of the temporary directory", 10)
+    assert_no_password(temporary, registry)
+    eventually(lambda: list(temporary.iterdir()) == [], "the end of the temporary directory", 10)
 
 
 @pytest.mark.both_stores
-def test_any_moment_can_be_the_last(ward: Ward, soak: Soak) -> None:
-    chance = ward.patient.chance
+def test_random_kills_leave_valid_tags(killable_project: KillableProject, soak: Soak) -> None:
+    examined = killable_project.examined
     killed: Counter[str] = Counter()
     stopped: Counter[str] = Counter()
     while killed.total() < soak.times(3, 100):
-        who = chance.choice([*KILLED * 2, *SIGNALS])
-        stage = ward.draw(IN_CONTAINERS if who == CONTAINER else STAGES)
-        if ward.strike(who, stage):
-            (stopped if who in SIGNALS else killed)[f"{who} in {stage}"] += 1
-    ward.patient.finish("base")
-    ward.patient.works()
-    check_store(ward.patient.project.docker, ward.patient.project.image)
+        target = examined.chance.choice([*TARGETS * 2, *SIGNALS])
+        stage = killable_project.choose(IN_CONTAINERS if target == CONTAINER else STAGES)
+        if killable_project.disturb(target, stage):
+            (stopped if target in SIGNALS else killed)[f"{target} in {stage}"] += 1
+    examined.finish("base")
+    examined.works()
+    check_store(examined.project.docker, examined.project.image)
     soak.tell(
-        "any moment can be the last: no broken tag, nothing left, and the next run finishes",
-        f"{killed.total()} kills ({told(killed)})",
+        "kills at random moments break no tag and leave nothing, and the next run succeeds",
+        f"{killed.total()} kills ({format_counts(killed)})",
     )
     soak.tell(
         "Ctrl-C ends the container within seconds and exits 130",
-        f"{stopped.total()} signals ({told(stopped)}), the slowest {ward.longest:.1f} s",
+        f"{stopped.total()} signals ({format_counts(stopped)}), "
+        f"the slowest {killable_project.slowest:.1f} s",
     )
 
 
-def test_pruning_in_a_loop_moves_no_wrong_tag(ward: Ward, soak: Soak) -> None:
-    """A cron job removes containers that do not run and images without a name, at any moment."""
-    patient, project = ward.patient, ward.patient.project
+def test_prune_in_a_loop_moves_no_wrong_tag(killable_project: KillableProject, soak: Soak) -> None:
+    """A cron job can remove stopped containers and images without a name at any moment."""
+    examined, project = killable_project.examined, killable_project.examined.project
     statuses: Counter[int] = Counter()
     with repeated(partial(project.docker, "system", "prune", "--force"), 0.1):
         for _ in range(soak.times(3, 60)):
-            stage = ward.draw(("base", "pull", "install", "push"))
-            patient.prepare(stage if stage != "push" else "install")
+            stage = killable_project.choose(("base", "pull", "install", "push"))
+            examined.prepare(stage if stage != "push" else "install")
             before = project.tags()
             result = project.inv(*(("install",) if stage == "push" else ()), stage)
             statuses[result.returncode] += 1
             if result.returncode:
                 LOG.info("%s: %s", stage, one_error(result, result.returncode))
-            patient.check("install" if stage == "push" else stage, before)
-    patient.finish("base")
-    patient.works()
+            examined.check("install" if stage == "push" else stage, before)
+    examined.finish("base")
+    examined.works()
     check_store(project.docker, project.image)
-    soak.tell("pruning in a loop moves no wrong tag", f"{dict(statuses)} runs by exit status")
+    soak.tell("prune in a loop moves no wrong tag", f"{dict(statuses)} runs by exit status")
 
 
-def told(struck: Counter[str]) -> str:
-    return ", ".join(f"{what}: {count}" for what, count in sorted(struck.items()))
+def format_counts(counts: Counter[str]) -> str:
+    return ", ".join(f"{case}: {count}" for case, count in sorted(counts.items()))

@@ -1,4 +1,4 @@
-"""No secret in what is said, in what is left, on a command line: whatever says it, and how."""
+"""No secret is in output, in files and images, or on a command line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MODES = [(), ("--echo",), ("--dry",), ("-d",)]
 ECHO = f"FROM {BASE_TAG}\nARG HARMLESS\nRUN echo $HARMLESS proxy $http_proxy\n"
 ECHO_FILE = "RUN --mount=type=secret,id=npm echo token $(cat /run/secrets/npm) >&2\n"
 
-TELLTALE = """
+LEAKY_MANIFEST = """
 (display (getenv "http_proxy") (current-error-port))
 (newline (current-error-port))
 (error "no way through" (getenv "http_proxy"))
@@ -53,41 +53,41 @@ TELLTALE = """
 
 
 @contextmanager
-def watched() -> Iterator[None]:
-    """Look at the command line of each process of this machine, those in containers too."""
-    seen: set[bytes] = set()
+def watch_command_lines() -> Iterator[None]:
+    """Search the command lines of all processes, including those in containers, for secrets."""
+    command_lines: set[bytes] = set()
 
-    def look() -> None:
+    def read_command_lines() -> None:
         for pid in service.processes():
-            with suppress(OSError):  # it has ended
-                seen.add((service.PROC / str(pid) / "cmdline").read_bytes())
+            with suppress(OSError):  # the process has ended
+                command_lines.add((service.PROC / str(pid) / "cmdline").read_bytes())
 
-    with repeated(look, 0.005):
+    with repeated(read_command_lines, 0.005):
         yield
-    assert any(b"guix_tasks" in each for each in seen), "it saw nothing"
-    for each in seen:
-        PLANTED.look("a command line", each)
-    PLANTED.command_lines += len(seen)
+    assert any(b"guix_tasks" in line for line in command_lines), "no command line was read"
+    for line in command_lines:
+        PLANTED.look("a command line", line)
+    PLANTED.command_lines += len(command_lines)
 
 
-def look_at_layers(docker: Docker, image: str) -> None:
-    """Look through an image as `docker save` writes it, where layers are not compressed."""
+def search_layers(docker: Docker, image: str) -> None:
+    """Search the uncompressed layers of `docker save` for secrets."""
     longest = max(map(len, PLANTED.secrets))
     with subprocess.Popen(
         ["docker", f"--host={docker.host}", "save", image], stdout=subprocess.PIPE
     ) as saving:
         assert saving.stdout
         end, size = b"", 0
-        while piece := saving.stdout.read(1 << 24):
-            PLANTED.look(f"a layer of {image}", end + piece)
-            end, size = piece[-longest:], size + len(piece)
+        while chunk := saving.stdout.read(1 << 24):
+            PLANTED.look(f"a layer of {image}", end + chunk)
+            end, size = chunk[-longest:], size + len(chunk)
     assert saving.returncode == 0
     assert size > 10_000
     PLANTED.layers += 1
 
 
-def secretive(project: Project) -> Project:
-    """A project with all the secrets that there can be."""
+def add_secrets(project: Project) -> Project:
+    """Set all kinds of secrets that a project can have."""
     token = PLANTED.plant()
     (project.directory / "npm").write_text(f"{token}\n")
     account = f"me:{PLANTED.plant()}@"
@@ -100,22 +100,22 @@ def secretive(project: Project) -> Project:
     return project
 
 
-def with_proxy() -> dict[str, str]:
-    """A proxy with an account for what runs in containers: the network is none of these tests'."""
+def proxy_environment() -> dict[str, str]:
+    """Return a proxy with an account, which is not used because the tests need no network."""
     return {"http_proxy": f"http://me:{PLANTED.plant()}@127.0.0.1:9", "no_proxy": "*"}
 
 
-class Talkative(HttpHandler):
-    """A registry that repeats who came, with the password, in each way that it knows."""
+class LeakyRegistry(HttpHandler):
+    """A registry whose error messages contain the account of the client in several forms."""
 
     def do_GET(self) -> None:  # noqa: N802 -- as the base class calls it
-        given = self.headers.get("Authorization", "")
-        pair = base64.b64decode(given.removeprefix("Basic ")).decode()
-        answered = 403 if given and self.path != "/v2/" else 200 if given else 401
-        said = f"{pair} may not: see https://{pair}@help.test/?token={pair.partition(':')[2]}"
-        errors = {"errors": [{"code": "DENIED", "message": f"{said} {given}"}]}
-        body = b"{}" if answered == 200 else json.dumps(errors).encode()
-        self.send_response(answered)
+        header = self.headers.get("Authorization", "")
+        pair = base64.b64decode(header.removeprefix("Basic ")).decode()
+        status = 403 if header and self.path != "/v2/" else 200 if header else 401
+        message = f"{pair} may not: see https://{pair}@help.test/?token={pair.partition(':')[2]}"
+        errors = {"errors": [{"code": "DENIED", "message": f"{message} {header}"}]}
+        body = b"{}" if status == 200 else json.dumps(errors).encode()
+        self.send_response(status)
         self.send_header("WWW-Authenticate", 'Basic realm="tests"')
         self.send_header("Docker-Distribution-Api-Version", "registry/2.0")
         self.send_header("Content-Type", "application/json")
@@ -128,8 +128,8 @@ class Talkative(HttpHandler):
 
 
 @pytest.fixture
-def talkative() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Talkative) as server:
+def leaky_registry() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), LeakyRegistry) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"localhost:{server.server_address[1]}"
         server.shutdown()
@@ -137,36 +137,39 @@ def talkative() -> Iterator[str]:
 
 @pytest.mark.parametrize("builder", ["buildx", "classic"])
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: "".join(mode) or "plain")
-def test_a_build_that_shows_its_secrets(
+def test_build_that_prints_secrets_is_redacted(
     new_project: NewProject, mode: tuple[str, ...], builder: str
 ) -> None:
-    project, nothing = secretive(new_project()), token_hex(4)  # for no cache has that
-    project.set(BUILD_ARGS=f"HARMLESS={nothing} {project.settings['BUILD_ARGS']}")
+    project, harmless = add_secrets(new_project()), token_hex(4)  # random, so nothing is cached
+    project.set(BUILD_ARGS=f"HARMLESS={harmless} {project.settings['BUILD_ARGS']}")
     has_buildx = builder == "buildx"
     project.dockerfile(ECHO + (ECHO_FILE if has_buildx else ""))
     if not has_buildx:
         project.set(BUILD_SECRETS="")
-    with watched():
-        made = project.inv(*mode, "base", env={**with_proxy(), **builder_environment(builder)})
-    assert made.returncode == 0, made.stderr
-    assert "the image shows UNUSED_TOKEN to everyone who has the image" in made.stderr
+    with watch_command_lines():
+        environment = {**proxy_environment(), **builder_environment(builder)}
+        result = project.inv(*mode, "base", env=environment)
+    assert result.returncode == 0, result.stderr
+    assert "the image shows UNUSED_TOKEN to everyone who has the image" in result.stderr
     if mode != ("--dry",):
-        assert f"{nothing} proxy http://***@p.test" in made.stderr
-        assert ("token ***" in made.stderr) == has_buildx
-        look_at_layers(project.docker, project.tag("base"))
+        assert f"{harmless} proxy http://***@p.test" in result.stderr
+        assert ("token ***" in result.stderr) == has_buildx
+        search_layers(project.docker, project.tag("base"))
     if mode in (("--echo",), ("--dry",)):
-        assert "--build-arg=UNUSED_TOKEN=***" in made.stderr
-        assert f"--build-arg=HARMLESS={nothing}" in made.stderr
+        assert "--build-arg=UNUSED_TOKEN=***" in result.stderr
+        assert f"--build-arg=HARMLESS={harmless}" in result.stderr
 
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: "".join(mode) or "plain")
-def test_the_tasks(new_project: NewProject, mode: tuple[str, ...], locked: str, soak: Soak) -> None:
-    project = secretive(new_project("base", "pull", "install", repository=f"{locked}/x/leaks"))
+def test_tasks_show_no_secret(
+    new_project: NewProject, mode: tuple[str, ...], locked: str, soak: Soak
+) -> None:
+    project = add_secrets(new_project("base", "pull", "install", repository=f"{locked}/x/leaks"))
     project.set(BUILD_ARGS="", BUILD_SECRETS="")
-    proxy = with_proxy()
+    proxy = proxy_environment()
     script = "echo out $http_proxy; echo err $http_proxy >&2; env"
-    with watched():
-        for call_ in (
+    with watch_command_lines():
+        for arguments in (
             ("install", "--force"),
             ("status", "--size"),
             ("verify",),
@@ -175,65 +178,69 @@ def test_the_tasks(new_project: NewProject, mode: tuple[str, ...], locked: str, 
             ("push",),
             ("buildx.status",),
         ):
-            said = project.inv(*mode, *call_, env=proxy, timeout=480)
-            assert "Traceback" not in said.stderr
-            if call_[0] == "run" and mode != ("--dry",):
-                assert "out http://me:***@127.0.0.1:9" in said.stdout
-                assert "err http://***@127.0.0.1:9" in said.stderr
+            result = project.inv(*mode, *arguments, env=proxy, timeout=480)
+            assert "Traceback" not in result.stderr
+            if arguments[0] == "run" and mode != ("--dry",):
+                assert "out http://me:***@127.0.0.1:9" in result.stdout
+                assert "err http://***@127.0.0.1:9" in result.stderr
     for image in project.tags() if soak.long else ():
-        look_at_layers(project.docker, f"{project.repository}:{image}")
+        search_layers(project.docker, f"{project.repository}:{image}")
     if not soak.long and mode == ():
-        look_at_layers(project.docker, project.image)
+        search_layers(project.docker, project.image)
 
 
-def test_a_container_while_it_runs(new_project: NewProject) -> None:
+def test_running_container_shows_no_secret(new_project: NewProject) -> None:
     project = new_project("base", "pull", "install")
-    with watched():
-        running = project.start("run", "--", "sh", "-c", "echo begin; sleep 60", env=with_proxy())
+    with watch_command_lines():
+        running = project.start(
+            "run", "--", "sh", "-c", "echo begin; sleep 60", env=proxy_environment()
+        )
         running.await_output("begin")
         (name,) = project.containers()
-        PLANTED.look("a container that runs", project.docker.ok("inspect", name))
+        PLANTED.look("a running container", project.docker.ok("inspect", name))
         PLANTED.look("its processes", project.docker.ok("top", name))
         PLANTED.containers.add(name)
         assert running.signal(2) == 130
 
 
 @pytest.mark.parametrize("mode", [(), ("--echo",), ("-d",)], ids=str)
-def test_a_stage_that_shows_its_environment_and_fails(
+def test_failed_stage_that_prints_secrets_is_redacted(
     new_project: NewProject, mode: tuple[str, ...]
 ) -> None:
-    project = secretive(new_project("base", "pull", GUIX_PACKAGES=""))
-    project.set(BUILD_ARGS="", BUILD_SECRETS="", GUIX_MANIFEST="telltale.scm")
-    (project.directory / "telltale.scm").write_text(TELLTALE)
-    failed = project.inv(*mode, "install", env=with_proxy())
-    assert failed.returncode == 4, failed.stderr
-    assert "http://***@127.0.0.1:9" in failed.stderr
+    project = add_secrets(new_project("base", "pull", GUIX_PACKAGES=""))
+    project.set(BUILD_ARGS="", BUILD_SECRETS="", GUIX_MANIFEST="leaky.scm")
+    (project.directory / "leaky.scm").write_text(LEAKY_MANIFEST)
+    result = project.inv(*mode, "install", env=proxy_environment())
+    assert result.returncode == 4, result.stderr
+    assert "http://***@127.0.0.1:9" in result.stderr
     (directory,) = (project.directory / "out" / "failed").iterdir()
     assert "http://***@127.0.0.1:9" in (directory / "log").read_text()
 
 
 @pytest.mark.parametrize("mode", [(), ("--echo",), ("-d",)], ids=str)
-def test_a_registry_that_repeats_who_came(
-    new_project: NewProject, engine: DockerEngine, talkative: str, mode: tuple[str, ...]
+def test_messages_of_a_registry_are_redacted(
+    new_project: NewProject, engine: DockerEngine, leaky_registry: str, mode: tuple[str, ...]
 ) -> None:
-    project = new_project(repository=f"{talkative}/x/leaks")
+    project = new_project(repository=f"{leaky_registry}/x/leaks")
     project.dockerfile("FROM scratch\nCOPY Dockerfile /\n")
     project.ok("base")
     password = PLANTED.plant()
     PLANTED.secrets.add(base64.b64encode(f"me:{password}".encode()))
     account = {"DOCKER_USERNAME": "me", "DOCKER_PASSWORD": password}
-    with watched():
-        refused = project.inv(*mode, "push", env=account)
-    error = one_error(refused, 5)
-    # The containerd image store asks with HEAD, so that it gets no message.
+    with watch_command_lines():
+        push = project.inv(*mode, "push", env=account)
+    error = one_error(push, 5)
+    # The containerd image store sends HEAD, whose answer has no message.
     asks_with_head = engine.info().uses_containerd and "403 Forbidden" in error
     assert "*** may not: see https://***@help.test/" in error or asks_with_head
-    checked = project.inv(*mode, "doctor", env=account)
-    assert "*** may not" in checked.stdout
+    doctor = project.inv(*mode, "doctor", env=account)
+    assert "*** may not" in doctor.stdout
 
 
-def test_a_shell_that_is_killed_and_committed(new_project: NewProject, docker: Docker) -> None:
-    """The environment of a work container is in a file of it, while it starts."""
+def test_commit_of_a_killed_shell_contains_no_secret(
+    new_project: NewProject, docker: Docker
+) -> None:
+    """While a work container starts, its environment is in one of its files."""
     project = new_project("base", "pull", "install")
     shell = Terminal(project, "shell")
     shell.type("echo 'ready'-now")
@@ -243,11 +250,10 @@ def test_a_shell_that_is_killed_and_committed(new_project: NewProject, docker: D
     shell.end()
     project.ok("commit")
     assert "environment" not in docker.run(project.image, "ls", WORK_DIRECTORY).stdout
-    look_at_layers(docker, project.image)
+    search_layers(docker, project.image)
 
 
-def test_a_bug(new_project: NewProject) -> None:
-    """Its traceback is no reason to show what it is about."""
+def test_traceback_of_a_bug_is_redacted(new_project: NewProject) -> None:
     project = new_project("base")
     (project.directory / "tasks.py").write_text(
         "import os\n"
@@ -257,10 +263,10 @@ def test_a_bug(new_project: NewProject) -> None:
         "    session.project()\n"
         "    raise LookupError(os.environ['http_proxy'])\n"
     )
-    environment = {**project.environment, **with_proxy(), "PYTHONPATH": str(ROOT)}
+    environment = {**project.environment, **proxy_environment(), "PYTHONPATH": str(ROOT)}
     for mode in ([], ["-d"]):
         argv = [sys.executable, "-m", "invoke", *mode, "bug"]
-        said = call(argv, environment, 60, project.directory)
-        PLANTED.look_at_output("a bug", said.stdout, said.stderr)
-        assert said.returncode == 1
-        assert "LookupError: http://***@127.0.0.1:9" in said.stderr
+        result = call(argv, environment, 60, project.directory)
+        PLANTED.look_at_output("a bug", result.stdout, result.stderr)
+        assert result.returncode == 1
+        assert "LookupError: http://***@127.0.0.1:9" in result.stderr

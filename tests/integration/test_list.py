@@ -1,4 +1,4 @@
-"""``inv --list``: quick, and at home everywhere."""
+"""``inv --list`` imports few packages and works in every directory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def test_it_imports_neither_the_sdk_nor_dotenv(tmp_path: Path) -> None:
+def test_list_imports_neither_the_sdk_nor_dotenv(tmp_path: Path) -> None:
     argv = [sys.executable, "-X", "importtime", *inv_argv("--list")[1:]]
     result = call(argv, {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}, 60, tmp_path)
     assert result.returncode == 0, result.stderr
@@ -22,7 +22,7 @@ def test_it_imports_neither_the_sdk_nor_dotenv(tmp_path: Path) -> None:
     assert packages.isdisjoint({"docker", "requests", "urllib3", "dotenv"})
 
 
-def test_it_works_where_packages_are_missing(tmp_path: Path) -> None:
+def test_list_works_without_the_sdk_and_dotenv(tmp_path: Path) -> None:
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **without("docker dotenv", tmp_path)}
     result = call(inv_argv("--list"), env, 60, tmp_path)
     assert result.returncode == 0, result.stderr
@@ -30,15 +30,15 @@ def test_it_works_where_packages_are_missing(tmp_path: Path) -> None:
         assert re.search(rf"^  {re.escape(name)} ", result.stdout, re.MULTILINE)
 
 
-def test_it_works_in_a_checkout_without_settings(tmp_path: Path) -> None:
+def test_list_works_in_a_checkout_with_invalid_settings(tmp_path: Path) -> None:
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "IMAGE": "Not An Image"}
     assert call([*inv_argv("--list")], env, 60, ROOT).returncode == 0
 
 
-def test_the_demo_and_the_tests_are_tasks_of_a_checkout_alone(tmp_path: Path) -> None:
+def test_demo_and_test_are_listed_only_in_a_checkout(tmp_path: Path) -> None:
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    for directory, there in ((ROOT, {"demo", "test"}), (tmp_path, set[str]())):
+    for directory, expected in ((ROOT, {"demo", "test"}), (tmp_path, set[str]())):
         argv = [sys.executable, "-m", "guix_tasks", "--list"]
-        shown = call(argv, {**env, "PYTHONPATH": str(ROOT)}, 60, directory).stdout
-        assert re.search("^  init ", shown, re.MULTILINE)
-        assert set(re.findall(r"^  (demo|test) ", shown, re.MULTILINE)) == there
+        output = call(argv, {**env, "PYTHONPATH": str(ROOT)}, 60, directory).stdout
+        assert re.search("^  init ", output, re.MULTILINE)
+        assert set(re.findall(r"^  (demo|test) ", output, re.MULTILINE)) == expected

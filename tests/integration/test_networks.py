@@ -11,7 +11,7 @@ import pytest
 from forge import Forge, serving
 from harness import LOCK, builder_environment, one_error
 from planted import PLANTED
-from test_leaks import look_at_layers, watched
+from test_leaks import search_layers, watch_command_lines
 
 from guix_tasks.bootstrap.base_image import BASE_TAG
 from guix_tasks.buildkit.bakefile import (
@@ -61,7 +61,7 @@ def channels_at(project: Project, offline: Path, url: str) -> None:
 
 def look_at_all(project: Project) -> None:
     """Look for planted secrets in all layers, and in the volume of the channels' checkouts."""
-    look_at_layers(project.docker, project.tag("pull"))
+    search_layers(project.docker, project.tag("pull"))
     look_at_volume(project)
 
 
@@ -97,7 +97,7 @@ def test_a_token_and_an_authority_of_ones_own(
     )
     # A proxy that nobody answers at is left alone for what it is not for.
     nobody = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    with watched():
+    with watch_command_lines():
         made = project.inv("pull", env={**nobody, "no_proxy": "localhost"})
     assert made.returncode == 0, made.stderr
     assert forge.shown == {"", f"me:{forge.token}"}
