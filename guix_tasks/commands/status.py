@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 STATUS_HEADER = ("stage", "image", "id", "size", "age", "state", "channels")
 
 _OPTIONAL_COLUMNS = ("id", "age", "channels")
+"""Columns that a narrow terminal omits, in this order."""
+
 _FIRST_YEAR = 2013
 """Year of the first Docker images."""
-"""Columns that a narrow terminal omits, in this order."""
 
 
 @dataclass(frozen=True)
