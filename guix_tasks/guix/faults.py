@@ -79,7 +79,12 @@ def fetch_hint(log: str) -> str:
     return next(hints, "")
 
 
-_ERROR = re.compile(r"^(?:guix [\w-]+: |(/\S+:\d+:\d+: ))error: (.+)$", re.MULTILINE)
+_ERROR = re.compile(
+    r"^(?:guix [\w-]+: error: (.+)"
+    r"|(/\S+:\d+:\d+: )(?:error: (.+)|(missing closing parenthesis))"
+    r"|error: (\S+: unbound variable)|(no code for module \(.*\)))$",
+    re.MULTILINE,
+)
 
 
 def last_error(log: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from guix_tasks.errors import (
 )
 from guix_tasks.guix.progress import Activity, BuildSteps, Noise
 from guix_tasks.stages.container import (
+    WORK_DIRECTORY,
     Work,
     fill,
     proxy_error_line,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from guix_tasks.engine.api import Image
+    from guix_tasks.settings import Settings
     from guix_tasks.stages.project import Project
     from guix_tasks.ui.console import Step
 
@@ -222,6 +225,8 @@ def _command_error(
         )
     # Redact first: a part of a secret would not be recognised.
     message = printable(clean(guix.last_error(faults.tail)))[:_ERROR_LENGTH]
+    for path, file in _project_files(project.settings).items():
+        message = message.replace(path, file)
     hint = (
         guix.fetch_hint(faults.tail)
         or guix.package_hint(message)
@@ -239,6 +244,19 @@ def _command_error(
     )
     error.is_transient = faults.network_failed
     return error
+
+
+def _project_files(settings: Settings) -> dict[str, str]:
+    """Return the names of a project's files by their paths in a work container."""
+    files = {
+        "channels.scm": settings.guix_channels,
+        "manifest.scm": settings.guix_manifest,
+        "profile.scm": settings.guix_manifest,  # it loads the manifest
+    }
+    names = {
+        name: os.path.relpath(file, settings.directory) for name, file in files.items() if file
+    }
+    return {f"{WORK_DIRECTORY}/{name}": file for name, file in names.items()}
 
 
 def _proxy_fault(project: Project) -> str:

@@ -18,6 +18,7 @@ from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import FULL_DISK, EngineError, StageError, UsageError
 from guix_tasks.stages.container import (
     ENTRY_POINT,
+    WORK_DIRECTORY,
     Work,
     common_inputs,
     environment,
@@ -249,6 +250,33 @@ def test_error_in_a_file_is_reported_with_its_line(site: Site) -> None:
     error = fail(site, Attempt(1, [log]))
     assert error.startswith("own: /x/manifest.scm:3:4: helo: unbound variable, and nothing was ")
     assert "see the output above for more" in error
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ("{}/manifest.scm:3:1: missing closing parenthesis", "guix/m.scm:3:1: missing closing"),
+        ("{}/manifest.scm:2:0: error: x: unbound variable", "guix/m.scm:2:0: x: unbound variable"),
+        ("ice-9/eval.scm:223:20:\nerror: x: unbound variable\nhint: y", "x: unbound variable, and"),
+        (
+            "guix package: error: failed to load '{}/profile.scm':\nice-9/boot-9.scm:3384:6: In "
+            "procedure resolve-interface:\nno code for module (nope)",
+            "no code for module (nope), and",
+        ),
+        (
+            "guix package: error: failed to load '{}/profile.scm':",
+            "failed to load 'guix/m.scm', and",
+        ),
+        ("guix pull: error: failed to load '{}/channels.scm':", "failed to load 'c.scm', and"),
+    ],
+)
+def test_error_in_a_file_of_the_project_has_its_name(site: Site, log: str, expected: str) -> None:
+    (site.directory / "guix").mkdir()
+    (site.directory / "guix/m.scm").touch()
+    (site.directory / "c.scm").touch()
+    site.env |= {"GUIX_MANIFEST": "guix/m.scm", "GUIX_CHANNELS": "c.scm"}
+    output = log.replace("{}", WORK_DIRECTORY).encode()
+    assert fail(site, Attempt(1, [output + b"\n"])).startswith(f"own: {expected}")
 
 
 def test_error_of_guix_is_shortened_redacted_and_printable(site: Site) -> None:
