@@ -133,7 +133,7 @@ def fill_tables(page: str) -> str:
     return page
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], str]] = {
     "tasks": task_table,
     "task-reference": task_reference,
     "settings-reference": settings_reference_table,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from guix_tasks.commands.commit import check_stopped
@@ -25,14 +26,20 @@ if TYPE_CHECKING:
 
     from guix_tasks.stages.project import Project
 
+_TRACES = (
+    "/var/guix/daemon-socket", "/var/guix/db", "/var/guix/gc.lock", "/var/guix/substitute",
+    "/var/guix/temproots", "/root/.bash_history", "/root/.cache", "/run", "/etc/hosts",
+)  # fmt: skip
+"""Files that the daemon, the shell or the engine writes if nothing is done in a container."""
+
 
 def shell(project: Project, docker: Sequence[str], environment: dict[str, str], *,
           stage: str | None, fresh: bool) -> int:  # fmt: skip
     """Open a shell in a work container of ``IMAGE`` and return its exit status.
 
-    The container is kept for ``commit``. The next shell re-enters a kept container, so that no work
-    is lost, unless ``fresh`` is true. ``docker`` is the command line of the engine's client, with
-    its options; it attaches the terminal and gets ``environment``.
+    The container is kept for ``commit`` if a file has changed. The next shell re-enters a kept
+    container, so that no work is lost, unless ``fresh`` is true. ``docker`` is the command line of
+    the engine's client, with its options; it attaches the terminal and gets ``environment``.
     """
     if not sys.stdin.isatty():
         raise UsageError("shell: standard input is not a terminal; use `inv run -- COMMAND`")
@@ -57,9 +64,29 @@ def shell(project: Project, docker: Sequence[str], environment: dict[str, str], 
         project = project.with_sandbox(image, as_root=True)
         settings, work = project.settings, committed_work(project, image.id, work)
         with work_container(engine, settings, image.id, work) as container_id:
+            # A rootless daemon gets the directories of Guix.
+            granted = [] if engine.is_dry else engine.changed_paths(container_id)
             status = _attach(project, [*attach, container_id], environment)
+        if not engine.is_dry and _is_unchanged(project, container_id, granted):
+            engine.remove(container_id)
+            project.console.print("shell: no file has changed; removed the container")
+            return status
     project.console.print("shell: kept the container; `inv commit` commits it as IMAGE")
     return status
+
+
+def _is_unchanged(project: Project, container: str, before: Sequence[str]) -> bool:
+    """Return whether a container has ended and has changed only what every container changes.
+
+    ``before`` are the changes before its start.
+    """
+    if any(kept.running for kept in kept_containers(project.engine, project.settings)):
+        return False
+    paths = {PurePosixPath(path) for path in project.engine.changed_paths(container)}
+    # A directory is listed if something in it changed.
+    changed = paths.difference(map(PurePosixPath, before), *(path.parents for path in paths))
+    traces = (*_TRACES, *(mount.target for mount in project.settings.mounts))
+    return all(any(path.is_relative_to(trace) for trace in traces) for path in changed)
 
 
 def _attach(project: Project, argv: Sequence[str], environment: dict[str, str]) -> int:

@@ -289,6 +289,9 @@ class Engine(Protocol):
         The owners are IDs on the engine's machine (``EngineInfo.first_id``), unlike in ``copy_in``.
         """
 
+    def changed_paths(self, container: str) -> list[str]:
+        """Return what a container added, changed and deleted, with the directories above it."""
+
     def run(self, container: str, stdin: IO[bytes] | None = None) -> Iterator[tuple[bool, bytes]]:
         """Start a container and yield its output until it exits.
 

@@ -339,6 +339,10 @@ class DockerEngine:
         ):
             yield from self._work_api.get_archive(container, path)[0]
 
+    def changed_paths(self, container: str) -> list[str]:
+        with self._engine_errors("list the changes of a container"):
+            return [str(change["Path"]) for change in self._work_api.diff(container) or ()]
+
     def run(self, container: str, stdin: IO[bytes] | None = None) -> Iterator[tuple[bool, bytes]]:
         with self._engine_errors("run a container"), ExitStack() as stack:
             # Attached before the start, so that not a byte is missed.

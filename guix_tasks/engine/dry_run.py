@@ -42,6 +42,7 @@ class TracedEngine:
         self.check_registry = engine.check_registry
         self.containers = engine.containers
         self.copy_out = engine.copy_out
+        self.changed_paths = engine.changed_paths
         self.bytes_received = engine.bytes_received
 
     def image(self, reference: str) -> Image | None:

@@ -366,7 +366,7 @@ def _counted(
 
 READING = frozenset(
     {"info", "image", "containers", "remote_digest", "check_registry", "volumes"}
-    | {"layers", "save", "unnamed", "wait", "copy_out"}
+    | {"layers", "save", "unnamed", "wait", "copy_out", "changed_paths"}
 )
 """The calls that change nothing."""
 
@@ -630,6 +630,10 @@ class FakeEngine:
     def copy_out(self, container: str, path: str) -> Iterator[bytes]:
         content = self._container(container).read(path)
         return iter(() if content is None else [_tar({path.rpartition("/")[2]: content})])
+
+    @_counted
+    def changed_paths(self, container: str) -> list[str]:
+        return list(self._container(container).changes)
 
     @_counted
     def run(self, container: str, stdin: IO[bytes] | None = None) -> Output:

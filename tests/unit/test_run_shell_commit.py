@@ -302,6 +302,45 @@ def test_shell_is_attached_and_its_container_kept(
     assert spec.labels == {PROJECT_LABEL: IMAGE}
 
 
+@pytest.mark.parametrize(
+    ("paths", "is_kept"),
+    [
+        ((), False),
+        (("/var", "/var/guix", "/var/guix/daemon-socket", "/root", "/root/.bash_history"), False),
+        (("/var", "/var/guix", "/var/guix/db", "/var/guix/db/db.sqlite", "/run"), False),
+        (("/gnu", "/gnu/store", "/gnu/store/x-hello", "/var/guix/db/db.sqlite"), True),
+        (("/root", "/root/.bashrc"), True),
+        (("/srv",), True),
+    ],
+)
+def test_container_of_a_shell_is_kept_if_a_file_changed(
+    made: Site,
+    terminal: list[Sequence[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    paths: tuple[str, ...],
+    *,
+    is_kept: bool,
+) -> None:
+    calls = iter([["/gnu"], ["/gnu", *paths]])
+    monkeypatch.setattr(made.engine, "changed_paths", lambda _: next(calls))
+    _, output = shell(made)
+    assert terminal
+    assert bool(made.engine.all_containers) == is_kept
+    assert ("no file has changed; removed the container" in output) != is_kept
+
+
+def test_container_of_a_detached_shell_is_kept(
+    made: Site, terminal: list[Sequence[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def detach(argv: Sequence[str], env: dict[str, str]) -> int:
+        made.engine._container(argv[-1]).running = True
+        return 0
+
+    monkeypatch.setattr(subprocess, "call", detach)
+    shell(made)
+    assert len(made.engine.all_containers) == 1
+
+
 def test_shell_is_re_entered(made: Site, terminal: list[Sequence[str]]) -> None:
     shell(made)
     _, output = shell(made)

@@ -278,7 +278,7 @@ def run(session: Session, stage: str = "", keep: bool = False) -> None:
 def shell(session: Session, stage: str = "", fresh: bool = False) -> None:
     """Open a shell in a work container of IMAGE.
 
-    The container is kept for `inv commit` or the next `inv shell`.
+    If a file has changed, the container is kept for `inv commit` or the next `inv shell`.
     """
     from guix_tasks.commands.shell import shell
 
