@@ -11,6 +11,7 @@ from guix_tasks.commands.commit import check_stopped
 from guix_tasks.commands.push import require_image
 from guix_tasks.errors import UsageError
 from guix_tasks.stages.container import (
+    WORK_DIRECTORY,
     Work,
     check_no_kept_container,
     fill,
@@ -83,8 +84,10 @@ def _is_unchanged(project: Project, container: str, before: Sequence[str]) -> bo
     if any(kept.running for kept in kept_containers(project.engine, project.settings)):
         return False
     paths = {PurePosixPath(path) for path in project.engine.changed_paths(container)}
+    # If the entry point was killed, its files stay and count as changes.
+    own = (PurePosixPath(path) for path in before if not path.startswith(WORK_DIRECTORY))
     # A directory is listed if something in it changed.
-    changed = paths.difference(map(PurePosixPath, before), *(path.parents for path in paths))
+    changed = paths.difference(own, *(path.parents for path in paths))
     traces = (*_TRACES, *(mount.target for mount in project.settings.mounts))
     return all(any(path.is_relative_to(trace) for trace in traces) for path in changed)
 

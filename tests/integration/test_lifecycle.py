@@ -338,6 +338,10 @@ def test_stage_can_be_committed_later(new_project: NewProject) -> None:
 
 def test_shell_is_continued_and_committed(project: Project) -> None:
     tags = project.tags()
+    unused = Terminal(project, "shell")
+    unused.type("exit")
+    assert unused.end() == 0
+    assert project.containers() == []
     shell = Terminal(project, "shell")
     # The terminal echoes input, so the expected output must differ from it.
     shell.type("echo made >/by-hand; echo 'do''ne'")

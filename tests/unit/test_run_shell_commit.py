@@ -311,6 +311,7 @@ def test_shell_is_attached_and_its_container_kept(
         (("/gnu", "/gnu/store", "/gnu/store/x-hello", "/var/guix/db/db.sqlite"), True),
         (("/root", "/root/.bashrc"), True),
         (("/srv",), True),
+        ((ENVIRONMENT,), True),
     ],
 )
 def test_container_of_a_shell_is_kept_if_a_file_changed(
@@ -321,7 +322,8 @@ def test_container_of_a_shell_is_kept_if_a_file_changed(
     *,
     is_kept: bool,
 ) -> None:
-    calls = iter([["/gnu"], ["/gnu", *paths]])
+    before = ["/gnu", ENVIRONMENT]
+    calls = iter([before, ["/gnu", *paths]])
     monkeypatch.setattr(made.engine, "changed_paths", lambda _: next(calls))
     _, output = shell(made)
     assert terminal
