@@ -1,8 +1,8 @@
-"""The fixtures of ``sites``: nothing else is here, for mypy takes no two modules of this name."""
+"""Fixtures of ``sites``, which is a module of its own because mypy takes one ``conftest`` only."""
 
 from sites import (
+    built_site,
     fake_programs,
-    made,
     no_accounts,
     no_ci_job,
     no_repository,
@@ -12,8 +12,8 @@ from sites import (
 )
 
 __all__ = [
+    "built_site",
     "fake_programs",
-    "made",
     "no_accounts",
     "no_ci_job",
     "no_repository",

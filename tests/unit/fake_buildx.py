@@ -1,7 +1,7 @@
-"""A buildx that builds nothing: it records how it is called and answers as buildx does.
+"""A buildx that builds nothing: it records its calls and answers as buildx does.
 
-It knows builders, which it creates and removes, and what a bake leaves behind: a log, reports, an
-archive, the file with the digest. ``Program`` runs it in the process of the tests.
+It creates and removes builders, and a bake writes the log, the reports, the archive and the
+metadata file. ``Program`` runs it in the process of the tests.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DISK_USAGE = (
 
 
 class Program(subprocess.Popen[Any]):
-    """In place of ``Popen``: a fake program is a function, whose outcome a shell prints.
+    """Replacement of ``Popen``: a fake program is a function, and a shell prints its outcome.
 
     A Python interpreter for each call would take most of the time of the tests.
     """
@@ -67,7 +67,7 @@ exit "$5"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call prints, and its exit status."""
+    """Output and exit status of a call."""
 
     out: str = ""
     err: str = ""
@@ -83,31 +83,31 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Rule:
-    """The outcome of calls with some words."""
+    """Outcome of the calls that have certain words."""
 
     outcome: Outcome
-    has: tuple[str, ...]
-    without: tuple[str, ...]
+    required: tuple[str, ...]
+    excluded: tuple[str, ...]
     once: bool
 
     def matches(self, argv: Sequence[str]) -> bool:
-        def has(word: str) -> bool:
+        def contains(word: str) -> bool:
             is_verb = word.isalpha() and word.islower()
             return word in argv if is_verb else word in " ".join(argv)
 
-        return all(map(has, self.has)) and not any(map(has, self.without))
+        return all(map(contains, self.required)) and not any(map(contains, self.excluded))
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of buildx, and the files that it found."""
+    """A call of buildx, with the content of its files."""
 
     argv: list[str]
     env: dict[str, str]
     files: dict[str, str]
-    """The directory of a bake, by path."""
+    """Files in the directory of a bake, by path."""
     config: str
-    """Docker's own configuration file."""
+    """Docker's configuration file."""
     input: Path | None
 
     @property
@@ -120,29 +120,29 @@ class Call:
 
     @property
     def target(self) -> dict[str, Any]:
-        """What is asked of the target that is baked."""
-        found = json.loads(self.files["bake.json"])["target"][self.argv[-1]]
-        assert isinstance(found, dict)
-        return found
+        """The definition of the baked target."""
+        target = json.loads(self.files["bake.json"])["target"][self.argv[-1]]
+        assert isinstance(target, dict)
+        return target
 
     @property
     def base(self) -> dict[str, Any]:
-        found = json.loads(self.files["bake.json"])["target"]["base"]
-        assert isinstance(found, dict)
-        return found
+        target = json.loads(self.files["bake.json"])["target"]["base"]
+        assert isinstance(target, dict)
+        return target
 
 
 @dataclass
 class FakeBuildx:
-    """The program, what it knows, and what it was asked."""
+    """The program, its builders, and its recorded calls."""
 
     directory: Path
     platforms: tuple[str, ...] = ("linux/amd64", "linux/386")
-    """Of the nodes that it makes."""
+    """Platforms of the nodes that ``create`` adds."""
     answers: dict[str, str] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     rules: list[Rule] = field(default_factory=list)
-    called: list[Call] = field(default_factory=list)
+    recorded_calls: list[Call] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.directory.mkdir(parents=True)
@@ -163,21 +163,21 @@ class FakeBuildx:
     def fail(
         self,
         error: str,
-        *has: str,
+        *required: str,
         without: tuple[str, ...] = (),
         once: bool = False,
         sleeps: float = 0,
     ) -> None:
-        """Let a call with these words fail."""
+        """Make calls with these words fail."""
         outcome = Outcome(err=f"{error}\n", status=1, seconds=sleeps)
-        self.rules.append(Rule(outcome, has, without, once))
+        self.rules.append(Rule(outcome, required, without, once))
 
-    def print(self, out: str, *has: str) -> None:
-        """Let a call with these words print this."""
-        self.rules.append(Rule(Outcome(out), has, (), once=False))
+    def print(self, out: str, *required: str) -> None:
+        """Make calls with these words print a text."""
+        self.rules.append(Rule(Outcome(out), required, (), once=False))
 
-    def add(self, name: str = NAME, driver: str = "docker-container", **more: object) -> None:
-        """Let there be one more node of a builder, as ``buildx.setup`` would have made it."""
+    def add(self, name: str = NAME, driver: str = "docker-container", **fields: object) -> None:
+        """Add a node to a builder, as ``buildx.setup`` does."""
         builder = self._builder(name, driver)
         node: dict[str, object] = {
             "name": f"{name}{len(builder['nodes'])}",
@@ -187,34 +187,34 @@ class FakeBuildx:
             "options": OPTIONS if driver == "docker-container" else {},
             "platforms": list(self.platforms),
             "fixed": (),
-            **more,
+            **fields,
         }
         builder["nodes"].append(node)
 
     def _builder(self, name: str, driver: str) -> dict[str, Any]:
         new = {"name": name, "driver": driver, "nodes": []}
-        found = self.state["builders"].setdefault(name, new)
-        assert isinstance(found, dict)
-        return found
+        builder = self.state["builders"].setdefault(name, new)
+        assert isinstance(builder, dict)
+        return builder
 
     def program(
-        self, console: Console | None = None, *, perform: bool = True, own: str = "default"
+        self, console: Console | None = None, *, perform: bool = True, builder: str = "default"
     ) -> Buildx:
         environment = {
             "PATH": os.environ["PATH"],
             "HOME": str(self.directory / "home"),
             "DOCKER_CONFIG": str(self.directory / "config"),
         }
-        return Buildx(self.path, environment, own, console, perform)
+        return Buildx(self.path, environment, builder, console, perform)
 
     def calls(self, verb: str = "") -> list[Call]:
-        return [call for call in self.called if not verb or call.argv[0] == verb]
+        return [call for call in self.recorded_calls if not verb or call.argv[0] == verb]
 
     def verbs(self) -> list[str]:
-        return [call.argv[0] for call in self.called]
+        return [call.argv[0] for call in self.recorded_calls]
 
     def changes(self) -> list[str]:
-        """The calls that changed something."""
+        """The calls that changed the state of buildx."""
         changing = [c for c in self.calls() if c.argv[0] in ("create", "rm", "use", "bake")]
         boots = [call for call in self.calls("inspect") if "--bootstrap" in call.argv]
         return [call.text for call in self.calls() if call in changing + boots]
@@ -222,9 +222,9 @@ class FakeBuildx:
     # --- Calls ---
 
     def run(self, argv: list[str], environment: Mapping[str, str]) -> list[str]:
-        """Do what a call does; return the command that prints its outcome."""
+        """Perform a call and return the command that prints its outcome."""
         options = dict(word[2:].split("=", 1) for word in argv if re.match("--.*=", word))
-        stdin = self.directory / f"stdin-{len(self.called)}" if argv[0] == "build" else None
+        stdin = self.directory / f"stdin-{len(self.recorded_calls)}" if argv[0] == "build" else None
         self._record(argv, environment, options, stdin)
         outcome = self._outcome(argv, options)
         return replace(outcome, stdin=stdin).argv()
@@ -239,13 +239,13 @@ class FakeBuildx:
         config = Path(environment.get("DOCKER_CONFIG", "/none")) / "config.json"
         files = {}
         if argv[0] == "bake":
-            place = Path(options["file"]).parent
-            paths = [path for path in sorted(place.rglob("*")) if path.is_file()]
+            directory = Path(options["file"]).parent
+            paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
             files = {
-                str(path.relative_to(place)): path.read_text(errors="replace") for path in paths
+                str(path.relative_to(directory)): path.read_text(errors="replace") for path in paths
             }
         text = config.read_text() if config.exists() else ""
-        self.called.append(Call(argv, dict(environment), files, text, stdin))
+        self.recorded_calls.append(Call(argv, dict(environment), files, text, stdin))
 
     def _outcome(self, argv: list[str], options: Mapping[str, str]) -> Outcome:
         for rule in self.rules:
@@ -275,13 +275,13 @@ class FakeBuildx:
             for node in builder["nodes"]:
                 node["status"] = "running"
         head = f"Name:   {builder['name']}\nDriver: {builder['driver']}\n\nNodes:\n"
-        out = head + "".join(map(self._shown, builder["nodes"]))
+        out = head + "".join(map(self._node_text, builder["nodes"]))
         return Outcome(out, "#1 booting buildkit\n" * bootstrap)
 
     @staticmethod
-    def _shown(node: dict[str, Any]) -> str:
-        platforms = [f"{each}*" for each in node["fixed"]]
-        platforms += [each for each in node["platforms"] if each not in node["fixed"]]
+    def _node_text(node: dict[str, Any]) -> str:
+        platforms = [f"{platform}*" for platform in node["fixed"]]
+        platforms += [name for name in node["platforms"] if name not in node["fixed"]]
         options = " ".join(f'{name}="{value}"' for name, value in node["options"].items())
         running = node["status"] == "running"
         fields = {
@@ -297,7 +297,7 @@ class FakeBuildx:
         return "\n".join([*lines, "Labels:", " org.mobyproject.buildkit.worker: oci", ""])
 
     def _create(self, argv: list[str], options: Mapping[str, str]) -> None:
-        given = [word.partition("=")[2] for word in argv if word.startswith("--driver-opt=")]
+        driver_options = [w.partition("=")[2] for w in argv if w.startswith("--driver-opt=")]
         name = options["name"]
         nodes = self._builder(name, options["driver"])["nodes"]
         platforms = options.get("platform", "").split(",")
@@ -307,36 +307,38 @@ class FakeBuildx:
                 "endpoint": argv[argv.index("--") + 1] if "--" in argv else "of-the-driver",
                 "status": "inactive",
                 "flags": options.get("buildkitd-flags", ""),
-                "options": dict(next(csv.reader([each]))[0].split("=", 1) for each in given),
+                "options": dict(next(csv.reader([o]))[0].split("=", 1) for o in driver_options),
                 "platforms": list(self.platforms),
-                "fixed": [each for each in platforms if each],
+                "fixed": [platform for platform in platforms if platform],
             }
         )
 
     def _bake(self, target: str, options: Mapping[str, str]) -> None:
         file = Path(options["file"])
-        wanted = json.loads(file.read_text())["target"][target]
-        for output in wanted["output"]:
+        definition = json.loads(file.read_text())["target"][target]
+        for output in definition["output"]:
             words = next(csv.reader([output]))
             fields = dict(word.split("=", 1) for word in words)
             if fields["type"] == "local":
-                self._report(Path(fields["dest"]), wanted, file.with_name("Dockerfile").read_text())
+                self._report(
+                    Path(fields["dest"]), definition, file.with_name("Dockerfile").read_text()
+                )
             elif "dest" in fields:
                 Path(fields["dest"]).write_text("an archive")
         result = {target: {"containerimage.digest": DIGEST}}
         Path(options["metadata-file"]).write_text(json.dumps(result))
 
-    def _report(self, directory: Path, wanted: dict[str, Any], dockerfile: str) -> None:
+    def _report(self, directory: Path, definition: dict[str, Any], dockerfile: str) -> None:
         stages = ("pull", "install")
-        names = ["created", *(each for each in stages if f" AS {each}\n" in dockerfile)]
-        if wanted["target"] == "asked":
+        names = ["created", *(stage for stage in stages if f" AS {stage}\n" in dockerfile)]
+        if definition["target"] == "asked":
             names = ["user", "name", "environment", "keys"] + ["resolved"] * (
                 " AS resolving\n" in dockerfile
             )
-        for platform in wanted["platforms"]:
-            word = platform.replace("/", "_")
-            own = directory / word if len(wanted["platforms"]) > 1 else directory
-            own.mkdir(parents=True, exist_ok=True)
+        for platform in definition["platforms"]:
+            platform_name = platform.replace("/", "_")
+            reports = directory / platform_name if len(definition["platforms"]) > 1 else directory
+            reports.mkdir(parents=True, exist_ok=True)
             for name in names:
-                answer = self.answers.get(f"{word}/{name}", self.answers.get(name, ""))
-                (own / name).write_text(f"{answer}\n")
+                answer = self.answers.get(f"{platform_name}/{name}", self.answers.get(name, ""))
+                (reports / name).write_text(f"{answer}\n")

@@ -1,9 +1,9 @@
-"""A Docker Engine in memory, a Guix that is played, and a project on disk to try them with.
+"""A Docker Engine in memory, a fake of Guix, and a project on disk that uses both.
 
-The engine does what Docker does where the tasks depend on it: a commit merges the container's
-configuration into the one it is given, and gives no layer to a container that changed nothing;
-no two layers and no two images that were made are the same; a tag that goes takes the image with
-it, and those that it was made from, unless a container, a tag or another image holds them.
+The engine behaves like Docker in the points on which the tasks depend: a commit merges the
+container's configuration into the given one, and adds no layer for a container that changed
+nothing; each new layer and image is unique; removing a tag removes its image and the images from
+which that was made, unless a container, a tag or another image holds them.
 """
 
 from __future__ import annotations
@@ -67,33 +67,33 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-STEADY = hypothesis_settings(derandomize=True, deadline=None, database=None, max_examples=30)
-"""The same examples in every run."""
+DETERMINISTIC = hypothesis_settings(derandomize=True, deadline=None, database=None, max_examples=30)
+"""Settings of Hypothesis: the same examples in every run."""
 
 Files = dict[str, bytes | None]
-"""What a layer holds; None for what it says is gone."""
+"""Content of a layer by path; None for a removed file."""
 
 Output = Iterator[tuple[bool, bytes]]
 
 _numbers = itertools.count(1)
-"""What makes two layers, images and containers differ that else would be the same."""
+"""Numbers that make otherwise equal layers, images and containers differ."""
 
 
-def forget_contents() -> None:
-    """Forget the files that this process has read, as another process would."""
+def clear_file_cache() -> None:
+    """Clear the cache of file contents, which a new process does not have."""
     files_module._contents.clear()
     files_module.read_once.cache_clear()
     files_module.reopenable.cache_clear()
 
 
-def forget_secrets() -> None:
-    """Redact no secret from now on."""
+def clear_secrets() -> None:
+    """Unregister all secrets of ``redact``."""
     redact._encodings.clear()
     redact._pattern = re.compile(rb"(?!)")
 
 
 class Killed(BaseException):
-    """``inv`` died: nothing after it, no clean-up either, has any effect on the engine."""
+    """Death of ``inv``: later calls, also those of its clean-up, do not change the engine."""
 
 
 def digest(*parts: object) -> str:
@@ -102,34 +102,34 @@ def digest(*parts: object) -> str:
 
 @dataclass
 class FakeRegistry:
-    """A registry: what was pushed, by repository and tag, and who came with which credentials."""
+    """A registry: the pushed images by reference, and the credentials of its clients."""
 
     images: dict[str, Image] = field(default_factory=dict)
     layers: dict[str, Files] = field(default_factory=dict)
     refusal: str = ""
     immutable: bool = False
-    """Whether it refuses to push a tag again."""
-    seen: list[Credentials | None] = field(default_factory=list)
+    """Whether a tag can be pushed only once."""
+    used_credentials: list[Credentials | None] = field(default_factory=list)
     local_accounts: dict[str, Credentials] = field(default_factory=dict)
 
     def put(self, reference: str, image: Image) -> None:
         self.images[reference] = replace(image, digests=(), tags=())
 
     def find(self, reference: str) -> Image | None:
-        name, _, wanted = reference.partition("@")
-        if wanted:
-            found = (
+        name, _, wanted_digest = reference.partition("@")
+        if wanted_digest:
+            matches = (
                 image
                 for other, image in self.images.items()
-                if other.rpartition(":")[0] == name and digest(image.id) == wanted
+                if other.rpartition(":")[0] == name and digest(image.id) == wanted_digest
             )
-            return next(found, None)
+            return next(matches, None)
         return self.images.get(reference)
 
 
 @dataclass
 class FakeContainer:
-    """A container: what it was made from, and what it changed."""
+    """A container: its image and its changed files."""
 
     id: str
     spec: ContainerSpec
@@ -144,11 +144,11 @@ class FakeContainer:
     lacked_memory: bool = False
     stdin: bytes = b""
     results: dict[str, Files] = field(default_factory=dict)
-    """Results on the volume with the warm store, which the engine owns."""
+    """Results on the engine's volume with the warm store."""
 
     @property
     def argv(self) -> tuple[str, ...]:
-        """The command, without guix-tasks' or the image's entry point."""
+        """The command without the entry point of guix-tasks or the image."""
         return self.spec.command[1:]
 
     def read(self, path: str) -> bytes | None:
@@ -162,13 +162,13 @@ class FakeContainer:
             self.changes[path] = content.encode()
 
     def record_result(self, name: str) -> None:
-        """Record what Guix made, as ``record.sh`` does."""
+        """Record the result of Guix, as ``record.sh`` does."""
         files = {**self.lower, **self.changes}
         self.results[name] = {path: files[path] for path in (PROFILE, CHANNELS) if path in files}
 
-    def forget(self, directory: str) -> None:
-        """Remove what was put below a directory, as the entry point does at its end."""
-        for path in [each for each in self.changes if each.startswith(f"{directory}/")]:
+    def remove_files(self, directory: str) -> None:
+        """Remove the new files below a directory, as the entry point does at its end."""
+        for path in [name for name in self.changes if name.startswith(f"{directory}/")]:
             del self.changes[path]
 
 
@@ -186,7 +186,7 @@ SEARCH_PATHS = {
 COMMITS = {"guix": "a" * 40, "mine": "b" * 40}
 
 PROFILE, CHANNELS = "/var/guix/profile", "/var/guix/channels"
-"""Where the played Guix keeps what it has installed and pulled, a line each."""
+"""Files of the fake Guix: the installed packages and the pulled channels."""
 
 
 def _seed(_container: FakeContainer) -> Output:
@@ -194,13 +194,13 @@ def _seed(_container: FakeContainer) -> Output:
 
 
 def _other_files(container: FakeContainer) -> Output:
-    """Play ``sh other-files.sh COMMAND DIRECTORY ...``."""
+    """Fake ``sh other-files.sh COMMAND DIRECTORY ...``."""
     container.results[container.argv[2].rpartition("/")[2]] = dict(container.lower)
     return iter(())
 
 
 def _assemble(container: FakeContainer) -> Output:
-    """Play ``sh -c SCRIPT assemble.sh VOLUME RESULT KEY LIMIT FILES ...``."""
+    """Fake ``sh -c SCRIPT assemble.sh VOLUME RESULT KEY LIMIT FILES ...``."""
     result, key, _, files = container.argv[4:8]
     if files:
         wanted = container.results.pop(files.rpartition("/")[2])
@@ -239,20 +239,20 @@ STORE_SCRIPTS = {
     "other-files.sh": _other_files,
     "guix-state.sh": _guix_state,
 }
-"""What the scripts of the warm store do, whatever the engine's behaviour is."""
+"""Fakes of the scripts of the warm store, for every behaviour of the engine."""
 
 
 @dataclass
 class FakeGuix:
-    """Plays the entry point and the commands of Guix that stages, checks and users run."""
+    """A fake of the entry point and of the Guix commands of stages, checks and users."""
 
     heads: dict[str, str] = field(default_factory=lambda: dict(COMMITS))
-    """What a channel is at now; one that is asked for at a commit is at that."""
+    """Current commits of the channels that no commit pins."""
     unknown: frozenset[str] = frozenset({"no-such-package"})
     failing: dict[str, str] = field(default_factory=dict)
-    """The checks of ``verify`` that fail, with the reasons."""
+    """Reasons of the failing checks of ``verify``."""
     evaluate: Callable[[str], str] = lambda text: text
-    """What a channels file that is a program comes to."""
+    """Evaluation of a channels file that is a program."""
 
     def __call__(self, container: FakeContainer) -> Output:
         argv = container.argv
@@ -277,7 +277,7 @@ class FakeGuix:
         else:
             yield False, f"ran {shlex.join(argv)}\n".encode()
             container.write(f"/made/{'-'.join(argv).replace('/', '_')}", "by hand")
-        container.forget("/var/guix/guix-tasks")
+        container.remove_files("/var/guix/guix-tasks")
 
     def _verify(self) -> Output:
         for check in ("daemon", "build", "channels", "packages", "certificates"):
@@ -288,11 +288,11 @@ class FakeGuix:
     def _command(self, container: FakeContainer, words: list[str]) -> Iterator[str]:
         options = dict(word.lstrip("-").split("=", 1) for word in words if "=" in word)
         if words[:2] == ["guix", "pull"]:
-            # No substitute server has built anything, so this file stands for the one next to it.
+            # Without substitutes this file equals the channels file next to it.
             file = options.get("channels", "").replace(BUILT_CHANNELS, "channels.scm")
             text = container.text(file) if file else ""
             yield "Updating channel...\n"
-            container.write(CHANNELS, self._pulled(self.evaluate(text) if text else ""))
+            container.write(CHANNELS, self._pulled_channels(self.evaluate(text) if text else ""))
         elif words[:2] in (["guix", "describe"], ["cat", CHANNELS_FILE]):
             yield container.text(CHANNELS)
         elif words[:2] == ["guix", "package"] and "--list-installed" in words:
@@ -304,33 +304,35 @@ class FakeGuix:
         elif words[:2] == ["guix", "package"]:
             yield from self._install(container, words, options.get("manifest"))
 
-    def _pulled(self, text: str) -> str:
+    def _pulled_channels(self, text: str) -> str:
         forms = re.split(r"\(channel\s", text)[1:] or [
             f'(name \'guix) (url "https://guix.test") {INTRODUCTION}'
         ]
         channels = []
         for form in forms:
-            found = dict(re.findall(r"\((name|url|branch|commit)\s+['\"]([^\s()\"]+)\"?\)", form))
-            if {"name", "url"} <= found.keys():
-                commit = found.get("commit") or self.heads[found["name"]]
+            fields = dict(re.findall(r"\((name|url|branch|commit)\s+['\"]([^\s()\"]+)\"?\)", form))
+            if {"name", "url"} <= fields.keys():
+                commit = fields.get("commit") or self.heads[fields["name"]]
                 introduced = "(introduction" in form
-                channels.append(channel(found["name"], found["url"], commit, introduced=introduced))
+                channels.append(
+                    channel(fields["name"], fields["url"], commit, introduced=introduced)
+                )
         return f"(list {' '.join(channels)})\n"
 
     def _install(
         self, container: FakeContainer, words: list[str], manifest: str | None
     ) -> Iterator[str]:
-        wanted = [word.partition("=")[2] for word in words if word.startswith("--install=")]
+        packages = [word.partition("=")[2] for word in words if word.startswith("--install=")]
         if manifest:
             text = container.text(manifest)
             for inner in re.findall(r'primitive-load "([^"]+)"', text):
-                wanted += re.findall(r'"([^"]+)"', container.text(inner))
-        bad = [package for package in wanted if package in self.unknown]
-        for package in bad:
+                packages += re.findall(r'"([^"]+)"', container.text(inner))
+        unknown = [package for package in packages if package in self.unknown]
+        for package in unknown:
             yield f"guix package: error: {package}: unknown package\n"
             container.status = 1
-        if not bad:
-            profile = {*container.text(PROFILE).split(), *wanted}
+        if not unknown:
+            profile = {*container.text(PROFILE).split(), *packages}
             container.write(PROFILE, " ".join(sorted(profile)))
 
 
@@ -341,15 +343,15 @@ INTRODUCTION = (
 
 
 def channel(name: str, url: str, commit: str = "", *, introduced: bool = True) -> str:
-    """A channel as ``guix describe`` spells it out."""
+    """Format a channel as ``guix describe`` does."""
     pin = f'(commit "{commit}")' if commit else ""
     return f'(channel (name \'{name}) (url "{url}") {pin} {INTRODUCTION if introduced else ""})'
 
 
-def _counted(
+def _recorded(
     method: Callable[Concatenate[FakeEngine, P], R],
 ) -> Callable[Concatenate[FakeEngine, P], R]:
-    """Write a call down, and let the fault that is planned for it happen before or after it."""
+    """Record the calls of a method, and raise the planned fault before or after a call."""
     name = method.__name__
 
     @functools.wraps(method)
@@ -368,7 +370,7 @@ READING = frozenset(
     {"info", "image", "containers", "remote_digest", "check_registry", "volumes"}
     | {"layers", "save", "unnamed", "wait", "copy_out", "changed_paths"}
 )
-"""The calls that change nothing."""
+"""Methods that change nothing."""
 
 Fault = Callable[[int, str, str], None]
 
@@ -401,25 +403,25 @@ class FakeEngine:
         self.stores: dict[str, dict[str, Files]] = {}
         """Results in the warm stores, by volume."""
         self.specs: list[ContainerSpec] = []
-        """Created containers, without those that only move or read files."""
-        self.about = EngineInfo(url, "fake", "fake", "28", platform, "memory", has_bridge)
+        """Specifications of the created containers, except those that only move or read files."""
+        self.details = EngineInfo(url, "fake", "fake", "28", platform, "memory", has_bridge)
         self._files: dict[str, Files] = {}
         self._parents: dict[str, str] = {}
 
     def clone(self) -> FakeEngine:
-        """A copy that goes its own way, with a log of its own."""
-        other = copy.copy(self)
-        other.calls, other.specs = [], []
-        other.registry = replace(
+        """Return an independent copy with an empty record of calls."""
+        clone = copy.copy(self)
+        clone.calls, clone.specs = [], []
+        clone.registry = replace(
             self.registry, images=dict(self.registry.images), layers=dict(self.registry.layers)
         )
-        other.behaviour = copy.deepcopy(self.behaviour)
-        other.all_images, other.tags = dict(self.all_images), dict(self.tags)
-        other.all_containers = copy.deepcopy(self.all_containers)
-        other.all_volumes, other._files = dict(self.all_volumes), dict(self._files)
-        other.stores = {name: dict(results) for name, results in self.stores.items()}
-        other._parents = dict(self._parents)
-        return other
+        clone.behaviour = copy.deepcopy(self.behaviour)
+        clone.all_images, clone.tags = dict(self.all_images), dict(self.tags)
+        clone.all_containers = copy.deepcopy(self.all_containers)
+        clone.all_volumes, clone._files = dict(self.all_volumes), dict(self._files)
+        clone.stores = {name: dict(results) for name, results in self.stores.items()}
+        clone._parents = dict(self._parents)
+        return clone
 
     @property
     def guix(self) -> FakeGuix:
@@ -437,21 +439,21 @@ class FakeEngine:
         parent: Image | None = None,
         tag: str = "",
     ) -> Image:
-        """Make an image out of nothing, or ``FROM`` another; without files it has no own layer."""
-        lower = parent.layers if parent else ()
+        """Make an image from scratch or from a parent; without files it adds no layer."""
+        layers = parent.layers if parent else ()
         if files:
             layer = digest(files, next(_numbers))
             self._files[layer] = dict(files)
-            lower = (*lower, layer)
+            layers = (*layers, layer)
         number = next(_numbers)
-        made = datetime(2026, 1, 1, tzinfo=timezone.utc) + timedelta(seconds=number)
+        created = datetime(2026, 1, 1, tzinfo=timezone.utc) + timedelta(seconds=number)
         image = Image(
-            id=digest(lower, config, number),
-            layers=lower,
+            id=digest(layers, config, number),
+            layers=layers,
             config=copy.deepcopy(dict(config)),
-            size=sum(1000 + len(self._files[layer]) for layer in lower),
-            created=made.isoformat(),
-            platform=self.about.platform,
+            size=sum(1000 + len(self._files[layer]) for layer in layers),
+            created=created.isoformat(),
+            platform=self.details.platform,
         )
         self.all_images[image.id] = image
         if parent:
@@ -468,43 +470,43 @@ class FakeEngine:
         return {path: content for path, content in merged.items() if content is not None}
 
     def info(self) -> EngineInfo:
-        return self.about
+        return self.details
 
     def local_accounts(self) -> dict[str, Credentials]:
         return self.registry.local_accounts
 
-    @_counted
+    @_recorded
     def image(self, reference: str) -> Image | None:
         return self._image(reference)
 
     def _image(self, reference: str) -> Image | None:
-        found = self.all_images.get(self.tags.get(reference, reference))
-        if found is None and "@" in reference:
-            found = next((i for i in self.all_images.values() if reference in i.digests), None)
-        if found is None:
+        match = self.all_images.get(self.tags.get(reference, reference))
+        if match is None and "@" in reference:
+            match = next((i for i in self.all_images.values() if reference in i.digests), None)
+        if match is None:
             return None
-        return replace(found, tags=tuple(t for t, i in self.tags.items() if i == found.id))
+        return replace(match, tags=tuple(t for t, i in self.tags.items() if i == match.id))
 
     def _held(self, image: str) -> bool:
         return any(box.image.id == image for box in self.all_containers.values())
 
     def _delete(self, image: str) -> None:
-        """Delete an image that nothing holds, and then such of those that it was made from."""
+        """Delete an image that nothing holds, and then its parents that nothing else holds."""
         held = self._held(image) or image in {*self.tags.values(), *self._parents.values()}
         if image in self.all_images and not held:
             del self.all_images[image]
             self._delete(self._parents.pop(image, ""))
 
-    @_counted
+    @_recorded
     def unnamed(self, labels: Mapping[str, str]) -> list[str]:
         held = {*self.tags.values(), *self._parents.values()}
         return [
-            each
-            for each, image in self.all_images.items()
-            if each not in held and labels.items() <= image.labels.items()
+            identity
+            for identity, image in self.all_images.items()
+            if identity not in held and labels.items() <= image.labels.items()
         ]
 
-    @_counted
+    @_recorded
     def containers(self, labels: Mapping[str, str]) -> list[Container]:
         boxes = sorted(self.all_containers.values(), key=lambda box: box.created, reverse=True)
         return [
@@ -515,67 +517,68 @@ class FakeEngine:
             if labels.items() <= box.config["Labels"].items()
         ]
 
-    @_counted
+    @_recorded
     def remote_digest(self, reference: str, credentials: Credentials | None = None) -> str | None:
-        self.registry.seen.append(credentials)
-        found = None if self.registry.refusal else self.registry.find(reference)
-        return digest(found.id) if found else None
+        self.registry.used_credentials.append(credentials)
+        image = None if self.registry.refusal else self.registry.find(reference)
+        return digest(image.id) if image else None
 
-    @_counted
+    @_recorded
     def check_registry(self, reference: str, credentials: Credentials | None) -> bool:
-        self.registry.seen.append(credentials)
+        self.registry.used_credentials.append(credentials)
         if self.registry.refusal:
             raise RegistryError(f"cannot look up {reference}: {self.registry.refusal}")
-        return self.about.product != "Podman" or credentials is not None
+        return self.details.product != "Podman" or credentials is not None
 
-    @_counted
+    @_recorded
     def volumes(self, labels: Mapping[str, str]) -> list[str]:
-        return [name for name, own in self.all_volumes.items() if labels.items() <= own.items()]
+        volumes = self.all_volumes.items()
+        return [name for name, volume_labels in volumes if labels.items() <= volume_labels.items()]
 
-    @_counted
+    @_recorded
     def create_volume(self, name: str, labels: Mapping[str, str]) -> None:
         self.all_volumes.setdefault(name, dict(labels))
 
-    @_counted
+    @_recorded
     def remove_volume(self, name: str) -> None:
         self.all_volumes.pop(name, None)
         self.stores.pop(name, None)
 
-    @_counted
+    @_recorded
     def tag(self, image: str, reference: str) -> None:
-        found = self._image(image)
-        if found is None:
+        match = self._image(image)
+        if match is None:
             raise EngineError(f"the engine could not tag {reference}: No such image: {image}")
-        self.tags[reference] = found.id
+        self.tags[reference] = match.id
 
-    @_counted
+    @_recorded
     def untag(self, reference: str) -> None:
         image = self.tags.pop(reference, None)
         if image:
             self._delete(image)
 
-    @_counted
+    @_recorded
     def drop(self, image: str) -> None:
         self._delete(image)
 
-    @_counted
+    @_recorded
     def layers(self, image: str) -> list[Layer]:
-        found = self._image(image)
-        return [Layer(1000, "fake") for _ in found.layers] if found else []
+        match = self._image(image)
+        return [Layer(1000, "fake") for _ in match.layers] if match else []
 
-    @_counted
+    @_recorded
     def save(self, image: str) -> Iterator[bytes]:
-        found = self._image(image)
-        assert found
-        index = {"manifests": [{"digest": digest(found.id)}]}
+        match = self._image(image)
+        assert match
+        index = {"manifests": [{"digest": digest(match.id)}]}
         files = {
-            "manifest.json": json.dumps([{"Layers": found.layers}]).encode(),
+            "manifest.json": json.dumps([{"Layers": match.layers}]).encode(),
             "index.json": json.dumps(index).encode(),
         }
-        files |= {layer: _tar(self._files[layer]) for layer in found.layers}
+        files |= {layer: _tar(self._files[layer]) for layer in match.layers}
         return iter([_tar(dict(files))])
 
-    @_counted
+    @_recorded
     def create(self, spec: ContainerSpec) -> str:
         image = self._image(spec.image)
         if image is None:
@@ -596,7 +599,7 @@ class FakeEngine:
             id=digest("container", number := next(_numbers)),
             spec=spec,
             image=image,
-            config=merged(config, image.config),
+            config=merge_config(config, image.config),
             lower=self.files(image),
             created=number,
         )
@@ -616,7 +619,7 @@ class FakeEngine:
                 return box
         raise EngineError(f"No such container: {container}")
 
-    @_counted
+    @_recorded
     def copy_in(self, container: str, archive: bytes | IO[bytes]) -> None:
         data = archive if isinstance(archive, bytes) else archive.read()
         box = self._container(container)
@@ -626,16 +629,16 @@ class FakeEngine:
                 if file:
                     box.changes[f"/{member.name}"] = file.read()
 
-    @_counted
+    @_recorded
     def copy_out(self, container: str, path: str) -> Iterator[bytes]:
         content = self._container(container).read(path)
         return iter(() if content is None else [_tar({path.rpartition("/")[2]: content})])
 
-    @_counted
+    @_recorded
     def changed_paths(self, container: str) -> list[str]:
         return list(self._container(container).changes)
 
-    @_counted
+    @_recorded
     def run(self, container: str, stdin: IO[bytes] | None = None) -> Output:
         box = self._container(container)
         box.stdin = stdin.read() if stdin else b""
@@ -647,47 +650,47 @@ class FakeEngine:
             box.record_result(records_result[1])
         box.running = False
 
-    @_counted
+    @_recorded
     def bytes_received(self, container: str) -> int | None:
         return None
 
-    @_counted
+    @_recorded
     def start(self, container: str) -> None:
         box = self._container(container)
         box.running = box.started = True
 
-    @_counted
+    @_recorded
     def wait(self, container: str) -> int:
         return self._container(container).status
 
-    @_counted
+    @_recorded
     def lacked_memory(self, container: str) -> bool:
         return self._container(container).lacked_memory
 
-    @_counted
+    @_recorded
     def stop(self, container: str, seconds: int) -> None:
         box = self._container(container)
         box.running, box.status = False, 143
 
-    @_counted
+    @_recorded
     def remove(self, container: str) -> None:
         for box in list(self.all_containers.values()):
             if container in (box.id, box.spec.name):
                 del self.all_containers[box.id]
 
-    @_counted
+    @_recorded
     def commit(self, container: str, config: Mapping[str, Any], comment: str = "") -> str:
         box = self._container(container)
-        result = merged(copy.deepcopy(dict(config)), box.config)
+        result = merge_config(copy.deepcopy(dict(config)), box.config)
         return self.make_image(result, box.changes, parent=box.image).id
 
-    @_counted
+    @_recorded
     def import_rootfs(self, archive: Iterator[bytes], reference: str) -> str:
         return self.make_image({}, {"/rootfs": b"".join(archive)}, tag=reference).id
 
-    @_counted
+    @_recorded
     def build(self, spec: BuildSpec, output: Callable[[bytes], None]) -> str:
-        """Build as BuildKit does, which leaves no base image among the local ones."""
+        """Build as BuildKit does: the base image is not among the local images afterwards."""
         name = spec.args["BASE_IMAGE"]
         base = self._image(name) or (None if self.registry.refusal else self.registry.find(name))
         if base is None:
@@ -701,14 +704,14 @@ class FakeEngine:
         del self._parents[image.id]
         return image.id
 
-    @_counted
+    @_recorded
     def push(
         self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> str:
         image = self._image(reference)
         if image is None:
             raise RegistryError(f"cannot push {reference}: tag does not exist")
-        self.registry.seen.append(credentials)
+        self.registry.used_credentials.append(credentials)
         if self.registry.refusal:
             raise RegistryError(f"cannot push {reference}: {self.registry.refusal}")
         if self.registry.immutable and self.registry.find(reference):
@@ -724,46 +727,46 @@ class FakeEngine:
         )
         return digest(image.id)
 
-    @_counted
+    @_recorded
     def pull(
         self, reference: str, credentials: Credentials | None, progress: Progress | None = None
     ) -> None:
-        self.registry.seen.append(credentials)
-        found = None if self.registry.refusal else self.registry.find(reference)
-        if found is None:
+        self.registry.used_credentials.append(credentials)
+        image = None if self.registry.refusal else self.registry.find(reference)
+        if image is None:
             raise RegistryError(
                 f"cannot pull {reference}: {self.registry.refusal or 'manifest unknown'}"
             )
-        for layer in found.layers:
+        for layer in image.layers:
             self._files[layer] = self.registry.layers[layer]
             if progress:
                 progress(layer[7:19], "Pull complete", 1000, 1000)
         name = reference.partition("@")[0] if "@" in reference else reference.rpartition(":")[0]
-        known = self.all_images.get(found.id, found)
-        self.all_images[found.id] = replace(
-            known, digests=tuple({*known.digests, f"{name}@{digest(found.id)}"})
+        known = self.all_images.get(image.id, image)
+        self.all_images[image.id] = replace(
+            known, digests=tuple({*known.digests, f"{name}@{digest(image.id)}"})
         )
         if "@" not in reference:
-            self.tags[reference] = found.id
+            self.tags[reference] = image.id
 
 
-def merged(own: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with what it leaves open taken from another (moby, daemon ``merge``)."""
-    result = dict(own)
+def merge_config(config: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the defaults of another configuration (moby, daemon ``merge``)."""
+    result = dict(config)
     for name in ("User", "WorkingDir", "StopSignal"):
-        result[name] = result.get(name) or other.get(name) or ""
+        result[name] = result.get(name) or defaults.get(name) or ""
     for name in ("ExposedPorts", "Volumes"):
-        both = {**(other.get(name) or {}), **(result.get(name) or {})}
+        both = {**(defaults.get(name) or {}), **(result.get(name) or {})}
         result[name] = both or None
     names = {line.partition("=")[0] for line in result.get("Env") or ()}
-    more = [line for line in other.get("Env") or () if line.partition("=")[0] not in names]
-    result["Env"] = [*(result.get("Env") or ()), *more]
-    result["Labels"] = {**(other.get("Labels") or {}), **(result.get("Labels") or {})}
+    added = [line for line in defaults.get("Env") or () if line.partition("=")[0] not in names]
+    result["Env"] = [*(result.get("Env") or ()), *added]
+    result["Labels"] = {**(defaults.get("Labels") or {}), **(result.get("Labels") or {})}
     if not result.get("Entrypoint"):
-        result["Cmd"] = result.get("Cmd") or other.get("Cmd")
+        result["Cmd"] = result.get("Cmd") or defaults.get("Cmd")
         if result.get("Entrypoint") is None:
-            result["Entrypoint"] = other.get("Entrypoint")
-    result["Healthcheck"] = result.get("Healthcheck") or other.get("Healthcheck")
+            result["Entrypoint"] = defaults.get("Entrypoint")
+    result["Healthcheck"] = result.get("Healthcheck") or defaults.get("Healthcheck")
     return result
 
 
@@ -795,43 +798,43 @@ BASE_CONFIG: dict[str, Any] = {
     "Shell": ["/bin/sh", "-c"],
     "OnBuild": ["RUN true"],
 }
-"""A configuration with something in every field."""
+"""A configuration with a value in every field."""
 
 
 def publish_base(
     registry: FakeRegistry, reference: str = BASE_IMAGE, profile: str = "certs"
 ) -> None:
-    """Put a base image that has Guix into a registry."""
+    """Push a base image with Guix to a registry."""
     engine = FakeEngine(registry)
     engine.make_image(BASE_CONFIG, {PROFILE: profile.encode()}, tag=reference)
     engine.push(reference, None)
 
 
-class Heard(Console):
-    """A console that can be read."""
+class BufferConsole(Console):
+    """A console whose output goes to buffers."""
 
     def __init__(self) -> None:
-        self.results, self.said = io.StringIO(), io.StringIO()
-        super().__init__(out=self.results, err=self.said)
+        self.results, self.messages = io.StringIO(), io.StringIO()
+        super().__init__(out=self.results, err=self.messages)
 
     @property
     def text(self) -> str:
-        return self.results.getvalue() + self.said.getvalue()
+        return self.results.getvalue() + self.messages.getvalue()
 
 
-class Serial:
-    """An executor that has no threads, whose start takes longer than all the rest here."""
+class SerialExecutor:
+    """An executor without threads, whose start would take most of the time of the tests."""
 
     def map(self, function: Callable[[str], str], items: list[str]) -> Iterator[str]:
         return map(function, items)
 
 
-def serial() -> AbstractContextManager[Serial]:
-    return nullcontext(Serial())
+def serial_executor() -> AbstractContextManager[SerialExecutor]:
+    return nullcontext(SerialExecutor())
 
 
-class Once(Lifecycle):
-    """A lifecycle that looks at each stage once, as nothing changes meanwhile."""
+class CachedLifecycle(Lifecycle):
+    """A lifecycle that computes each state once, for inputs that do not change."""
 
     def __init__(self, project: Project) -> None:
         super().__init__(project)
@@ -844,9 +847,9 @@ class Once(Lifecycle):
 
 
 class Site:
-    """A checkout of a project, and the engine that its user has.
+    """A checkout of a project, and the engine of its user.
 
-    Each call of ``project`` is what a new process finds.
+    Each call of ``project`` loads the project as a new process does.
     """
 
     def __init__(self, directory: Path, engine: FakeEngine, **env: str) -> None:
@@ -886,12 +889,12 @@ class Site:
         empty = "".join(f"{name}=\n" for name, value in self.env.items() if not value)
         if empty or (self.directory / ".env").exists():
             self.write(".env", empty)
-        forget_contents()
+        clear_file_cache()
         return load_settings(self.directory, self.directory, self.env)
 
     def project(self, engine: Engine | None = None) -> Project:
         files_module._digest_of_state.cache_clear()
-        return Project(self.settings(), engine or self.engine, Heard())
+        return Project(self.settings(), engine or self.engine, BufferConsole())
 
     @property
     def lifecycle(self) -> Lifecycle:
@@ -902,28 +905,32 @@ class Site:
         return self.project().ledger
 
     def make(
-        self, *stages: str, engine: Engine | None = None, packages: tuple[str, ...] = (), **on: bool
+        self,
+        *stages: str,
+        engine: Engine | None = None,
+        packages: tuple[str, ...] = (),
+        **options: bool,
     ) -> str:
-        """Make stages in turn, each in a process of its own; what was said."""
-        said = ""
+        """Build stages in turn, each in a new process, and return the messages."""
+        messages = ""
         for stage in stages:
             project = self.project(engine)
-            Lifecycle(project).make(stage, StageOptions(packages=packages, **on))
-            said += heard(project)
-        return said
+            Lifecycle(project).make(stage, StageOptions(packages=packages, **options))
+            messages += console_text(project)
+        return messages
 
     def push(self, stage: str | None = None) -> dict[str, str]:
         return push(self.project(), stage)
 
     def image(self, stage: str = "") -> Image:
-        """The image of a stage, or what ``IMAGE`` stands for."""
+        """Return the image of a stage, or ``IMAGE``."""
         ledger = self.ledger
-        found = self.engine._image(ledger.tag(stage) if stage else str(ledger.image))
-        assert found, stage
-        return found
+        image = self.engine._image(ledger.tag(stage) if stage else str(ledger.image))
+        assert image, stage
+        return image
 
     def states(self) -> dict[str, State]:
-        lifecycle = Once(self.project())
+        lifecycle = CachedLifecycle(self.project())
         return {stage: lifecycle.state(stage) for stage in STAGES}
 
     def keys(self) -> dict[str, str | None]:
@@ -932,20 +939,20 @@ class Site:
     def why(self, stage: str) -> str | None:
         return self.lifecycle.state(stage).why
 
-    def ran(self, action: Callable[[], object]) -> list[str]:
-        """The names of the stages that an action ran in a container."""
-        before = len(self.engine.specs)
+    def trace_stages(self, action: Callable[[], object]) -> list[str]:
+        """Return the names of the stages that an action runs in a container."""
+        first = len(self.engine.specs)
         action()
-        return [spec.name.split("-")[2] for spec in self.engine.specs[before:]]
+        return [spec.name.split("-")[2] for spec in self.engine.specs[first:]]
 
 
-def heard(project: Project) -> str:
-    assert isinstance(project.console, Heard)
+def console_text(project: Project) -> str:
+    assert isinstance(project.console, BufferConsole)
     return project.console.text
 
 
 def new_site(directory: Path, registry: FakeRegistry | None = None, **env: str) -> Site:
-    """A project on an engine that has nothing; its base image is in the registry."""
+    """Create a project on an empty engine; its base image is in the registry."""
     registry = registry or FakeRegistry()
     if not registry.find(BASE_IMAGE):
         publish_base(registry)
@@ -954,15 +961,15 @@ def new_site(directory: Path, registry: FakeRegistry | None = None, **env: str) 
 
 @functools.cache
 def _template() -> tuple[FakeEngine, str]:
-    """An engine on which all stages of a project are made, and the lock."""
+    """Return an engine with all stages of a project, and the content of the lock file."""
     with tempfile.TemporaryDirectory() as directory:
         site = new_site(Path(directory))
         site.make(*STAGES)
         return site.engine, site.lock.read_text()
 
 
-def made_site(directory: Path) -> Site:
-    """A project whose stages are all made."""
+def new_built_site(directory: Path) -> Site:
+    """Create a project with all stages built."""
     engine, lock = _template()
     site = Site(directory, engine.clone())
     site.lock.write_text(lock)
@@ -970,20 +977,20 @@ def made_site(directory: Path) -> Site:
 
 
 def outline(engine: FakeEngine) -> dict[str, object]:
-    """What each tag stands for, but for what differs from run to run."""
-    found: dict[str, object] = {}
+    """Return the state of each tag, without values that differ from run to run."""
+    states: dict[str, object] = {}
     for tag, identity in engine.tags.items():
         image = engine.all_images[identity]
         varying = (LAYERS_LABEL, FILES_LABEL, CREATED)
         labels = {name: text for name, text in image.labels.items() if name not in varying}
         state = (proven_stage(image), labels.get(KEY_LABEL), len(image.layers))
-        found[tag] = (state, sorted(labels.items()), str(image.config.get("Cmd")))
-    return found
+        states[tag] = (state, sorted(labels.items()), str(image.config.get("Cmd")))
+    return states
 
 
 @contextmanager
 def another_process() -> Iterator[None]:
-    """Let what is made meanwhile be made by a process that is gone afterwards."""
+    """Run the block under the id of another process, which has ended afterwards."""
     real = os.getpid
     with subprocess.Popen(["sleep", "60"]) as process:
         os.getpid = lambda: process.pid

@@ -1,4 +1,4 @@
-"""Fixtures that the unit tests share; ``conftest.py`` lets pytest find them."""
+"""Fixtures of all unit tests; ``conftest.py`` imports them for pytest."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from fake_buildx import Program
-from fake_engine import Site, forget_contents, forget_secrets, made_site, new_site, serial
+from fake_engine import (
+    Site,
+    clear_file_cache,
+    clear_secrets,
+    new_built_site,
+    new_site,
+    serial_executor,
+)
 
 from guix_tasks import files
 from guix_tasks.oci import labels
@@ -19,23 +26,23 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def no_secrets() -> Iterator[None]:
-    """Each test is a process of its own, which knows no secret and has read no file as yet."""
-    forget_secrets()
-    forget_contents()
+    """Start each test like a new process, without secrets and cached files."""
+    clear_secrets()
+    clear_file_cache()
     yield
-    forget_secrets()
+    clear_secrets()
 
 
 @pytest.fixture(autouse=True)
 def no_ci_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever runs the tests: what is said is not folded."""
+    """Hide the CI job that runs the tests, because output in CI has folded groups."""
     for name in ("CI", "GITHUB_ACTIONS", "GITLAB_CI", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(autouse=True)
 def no_accounts(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The accounts, and the local registry, of whoever runs the tests are not to be found."""
+    """Hide the registry accounts and the local registry of the user who runs the tests."""
     home = str(tmp_path_factory.getbasetemp() / "nobody")
     monkeypatch.setenv("DOCKER_CONFIG", home)
     monkeypatch.setenv("XDG_DATA_HOME", home)
@@ -44,7 +51,7 @@ def no_accounts(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(autouse=True)
 def no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The projects of the tests are in no git repository, and in no checkout of a CI job."""
+    """Detach the projects of the tests from Git repositories and checkouts of CI jobs."""
     monkeypatch.setattr(labels, "_repository", lambda _: None)
     for name in ("GITHUB_SHA", "CI_COMMIT_SHA", "GIT_COMMIT"):
         monkeypatch.delenv(name, raising=False)
@@ -52,23 +59,23 @@ def no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def fake_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``FakeBuildx`` is a program to whatever starts programs."""
+    """Start ``FakeBuildx`` in place of the program ``docker-buildx``."""
     monkeypatch.setattr(subprocess, "Popen", Program)
 
 
 @pytest.fixture
 def serial_hashing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files are hashed one after the other: threads would only make small tests slow."""
-    monkeypatch.setattr(files, "ThreadPoolExecutor", serial)
+    """Hash files one after the other, because threads slow small tests down."""
+    monkeypatch.setattr(files, "ThreadPoolExecutor", serial_executor)
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    """A project of which nothing is made yet."""
+    """A project without built stages."""
     return new_site(tmp_path)
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Site:
-    """A project that has all its stages."""
-    return made_site(tmp_path)
+def built_site(tmp_path: Path) -> Site:
+    """A project with all stages built."""
+    return new_built_site(tmp_path)
