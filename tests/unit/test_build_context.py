@@ -1,4 +1,4 @@
-"""The build context: which entries BuildKit sends, and that all of each is in the digest."""
+"""The build context: the entries that BuildKit sends, and their digest."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def context(tmp_path: Path) -> Path:
 
 
 def names(context: Path, dockerfile: Path | None = None) -> list[str]:
-    return [each.name for each in context_entries(context, dockerfile or context / "Dockerfile")]
+    return [entry.name for entry in context_entries(context, dockerfile or context / "Dockerfile")]
 
 
 def digest(context: Path, without: frozenset[Path] = frozenset()) -> str:
@@ -84,9 +84,7 @@ ALL = [
         ("* !current/app", []),
     ],
 )
-def test_entries_are_those_that_are_not_ignored(
-    context: Path, lines: str, expected: list[str]
-) -> None:
+def test_ignored_files_are_not_entries(context: Path, lines: str, expected: list[str]) -> None:
     ignore(context, *lines.split(), ".dockerignore")
     assert names(context) == expected
 
@@ -97,19 +95,19 @@ def test_dockerfile_and_ignore_file_are_entries(context: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["docs", "", "# nothing"])
-def test_ignore_file_of_the_dockerfile_comes_first(context: Path, content: str) -> None:
+def test_ignore_file_of_the_dockerfile_takes_precedence(context: Path, content: str) -> None:
     ignore(context, "*")
     (context / "Dockerfile.dockerignore").write_text(content)
     assert ("docs" not in names(context)) == (content == "docs")
     assert "src" in names(context)
 
 
-def test_ignore_file_of_a_dockerfile_elsewhere_is_next_to_it(context: Path, tmp_path: Path) -> None:
+def test_ignore_file_of_an_outside_dockerfile_is_next_to_it(context: Path, tmp_path: Path) -> None:
     (tmp_path / "other.dockerignore").write_text("*\n!docs")
     assert names(context, tmp_path / "other") == ["docs", "docs/a.md"]
 
 
-def test_link_to_an_ignore_file_is_followed_within_the_context_only(
+def test_link_to_an_ignore_file_is_followed_within_the_context(
     context: Path, tmp_path: Path
 ) -> None:
     (context / "docs/ignore").write_text("*")
@@ -121,7 +119,7 @@ def test_link_to_an_ignore_file_is_followed_within_the_context_only(
     assert "src" in names(context)
 
 
-def test_directory_of_that_name_is_no_ignore_file(context: Path) -> None:
+def test_directory_named_dockerignore_is_not_an_ignore_file(context: Path) -> None:
     (context / ".dockerignore").mkdir()
     assert set(names(context)) == {*ALL, ".dockerignore"}
 
@@ -142,12 +140,12 @@ def link(context: Path, target: str, name: str = "current") -> None:
     (context / name).symlink_to(target)
 
 
-def become_file(link: Path) -> None:
+def replace_by_file(link: Path) -> None:
     link.unlink()
     link.write_text("./no//where")
 
 
-def become_pipe(file: Path) -> None:
+def replace_by_pipe(file: Path) -> None:
     file.unlink()
     os.mkfifo(file)
 
@@ -157,7 +155,7 @@ def replace_by_copy(context: Path) -> None:
     (context / "docs/b.md").write_text("docs/a.md")
 
 
-CHANGES: dict[str, Callable[[Path], object]] = {
+SENT_CHANGES: dict[str, Callable[[Path], object]] = {
     "content": lambda context: (context / "docs/a.md").write_text("docs/b.md"),
     "name": lambda context: (context / "docs/a.md").rename(context / "docs/c.md"),
     "new file": lambda context: (context / "new").touch(),
@@ -171,36 +169,34 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "link to a directory": lambda context: link(context, "docs"),
     "dangling link": lambda context: link(context, "nowhere", "dangling"),
     "another text of the same target": lambda context: link(context, "no/where", "dangling"),
-    "link becomes a file": lambda context: become_file(context / "dangling"),
-    "file becomes a pipe": lambda context: become_pipe(context / "docs/a.md"),
+    "link becomes a file": lambda context: replace_by_file(context / "dangling"),
+    "file becomes a pipe": lambda context: replace_by_pipe(context / "docs/a.md"),
     "hard link": lambda context: os.link(context / "docs/a.md", context / "docs/z.md"),
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_change_of_what_is_sent_changes_the_digest(
-    context: Path, change: Callable[[Path], object]
-) -> None:
-    before = digest(context)
+@pytest.mark.parametrize("change", SENT_CHANGES.values(), ids=SENT_CHANGES)
+def test_digest_changes_with_sent_entries(context: Path, change: Callable[[Path], object]) -> None:
+    original = digest(context)
     change(context)
-    assert digest(context) != before
+    assert digest(context) != original
 
 
-def test_hard_link_is_not_the_same_as_a_copy(context: Path) -> None:
+def test_hard_link_differs_from_a_copy(context: Path) -> None:
     os.link(context / "docs/a.md", context / "docs/b.md")
-    before = digest(context)
+    original = digest(context)
     replace_by_copy(context)
-    assert digest(context) != before
+    assert digest(context) != original
 
 
-def test_first_name_that_is_sent_has_the_content(context: Path) -> None:
+def test_first_sent_name_of_a_hard_link_has_the_content(context: Path) -> None:
     os.link(context / "docs/a.md", context / "src/z.md")
     ignore(context, "docs")
-    (entry,) = [each for each in context_entries(context, context / "d") if each.name == "src/z.md"]
+    (entry,) = [e for e in context_entries(context, context / "d") if e.name == "src/z.md"]
     assert entry.has_content
 
 
-UNSEEN: dict[str, Callable[[Path], object]] = {
+UNSENT_CHANGES: dict[str, Callable[[Path], object]] = {
     "time": lambda context: os.utime(context / "docs/a.md", (1, 1)),
     "mode of the context": lambda context: context.chmod(0o700),
     "ignored file": lambda context: (context / "docs/secret.log").write_text("new"),
@@ -209,20 +205,18 @@ UNSEEN: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("change", UNSEEN.values(), ids=UNSEEN)
-def test_change_of_what_is_not_sent_does_not(
-    context: Path, change: Callable[[Path], object]
-) -> None:
+@pytest.mark.parametrize("change", UNSENT_CHANGES.values(), ids=UNSENT_CHANGES)
+def test_digest_ignores_unsent_entries(context: Path, change: Callable[[Path], object]) -> None:
     ignore(context, "**/*.log", "cache")
     (context / "cache").mkdir()
     (context.parent / "outside").mkdir()
     (context / "beyond").symlink_to("../outside")
-    before = digest(context)
+    original = digest(context)
     change(context)
-    assert digest(context) == before
+    assert digest(context) == original
 
 
-def test_order_in_which_files_were_made_does_not_count(context: Path, tmp_path: Path) -> None:
+def test_digest_ignores_the_order_of_creation(context: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for entry in reversed(context_entries(context, context / "Dockerfile")):
@@ -239,81 +233,79 @@ def test_order_in_which_files_were_made_does_not_count(context: Path, tmp_path: 
     assert digest(other) == digest(context)
 
 
-def test_content_that_buildkit_does_not_send_does_not_count(context: Path) -> None:
-    """It lists the file, and refuses to open it: the image has an empty one."""
+def test_digest_ignores_unsent_content(context: Path) -> None:
+    """BuildKit lists the file and does not open it, so that the image has an empty file."""
     ignore(context, "d*", "!docs/a.md", "docs")
     assert "docs/a.md" in names(context)
-    before = digest(context)
+    original = digest(context)
     (context / "docs/a.md").write_text("other")
-    assert digest(context) == before
+    assert digest(context) == original
 
 
 def test_socket_is_an_empty_file(context: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(context)  # the name of a socket may not be long
+    monkeypatch.chdir(context)  # the path of a socket has a maximum length
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
-    (entry,) = [each for each in context_entries(context, context / "d") if each.name == "socket"]
+    (entry,) = [e for e in context_entries(context, context / "d") if e.name == "socket"]
     assert stat.S_ISREG(entry.mode)
     assert not entry.has_content
     digest(context)
 
 
-def test_name_that_is_not_utf8_counts(context: Path) -> None:
-    before = digest(context)
+def test_digest_changes_with_names_without_utf8(context: Path) -> None:
+    original = digest(context)
     path = os.fsencode(context) + b"/n\xff"
     Path(os.fsdecode(path)).write_text("1")
     first = digest(context)
     Path(os.fsdecode(path)).rename(os.fsdecode(path[:-1] + b"\xfe"))
-    assert len({before, first, digest(context)}) == 3
+    assert len({original, first, digest(context)}) == 3
 
 
-@pytest.mark.parametrize("place", ["out/logs", "deep/out/logs"])
-def test_what_is_left_out_does_not_count(context: Path, place: str) -> None:
-    logs = context.resolve() / place
-    before = digest(context, frozenset([logs]))
+@pytest.mark.parametrize("path", ["out/logs", "deep/out/logs"])
+def test_digest_ignores_excluded_directories(context: Path, path: str) -> None:
+    logs = context.resolve() / path
+    original = digest(context, frozenset([logs]))
     logs.parent.mkdir(parents=True)
-    assert digest(context, frozenset([logs])) == before
+    assert digest(context, frozenset([logs])) == original
     logs.mkdir()
     (logs / "one.log").touch()
-    assert digest(context, frozenset([logs])) == before
+    assert digest(context, frozenset([logs])) == original
     (logs.parent / "more").touch()
-    assert digest(context, frozenset([logs])) != before
+    assert digest(context, frozenset([logs])) != original
 
 
-def test_file_that_cannot_be_read_is_a_usage_error(
-    context: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(path: Path) -> str:
+def test_unreadable_file_is_a_usage_error(context: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(path: Path) -> str:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("guix_tasks.engine.build_context.file_digest", refuse)
+    monkeypatch.setattr("guix_tasks.engine.build_context.file_digest", deny)
     with pytest.raises(UsageError, match=r"BUILD_CONTEXT: cannot read .*: Permission denied; "):
         digest(context)
 
 
-# --- The path that BuildKit is given --------------------------------------------------------
+# --- The path for BuildKit ------------------------------------------------------------------
 
 
-def link_of(context: Path) -> Path:
+def context_link(context: Path) -> Path:
     link = linked_context(context, context / "Dockerfile")
     assert link.resolve() == context.resolve()
     return link
 
 
-def test_context_has_another_path_if_the_mode_of_a_directory_changes(context: Path) -> None:
-    before = link_of(context)
+def test_path_changes_with_the_mode_of_a_directory(context: Path) -> None:
+    original = context_link(context)
     (context / "docs/a.md").write_text("new")
-    assert link_of(context) == before
+    assert context_link(context) == original
     (context / "docs").chmod(0o700)
-    assert link_of(context) != before
+    assert context_link(context) != original
 
 
-def test_context_has_its_own_path_if_there_can_be_no_link(
+def test_context_is_used_directly_if_links_are_impossible(
     context: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert link_of(context) == context
+    assert context_link(context) == context
 
 
 # --- The archive for an engine without BuildKit ---------------------------------------------
@@ -322,61 +314,61 @@ def test_context_has_its_own_path_if_there_can_be_no_link(
 def archive(context: Path, dockerfile: Path) -> tuple[dict[str, bytes | None], str]:
     file, name = context_archive(context, dockerfile)
     with file, tarfile.open(fileobj=file) as tar:
-        found = {}
-        for each in tar:
-            content = tar.extractfile(each) if each.isfile() else None
-            found[each.name] = content.read() if content else None
-    return found, name
+        members = {}
+        for member in tar:
+            content = tar.extractfile(member) if member.isfile() else None
+            members[member.name] = content.read() if content else None
+    return members, name
 
 
-def test_archive_has_the_entries_alone(context: Path) -> None:
-    found, name = archive(context, context / "Dockerfile")
+def test_archive_has_exactly_the_entries(context: Path) -> None:
+    members, name = archive(context, context / "Dockerfile")
     assert name == "Dockerfile"
-    assert sorted(found) == sorted(names(context))
+    assert sorted(members) == sorted(names(context))
 
 
-def test_archive_has_what_the_engine_reads_and_removes(context: Path) -> None:
+def test_archive_has_the_dockerfile_and_the_ignore_file(context: Path) -> None:
     ignore(context, "*", "!docs")
-    found, name = archive(context, context / "Dockerfile")
-    assert sorted(found) == [".dockerignore", "Dockerfile", "docs", "docs/a.md"]
-    assert found[".dockerignore"] == b"Dockerfile\n.dockerignore\n"
+    members, name = archive(context, context / "Dockerfile")
+    assert sorted(members) == [".dockerignore", "Dockerfile", "docs", "docs/a.md"]
+    assert members[".dockerignore"] == b"Dockerfile\n.dockerignore\n"
     assert name == "Dockerfile"
 
 
-def test_archive_keeps_an_ignore_file_that_ignores_the_dockerfile(context: Path) -> None:
+def test_archive_keeps_an_ignore_file_with_the_dockerfile(context: Path) -> None:
     ignore(context, "Dockerfile")
-    found, _ = archive(context, context / "Dockerfile")
-    assert found[".dockerignore"] == b"Dockerfile"
-    assert "Dockerfile" in found
+    members, _ = archive(context, context / "Dockerfile")
+    assert members[".dockerignore"] == b"Dockerfile"
+    assert "Dockerfile" in members
 
 
-def test_archive_has_a_dockerfile_from_elsewhere(context: Path, tmp_path: Path) -> None:
+def test_archive_has_an_outside_dockerfile(context: Path, tmp_path: Path) -> None:
     (tmp_path / "other").write_text("FROM x")
-    found, name = archive(context, tmp_path / "other")
-    assert (found.pop(name), name) == (b"FROM x", OUTSIDE)
-    assert found.pop(".dockerignore") == b".guix-tasks.dockerfile\n.dockerignore\n"
-    assert sorted(found) == sorted(names(context))
+    members, name = archive(context, tmp_path / "other")
+    assert (members.pop(name), name) == (b"FROM x", OUTSIDE)
+    assert members.pop(".dockerignore") == b".guix-tasks.dockerfile\n.dockerignore\n"
+    assert sorted(members) == sorted(names(context))
 
 
-def test_archive_has_no_directory_for_the_sake_of_the_dockerfile(context: Path) -> None:
+def test_archive_has_no_ignored_directory_of_the_dockerfile(context: Path) -> None:
     (context / "build").mkdir()
     (context / "build/Dockerfile").write_text("FROM y")
     ignore(context, "build", ".dockerignore")
-    found, name = archive(context, context / "build/Dockerfile")
+    members, name = archive(context, context / "build/Dockerfile")
     assert name == OUTSIDE
-    assert not [each for each in found if each.startswith("build")]
+    assert not [member for member in members if member.startswith("build")]
 
 
-def test_archive_names_a_dockerfile_as_a_pattern_for_it_alone(context: Path) -> None:
+def test_archive_escapes_the_name_of_the_dockerfile_in_the_pattern(context: Path) -> None:
     (context / "D[a]|{2}").write_text("FROM y")
     ignore(context, "D*", ".dockerignore")
-    found, name = archive(context, context / "D[a]|{2}")
+    members, name = archive(context, context / "D[a]|{2}")
     assert name == "D[a]|{2}"
-    patterns = Matcher(read_patterns(found[".dockerignore"] or b""))
-    assert [each for each in ("D[a]|{2}", "Da", "Dockerfile") if patterns.ignores(each)] == [name]
+    patterns = Matcher(read_patterns(members[".dockerignore"] or b""))
+    assert [path for path in ("D[a]|{2}", "Da", "Dockerfile") if patterns.ignores(path)] == [name]
 
 
-def test_full_disk_of_the_archive_is_not_blamed_on_the_context(
+def test_full_disk_is_reported_with_its_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "Dockerfile").write_text("FROM x\n")
@@ -385,6 +377,6 @@ def test_full_disk_of_the_archive_is_not_blamed_on_the_context(
         "TemporaryFile",
         lambda: open("/dev/full", "wb", buffering=0),  # noqa: SIM115, PTH123
     )
-    with pytest.raises(OSError, match="No space left on device") as caught:
+    with pytest.raises(OSError, match="No space left on device") as error:
         context_archive(tmp_path, tmp_path / "Dockerfile")
-    assert caught.value.filename == tempfile.gettempdir()
+    assert error.value.filename == tempfile.gettempdir()

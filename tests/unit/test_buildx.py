@@ -1,4 +1,4 @@
-"""The buildx command line, tried with a program that takes down how it is called."""
+"""The buildx command line, run with a program that records its calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import STEADY, Heard
+from fake_engine import DETERMINISTIC, BufferConsole
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,8 +58,8 @@ def stub(tmp_path: Path) -> Path:
     return program
 
 
-def spec(**more: object) -> BuildSpec:
-    values: dict[str, object] = {"context": Path("/c d"), "dockerfile": Path("/d"), **more}
+def spec(**options: object) -> BuildSpec:
+    values: dict[str, object] = {"context": Path("/c d"), "dockerfile": Path("/d"), **options}
     return BuildSpec(**values)  # type: ignore[arg-type]
 
 
@@ -73,7 +73,7 @@ def argv(stub: Path) -> list[str]:
     return (stub.parent / "argv").read_text().split("\0")[:-1]
 
 
-def test_a_build_answers_the_image_and_shows_its_log(stub: Path) -> None:
+def test_build_returns_the_image_and_streams_the_log(stub: Path) -> None:
     image, log = build(stub, spec(args={"A": "1 $x"}, platform="linux/arm64"))
     assert image == "sha256:abc"
     assert b"".join(log) == b"#1 one\n#2 two\n"
@@ -85,16 +85,16 @@ def test_a_build_answers_the_image_and_shows_its_log(stub: Path) -> None:
     assert not [word for word in words if word.startswith("--allow")]
 
 
-def test_an_image_is_the_one_that_its_store_knows_not_its_configuration(stub: Path) -> None:
-    known = {"containerimage.config.digest": "sha256:c", "containerimage.digest": "sha256:m"}
-    (stub.parent / "metadata").write_text(json.dumps(known))
+def test_image_is_the_digest_of_the_store(stub: Path) -> None:
+    digests = {"containerimage.config.digest": "sha256:c", "containerimage.digest": "sha256:m"}
+    (stub.parent / "metadata").write_text(json.dumps(digests))
     assert build(stub, spec())[0] == "sha256:m"
     (stub.parent / "metadata").write_text("{}")
     with pytest.raises(BuilderError, match="the builder reported no image"):
         build(stub, spec())
 
 
-def test_layers_are_compressed_if_the_base_is_not(stub: Path) -> None:
+def test_layers_are_compressed_on_request(stub: Path) -> None:
     environment = {"STUB": str(stub.parent), "PATH": os.environ["PATH"]}
     buildx.build(Buildx(str(stub), environment), spec(), print, compress=True)
     assert (
@@ -103,22 +103,22 @@ def test_layers_are_compressed_if_the_base_is_not(stub: Path) -> None:
     )
 
 
-def test_the_hosts_network_is_allowed_where_it_is_asked_for(stub: Path) -> None:
+def test_host_network_is_allowed_if_configured(stub: Path) -> None:
     build(stub, spec(network="host"))
     assert "--allow=network.host" in argv(stub)
     build(stub, spec(network="none"))
     assert "--allow=network.host" not in argv(stub)
 
 
-def test_secrets_are_named_and_not_shown(stub: Path, tmp_path: Path) -> None:
+def test_secret_is_passed_as_a_file(stub: Path, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("hunter2")
     build(stub, spec(secrets={"token": tmp_path / "token"}))
     assert f"--secret=id=token,src={tmp_path}/token" in argv(stub)
     assert "hunter2" not in "".join(argv(stub)) + (tmp_path / "env").read_text()
 
 
-def test_an_argument_that_is_secret_is_not_on_the_command_line(stub: Path) -> None:
-    """Every user of the machine sees those."""
+def test_secret_build_argument_is_not_on_the_command_line(stub: Path) -> None:
+    """Every user of the machine can read command lines."""
     arguments = {"TOKEN": "hunter2 x", "https_proxy": "http://me:hunter2@proxy.test", "A": "1"}
     build(stub, spec(args=arguments))
     assert "hunter2" not in "".join(argv(stub))
@@ -128,78 +128,64 @@ def test_an_argument_that_is_secret_is_not_on_the_command_line(stub: Path) -> No
     assert "https_proxy=http://me:hunter2@proxy.test\n" in environment
 
 
-def test_proxies_are_arguments_whose_values_are_in_the_environment(stub: Path) -> None:
+def test_values_of_proxies_are_in_the_environment(stub: Path) -> None:
     proxies = {"http_proxy": "http://proxy.test", "no_proxy": "a,b"}
     build(stub, spec(proxies=proxies))
     assert {"--build-arg=http_proxy", "--build-arg=no_proxy"} < set(argv(stub))
     assert "http_proxy=http://proxy.test\n" in (stub.parent / "env").read_text()
 
 
-def test_it_has_the_environment_that_it_is_given(
-    stub: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_build_uses_only_the_given_environment(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BUILDX_BUILDER", "mine")
     build(stub, spec())
     assert "BUILDX_BUILDER" not in (stub.parent / "env").read_text()
 
 
-def test_a_build_that_fails_says_why(stub: Path) -> None:
+def test_failed_build_reports_its_error(stub: Path) -> None:
     (stub.parent / "log").write_text(
         "#5 ERROR: process did not complete\n------\n"
         'ERROR: failed to build: failed to solve: process "/bin/sh" did not complete: exit code 3\n'
     )
-    with pytest.raises(BuilderError) as caught:
+    with pytest.raises(BuilderError) as error:
         build(stub, spec(), status="1")
-    assert str(caught.value) == (
+    assert str(error.value) == (
         'cannot build /d: process "/bin/sh" did not complete: exit code 3; see the output above'
     )
 
 
-def test_a_build_on_a_full_disk_has_a_hint(stub: Path) -> None:
+def test_build_on_a_full_disk_has_a_hint(stub: Path) -> None:
     (stub.parent / "log").write_text("ERROR: failed to solve: x: no space left on device\n")
-    with pytest.raises(BuilderError) as caught:
+    with pytest.raises(BuilderError) as error:
         build(stub, spec(), status="1")
-    assert str(caught.value) == f"cannot build /d: x: no space left on device; {FULL_DISK}"
+    assert str(error.value) == f"cannot build /d: x: no space left on device; {FULL_DISK}"
 
 
-@pytest.mark.parametrize(
-    "why",
-    ["x: failed to resolve source metadata for docker.io/a/b:1", "pull access denied for a/b"],
-)
-def test_unavailable_base_image_is_named(stub: Path, why: str) -> None:
-    (stub.parent / "log").write_text(f"ERROR: failed to solve: {why}\n")
-    with pytest.raises(BuilderError) as caught:
-        build(stub, spec(args={"BASE_IMAGE": "a/b:1"}), status="1")
-    assert str(caught.value).startswith(f"cannot get the base image a/b:1: {why}; set BASE_IMAGE")
-    assert "\n" not in str(caught.value)
-
-
-def test_name_that_is_not_utf8_is_explained(stub: Path) -> None:
-    why = "grpc: failed to unmarshal the received message: string field contains invalid UTF-8"
-    (stub.parent / "log").write_text(f"ERROR: failed to solve: Internal: {why}\n")
-    with pytest.raises(BuilderError, match=r"^a name in BUILD_CONTEXT is not UTF-8, ") as caught:
+def test_file_name_without_utf8_is_reported_with_a_hint(stub: Path) -> None:
+    message = "grpc: failed to unmarshal the received message: string field contains invalid UTF-8"
+    (stub.parent / "log").write_text(f"ERROR: failed to solve: Internal: {message}\n")
+    with pytest.raises(BuilderError, match=r"^a name in BUILD_CONTEXT is not UTF-8, ") as error:
         build(stub, spec(), status="1")
-    assert str(caught.value).endswith("; rename the file, or list it in .dockerignore")
+    assert str(error.value).endswith("; rename the file, or list it in .dockerignore")
 
 
-def test_a_build_that_is_interrupted_is_stopped(stub: Path) -> None:
+def test_interrupted_build_is_stopped(stub: Path) -> None:
     stub.write_text("#!/bin/sh\necho $$ >&2\nexec sleep 60\n")
-    seen: list[int] = []
+    pids: list[int] = []
 
     def output(line: bytes) -> None:
-        seen.append(int(line))
+        pids.append(int(line))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         buildx.build(Buildx(str(stub), dict(os.environ)), spec(), output)
     end = time.monotonic() + 5
-    while is_alive(seen[0]) and time.monotonic() < end:
+    while is_alive(pids[0]) and time.monotonic() < end:
         time.sleep(0.01)
-    assert not is_alive(seen[0])
+    assert not is_alive(pids[0])
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process is there, and not only waited for by nobody."""
+    """Whether a process exists and is no zombie."""
     with suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
     try:
@@ -209,14 +195,14 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def test_a_build_without_an_answer_is_an_error(stub: Path) -> None:
+def test_build_without_metadata_is_an_error(stub: Path) -> None:
     stub.write_text("#!/bin/sh\nexit 0\n")
     with pytest.raises(BuilderError):
         build(stub, spec())
 
 
 @pytest.mark.parametrize(
-    ("log", "cause"),
+    ("log", "line"),
     [
         ("", "buildx gave no reason"),
         ("\n  \n", "buildx gave no reason"),
@@ -236,15 +222,15 @@ def test_a_build_without_an_answer_is_an_error(stub: Path) -> None:
         ("ERROR:\n", "ERROR:"),
     ],
 )
-def test_the_cause_is_one_line(log: str, cause: str) -> None:
-    assert diagnose.cause(log) == cause
+def test_error_of_a_log_is_one_line(log: str, line: str) -> None:
+    assert diagnose.cause(log) == line
 
 
-# --- The program ----------------------------------------------------------------------------
+# --- Search for the program -----------------------------------------------------------------
 
 
 @pytest.fixture
-def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine without buildx."""
     monkeypatch.setattr(buildx, "SYSTEM_PLUGINS", (str(tmp_path / "system"),))
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
@@ -252,7 +238,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def place(directory: Path, mode: int = 0o755) -> str:
+def create_program(directory: Path, mode: int = 0o755) -> str:
     directory.mkdir(parents=True)
     program = directory / "docker-buildx"
     program.write_text("#!/bin/sh\n")
@@ -260,37 +246,37 @@ def place(directory: Path, mode: int = 0o755) -> str:
     return str(program)
 
 
-def test_there_is_none(bare: Path) -> None:
+def test_missing_program_is_none(empty_machine: Path) -> None:
     assert buildx.find_program({}) is None
 
 
-def test_it_is_where_the_docker_command_finds_it(bare: Path) -> None:
-    """In this order: the user's directory, the system's, the private engine's, the path."""
-    on_path = place(bare / "bin")
+def test_program_is_found_like_the_docker_command_does(empty_machine: Path) -> None:
+    """The order: the user's directory, the system's, the private engine's, ``PATH``."""
+    on_path = create_program(empty_machine / "bin")
     assert buildx.find_program({}) == on_path
-    system = place(bare / "system")
+    system = create_program(empty_machine / "system")
     assert buildx.find_program({}) == system
-    home = place(bare / "home" / ".docker" / "cli-plugins")
+    home = create_program(empty_machine / "home" / ".docker" / "cli-plugins")
     assert buildx.find_program({}) == home
-    own = place(bare / "config" / "cli-plugins")
-    assert buildx.find_program({"DOCKER_CONFIG": str(bare / "config")}) == own
+    configured = create_program(empty_machine / "config" / "cli-plugins")
+    assert buildx.find_program({"DOCKER_CONFIG": str(empty_machine / "config")}) == configured
     assert buildx.find_program({"DOCKER_CONFIG": ""}) == home
 
 
-def test_the_private_engines_comes_before_the_path(bare: Path) -> None:
-    place(bare / "bin")
-    assert buildx.find_program({}, bare / "own") == str(bare / "own")
+def test_program_of_the_private_engine_precedes_path(empty_machine: Path) -> None:
+    create_program(empty_machine / "bin")
+    assert buildx.find_program({}, empty_machine / "private") == str(empty_machine / "private")
 
 
-def test_what_is_no_program_is_passed_over(bare: Path) -> None:
-    place(bare / "system", mode=0o644)
-    (bare / "home" / ".docker" / "cli-plugins").mkdir(parents=True)
+def test_file_without_execute_permission_is_ignored(empty_machine: Path) -> None:
+    create_program(empty_machine / "system", mode=0o644)
+    (empty_machine / "home" / ".docker" / "cli-plugins").mkdir(parents=True)
     assert buildx.find_program({}) is None
 
 
 # --- Calls ----------------------------------------------------------------------------------
 
-CALLED = """#!/bin/sh
+RECORDER = """#!/bin/sh
 printf '%s\\0' "$@" >"$STUB/argv"
 env >"$STUB/env"
 cat >"$STUB/input"
@@ -302,22 +288,22 @@ exit "${STATUS:-0}"
 
 @pytest.fixture
 def program(stub: Path) -> Buildx:
-    stub.write_text(CALLED)
+    stub.write_text(RECORDER)
     return Buildx(str(stub), {"STUB": str(stub.parent), "PATH": os.environ["PATH"]})
 
 
-def failing(program: Buildx, log: str) -> Buildx:
+def failing_program(program: Buildx, log: str) -> Buildx:
     Path(program.environment["STUB"], "log").write_text(log)
     return replace(program, environment={**program.environment, "STATUS": "1"})
 
 
-def saying(stub: Path, script: str) -> Buildx:
-    """A program that does what a script says."""
+def script_program(stub: Path, script: str) -> Buildx:
+    """Create a program that runs a script."""
     stub.write_text(f"#!/bin/sh\n{script}\n")
     return Buildx(str(stub), {"PATH": os.environ["PATH"]})
 
 
-def test_what_is_asked_is_answered_by_standard_output_alone(program: Buildx, stub: Path) -> None:
+def test_ask_returns_the_standard_output(program: Buildx, stub: Path) -> None:
     words = ["inspect", "a b", "", "ü", "$x", "--", "a\nb"]
     assert program.ask(*words, text="FROM x\n") == "an \ufffd answer\n"
     assert argv(stub) == words
@@ -326,7 +312,7 @@ def test_what_is_asked_is_answered_by_standard_output_alone(program: Buildx, stu
     assert (stub.parent / "input").read_text() == ""
 
 
-def test_a_call_has_no_environment_but_its_own(
+def test_call_uses_only_the_environment_of_the_program(
     program: Buildx, stub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BUILDX_BUILDER", "mine")
@@ -340,119 +326,117 @@ def test_a_call_has_no_environment_but_its_own(
         assert "BUILDX_BUILDER" not in (stub.parent / "env").read_text()
 
 
-def test_a_call_that_fails_says_why(program: Buildx) -> None:
-    broken = failing(program, "WARNING: x\nERROR: unknown flag: --wat\n")
+def test_failed_call_reports_its_error(program: Buildx) -> None:
+    broken = failing_program(program, "WARNING: x\nERROR: unknown flag: --wat\n")
     log: list[bytes] = []
     for call in (
         lambda: broken.ask("ls"),
         lambda: broken.change("use", "x"),
         lambda: broken.stream("bake", output=log.append),
     ):
-        with pytest.raises(BuilderError) as caught:
+        with pytest.raises(BuilderError) as error:
             call()
-        assert str(caught.value) == "unknown flag: --wat"
+        assert str(error.value) == "unknown flag: --wat"
     assert b"".join(log) == b"WARNING: x\nERROR: unknown flag: --wat\n"
 
 
-def test_what_changes_something_is_shown_and_what_asks_is_not(program: Buildx) -> None:
-    shown = replace(program, shown_on=Heard())
+def test_only_changing_calls_are_printed(program: Buildx) -> None:
+    shown = replace(program, shown_on=BufferConsole())
     shown.ask("inspect", "x")
-    assert heard(shown) == ""
+    assert console_text(shown) == ""
     assert shown.change("create", "--name=a b") == "an \ufffd answer\n"
     shown.stream("bake", "--file=x", output=print)
-    assert "docker buildx create '--name=a b'\n" in heard(shown)
-    assert "docker buildx bake --file=x\n" in heard(shown)
+    assert "docker buildx create '--name=a b'\n" in console_text(shown)
+    assert "docker buildx bake --file=x\n" in console_text(shown)
 
 
-def test_a_dry_run_shows_and_does_not_do(program: Buildx, stub: Path) -> None:
-    dry = replace(failing(program, "ERROR: x\n"), shown_on=Heard(), perform=False)
+def test_dry_run_only_prints_changing_calls(program: Buildx, stub: Path) -> None:
+    dry = replace(failing_program(program, "ERROR: x\n"), shown_on=BufferConsole(), perform=False)
     assert dry.change("rm", "x") == ""
     dry.stream("bake", output=print, seconds=0.001)
     assert not (stub.parent / "argv").exists()
-    assert heard(dry).count("docker buildx ") == 2
+    assert console_text(dry).count("docker buildx ") == 2
     with pytest.raises(BuilderError):
-        dry.ask("inspect")  # nothing but what changes something is left out
+        dry.ask("inspect")  # a call that only reads is made
 
 
-def heard(program: Buildx) -> str:
-    assert isinstance(program.shown_on, Heard)
+def console_text(program: Buildx) -> str:
+    assert isinstance(program.shown_on, BufferConsole)
     return program.shown_on.text
 
 
-def test_the_program_draws_on_no_terminal(stub: Path) -> None:
+def test_program_has_no_terminal(stub: Path) -> None:
     log: list[bytes] = []
     script = "[ -t 2 ] && echo terminal >&2 || echo none >&2; [ -t 1 ] && echo out >&2; exit 3"
     with pytest.raises(BuilderError, match="none"):
-        saying(stub, script).stream("bake", output=log.append)
+        script_program(stub, script).stream("bake", output=log.append)
     assert b"".join(log).split() == [b"none"]
 
 
-def test_what_is_drawn_is_also_looked_at_for_the_error(stub: Path) -> None:
+def test_error_is_found_among_terminal_sequences(stub: Path) -> None:
     script = (
         r"printf '\033[1A\033[K => one\n\033[31mERROR: target image: failed to solve: x: y\n' >&2"
     )
-    with pytest.raises(BuilderError) as caught:
-        saying(stub, f"{script}; exit 1").stream("bake", output=lambda _: None)
-    assert str(caught.value) == "x: y"
+    with pytest.raises(BuilderError) as error:
+        script_program(stub, f"{script}; exit 1").stream("bake", output=lambda _: None)
+    assert str(error.value) == "x: y"
 
 
-def test_a_long_log_is_shown_whole_and_ends_in_its_error(stub: Path) -> None:
+def test_long_log_is_streamed_completely(stub: Path) -> None:
     log: list[bytes] = []
     script = "yes 'a line of a log, a line of a log' | head -n 40000 >&2; echo 'ERROR: x' >&2"
     with pytest.raises(BuilderError, match=r"\Ax\Z"):
-        saying(stub, f"{script}; exit 1").stream("bake", output=log.append)
+        script_program(stub, f"{script}; exit 1").stream("bake", output=log.append)
     assert b"".join(log).count(b"\n") == 40_001
 
 
-def test_only_the_log_is_shown(stub: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_only_standard_error_is_streamed(stub: Path, capfd: pytest.CaptureFixture[str]) -> None:
     log: list[bytes] = []
-    saying(stub, "echo an answer; echo a log >&2").stream("bake", output=log.append)
+    script_program(stub, "echo an answer; echo a log >&2").stream("bake", output=log.append)
     assert log == [b"a log\n"]
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_program_that_is_killed_has_not_succeeded(stub: Path) -> None:
+def test_killed_program_is_an_error(stub: Path) -> None:
     with pytest.raises(BuilderError, match="buildx gave no reason"):
-        saying(stub, "kill -9 $$").stream("bake", output=print)
+        script_program(stub, "kill -9 $$").stream("bake", output=print)
 
 
-def test_what_takes_too_long_is_stopped(stub: Path) -> None:
-    seen: list[bytes] = []
-    program = saying(stub, "echo $$ >&2; exec sleep 60")
+def test_program_is_stopped_at_the_timeout(stub: Path) -> None:
+    log: list[bytes] = []
+    program = script_program(stub, "echo $$ >&2; exec sleep 60")
     started = time.monotonic()
     with pytest.raises(TimeoutError):
-        program.stream("bake", output=seen.append, seconds=0.2)
+        program.stream("bake", output=log.append, seconds=0.2)
     assert time.monotonic() - started < 10
-    assert not is_alive(int(b"".join(seen)))
+    assert not is_alive(int(b"".join(log)))
 
 
-def test_what_does_not_let_itself_be_stopped_is_killed(
-    stub: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_program_ignoring_the_signal_is_killed(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buildx, "_GRACE", 0.1)
-    program = saying(stub, "trap '' TERM; while :; do sleep 0.05; done")
+    program = script_program(stub, "trap '' TERM; while :; do sleep 0.05; done")
     started = time.monotonic()
     with pytest.raises(TimeoutError):
         program.stream("bake", output=print, seconds=0.1)
     assert time.monotonic() - started < 10
 
 
-def test_what_is_done_in_time_is_no_failure(stub: Path) -> None:
-    saying(stub, "exit 0").stream("bake", output=print, seconds=60)
+def test_program_within_the_timeout_is_not_stopped(stub: Path) -> None:
+    script_program(stub, "exit 0").stream("bake", output=print, seconds=60)
     with pytest.raises(BuilderError, match="why"):
-        saying(stub, "echo why >&2; exit 1").stream("bake", output=print, seconds=60)
+        script_program(stub, "echo why >&2; exit 1").stream("bake", output=print, seconds=60)
 
 
-def test_a_program_that_is_not_there_is_an_error_of_the_system(tmp_path: Path) -> None:
-    gone = Buildx(str(tmp_path / "none"), {})
+def test_missing_program_leaves_no_open_files(tmp_path: Path) -> None:
+    missing = Buildx(str(tmp_path / "none"), {})
     for call in (
-        lambda: gone.ask("ls"),
-        lambda: gone.stream("bake", output=print),
+        lambda: missing.ask("ls"),
+        lambda: missing.stream("bake", output=print),
     ):
-        before = open_files()
+        count = open_files()
         with pytest.raises(FileNotFoundError):
             call()
-        assert open_files() == before
+        assert open_files() == count
 
 
 def open_files() -> int:
@@ -472,13 +456,13 @@ def open_files() -> int:
         ("", ""),
     ],
 )
-def test_a_field_is_quoted_where_it_must_be(field: str, expected: str) -> None:
+def test_field_is_quoted_if_necessary(field: str, expected: str) -> None:
     assert csv_field(field) == expected
 
 
-@STEADY
+@DETERMINISTIC
 @given(st.lists(st.text("a,\"\n\r' =é", min_size=1), min_size=1, max_size=4))
-def test_fields_are_read_as_they_were_written(fields: list[str]) -> None:
+def test_written_fields_are_read_back(fields: list[str]) -> None:
     line = ",".join(map(csv_field, fields))
     assert next(csv.reader(io.StringIO(line, newline=""), strict=True)) == fields
 
@@ -486,56 +470,57 @@ def test_fields_are_read_as_they_were_written(fields: list[str]) -> None:
 # --- Accounts -------------------------------------------------------------------------------
 
 ACCOUNT = Credentials("me", "hunter2-€:x")
-CODED = base64.b64encode("me:hunter2-€:x".encode()).decode()
+AUTH = base64.b64encode("me:hunter2-€:x".encode()).decode()
 VERSION = "github.com/docker/buildx v{} 0123456"
 
 
-def accounts(tmp_path: Path, **given: Credentials) -> Accounts:
-    return Accounts({"DOCKER_CONFIG": str(tmp_path / "docker"), "PATH": os.environ["PATH"]}, given)
+def new_accounts(tmp_path: Path, **credentials: Credentials) -> Accounts:
+    environment = {"DOCKER_CONFIG": str(tmp_path / "docker"), "PATH": os.environ["PATH"]}
+    return Accounts(environment, credentials)
 
 
-def test_an_account_is_in_the_environment_and_in_no_file(
+def test_account_is_in_the_environment_only(
     stub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = tmp_path / "tmp"
-    place.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(place))
-    given = accounts(tmp_path, **{"a.example:5000": ACCOUNT, "docker.io": ACCOUNT})
-    monkeypatch.setattr(buildx, "_run", partial(ran, buildx._run, place))
-    build(stub, spec(accounts=given))
+    directory = tmp_path / "tmp"
+    directory.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
+    accounts = new_accounts(tmp_path, **{"a.example:5000": ACCOUNT, "docker.io": ACCOUNT})
+    monkeypatch.setattr(buildx, "_run", partial(check_files_and_run, buildx._run, directory))
+    build(stub, spec(accounts=accounts))
     environment = (stub.parent / "env").read_text()
-    (line,) = [each for each in environment.splitlines() if each.startswith("DOCKER_AUTH_CONFIG=")]
+    (line,) = re.findall("^DOCKER_AUTH_CONFIG=.*$", environment, re.MULTILINE)
     assert json.loads(line.partition("=")[2]) == {
         "auths": {
-            "a.example:5000": {"auth": CODED},
-            "https://index.docker.io/v1/": {"auth": CODED},
+            "a.example:5000": {"auth": AUTH},
+            "https://index.docker.io/v1/": {"auth": AUTH},
         }
     }
     assert "hunter2" not in "".join(argv(stub))
-    assert CODED not in "".join(argv(stub))
+    assert AUTH not in "".join(argv(stub))
     assert not (tmp_path / "docker").exists()
 
 
-def ran(
-    run: Callable[..., str | None], place: Path, *arguments: object, **options: float
+def check_files_and_run(
+    run: Callable[..., str | None], directory: Path, *arguments: object, **options: float
 ) -> str | None:
-    """Run the program, and see that no file of ours holds a password meanwhile."""
-    answer = run(*arguments, **options)
-    files = [each for each in place.rglob("*") if each.is_file()]
+    """Run the program, and check that no temporary file contains a password meanwhile."""
+    output = run(*arguments, **options)
+    files = [path for path in directory.rglob("*") if path.is_file()]
     assert files
     for file in files:
-        assert CODED not in file.read_text()
+        assert AUTH not in file.read_text()
         assert "hunter2" not in file.read_text()
-    return answer
+    return output
 
 
-def test_without_an_account_the_environment_is_left_as_it_is(stub: Path, tmp_path: Path) -> None:
+def test_environment_without_an_account_is_unchanged(stub: Path, tmp_path: Path) -> None:
     program = Buildx(str(stub), {"DOCKER_AUTH_CONFIG": "{odd"})
-    assert with_accounts(program, accounts(tmp_path)) is program
+    assert with_accounts(program, new_accounts(tmp_path)) is program
 
 
-def answering(stub: Path, version: str, build_fails: str = "") -> Buildx:
-    """A program of a version."""
+def versioned_program(stub: Path, version: str, build_fails: str = "") -> Buildx:
+    """Create a program that reports a version."""
     stub.write_text(
         f'#!/bin/sh\n[ "$1" = version ] && echo "{VERSION.format(version)}" && exit\n'
         f'echo "{build_fails}" >&2\nexit 1\n'
@@ -546,43 +531,40 @@ def answering(stub: Path, version: str, build_fails: str = "") -> Buildx:
 @pytest.mark.parametrize(
     "version", ["0.26.0", "0.29.1+ds1", "1.0.0", "1.2.3-dev", f"0.{'9' * 5000}.0"]
 )
-def test_a_program_that_reads_accounts_is_not_refused(
+def test_program_with_support_for_accounts_is_accepted(
     stub: Path, tmp_path: Path, version: str
 ) -> None:
-    given = accounts(tmp_path, **{"a.example": ACCOUNT})
-    with_accounts(answering(stub, version), given, "a.example")
+    accounts = new_accounts(tmp_path, **{"a.example": ACCOUNT})
+    with_accounts(versioned_program(stub, version), accounts, "a.example")
 
 
-def test_a_program_that_reads_no_accounts_is_refused_where_one_is_needed(
-    stub: Path, tmp_path: Path
-) -> None:
-    given, old = accounts(tmp_path, **{"a.example": ACCOUNT}), answering(stub, "0.13.1+ds1")
-    with pytest.raises(BuilderError) as caught:
-        with_accounts(old, given, "a.example")
-    assert str(caught.value).startswith("cannot give buildx the account of a.example: buildx ")
-    assert "`docker login`" in str(caught.value)
-    with_accounts(old, given, "b.example")
-    # `docker login` has written one where every version reads it.
+def test_program_without_support_for_accounts_is_rejected(stub: Path, tmp_path: Path) -> None:
+    old = versioned_program(stub, "0.13.1+ds1")
+    accounts = new_accounts(tmp_path, **{"a.example": ACCOUNT})
+    with pytest.raises(BuilderError) as error:
+        with_accounts(old, accounts, "a.example")
+    assert str(error.value).startswith("cannot give buildx the account of a.example: buildx ")
+    assert "`docker login`" in str(error.value)
+    with_accounts(old, accounts, "b.example")
+    # Every version reads the account that `docker login` writes.
     (tmp_path / "docker").mkdir()
-    config = {"auths": {"a.example": {"auth": CODED}}}
+    config = {"auths": {"a.example": {"auth": AUTH}}}
     (tmp_path / "docker" / "config.json").write_text(json.dumps(config))
-    with_accounts(old, given, "a.example")
+    with_accounts(old, accounts, "a.example")
 
 
-def test_a_build_that_fails_names_the_account_that_an_old_program_did_not_get(
-    stub: Path, tmp_path: Path
-) -> None:
-    given = spec(accounts=accounts(tmp_path, **{"a.example": ACCOUNT}))
-    for version, told in (("0.13.1", True), ("0.26.0", False)):
-        program = answering(stub, version, "ERROR: pull access denied")
-        with pytest.raises(BuilderError) as caught:
-            buildx.build(program, given, print)
-        assert ("does not read DOCKER_AUTH_CONFIG" in str(caught.value)) is told
+def test_failed_build_names_an_account_not_passed_to_buildx(stub: Path, tmp_path: Path) -> None:
+    build_spec = spec(accounts=new_accounts(tmp_path, **{"a.example": ACCOUNT}))
+    for version, is_named in (("0.13.1", True), ("0.26.0", False)):
+        program = versioned_program(stub, version, "ERROR: pull access denied")
+        with pytest.raises(BuilderError) as error:
+            buildx.build(program, build_spec, print)
+        assert ("does not read DOCKER_AUTH_CONFIG" in str(error.value)) is is_named
 
 
-def test_program_without_a_version_is_not_refused(stub: Path, tmp_path: Path) -> None:
-    program = saying(stub, "echo 'ERROR: unknown command: version' >&2; exit 1")
-    with_accounts(program, accounts(tmp_path, **{"a.example": ACCOUNT}), "a.example")
+def test_program_without_a_version_is_accepted(stub: Path, tmp_path: Path) -> None:
+    program = script_program(stub, "echo 'ERROR: unknown command: version' >&2; exit 1")
+    with_accounts(program, new_accounts(tmp_path, **{"a.example": ACCOUNT}), "a.example")
 
 
 # --- Builders -------------------------------------------------------------------------------
@@ -616,10 +598,10 @@ Error:    cannot connect: dial tcp: lookup b: no such host
 """
 
 
-def test_each_node_of_a_builder_is_read() -> None:
-    found = parse_builder(TWO_NODES)
-    assert (found.name, found.driver) == ("insecure-builder", "docker-container")
-    assert found.nodes == (
+def test_nodes_of_a_builder_are_parsed() -> None:
+    builder = parse_builder(TWO_NODES)
+    assert (builder.name, builder.driver) == ("insecure-builder", "docker-container")
+    assert builder.nodes == (
         BuilderNode(
             name="insecure-builder0",
             endpoint="unix:///var/run/docker.sock",
@@ -649,10 +631,10 @@ def test_each_node_of_a_builder_is_read() -> None:
         ("Name: a\n\nNodes:\nName: b\nStatus: inactive\nName:\n", 2),
     ],
 )
-def test_odd_answers_are_read_too(text: str, nodes: int) -> None:
-    found = parse_builder(text)
-    assert len(found.nodes) == nodes
-    assert not [node for node in found.nodes if node.platforms or node.flags]
+def test_incomplete_descriptions_are_parsed(text: str, nodes: int) -> None:
+    builder = parse_builder(text)
+    assert len(builder.nodes) == nodes
+    assert not [node for node in builder.nodes if node.platforms or node.flags]
 
 
 def test_error_of_a_builder_is_raised() -> None:
@@ -660,22 +642,23 @@ def test_error_of_a_builder_is_raised() -> None:
         parse_builder("Name: a\nDriver: b\nError: no daemon\n")
 
 
-def test_a_builder_is_looked_up_by_name(stub: Path) -> None:
+def test_builder_is_inspected_by_name(stub: Path) -> None:
     (stub.parent / "answer").write_text(TWO_NODES)
-    found = buildx.inspect(saying(stub, f"cat '{stub.parent}/answer'"), "insecure-builder")
-    assert found
-    assert len(found.nodes) == 2
+    program = script_program(stub, f"cat '{stub.parent}/answer'")
+    builder = buildx.inspect(program, "insecure-builder")
+    assert builder
+    assert len(builder.nodes) == 2
 
 
-def test_a_builder_that_is_not_there_is_none_and_any_other_error_is_one(program: Buildx) -> None:
-    none = failing(program, 'ERROR: no builder "Mine" found\n')
-    assert buildx.inspect(none, "Mine") is None
+def test_missing_builder_is_none_and_other_errors_are_raised(program: Buildx) -> None:
+    missing = failing_program(program, 'ERROR: no builder "Mine" found\n')
+    assert buildx.inspect(missing, "Mine") is None
     for log in ('ERROR: no builder "other" found\n', "ERROR: permission denied\n"):
         with pytest.raises(BuilderError):
-            buildx.inspect(failing(program, log), "Mine")
+            buildx.inspect(failing_program(program, log), "Mine")
 
 
-def test_a_builder_is_asked_for_insecure_steps_without_a_build(program: Buildx, stub: Path) -> None:
+def test_probe_checks_insecure_steps_without_a_build(program: Buildx, stub: Path) -> None:
     buildx.probe(program, "b", None)
     *words, directory = argv(stub)
     assert words == [
@@ -687,14 +670,14 @@ def test_a_builder_is_asked_for_insecure_steps_without_a_build(program: Buildx, 
     assert "--build-arg=BUILDKIT_SYNTAX=docker/dockerfile:1" in argv(stub)
 
 
-# --- What goes wrong ------------------------------------------------------------------------
+# --- Errors ---------------------------------------------------------------------------------
 
-FOLDER = "/var/guix/guix-tasks"
-STEP = f'process "{FOLDER}/entry-point.sh {FOLDER}/stage install" did not complete'
+DIRECTORY = "/var/guix/guix-tasks"
+STEP = f'process "{DIRECTORY}/entry-point.sh {DIRECTORY}/stage install" did not complete'
 
 
 @pytest.mark.parametrize(
-    ("why", "kind", "hint"),
+    ("message", "kind", "hint"),
     [
         ("granting entitlement security.insecure is not allowed by build daemon configuration",
          BuilderError, "run `inv buildx.setup`, which prints the fix"),
@@ -737,59 +720,61 @@ STEP = f'process "{FOLDER}/entry-point.sh {FOLDER}/stage install" did not comple
     ],
 )  # fmt: skip
 def test_known_error_is_reported_with_a_hint(
-    why: str, kind: type[GuixTasksError], hint: str
+    message: str, kind: type[GuixTasksError], hint: str
 ) -> None:
     for given_spec in (None, spec()):
-        told = diagnose.failure(f"#1 x\n\x1b[31mERROR: failed to solve: {why}\x1b[0m\n", given_spec)
-        assert type(told) is kind
-        assert str(told).startswith(f"{why}; ")
-        assert hint in str(told)
-        assert str(told).isprintable()
+        log = f"#1 x\n\x1b[31mERROR: failed to solve: {message}\x1b[0m\n"
+        error = diagnose.failure(log, given_spec)
+        assert type(error) is kind
+        assert str(error).startswith(f"{message}; ")
+        assert hint in str(error)
+        assert str(error).isprintable()
 
 
-def test_every_row_of_the_table_has_been_tried() -> None:
+def test_every_hint_has_an_example() -> None:
     marks = test_known_error_is_reported_with_a_hint.pytestmark  # type: ignore[attr-defined]
-    tried = "\n".join(f"{each}" for mark in marks for each, _, _ in mark.args[1])
+    examples = "\n".join(message for mark in marks for message, _, _ in mark.args[1])
     for pattern, hint in diagnose._HINTS.items():
-        assert re.search(pattern, tried, re.IGNORECASE), hint
+        assert re.search(pattern, examples, re.IGNORECASE), hint
 
 
-def test_a_command_of_guix_that_fails_is_the_stages_error() -> None:
-    for before in ("target reports: failed to solve: ", "failed to build: failed to solve: "):
-        told = diagnose.failure(f"ERROR: {before}{STEP} successfully: exit code: 137\n", spec())
-        assert type(told) is StageError
-        assert str(told).startswith("install: the command failed with exit status 137, and nothing")
+def test_failed_command_of_guix_is_an_error_of_the_stage() -> None:
+    for prefix in ("target reports: failed to solve: ", "failed to build: failed to solve: "):
+        error = diagnose.failure(f"ERROR: {prefix}{STEP} successfully: exit code: 137\n", spec())
+        assert type(error) is StageError
+        message = "install: the command failed with exit status 137, and nothing"
+        assert str(error).startswith(message)
 
 
-def test_a_step_of_the_users_dockerfile_is_not_a_stage() -> None:
-    why = 'process "/bin/sh -c ./stage install" did not complete successfully: exit code: 2'
-    told = diagnose.failure(f"ERROR: failed to solve: {why}\n", spec())
-    assert type(told) is BuilderError
-    assert str(told) == f"cannot build /d: {why}; see the output above"
+def test_step_of_the_dockerfile_is_not_reported_as_a_stage() -> None:
+    message = 'process "/bin/sh -c ./stage install" did not complete successfully: exit code: 2'
+    error = diagnose.failure(f"ERROR: failed to solve: {message}\n", spec())
+    assert type(error) is BuilderError
+    assert str(error) == f"cannot build /d: {message}; see the output above"
 
 
-def test_an_unknown_fault_is_told_as_it_is() -> None:
+def test_unknown_error_is_reported_unchanged() -> None:
     assert str(diagnose.failure("ERROR: a; b\n")) == "a; b"
     assert str(diagnose.failure("", spec())).startswith("cannot build /d: buildx gave no reason; ")
 
 
 @pytest.mark.parametrize("words", diagnose.NO_BASE)
-def test_a_base_image_out_of_reach_comes_before_its_cause(words: str) -> None:
-    why = f"a/b:1: {words}: failed to do request: dial tcp: connection refused"
-    told = diagnose.failure(f"ERROR: {why}\n", spec(args={"BASE_IMAGE": "a/b:1"}))
-    assert type(told) is BuilderError
-    why = why.removeprefix("a/b:1: ")
-    assert str(told).startswith(f"cannot get the base image a/b:1: {why}; set BASE_IMAGE")
+def test_unavailable_base_image_is_named_before_its_reason(words: str) -> None:
+    reason = f"a/b:1: {words}: failed to do request: dial tcp: connection refused"
+    error = diagnose.failure(f"ERROR: {reason}\n", spec(args={"BASE_IMAGE": "a/b:1"}))
+    assert type(error) is BuilderError
+    reason = reason.removeprefix("a/b:1: ")
+    assert str(error).startswith(f"cannot get the base image a/b:1: {reason}; set BASE_IMAGE")
 
 
-def test_why_a_base_image_is_out_of_reach_is_told_once_and_short() -> None:
-    why = "dial tcp: lookup registry-1.docker.io on 127.0.0.53:53: no such host"
+def test_reason_of_an_unavailable_base_image_is_short() -> None:
+    reason = "dial tcp: lookup registry-1.docker.io on 127.0.0.53:53: no such host"
     log = (
         "ERROR: failed to solve: a/b:1: failed to resolve source metadata for docker.io/a/b:1: "
-        f'failed to do request: Head "https://registry-1.docker.io/v2/a/b/manifests/1": {why}\n'
+        f'failed to do request: Head "https://registry-1.docker.io/v2/a/b/manifests/1": {reason}\n'
     )
-    told = diagnose.failure(log, spec(args={"BASE_IMAGE": "a/b:1"}))
-    assert str(told).startswith(f"cannot get the base image a/b:1: {why}; set BASE_IMAGE")
+    error = diagnose.failure(log, spec(args={"BASE_IMAGE": "a/b:1"}))
+    assert str(error).startswith(f"cannot get the base image a/b:1: {reason}; set BASE_IMAGE")
 
 
 @pytest.mark.parametrize(
@@ -814,7 +799,7 @@ def test_why_a_base_image_is_out_of_reach_is_told_once_and_short() -> None:
         ("error from registry: rate limit", "error from registry: rate limit", True),
     ],
 )
-def test_messages_of_the_containerd_store_about_a_base_image(
+def test_containerd_message_about_a_base_image_is_shortened(
     message: str, short: str, is_transient: bool
 ) -> None:
     error = diagnose.build_error(spec(args={"BASE_IMAGE": "a:503"}), message)
@@ -822,6 +807,6 @@ def test_messages_of_the_containerd_store_about_a_base_image(
     assert error.is_transient == is_transient
 
 
-def test_an_image_that_no_builder_can_be_handed_is_to_be_pushed() -> None:
-    told = diagnose.failure("ERROR: unknown scheme oci-layout\n", spec(args={"BASE_IMAGE": "a:1"}))
-    assert str(told).startswith("only the engine has a:1, and this builder cannot read an image")
+def test_local_base_image_needs_a_builder_with_oci_layouts() -> None:
+    error = diagnose.failure("ERROR: unknown scheme oci-layout\n", spec(args={"BASE_IMAGE": "a:1"}))
+    assert str(error).startswith("only the engine has a:1, and this builder cannot read an image")

@@ -1,4 +1,4 @@
-"""The buildx plugin: put where the Docker CLI looks for it, whole or not at all."""
+"""Atomic installation of the buildx plugin."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import Heard
+from fake_engine import BufferConsole
 
 from guix_tasks.bootstrap import apt, buildx_plugin
 from guix_tasks.bootstrap.buildx_plugin import install_plugin
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 CONTENT = b"#!/bin/sh\necho buildx\n"
-SUM = hashlib.sha256(CONTENT).hexdigest()
+CHECKSUM = hashlib.sha256(CONTENT).hexdigest()
 
 
 @pytest.fixture
@@ -35,83 +35,83 @@ def url(tmp_path: Path) -> str:
     return f"file://{tmp_path}/file"
 
 
-def refused(target: Path, url: str | None, sha256: str | None = SUM) -> str:
-    with pytest.raises(BuilderError) as caught:
-        install_plugin(target, url, sha256, Heard())
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def install_error(target: Path, url: str | None, sha256: str | None = CHECKSUM) -> str:
+    with pytest.raises(BuilderError) as error:
+        install_plugin(target, url, sha256, BufferConsole())
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
-def test_a_file_with_its_checksum_is_installed(target: Path, url: str) -> None:
-    console = Heard()
-    install_plugin(target, url, SUM, console)
+def test_file_with_the_right_checksum_is_installed(target: Path, url: str) -> None:
+    console = BufferConsole()
+    install_plugin(target, url, CHECKSUM, console)
     assert target.read_bytes() == CONTENT
     assert os.access(target, os.X_OK)
-    assert [each.name for each in target.parent.iterdir()] == ["docker-buildx"]
+    assert [path.name for path in target.parent.iterdir()] == ["docker-buildx"]
     assert console.text == f"downloading buildx from {url}\ninstalled buildx at {target}\n"
 
 
-def test_a_large_file_is_installed_whole(target: Path, tmp_path: Path) -> None:
+def test_large_file_is_installed_completely(target: Path, tmp_path: Path) -> None:
     content = bytes(range(256)) * (3 << 12) + b"end"
     (tmp_path / "large").write_bytes(content)
     sha256 = hashlib.sha256(content).hexdigest()
-    install_plugin(target, f"file://{tmp_path}/large", sha256, Heard())
+    install_plugin(target, f"file://{tmp_path}/large", sha256, BufferConsole())
     assert target.read_bytes() == content
 
 
-def test_a_file_with_another_checksum_is_not_kept(target: Path, url: str) -> None:
-    said = refused(target, url, "0" * 64)
-    assert said.startswith(f"BUILDX_SHA256: {url} has the SHA-256 {SUM}, not {'0' * 64}")
+def test_file_with_a_wrong_checksum_is_not_installed(target: Path, url: str) -> None:
+    message = install_error(target, url, "0" * 64)
+    assert message.startswith(f"BUILDX_SHA256: {url} has the SHA-256 {CHECKSUM}, not {'0' * 64}")
     assert list(target.parent.iterdir()) == []
 
 
-def test_what_was_there_stays_where_it_cannot_be_replaced(target: Path, url: str) -> None:
+def test_failed_download_keeps_the_installed_file(target: Path, url: str) -> None:
     target.parent.mkdir(parents=True)
     target.write_text("the one before")
-    refused(target, url, "0" * 64)
-    refused(target, f"{url}-that-is-not-there")
+    install_error(target, url, "0" * 64)
+    install_error(target, f"{url}-that-is-not-there")
     assert target.read_text() == "the one before"
-    assert [each.name for each in target.parent.iterdir()] == ["docker-buildx"]
-    install_plugin(target, url, SUM, Heard())
+    assert [path.name for path in target.parent.iterdir()] == ["docker-buildx"]
+    install_plugin(target, url, CHECKSUM, BufferConsole())
     assert target.read_bytes() == CONTENT
 
 
-def test_a_file_that_is_not_there_is_one_line(target: Path, url: str) -> None:
-    said = refused(target, f"{url}-that-is-not-there")
-    assert said.startswith(f"BUILDX_URL: cannot download {url}-that-is-not-there: ")
-    assert "No such file" in said
+def test_missing_file_is_reported(target: Path, url: str) -> None:
+    message = install_error(target, f"{url}-that-is-not-there")
+    assert message.startswith(f"BUILDX_URL: cannot download {url}-that-is-not-there: ")
+    assert "No such file" in message
     assert list(target.parent.iterdir()) == []
 
 
-def test_a_folder_is_no_plugin(target: Path, tmp_path: Path) -> None:
-    assert "cannot download" in refused(target, f"file://{tmp_path}")
+def test_directory_is_not_downloaded(target: Path, tmp_path: Path) -> None:
+    assert "cannot download" in install_error(target, f"file://{tmp_path}")
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, url: str) -> None:
+def test_failure_to_create_the_directory_is_reported(tmp_path: Path, url: str) -> None:
     (tmp_path / "home").write_text("a file")
-    said = refused(tmp_path / "home" / "cli-plugins" / "docker-buildx", url)
-    assert "Not a directory" in said
+    message = install_error(tmp_path / "home" / "cli-plugins" / "docker-buildx", url)
+    assert "Not a directory" in message
 
 
-def test_a_full_disk_is_not_the_servers_fault(
+def test_full_disk_is_not_reported_as_a_failed_download(
     target: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Path.open
 
-    def opened(self: Path, mode: str = "r") -> object:
+    def open_full_disk(self: Path, mode: str = "r") -> object:
         return real(Path("/dev/full") if "w" in mode else self, mode)
 
-    monkeypatch.setattr(Path, "open", opened)
-    said = refused(target, url)
-    assert "No space left on device" in said
-    assert "BUILDX_URL" not in said
+    monkeypatch.setattr(Path, "open", open_full_disk)
+    message = install_error(target, url)
+    assert "No space left on device" in message
+    assert "BUILDX_URL" not in message
 
 
-# --- A server -------------------------------------------------------------------------------
+# --- Downloads from a server ----------------------------------------------------------------
 
 
 class Server(BaseHTTPRequestHandler):
-    """Answers with these bytes."""
+    """A server that answers every request with the same bytes."""
 
     def __init__(self, answer: bytes, *arguments: object) -> None:
         self.answer = answer
@@ -126,7 +126,7 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], str]]:
-    """Start a server; its address."""
+    """Start a server and return its address."""
     servers: list[HTTPServer] = []
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -142,9 +142,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], str]]:
         server.server_close()
 
 
-def test_it_is_had_from_a_server(target: Path, serve: Callable[[bytes], str]) -> None:
+def test_file_is_downloaded_from_a_server(target: Path, serve: Callable[[bytes], str]) -> None:
     head = b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(CONTENT)
-    install_plugin(target, serve(head + CONTENT), SUM, Heard())
+    install_plugin(target, serve(head + CONTENT), CHECKSUM, BufferConsole())
     assert target.read_bytes() == CONTENT
 
 
@@ -157,27 +157,27 @@ def test_it_is_had_from_a_server(target: Path, serve: Callable[[bytes], str]) ->
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "cannot download"),
     ],
 )
-def test_a_server_that_does_not_have_it_is_one_line(
+def test_error_of_the_server_is_reported(
     target: Path, serve: Callable[[bytes], str], answer: bytes, words: str
 ) -> None:
-    assert words in refused(target, serve(answer))
+    assert words in install_error(target, serve(answer))
     assert list(target.parent.iterdir()) == []
 
 
-def test_half_a_file_is_not_kept(target: Path, serve: Callable[[bytes], str]) -> None:
-    refused(target, serve(b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\n" + CONTENT[:5]))
+def test_incomplete_download_is_not_installed(target: Path, serve: Callable[[bytes], str]) -> None:
+    install_error(target, serve(b"HTTP/1.0 200 OK\r\nContent-Length: 100\r\n\r\n" + CONTENT[:5]))
     assert list(target.parent.iterdir()) == []
 
 
 @pytest.mark.usefixtures("serve")
-def test_nobody_who_listens_is_one_line(target: Path) -> None:
-    assert "cannot download" in refused(target, "http://127.0.0.1:1/buildx")
+def test_unavailable_server_is_reported(target: Path) -> None:
+    assert "cannot download" in install_error(target, "http://127.0.0.1:1/buildx")
 
 
-# --- Debian's package -----------------------------------------------------------------------
+# --- Package of Debian ----------------------------------------------------------------------
 
 
-def test_without_an_address_it_is_debians(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_is_the_package_of_debian(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Apt:
         def __init__(self, suites: Sequence[str], **_: object) -> None:
             self.suites = suites
@@ -191,15 +191,13 @@ def test_without_an_address_it_is_debians(target: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(apt, "host_suite", lambda: "bookworm")
     monkeypatch.setattr(buildx_plugin, "Apt", Apt)
-    install_plugin(target, None, None, Heard())
+    install_plugin(target, None, None, BufferConsole())
     assert target.read_bytes() == CONTENT
     assert os.access(target, os.X_OK)
-    assert [each.name for each in target.parent.iterdir()] == ["docker-buildx"]
+    assert [path.name for path in target.parent.iterdir()] == ["docker-buildx"]
 
 
-def test_a_package_without_the_plugin_is_one_line(
-    target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_package_without_plugin_is_reported(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Apt:
         def __init__(self, *_: object, **_more: object) -> None:
             pass
@@ -209,13 +207,11 @@ def test_a_package_without_the_plugin_is_one_line(
 
     monkeypatch.setattr(apt, "host_suite", lambda: "bookworm")
     monkeypatch.setattr(buildx_plugin, "Apt", Apt)
-    assert "No such file" in refused(target, None, None)
+    assert "No such file" in install_error(target, None, None)
     assert list(target.parent.iterdir()) == []
 
 
-def test_on_another_system_the_settings_are_named(
-    target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_systems_need_the_settings(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apt, "host_suite", lambda: None)
-    assert "set BUILDX_URL and BUILDX_SHA256" in refused(target, None, None)
+    assert "set BUILDX_URL and BUILDX_SHA256" in install_error(target, None, None)
     assert list(target.parent.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Builders: made where they are missing, reported where they are otherwise, and removed."""
+"""Creation, check, status and removal of builders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from fake_buildx import FLAGS, NAME, OPTIONS, REFUSED, SOCKET, UNKNOWN_FLAG, FakeBuildx
-from fake_engine import Heard, Site, heard, new_site
+from fake_engine import BufferConsole, Site, console_text, new_site
 
 from guix_tasks.buildkit import buildx as command
 from guix_tasks.commands import buildx_setup
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(autouse=True)
-def _endpoints_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of these tests are names only."""
+def _no_endpoint_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the check of endpoints, which do not exist in these tests."""
     monkeypatch.setattr(buildx_setup, "check_endpoint", lambda _endpoint: None)
 
 
@@ -45,30 +45,30 @@ def fake(tmp_path: Path) -> FakeBuildx:
     return FakeBuildx(tmp_path / "buildx")
 
 
-def setup(site: Site, fake: FakeBuildx, *, own: str = "default", **options: bool) -> str:
-    """Set up; what was said."""
+def setup(site: Site, fake: FakeBuildx, *, builder: str = "default", **options: bool) -> str:
+    """Set up a builder and return the messages."""
     project = site.project()
-    set_up(project, fake.program(own=own), **options)
-    return heard(project)
+    set_up(project, fake.program(builder=builder), **options)
+    return console_text(project)
 
 
-def refused(site: Site, fake: FakeBuildx, **options: Any) -> str:
-    with pytest.raises(BuilderError) as caught:
+def setup_error(site: Site, fake: FakeBuildx, **options: Any) -> str:
+    with pytest.raises(BuilderError) as error:
         setup(site, fake, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
-def made(fake: FakeBuildx, name: str = NAME) -> Builder:
-    found = command.inspect(fake.program(), name)
-    assert found
-    return found
+def inspected_builder(fake: FakeBuildx, name: str = NAME) -> Builder:
+    builder = command.inspect(fake.program(), name)
+    assert builder
+    return builder
 
 
-# --- Answering ------------------------------------------------------------------------------
+# --- Endpoints ------------------------------------------------------------------------------
 
 
-def test_an_endpoint_that_is_listened_at_is_taken(tmp_path: Path) -> None:
+def test_available_endpoint_is_accepted(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         check_endpoint(f"tcp://127.0.0.1:{server.getsockname()[1]}")
     with socket.socket(socket.AF_UNIX) as local:
@@ -78,76 +78,74 @@ def test_an_endpoint_that_is_listened_at_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("endpoint", ["ssh://b.test", "a-context", "", "tcp://b.test"])
-def test_what_only_others_can_reach_is_left_to_them(endpoint: str) -> None:
+def test_endpoint_without_a_local_check_is_accepted(endpoint: str) -> None:
     check_endpoint(endpoint)
 
 
-def test_an_endpoint_that_nobody_listens_at_is_named(tmp_path: Path) -> None:
+def test_unavailable_endpoint_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         free = f"tcp://127.0.0.1:{server.getsockname()[1]}"
     for endpoint in (free, f"unix://{tmp_path}/none", "tcp://b.test:99999", "tcp://[::1:1"):
-        with pytest.raises(BuilderError, match="does not answer") as caught:
+        with pytest.raises(BuilderError, match="does not answer") as error:
             check_endpoint(endpoint)
-        assert endpoint in str(caught.value)
-        assert "correct BUILDX_NODES" in str(caught.value)
+        assert endpoint in str(error.value)
+        assert "correct BUILDX_NODES" in str(error.value)
 
 
-def test_where_one_of_the_nodes_is_silent_nothing_is_made(
+def test_builder_is_not_created_if_a_node_is_unavailable(
     site: Site, fake: FakeBuildx, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(buildx_setup, "check_endpoint", check_endpoint)
     site.env |= {"BUILDX_DRIVER": "remote", "BUILDX_NODES": "unix:///none"}
-    assert "unix:///none" in refused(site, fake)
+    assert "unix:///none" in setup_error(site, fake)
     assert fake.calls("create") == []
 
 
-# --- Made -----------------------------------------------------------------------------------
+# --- Creation -------------------------------------------------------------------------------
 
 
-def test_a_missing_one_is_made_on_the_engine_and_started(site: Site, fake: FakeBuildx) -> None:
-    said = setup(site, fake)
-    builder = made(fake)
+def test_missing_builder_is_created_on_the_engine_and_started(site: Site, fake: FakeBuildx) -> None:
+    messages = setup(site, fake)
+    builder = inspected_builder(fake)
     (node,) = builder.nodes
     assert (builder.driver, node.endpoint, node.status) == ("docker-container", SOCKET, "running")
     assert node.flags == tuple(FLAGS.split())
     assert node.options == OPTIONS
-    assert f"creating {NAME} (docker-container)" in said
-    assert f"{NAME} (docker-container) runs insecure steps\n" in said
+    assert f"creating {NAME} (docker-container)" in messages
+    assert f"{NAME} (docker-container) runs insecure steps\n" in messages
 
 
-def test_the_builder_that_the_user_has_selected_stays_selected(
-    site: Site, fake: FakeBuildx
-) -> None:
+def test_selected_builder_of_the_user_is_unchanged(site: Site, fake: FakeBuildx) -> None:
     setup(site, fake)
     setup(site, fake, recreate=True)
     assert fake.state["selected"] == "mine"
     assert "--use" not in " ".join(call.text for call in fake.calls("create"))
 
 
-def test_it_is_selected_where_that_is_asked_for(site: Site, fake: FakeBuildx) -> None:
-    said = setup(site, fake, use=True)
+def test_builder_is_selected_on_request(site: Site, fake: FakeBuildx) -> None:
+    messages = setup(site, fake, use=True)
     assert fake.state["selected"] == NAME
-    assert f"`docker buildx` now builds with {NAME}" in said
+    assert f"`docker buildx` now builds with {NAME}" in messages
 
 
-def test_one_that_cannot_do_it_is_not_selected(site: Site, fake: FakeBuildx) -> None:
+def test_builder_without_insecure_steps_is_not_selected(site: Site, fake: FakeBuildx) -> None:
     fake.fail(REFUSED, "build")
-    refused(site, fake, use=True)
+    setup_error(site, fake, use=True)
     assert fake.state["selected"] == "mine"
 
 
-def test_an_engine_of_a_context_is_taken_by_the_contexts_name(site: Site, fake: FakeBuildx) -> None:
-    setup(site, fake, own="far")
-    assert made(fake).nodes[0].endpoint == "far"
+def test_endpoint_of_an_engine_in_a_context_is_the_context(site: Site, fake: FakeBuildx) -> None:
+    setup(site, fake, builder="far")
+    assert inspected_builder(fake).nodes[0].endpoint == "far"
 
 
-def test_each_node_of_the_settings_is_made(site: Site, fake: FakeBuildx) -> None:
+def test_all_nodes_of_the_settings_are_created(site: Site, fake: FakeBuildx) -> None:
     site.env["BUILDX_NODES"] = (
         '"ssh://a.test,platform=linux/amd64,memory=4g" '
         "tcp://b.test:2376,platform=linux/arm64,platform=linux/arm/v7"
     )
     setup(site, fake)
-    first, second = made(fake).nodes
+    first, second = inspected_builder(fake).nodes
     assert (first.endpoint, second.endpoint) == ("ssh://a.test", "tcp://b.test:2376")
     assert first.options == {**OPTIONS, "memory": "4g"}
     assert second.options == OPTIONS
@@ -156,18 +154,18 @@ def test_each_node_of_the_settings_is_made(site: Site, fake: FakeBuildx) -> None
     assert first.name != second.name
 
 
-def test_an_option_of_a_node_comes_before_the_usual_one(site: Site, fake: FakeBuildx) -> None:
+def test_option_of_a_node_overrides_the_default(site: Site, fake: FakeBuildx) -> None:
     site.env["BUILDX_NODES"] = "ssh://a.test,network=bridge,env.BUILDKIT_STEP_LOG_MAX_SIZE=1"
     setup(site, fake)
-    options = made(fake).nodes[0].options
+    options = inspected_builder(fake).nodes[0].options
     assert (options["network"], options["env.BUILDKIT_STEP_LOG_MAX_SIZE"]) == ("bridge", "1")
 
 
-def test_a_builder_has_the_proxies_that_hold_no_account(site: Site, fake: FakeBuildx) -> None:
-    """Its options are for all to see; and where a proxy is another day's, it stays as it is."""
+def test_builder_uses_only_proxies_without_credentials(site: Site, fake: FakeBuildx) -> None:
+    """The options of a builder are public. A change of the proxies does not recreate it."""
     site.env.update(http_proxy="http://p.test:1", https_proxy="http://me:hunter2@p.test:1")
     assert "does not use https_proxy" in setup(site, fake)
-    options = made(fake).nodes[0].options
+    options = inspected_builder(fake).nodes[0].options
     assert options["env.http_proxy"] == options["env.HTTP_PROXY"] == "http://p.test:1"
     assert "hunter2" not in repr(fake.calls("create"))
     assert "env.https_proxy" not in options
@@ -175,16 +173,14 @@ def test_a_builder_has_the_proxies_that_hold_no_account(site: Site, fake: FakeBu
     assert "exists" in setup(site, fake)
 
 
-def test_an_option_with_commas_is_one_option(site: Site) -> None:
+def test_option_with_commas_is_quoted(site: Site) -> None:
     site.env["BUILDX_NODES"] = """'ssh://a.test,"env.NO_PROXY=a,b"'"""
     settings = site.settings()
     (node,) = settings.buildx_nodes
     assert '--driver-opt="env.NO_PROXY=a,b"' in create_argv(settings, node, append=False)
 
 
-def test_buildkit_elsewhere_gets_neither_flags_nor_options_of_ours(
-    site: Site, fake: FakeBuildx
-) -> None:
+def test_remote_buildkit_gets_no_default_flags_and_options(site: Site, fake: FakeBuildx) -> None:
     site.env.update(BUILDX_DRIVER="remote", BUILDX_NODES="tcp://far.test:1234")
     setup(site, fake)
     (call,) = fake.calls("create")
@@ -193,7 +189,7 @@ def test_buildkit_elsewhere_gets_neither_flags_nor_options_of_ours(
     ]  # fmt: skip
 
 
-def test_another_driver_gets_its_options_and_no_endpoint(site: Site, fake: FakeBuildx) -> None:
+def test_kubernetes_driver_gets_its_options_and_no_endpoint(site: Site, fake: FakeBuildx) -> None:
     site.env.update(BUILDX_DRIVER="kubernetes", BUILDX_NODES="namespace=ci,replicas=2")
     setup(site, fake)
     (call,) = fake.calls("create")
@@ -203,45 +199,45 @@ def test_another_driver_gets_its_options_and_no_endpoint(site: Site, fake: FakeB
     assert f"{NAME} exists" in setup(site, fake)
 
 
-def test_a_node_without_an_endpoint_is_on_the_engine(site: Site, fake: FakeBuildx) -> None:
+def test_node_without_an_endpoint_is_on_the_engine(site: Site, fake: FakeBuildx) -> None:
     site.env["BUILDX_NODES"] = "memory=4g ssh://b.test"
     setup(site, fake)
-    first, second = made(fake).nodes
+    first, second = inspected_builder(fake).nodes
     assert (first.endpoint, second.endpoint) == (SOCKET, "ssh://b.test")
     assert first.options == {**OPTIONS, "memory": "4g"}
 
 
-def test_the_engine_itself_is_not_made_and_is_looked_at(site: Site, fake: FakeBuildx) -> None:
+def test_builder_of_the_engine_is_checked_and_not_created(site: Site, fake: FakeBuildx) -> None:
     fake.add("default", "docker")
     site.env["BUILDX_DRIVER"] = "docker"
     assert "default (docker) runs insecure steps" in setup(site, fake)
     assert fake.changes() == []
 
 
-def test_a_frontend_that_it_needs_is_said(site: Site, fake: FakeBuildx) -> None:
+def test_needed_frontend_is_reported(site: Site, fake: FakeBuildx) -> None:
     fake.fail(UNKNOWN_FLAG, "build", without=("BUILDKIT_SYNTAX",))
     assert "runs insecure steps, with the Dockerfile frontend docker/" in setup(site, fake)
 
 
-# --- There already --------------------------------------------------------------------------
+# --- Existing builders ----------------------------------------------------------------------
 
 
-def test_nothing_is_changed_where_all_is_well(site: Site, fake: FakeBuildx) -> None:
+def test_matching_builder_is_unchanged(site: Site, fake: FakeBuildx) -> None:
     setup(site, fake)
-    before = fake.changes()
+    changes = fake.changes()
     assert f"{NAME} exists" in setup(site, fake)
-    assert fake.changes() == before
+    assert fake.changes() == changes
 
 
-def test_one_that_is_stopped_is_started(site: Site, fake: FakeBuildx) -> None:
+def test_stopped_builder_is_started(site: Site, fake: FakeBuildx) -> None:
     fake.add(status="stopped")
     assert f"{NAME}0 is not running; starting it" in setup(site, fake)
     assert fake.changes() == [f"inspect --bootstrap {NAME}"]
-    assert made(fake).nodes[0].status == "running"
+    assert inspected_builder(fake).nodes[0].status == "running"
 
 
 @pytest.mark.parametrize(
-    ("driver", "there", "said"),
+    ("driver", "fields", "difference"),
     [
         ("remote", {}, "its driver is remote, not docker-container"),
         ("", {"endpoint": "tcp://b.test:1"}, f"{NAME}0 is at tcp://b.test:1, not at {SOCKET}"),
@@ -250,98 +246,99 @@ def test_one_that_is_stopped_is_started(site: Site, fake: FakeBuildx) -> None:
         ("", {"options": {}}, "created without network=host"),
     ],
 )
-def test_what_is_otherwise_is_reported_and_left_alone(
-    site: Site, fake: FakeBuildx, driver: str, there: dict[str, Any], said: str
+def test_difference_is_reported_and_not_changed(
+    site: Site, fake: FakeBuildx, driver: str, fields: dict[str, Any], difference: str
 ) -> None:
-    fake.add(driver=driver or "docker-container", status="stopped", **there)
-    told = refused(site, fake)
-    assert said in told
-    assert "`inv buildx.setup --recreate` (keeps the cache)" in told
-    assert told.endswith("or change BUILDX_DRIVER and BUILDX_NODES")
+    fake.add(driver=driver or "docker-container", status="stopped", **fields)
+    message = setup_error(site, fake)
+    assert difference in message
+    assert "`inv buildx.setup --recreate` (keeps the cache)" in message
+    assert message.endswith("or change BUILDX_DRIVER and BUILDX_NODES")
     assert fake.changes() == []
 
 
-def test_another_number_of_nodes_is_reported(site: Site, fake: FakeBuildx) -> None:
+def test_different_number_of_nodes_is_reported(site: Site, fake: FakeBuildx) -> None:
     fake.add()
     fake.add(endpoint="ssh://b.test")
-    assert "it has 2 nodes, not 1" in refused(site, fake)
+    assert "it has 2 nodes, not 1" in setup_error(site, fake)
 
 
-def test_other_platforms_of_a_node_are_reported(site: Site, fake: FakeBuildx) -> None:
+def test_different_platforms_of_a_node_are_reported(site: Site, fake: FakeBuildx) -> None:
     site.env["BUILDX_NODES"] = f"{SOCKET},platform=linux/amd64"
     fake.add()
-    assert f"{NAME}0 is for all that it supports, not linux/amd64" in refused(site, fake)
+    assert f"{NAME}0 is for all that it supports, not linux/amd64" in setup_error(site, fake)
     setup(site, fake, recreate=True)
     site.env["BUILDX_NODES"] = f"{SOCKET},platform=linux/arm64"
-    assert f"{NAME}0 is for linux/amd64, not linux/arm64" in refused(site, fake)
+    assert f"{NAME}0 is for linux/amd64, not linux/arm64" in setup_error(site, fake)
 
 
-def test_all_that_is_otherwise_is_told_at_once(site: Site, fake: FakeBuildx) -> None:
+def test_all_differences_are_reported_together(site: Site, fake: FakeBuildx) -> None:
     fake.add(flags="", endpoint="ssh://b.test")
-    told = refused(site, fake)
+    message = setup_error(site, fake)
     for words in ("is at ssh://b.test", "security.insecure"):
-        assert words in told
+        assert words in message
 
 
-def test_what_a_builder_of_others_can_do_without_is_no_difference(
-    site: Site, fake: FakeBuildx
+@pytest.mark.parametrize(
+    "fields",
+    [
+        # Without the log options and the entitlement network.host.
+        {"flags": "--allow-insecure-entitlement security.insecure", "options": {"network": "host"}},
+        {
+            "flags": f"--debug {FLAGS.replace('=', ' ')}",
+            "options": {**OPTIONS, "memory": "4g"},
+            "fixed": ("linux/amd64",),
+        },
+    ],
+)
+def test_harmless_differences_are_accepted(
+    site: Site, fake: FakeBuildx, fields: dict[str, Any]
 ) -> None:
-    """Its log is clipped, and it may not join the host's network."""
-    flags = "--allow-insecure-entitlement security.insecure"
-    fake.add(flags=flags, options={"network": "host"})
+    fake.add(**fields)
     setup(site, fake)
     assert fake.changes() == []
 
 
-def test_one_that_works_stays_where_the_new_one_could_not_be_made(
+def test_builder_is_kept_if_its_replacement_is_impossible(
     site: Site, fake: FakeBuildx, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake.add()
     monkeypatch.setattr(buildx_setup, "check_endpoint", check_endpoint)
     site.env["BUILDX_NODES"] = "unix:///none"
-    assert "unix:///none does not answer" in refused(site, fake, recreate=True)
-    assert fake.changes() == []
-
-
-def test_what_it_has_besides_is_no_difference(site: Site, fake: FakeBuildx) -> None:
-    flags = "--debug --allow-insecure-entitlement network.host"
-    fake.add(
-        flags=f"{flags} --allow-insecure-entitlement security.insecure",
-        options={**OPTIONS, "memory": "4g"},
-        fixed=("linux/amd64",),
-    )
-    setup(site, fake)
+    assert "unix:///none does not answer" in setup_error(site, fake, recreate=True)
     assert fake.changes() == []
 
 
 @pytest.mark.parametrize("flags", [FLAGS, ""])
-def test_made_anew_it_keeps_its_state(site: Site, fake: FakeBuildx, flags: str) -> None:
+def test_recreated_builder_keeps_its_state(site: Site, fake: FakeBuildx, flags: str) -> None:
     fake.add(flags=flags)
     setup(site, fake, recreate=True)
     assert fake.changes()[0] == f"rm --keep-state {NAME}"
     assert [verb for verb in fake.verbs() if verb in ("rm", "create")] == ["rm", "create"]
-    assert made(fake).nodes[0].flags == tuple(FLAGS.split())
+    assert inspected_builder(fake).nodes[0].flags == tuple(FLAGS.split())
 
 
-# --- What fails -----------------------------------------------------------------------------
+# --- Failures -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("words", [("create", "--append"), ("inspect", "--bootstrap")])
-def test_what_was_begun_is_removed(site: Site, fake: FakeBuildx, words: tuple[str, ...]) -> None:
+def test_partly_created_builder_is_removed(
+    site: Site, fake: FakeBuildx, words: tuple[str, ...]
+) -> None:
     site.env["BUILDX_NODES"] = "ssh://a.test ssh://b.test"
     fake.fail("ERROR: b.test: no route to host", *words)
-    assert "b.test: no route to host" in refused(site, fake)
+    assert "b.test: no route to host" in setup_error(site, fake)
     assert fake.state["builders"] == {}
     assert f"rm --keep-state {NAME}" in fake.changes()
 
 
-def test_where_nothing_was_begun_nothing_is_removed(site: Site, fake: FakeBuildx) -> None:
+def test_failed_creation_removes_no_other_builder(site: Site, fake: FakeBuildx) -> None:
     fake.fail("ERROR: no space left on device", "create")
-    refused(site, fake)
+    setup_error(site, fake)
     assert not fake.calls("rm")
 
 
-def test_the_error_that_is_told_is_the_first(site: Site, fake: FakeBuildx) -> None:
+def test_first_error_is_reported(site: Site, fake: FakeBuildx) -> None:
     fake.fail("ERROR: b.test: no route to host", "--bootstrap")
     fake.fail("ERROR: it does not go away", "rm")
     project = site.project()
@@ -349,42 +346,42 @@ def test_the_error_that_is_told_is_the_first(site: Site, fake: FakeBuildx) -> No
         set_up(project, fake.program())
     assert (
         f"warning: {NAME} is only partly created (it does not go away); `inv buildx.down`"
-        in heard(project)
+        in console_text(project)
     )
 
 
 # --- Platforms ------------------------------------------------------------------------------
 
 
-def test_a_platform_that_no_node_has_is_told_with_the_command(site: Site, fake: FakeBuildx) -> None:
+def test_missing_platform_is_reported_with_a_command(site: Site, fake: FakeBuildx) -> None:
     site.env["PLATFORMS"] = "linux/amd64 linux/arm64 linux/arm/v7"
-    said = setup(site, fake)
+    messages = setup(site, fake)
     assert (
         "warning: no node supports linux/arm64, linux/arm/v7: "
-        "`docker run --privileged --rm tonistiigi/binfmt --install arm64,arm` installs" in said
+        "`docker run --privileged --rm tonistiigi/binfmt --install arm64,arm` installs" in messages
     )
     assert site.engine.specs == []
 
 
-def test_nothing_is_said_of_platforms_that_it_has(site: Site, fake: FakeBuildx) -> None:
+def test_supported_platforms_have_no_warning(site: Site, fake: FakeBuildx) -> None:
     site.env["PLATFORMS"] = "linux/amd64 linux/386"
     assert "warning" not in setup(site, fake)
 
 
-# --- A dry run ------------------------------------------------------------------------------
+# --- Dry run --------------------------------------------------------------------------------
 
 
-def dry(site: Site, fake: FakeBuildx, **options: bool) -> list[str]:
-    """The commands that are shown; none is run."""
-    console = Heard()
+def dry_run_commands(site: Site, fake: FakeBuildx, **options: bool) -> list[str]:
+    """Return the printed commands of a dry run, and check that it runs none."""
+    console = BufferConsole()
     set_up(site.project(), fake.program(console, perform=False), **options)
     assert fake.changes() == []
     return [line for line in console.text.splitlines() if line.startswith("+ ")]
 
 
-def test_a_dry_run_shows_every_call_and_makes_none(site: Site, fake: FakeBuildx) -> None:
-    shown = dry(site, fake, use=True)
-    create, boot, use = shown
+def test_dry_run_prints_all_commands(site: Site, fake: FakeBuildx) -> None:
+    commands = dry_run_commands(site, fake, use=True)
+    create, boot, use = commands
     settings = site.settings()
     assert shlex.split(create)[1:3] == ["docker", "buildx"]
     assert shlex.split(create)[3:5] == ["create", f"--name={settings.buildx_builder}"]
@@ -392,16 +389,16 @@ def test_a_dry_run_shows_every_call_and_makes_none(site: Site, fake: FakeBuildx)
     assert use == f"+ docker buildx use {NAME}"
 
 
-def test_a_dry_run_of_what_is_there(site: Site, fake: FakeBuildx) -> None:
+def test_dry_run_prints_the_changes_of_an_existing_builder(site: Site, fake: FakeBuildx) -> None:
     fake.add()
-    assert dry(site, fake) == []
-    shown = dry(site, fake, recreate=True)
-    assert [line.split()[3] for line in shown] == ["rm", "create", "inspect"]
+    assert dry_run_commands(site, fake) == []
+    commands = dry_run_commands(site, fake, recreate=True)
+    assert [line.split()[3] for line in commands] == ["rm", "create", "inspect"]
 
 
-def test_a_dry_run_of_what_fails_shows_no_removal(site: Site, fake: FakeBuildx) -> None:
+def test_dry_run_prints_the_start_of_a_stopped_builder(site: Site, fake: FakeBuildx) -> None:
     fake.add(status="stopped")
-    assert dry(site, fake) == [f"+ docker buildx inspect --bootstrap {NAME}"]
+    assert dry_run_commands(site, fake) == [f"+ docker buildx inspect --bootstrap {NAME}"]
 
 
 # --- Status and down ------------------------------------------------------------------------
@@ -424,13 +421,13 @@ def test_status_has_a_row_for_each_node(site: Site, fake: FakeBuildx) -> None:
     assert fake.changes() == []
 
 
-def test_status_of_none_names_setup(site: Site, fake: FakeBuildx) -> None:
+def test_status_of_a_missing_builder_names_setup(site: Site, fake: FakeBuildx) -> None:
     with pytest.raises(BuilderError, match=r"`inv buildx\.setup` creates it"):
         status(site, fake)
 
 
 @pytest.mark.parametrize(
-    ("why", "allowed"),
+    ("error", "allowed"),
     [
         ("", "security.insecure"),
         (REFUSED, "none"),
@@ -438,29 +435,29 @@ def test_status_of_none_names_setup(site: Site, fake: FakeBuildx) -> None:
     ],
 )
 @pytest.mark.parametrize("driver", ["docker", "docker-container"])
-def test_one_without_flags_of_ours_is_asked_what_it_allows(
-    site: Site, fake: FakeBuildx, driver: str, why: str, allowed: str
+def test_entitlements_of_a_builder_without_flags_are_probed(
+    site: Site, fake: FakeBuildx, driver: str, error: str, allowed: str
 ) -> None:
     site.env["BUILDX_DRIVER"] = driver
     fake.add("default" if driver == "docker" else NAME, driver, flags="")
-    if why:
-        fake.fail(why, "build")
+    if error:
+        fake.fail(error, "build")
     assert status(site, fake)[0]["entitlements"] == allowed
 
 
-def test_an_old_frontend_says_that_the_entitlement_is_given(site: Site, fake: FakeBuildx) -> None:
+def test_old_frontend_shows_that_the_entitlement_is_granted(site: Site, fake: FakeBuildx) -> None:
     fake.add(flags="")
     fake.fail(UNKNOWN_FLAG, "build")
     assert status(site, fake)[0]["entitlements"] == "security.insecure"
 
 
-def test_one_with_other_flags_allows_nothing_of_it(site: Site, fake: FakeBuildx) -> None:
+def test_builder_with_other_flags_has_no_entitlements(site: Site, fake: FakeBuildx) -> None:
     fake.add(flags="--debug")
     assert status(site, fake)[0]["entitlements"] == "none"
     assert not fake.calls("build")
 
 
-def test_the_size_of_the_cache(site: Site, fake: FakeBuildx) -> None:
+def test_size_of_the_cache_is_reported(site: Site, fake: FakeBuildx) -> None:
     fake.add()
     assert cache_size(site.project(), fake.program()) == "1.23GB"
     assert fake.calls("du")[0].argv == ["du", f"--builder={NAME}"]
@@ -471,26 +468,26 @@ def test_the_size_of_the_cache(site: Site, fake: FakeBuildx) -> None:
 @pytest.mark.parametrize(
     ("keep", "argv"), [(True, f"rm --keep-state {NAME}"), (False, f"rm {NAME}")]
 )
-def test_down_removes_it(site: Site, fake: FakeBuildx, *, keep: bool, argv: str) -> None:
+def test_down_removes_the_builder(site: Site, fake: FakeBuildx, *, keep: bool, argv: str) -> None:
     fake.add()
     fake.add("other")
     project = site.project()
     remove_builder(project, fake.program(), keep_cache=keep)
     assert fake.changes() == [argv]
     assert list(fake.state["builders"]) == ["other"]
-    assert (", kept its cache" in heard(project)) == keep
+    assert (", kept its cache" in console_text(project)) == keep
 
 
-def test_down_of_none_says_so(site: Site, fake: FakeBuildx) -> None:
+def test_down_reports_a_missing_builder(site: Site, fake: FakeBuildx) -> None:
     project = site.project()
     remove_builder(project, fake.program(), keep_cache=False)
-    assert heard(project) == f"buildx.down: builder {NAME} does not exist\n"
+    assert console_text(project) == f"buildx.down: builder {NAME} does not exist\n"
 
 
-def test_down_leaves_the_engine(site: Site, fake: FakeBuildx) -> None:
+def test_down_does_not_remove_the_builder_of_the_engine(site: Site, fake: FakeBuildx) -> None:
     fake.add("default", "docker")
     site.env["BUILDX_DRIVER"] = "docker"
     project = site.project()
     remove_builder(project, fake.program(), keep_cache=False)
-    assert "the engine itself is the builder; nothing to remove" in heard(project)
+    assert "the engine itself is the builder; nothing to remove" in console_text(project)
     assert fake.changes() == []

@@ -33,15 +33,15 @@ if TYPE_CHECKING:
     from guix_tasks.settings import Settings
 
 
-def settings(tmp_path: Path, **env: str) -> Settings:
+def new_settings(tmp_path: Path, **env: str) -> Settings:
     return new_site(tmp_path / "project", None, **env).settings()
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    place = tmp_path / "build"
-    place.mkdir()
-    return place
+    path = tmp_path / "build"
+    path.mkdir()
+    return path
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
@@ -49,14 +49,14 @@ def test_modes_of_a_step_do_not_depend_on_the_umask(
     tmp_path: Path, directory: Path, umask: int
 ) -> None:
     (tmp_path / "file").touch(0o640)
-    made = settings(tmp_path, MOUNTS=f"{tmp_path / 'file'}:/file")
+    settings = new_settings(tmp_path, MOUNTS=f"{tmp_path / 'file'}:/file")
     directory.chmod(0o700)
-    previous = os.umask(umask)
+    original_umask = os.umask(umask)
     try:
-        write_step(made, directory, "pull", {"stage": b"#!/bin/sh\n", "x/y": b""}, force=False)
-        write_mounts(made, directory)
+        write_step(settings, directory, "pull", {"stage": b"#!/bin/sh\n", "x/y": b""}, force=False)
+        write_mounts(settings, directory)
     finally:
-        os.umask(previous)
+        os.umask(original_umask)
     modes = {
         str(path.relative_to(directory)): f"{path.stat().st_mode & 0o777:o}"
         for path in directory.rglob("*")
@@ -83,44 +83,45 @@ def files(directory: Path) -> dict[str, bytes]:
 # --- Steps ----------------------------------------------------------------------------------
 
 
-def test_a_step_has_what_a_work_container_has(tmp_path: Path, directory: Path) -> None:
+def test_step_has_the_files_of_a_work_container(tmp_path: Path, directory: Path) -> None:
     (tmp_path / "a.pub").write_text("key\n")
-    made = settings(tmp_path, GUIX_SUBSTITUTE_KEYS=str(tmp_path / "a.pub"))
-    write_step(made, directory, "pull", {"stage": b"#!/bin/sh\n", "x/y.scm": b"()"}, force=False)
-    found = files(directory / "work" / "pull")
-    assert set(found) == {"entry-point.sh", "environment", "keys/0-a.pub", "stage", "x/y.scm"}
-    assert found["keys/0-a.pub"] == b"key\n"
-    assert found["x/y.scm"] == b"()"
+    settings = new_settings(tmp_path, GUIX_SUBSTITUTE_KEYS=str(tmp_path / "a.pub"))
+    write_step(
+        settings, directory, "pull", {"stage": b"#!/bin/sh\n", "x/y.scm": b"()"}, force=False
+    )
+    step_files = files(directory / "work" / "pull")
+    assert set(step_files) == {"entry-point.sh", "environment", "keys/0-a.pub", "stage", "x/y.scm"}
+    assert step_files["keys/0-a.pub"] == b"key\n"
+    assert step_files["x/y.scm"] == b"()"
     modes = {
-        name: stat.S_IMODE((directory / "work" / "pull" / name).stat().st_mode) for name in found
+        name: stat.S_IMODE((directory / "work" / "pull" / name).stat().st_mode)
+        for name in step_files
     }
     assert {name for name, mode in modes.items() if mode == 0o755} == {"entry-point.sh", "stage"}
     assert {mode for name, mode in modes.items() if "." in name and "entry" not in name} == {0o644}
 
 
-def test_the_environment_is_beside_the_steps_and_never_in_one(
-    tmp_path: Path, directory: Path
-) -> None:
-    made = replace(settings(tmp_path), proxies={"https_proxy": "http://me:hunter2@proxy; '$x"})
-    write_environment(made, directory)
-    write_step(made, directory, "install", {}, force=False)
-    found = files(directory)
-    assert found.pop("environment").decode() == (
+def test_environment_is_outside_of_the_steps(tmp_path: Path, directory: Path) -> None:
+    settings = replace(
+        new_settings(tmp_path), proxies={"https_proxy": "http://me:hunter2@proxy; '$x"}
+    )
+    write_environment(settings, directory)
+    write_step(settings, directory, "install", {}, force=False)
+    contents = files(directory)
+    assert contents.pop("environment").decode() == (
         "GUIX_SANDBOX=privileged\nHOME=/root\nUSER=root\nLOGNAME=root\n"
         "https_proxy='http://me:hunter2@proxy; '\"'\"'$x'\n"
     )
-    assert found["work/install/environment"] == b""
-    assert not [name for name, content in found.items() if b"hunter2" in content]
+    assert contents["work/install/environment"] == b""
+    assert not [name for name, content in contents.items() if b"hunter2" in content]
 
 
-def test_the_same_step_is_the_same_unless_it_is_to_be_made_again(
-    tmp_path: Path, directory: Path
-) -> None:
-    made = settings(tmp_path)
+def test_step_is_reproducible_unless_forced(tmp_path: Path, directory: Path) -> None:
+    settings = new_settings(tmp_path)
     for name in ("a", "b"):
-        write_step(made, directory, name, {"stage": b"x"}, force=False)
+        write_step(settings, directory, name, {"stage": b"x"}, force=False)
     for name in ("c", "d"):
-        write_step(made, directory, name, {"stage": b"x"}, force=True)
+        write_step(settings, directory, name, {"stage": b"x"}, force=True)
     a, b, c, d = (files(directory / "work" / name) for name in "abcd")
     assert a == b
     assert c.pop("again") != d.pop("again")
@@ -130,13 +131,13 @@ def test_the_same_step_is_the_same_unless_it_is_to_be_made_again(
 # --- MOUNTS ---------------------------------------------------------------------------------
 
 
-def test_a_folder_is_a_context_and_a_file_is_copied(tmp_path: Path, directory: Path) -> None:
+def test_mounted_directory_is_a_context_and_file_is_copied(tmp_path: Path, directory: Path) -> None:
     (tmp_path / "dir é").mkdir()
     (tmp_path / "a,b $c").write_text("content")
-    made = settings(
+    settings = new_settings(
         tmp_path, MOUNTS=f"'{tmp_path}/dir é:/a:ro' '{tmp_path}/a,b $c:/b/c' {tmp_path}/build:/d"
     )
-    binds, contexts = write_mounts(made, directory)
+    binds, contexts = write_mounts(settings, directory)
     assert binds == {
         "/a": "type=bind,from=mount-0,target=/a",
         "/b/c": "type=bind,from=work,target=/b/c,source=mounts/1,rw",
@@ -146,26 +147,26 @@ def test_a_folder_is_a_context_and_a_file_is_copied(tmp_path: Path, directory: P
     assert files(directory) == {"work/mounts/1": b"content"}
 
 
-def test_without_mounts_there_are_none(tmp_path: Path, directory: Path) -> None:
-    assert write_mounts(settings(tmp_path), directory) == ({}, {})
+def test_empty_mounts_have_no_contexts(tmp_path: Path, directory: Path) -> None:
+    assert write_mounts(new_settings(tmp_path), directory) == ({}, {})
 
 
 @pytest.mark.parametrize("target", ["/a b", "/a,b", "/a\nb", '/a"b', "/a'b", "/$a", "/é", "/a\\b"])
-def test_a_target_that_a_dockerfile_cannot_say_is_refused(
+def test_target_with_unsupported_characters_is_rejected(
     tmp_path: Path, directory: Path, target: str
 ) -> None:
-    (mount,) = settings(tmp_path, MOUNTS="/etc:/x").mounts
-    made = replace(settings(tmp_path), mounts=(replace(mount, target=target),))
-    with pytest.raises(UsageError) as caught:
-        write_mounts(made, directory)
-    assert str(caught.value).startswith(f"MOUNTS: {target!r} has a character that a build step's")
+    (mount,) = new_settings(tmp_path, MOUNTS="/etc:/x").mounts
+    settings = replace(new_settings(tmp_path), mounts=(replace(mount, target=target),))
+    with pytest.raises(UsageError) as error:
+        write_mounts(settings, directory)
+    assert str(error.value).startswith(f"MOUNTS: {target!r} has a character that a build step's")
 
 
-def test_what_is_neither_file_nor_folder_is_refused(tmp_path: Path, directory: Path) -> None:
+def test_mounted_device_or_pipe_is_rejected(tmp_path: Path, directory: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for source in (tmp_path / "fifo", "/dev/zero"):
         with pytest.raises(UsageError, match=f"MOUNTS: {source} is neither a file nor a directory"):
-            write_mounts(settings(tmp_path, MOUNTS=f"{source}:/x"), directory)
+            write_mounts(new_settings(tmp_path, MOUNTS=f"{source}:/x"), directory)
 
 
 # --- The base image -------------------------------------------------------------------------
@@ -173,27 +174,27 @@ def test_what_is_neither_file_nor_folder_is_refused(tmp_path: Path, directory: P
 REFERENCE = ImageReference.parse("registry.test/base:1")
 
 
-class Saving(FakeEngine):
-    """An engine that saves an image as it is told to."""
+class SavingEngine(FakeEngine):
+    """An engine that saves every image as a given archive."""
 
-    def __init__(self, pieces: list[bytes]) -> None:
+    def __init__(self, chunks: list[bytes]) -> None:
         super().__init__(FakeRegistry())
-        self.pieces = pieces
+        self.chunks = chunks
 
     def save(self, image: str) -> Iterator[bytes]:
-        return iter(self.pieces)
+        return iter(self.chunks)
 
 
-def an_image(engine: FakeEngine) -> Image:
+def make_image(engine: FakeEngine) -> Image:
     return engine.make_image({}, {"/x": b"x"}, tag=str(REFERENCE))
 
 
-def saved(index: bytes | None, name: str = "blobs/sha256/x") -> bytes:
+def saved_image(index: bytes | None, name: str = "blobs/sha256/x") -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for each, content in ((name, b"x" * 50_000), ("index.json", index)):
+        for path, content in ((name, b"x" * 50_000), ("index.json", index)):
             if content is not None:
-                member = tarfile.TarInfo(each)
+                member = tarfile.TarInfo(path)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
@@ -202,37 +203,37 @@ def saved(index: bytes | None, name: str = "blobs/sha256/x") -> bytes:
 GOOD_INDEX = json.dumps({"manifests": [{"digest": "sha256:abc"}, {"digest": "x"}]}).encode()
 
 
-def test_an_image_is_only_here_where_no_registry_has_it(tmp_path: Path) -> None:
-    made = settings(tmp_path, BASE_IMAGE=str(REFERENCE))
+def test_image_is_local_if_it_was_never_in_its_registry(tmp_path: Path) -> None:
+    settings = new_settings(tmp_path, BASE_IMAGE=str(REFERENCE))
     engine = FakeEngine(FakeRegistry())
-    assert local_base_image(engine, made) is None
-    image = an_image(engine)
-    assert getattr(local_base_image(engine, made), "id", None) == image.id
+    assert local_base_image(engine, settings) is None
+    image = make_image(engine)
+    assert getattr(local_base_image(engine, settings), "id", None) == image.id
     engine.all_images[image.id] = replace(image, digests=("elsewhere.test/base@sha256:1",))
-    assert local_base_image(engine, made)
-    # The containerd image store gives a digest to what was never pushed.
+    assert local_base_image(engine, settings)
+    # The containerd image store gives digests to images that were never pushed.
     engine.all_images[image.id] = replace(image, digests=("registry.test/base@sha256:1",))
-    assert local_base_image(engine, made)
+    assert local_base_image(engine, settings)
 
 
-def test_an_image_that_was_pulled_is_not_handed_over(tmp_path: Path) -> None:
-    made = settings(tmp_path, BASE_IMAGE=str(REFERENCE))
+def test_pulled_image_is_not_local(tmp_path: Path) -> None:
+    settings = new_settings(tmp_path, BASE_IMAGE=str(REFERENCE))
     registry = FakeRegistry()
     publish_base(registry, str(REFERENCE))
     engine = FakeEngine(registry)
     engine.pull(str(REFERENCE), None)
-    assert local_base_image(engine, made) is None
-    # As run and commit does, it goes by the image that is here.
+    assert local_base_image(engine, settings) is None
+    # The image of the engine counts, as for stages without BuildKit.
     publish_base(registry, str(REFERENCE), "newer")
-    assert local_base_image(engine, made)
+    assert local_base_image(engine, settings)
 
 
 @pytest.mark.parametrize("size", [1, 511, 10_240, 1 << 20])
-def test_an_image_is_handed_over_as_it_comes(directory: Path, size: int) -> None:
-    data = saved(GOOD_INDEX)
-    pieces = [data[start : start + size] for start in range(0, len(data), size)]
-    engine = Saving([b"", *pieces[:1], b"", *pieces[1:]])
-    image = an_image(engine)
+def test_image_is_saved_from_chunks_of_any_size(directory: Path, size: int) -> None:
+    data = saved_image(GOOD_INDEX)
+    chunks = [data[start : start + size] for start in range(0, len(data), size)]
+    engine = SavingEngine([b"", *chunks[:1], b"", *chunks[1:]])
+    image = make_image(engine)
     context = save_as_layout(engine, image, REFERENCE, directory)
     layout = directory / image.id.replace(":", "-")
     assert context == f"oci-layout://{layout}@sha256:abc"
@@ -241,43 +242,43 @@ def test_an_image_is_handed_over_as_it_comes(directory: Path, size: int) -> None
 
 
 def test_saved_image_is_kept_for_a_week_after_its_last_use(directory: Path) -> None:
-    engine = Saving([saved(GOOD_INDEX)])
-    image = an_image(engine)
+    engine = SavingEngine([saved_image(GOOD_INDEX)])
+    image = make_image(engine)
     other, unfinished = replace(image, id="sha256:other"), directory / "sha256-x.1234"
     context = save_as_layout(engine, image, REFERENCE, directory)
-    engine.pieces = []
+    engine.chunks = []
     assert save_as_layout(engine, image, REFERENCE, directory) == context
     unfinished.mkdir()
     week = 7 * 24 * 3600
     for path in directory.iterdir():
         os.utime(path, (time.time() - week - 1,) * 2)
-    engine.pieces = [saved(GOOD_INDEX)]
+    engine.chunks = [saved_image(GOOD_INDEX)]
     save_as_layout(engine, other, REFERENCE, directory)
     assert [path.name for path in directory.iterdir()] == ["sha256-other"]
 
 
-def test_full_disk_is_not_blamed_on_the_engine(
+def test_full_disk_is_not_reported_as_an_error_of_the_engine(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fill(*_arguments: object, **_options: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tarfile.TarFile, "extractall", fill)
-    engine = Saving([saved(GOOD_INDEX)])
+    engine = SavingEngine([saved_image(GOOD_INDEX)])
     with pytest.raises(OSError, match="No space left"):
-        save_as_layout(engine, an_image(engine), REFERENCE, directory)
+        save_as_layout(engine, make_image(engine), REFERENCE, directory)
     assert list(directory.iterdir()) == []
 
 
-def promising(kind: bytes) -> bytes:
-    """An archive whose only member has a terabyte that does not come."""
+def truncated_archive(kind: bytes) -> bytes:
+    """Return an archive whose only member lacks its terabyte of content."""
     member = tarfile.TarInfo("x")
     member.type, member.size = kind, 1 << 40
     return member.tobuf(tarfile.GNU_FORMAT)
 
 
-def linking() -> bytes:
-    """A link to what is nowhere."""
+def dangling_link() -> bytes:
+    """Return an archive with a link to a missing member."""
     member = tarfile.TarInfo("link")
     member.type, member.linkname = tarfile.LNKTYPE, "nowhere"
     return member.tobuf(tarfile.GNU_FORMAT)
@@ -288,27 +289,27 @@ def linking() -> bytes:
     [
         b"",
         b"no archive at all" * 100,
-        saved(GOOD_INDEX)[:20_000],
-        saved(None),
-        saved(b"{"),
-        saved(b"\xff"),
-        saved(b"[]"),
-        saved(b"null"),
-        saved(b'{"manifests": []}'),
-        saved(b'{"manifests": null}'),
-        saved(b'{"manifests": ["x"]}'),
-        saved(GOOD_INDEX, "../outside"),
-        saved(b"[" * 99_999),
-        promising(tarfile.REGTYPE),
-        # What a link points at is looked for among all that comes.
-        linking() + promising(tarfile.REGTYPE),
+        saved_image(GOOD_INDEX)[:20_000],
+        saved_image(None),
+        saved_image(b"{"),
+        saved_image(b"\xff"),
+        saved_image(b"[]"),
+        saved_image(b"null"),
+        saved_image(b'{"manifests": []}'),
+        saved_image(b'{"manifests": null}'),
+        saved_image(b'{"manifests": ["x"]}'),
+        saved_image(GOOD_INDEX, "../outside"),
+        saved_image(b"[" * 99_999),
+        truncated_archive(tarfile.REGTYPE),
+        # tarfile searches all members for the target of a link.
+        dangling_link() + truncated_archive(tarfile.REGTYPE),
     ],
 )
-def test_what_is_no_oci_layout_is_one_error(directory: Path, data: bytes) -> None:
-    engine = Saving([data])
-    with pytest.raises(BuilderError) as caught:
-        save_as_layout(engine, an_image(engine), REFERENCE, directory)
-    assert str(caught.value).startswith(
+def test_invalid_oci_layout_is_an_error(directory: Path, data: bytes) -> None:
+    engine = SavingEngine([data])
+    with pytest.raises(BuilderError) as error:
+        save_as_layout(engine, make_image(engine), REFERENCE, directory)
+    assert str(error.value).startswith(
         f"this engine cannot save {REFERENCE} as an OCI layout (Docker 25 and newer can); "
     )
     assert not (directory / "outside").exists()

@@ -1,4 +1,4 @@
-"""Ignore files: the facts of moby/patternmatcher's own tests, and what else its code does."""
+"""Ignore files: the test tables of moby/patternmatcher, and further behaviour of its code."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ FACTS: dict[str, tuple[str, str]] = {
     r"[\-x]": ("x -", "a"),
     "*x": ("xxx", ""),
 }
-"""A pattern, what it matches, and what it does not, as upstream's tables have it."""
+"""Patterns with matching and other paths, from the tables of upstream."""
 
 TRIPLES = [
     (pattern, text, expected)
@@ -97,45 +97,45 @@ def matcher(*lines: str) -> Matcher:
     return Matcher(read_patterns("\n".join(lines).encode("utf-8", "surrogateescape")))
 
 
-def walked(found: Matcher, path: str) -> bool:
-    """What a walk from the top comes to, by what each parent matches."""
+def ignored_by_walk(patterns: Matcher, path: str) -> bool:
+    """Whether a walk from the root ignores a path, by the matches of its parents."""
     parts = path.split("/")
     matches: Matches | None = None
     for index in range(1, len(parts)):
-        matches = found.ignores_below("/".join(parts[:index]), matches)[1]
-    return found.ignores_below(path, matches)[0]
+        matches = patterns.ignores_below("/".join(parts[:index]), matches)[1]
+    return patterns.ignores_below(path, matches)[0]
 
 
 @pytest.mark.parametrize(("pattern", "text", "expected"), TRIPLES)
-def test_pattern_matches_as_upstream_says(pattern: str, text: str, expected: bool) -> None:
+def test_pattern_matches_as_in_upstream_tables(pattern: str, text: str, expected: bool) -> None:
     assert matcher(pattern).ignores(text) is expected
-    assert walked(matcher(pattern), text) is expected
+    assert ignored_by_walk(matcher(pattern), text) is expected
 
 
 @pytest.mark.parametrize(("lines", "text", "expected"), LISTS)
-def test_last_pattern_that_matches_decides(lines: str, text: str, expected: bool) -> None:
+def test_last_matching_pattern_decides(lines: str, text: str, expected: bool) -> None:
     assert matcher(*lines.split()).ignores(text) is expected
-    assert walked(matcher(*lines.split()), text) is expected
+    assert ignored_by_walk(matcher(*lines.split()), text) is expected
 
 
 @pytest.mark.parametrize("pattern", MALFORMED)
 def test_malformed_pattern_is_an_error_with_its_line(pattern: str) -> None:
-    with pytest.raises(PatternError, match="malformed pattern") as caught:
+    with pytest.raises(PatternError, match="malformed pattern") as error:
         matcher("# one", "two", pattern)
-    assert caught.value.line == 3
+    assert error.value.line == 3
 
 
 @pytest.mark.parametrize("pattern", ["[Local-Only]", r"\d*", "a{3,2}*", "a{1001}*", "a{2}{3}*"])
-def test_pattern_that_go_does_not_compile_is_an_error_when_it_is_tried(pattern: str) -> None:
-    found = matcher("*", pattern)
-    assert found.ignores("x")
+def test_pattern_invalid_in_go_is_an_error_when_used(pattern: str) -> None:
+    patterns = matcher("*", pattern)
+    assert patterns.ignores("x")
     for _ in range(2):  # upstream panicked the second time
         with pytest.raises(PatternError, match="1: malformed pattern"):
             matcher(pattern).ignores("x")
 
 
 @pytest.mark.parametrize("pattern", ["**/a" * 7, "[ab]" + "*a" * 7, "*|*" + "a{0,9}" * 7])
-def test_pattern_that_would_be_matched_for_hours_is_an_error(pattern: str) -> None:
+def test_pattern_with_many_wildcards_is_an_error(pattern: str) -> None:
     with pytest.raises(PatternError, match="it has more than 6 wildcards"):
         matcher(pattern).ignores("a" * 50)
 
@@ -166,9 +166,7 @@ def test_pattern_that_would_be_matched_for_hours_is_an_error(pattern: str) -> No
         ("a$*", "a$b", True),
     ],
 )
-def test_pattern_matches_as_the_code_of_upstream_does(
-    pattern: str, text: str, expected: bool
-) -> None:
+def test_pattern_matches_as_in_upstream_code(pattern: str, text: str, expected: bool) -> None:
     assert matcher(pattern).ignores(text) is expected
 
 
@@ -194,9 +192,9 @@ def test_pattern_matches_as_the_code_of_upstream_does(
         ),
     ],
 )
-def test_file_is_read_as_upstream_does(content: bytes, expected: list[str]) -> None:
-    found = [f"{'!' * each.is_exception}{each.text}" for each in read_patterns(content)]
-    assert found == expected
+def test_file_is_parsed_as_by_upstream(content: bytes, expected: list[str]) -> None:
+    patterns = [f"{'!' * p.is_exception}{p.text}" for p in read_patterns(content)]
+    assert patterns == expected
 
 
 @pytest.mark.parametrize("line", ["!", "! ", " !\r", "!/", "!//", "!/./"])
@@ -210,11 +208,11 @@ def test_long_line_is_an_error() -> None:
         read_patterns(b"a\n" + b"x" * MAX_LINE)
 
 
-def test_walk_and_look_up_differ_as_they_do_upstream() -> None:
-    """A pattern that is not tried on a directory that is ignored already."""
-    found = matcher("d*", "!d1/x", "d1")
-    assert found.ignores("d1/x")
-    assert not walked(found, "d1/x")
+def test_walk_differs_from_a_lookup_as_in_upstream() -> None:
+    """A walk does not apply a pattern to a directory that is ignored already."""
+    patterns = matcher("d*", "!d1/x", "d1")
+    assert patterns.ignores("d1/x")
+    assert not ignored_by_walk(patterns, "d1/x")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +229,7 @@ def test_walk_and_look_up_differ_as_they_do_upstream() -> None:
         ("a !b?", "a", False),
     ],
 )
-def test_directory_is_walked_if_an_exception_may_be_below(
+def test_directory_with_a_possible_exception_is_walked(
     lines: str, directory: str, expected: bool
 ) -> None:
     assert matcher(*lines.split()).skips(directory) is expected
