@@ -1,4 +1,4 @@
-"""Which account a registry gets, and what Docker's own configuration may hold."""
+"""Accounts of registries, from the settings and from Docker's configuration."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ esac
 """
 
 
-def coded(user: str, password: str) -> dict[str, str]:
+def auth(user: str, password: str) -> dict[str, str]:
     return {"auth": base64.b64encode(f"{user}:{password}".encode()).decode()}
 
 
-def docker(tmp_path: Path, config: object, **environment: str) -> Accounts:
-    """The accounts of a user with this config.json and a credential helper ``test``."""
+def load_accounts(tmp_path: Path, config: object, **environment: str) -> Accounts:
+    """Load the accounts of a user with a config.json and a credential helper ``test``."""
     text = config if isinstance(config, str) else json.dumps(config)
     (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
     helper = tmp_path / "docker-credential-test"
@@ -53,11 +53,11 @@ def docker(tmp_path: Path, config: object, **environment: str) -> Accounts:
     return docker_accounts({"DOCKER_CONFIG": str(tmp_path), "PATH": path, **environment})
 
 
-def test_an_account_of_config_json_is_for_its_host_alone(tmp_path: Path) -> None:
-    found = docker(tmp_path, {"auths": {"a.example": coded("me", "hunter2:€")}})
-    assert found.find("a.example") == ME
+def test_account_of_config_json_is_used_for_its_host_only(tmp_path: Path) -> None:
+    user_accounts = load_accounts(tmp_path, {"auths": {"a.example": auth("me", "hunter2:€")}})
+    assert user_accounts.find("a.example") == ME
     for other in ("b.example", "a.example:5000", "docker.io", "example", "xa.example"):
-        assert found.find(other) is None
+        assert user_accounts.find(other) is None
 
 
 @pytest.mark.parametrize(
@@ -71,54 +71,56 @@ def test_an_account_of_config_json_is_for_its_host_alone(tmp_path: Path) -> None
         ("a.example/v2/", "a.example"),
     ],
 )
-def test_a_name_may_be_a_url_as_docker_takes_it(tmp_path: Path, name: str, host: str) -> None:
-    assert docker(tmp_path, {"auths": {name: coded("me", "hunter2:€")}}).find(host) == ME
+def test_name_of_a_registry_can_be_a_url(tmp_path: Path, name: str, host: str) -> None:
+    assert load_accounts(tmp_path, {"auths": {name: auth("me", "hunter2:€")}}).find(host) == ME
 
 
-def test_the_exact_name_of_a_host_wins(tmp_path: Path) -> None:
-    auths = {"https://a.example/v1/": coded("old", "x"), "a.example": coded("me", "hunter2:€")}
-    assert docker(tmp_path, {"auths": auths}).find("a.example") == ME
+def test_exact_name_of_a_host_takes_precedence(tmp_path: Path) -> None:
+    auths = {"https://a.example/v1/": auth("old", "x"), "a.example": auth("me", "hunter2:€")}
+    assert load_accounts(tmp_path, {"auths": auths}).find("a.example") == ME
 
 
-def test_an_identity_token_takes_the_place_of_the_password(tmp_path: Path) -> None:
-    entry = {**coded("00000000", ""), "identitytoken": "a-refresh-token"}
-    found = docker(tmp_path, {"auths": {"a.example": entry}}).find("a.example")
-    assert found == Credentials("", "", "a-refresh-token")
+def test_identity_token_replaces_the_password(tmp_path: Path) -> None:
+    entry = {**auth("00000000", ""), "identitytoken": "a-refresh-token"}
+    account = load_accounts(tmp_path, {"auths": {"a.example": entry}}).find("a.example")
+    assert account == Credentials("", "", "a-refresh-token")
     assert clean("a-refresh-token") == "***"
-    assert "a-refresh-token" not in repr(found)
+    assert "a-refresh-token" not in repr(account)
 
 
-def test_docker_auth_config_comes_before_config_json(tmp_path: Path) -> None:
-    variable = {"auths": {"a.example": coded("me", "hunter2:€"), "b.example": coded("b", "bee")}}
-    config = {"auths": {"a.example": coded("old", "x"), "c.example": coded("c", "sea")}}
-    found = docker(tmp_path, config, DOCKER_AUTH_CONFIG=json.dumps(variable))
-    assert found.find("a.example") == ME
-    assert found.find("b.example") == Credentials("b", "bee")
-    assert found.find("c.example") == Credentials("c", "sea")
-    assert sorted(found.given) == ["a.example", "b.example"]
+def test_docker_auth_config_takes_precedence_over_config_json(tmp_path: Path) -> None:
+    variable = {"auths": {"a.example": auth("me", "hunter2:€"), "b.example": auth("b", "bee")}}
+    config = {"auths": {"a.example": auth("old", "x"), "c.example": auth("c", "sea")}}
+    user_accounts = load_accounts(tmp_path, config, DOCKER_AUTH_CONFIG=json.dumps(variable))
+    assert user_accounts.find("a.example") == ME
+    assert user_accounts.find("b.example") == Credentials("b", "bee")
+    assert user_accounts.find("c.example") == Credentials("c", "sea")
+    assert sorted(user_accounts.given) == ["a.example", "b.example"]
     assert clean("hunter2:€") == "***"
 
 
-def test_a_helper_is_asked_for_the_hosts_that_it_is_for(tmp_path: Path) -> None:
-    auths = {"a.example": coded("me", "in-the-file"), "b.example": coded("me", "in-the-file")}
-    found = docker(tmp_path, {"auths": auths, "credHelpers": {"a.example": "test", HUB: "test"}})
-    assert found.find("a.example") == Credentials("robot", "from-helper")
-    assert found.find("b.example") == Credentials("me", "in-the-file")
-    assert found.find("docker.io") == Credentials("", "", "from-helper")
+def test_credential_helper_is_used_for_its_hosts(tmp_path: Path) -> None:
+    auths = {"a.example": auth("me", "in-the-file"), "b.example": auth("me", "in-the-file")}
+    user_accounts = load_accounts(
+        tmp_path, {"auths": auths, "credHelpers": {"a.example": "test", HUB: "test"}}
+    )
+    assert user_accounts.find("a.example") == Credentials("robot", "from-helper")
+    assert user_accounts.find("b.example") == Credentials("me", "in-the-file")
+    assert user_accounts.find("docker.io") == Credentials("", "", "from-helper")
 
 
-def test_a_store_is_asked_for_all_and_an_empty_helper_means_the_file(tmp_path: Path) -> None:
-    auths = {"a.example": coded("me", "in-the-file"), "c.example": coded("me", "in-the-file")}
+def test_credential_store_is_used_except_for_an_empty_helper(tmp_path: Path) -> None:
+    auths = {"a.example": auth("me", "in-the-file"), "c.example": auth("me", "in-the-file")}
     config = {"auths": auths, "credsStore": "test", "credHelpers": {"c.example": ""}}
-    found = docker(tmp_path, config)
-    assert found.find("a.example") == Credentials("robot", "from-helper")
-    assert found.find("c.example") == Credentials("me", "in-the-file")
-    assert found.find("empty.example") is None
-    assert found.find("unknown.example") is None
+    user_accounts = load_accounts(tmp_path, config)
+    assert user_accounts.find("a.example") == Credentials("robot", "from-helper")
+    assert user_accounts.find("c.example") == Credentials("me", "in-the-file")
+    assert user_accounts.find("empty.example") is None
+    assert user_accounts.find("unknown.example") is None
 
 
 @pytest.mark.parametrize(
-    ("helper", "host", "why"),
+    ("helper", "host", "reason"),
     [
         ("nowhere", "a.example", "docker-credential-nowhere is not installed"),
         ("test", "locked.example", "docker-credential-test: the key ring is locked"),
@@ -126,16 +128,18 @@ def test_a_store_is_asked_for_all_and_an_empty_helper_means_the_file(tmp_path: P
         ("a\0b", "a.example", "null byte"),
     ],
 )
-def test_a_helper_that_fails_is_an_error_of_one_line(
-    tmp_path: Path, helper: str, host: str, why: str
+def test_failure_of_a_credential_helper_is_one_line(
+    tmp_path: Path, helper: str, host: str, reason: str
 ) -> None:
-    found = docker(tmp_path, {"credsStore": helper, "auths": {host: {}, "b.example": {}}})
-    with pytest.raises(RegistryError) as caught:
-        found.find(host)
-    assert why in str(caught.value)
-    assert str(caught.value).startswith(f"cannot get the account of {host} from Docker's conf")
-    # A build goes on without, as with Docker's command line: its images may be public.
-    assert host not in found.every()
+    user_accounts = load_accounts(
+        tmp_path, {"credsStore": helper, "auths": {host: {}, "b.example": {}}}
+    )
+    with pytest.raises(RegistryError) as error:
+        user_accounts.find(host)
+    assert reason in str(error.value)
+    assert str(error.value).startswith(f"cannot get the account of {host} from Docker's conf")
+    # A build continues without the account, as Docker's does: its images may be public.
+    assert host not in user_accounts.every()
 
 
 @pytest.mark.parametrize(
@@ -149,42 +153,42 @@ def test_a_helper_that_fails_is_an_error_of_one_line(
         '{"auths": {"a.example": {"auth": "\u20ac"}}}', "[" * 100_000,
     ],
 )  # fmt: skip
-def test_a_broken_configuration_has_no_account(tmp_path: Path, config: str) -> None:
+def test_invalid_configuration_has_no_account(tmp_path: Path, config: str) -> None:
     variable = "x" if "\0" in config or "\udcff" in config else config
-    found = docker(tmp_path, config, DOCKER_AUTH_CONFIG=variable)
-    assert found.find("a.example") is None
-    assert found.given == found.every() == {}
+    user_accounts = load_accounts(tmp_path, config, DOCKER_AUTH_CONFIG=variable)
+    assert user_accounts.find("a.example") is None
+    assert user_accounts.given == user_accounts.every() == {}
 
 
-def test_a_configuration_that_cannot_be_read_has_no_account(tmp_path: Path) -> None:
+def test_unreadable_configuration_has_no_account(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     assert docker_accounts({"DOCKER_CONFIG": str(tmp_path)}).find("a.example") is None
 
 
-def test_a_build_has_the_accounts_of_all_hosts_that_are_named(tmp_path: Path) -> None:
+def test_build_has_the_accounts_of_all_configured_hosts(tmp_path: Path) -> None:
     config = {
-        "auths": {"b.example": coded("b", "bee"), "empty.example": {}},
+        "auths": {"b.example": auth("b", "bee"), "empty.example": {}},
         "credHelpers": {"a.example": "test", "locked.example": "test"},
     }
-    variable = json.dumps({"auths": {"c.example": coded("me", "hunter2:€")}})
-    assert docker(tmp_path, config, DOCKER_AUTH_CONFIG=variable).every() == {
+    variable = json.dumps({"auths": {"c.example": auth("me", "hunter2:€")}})
+    assert load_accounts(tmp_path, config, DOCKER_AUTH_CONFIG=variable).every() == {
         "a.example": Credentials("robot", "from-helper"),
         "b.example": Credentials("b", "bee"),
         "c.example": ME,
     }
 
 
-def test_what_is_given_is_written_as_docker_reads_it(tmp_path: Path) -> None:
-    given = {"docker.io": ME, "a.example:5000": Credentials("b", "bee")}
-    text = auth_config(given)
+def test_auth_config_is_written_in_the_format_of_docker(tmp_path: Path) -> None:
+    credentials = {"docker.io": ME, "a.example:5000": Credentials("b", "bee")}
+    text = auth_config(credentials)
     assert sorted(json.loads(text)["auths"]) == ["a.example:5000", HUB]
-    assert docker(tmp_path, {}, DOCKER_AUTH_CONFIG=text).given == given
+    assert load_accounts(tmp_path, {}, DOCKER_AUTH_CONFIG=text).given == credentials
 
 
-# --- Of a project ---------------------------------------------------------------------------
+# --- Accounts of a project ------------------------------------------------------------------
 
 
-def test_the_account_of_the_settings_is_for_the_registry_of_the_image_alone(site: Site) -> None:
+def test_account_of_the_settings_is_used_for_the_registry_of_image_only(site: Site) -> None:
     site.env.update(DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2:€")  # noqa: S106
     project = site.project()
     for reference, account in (
@@ -197,53 +201,53 @@ def test_the_account_of_the_settings_is_for_the_registry_of_the_image_alone(site
         assert credentials_for(project.engine, project.settings, reference) == account
 
 
-def test_the_settings_come_first_then_the_variable_then_the_file(
+def test_account_of_the_settings_precedes_the_variable_and_the_file(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "docker").mkdir()
-    config = {"auths": {f"{host}.test": coded("file", "x") for host in ("registry", "b", "c")}}
+    config = {"auths": {f"{host}.test": auth("file", "x") for host in ("registry", "b", "c")}}
     (tmp_path / "docker" / "config.json").write_text(json.dumps(config))
-    variable = {"auths": {f"{host}.test": coded("variable", "x") for host in ("registry", "b")}}
+    variable = {"auths": {f"{host}.test": auth("variable", "x") for host in ("registry", "b")}}
     monkeypatch.setenv("DOCKER_AUTH_CONFIG", json.dumps(variable))
     site.env.update(
         DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2:€", DOCKER_CONFIG=str(tmp_path / "docker")  # noqa: S106
     )  # fmt: skip
     project = site.project()
-    found = accounts_for(project.engine, project.settings)
-    users = {host: getattr(found.find(f"{host}.test"), "username", "") for host in "bcd"}
+    project_accounts = accounts_for(project.engine, project.settings)
+    users = {host: getattr(project_accounts.find(f"{host}.test"), "username", "") for host in "bcd"}
     assert users == {"b": "variable", "c": "file", "d": ""}
-    assert found.find("registry.test") == ME
+    assert project_accounts.find("registry.test") == ME
 
 
-def test_a_local_registry_gets_its_own_account_whatever_the_settings_have(
+def test_local_registry_always_gets_its_generated_account(
     site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It knows no other."""
+    """It accepts no other account."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     directory = tmp_path / "guix-tasks" / "registry"
     directory.mkdir(parents=True)
     account = Account(directory)
     account.make()
-    (directory / "5056.engine").write_text(site.engine.about.url)
-    site.engine.registry.local_accounts = accounts(site.engine.about)
+    (directory / "5056.engine").write_text(site.engine.details.url)
+    site.engine.registry.local_accounts = accounts(site.engine.details)
     assert site.engine.registry.local_accounts
     site.env.update(
         IMAGE="localhost:5056/app:1", DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2:€"  # noqa: S106
     )  # fmt: skip
     project = site.project()
-    found = accounts_for(project.engine, project.settings)
-    assert found.find("localhost:5056") == account.credentials()
-    assert found.find("127.0.0.1:5056") == account.credentials()
-    assert found.find("localhost:5057") is None
+    project_accounts = accounts_for(project.engine, project.settings)
+    assert project_accounts.find("localhost:5056") == account.credentials()
+    assert project_accounts.find("127.0.0.1:5056") == account.credentials()
+    assert project_accounts.find("localhost:5057") is None
 
 
-def test_without_an_engine_there_is_no_local_registry(site: Site) -> None:
+def test_without_an_engine_local_registries_are_ignored(site: Site) -> None:
     site.env.update(DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2:€")  # noqa: S106
-    nothing = NoEngine(NoEngineError("none"))
-    assert accounts_for(nothing, site.settings()).given == {"registry.test": ME}
+    no_engine = NoEngine(NoEngineError("none"))
+    assert accounts_for(no_engine, site.settings()).given == {"registry.test": ME}
 
 
-def test_a_helper_that_fails_leaves_a_digest_unknown(site: Site, tmp_path: Path) -> None:
+def test_digest_is_unknown_if_the_credential_helper_fails(site: Site, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"credsStore": "nowhere"}')
     site.env["DOCKER_CONFIG"] = str(tmp_path)
     settings = site.settings()

@@ -1,3 +1,5 @@
+"""Use of APT to download and unpack packages of Debian."""
+
 from __future__ import annotations
 
 import platform
@@ -19,14 +21,14 @@ if TYPE_CHECKING:
 MIRROR = "http://mirror.example/debian/"
 
 
-def apt(tmp_path: Path, *suites: str) -> Apt:
+def new_apt(tmp_path: Path, *suites: str) -> Apt:
     suites = suites or ("bookworm", "forky")
-    made = Apt(suites, failure=BuilderError, directory=tmp_path / "apt")
-    made.__dict__.update(mirror=MIRROR, _architecture="amd64")
-    return made
+    apt = Apt(suites, failure=BuilderError, directory=tmp_path / "apt")
+    apt.__dict__.update(mirror=MIRROR, _architecture="amd64")
+    return apt
 
 
-def test_the_address_is_that_of_debians_own_archive() -> None:
+def test_address_of_the_debian_archive_is_found() -> None:
     targets = [
         "Node Source|Node Source|main|https://node.example/",
         "Debian|Debian-Security|main|http://security.example/",
@@ -39,12 +41,12 @@ def test_the_address_is_that_of_debians_own_archive() -> None:
 
 
 @pytest.mark.parametrize("targets", ["", "x", "|||http://unknown.example/", "Ubuntu|Ubuntu|main|x"])
-def test_no_address_where_debian_is_not_among_the_sources(targets: str) -> None:
+def test_sources_without_debian_have_no_address(targets: str) -> None:
     assert debian_address(targets) is None
 
 
 @pytest.mark.parametrize(
-    ("output", "cause"),
+    ("output", "line"),
     [
         ("W: old\nE: Failed to fetch X\nE: Some index files failed\n", "Failed to fetch X"),
         ("Error: Unable to locate package x\n", "Unable to locate package x"),
@@ -53,8 +55,8 @@ def test_no_address_where_debian_is_not_among_the_sources(targets: str) -> None:
         ("", "no output"),
     ],
 )
-def test_error_line_is_the_first_error(output: str, cause: str) -> None:
-    assert error_line(output).startswith(cause)
+def test_error_line_is_the_first_error(output: str, line: str) -> None:
+    assert error_line(output).startswith(line)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_error_line_is_the_first_error(output: str, cause: str) -> None:
         (OSError("no os-release"), None),
     ],
 )
-def test_host_suite(
+def test_host_suite_is_the_codename_of_debian_only(
     monkeypatch: pytest.MonkeyPatch, release: dict[str, str] | OSError, suite: str | None
 ) -> None:
     def answer() -> dict[str, str]:
@@ -78,34 +80,34 @@ def test_host_suite(
     assert host_suite() == suite
 
 
-def test_the_configuration_keeps_to_its_folder(tmp_path: Path) -> None:
-    made = apt(tmp_path)
-    settings = re.findall(r'^(Dir::\S+) "(.*)";$', made._configure(), re.MULTILINE)
+def test_configuration_uses_only_its_directory(tmp_path: Path) -> None:
+    apt = new_apt(tmp_path)
+    settings = re.findall(r'^(Dir::\S+) "(.*)";$', apt._configure(), re.MULTILINE)
     outside = [
         (name, value)
         for name, value in settings
         if value not in ("", "/dev/null", "bookworm-forky.bin")
-        and not value.startswith(str(made.directory))
+        and not value.startswith(str(apt.directory))
     ]
     assert len(settings) >= 8
     assert outside == []
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_a_source_is_signed_where_the_keyring_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+@pytest.mark.parametrize("has_keyring", [True, False])
+def test_source_is_signed_by_an_existing_keyring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_keyring: bool
 ) -> None:
     keyring = tmp_path / "keyring.gpg"
     monkeypatch.setattr(apt_module, "KEYRING", keyring)
-    if there:
+    if has_keyring:
         keyring.touch()
-    source = apt(tmp_path).source("forky")
+    source = new_apt(tmp_path).source("forky")
     assert source.startswith("deb [arch=amd64 ")
     assert source.endswith(f"] {MIRROR} forky main")
-    assert (f"signed-by={keyring}" in source) is there
+    assert (f"signed-by={keyring}" in source) is has_keyring
 
 
-def test_a_host_without_apt_gets_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_apt_has_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(
         EngineError, match=r"apt-get, dpkg or dpkg-deb is not installed.*install Docker"
@@ -113,7 +115,7 @@ def test_a_host_without_apt_gets_one_line(tmp_path: Path, monkeypatch: pytest.Mo
         Apt(["forky"], directory=tmp_path / "apt").update()
 
 
-def test_a_failure_of_apt_is_one_line_of_the_kind_asked_for(
+def test_failure_of_apt_is_one_line_of_the_requested_exception(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(argv: list[str], _cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -121,13 +123,13 @@ def test_a_failure_of_apt_is_one_line_of_the_kind_asked_for(
 
     monkeypatch.setattr(apt_module, "_run", run)
     with pytest.raises(BuilderError) as error:
-        apt(tmp_path)._apt_get("update")
+        new_apt(tmp_path)._apt_get("update")
     assert "\n" not in str(error.value)
     assert "update failed for bookworm forky: Failed to fetch it" in str(error.value)
 
 
-class Unpacking(Apt):
-    """One that downloads nothing, and whose packages cannot be unpacked if they are bad."""
+class OfflineApt(Apt):
+    """An ``Apt`` that creates empty packages in place of a download."""
 
     def update(self) -> None:
         pass
@@ -138,25 +140,25 @@ class Unpacking(Apt):
             (into / f"{package}.deb").touch()
 
 
-def test_unpacked_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lay_out(debs: list[Path], root: Path, failure: type[Exception]) -> None:
+def test_unpacking_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake_unpack(debs: list[Path], root: Path, failure: type[Exception]) -> None:
         root.mkdir()
         for deb in debs:
             if deb.stem == "bad":
                 raise failure("bad package")
             (root / deb.stem).touch()
 
-    monkeypatch.setattr(apt_module, "unpack", lay_out)
-    made, root = Unpacking(["forky"], directory=tmp_path / "apt"), tmp_path / "root"
+    monkeypatch.setattr(apt_module, "unpack", fake_unpack)
+    apt, root = OfflineApt(["forky"], directory=tmp_path / "apt"), tmp_path / "root"
     with pytest.raises(EngineError):
-        made.unpack(["one", "bad"], root)
+        apt.unpack(["one", "bad"], root)
     assert not root.exists()
-    made.unpack(["one", "two"], root)
+    apt.unpack(["one", "two"], root)
     assert sorted(path.name for path in root.iterdir()) == ["one", "two"]
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
 
 
-def test_a_package_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(argv: list[str], _cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(argv, 2, "", "dpkg-deb: error: no archive\n")
 
@@ -165,7 +167,7 @@ def test_a_package_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         unpack([tmp_path / "x.deb"], tmp_path / "root", BuilderError)
 
 
-def test_no_module_names_a_mirror_or_a_registry() -> None:
+def test_modules_contain_no_mirror_or_registry() -> None:
     (directory,) = guix_tasks.bootstrap.__path__
     for module in Path(directory).glob("*.py"):
         hosts = re.findall(

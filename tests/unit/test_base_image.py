@@ -1,3 +1,5 @@
+"""Base images from mmdebstrap."""
+
 from __future__ import annotations
 
 import io
@@ -17,63 +19,64 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def console() -> tuple[Console, io.StringIO]:
-    heard = io.StringIO()
-    return Console(err=heard), heard
+def new_console() -> tuple[Console, io.StringIO]:
+    messages = io.StringIO()
+    return Console(err=messages), messages
 
 
-def stream(script: str, to: Console) -> list[bytes]:
-    return list(base_image._stream(["sh", "-c", script], dict(os.environ), to))
+def stream(script: str, console: Console) -> list[bytes]:
+    return list(base_image._stream(["sh", "-c", script], dict(os.environ), console))
 
 
-def test_what_is_written_is_handed_on_and_progress_is_said() -> None:
-    to, heard = console()
+def test_output_is_streamed_and_progress_is_printed() -> None:
+    console, messages = new_console()
     script = "echo 'I: extracting' >&2; echo 'I: running --setup-hook x' >&2; printf tar"
-    assert b"".join(stream(script, to)) == b"tar"
-    assert heard.getvalue() == "  extracting\n"
+    assert b"".join(stream(script, console)) == b"tar"
+    assert messages.getvalue() == "  extracting\n"
 
 
-def test_a_failure_names_the_first_cause() -> None:
-    to, heard = console()
+def test_failure_names_the_first_error() -> None:
+    console, messages = new_console()
     script = "printf half; printf 'Reading\\nE: no mirror\\nE: mmdebstrap failed\\n' >&2; exit 2"
     with pytest.raises(BuilderError, match=r"^mmdebstrap failed: no mirror; its output"):
-        stream(script, to)
-    assert "  Reading\n" in heard.getvalue()
+        stream(script, console)
+    assert "  Reading\n" in messages.getvalue()
 
 
-def test_a_failure_without_a_word_names_the_code() -> None:
+def test_failure_without_output_names_the_exit_code() -> None:
     with pytest.raises(BuilderError, match="exit code 7"):
-        stream("exit 7", console()[0])
+        stream("exit 7", new_console()[0])
 
 
-def test_where_nobody_reads_on_it_is_ended(tmp_path: Path) -> None:
-    gone = tmp_path / "gone"
-    script = (
-        f"trap 'touch {gone}; exit 1' TERM; head -c 1048576 /dev/zero; while :; do sleep 0.05; done"
-    )
-    chunks = base_image._stream(["sh", "-c", script], dict(os.environ), console()[0])
-    started = time.monotonic()
+def test_program_is_ended_if_its_output_is_not_read(tmp_path: Path) -> None:
+    marker = tmp_path / "gone"
+    loop = "head -c 1048576 /dev/zero; while :; do sleep 0.05; done"
+    script = f"trap 'touch {marker}; exit 1' TERM; {loop}"
+    chunks = base_image._stream(["sh", "-c", script], dict(os.environ), new_console()[0])
+    start = time.monotonic()
     assert len(next(chunks)) == 1 << 20
     chunks.close()  # type: ignore[attr-defined]
-    assert gone.exists()
-    assert time.monotonic() - started < 5
+    assert marker.exists()
+    assert time.monotonic() - start < 5
 
 
-def test_not_root_and_no_user_namespaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_root_and_user_namespaces_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(apt, "host_suite", lambda: "bookworm")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BuilderError, match=r"needs root, or newuidmap .*BASE_IMAGE"):
-        next(debian_rootfs(console()[0]))
+        next(debian_rootfs(new_console()[0]))
 
 
-def test_not_debian(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_host_other_than_debian_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apt, "host_suite", lambda: None)
     with pytest.raises(BuilderError, match="on Debian or in a Debian container"):
-        next(debian_rootfs(console()[0]))
+        next(debian_rootfs(new_console()[0]))
 
 
-def test_only_the_way_to_the_mirror_is_taken_from_the_machine(
+def test_only_network_settings_of_apt_are_inherited(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dump = 'APT::Architecture "amd64";\nAcquire::http::Proxy "http://p.example";\nDir "/";\n'
@@ -85,7 +88,7 @@ def test_only_the_way_to_the_mirror_is_taken_from_the_machine(
     assert base_image._machine_settings() == 'Acquire::http::Proxy "http://p.example";\n'
 
 
-def test_the_shell_in_it_is_sound() -> None:
+def test_shell_code_is_valid() -> None:
     hooks = [
         option.partition("=")[2]
         for option in mmdebstrap_argv(base_image.PACKAGES)
@@ -97,16 +100,16 @@ def test_the_shell_in_it_is_sound() -> None:
         subprocess.run([shell, "-n", "-c", text], check=True)
 
 
-def test_hooks_do_what_they_say(tmp_path: Path) -> None:
+def test_hooks_remove_documentation_but_keep_licenses(tmp_path: Path) -> None:
     kept = ["usr/share/doc/x/copyright", "usr/lib/libx.so", "usr/share/guile/a.scm"]
-    gone = ["usr/share/doc/x/README", "usr/share/man/man1/x.1", "usr/include/x.h", "usr/lib/x.a"]
-    for name in (*kept, *gone):
+    removed = ["usr/share/doc/x/README", "usr/share/man/man1/x.1", "usr/include/x.h", "usr/lib/x.a"]
+    for name in (*kept, *removed):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     for hook in (base_image._BEFOREHAND, base_image._AFTERWARDS):
         subprocess.run(["sh", "-c", hook, "hook", str(tmp_path)], check=True)
-    assert [name for name in (*kept, *gone) if (tmp_path / name).exists()] == kept
+    assert [name for name in (*kept, *removed) if (tmp_path / name).exists()] == kept
     slim = (tmp_path / "etc/dpkg/dpkg.cfg.d/slim").read_text().splitlines()
     assert "path-exclude=/usr/share/man/*" in slim
     assert slim.index("path-exclude=/usr/share/doc/*") < slim.index(
@@ -114,19 +117,19 @@ def test_hooks_do_what_they_say(tmp_path: Path) -> None:
     )
 
 
-def test_options_of_programs_in_the_environment_do_not_reach_mmdebstrap(
+def test_environment_of_mmdebstrap_has_no_options_of_programs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hostile = {"TAR_OPTIONS": "--exclude=*", "SOURCE_DATE_EPOCH": "1", "PERL5OPT": "-Mx"}
     for name, value in {**hostile, "http_proxy": "http://p.test", "LANGUAGE": "de"}.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "mmdebstrap").mkdir()
-    environment = base_image._mmdebstrap(apt.Apt(["sid"], directory=tmp_path), console()[0])
+    environment = base_image._mmdebstrap(apt.Apt(["sid"], directory=tmp_path), new_console()[0])
     assert not hostile.keys() & environment.keys()
     assert environment["http_proxy"] == "http://p.test"
     assert environment["LANGUAGE"] == "C"
 
 
-def test_only_a_base_with_guix_gets_build_users() -> None:
+def test_build_users_are_created_only_with_guix() -> None:
     assert "guixbuild" in " ".join(mmdebstrap_argv(base_image.PACKAGES))
     assert "guixbuild" not in " ".join(mmdebstrap_argv(()))

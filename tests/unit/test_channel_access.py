@@ -39,13 +39,13 @@ def site(tmp_path: Path) -> Site:
 
 
 @contextmanager
-def an_agent(asked: list[bytes]) -> Iterator[str]:
-    """An SSH agent that repeats what it is asked."""
+def run_agent(requests: list[bytes]) -> Iterator[str]:
+    """Run an SSH agent that records and repeats its requests."""
 
     class Agent(socketserver.BaseRequestHandler):
         def handle(self) -> None:
             while data := self.request.recv(1 << 16):
-                asked.append(data)
+                requests.append(data)
                 self.request.sendall(data)
 
     with tempfile.TemporaryDirectory() as directory:
@@ -129,62 +129,62 @@ def test_missing_agent_or_known_hosts_is_an_error(
 
 
 def test_remote_engine_cannot_use_the_agent(site: Site) -> None:
-    far = FakeEngine(url="tcp://far.test:2376")
+    engine = FakeEngine(url="tcp://far.test:2376")
     site.env["SSH_KNOWN_HOSTS"] = str(site.write("hosts", "x"))
-    with an_agent([]) as agent:
+    with run_agent([]) as agent:
         site.env["SSH_AUTH_SOCK"] = agent
         with (
             pytest.raises(UsageError, match="is on another machine"),
-            grant_access(far, site.settings(), BY_SSH),
+            grant_access(engine, site.settings(), BY_SSH),
         ):
             pass
 
 
-def test_temporary_directory_that_is_too_long_for_the_relay_is_named(
+def test_long_path_of_the_temporary_directory_is_reported(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.env["SSH_KNOWN_HOSTS"] = str(site.write("hosts", "x"))
-    long = tmp_path / ("x" * 100)
-    long.mkdir()
-    with an_agent([]) as agent:
-        monkeypatch.setattr(tempfile, "tempdir", str(long))
+    directory = tmp_path / ("x" * 100)
+    directory.mkdir()
+    with run_agent([]) as agent:
+        monkeypatch.setattr(tempfile, "tempdir", str(directory))
         site.env["SSH_AUTH_SOCK"] = agent
         access = grant_access(site.engine, site.settings(), BY_SSH)
         with pytest.raises(UsageError, match=r"longer than 107 bytes; set TMPDIR"), access:
             pass
 
 
-def test_relay_passes_on_only_list_and_sign(site: Site) -> None:
+def test_relay_forwards_only_list_and_sign(site: Site) -> None:
     site.env["SSH_KNOWN_HOSTS"] = str(site.write("hosts", "x"))
-    asked: list[bytes] = []
-    with an_agent(asked) as agent:
+    requests: list[bytes] = []
+    with run_agent(requests) as agent:
         site.env["SSH_AUTH_SOCK"] = agent
         with grant_access(site.engine, site.settings(), BY_SSH) as access:
             (bind,) = access.binds
-            place, _, target = bind.partition(":")
+            source, _, target = bind.partition(":")
             assert target == AGENT
-            assert Path(place).parent.stat().st_mode & 0o777 == 0o700
+            assert Path(source).parent.stat().st_mode & 0o777 == 0o700
             with socket.socket(socket.AF_UNIX) as client:
-                client.connect(place)
+                client.connect(source)
                 for kind in (LIST, ADD, SIGN, REMOVE_ALL, LOCK):
-                    sent = message(kind, b"x" * 5000)
-                    client.sendall(sent)
-                    got = b""
-                    while len(got) < 5:
-                        got += client.recv(1 << 16)
+                    request = message(kind, b"x" * 5000)
+                    client.sendall(request)
+                    reply = b""
+                    while len(reply) < 5:
+                        reply += client.recv(1 << 16)
                     if kind in (LIST, SIGN):
-                        while len(got) < len(sent):
-                            got += client.recv(1 << 16)
-                        assert got == sent
+                        while len(reply) < len(request):
+                            reply += client.recv(1 << 16)
+                        assert reply == request
                     else:
-                        assert got == message(5), "a failure"
-        assert not Path(place).exists()
-    assert {data[4] for data in asked} <= {LIST, SIGN, ord("x")}
-    assert b"".join(asked) == message(LIST, b"x" * 5000) + message(SIGN, b"x" * 5000)
+                        assert reply == message(5), "failure"
+        assert not Path(source).exists()
+    assert {data[4] for data in requests} <= {LIST, SIGN, ord("x")}
+    assert b"".join(requests) == message(LIST, b"x" * 5000) + message(SIGN, b"x" * 5000)
 
 
 @pytest.mark.parametrize(
-    ("proxy", "network", "is_out"),
+    ("proxy", "network", "is_unreachable"),
     [
         ("http://127.0.0.1:3128", "", True),
         ("http://me:x@localhost:3128", "somewhere", True),
@@ -195,10 +195,12 @@ def test_relay_passes_on_only_list_and_sign(site: Site) -> None:
         ("http://[", "", False),
     ],
 )
-def test_proxy_on_loopback_is_reported(site: Site, proxy: str, network: str, is_out: bool) -> None:
+def test_proxy_on_loopback_is_reported(
+    site: Site, proxy: str, network: str, is_unreachable: bool
+) -> None:
     site.env.update(https_proxy=proxy, no_proxy="localhost", NETWORK=network)
-    why = proxy_error_line(site.engine, site.settings())
-    assert ("set NETWORK=host" in why) == is_out
-    if is_out:
-        assert "https_proxy" in why
-        assert "me:" not in why
+    line = proxy_error_line(site.engine, site.settings())
+    assert ("set NETWORK=host" in line) == is_unreachable
+    if is_unreachable:
+        assert "https_proxy" in line
+        assert "me:" not in line

@@ -1,4 +1,4 @@
-"""Parts of a CI job's log that can be folded, and that no build can close or misuse."""
+"""Foldable groups in the log of a CI job, which a build can neither close nor misuse."""
 
 from __future__ import annotations
 
@@ -21,61 +21,61 @@ def err() -> io.StringIO:
     return io.StringIO()
 
 
-def in_job(monkeypatch: pytest.MonkeyPatch, job: dict[str, str]) -> None:
+def enter_job(monkeypatch: pytest.MonkeyPatch, job: dict[str, str]) -> None:
     for name, value in job.items():
         monkeypatch.setenv(name, value)
 
 
-def test_github_obeys_nothing_in_a_group(monkeypatch: pytest.MonkeyPatch, err: io.StringIO) -> None:
-    in_job(monkeypatch, GITHUB)
+def test_group_disables_commands_of_github(
+    monkeypatch: pytest.MonkeyPatch, err: io.StringIO
+) -> None:
+    enter_job(monkeypatch, GITHUB)
     console = Console(err=err)
     with console.step("install") as step:
         step.log([b"::set-env name=PATH::/evil", b"::endgroup::", b"##[add-path]/evil"])
     console.print("install: done")
-    start, stop, *foreign, go_on, end, said = err.getvalue().splitlines()
-    word = stop.removeprefix("::stop-commands::")
-    assert re.fullmatch("[0-9a-f]{32}", word)
-    assert (start, go_on, end, said) == (
-        "::group::install", f"::{word}::", "::endgroup::", "install: done",
+    start, stop, *lines, resume, end, message = err.getvalue().splitlines()
+    token = stop.removeprefix("::stop-commands::")
+    assert re.fullmatch("[0-9a-f]{32}", token)
+    assert (start, resume, end, message) == (
+        "::group::install", f"::{token}::", "::endgroup::", "install: done",
     )  # fmt: skip
-    assert foreign == ["::set-env name=PATH::/evil", "::endgroup::", "##[add-path]/evil"]
+    assert lines == ["::set-env name=PATH::/evil", "::endgroup::", "##[add-path]/evil"]
 
 
-def test_each_group_has_a_word_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, err: io.StringIO
-) -> None:
-    in_job(monkeypatch, GITHUB)
+def test_each_group_has_a_unique_token(monkeypatch: pytest.MonkeyPatch, err: io.StringIO) -> None:
+    enter_job(monkeypatch, GITHUB)
     for _ in range(2):
         with Console(err=err).step("x"):
             pass
-    words = re.findall("::stop-commands::(.*)", err.getvalue())
-    assert len({*words}) == 2
+    tokens = re.findall("::stop-commands::(.*)", err.getvalue())
+    assert len({*tokens}) == 2
 
 
-def test_gitlab_has_a_closed_section(monkeypatch: pytest.MonkeyPatch, err: io.StringIO) -> None:
-    in_job(monkeypatch, GITLAB)
+def test_gitlab_section_is_collapsed(monkeypatch: pytest.MonkeyPatch, err: io.StringIO) -> None:
+    enter_job(monkeypatch, GITLAB)
     with Console(err=err).step("a stage/x") as step:
         step.log([b"a line"])
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"section_start:(\d+):(a_stage_x_[0-9a-f]{8})\[collapsed=true\]\r\x1b\[0Ka stage/x\n"
         r"a line\n"
         r"section_end:(\d+):(\S+)\r\x1b\[0K\n",
         err.getvalue(),
     )
-    assert found
-    assert found[2] == found[4]
-    assert int(found[3]) >= int(found[1])
+    assert match
+    assert match[2] == match[4]
+    assert int(match[3]) >= int(match[1])
 
 
 @pytest.mark.parametrize("job", [GITHUB, GITLAB])
 @pytest.mark.parametrize("error", [StageError("no\n::warning::x"), KeyboardInterrupt()])
-def test_a_group_is_closed_before_the_error(
+def test_group_is_closed_before_the_error(
     monkeypatch: pytest.MonkeyPatch,
     err: io.StringIO,
     job: dict[str, str],
     error: BaseException,
 ) -> None:
-    in_job(monkeypatch, job)
+    enter_job(monkeypatch, job)
     console = Console(err=err)
     with suppress(type(error)), console.step("install") as step:
         step.log([b"a line"])
@@ -84,46 +84,42 @@ def test_a_group_is_closed_before_the_error(
     assert re.search(r"no end\n(::[0-9a-f]{32}::\n::endgroup::\n|section_end\S+\r\x1b\[0K\n)\Z",
                      err.getvalue())  # fmt: skip
     console.error(str(error) or "stopped")
-    said = err.getvalue().splitlines()
-    assert [each for each in said if each.startswith("error: ")] == [
+    lines = err.getvalue().splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == [
         f"error: {str(error) or 'stopped'}".replace("\n", r"\n")
     ]
-    assert [each for each in said if each.startswith("::error::")] == (
+    assert [line for line in lines if line.startswith("::error::")] == (
         [f"::error::{str(error) or 'stopped'}".replace("\n", r"\n")] if job is GITHUB else []
     )
-    assert not any(each.startswith("::warning") for each in said)
+    assert not any(line.startswith("::warning") for line in lines)
 
 
-def test_an_annotation_has_no_secret_and_no_escape(
-    monkeypatch: pytest.MonkeyPatch, err: io.StringIO
-) -> None:
-    in_job(monkeypatch, GITHUB)
+def test_annotation_is_redacted(monkeypatch: pytest.MonkeyPatch, err: io.StringIO) -> None:
+    enter_job(monkeypatch, GITHUB)
     redact.add("hunter2")
     Console(err=err).error("100% of hunter2")
     assert err.getvalue() == "error: 100% of ***\n::error::100%25 of ***\n"
 
 
 @pytest.mark.parametrize("display", [Display.QUIET, Display.LIVE])
-def test_where_no_log_is_shown_nothing_is_folded(
+def test_hidden_log_has_no_group(
     monkeypatch: pytest.MonkeyPatch, err: io.StringIO, display: Display
 ) -> None:
-    in_job(monkeypatch, GITHUB)
+    enter_job(monkeypatch, GITHUB)
     with Console(err=err, display=display).step("x") as step:
         step.log([b"a line"])
     assert err.getvalue() == ""
 
 
-def test_a_part_of_a_step_is_no_group_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, err: io.StringIO
-) -> None:
-    in_job(monkeypatch, GITHUB)
+def test_nested_step_has_no_group(monkeypatch: pytest.MonkeyPatch, err: io.StringIO) -> None:
+    enter_job(monkeypatch, GITHUB)
     console = Console(err=err)
-    with console.step("install") as whole, console.step("install") as part:
-        assert part is whole
+    with console.step("install") as outer, console.step("install") as inner:
+        assert inner is outer
     assert err.getvalue().count("::group::") == 1
 
 
-def test_no_fold_outside_of_a_job(err: io.StringIO) -> None:
+def test_group_is_only_used_in_a_job(err: io.StringIO) -> None:
     console = Console(err=err)
     with suppress(EngineError), console.step("x") as step:
         step.log([b"a line"])

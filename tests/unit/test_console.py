@@ -1,4 +1,4 @@
-"""What a person sees: where it goes, and how sizes and times are said."""
+"""Output of the console, and the format of sizes and times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 import shlex
 
 import pytest
-from fake_engine import STEADY, Heard
+from fake_engine import DETERMINISTIC, BufferConsole
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ from guix_tasks.ui.log import LogReader
 
 
 @pytest.mark.parametrize(
-    ("size", "said"),
+    ("size", "text"),
     [
         (0, "0 B"),
         (1, "1 B"),
@@ -33,21 +33,21 @@ from guix_tasks.ui.log import LogReader
         (2_500_000_000_000, "2.5 TB"),
     ],
 )
-def test_a_size(size: int, said: str) -> None:
-    assert human_size(size) == said
+def test_size_has_a_unit(size: int, text: str) -> None:
+    assert human_size(size) == text
 
 
 @pytest.mark.parametrize("size", [999_600, 999_999, 999_500_000, 999_999_999_999])
-def test_a_size_that_is_rounded_up_takes_the_next_unit(size: int) -> None:
+def test_size_is_rounded_up_to_the_next_unit(size: int) -> None:
     assert re.fullmatch(r"1 (MB|GB|TB)", human_size(size))
 
 
-@STEADY
+@DETERMINISTIC
 @given(st.integers(0, 10**15))
-def test_any_size_has_three_digits_and_a_unit(size: int) -> None:
+def test_size_has_three_digits_and_a_unit(size: int) -> None:
     text = human_size(size)
     if "e+" in text:
-        return  # see above
+        return  # test_size_is_rounded_up_to_the_next_unit
     number, unit = text.split(" ")
     value = float(number) * 1000 ** ["B", "kB", "MB", "GB", "TB"].index(unit)
     assert abs(value - size) <= size / 100
@@ -55,11 +55,12 @@ def test_any_size_has_three_digits_and_a_unit(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"),
+    ("seconds", "text"),
     [
         (0, "0.0 s"),
         (3.24, "3.2 s"),
         (59.9, "59.9 s"),
+        (59.96, "1 min 0 s"),
         (60, "1 min 0 s"),
         (119.7, "2 min 0 s"),
         (250, "4 min 10 s"),
@@ -68,39 +69,35 @@ def test_any_size_has_three_digits_and_a_unit(size: int) -> None:
         (100_000, "27 h 46 min"),
     ],
 )
-def test_a_time(seconds: float, said: str) -> None:
-    assert human_time(seconds) == said
-
-
-def test_a_time_that_is_rounded_up_takes_the_next_unit() -> None:
-    assert human_time(59.96) == "1 min 0 s"
+def test_time_has_a_unit(seconds: float, text: str) -> None:
+    assert human_time(seconds) == text
 
 
 def test_standard_output_contains_only_results(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console()
     console.result("result")
-    console.print("said")
+    console.print("message")
     console.warn("careful")
     console.error("wrong")
     console.command(["docker", "run", "a b"])
     console.stream(b"log\n")
     console.stream(b"output\n", error=False)
-    seen = capsys.readouterr()
-    assert seen.out == "result\noutput\n"
-    assert seen.err.splitlines() == [
-        "said", "warning: careful", "error: wrong", "+ docker run 'a b'", "log",
+    output = capsys.readouterr()
+    assert output.out == "result\noutput\n"
+    assert output.err.splitlines() == [
+        "message", "warning: careful", "error: wrong", "+ docker run 'a b'", "log",
     ]  # fmt: skip
 
 
-@STEADY
+@DETERMINISTIC
 @given(st.lists(st.text().filter(str.isprintable), min_size=1))
-def test_a_command_can_be_pasted(argv: list[str]) -> None:
-    console = Heard()
+def test_command_is_quoted_for_a_shell(argv: list[str]) -> None:
+    console = BufferConsole()
     console.command(argv)
     assert shlex.split(console.text.removeprefix("+ ")) == argv
 
 
-def test_a_stream_is_handed_on_byte_by_byte() -> None:
+def test_stream_is_printed_unchanged() -> None:
     raw = io.BytesIO()
     console = Console(err=io.TextIOWrapper(raw, encoding="ascii"))
     console.stream(b"\xff\xc3")
@@ -108,13 +105,13 @@ def test_a_stream_is_handed_on_byte_by_byte() -> None:
     assert raw.getvalue() == b"\xff\xc3\xa9\n"
 
 
-def test_result_that_the_locale_cannot_show_is_escaped() -> None:
+def test_result_outside_the_locale_is_escaped() -> None:
     raw = io.BytesIO()
     Console(out=io.TextIOWrapper(raw, encoding="ascii")).result("one café")
     assert raw.getvalue() == rb"one caf\xe9" + b"\n"
 
 
-def test_a_stream_and_lines_keep_their_order() -> None:
+def test_stream_and_lines_keep_their_order() -> None:
     raw = io.BytesIO()
     console = Console(err=io.TextIOWrapper(raw, encoding="utf-8"))
     console.print("one")
@@ -123,21 +120,21 @@ def test_a_stream_and_lines_keep_their_order() -> None:
     assert raw.getvalue() == b"one\ntwo\nthree\n"
 
 
-def test_a_table_has_columns_as_wide_as_they_need() -> None:
-    console = Heard()
+def test_columns_of_a_table_are_aligned() -> None:
+    console = BufferConsole()
     console.table(("a", "long header"), [("long cell", "x"), ("", "")])
     assert console.results.getvalue() == "a          long header\nlong cell  x\n\n"
 
 
 class Terminal(io.StringIO):
-    """A terminal as wide as COLUMNS says."""
+    """A terminal with the width of ``COLUMNS``."""
 
     def isatty(self) -> bool:
         return True
 
 
 @pytest.mark.parametrize(
-    ("columns", "terminal", "shown"),
+    ("columns", "terminal", "table"),
     [
         (9, True, "a  b\n1  222222\n"),
         (8, True, "b\n222222\n"),
@@ -146,16 +143,16 @@ class Terminal(io.StringIO):
     ],
 )
 def test_first_table_that_fits_is_printed(
-    monkeypatch: pytest.MonkeyPatch, columns: int, terminal: bool, shown: str
+    monkeypatch: pytest.MonkeyPatch, columns: int, terminal: bool, table: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     out = Terminal() if terminal else io.StringIO()
     Console(out=out).table(("a", "b"), [("1", "222222")], narrower=[(("b",), [("222222",)])])
-    assert out.getvalue() == shown
+    assert out.getvalue() == table
 
 
-def test_a_push_says_a_line_a_layer() -> None:
-    console = Heard()
+def test_push_prints_a_line_for_each_layer() -> None:
+    console = BufferConsole()
     with console.step("push x", has_log=False) as step:
         progress = TransferProgress(console, "push x", step)
         for layer, status, current, total in (
@@ -175,8 +172,8 @@ def test_a_push_says_a_line_a_layer() -> None:
     ]
 
 
-def test_what_is_unpacked_after_a_pull_does_not_count_as_moved() -> None:
-    console = Heard()
+def test_extracted_bytes_do_not_count_as_transferred() -> None:
+    console = BufferConsole()
     with console.step("pull x", has_log=False) as step:
         progress = TransferProgress(console, "pull x", step)
         progress("aaa", "Downloading", 500, 1000)
@@ -197,10 +194,10 @@ def test_what_is_unpacked_after_a_pull_does_not_count_as_moved() -> None:
         ([("Pushed", 0, 0)], False, "small layers moved"),
     ],
 )
-def test_bytes_that_the_engine_does_not_report_are_not_taken_for_none(
+def test_summary_allows_for_unreported_bytes(
     events: list[tuple[str, int, int]], exact: bool, summary: str
 ) -> None:
-    console = Heard()
+    console = BufferConsole()
     with console.step("push x", has_log=False) as step:
         progress = TransferProgress(console, "push x", step)
         for status, current, total in events:
@@ -213,29 +210,29 @@ def test_bytes_that_the_engine_does_not_report_are_not_taken_for_none(
 
 # --- Logs -----------------------------------------------------------------------------------
 
-PIECES = [b"one\ntw", b"o\r 10%\r\x1b[K 100%\nb\xe9\xff", b"\0", b"\n", b"no end"]
+CHUNKS = [b"one\ntw", b"o\r 10%\r\x1b[K 100%\nb\xe9\xff", b"\0", b"\n", b"no end"]
 
 
-def shown(kept: io.BytesIO | None, *pieces: bytes) -> list[bytes]:
+def read_log(file: io.BytesIO | None, *chunks: bytes) -> list[bytes]:
     lines: list[bytes] = []
-    log = LogReader(lines.extend, kept)
-    for piece in pieces or PIECES:
-        log.add(piece)
+    log = LogReader(lines.extend, file)
+    for chunk in chunks or CHUNKS:
+        log.add(chunk)
     log.end()
     return lines
 
 
-def test_a_log_is_kept_byte_by_byte_whatever_is_shown() -> None:
-    kept = io.BytesIO()
-    shown(kept)
-    assert kept.getvalue() == b"".join(PIECES)
+def test_file_of_a_log_is_unchanged() -> None:
+    file = io.BytesIO()
+    read_log(file)
+    assert file.getvalue() == b"".join(CHUNKS)
 
 
-def test_a_log_is_shown_the_same_where_it_is_kept() -> None:
-    assert shown(io.BytesIO()) == shown(None) == [b"one", b" 100%", b"b\xe9\xff", b"no end"]
+def test_log_with_a_file_is_shown_the_same() -> None:
+    assert read_log(io.BytesIO()) == read_log(None) == [b"one", b" 100%", b"b\xe9\xff", b"no end"]
 
 
-def test_log_is_shown_after_its_file_cannot_be_written() -> None:
+def test_log_is_shown_if_its_file_cannot_be_written() -> None:
     class Full(io.BytesIO):
         calls = 0
 
@@ -243,12 +240,12 @@ def test_log_is_shown_after_its_file_cannot_be_written() -> None:
             Full.calls += 1
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    assert shown(Full()) == shown(None)
+    assert read_log(Full()) == read_log(None)
     assert Full.calls == 1
 
 
 @pytest.mark.parametrize(
-    ("line", "left"),
+    ("line", "expected"),
     [
         (b"plain, caf\xc3\xa9\tand a tab", b"plain, caf\xc3\xa9\tand a tab"),
         (b"\x1b[1;31mred\x1b[0m", b"red"),
@@ -263,22 +260,22 @@ def test_log_is_shown_after_its_file_cannot_be_written() -> None:
         (b"\x1b[?25l\x1b[2J\x1b[>c\x1b(B.", b"."),
     ],
 )
-def test_a_line_of_a_log_controls_no_terminal(line: bytes, left: bytes) -> None:
-    assert shown(None, line + b"\n") == [left]
+def test_terminal_sequences_are_removed_from_a_log(line: bytes, expected: bytes) -> None:
+    assert read_log(None, line + b"\n") == [expected]
 
 
-@STEADY
+@DETERMINISTIC
 @given(st.lists(st.binary()))
-def test_no_log_controls_a_terminal(pieces: list[bytes]) -> None:
-    for line in shown(None, *pieces, b"\n"):
+def test_log_never_has_control_characters(chunks: list[bytes]) -> None:
+    for line in read_log(None, *chunks, b"\n"):
         assert not re.search(rb"[\x00-\x08\x0a-\x1f\x7f]|\xc2[\x80-\x9f]", line)
 
 
-# --- What others word -----------------------------------------------------------------------
+# --- Messages -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [
         ("café → 漢字", "café → 漢字"),
         ("\x1b[2J\x9b\a", r"\x1b[2J\x9b\x07"),
@@ -286,22 +283,22 @@ def test_no_log_controls_a_terminal(pieces: list[bytes]) -> None:
         ("\u202e\u200f\udcff", r"\u202e\u200f\udcff"),
     ],
 )
-def test_control_characters_are_escaped(text: str, shown: str) -> None:
-    assert printable(text) == shown
-    console = Heard()
+def test_control_characters_are_escaped(text: str, expected: str) -> None:
+    assert printable(text) == expected
+    console = BufferConsole()
     console.error(text)
     console.warn(text)
     console.table([text], [[text]])
-    assert console.text == f"{shown}\n{shown}\nerror: {shown}\nwarning: {shown}\n"
+    assert console.text == f"{expected}\n{expected}\nerror: {expected}\nwarning: {expected}\n"
 
 
-def test_a_message_of_ours_may_have_several_lines() -> None:
-    console = Heard()
+def test_message_can_have_several_lines() -> None:
+    console = BufferConsole()
     console.print("one\n\ttwo\x1b")
     assert console.text == "one\n\ttwo\\x1b\n"
 
 
-def test_no_lines_of_a_log_print_nothing() -> None:
+def test_empty_part_of_a_log_prints_nothing() -> None:
     err = io.StringIO()
     console = Console(out=io.StringIO(), err=err)
     console.put(b"one\n")

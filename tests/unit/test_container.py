@@ -1,4 +1,4 @@
-"""Work containers: what they are, what is copied into them, and that none is left."""
+"""Work containers: their configuration, their files and their removal."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fake_engine import (
     BASE_CONFIG,
+    DETERMINISTIC,
     IMAGE,
-    STEADY,
     FakeEngine,
     Killed,
     Site,
     another_process,
-    heard,
+    console_text,
     new_site,
 )
 from hypothesis import given
@@ -79,28 +79,26 @@ def spec_of(site: Site, work: Work = WORK) -> ContainerSpec:
 NAMES = st.from_regex(r"[a-z]{1,3}(/[a-z]{1,3}){0,2}", fullmatch=True)
 
 
-@STEADY
+@DETERMINISTIC
 @given(st.dictionaries(NAMES, st.binary(max_size=20), max_size=4))
 def test_archive_contains_its_files_in_the_directory(files: dict[str, bytes]) -> None:
     with tarfile.open(fileobj=io.BytesIO(archive(files))) as tar:
         members = tar.getmembers()
-        found = {
-            f"/{each.name}": file.read() for each in members if (file := tar.extractfile(each))
-        }
-    assert found == {f"{WORK_DIRECTORY}/{name}": content for name, content in files.items()}
-    seen: set[str] = set()
+        contents = {f"/{m.name}": file.read() for m in members if (file := tar.extractfile(m))}
+    assert contents == {f"{WORK_DIRECTORY}/{name}": content for name, content in files.items()}
+    names: set[str] = set()
     for member in members:
-        above = os.path.dirname(member.name)  # noqa: PTH120 -- "" for none, not "."
-        known = above in seen or f"/{above}" == os.path.dirname(WORK_DIRECTORY)  # noqa: PTH120
-        assert known, "a directory comes before what is in it"
-        seen.add(member.name)
+        parent = os.path.dirname(member.name)  # noqa: PTH120 -- "" for none, not "."
+        has_parent = parent in names or f"/{parent}" == os.path.dirname(WORK_DIRECTORY)  # noqa: PTH120
+        assert has_parent, "a directory precedes its content"
+        names.add(member.name)
         assert member.uid == member.gid == 0
 
 
-def test_only_scripts_are_executable_and_only_root_reads_the_rest() -> None:
+def test_only_scripts_are_executable_and_other_files_are_private() -> None:
     files = {"a": b"#!/bin/sh\n", "b": b"x", "c/d": b"y"}
     with tarfile.open(fileobj=io.BytesIO(archive(files))) as tar:
-        modes = {each.name: each.mode for each in tar}
+        modes = {member.name: member.mode for member in tar}
     root = WORK_DIRECTORY.lstrip("/")
     assert modes == {
         root: 0o755, f"{root}/a": 0o755, f"{root}/b": 0o600,
@@ -127,13 +125,13 @@ def with_proxies(settings: Settings, proxies: dict[str, str]) -> Settings:
     return replace(settings, proxies=proxies)
 
 
-@hypothesis_settings(STEADY, max_examples=10)
+@hypothesis_settings(DETERMINISTIC, max_examples=10)
 @given(
     value=st.text(
         st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=30
     )
 )
-def test_no_value_of_the_environment_reaches_a_shell_unquoted(
+def test_values_of_the_environment_are_quoted_for_the_shell(
     tmp_path_factory: pytest.TempPathFactory, value: str
 ) -> None:
     site = new_site(tmp_path_factory.getbasetemp() / "environment")
@@ -143,12 +141,12 @@ def test_no_value_of_the_environment_reaches_a_shell_unquoted(
         content = site.engine.all_containers[container].read(f"{WORK_DIRECTORY}/environment")
     assert content is not None
     script = content.decode() + 'printf %s "$https_proxy"\n'
-    done = subprocess.run(["sh"], input=script.encode(), capture_output=True, check=True)
-    assert done.stdout.decode() == value
+    result = subprocess.run(["sh"], input=script.encode(), capture_output=True, check=True)
+    assert result.stdout.decode() == value
 
 
 ROOT = {"HOME": "/root", "USER": "root", "LOGNAME": "root"}
-"""Guix takes its profile from these, also in a base image with another USER."""
+"""Variables that select the profile of Guix, even in a base image with another USER."""
 
 
 def test_environment_contains_the_settings(site: Site) -> None:
@@ -168,14 +166,14 @@ def test_unset_settings_are_not_in_the_environment(site: Site) -> None:
     assert environment(site.settings()) == {"GUIX_SANDBOX": "privileged", **ROOT}
 
 
-def test_there_are_more_jobs_if_everything_is_downloaded(site: Site) -> None:
+def test_more_jobs_run_if_everything_is_downloaded(site: Site) -> None:
     site.env["GUIX_REQUIRE_SUBSTITUTES"] = "yes"
     assert environment(site.settings())["GUIX_MAX_JOBS"] == "4"
     site.env["GUIX_MAX_JOBS"] = "1"
     assert environment(site.settings())["GUIX_MAX_JOBS"] == "1"
 
 
-def test_nothing_secret_is_in_the_environment(site: Site) -> None:
+def test_environment_has_no_secrets(site: Site) -> None:
     site.env.update(DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2")  # noqa: S106
     assert "hunter2" not in repr(environment(site.settings()))
 
@@ -191,13 +189,13 @@ def test_work_container_runs_the_entry_point_of_guix_tasks(site: Site) -> None:
     assert spec.labels == {PROJECT_LABEL: IMAGE}
 
 
-def test_it_runs_as_root_and_unwatched_whatever_the_image_says(site: Site) -> None:
+def test_work_container_overrides_the_user_and_the_healthcheck_of_its_image(site: Site) -> None:
     spec = spec_of(site)
     assert spec.user == "root"
     assert spec.no_healthcheck
     site.engine.make_image({}, {"/x": b""}, tag="work:1")
     spec = spec_of(site)
-    # What an image leaves open a commit would take from the container.
+    # A commit takes fields that the image does not set from the container.
     assert spec.user is None
     assert not spec.no_healthcheck
 
@@ -220,7 +218,7 @@ def test_settings_determine_the_container(site: Site) -> None:
 
 
 @pytest.mark.parametrize(("has_bridge", "network"), [(True, None), (False, "host")])
-def test_an_engine_without_a_bridge_gives_its_own_network(
+def test_engine_without_a_bridge_uses_the_host_network(
     tmp_path: Path, *, has_bridge: bool, network: str | None
 ) -> None:
     site = Site(tmp_path, FakeEngine(has_bridge=has_bridge))
@@ -228,7 +226,7 @@ def test_an_engine_without_a_bridge_gives_its_own_network(
     assert spec_of(site).network == network
 
 
-def test_an_engine_elsewhere_cannot_see_mounts(tmp_path: Path) -> None:
+def test_mounts_are_rejected_by_a_remote_engine(tmp_path: Path) -> None:
     site = Site(tmp_path, FakeEngine(url="tcp://far.test:2376"), MOUNTS="context:/a")
     site.engine.make_image({}, {"/x": b""}, tag="work:1")
     with pytest.raises(UsageError, match=r"MOUNTS: .*tcp://far\.test:2376 .*unset MOUNTS"):
@@ -243,7 +241,7 @@ def test_isolated_container_has_no_mounts_and_no_network(site: Site) -> None:
     assert site.engine.all_volumes == {}
 
 
-def test_mount_points_are_what_the_image_lacks(site: Site) -> None:
+def test_mount_points_are_the_missing_directories_of_the_image(site: Site) -> None:
     site.env["MOUNTS"] = "context:/x context:/srv/a/b context:/dev/c"
     site.engine.make_image({}, {"/x": b"", "/srv": b"", "/root/.cache": b""}, tag="work:2")
     work = replace(WORK, isolated=False)
@@ -260,10 +258,10 @@ def test_mount_points_are_removed_or_reported(site: Site, sandbox: str) -> None:
     note = f"try: /a/b will be in the image, empty, because a {sandbox} container cannot remove"
     if sandbox in ("privileged", "capabilities"):
         assert work.files[MOUNT_POINTS] == b"/a/b\n/a\n"
-        assert note not in heard(project)
+        assert note not in console_text(project)
     else:
         assert work == WORK
-        assert note in heard(project)
+        assert note in console_text(project)
 
 
 def test_caches_are_on_volumes_of_the_project(site: Site) -> None:
@@ -275,11 +273,11 @@ def test_caches_are_on_volumes_of_the_project(site: Site) -> None:
     assert site.engine.all_volumes == {name: {PROJECT_LABEL: IMAGE} for name in volumes}
 
 
-def test_another_project_has_other_volumes(site: Site) -> None:
-    before = cache_volumes(site.settings())
+def test_each_project_has_separate_volumes(site: Site) -> None:
+    volumes = cache_volumes(site.settings())
     site.env["IMAGE"] = "registry.test/other:1"
-    assert not before.keys() & cache_volumes(site.settings()).keys()
-    assert all(name.startswith("guix-tasks-cache-") for name in before)
+    assert not volumes.keys() & cache_volumes(site.settings()).keys()
+    assert all(name.startswith("guix-tasks-cache-") for name in volumes)
 
 
 def test_without_cache_volumes_caches_stay_in_the_image(site: Site) -> None:
@@ -289,8 +287,8 @@ def test_without_cache_volumes_caches_stay_in_the_image(site: Site) -> None:
     assert site.engine.all_volumes == {}
 
 
-def test_without_isolation_a_container_has_no_privilege(site: Site) -> None:
-    """But it may set the personality of builds, which Docker's seccomp profile refuses."""
+def test_container_without_isolation_is_unprivileged(site: Site) -> None:
+    """It may set the personality of builds, which Docker's seccomp profile forbids."""
     assert (spec_of(site).privileged, spec_of(site).security) == (True, ())
     site.env["GUIX_SANDBOX"] = "nochroot"
     assert (spec_of(site).privileged, spec_of(site).security) == (False, ("seccomp=unconfined",))
@@ -298,8 +296,8 @@ def test_without_isolation_a_container_has_no_privilege(site: Site) -> None:
 
 
 @pytest.mark.parametrize("platform", ["linux/386", "linux/arm/v7"])
-def test_the_cache_of_a_32_bit_platform_is_in_memory(site: Site, platform: str) -> None:
-    """There a program under QEMU fails on the inode numbers of a file system on disk."""
+def test_cache_of_a_32_bit_platform_is_in_memory(site: Site, platform: str) -> None:
+    """On these platforms a program under QEMU fails on the inode numbers of a disk."""
     site.env["PLATFORMS"] = platform
     spec = spec_of(site)
     assert spec.tmpfs_directories == ("/root/.cache",)
@@ -309,14 +307,14 @@ def test_the_cache_of_a_32_bit_platform_is_in_memory(site: Site, platform: str) 
 
 
 @pytest.mark.parametrize("platform", ["", "linux/amd64", "linux/arm64"])
-def test_the_cache_of_a_64_bit_platform_is_on_disk(site: Site, platform: str) -> None:
+def test_cache_of_a_64_bit_platform_is_on_disk(site: Site, platform: str) -> None:
     site.env["PLATFORMS"] = platform
     spec = spec_of(site)
     assert spec.tmpfs_directories == ()
     assert len(spec.binds) == 2
 
 
-def test_without_caches_none_is_in_memory(site: Site) -> None:
+def test_disabled_cache_is_not_in_memory(site: Site) -> None:
     site.env.update(PLATFORMS="linux/386", CACHE_VOLUME="")
     assert tmpfs_directories(site.settings()) == ()
     assert spec_of(site).tmpfs_directories == ()
@@ -328,7 +326,7 @@ def test_isolated_container_has_no_directory_in_memory(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "platform"),
+    ("native", "platform"),
     [
         ("linux/amd64", ""),
         ("linux/amd64", "linux/amd64"),
@@ -337,13 +335,13 @@ def test_isolated_container_has_no_directory_in_memory(site: Site) -> None:
         ("linux/s390x", ""),
     ],
 )
-def test_native_platform_is_accepted(tmp_path: Path, own: str, platform: str) -> None:
-    site = Site(tmp_path, FakeEngine(platform=own), PLATFORMS=platform)
+def test_native_platform_is_accepted(tmp_path: Path, native: str, platform: str) -> None:
+    site = Site(tmp_path, FakeEngine(platform=native), PLATFORMS=platform)
     check_native_platform(site.engine, site.settings())
 
 
 @pytest.mark.parametrize(
-    ("own", "platform"),
+    ("native", "platform"),
     [
         ("linux/amd64", "linux/arm64"),
         ("linux/arm64", "linux/arm/v7"),
@@ -353,22 +351,22 @@ def test_native_platform_is_accepted(tmp_path: Path, own: str, platform: str) ->
     ],
 )
 def test_emulated_platform_is_accepted_only_with_nochroot(
-    tmp_path: Path, own: str, platform: str
+    tmp_path: Path, native: str, platform: str
 ) -> None:
-    site = Site(tmp_path, FakeEngine(platform=own), PLATFORMS=platform)
-    with pytest.raises(UsageError) as caught:
+    site = Site(tmp_path, FakeEngine(platform=native), PLATFORMS=platform)
+    with pytest.raises(UsageError) as error:
         check_native_platform(site.engine, site.settings())
-    assert str(caught.value).startswith(f"{platform} is emulated by this engine ({own})")
-    assert "set GUIX_SANDBOX=nochroot" in str(caught.value)
+    assert str(error.value).startswith(f"{platform} is emulated by this engine ({native})")
+    assert "set GUIX_SANDBOX=nochroot" in str(error.value)
     site.env["GUIX_SANDBOX"] = "nochroot"
     check_native_platform(site.engine, site.settings())
 
 
-def test_two_containers_have_two_names(site: Site) -> None:
+def test_names_of_containers_are_unique(site: Site) -> None:
     assert spec_of(site).name != spec_of(site).name
 
 
-# --- None is left ---------------------------------------------------------------------------
+# --- Removal --------------------------------------------------------------------------------
 
 
 def test_container_is_removed_at_the_end(site: Site) -> None:
@@ -377,27 +375,25 @@ def test_container_is_removed_at_the_end(site: Site) -> None:
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("error", [EngineError("x"), KeyboardInterrupt(), ValueError()], ids=repr)
+@pytest.mark.parametrize(
+    "error", [EngineError("x"), KeyboardInterrupt(), ValueError(), StageError("x")], ids=repr
+)
 def test_container_is_removed_after_an_error(
     site: Site, error: BaseException, *, keep: bool
 ) -> None:
-    work = replace(WORK, keep=keep)
-    with (
-        pytest.raises(type(error)),
-        work_container(site.engine, site.settings(), "work:1", work),
-    ):
-        raise error
+    fail(site, replace(WORK, keep=keep), error)
     assert site.engine.all_containers == {}
 
 
-def test_container_is_removed_if_files_cannot_be_copied_in(site: Site) -> None:
+@pytest.mark.parametrize("keep_failed", [True, False])
+def test_container_is_removed_if_files_cannot_be_copied(site: Site, *, keep_failed: bool) -> None:
     def fault(_number: int, name: str, _when: str) -> None:
         if name == "copy_in":
             raise EngineError("no space left on device")
 
     site.engine.fault = fault
     with pytest.raises(EngineError, match="no space left"):
-        spec_of(site)
+        spec_of(site, replace(WORK, keep_failed=keep_failed))
     assert site.engine.all_containers == {}
 
 
@@ -416,7 +412,8 @@ def test_lost_engine_does_not_hide_the_error(site: Site) -> None:
 
 
 def test_kept_container_stays(site: Site) -> None:
-    spec_of(site, replace(WORK, keep=True))
+    with another_process():
+        spec_of(site, replace(WORK, keep=True))
     spec_of(site)
     (container,) = kept_containers(site.engine, site.settings())
     assert is_kept(container)
@@ -427,7 +424,7 @@ KEEP_FAILED = replace(WORK, keep_failed=True)
 
 
 def fail(site: Site, work: Work, error: BaseException) -> None:
-    """Raise an error where work is done."""
+    """Raise an error in a work container."""
     with (
         pytest.raises(type(error)),
         work_container(site.engine, site.settings(), "work:1", work),
@@ -436,23 +433,11 @@ def fail(site: Site, work: Work, error: BaseException) -> None:
 
 
 def test_failed_container_stays_with_keep_failed(site: Site) -> None:
-    fail(site, KEEP_FAILED, StageError("x"))
-    sweep(site.engine, site.settings())
-    (container,) = kept_containers(site.engine, site.settings())
-    assert is_kept(container)
-
-
-def test_failed_container_survives_the_next_sweep(site: Site) -> None:
     with another_process():
         fail(site, KEEP_FAILED, StageError("x"))
     spec_of(site)
-    assert len(kept_containers(site.engine, site.settings())) == 1
-
-
-@pytest.mark.parametrize("keep", [True, False])
-def test_failed_container_is_removed_without_keep_failed(site: Site, *, keep: bool) -> None:
-    fail(site, replace(WORK, keep=keep), StageError("x"))
-    assert site.engine.all_containers == {}
+    (container,) = kept_containers(site.engine, site.settings())
+    assert is_kept(container)
 
 
 @pytest.mark.parametrize(
@@ -468,27 +453,14 @@ def test_successful_container_is_removed_with_keep_failed(site: Site) -> None:
     assert site.engine.all_containers == {}
 
 
-def test_container_that_failed_before_its_start_is_removed(site: Site) -> None:
-    """Nothing has run in it."""
-
-    def fault(_number: int, name: str, _when: str) -> None:
-        if name == "copy_in":
-            raise EngineError("no space left on device")
-
-    site.engine.fault = fault
-    with pytest.raises(EngineError):
-        spec_of(site, KEEP_FAILED)
-    assert site.engine.all_containers == {}
-
-
-def test_an_unstarted_container_is_removed(site: Site) -> None:
+def test_unstarted_container_is_removed(site: Site) -> None:
     with unstarted_container(site.engine, site.settings(), "work:1") as container:
         assert site.engine.all_containers[container].changes == {}
     assert site.engine.all_containers == {}
     assert "run" not in site.engine.changing_calls()
 
 
-def test_files_can_be_copied_in_for_another_start(site: Site) -> None:
+def test_files_are_copied_in_for_another_start(site: Site) -> None:
     spec_of(site, replace(WORK, keep=True))
     (container,) = kept_containers(site.engine, site.settings())
     list(site.engine.run(container.id))
@@ -497,12 +469,12 @@ def test_files_can_be_copied_in_for_another_start(site: Site) -> None:
     assert site.engine.all_containers[container.id].read(ENTRY_POINT)
 
 
-def leave(site: Site, *, keep: bool = False) -> str:
-    """Kill a process that has a work container; the container."""
-    context = work_container(site.engine, site.settings(), "work:1", replace(WORK, keep=keep))
+def leave_container(site: Site) -> str:
+    """Kill a process that has a work container, and return the container."""
+    context = work_container(site.engine, site.settings(), "work:1", WORK)
     with another_process():
         container = context.__enter__()
-        site.engine.fault = _dead
+        site.engine.fault = _kill
         with pytest.raises(Killed):
             context.__exit__(Killed, Killed(), None)
     site.engine.fault = lambda *_: None
@@ -510,14 +482,14 @@ def leave(site: Site, *, keep: bool = False) -> str:
     return container
 
 
-def _dead(*_: object) -> None:
+def _kill(*_: object) -> None:
     raise Killed
 
 
 def test_container_of_a_killed_run_is_removed_by_the_next_run(site: Site) -> None:
-    left = leave(site)
+    container = leave_container(site)
     spec_of(site)
-    assert left not in site.engine.all_containers
+    assert container not in site.engine.all_containers
 
 
 def test_container_of_a_running_process_is_not_removed(site: Site) -> None:
@@ -527,27 +499,21 @@ def test_container_of_a_running_process_is_not_removed(site: Site) -> None:
 
 
 def test_container_of_another_machine_or_project_is_not_removed(site: Site) -> None:
-    left = leave(site)
+    container = leave_container(site)
     site.env["IMAGE"] = "registry.test/other:1"
     sweep(site.engine, site.settings())
-    assert left in site.engine.all_containers
+    assert container in site.engine.all_containers
     site.env["IMAGE"] = IMAGE
-    box = site.engine.all_containers[left]
+    box = site.engine.all_containers[container]
     *words, host, pid, started = box.spec.name.split("-")
-    elsewhere = "-".join([*words, host[::-1], pid, started])
-    box.spec = replace(box.spec, name=elsewhere)
+    other_name = "-".join([*words, host[::-1], pid, started])
+    box.spec = replace(box.spec, name=other_name)
     sweep(site.engine, site.settings())
-    assert left in site.engine.all_containers
+    assert container in site.engine.all_containers
 
 
-def test_kept_container_is_not_removed(site: Site) -> None:
-    spec_of(site, replace(WORK, keep=True))
-    sweep(site.engine, site.settings())
-    assert len(site.engine.all_containers) == 1
-
-
-def test_a_container_of_another_kind_is_left_alone(site: Site) -> None:
-    """Such as one that a user made with the project's label, by whatever name."""
+def test_container_with_another_name_is_not_removed(site: Site) -> None:
+    """For example a container that a user created with the project's label."""
     for name in ("mine", "a-b", "guix-tasks-demo-0123456789ab"):
         site.engine.create(ContainerSpec(name, "work:1", ("x",), {PROJECT_LABEL: IMAGE}))
     sweep(site.engine, site.settings())
@@ -560,8 +526,8 @@ def test_container_of_a_stage_image_is_not_a_work_container(site: Site) -> None:
     assert work_containers(site.engine, site.settings()) == []
 
 
-def test_a_machine_without_proc_removes_none(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There a process cannot be told from a later one with its number."""
+def test_container_is_not_removed_without_proc(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without /proc a process cannot be distinguished from a later one with the same number."""
     real = Path.read_text
 
     def read_text(self: Path, *arguments: Any, **options: Any) -> str:
@@ -570,12 +536,12 @@ def test_a_machine_without_proc_removes_none(site: Site, monkeypatch: pytest.Mon
         return real(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    left = leave(site)
+    container = leave_container(site)
     sweep(site.engine, site.settings())
-    assert left in site.engine.all_containers
+    assert container in site.engine.all_containers
 
 
 def test_files_of_the_project_are_readable_by_every_user() -> None:
     with tarfile.open(fileobj=io.BytesIO(archive({"project/a": b"", "project/b": b"#!"}))) as tar:
-        modes = {Path(each.name).name: each.mode for each in tar if each.isfile()}
+        modes = {Path(member.name).name: member.mode for member in tar if member.isfile()}
     assert modes == {"a": 0o644, "b": 0o755}

@@ -1,4 +1,4 @@
-"""Stages of a project's own: what can be one, and that they are stages as the built-in ones are."""
+"""Custom stages: their declarations, and their use like built-in stages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fake_engine import IMAGE, FakeEngine, Site, heard, made_site, new_site, outline
+from fake_engine import IMAGE, FakeEngine, Site, console_text, new_built_site, new_site, outline
 from invoke.exceptions import Exit
 
 from guix_tasks.cli import custom
@@ -52,8 +52,8 @@ DEPS = CustomStage("deps", ("guix", "package", "--install=tar"), "install", ("de
 CHECKED = CustomStage("checked", ("guix", "package", "--install=check"), "deps")
 
 
-class OwnSite(Site):
-    """A project whose ``tasks.py`` adds two stages."""
+class CustomSite(Site):
+    """A project with two custom stages."""
 
     stages: tuple[CustomStage, ...] = (DEPS, CHECKED)
 
@@ -67,14 +67,14 @@ class OwnSite(Site):
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> OwnSite:
+def site(tmp_path: Path) -> CustomSite:
     plain = new_site(tmp_path)
-    return OwnSite(tmp_path, plain.engine)
+    return CustomSite(tmp_path, plain.engine)
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> OwnSite:
-    site = OwnSite(tmp_path, made_site(tmp_path).engine)
+def built_site(tmp_path: Path) -> CustomSite:
+    site = CustomSite(tmp_path, new_built_site(tmp_path).engine)
     site.make("deps", "checked")
     return site
 
@@ -89,26 +89,26 @@ def states(site: Site) -> dict[str, str]:
     return {row["stage"]: row["state"] for row in table}
 
 
-# --- What can be one ------------------------------------------------------------------------
+# --- Declarations ---------------------------------------------------------------------------
 
 
-def declare(**what: Any) -> CustomStage:
-    given = {"name": "deps", "command": "make", "parent": "install", "inputs": (), **what}
-    return declared(**given, parents=STAGES, taken=("push", "install"))
+def declare(**fields: Any) -> CustomStage:
+    declaration = {"name": "deps", "command": "make", "parent": "install", "inputs": (), **fields}
+    return declared(**declaration, parents=STAGES, taken=("push", "install"))
 
 
-def test_command_string_is_run_by_the_shell_and_a_list_is_not() -> None:
+def test_command_string_is_run_by_the_shell() -> None:
     assert declare(command="a | b\nc").command == ("sh", "-euc", "a | b\nc")
     assert declare(command=["a", "b c"]).command == ("a", "b c")
 
 
-def test_one_input_need_not_be_a_list() -> None:
+def test_single_input_can_be_a_string() -> None:
     assert declare(inputs="./deps.scm").inputs == ("deps.scm",)
     assert declare(inputs=["a/b/", "c"]).inputs == ("a/b", "c")
 
 
 @pytest.mark.parametrize(
-    ("what", "said"),
+    ("fields", "error"),
     [
         ({"name": "My-Deps"}, "'My-Deps' cannot name a stage"),
         ({"name": ""}, "cannot name a stage"),
@@ -127,15 +127,15 @@ def test_one_input_need_not_be_a_list() -> None:
         ({"inputs": "."}, "is not below"),
     ],
 )
-def test_invalid_stage_is_refused(what: dict[str, Any], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        declare(**what)
+def test_invalid_declaration_of_a_stage_is_reported(fields: dict[str, Any], error: str) -> None:
+    with pytest.raises(UsageError, match=error):
+        declare(**fields)
 
 
-# --- What is run ----------------------------------------------------------------------------
+# --- Commands and inputs --------------------------------------------------------------------
 
 
-def test_command_starts_in_the_directory_of_its_inputs(site: OwnSite) -> None:
+def test_command_starts_in_the_directory_of_its_inputs(site: CustomSite) -> None:
     stage = custom_stage(site.settings(), DEPS)
     files = stage_files(stage)
     assert files["project/deps.scm"] == b"deps\n"
@@ -145,12 +145,12 @@ def test_command_starts_in_the_directory_of_its_inputs(site: OwnSite) -> None:
     assert lines[start + 1] == "guix package --install=tar"
 
 
-def test_command_without_inputs_starts_in_the_directory_of_the_image(site: OwnSite) -> None:
+def test_command_without_inputs_starts_in_the_directory_of_the_image(site: CustomSite) -> None:
     assert b"\ncd " not in stage_files(custom_stage(site.settings(), CHECKED))["stage"]
 
 
 @pytest.mark.parametrize("missing", ["deps.scm", "patches"])
-def test_missing_input_is_reported(site: OwnSite, missing: str) -> None:
+def test_missing_input_is_reported(site: CustomSite, missing: str) -> None:
     (site.directory / missing).rename(site.directory / "elsewhere")
     with pytest.raises(
         UsageError, match=rf"stage deps: cannot read the input .*{missing}: No such file"
@@ -158,14 +158,14 @@ def test_missing_input_is_reported(site: OwnSite, missing: str) -> None:
         site.make("deps")
 
 
-def test_empty_input_directory_is_reported(site: OwnSite) -> None:
+def test_empty_input_directory_is_reported(site: CustomSite) -> None:
     (site.directory / "patches/one/fix.patch").unlink()
     with pytest.raises(UsageError, match=r"patches is an empty directory"):
         site.make("deps")
 
 
-def test_input_directory_that_cannot_be_read_is_reported(
-    site: OwnSite, monkeypatch: pytest.MonkeyPatch
+def test_unreadable_input_directory_is_reported(
+    site: CustomSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site.write("guix/deep/file", "x")
     list_directory = os.scandir
@@ -180,24 +180,24 @@ def test_input_directory_that_cannot_be_read_is_reported(
         input_files(site.settings(), "stage deps", ["guix"])
 
 
-def test_link_to_a_directory_is_reported(site: OwnSite) -> None:
+def test_link_to_a_directory_is_reported(site: CustomSite) -> None:
     (site.directory / "patches/more").symlink_to(site.directory)
     with pytest.raises(UsageError, match=r"patches/more: Is a directory"):
         site.make("deps")
 
 
-def test_a_link_to_a_file_is_the_file(site: OwnSite) -> None:
+def test_link_to_a_file_is_replaced_by_the_file(site: CustomSite) -> None:
     (site.directory / "patches/same").symlink_to("one/fix.patch")
     assert stage_files(custom_stage(site.settings(), DEPS))["project/patches/same"] == b"fix\n"
 
 
-# --- A stage as the others ------------------------------------------------------------------
+# --- Use of custom stages -------------------------------------------------------------------
 
 
-def test_missing_parents_are_made(site: OwnSite) -> None:
-    said = site.make("checked")
+def test_missing_parents_are_built(site: CustomSite) -> None:
+    messages = site.make("checked")
     for child, parent in (("checked", "deps"), ("deps", "install"), ("install", "pull")):
-        assert f"{child}: {IMAGE}-{parent} is missing, so {parent} comes first" in said
+        assert f"{child}: {IMAGE}-{parent} is missing, so {parent} comes first" in messages
     assert [proven_stage(site.image(name)) for name in (*STAGES, "deps", "checked")] == [
         *STAGES,
         "deps",
@@ -206,7 +206,7 @@ def test_missing_parents_are_made(site: OwnSite) -> None:
     assert packages(site, "checked") >= {"hello@1.0", "tar@1.0", "check@1.0"}
 
 
-def test_image_follows_the_one_that_was_added_last(site: OwnSite) -> None:
+def test_image_is_the_last_stage(site: CustomSite) -> None:
     for name in (*STAGES, "deps", "checked"):
         site.make(name)
         assert site.image().id == site.image(name).id
@@ -214,17 +214,17 @@ def test_image_follows_the_one_that_was_added_last(site: OwnSite) -> None:
     assert site.image().id == site.image("checked").id
 
 
-def test_first_run_reports_only_packages_that_the_parent_lacks(site: OwnSite) -> None:
+def test_first_run_reports_only_packages_added_to_the_parent(site: CustomSite) -> None:
     site.make(*STAGES)
     lines = site.make("deps").splitlines()
     assert [line for line in lines if "added" in line] == ["deps: added tar@1.0"]
 
 
-def test_custom_stage_that_is_up_to_date_is_not_run(made: OwnSite) -> None:
-    assert made.ran(lambda: made.make("deps", "checked")) == []
-    assert made.make("checked") == "checked: up to date\n"
-    assert made.ran(lambda: made.make("deps", force=True)) == ["deps"]
-    assert made.why("checked") == "deps is newer"
+def test_custom_stage_is_not_run_if_up_to_date(built_site: CustomSite) -> None:
+    assert built_site.trace_stages(lambda: built_site.make("deps", "checked")) == []
+    assert built_site.make("checked") == "checked: up to date\n"
+    assert built_site.trace_stages(lambda: built_site.make("deps", force=True)) == ["deps"]
+    assert built_site.why("checked") == "deps is newer"
 
 
 @pytest.mark.parametrize(
@@ -235,116 +235,129 @@ def test_custom_stage_that_is_up_to_date_is_not_run(made: OwnSite) -> None:
         ("patches/two.patch", "patches/two.patch changed"),
     ],
 )
-def test_changed_input_makes_a_custom_stage_stale(made: OwnSite, file: str, why: str) -> None:
-    made.write(file, "other\n")
-    assert states(made) == {
+def test_changed_input_makes_a_custom_stage_stale(
+    built_site: CustomSite, file: str, why: str
+) -> None:
+    built_site.write(file, "other\n")
+    assert states(built_site) == {
         **dict.fromkeys(STAGES, "up to date"),
         "deps": f"stale: {why}",
         "checked": f"stale: deps: {why}",
         "IMAGE": "stage checked",
     }
-    assert made.ran(lambda: made.make("checked", upstream=True)) == ["deps", "checked"]
-    assert made.why("checked") is None
+    assert built_site.trace_stages(lambda: built_site.make("checked", upstream=True)) == [
+        "deps",
+        "checked",
+    ]
+    assert built_site.why("checked") is None
 
 
-def test_other_command_makes_a_custom_stage_stale(made: OwnSite) -> None:
-    made.stages = (replace(DEPS, command=("guix", "package", "--install=sed")), CHECKED)
-    assert made.why("deps") == "command changed"
+def test_changed_command_makes_a_custom_stage_stale(built_site: CustomSite) -> None:
+    built_site.stages = (replace(DEPS, command=("guix", "package", "--install=sed")), CHECKED)
+    assert built_site.why("deps") == "command changed"
 
 
-def test_stale_parent_is_refused(made: OwnSite) -> None:
-    made.env["GUIX_PACKAGES"] = "sed"
+def test_stale_parent_is_rejected(built_site: CustomSite) -> None:
+    built_site.env["GUIX_PACKAGES"] = "sed"
     with pytest.raises(UsageError, match=r"run `inv install`, or `inv deps --upstream`"):
-        made.make("deps")
-    assert made.ran(lambda: made.make("deps", upstream=True)) == ["install", "deps"]
-    assert "sed@1.0" in packages(made, "deps")
-    assert "hello@1.0" not in packages(made, "deps")
+        built_site.make("deps")
+    assert built_site.trace_stages(lambda: built_site.make("deps", upstream=True)) == [
+        "install",
+        "deps",
+    ]
+    assert "sed@1.0" in packages(built_site, "deps")
+    assert "hello@1.0" not in packages(built_site, "deps")
 
 
-def test_what_install_was_given_is_not_forgotten(made: OwnSite) -> None:
-    made.make("install", packages=("sed",))
-    assert made.why("deps") == "install is newer"
-    assert made.ran(lambda: made.make("deps")) == ["deps"]
-    assert "sed@1.0" in packages(made, "deps")
+def test_packages_of_the_command_line_reach_custom_stages(built_site: CustomSite) -> None:
+    built_site.make("install", packages=("sed",))
+    assert built_site.why("deps") == "install is newer"
+    assert built_site.trace_stages(lambda: built_site.make("deps")) == ["deps"]
+    assert "sed@1.0" in packages(built_site, "deps")
 
 
-def test_a_command_that_fails_commits_nothing(made: OwnSite) -> None:
-    before = outline(made.engine)
-    made.stages = (replace(DEPS, command=("guix", "package", "--install=no-such-package")), CHECKED)
+def test_failed_command_is_not_committed(built_site: CustomSite) -> None:
+    snapshot = outline(built_site.engine)
+    built_site.stages = (
+        replace(DEPS, command=("guix", "package", "--install=no-such-package")),
+        CHECKED,
+    )
     with pytest.raises(StageError, match=r"deps: no-such-package: unknown .*out/failed/deps-"):
-        made.make("deps")
-    assert outline(made.engine) == before
-    assert made.engine.all_containers == {}
+        built_site.make("deps")
+    assert outline(built_site.engine) == snapshot
+    assert built_site.engine.all_containers == {}
 
 
-def test_push_refuses_a_stale_one(made: OwnSite) -> None:
-    assert [*push(made.project())] == [IMAGE]
-    assert [*push(made.project(), "deps")] == [f"{IMAGE}-deps"]
-    made.write("deps.scm", "other\n")
+def test_push_rejects_a_stale_custom_stage(built_site: CustomSite) -> None:
+    assert [*push(built_site.project())] == [IMAGE]
+    assert [*push(built_site.project(), "deps")] == [f"{IMAGE}-deps"]
+    built_site.write("deps.scm", "other\n")
     with pytest.raises(UsageError, match=r"checked is stale .* run `inv checked --upstream`"):
-        push(made.project())
+        push(built_site.project())
 
 
-def test_image_of_a_removed_stage_is_pushed_with_a_warning(made: OwnSite) -> None:
-    made.stages = (DEPS,)
-    project = made.project()
+def test_image_of_a_removed_stage_is_pushed_with_a_warning(built_site: CustomSite) -> None:
+    built_site.stages = (DEPS,)
+    project = built_site.project()
     assert [*push(project)] == [IMAGE]
-    assert "not built by a stage of this project" in heard(project)
-    # What is made next takes its place.
-    made.make("deps")
-    assert made.image().id == made.image("deps").id
+    assert "not built by a stage of this project" in console_text(project)
+    # The next build of a stage replaces the image.
+    built_site.make("deps")
+    assert built_site.image().id == built_site.image("deps").id
 
 
-def test_unknown_stage_is_reported_with_the_known_ones(made: OwnSite) -> None:
+def test_unknown_stage_is_reported_with_the_known_ones(built_site: CustomSite) -> None:
     with pytest.raises(
         UsageError, match=r"its stages are base, pull, install, deps, checked and squ"
     ):
-        require_image(made.project(), "nothing")
+        require_image(built_site.project(), "nothing")
 
 
-def test_squash_includes_custom_stages(made: OwnSite) -> None:
-    squash(made.project())
-    assert key_of(made.image()) == squash_key(made.image("checked"))
-    assert len(made.image().layers) == len(made.image("base").layers) + 1
-    made.write("deps.scm", "other\n")
+def test_squash_includes_custom_stages(built_site: CustomSite) -> None:
+    squash(built_site.project())
+    assert key_of(built_site.image()) == squash_key(built_site.image("checked"))
+    assert len(built_site.image().layers) == len(built_site.image("base").layers) + 1
+    built_site.write("deps.scm", "other\n")
     with pytest.raises(UsageError, match="checked is stale"):
-        push(made.project())
+        push(built_site.project())
 
 
-def test_clean_removes_custom_stages(made: OwnSite) -> None:
-    removed = clean(made.project())
+def test_clean_removes_custom_stages(built_site: CustomSite) -> None:
+    removed = clean(built_site.project())
     assert {f"{IMAGE}-deps", f"{IMAGE}-checked", IMAGE} <= set(removed)
-    assert not [tag for tag in made.engine.tags if tag.startswith(IMAGE)]
+    assert not [tag for tag in built_site.engine.tags if tag.startswith(IMAGE)]
 
 
-def test_sizes_are_those_above_the_parent(made: OwnSite) -> None:
-    made.stages = (DEPS, CHECKED, replace(CHECKED, name="beside", parent="install"))
-    made.make("beside")
-    found = {part.name: part.size for part in sizes(made.project()) if part.group == "stage"}
-    assert [*found] == [*STAGES, "deps", "checked", "beside"]
-    install, beside = (made.engine._image(f"{IMAGE}-{each}") for each in ("install", "beside"))
+def test_sizes_exclude_the_parent(built_site: CustomSite) -> None:
+    built_site.stages = (DEPS, CHECKED, replace(CHECKED, name="sibling", parent="install"))
+    built_site.make("sibling")
+    stage_sizes = {
+        part.name: part.size for part in sizes(built_site.project()) if part.group == "stage"
+    }
+    assert [*stage_sizes] == [*STAGES, "deps", "checked", "sibling"]
+    install, sibling = (built_site.engine._image(f"{IMAGE}-{s}") for s in ("install", "sibling"))
     assert install
-    assert beside
-    assert found["beside"] == beside.size - install.size
+    assert sibling
+    assert stage_sizes["sibling"] == sibling.size - install.size
 
 
 def test_fresh_machine_takes_custom_stages_from_the_cache(tmp_path: Path) -> None:
-    first = new_site(tmp_path / "one")
-    one = OwnSite(tmp_path / "one", first.engine, CACHE_IMAGE="registry.test/cache")
-    one.make("checked")
-    two = OwnSite(tmp_path / "two", FakeEngine(one.engine.registry), **one.env)
-    two.write("channels.lock.scm", one.lock.read_text())
-    said: list[str] = []
-    assert two.ran(lambda: said.append(two.make("checked"))) == []
-    assert "checked: taken from registry.test/cache:checked-" in said[0]
+    plain = new_site(tmp_path / "one")
+    original = CustomSite(tmp_path / "one", plain.engine, CACHE_IMAGE="registry.test/cache")
+    original.make("checked")
+    other = CustomSite(tmp_path / "two", FakeEngine(original.engine.registry), **original.env)
+    other.write("channels.lock.scm", original.lock.read_text())
+    messages: list[str] = []
+    assert other.trace_stages(lambda: messages.append(other.make("checked"))) == []
+    assert "checked: taken from registry.test/cache:checked-" in messages[0]
 
 
-def test_a_dry_run_changes_nothing(made: OwnSite) -> None:
-    made.write("deps.scm", "other\n")
-    before = outline(made.engine)
-    dry = TracedEngine(made.engine, Console(), perform=False)
-    made.make("deps", engine=dry)
-    assert outline(made.engine) == before
+def test_dry_run_changes_nothing(built_site: CustomSite) -> None:
+    built_site.write("deps.scm", "other\n")
+    snapshot = outline(built_site.engine)
+    dry = TracedEngine(built_site.engine, Console(), perform=False)
+    built_site.make("deps", engine=dry)
+    assert outline(built_site.engine) == snapshot
 
 
 # --- tasks.py -------------------------------------------------------------------------------
@@ -365,40 +378,41 @@ def inv(directory: Path, tasks: str, *arguments: str) -> subprocess.CompletedPro
 
 
 def test_task_of_a_custom_stage_is_listed_without_imports(tmp_path: Path) -> None:
-    found = inv(tmp_path, TASKS, "-X", "importtime", "-m", "invoke", "--list")
-    assert found.returncode == 0, found.stderr
-    lines = " ".join(found.stdout.split())
+    result = inv(tmp_path, TASKS, "-X", "importtime", "-m", "invoke", "--list")
+    assert result.returncode == 0, result.stderr
+    lines = " ".join(result.stdout.split())
     assert "deps Build what we need." in lines
     assert "checked Run the custom stage checked on deps." in lines
-    imported = set(re.findall(r"\|\s*(\w+)[\w.]*$", found.stderr, re.MULTILINE))
+    imported = set(re.findall(r"\|\s*(\w+)[\w.]*$", result.stderr, re.MULTILINE))
     assert "guix_tasks" in imported
     assert imported.isdisjoint({"docker", "requests", "urllib3", "dotenv"})
 
 
-@pytest.mark.parametrize("way", ["package", "subdirectory", "root", "collection"])
-def test_the_settings_are_those_next_to_what_invoke_has_loaded(tmp_path: Path, way: str) -> None:
+@pytest.mark.parametrize("location", ["package", "subdirectory", "root", "collection"])
+def test_settings_are_next_to_the_collection_of_invoke(tmp_path: Path, location: str) -> None:
     project, sub = tmp_path / "project", tmp_path / "project" / "sub"
     (project / "tasks").mkdir(parents=True)
     sub.mkdir()
     names = {"collection": "ci.py"}
-    (project / names.get(way, "tasks/__init__.py")).write_text("from guix_tasks.tasks import ns\n")
+    collection = project / names.get(location, "tasks/__init__.py")
+    collection.write_text("from guix_tasks.tasks import ns\n")
     (project / ".env").write_text("GUIX_CORES=many\n")
     options = {"root": ["-r", str(project)], "collection": ["-c", "ci"]}
-    found = subprocess.run(
-        [sys.executable, "-m", "invoke", *options.get(way, []), "status"],
-        cwd={"package": project, "root": tmp_path}.get(way, sub),
+    result = subprocess.run(
+        [sys.executable, "-m", "invoke", *options.get(location, []), "status"],
+        cwd={"package": project, "root": tmp_path}.get(location, sub),
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert found.returncode == 2
-    assert "GUIX_CORES" in found.stderr
+    assert result.returncode == 2
+    assert "GUIX_CORES" in result.stderr
 
 
 @pytest.fixture
 def collection(monkeypatch: pytest.MonkeyPatch) -> Collection:
-    """The tasks of a project, to which its ``tasks.py`` adds."""
+    """The tasks of a project, which its ``tasks.py`` extends."""
     project: Collection = copy.deepcopy(ns)
     monkeypatch.setattr(custom, "ns", project)
     monkeypatch.setattr(custom, "custom_stages", [])
@@ -413,7 +427,7 @@ def test_task_of_a_custom_stage_has_the_options_of_install(collection: Collectio
 
 @pytest.mark.usefixtures("collection")
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "error"),
     [
         ('add_stage("deps", "x")', "deps is already a task"),
         ('add_stage("push", "x")', "push is already a task"),
@@ -421,11 +435,11 @@ def test_task_of_a_custom_stage_has_the_options_of_install(collection: Collectio
         ('add_stage("late", "x", parent="later")', "one of base, pull, install, deps, checked"),
     ],
 )
-def test_mistake_in_tasks_py_is_one_line(line: str, said: str) -> None:
-    with pytest.raises(Exit) as caught:
+def test_error_in_tasks_py_is_one_line(line: str, error: str) -> None:
+    with pytest.raises(Exit) as raised:
         exec(f"{TASKS}{line}", {})  # noqa: S102
-    assert caught.value.code == 2
-    message = str(caught.value.message)
+    assert raised.value.code == 2
+    message = str(raised.value.message)
     assert message.startswith("error: tasks.py: ")
-    assert said in message
+    assert error in message
     assert len(message.splitlines()) == 1

@@ -6,7 +6,7 @@ import socket
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import Heard, Site, heard
+from fake_engine import BufferConsole, Site, console_text
 
 from dev import demo
 from guix_tasks.bootstrap.engine import PrivateEngine
@@ -26,10 +26,10 @@ def test_next_steps_explain_how_to_reach_the_private_engine(
     if private:
         monkeypatch.setattr(engine, "url", project.engine.info().url)
     demo.print_next_steps(project)
-    assert (engine.shell_hint() in heard(project)) is private
+    assert (engine.shell_hint() in console_text(project)) is private
 
 
-def test_demo_takes_a_free_port_if_another_program_uses_its_port(
+def test_demo_uses_a_free_port_if_its_port_is_in_use(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[int] = []
@@ -39,13 +39,13 @@ def test_demo_takes_a_free_port_if_another_program_uses_its_port(
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        taken = other.getsockname()[1]
-        registry_for = lambda _engine, port=taken: LocalRegistry(tmp_path, port)  # noqa: E731
+        used_port = other.getsockname()[1]
+        registry_for = lambda _engine, port=used_port: LocalRegistry(tmp_path, port)  # noqa: E731
         monkeypatch.setattr(demo, "registry_for", registry_for)
-        port = demo.prepare(site.engine, Heard(), tmp_path)
-    assert [port] == started != [taken]
+        port = demo.prepare(site.engine, BufferConsole(), tmp_path)
+    assert [port] == started != [used_port]
     site.env["IMAGE"] = f"localhost:{port}/guix-tasks-demo"
     project = site.project()
     demo.print_next_steps(project)
-    assert f"IMAGE=localhost:{port}/guix-tasks-demo:latest ./inv pull" in heard(project)
-    assert f"`./inv registry.down --port {port}`" in heard(project)
+    assert f"IMAGE=localhost:{port}/guix-tasks-demo:latest ./inv pull" in console_text(project)
+    assert f"`./inv registry.down --port {port}`" in console_text(project)
