@@ -1,4 +1,4 @@
-"""The real engine's side of the SDK, before an engine that is played."""
+"""The engine of the Docker SDK, on a fake server."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ IMAGE = {
     "Size": 174,
 }
 
-PACKED = {"Size": {"Content": 174, "Total": 915}, "ImageData": {"Size": {"Unpacked": 741}}}
-AS_LOADED = {"Size": {"Content": 740, "Total": 1481}, "ImageData": {"Size": {"Unpacked": 741}}}
+COMPRESSED = {"Size": {"Content": 174, "Total": 915}, "ImageData": {"Size": {"Unpacked": 741}}}
+UNCOMPRESSED = {"Size": {"Content": 740, "Total": 1481}, "ImageData": {"Size": {"Unpacked": 741}}}
 
 
-class Played(BaseHTTPRequestHandler):
-    """Dies in the middle of one push, and has no room for a tag.
+class FakeServer(BaseHTTPRequestHandler):
+    """A server that breaks off one push, and has no space for a tag.
 
     Its images are in the containerd store.
     """
@@ -64,9 +64,9 @@ class Played(BaseHTTPRequestHandler):
         if self.path.endswith("/info"):
             self.answer(200, INFO)
         elif self.path.endswith("/images/packed:t/json?manifests=1"):
-            self.answer(200, {**IMAGE, "Manifests": [PACKED]})
+            self.answer(200, {**IMAGE, "Manifests": [COMPRESSED]})
         elif self.path.endswith("/images/loaded:t/json?manifests=1"):
-            self.answer(200, {**IMAGE, "Manifests": [AS_LOADED]})
+            self.answer(200, {**IMAGE, "Manifests": [UNCOMPRESSED]})
         elif self.path.endswith("/images/classic:t/json?manifests=1"):
             self.answer(200, IMAGE)
         elif "/images/" in self.path:
@@ -102,29 +102,29 @@ class Played(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def played() -> Iterator[DockerEngine]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Played) as server:
+def run_server() -> Iterator[DockerEngine]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), FakeServer) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield DockerEngine(Address(f"tcp://127.0.0.1:{server.server_address[1]}", "test"))
         server.shutdown()
 
 
-def test_broken_answer_is_an_error_of_one_line() -> None:
-    with played() as engine, pytest.raises(EngineError, match="does not answer: ") as raised:
+def test_incomplete_answer_is_an_error_of_one_line() -> None:
+    with run_server() as engine, pytest.raises(EngineError, match="does not answer: ") as error:
         engine.push("localhost:1/x:t", None)
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(error.value)
 
 
 def test_answer_of_another_server_is_an_error_of_one_line() -> None:
-    with played() as engine, pytest.raises(EngineError) as raised:
+    with run_server() as engine, pytest.raises(EngineError) as error:
         engine.volumes({})
-    assert str(raised.value).startswith(
+    assert str(error.value).startswith(
         "the engine could not list volumes: the answer is not one of Docker's API "
         "(KeyError: 'Volumes'); check that an engine listens at tcp://127.0.0.1:"
     )
 
 
-def test_output_is_not_read_at_once_because_a_header_can_announce_4_gb() -> None:
+def test_output_with_a_header_for_4_gb_is_read_in_chunks() -> None:
     class Output(io.BytesIO):
         def makefile(self, _mode: str) -> Output:
             return self
@@ -148,14 +148,14 @@ def test_damaged_context_is_an_error_of_one_line(content: str, tmp_path: Path) -
         find_engine({"DOCKER_CONFIG": str(tmp_path)}, tmp_path / "no.sock")
 
 
-def test_an_engine_that_cannot_grant_privileges_has_a_hint() -> None:
+def test_missing_privileges_are_reported_with_a_hint() -> None:
     engine = DockerEngine(Address("unix:///none", "test"))
     response, reason = requests.Response(), "privileged mode is incompatible with user namespaces"
     response.status_code = 500
-    with pytest.raises(EngineError) as caught, engine._engine_errors("create a container"):
+    with pytest.raises(EngineError) as error, engine._engine_errors("create a container"):
         raise APIError("", response, reason)
-    error = f"the engine could not create a container: {reason}; set GUIX_SANDBOX=capabilities"
-    assert str(caught.value) == error
+    message = f"the engine could not create a container: {reason}; set GUIX_SANDBOX=capabilities"
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_an_engine_that_cannot_grant_privileges_has_a_hint() -> None:
         ("/var/lib/docker", ["name=userns"], 0),
     ],
 )
-def test_first_id_is_that_of_userns_remap(
+def test_first_id_is_known_with_userns_remap(
     directory: str, options: list[str], first_id: int
 ) -> None:
     answer = {"DockerRootDir": directory, "SecurityOptions": options}
@@ -174,14 +174,14 @@ def test_first_id_is_that_of_userns_remap(
 
 
 def test_full_disk_is_reported_with_a_hint() -> None:
-    with played() as engine, pytest.raises(EngineError) as raised:
+    with run_server() as engine, pytest.raises(EngineError) as error:
         engine.tag("sha256:0", "localhost:1/x:t")
-    assert str(raised.value).endswith(f"no space left on device; {FULL_DISK}")
+    assert str(error.value).endswith(f"no space left on device; {FULL_DISK}")
 
 
 @pytest.mark.parametrize("store", ["classic", "containerd"])
 def test_push_returns_the_digest_of_either_store(store: str) -> None:
-    with played() as engine:
+    with run_server() as engine:
         assert engine.push(f"localhost:1/x:{store}", None) == DIGEST
 
 
@@ -199,13 +199,16 @@ def test_digest_of_a_push_is_in_its_status(status: str | None, expected: str) ->
 
 
 def test_push_without_a_digest_is_an_error() -> None:
-    with played() as engine, pytest.raises(RegistryError, match="the registry answered no digest"):
+    with (
+        run_server() as engine,
+        pytest.raises(RegistryError, match="the registry answered no digest"),
+    ):
         engine.push("localhost:1/x:silent", None)
 
 
 @pytest.mark.parametrize(("reference", "size"), [("packed:t", 915), ("classic:t", 174)])
-def test_size_is_that_of_docker_images(reference: str, size: int) -> None:
-    with played() as engine:
+def test_size_equals_the_size_in_docker_images(reference: str, size: int) -> None:
+    with run_server() as engine:
         image = engine.image(reference)
         assert image is not None
         assert image.size == size
@@ -213,19 +216,19 @@ def test_size_is_that_of_docker_images(reference: str, size: int) -> None:
 
 
 def test_build_compresses_only_uncompressed_layers() -> None:
-    with played() as engine:
+    with run_server() as engine:
         references = ("loaded:t", "packed:t", "classic:t", "missing:t", "")
-        assert [each for each in references if engine._is_uncompressed(each)] == ["loaded:t"]
+        assert [name for name in references if engine._is_uncompressed(name)] == ["loaded:t"]
 
 
 def test_image_store_is_recognised() -> None:
-    with played() as engine:
+    with run_server() as engine:
         assert engine.info().uses_containerd
         assert engine.info().store == "containerd image store (overlayfs)"
 
 
 @pytest.mark.parametrize(
-    "refusal",
+    "message",
     [
         "denied: requested access to the resource is denied",
         "error from registry: authentication required",
@@ -233,35 +236,35 @@ def test_image_store_is_recognised() -> None:
         "unexpected status from PUT request to https://r.test/v2/c/manifests/1: 403 Forbidden",
     ],
 )
-def test_refusals_of_both_stores_have_the_hint_for_accounts(refusal: str) -> None:
-    error = docker._registry_error("push r.test/c:1", refusal)
-    assert str(error).startswith(f"cannot push r.test/c:1: {refusal}; the credentials are missing")
+def test_denied_access_has_a_hint_for_both_stores(message: str) -> None:
+    error = docker._registry_error("push r.test/c:1", message)
+    assert str(error).startswith(f"cannot push r.test/c:1: {message}; the credentials are missing")
     assert not error.is_transient
 
 
 @pytest.mark.parametrize(
-    "refusal",
+    "message",
     [
         "name unknown: The repository with name 'app' does not exist in the registry with id '1'",
         "unknown: repository team/app not found",
     ],
 )
-def test_a_registry_that_creates_no_repositories_is_told_so_by_a_push(refusal: str) -> None:
-    error = str(docker._registry_error("push r.test/team/app:1", refusal))
+def test_push_to_a_missing_repository_has_a_hint(message: str) -> None:
+    error = str(docker._registry_error("push r.test/team/app:1", message))
     assert error.endswith("the registry creates no repositories by itself: create this one there")
-    error = str(docker._registry_error("pull r.test/team/app:1", refusal))
+    error = str(docker._registry_error("pull r.test/team/app:1", message))
     assert error.endswith("the registry has no such image: fix the reference")
 
 
 @pytest.mark.parametrize(
-    "refusal",
+    "message",
     [
         "unexpected status from PUT request to https://r.test/v2/c: 413 Request Entity Too Large",
         "error parsing HTTP 413 response body: invalid character '<': \"<html><title>413 ...\"",
     ],
 )
-def test_upload_that_is_too_large_for_a_proxy_has_a_hint(refusal: str) -> None:
-    error = docker._registry_error("push r.test/c:1", refusal)
+def test_upload_over_the_limit_of_a_proxy_has_a_hint(message: str) -> None:
+    error = docker._registry_error("push r.test/c:1", message)
     assert "; a proxy or the registry refuses uploads of this size: raise its limit" in str(error)
     assert not error.is_transient
 
@@ -269,12 +272,12 @@ def test_upload_that_is_too_large_for_a_proxy_has_a_hint(refusal: str) -> None:
 def test_variables_of_requests_do_not_change_the_connection(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Docker's client, in Go, knows no REQUESTS_CA_BUNDLE, and no proxy for loopback."""
+    """Docker's client, in Go, ignores REQUESTS_CA_BUNDLE, and uses no proxy for loopback."""
     for name in ("http_proxy", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "missing.pem"))
     monkeypatch.delenv("no_proxy", raising=False)
-    with played() as engine:
+    with run_server() as engine:
         assert not engine.is_podman
     for url, proxies in (
         ("https://engine.test:2376", {"https": "http://127.0.0.1:9"}),
@@ -282,35 +285,35 @@ def test_variables_of_requests_do_not_change_the_connection(
         ("unix:///run/docker.sock", {}),
     ):
         client = docker.Client(url, 1, version="1.48")
-        merged = client.merge_environment_settings(url, {}, None, None, None)
-        assert merged["verify"] is True
-        assert proxies.items() <= dict(merged["proxies"]).items()
-        assert bool(merged["proxies"]) == bool(proxies)
+        options = client.merge_environment_settings(url, {}, None, None, None)
+        assert options["verify"] is True
+        assert proxies.items() <= dict(options["proxies"]).items()
+        assert bool(options["proxies"]) == bool(proxies)
 
 
-@pytest.mark.parametrize("own", [None, "/missing"])
+@pytest.mark.parametrize("variable", [None, "/missing"])
 def test_context_is_found_in_the_configuration_of_the_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str | None
 ) -> None:
-    """As where an env file sets DOCKER_CONFIG, which the process's environment does not."""
+    """An env file can set DOCKER_CONFIG, without a change of the process's environment."""
     meta = tmp_path / "contexts/meta" / hashlib.sha256(b"far").hexdigest()
     meta.mkdir(parents=True)
     (tmp_path / "config.json").write_text('{"currentContext": "far"}')
     endpoint = {"docker": {"Host": "tcp://far.test:2375", "SkipTLSVerify": False}}
     context = {"Name": "far", "Metadata": {}, "Endpoints": endpoint}
     (meta / "meta.json").write_text(json.dumps(context))
-    if own:
-        monkeypatch.setenv("DOCKER_CONFIG", own)
+    if variable:
+        monkeypatch.setenv("DOCKER_CONFIG", variable)
     else:
         monkeypatch.delenv("DOCKER_CONFIG")
     for name in ("", "far"):
         variables = {"DOCKER_CONFIG": str(tmp_path), "DOCKER_CONTEXT": name}
         address = find_engine(variables, tmp_path / "no.sock")
         assert (address.url, address.context) == ("tcp://far.test:2375", "far")
-    assert os.environ.get("DOCKER_CONFIG") == own
+    assert os.environ.get("DOCKER_CONFIG") == variable
 
 
-def test_queries_of_urls_are_not_shown() -> None:
+def test_queries_of_urls_are_removed() -> None:
     upload = "https://r.test/v2/c/blobs/uploads/1"
     for message in (
         "unexpected status from PUT request to {}: 502 Bad Gateway",
@@ -323,9 +326,9 @@ def test_queries_of_urls_are_not_shown() -> None:
 
 
 @pytest.mark.parametrize("fault", ["connect: connection refused", "lookup r.test: no such host"])
-def test_a_registry_out_of_reach_may_be_that_of_any_setting(fault: str) -> None:
-    """``CACHE_IMAGE``, a base image, what ``push`` was told: the engine knows the reference."""
-    said = str(docker._registry_error("push r.test/c:1", f"dial tcp: {fault}"))
-    assert said.startswith(f"cannot push r.test/c:1: dial tcp: {fault}; ")
-    assert "fix the reference" in said
-    assert "IMAGE" not in said
+def test_hint_for_an_unavailable_registry_names_no_setting(fault: str) -> None:
+    """The reference can be ``CACHE_IMAGE``, a base image or an argument of ``push``."""
+    message = str(docker._registry_error("push r.test/c:1", f"dial tcp: {fault}"))
+    assert message.startswith(f"cannot push r.test/c:1: dial tcp: {fault}; ")
+    assert "fix the reference" in message
+    assert "IMAGE" not in message

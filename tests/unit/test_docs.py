@@ -1,4 +1,4 @@
-"""The documentation is that of the code, and its links lead somewhere."""
+"""Tables, links, commands and settings in the documentation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PAGES = [
 
 FILES = ("ca.pem", "token.txt", "known_hosts", "channels.scm", "manifest.scm")
 
-CHANGED = {
+CHANGED_VALUES = {
     "PLATFORMS": "linux/arm64",
     "BUILD_CONTEXT": "docker",
     "CACHE_VOLUME": "",
@@ -49,10 +49,10 @@ CHANGED = {
     "GUIX_MANIFEST": "other.scm",
     "GUIX_CHANNELS_LOCK": "other.scm",
 }
-"""What is not the value that a project of the tests has, where the example is."""
+"""Values that differ from those of the test project, unlike the examples."""
 
-NO_PART = ("IMAGE", "GUIX_CHANNEL_CREDENTIALS_FILE")
-"""Another image has other stages; the example of a secret's file is on another machine."""
+IRRELEVANT_SETTINGS = ("IMAGE", "GUIX_CHANNEL_CREDENTIALS_FILE")
+"""Settings that are not changed: another image has other stages, the secret has no file."""
 
 OTHER_VARIABLES = {
     "CHECK_IMAGE", "CI", "ENV_FILE", "GITHUB_ACTIONS", "GITLAB_CI", "JOBS", "NAME", "NO_COLOR",
@@ -60,7 +60,7 @@ OTHER_VARIABLES = {
 }  # fmt: skip
 """Variables on the pages that are not settings."""
 
-COMPANIONS = {
+REQUIRED_SETTINGS = {
     "GUIX_BINARY_URL": {"GUIX_BINARY_SHA256": "0" * 64},
     "GUIX_BINARY_SHA256": {"GUIX_BINARY_URL": "https://a.test/guix"},
     "BUILDX_DRIVER": {"BUILDX_NODES": "tcp://a.test:1"},
@@ -68,31 +68,31 @@ COMPANIONS = {
     "BUILDX_URL": {"BUILDX_SHA256": "0" * 64},
     "BUILDX_SHA256": {"BUILDX_URL": "https://a.test/buildx"},
 }
-"""Settings without which a setting is invalid."""
+"""Other settings that a setting requires."""
 
 
-def test_the_tables_are_up_to_date() -> None:
-    # A process of its own: Invoke takes the help out of tasks when it first looks at it.
+def test_tables_are_up_to_date() -> None:
+    # In a new process, because Invoke removes the help of tasks when it first reads it.
     argv = [sys.executable, "-m", "docs.tables", "--check"]
     result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_every_task_has_a_group() -> None:
-    named = " ".join(GROUPS.values()).split()
-    assert sorted(named) == sorted(ns.task_names), "name it in guix_tasks/cli/tasks/__init__.py"
+    grouped = " ".join(GROUPS.values()).split()
+    assert sorted(grouped) == sorted(ns.task_names), "add it to guix_tasks/cli/tasks/__init__.py"
 
 
 def write_files(directory: Path) -> None:
-    """Make what the examples of settings name."""
+    """Create the files that the examples of settings name."""
     for name in (*FILES, "keys/mirror.pub", "secrets/docker_username", "substitutes/x"):
-        place = directory / name
-        place.parent.mkdir(exist_ok=True)
-        place.write_text("(list)")
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("(list)")
     shutil.copy(Path(__file__).with_name("authority.pem"), directory / "company-ca.pem")
 
 
-def test_picture_of_a_run_shows_tasks_that_exist() -> None:
+def test_picture_of_a_run_shows_existing_tasks() -> None:
     svg = (ROOT / "docs" / "images" / "terminal.svg").read_text(encoding="utf-8")
     text = re.sub(r"<[^>]*>", "\n", svg).replace("&#160;", " ")
     commands = re.findall(r"^inv (.*?)(?: -.*)?$", text, re.MULTILINE)
@@ -101,12 +101,12 @@ def test_picture_of_a_run_shows_tasks_that_exist() -> None:
     assert shown <= set(ns.task_names)
 
 
-def test_the_examples_are_good_values(tmp_path: Path) -> None:
-    """All at once, so that what goes only with another has it."""
+def test_examples_of_settings_are_valid(tmp_path: Path) -> None:
+    """All are set together, so that settings that require others are valid."""
     write_files(tmp_path)
     examples = {name: setting.example for name, setting in DECLARATIONS.items()}
     assert all(examples.values())
-    # A secret is given as itself or as a file, and that of the example is on another machine.
+    # A secret is set directly or as a file, and the files of the examples do not exist here.
     for name in ("DOCKER_USERNAME", "DOCKER_PASSWORD_FILE", "GUIX_CHANNEL_CREDENTIALS_FILE"):
         del examples[name]
     text = "".join(f"{name}={value}\n" for name, value in examples.items())
@@ -117,55 +117,59 @@ def test_the_examples_are_good_values(tmp_path: Path) -> None:
 
 
 def is_changed(lifecycle: Lifecycle, stage: str, image: Image) -> bool:
-    """Whether what a stage is made from changed, its parent left out."""
+    """Whether the inputs of a stage changed, except its parent."""
     try:
         return lifecycle._inputs(stage, image, ()) != inputs_of(image)
     except _StaleError:
         return True
 
 
-def test_a_stage_in_bold_is_stale_when_the_setting_changes(made: Site) -> None:
-    """And no other is, but by way of its parent."""
-    own = (made.directory / "channels.scm").read_bytes()
-    write_files(made.directory)
-    (made.directory / "channels.scm").write_bytes(own)
-    made.write("other.scm", "(list)")
-    made.write("docker/Dockerfile", "FROM other\n")
-    images = {stage: made.image(stage) for stage in STAGES}
-    before = dict(made.env)
-    wrong = {}
+def test_exactly_the_stages_in_bold_are_stale_when_a_setting_changes(built_site: Site) -> None:
+    """Stages that are stale only because of their parent are not in bold."""
+    channels = (built_site.directory / "channels.scm").read_bytes()
+    write_files(built_site.directory)
+    (built_site.directory / "channels.scm").write_bytes(channels)
+    built_site.write("other.scm", "(list)")
+    built_site.write("docker/Dockerfile", "FROM other\n")
+    images = {stage: built_site.image(stage) for stage in STAGES}
+    env = dict(built_site.env)
+    errors = {}
     for name, setting in DECLARATIONS.items():
-        if name in NO_PART or name.startswith("DOCKER_"):
+        if name in IRRELEVANT_SETTINGS or name.startswith("DOCKER_"):
             continue
-        made.env.update(before)
-        for extra in made.env.keys() - before.keys():
-            del made.env[extra]
-        made.env.update(COMPANIONS.get(name, {}) | {name: CHANGED.get(name, setting.example)})
-        lifecycle = made.lifecycle
+        built_site.env.update(env)
+        for extra in built_site.env.keys() - env.keys():
+            del built_site.env[extra]
+        built_site.env.update(
+            REQUIRED_SETTINGS.get(name, {}) | {name: CHANGED_VALUES.get(name, setting.example)}
+        )
+        lifecycle = built_site.lifecycle
         stale = [stage for stage in STAGES if is_changed(lifecycle, stage, images[stage])]
         if stale != (bold := re.findall(r"\*\*(\w+)\*\*", setting.used_by)):
-            wrong[name] = (stale, bold)
-    assert wrong == {}
+            errors[name] = (stale, bold)
+    assert errors == {}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_the_links_lead_somewhere(page: Path) -> None:
+def test_links_have_existing_targets(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)
     for target in (first or second for first, second in links):
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
-        place = page.parent / path if path else page
-        assert place.exists(), f"{target} leads nowhere"
+        linked = page.parent / path if path else page
+        assert linked.exists(), f"{target} does not exist"
         if anchor:
-            assert anchor in _anchors(place.read_text(encoding="utf-8")), f"{target}: no such part"
+            assert anchor in _anchors(linked.read_text(encoding="utf-8")), (
+                f"{target}: no such heading"
+            )
 
 
 def _anchors(text: str) -> set[str]:
-    """The names that GitHub gives to headings."""
+    """Return the anchors that GitHub gives to headings."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def code_of(text: str) -> list[str]:
@@ -186,20 +190,20 @@ def command_lines(line: str) -> list[list[str]]:
         words = list(lexer)
     except ValueError:  # a sentence with an apostrophe
         words = line.split()
-    found: list[list[str]] = []
+    commands: list[list[str]] = []
     is_command = False
     for word in words:
         if word in {"inv", "./inv", "guix-tasks"}:
-            found.append([])
+            commands.append([])
             is_command = True
         elif is_command and not re.match(r"[|&;<>()]", word):
-            found[-1].extend([] if re.fullmatch("[A-Z]*…", word) else [word])
+            commands[-1].extend([] if re.fullmatch("[A-Z]*…", word) else [word])
         else:
             is_command = False
-    return found
+    return commands
 
 
-def test_commands_of_a_line_end_at_shell_operators_and_omit_placeholders() -> None:
+def test_commands_end_at_shell_operators_and_omit_placeholders() -> None:
     assert command_lines("A=b inv pull && ./inv push | cat  # twice") == [["pull"], ["push"]]
     assert command_lines("$ inv run -- sh -c 'a || b'") == [["run", "--", "sh", "-c", "a || b"]]
     assert command_lines("then run `inv pull TASK…`, or") == [["pull"]]
@@ -209,12 +213,12 @@ def test_commands_of_a_line_end_at_shell_operators_and_omit_placeholders() -> No
 def contexts() -> list[ParserContext]:
     """Return the tasks that pages can name, with their options."""
     # Parsing a command removes the help of its task.
-    ours = deepcopy((ns, Collection(dev.tasks.demo, dev.tasks.test)))
-    return [context for collection in ours for context in collection.to_contexts()]
+    collections = deepcopy((ns, Collection(dev.tasks.demo, dev.tasks.test)))
+    return [context for collection in collections for context in collection.to_contexts()]
 
 
-def error_of(words: list[str], contexts: list[ParserContext]) -> str:
-    """Return the error with which Invoke refuses a command line, or an empty string."""
+def parse_error(words: list[str], contexts: list[ParserContext]) -> str:
+    """Return the error of Invoke for a command line, or an empty string."""
     program = Program()
     core = ParserContext(args=[*program.core_args(), *program.task_args()])
     try:
@@ -233,10 +237,10 @@ def test_commands_and_settings_of_a_page_exist(page: Path, contexts: list[Parser
         ParserContext(name, args=options)
         for name in set(re.findall(r'add_(?:stage|test)\(\s*"([\w-]+)"', text + example))
     ]
-    wrong = []
+    mistakes = []
     for line in code_of(text):
-        errors = (error_of(words, [*contexts, *custom]) for words in command_lines(line))
-        wrong += [f"{line}: {error}" for error in errors if error]
+        errors = (parse_error(words, [*contexts, *custom]) for words in command_lines(line))
+        mistakes += [f"{line}: {error}" for error in errors if error]
         names = re.findall(r"(?:^|[\s\"])([A-Z][A-Z0-9_]+)=", line)
-        wrong += [f"{line}: {name}" for name in {*names} - OTHER_VARIABLES - {*DECLARATIONS}]
-    assert not wrong, "\n".join(wrong)
+        mistakes += [f"{line}: {name}" for name in {*names} - OTHER_VARIABLES - {*DECLARATIONS}]
+    assert not mistakes, "\n".join(mistakes)

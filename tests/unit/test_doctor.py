@@ -1,4 +1,4 @@
-"""Doctor: what each check says of what can be wrong, and that it leaves everything as it is."""
+"""Checks of ``inv doctor``: their findings, and that they change nothing."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from fake_buildx import NAME, NO_IMAGE, REFUSED, UNKNOWN_FLAG, FakeBuildx
 from fake_engine import (
     BASE_IMAGE,
     IMAGE,
+    BufferConsole,
     FakeContainer,
-    Heard,
     Output,
     Site,
     channel,
-    made_site,
+    new_built_site,
     new_site,
     outline,
-    serial,
+    serial_executor,
 )
 from invoke.program import Program
 
@@ -59,15 +59,15 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
 @pytest.fixture(autouse=True)
-def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing of this machine: no engine, no settings, no proxy, no disk that is full."""
+def _clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hide the engine, the settings and the proxies of this machine."""
     for name in (*DECLARATIONS, *PROXIES, "ENV_FILE"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     monkeypatch.setattr(discovery, "DEFAULT_SOCKET", tmp_path / "no.sock")
-    monkeypatch.setattr(files, "ThreadPoolExecutor", serial)
+    monkeypatch.setattr(files, "ThreadPoolExecutor", serial_executor)
     monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
     yield
     session._engines.clear()
@@ -83,8 +83,8 @@ def site(tmp_path: Path) -> Site:
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Site:
-    site = made_site(tmp_path / "project")
+def built_site(tmp_path: Path) -> Site:
+    site = new_built_site(tmp_path / "project")
     site.env["NETWORK"] = "none"
     return site
 
@@ -92,40 +92,40 @@ def made(tmp_path: Path) -> Site:
 def find(site: Site, name: str, program: Buildx | None = None) -> list[Finding]:
     """Return the findings of the checks whose names match."""
     checks = doctor._checks(site.project(), program)
-    found = [doctor._run(check) for each, check in checks if re.fullmatch(name, each)]
-    return [each for each in found if each]
+    results = [doctor._run(function) for other, function in checks if re.fullmatch(name, other)]
+    return [result for result in results if result]
 
 
-def one(site: Site, name: str) -> Finding:
-    (found,) = find(site, name)
-    return found
+def check(site: Site, name: str) -> Finding:
+    (finding,) = find(site, name)
+    return finding
 
 
-def about(site: Site, **fields: object) -> None:
-    """Let the engine describe itself otherwise."""
-    site.engine.about = replace(site.engine.about, **fields)  # type: ignore[arg-type]
+def describe_engine(site: Site, **fields: object) -> None:
+    """Change the description of the engine."""
+    site.engine.details = replace(site.engine.details, **fields)  # type: ignore[arg-type]
 
 
 # --- The engine and its machine -------------------------------------------------------------
 
 
-def test_the_engine_is_told_with_the_rule_that_found_it(site: Site) -> None:
-    about(site, cgroups="2", security=("seccomp", "apparmor"))
-    engine, host = one(site, "engine"), one(site, "host")
+def test_engine_is_reported_with_the_reason_for_its_choice(site: Site) -> None:
+    describe_engine(site, cgroups="2", security=("seccomp", "apparmor"))
+    engine, host = check(site, "engine"), check(site, "host")
     assert engine.message == "fake at unix:///fake.sock (fake), Docker 28, linux/amd64, memory"
     assert (host.state, host.message) == (OK, "cgroups v2, seccomp, apparmor")
 
 
-def test_a_rootless_engine_is_a_note_with_what_to_do(site: Site) -> None:
-    about(site, security=("seccomp", "rootless"))
-    note = one(site, "host")
+def test_rootless_engine_is_a_note_with_a_fix(site: Site) -> None:
+    describe_engine(site, security=("seccomp", "rootless"))
+    note = check(site, "host")
     assert note.state == NOTE
     assert "rootless" in note.message
     assert "an engine that runs as root" in note.fix
 
 
 @pytest.mark.parametrize(
-    ("seconds", "state", "said"),
+    ("seconds", "state", "message"),
     [
         (-3600, FAILED, "3600 s behind this machine's"),
         (3600, FAILED, "s ahead of this machine's"),
@@ -133,18 +133,18 @@ def test_a_rootless_engine_is_a_note_with_what_to_do(site: Site) -> None:
         (30, OK, "s between"),
     ],
 )
-def test_a_clock_that_is_off_is_told_with_its_direction(
-    site: Site, seconds: int, state: str, said: str
+def test_difference_of_the_clocks_is_reported_with_its_direction(
+    site: Site, seconds: int, state: str, message: str
 ) -> None:
-    about(site, time=datetime.now(timezone.utc) + timedelta(seconds=seconds))
-    clock = one(site, "clock")
+    describe_engine(site, time=datetime.now(timezone.utc) + timedelta(seconds=seconds))
+    clock = check(site, "clock")
     assert clock.state == state
-    assert said in clock.message
+    assert message in clock.message
     assert "-" not in clock.message
 
 
-def test_an_engine_that_tells_no_time_is_not_said_to_be_right(site: Site) -> None:
-    assert one(site, "clock") == Finding(NOTE, "the engine does not report its time")
+def test_clock_is_a_note_if_the_engine_reports_no_time(site: Site) -> None:
+    assert check(site, "clock") == Finding(NOTE, "the engine does not report its time")
 
 
 @pytest.mark.parametrize(
@@ -159,83 +159,83 @@ def test_an_engine_that_tells_no_time_is_not_said_to_be_right(site: Site) -> Non
         ("", None),
     ],
 )
-def test_the_time_of_an_engine_is_read(text: str, expected: str | None) -> None:
-    found = docker._time(text)
-    assert (found and found.isoformat()) == expected
+def test_time_of_the_engine_is_parsed(text: str, expected: str | None) -> None:
+    parsed = docker._time(text)
+    assert (parsed and parsed.isoformat()) == expected
 
 
 @pytest.mark.parametrize(("free", "state"), [(10**12, OK), (10**6, FAILED)])
-def test_room_on_the_engines_disk(
+def test_low_space_on_the_disk_of_the_engine_is_a_failure(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, state: str
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
-    about(site, root=str(tmp_path))
-    disk = one(site, "disk")
+    describe_engine(site, root=str(tmp_path))
+    disk = check(site, "disk")
     assert disk.state == state
     assert f"free at {tmp_path}; about 4 GB is needed" in disk.message
     assert ("`inv clean`" in disk.fix) == (state == FAILED)
 
 
-def test_a_commit_needs_room_for_another_image(
-    made: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_commit_needs_space_for_another_image(
+    built_site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=5 * 10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
-    about(made, root=str(tmp_path))
-    assert one(made, "disk").state == OK
-    image = made.image("install")
-    made.engine.all_images[image.id] = replace(image, size=3 * 10**9)
-    assert one(made, "disk").state == FAILED
+    describe_engine(built_site, root=str(tmp_path))
+    assert check(built_site, "disk").state == OK
+    image = built_site.image("install")
+    built_site.engine.all_images[image.id] = replace(image, size=3 * 10**9)
+    assert check(built_site, "disk").state == FAILED
 
 
 @pytest.mark.parametrize(
     "fields",
     [{"root": ""}, {"root": "/no/such/directory"}, {"root": "/", "url": "tcp://far.test:2375"}],
-    ids=["unnamed", "not-here", "elsewhere"],
+    ids=["unset", "missing", "remote"],
 )
-def test_a_disk_that_cannot_be_seen_is_not_judged(site: Site, fields: dict[str, str]) -> None:
-    about(site, **fields)
-    assert one(site, "disk") == Finding(NOTE, "the engine's disk is not visible from this machine")
+def test_invisible_disk_is_a_note(site: Site, fields: dict[str, str]) -> None:
+    describe_engine(site, **fields)
+    assert check(site, "disk") == Finding(
+        NOTE, "the engine's disk is not visible from this machine"
+    )
 
 
-def test_a_folder_that_is_closed_to_this_user_is_not_judged(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def closed(path: object) -> NoReturn:
+def test_unreadable_disk_is_a_note(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(path: object) -> NoReturn:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(shutil, "disk_usage", closed)
-    monkeypatch.setattr(Path, "is_dir", closed)
-    about(site, root="/var/lib/docker/100000.100000")
-    assert one(site, "disk").state == NOTE
+    monkeypatch.setattr(shutil, "disk_usage", deny)
+    monkeypatch.setattr(Path, "is_dir", deny)
+    describe_engine(site, root="/var/lib/docker/100000.100000")
+    assert check(site, "disk").state == NOTE
 
 
 # --- The base image -------------------------------------------------------------------------
 
 
-def test_a_base_image_that_is_here(site: Site) -> None:
-    assert one(site, "base image").message.startswith(f"{BASE_IMAGE} is on the engine, ")
+def test_base_image_on_the_engine_is_reported(site: Site) -> None:
+    assert check(site, "base image").message.startswith(f"{BASE_IMAGE} is on the engine, ")
 
 
-def test_a_base_image_that_is_in_its_registry(site: Site) -> None:
+def test_base_image_in_its_registry_is_reported(site: Site) -> None:
     site.engine.untag(BASE_IMAGE)
-    assert one(site, "base image") == Finding(OK, f"{BASE_IMAGE} is in its registry")
+    assert check(site, "base image") == Finding(OK, f"{BASE_IMAGE} is in its registry")
 
 
-def test_a_base_image_that_is_nowhere(site: Site) -> None:
+def test_missing_base_image_is_a_failure(site: Site) -> None:
     site.env["BASE_IMAGE"] = "registry.test/none:1"
-    found = one(site, "base image")
-    assert found.state == FAILED
-    assert "registry.test/none:1" in found.message
-    assert "`inv rootfs`" in found.fix
+    finding = check(site, "base image")
+    assert finding.state == FAILED
+    assert "registry.test/none:1" in finding.message
+    assert "`inv rootfs`" in finding.fix
 
 
-def test_podman_is_not_asked_what_it_cannot_tell(site: Site) -> None:
-    about(site, product="Podman", version="4.3.1", security=("rootless",))
-    assert ", Podman 4.3.1, rootless, linux/amd64" in one(site, "engine").message
+def test_checks_without_support_in_podman_are_notes(site: Site) -> None:
+    describe_engine(site, product="Podman", version="4.3.1", security=("rootless",))
+    assert ", Podman 4.3.1, rootless, linux/amd64" in check(site, "engine").message
     site.env["BASE_IMAGE"] = "registry.test/none:1"
-    image, registry = one(site, "base image"), one(site, "registry")
+    image, registry = check(site, "base image"), check(site, "registry")
     assert (image.state, image.fix) == (
         NOTE,
         "`podman pull registry.test/none:1` shows whether it can be pulled",
@@ -243,21 +243,21 @@ def test_podman_is_not_asked_what_it_cannot_tell(site: Site) -> None:
     assert registry.state == NOTE
     assert "was not tested" in registry.message
     site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD=PASSWORD)
-    assert one(site, "registry").state == OK
+    assert check(site, "registry").state == OK
 
 
-def test_a_base_image_that_is_gone_after_the_base_stage_is_no_fault(made: Site) -> None:
-    """BuildKit leaves none on the engine, and nothing asks for it again."""
-    made.engine.registry.images.clear()
-    assert one(made, "base image").state == NOTE
-    assert made.states()["base"].why is None
+def test_base_image_removed_after_the_base_stage_is_a_note(built_site: Site) -> None:
+    """BuildKit leaves no base image on the engine, and later stages do not need it."""
+    built_site.engine.registry.images.clear()
+    assert check(built_site, "base image").state == NOTE
+    assert built_site.states()["base"].why is None
 
 
 # --- The sandbox ----------------------------------------------------------------------------
 
 
-def fails(*lines: str, status: int = 1) -> Callable[[FakeContainer], Output]:
-    """A probe that says this and ends so."""
+def failing_probe(*lines: str, status: int = 1) -> Callable[[FakeContainer], Output]:
+    """Return a probe that prints lines and ends with a status."""
 
     def behaviour(container: FakeContainer) -> Output:
         container.status = status
@@ -271,50 +271,54 @@ CLONE = "guix repl: error: clone: Operation not permitted"
 NO_GUIX = "entry-point: error: this image has no guix-daemon: it was built on a base without Guix"
 
 
-def test_a_probe_is_run_as_a_stage_is_and_reaches_nothing(site: Site) -> None:
-    seen: list[FakeContainer] = []
+def test_probe_runs_like_a_stage_without_network_and_mounts(site: Site) -> None:
+    containers: list[FakeContainer] = []
 
     def behaviour(container: FakeContainer) -> Output:
-        seen.append(container)
+        containers.append(container)
         assert container.text("/var/guix/guix-tasks/probe.sh").startswith("#!")
         assert "guix-tasks-probe" in container.text("/var/guix/guix-tasks/probe.scm")
         yield False, b""
 
     site.engine.behaviour = behaviour
     site.env["MOUNTS"] = "context:/context"
-    assert one(site, "sandbox") == Finding(OK, "privileged: Guix builds in a work container")
-    spec = seen[0].spec
+    assert check(site, "sandbox") == Finding(OK, "privileged: Guix builds in a work container")
+    spec = containers[0].spec
     assert spec.command == ("/var/guix/guix-tasks/entry-point.sh", "/var/guix/guix-tasks/probe.sh")
     assert (spec.privileged, spec.network, spec.binds, spec.scratch) == (True, "none", (), None)
     assert site.engine.all_containers == {}
     assert site.engine.all_volumes == {}
 
 
-def test_a_probe_without_isolation_has_no_privilege(site: Site) -> None:
+def test_probe_without_isolation_is_unprivileged(site: Site) -> None:
     site.env["GUIX_SANDBOX"] = "nochroot"
-    assert one(site, "sandbox").message.startswith("nochroot: Guix builds")
+    assert check(site, "sandbox").message.startswith("nochroot: Guix builds")
     assert not site.engine.specs[0].privileged
     assert site.engine.specs[0].security == ("seccomp=unconfined",)
 
 
-def test_the_base_stage_is_probed_where_it_is_made(made: Site) -> None:
-    one(made, "sandbox")
-    assert made.engine.specs[-1].image == made.image("base").id
+def test_existing_base_stage_is_probed(built_site: Site) -> None:
+    check(built_site, "sandbox")
+    assert built_site.engine.specs[-1].image == built_site.image("base").id
 
 
-def test_without_an_image_nothing_is_probed_and_nothing_pulled(site: Site) -> None:
+def test_missing_image_is_neither_probed_nor_pulled(site: Site) -> None:
     site.engine.untag(BASE_IMAGE)
     site.engine.calls.clear()
-    assert one(site, "sandbox").state == NOTE
+    assert check(site, "sandbox").state == NOTE
     assert site.engine.changing_calls() == []
 
 
-def test_a_container_that_may_not_fork_is_told_by_guix_own_line(site: Site) -> None:
-    site.engine.behaviour = fails("substitute: looking", CLONE, "entry-point: the last lines")
-    found = one(site, "sandbox")
-    assert found.state == FAILED
-    assert found.message.endswith(f"Guix cannot build in a work container: {CLONE}")
-    assert "GUIX_SANDBOX=nochroot" in found.fix
+def test_forbidden_clone_is_reported_with_the_line_of_guix(
+    site: Site,
+) -> None:
+    site.engine.behaviour = failing_probe(
+        "substitute: looking", CLONE, "entry-point: the last lines"
+    )
+    finding = check(site, "sandbox")
+    assert finding.state == FAILED
+    assert finding.message.endswith(f"Guix cannot build in a work container: {CLONE}")
+    assert "GUIX_SANDBOX=nochroot" in finding.fix
 
 
 @pytest.mark.parametrize(
@@ -334,40 +338,40 @@ def test_a_container_that_may_not_fork_is_told_by_guix_own_line(site: Site) -> N
     ],
     ids=["key", "emulator", "disk", "other", "nothing"],
 )
-def test_fix_of_a_sandbox_fits_its_cause(site: Site, lines: list[str], fix: str) -> None:
-    site.engine.behaviour = fails(*lines, status=69)
-    found = one(site, "sandbox")
-    assert found.state == FAILED
-    assert (lines[-1] if lines else "the probe ended with status 69") in found.message
-    assert fix in found.fix
+def test_fix_of_a_sandbox_depends_on_the_reason(site: Site, lines: list[str], fix: str) -> None:
+    site.engine.behaviour = failing_probe(*lines, status=69)
+    finding = check(site, "sandbox")
+    assert finding.state == FAILED
+    assert (lines[-1] if lines else "the probe ended with status 69") in finding.message
+    assert fix in finding.fix
 
 
-def test_a_lack_of_memory_is_not_a_lack_of_privileges(made: Site) -> None:
+def test_lack_of_memory_is_not_reported_as_a_lack_of_privileges(built_site: Site) -> None:
     def behaviour(container: FakeContainer) -> Output:
         container.lacked_memory, container.status = True, 137
         return iter(())
 
-    made.engine.behaviour = behaviour
-    found = one(made, "sandbox")
-    assert (found.state, "memory ran out" in found.message) == (FAILED, True)
-    assert "STAGE_MEMORY" in found.fix
+    built_site.engine.behaviour = behaviour
+    finding = check(built_site, "sandbox")
+    assert (finding.state, "memory ran out" in finding.message) == (FAILED, True)
+    assert "STAGE_MEMORY" in finding.fix
 
 
-def test_a_base_image_that_gets_guix_by_the_dockerfile_is_no_fault(site: Site) -> None:
-    site.engine.behaviour = fails(NO_GUIX, status=69)
-    found = one(site, "sandbox")
-    assert found.state == NOTE
-    assert "`inv base`" in found.fix
+def test_base_image_without_guix_is_a_note(site: Site) -> None:
+    site.engine.behaviour = failing_probe(NO_GUIX, status=69)
+    finding = check(site, "sandbox")
+    assert finding.state == NOTE
+    assert "`inv base`" in finding.fix
 
 
-def test_a_base_stage_without_guix_is_one(made: Site) -> None:
-    made.engine.behaviour = fails(NO_GUIX, status=69)
-    found = one(made, "sandbox")
-    assert found.state == FAILED
-    assert "BASE_IMAGE" in found.fix
+def test_base_stage_without_guix_is_a_failure(built_site: Site) -> None:
+    built_site.engine.behaviour = failing_probe(NO_GUIX, status=69)
+    finding = check(built_site, "sandbox")
+    assert finding.state == FAILED
+    assert "BASE_IMAGE" in finding.fix
 
 
-def fault_at(call: str, message: str) -> Callable[[int, str, str], None]:
+def fail_at(call: str, message: str) -> Callable[[int, str, str], None]:
     def fault(_number: int, name: str, when: str) -> None:
         if (name, when) == (call, "before"):
             raise EngineError(message)
@@ -376,101 +380,99 @@ def fault_at(call: str, message: str) -> Callable[[int, str, str], None]:
 
 
 @pytest.mark.parametrize(
-    ("refusal", "fix"),
+    ("reason", "fix"),
     [
         ("privileged mode is incompatible with user namespaces", PRIVILEGES_FIX),
         ("authorization denied by plugin", PRIVILEGES_FIX),
         ("no space left on device", ""),
     ],
 )
-def test_engine_that_refuses_privileges_has_the_fix_for_that(
-    site: Site, refusal: str, fix: str
-) -> None:
-    site.engine.fault = fault_at("create", f"the engine could not create a container: {refusal}")
-    found = one(site, "sandbox")
-    assert (found.state, found.fix) == (FAILED, fix)
-    assert found.message.endswith(refusal)
+def test_denied_privileges_are_reported_with_their_fix(site: Site, reason: str, fix: str) -> None:
+    site.engine.fault = fail_at("create", f"the engine could not create a container: {reason}")
+    finding = check(site, "sandbox")
+    assert (finding.state, finding.fix) == (FAILED, fix)
+    assert finding.message.endswith(reason)
 
 
 @pytest.mark.parametrize("call", ["create", "copy_in", "run", "wait", "remove"])
-def test_engine_that_is_lost_is_a_finding_with_its_own_fix(site: Site, call: str) -> None:
-    site.engine.fault = fault_at(call, "the Docker Engine does not answer: x; start it")
-    assert one(site, "sandbox") == Finding(
+def test_lost_engine_is_a_finding_with_its_fix(site: Site, call: str) -> None:
+    site.engine.fault = fail_at(call, "the Docker Engine does not answer: x; start it")
+    assert check(site, "sandbox") == Finding(
         FAILED, "the Docker Engine does not answer: x", "start it"
     )
 
 
-def test_a_build_that_never_ends_is_stopped(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    def hangs(container: FakeContainer) -> Output:
+def test_probe_is_stopped_at_the_timeout(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(container: FakeContainer) -> Output:
         end = time.monotonic() + 20
         while container.running and time.monotonic() < end:
             time.sleep(0.01)
             yield False, b""
 
     monkeypatch.setattr(sandbox, "PROBE_SECONDS", 0.1)
-    site.engine.behaviour = hangs
-    assert "the probe did not end within 0.1 s" in one(site, "sandbox").message
+    site.engine.behaviour = hang
+    assert "the probe did not end within 0.1 s" in check(site, "sandbox").message
     assert site.engine.all_containers == {}
 
 
-def test_a_platform_that_is_emulated_is_noted_and_the_other_one_probed(site: Site) -> None:
+def test_emulated_platform_is_a_note_and_the_native_one_is_probed(site: Site) -> None:
     site.env["PLATFORMS"] = "linux/arm64 linux/amd64"
-    note, found = find(site, "sandbox")
+    note, finding = find(site, "sandbox")
     assert note.state == NOTE
     assert "linux/arm64 is emulated" in note.message
     assert "GUIX_SANDBOX=nochroot" in note.fix
-    assert found.state == OK
+    assert finding.state == OK
     assert [spec.platform for spec in site.engine.specs] == ["linux/amd64"]
 
 
-def test_a_base_image_of_another_platform_is_not_probed(site: Site) -> None:
+def test_base_image_of_another_platform_is_not_probed(site: Site) -> None:
     site.env.update(PLATFORMS="linux/arm64", GUIX_SANDBOX="nochroot")
-    assert one(site, "sandbox").state == NOTE
+    assert check(site, "sandbox").state == NOTE
     assert site.engine.specs == []
 
 
 # --- Mounts ---------------------------------------------------------------------------------
 
 
-def test_mounts_that_the_engine_cannot_see(site: Site) -> None:
+def test_mounts_on_a_remote_engine_are_a_failure(site: Site) -> None:
     site.env["MOUNTS"] = "context:/context"
-    assert one(site, "mounts").state == OK
-    about(site, url="tcp://far.test:2375")
-    found = one(site, "mounts")
-    assert found.state == FAILED
-    assert "tcp://far.test:2375" in found.message
+    assert check(site, "mounts").state == OK
+    describe_engine(site, url="tcp://far.test:2375")
+    finding = check(site, "mounts")
+    assert finding.state == FAILED
+    assert "tcp://far.test:2375" in finding.message
 
 
-def test_without_mounts_there_is_nothing_to_say_of_them(site: Site) -> None:
-    about(site, url="tcp://far.test:2375")
+def test_empty_mounts_have_no_finding(site: Site) -> None:
+    describe_engine(site, url="tcp://far.test:2375")
     assert find(site, "mounts") == []
 
 
 # --- The registry ---------------------------------------------------------------------------
 
 
-def test_a_registry_is_greeted_with_the_account_which_is_not_shown(site: Site) -> None:
+def test_registry_is_checked_with_the_account_of_the_settings(site: Site) -> None:
     site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD=PASSWORD)
-    site.engine.registry.seen.clear()
-    found = one(site, "registry")
-    assert (found.state, found.message) == (OK, "registry.test answers to DOCKER_USERNAME")
-    assert site.engine.registry.seen == [Credentials("some-user", PASSWORD)]
+    site.engine.registry.used_credentials.clear()
+    finding = check(site, "registry")
+    assert (finding.state, finding.message) == (OK, "registry.test answers to DOCKER_USERNAME")
+    assert site.engine.registry.used_credentials == [Credentials("some-user", PASSWORD)]
 
 
-def test_without_an_account_dockers_own_configuration_is_used(site: Site) -> None:
-    site.engine.registry.seen.clear()
-    assert "Docker's configuration" in one(site, "registry").message
-    assert site.engine.registry.seen == [None]
+def test_registry_is_checked_with_the_configuration_of_docker(site: Site) -> None:
+    site.engine.registry.used_credentials.clear()
+    assert "Docker's configuration" in check(site, "registry").message
+    assert site.engine.registry.used_credentials == [None]
 
 
-def test_the_account_of_a_local_registry_is_named(site: Site) -> None:
+def test_account_of_a_local_registry_is_named(site: Site) -> None:
     site.engine.registry.local_accounts = {"registry.test": Credentials("local", PASSWORD)}
-    assert one(site, "registry").message.endswith("to the account that `inv registry.up` created")
+    assert check(site, "registry").message.endswith("to the account that `inv registry.up` created")
 
 
-def test_registry_that_refuses_is_reported_with_its_fix(site: Site) -> None:
+def test_error_of_the_registry_is_reported_with_its_fix(site: Site) -> None:
     site.engine.registry.refusal = "unauthorized; set DOCKER_USERNAME"
-    assert one(site, "registry") == Finding(
+    assert check(site, "registry") == Finding(
         FAILED, f"cannot look up {IMAGE}: unauthorized", "set DOCKER_USERNAME"
     )
 
@@ -483,87 +485,87 @@ def fake(tmp_path: Path) -> FakeBuildx:
     return FakeBuildx(tmp_path / "buildx")
 
 
-def builder(site: Site, fake: FakeBuildx) -> Finding:
-    version, found = find(site, "buildx|builder", fake.program())
+def check_builder(site: Site, fake: FakeBuildx) -> Finding:
+    version, finding = find(site, "buildx|builder", fake.program())
     assert version.message.startswith("v0.26.1 at ")
-    return found
+    return finding
 
 
-def test_a_machine_without_buildx_is_told_who_installs_it(site: Site) -> None:
-    found = one(site, "buildx")
-    assert found.state == NOTE
-    assert "`inv buildx.setup`" in found.fix
+def test_missing_buildx_is_a_note_with_a_fix(site: Site) -> None:
+    finding = check(site, "buildx")
+    assert finding.state == NOTE
+    assert "`inv buildx.setup`" in finding.fix
 
 
-def test_a_buildx_that_is_of_another_machine_is_one_finding(site: Site, fake: FakeBuildx) -> None:
+def test_buildx_for_another_machine_is_one_finding(site: Site, fake: FakeBuildx) -> None:
     (fake.directory / "alien").write_bytes(b"\x7fELF nonsense")
     (fake.directory / "alien").chmod(0o755)
     broken = replace(fake.program(), program=str(fake.directory / "alien"))
-    (found,) = find(site, "buildx", broken)
-    assert found.state == FAILED
-    assert "Exec format error" in found.message
+    (finding,) = find(site, "buildx", broken)
+    assert finding.state == FAILED
+    assert "Exec format error" in finding.message
 
 
-def test_a_buildx_that_fails_is_one_finding(site: Site, fake: FakeBuildx) -> None:
+def test_failing_buildx_is_one_finding(site: Site, fake: FakeBuildx) -> None:
     fake.fail("ERROR: cannot read its configuration", "version")
-    (found,) = find(site, "buildx", fake.program())
-    assert (found.state, found.message) == (FAILED, "cannot read its configuration")
+    (finding,) = find(site, "buildx", fake.program())
+    assert (finding.state, finding.message) == (FAILED, "cannot read its configuration")
 
 
-def test_a_builder_that_is_not_there_is_no_fault(site: Site, fake: FakeBuildx) -> None:
-    found = builder(site, fake)
-    assert found == Finding(NOTE, f"there is no builder '{NAME}'", "`inv buildx.setup` creates it")
+def test_missing_builder_is_a_note(site: Site, fake: FakeBuildx) -> None:
+    finding = check_builder(site, fake)
+    assert finding == Finding(
+        NOTE, f"there is no builder '{NAME}'", "`inv buildx.setup` creates it"
+    )
 
 
-def test_a_builder_that_does_it_all(site: Site, fake: FakeBuildx) -> None:
+def test_builder_with_insecure_steps_is_ok(site: Site, fake: FakeBuildx) -> None:
     fake.add()
-    found = builder(site, fake)
-    assert found.state == OK
-    assert found.message == f"{NAME} runs insecure steps with its built-in frontend"
+    finding = check_builder(site, fake)
+    assert finding.state == OK
+    assert finding.message == f"{NAME} runs insecure steps with its built-in frontend"
 
 
-def test_a_builder_with_an_old_frontend_names_the_one_that_it_fetches(
-    site: Site, fake: FakeBuildx
-) -> None:
+def test_needed_frontend_of_a_builder_is_reported(site: Site, fake: FakeBuildx) -> None:
     fake.add()
     fake.fail(UNKNOWN_FLAG, "build", without=("BUILDKIT_SYNTAX",))
-    assert builder(site, fake).message.endswith("with the frontend docker/dockerfile:1")
+    assert check_builder(site, fake).message.endswith("with the frontend docker/dockerfile:1")
     fake.fail(NO_IMAGE, "build", "BUILDKIT_SYNTAX")
-    found = builder(site, fake)
-    assert found.state == NOTE
-    assert "cannot pull" in found.message
+    finding = check_builder(site, fake)
+    assert finding.state == NOTE
+    assert "cannot pull" in finding.message
 
 
-def test_a_builder_that_allows_no_insecure_steps(site: Site, fake: FakeBuildx) -> None:
+def test_builder_without_insecure_steps_is_a_note(site: Site, fake: FakeBuildx) -> None:
     fake.add()
     fake.fail(REFUSED, "build")
-    found = builder(site, fake)
-    assert found.state == NOTE
-    assert "--recreate" in found.fix
+    finding = check_builder(site, fake)
+    assert finding.state == NOTE
+    assert "--recreate" in finding.fix
 
 
-@pytest.mark.parametrize("others", [0, 1])
-def test_a_builder_that_is_stopped_is_not_started(
-    site: Site, fake: FakeBuildx, others: int
-) -> None:
-    for _ in range(others):
+@pytest.mark.parametrize("running", [0, 1])
+def test_stopped_builder_is_not_started(site: Site, fake: FakeBuildx, running: int) -> None:
+    for _ in range(running):
         fake.add()
     fake.add(status="stopped")
-    found = builder(site, fake)
-    assert found == Finding(NOTE, f"{NAME}{others} is not running", "`inv buildx.setup` starts it")
+    finding = check_builder(site, fake)
+    assert finding == Finding(
+        NOTE, f"{NAME}{running} is not running", "`inv buildx.setup` starts it"
+    )
     assert fake.changes() == []
     assert fake.verbs() == ["version", "inspect"]
 
 
-def test_a_node_that_cannot_be_reached_is_told_with_why(site: Site, fake: FakeBuildx) -> None:
+def test_unavailable_node_is_reported_with_the_reason(site: Site, fake: FakeBuildx) -> None:
     site.env.update(BUILDX_DRIVER="remote", BUILDX_NODES="tcp://b.test:1")
     fake.print(
         "Name: r\nDriver: remote\n\nNodes:\nName: r0\nEndpoint: tcp://b.test:1\nError: no route\n",
         "inspect",
     )
-    found = builder(site, fake)
-    assert found.message == "r0 is not running: no route"
-    assert "BUILDX_NODES" in found.fix
+    finding = check_builder(site, fake)
+    assert finding.message == "r0 is not running: no route"
+    assert "BUILDX_NODES" in finding.fix
 
 
 # --- Servers --------------------------------------------------------------------------------
@@ -571,12 +573,12 @@ def test_a_node_that_cannot_be_reached_is_told_with_why(site: Site, fake: FakeBu
 
 @dataclass
 class Server:
-    """A server on loopback that answers whatever it is asked with the same bytes."""
+    """A server on loopback that answers every request with the same bytes."""
 
     answer: bytes | None
-    """None: nothing, for as long as somebody waits."""
+    """Answer, or None for a server that never answers."""
     url: str = ""
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
 
 
 StartServer = Callable[[bytes | None], Server]
@@ -592,7 +594,7 @@ def start() -> Iterator[StartServer]:
         class Handler(socketserver.StreamRequestHandler):
             def handle(self) -> None:
                 head = list(iter(self.rfile.readline, b"\r\n"))
-                server.asked.append(b"".join(head).decode())
+                server.requests.append(b"".join(head).decode())
                 if server.answer is None:
                     self.rfile.read(1)
                 else:
@@ -632,45 +634,45 @@ BAD_ANSWERS = {
 
 
 @pytest.fixture(params=BAD_ANSWERS.values(), ids=list(BAD_ANSWERS))
-def bad(request: pytest.FixtureRequest, start: StartServer) -> tuple[str, str]:
-    """The address of a server that answers badly, and what is said of it."""
-    answer, said = request.param
-    return start(answer).url, said
+def bad_server(request: pytest.FixtureRequest, start: StartServer) -> tuple[str, str]:
+    """The address of a server with an invalid answer, and the reported error."""
+    answer, message = request.param
+    return start(answer).url, message
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "_TIMEOUT", 0.3)
 
 
-def pull_from(site: Site, *urls: str) -> None:
-    """Set channels, with the network that they need."""
+def set_channels(site: Site, *urls: str) -> None:
+    """Set channels and their network."""
     site.env["NETWORK"] = ""
     forms = (channel(f"c{number}", url) for number, url in enumerate(urls))
     site.write("channels.scm", f"(list {' '.join(forms)})\n")
 
 
-def test_a_channel_that_answers_is_asked_what_git_asks(site: Site, start: StartServer) -> None:
+def test_channel_is_checked_with_the_request_of_git(site: Site, start: StartServer) -> None:
     server = start(GIT)
-    pull_from(site, f"{server.url}/guix.git/")
-    assert one(site, "channel.*") == Finding(OK, f"{server.url}/guix.git/ answers")
-    (asked,) = server.asked
-    assert asked.startswith("GET /guix.git/info/refs?service=git-upload-pack HTTP/1.1\r\n")
-    assert "User-Agent: git/" in asked
+    set_channels(site, f"{server.url}/guix.git/")
+    assert check(site, "channel.*") == Finding(OK, f"{server.url}/guix.git/ answers")
+    (request,) = server.requests
+    assert request.startswith("GET /guix.git/info/refs?service=git-upload-pack HTTP/1.1\r\n")
+    assert "User-Agent: git/" in request
 
 
-def test_a_channel_that_answers_badly(site: Site, bad: tuple[str, str]) -> None:
-    url, said = bad
-    pull_from(site, url)
-    found = one(site, "channel.*")
-    assert found.state == FAILED
-    assert found.message.startswith(f"{url} {said}")
-    assert "\n" not in found.message
-    assert "GUIX_CHANNELS" in found.fix
+def test_channel_with_invalid_answer_is_a_failure(site: Site, bad_server: tuple[str, str]) -> None:
+    url, message = bad_server
+    set_channels(site, url)
+    finding = check(site, "channel.*")
+    assert finding.state == FAILED
+    assert finding.message.startswith(f"{url} {message}")
+    assert "\n" not in finding.message
+    assert "GUIX_CHANNELS" in finding.fix
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "error"),
     [
         ("http://127.0.0.1:1/x", "Connection refused"),
         ("http://127.0.0.1:port/x", "nonnumeric port"),
@@ -678,146 +680,145 @@ def test_a_channel_that_answers_badly(site: Site, bad: tuple[str, str]) -> None:
         ("http://127.0.0.1:1/ä", "ascii"),
     ],
 )
-def test_a_channel_at_no_place_is_one_finding(site: Site, url: str, said: str) -> None:
-    pull_from(site, url)
-    found = one(site, "channel.*")
-    assert found.state == FAILED
-    assert said in found.message
+def test_unavailable_channel_is_one_finding(site: Site, url: str, error: str) -> None:
+    set_channels(site, url)
+    finding = check(site, "channel.*")
+    assert finding.state == FAILED
+    assert error in finding.message
 
 
 def test_each_channel_has_a_finding(site: Site, start: StartServer) -> None:
-    pull_from(site, start(GIT).url, start(http("404 Not Found")).url, "git@host.test:guix")
-    assert [one(site, f"channel c{number}").state for number in range(3)] == [OK, FAILED, FAILED]
+    set_channels(site, start(GIT).url, start(http("404 Not Found")).url, "git@host.test:guix")
+    assert [check(site, f"channel c{number}").state for number in range(3)] == [OK, FAILED, FAILED]
 
 
-def test_a_token_in_a_channels_url_is_used_and_not_shown(site: Site, start: StartServer) -> None:
+def test_token_in_the_url_of_a_channel_is_used_and_redacted(site: Site, start: StartServer) -> None:
     server = start(GIT)
-    pull_from(site, server.url.replace("//", f"//me:{PASSWORD}%40x@"), f"ssh://me:{PASSWORD}@h/x")
-    found = find(site, "channel.*")
-    assert [each.state for each in found] == [OK, FAILED]
-    assert PASSWORD not in repr(found)
-    assert "Authorization: Basic bWU6aHVudGVyMkB4\r\n" in server.asked[0]
+    set_channels(
+        site, server.url.replace("//", f"//me:{PASSWORD}%40x@"), f"ssh://me:{PASSWORD}@h/x"
+    )
+    findings = find(site, "channel.*")
+    assert [finding.state for finding in findings] == [OK, FAILED]
+    assert PASSWORD not in repr(findings)
+    assert "Authorization: Basic bWU6aHVudGVyMkB4\r\n" in server.requests[0]
 
 
-def test_a_token_is_not_taken_along_to_another_server(site: Site, start: StartServer) -> None:
-    other = start(GIT)
-    server = start(http("302 Found", "", f"Location: {other.url}/"))
-    pull_from(site, server.url.replace("//", f"//me:{PASSWORD}@"))
-    assert one(site, "channel.*").state == OK
-    assert "Authorization" in server.asked[0]
-    assert "Authorization" not in other.asked[0]
+def test_token_is_not_sent_to_another_server(site: Site, start: StartServer) -> None:
+    target = start(GIT)
+    server = start(http("302 Found", "", f"Location: {target.url}/"))
+    set_channels(site, server.url.replace("//", f"//me:{PASSWORD}@"))
+    assert check(site, "channel.*").state == OK
+    assert "Authorization" in server.requests[0]
+    assert "Authorization" not in target.requests[0]
 
 
-def test_the_lock_says_what_is_pulled(site: Site, start: StartServer) -> None:
+def test_channels_of_the_lock_are_checked(site: Site, start: StartServer) -> None:
     server = start(GIT)
-    pull_from(site, server.url)
+    set_channels(site, server.url)
     site.lock.write_text(f"(list {channel('c0', server.url, 'a' * 40)})\n")
-    assert one(site, "channel.*").state == OK
+    assert check(site, "channel.*").state == OK
     site.lock.write_text(f"(list {channel('c0', 'https://else.test', 'a' * 40)})\n")
-    found = one(site, "channel.*")
-    assert found.state == FAILED
-    assert "does not fit GUIX_CHANNELS: c0 is from https://else.test" in found.message
-    assert "--update" in found.fix
+    finding = check(site, "channel.*")
+    assert finding.state == FAILED
+    assert "does not fit GUIX_CHANNELS: c0 is from https://else.test" in finding.message
+    assert "--update" in finding.fix
 
 
-def test_without_channels_those_of_the_image_are_named(site: Site) -> None:
+def test_channels_of_the_image_are_a_note(site: Site) -> None:
     site.env["GUIX_CHANNELS"] = ""
-    assert one(site, "channel.*").state == NOTE
+    assert check(site, "channel.*").state == NOTE
 
 
-def test_channels_that_are_computed_are_not_passed_over_in_silence(site: Site) -> None:
+def test_computed_channels_are_a_note(site: Site) -> None:
     site.write("channels.scm", "%default-channels\n")
-    found = one(site, "channel.*")
-    assert found.state == NOTE
-    assert "computes" in found.message
+    finding = check(site, "channel.*")
+    assert finding.state == NOTE
+    assert "computes" in finding.message
 
 
-def test_a_lock_that_cannot_be_read(site: Site) -> None:
+def test_unreadable_lock_is_a_failure(site: Site) -> None:
     site.lock.write_bytes(b"\xff")
-    found = one(site, "channel.*")
-    assert (found.state, found.fix) == (FAILED, "write a channels file")
+    finding = check(site, "channel.*")
+    assert (finding.state, finding.fix) == (FAILED, "write a channels file")
 
 
-def test_without_a_network_nobody_is_asked(site: Site, start: StartServer) -> None:
+def test_servers_are_not_checked_without_a_network(site: Site, start: StartServer) -> None:
     server = start(GIT)
-    pull_from(site, server.url)
+    set_channels(site, server.url)
     site.env.update(NETWORK="none", GUIX_SUBSTITUTE_URLS=server.url)
-    found = [*find(site, "channel.*"), *find(site, "substitutes")]
-    assert {each.state for each in found} == {NOTE}
-    assert "NETWORK=none" in found[1].message
-    assert server.asked == []
+    findings = [*find(site, "channel.*"), *find(site, "substitutes")]
+    assert {finding.state for finding in findings} == {NOTE}
+    assert "NETWORK=none" in findings[1].message
+    assert server.requests == []
 
 
-# --- Places in a container ------------------------------------------------------------------
+# --- Channels on mounts ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["file:///srv/guix", "/srv/guix", "/srv"])
-def test_a_channel_on_a_mount(site: Site, form: str) -> None:
+def test_channel_on_a_mount_is_checked_on_this_machine(site: Site, form: str) -> None:
     site.write("channels/guix/HEAD", "")
     site.env["MOUNTS"] = "channels:/srv/:ro"
-    pull_from(site, form)
-    found = one(site, "channel.*")
-    assert found.state == OK
-    assert str(site.directory / "channels") in found.message
+    set_channels(site, form)
+    finding = check(site, "channel.*")
+    assert finding.state == OK
+    assert str(site.directory / "channels") in finding.message
 
 
-def test_a_channel_that_its_mount_does_not_have(site: Site) -> None:
+def test_missing_channel_on_a_mount_is_a_failure(site: Site) -> None:
     site.env["MOUNTS"] = "context:/srv"
-    pull_from(site, "file:///srv/guix")
-    found = one(site, "channel.*")
-    assert (found.state, found.fix) == (FAILED, "correct MOUNTS")
-    assert str(site.directory / "context" / "guix") in found.message
+    set_channels(site, "file:///srv/guix")
+    finding = check(site, "channel.*")
+    assert (finding.state, finding.fix) == (FAILED, "correct MOUNTS")
+    assert str(site.directory / "context" / "guix") in finding.message
 
 
 @pytest.mark.parametrize("mounts", ["", "context:/srv/gui", "context:/other"])
-def test_a_channel_that_no_mount_brings(site: Site, mounts: str) -> None:
+def test_local_channel_without_a_mount_is_a_note(site: Site, mounts: str) -> None:
     site.env["MOUNTS"] = mounts
-    pull_from(site, "file:///srv/guix")
-    assert one(site, "channel.*").state == NOTE
+    set_channels(site, "file:///srv/guix")
+    assert check(site, "channel.*").state == NOTE
 
 
 @pytest.mark.parametrize("mounts", ["outer:/srv inner:/srv/in", "inner:/srv/in outer:/srv"])
-def test_the_mount_below_another_is_the_one_that_is_seen(site: Site, mounts: str) -> None:
+def test_nested_mount_takes_precedence(site: Site, mounts: str) -> None:
     site.write("inner/guix/HEAD", "")
     site.write("outer/file", "")
     site.env["MOUNTS"] = mounts
-    pull_from(site, "file:///srv/in/guix")
-    assert one(site, "channel.*").state == OK
+    set_channels(site, "file:///srv/in/guix")
+    assert check(site, "channel.*").state == OK
 
 
 # --- Substitutes ----------------------------------------------------------------------------
 
 
-def serve(site: Site, *urls: str, keys: bool = True) -> None:
+def set_substitute_urls(site: Site, *urls: str, keys: bool = True) -> None:
     site.env.update(NETWORK="", GUIX_SUBSTITUTE_URLS=" ".join(urls))
     site.write("a.pub", "(public-key)")
     site.env["GUIX_SUBSTITUTE_KEYS"] = "a.pub" if keys else ""
 
 
-def test_a_substitute_server_that_answers(site: Site, start: StartServer) -> None:
+def test_available_substitute_server_is_ok(site: Site, start: StartServer) -> None:
     server = start(CACHE)
-    serve(site, f"{server.url}/")
-    assert one(site, "substitutes") == Finding(OK, f"{server.url} answers")
-    assert server.asked[0].startswith("GET /nix-cache-info HTTP/1.1\r\n")
+    set_substitute_urls(site, f"{server.url}/")
+    assert check(site, "substitutes") == Finding(OK, f"{server.url} answers")
+    assert server.requests[0].startswith("GET /nix-cache-info HTTP/1.1\r\n")
 
 
-def test_a_substitute_server_that_answers_badly(site: Site, bad: tuple[str, str]) -> None:
-    url, said = bad
-    serve(site, url)
-    found = one(site, "substitutes")
-    assert found.state == FAILED
-    assert found.message.startswith(f"{url} {said}")
-    assert "GUIX_SUBSTITUTE_URLS" in found.fix
+def test_substitute_server_with_invalid_answer_is_a_failure(
+    site: Site, bad_server: tuple[str, str]
+) -> None:
+    url, message = bad_server
+    set_substitute_urls(site, url)
+    finding = check(site, "substitutes")
+    assert finding.state == FAILED
+    assert finding.message.startswith(f"{url} {message}")
+    assert "GUIX_SUBSTITUTE_URLS" in finding.fix
 
 
-def test_a_substitute_server_that_is_down(site: Site) -> None:
-    serve(site, "http://127.0.0.1:1")
-    assert "Connection refused" in one(site, "substitutes").message
-
-
-def test_a_substitute_server_without_a_key_is_noted(site: Site, start: StartServer) -> None:
-    serve(site, start(CACHE).url, keys=False)
-    note = one(site, "substitutes")
+def test_substitute_server_without_a_key_is_a_note(site: Site, start: StartServer) -> None:
+    set_substitute_urls(site, start(CACHE).url, keys=False)
+    note = check(site, "substitutes")
     assert note.state == NOTE
     assert note.message.endswith(" answers, but no key is set for it")
     assert "GUIX_SUBSTITUTE_KEYS" in note.fix
@@ -832,92 +833,92 @@ def add_to_base(site: Site, path: str, content: bytes) -> None:
     site.engine._files[layer] = {**site.engine._files[layer], path: content}
 
 
-@pytest.mark.parametrize("trusts", ["nobody", "image", "setting"])
-def test_a_substitute_server_that_shows_its_key(
-    made: Site, start: StartServer, trusts: str
+@pytest.mark.parametrize("trusted_by", ["none", "image", "setting"])
+def test_published_key_of_a_substitute_server_must_be_trusted(
+    built_site: Site, start: StartServer, trusted_by: str
 ) -> None:
     server = start(CACHE + KEY.encode())
-    serve(made, server.url, keys=False)
-    if trusts == "setting":
-        made.write("a.pub", KEY)
-        made.env["GUIX_SUBSTITUTE_KEYS"] = "a.pub"
-    if trusts == "image":
-        add_to_base(made, guix.ACL, f"(acl {KEY})".encode())
-    found = one(made, "substitutes")
-    assert any(line.startswith("GET /signing-key.pub ") for line in server.asked)
-    if trusts == "nobody":
-        assert found.message == f"{server.url} answers, but the image does not trust its key"
-        assert (found.state, "GUIX_SUBSTITUTE_KEYS" in found.fix) == (FAILED, True)
+    set_substitute_urls(built_site, server.url, keys=False)
+    if trusted_by == "setting":
+        built_site.write("a.pub", KEY)
+        built_site.env["GUIX_SUBSTITUTE_KEYS"] = "a.pub"
+    if trusted_by == "image":
+        add_to_base(built_site, guix.ACL, f"(acl {KEY})".encode())
+    finding = check(built_site, "substitutes")
+    assert any(line.startswith("GET /signing-key.pub ") for line in server.requests)
+    if trusted_by == "none":
+        assert finding.message == f"{server.url} answers, but the image does not trust its key"
+        assert (finding.state, "GUIX_SUBSTITUTE_KEYS" in finding.fix) == (FAILED, True)
     else:
-        assert found == Finding(OK, f"{server.url} answers")
-    assert made.engine.all_containers == {}
+        assert finding == Finding(OK, f"{server.url} answers")
+    assert built_site.engine.all_containers == {}
 
 
 @pytest.mark.parametrize(("services", "state"), [(b"", FAILED), (b"https 443/tcp\n", NOTE)])
-def test_image_without_ports_of_services_is_found(
-    made: Site, monkeypatch: pytest.MonkeyPatch, services: bytes, state: str
+def test_image_without_ports_of_services_is_a_failure(
+    built_site: Site, monkeypatch: pytest.MonkeyPatch, services: bytes, state: str
 ) -> None:
     monkeypatch.setattr(servers, "_get", lambda *_: "StoreDir: /gnu/store")
     if services:
-        add_to_base(made, "/etc/services", services)
-    serve(made, "https://a.test", keys=False)
-    found = one(made, "substitutes")
-    assert found.state == state
-    assert ("install the package netbase" in found.fix) == (state == FAILED)
+        add_to_base(built_site, "/etc/services", services)
+    set_substitute_urls(built_site, "https://a.test", keys=False)
+    finding = check(built_site, "substitutes")
+    assert finding.state == state
+    assert ("install the package netbase" in finding.fix) == (state == FAILED)
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
-def test_guix_own_servers_need_no_key(site: Site, slash: str) -> None:
+def test_default_servers_of_guix_need_no_key(site: Site, slash: str) -> None:
     site.env["GUIX_SUBSTITUTE_URLS"] = f"{DEFAULT_SUBSTITUTE_URLS[0]}{slash}"
-    assert "unreachable" in one(site, "substitutes").message
+    assert "unreachable" in check(site, "substitutes").message
 
 
-def test_guix_own_servers_are_asked_where_none_are_set(site: Site) -> None:
-    asked = [each.message.split()[0] for each in find(site, "substitutes")]
-    assert asked == [*DEFAULT_SUBSTITUTE_URLS]
+def test_default_servers_of_guix_are_checked_if_none_are_set(site: Site) -> None:
+    urls = [finding.message.split()[0] for finding in find(site, "substitutes")]
+    assert urls == [*DEFAULT_SUBSTITUTE_URLS]
 
 
-def test_substitutes_on_a_mount_need_what_guix_reads_first(site: Site) -> None:
+def test_substitutes_on_a_mount_need_the_cache_info(site: Site) -> None:
     site.write("substitutes/x.narinfo", "")
     site.env["MOUNTS"] = "substitutes:/srv"
-    serve(site, "file:///srv")
-    found = one(site, "substitutes")
-    assert found.state == FAILED
-    assert "nix-cache-info does not exist" in found.message
+    set_substitute_urls(site, "file:///srv")
+    finding = check(site, "substitutes")
+    assert finding.state == FAILED
+    assert "nix-cache-info does not exist" in finding.message
     site.write("substitutes/nix-cache-info", "StoreDir: /gnu/store\n")
-    assert one(site, "substitutes").state == OK
+    assert check(site, "substitutes").state == OK
 
 
-# --- All of it ------------------------------------------------------------------------------
+# --- All checks -----------------------------------------------------------------------------
 
 
-def test_the_findings_come_in_the_order_of_the_checks(site: Site) -> None:
-    found = [name for name, _ in examine_project(site.project(), None)]
-    assert found == [
+def test_findings_are_in_the_order_of_the_checks(site: Site) -> None:
+    names = [name for name, _ in examine_project(site.project(), None)]
+    assert names == [
         "engine", "host", "clock", "disk", "base image", "sandbox", "registry", "buildx",
         "channel guix", "substitutes", "substitutes",
     ]  # fmt: skip
 
 
-def test_an_engine_that_is_gone_in_the_middle_leaves_the_other_findings(site: Site) -> None:
-    def gone(_number: int, name: str, _when: str) -> None:
+def test_engine_lost_during_the_checks_keeps_the_other_findings(site: Site) -> None:
+    def fail(_number: int, name: str, _when: str) -> None:
         if name != "image":
             raise EngineError("the Docker Engine does not answer: gone; start it")
 
-    site.engine.fault = gone
-    found = dict(examine_project(site.project(), None))
-    assert (found["sandbox"].message, found["registry"].message) == (
+    site.engine.fault = fail
+    findings = dict(examine_project(site.project(), None))
+    assert (findings["sandbox"].message, findings["registry"].message) == (
         ("the Docker Engine does not answer: gone",) * 2
     )
-    assert found["sandbox"].fix == "start it"
-    assert found["base image"].state == OK
-    assert found["buildx"].state == NOTE
+    assert findings["sandbox"].fix == "start it"
+    assert findings["base image"].state == OK
+    assert findings["buildx"].state == NOTE
 
 
-def test_a_file_that_may_not_be_read_is_a_finding_of_its_check(
+def test_unreadable_file_is_a_finding_of_its_check(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve(site, "file:///srv")
+    set_substitute_urls(site, "file:///srv")
     real = Path.read_bytes
 
     def read_bytes(self: Path) -> bytes:
@@ -926,28 +927,32 @@ def test_a_file_that_may_not_be_read_is_a_finding_of_its_check(
         return real(self)
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    found = one(site, "sandbox")
-    assert found.state == FAILED
-    assert found.message == f"{site.directory / 'a.pub'}: Permission denied"
+    finding = check(site, "sandbox")
+    assert finding.state == FAILED
+    assert finding.message == f"{site.directory / 'a.pub'}: Permission denied"
     assert site.engine.all_containers == {}
 
 
-def test_nothing_is_changed_on_the_engine(made: Site) -> None:
-    before = (outline(made.engine), dict(made.engine.all_images), made.engine.registry.images)
-    examine_project(made.project(), None)
-    engine = made.engine
-    assert (outline(engine), dict(engine.all_images), engine.registry.images) == before
+def test_engine_is_unchanged_by_the_checks(built_site: Site) -> None:
+    snapshot = (
+        outline(built_site.engine),
+        dict(built_site.engine.all_images),
+        built_site.engine.registry.images,
+    )
+    examine_project(built_site.project(), None)
+    engine = built_site.engine
+    assert (outline(engine), dict(engine.all_images), engine.registry.images) == snapshot
     assert (engine.all_containers, set(engine.changing_calls())) == (
         {}, {"create", "copy_in", "run", "remove"},
     )  # fmt: skip
 
 
-def test_a_dry_look_makes_no_container(site: Site) -> None:
-    console = Heard()
+def test_dry_run_creates_no_container(site: Site) -> None:
+    console = BufferConsole()
     project = site.project(TracedEngine(site.engine, console, perform=False))
-    found = dict(examine_project(project, None))
-    assert "dry run" in found["sandbox"].message
-    assert found["registry"].state == OK
+    findings = dict(examine_project(project, None))
+    assert "dry run" in findings["sandbox"].message
+    assert findings["registry"].state == OK
     assert site.engine.changing_calls() == []
     assert console.text == ""
 
@@ -960,15 +965,15 @@ FINDINGS = [
 
 
 def test_finding_is_one_line_with_its_fix() -> None:
-    console = Heard()
+    console = BufferConsole()
     show(console, FINDINGS, as_json=False)
     assert console.results.getvalue().splitlines() == [
         "ok     engine: here", "note   clock: odd; look", "failed disk: full: ä; make room",
     ]  # fmt: skip
 
 
-def test_findings_as_json_are_all_of_them() -> None:
-    console = Heard()
+def test_json_contains_all_findings() -> None:
+    console = BufferConsole()
     show(console, FINDINGS, as_json=True)
     rows = json.loads(console.results.getvalue())
     assert rows[2] == {
@@ -981,7 +986,7 @@ def test_findings_as_json_are_all_of_them() -> None:
 
 
 @dataclass
-class Done:
+class Result:
     code: object
     out: str
     err: str
@@ -993,7 +998,7 @@ class Done:
         return rows
 
 
-Inv = Callable[..., Done]
+Inv = Callable[..., Result]
 
 
 @pytest.fixture
@@ -1004,7 +1009,7 @@ def inv(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     monkeypatch.setattr(podman, "open_engine", lambda _address, _environ: site.engine)
     monkeypatch.setattr(buildx, "find_program", lambda *_: None)
 
-    def call(*argv: str) -> Done:
+    def call(*argv: str) -> Result:
         session._engines.clear()
         session._printed_notes.clear()
         lines = (f"{name}='{value}'\n" for name, value in site.env.items())
@@ -1016,86 +1021,86 @@ def inv(site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
             Program(namespace=ns).run(["inv", *argv])
         except SystemExit as error:
             code = error.code
-        seen = capsys.readouterr()
-        assert "Traceback" not in seen.err
-        return Done(code, seen.out, seen.err)
+        output = capsys.readouterr()
+        assert "Traceback" not in output.err
+        return Result(code, output.out, output.err)
 
     return call
 
 
-def test_all_well_is_exit_code_0(inv: Inv) -> None:
-    done = inv("doctor")
-    assert done.code == 0
-    assert done.out.startswith("ok     settings: read\nok     engine: fake at ")
-    assert "failed" not in done.out
+def test_success_is_exit_code_0(inv: Inv) -> None:
+    result = inv("doctor")
+    assert result.code == 0
+    assert result.out.startswith("ok     settings: read\nok     engine: fake at ")
+    assert "failed" not in result.out
 
 
-def test_one_failure_is_exit_code_1(inv: Inv, site: Site) -> None:
+def test_failure_is_exit_code_1(inv: Inv, site: Site) -> None:
     site.engine.registry.refusal = "connection refused; start it"
-    done = inv("doctor")
-    assert done.code == 1
-    failed = [line for line in done.out.splitlines() if line.startswith("failed ")]
+    result = inv("doctor")
+    assert result.code == 1
+    failed = [line for line in result.out.splitlines() if line.startswith("failed ")]
     assert failed == [f"failed registry: cannot look up {IMAGE}: connection refused; start it"]
 
 
-def test_a_note_is_no_failure(inv: Inv, site: Site) -> None:
+def test_note_is_exit_code_0(inv: Inv, site: Site) -> None:
     site.env["SOMETHING_ELSE"] = "1"
-    done = inv("doctor")
-    assert done.code == 0
-    assert "note   settings: .env:" in done.out
-    assert "SOMETHING_ELSE" not in done.err
+    result = inv("doctor")
+    assert result.code == 0
+    assert "note   settings: .env:" in result.out
+    assert "SOMETHING_ELSE" not in result.err
 
 
-def test_json_is_all_that_there_is_on_standard_output(inv: Inv, site: Site) -> None:
+def test_standard_output_is_only_json(inv: Inv, site: Site) -> None:
     site.engine.registry.refusal = "denied"
-    done = inv("doctor", "--json")
-    assert done.code == 1
-    assert [row["check"] for row in done.rows if row["state"] == "failed"] == ["registry"]
-    assert done.err == "engine: fake at unix:///fake.sock (fake), Docker 28\n"
+    result = inv("doctor", "--json")
+    assert result.code == 1
+    assert [row["check"] for row in result.rows if row["state"] == "failed"] == ["registry"]
+    assert result.err == "engine: fake at unix:///fake.sock (fake), Docker 28\n"
 
 
-def test_settings_that_are_wrong_are_findings(inv: Inv, site: Site) -> None:
+def test_invalid_settings_are_findings(inv: Inv, site: Site) -> None:
     site.env.update(IMAGE="Bad Image", STAGE_MEMORY="much")
-    done = inv("doctor", "--json")
-    assert done.code == 1
-    assert [(row["check"], row["state"]) for row in done.rows] == [("settings", "failed")] * 2
+    result = inv("doctor", "--json")
+    assert result.code == 1
+    assert [(row["check"], row["state"]) for row in result.rows] == [("settings", "failed")] * 2
     assert {".env:1: IMAGE", "STAGE_MEMORY"} <= {
         word
-        for row in done.rows
+        for row in result.rows
         for word in (".env:1: IMAGE", "STAGE_MEMORY")
         if word in row["message"]
     }
     assert site.engine.calls == []
 
 
-def test_no_engine_is_a_finding(inv: Inv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_engine_is_a_finding(inv: Inv, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DOCKER_HOST")
-    done = inv("doctor", "--json")
-    assert done.code == 1
-    (row,) = done.rows
+    result = inv("doctor", "--json")
+    assert result.code == 1
+    (row,) = result.rows
     assert (row["check"], row["state"]) == ("engine", "failed")
     assert "no Docker Engine on this machine" in row["message"]
     assert "`inv engine.up`" in row["fix"]
 
 
-def test_an_engine_that_does_not_answer_is_a_finding(
+def test_unavailable_engine_is_a_finding(
     inv: Inv, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def silent() -> NoReturn:
+    def fail() -> NoReturn:
         raise EngineError("the Docker Engine at x does not answer: timed out; start it")
 
-    monkeypatch.setattr(site.engine, "info", silent)
-    done = inv("doctor")
-    assert done.code == 1
-    assert done.out.splitlines()[-1] == (
+    monkeypatch.setattr(site.engine, "info", fail)
+    result = inv("doctor")
+    assert result.code == 1
+    assert result.out.splitlines()[-1] == (
         "failed engine: the Docker Engine at x does not answer: timed out; start it"
     )
 
 
-def test_the_engine_is_asked_anew_after_other_tasks(
+def test_engine_is_opened_again_after_other_tasks(
     inv: Inv, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it said of its time when `base` began says nothing of its clock now."""
+    """The time that the engine reported to `base` is not the current time."""
     opened: list[object] = []
 
     def open_engine(address: object, _environ: object) -> object:
@@ -1107,32 +1112,32 @@ def test_the_engine_is_asked_anew_after_other_tasks(
     assert len(opened) == 2
 
 
-def test_no_secret_is_shown(inv: Inv, site: Site) -> None:
+def test_secrets_are_redacted(inv: Inv, site: Site) -> None:
     site.env.update(DOCKER_USERNAME="some-user", DOCKER_PASSWORD=PASSWORD)
     for argv in (["doctor"], ["doctor", "--json"], ["--echo", "doctor"]):
-        done = inv(*argv)
-        assert done.code == 0
-        assert PASSWORD not in done.out + done.err
-        assert "some-user" not in done.out + done.err
+        result = inv(*argv)
+        assert result.code == 0
+        assert PASSWORD not in result.out + result.err
+        assert "some-user" not in result.out + result.err
 
 
-def test_warm_store_is_checked(made: Site) -> None:
-    (volume,) = made.engine.stores
-    assert [(found.state, found.message) for found in stores(made)] == [
+def test_warm_store_is_checked(built_site: Site) -> None:
+    (volume,) = built_site.engine.stores
+    assert [(finding.state, finding.message) for finding in store_findings(built_site)] == [
         ("ok", f"{volume}: the database is intact")
     ]
-    made.engine.stores[volume]["damaged"] = {}
-    (found,) = stores(made)
-    assert found.state == "failed"
-    assert "malformed" in found.message
-    assert f"docker volume rm {volume}" in found.fix
+    built_site.engine.stores[volume]["damaged"] = {}
+    (finding,) = store_findings(built_site)
+    assert finding.state == "failed"
+    assert "malformed" in finding.message
+    assert f"docker volume rm {volume}" in finding.fix
 
 
-def test_warm_store_that_is_turned_off_is_a_note(made: Site) -> None:
-    made.env["CACHE_VOLUME"] = ""
-    (found,) = stores(made)
-    assert (found.state, found.fix) == ("note", "set CACHE_VOLUME")
+def test_disabled_warm_store_is_a_note(built_site: Site) -> None:
+    built_site.env["CACHE_VOLUME"] = ""
+    (finding,) = store_findings(built_site)
+    assert (finding.state, finding.fix) == ("note", "set CACHE_VOLUME")
 
 
-def stores(site: Site) -> list[Finding]:
-    return [found for name, found in examine_project(site.project(), None) if name == "store"]
+def store_findings(site: Site) -> list[Finding]:
+    return [finding for name, finding in examine_project(site.project(), None) if name == "store"]
