@@ -1,4 +1,4 @@
-"""Fixtures of ``sites``, which is a module of its own because mypy takes one ``conftest`` only."""
+"""Import the fixtures of ``sites``, because mypy accepts only one module ``conftest``."""
 
 from sites import (
     built_site,

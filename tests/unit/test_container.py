@@ -44,7 +44,6 @@ from guix_tasks.stages.container import (
     kept_containers,
     mount_points,
     sweep,
-    tmpfs_directories,
     unstarted_container,
     work_container,
     work_containers,
@@ -235,9 +234,10 @@ def test_mounts_are_rejected_by_a_remote_engine(tmp_path: Path) -> None:
 
 
 def test_isolated_container_has_no_mounts_and_no_network(site: Site) -> None:
-    site.env["MOUNTS"] = "context:/a"
+    site.env.update(MOUNTS="context:/a", PLATFORMS="linux/386")
     spec = spec_of(site, replace(WORK, isolated=True))
     assert (spec.binds, spec.scratch, spec.network) == ((), None, "none")
+    assert spec.tmpfs_directories == ()
     assert site.engine.all_volumes == {}
 
 
@@ -280,10 +280,11 @@ def test_each_project_has_separate_volumes(site: Site) -> None:
     assert all(name.startswith("guix-tasks-cache-") for name in volumes)
 
 
-def test_without_cache_volumes_caches_stay_in_the_image(site: Site) -> None:
-    site.env["CACHE_VOLUME"] = ""
+@pytest.mark.parametrize("platform", ["", "linux/386"])
+def test_disabled_cache_stays_in_the_image(site: Site, platform: str) -> None:
+    site.env.update(CACHE_VOLUME="", PLATFORMS=platform)
     spec = spec_of(site)
-    assert (spec.binds, spec.scratch) == ((), None)
+    assert (spec.binds, spec.scratch, spec.tmpfs_directories) == ((), None, ())
     assert site.engine.all_volumes == {}
 
 
@@ -312,17 +313,6 @@ def test_cache_of_a_64_bit_platform_is_on_disk(site: Site, platform: str) -> Non
     spec = spec_of(site)
     assert spec.tmpfs_directories == ()
     assert len(spec.binds) == 2
-
-
-def test_disabled_cache_is_not_in_memory(site: Site) -> None:
-    site.env.update(PLATFORMS="linux/386", CACHE_VOLUME="")
-    assert tmpfs_directories(site.settings()) == ()
-    assert spec_of(site).tmpfs_directories == ()
-
-
-def test_isolated_container_has_no_directory_in_memory(site: Site) -> None:
-    site.env["PLATFORMS"] = "linux/386"
-    assert spec_of(site, replace(WORK, isolated=True)).tmpfs_directories == ()
 
 
 @pytest.mark.parametrize(
@@ -369,8 +359,9 @@ def test_names_of_containers_are_unique(site: Site) -> None:
 # --- Removal --------------------------------------------------------------------------------
 
 
-def test_container_is_removed_at_the_end(site: Site) -> None:
-    spec_of(site)
+@pytest.mark.parametrize("keep_failed", [True, False])
+def test_container_is_removed_at_the_end(site: Site, *, keep_failed: bool) -> None:
+    spec_of(site, replace(WORK, keep_failed=keep_failed))
     assert site.engine.all_containers == {}
 
 
@@ -445,11 +436,6 @@ def test_failed_container_stays_with_keep_failed(site: Site) -> None:
 )
 def test_keep_failed_applies_only_to_failed_commands(site: Site, error: BaseException) -> None:
     fail(site, KEEP_FAILED, error)
-    assert site.engine.all_containers == {}
-
-
-def test_successful_container_is_removed_with_keep_failed(site: Site) -> None:
-    spec_of(site, KEEP_FAILED)
     assert site.engine.all_containers == {}
 
 

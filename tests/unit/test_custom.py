@@ -21,7 +21,6 @@ from guix_tasks.commands.push import push, require_image
 from guix_tasks.commands.sizes import sizes
 from guix_tasks.commands.squash import squash
 from guix_tasks.commands.status import STATUS_HEADER, status_rows, tag_statuses
-from guix_tasks.engine.dry_run import TracedEngine
 from guix_tasks.errors import StageError, UsageError
 from guix_tasks.stages.container import WORK_DIRECTORY
 from guix_tasks.stages.custom import custom_stage, input_files
@@ -36,7 +35,6 @@ from guix_tasks.stages.images import (
 )
 from guix_tasks.stages.stage import stage_files
 from guix_tasks.tasks import ns
-from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
     from invoke.collection import Collection
@@ -350,14 +348,6 @@ def test_fresh_machine_takes_custom_stages_from_the_cache(tmp_path: Path) -> Non
     messages: list[str] = []
     assert other.trace_stages(lambda: messages.append(other.make("checked"))) == []
     assert "checked: taken from registry.test/cache:checked-" in messages[0]
-
-
-def test_dry_run_changes_nothing(built_site: CustomSite) -> None:
-    built_site.write("deps.scm", "other\n")
-    snapshot = outline(built_site.engine)
-    dry = TracedEngine(built_site.engine, Console(), perform=False)
-    built_site.make("deps", engine=dry)
-    assert outline(built_site.engine) == snapshot
 
 
 # --- tasks.py -------------------------------------------------------------------------------

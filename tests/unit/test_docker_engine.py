@@ -48,8 +48,8 @@ IMAGE = {
     "Size": 174,
 }
 
-COMPRESSED = {"Size": {"Content": 174, "Total": 915}, "ImageData": {"Size": {"Unpacked": 741}}}
-UNCOMPRESSED = {"Size": {"Content": 740, "Total": 1481}, "ImageData": {"Size": {"Unpacked": 741}}}
+PACKED = {"Size": {"Content": 174, "Total": 915}, "ImageData": {"Size": {"Unpacked": 741}}}
+UNPACKED = {"Size": {"Content": 740, "Total": 1481}, "ImageData": {"Size": {"Unpacked": 741}}}
 
 
 class FakeServer(BaseHTTPRequestHandler):
@@ -64,9 +64,9 @@ class FakeServer(BaseHTTPRequestHandler):
         if self.path.endswith("/info"):
             self.answer(200, INFO)
         elif self.path.endswith("/images/packed:t/json?manifests=1"):
-            self.answer(200, {**IMAGE, "Manifests": [COMPRESSED]})
+            self.answer(200, {**IMAGE, "Manifests": [PACKED]})
         elif self.path.endswith("/images/loaded:t/json?manifests=1"):
-            self.answer(200, {**IMAGE, "Manifests": [UNCOMPRESSED]})
+            self.answer(200, {**IMAGE, "Manifests": [UNPACKED]})
         elif self.path.endswith("/images/classic:t/json?manifests=1"):
             self.answer(200, IMAGE)
         elif "/images/" in self.path:
