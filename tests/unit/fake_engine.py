@@ -93,7 +93,7 @@ def clear_secrets() -> None:
 
 
 class Killed(BaseException):
-    """Death of ``inv``: later calls, also those of its clean-up, do not change the engine."""
+    """Simulated kill of ``inv``: later calls do not change the engine, not even the clean-up."""
 
 
 def digest(*parts: object) -> str:
