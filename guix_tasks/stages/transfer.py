@@ -24,14 +24,14 @@ _DIGEST_REST = re.compile(r"(?<=@sha256:[0-9a-f]{12})[0-9a-f]+")
 
 
 class TransferProgress:
-    """Show the progress of a push or a pull: live on a terminal, otherwise one line per layer."""
+    """Show the progress of a push or a pull: live on a terminal, otherwise each moved layer."""
 
     _MOVED = ("Pushed", "Pull complete")
     _DONE = (*_MOVED, "Layer already exists", "Already exists", "Mounted from")
 
-    def __init__(self, console: Console, title: str, step: Step) -> None:
+    def __init__(self, console: Console, action: str, step: Step) -> None:
         self._console = console
-        self._title = title
+        self._action = action
         self._step = step
         self._sizes: dict[str, tuple[int, int]] = {}
         self._done: set[str] = set()
@@ -43,12 +43,12 @@ class TransferProgress:
         # After its download a layer is extracted, with other numbers.
         if total and status != "Extracting":
             self._sizes[layer] = (min(current, total), total)
-        done = status.startswith(self._DONE)
-        if done and layer not in self._done and not self._step.is_live:
+        done, moved = status.startswith(self._DONE), status.startswith(self._MOVED)
+        if moved and layer not in self._done and not self._step.is_live:
             size = self._sizes.get(layer, (0, 0))[1]
             amount = f" ({human_size(size)})" if size else ""
-            self._console.print(f"{self._title}: {layer} {status.lower()}{amount}")
-        if status.startswith(self._MOVED) and layer not in self._sizes:
+            self._console.print(f"{self._action}: {layer} {status.lower()}{amount}")
+        if moved and layer not in self._sizes:
             self._unmeasured = True
         if done:
             self._done.add(layer)
@@ -80,7 +80,7 @@ def transfer(project: Project, action: str, reference: str) -> Iterator[Transfer
     """Show the progress of one push or pull; at the end, print the moved bytes and the time."""
     console, started = project.console, time.monotonic()
     with console.step(f"{action} {_DIGEST_REST.sub('', reference)}", has_log=False) as step:
-        progress = TransferProgress(console, f"{action} {reference}", step)
+        progress = TransferProgress(console, action, step)
         yield progress
     if not project.engine.is_dry:
         duration = human_time(time.monotonic() - started)

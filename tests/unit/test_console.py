@@ -151,10 +151,10 @@ def test_first_table_that_fits_is_printed(
     assert out.getvalue() == table
 
 
-def test_push_prints_a_line_for_each_layer() -> None:
+def test_push_prints_a_line_for_each_moved_layer() -> None:
     console = BufferConsole()
     with console.step("push x", has_log=False) as step:
-        progress = TransferProgress(console, "push x", step)
+        progress = TransferProgress(console, "push", step)
         for layer, status, current, total in (
             ("aaa", "Preparing", 0, 0),
             ("aaa", "Pushing", 500, 1000),
@@ -165,17 +165,13 @@ def test_push_prints_a_line_for_each_layer() -> None:
             ("ccc", "Mounted from team/other", 0, 0),
         ):
             progress(layer, status, current, total)
-    assert console.text.splitlines() == [
-        "push x: aaa pushed (1 kB)",
-        "push x: bbb layer already exists",
-        "push x: ccc mounted from team/other",
-    ]
+    assert console.text.splitlines() == ["push: aaa pushed (1 kB)"]
 
 
 def test_extracted_bytes_do_not_count_as_transferred() -> None:
     console = BufferConsole()
     with console.step("pull x", has_log=False) as step:
-        progress = TransferProgress(console, "pull x", step)
+        progress = TransferProgress(console, "pull", step)
         progress("aaa", "Downloading", 500, 1000)
         assert progress.moved == 500
         assert progress.text.startswith("500 B of 1 kB, ")
@@ -199,7 +195,7 @@ def test_summary_allows_for_unreported_bytes(
 ) -> None:
     console = BufferConsole()
     with console.step("push x", has_log=False) as step:
-        progress = TransferProgress(console, "push x", step)
+        progress = TransferProgress(console, "push", step)
         for status, current, total in events:
             progress("aaa", status, current, total)
     assert progress.summary(exact=exact) == summary

@@ -278,7 +278,8 @@ def run(session: Session, stage: str = "", keep: bool = False) -> None:
 def shell(session: Session, stage: str = "", fresh: bool = False) -> None:
     """Open a shell in a work container of IMAGE.
 
-    If a file has changed, the container is kept for `inv commit` or the next `inv shell`.
+    The container is kept for `inv commit` or the next `inv shell` if a file has
+    changed.
     """
     from guix_tasks.commands.shell import shell
 
