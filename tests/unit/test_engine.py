@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import BASE_CONFIG, BASE_IMAGE, IMAGE, PROFILE, Heard, Site, outline
+from fake_engine import BASE_CONFIG, BASE_IMAGE, IMAGE, PROFILE, BufferConsole, Site, outline
 
 from guix_tasks.commands import commit, rollback, run, shell
 from guix_tasks.commands.clean import clean
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 
-def traced(engine: Engine, *, perform: bool) -> tuple[TracedEngine, Heard]:
-    console = Heard()
+def traced(engine: Engine, *, perform: bool) -> tuple[TracedEngine, BufferConsole]:
+    console = BufferConsole()
     return TracedEngine(engine, console, perform=perform), console
 
 
@@ -206,23 +206,25 @@ def test_echo_shows_every_changing_call(site: Site) -> None:
     assert site.image("install")
 
 
-def test_dropped_image_is_shown(made: Site) -> None:
-    engine, console = traced(made.engine, perform=True)
-    made.make("install", engine=engine, force=True, packages=("tar",))
-    initial = set(made.engine.all_images)
-    made.make("install", engine=engine, force=True, packages=("tar", "gzip"))
-    dropped = initial - set(made.engine.all_images)
+def test_dropped_image_is_shown(built_site: Site) -> None:
+    engine, console = traced(built_site.engine, perform=True)
+    built_site.make("install", engine=engine, force=True, packages=("tar",))
+    initial = set(built_site.engine.all_images)
+    built_site.make("install", engine=engine, force=True, packages=("tar", "gzip"))
+    dropped = initial - set(built_site.engine.all_images)
     assert dropped
     image_ids = {line.split()[-1] for line in console.text.splitlines() if "image rm" in line}
     assert image_ids == dropped
 
 
-def test_traced_engine_forwards_every_call(made: Site) -> None:
-    engine, _ = traced(made.engine, perform=True)
-    plain = made.engine
-    image = made.image("base")
+def test_traced_engine_forwards_every_call(built_site: Site) -> None:
+    engine, _ = traced(built_site.engine, perform=True)
+    plain = built_site.engine
+    image = built_site.image("base")
     spec = BuildSpec(
-        made.directory / "context", made.directory / "Dockerfile", {"BASE_IMAGE": "base:1"}
+        built_site.directory / "context",
+        built_site.directory / "Dockerfile",
+        {"BASE_IMAGE": "base:1"},
     )
     plain.make_image({}, {"/x": b""}, tag="base:1")
     assert engine.info() == plain.info()
@@ -287,36 +289,36 @@ def test_dry_run_of_install_shows_its_parents(site: Site) -> None:
     assert dry_run.commands.count("commit") == 3
 
 
-def test_dry_run_shows_the_commands_of_stages(made: Site) -> None:
-    dry_run = DryRun(made)
-    made.env["GUIX_PACKAGES"] = "tar"
-    output = made.make("install", engine=dry_run.engine)
+def test_dry_run_shows_the_commands_of_stages(built_site: Site) -> None:
+    dry_run = DryRun(built_site)
+    built_site.env["GUIX_PACKAGES"] = "tar"
+    output = built_site.make("install", engine=dry_run.engine)
     dry_run.check()
     assert "+ guix package --install=tar" in output
     assert f"install: {IMAGE}" not in output
     assert f"docker push {IMAGE}" not in dry_run.console.text
 
 
-def test_dry_run_of_current_stages_shows_nothing(made: Site) -> None:
-    dry_run = DryRun(made)
+def test_dry_run_of_current_stages_shows_nothing(built_site: Site) -> None:
+    dry_run = DryRun(built_site)
     dry_run.make(*STAGES)
     dry_run.check()
     assert dry_run.commands == []
 
 
-def test_dry_run_after_a_change_shows_the_commands_of_a_run(made: Site) -> None:
-    made.engine.make_image(BASE_CONFIG, {PROFILE: b"certs tar"}, tag=BASE_IMAGE)
-    dry_run, start = DryRun(made), len(made.engine.changing_calls())
+def test_dry_run_after_a_change_shows_the_commands_of_a_run(built_site: Site) -> None:
+    built_site.engine.make_image(BASE_CONFIG, {PROFILE: b"certs tar"}, tag=BASE_IMAGE)
+    dry_run, start = DryRun(built_site), len(built_site.engine.changing_calls())
     dry_run.make("install", upstream=True)
     dry_run.check()
-    made.make("install", upstream=True)
-    assert dry_run.commands == short_commands(made.engine.changing_calls()[start:])
+    built_site.make("install", upstream=True)
+    assert dry_run.commands == short_commands(built_site.engine.changing_calls()[start:])
 
 
-def test_dry_run_stages_see_each_other(made: Site) -> None:
+def test_dry_run_stages_see_each_other(built_site: Site) -> None:
     """A dry pull returns no channels, so the existing lock is used."""
-    made.write("Dockerfile", "FROM y\n")
-    dry_run = DryRun(made)
+    built_site.write("Dockerfile", "FROM y\n")
+    dry_run = DryRun(built_site)
     dry_run.make("base")
     dry_run.make("pull")
     dry_run.make("install")
@@ -345,47 +347,47 @@ DRY: dict[str, Callable[[Project], object]] = {
 
 @pytest.mark.parametrize("task", DRY.values(), ids=DRY)
 def test_dry_run_of_a_task_shows_the_commands_of_a_run(
-    made: Site, task: Callable[[Project], object]
+    built_site: Site, task: Callable[[Project], object]
 ) -> None:
-    dry_run, start = DryRun(made), len(made.engine.changing_calls())
+    dry_run, start = DryRun(built_site), len(built_site.engine.changing_calls())
     task(dry_run.project)
     dry_run.check()
-    task(made.project())
-    assert dry_run.commands == short_commands(made.engine.changing_calls()[start:])
+    task(built_site.project())
+    assert dry_run.commands == short_commands(built_site.engine.changing_calls()[start:])
     assert dry_run.commands
 
 
-def test_dry_run_of_verify_checks_nothing_and_succeeds(made: Site) -> None:
-    dry_run = DryRun(made)
+def test_dry_run_of_verify_checks_nothing_and_succeeds(built_site: Site) -> None:
+    dry_run = DryRun(built_site)
     verify(dry_run.project)
     dry_run.check()
 
 
-def keep_container(made: Site) -> None:
-    run.run(made.project(), ["make"], stage=None, keep=True)
+def keep_container(built_site: Site) -> None:
+    run.run(built_site.project(), ["make"], stage=None, keep=True)
 
 
-def test_dry_run_of_commit_shows_its_commands(made: Site) -> None:
-    keep_container(made)
-    dry_run = DryRun(made)
+def test_dry_run_of_commit_shows_its_commands(built_site: Site) -> None:
+    keep_container(built_site)
+    dry_run = DryRun(built_site)
     commit.commit(dry_run.project)
     dry_run.check()
     assert dry_run.commands == ["commit", "tag", "tag", "rm"]
 
 
-def test_dry_run_of_shell_starts_nothing(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_of_shell_starts_nothing(built_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(subprocess, "call", lambda argv, **_: calls.append(argv))
-    dry_run = DryRun(made)
+    dry_run = DryRun(built_site)
     shell.shell(dry_run.project, ["docker"], {}, stage=None, fresh=False)
     dry_run.check()
     assert calls == []
 
 
-def test_proxy_password_is_not_shown(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, console = traced(made.engine, perform=True)
-    project = made.project(engine)
+def test_proxy_password_is_not_shown(built_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, console = traced(built_site.engine, perform=True)
+    project = built_site.project(engine)
     object.__setattr__(project.settings, "proxies", {"https_proxy": "http://me:hunter2@p.test"})
     verify(project)
     assert "docker create" in console.text

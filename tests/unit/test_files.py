@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import STEADY
+from fake_engine import DETERMINISTIC
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -58,7 +58,7 @@ def write_tree(directory: Path, tree: Tree, *, backwards: bool = False) -> Path:
     return directory
 
 
-@STEADY
+@DETERMINISTIC
 @given(st.lists(st.text(max_size=3)), st.lists(st.text(max_size=3)))
 def test_digests_of_different_lists_of_texts_differ(first: list[str], second: list[str]) -> None:
     assert (text_digest(*first) == text_digest(*second)) == (first == second)
@@ -66,7 +66,7 @@ def test_digests_of_different_lists_of_texts_differ(first: list[str], second: li
     assert text_digest("a") != text_digest("a", "")
 
 
-@hypothesis_settings(STEADY, max_examples=12)
+@hypothesis_settings(DETERMINISTIC, max_examples=12)
 @given(TREES, TREES)
 def test_tree_digest_depends_on_names_and_contents(
     tmp_path_factory: pytest.TempPathFactory, tree: Tree, other_tree: Tree

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 import requests
 import urllib3
-from fake_engine import Heard, channel, forget_contents, forget_secrets, made_site
+from fake_engine import BufferConsole, channel, clear_file_cache, clear_secrets, new_built_site
 from test_buildx import TWO_NODES
 from test_docker_engine import DIGEST, INFO, PACKED
 from test_docker_engine import IMAGE as INSPECTED
@@ -192,7 +192,7 @@ class Workspace:
 
     @cached_property
     def site(self) -> Site:
-        return made_site(self.directory / "project")
+        return new_built_site(self.directory / "project")
 
     @cached_property
     def settings(self) -> Settings:
@@ -419,7 +419,7 @@ CHANNEL = {"name": "guix", "url": "https://g.test", "commit": "0" * 40}
 )
 def pack_record(data: bytes, workspace: Workspace) -> None:
     workspace.write("project/out/build-x.json", data)
-    release.release(workspace.settings, Heard())
+    release.release(workspace.settings, BufferConsole())
 
 
 @parses({"a": {"url": "https://r.test/a", "sha256": "0", "deb": {"url": "b"}, "x": 1}})
@@ -427,7 +427,7 @@ def build_index(data: bytes, workspace: Workspace) -> None:
     example = PARSERS["pack_record"][0][0]
     workspace.write("project/out/build-x.json", example)
     workspace.write("project/out/build.json", data)
-    release.release(workspace.settings, Heard())
+    release.release(workspace.settings, BufferConsole())
 
 
 @parses("0" * 64)
@@ -830,8 +830,8 @@ def parse_in_time(parser: Parser, data: bytes, workspace: Workspace) -> bool:
 
     Each error that a parser raises or returns must have one printable line.
     """
-    forget_contents()
-    forget_secrets()
+    clear_file_cache()
+    clear_secrets()
     messages, is_valid = [], False
     previous = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
@@ -847,7 +847,7 @@ def parse_in_time(parser: Parser, data: bytes, workspace: Workspace) -> bool:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, previous)
-    console = Heard()
+    console = BufferConsole()
     for text in messages:
         assert text.strip()
         console.error(text)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import STEADY
+from fake_engine import DETERMINISTIC
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -392,7 +392,7 @@ NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True)
 COMMITS = st.from_regex(r"[0-9a-f]{40}", fullmatch=True)
 
 
-@STEADY
+@DETERMINISTIC
 @given(st.dictionaries(NAMES, COMMITS, max_size=4))
 def test_every_channel_of_a_list_is_parsed(commits: dict[str, str]) -> None:
     forms = [

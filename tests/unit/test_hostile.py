@@ -24,7 +24,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
-from fake_engine import IMAGE, Heard, Site, made_site, new_site, serial
+from fake_engine import IMAGE, BufferConsole, Site, new_built_site, new_site, serial_executor
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from invoke.program import Program
@@ -202,7 +202,7 @@ def _forbid_shells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
 
     monkeypatch.setattr(subprocess.Popen, "__init__", start)
     monkeypatch.setattr(os, "system", system)
-    monkeypatch.setattr(files_module, "ThreadPoolExecutor", serial)
+    monkeypatch.setattr(files_module, "ThreadPoolExecutor", serial_executor)
     for name in (*NAMES, "ENV_FILE"):
         monkeypatch.delenv(name, raising=False)
     for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
@@ -310,7 +310,7 @@ def test_image_labels_are_only_data(attempt: Attempt, tmp_path: Path) -> None:
 
     def check(example: tuple[str, dict[str, str], bool, str]) -> None:
         stage, labels, sealed, created = example
-        site = made_site(directory)
+        site = new_built_site(directory)
         original = site.image(stage)
         if sealed:
             labels = {STAGE_LABEL: stage, **labels}
@@ -326,7 +326,7 @@ def test_image_labels_are_only_data(attempt: Attempt, tmp_path: Path) -> None:
         assert all(isinstance(text, str) for pair in inputs_of(image).items() for text in pair)
         project = site.project()
         project.console.table(["x"] * 7, status_rows(tag_statuses(project)))
-        assert isinstance(project.console, Heard)
+        assert isinstance(project.console, BufferConsole)
         assert all(map(is_printable_line, project.console.text.splitlines()))
         with contextlib.suppress(GuixTasksError):
             site.push()
@@ -402,7 +402,7 @@ def test_task_fails_with_a_printable_error(
     attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tmp_path / "project"
-    made_site(directory).write("tasks.py", "")
+    new_built_site(directory).write("tasks.py", "")
     (directory / "plots").mkdir()
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(directory)
@@ -410,7 +410,7 @@ def test_task_fails_with_a_printable_error(
 
     def check(example: tuple[list[str], dict[str, str], dict[str, str]]) -> None:
         argv, environment, paths = example
-        site = made_site(directory)
+        site = new_built_site(directory)
         defaults = {**site.env, "DOCKER_HOST": "unix:///fake.sock", "BUILDX_NODES": ""}
         code, out, err = run_inv(site, argv, {**defaults, **environment, **paths}, monkeypatch)
         assert code in EXIT_CODES, (code, err)
@@ -540,7 +540,7 @@ def test_shown_command_can_be_pasted(attempt: Attempt, recorder: Path, program: 
     record, script = recorder / "calls", recorder / "script"
 
     def check(words: list[str]) -> None:
-        console = Heard()
+        console = BufferConsole()
         console.command(["guix", *words])
         script.write_bytes(console.text.removeprefix("+ ").encode())
         record.unlink(missing_ok=True)
@@ -684,7 +684,7 @@ def test_container_archive_writes_only_logs_to_out(
 def test_engine_archive_writes_only_inside_its_directory(
     attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site = made_site(tmp_path / "project")
+    site = new_built_site(tmp_path / "project")
     image, reference = site.image(), ImageReference.parse(IMAGE)
     directory = tmp_path / "directory"
     directory.mkdir()

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fake_engine import (
     BASE_IMAGE,
+    DETERMINISTIC,
     IMAGE,
     PROFILE,
-    STEADY,
+    BufferConsole,
     FakeContainer,
     FakeEngine,
     FakeRegistry,
-    Heard,
     Output,
     Site,
     channel,
     new_site,
     publish_base,
-    serial,
+    serial_executor,
 )
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
@@ -78,7 +78,7 @@ def seal_config(parent: tuple[str, ...], count: int, labels: dict[str, str]) -> 
     return {**config, "Labels": {**labels, LAYERS_LABEL: seal(parent, count, config)}}
 
 
-@STEADY
+@DETERMINISTIC
 @given(LAYERS, st.text("abc", min_size=1))
 def test_stage_with_or_without_an_own_layer_is_proven(parent: tuple[str, ...], layer: str) -> None:
     parent_image = Image("y", parent, {}, 0, "", "")
@@ -87,7 +87,7 @@ def test_stage_with_or_without_an_own_layer_is_proven(parent: tuple[str, ...], l
         assert is_child(image, parent_image)
 
 
-@STEADY
+@DETERMINISTIC
 @given(LAYERS, st.integers(0, 1), LAYERS.filter(bool))
 def test_image_derived_from_a_stage_is_not_proven(
     parent: tuple[str, ...], count: int, added: tuple[str, ...]
@@ -96,7 +96,7 @@ def test_image_derived_from_a_stage_is_not_proven(
     assert proven_stage(sealed_image((*stage, *added), parent, count)) is None
 
 
-@STEADY
+@DETERMINISTIC
 @given(LAYERS, LAYERS)
 def test_stage_is_a_child_only_of_its_parent(
     parent: tuple[str, ...], other_parent: tuple[str, ...]
@@ -147,7 +147,7 @@ def test_malformed_inputs_label_is_ignored(text: str) -> None:
 INPUTS = st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=4)
 
 
-@STEADY
+@DETERMINISTIC
 @given(INPUTS, INPUTS, st.text(max_size=2), st.text(max_size=2))
 def test_key_depends_on_stage_parent_and_inputs(
     inputs: dict[str, str], other_inputs: dict[str, str], name: str, parent: str
@@ -194,79 +194,79 @@ def test_tag_names_a_platform_other_than_that_of_the_engine(
 @pytest.mark.parametrize("layer", [True, False])
 @pytest.mark.parametrize("stage", STAGES)
 def test_image_derived_from_a_stage_is_not_its_image(
-    made: Site, stage: str, *, layer: bool
+    built_site: Site, stage: str, *, layer: bool
 ) -> None:
-    image = made.image(stage)
-    derive_image(made, image, made.ledger.tag(stage), layer=layer)
-    assert made.ledger.find(stage) is None
-    made.engine.tag(image.id, made.ledger.tag(stage))
-    stage_image = made.ledger.find(stage)
+    image = built_site.image(stage)
+    derive_image(built_site, image, built_site.ledger.tag(stage), layer=layer)
+    assert built_site.ledger.find(stage) is None
+    built_site.engine.tag(image.id, built_site.ledger.tag(stage))
+    stage_image = built_site.ledger.find(stage)
     assert stage_image
     assert stage_image.id == image.id
 
 
-def test_image_of_another_stage_is_ignored(made: Site) -> None:
-    made.engine.tag(made.image("pull").id, made.ledger.tag("install"))
-    assert made.ledger.find("install") is None
+def test_image_of_another_stage_is_ignored(built_site: Site) -> None:
+    built_site.engine.tag(built_site.image("pull").id, built_site.ledger.tag("install"))
+    assert built_site.ledger.find("install") is None
 
 
-def test_newest_stage_is_the_last_existing_one(made: Site) -> None:
+def test_newest_stage_is_the_last_existing_one(built_site: Site) -> None:
     for stage in reversed(STAGES):
-        newest = made.ledger.newest()
+        newest = built_site.ledger.newest()
         assert newest
         assert proven_stage(newest) == stage
-        made.engine.untag(made.ledger.tag(stage))
-    assert made.ledger.newest() is None
+        built_site.engine.untag(built_site.ledger.tag(stage))
+    assert built_site.ledger.newest() is None
 
 
-def test_image_that_points_to_an_earlier_stage_is_repaired(made: Site) -> None:
+def test_image_that_points_to_an_earlier_stage_is_repaired(built_site: Site) -> None:
     for stage in ("base", "pull"):
-        made.engine.untag(made.ledger.tag(PREVIOUS))
-        made.engine.tag(made.image(stage).id, IMAGE)
-        made.ledger.repair()
-        assert made.image().id == made.image("install").id
-    made.engine.untag(IMAGE)
-    made.ledger.repair()
-    assert made.image().id == made.image("install").id
+        built_site.engine.untag(built_site.ledger.tag(PREVIOUS))
+        built_site.engine.tag(built_site.image(stage).id, IMAGE)
+        built_site.ledger.repair()
+        assert built_site.image().id == built_site.image("install").id
+    built_site.engine.untag(IMAGE)
+    built_site.ledger.repair()
+    assert built_site.image().id == built_site.image("install").id
 
 
-def test_image_of_another_tool_is_not_repaired(made: Site) -> None:
+def test_image_of_another_tool_is_not_repaired(built_site: Site) -> None:
     for image in (
-        made.engine.make_image({}, {"/other": b""}),
-        derive_image(made, made.image("install"), ""),
-        derive_image(made, made.image("install"), "", layer=False),
+        built_site.engine.make_image({}, {"/other": b""}),
+        derive_image(built_site, built_site.image("install"), ""),
+        derive_image(built_site, built_site.image("install"), "", layer=False),
     ):
-        made.engine.tag(image.id, IMAGE)
-        made.ledger.repair()
-        assert made.image().id == image.id
+        built_site.engine.tag(image.id, IMAGE)
+        built_site.ledger.repair()
+        assert built_site.image().id == image.id
 
 
-def test_rolled_back_image_is_not_repaired(made: Site) -> None:
-    initial_image = made.image()
-    made.make("install", packages=("other",))
-    assert made.image().id != initial_image.id
-    assert made.ledger.roll_back()
-    made.ledger.repair()
-    assert made.image().id == initial_image.id
-    assert made.ledger.roll_back()
-    assert made.image().id == made.image("install").id
+def test_rolled_back_image_is_not_repaired(built_site: Site) -> None:
+    initial_image = built_site.image()
+    built_site.make("install", packages=("other",))
+    assert built_site.image().id != initial_image.id
+    assert built_site.ledger.roll_back()
+    built_site.ledger.repair()
+    assert built_site.image().id == initial_image.id
+    assert built_site.ledger.roll_back()
+    assert built_site.image().id == built_site.image("install").id
 
 
 def test_project_without_images_has_no_rollback(site: Site) -> None:
     assert site.ledger.roll_back() is None
 
 
-def test_replaced_image_of_a_commit_is_reported(made: Site) -> None:
-    hand_made = derive_image(made, made.image(), IMAGE)
+def test_replaced_image_of_a_commit_is_reported(built_site: Site) -> None:
+    hand_made = derive_image(built_site, built_site.image(), IMAGE)
     config = seal_config(hand_made.layers, 0, {STAGE_LABEL: HAND_MADE})
-    hand_made = made.engine.make_image(config, {}, parent=hand_made, tag=IMAGE)
-    console = Heard()
-    made.ledger.point_image(console)
+    hand_made = built_site.engine.make_image(config, {}, parent=hand_made, tag=IMAGE)
+    console = BufferConsole()
+    built_site.ledger.point_image(console)
     assert "replaced the image of `inv commit`" in console.text
-    assert made.image().id == made.image("install").id
-    assert made.image(PREVIOUS).id == hand_made.id
-    console = Heard()
-    made.ledger.point_image(console)
+    assert built_site.image().id == built_site.image("install").id
+    assert built_site.image(PREVIOUS).id == hand_made.id
+    console = BufferConsole()
+    built_site.ledger.point_image(console)
     assert console.text == ""
 
 
@@ -452,7 +452,7 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Baseline]:
     directory = tmp_path_factory.mktemp("project")
     shutil.copytree(container.RESOURCES, directory / "image")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "ThreadPoolExecutor", serial)
+        patch.setattr(files, "ThreadPoolExecutor", serial_executor)
         patch.setattr(container, "RESOURCES", directory / "image")
         patch.setattr(base_stage, "RESOURCES", directory / "image")
         site = full_site(directory, FakeRegistry())
@@ -532,7 +532,7 @@ NEUTRAL: dict[str, Callable[[Site], object]] = {
 }
 
 
-@hypothesis_settings(STEADY, max_examples=20)
+@hypothesis_settings(DETERMINISTIC, max_examples=20)
 @given(names=st.sets(st.sampled_from(sorted(NEUTRAL)), min_size=1))
 def test_other_changes_do_not_change_a_key(baseline: Baseline, names: set[str]) -> None:
     site = baseline.restore()
@@ -613,13 +613,13 @@ def test_stage_on_too_many_layers_fails_before_it_runs(site: Site) -> None:
         with pytest.raises(UsageError, match=r"has 125 layers, and 1 more .*; squash BASE_IMAGE"):
             run_stage(site.project(), stage, parent)
 
-    assert site.ran(run) == []
+    assert site.trace_stages(run) == []
     check_layers(site.engine, replace(parent, layers=parent.layers[1:]))
     with pytest.raises(UsageError, match="has 124 layers, and 2 more would"):
         check_layers(site.engine, replace(parent, layers=parent.layers[1:]), 2)
-    docker = site.engine.about
+    docker = site.engine.details
     for about in (replace(docker, uses_containerd=True), replace(docker, product="Podman")):
-        site.engine.about = about
+        site.engine.details = about
         check_layers(site.engine, parent)
 
 
@@ -655,12 +655,12 @@ def test_checkouts_on_two_engines_have_the_same_keys(tmp_path: Path) -> None:
         assert first.why(stage) is None
 
 
-def test_platform_changes_the_keys(made: Site) -> None:
-    keys = made.keys()
-    images = {stage: made.image(stage) for stage in STAGES}
-    made.env["PLATFORMS"] = "linux/arm64"
-    lifecycle = made.lifecycle
-    for stage, key in made.keys().items():
+def test_platform_changes_the_keys(built_site: Site) -> None:
+    keys = built_site.keys()
+    images = {stage: built_site.image(stage) for stage in STAGES}
+    built_site.env["PLATFORMS"] = "linux/arm64"
+    lifecycle = built_site.lifecycle
+    for stage, key in built_site.keys().items():
         assert key
         assert key != keys[stage]
         assert lifecycle._inputs(stage, images[stage], ()) != inputs_of(images[stage])
@@ -674,10 +674,10 @@ def test_platform_of_the_engine_changes_the_keys(tmp_path: Path) -> None:
     assert first.keys()["base"] != second.keys()["base"]
 
 
-def test_engine_platform_is_the_default(made: Site) -> None:
-    keys = made.keys()
-    made.env["PLATFORMS"] = "linux/amd64"
-    assert made.keys() == keys
+def test_engine_platform_is_the_default(built_site: Site) -> None:
+    keys = built_site.keys()
+    built_site.env["PLATFORMS"] = "linux/amd64"
+    assert built_site.keys() == keys
 
 
 @pytest.mark.parametrize(
@@ -699,10 +699,10 @@ def test_irrelevant_order_does_not_change_a_key(
     assert site.keys() == keys
 
 
-def test_missing_base_image_does_not_make_stages_stale(made: Site) -> None:
+def test_missing_base_image_does_not_make_stages_stale(built_site: Site) -> None:
     """The check needs neither the base image nor its registry."""
-    made.engine.registry.refusal = "connection refused"
-    assert [made.why(stage) for stage in STAGES] == [None] * 3
+    built_site.engine.registry.refusal = "connection refused"
+    assert [built_site.why(stage) for stage in STAGES] == [None] * 3
 
 
 def test_push_of_the_base_image_does_not_change_a_key(site: Site) -> None:
@@ -717,7 +717,7 @@ def test_push_of_the_base_image_does_not_change_a_key(site: Site) -> None:
 def test_base_image_with_other_compression_does_not_change_a_key(site: Site) -> None:
     """The containerd store gives every image a digest, even if no registry has it."""
     engine, reference = site.engine, "registry.test/custom:1"
-    engine.about = replace(engine.about, uses_containerd=True)
+    engine.details = replace(engine.details, uses_containerd=True)
     site.env["BASE_IMAGE"] = reference
     content = engine.make_image({}, {PROFILE: b"certs"}, tag=reference)
 
@@ -784,9 +784,9 @@ def test_malformed_dockerignore_is_an_error_with_a_line_number(site: Site) -> No
         site.make("base")
 
 
-def test_stage_labels_contain_the_key(made: Site) -> None:
-    for stage, key in made.keys().items():
-        assert made.image(stage).labels[KEY_LABEL] == key
+def test_stage_labels_contain_the_key(built_site: Site) -> None:
+    for stage, key in built_site.keys().items():
+        assert built_site.image(stage).labels[KEY_LABEL] == key
 
 
 # --- Platforms ------------------------------------------------------------------------------

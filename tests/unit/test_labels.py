@@ -170,9 +170,9 @@ def test_web_address_of_a_remote_has_no_account(remote: str, address: str) -> No
     assert web_address(remote) == address
 
 
-def test_stage_is_labelled_with_date_and_base(made: Site) -> None:
-    annotations = [made.image(stage).labels for stage in ("base", "pull", "install")]
-    base = str(made.settings().base_image)
+def test_stage_is_labelled_with_date_and_base(built_site: Site) -> None:
+    annotations = [built_site.image(stage).labels for stage in ("base", "pull", "install")]
+    base = str(built_site.settings().base_image)
     assert [stage_labels[BASE_NAME] for stage_labels in annotations] == [base] * 3
     assert [CREATED in stage_labels for stage_labels in annotations] == [True] * 3
 
@@ -190,9 +190,9 @@ def test_base_outside_registries_has_no_digest_label(site: Site) -> None:
     assert base_annotations(settings, inputs) == {BASE_NAME: str(settings.base_image)}
 
 
-def test_new_date_does_not_make_a_stage_stale(made: Site) -> None:
+def test_new_date_does_not_make_a_stage_stale(built_site: Site) -> None:
     """Otherwise a pull of floating channels would make later stages stale each day."""
-    made.env["GUIX_CHANNELS_LOCK"] = ""
-    image_id = made.image("pull").id
-    assert "pull: unchanged" in made.make("pull")
-    assert made.image("pull").id == image_id
+    built_site.env["GUIX_CHANNELS_LOCK"] = ""
+    image_id = built_site.image("pull").id
+    assert "pull: unchanged" in built_site.make("pull")
+    assert built_site.image("pull").id == image_id

@@ -141,9 +141,9 @@ def test_engine_with_another_loopback_gets_a_container(
     }
     for kind, engines in kinds.items():
         for about in engines:
-            engine.about = engine_at("unix:///fake.sock", **about)
+            engine.details = engine_at("unix:///fake.sock", **about)
             assert isinstance(registry_for(engine), kind)
-            assert bool(accounts(engine.about)) is (kind is LocalRegistry)
+            assert bool(accounts(engine.details)) is (kind is LocalRegistry)
 
 
 REMOTE_URL = "tcp://engine.test:2375"

@@ -8,7 +8,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import Heard
+from fake_engine import BufferConsole
 
 from guix_tasks import files
 from guix_tasks.files import image_lock
@@ -42,7 +42,7 @@ def holder() -> subprocess.Popen[str]:
     return process
 
 
-def start_second_run(console: Heard, image: str = "image:t") -> threading.Thread:
+def start_second_run(console: BufferConsole, image: str = "image:t") -> threading.Thread:
     def work() -> None:
         with image_lock(console.print, "engine", image, "install"):
             console.print("at work")
@@ -53,7 +53,7 @@ def start_second_run(console: Heard, image: str = "image:t") -> threading.Thread
 
 
 def test_second_run_waits_and_names_the_first(holder: subprocess.Popen[str]) -> None:
-    console = Heard()
+    console = BufferConsole()
     second = start_second_run(console)
     second.join(timeout=0.3)
     first_run = f"`inv pull` (process {holder.pid})"
@@ -64,7 +64,7 @@ def test_second_run_waits_and_names_the_first(holder: subprocess.Popen[str]) -> 
 
 
 def test_killed_run_releases_the_lock(holder: subprocess.Popen[str]) -> None:
-    console = Heard()
+    console = BufferConsole()
     second = start_second_run(console)
     holder.kill()
     holder.communicate()
@@ -73,7 +73,7 @@ def test_killed_run_releases_the_lock(holder: subprocess.Popen[str]) -> None:
 
 
 def test_run_on_another_image_does_not_wait(holder: subprocess.Popen[str]) -> None:
-    console = Heard()
+    console = BufferConsole()
     start_second_run(console, "image:other").join(timeout=10)
     assert console.text == "at work\n"
     holder.communicate("")
@@ -82,10 +82,10 @@ def test_run_on_another_image_does_not_wait(holder: subprocess.Popen[str]) -> No
 def test_error_releases_the_lock() -> None:
     with (
         pytest.raises(ValueError, match="x"),
-        image_lock(Heard().print, "engine", "image:t", "pull"),
+        image_lock(BufferConsole().print, "engine", "image:t", "pull"),
     ):
         raise ValueError("x")
-    console = Heard()
+    console = BufferConsole()
     start_second_run(console).join(timeout=10)
     assert console.text == "at work\n"
 
@@ -93,6 +93,6 @@ def test_error_releases_the_lock() -> None:
 def test_unavailable_lock_is_ignored(cache: Path) -> None:
     files.cache_home().parent.mkdir(exist_ok=True)
     files.cache_home().write_text("a file")
-    console = Heard()
+    console = BufferConsole()
     start_second_run(console).join(timeout=10)
     assert console.text == "at work\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import Site, heard, new_site
+from fake_engine import Site, console_text, new_site
 
 from guix_tasks.buildkit.buildx import Buildx
 from guix_tasks.commands.manifest import join
@@ -98,7 +98,7 @@ def test_pushed_platforms_are_joined_under_every_tag(tmp_path: Path, stub: Build
             f"{NAME}:1",
         ],
     ]  # fmt: skip
-    assert f"manifest: linux/arm64 is {NAME}@{DIGESTS[1]}\n" in heard(project)
+    assert f"manifest: linux/arm64 is {NAME}@{DIGESTS[1]}\n" in console_text(project)
 
 
 def test_platforms_pushed_together_are_one_source(tmp_path: Path, stub: Buildx) -> None:
@@ -172,13 +172,15 @@ def test_dry_run_shows_the_platforms(tmp_path: Path, stub: Buildx) -> None:
     save_record(site, "linux/amd64")
     assert join(project, replace(stub, shown_on=project.console, perform=False)) == ""
     assert read_calls(stub) == []
-    assert f"imagetools create --builder=default --progress=none --tag={NAME}:1" in heard(project)
+    assert f"imagetools create --builder=default --progress=none --tag={NAME}:1" in console_text(
+        project
+    )
 
 
 def test_dry_run_without_push_records_succeeds(tmp_path: Path, stub: Buildx) -> None:
     _, project = create_project(tmp_path)
     assert join(project, replace(stub, shown_on=project.console, perform=False)) == ""
-    assert "contains no push record yet" in heard(project)
+    assert "contains no push record yet" in console_text(project)
 
 
 def test_buildx_gets_the_account_of_the_settings(tmp_path: Path, stub: Buildx) -> None:
@@ -190,7 +192,7 @@ def test_buildx_gets_the_account_of_the_settings(tmp_path: Path, stub: Buildx) -
     lines = (directory / "accounts").read_text().splitlines()
     expected = {"auths": {"registry.test": {"auth": pair}}}
     assert [json.loads(line) for line in lines if line] == 2 * [expected]
-    assert "hunter2" not in (directory / "argv").read_text() + heard(project)
+    assert "hunter2" not in (directory / "argv").read_text() + console_text(project)
     assert (directory / "config" / "config.json").read_text() == "{}"
 
 
@@ -205,7 +207,7 @@ def test_transient_failures_are_retried(
     (tmp_path / "stub" / "fault").write_text(f"ERROR: {fault}\n")
     assert join(project, stub) == JOINED
     assert len(waits) == 1
-    assert f"cannot join {NAME}:1: {fault}; " in heard(project)
+    assert f"cannot join {NAME}:1: {fault}; " in console_text(project)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING, cast
 
 import pytest
-from fake_engine import Site, made_site
+from fake_engine import Site, new_built_site
 
 from guix_tasks.engine.api import ContainerSpec, EngineInfo
 from guix_tasks.stages import commit, ownership
@@ -36,7 +36,7 @@ ROOT_ONLY = "root:x:0:0:root:/root:/bin/sh\n"
 class Disk:
     """The file system of a container, as far as an engine copies files in and out."""
 
-    about = EngineInfo("unix:///x", "test", "test", "28", "linux/amd64", "overlay2", True)
+    details = EngineInfo("unix:///x", "test", "test", "28", "linux/amd64", "overlay2", True)
 
     def __init__(self, *directories: str, **files: str) -> None:
         self.entries: dict[str, tuple[tarfile.TarInfo, bytes]] = {}
@@ -52,7 +52,7 @@ class Disk:
             self.entries[path] = (header, text.encode())
 
     def info(self) -> EngineInfo:
-        return self.about
+        return self.details
 
     def copy_in(self, _container: str, archive: bytes | IO[bytes]) -> None:
         assert isinstance(archive, bytes)
@@ -71,7 +71,7 @@ class Disk:
                     member = copy.copy(header)
                     # Docker names members relative to the parent of the requested path.
                     member.name = str(PurePosixPath(name).relative_to(PurePosixPath(path).parent))
-                    member.uid += self.about.first_id
+                    member.uid += self.details.first_id
                     tar.addfile(member, io.BytesIO(content))
         yield from (
             buffer.getvalue()[start : start + 700] for start in range(0, buffer.tell(), 700)
@@ -134,7 +134,7 @@ def test_root_owns_every_directory_after_a_restore(disk: Disk) -> None:
 
 
 def test_owners_with_userns_remap_are_those_in_the_container(disk: Disk) -> None:
-    disk.about = replace(disk.about, first_id=200000)
+    disk.details = replace(disk.details, first_id=200000)
     user = grant_ownership(disk.as_engine(), "x")
     assert disk.owners()["/var/guix/db/db.sqlite"] == disk.owners()["/root"] == user
     assert restore_ownership(disk.as_engine(), "x")
@@ -188,7 +188,7 @@ def test_links_keep_their_targets(disk: Disk) -> None:
 
 
 def test_rootless_container_has_the_daemon_user_and_no_capability(tmp_path: Path) -> None:
-    site = made_site(tmp_path)
+    site = new_built_site(tmp_path)
     site.env["GUIX_SANDBOX"] = "rootless"
     site.make("install", force=True)
     spec = site.engine.specs[-1]
@@ -211,7 +211,7 @@ def test_committed_image_has_the_user_root(site: Site, monkeypatch: pytest.Monke
 
 def test_security_modules_of_the_engine_are_disabled(site: Site) -> None:
     site.env["GUIX_SANDBOX"] = "rootless"
-    site.engine.about = replace(site.engine.about, security=("apparmor", "seccomp"))
+    site.engine.details = replace(site.engine.details, security=("apparmor", "seccomp"))
     site.make("base", "pull")
     assert "apparmor=unconfined" in site.engine.specs[-1].security
     assert "label=disable" not in site.engine.specs[-1].security

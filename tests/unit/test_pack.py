@@ -11,7 +11,7 @@ import tracemalloc
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import IMAGE, FakeContainer, Output, Site, heard, outline
+from fake_engine import IMAGE, FakeContainer, Output, Site, console_text, outline
 
 from guix_tasks import guix
 from guix_tasks.commands import pack
@@ -31,7 +31,7 @@ DIGEST = hashlib.sha256(CONTENT.encode()).hexdigest()
 
 
 def fake_pack(
-    made: Site, names: Sequence[str] = ("hello 2.12.2",), ending: str = "tarball-pack.tar.gz"
+    built_site: Site, names: Sequence[str] = ("hello 2.12.2",), ending: str = "tarball-pack.tar.gz"
 ) -> dict[str, str]:
     """Make the fake Guix pack packages, and return the files of the work container."""
     store_item, files = f"/gnu/store/{'0' * 32}-{ending}", {}
@@ -44,41 +44,41 @@ def fake_pack(
         yield True, b"building...\n"
         yield False, f"{store_item}\n".encode()
         container.write(store_item, CONTENT)
-        container.forget(WORK_DIRECTORY)
+        container.remove_files(WORK_DIRECTORY)
 
-    made.engine.behaviour = behaviour
+    built_site.engine.behaviour = behaviour
     return files
 
 
-def run_pack(made: Site, options: Pack | None = None, name: str = "", *packages: str) -> Path:
-    path = pack.pack(made.project(), options or Pack(), name, packages)
+def run_pack(built_site: Site, options: Pack | None = None, name: str = "", *packages: str) -> Path:
+    path = pack.pack(built_site.project(), options or Pack(), name, packages)
     assert path
     return path
 
 
 def test_unwritable_output_directory_is_reported_before_the_work(
-    made: Site, monkeypatch: pytest.MonkeyPatch
+    built_site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_pack(made)
-    monkeypatch.setattr(os, "access", lambda path, _: path != made.directory)
+    fake_pack(built_site)
+    monkeypatch.setattr(os, "access", lambda path, _: path != built_site.directory)
 
     def fail() -> None:
         with pytest.raises(PermissionError):
-            run_pack(made)
+            run_pack(built_site)
 
-    assert made.ran(fail) == []
+    assert built_site.trace_stages(fail) == []
 
 
-def output_files(made: Site) -> list[str]:
+def output_files(built_site: Site) -> list[str]:
     """Return the names of the files in ``out/`` except logs."""
-    return sorted(path.name for path in made.directory.glob("out/*") if path.name != "logs")
+    return sorted(path.name for path in built_site.directory.glob("out/*") if path.name != "logs")
 
 
-def test_pack_writes_file_checksum_and_record(made: Site) -> None:
-    fake_pack(made)
-    initial_state = outline(made.engine)
-    path = run_pack(made)
-    assert path == made.directory / "out" / "hello-2.12.2-x86_64-linux.tar.gz"
+def test_pack_writes_file_checksum_and_record(built_site: Site) -> None:
+    fake_pack(built_site)
+    initial_state = outline(built_site.engine)
+    path = run_pack(built_site)
+    assert path == built_site.directory / "out" / "hello-2.12.2-x86_64-linux.tar.gz"
     assert path.read_text() == CONTENT
     assert path.stat().st_mode & 0o111 == 0
     checksum = path.with_name(f"{path.name}.sha256").read_text()
@@ -91,9 +91,9 @@ def test_pack_writes_file_checksum_and_record(made: Site) -> None:
         "sha256": DIGEST,
         "channels": [{"name": "guix", "url": "https://guix.test", "commit": "a" * 40}],
     }
-    assert len(output_files(made)) == 3
-    assert outline(made.engine) == initial_state
-    assert made.engine.all_containers == {}
+    assert len(output_files(built_site)) == 3
+    assert outline(built_site.engine) == initial_state
+    assert built_site.engine.all_containers == {}
 
 
 @pytest.mark.parametrize(
@@ -110,24 +110,24 @@ def test_pack_writes_file_checksum_and_record(made: Site) -> None:
     ],
 )
 def test_file_name_has_package_version_and_system(
-    made: Site, *, names: list[str], ending: str, options: Pack, name: str, file: str
+    built_site: Site, *, names: list[str], ending: str, options: Pack, name: str, file: str
 ) -> None:
-    fake_pack(made, names, ending)
-    assert run_pack(made, options, name).name == file.replace("SYSTEM", "x86_64-linux")
+    fake_pack(built_site, names, ending)
+    assert run_pack(built_site, options, name).name == file.replace("SYSTEM", "x86_64-linux")
 
 
-def test_each_format_has_a_separate_record(made: Site) -> None:
-    fake_pack(made)
-    run_pack(made)
-    fake_pack(made, ending="docker-pack.tar.gz")
-    run_pack(made, Pack("docker"))
-    records = [name for name in output_files(made) if name.startswith("build-")]
+def test_each_format_has_a_separate_record(built_site: Site) -> None:
+    fake_pack(built_site)
+    run_pack(built_site)
+    fake_pack(built_site, ending="docker-pack.tar.gz")
+    run_pack(built_site, Pack("docker"))
+    records = [name for name in output_files(built_site) if name.startswith("build-")]
     assert records == ["build-x86_64-linux-docker.json", "build-x86_64-linux.json"]
 
 
-def test_options_are_passed_to_guix_pack(made: Site) -> None:
-    files = fake_pack(made)
-    run_pack(made, Pack("docker", 2, ("/bin=bin", "/a b=c"), "zstd", 7, "bin/hello"))
+def test_options_are_passed_to_guix_pack(built_site: Site) -> None:
+    files = fake_pack(built_site)
+    run_pack(built_site, Pack("docker", 2, ("/bin=bin", "/a b=c"), "zstd", 7, "bin/hello"))
     assert files["stage"] == (
         "#!/bin/sh\n"
         "exec guix pack --format=docker --relocatable --relocatable --symlink=/bin=bin "
@@ -136,24 +136,24 @@ def test_options_are_passed_to_guix_pack(made: Site) -> None:
     )
 
 
-def test_manifest_and_packages_are_packed(made: Site) -> None:
+def test_manifest_and_packages_are_packed(built_site: Site) -> None:
     text = '(specifications->manifest (list "tar"))\n'
-    made.write("manifest.scm", text)
-    made.env["GUIX_MANIFEST"] = "manifest.scm"
-    made.make("install")
-    files = fake_pack(made)
-    run_pack(made)
+    built_site.write("manifest.scm", text)
+    built_site.env["GUIX_MANIFEST"] = "manifest.scm"
+    built_site.make("install")
+    files = fake_pack(built_site)
+    run_pack(built_site)
     assert files["manifest.scm"] == text
     project_manifest = f'(primitive-load "{WORK_DIRECTORY}/manifest.scm")'
     assert f'(list {project_manifest} (specifications->manifest \'("hello")))' in files["pack.scm"]
 
 
-def test_packages_of_the_command_line_replace_those_of_the_settings(made: Site) -> None:
-    made.write("manifest.scm", "(specifications->manifest (list))\n")
-    made.env["GUIX_MANIFEST"] = "manifest.scm"
-    made.make("install")
-    files = fake_pack(made)
-    run_pack(made, None, "", "tar@1.35", "git:send-email")
+def test_packages_of_the_command_line_replace_those_of_the_settings(built_site: Site) -> None:
+    built_site.write("manifest.scm", "(specifications->manifest (list))\n")
+    built_site.env["GUIX_MANIFEST"] = "manifest.scm"
+    built_site.make("install")
+    files = fake_pack(built_site)
+    run_pack(built_site, None, "", "tar@1.35", "git:send-email")
     assert files["manifest.scm"] == ""
     assert '\'("tar@1.35" "git:send-email")' in files["pack.scm"]
     assert "primitive-load" not in files["pack.scm"]
@@ -181,25 +181,25 @@ def test_packages_of_the_command_line_replace_those_of_the_settings(made: Site) 
     ],
 )
 def test_invalid_option_is_reported_before_the_work(
-    made: Site, options: Pack, name: str, packages: list[str], message: str
+    built_site: Site, options: Pack, name: str, packages: list[str], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        run_pack(made, options, name, *packages)
-    assert made.engine.changing_calls() == []
+        run_pack(built_site, options, name, *packages)
+    assert built_site.engine.changing_calls() == []
 
 
-def test_nothing_to_pack_is_an_error(made: Site) -> None:
-    made.env["GUIX_PACKAGES"] = ""
+def test_nothing_to_pack_is_an_error(built_site: Site) -> None:
+    built_site.env["GUIX_PACKAGES"] = ""
     with pytest.raises(UsageError, match="nothing to pack: set GUIX_PACKAGES or GUIX_MANIFEST"):
-        run_pack(made)
+        run_pack(built_site)
 
 
-def test_stale_image_is_not_packed(made: Site) -> None:
-    made.engine.guix.heads["guix"] = "c" * 40
-    made.make("pull", update=True)
+def test_stale_image_is_not_packed(built_site: Site) -> None:
+    built_site.engine.guix.heads["guix"] = "c" * 40
+    built_site.make("pull", update=True)
     with pytest.raises(UsageError, match=r"install is stale \(.*; run `inv install.*, then pack"):
-        run_pack(made)
-    assert output_files(made) == []
+        run_pack(built_site)
+    assert output_files(built_site) == []
 
 
 def test_pack_requires_only_a_pull(site: Site) -> None:
@@ -217,26 +217,26 @@ def test_record_without_a_pull_has_no_channels(site: Site) -> None:
     assert record["channels"] == []
 
 
-def test_error_of_guix_pack_is_reported(made: Site) -> None:
+def test_error_of_guix_pack_is_reported(built_site: Site) -> None:
     def fail(container: FakeContainer) -> Output:
         container.status = 1
         yield True, b"guix pack: error: x: unknown package\n"
 
-    made.engine.behaviour = fail
+    built_site.engine.behaviour = fail
     with pytest.raises(StageError, match=r"pack: x: unknown package, and nothing"):
-        run_pack(made)
-    assert output_files(made) == ["failed"]
-    assert made.engine.all_containers == {}
+        run_pack(built_site)
+    assert output_files(built_site) == ["failed"]
+    assert built_site.engine.all_containers == {}
 
 
-def test_missing_store_item_is_an_error(made: Site) -> None:
+def test_missing_store_item_is_an_error(built_site: Site) -> None:
     def print_no_item(container: FakeContainer) -> Output:
         yield True, b"well\n"
 
-    made.engine.behaviour = print_no_item
+    built_site.engine.behaviour = print_no_item
     with pytest.raises(StageError, match="printed no store item"):
-        run_pack(made)
-    assert output_files(made) == []
+        run_pack(built_site)
+    assert output_files(built_site) == []
 
 
 def make_archive(kind: bytes, size: int) -> bytes:
@@ -259,21 +259,25 @@ def make_archive(kind: bytes, size: int) -> bytes:
     ids=["nothing", "nonsense", "half", "a directory"],
 )
 def test_incomplete_transfer_keeps_the_previous_file(
-    made: Site, monkeypatch: pytest.MonkeyPatch, archive: bytes, message: str
+    built_site: Site, monkeypatch: pytest.MonkeyPatch, archive: bytes, message: str
 ) -> None:
-    fake_pack(made)
-    path = run_pack(made)
-    initial_files = output_files(made)
-    monkeypatch.setattr(made.engine, "copy_out", lambda *_: iter([archive] if archive else []))
+    fake_pack(built_site)
+    path = run_pack(built_site)
+    initial_files = output_files(built_site)
+    monkeypatch.setattr(
+        built_site.engine, "copy_out", lambda *_: iter([archive] if archive else [])
+    )
     with pytest.raises(EngineError, match=message):
-        run_pack(made)
-    assert output_files(made) == initial_files
+        run_pack(built_site)
+    assert output_files(built_site) == initial_files
     assert path.read_text() == CONTENT
-    assert made.engine.all_containers == {}
+    assert built_site.engine.all_containers == {}
 
 
-def test_large_file_is_not_read_into_memory(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_pack(made)
+def test_large_file_is_not_read_into_memory(
+    built_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_pack(built_site)
     size, chunk = 64 << 20, b"z" * (1 << 16)
 
     def copy_out(*_arguments: object) -> Iterator[bytes]:
@@ -284,9 +288,9 @@ def test_large_file_is_not_read_into_memory(made: Site, monkeypatch: pytest.Monk
             yield chunk
         yield b"\0" * 1024
 
-    monkeypatch.setattr(made.engine, "copy_out", copy_out)
+    monkeypatch.setattr(built_site.engine, "copy_out", copy_out)
     tracemalloc.start()
-    path = run_pack(made)
+    path = run_pack(built_site)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert path.stat().st_size == size
@@ -294,42 +298,44 @@ def test_large_file_is_not_read_into_memory(made: Site, monkeypatch: pytest.Monk
     assert peak < size // 4
 
 
-def test_token_in_a_channel_url_is_not_in_the_record(made: Site) -> None:
-    channels = (made.directory / "channels.scm").read_text()
+def test_token_in_a_channel_url_is_not_in_the_record(built_site: Site) -> None:
+    channels = (built_site.directory / "channels.scm").read_text()
     url = "https://me:hunter2-token@guix.test"
-    made.write("channels.scm", channels.replace("https://guix.test", url))
-    made.make("pull", update=True)
-    made.make("install")
-    fake_pack(made)
-    run_pack(made)
-    record = (made.directory / "out" / "build-x86_64-linux.json").read_text()
+    built_site.write("channels.scm", channels.replace("https://guix.test", url))
+    built_site.make("pull", update=True)
+    built_site.make("install")
+    fake_pack(built_site)
+    run_pack(built_site)
+    record = (built_site.directory / "out" / "build-x86_64-linux.json").read_text()
     assert "guix.test" in record
     assert "hunter2" not in record
 
 
-def test_each_platform_is_packed(made: Site) -> None:
-    made.env["PLATFORMS"] = "linux/amd64 linux/386"
-    for platform in made.settings().platforms:
-        made.env["PLATFORMS"] = str(platform)
-        made.make("install", upstream=True)
-    made.env["PLATFORMS"] = "linux/amd64 linux/386"
-    fake_pack(made)
-    for project in made.project().each_platform():
+def test_each_platform_is_packed(built_site: Site) -> None:
+    built_site.env["PLATFORMS"] = "linux/amd64 linux/386"
+    for platform in built_site.settings().platforms:
+        built_site.env["PLATFORMS"] = str(platform)
+        built_site.make("install", upstream=True)
+    built_site.env["PLATFORMS"] = "linux/amd64 linux/386"
+    fake_pack(built_site)
+    for project in built_site.project().each_platform():
         assert pack.pack(project, Pack())
-    assert {spec.platform for spec in made.engine.specs[-2:]} == {"linux/amd64", "linux/386"}
+    assert {spec.platform for spec in built_site.engine.specs[-2:]} == {"linux/amd64", "linux/386"}
 
 
-def test_dry_run_shows_the_command(made: Site) -> None:
-    project = made.project()
-    dry_project = made.project(TracedEngine(made.engine, project.console, perform=False))
-    initial_calls = made.engine.changing_calls()
+def test_dry_run_shows_the_command(built_site: Site) -> None:
+    project = built_site.project()
+    dry_project = built_site.project(
+        TracedEngine(built_site.engine, project.console, perform=False)
+    )
+    initial_calls = built_site.engine.changing_calls()
     assert pack.pack(dry_project, Pack()) is None
-    assert made.engine.changing_calls() == initial_calls
-    assert f"+ guix pack --format=tarball --manifest={WORK_DIRECTORY}/pack.scm" in heard(
+    assert built_site.engine.changing_calls() == initial_calls
+    assert f"+ guix pack --format=tarball --manifest={WORK_DIRECTORY}/pack.scm" in console_text(
         dry_project
     )
-    assert output_files(made) == []
-    assert IMAGE in made.engine.tags
+    assert output_files(built_site) == []
+    assert IMAGE in built_site.engine.tags
 
 
 def test_last_store_item_of_the_report_is_the_pack() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import forget_contents
+from fake_engine import clear_file_cache
 from test_settings import AUTHORITY
 
 from guix_tasks import files
@@ -98,7 +98,7 @@ def test_changed_env_file_is_not_read_again_in_a_call(tmp_path: Path) -> None:
     first = load(tmp_path)
     (tmp_path / ".env").write_text("IMAGE=example.org/two:1\n")
     assert load(tmp_path) == first
-    forget_contents()
+    clear_file_cache()
     assert str(load(tmp_path).image) == "example.org/two:1"
 
 

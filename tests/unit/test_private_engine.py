@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from fake_engine import Heard
+from fake_engine import BufferConsole
 
 from guix_tasks import files
 from guix_tasks.bootstrap import apt, engine, service
@@ -81,9 +81,9 @@ def test_running_engine_does_not_change_its_store(
     private.directory.mkdir(parents=True, exist_ok=True)
     configuration = private._configure(ImageStore.CONTAINERD)
     (private.directory / "daemon.json").write_text(json.dumps(configuration))
-    private.up(Heard(), ImageStore.CONTAINERD)
+    private.up(BufferConsole(), ImageStore.CONTAINERD)
     with pytest.raises(EngineError, match=r"image store overlay2; run `inv engine.down` first"):
-        private.up(Heard(), ImageStore.OVERLAY2)
+        private.up(BufferConsole(), ImageStore.OVERLAY2)
 
 
 def test_other_user_than_root_is_an_error(
@@ -91,7 +91,7 @@ def test_other_user_than_root_is_an_error(
 ) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(EngineError, match=r"needs root.*or install Docker Engine"):
-        private.up(Heard())
+        private.up(BufferConsole())
     assert not private.directory.exists()
 
 
@@ -100,13 +100,13 @@ def test_other_system_than_linux_is_an_error(
 ) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(EngineError, match="needs Linux; install Docker"):
-        private.up(Heard())
+        private.up(BufferConsole())
 
 
 @pytest.mark.usefixtures("private")
 def test_long_path_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"longer than 107 bytes.*XDG_DATA_HOME"):
-        PrivateEngine(tmp_path / ("x" * 100)).up(Heard())
+        PrivateEngine(tmp_path / ("x" * 100)).up(BufferConsole())
 
 
 def test_other_distribution_is_an_error(
@@ -114,7 +114,7 @@ def test_other_distribution_is_an_error(
 ) -> None:
     monkeypatch.setattr(apt, "host_suite", lambda: None)
     with pytest.raises(EngineError, match="this host is not Debian; install Docker Engine"):
-        private.up(Heard())
+        private.up(BufferConsole())
 
 
 def test_another_engine_is_an_error(
@@ -123,7 +123,7 @@ def test_another_engine_is_an_error(
     install(private, "exit 0")
     monkeypatch.setattr(engine, "other_engine", lambda: "process 7")
     with pytest.raises(EngineError, match=r"another Docker Engine \(process 7\)"):
-        private.up(Heard())
+        private.up(BufferConsole())
     assert not private._daemon.log.exists()
 
 
@@ -154,7 +154,7 @@ def test_failed_start_reports_the_error(private: PrivateEngine) -> None:
     with pytest.raises(
         EngineError, match="cannot start the private engine: failed to start daemon: boom; see /"
     ):
-        private.up(Heard())
+        private.up(BufferConsole())
     remaining = sorted(path.name for path in private.directory.iterdir())
     assert remaining == ["daemon.json", "dockerd.log", "lock", "root"]
     assert private.directory.stat().st_mode & 0o777 == 0o700
@@ -171,7 +171,7 @@ def test_started_engine_is_reported(
 
     monkeypatch.setattr(engine, "answers", answers)
     monkeypatch.setattr(Path, "chmod", lambda *_: None)
-    console = Heard()
+    console = BufferConsole()
     try:
         private.up(console)
         hint = private.shell_hint()
@@ -185,7 +185,7 @@ def test_running_engine_is_reported(
 ) -> None:
     monkeypatch.setattr(PrivateEngine, "running", lambda _: True)
     monkeypatch.setattr(engine, "answers", lambda path: path == private.socket)
-    console = Heard()
+    console = BufferConsole()
     private.up(console)
     message = f"the private engine is already running: {private.url}"
     assert console.text == f"{message}\n{private.shell_hint()}\n"
@@ -209,7 +209,7 @@ def test_down_without_an_engine_is_reported(private: PrivateEngine, directory: b
     if directory:
         private.directory.mkdir()
         (private.directory / "docker.pid").write_text("1")
-    console = Heard()
+    console = BufferConsole()
     private.down(console)
     assert console.text.startswith("no private engine is running")
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from urllib.parse import quote
 
 import pytest
-from fake_engine import STEADY, Heard, forget_secrets
+from fake_engine import DETERMINISTIC, BufferConsole, clear_secrets
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,12 +45,12 @@ def filter_chunks(chunks: list[bytes], *, accounts: bool = True) -> bytes:
 # --- Any text in any chunks -----------------------------------------------------------------
 
 
-@STEADY
+@DETERMINISTIC
 @given(SECRETS, st.data(), st.lists(st.integers(0, 200), max_size=6))
 def test_secret_is_redacted_in_any_chunks(
     secrets: list[str], data: st.DataObject, positions: list[int]
 ) -> None:
-    forget_secrets()
+    clear_secrets()
     redact.add(*secrets)
     texts = st.lists(st.one_of(st.sampled_from(secrets), st.text(LETTERS, max_size=6)))
     text = "".join(data.draw(texts)).encode()
@@ -61,18 +61,18 @@ def test_secret_is_redacted_in_any_chunks(
             assert len(secret.strip()) < redact.LEAST or secret.strip().encode() not in output
 
 
-@STEADY
+@DETERMINISTIC
 @given(st.lists(st.binary(max_size=30)))
 def test_bytes_without_secrets_are_unchanged(chunks: list[bytes]) -> None:
-    forget_secrets()
+    clear_secrets()
     redact.add("a-secret-that-is-not-in-the-text")
     assert filter_chunks(chunks, accounts=False) == b"".join(chunks)
 
 
-@STEADY
+@DETERMINISTIC
 @given(st.text(st.characters(codec="utf-8", exclude_characters="@=")))
 def test_text_without_secrets_is_unchanged(text: str) -> None:
-    forget_secrets()
+    clear_secrets()
     redact.add("a-secret-that-is-not-in-the-text")
     assert redact.clean(text) == text
     assert filter_chunks([text.encode()]) == text.encode()
@@ -195,7 +195,7 @@ def test_secret_that_is_a_common_word_does_not_hide_an_error() -> None:
 
 def test_held_output_precedes_the_next_message() -> None:
     redact.add(SECRET)
-    console = Heard()
+    console = BufferConsole()
     console.stream(b"hunter")
     console.print("done")
     assert console.text == "hunter\ndone\n"

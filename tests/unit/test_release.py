@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fake_engine import Heard, new_site
+from fake_engine import BufferConsole, new_site
 
 from guix_tasks.commands.pack_records import Packed, load, save
 from guix_tasks.commands.release import release
@@ -42,7 +42,7 @@ def create_pack(
 
 
 def run_release(settings: Settings) -> dict[str, Any]:
-    path = release(settings, Heard())
+    path = release(settings, BufferConsole())
     assert path == settings.output_directory / "build.json"
     text = path.read_text()
     index: dict[str, Any] = json.loads(text)
@@ -102,7 +102,7 @@ def test_entries_of_other_tools_are_kept(settings: Settings) -> None:
 def test_record_of_another_job_needs_no_file(settings: Settings) -> None:
     record = create_pack(settings, "aarch64-linux")
     (settings.output_directory / record.file).unlink()
-    console = Heard()
+    console = BufferConsole()
     release(settings, console)
     assert f"{record.file} does not exist here" in console.text
     assert run_release(settings) == {"aarch64-linux": entry(record)}
@@ -112,19 +112,19 @@ def test_changed_file_is_an_error(settings: Settings) -> None:
     record = create_pack(settings)
     (settings.output_directory / record.file).write_text("other")
     with pytest.raises(CheckError, match=r"differs from the packed file: .* run `inv pack` again"):
-        release(settings, Heard())
+        release(settings, BufferConsole())
     assert not (settings.output_directory / "build.json").exists()
 
 
 def test_missing_release_url_is_an_error(settings: Settings) -> None:
     create_pack(settings)
     with pytest.raises(UsageError, match="set RELEASE_URL, or use `--url"):
-        release(replace(settings, release_url=None), Heard())
+        release(replace(settings, release_url=None), BufferConsole())
 
 
 def test_nothing_to_release_is_an_error(settings: Settings) -> None:
     with pytest.raises(UsageError, match=r"nothing to release: .* run `inv pack` first"):
-        release(settings, Heard())
+        release(settings, BufferConsole())
 
 
 def test_file_name_is_quoted_in_the_url(settings: Settings) -> None:
@@ -159,5 +159,5 @@ def test_invalid_build_json_is_reported(settings: Settings, text: str) -> None:
     path = settings.output_directory / "build.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UsageError, match=r"build.json is not a valid build.json; delete it"):
-        release(settings, Heard())
+        release(settings, BufferConsole())
     assert path.read_bytes() == text.encode(errors="surrogateescape")

@@ -16,7 +16,7 @@ from fake_engine import (
     Output,
     Site,
     another_process,
-    heard,
+    console_text,
     new_site,
     outline,
 )
@@ -46,13 +46,13 @@ pytestmark = pytest.mark.usefixtures("serial_hashing")
 
 def run(site: Site, *argv: str, stage: str | None = None, keep: bool = False) -> tuple[int, str]:
     project = site.project()
-    return run_module.run(project, argv, stage=stage, keep=keep), heard(project)
+    return run_module.run(project, argv, stage=stage, keep=keep), console_text(project)
 
 
 def commit(site: Site) -> str:
     project = site.project()
     commit_module.commit(project)
-    return heard(project)
+    return console_text(project)
 
 
 def fail(container: FakeContainer) -> Output:
@@ -63,49 +63,49 @@ def fail(container: FakeContainer) -> Output:
 # --- Run ------------------------------------------------------------------------------------
 
 
-def test_arguments_are_kept_exactly(made: Site) -> None:
+def test_arguments_are_kept_exactly(built_site: Site) -> None:
     argv = ("printf", "%s\n", "a b", "$HOME", "--keep", "")
-    run(made, *argv)
-    assert made.engine.specs[-1].command == (ENTRY_POINT, *argv)
+    run(built_site, *argv)
+    assert built_site.engine.specs[-1].command == (ENTRY_POINT, *argv)
 
 
-def test_output_and_status_are_those_of_the_command(made: Site) -> None:
+def test_output_and_status_are_those_of_the_command(built_site: Site) -> None:
     def behaviour(container: FakeContainer) -> Output:
         container.status = 7
         yield False, b"out\n"
         yield True, b"err\n"
 
-    made.engine.behaviour = behaviour
-    project = made.project()
+    built_site.engine.behaviour = behaviour
+    project = built_site.project()
     assert run_module.run(project, ["x"], stage=None, keep=False) == 7
-    assert heard(project) == "out\nerr\n"
-    assert made.engine.all_containers == {}
+    assert console_text(project) == "out\nerr\n"
+    assert built_site.engine.all_containers == {}
 
 
-def test_command_reads_the_input(made: Site) -> None:
+def test_command_reads_the_input(built_site: Site) -> None:
     def behaviour(container: FakeContainer) -> Output:
         yield False, container.stdin.upper()
 
-    made.engine.behaviour = behaviour
-    project = made.project()
+    built_site.engine.behaviour = behaviour
+    project = built_site.project()
     run_module.run(project, ["cat"], stage=None, keep=False, stdin=io.BytesIO(b"in\n"))
-    assert heard(project) == "IN\n"
-    assert made.engine.specs[-1].stdin
-    run(made, "cat")
-    assert not made.engine.specs[-1].stdin
+    assert console_text(project) == "IN\n"
+    assert built_site.engine.specs[-1].stdin
+    run(built_site, "cat")
+    assert not built_site.engine.specs[-1].stdin
 
 
-def test_missing_command_is_an_error(made: Site) -> None:
+def test_missing_command_is_an_error(built_site: Site) -> None:
     with pytest.raises(UsageError, match=r"run: the command is missing; use `inv run -- COMMAND"):
-        run(made)
-    assert made.engine.specs == []
+        run(built_site)
+    assert built_site.engine.specs == []
 
 
-def test_image_of_a_stage_can_be_used(made: Site) -> None:
-    run(made, "true", stage="pull")
-    assert made.engine.specs[-1].image == made.image("pull").id
-    run(made, "true")
-    assert made.engine.specs[-1].image == made.image("install").id
+def test_image_of_a_stage_can_be_used(built_site: Site) -> None:
+    run(built_site, "true", stage="pull")
+    assert built_site.engine.specs[-1].image == built_site.image("pull").id
+    run(built_site, "true")
+    assert built_site.engine.specs[-1].image == built_site.image("install").id
 
 
 def test_missing_image_is_an_error(site: Site) -> None:
@@ -114,138 +114,140 @@ def test_missing_image_is_an_error(site: Site) -> None:
     assert site.engine.specs == []
 
 
-def test_container_is_kept_with_keep(made: Site) -> None:
-    _, output = run(made, "make", keep=True)
+def test_container_is_kept_with_keep(built_site: Site) -> None:
+    _, output = run(built_site, "make", keep=True)
     assert "`inv commit` commits it as IMAGE" in output
-    assert len(kept_containers(made.engine, made.settings())) == 1
+    assert len(kept_containers(built_site.engine, built_site.settings())) == 1
 
 
-def test_container_of_a_failed_command_is_removed(made: Site) -> None:
-    made.engine.behaviour = fail
-    status, output = run(made, "make", keep=True)
+def test_container_of_a_failed_command_is_removed(built_site: Site) -> None:
+    built_site.engine.behaviour = fail
+    status, output = run(built_site, "make", keep=True)
     assert status == 3
     assert "inv commit" not in output
-    assert made.engine.all_containers == {}
+    assert built_site.engine.all_containers == {}
 
 
-def test_second_container_is_an_error(made: Site) -> None:
-    run(made, "make", keep=True)
-    containers = dict(made.engine.all_containers)
+def test_second_container_is_an_error(built_site: Site) -> None:
+    run(built_site, "make", keep=True)
+    containers = dict(built_site.engine.all_containers)
     with pytest.raises(UsageError, match=r"is not committed yet; .*`inv clean --work` removes it"):
-        run(made, "make", keep=True)
-    assert made.engine.all_containers == containers
-    assert run(made, "true")[0] == 0
+        run(built_site, "make", keep=True)
+    assert built_site.engine.all_containers == containers
+    assert run(built_site, "true")[0] == 0
 
 
 # --- Commit ---------------------------------------------------------------------------------
 
 
-def test_nothing_to_commit_is_a_success(made: Site) -> None:
-    initial_state = outline(made.engine)
-    assert commit(made) == "commit: nothing to commit\n"
-    assert outline(made.engine) == initial_state
+def test_nothing_to_commit_is_a_success(built_site: Site) -> None:
+    initial_state = outline(built_site.engine)
+    assert commit(built_site) == "commit: nothing to commit\n"
+    assert outline(built_site.engine) == initial_state
 
 
-def test_commit_changes_the_image_and_no_stage(made: Site) -> None:
-    stages = {stage: made.image(stage).id for stage in STAGES}
-    run(made, "make", keep=True)
-    output = commit(made)
-    image = made.image()
+def test_commit_changes_the_image_and_no_stage(built_site: Site) -> None:
+    stages = {stage: built_site.image(stage).id for stage in STAGES}
+    run(built_site, "make", keep=True)
+    output = commit(built_site)
+    image = built_site.image()
     assert output.startswith(f"commit: {IMAGE}, ")
-    assert image.layers[:-1] == made.image("install").layers
-    assert "/made/make" in made.engine.files(image)
+    assert image.layers[:-1] == built_site.image("install").layers
+    assert "/made/make" in built_site.engine.files(image)
     assert proven_stage(image) == HAND_MADE
-    assert {stage: made.image(stage).id for stage in STAGES} == stages
-    assert made.engine.all_containers == {}
+    assert {stage: built_site.image(stage).id for stage in STAGES} == stages
+    assert built_site.engine.all_containers == {}
 
 
-def test_commit_keeps_the_configuration(made: Site) -> None:
-    run(made, "make", keep=True)
-    commit(made)
-    committed, original = made.image().config, made.image("install").config
+def test_commit_keeps_the_configuration(built_site: Site) -> None:
+    run(built_site, "make", keep=True)
+    commit(built_site)
+    committed, original = built_site.image().config, built_site.image("install").config
     assert {**committed, "Labels": None} == {**original, "Labels": None}
     assert committed["Labels"]["maintainer"] == "me"
 
 
-def test_commit_without_changes_is_hand_made(made: Site) -> None:
+def test_commit_without_changes_is_hand_made(built_site: Site) -> None:
     def change_nothing(container: FakeContainer) -> Output:
-        container.forget("/var/guix/guix-tasks")
+        container.remove_files("/var/guix/guix-tasks")
         yield True, b""
 
-    made.engine.behaviour = change_nothing
-    run(made, "true", keep=True)
-    commit(made)
-    assert proven_stage(made.image()) == HAND_MADE
-    assert made.image().layers == made.image("install").layers
+    built_site.engine.behaviour = change_nothing
+    run(built_site, "true", keep=True)
+    commit(built_site)
+    assert proven_stage(built_site.image()) == HAND_MADE
+    assert built_site.image().layers == built_site.image("install").layers
 
 
-def test_next_stage_replaces_the_hand_made_image_with_a_note(made: Site) -> None:
-    run(made, "make", keep=True)
-    commit(made)
-    hand_made = made.image()
-    output = made.make("install")
+def test_next_stage_replaces_the_hand_made_image_with_a_note(built_site: Site) -> None:
+    run(built_site, "make", keep=True)
+    commit(built_site)
+    hand_made = built_site.image()
+    output = built_site.make("install")
     assert "replaced the image of `inv commit`" in output
-    assert made.image().id == made.image("install").id
-    project = made.project()
+    assert built_site.image().id == built_site.image("install").id
+    project = built_site.project()
     rollback.rollback(project)
-    assert made.image().id == hand_made.id
-    assert "is now sha256:" in heard(project)
+    assert built_site.image().id == hand_made.id
+    assert "is now sha256:" in console_text(project)
 
 
-def test_uncommitted_stage_is_committed(made: Site) -> None:
-    made.env["GUIX_PACKAGES"] = "tar"
-    made.make("install", commit=False)
-    commit(made)
-    assert b"tar" in (made.engine.files(made.image())["/var/guix/profile"] or b"")
-    assert proven_stage(made.image()) == HAND_MADE
+def test_uncommitted_stage_is_committed(built_site: Site) -> None:
+    built_site.env["GUIX_PACKAGES"] = "tar"
+    built_site.make("install", commit=False)
+    commit(built_site)
+    assert b"tar" in (built_site.engine.files(built_site.image())["/var/guix/profile"] or b"")
+    assert proven_stage(built_site.image()) == HAND_MADE
 
 
-def test_commit_of_an_unused_container_has_no_password(made: Site) -> None:
-    made.env["https_proxy"] = "http://me:hunter2@proxy.test"
-    project = made.project()
+def test_commit_of_an_unused_container_has_no_password(built_site: Site) -> None:
+    built_site.env["https_proxy"] = "http://me:hunter2@proxy.test"
+    project = built_site.project()
     work = Work("shell", (), {}, keep=True, tty=True)
-    with work_container(made.engine, project.settings, made.image().id, work) as container:
-        assert "hunter2" in made.engine.all_containers[container].text(ENVIRONMENT)
-    commit(made)
-    assert made.engine.files(made.image())[ENVIRONMENT] == b""
+    with work_container(
+        built_site.engine, project.settings, built_site.image().id, work
+    ) as container:
+        assert "hunter2" in built_site.engine.all_containers[container].text(ENVIRONMENT)
+    commit(built_site)
+    assert built_site.engine.files(built_site.image())[ENVIRONMENT] == b""
 
 
-def test_running_container_is_not_committed(made: Site) -> None:
-    run(made, "make", keep=True)
-    (container,) = made.engine.all_containers.values()
+def test_running_container_is_not_committed(built_site: Site) -> None:
+    run(built_site, "make", keep=True)
+    (container,) = built_site.engine.all_containers.values()
     container.running = True
     with pytest.raises(UsageError, match="is still running; exit its shell first"):
-        commit(made)
-    assert container.id in made.engine.all_containers
+        commit(built_site)
+    assert container.id in built_site.engine.all_containers
 
 
-def test_missing_image_of_the_container_is_an_error(made: Site) -> None:
-    run(made, "make", keep=True)
-    made.engine.all_images.clear()
+def test_missing_image_of_the_container_is_an_error(built_site: Site) -> None:
+    run(built_site, "make", keep=True)
+    built_site.engine.all_images.clear()
     with pytest.raises(EngineError, match="its configuration, no longer exists"):
-        commit(made)
+        commit(built_site)
 
 
-def test_container_of_a_killed_run_is_not_committed(made: Site) -> None:
+def test_container_of_a_killed_run_is_not_committed(built_site: Site) -> None:
     """The command continues in the engine and may fail or be incomplete."""
 
     def kill_client(container: FakeContainer) -> Output:
         yield True, b"half\n"
         container.status, container.running = 137, False
-        made.engine.fault = raise_killed
+        built_site.engine.fault = raise_killed
         raise Killed
 
     def raise_killed(*_: object) -> None:
         raise Killed
 
-    behaviour, made.engine.behaviour = made.engine.behaviour, kill_client
+    behaviour, built_site.engine.behaviour = built_site.engine.behaviour, kill_client
     with another_process(), suppress(Killed):
-        run(made, "make", keep=True)
-    made.engine.behaviour, made.engine.fault = behaviour, lambda *_: None
-    image = made.image()
+        run(built_site, "make", keep=True)
+    built_site.engine.behaviour, built_site.engine.fault = behaviour, lambda *_: None
+    image = built_site.image()
     with suppress(UsageError):
-        commit(made)
-    assert made.image().id == image.id
+        commit(built_site)
+    assert built_site.image().id == image.id
 
 
 def test_rollback_without_a_previous_image_is_an_error(tmp_path: Path) -> None:
@@ -258,16 +260,16 @@ def test_rollback_without_a_previous_image_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def terminal(made: Site, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
+def terminal(built_site: Site, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     """Commands that were attached to the terminal; each writes a file in the container."""
     attached: list[Sequence[str]] = []
 
     def call(argv: Sequence[str], env: dict[str, str]) -> int:
         assert env == {"DOCKER_HOST": "x"}
         attached.append(argv)
-        container = made.engine._container(argv[-1])
+        container = built_site.engine._container(argv[-1])
         container.write(f"/made/{len(attached)}", "by hand")
-        container.forget("/var/guix/guix-tasks")
+        container.remove_files("/var/guix/guix-tasks")
         return 5
 
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
@@ -278,25 +280,25 @@ def terminal(made: Site, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]
 def shell(site: Site, *, stage: str | None = None, fresh: bool = False) -> tuple[int, str]:
     project = site.project()
     status = shell_module.shell(project, ["docker"], {"DOCKER_HOST": "x"}, stage=stage, fresh=fresh)
-    return status, heard(project)
+    return status, console_text(project)
 
 
-def test_shell_requires_a_terminal(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shell_requires_a_terminal(built_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdin, "isatty", lambda: False, raising=False)
     with pytest.raises(UsageError, match=r"not a terminal; use `inv run -- COMMAND`"):
-        shell(made)
-    assert made.engine.all_containers == {}
+        shell(built_site)
+    assert built_site.engine.all_containers == {}
 
 
 def test_shell_is_attached_and_its_container_kept(
-    made: Site, terminal: list[Sequence[str]]
+    built_site: Site, terminal: list[Sequence[str]]
 ) -> None:
-    status, output = shell(made)
-    (container,) = made.engine.all_containers
+    status, output = shell(built_site)
+    (container,) = built_site.engine.all_containers
     assert terminal == [["docker", "start", "--attach", "--interactive", container]]
     assert status == 5
     assert "`inv commit` commits it as IMAGE" in output
-    spec = made.engine.specs[-1]
+    spec = built_site.engine.specs[-1]
     assert spec.tty
     assert spec.command == (ENTRY_POINT,)
     assert spec.labels == {PROJECT_LABEL: IMAGE}
@@ -315,7 +317,7 @@ def test_shell_is_attached_and_its_container_kept(
     ],
 )
 def test_container_of_a_shell_is_kept_if_a_file_changed(
-    made: Site,
+    built_site: Site,
     terminal: list[Sequence[str]],
     monkeypatch: pytest.MonkeyPatch,
     paths: tuple[str, ...],
@@ -324,66 +326,66 @@ def test_container_of_a_shell_is_kept_if_a_file_changed(
 ) -> None:
     before = ["/gnu", ENVIRONMENT]
     calls = iter([before, ["/gnu", *paths]])
-    monkeypatch.setattr(made.engine, "changed_paths", lambda _: next(calls))
-    _, output = shell(made)
+    monkeypatch.setattr(built_site.engine, "changed_paths", lambda _: next(calls))
+    _, output = shell(built_site)
     assert terminal
-    assert bool(made.engine.all_containers) == is_kept
+    assert bool(built_site.engine.all_containers) == is_kept
     assert ("no file has changed; removed the container" in output) != is_kept
 
 
 def test_container_of_a_detached_shell_is_kept(
-    made: Site, terminal: list[Sequence[str]], monkeypatch: pytest.MonkeyPatch
+    built_site: Site, terminal: list[Sequence[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def detach(argv: Sequence[str], env: dict[str, str]) -> int:
-        made.engine._container(argv[-1]).running = True
+        built_site.engine._container(argv[-1]).running = True
         return 0
 
     monkeypatch.setattr(subprocess, "call", detach)
-    shell(made)
-    assert len(made.engine.all_containers) == 1
+    shell(built_site)
+    assert len(built_site.engine.all_containers) == 1
 
 
-def test_shell_is_re_entered(made: Site, terminal: list[Sequence[str]]) -> None:
-    shell(made)
-    _, output = shell(made)
+def test_shell_is_re_entered(built_site: Site, terminal: list[Sequence[str]]) -> None:
+    shell(built_site)
+    _, output = shell(built_site)
     assert "re-entering the kept work container" in output
     assert terminal[0] == terminal[1]
-    commit(made)
-    assert {"/made/1", "/made/2"} <= made.engine.files(made.image()).keys()
+    commit(built_site)
+    assert {"/made/1", "/made/2"} <= built_site.engine.files(built_site.image()).keys()
 
 
 def test_fresh_shell_removes_the_previous_container(
-    made: Site, terminal: list[Sequence[str]]
+    built_site: Site, terminal: list[Sequence[str]]
 ) -> None:
-    shell(made)
-    shell(made, fresh=True, stage="base")
-    assert len(made.engine.all_containers) == 1
+    shell(built_site)
+    shell(built_site, fresh=True, stage="base")
+    assert len(built_site.engine.all_containers) == 1
     assert terminal[0] != terminal[1]
-    assert made.engine.specs[-1].image == made.image("base").id
+    assert built_site.engine.specs[-1].image == built_site.image("base").id
 
 
 def test_shell_does_not_enter_the_container_of_a_command(
-    made: Site, terminal: list[Sequence[str]]
+    built_site: Site, terminal: list[Sequence[str]]
 ) -> None:
-    run(made, "make", keep=True)
+    run(built_site, "make", keep=True)
     with pytest.raises(UsageError, match="is not committed yet"):
-        shell(made)
+        shell(built_site)
     assert terminal == []
 
 
-def test_open_shell_is_not_entered_twice(made: Site, terminal: list[Sequence[str]]) -> None:
-    shell(made)
-    (container,) = made.engine.all_containers.values()
+def test_open_shell_is_not_entered_twice(built_site: Site, terminal: list[Sequence[str]]) -> None:
+    shell(built_site)
+    (container,) = built_site.engine.all_containers.values()
     container.running = True
     with pytest.raises(UsageError, match="is still running"):
-        shell(made)
+        shell(built_site)
     assert len(terminal) == 1
 
 
-def test_argument_with_a_malformed_character_is_an_error(made: Site) -> None:
-    calls = made.engine.changing_calls()
+def test_argument_with_a_malformed_character_is_an_error(built_site: Site) -> None:
+    calls = built_site.engine.changing_calls()
     with pytest.raises(
         UsageError, match=r"run: 'caf\\udce9' contains a NUL or a malformed character"
     ):
-        run_module.run(made.project(), ["ls", "caf\udce9"], stage=None, keep=False)
-    assert made.engine.changing_calls() == calls
+        run_module.run(built_site.project(), ["ls", "caf\udce9"], stage=None, keep=False)
+    assert built_site.engine.changing_calls() == calls

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import FakeContainer, FakeGuix, Output, Site, made_site
+from fake_engine import FakeContainer, FakeGuix, Output, Site, new_built_site
 
 from guix_tasks import files
 from guix_tasks.commands import run
@@ -28,9 +28,9 @@ DENIED = "guix repl: error: clone: Operation not permitted"
 
 
 @pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+def built_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    site = made_site(tmp_path / "project")
+    site = new_built_site(tmp_path / "project")
     site.env["GUIX_SANDBOX"] = "auto"
     return site
 
@@ -66,73 +66,73 @@ def install(site: Site) -> tuple[list[str], str]:
     return [f"{spec.name.split('-')[2]} {sandbox_of(spec)}" for spec in specs], output
 
 
-def test_auto_selects_the_fewest_privileges_that_work(made: Site) -> None:
-    made.engine.behaviour = builds_with("rootless", "capabilities", "privileged")
-    containers, output = install(made)
+def test_auto_selects_the_fewest_privileges_that_work(built_site: Site) -> None:
+    built_site.engine.behaviour = builds_with("rootless", "capabilities", "privileged")
+    containers, output = install(built_site)
     assert containers == ["probe rootless", "install rootless"]
     assert "sandbox: rootless: Guix can build\n" in output
     assert "install: in a rootless container\n" in output
 
 
-def test_probe_is_repeated_for_another_dockerfile_on_the_same_base_image(made: Site) -> None:
+def test_probe_is_repeated_for_another_dockerfile_on_the_same_base_image(built_site: Site) -> None:
     """Only one of the Dockerfiles may create the users of builds."""
-    made.engine.behaviour = builds_with("rootless", "capabilities", "privileged")
-    install(made)
-    made.write("Dockerfile", "FROM another\n")
-    made.engine.behaviour = builds_with("privileged")
-    made.make("base")
-    made.make("pull", force=True)
-    assert install(made)[0] == ["install privileged"]
+    built_site.engine.behaviour = builds_with("rootless", "capabilities", "privileged")
+    install(built_site)
+    built_site.write("Dockerfile", "FROM another\n")
+    built_site.engine.behaviour = builds_with("privileged")
+    built_site.make("base")
+    built_site.make("pull", force=True)
+    assert install(built_site)[0] == ["install privileged"]
 
 
-def test_reason_of_a_failed_probe_is_printed(made: Site) -> None:
-    made.engine.behaviour = builds_with("privileged")
-    containers, output = install(made)
+def test_reason_of_a_failed_probe_is_printed(built_site: Site) -> None:
+    built_site.engine.behaviour = builds_with("privileged")
+    containers, output = install(built_site)
     probes = ["probe rootless", "probe capabilities", "probe privileged"]
     assert containers == [*probes, "install privileged"]
     reason = f"rootless fails ({DENIED}); capabilities fails ({DENIED})"
     assert f"sandbox: privileged, because {reason}\n" in output
 
 
-def test_podman_does_not_support_rootless(made: Site) -> None:
+def test_podman_does_not_support_rootless(built_site: Site) -> None:
     """Podman reports the user of a container as the owner of all its files."""
-    made.engine.about = replace(made.engine.about, product="Podman")
-    made.engine.behaviour = builds_with("rootless", "capabilities")
-    containers, output = install(made)
+    built_site.engine.details = replace(built_site.engine.details, product="Podman")
+    built_site.engine.behaviour = builds_with("rootless", "capabilities")
+    containers, output = install(built_site)
     assert containers == ["probe capabilities", "install capabilities"]
     assert "Podman does not report the owners of files" in output
-    made.env["GUIX_SANDBOX"] = "rootless"
+    built_site.env["GUIX_SANDBOX"] = "rootless"
     with pytest.raises(EngineError, match="set GUIX_SANDBOX to auto or capabilities"):
-        install(made)
+        install(built_site)
 
 
-def test_result_of_the_probe_is_cached(made: Site) -> None:
-    made.engine.behaviour = builds_with("capabilities")
-    install(made)
-    containers, output = install(made)
+def test_result_of_the_probe_is_cached(built_site: Site) -> None:
+    built_site.engine.behaviour = builds_with("capabilities")
+    install(built_site)
+    containers, output = install(built_site)
     assert containers == ["install capabilities"]
     assert "sandbox:" not in output
 
 
-def test_invalid_cache_is_ignored(made: Site) -> None:
-    made.engine.behaviour = builds_with("capabilities")
-    install(made)
+def test_invalid_cache_is_ignored(built_site: Site) -> None:
+    built_site.engine.behaviour = builds_with("capabilities")
+    install(built_site)
     for file in (files.cache_home() / "sandbox").iterdir():
         file.write_text("no sandbox")
-    containers, _ = install(made)
+    containers, _ = install(built_site)
     assert containers == ["probe rootless", "probe capabilities", "install capabilities"]
 
 
-def test_auto_never_selects_nochroot(made: Site) -> None:
-    made.engine.behaviour = builds_with("nochroot")
+def test_auto_never_selects_nochroot(built_site: Site) -> None:
+    built_site.engine.behaviour = builds_with("nochroot")
     with pytest.raises(EngineError, match=r"cannot build in a container.*GUIX_SANDBOX=nochroot"):
-        install(made)
-    assert made.engine.all_containers == {}
-    made.env["GUIX_SANDBOX"] = "nochroot"
-    assert install(made)[0] == ["install nochroot"]
+        install(built_site)
+    assert built_site.engine.all_containers == {}
+    built_site.env["GUIX_SANDBOX"] = "nochroot"
+    assert install(built_site)[0] == ["install nochroot"]
 
 
-def test_image_without_guix_is_reported_by_the_stage(made: Site) -> None:
+def test_image_without_guix_is_reported_by_the_stage(built_site: Site) -> None:
     """More privileges do not help, so no result is cached."""
     no_guix = b"entry-point: error: this image has no guix-daemon: it was built on a base without"
 
@@ -140,14 +140,14 @@ def test_image_without_guix_is_reported_by_the_stage(made: Site) -> None:
         container.status = 69
         yield True, no_guix + b" Guix\n"
 
-    made.engine.behaviour = behaviour
+    built_site.engine.behaviour = behaviour
     with pytest.raises(StageError, match="install: the command failed with exit status 69"):
-        install(made)
+        install(built_site)
     assert not (files.cache_home() / "sandbox").exists()
 
 
 def test_sandbox_that_cannot_authorise_a_key_is_skipped(
-    made: Site,
+    built_site: Site,
 ) -> None:
     guix = FakeGuix()
 
@@ -157,61 +157,63 @@ def test_sandbox_that_cannot_authorise_a_key_is_skipped(
         container.status = 69
         return iter([(True, b"entry-point: error: cannot authorise the substitute key 0-a.pub\n")])
 
-    made.engine.behaviour = behaviour
-    containers, output = install(made)
+    built_site.engine.behaviour = behaviour
+    containers, output = install(built_site)
     assert containers == ["probe rootless", "probe capabilities", "install capabilities"]
     assert "sandbox: capabilities, because rootless fails (entry-point: error: cannot" in output
 
 
 def test_sandbox_refused_by_the_engine_is_skipped(
-    made: Site, monkeypatch: pytest.MonkeyPatch
+    built_site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    create = made.engine.create
+    create = built_site.engine.create
 
     def fail_with_capabilities(spec: ContainerSpec) -> str:
         if spec.capabilities is not None:
             raise EngineError("the engine could not create a container: seccomp is not enabled")
         return create(spec)
 
-    monkeypatch.setattr(made.engine, "create", fail_with_capabilities)
-    _, output = install(made)
+    monkeypatch.setattr(built_site.engine, "create", fail_with_capabilities)
+    _, output = install(built_site)
     assert "sandbox: privileged, because rootless fails (the engine could not" in output
 
 
-def test_lost_engine_is_reported_unchanged(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_engine_is_reported_unchanged(
+    built_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(_spec: ContainerSpec) -> str:
         raise EngineError("the Docker Engine at x does not answer")
 
-    monkeypatch.setattr(made.engine, "create", fail)
+    monkeypatch.setattr(built_site.engine, "create", fail)
     with pytest.raises(EngineError, match=r"^the Docker Engine at x does not answer$"):
-        install(made)
+        install(built_site)
 
 
-def test_stage_that_needs_root_runs_as_root(made: Site) -> None:
-    made.engine.behaviour = builds_with("rootless", "capabilities")
+def test_stage_that_needs_root_runs_as_root(built_site: Site) -> None:
+    built_site.engine.behaviour = builds_with("rootless", "capabilities")
     stage = replace(pull_stage(None), as_root=True)
-    run_stage(made.project(), stage, made.image("base"), force=True)
-    assert sandbox_of(made.engine.specs[-1]) == "capabilities"
+    run_stage(built_site.project(), stage, built_site.image("base"), force=True)
+    assert sandbox_of(built_site.engine.specs[-1]) == "capabilities"
 
 
-def test_run_and_verify_run_as_root(made: Site) -> None:
+def test_run_and_verify_run_as_root(built_site: Site) -> None:
     """They run as root with the fewest privileges."""
-    made.engine.behaviour = builds_with("rootless", "capabilities")
-    run.run(made.project(), ["true"], stage=None, keep=False)
-    verify(made.project())
-    sandboxes = {sandbox_of(spec) for spec in made.engine.specs if "-run-" in spec.name}
-    sandboxes |= {sandbox_of(spec) for spec in made.engine.specs if "-verify-" in spec.name}
+    built_site.engine.behaviour = builds_with("rootless", "capabilities")
+    run.run(built_site.project(), ["true"], stage=None, keep=False)
+    verify(built_site.project())
+    sandboxes = {sandbox_of(spec) for spec in built_site.engine.specs if "-run-" in spec.name}
+    sandboxes |= {sandbox_of(spec) for spec in built_site.engine.specs if "-verify-" in spec.name}
     assert sandboxes == {"capabilities"}
 
 
-def test_dry_run_does_not_probe(made: Site) -> None:
+def test_dry_run_does_not_probe(built_site: Site) -> None:
     from guix_tasks.engine.dry_run import TracedEngine  # noqa: PLC0415
     from guix_tasks.ui.console import Console  # noqa: PLC0415
 
-    count = len(made.engine.specs)
-    traced = TracedEngine(made.engine, Console(), perform=False)
-    made.make("install", engine=traced, force=True)
-    assert len(made.engine.specs) == count
+    count = len(built_site.engine.specs)
+    traced = TracedEngine(built_site.engine, Console(), perform=False)
+    built_site.make("install", engine=traced, force=True)
+    assert len(built_site.engine.specs) == count
 
 
 def test_filter_denies_unneeded_system_calls() -> None:

@@ -6,7 +6,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import BASE_CONFIG, BASE_IMAGE, STEADY, Site
+from fake_engine import BASE_CONFIG, BASE_IMAGE, DETERMINISTIC, Site
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -78,7 +78,7 @@ def test_unexpected_line_is_ignored(line: str) -> None:
     assert guix.search_paths(f"{line}\n{ETC_PROFILE}{line}\n") == DEFINITIONS
 
 
-@STEADY
+@DETERMINISTIC
 @given(st.lists(st.sampled_from(['export A="', ROOT, "/b", "${A:+:}$A", '"', "\n", "$", "}"])))
 def test_any_report_is_parsed(parts: list[str]) -> None:
     definitions = guix.search_paths("".join(parts))
@@ -156,11 +156,11 @@ BUNDLE = f"{guix.PROFILE}/etc/ssl/all.crt"
 
 
 @pytest.fixture
-def python(made: Site) -> Site:
+def python(built_site: Site) -> Site:
     """A project whose packages declare search paths."""
-    made.env["GUIX_PACKAGES"] = "python curl"
-    made.make("install")
-    return made
+    built_site.env["GUIX_PACKAGES"] = "python curl"
+    built_site.make("install")
+    return built_site
 
 
 def environment(site: Site, stage: str = "install") -> list[str]:
@@ -184,9 +184,11 @@ def test_install_image_sets_the_search_paths(python: Site) -> None:
     assert python.why("install") is None
 
 
-def test_install_image_without_search_paths_has_the_environment_of_its_parent(made: Site) -> None:
-    assert environment(made) == BASE_CONFIG["Env"]
-    assert made.image("install").labels[SEARCH_PATHS_LABEL] == ""
+def test_install_image_without_search_paths_has_the_environment_of_its_parent(
+    built_site: Site,
+) -> None:
+    assert environment(built_site) == BASE_CONFIG["Env"]
+    assert built_site.image("install").labels[SEARCH_PATHS_LABEL] == ""
 
 
 def test_paths_of_the_base_follow_those_of_the_profile(python: Site) -> None:
@@ -205,12 +207,12 @@ def test_removed_package_removes_its_variable(python: Site) -> None:
     assert environment(python) == BASE_CONFIG["Env"]
 
 
-def test_added_search_path_is_set_in_an_image_on_the_previous_one(made: Site) -> None:
-    previous = made.image("install")
-    made.env["GUIX_PACKAGES"] = "hello python"
-    made.make("install")
-    assert made.image("install").layers[:-1] == previous.layers
-    assert f"GUIX_PYTHONPATH={SITE_PACKAGES}" in environment(made)
+def test_added_search_path_is_set_in_an_image_on_the_previous_one(built_site: Site) -> None:
+    previous = built_site.image("install")
+    built_site.env["GUIX_PACKAGES"] = "hello python"
+    built_site.make("install")
+    assert built_site.image("install").layers[:-1] == previous.layers
+    assert f"GUIX_PYTHONPATH={SITE_PACKAGES}" in environment(built_site)
 
 
 def test_removed_variable_of_the_base_is_removed_from_stages(python: Site) -> None:
@@ -225,7 +227,7 @@ def test_removed_variable_of_the_base_is_removed_from_stages(python: Site) -> No
 def test_stage_assembled_without_guix_keeps_the_search_paths(python: Site) -> None:
     initial_environment = environment(python)
     python.write("Dockerfile", "FROM y\n")
-    assert python.ran(lambda: python.make("base", "pull", "install")) == ["label"]
+    assert python.trace_stages(lambda: python.make("base", "pull", "install")) == ["label"]
     assert environment(python) == initial_environment
 
 

@@ -29,10 +29,10 @@ from fake_engine import (
     Output,
     Site,
     channel,
-    forget_contents,
+    clear_file_cache,
     new_site,
     outline,
-    serial,
+    serial_executor,
 )
 from invoke.collection import Collection
 from invoke.context import Context
@@ -87,7 +87,7 @@ class Inv:
     def __call__(self, *argv: str) -> Result:
         session._engines.clear()
         files_module._digest_of_state.cache_clear()
-        forget_contents()
+        clear_file_cache()
         lines = (f"{name}='{value}'\n" for name, value in self.site.env.items())
         self.site.write(".env", "".join(lines))
         self.monkeypatch.setattr(sys, "argv", ["inv", *argv])
@@ -116,7 +116,7 @@ def _isolate_from_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setenv(name, str(tmp_path / "home"))
     monkeypatch.delenv("ENV_FILE", raising=False)
     monkeypatch.setattr(discovery, "DEFAULT_SOCKET", tmp_path / "no.sock")
-    monkeypatch.setattr(files_module, "ThreadPoolExecutor", serial)
+    monkeypatch.setattr(files_module, "ThreadPoolExecutor", serial_executor)
     monkeypatch.setattr(buildx_setup, "check_endpoint", lambda _endpoint: None)
     for module in (sys, threading):
         monkeypatch.setattr(module, "excepthook", module.excepthook)
@@ -810,7 +810,9 @@ def test_secrets_are_not_shown_or_stored(inv: Inv, mode: tuple[str, ...]) -> Non
     assert PASSWORD not in output + state
     assert "some-user" not in output
     if not mode:
-        assert {account.password for account in engine.registry.seen if account} == {PASSWORD}
+        assert {account.password for account in engine.registry.used_credentials if account} == {
+            PASSWORD
+        }
 
 
 def test_secret_in_an_error_of_a_registry_is_redacted(inv: Inv) -> None:
@@ -910,7 +912,7 @@ def test_docker_command_uses_the_context(inv: Inv, monkeypatch: pytest.MonkeyPat
     """A context has certificates, which an address lacks."""
     monkeypatch.setattr(shutil, "which", lambda _name: "/usr/bin/docker")
     engine = inv.site.engine
-    engine.about = replace(engine.about, url="tcp://far.test:2376", context="far")
+    engine.details = replace(engine.details, url="tcp://far.test:2376", context="far")
     _, environment = Session(Context()).docker_command(inv.site.project())
     assert environment["DOCKER_CONTEXT"] == "far"
     assert not environment["DOCKER_HOST"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import STEADY, forget_contents
+from fake_engine import DETERMINISTIC, clear_file_cache
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,7 +61,7 @@ def load(
     environ: Mapping[str, str] | None = None,
     overrides: Overrides | None = None,
 ) -> Settings:
-    forget_contents()
+    clear_file_cache()
     (project / ".env").write_bytes(text if isinstance(text, bytes) else text.encode())
     return load_settings(project, project, environ or {}, overrides or {})
 
@@ -946,7 +946,7 @@ def test_repr_and_errors_have_no_secret(project: Path) -> None:
         'DOCKER_PASSWORD="hunter2\0"\n',
     ]
     for text in texts:
-        forget_contents()
+        clear_file_cache()
         (project / ".env").write_text(text)
         with pytest.raises(SettingsError) as caught:
             load_settings(project, project, environ if "${" in text else {})
@@ -1015,7 +1015,7 @@ BLOCKS = st.sampled_from(
 )
 
 
-@STEADY
+@DETERMINISTIC
 @given(st.lists(BLOCKS), st.sampled_from(["\n", "\r\n", "\r"]))
 def test_problem_has_the_right_line_after_any_text(
     tmp_path_factory: pytest.TempPathFactory, blocks: list[str], newline: str

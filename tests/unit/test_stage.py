@@ -19,10 +19,10 @@ from fake_engine import (
     BASE_IMAGE,
     CHANNELS,
     COMMITS,
+    DETERMINISTIC,
     IMAGE,
     PROFILE,
     READING,
-    STEADY,
     STORE_SCRIPTS,
     FakeContainer,
     FakeEngine,
@@ -31,7 +31,7 @@ from fake_engine import (
     Site,
     another_process,
     channel,
-    heard,
+    console_text,
     new_site,
     outline,
 )
@@ -108,16 +108,16 @@ def packages(image: Image) -> str:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_commit_keeps_every_field_of_the_configuration(made: Site, stage: str) -> None:
+def test_commit_keeps_every_field_of_the_configuration(built_site: Site, stage: str) -> None:
     expected = {**BASE_CONFIG, "Entrypoint": ["/entry-point.sh"], "Cmd": ["bash"]}
-    config = made.image(stage).config
+    config = built_site.image(stage).config
     assert {name: config[name] for name in expected} == {**expected, "Labels": config["Labels"]}
     assert not {name: value for name, value in config.items() if value and name not in expected}
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_commit_keeps_the_labels(made: Site, stage: str) -> None:
-    labels = made.image(stage).labels
+def test_commit_keeps_the_labels(built_site: Site, stage: str) -> None:
+    labels = built_site.image(stage).labels
     assert labels["maintainer"] == "me"
     assert labels[STAGE_LABEL] == stage
     assert not labels[PROJECT_LABEL]
@@ -134,20 +134,20 @@ def test_commit_of_a_sparse_configuration_adds_nothing(site: Site) -> None:
         assert not image.config.get(name), name
 
 
-def test_files_of_a_work_container_are_not_committed(made: Site) -> None:
+def test_files_of_a_work_container_are_not_committed(built_site: Site) -> None:
     for stage in STAGES:
-        image = made.image(stage)
-        assert not [path for path in made.engine.files(image) if "guix-tasks" in path]
-        assert set(made.engine.files(image)) <= {PROFILE, CHANNELS, "/entry-point.sh"}
+        image = built_site.image(stage)
+        assert not [path for path in built_site.engine.files(image) if "guix-tasks" in path]
+        assert set(built_site.engine.files(image)) <= {PROFILE, CHANNELS, "/entry-point.sh"}
 
 
-def test_each_stage_is_one_layer_on_its_parent(made: Site) -> None:
-    base, pull, install = (made.image(stage) for stage in STAGES)
+def test_each_stage_is_one_layer_on_its_parent(built_site: Site) -> None:
+    base, pull, install = (built_site.image(stage) for stage in STAGES)
     assert pull.layers[:-1] == base.layers
     assert install.layers[:-1] == pull.layers
     assert is_child(install, pull)
-    made.make("install", force=True)
-    assert made.image("install").layers[:-1] == pull.layers
+    built_site.make("install", force=True)
+    assert built_site.image("install").layers[:-1] == pull.layers
 
 
 def test_stage_without_changes_has_no_layer_and_is_proven(site: Site) -> None:
@@ -175,8 +175,8 @@ def test_unexpected_commit_is_an_error(site: Site) -> None:
         commit_image(Project(project.settings, engine, project.console), "x", parent, IMAGE, {})
 
 
-def test_stage_is_defined_by_data(made: Site) -> None:
-    project = made.project()
+def test_stage_is_defined_by_data(built_site: Site) -> None:
+    project = built_site.project()
     stage = Stage(
         name="tests",
         commands=[("guix", "package", "--install=check me")],
@@ -184,24 +184,24 @@ def test_stage_is_defined_by_data(made: Site) -> None:
         labels=lambda report: {"tested": str("me" in report.split())},
         files={"data": b"1"},
     )
-    image = run_stage(project, stage, made.image("install"))
+    image = run_stage(project, stage, built_site.image("install"))
     assert image
     assert proven_stage(image) == "tests"
     assert image.labels["tested"] == "True"
-    assert made.engine.tags[f"{IMAGE}-tests"] == image.id
-    assert "+ guix package '--install=check me'" in heard(project)
+    assert built_site.engine.tags[f"{IMAGE}-tests"] == image.id
+    assert "+ guix package '--install=check me'" in console_text(project)
     other = replace(stage, files={"data": b"2"}).inputs({})
     assert other != stage.inputs({})
     assert other.keys() == {"command", "data"}
 
 
-def test_failed_command_is_not_committed(made: Site) -> None:
-    initial_state = outline(made.engine)
-    made.env["GUIX_PACKAGES"] = "no-such-package"
+def test_failed_command_is_not_committed(built_site: Site) -> None:
+    initial_state = outline(built_site.engine)
+    built_site.env["GUIX_PACKAGES"] = "no-such-package"
     with pytest.raises(StageError, match="install: no-such-package: unknown package"):
-        made.make("install")
-    assert outline(made.engine) == initial_state
-    assert made.engine.all_containers == {}
+        built_site.make("install")
+    assert outline(built_site.engine) == initial_state
+    assert built_site.engine.all_containers == {}
 
 
 def test_log_is_shown_without_the_report(site: Site) -> None:
@@ -215,18 +215,20 @@ def test_output_is_shown_immediately(site: Site) -> None:
 
     def behaviour(container: FakeContainer) -> Output:
         yield True, b"one\n"
-        outputs.append(heard(project))
+        outputs.append(console_text(project))
         yield True, b"t\xffwo\n"
 
     site.make("base")
     site.engine.behaviour = behaviour
     run_stage(project, Stage("custom", [("true",)], ("true",), lambda _: {}), site.image("base"))
     assert outputs[0].endswith("one\n")
-    assert "t\N{REPLACEMENT CHARACTER}wo" in heard(project)
+    assert "t\N{REPLACEMENT CHARACTER}wo" in console_text(project)
 
 
-def test_stage_is_stopped_after_its_timeout(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    made.env["STAGE_TIMEOUT"] = "1"
+def test_stage_is_stopped_after_its_timeout(
+    built_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built_site.env["STAGE_TIMEOUT"] = "1"
     stopped = threading.Event()
     monkeypatch.setattr(
         threading,
@@ -234,7 +236,7 @@ def test_stage_is_stopped_after_its_timeout(made: Site, monkeypatch: pytest.Monk
         lambda _seconds, function: threading.Thread(target=function),
     )
     monkeypatch.setattr(threading.Thread, "cancel", lambda _self: None, raising=False)
-    original_stop = made.engine.stop
+    original_stop = built_site.engine.stop
 
     def stop(container: str, seconds: int) -> None:
         original_stop(container, seconds)
@@ -244,17 +246,17 @@ def test_stage_is_stopped_after_its_timeout(made: Site, monkeypatch: pytest.Monk
         assert stopped.wait(10)
         yield True, b"stopped\n"
 
-    monkeypatch.setattr(made.engine, "stop", stop)
-    made.engine.behaviour = behaviour
-    initial_state = outline(made.engine)
+    monkeypatch.setattr(built_site.engine, "stop", stop)
+    built_site.engine.behaviour = behaviour
+    initial_state = outline(built_site.engine)
     with pytest.raises(StageError, match=r"install: stopped after STAGE_TIMEOUT \(1\.0 s\)"):
-        made.make("install", force=True)
-    assert outline(made.engine) == initial_state
-    assert made.engine.all_containers == {}
+        built_site.make("install", force=True)
+    assert outline(built_site.engine) == initial_state
+    assert built_site.engine.all_containers == {}
 
 
-def test_failed_stop_prints_no_traceback(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    made.env["STAGE_TIMEOUT"] = "1"
+def test_failed_stop_prints_no_traceback(built_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    built_site.env["STAGE_TIMEOUT"] = "1"
     raised: list[object] = []
     threads: list[threading.Thread] = []
 
@@ -271,9 +273,9 @@ def test_failed_stop_prints_no_traceback(made: Site, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(threading, "Timer", timer)
     monkeypatch.setattr(threading.Thread, "cancel", lambda _self: None, raising=False)
     monkeypatch.setattr(threading, "excepthook", raised.append)
-    made.engine.fault = fault
+    built_site.engine.fault = fault
     with suppress(StageError, EngineError):
-        made.make("install", force=True)
+        built_site.make("install", force=True)
     assert raised == []
 
 
@@ -287,90 +289,92 @@ def test_missing_parent_is_built_first_with_a_message(site: Site) -> None:
     assert [proven_stage(site.image(stage)) for stage in STAGES] == list(STAGES)
 
 
-def test_current_stage_is_not_run(made: Site) -> None:
-    calls = made.engine.changing_calls()
-    assert made.make(*STAGES) == "base: up to date\npull: up to date\ninstall: up to date\n"
-    assert made.engine.changing_calls() == calls
+def test_current_stage_is_not_run(built_site: Site) -> None:
+    calls = built_site.engine.changing_calls()
+    assert built_site.make(*STAGES) == "base: up to date\npull: up to date\ninstall: up to date\n"
+    assert built_site.engine.changing_calls() == calls
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_force_runs_a_current_stage(made: Site, stage: str) -> None:
-    previous = made.image(stage)
-    made.make(stage, force=True)
-    assert made.image(stage).id != previous.id
-    assert made.why(stage) is None
+def test_force_runs_a_current_stage(built_site: Site, stage: str) -> None:
+    previous = built_site.image(stage)
+    built_site.make(stage, force=True)
+    assert built_site.image(stage).id != previous.id
+    assert built_site.why(stage) is None
 
 
-def test_force_of_base_makes_its_children_stale(made: Site) -> None:
-    made.make("base", force=True)
-    assert made.why("pull") == "base is newer"
-    why = made.why("install")
+def test_force_of_base_makes_its_children_stale(built_site: Site) -> None:
+    built_site.make("base", force=True)
+    assert built_site.why("pull") == "base is newer"
+    why = built_site.why("install")
     assert why
     assert "base" in why
 
 
-def test_force_of_pull_makes_its_children_stale(made: Site) -> None:
-    made.make("pull", force=True)
-    assert made.why("install") == "pull is newer"
+def test_force_of_pull_makes_its_children_stale(built_site: Site) -> None:
+    built_site.make("pull", force=True)
+    assert built_site.why("install") == "pull is newer"
 
 
-def test_stale_parent_is_an_error_with_the_command(made: Site) -> None:
-    made.write("Dockerfile", "FROM y\n")
-    initial_state = outline(made.engine)
+def test_stale_parent_is_an_error_with_the_command(built_site: Site) -> None:
+    built_site.write("Dockerfile", "FROM y\n")
+    initial_state = outline(built_site.engine)
     for stage, parent in (("pull", "base"), ("install", "pull")):
         with pytest.raises(UsageError) as caught:
-            made.make(stage)
+            built_site.make(stage)
         text = str(caught.value)
         assert text.startswith(f"{parent} is stale (")
         assert "Dockerfile changed" in text
         assert f"run `inv {parent}`, or `inv {stage} --upstream`" in text
-    assert outline(made.engine) == initial_state
+    assert outline(built_site.engine) == initial_state
 
 
-def test_upstream_updates_stale_parents(made: Site) -> None:
-    made.write("Dockerfile", "FROM y\n")
-    assert made.ran(lambda: made.make("install", upstream=True)) == ["label"]
-    assert [made.why(stage) for stage in STAGES] == [None] * 3
-    assert made.engine.tags[IMAGE] == made.image("install").id
+def test_upstream_updates_stale_parents(built_site: Site) -> None:
+    built_site.write("Dockerfile", "FROM y\n")
+    assert built_site.trace_stages(lambda: built_site.make("install", upstream=True)) == ["label"]
+    assert [built_site.why(stage) for stage in STAGES] == [None] * 3
+    assert built_site.engine.tags[IMAGE] == built_site.image("install").id
 
 
-def test_upstream_keeps_current_parents(made: Site) -> None:
-    made.env["GUIX_PACKAGES"] = "tar"
-    assert made.ran(lambda: made.make("install", upstream=True)) == ["install"]
+def test_upstream_keeps_current_parents(built_site: Site) -> None:
+    built_site.env["GUIX_PACKAGES"] = "tar"
+    assert built_site.trace_stages(lambda: built_site.make("install", upstream=True)) == ["install"]
 
 
-def test_guix_does_not_run_if_only_other_files_of_the_base_changed(made: Site) -> None:
-    previous = {stage: made.image(stage) for stage in STAGES}
-    made.write("Dockerfile", "FROM y\n")
-    assert made.ran(lambda: made.make(*STAGES)) == ["label"]
+def test_guix_does_not_run_if_only_other_files_of_the_base_changed(built_site: Site) -> None:
+    previous = {stage: built_site.image(stage) for stage in STAGES}
+    built_site.write("Dockerfile", "FROM y\n")
+    assert built_site.trace_stages(lambda: built_site.make(*STAGES)) == ["label"]
     for parent, stage in itertools.pairwise(STAGES):
-        assert is_child(made.image(stage), made.image(parent))
-        assert made.image(stage).id != previous[stage].id
+        assert is_child(built_site.image(stage), built_site.image(parent))
+        assert built_site.image(stage).id != previous[stage].id
         for label in REPORTED_LABELS:
-            assert made.image(stage).labels.get(label) == previous[stage].labels.get(label)
-    assert [made.why(stage) for stage in STAGES] == [None] * 3
+            assert built_site.image(stage).labels.get(label) == previous[stage].labels.get(label)
+    assert [built_site.why(stage) for stage in STAGES] == [None] * 3
 
 
-def test_guix_runs_again_if_the_guix_of_the_base_changed(made: Site) -> None:
-    made.engine.make_image(BASE_CONFIG, {PROFILE: b"certs tar"}, tag=BASE_IMAGE)
-    assert made.ran(lambda: made.make(*STAGES)) == ["label", "pull", "install"]
-    assert "tar@1.0" in made.image("install").labels[PACKAGES_LABEL]
+def test_guix_runs_again_if_the_guix_of_the_base_changed(built_site: Site) -> None:
+    built_site.engine.make_image(BASE_CONFIG, {PROFILE: b"certs tar"}, tag=BASE_IMAGE)
+    assert built_site.trace_stages(lambda: built_site.make(*STAGES)) == ["label", "pull", "install"]
+    assert "tar@1.0" in built_site.image("install").labels[PACKAGES_LABEL]
 
 
-def test_guix_runs_again_if_the_volume_of_its_store_is_gone(made: Site) -> None:
-    made.write("Dockerfile", "FROM y\n")
-    made.engine.stores.clear()
-    assert made.ran(lambda: made.make(*STAGES)) == ["label", "pull", "install"]
+def test_guix_runs_again_if_the_volume_of_its_store_is_gone(built_site: Site) -> None:
+    built_site.write("Dockerfile", "FROM y\n")
+    built_site.engine.stores.clear()
+    assert built_site.trace_stages(lambda: built_site.make(*STAGES)) == ["label", "pull", "install"]
 
 
 @pytest.mark.parametrize("variable", ["GUIX_PACKAGE_PATH=/srv", "GUILE_LOAD_PATH=/srv"])
-def test_guix_runs_again_if_other_files_of_the_base_can_matter(made: Site, variable: str) -> None:
-    engine = made.engine
+def test_guix_runs_again_if_other_files_of_the_base_can_matter(
+    built_site: Site, variable: str
+) -> None:
+    engine = built_site.engine
     config = {**BASE_CONFIG, "Env": [*BASE_CONFIG["Env"], variable]}
     engine.make_image(config, {PROFILE: b"certs"}, tag=BASE_IMAGE)
-    made.make(*STAGES)
-    made.write("Dockerfile", "FROM y\n")
-    assert made.ran(lambda: made.make(*STAGES)) == ["label", "pull", "install"]
+    built_site.make(*STAGES)
+    built_site.write("Dockerfile", "FROM y\n")
+    assert built_site.trace_stages(lambda: built_site.make(*STAGES)) == ["label", "pull", "install"]
 
 
 def test_base_without_a_shell_can_be_built(site: Site) -> None:
@@ -384,26 +388,26 @@ def test_base_without_a_shell_can_be_built(site: Site) -> None:
     assert site.engine.all_containers == {}
 
 
-def test_guix_runs_again_without_a_cache_volume(made: Site) -> None:
-    made.env["CACHE_VOLUME"] = ""
-    made.make(*STAGES)
-    made.write("Dockerfile", "FROM y\n")
-    assert made.ran(lambda: made.make(*STAGES)) == ["label", "pull", "install"]
-    assert made.engine.specs[-1].name.split("-")[2] == "install"
+def test_guix_runs_again_without_a_cache_volume(built_site: Site) -> None:
+    built_site.env["CACHE_VOLUME"] = ""
+    built_site.make(*STAGES)
+    built_site.write("Dockerfile", "FROM y\n")
+    assert built_site.trace_stages(lambda: built_site.make(*STAGES)) == ["label", "pull", "install"]
+    assert built_site.engine.specs[-1].name.split("-")[2] == "install"
 
 
-def test_image_is_assembled_on_the_previous_image_of_its_stage(made: Site) -> None:
-    previous = made.image("install")
-    made.env["GUIX_PACKAGES"] = "hello tar"
-    made.make("install")
-    image = made.image("install")
+def test_image_is_assembled_on_the_previous_image_of_its_stage(built_site: Site) -> None:
+    previous = built_site.image("install")
+    built_site.env["GUIX_PACKAGES"] = "hello tar"
+    built_site.make("install")
+    image = built_site.image("install")
     assert image.layers[:-1] == previous.layers
-    assert is_child(image, made.image("pull"))
+    assert is_child(image, built_site.image("pull"))
     assert proven_stage(image) == "install"
 
 
 def test_warning_of_a_program_in_the_image_is_not_a_size(
-    made: Site, monkeypatch: pytest.MonkeyPatch
+    built_site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def warn(container: FakeContainer) -> Output:
         yield True, b"tar: file: time stamp is 3 s in the future\n"
@@ -411,60 +415,62 @@ def test_warning_of_a_program_in_the_image_is_not_a_size(
 
     assemble = STORE_SCRIPTS["assemble.sh"]
     monkeypatch.setitem(STORE_SCRIPTS, "assemble.sh", warn)
-    made.env["GUIX_PACKAGES"] = "hello tar"
-    assert made.ran(lambda: made.make("install")) == ["install"]
-    assert made.image("install").labels[LIVE_LABEL] == "1000"
+    built_site.env["GUIX_PACKAGES"] = "hello tar"
+    assert built_site.trace_stages(lambda: built_site.make("install")) == ["install"]
+    assert built_site.image("install").labels[LIVE_LABEL] == "1000"
 
 
-def test_image_is_assembled_in_one_layer_if_there_are_many(made: Site) -> None:
-    base = len(made.image("base").layers)
+def test_image_is_assembled_in_one_layer_if_there_are_many(built_site: Site) -> None:
+    base = len(built_site.image("base").layers)
     counts = []
     for number in range(12):
-        made.env["GUIX_PACKAGES"] = f"hello tar{number}"
-        made.make("install")
-        counts.append(len(made.image("install").layers) - base)
+        built_site.env["GUIX_PACKAGES"] = f"hello tar{number}"
+        built_site.make("install")
+        counts.append(len(built_site.image("install").layers) - base)
     assert max(counts) == 10
     assert counts.index(10) < len(counts) - 1
-    assert counts[counts.index(10) + 1] == len(made.image("pull").layers) - base + 1
+    assert counts[counts.index(10) + 1] == len(built_site.image("pull").layers) - base + 1
 
 
-def test_changed_base_is_a_layer_on_the_previous_image_of_a_stage(made: Site) -> None:
-    previous = {stage: made.image(stage) for stage in STAGES}
-    made.write("Dockerfile", "FROM y\n")
-    text = made.make(*STAGES)
+def test_changed_base_is_a_layer_on_the_previous_image_of_a_stage(built_site: Site) -> None:
+    previous = {stage: built_site.image(stage) for stage in STAGES}
+    built_site.write("Dockerfile", "FROM y\n")
+    text = built_site.make(*STAGES)
     assert text.count("Guix has nothing to do") == 2
     for parent, stage in (("base", "pull"), ("pull", "install")):
-        assert made.image(stage).layers[:-1] == previous[stage].layers
-        assert is_child(made.image(stage), made.image(parent))
-        assert files_digest(made.image(stage)) == files_digest(made.image("base"))
-        assert files_digest(made.image(stage)) != files_digest(previous[stage])
-    squash(made.project())
-    squashed, base = made.image(), made.image("base")
+        assert built_site.image(stage).layers[:-1] == previous[stage].layers
+        assert is_child(built_site.image(stage), built_site.image(parent))
+        assert files_digest(built_site.image(stage)) == files_digest(built_site.image("base"))
+        assert files_digest(built_site.image(stage)) != files_digest(previous[stage])
+    squash(built_site.project())
+    squashed, base = built_site.image(), built_site.image("base")
     assert squashed.layers[:-1] == base.layers
-    install_files = made.engine.files(made.image("install"))
-    assert install_files.items() <= made.engine.files(squashed).items()
+    install_files = built_site.engine.files(built_site.image("install"))
+    assert install_files.items() <= built_site.engine.files(squashed).items()
 
 
 def test_stage_of_a_changed_base_is_assembled_on_its_parent_without_gnu_tools(
-    made: Site, monkeypatch: pytest.MonkeyPatch
+    built_site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(container: FakeContainer) -> Iterator[tuple[bool, bytes]]:
         container.status = 1
         yield False, b"comm: unrecognized option: z\n"
 
     monkeypatch.setitem(STORE_SCRIPTS, "other-files.sh", fail)
-    made.write("Dockerfile", "FROM y\n")
-    made.make(*STAGES)
+    built_site.write("Dockerfile", "FROM y\n")
+    built_site.make(*STAGES)
     for parent, stage in (("base", "pull"), ("pull", "install")):
-        assert made.image(stage).layers[:-1] == made.image(parent).layers
+        assert built_site.image(stage).layers[:-1] == built_site.image(parent).layers
 
 
-def test_stage_of_another_base_image_is_assembled_on_its_parent(made: Site) -> None:
-    made.engine.registry.put("other.test/debian:1", made.engine.make_image({}, {"/b": b""}))
-    made.env["BASE_IMAGE"] = "other.test/debian:1"
-    made.make(*STAGES)
+def test_stage_of_another_base_image_is_assembled_on_its_parent(built_site: Site) -> None:
+    built_site.engine.registry.put(
+        "other.test/debian:1", built_site.engine.make_image({}, {"/b": b""})
+    )
+    built_site.env["BASE_IMAGE"] = "other.test/debian:1"
+    built_site.make(*STAGES)
     for parent, stage in (("base", "pull"), ("pull", "install")):
-        assert made.image(stage).layers[:-1] == made.image(parent).layers
+        assert built_site.image(stage).layers[:-1] == built_site.image(parent).layers
 
 
 def test_stage_starts_from_the_newest_image_of_the_cache(site: Site, tmp_path: Path) -> None:
@@ -480,33 +486,34 @@ def test_stage_starts_from_the_newest_image_of_the_cache(site: Site, tmp_path: P
     assert not [tag for tag in other.engine.tags if tag.startswith("registry.test/cache")]
 
 
-def test_items_signed_by_removed_keys_are_not_in_an_image(made: Site, tmp_path: Path) -> None:
+def test_items_signed_by_removed_keys_are_not_in_an_image(built_site: Site, tmp_path: Path) -> None:
     """Neither the layers nor the volume of the previous image are used."""
-    made.make("pull", "install", force=True)
-    volumes = set(made.engine.stores)
+    built_site.make("pull", "install", force=True)
+    volumes = set(built_site.engine.stores)
     key = tmp_path / "other.pub"
     key.write_text("(public-key (ecc (curve Ed25519) (q #ABCD#)))")
-    made.env["GUIX_SUBSTITUTE_KEYS"] = str(key)
+    built_site.env["GUIX_SUBSTITUTE_KEYS"] = str(key)
     seeds = []
-    made.engine.fault = lambda _number, name, when: (
-        seeds.append(made.engine.calls[-1][1][0].image)
-        if (name, when) == ("create", "before") and "-seed-" in made.engine.calls[-1][1][0].name
+    built_site.engine.fault = lambda _number, name, when: (
+        seeds.append(built_site.engine.calls[-1][1][0].image)
+        if (name, when) == ("create", "before")
+        and "-seed-" in built_site.engine.calls[-1][1][0].name
         else None
     )
-    previous = {made.image(stage).id for stage in ("pull", "install")}
-    made.make("pull", "install")
-    assert len(made.engine.stores.keys() - volumes) == 1
+    previous = {built_site.image(stage).id for stage in ("pull", "install")}
+    built_site.make("pull", "install")
+    assert len(built_site.engine.stores.keys() - volumes) == 1
     assert seeds
     assert not previous & set(seeds)
     for parent, stage in (("base", "pull"), ("pull", "install")):
-        assert made.image(stage).layers[:-1] == made.image(parent).layers
+        assert built_site.image(stage).layers[:-1] == built_site.image(parent).layers
 
 
-def test_recreated_parent_makes_its_children_stale(made: Site) -> None:
+def test_recreated_parent_makes_its_children_stale(built_site: Site) -> None:
     """The key is the same, but two builds of the same inputs can differ."""
-    made.engine.untag(f"{IMAGE}-pull")
-    made.make("pull")
-    assert made.why("install") == "pull is newer"
+    built_site.engine.untag(f"{IMAGE}-pull")
+    built_site.make("pull")
+    assert built_site.why("install") == "pull is newer"
 
 
 def test_image_follows_the_last_stage(site: Site) -> None:
@@ -515,18 +522,18 @@ def test_image_follows_the_last_stage(site: Site) -> None:
         assert site.engine.tags[IMAGE] == site.image(stage).id
 
 
-def test_pull_does_not_move_image_while_install_exists(made: Site) -> None:
-    install = made.image("install")
-    made.lock.write_text(LOCKED.replace(COMMITS["guix"], NEW))
-    made.make("pull")
-    assert made.engine.tags[IMAGE] == install.id
-    assert made.why("install") == "pull is newer"
+def test_pull_does_not_move_image_while_install_exists(built_site: Site) -> None:
+    install = built_site.image("install")
+    built_site.lock.write_text(LOCKED.replace(COMMITS["guix"], NEW))
+    built_site.make("pull")
+    assert built_site.engine.tags[IMAGE] == install.id
+    assert built_site.why("install") == "pull is newer"
 
 
-def test_install_starts_from_pull_and_reports_changed_packages(made: Site) -> None:
-    made.env["GUIX_PACKAGES"] = "tar"
-    output = made.make("install")
-    assert packages(made.image("install")) == "certs@1.0 tar@1.0"
+def test_install_starts_from_pull_and_reports_changed_packages(built_site: Site) -> None:
+    built_site.env["GUIX_PACKAGES"] = "tar"
+    output = built_site.make("install")
+    assert packages(built_site.image("install")) == "certs@1.0 tar@1.0"
     assert output.startswith("install: stale: packages changed\n")
     assert "install: removed hello@1.0" in output
     assert "install: added tar@1.0" in output
@@ -573,12 +580,12 @@ def test_lock_without_channels_requires_a_pull(site: Site) -> None:
     assert is_child(site.image("install"), site.image("pull"))
 
 
-def test_container_is_kept_without_a_commit(made: Site) -> None:
-    initial_state = outline(made.engine)
-    output = made.make("install", commit=False)
+def test_container_is_kept_without_a_commit(built_site: Site) -> None:
+    initial_state = outline(built_site.engine)
+    output = built_site.make("install", commit=False)
     assert "`inv commit` commits the container" in output
-    assert outline(made.engine) == initial_state
-    (container,) = made.engine.all_containers.values()
+    assert outline(built_site.engine) == initial_state
+    (container,) = built_site.engine.all_containers.values()
     assert "-kept-" in container.spec.name
 
 
@@ -620,65 +627,65 @@ def test_failed_pull_writes_no_lock(site: Site) -> None:
     assert not site.lock.exists()
 
 
-def test_locked_commits_are_pulled_again(made: Site) -> None:
-    made.engine.guix.heads["guix"] = NEW
-    assert made.make("pull") == "pull: up to date\n"
-    made.engine.untag(f"{IMAGE}-pull")
-    made.make("pull")
-    assert COMMITS["guix"] in made.image("pull").labels[CHANNELS_LABEL]
+def test_locked_commits_are_pulled_again(built_site: Site) -> None:
+    built_site.engine.guix.heads["guix"] = NEW
+    assert built_site.make("pull") == "pull: up to date\n"
+    built_site.engine.untag(f"{IMAGE}-pull")
+    built_site.make("pull")
+    assert COMMITS["guix"] in built_site.image("pull").labels[CHANNELS_LABEL]
 
 
-def test_update_moves_the_lock(made: Site) -> None:
-    made.engine.guix.heads["guix"] = NEW
-    made.make("pull", update=True)
-    assert NEW in made.lock.read_text()
-    assert NEW in made.image("pull").labels[CHANNELS_LABEL]
-    assert made.why("pull") is None
-    assert made.why("install") == "pull is newer"
+def test_update_moves_the_lock(built_site: Site) -> None:
+    built_site.engine.guix.heads["guix"] = NEW
+    built_site.make("pull", update=True)
+    assert NEW in built_site.lock.read_text()
+    assert NEW in built_site.image("pull").labels[CHANNELS_LABEL]
+    assert built_site.why("pull") is None
+    assert built_site.why("install") == "pull is newer"
 
 
-def test_update_without_new_commits_commits_nothing(made: Site) -> None:
-    initial_state, lock_text = outline(made.engine), made.lock.read_text()
-    assert "pull: unchanged" in made.make("pull", update=True)
-    assert outline(made.engine) == initial_state
-    assert made.lock.read_text() == lock_text
-    assert made.why("install") is None
+def test_update_without_new_commits_commits_nothing(built_site: Site) -> None:
+    initial_state, lock_text = outline(built_site.engine), built_site.lock.read_text()
+    assert "pull: unchanged" in built_site.make("pull", update=True)
+    assert outline(built_site.engine) == initial_state
+    assert built_site.lock.read_text() == lock_text
+    assert built_site.why("install") is None
 
 
-def test_lock_that_does_not_fit_is_an_error_with_the_command(made: Site) -> None:
-    made.write("channels.scm", f"(list {channel('mine', 'https://m.test')})\n")
+def test_lock_that_does_not_fit_is_an_error_with_the_command(built_site: Site) -> None:
+    built_site.write("channels.scm", f"(list {channel('mine', 'https://m.test')})\n")
     message = r"lock\.scm does not fit GUIX_CHANNELS.*lacks the channel mine; `inv pull --update`"
     with pytest.raises(UsageError, match=message):
-        made.make("pull")
-    assert (made.why("pull") or "").startswith("GUIX_CHANNELS changed (")
-    assert (made.why("install") or "").startswith("pull: GUIX_CHANNELS changed (")
+        built_site.make("pull")
+    assert (built_site.why("pull") or "").startswith("GUIX_CHANNELS changed (")
+    assert (built_site.why("install") or "").startswith("pull: GUIX_CHANNELS changed (")
 
 
 @pytest.mark.parametrize("text", ["(list\n (channel", "(list))"])
-def test_syntax_error_in_the_channels_has_its_line(made: Site, text: str) -> None:
-    made.write("channels.scm", f"; mine\n{text}\n")
-    line = made.directory / f"channels.scm:{text.count(chr(10)) + 2}: "
+def test_syntax_error_in_the_channels_has_its_line(built_site: Site, text: str) -> None:
+    built_site.write("channels.scm", f"; mine\n{text}\n")
+    line = built_site.directory / f"channels.scm:{text.count(chr(10)) + 2}: "
     for stage in ("pull", "install"):
         with pytest.raises(UsageError, match=re.escape(str(line))):
-            made.why(stage)
+            built_site.why(stage)
     for update in (False, True):
         with pytest.raises(UsageError, match=re.escape(str(line))):
-            made.make("pull", update=update)
+            built_site.make("pull", update=update)
 
 
-def test_syntax_error_in_the_lock_has_its_line(made: Site) -> None:
-    made.lock.write_text(f"{made.lock.read_text()})")
+def test_syntax_error_in_the_lock_has_its_line(built_site: Site) -> None:
+    built_site.lock.write_text(f"{built_site.lock.read_text()})")
     with pytest.raises(UsageError, match=r"in line 2, unexpected \); `inv pull --update`"):
-        made.make("pull")
-    made.make("pull", update=True)
-    assert made.why("pull") is None
+        built_site.make("pull")
+    built_site.make("pull", update=True)
+    assert built_site.why("pull") is None
 
 
-def test_update_replaces_a_lock_that_does_not_fit(made: Site) -> None:
+def test_update_replaces_a_lock_that_does_not_fit(built_site: Site) -> None:
     requested = (channel("guix", "https://guix.test"), channel("mine", "https://m.test"))
-    made.write("channels.scm", f"(list {' '.join(requested)})\n")
-    made.make("pull", update=True)
-    assert COMMITS["mine"] in made.lock.read_text()
+    built_site.write("channels.scm", f"(list {' '.join(requested)})\n")
+    built_site.make("pull", update=True)
+    assert COMMITS["mine"] in built_site.lock.read_text()
 
 
 def introduce(commit: str = "1", key: str = "AB") -> str:
@@ -781,18 +788,18 @@ def test_computed_channels_fit_their_lock(site: Site, text: str) -> None:
     assert "pull: up to date" in site.make("pull")
 
 
-def test_missing_lock_is_restored_from_the_label(made: Site) -> None:
-    text = made.lock.read_text()
-    made.lock.unlink()
-    output = made.make("pull")
+def test_missing_lock_is_restored_from_the_label(built_site: Site) -> None:
+    text = built_site.lock.read_text()
+    built_site.lock.unlink()
+    output = built_site.make("pull")
     assert "pull: up to date" in output
-    assert made.lock.read_text() == text
+    assert built_site.lock.read_text() == text
 
 
-def test_missing_directory_of_the_lock_is_an_error(made: Site) -> None:
-    made.env["GUIX_CHANNELS_LOCK"] = "no/such/directory/lock.scm"
+def test_missing_directory_of_the_lock_is_an_error(built_site: Site) -> None:
+    built_site.env["GUIX_CHANNELS_LOCK"] = "no/such/directory/lock.scm"
     with pytest.raises(UsageError, match=r"GUIX_CHANNELS_LOCK: .*lock\.scm: No such file"):
-        made.make("pull")
+        built_site.make("pull")
 
 
 def test_unwritable_lock_is_reported_before_the_pull(
@@ -806,41 +813,45 @@ def test_unwritable_lock_is_reported_before_the_pull(
         with pytest.raises(UsageError, match=r"cannot write .*lock\.scm: Permission denied"):
             site.make("pull")
 
-    assert site.ran(pull) == []
+    assert site.trace_stages(pull) == []
 
 
-def test_pull_of_a_lock_needs_no_writable_file(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pull_of_a_lock_needs_no_writable_file(
+    built_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The checkout of a CI job can be read-only."""
     writable = os.access
-    monkeypatch.setattr(os, "access", lambda p, mode: p != made.directory and writable(p, mode))
-    made.make("pull", force=True)
-    assert made.why("pull") is None
+    monkeypatch.setattr(
+        os, "access", lambda p, mode: p != built_site.directory and writable(p, mode)
+    )
+    built_site.make("pull", force=True)
+    assert built_site.why("pull") is None
 
 
 @pytest.mark.parametrize("name", ["channels.lock.scm", "channels.scm"])
-def test_binary_channels_file_is_an_error(made: Site, name: str) -> None:
-    made.write(name, b"\xff\xfe")
+def test_binary_channels_file_is_an_error(built_site: Site, name: str) -> None:
+    built_site.write(name, b"\xff\xfe")
     with pytest.raises(UsageError, match=f"{name} is not UTF-8; write a channels file"):
-        made.make("pull")
+        built_site.make("pull")
 
 
-def test_binary_lock_is_replaced(made: Site) -> None:
-    made.lock.write_bytes(b"\xff")
-    assert write_lock(made.settings(), LOCKED.strip())
-    assert made.lock.read_text() == LOCKED
-    assert not write_lock(made.settings(), LOCKED.strip())
+def test_binary_lock_is_replaced(built_site: Site) -> None:
+    built_site.lock.write_bytes(b"\xff")
+    assert write_lock(built_site.settings(), LOCKED.strip())
+    assert built_site.lock.read_text() == LOCKED
+    assert not write_lock(built_site.settings(), LOCKED.strip())
 
 
-def test_failed_write_keeps_the_lock(made: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_keeps_the_lock(built_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_self: Path, _target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    initial_files = sorted(made.directory.iterdir())
+    initial_files = sorted(built_site.directory.iterdir())
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(UsageError, match=r"GUIX_CHANNELS_LOCK: .*No space left on device"):
-        write_lock(made.settings(), "(list)")
-    assert sorted(made.directory.iterdir()) == initial_files
-    assert made.lock.read_text() == LOCKED
+        write_lock(built_site.settings(), "(list)")
+    assert sorted(built_site.directory.iterdir()) == initial_files
+    assert built_site.lock.read_text() == LOCKED
 
 
 def test_directory_as_lock_is_an_error(site: Site) -> None:
@@ -880,7 +891,7 @@ def test_new_commits_of_floating_channels_are_committed(floating: Site) -> None:
 def test_floating_channels_are_not_pulled_by_install(floating: Site) -> None:
     floating.engine.guix.heads["guix"] = NEW
     floating.env["GUIX_PACKAGES"] = "tar"
-    assert floating.ran(lambda: floating.make("install")) == ["install"]
+    assert floating.trace_stages(lambda: floating.make("install")) == ["install"]
 
 
 def test_changed_floating_channels_make_pull_stale(floating: Site) -> None:
@@ -890,39 +901,39 @@ def test_changed_floating_channels_make_pull_stale(floating: Site) -> None:
         floating.push()
 
 
-def test_install_without_requested_packages_is_stale(made: Site) -> None:
-    made.env["GUIX_PACKAGES"] = ""
-    assert made.why("install") == "no packages are specified"
+def test_install_without_requested_packages_is_stale(built_site: Site) -> None:
+    built_site.env["GUIX_PACKAGES"] = ""
+    assert built_site.why("install") == "no packages are specified"
 
 
 # --- --package ------------------------------------------------------------------------------
 
 
-def test_package_replaces_the_packages_and_can_be_pushed(made: Site) -> None:
-    made.make("install", packages=("tar",))
-    assert packages(made.image("install")) == "certs@1.0 tar@1.0"
-    assert made.why("install") is None
-    assert made.push().keys() == {IMAGE}
-    pushed = made.engine.registry.find(IMAGE)
+def test_package_replaces_the_packages_and_can_be_pushed(built_site: Site) -> None:
+    built_site.make("install", packages=("tar",))
+    assert packages(built_site.image("install")) == "certs@1.0 tar@1.0"
+    assert built_site.why("install") is None
+    assert built_site.push().keys() == {IMAGE}
+    pushed = built_site.engine.registry.find(IMAGE)
     assert pushed
     assert packages(pushed) == "certs@1.0 tar@1.0"
 
 
-def test_package_applies_to_one_call(made: Site) -> None:
-    made.make("install", packages=("tar",))
-    made.make("install")
-    assert packages(made.image("install")) == "certs@1.0 hello@1.0"
+def test_package_applies_to_one_call(built_site: Site) -> None:
+    built_site.make("install", packages=("tar",))
+    built_site.make("install")
+    assert packages(built_site.image("install")) == "certs@1.0 hello@1.0"
 
 
-def test_same_package_is_up_to_date(made: Site) -> None:
-    made.make("install", packages=("tar",))
-    assert made.make("install", packages=("tar",)) == "install: up to date\n"
+def test_same_package_is_up_to_date(built_site: Site) -> None:
+    built_site.make("install", packages=("tar",))
+    assert built_site.make("install", packages=("tar",)) == "install: up to date\n"
 
 
-def test_previous_package_can_be_pushed(made: Site) -> None:
-    made.env["GUIX_PACKAGES"] = "tar"
-    made.make("install", packages=("hello",))
-    assert made.push()
+def test_previous_package_can_be_pushed(built_site: Site) -> None:
+    built_site.env["GUIX_PACKAGES"] = "tar"
+    built_site.make("install", packages=("hello",))
+    assert built_site.push()
 
 
 # --- CACHE_IMAGE ----------------------------------------------------------------------------
@@ -936,7 +947,7 @@ def test_finished_stages_are_pushed_to_the_cache(cached: Site) -> None:
 
 def test_new_machine_uses_the_cache(cached: Site, tmp_path: Path) -> None:
     other = new_machine(cached, tmp_path / "two")
-    assert other.ran(lambda: other.make(*STAGES)) == []
+    assert other.trace_stages(lambda: other.make(*STAGES)) == []
     for stage in STAGES:
         assert other.image(stage).id == cached.image(stage).id
         assert other.why(stage) is None
@@ -946,7 +957,7 @@ def test_new_machine_uses_the_cache(cached: Site, tmp_path: Path) -> None:
 
 def test_install_is_taken_from_the_cache_without_its_parents(cached: Site, tmp_path: Path) -> None:
     other = new_machine(cached, tmp_path / "two")
-    assert other.ran(lambda: other.make("install")) == []
+    assert other.trace_stages(lambda: other.make("install")) == []
     assert other.make("install") == "install: up to date\n"
     assert other.push()
 
@@ -954,7 +965,7 @@ def test_install_is_taken_from_the_cache_without_its_parents(cached: Site, tmp_p
 def test_new_machine_continues_from_the_last_cached_stage(cached: Site, tmp_path: Path) -> None:
     other = new_machine(cached, tmp_path / "two")
     other.env["GUIX_PACKAGES"] = "tar"
-    assert other.ran(lambda: other.make(*STAGES)) == ["install"]
+    assert other.trace_stages(lambda: other.make(*STAGES)) == ["install"]
     assert is_child(other.image("install"), cached.image("pull"))
 
 
@@ -969,12 +980,12 @@ def test_cached_stage_replaces_a_different_parent(cached: Site, tmp_path: Path) 
     assert other.image("install").id == cached.image("install").id
 
 
-def test_cache_can_be_in_the_repository_of_the_image(made: Site) -> None:
-    made.env["CACHE_IMAGE"] = "registry.test/team/app"
-    made.engine.tag(made.image().id, "registry.test/team/app:mine")
-    initial_state = outline(made.engine)
-    assert made.ran(lambda: made.make(*STAGES)) == []
-    assert outline(made.engine) == initial_state
+def test_cache_can_be_in_the_repository_of_the_image(built_site: Site) -> None:
+    built_site.env["CACHE_IMAGE"] = "registry.test/team/app"
+    built_site.engine.tag(built_site.image().id, "registry.test/team/app:mine")
+    initial_state = outline(built_site.engine)
+    assert built_site.trace_stages(lambda: built_site.make(*STAGES)) == []
+    assert outline(built_site.engine) == initial_state
 
 
 @pytest.mark.parametrize("refusal", ["connection refused", "denied"])
@@ -982,7 +993,7 @@ def test_unavailable_cache_is_not_an_error(cached: Site, tmp_path: Path, refusal
     other = new_machine(cached, tmp_path / "two")
     other.engine.pull(BASE_IMAGE, None)
     other.engine.registry.refusal = refusal
-    assert other.ran(lambda: other.make(*STAGES)) == ["label", "pull", "install"]
+    assert other.trace_stages(lambda: other.make(*STAGES)) == ["label", "pull", "install"]
     assert not [tag for tag in other.engine.tags if tag.startswith("registry.test/cache")]
 
 
@@ -1010,7 +1021,7 @@ def test_wrong_image_in_the_cache_is_ignored(cached: Site, tmp_path: Path) -> No
         f"registry.test/cache:pull-{keys['pull']}",
         registry.images[f"registry.test/cache:base-{keys['base']}"],
     )
-    assert other.ran(lambda: other.make(*STAGES)) == ["pull", "install"]
+    assert other.trace_stages(lambda: other.make(*STAGES)) == ["pull", "install"]
 
 
 @pytest.mark.parametrize("call", ["pull", "push"])
@@ -1211,17 +1222,17 @@ def test_error_at_any_call_leaves_no_container(
 @pytest.mark.parametrize("call", ["create", "remove"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_interrupt_of_create_or_remove_leaves_no_container(
-    made: Site, stage: str, call: str
+    built_site: Site, stage: str, call: str
 ) -> None:
     def fault(_number: int, name: str, when: str) -> None:
         if name == call and when == ("after" if call == "create" else "before"):
-            made.engine.fault = lambda *_: None
+            built_site.engine.fault = lambda *_: None
             signal.raise_signal(signal.SIGINT)
 
-    made.engine.fault = fault
+    built_site.engine.fault = fault
     with pytest.raises(KeyboardInterrupt):
-        made.make(stage, force=True)
-    assert made.engine.all_containers == {}
+        built_site.make(stage, force=True)
+    assert built_site.engine.all_containers == {}
 
 
 def test_leftover_container_is_removed_by_the_next_run(site: Site) -> None:
@@ -1243,10 +1254,10 @@ def test_leftover_container_is_removed_by_the_next_run(site: Site) -> None:
     assert site.engine.all_containers == {}
 
 
-def test_unnamed_stages_of_the_project_are_removed(made: Site) -> None:
-    engine, image = made.engine, made.image("install")
+def test_unnamed_stages_of_the_project_are_removed(built_site: Site) -> None:
+    engine, image = built_site.engine, built_site.image("install")
     derived = engine.make_image(image.config, {"/derived": b""}, parent=image)
-    made.env["GUIX_PACKAGES"] = "tar"
+    built_site.env["GUIX_PACKAGES"] = "tar"
 
     def fault(_number: int, name: str, when: str) -> None:
         if name == "tag" and when == "before":
@@ -1255,19 +1266,19 @@ def test_unnamed_stages_of_the_project_are_removed(made: Site) -> None:
     engine.fault = fault
     initial_images = set(engine.all_images)
     with another_process(), suppress(Killed):
-        made.make("install")
+        built_site.make("install")
     engine.fault = lambda *_: None
     (unnamed,) = set(engine.all_images) - initial_images
-    image_name, made.env["IMAGE"] = made.env["IMAGE"], "registry.test/another:1"
-    made.project().ledger.drop_unnamed()
+    image_name, built_site.env["IMAGE"] = built_site.env["IMAGE"], "registry.test/another:1"
+    built_site.project().ledger.drop_unnamed()
     assert unnamed in engine.all_images
-    made.env["IMAGE"] = image_name
-    made.make("base")
+    built_site.env["IMAGE"] = image_name
+    built_site.make("base")
     assert unnamed not in engine.all_images
     assert derived.id in engine.all_images
 
 
-def test_kill_between_two_commits_keeps_the_base_stage(made: Site) -> None:
+def test_kill_between_two_commits_keeps_the_base_stage(built_site: Site) -> None:
     commits = []
 
     def fault(_number: int, name: str, when: str) -> None:
@@ -1275,12 +1286,12 @@ def test_kill_between_two_commits_keeps_the_base_stage(made: Site) -> None:
             commits.append(name)
             raise Killed
 
-    made.engine.fault = fault
+    built_site.engine.fault = fault
     with pytest.raises(Killed):
-        made.make("base", force=True)
-    made.engine.fault = lambda *_: None
+        built_site.make("base", force=True)
+    built_site.engine.fault = lambda *_: None
     assert commits
-    assert made.ledger.find("base")
+    assert built_site.ledger.find("base")
 
 
 def test_leftover_tag_of_the_cache_is_removed(cached: Site) -> None:
@@ -1300,7 +1311,7 @@ def test_leftover_tag_of_the_cache_is_removed(cached: Site) -> None:
     assert not [tag for tag in cached.engine.tags if tag.startswith("registry.test/cache")]
 
 
-@hypothesis_settings(STEADY, max_examples=6)
+@hypothesis_settings(DETERMINISTIC, max_examples=6)
 @given(st.lists(st.sampled_from([*STAGES, "force", "packages", "lock", "Dockerfile"]), max_size=6))
 def test_upstream_updates_any_project(
     tmp_path_factory: pytest.TempPathFactory, steps: list[str]
@@ -1334,25 +1345,25 @@ def test_missing_built_image_is_an_error(site: Site, monkeypatch: pytest.MonkeyP
         site.make("base")
 
 
-def test_label_contains_the_number_of_layers(made: Site) -> None:
+def test_label_contains_the_number_of_layers(built_site: Site) -> None:
     for number, stage in enumerate(STAGES, 2):
-        assert made.image(stage).labels[LAYERS_LABEL].startswith(f"{number} sha256:")
+        assert built_site.image(stage).labels[LAYERS_LABEL].startswith(f"{number} sha256:")
 
 
 # --- Channels to pull -----------------------------------------------------------------------
 
 
-def test_pull_uses_the_lock_or_the_channels(made: Site) -> None:
-    settings = made.settings()
+def test_pull_uses_the_lock_or_the_channels(built_site: Site) -> None:
+    settings = built_site.settings()
     assert stage_to_run(settings).files["channels.scm"].decode() == LOCKED.strip()
-    requested = (made.directory / "channels.scm").read_bytes().strip()
+    requested = (built_site.directory / "channels.scm").read_bytes().strip()
     assert stage_to_run(settings, update=True).files["channels.scm"] == requested
-    made.lock.unlink()
+    built_site.lock.unlink()
     assert stage_to_run(settings).files["channels.scm"] == requested
 
 
-def test_update_prefers_built_commits_and_compares_the_lock(made: Site) -> None:
-    settings, built = made.settings(), "/var/guix/guix-tasks/built-channels.scm"
+def test_update_prefers_built_commits_and_compares_the_lock(built_site: Site) -> None:
+    settings, built = built_site.settings(), "/var/guix/guix-tasks/built-channels.scm"
     updated, newest = (stage_to_run(settings, **{option: True}) for option in ("update", "newest"))
     assert updated.commands[0] == ("guix", "pull", f"--channels={built}")
     assert updated.files["locked.scm"].decode() == LOCKED.strip()
@@ -1362,7 +1373,7 @@ def test_update_prefers_built_commits_and_compares_the_lock(made: Site) -> None:
     assert updated.pinned
     pinned = updated.pinned(LOCKED.strip()).inputs({})
     assert pinned == stage_to_run(settings).inputs({})
-    made.lock.unlink()
+    built_site.lock.unlink()
     assert "locked.scm" not in stage_to_run(settings).files
 
 
@@ -1414,16 +1425,16 @@ def test_unauthenticated_channel_is_pulled_only_with_the_option(site: Site, text
     assert site.push()
 
 
-def test_unauthenticated_pull_is_repeated_without_the_option(made: Site) -> None:
-    made.make("pull", disable_authentication=True, force=True)
-    key = made.keys()["pull"]
-    assert "+ guix pull --channels=" in made.make("pull")
-    assert made.image("pull").labels[AUTHENTICATION_LABEL] == ""
-    assert made.keys()["pull"] != key
+def test_unauthenticated_pull_is_repeated_without_the_option(built_site: Site) -> None:
+    built_site.make("pull", disable_authentication=True, force=True)
+    key = built_site.keys()["pull"]
+    assert "+ guix pull --channels=" in built_site.make("pull")
+    assert built_site.image("pull").labels[AUTHENTICATION_LABEL] == ""
+    assert built_site.keys()["pull"] != key
 
 
-def test_authenticated_pull_is_not_repeated_with_the_option(made: Site) -> None:
-    assert made.make("pull", disable_authentication=True) == "pull: up to date\n"
+def test_authenticated_pull_is_not_repeated_with_the_option(built_site: Site) -> None:
+    assert built_site.make("pull", disable_authentication=True) == "pull: up to date\n"
 
 
 def test_unauthenticated_stage_of_a_cache_is_ignored(
@@ -1470,10 +1481,10 @@ def test_platforms_are_built_from_one_lock(site: Site) -> None:
     assert site.image("pull").labels[CHANNELS_LABEL] == LOCKED.strip()
 
 
-def test_proxy_of_the_build_arguments_overrides_the_settings(made: Site) -> None:
+def test_proxy_of_the_build_arguments_overrides_the_settings(built_site: Site) -> None:
     """Names in lower and upper case are the same name for a builder."""
-    made.env.update(BUILD_ARGS="http_proxy=http://argument.test", https_proxy="http://p.test")
-    made.env["HTTP_PROXY"] = "http://environment.test"
-    spec = base_spec(made.settings(), None)
+    built_site.env.update(BUILD_ARGS="http_proxy=http://argument.test", https_proxy="http://p.test")
+    built_site.env["HTTP_PROXY"] = "http://environment.test"
+    spec = base_spec(built_site.settings(), None)
     assert spec.args["http_proxy"] == "http://argument.test"
     assert spec.proxies == {"https_proxy": "http://p.test", "HTTPS_PROXY": "http://p.test"}

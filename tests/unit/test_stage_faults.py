@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import STEADY, FakeContainer, Heard, Output, Site, heard, new_site
+from fake_engine import (
+    DETERMINISTIC,
+    BufferConsole,
+    FakeContainer,
+    Output,
+    Site,
+    console_text,
+    new_site,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -77,7 +85,7 @@ class AttemptPlayer:
                 break
         else:
             yield False, attempt.report
-        container.forget("/var/guix/guix-tasks")
+        container.remove_files("/var/guix/guix-tasks")
 
 
 pytestmark = pytest.mark.usefixtures("serial_hashing")
@@ -136,7 +144,7 @@ def diagnostics(site: Site) -> list[Path]:
 
 def test_network_fault_is_retried_in_the_same_container(site: Site, waits: list[float]) -> None:
     project = run(site, Attempt(1, [NO_NETWORK], b"half of a rep"), Attempt())
-    assert "own is retried in " in heard(project)
+    assert "own is retried in " in console_text(project)
     assert len(site.engine.specs) == 1
     assert (count_attempts(site), len(waits)) == (2, 1)
     assert diagnostics(site) == []
@@ -196,7 +204,7 @@ def test_full_disk_is_not_retried(site: Site) -> None:
 )
 def test_volume_with_an_unusable_database_is_created_again(site: Site, fault: bytes) -> None:
     project = run(site, Attempt(1, [fault]), Attempt())
-    assert " is damaged; recreating it" in heard(project)
+    assert " is damaged; recreating it" in console_text(project)
     assert "remove_volume" in [name for name, _ in site.engine.calls]
     assert site.image("own")
 
@@ -327,7 +335,7 @@ def test_last_line_without_newline_counts(site: Site) -> None:
     fail(site, Attempt(1, [NO_NETWORK, NOT_BUILT.rstrip()]))
 
 
-@STEADY
+@DETERMINISTIC
 @given(st.lists(st.sampled_from([b"a", b"\n", b"\r", b"\xc3", b"\xa9", b" b "])), st.integers(1, 5))
 def test_lines_are_the_same_for_any_chunk_size(words: list[bytes], size: int) -> None:
     log = b"".join(words) + b"\n"
@@ -574,7 +582,7 @@ class FullDisk:
 
 def test_full_disk_does_not_fail_a_stage(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.SpooledTemporaryFile", FullDisk)
-    assert "a line\n" in heard(run(site, Attempt(0, [b"a line\n"])))
+    assert "a line\n" in console_text(run(site, Attempt(0, [b"a line\n"])))
     assert site.image("own")
 
 
@@ -677,7 +685,7 @@ NOISE = (
 
 def test_plain_log_is_shown_without_noise_and_saved_completely(site: Site) -> None:
     log = b"one\n" + NOISE + b"two\n"
-    output = heard(run(site, Attempt(0, [log])))
+    output = console_text(run(site, Attempt(0, [log])))
     assert "one\ntwo\n" in output
     assert (site.directory / "out" / "logs" / "own.log").read_bytes() == log
     fail(site, Attempt(1, [log]))
@@ -692,7 +700,7 @@ def test_other_displays_show_the_whole_log(site: Site, display: Display) -> None
     project.console.display = display
     with pytest.raises(StageError):
         run_stage(project, STAGE, parent_image(site))
-    assert NOISE.decode() in heard(project)
+    assert NOISE.decode() in console_text(project)
 
 
 # --- Saved logs ---------------------------------------------------------------------------------
@@ -710,7 +718,7 @@ def test_log_of_the_last_run_is_saved_without_secrets(site: Site) -> None:
 
 def test_dry_run_keeps_the_existing_log(site: Site) -> None:
     run(site, Attempt(0, [b"the first\n"]))
-    project = site.project(TracedEngine(site.engine, Heard(), perform=False))
+    project = site.project(TracedEngine(site.engine, BufferConsole(), perform=False))
     run_stage(project, STAGE, parent_image(site), force=True)
     assert (site.directory / "out" / "logs" / "own.log").read_bytes() == b"the first\n"
 

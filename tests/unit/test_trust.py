@@ -7,7 +7,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import FakeContainer, Output, Site, heard, new_site
+from fake_engine import FakeContainer, Output, Site, console_text, new_site
 
 from guix_tasks import guix
 from guix_tasks.errors import StageError
@@ -81,7 +81,7 @@ def run(site: Site, files: dict[str, str], log: str = BUILDING) -> str:
     parent = site.engine.make_image({}, {"/x": b"", **content}, tag="parent:1")
     project = site.project()
     run_stage(project, STAGE, parent)
-    return heard(project)
+    return console_text(project)
 
 
 def fail(site: Site, files: dict[str, str], log: str = BUILDING) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import BASE_IMAGE, IMAGE, PROFILE, Site, heard
+from fake_engine import BASE_IMAGE, IMAGE, PROFILE, Site, console_text
 
 from guix_tasks import guix
 from guix_tasks.commands import commit, run, shell
@@ -199,7 +199,7 @@ def old_site(site: Site) -> Site:
 
 
 def test_stage_on_an_old_image_fails_before_it_starts(old_site: Site) -> None:
-    calls = old_site.ran(lambda: problems(lambda: old_site.make("install", force=True)))
+    calls = old_site.trace_stages(lambda: problems(lambda: old_site.make("install", force=True)))
     assert calls == []
 
 
@@ -209,7 +209,7 @@ def test_run_on_an_old_image_fails_only_with_keep(old_site: Site, *, keep: bool)
         return run.run(old_site.project(), ["true"], stage=None, keep=keep)
 
     if keep:
-        assert old_site.ran(lambda: problems(run_true)) == []
+        assert old_site.trace_stages(lambda: problems(run_true)) == []
     else:
         assert run_true() == 0
 
@@ -232,7 +232,7 @@ def test_commit_on_an_old_image_keeps_its_container(old_site: Site) -> None:
 def test_squash_of_an_old_image_is_an_error(old_site: Site) -> None:
     project = old_site.project()
     problems(lambda: squash(project))
-    assert heard(project) == ""
+    assert console_text(project) == ""
     assert old_site.engine.all_containers == {}
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from fake_engine import FakeContainer, FakeGuix, Heard, Output, Site, heard, outline
+from fake_engine import BufferConsole, FakeContainer, FakeGuix, Output, Site, console_text, outline
 
 from guix_tasks import guix
 from guix_tasks.commands.weather import weather
@@ -68,7 +68,7 @@ def test_output_of_a_manifest_is_ignored() -> None:
     assert guix.forecasts(noise + RECORDED + noise) == guix.forecasts(RECORDED)
 
 
-def play_report(made: Site, report: str) -> list[str]:
+def play_report(built_site: Site, report: str) -> list[str]:
     """Play a report and return the scripts that query the servers."""
     scripts: list[str] = []
     guix_behaviour = FakeGuix()
@@ -80,14 +80,14 @@ def play_report(made: Site, report: str) -> list[str]:
         scripts.append(container.text(f"{WORK_DIRECTORY}/stage"))
         yield True, b"looking...\n"
         yield False, report.encode()
-        container.forget(WORK_DIRECTORY)
+        container.remove_files(WORK_DIRECTORY)
 
-    made.engine.behaviour = behaviour
+    built_site.engine.behaviour = behaviour
     return scripts
 
 
 def read_results(project: Project) -> str:
-    assert isinstance(project.console, Heard)
+    assert isinstance(project.console, BufferConsole)
     return project.console.results.getvalue()
 
 
@@ -99,23 +99,25 @@ def make_report(
     return "".join(f"weather:{line}\n" for line in (f"system\t{system}", *lines, f"fetch\t{fetch}"))
 
 
-def test_query_runs_in_the_image_of_pull(made: Site) -> None:
-    made.write("manifest.scm", "(manifest)")
-    made.env |= {"GUIX_MANIFEST": "manifest.scm", "GUIX_PACKAGES": "hello git:send-email"}
-    scripts = play_report(made, make_report("hello@1 substitutable", sizes=(3, 4000, 2000, 0)))
-    initial_state = outline(made.engine)
-    project = made.project()
+def test_query_runs_in_the_image_of_pull(built_site: Site) -> None:
+    built_site.write("manifest.scm", "(manifest)")
+    built_site.env |= {"GUIX_MANIFEST": "manifest.scm", "GUIX_PACKAGES": "hello git:send-email"}
+    scripts = play_report(
+        built_site, make_report("hello@1 substitutable", sizes=(3, 4000, 2000, 0))
+    )
+    initial_state = outline(built_site.engine)
+    project = built_site.project()
     weather(project)
     (script,) = scripts
     assert shlex.split(script.splitlines()[-1]) == [
         "exec", "guix", "repl", "--", f"{WORK_DIRECTORY}/weather.scm", "x86_64-linux",
         f"{WORK_DIRECTORY}/manifest.scm", "hello", "git:send-email",
     ]  # fmt: skip
-    assert made.engine.specs[-1].image == made.image("pull").id
+    assert built_site.engine.specs[-1].image == built_site.image("pull").id
     line = "x86_64-linux: 1 of 1 available, 2 kB to download (4 kB of store items)"
-    assert line in heard(project).splitlines()
-    assert outline(made.engine) == initial_state
-    assert made.engine.all_containers == {}
+    assert line in console_text(project).splitlines()
+    assert outline(built_site.engine) == initial_state
+    assert built_site.engine.all_containers == {}
 
 
 @pytest.mark.parametrize(
@@ -126,17 +128,17 @@ def test_query_runs_in_the_image_of_pull(made: Site) -> None:
         ((2, 4000, 1000, 1), "at least 1 kB to download (4 kB of store items)"),
     ],
 )
-def test_known_sizes_are_printed(made: Site, sizes: tuple[int, ...], message: str) -> None:
-    play_report(made, make_report("hello@1 stored", sizes=sizes))
-    project = made.project()
+def test_known_sizes_are_printed(built_site: Site, sizes: tuple[int, ...], message: str) -> None:
+    play_report(built_site, make_report("hello@1 stored", sizes=sizes))
+    project = built_site.project()
     weather(project)
-    assert heard(project).splitlines()[0] == f"x86_64-linux: 1 of 1 available, {message}"
+    assert console_text(project).splitlines()[0] == f"x86_64-linux: 1 of 1 available, {message}"
 
 
-def test_missing_substitutes_are_an_error(made: Site) -> None:
-    made.env["PLATFORMS"] = "linux/amd64 linux/ppc64le"
-    scripts = play_report(made, RECORDED)
-    project = made.project()
+def test_missing_substitutes_are_an_error(built_site: Site) -> None:
+    built_site.env["PLATFORMS"] = "linux/amd64 linux/ppc64le"
+    scripts = play_report(built_site, RECORDED)
+    project = built_site.project()
     with pytest.raises(CheckError) as raised:
         weather(project)
     assert str(raised.value) == (
@@ -144,14 +146,14 @@ def test_missing_substitutes_are_an_error(made: Site) -> None:
         "powerpc64le-linux (hello@2.12.2 icecat@140.6.0-gnu1)"
     )
     assert "'x86_64-linux powerpc64le-linux'" in scripts[0]
-    lines = heard(project).splitlines()
+    lines = console_text(project).splitlines()
     assert "  missing: greet@1.0" in lines
     assert "  not for this system: icecat@140.6.0-gnu1" in lines
 
 
-def test_result_is_printed_as_json(made: Site) -> None:
-    play_report(made, make_report("hello@1 substitutable", sizes=(3, 4000, 2000, 1)))
-    project = made.project()
+def test_result_is_printed_as_json(built_site: Site) -> None:
+    play_report(built_site, make_report("hello@1 substitutable", sizes=(3, 4000, 2000, 1)))
+    project = built_site.project()
     weather(project, as_json=True)
     (item,) = json.loads(read_results(project))
     assert item == {
@@ -165,21 +167,23 @@ def test_result_is_printed_as_json(made: Site) -> None:
     }
 
 
-def test_empty_report_is_an_error(made: Site) -> None:
-    play_report(made, "")
+def test_empty_report_is_an_error(built_site: Site) -> None:
+    play_report(built_site, "")
     with pytest.raises(StageError, match="Guix did not report all systems"):
-        weather(made.project())
+        weather(built_site.project())
 
 
-def test_query_without_packages_is_an_error(made: Site) -> None:
-    made.env["GUIX_PACKAGES"] = ""
+def test_query_without_packages_is_an_error(built_site: Site) -> None:
+    built_site.env["GUIX_PACKAGES"] = ""
     with pytest.raises(UsageError, match="cannot query substitutes: no packages"):
-        weather(made.project())
+        weather(built_site.project())
 
 
-def test_dry_run_sends_no_query(made: Site) -> None:
-    scripts, project = play_report(made, ""), made.project()
-    weather(replace(project, engine=TracedEngine(made.engine, project.console, perform=False)))
+def test_dry_run_sends_no_query(built_site: Site) -> None:
+    scripts, project = play_report(built_site, ""), built_site.project()
+    weather(
+        replace(project, engine=TracedEngine(built_site.engine, project.console, perform=False))
+    )
     assert scripts == []
 
 
@@ -190,22 +194,22 @@ def test_missing_pull_is_made_before_the_query(site: Site) -> None:
     assert site.ledger.find("install") is None
 
 
-def test_required_substitute_that_is_missing_is_an_error(made: Site) -> None:
-    made.env["GUIX_REQUIRE_SUBSTITUTES"] = "yes"
-    initial_state = outline(made.engine)
-    scripts = play_report(made, make_report("hello@1 substitutable", "greet@1 missing"))
+def test_required_substitute_that_is_missing_is_an_error(built_site: Site) -> None:
+    built_site.env["GUIX_REQUIRE_SUBSTITUTES"] = "yes"
+    initial_state = outline(built_site.engine)
+    scripts = play_report(built_site, make_report("hello@1 substitutable", "greet@1 missing"))
     with pytest.raises(CheckError, match="no substitute for greet@1, and GUIX_REQUIRE_SUBSTITUTES"):
-        made.make("install", packages=("greet", "hello"))
+        built_site.make("install", packages=("greet", "hello"))
     assert "greet hello" in scripts[0]
-    assert outline(made.engine) == initial_state
-    play_report(made, make_report("hello@1 substitutable", "greet@1 stored"))
-    made.make("install", packages=("greet", "hello"))
-    assert outline(made.engine) != initial_state
+    assert outline(built_site.engine) == initial_state
+    play_report(built_site, make_report("hello@1 substitutable", "greet@1 stored"))
+    built_site.make("install", packages=("greet", "hello"))
+    assert outline(built_site.engine) != initial_state
 
 
-def test_current_stage_requires_no_substitutes(made: Site) -> None:
-    made.env["GUIX_REQUIRE_SUBSTITUTES"] = "yes"
-    scripts = play_report(made, make_report("hello@1 missing"))
-    assert made.make("install").endswith("install: up to date\n")
-    made.make("pull", force=True)
+def test_current_stage_requires_no_substitutes(built_site: Site) -> None:
+    built_site.env["GUIX_REQUIRE_SUBSTITUTES"] = "yes"
+    scripts = play_report(built_site, make_report("hello@1 missing"))
+    assert built_site.make("install").endswith("install: up to date\n")
+    built_site.make("pull", force=True)
     assert scripts == []
