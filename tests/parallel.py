@@ -1,6 +1,7 @@
-"""Distribution of tests over processes: a module, and the other image store, stay in one process.
+"""Distribution of tests over processes.
 
-Otherwise pytest-xdist would make the fixtures of a module, and start the other engine, in each.
+The tests of a module run in one process, and so do all tests on the other image store. Otherwise
+each process would create the fixtures of a module, and start the other engine.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ OTHER_STORE = "other-store"
 """Part of the ID of a test that runs on an engine with the other image store."""
 
 
-class ByFixtures(LoadScopeScheduling):  # type: ignore[misc]
-    """Give a process all tests that share expensive fixtures."""
+class FixtureScheduling(LoadScopeScheduling):  # type: ignore[misc]
+    """Run all tests that share expensive fixtures in one process."""
 
     def _split_scope(self, nodeid: str) -> str:
         path, _, name = nodeid.partition("::")
@@ -27,15 +28,15 @@ class ByFixtures(LoadScopeScheduling):  # type: ignore[misc]
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C reach the tests, also if this is a shell's background job."""
+    """Make Ctrl-C interrupt the tests, even in a background job of a shell."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)  # absent with -p no:xdist
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFixtures:
-    return ByFixtures(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> FixtureScheduling:
+    return FixtureScheduling(config, log)
 
 
 def is_worker(config: pytest.Config) -> bool:
-    """Return whether this process runs tests for another that reports them."""
+    """Return whether this process runs tests for another process that reports them."""
     return hasattr(config, "workerinput")

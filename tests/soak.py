@@ -1,8 +1,8 @@
-"""Tests with numbers: short in each run, long with ``inv test --soak``.
+"""Repeated random tests: short in each run, long with ``inv test --soak``.
 
-A test that is marked ``soak`` takes the fixture of that name: it says how often to try, gives the
-chance that is tried with (from a seed that is printed, so that a run can be had again; a short run
-has the same each time), and takes down what came of it, which is printed at the end.
+A test that is marked ``soak`` uses the fixture of that name. It sets the number of repetitions,
+provides random numbers, and collects the results, which are printed at the end of the run. The seed
+is printed, so that a run can be repeated; all short runs have the same seed.
 """
 
 from __future__ import annotations
@@ -23,53 +23,53 @@ _KEY = pytest.StashKey["Soak"]()
 
 @dataclass
 class Soak:
-    """How hard to try, and what has been tried."""
+    """Length, seed and results of the soak tests of a run."""
 
     long: bool
     seed: int
-    told: dict[str, str] = field(default_factory=dict)
+    reports: dict[str, str] = field(default_factory=dict)
 
     def times(self, short: int, long: int) -> int:
-        """How often to try: in each run, and with ``--soak``."""
+        """Return the number of repetitions: ``long`` with ``--soak``, otherwise ``short``."""
         return long if self.long else short
 
-    def chance(self, what: str) -> random.Random:
-        """A source of chance for one test, whatever other tests take."""
-        return random.Random(f"{self.seed} {what}")  # noqa: S311 -- to be had again by its seed
+    def rng(self, name: str) -> random.Random:
+        """Create the random number generator of one test, which other tests do not influence."""
+        return random.Random(f"{self.seed} {name}")  # noqa: S311 -- repeatable
 
-    def tell(self, promise: str, tried: str) -> None:
-        """Have the end of the run say what was tried of a promise; numbers, please."""
-        self.told[promise] = tried
+    def report(self, promise: str, result: str) -> None:
+        """Print at the end of the run how a promise was tested, with numbers."""
+        self.reports[promise] = result
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--soak", action="store_true", help="try the promises for hours, not seconds")
+    parser.addoption("--soak", action="store_true", help="run the soak tests for hours")
     parser.addoption("--seed", type=int, help="the seed of an earlier run")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     long, seed = config.getoption("--soak"), config.getoption("--seed")
     if seed is None:
-        # A short run is for what changed: it draws the same as the last one did.
+        # Short runs test changes of the code, so each has the same random numbers.
         seed = secrets.randbelow(10**6) if long else 1
     config.stash[_KEY] = Soak(long, seed)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"seed of what is random: --seed={config.stash[_KEY].seed}"
+    return f"seed of random tests: --seed={config.stash[_KEY].seed}"
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hand over what was tried to the process that reports it."""
+    """Send the results to the process that prints them."""
     if is_worker(session.config):
-        session.config.workeroutput["told"] = session.config.stash[_KEY].told  # type: ignore[attr-defined]
+        session.config.workeroutput["reports"] = session.config.stash[_KEY].reports  # type: ignore[attr-defined]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: WorkerController) -> None:
-    told = node.config.stash[_KEY].told
-    for promise, tried in getattr(node, "workeroutput", {}).get("told", {}).items():
-        told[promise] = f"{told[promise]}; {tried}" if promise in told else tried
+    reports = node.config.stash[_KEY].reports
+    for promise, result in getattr(node, "workeroutput", {}).get("reports", {}).items():
+        reports[promise] = f"{reports[promise]}; {result}" if promise in reports else result
 
 
 @pytest.fixture(scope="session")
@@ -80,8 +80,8 @@ def soak(pytestconfig: pytest.Config) -> Soak:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    found = config.stash[_KEY]
-    if found.told:
-        terminalreporter.section(f"what was promised, and how it was tried (--seed={found.seed})")
-        for promise, tried in found.told.items():
-            terminalreporter.write_line(f"{promise}: {tried}")
+    soak = config.stash[_KEY]
+    if soak.reports:
+        terminalreporter.section(f"tested promises (--seed={soak.seed})")
+        for promise, result in soak.reports.items():
+            terminalreporter.write_line(f"{promise}: {result}")

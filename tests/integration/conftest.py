@@ -1,4 +1,4 @@
-"""An engine, a base image, a registry and the offline example for the tests that need them."""
+"""Fixtures: engines, base image, registries, offline example and projects."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import shutil
 import sys
 from typing import TYPE_CHECKING, Protocol
 
-import engines
 import pytest
+import task_counts
 from harness import (
     HTPASSWD,
     OFFLINE,
     ROOT,
+    BuiltProject,
     Docker,
-    Made,
     Project,
-    Workshop,
+    ProjectFactory,
     builder_environment,
+    create_venv,
     free_port,
     log_in,
-    new_python,
     pip,
 )
-from island import Island, load_image, raised, start_registry
+from isolated_host import IsolatedHost, copy_image, create_isolated_host, start_registry
 from parallel import OTHER_STORE, is_worker
-from planted import PLANTED
+from planted_secrets import PLANTED_SECRETS
 
 from dev.offline import make_material
 from guix_tasks import files
@@ -55,39 +55,38 @@ if TYPE_CHECKING:
 STAGES = ("base", "pull", "install")
 
 _NO_ENGINE = pytest.StashKey[str]()
-
-
-_RAN_BEFORE = pytest.StashKey[bool]()
+_WAS_RUNNING = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_RAN_BEFORE] = private_engine().running()
+    config.stash[_WAS_RUNNING] = private_engine().running()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Stop the private engine if the tests started it, after the last process that uses it."""
-    if not is_worker(config) and not config.stash[_RAN_BEFORE] and private_engine().running():
+    """Stop the private engine if the tests started it; the main process ends last."""
+    if not is_worker(config) and not config.stash[_WAS_RUNNING] and private_engine().running():
         private_engine().down(Console())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs an engine, where there is none and none can be started.
+    """Deselect the tests that need an engine if none exists and none can be started.
 
-    In CI that is a failure, of the fixture ``engine``.
+    In CI these tests then fail in the fixture ``engine``.
     """
-    # The longest first: at the end no process should have much left while the others have none.
+    # The longest tests start first, so that all processes end at about the same time.
     items.sort(key=_rank)
-    wanted = [item for item in items if item.get_closest_marker("engine")]
-    if not wanted or os.geteuid() == 0 or os.environ.get("CI") == "true":
+    engine_tests = [item for item in items if item.get_closest_marker("engine")]
+    if not engine_tests or os.geteuid() == 0 or os.environ.get("CI") == "true":
         return
     try:
         find_engine(_docker_variables(), private_engine().socket)
     except NoEngineError as error:
-        config.stash[_NO_ENGINE] = f"{len(wanted)} tests on a real engine are skipped: {error}"
-        config.hook.pytest_deselected(items=wanted)
-        items[:] = [item for item in items if item not in wanted]
+        message = f"{len(engine_tests)} tests on a real engine are skipped: {error}"
+        config.stash[_NO_ENGINE] = message
+        config.hook.pytest_deselected(items=engine_tests)
+        items[:] = [item for item in items if item not in engine_tests]
     except EngineError:
-        pass  # for the fixture to tell
+        pass  # the fixture reports it
 
 
 LONGEST = (
@@ -99,7 +98,7 @@ LONGEST = (
 
 
 def _rank(item: pytest.Item) -> int:
-    """Return when a test starts: all of the other image store first, then the longest modules."""
+    """Return the sort key: tests on the other image store first, then the longest modules."""
     if OTHER_STORE in item.name:
         return -1
     return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
@@ -114,52 +113,51 @@ def pytest_terminal_summary(
 
 @pytest.fixture(scope="session", autouse=True)
 def summary(soak: Soak) -> Iterator[None]:
-    """Report what was searched for secrets (``planted``), and on which engines tasks ran."""
+    """Report the search for planted secrets, and the tasks that ran on each engine."""
     yield
-    if PLANTED.outputs:
-        soak.tell("no secret leaks", PLANTED.told)
-    for engine, tasks in engines.lines():
-        soak.tell(engine, tasks)
+    if PLANTED_SECRETS.outputs:
+        soak.report("no secret leaks", PLANTED_SECRETS.summary)
+    for engine, tasks in task_counts.summary():
+        soak.report(engine, tasks)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test on the machine's engine, or, if it is marked so, on one with the other store too.
+    """Run tests on the engine of the machine, and marked tests also on the other image store.
 
-    Tests of one store run together, because engines are started once.
+    Tests of one store run together, because each engine is started once.
     """
     if "store" in metafunc.fixturenames:
         both = metafunc.definition.get_closest_marker("both_stores")
-        stores = [MACHINES, *([pytest.param(OTHER, id=OTHER)] if both else [])]
-        metafunc.parametrize("store", stores, indirect=True, scope="session")
+        other = [pytest.param(OTHER_STORE, id=OTHER_STORE)] if both else []
+        metafunc.parametrize("store", [MACHINE_STORE, *other], indirect=True, scope="session")
 
 
-MACHINES = pytest.param("machine", id=pytest.HIDDEN_PARAM)
-OTHER = OTHER_STORE
+MACHINE_STORE = pytest.param("machine", id=pytest.HIDDEN_PARAM)
 
 
 @pytest.fixture(scope="session")
 def store(request: pytest.FixtureRequest) -> str:
-    """Which engine a test runs on: that of the machine, or one with the other image store."""
+    """Name the engine of a test: that of the machine, or one with the other image store."""
     return str(request.param)
 
 
 @pytest.fixture(scope="session")
 def engine(store: str, request: pytest.FixtureRequest) -> DockerEngine:
-    """The engine that a test runs on."""
-    if store == OTHER:
-        island: Island = request.getfixturevalue("other_store")
-        return island.client()
-    machines: DockerEngine = request.getfixturevalue("machine_engine")
-    return machines
+    """Return the engine of a test."""
+    if store == OTHER_STORE:
+        host: IsolatedHost = request.getfixturevalue("other_store")
+        return host.client()
+    machine_engine: DockerEngine = request.getfixturevalue("machine_engine")
+    return machine_engine
 
 
 @pytest.fixture(scope="session")
 def image_store(store: str, request: pytest.FixtureRequest) -> str:
-    """The image store that a private engine of a test is to have; empty is Docker's default."""
-    if store != OTHER:
+    """Name the image store of the private engines of a test (empty: Docker's default)."""
+    if store != OTHER_STORE:
         return ""
-    machines: DockerEngine = request.getfixturevalue("machine_engine")
-    uses_containerd = machines.info().uses_containerd
+    machine_engine: DockerEngine = request.getfixturevalue("machine_engine")
+    uses_containerd = machine_engine.info().uses_containerd
     return str((ImageStore.OVERLAY2 if uses_containerd else ImageStore.CONTAINERD).value)
 
 
@@ -170,36 +168,36 @@ def other_store(
     machine_registry: LocalRegistry,
     programs: Path,
     image_store: str,
-) -> Iterator[Island]:
-    """An engine with the image store that the machine's engine does not use."""
-    with raised(programs, image_store) as island:
-        island.ok("engine.up")
-        start_registry(island, machine_registry.directory / "root")
-        load_image(machine_base, machine_docker, island.docker)
-        yield island
+) -> Iterator[IsolatedHost]:
+    """Run an engine with the image store that the engine of the machine does not use."""
+    with create_isolated_host(programs, image_store) as host:
+        host.ok("engine.up")
+        start_registry(host, machine_registry.directory / "root")
+        copy_image(machine_base, machine_docker, host.docker)
+        yield host
 
 
 @pytest.fixture(scope="session")
 def machine_engine() -> DockerEngine:
-    """The engine of this machine; if there is none, a private one for the time of the tests."""
+    """Return the engine of this machine, or start the private engine if there is none."""
     try:
-        found = DockerEngine(_address(), helpers(os.environ))
-        found.info()
+        engine = DockerEngine(_address(), helpers(os.environ))
+        engine.info()
     except EngineError as error:
         pytest.fail(str(error), pytrace=False)
-    _find_programs()
-    return found
+    _extend_path()
+    return engine
 
 
-def made_once() -> AbstractContextManager[None]:
-    """Keep other processes of the same run from making the same thing at the same time."""
+def lock_shared_files() -> AbstractContextManager[None]:
+    """Hold a lock, so that only one process of a test run creates shared files and images."""
     return service_module.locked(files.cache_home() / "tests" / "lock")
 
 
 def _address() -> Address:
-    private, own = private_engine(), _docker_variables()
+    private, variables = private_engine(), _docker_variables()
     try:
-        address = find_engine(own, private.socket)
+        address = find_engine(variables, private.socket)
     except NoEngineError:
         if os.geteuid() != 0:
             raise
@@ -207,19 +205,20 @@ def _address() -> Address:
         if address.url != private.url or private.running():
             return address
     private.up(Console())
-    return find_engine(own, private.socket)
+    return find_engine(variables, private.socket)
 
 
 def _docker_variables() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("DOCKER_")}
 
 
-def _find_programs() -> None:
-    """Let the tests find the docker command line, with buildx, where only the private one is."""
+def _extend_path() -> None:
+    """Add docker and buildx of the private engine to ``PATH`` if docker is not installed."""
     private = private_engine()
     if not shutil.which("docker"):
-        programs = [each.parent for each in (private.docker_path(), private.buildx_path()) if each]
-        os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *map(str, programs)])
+        programs = (private.docker_path(), private.buildx_path())
+        directories = [str(program.parent) for program in programs if program]
+        os.environ["PATH"] = os.pathsep.join([os.environ["PATH"], *directories])
 
 
 @pytest.fixture(scope="session")
@@ -240,16 +239,17 @@ def machine_docker(
 
 
 def _docker(host: str, tmp_path_factory: pytest.TempPathFactory) -> Docker:
-    config, own = tmp_path_factory.mktemp("docker"), docker_config_directory(os.environ)
-    if (own / "cli-plugins").is_dir():
-        (config / "cli-plugins").symlink_to(own / "cli-plugins")
+    config = tmp_path_factory.mktemp("docker")
+    plugins = docker_config_directory(os.environ) / "cli-plugins"
+    if plugins.is_dir():
+        (config / "cli-plugins").symlink_to(plugins)
     return Docker(host, config)
 
 
 @pytest.fixture(scope="session")
 def machine_base(machine_engine: DockerEngine) -> str:
-    """An image that has Debian's Guix, on the engine of this machine."""
-    with made_once():
+    """Create an image with Debian's Guix on the engine of this machine."""
+    with lock_shared_files():
         if machine_engine.image(BASE_TAG) is None:
             make_base(machine_engine, Console(), BASE_TAG)
     return BASE_TAG
@@ -257,74 +257,76 @@ def machine_base(machine_engine: DockerEngine) -> str:
 
 @pytest.fixture(scope="session")
 def base_image(machine_base: str, engine: DockerEngine) -> str:
-    """The same image on the engine that a test runs on."""
+    """Return the same image on the engine of a test."""
     assert engine.image(machine_base)
     return machine_base
 
 
 @pytest.fixture(scope="session")
 def offline(machine_engine: DockerEngine, machine_base: str) -> Path:
-    """The channels and substitutes of the offline example."""
-    with made_once():
+    """Create the channels and substitutes of the offline example."""
+    with lock_shared_files():
         make_material(machine_engine, Console(), machine_base, OFFLINE)
     return OFFLINE / "out"
 
 
 @pytest.fixture(scope="session")
 def registry(store: str, docker: Docker, request: pytest.FixtureRequest) -> LocalRegistry:
-    """A registry that the engine of a test reaches, and that docker has logged in to."""
-    if store == OTHER:
-        found: LocalRegistry = request.getfixturevalue("other_store").registry
+    """Return a registry that the engine of a test can reach, and log in to it."""
+    if store == OTHER_STORE:
+        registry: LocalRegistry = request.getfixturevalue("other_store").registry
     else:
-        found = request.getfixturevalue("machine_registry")
-    log_in(docker, found)
-    return found
+        registry = request.getfixturevalue("machine_registry")
+    log_in(docker, registry)
+    return registry
 
 
 @pytest.fixture(scope="session")
 def machine_registry(
     tmp_path_factory: pytest.TempPathFactory, machine_docker: Docker
 ) -> Iterator[LocalRegistry]:
-    """A registry of the tests' own; only the program is the one that may be here already.
+    """Run a registry in a data directory in which ``inv`` finds it, and log in to it.
 
-    It is where ``inv`` finds it, with the account, and docker has logged in to it.
+    Only its program can be that of the user's local registry.
     """
     directory = tmp_path_factory.mktemp("data") / "guix-tasks" / "registry"
     directory.mkdir(parents=True)
     shared = local_registry()
     if shared.installed():
         (directory / "root").symlink_to(shared.directory / "root")
-    own = LocalRegistry(directory, free_port())
-    with made_once():
-        own.up(Console())
-    log_in(machine_docker, own)
-    yield own
-    own.down(Console())
+    registry = LocalRegistry(directory, free_port())
+    with lock_shared_files():
+        registry.up(Console())
+    log_in(machine_docker, registry)
+    yield registry
+    registry.down(Console())
 
 
 @pytest.fixture(scope="session")
 def programs() -> Path:
-    """An engine's unpacked packages; of the one that is here, or a copy for the tests alone."""
+    """Return the unpacked packages of the private engine, or of a cached copy for tests."""
     if private_engine().installed():
         return private_engine().directory / "root"
-    kept = PrivateEngine(files.cache_home() / "tests" / "engine")
-    with made_once():
-        if not kept.installed():
-            kept.directory.mkdir(parents=True, exist_ok=True)
-            kept._unpack(Console())
-    return kept.directory / "root"
+    cached = PrivateEngine(files.cache_home() / "tests" / "engine")
+    with lock_shared_files():
+        if not cached.installed():
+            cached.directory.mkdir(parents=True, exist_ok=True)
+            cached._unpack(Console())
+    return cached.directory / "root"
 
 
 @pytest.fixture
-def island(programs: Path, image_store: str) -> Iterator[Island]:
-    with raised(programs, image_store) as place:
-        yield place
+def host(programs: Path, image_store: str) -> Iterator[IsolatedHost]:
+    with create_isolated_host(programs, image_store) as host:
+        yield host
 
 
 @pytest.fixture(scope="session")
-def locked(registry: LocalRegistry, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A registry that lets in only who has the password."""
-    directory, port = tmp_path_factory.mktemp("locked"), free_port()
+def private_registry(
+    registry: LocalRegistry, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """Run a registry that needs the account ``USER``, and yield its address."""
+    directory, port = tmp_path_factory.mktemp("private-registry"), free_port()
     (directory / "htpasswd").write_text(HTPASSWD)
     configuration = {
         "version": 0.1,
@@ -344,16 +346,18 @@ def locked(registry: LocalRegistry, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
-def workshop(docker: Docker, registry: LocalRegistry, offline: Path) -> Workshop:
+def factory(docker: Docker, registry: LocalRegistry, offline: Path) -> ProjectFactory:
     data = registry.directory.parents[1]
-    return Workshop(docker, f"localhost:{registry.port}", offline, data)
+    return ProjectFactory(docker, f"localhost:{registry.port}", offline, data)
 
 
 @pytest.fixture(scope="session")
-def made(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    project = workshop.project(tmp_path_factory.mktemp("made") / "project")
+def built_project(
+    factory: ProjectFactory, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[BuiltProject]:
+    project = factory.create(tmp_path_factory.mktemp("built") / "project")
     try:
-        yield Made(project, {stage: project.ok(stage) for stage in STAGES})
+        yield BuiltProject(project, {stage: project.ok(stage) for stage in STAGES})
     finally:
         project.remove()
 
@@ -364,45 +368,45 @@ class NewProject(Protocol):
 
 @pytest.fixture
 def new_project(
-    workshop: Workshop, tmp_path: Path, request: pytest.FixtureRequest
+    factory: ProjectFactory, tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[NewProject]:
-    """Makes projects that have some stages finished, and removes them after the test."""
+    """Create projects with some finished stages, and remove them after the test."""
     projects: list[Project] = []
 
-    def make(*stages: str, repository: str = "", **settings: str) -> Project:
+    def create(*stages: str, repository: str = "", **settings: str) -> Project:
         directory = tmp_path / f"project{len(projects)}"
-        projects.append(workshop.project(directory, repository, **settings))
+        projects.append(factory.create(directory, repository, **settings))
         for stage in stages:
-            projects[-1].take(stage, request.getfixturevalue("made").project)
+            projects[-1].copy_stage(stage, request.getfixturevalue("built_project").project)
         return projects[-1]
 
-    yield make
+    yield create
     for project in projects:
         project.remove()
 
 
 @pytest.fixture
 def project(new_project: NewProject) -> Project:
-    """A project that has all its stages finished."""
+    """Create a project with all stages finished."""
     return new_project(*STAGES)
 
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this checkout, and those of what it needs, as locked: all that pip needs."""
+    """Build the wheel of this checkout and those of its locked dependencies."""
     directory = tmp_path_factory.mktemp("wheels")
-    # Without the hashes: a wheel is not in the lock.
-    locked = [line.split()[0] for line in (ROOT / "requirements.txt").open() if "==" in line]
-    (directory / "locked").write_text("\n".join(locked))
-    constraint = f"--constraint={directory / 'locked'}"
+    # Without hashes, because the lock file has none of this wheel.
+    versions = [line.split()[0] for line in (ROOT / "requirements.txt").open() if "==" in line]
+    (directory / "versions").write_text("\n".join(versions))
+    constraint = f"--constraint={directory / 'versions'}"
     pip(sys.executable, "wheel", f"--wheel-dir={directory}", constraint, str(ROOT))
     return directory
 
 
 @pytest.fixture(scope="session")
-def programs_of_wheel(wheels: Path) -> Path:
-    """The programs of a virtual environment that has the wheel, and what that asks for."""
-    programs = new_python(wheels / "venv")
+def wheel_programs(wheels: Path) -> Path:
+    """Install the wheel in a virtual environment, and return the directory of its programs."""
+    programs = create_venv(wheels / "venv")
     pip(str(programs / "python"), "install", "--no-index", f"--find-links={wheels}", "guix-tasks")
     return programs
 
@@ -411,10 +415,10 @@ def programs_of_wheel(wheels: Path) -> Path:
 def builder(
     request: pytest.FixtureRequest, registry: LocalRegistry, tmp_path: Path
 ) -> dict[str, str]:
-    """The environment in which the one or the other builder is found."""
+    """Return an environment in which `inv` uses buildx or the classic builder."""
     environment = builder_environment(request.param)
     if request.param == "classic":
-        # The registry alone: the private engine of the other image store has buildx.
+        # Only the registry, because the private engine of the other image store has buildx.
         data = tmp_path / "data"
         (data / "guix-tasks").mkdir(parents=True)
         (data / "guix-tasks" / "registry").symlink_to(registry.directory)
@@ -424,8 +428,8 @@ def builder(
 
 @pytest.fixture(scope="session")
 def plain_image(engine: DockerEngine) -> str:
-    """A Debian that has no Guix; as the base image, it is made once."""
-    with made_once():
+    """Create an image of Debian without Guix."""
+    with lock_shared_files():
         if engine.image(PLAIN_TAG) is None:
             make_base(engine, Console(), PLAIN_TAG, plain=True)
     return PLAIN_TAG

@@ -1,4 +1,4 @@
-"""The real command line in a directory of its own, and what the tests look at an engine with."""
+"""Test projects that run the real command line, and helpers to inspect an engine."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import engines
-import planted
+import planted_secrets
 import pytest
-from planted import PLANTED
+import task_counts
+from planted_secrets import PLANTED_SECRETS
 
 from guix_tasks.bootstrap import service
 from guix_tasks.bootstrap.base_image import BASE_TAG
@@ -43,10 +43,9 @@ ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = ROOT / "examples" / "offline"
 LOCK = "channels.lock.scm"
 
-# Of the fixture `locked`.
+# The account of the fixture `private_registry`, and its password as `htpasswd -B` writes it.
 USER = "somebody"
 PASSWORD = "right"  # noqa: S105
-# That password, as `htpasswd -B` writes it.
 HTPASSWD = f"{USER}:$2b$04$w.r4zYKSBsKgHr.tBB3X3uMaOFQ7ox0KPMyBmQqiWqZ2vZmQJhjaa\n"
 
 Result = subprocess.CompletedProcess[str]
@@ -54,16 +53,15 @@ Result = subprocess.CompletedProcess[str]
 
 @dataclass(frozen=True)
 class Docker:
-    """The docker command line on one engine, with accounts of the tests' own."""
+    """The docker command line on one engine, with the accounts in a directory."""
 
     host: str
     directory: Path
-    """The command line's own, where its accounts are."""
 
     @property
     def environment(self) -> dict[str, str]:
-        ours = {name: value for name, value in os.environ.items() if not name.startswith("DOCKER_")}
-        return {**ours, "DOCKER_HOST": self.host, "DOCKER_CONFIG": str(self.directory)}
+        other = {key: value for key, value in os.environ.items() if not key.startswith("DOCKER_")}
+        return {**other, "DOCKER_HOST": self.host, "DOCKER_CONFIG": str(self.directory)}
 
     def __call__(self, *arguments: str, timeout: float = 240) -> Result:
         return call(self.argv(*arguments), self.environment, timeout)
@@ -72,23 +70,22 @@ class Docker:
         return ["docker", f"--host={self.host}", f"--config={self.directory}", *arguments]
 
     def ok(self, *arguments: str) -> str:
-        """Standard output of a call that has to succeed."""
+        """Return the standard output of a call, which must succeed."""
         result = self(*arguments)
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
 
     def run(self, image: str, *command: str, options: Sequence[str] = ()) -> Result:
-        """``docker run``, as anybody would who has the image."""
         return self("run", "--rm", "--network=none", *options, image, *command)
 
     def id(self, image: str) -> str:
         return self.ok("image", "inspect", "--format={{.Id}}", image)
 
     def config(self, image: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(
+        config: dict[str, Any] = json.loads(
             self.ok("image", "inspect", "--format={{json .Config}}", image)
         )
-        return found
+        return config
 
     def labels(self, image: str) -> dict[str, str]:
         return self.config(image).get("Labels") or {}
@@ -96,32 +93,32 @@ class Docker:
 
 @dataclass
 class Project:
-    """An env file in a directory, and everything on the engine that has its name."""
+    """A directory with an env file, and the images, containers and volumes of the project."""
 
     directory: Path
     image: str
     docker: Docker
     settings: dict[str, str]
     data: Path
-    """What is to last between its calls: the local registry's account above all."""
+    """``XDG_DATA_HOME``, which has the account of the local registry."""
     program: Sequence[str] = field(default_factory=lambda: [*inv_argv()])
-    """The command line, of this checkout where no other is installed."""
-    containers_by_hand: list[str] = field(default_factory=list)
-    seen: set[str] = field(default_factory=set)
+    """The command line (default: that of this checkout)."""
+    extra_containers: list[str] = field(default_factory=list)
+    image_ids: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         (self.directory / "home").mkdir(parents=True)
-        planted.write_account(self.directory / "home")
+        planted_secrets.write_account(self.directory / "home")
         self.set(IMAGE=self.image)
 
     def set(self, **settings: str) -> None:
-        """Write the env file, with these settings changed."""
+        """Change settings in the env file."""
         self.settings |= settings
         lines = (f"{name}={value}\n" for name, value in self.settings.items())
         (self.directory / "project.env").write_text("".join(lines))
 
-    def dockerfile(self, text: str) -> None:
-        """Build from a Dockerfile of one's own, in a context that has nothing else."""
+    def write_dockerfile(self, text: str) -> None:
+        """Use a custom Dockerfile, in a build context that contains only this file."""
         context = self.directory / "context"
         context.mkdir(exist_ok=True)
         (context / "Dockerfile").write_text(text)
@@ -129,9 +126,9 @@ class Project:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Nothing of the person's own settings."""
+        """Environment of the command line, without the settings of the developer."""
         return {
-            **planted.ENVIRONMENT,
+            **planted_secrets.ENVIRONMENT,
             "PATH": os.environ["PATH"],
             "LANG": "C.UTF-8",
             "HOME": str(self.directory / "home"),
@@ -143,31 +140,31 @@ class Project:
     def inv(
         self, *arguments: str, env: dict[str, str] | None = None, timeout: float = 360
     ) -> Result:
-        """Run the real command line to its end."""
-        self._look()
+        """Run the command line until it ends."""
+        self._record_images()
         result = call(
             [*self.program, *arguments],
             {**self.environment, **(env or {})},
             timeout,
             self.directory,
         )
-        self._look()
-        PLANTED.look_at_output(f"inv {arguments}", result.stdout, result.stderr)
+        self._record_images()
+        PLANTED_SECRETS.check_output(f"inv {arguments}", result.stdout, result.stderr)
         if result.returncode == 0:
-            engines.record(self.docker.host, arguments)
+            task_counts.record_call(self.docker.host, arguments)
         return result
 
     def ok(self, *arguments: str, timeout: float = 360) -> Result:
-        """Run the real command line, which has to succeed."""
+        """Run the command line, which must succeed."""
         result = self.inv(*arguments, timeout=timeout)
         assert result.returncode == 0, result.stderr
         return result
 
-    def start(self, *arguments: str, env: dict[str, str] | None = None) -> Running:
-        """Run the real command line beside the test."""
+    def start(self, *arguments: str, env: dict[str, str] | None = None) -> RunningTask:
+        """Start the command line in the background."""
         log = self.directory / "log"
         with log.open("wb") as output:
-            started = subprocess.Popen(
+            process = subprocess.Popen(
                 inv_argv(*arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -176,25 +173,25 @@ class Project:
                 env={**self.environment, **(env or {})},
                 start_new_session=True,
             )
-        return Running(started, log)
+        return RunningTask(process, log)
 
     def tag(self, name: str = "") -> str:
-        """The tag of a stage, or of the image."""
+        """Return the tag of a stage, or ``IMAGE``."""
         return f"{self.image}-{name}" if name else self.image
 
     @property
     def repository(self) -> str:
         return self.image.rpartition(":")[0]
 
-    def take(self, stage: str, model: Project) -> None:
-        """Have a finished stage of another project, as if it had been run here."""
+    def copy_stage(self, stage: str, source: Project) -> None:
+        """Copy a finished stage of another project, as if it had been run in this project."""
         for tag in (self.tag(stage), self.tag()):
-            self.docker.ok("tag", model.tag(stage), tag)
+            self.docker.ok("tag", source.tag(stage), tag)
         if stage == "pull":
-            shutil.copy(model.directory / LOCK, self.directory)
+            shutil.copy(source.directory / LOCK, self.directory)
 
     def tags(self) -> dict[str, str]:
-        """Every local tag of the repository, with the image that it stands for."""
+        """Return the ID of the image of each local tag of the repository."""
         listing = self.docker.ok(
             "image", "ls", "--no-trunc", "--format={{.Tag}} {{.ID}}", self.repository
         )
@@ -202,173 +199,173 @@ class Project:
         return {tag: image for tag, image in pairs if tag != "<none>"}
 
     def id(self, name: str = "") -> str | None:
-        """What a stage's tag stands for, or the image's."""
+        """Return the ID of the image of a stage, or of ``IMAGE``."""
         return self.tags().get(self.tag(name).rpartition(":")[2])
 
     def containers(self) -> list[str]:
-        """The names of our own containers."""
-        only = f"--filter=label={PROJECT_LABEL}={self.image}"
-        return self.docker.ok("container", "ls", "--all", only, "--format={{.Names}}").split()
+        """Return the names of the project's containers."""
+        option = f"--filter=label={PROJECT_LABEL}={self.image}"
+        return self.docker.ok("container", "ls", "--all", option, "--format={{.Names}}").split()
 
     def volumes(self) -> list[str]:
-        """The names of our own volumes."""
-        only = f"--filter=name={self.settings['CACHE_VOLUME']}"
-        return self.docker.ok("volume", "ls", "--quiet", only).split()
+        """Return the names of the project's volumes."""
+        option = f"--filter=name={self.settings['CACHE_VOLUME']}"
+        return self.docker.ok("volume", "ls", "--quiet", option).split()
 
     def container_name(self) -> str:
-        """A name for a container that is removed with the project."""
-        self.containers_by_hand.append(f"guix-tasks-test-{secrets.token_hex(6)}")
-        return self.containers_by_hand[-1]
+        """Return a new name for a container that ``remove`` removes."""
+        self.extra_containers.append(f"guix-tasks-test-{secrets.token_hex(6)}")
+        return self.extra_containers[-1]
 
     @contextmanager
-    def unharmed(self) -> Iterator[None]:
-        """What is done inside moves no tag and leaves no container."""
-        before = self.tags()
+    def assert_unchanged(self) -> Iterator[None]:
+        """Check that the block changes no tag and leaves no container."""
+        tags = self.tags()
         yield
-        assert self.tags() == before
+        assert self.tags() == tags
         assert self.containers() == []
 
     def remove(self) -> None:
-        """Remove all of it from the engine, as far as nobody else holds it.
+        """Remove the project's containers, volumes and unused images from the engine.
 
-        Fails where a planted secret is in something that it has left.
+        Fail if one of them, or a file of the project, contains a planted secret.
         """
-        self._look()
+        self._record_images()
         try:
-            self.look_for_secrets()
+            self.check_secrets()
         finally:
             self._remove()
 
-    def look_for_secrets(self) -> None:
-        """Look into all that it has made: files, containers, images and their histories."""
-        for place in ("out", LOCK, "log"):
-            path = self.directory / place
+    def check_secrets(self) -> None:
+        """Search files, containers, images and their histories for planted secrets."""
+        for name in ("out", LOCK, "log"):
+            path = self.directory / name
             for file in [path, *path.rglob("*")]:
                 if file.is_file():
-                    PLANTED.look_at_file(file)
-        containers = {*self.containers(), *self.containers_by_hand}
-        images = self.seen - PLANTED.images
-        # One that is gone is not shown, and the others are.
-        PLANTED.look("a container", self.docker("inspect", *containers, "none").stdout)
-        PLANTED.look("an image", self.docker("image", "inspect", *images, "none").stdout)
+                    PLANTED_SECRETS.check_file(file)
+        containers = {*self.containers(), *self.extra_containers}
+        images = self.image_ids - PLANTED_SECRETS.images
+        # Docker prints the existing ones even if another one is missing.
+        PLANTED_SECRETS.check("a container", self.docker("inspect", *containers, "none").stdout)
+        PLANTED_SECRETS.check("an image", self.docker("image", "inspect", *images, "none").stdout)
         for image in images:
             history = self.docker("history", "--no-trunc", "--format=json", image)
             if history.returncode == 0:
-                PLANTED.look("the history of an image", history.stdout)
-                PLANTED.images.add(image)
-        PLANTED.containers |= containers
+                PLANTED_SECRETS.check("the history of an image", history.stdout)
+                PLANTED_SECRETS.images.add(image)
+        PLANTED_SECRETS.containers |= containers
 
     def _remove(self) -> None:
-        for name in [*self.containers(), *self.containers_by_hand]:
+        for name in [*self.containers(), *self.extra_containers]:
             self.docker("rm", "--force", "--volumes", name)
         for tag in self.tags():
             self.docker("rmi", "--force", f"{self.repository}:{tag}")
-        for image in self.seen:
-            # Whatever has a tag still is somebody else's: the base image may be one of them.
+        for image in self.image_ids:
+            # An image that still has a tag belongs to others; it can be the base image.
             tags = self.docker("image", "inspect", "--format={{len .RepoTags}}", image)
             if tags.stdout.strip() == "0":
                 self.docker("rmi", image)
         for volume in self.volumes():
             self.docker("volume", "rm", volume)
 
-    def _look(self) -> None:
-        # An image that a tag has left is known by nothing but its ID.
-        self.seen |= set(self.tags().values())
+    def _record_images(self) -> None:
+        # An image that lost its tags can be removed only by its ID.
+        self.image_ids |= set(self.tags().values())
 
 
 @dataclass(frozen=True)
-class Running:
-    """A command line that was started, and what it says."""
+class RunningTask:
+    """A command line in the background, and its output."""
 
-    inv: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes]
     log: Path
 
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def await_output(self, text: str) -> None:
-        eventually(lambda: text in self.said() or self.has_ended(), f"{text!r} in the output")
-        assert text in self.said(), self.said()
+    def wait_for_output(self, text: str) -> None:
+        wait_until(lambda: text in self.output() or self.has_ended(), f"{text!r} in the output")
+        assert text in self.output(), self.output()
 
     def signal(self, number: int) -> int:
-        """Send a signal, and wait for the end; the exit status."""
-        self.inv.send_signal(number)
-        status = self.inv.wait(timeout=120)
-        PLANTED.look_at_output("what was stopped", self.log.read_bytes())
+        """Send a signal, wait for the end, and return the exit status."""
+        self.process.send_signal(number)
+        status = self.process.wait(timeout=120)
+        PLANTED_SECRETS.check_output("an interrupted task", self.log.read_bytes())
         return status
 
-    def goes_on(self, seconds: float) -> bool:
-        """Wait; whether it has not ended by then."""
+    def is_running_after(self, seconds: float) -> bool:
+        """Wait, and return whether the command line is still running."""
         with suppress(subprocess.TimeoutExpired):
-            self.inv.wait(timeout=seconds)
+            self.process.wait(timeout=seconds)
         return not self.has_ended()
 
     def has_ended(self) -> bool:
-        return self.inv.poll() is not None
+        return self.process.poll() is not None
 
 
 class Terminal:
-    """A command line with a person before it."""
+    """A command line on a terminal."""
 
     def __init__(self, project: Project, *arguments: str) -> None:
-        self._ours, theirs = os.openpty()
+        self._master, terminal = os.openpty()
         self._process = subprocess.Popen(
             inv_argv(*arguments),
-            stdin=theirs,
-            stdout=theirs,
-            stderr=theirs,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
             cwd=project.directory,
             env={**project.environment, "TERM": "dumb"},
             start_new_session=True,
         )
-        os.close(theirs)
-        self.said = ""
+        os.close(terminal)
+        self.output = ""
 
     def type(self, line: str) -> None:
-        os.write(self._ours, f"{line}\n".encode())
+        os.write(self._master, f"{line}\n".encode())
 
     def expect(self, text: str, seconds: float = 30) -> None:
         end = time.monotonic() + seconds
-        while text not in self.said:
-            assert time.monotonic() < end, self.said
-            assert self._read(), self.said
+        while text not in self.output:
+            assert time.monotonic() < end, self.output
+            assert self._read(), self.output
 
     def end(self) -> int:
-        """Wait until it ends; the exit status."""
+        """Wait for the end, and return the exit status."""
         while self._read():
             pass
-        os.close(self._ours)
-        PLANTED.look_at_output("a terminal", self.said)
+        os.close(self._master)
+        PLANTED_SECRETS.check_output("a terminal", self.output)
         return self._process.wait(timeout=120)
 
     def _read(self) -> bool:
-        if not select.select([self._ours], [], [], 30)[0]:
+        if not select.select([self._master], [], [], 30)[0]:
             self._process.kill()
         try:
-            data = os.read(self._ours, 4096)
-        except OSError:  # how Linux says that the other side is closed
+            data = os.read(self._master, 4096)
+        except OSError:  # the other side is closed
             return False
-        self.said += data.decode(errors="replace")
+        self.output += data.decode(errors="replace")
         return bool(data)
 
 
-class Witness:
-    """A socket before the engine's that takes down every request that passes."""
+class RecordingProxy:
+    """A proxy of the engine's socket that records every request."""
 
     def __init__(self, host: str) -> None:
         self._engine = host.removeprefix("unix://")
         self.requests: list[str] = []
 
     @contextmanager
-    def listening(self) -> Iterator[str]:
-        """Listen while the block runs; the address."""
-        witness = self
+    def listen(self) -> Iterator[str]:
+        """Listen while the block runs, and yield the address."""
+        proxy = self
 
         class Relay(socketserver.BaseRequestHandler):
             def handle(self) -> None:
-                witness.relay(self.request)
+                proxy.relay(self.request)
 
-        # Not in the directory of the test: the path of a socket has to be short.
+        # The path of a socket must be short, so it is not in the directory of the test.
         with tempfile.TemporaryDirectory() as directory:
             path = f"{directory}/docker.sock"
             with socketserver.ThreadingUnixStreamServer(path, Relay) as server:
@@ -382,28 +379,28 @@ class Witness:
             engine.connect(self._engine)
             back = threading.Thread(target=_copy, args=(engine, client), daemon=True)
             back.start()
-            _copy(client, engine, self._note)
+            _copy(client, engine, self._record)
             back.join(timeout=5)
 
-    def _note(self, data: bytes) -> None:
+    def _record(self, data: bytes) -> None:
         lines = re.findall(rb"^([A-Z]+ /\S*) HTTP/1\.1\r$", data, re.MULTILINE)
         self.requests += [line.decode() for line in lines]
 
 
 def _copy(
-    source: socket.socket, target: socket.socket, note: Callable[[bytes], None] | None = None
+    source: socket.socket, target: socket.socket, record: Callable[[bytes], None] | None = None
 ) -> None:
     while data := source.recv(1 << 16):
-        if note:
-            note(data)
+        if record:
+            record(data)
         target.sendall(data)
-    with suppress(OSError):  # who was spoken to has gone
+    with suppress(OSError):  # the target has closed the connection
         target.shutdown(socket.SHUT_WR)
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """What every project of the tests is made with."""
+class ProjectFactory:
+    """Engine, registry address and offline example of test projects."""
 
     docker: Docker
     registry: str
@@ -411,8 +408,8 @@ class Workshop:
     data: Path
     token: str = field(default_factory=lambda: secrets.token_hex(4))
 
-    def project(self, directory: Path, repository: str = "", **settings: str) -> Project:
-        """The offline example, under a name that no other project has."""
+    def create(self, directory: Path, repository: str = "", **settings: str) -> Project:
+        """Create a project with the offline example and a unique name."""
         name = f"{self.registry}/guix-tasks-test-{self.token}/{secrets.token_hex(4)}"
         defaults = {
             "BASE_IMAGE": BASE_TAG,
@@ -429,8 +426,8 @@ class Workshop:
         image = f"{repository or name}:t"
         return Project(directory, image, self.docker, {**defaults, **settings}, self.data)
 
-    def commit_of(self, channel: str) -> str:
-        """The commit that a channel of the offline example is at."""
+    def channel_commit(self, channel: str) -> str:
+        """Return the newest commit of a channel of the offline example."""
         branch = self.offline / "channels" / channel / ".git" / "refs" / "heads" / "master"
         return branch.read_text().strip()
 
@@ -475,19 +472,19 @@ CONTENTS = """
 
 
 @dataclass(frozen=True)
-class Made:
-    """The offline example, made by one call for each task."""
+class BuiltProject:
+    """The offline example with finished stages, and the result of each task by its name."""
 
     project: Project
     calls: dict[str, Result]
 
 
-def contents(docker: Docker, image: str) -> str:
-    """What is in an image, store items and all, as far as it must not depend on how it was made."""
-    said = docker.run(image, "sh", "-c", CONTENTS, options=("--entrypoint=/entry-point.sh",))
-    assert said.returncode == 0, said.stderr
-    assert "Hello, world!" in said.stdout
-    return said.stdout
+def read_contents(docker: Docker, image: str) -> str:
+    """Describe the content of an image that must not depend on how the image was made."""
+    result = docker.run(image, "sh", "-c", CONTENTS, options=("--entrypoint=/entry-point.sh",))
+    assert result.returncode == 0, result.stderr
+    assert "Hello, world!" in result.stdout
+    return result.stdout
 
 
 CHECK_STORE = """
@@ -508,20 +505,20 @@ echo "dead: $(guix gc --list-dead 2>/dev/null | tr '\\n' ' ')"
 
 
 def check_store(docker: Docker, image: str) -> None:
-    """Check that an image has exactly the items that its database knows and its roots need."""
-    done = docker.run(
+    """Check that an image has exactly the items of its database, and that all are needed."""
+    result = docker.run(
         image,
         "sh",
         "-c",
         CHECK_STORE,
         options=["--privileged", "--entrypoint=/entry-point.sh"],
     )
-    assert done.returncode == 0, done.stderr
-    assert "not in the database: \n" in done.stdout
-    assert "not in the store: \n" in done.stdout
-    assert "dead: \n" in done.stdout
-    for trouble in ("disappeared", "modified", "not valid", "error"):
-        assert trouble not in done.stdout
+    assert result.returncode == 0, result.stderr
+    assert "not in the database: \n" in result.stdout
+    assert "not in the store: \n" in result.stdout
+    assert "dead: \n" in result.stdout
+    for message in ("disappeared", "modified", "not valid", "error"):
+        assert message not in result.stdout
 
 
 INV = """
@@ -533,7 +530,7 @@ main("inv")
 
 
 def inv_argv(*arguments: str) -> list[str]:
-    """The command line of this Python with the tasks of this checkout, as ``./inv`` has it."""
+    """Return a command that runs the tasks of this checkout with this Python, as ``./inv`` does."""
     return [sys.executable, "-c", INV, str(ROOT), *arguments]
 
 
@@ -554,7 +551,7 @@ def call(
 
 
 def log_in(docker: Docker, registry: LocalRegistry) -> Credentials:
-    """Let a docker command line have the account of a registry of ours; that account."""
+    """Write the account of a registry for a docker command line, and return it."""
     account = registry.account.credentials()
     assert account
     pair = base64.b64encode(f"{account.username}:{account.password}".encode()).decode()
@@ -564,45 +561,45 @@ def log_in(docker: Docker, registry: LocalRegistry) -> Credentials:
     return account
 
 
-def new_python(directory: Path) -> Path:
-    """A virtual environment of this Python's; the directory of its programs."""
-    made = call([sys.executable, "-m", "venv", str(directory)], dict(os.environ), 120)
-    assert made.returncode == 0, made.stderr
+def create_venv(directory: Path) -> Path:
+    """Create a virtual environment, and return the directory of its programs."""
+    result = call([sys.executable, "-m", "venv", str(directory)], dict(os.environ), 120)
+    assert result.returncode == 0, result.stderr
     return directory / "bin"
 
 
 def pip(python: str, *arguments: str) -> None:
     argv = [python, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
     result = call(argv, dict(os.environ), 300)
-    # Here pip fetches what builds a wheel; that there is no index is no fault of the wheel.
+    # pip downloads the build backend of a wheel, which needs a package index.
     if "Could not find a version" in result.stderr:
-        pytest.skip(f"pip {arguments[0]}: no index of packages is in reach: {result.stderr[-300:]}")
+        pytest.skip(f"pip {arguments[0]}: no package index is reachable: {result.stderr[-300:]}")
     assert result.returncode == 0, result.stderr
 
 
-def running(*argv: str) -> list[int]:
-    """The processes of this machine, those in containers too, that run a command."""
+def find_processes(*argv: str) -> list[int]:
+    """Return the processes of this machine and its containers that run a command."""
     command = "\0".join((*argv, "")).encode()
-    return [pid for pid in service.processes() if _command_of(pid) == command]
+    return [pid for pid in service.processes() if _read_command(pid) == command]
 
 
-def _command_of(pid: int) -> bytes:
+def _read_command(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
 
 
-def eventually(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], description: str, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        assert time.monotonic() < end, f"not within {seconds} s: {description}"
         time.sleep(0.05)
 
 
 @contextmanager
-def repeated(action: Callable[[], object], seconds: float) -> Iterator[None]:
-    """Call a function again and again while the block runs, with a pause of ``seconds``."""
+def repeat_action(action: Callable[[], object], seconds: float) -> Iterator[None]:
+    """Call a function repeatedly while the block runs, with a pause of ``seconds``."""
     ended = threading.Event()
 
     def repeat() -> None:
@@ -619,22 +616,25 @@ def repeated(action: Callable[[], object], seconds: float) -> Iterator[None]:
         thread.join()
 
 
-def one_error(result: Result, status: int) -> str:
-    """The one line of a failure that says what it was."""
+def expect_error(result: Result, status: int) -> str:
+    """Check that a call failed with exactly one error line, and return the line."""
     assert result.returncode == status, result.stderr
     assert "Traceback" not in result.stdout + result.stderr
-    found = errors(result.stderr)
-    assert len(found) == 1, result.stderr
-    return found[0]
+    lines = error_lines(result.stderr)
+    assert len(lines) == 1, result.stderr
+    return lines[0]
 
 
-def errors(output: str) -> list[str]:
-    """The lines that say what went wrong; a progress bar of Guix may stand before one."""
+def error_lines(output: str) -> list[str]:
+    """Return the error messages of an output; a progress bar of Guix may precede them."""
     return re.findall(r"^(?:.*\x1b\[K.*?)?(error: .*)$", output, re.MULTILINE)
 
 
 def builder_environment(name: str) -> dict[str, str]:
-    """The environment in which inv finds buildx, or does not; skips where that cannot be had."""
+    """Return the environment in which `inv` uses a builder, ``buildx`` or ``classic``.
+
+    Skip the test if this machine cannot provide the builder.
+    """
     program = buildx.find_program(os.environ, private_engine().buildx_path())
     directories = os.environ["PATH"].split(os.pathsep)
     if name == "buildx":
@@ -648,8 +648,8 @@ def builder_environment(name: str) -> dict[str, str]:
     }
 
 
-def without(packages: str, directory: Path) -> dict[str, str]:
-    """The environment of a Python that lacks some packages."""
+def hide_packages(packages: str, directory: Path) -> dict[str, str]:
+    """Return the environment of a Python that cannot import some packages."""
     (directory / "sitecustomize.py").write_text(
         "import sys\n"
         "class Missing:\n"
@@ -662,9 +662,9 @@ def without(packages: str, directory: Path) -> dict[str, str]:
 
 
 class HttpHandler(BaseHTTPRequestHandler):
-    """A handler without TLS, which answers a client that tries TLS first as a server in Go does.
+    """A handler without TLS that answers TLS clients as a server in Go does.
 
-    The containerd image store then continues without TLS.
+    The containerd image store then retries without TLS.
     """
 
     def handle(self) -> None:

@@ -1,7 +1,7 @@
-"""Registries on loopback that record the account of every request.
+"""Registries on the loopback interface that record the account of each request.
 
-Each holds its content in memory, speaks as much of OCI's distribution specification as pushes and
-pulls need, and lets in one account, or anybody.
+A registry keeps its content in memory, implements the parts of OCI's distribution specification
+that pushes and pulls need, and accepts either one account or all requests.
 """
 
 from __future__ import annotations
@@ -26,22 +26,21 @@ _PATH = re.compile(r"/v2/(?P<name>.+)/(?P<kind>manifests|blobs/uploads|blobs)/(?
 
 @dataclass
 class RecordingRegistry:
-    """A registry, its content, and the accounts that were sent to it."""
+    """A registry, its content, and the accounts that it received."""
 
     account: str = ""
-    """``USER:PASSWORD`` that it lets in; empty: it lets in anybody."""
+    """The accepted account ``USER:PASSWORD`` (default: no authentication)."""
     port: int = 0
-    seen: set[str] = field(default_factory=set)
-    """Every account that came, as ``USER:PASSWORD``, or the header as it was."""
+    accounts: set[str] = field(default_factory=set)
+    """The received accounts, as ``USER:PASSWORD``, or the header if it is not Basic."""
     requests: int = 0
     blobs: dict[str, bytes] = field(default_factory=dict)
     uploads: dict[str, bytes] = field(default_factory=dict)
     manifests: dict[str, tuple[str, bytes]] = field(default_factory=dict)
-    """By ``NAME:TAG`` and ``NAME@DIGEST``: the media type and the content."""
+    """Media type and content, by ``NAME:TAG`` and ``NAME@DIGEST``."""
     immutable: bool = False
-    """Whether it refuses each push of a tag that it has."""
-    refused: set[str] = field(default_factory=set)
-    """Tags that it does not take."""
+    """Whether it rejects pushes of existing tags."""
+    rejected_tags: set[str] = field(default_factory=set)
 
     @property
     def host(self) -> str:
@@ -49,26 +48,26 @@ class RecordingRegistry:
 
     @property
     def auth(self) -> str:
-        """The account as Docker's configuration holds it."""
+        """The account as Docker's configuration has it."""
         return base64.b64encode(self.account.encode()).decode()
 
-    def forget(self) -> None:
-        self.seen.clear()
+    def reset(self) -> None:
+        self.accounts.clear()
         self.requests = 0
 
     def record(self, header: str | None) -> bool:
-        """Record the header ``Authorization`` of a request; whether it may go on."""
+        """Record the header ``Authorization`` of a request, and return whether to accept it."""
         self.requests += 1
-        shown = ""
+        account = ""
         if header is not None:
             kind, _, value = header.partition(" ")
-            shown = base64.b64decode(value).decode() if kind == "Basic" else header
-            self.seen.add(shown)
-        return shown == self.account if self.account else True
+            account = base64.b64decode(value).decode() if kind == "Basic" else header
+            self.accounts.add(account)
+        return account == self.account if self.account else True
 
 
 @contextmanager
-def serving(account: str = "") -> Iterator[RecordingRegistry]:
+def run_registry(account: str = "") -> Iterator[RecordingRegistry]:
     registry = RecordingRegistry(account)
     with ThreadingHTTPServer(
         ("127.0.0.1", 0), type("Handler", (_Handler,), {"registry": registry})
@@ -85,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
     registry: RecordingRegistry
     protocol_version = "HTTP/1.1"
     default_request_version = "HTTP/1.1"
-    """Else who tries TLS first does not see that this is HTTP."""
+    """Otherwise a client that tries TLS first does not recognize HTTP."""
 
     def _any(self) -> None:
         body = self._body()
@@ -109,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PATCH = do_PUT = _any  # noqa: N815 -- the base class's names
 
     def _manifest(self, name: str, reference: str, body: bytes) -> None:
-        if self.command == "PUT" and reference in self.registry.refused:
+        if self.command == "PUT" and reference in self.registry.rejected_tags:
             self._answer(403, _error("DENIED"))
             return
         has_tag = f"{name}:{reference}" in self.registry.manifests
@@ -124,11 +123,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self.registry.manifests[f"{name}:{reference}"] = (kind, body)
             self._answer(201, b"", {"Docker-Content-Digest": digest})
             return
-        mark = "@" if reference.startswith("sha256:") else ":"
-        found = self.registry.manifests.get(f"{name}{mark}{reference}")
-        if found:
-            headers = {"Content-Type": found[0], "Docker-Content-Digest": _digest(found[1])}
-            self._answer(200, found[1], headers)
+        separator = "@" if reference.startswith("sha256:") else ":"
+        manifest = self.registry.manifests.get(f"{name}{separator}{reference}")
+        if manifest:
+            kind, content = manifest
+            headers = {"Content-Type": kind, "Docker-Content-Digest": _digest(content)}
+            self._answer(200, content, headers)
         else:
             self._answer(404, _error("MANIFEST_UNKNOWN"))
 
@@ -163,9 +163,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
-        given = {"Content-Type": "application/json", "Content-Length": str(len(body))}
-        for each, value in {**given, **(headers or {})}.items():
-            self.send_header(each, value)
+        defaults = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        for name, value in {**defaults, **(headers or {})}.items():
+            self.send_header(name, value)
         self.send_header("Docker-Distribution-API-Version", "registry/2.0")
         self.end_headers()
         if self.command != "HEAD":

@@ -1,7 +1,7 @@
-"""A rootless Docker Engine of the tests' own: the private engine's programs, run by another user.
+"""A rootless Docker Engine for tests: the programs of the private engine, run by another user.
 
 Rootlesskit and slirp4netns come from Debian's packages. The engine has its own user, mount and
-network namespace, so its ``localhost`` is not that of this machine.
+network namespaces, so its ``localhost`` is not that of this machine.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from island import link
-from podmen import unpacked
+from isolated_host import link_or_copy
+from podman_service import unpack_packages
 
 from guix_tasks.bootstrap import service
 from guix_tasks.bootstrap.apt import host_suite
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 USER = 65534
-"""The user nobody, who owns nothing."""
+"""The user nobody, which owns no files."""
 
 START = """
 set -e
 top=$1 programs=$2 run=$3 user=$4
-# As if the packages were installed, for this process and what it starts.
+# Make the packages look installed to this process and its children.
 mount -t overlay -o "lowerdir=$top/etc:/etc" none /etc
 mount -t overlay -o "lowerdir=$top/usr:/usr" none /usr
-# The device of this machine may be root's alone.
+# Only root may be able to open the device of this machine.
 mount -t tmpfs none /dev/net
 mknod -m 666 /dev/net/tun c 10 200
 exec setpriv --reuid="$user" --regid="$user" --clear-groups env -i \
@@ -48,18 +48,18 @@ exec setpriv --reuid="$user" --regid="$user" --clear-groups env -i \
 
 
 @contextmanager
-def rootless_docker(programs: Path) -> Iterator[str]:
-    """A rootless engine while the block runs, from the private engine's programs; its URL."""
-    own = host_suite()
-    names = (f"rootlesskit/{SUITE}", f"slirp4netns/{own}", f"uidmap/{own}")
-    packages = unpacked("rootless", names, [SUITE])
+def run_rootless_docker(programs: Path) -> Iterator[str]:
+    """Run a rootless engine from the programs of the private engine, and yield its URL."""
+    suite = host_suite()
+    names = (f"rootlesskit/{SUITE}", f"slirp4netns/{suite}", f"uidmap/{suite}")
+    packages = unpack_packages("rootless", names, [SUITE])
     with tempfile.TemporaryDirectory(prefix="rootless-") as name:
-        # The user must be able to read its programs, which are in a home of root.
+        # The programs are in the home directory of root, which the user cannot read.
         directory = Path(name)
         directory.chmod(0o755)
-        copies = {"packages": packages, "programs": programs}
-        for copy, source in copies.items():
-            shutil.copytree(source, directory / copy, symlinks=True, copy_function=link)
+        sources = {"packages": packages, "programs": programs}
+        for target, source in sources.items():
+            shutil.copytree(source, directory / target, symlinks=True, copy_function=link_or_copy)
         for table in ("subuid", "subgid"):
             (directory / "packages" / "etc").mkdir(exist_ok=True)
             (directory / "packages" / "etc" / table).write_text(f"{USER}:100000:65536\n")
@@ -78,6 +78,6 @@ def rootless_docker(programs: Path) -> Iterator[str]:
             assert service.wait_until(lambda: answers(run / "docker.sock"), 60), log()
             yield f"unix://{run}/docker.sock"
         finally:
-            # Rootlesskit ends its engine, and the mounts go with the last process.
+            # Rootlesskit stops its engine, and the last process removes the mount namespace.
             process.terminate()
             process.wait(timeout=60)

@@ -1,8 +1,8 @@
-"""Secrets that every project of the tests has, and the look for them in all that comes out of it.
+"""Secrets that are planted in each test project, and the search for them in all results.
 
-They are where nothing that a test tests is changed by them: in the address of a proxy for FTP,
-which nobody speaks, in an account of the docker command line for a registry that there is not, in a
-variable of the environment that is none of guix-tasks' own.
+The secrets do not influence the tests: they are in the address of a proxy for FTP, which no program
+uses, in an account of the docker command line for a registry that does not exist, and in an
+environment variable that guix-tasks does not read.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _CHUNK = 1 << 24
 
 
 @dataclass
-class Planted:
-    """The planted secrets, and what has been looked through for them."""
+class PlantedSecrets:
+    """The planted secrets, and counts of what was searched for them."""
 
     secrets: set[bytes] = field(default_factory=set)
-    """In each way in which they could be written."""
+    """All encodings of the secrets."""
     number: int = 0
     outputs: int = 0
     images: set[str] = field(default_factory=set)
@@ -34,42 +34,42 @@ class Planted:
     command_lines: int = 0
 
     def plant(self) -> str:
-        """A secret of its own, which is nowhere else."""
+        """Create a unique secret."""
         secret = f"planted-{secrets.token_hex(12)}"
-        self.know(secret)
+        self.add(secret)
         return secret
 
-    def know(self, secret: str) -> None:
+    def add(self, secret: str) -> None:
         self.number += 1
         self.secrets |= {secret.encode(), base64.b64encode(secret.encode())}
 
-    def look(self, where: str, text: str | bytes) -> None:
-        """Fail where one of them is in a text."""
+    def check(self, source: str, text: str | bytes) -> None:
+        """Fail if a text contains a planted secret."""
         data = text.encode(errors="surrogateescape") if isinstance(text, str) else text
         for secret in self.secrets:
-            place = data.find(secret)
-            assert place < 0, (
-                f"a planted secret is in {where}: {data[max(0, place - 200) : place]!r}"
+            start = data.find(secret)
+            assert start < 0, (
+                f"a planted secret is in {source}: {data[max(0, start - 200) : start]!r}"
             )
 
-    def look_at_output(self, what: str, *texts: str | bytes) -> None:
+    def check_output(self, source: str, *texts: str | bytes) -> None:
         self.outputs += 1
         for text in texts:
-            self.look(f"the output of {what}", text)
+            self.check(f"the output of {source}", text)
 
-    def look_at_file(self, path: Path) -> None:
-        """A file of any size, and its name."""
+    def check_file(self, path: Path) -> None:
+        """Check the name and the content of a file of any size."""
         self.files += 1
-        self.look("the name of a file", str(path))
+        self.check("the name of a file", str(path))
         longest = max(map(len, self.secrets))
         with path.open("rb") as file:
             end = b""
-            while piece := file.read(_CHUNK):
-                self.look(str(path), end + piece)
-                end = piece[-longest:]
+            while chunk := file.read(_CHUNK):
+                self.check(str(path), end + chunk)
+                end = chunk[-longest:]
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         return (
             f"{self.outputs} outputs, {self.files} files, {len(self.images)} images with their "
             f"histories, {len(self.containers)} containers, {self.layers} archives of all layers "
@@ -78,9 +78,9 @@ class Planted:
         )
 
 
-PLANTED = Planted()
+PLANTED_SECRETS = PlantedSecrets()
 
-_PROXY, _ACCOUNT, _VARIABLE = PLANTED.plant(), PLANTED.plant(), PLANTED.plant()
+_PROXY, _ACCOUNT, _VARIABLE = (PLANTED_SECRETS.plant() for _ in range(3))
 
 ENVIRONMENT = {
     "ftp_proxy": f"http://somebody:{_PROXY}@127.0.0.1:9",
@@ -89,9 +89,9 @@ ENVIRONMENT = {
 
 
 def write_account(home: Path) -> None:
-    """An account as `docker login` leaves it, for a registry that nobody asks."""
+    """Write an account for a registry that does not exist, as `docker login` writes it."""
     account = base64.b64encode(f"somebody:{_ACCOUNT}".encode()).decode()
-    PLANTED.secrets.add(account.encode())
+    PLANTED_SECRETS.secrets.add(account.encode())
     directory = home / ".docker"
     directory.mkdir()
     auths = {"auths": {"planted.invalid": {"auth": account}}}

@@ -1,4 +1,4 @@
-"""Engines on which tasks succeeded in a run of the tests, which the end of the run prints."""
+"""Number of successful calls of each task on each engine, printed at the end of a test run."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from guix_tasks.errors import EngineError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-TASKS: defaultdict[str, Counter[str]] = defaultdict(Counter)
-"""How often each task succeeded, by the description of the engine."""
+COUNTS: defaultdict[str, Counter[str]] = defaultdict(Counter)
+"""Number of calls by task, by the description of the engine."""
 
 
-def record(host: str, arguments: Sequence[str]) -> None:
-    """Record a call of ``inv`` that succeeded on the engine at a URL."""
+def record_call(host: str, arguments: Sequence[str]) -> None:
+    """Count the tasks of a successful call of ``inv`` on the engine at a URL."""
     words = takewhile(lambda word: word != "--", arguments)
-    TASKS[description(host)].update(word for word in words if not word.startswith("-"))
+    COUNTS[describe_engine(host)].update(word for word in words if not word.startswith("-"))
 
 
 @cache
-def description(host: str) -> str:
+def describe_engine(host: str) -> str:
     """Return the product, version, image store and user namespaces of an engine."""
     try:
         info = open_engine(Address(host, "test"), helpers({})).info()
@@ -36,8 +36,8 @@ def description(host: str) -> str:
     return f"{info.kind}{remap}, {info.store}, cgroups v{info.cgroups}"
 
 
-def lines() -> Iterator[tuple[str, str]]:
-    """Yield each engine, and the tasks with the number of calls."""
-    for engine, tasks in sorted(TASKS.items()):
+def summary() -> Iterator[tuple[str, str]]:
+    """Yield each engine, and its tasks with the number of calls."""
+    for engine, tasks in sorted(COUNTS.items()):
         counts = (f"{task} {count}" for task, count in sorted(tasks.items()))
         yield f"engine {engine}", ", ".join(counts)

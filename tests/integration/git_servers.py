@@ -1,7 +1,7 @@
-"""Where channels are: a Git server by HTTPS that wants a token, one by SSH, and a proxy.
+"""Servers of channels: Git over HTTPS with a token, Git over SSH, and a proxy.
 
-Git, sshd and an SSH agent run in a container on the loopback of the engine's machine; HTTPS and the
-proxy are the test's own.
+Git, sshd and an SSH agent run in a container on the loopback interface of the engine's machine.
+The test process serves HTTPS and the proxy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from secrets import token_hex
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from harness import eventually, free_port
+from harness import free_port, wait_until
 
 from guix_tasks import files
 from guix_tasks.bootstrap.apt import Apt
@@ -61,8 +61,8 @@ SERVE = """
 
 
 @dataclass
-class Forge:
-    """The servers, and what was asked of them."""
+class GitServers:
+    """The servers and their requests."""
 
     docker: Docker
     directory: Path
@@ -72,10 +72,9 @@ class Forge:
     https_port: int = 0
     proxy_port: int = 0
     substitutes: Path | None = None
-    asked: list[str] = field(default_factory=list)
-    """What came to the proxy."""
-    shown: set[str] = field(default_factory=set)
-    """The accounts that came to the Git server."""
+    proxy_requests: list[str] = field(default_factory=list)
+    accounts: set[str] = field(default_factory=set)
+    """The accounts that the Git server received."""
 
     def git(self, *arguments: str, text: bytes = b"") -> bytes:
         argv = self.docker.argv("exec", "--interactive", self.container, "git", *arguments)
@@ -94,32 +93,32 @@ class Forge:
 
 
 @contextmanager
-def serving(docker: Docker, offline: Path, directory: Path) -> Iterator[Forge]:
-    programs = files.cache_home() / "tests" / "forge"
+def run_git_servers(docker: Docker, offline: Path, directory: Path) -> Iterator[GitServers]:
+    programs = files.cache_home() / "tests" / "git-servers"
     if not programs.exists():
         programs.parent.mkdir(parents=True, exist_ok=True)
         Apt([SUITE]).unpack(PACKAGES, programs)
     name, port = f"guix-tasks-test-{token_hex(6)}", free_port()
-    forge = Forge(docker, directory, port, name, substitutes=offline / "substitutes")
+    servers = GitServers(docker, directory, port, name, substitutes=offline / "substitutes")
     docker.ok(
         "run", "--detach", "--init", f"--name={name}", "--network=host", f"--env=PORT={port}",
         f"--volume={programs}:/programs:ro", f"--volume={directory}:/shared",
         f"--volume={offline}:/offline:ro", "--entrypoint=sh", BASE_TAG, "-euc", SERVE,
     )  # fmt: skip
     try:
-        eventually((directory / "ready").exists, "the Git servers are up", 60)
-        with _listening(_git_server(forge)) as https, _listening(_proxy(forge)) as proxy:
+        wait_until((directory / "ready").exists, "the Git servers are ready", 60)
+        with _serve(_git_handler(servers)) as https, _serve(_proxy_handler(servers)) as proxy:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(forge.file("server.pem"), forge.file("server.key"))
+            context.load_cert_chain(servers.file("server.pem"), servers.file("server.key"))
             https.socket = context.wrap_socket(https.socket, server_side=True)
-            forge.https_port, forge.proxy_port = https.server_port, proxy.server_port
-            yield forge
+            servers.https_port, servers.proxy_port = https.server_port, proxy.server_port
+            yield servers
     finally:
         docker.ok("rm", "--force", "--volumes", name)
 
 
 @contextmanager
-def _listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[ThreadingHTTPServer]:
+def _serve(handler: type[BaseHTTPRequestHandler]) -> Iterator[ThreadingHTTPServer]:
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
@@ -128,31 +127,32 @@ def _listening(handler: type[BaseHTTPRequestHandler]) -> Iterator[ThreadingHTTPS
         server.shutdown()
 
 
-def _git_server(forge: Forge) -> type[BaseHTTPRequestHandler]:
+def _git_handler(servers: GitServers) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        """The smart protocol (gitprotocol-http(5)), for who has the token."""
+        """The smart protocol (gitprotocol-http(5)), for clients with the token."""
 
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            account = self.headers.get("Authorization", "").removeprefix("Basic ")
-            forge.shown.add(base64.b64decode(account).decode())
+            header = self.headers.get("Authorization", "").removeprefix("Basic ")
+            account = base64.b64decode(header).decode()
+            servers.accounts.add(account)
             length = int(self.headers.get("Content-Length") or 0)
             text = self.rfile.read(length) if length else self._chunks()
-            if forge.token and forge.token not in base64.b64decode(account).decode():
+            if servers.token and servers.token not in account:
                 self._answer(401, "text/plain", b"")
                 return
             repository = urlsplit(self.path).path.rpartition("/info/refs")[0]
             if repository:
-                said = forge.git("upload-pack", "--stateless-rpc", "--advertise-refs", repository)
-                said = b"001e# service=git-upload-pack\n0000" + said
-                self._answer(200, "application/x-git-upload-pack-advertisement", said)
+                refs = servers.git("upload-pack", "--stateless-rpc", "--advertise-refs", repository)
+                refs = b"001e# service=git-upload-pack\n0000" + refs
+                self._answer(200, "application/x-git-upload-pack-advertisement", refs)
             else:
                 repository = self.path.removesuffix("/git-upload-pack")
-                said = forge.git("upload-pack", "--stateless-rpc", repository, text=text)
-                self._answer(200, "application/x-git-upload-pack-result", said)
+                result = servers.git("upload-pack", "--stateless-rpc", repository, text=text)
+                self._answer(200, "application/x-git-upload-pack-result", result)
 
-        do_POST = do_GET  # noqa: N815 -- as the base class calls them
+        do_POST = do_GET  # noqa: N815 -- the base class's names
 
         def _chunks(self) -> bytes:
             text = b""
@@ -178,16 +178,16 @@ def _git_server(forge: Forge) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def _proxy(forge: Forge) -> type[BaseHTTPRequestHandler]:
+def _proxy_handler(servers: GitServers) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        """To it ``forge.test`` is the Git server, and any other host the substitute server."""
+        """Connect all HTTPS hosts to the Git server, and answer HTTP from the substitutes."""
 
         def do_CONNECT(self) -> None:
-            forge.asked.append(f"CONNECT {self.path}")
-            with socket.create_connection(("127.0.0.1", forge.https_port)) as there:
+            servers.proxy_requests.append(f"CONNECT {self.path}")
+            with socket.create_connection(("127.0.0.1", servers.https_port)) as upstream:
                 self.send_response(200)
                 self.end_headers()
-                pair = [self.connection, there]
+                pair = [self.connection, upstream]
                 while True:
                     for ready in select.select(pair, [], [])[0]:
                         data = ready.recv(1 << 16)
@@ -196,12 +196,12 @@ def _proxy(forge: Forge) -> type[BaseHTTPRequestHandler]:
                         pair[ready is self.connection].sendall(data)
 
         def do_GET(self) -> None:
-            forge.asked.append(f"GET {self.path}")
-            assert forge.substitutes
-            path = forge.substitutes / urlsplit(self.path).path.lstrip("/")
-            found = path.is_file()
-            body = path.read_bytes() if found else b""
-            self.send_response(200 if found else 404)
+            servers.proxy_requests.append(f"GET {self.path}")
+            assert servers.substitutes
+            path = servers.substitutes / urlsplit(self.path).path.lstrip("/")
+            exists = path.is_file()
+            body = path.read_bytes() if exists else b""
+            self.send_response(200 if exists else 404)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)

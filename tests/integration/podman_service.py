@@ -1,4 +1,4 @@
-"""A Podman of the tests' own: Debian's package, unpacked, with its images in a directory apart."""
+"""A Podman service for tests: Debian's package, unpacked, with its own directory of images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STATUS = Path("/var/lib/dpkg/status")
 
 START = """
 set -e
-# As if they were installed, for this process and what it starts.
+# Make the packages look installed to this process and its children.
 mount -t overlay -o "lowerdir=$1/etc:/etc" none /etc
 mount -t overlay -o "lowerdir=$1/usr:/usr" none /usr
 shift
@@ -59,37 +59,37 @@ runroot = "{directory}/run"
 """
 
 
-def unpacked(
+def unpack_packages(
     name: str = "containers", packages: Sequence[str] = PACKAGES, suites: Sequence[str] = ()
 ) -> Path:
     """Unpack packages and their dependencies to a cached directory, and return it.
 
-    ``suites`` are those of packages ``NAME/SUITE``, in addition to the suite of this machine.
+    ``suites`` are the suites of packages ``NAME/SUITE``, in addition to that of this machine.
     Skip the test if this machine is not Debian or the user is not root.
     """
-    own = host_suite()
-    if os.geteuid() != 0 or own is None:
+    suite = host_suite()
+    if os.geteuid() != 0 or suite is None:
         pytest.skip(f"{name}: only root on Debian can unpack and run the packages")
-    root = files.cache_home() / "tests" / f"{name}-{own}"
+    root = files.cache_home() / "tests" / f"{name}-{suite}"
     if not root.exists():
         root.parent.mkdir(parents=True, exist_ok=True)
-        apt = Apt(list(dict.fromkeys((own, *suites))), status=STATUS)
+        apt = Apt(list(dict.fromkeys((suite, *suites))), status=STATUS)
         apt.unpack(packages, root, closure=True)
     return root
 
 
-def as_installed(root: Path, *argv: str) -> list[str]:
-    """A command in mounts of its own, where unpacked packages look as if they were installed."""
-    apart = ("unshare", "--mount", "--propagation=private", "--", "sh", "-c", START, "sh")
-    return [*apart, str(root), *argv]
+def overlay_argv(root: Path, *argv: str) -> list[str]:
+    """Return a command in a mount namespace in which unpacked packages look installed."""
+    unshare = ("unshare", "--mount", "--propagation=private", "--", "sh", "-c", START, "sh")
+    return [*unshare, str(root), *argv]
 
 
 @dataclass(frozen=True)
-class Podman:
-    """``podman system service`` on a socket, and the command line beside it."""
+class PodmanService:
+    """``podman system service`` on a socket."""
 
     directory: Path
-    service: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes]
 
     @property
     def url(self) -> str:
@@ -100,19 +100,19 @@ class Podman:
         return _socket(self.directory)
 
     def client(self) -> PodmanEngine:
-        """It, as the product speaks to it."""
+        """Return a client of the service."""
         engine = open_engine(Address(self.url, "test"), helpers({}))
         assert isinstance(engine, PodmanEngine)
         return engine
 
 
 @contextmanager
-def served() -> Iterator[Podman]:
-    """A Podman that answers while the block runs, and leaves nothing."""
-    root = unpacked()
-    # Not in pytest's directory: the path of a socket has to be short.
+def run_podman() -> Iterator[PodmanService]:
+    """Run a Podman service while the block runs, and remove its containers and images."""
+    root = unpack_packages()
+    # The path of a socket must be short, so this directory is not in that of pytest.
     directory = Path(tempfile.mkdtemp(prefix="podman-"))
-    podman = Podman(directory, _started(root, directory))
+    podman = PodmanService(directory, _start(root, directory))
     try:
         log = directory / "log"
         assert service_module.wait_until(lambda: answers(podman.socket), 30), log.read_text()
@@ -121,16 +121,16 @@ def served() -> Iterator[Podman]:
         for container in client.containers({}):
             client.remove(container.id)
     finally:
-        # Its mounts are in a place of their own, and go with the last process there.
-        podman.service.terminate()
-        podman.service.wait(timeout=30)
+        # The mounts are in a namespace, which the last process in it removes.
+        podman.process.terminate()
+        podman.process.wait(timeout=30)
         shutil.rmtree(directory)
 
 
 def write_configuration(directory: Path) -> dict[str, str]:
-    """Write the configuration of Podman and Buildah; the variables that name its files."""
+    """Write the configuration files of Podman and Buildah, and return the environment for them."""
     files = {
-        "CONTAINERS_CONF": CONFIGURATION.format(files=_most_files(), directory=directory),
+        "CONTAINERS_CONF": CONFIGURATION.format(files=_file_limit(), directory=directory),
         "CONTAINERS_STORAGE_CONF": STORAGE.format(directory=directory),
     }
     for name, text in files.items():
@@ -142,18 +142,18 @@ def _socket(directory: Path) -> Path:
     return directory / "podman.sock"
 
 
-def _started(root: Path, directory: Path) -> subprocess.Popen[bytes]:
+def _start(root: Path, directory: Path) -> subprocess.Popen[bytes]:
     serve = ("system", "service", "--time=0", f"unix://{_socket(directory)}")
     environment = {"PATH": os.environ["PATH"], **write_configuration(directory)}
     with (directory / "log").open("wb") as output:
         return subprocess.Popen(
-            as_installed(root, "podman", *serve),
+            overlay_argv(root, "podman", *serve),
             env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             start_new_session=True,
         )  # fmt: skip
 
 
-def _most_files() -> int:
-    """The open files that a container may have here: Podman asks for more, and is refused."""
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    return 1 << 16 if most == resource.RLIM_INFINITY else most
+def _file_limit() -> int:
+    """Return the limit of open files on this machine; the default of Podman can exceed it."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return 1 << 16 if limit == resource.RLIM_INFINITY else limit
