@@ -16,16 +16,16 @@ from harness import (
     OFFLINE,
     READER,
     Project,
+    ProjectFactory,
+    RecordingProxy,
     Result,
     Terminal,
-    Witness,
-    Workshop,
-    errors,
-    eventually,
+    error_lines,
+    expect_error,
+    find_processes,
     free_port,
     inv_argv,
-    one_error,
-    running,
+    wait_until,
 )
 
 from guix_tasks import guix
@@ -45,14 +45,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from conftest import NewProject
-    from harness import Made
+    from harness import BuiltProject
 
 
 pytestmark = pytest.mark.engine
 
 GREETING = "Hello, world!\n"
 SIMPLE = "ARG BASE_IMAGE\nFROM ${BASE_IMAGE}\n"
-NOTED = f"{SIMPLE}ARG NOTE\nRUN echo $NOTE >/note\n"
+WITH_NOTE = f"{SIMPLE}ARG NOTE\nRUN echo $NOTE >/note\n"
 
 
 # --- the pushed image
@@ -73,8 +73,8 @@ class Pushed:
 
 
 @pytest.fixture(scope="module")
-def pushed(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
-    project = workshop.project(tmp_path_factory.mktemp("pushed") / "project")
+def pushed(factory: ProjectFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
+    project = factory.create(tmp_path_factory.mktemp("pushed") / "project")
     try:
         call = project.ok("pull", "install", "commit", "push", timeout=480)
         image = f"{project.repository}@{call.stdout.strip().rpartition('@')[2]}"
@@ -100,9 +100,11 @@ def test_missing_parent_is_made_first(pushed: Pushed) -> None:
 
 
 @pytest.mark.both_stores
-def test_one_call_makes_the_same_image_as_several(pushed: Pushed, made: Made) -> None:
+def test_one_call_makes_the_same_image_as_several(
+    pushed: Pushed, built_project: BuiltProject
+) -> None:
     one = pushed.project.docker.config(pushed.image)
-    several = made.project.docker.config(made.project.image)
+    several = built_project.project.docker.config(built_project.project.image)
     for config in (one, several):
         # Layers contain times, and projects have different names.
         for label in (LAYERS_LABEL, FILES_LABEL, CREATED, IMAGE_LABEL):
@@ -111,9 +113,11 @@ def test_one_call_makes_the_same_image_as_several(pushed: Pushed, made: Made) ->
 
 
 @pytest.mark.both_stores
-def test_image_has_the_configuration_of_its_base(pushed: Pushed, made: Made) -> None:
+def test_image_has_the_configuration_of_its_base(
+    pushed: Pushed, built_project: BuiltProject
+) -> None:
     config = pushed.project.docker.config(pushed.image)
-    base = made.project.docker.config(made.project.tag("base"))
+    base = built_project.project.docker.config(built_project.project.tag("base"))
     assert config["Entrypoint"] == ["/entry-point.sh"]
     assert config["Cmd"] == ["bash"]
     del config["Labels"], base["Labels"]
@@ -131,18 +135,18 @@ def test_image_contains_nothing_of_work_containers(pushed: Pushed) -> None:
     assert "GUIX_SUBSTITUTE_URLS" not in pushed.run("env")
 
 
-def test_guix_of_the_image_is_from_the_channels(pushed: Pushed, workshop: Workshop) -> None:
-    expected = {name: workshop.commit_of(name) for name in ("guix", "offline")}
-    described = pushed.run("guix", "describe", "--format=channels")
-    assert guix.commits(described) == expected
+def test_guix_of_the_image_is_from_the_channels(pushed: Pushed, factory: ProjectFactory) -> None:
+    expected = {name: factory.channel_commit(name) for name in ("guix", "offline")}
+    description = pushed.run("guix", "describe", "--format=channels")
+    assert guix.commits(description) == expected
     assert guix.commits(pushed.project.docker.labels(pushed.image)[CHANNELS_LABEL]) == expected
 
 
 def test_channels_file_of_the_image_has_the_pulled_channels(
-    pushed: Pushed, workshop: Workshop
+    pushed: Pushed, factory: ProjectFactory
 ) -> None:
     channels = guix.channels(pushed.run("cat", guix.CHANNELS_FILE))
-    expected = guix.channels((workshop.offline / "channels.scm").read_text())
+    expected = guix.channels((factory.offline / "channels.scm").read_text())
     assert {name: channel.url for name, channel in channels.items()} == {
         name: channel.url for name, channel in expected.items()
     }
@@ -171,21 +175,21 @@ def test_installed_program_runs_for_every_user(pushed: Pushed, user: str) -> Non
 @pytest.mark.both_stores
 def test_stale_parent_stops_a_stage(new_project: NewProject) -> None:
     project = new_project("base", "pull", "install", BUILD_ARGS="NOTE=1")
-    project.dockerfile(NOTED)
+    project.write_dockerfile(WITH_NOTE)
     project.set(BASE_IMAGE=f"{project.repository}:ground")
     project.docker.ok("tag", project.tag("base"), f"{project.repository}:ground")
     project.ok("base")
-    with project.unharmed():
-        error = one_error(project.inv("install", "--force"), 2)
+    with project.assert_unchanged():
+        error = expect_error(project.inv("install", "--force"), 2)
         assert "pull is stale" in error
         assert "`inv pull`" in error
         assert "`inv install --upstream`" in error
-        assert "is stale" in one_error(project.inv("push"), 2)
+        assert "is stale" in expect_error(project.inv("push"), 2)
     image = project.id()
     project.ok("pull")
     assert project.id() == image == project.id("install")
-    with project.unharmed():
-        assert "`inv install" in one_error(project.inv("push"), 2)
+    with project.assert_unchanged():
+        assert "`inv install" in expect_error(project.inv("push"), 2)
     project.set(BUILD_ARGS="NOTE=2")
     project.ok("base")
     project.ok("install", "--upstream", "push", timeout=480)
@@ -196,13 +200,13 @@ def test_stale_parent_stops_a_stage(new_project: NewProject) -> None:
 
 @pytest.fixture(scope="module")
 def greeter(
-    workshop: Workshop, made: Made, tmp_path_factory: pytest.TempPathFactory
+    factory: ProjectFactory, built_project: BuiltProject, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Project, Result]]:
-    """An image whose two packages were replaced by one."""
-    project = workshop.project(tmp_path_factory.mktemp("greeter") / "project")
+    """Replace the two packages of an image by one."""
+    project = factory.create(tmp_path_factory.mktemp("greeter") / "project")
     try:
         for stage in ("base", "pull", "install"):
-            project.take(stage, made.project)
+            project.copy_stage(stage, built_project.project)
         yield project, project.ok("install", "--package", "greet")
     finally:
         project.remove()
@@ -226,7 +230,7 @@ def test_manifest_keeps_the_packages_of_the_base(
         GUIX_PACKAGES="",
         GUIX_MANIFEST=str(OFFLINE / "manifest.scm"),
     )
-    project.dockerfile(SIMPLE)
+    project.write_dockerfile(SIMPLE)
     result = project.ok("install")
     # Without channels, the pull stage is not needed.
     assert f"install: {project.tag('base')} is missing, so base comes first\n" in result.stderr
@@ -247,7 +251,7 @@ def test_search_paths_are_set_for_every_program(new_project: NewProject) -> None
     assert project.ok("run", "--", "reader").stdout == greet
     # --- the base sets the variable
     docker.ok("tag", project.tag("base"), f"{project.repository}:ground")
-    project.dockerfile(f"{SIMPLE}ENV GREET_PATH=/srv/greet\n")
+    project.write_dockerfile(f"{SIMPLE}ENV GREET_PATH=/srv/greet\n")
     project.set(BASE_IMAGE=f"{project.repository}:ground")
     project.ok("base", "pull", "install")
     both = f"{guix.PROFILE}/share/greet:/srv/greet\n"
@@ -272,35 +276,35 @@ def test_variable_of_a_removed_package_is_removed(new_project: NewProject) -> No
 
 def test_stage_that_takes_too_long_is_stopped(new_project: NewProject) -> None:
     project = new_project("base", STAGE_TIMEOUT="1s")
-    with project.unharmed():
-        assert "STAGE_TIMEOUT (1.0 s)" in one_error(project.inv("pull"), 4)
+    with project.assert_unchanged():
+        assert "STAGE_TIMEOUT (1.0 s)" in expect_error(project.inv("pull"), 4)
 
 
 @pytest.mark.both_stores
 def test_base_leaves_no_untagged_image(new_project: NewProject) -> None:
     project = new_project()
-    project.dockerfile(f"{SIMPLE}LABEL of={project.repository}\n")
+    project.write_dockerfile(f"{SIMPLE}LABEL of={project.repository}\n")
     project.ok("base", "base", "--force")
-    only = f"--filter=label=of={project.repository}"
-    listing = project.docker.ok("image", "ls", "--quiet", "--filter=dangling=true", only)
-    project.seen |= set(listing.split())
+    label = f"--filter=label=of={project.repository}"
+    listing = project.docker.ok("image", "ls", "--quiet", "--filter=dangling=true", label)
+    project.image_ids |= set(listing.split())
     assert listing == ""
 
 
 # --- changes by hand
 
 
-def test_run_keeps_arguments_and_the_status(project: Project) -> None:
+def test_run_preserves_arguments_and_exit_status(project: Project) -> None:
     arguments = [
         "a b", "", '"', "it's", "'", "$HOME", "$(touch canary)", "`touch canary`", "*", "\\n", "\\",
         "-n", "--", "--keep", "a=b", "ü", "x\ny", "\n", ";",
     ]  # fmt: skip
-    with project.unharmed():
+    with project.assert_unchanged():
         result = project.ok("run", "--", "printf", "<%s>", *arguments)
         assert result.stdout == "".join(f"<{argument}>" for argument in arguments)
         assert not list(project.directory.rglob("canary"))
         assert project.inv("run", "--", "sh", "-c", "exit 3").returncode == 3
-        assert "the command is missing" in one_error(project.inv("run"), 2)
+        assert "the command is missing" in expect_error(project.inv("run"), 2)
 
 
 @pytest.mark.both_stores
@@ -308,7 +312,7 @@ def test_kept_container_is_committed(project: Project) -> None:
     tags, stages = project.tags(), [project.id(stage) for stage in STAGES]
     project.ok("run", "--keep", "--", "sh", "-c", "echo made >/by-hand")
     assert project.tags() == tags
-    assert "inv commit" in one_error(project.inv("run", "--keep", "--", "true"), 2)
+    assert "inv commit" in expect_error(project.inv("run", "--keep", "--", "true"), 2)
     project.ok("commit", "push")
     assert [project.id(stage) for stage in STAGES] == stages
     assert project.containers() == []
@@ -320,7 +324,7 @@ def test_kept_container_is_committed(project: Project) -> None:
 
 
 def test_container_of_a_failed_command_is_not_kept(project: Project) -> None:
-    with project.unharmed():
+    with project.assert_unchanged():
         assert project.inv("run", "--keep", "--", "false").returncode == 1
         assert "nothing to commit" in project.ok("commit").stderr
 
@@ -363,17 +367,18 @@ def test_shell_is_continued_and_committed(project: Project) -> None:
 
 def test_error_begins_on_a_new_line(project: Project) -> None:
     """A progress bar, for example, leaves an unfinished line."""
-    started = project.start("run", "--", "sh", "-c", "printf 50%% >&2; exec sleep 1000")
-    started.await_output("50%")
-    assert started.signal(signal.SIGINT) == 130
-    assert "50%\nerror: " in started.said()
+    task = project.start("run", "--", "sh", "-c", "printf 50%% >&2; exec sleep 1000")
+    task.wait_for_output("50%")
+    assert task.signal(signal.SIGINT) == 130
+    assert "50%\nerror: " in task.output()
+    assert project.containers() == []
 
 
 # --- status and clean
 
 
 @pytest.mark.both_stores
-def test_status_shows_stages_and_channels(new_project: NewProject, workshop: Workshop) -> None:
+def test_status_shows_stages_and_channels(new_project: NewProject, factory: ProjectFactory) -> None:
     project = new_project("base", "pull")
     rows = {line.split()[0]: line for line in project.ok("status").stdout.splitlines()}
     assert list(rows) == ["stage", "base", "pull", "install", "IMAGE"]
@@ -382,12 +387,12 @@ def test_status_shows_stages_and_channels(new_project: NewProject, workshop: Wor
     assert "missing" in rows["install"]
     assert "stage pull" in rows["IMAGE"]
     for name in ("guix", "offline"):
-        assert f"{name}@{workshop.commit_of(name)[:7]}" in rows["pull"]
+        assert f"{name}@{factory.channel_commit(name)[:7]}" in rows["pull"]
 
 
 @pytest.mark.both_stores
 def test_clean_removes_only_objects_of_the_project(project: Project) -> None:
-    project.dockerfile(f"FROM {project.tag('install')}\nCOPY Dockerfile /mine\n")
+    project.write_dockerfile(f"FROM {project.tag('install')}\nCOPY Dockerfile /mine\n")
     other_image = f"{project.repository}:mine"
     context = str(project.directory / "context")
     project.docker.ok("build", "--quiet", f"--tag={other_image}", context)
@@ -411,7 +416,7 @@ def test_clean_removes_only_objects_of_the_project(project: Project) -> None:
 @pytest.mark.both_stores
 def test_clean_after_base_removes_all_tags(new_project: NewProject) -> None:
     project = new_project()
-    project.dockerfile(SIMPLE)
+    project.write_dockerfile(SIMPLE)
     project.ok("base")
     project.ok("clean")
     assert project.tags() == {}
@@ -422,7 +427,7 @@ def test_clean_after_base_removes_all_tags(new_project: NewProject) -> None:
 @pytest.mark.both_stores
 def test_clean_keeps_a_container_of_the_user(new_project: NewProject) -> None:
     project = new_project()
-    project.dockerfile(f"{SIMPLE}LABEL of={project.repository}\n")
+    project.write_dockerfile(f"{SIMPLE}LABEL of={project.repository}\n")
     project.ok("base")
     container = project.container_name()
     project.docker.ok("create", f"--name={container}", project.tag("base"), "true")
@@ -436,7 +441,7 @@ def test_clean_keeps_a_container_of_the_user(new_project: NewProject) -> None:
 
 
 def test_verify_reports_all_checks(project: Project) -> None:
-    with project.unharmed():
+    with project.assert_unchanged():
         result = project.ok("verify")
     for check in ("daemon", "build", "channels", "packages", "certificates"):
         assert f"verify: {check}: ok\n" in result.stderr
@@ -445,9 +450,9 @@ def test_verify_reports_all_checks(project: Project) -> None:
 def test_verify_reports_a_missing_package(project: Project) -> None:
     project.ok("run", "--keep", "--", "guix", "package", "--remove", "hello")
     project.ok("commit")
-    with project.unharmed():
+    with project.assert_unchanged():
         result = project.inv("verify")
-    assert one_error(result, 1).endswith(" failed: packages")
+    assert expect_error(result, 1).endswith(" failed: packages")
     assert "verify: packages: failed: " in result.stderr
 
 
@@ -456,7 +461,7 @@ def test_verify_reports_a_missing_package(project: Project) -> None:
 
 @pytest.mark.both_stores
 def test_command_of_run_reads_standard_input(project: Project) -> None:
-    def run(data: bytes, *argv: str) -> tuple[int, bytes]:
+    def pipe(data: bytes, *argv: str) -> tuple[int, bytes]:
         result = subprocess.run(
             inv_argv("run", "--", *argv),
             input=data,
@@ -468,29 +473,29 @@ def test_command_of_run_reads_standard_input(project: Project) -> None:
         return result.returncode, result.stdout
 
     large = bytes(range(256)) * 20_000
-    assert run(b"echo hi; exit 3\n", "sh") == (3, b"hi\n")
-    assert run(large, "sha256sum") == (0, f"{sha256(large).hexdigest()}  -\n".encode())
+    assert pipe(b"echo hi; exit 3\n", "sh") == (3, b"hi\n")
+    assert pipe(large, "sha256sum") == (0, f"{sha256(large).hexdigest()}  -\n".encode())
     # A command can end before its input does.
-    assert run(large, "true") == (0, b"")
+    assert pipe(large, "true") == (0, b"")
 
 
-# --- a dry run
+# --- dry runs
 
 
-def dry_run(project: Project, *tasks: str) -> str:
+def run_dry(project: Project, *tasks: str) -> str:
     """Check that a dry run sends only read requests to the engine, and return its output."""
-    witness = Witness(project.docker.host)
-    with project.unharmed(), witness.listening() as host:
+    proxy = RecordingProxy(project.docker.host)
+    with project.assert_unchanged(), proxy.listen() as host:
         result = project.inv("--dry", *tasks, env={"DOCKER_HOST": host})
     assert result.returncode == 0, result.stderr
-    assert witness.requests
-    assert [line for line in witness.requests if not line.startswith(("GET ", "HEAD "))] == []
+    assert proxy.requests
+    assert [line for line in proxy.requests if not line.startswith(("GET ", "HEAD "))] == []
     return result.stderr
 
 
 def test_dry_run_shows_the_whole_lifecycle(new_project: NewProject) -> None:
     project = new_project()
-    output = dry_run(project, "base", "pull", "install", "commit", "push")
+    output = run_dry(project, "base", "pull", "install", "commit", "push")
     for stage in ("base", "pull", "install"):
         assert re.search(rf"^\+ docker tag \S+ {project.tag(stage)}$", output, re.MULTILINE)
     assert "+ docker create --name=guix-tasks-pull-" in output
@@ -501,15 +506,15 @@ def test_dry_run_shows_the_whole_lifecycle(new_project: NewProject) -> None:
 
 @pytest.mark.parametrize("tasks", ["run -- false", "run --keep -- false", "verify", "clean"])
 def test_dry_run_changes_nothing(project: Project, tasks: str) -> None:
-    assert "\n+ docker " in dry_run(project, *tasks.split())
+    assert "\n+ docker " in run_dry(project, *tasks.split())
 
 
 def test_dry_run_starts_no_shell(project: Project) -> None:
-    with project.unharmed():
+    with project.assert_unchanged():
         shell = Terminal(project, "--dry", "shell")
         assert shell.end() == 0
-    assert "+ docker create" in shell.said
-    assert "Error" not in shell.said
+    assert "+ docker create" in shell.output
+    assert "Error" not in shell.output
 
 
 def test_dry_run_starts_no_registry(project: Project) -> None:
@@ -528,12 +533,12 @@ def test_signal_stops_a_stage_and_changes_nothing(
     new_project: NewProject, number: signal.Signals
 ) -> None:
     project = new_project("base")
-    with project.unharmed():
-        started = project.start("pull")
-        started.await_output("Updating channel")
-        assert started.signal(number) == 130
-    assert "Traceback" not in started.said()
-    assert len(errors(started.said())) == 1
+    with project.assert_unchanged():
+        task = project.start("pull")
+        task.wait_for_output("Updating channel")
+        assert task.signal(number) == 130
+    assert "Traceback" not in task.output()
+    assert len(error_lines(task.output())) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
@@ -542,19 +547,19 @@ def test_signal_stops_a_build(
 ) -> None:
     project = new_project("base")
     seconds = str(secrets.randbelow(10**6) + 10**5)
-    project.dockerfile(f"{SIMPLE}RUN exec sleep {seconds}\n")
-    with project.unharmed():
-        started = project.start("base", env=builder)
-        eventually(lambda: running("sleep", seconds) != [], "the build")
-        assert started.signal(number) == 130
-        eventually(lambda: running("sleep", seconds) == [], "the end of the build")
-    assert "Traceback" not in started.said()
+    project.write_dockerfile(f"{SIMPLE}RUN exec sleep {seconds}\n")
+    with project.assert_unchanged():
+        task = project.start("base", env=builder)
+        wait_until(lambda: find_processes("sleep", seconds) != [], "the build is running")
+        assert task.signal(number) == 130
+        wait_until(lambda: find_processes("sleep", seconds) == [], "the build has ended")
+    assert "Traceback" not in task.output()
 
 
 def test_two_commands_run_at_the_same_time(project: Project) -> None:
-    with project.unharmed():
+    with project.assert_unchanged():
         first = project.start("run", "--", "sh", "-c", "echo begun; exec sleep 1000")
-        first.await_output("begun")
+        first.wait_for_output("begun")
         project.ok("run", "--", "true")
         assert len(project.containers()) == 1
         assert first.signal(signal.SIGTERM) == 130
@@ -563,10 +568,10 @@ def test_two_commands_run_at_the_same_time(project: Project) -> None:
 @pytest.mark.both_stores
 def test_run_after_a_kill_removes_its_container(new_project: NewProject) -> None:
     project = new_project("base", "pull")
-    started = project.start("install")
-    started.await_output("+ guix package")
-    eventually(lambda: project.containers() != [], "a container")
-    assert started.signal(signal.SIGKILL) == -signal.SIGKILL
+    task = project.start("install")
+    task.wait_for_output("+ guix package")
+    wait_until(lambda: project.containers() != [], "a container exists")
+    assert task.signal(signal.SIGKILL) == -signal.SIGKILL
     (container,) = project.containers()
     project.ok("install")
     assert project.containers() == []

@@ -7,7 +7,7 @@ import re
 import sys
 from typing import TYPE_CHECKING
 
-from harness import ROOT, call, inv_argv, without
+from harness import ROOT, call, hide_packages, inv_argv
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +23,8 @@ def test_list_imports_neither_the_sdk_nor_dotenv(tmp_path: Path) -> None:
 
 
 def test_list_works_without_the_sdk_and_dotenv(tmp_path: Path) -> None:
-    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **without("docker dotenv", tmp_path)}
+    hidden = hide_packages("docker dotenv", tmp_path)
+    env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **hidden}
     result = call(inv_argv("--list"), env, 60, tmp_path)
     assert result.returncode == 0, result.stderr
     for name in ("base", "pull", "install", "push", "engine.up", "registry.up"):

@@ -1,4 +1,4 @@
-"""Programs of others read what `push` has pushed, and run it."""
+"""Other programs read pushed images and run them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from harness import READER, builder_environment, call, log_in
-from island import raised
+from isolated_host import create_isolated_host
 from parallel import OTHER_STORE
-from podmen import as_installed, unpacked, write_configuration
+from podman_service import overlay_argv, unpack_packages, write_configuration
 
 from guix_tasks import guix
 from guix_tasks.settings.values import ImageStore
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from harness import Docker, Project, Workshop
+    from harness import Docker, Project, ProjectFactory
 
     from guix_tasks.bootstrap.registry import LocalRegistry
 
@@ -49,15 +49,15 @@ class Pushed:
 
 
 @pytest.fixture(scope="module")
-def pushed(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
+def pushed(factory: ProjectFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
     directory = tmp_path_factory.mktemp("others") / "project"
-    project = workshop.project(directory, GUIX_PACKAGES="hello", GUIX_MANIFEST="manifest.scm")
+    project = factory.create(directory, GUIX_PACKAGES="hello", GUIX_MANIFEST="manifest.scm")
     (directory / "manifest.scm").write_text(READER)
     try:
-        # The classic builder mixes layers of Docker's and of OCI's types, which Buildah refuses.
-        done = project.inv("base", "pull", "install", "push", env=builder_environment("buildx"))
-        assert done.returncode == 0, done.stderr
-        yield Pushed(project, done.stdout.strip().rpartition("@")[2])
+        # The classic builder mixes layers of Docker's and of OCI's types, which Buildah rejects.
+        result = project.inv("base", "pull", "install", "push", env=builder_environment("buildx"))
+        assert result.returncode == 0, result.stderr
+        yield Pushed(project, result.stdout.strip().rpartition("@")[2])
     finally:
         project.remove()
 
@@ -69,43 +69,44 @@ def pushed(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iter
 class Tools:
     """Skopeo, Podman and Buildah, in the network of an engine, with the account of a registry."""
 
-    enter: list[str]
+    prefix: list[str]
     environment: dict[str, str]
 
     def ok(self, script: str, *arguments: str) -> str:
-        """Standard output of a shell script, which has to succeed."""
-        done = call([*self.enter, "sh", "-ec", script, "sh", *arguments], self.environment, 240)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        """Return the standard output of a shell script, which must succeed."""
+        argv = [*self.prefix, "sh", "-ec", script, "sh", *arguments]
+        result = call(argv, self.environment, 240)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
 
 
 @pytest.fixture(scope="module")
 def tools(
     store: str,
     docker: Docker,
-    workshop: Workshop,
+    factory: ProjectFactory,
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Tools]:
     directory = tmp_path_factory.mktemp("tools")
     registries = directory / ".config" / "containers" / "registries.conf"
     registries.parent.mkdir(parents=True)
-    registries.write_text(REGISTRIES.format(host=workshop.registry))
-    enter = as_installed(unpacked())
+    registries.write_text(REGISTRIES.format(host=factory.registry))
+    prefix = overlay_argv(unpack_packages())
     if store == OTHER_STORE:
-        island = request.getfixturevalue("other_store")
-        enter = ["nsenter", f"--target={island.holder}", "--net", "--", *enter]
+        pid = request.getfixturevalue("other_store").namespace_pid
+        prefix = ["nsenter", f"--target={pid}", "--net", "--", *prefix]
     environment = {
         **docker.environment,
         **write_configuration(directory),
         "REGISTRY_AUTH_FILE": str(docker.directory / "config.json"),
     }
-    yield Tools(enter, environment)
+    yield Tools(prefix, environment)
     shutil.rmtree(directory)  # two images
 
 
 @pytest.mark.both_stores
-def test_skopeo_inspects_and_copies_what_push_printed(
+def test_skopeo_inspects_and_copies_a_pushed_image(
     tools: Tools, pushed: Pushed, tmp_path: Path
 ) -> None:
     tag = f"docker://{pushed.project.image}"
@@ -122,57 +123,57 @@ def test_skopeo_inspects_and_copies_what_push_printed(
 
 
 @pytest.mark.both_stores
-def test_podman_pulls_and_runs_what_push_printed(tools: Tools, pushed: Pushed) -> None:
+def test_podman_pulls_and_runs_a_pushed_image(tools: Tools, pushed: Pushed) -> None:
     script = """
         podman pull --quiet $1 >/dev/null
         podman image inspect --format '{{.Digest}}' $1
         podman run --rm --network=none $1 hello
         podman run --rm --network=none --entrypoint=reader --user=1000 --read-only $1
     """
-    said = tools.ok(script, pushed.reference)
-    assert said == f"{pushed.digest}\n{GREETING}{guix.PROFILE}/share/greet\n"
+    output = tools.ok(script, pushed.reference)
+    assert output == f"{pushed.digest}\n{GREETING}{guix.PROFILE}/share/greet\n"
 
 
 @pytest.mark.both_stores
-def test_buildah_builds_from_what_push_printed(tools: Tools, pushed: Pushed) -> None:
+def test_buildah_builds_from_a_pushed_image(tools: Tools, pushed: Pushed) -> None:
     script = """
         container=$(buildah from --quiet $1)
         echo $(buildah inspect --format '{{.FromImageDigest}}' $container)
         buildah run --isolation=chroot $container -- sh -c reader
         buildah rm $container >/dev/null
     """
-    said = tools.ok(script, pushed.reference)
-    assert said == f"{pushed.digest}\n{guix.PROFILE}/share/greet\n"
+    output = tools.ok(script, pushed.reference)
+    assert output == f"{pushed.digest}\n{guix.PROFILE}/share/greet\n"
 
 
 @pytest.mark.parametrize("kind", ImageStore)
-def test_empty_engine_pulls_and_runs_what_push_printed(
+def test_empty_engine_pulls_and_runs_a_pushed_image(
     kind: ImageStore, pushed: Pushed, registry: LocalRegistry, programs: Path
 ) -> None:
-    with raised(programs, kind.value) as island:
-        island.ok("engine.up")
-        # A second registry with the same data, because the engine has a network of its own.
-        island.registry.directory.mkdir()
+    with create_isolated_host(programs, kind.value) as host:
+        host.ok("engine.up")
+        # A second registry with the same data, because the engine has its own network.
+        host.registry.directory.mkdir()
         for name in ("root", "data"):
-            (island.registry.directory / name).symlink_to(registry.directory / name)
-        island.ok("registry.up")
-        log_in(island.docker, island.registry)
+            (host.registry.directory / name).symlink_to(registry.directory / name)
+        host.ok("registry.up")
+        log_in(host.docker, host.registry)
         path = pushed.reference.partition("/")[2]
-        reference = f"localhost:{island.registry.port}/{path}"
-        island.docker.ok("pull", "--quiet", reference)
-        assert island.docker.run(reference, "hello").stdout == GREETING
-        digests = island.docker.ok("image", "inspect", "--format={{.RepoDigests}}", reference)
+        reference = f"localhost:{host.registry.port}/{path}"
+        host.docker.ok("pull", "--quiet", reference)
+        assert host.docker.run(reference, "hello").stdout == GREETING
+        digests = host.docker.ok("image", "inspect", "--format={{.RepoDigests}}", reference)
         assert digests == f"[{reference}]"
 
 
-def test_buildx_builds_from_what_push_printed(pushed: Pushed, tmp_path: Path) -> None:
+def test_buildx_builds_from_a_pushed_image(pushed: Pushed, tmp_path: Path) -> None:
     docker, image = pushed.project.docker, f"{pushed.project.repository}:from"
     text = f"FROM {pushed.reference}\nRUN --network=none hello >/greeting\n"
     (tmp_path / "Dockerfile").write_text(text)
     environment = {**docker.environment, **builder_environment("buildx")}
     build = ("build", "--builder=default", "--load", f"--tag={image}", str(tmp_path))
-    done = call(["docker-buildx", *build], environment, 240)
-    assert done.returncode == 0, done.stderr
+    result = call(["docker-buildx", *build], environment, 240)
+    assert result.returncode == 0, result.stderr
     assert docker.run(image, "cat", "/greeting").stdout == GREETING
 
 
@@ -186,16 +187,15 @@ UPSTREAM = r"""
 """
 
 
-def test_image_passes_what_metacall_tests_of_its_own(pushed: Pushed, workshop: Workshop) -> None:
-    """It has certificates, its Guix is that of its channels file, and it installs packages."""
-    project, commit = pushed.project, workshop.commit_of("guix")
-    mount = f"--volume={workshop.offline}:/offline:ro"
+def test_image_passes_the_tests_of_metacall_guix(pushed: Pushed, factory: ProjectFactory) -> None:
+    """The image has certificates and the Guix of its channels file, and can install packages."""
+    project, commit = pushed.project, factory.channel_commit("guix")
+    mount = f"--volume={factory.offline}:/offline:ro"
     options = ("--privileged", mount, "--env=GUIX_SUBSTITUTE_URLS=file:///offline/substitutes")
-    done = project.docker.run(project.image, "sh", "-ec", UPSTREAM, options=options)
-    assert done.returncode == 0, done.stderr
-    assert (
-        done.stdout == f"certificates\n{commit}\n{commit}\ntar (GNU tar) 1.35\nhello\nreader\ntar\n"
-    )
+    result = project.docker.run(project.image, "sh", "-ec", UPSTREAM, options=options)
+    assert result.returncode == 0, result.stderr
+    packages = "tar (GNU tar) 1.35\nhello\nreader\ntar\n"
+    assert result.stdout == f"certificates\n{commit}\n{commit}\n{packages}"
 
 
 # --- Containers of jobs -----------------------------------------------------------------------
@@ -214,7 +214,7 @@ JOBS = {
     "init": ("--init",),
     "read-only": ("--read-only",),
     "without capabilities": ("--cap-drop=ALL",),
-    "with nothing": ("--user=12345", "--init", "--read-only", "--cap-drop=ALL"),
+    "all of these": ("--user=12345", "--init", "--read-only", "--cap-drop=ALL"),
 }
 
 
@@ -223,26 +223,23 @@ JOBS = {
 def test_job_runs_the_programs_of_the_profile(pushed: Pushed, job: str, shell: str) -> None:
     options, command = SHELLS[shell]
     docker, image = pushed.project.docker, pushed.project.image
-    done = docker.run(image, *command, PROGRAMS[0], options=(*JOBS[job], *options))
-    assert (done.returncode, done.stdout, done.stderr) == (0, PROGRAMS[1], "")
+    result = docker.run(image, *command, PROGRAMS[0], options=(*JOBS[job], *options))
+    assert (result.returncode, result.stdout, result.stderr) == (0, PROGRAMS[1], "")
 
 
 @pytest.mark.parametrize("options", [(), ("--cap-drop=ALL",)])
-def test_guix_without_rights_reports_what_is_missing(
-    pushed: Pushed, options: tuple[str, ...]
-) -> None:
+def test_guix_reports_missing_privileges(pushed: Pushed, options: tuple[str, ...]) -> None:
     docker, image = pushed.project.docker, pushed.project.image
-    done = docker.run(image, "guix", "remove", "hello", options=options)
-    assert done.returncode == 1
+    result = docker.run(image, "guix", "remove", "hello", options=options)
+    assert result.returncode == 1
     last = "entry-point: this container has no right to build packages: run it with --privileged"
-    assert done.stderr.splitlines()[-1] == last
-    assert "the last lines of" not in done.stderr
+    assert result.stderr.splitlines()[-1] == last
+    assert "the last lines of" not in result.stderr
 
 
 @pytest.mark.parametrize("job", ["user", "read-only"])
-def test_guix_without_a_daemon_is_one_error(pushed: Pushed, job: str) -> None:
-    done = pushed.project.docker.run(
-        pushed.project.image, "guix", "remove", "hello", options=JOBS[job]
-    )
-    assert done.returncode == 1
-    assert re.fullmatch(r"guix remove: error: [^\n]*daemon-socket[^\n]*\n", done.stderr)
+def test_guix_without_a_daemon_prints_one_error(pushed: Pushed, job: str) -> None:
+    docker, image = pushed.project.docker, pushed.project.image
+    result = docker.run(image, "guix", "remove", "hello", options=JOBS[job])
+    assert result.returncode == 1
+    assert re.fullmatch(r"guix remove: error: [^\n]*daemon-socket[^\n]*\n", result.stderr)

@@ -1,4 +1,4 @@
-"""The commands of the pages are run, and print what the pages show.
+"""The commands of the documentation print the output that the pages show.
 
 In a ``console`` block, ``$`` starts a command, ``>`` continues it, and the other lines must appear
 in its output; ``…`` stands for any text.  A block with a title is appended to that file.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from harness import PASSWORD, ROOT, USER, builder_environment, call, free_port
-from planted import PLANTED
+from planted_secrets import PLANTED_SECRETS
 
 from guix_tasks.stages.images import STAGES
 
@@ -37,7 +37,7 @@ SUBSTITUTES = "docs/how-to/substitutes.md"
 
 
 def placeholders(project: Project) -> dict[str, str]:
-    """Return the values of the test by the names on the pages."""
+    """Map names on the pages to values of the test."""
     return {
         "localhost:5055/tutorial": project.image,
         "ghcr.io/me/my-image-cache": f"{project.repository}-cache",
@@ -54,53 +54,53 @@ class Step(NamedTuple):
     """A command, and the lines that it prints according to the page."""
 
     command: str
-    shown: list[str]
+    expected: list[str]
 
 
-def steps(text: str) -> list[Step]:
-    found: list[Step] = []
+def parse_steps(text: str) -> list[Step]:
+    steps: list[Step] = []
     for title, block in FENCE.findall(text):
         if title:
-            found.append(Step(f"cat >>{title} <<'{MARK}'\n{block}{MARK}", []))
+            steps.append(Step(f"cat >>{title} <<'{MARK}'\n{block}{MARK}", []))
             continue
         for line in block.splitlines():
             if line.startswith("$ "):
-                found.append(Step(line[2:], []))
+                steps.append(Step(line[2:], []))
             elif line == ">" or line.startswith("> "):
-                command, shown = found.pop()
-                found.append(Step(f"{command}\n{line[2:]}", shown))
+                command, expected = steps.pop()
+                steps.append(Step(f"{command}\n{line[2:]}", expected))
             else:
-                found[-1].shown.append(line)
-    return found
+                steps[-1].expected.append(line)
+    return steps
 
 
-def missing(shown: list[str], output: str) -> list[str]:
+def missing_lines(expected: list[str], output: str) -> list[str]:
     """Return the lines that are not in an output in their order."""
     rest = output.splitlines()
-    lost = []
-    for line in (line for line in shown if line != "…"):
+    missing = []
+    for line in (line for line in expected if line != "…"):
         pattern = ".*".join(
             re.escape(part) for part in re.split(r"\s*…\s*", " ".join(line.split()))
         )
-        at = next(
+        index = next(
             (n for n, real in enumerate(rest) if re.fullmatch(pattern, " ".join(real.split()))),
             None,
         )
-        if at is None:
-            lost.append(line)
+        if index is None:
+            missing.append(line)
         else:
-            rest = rest[at + 1 :]
-    return lost
+            rest = rest[index + 1 :]
+    return missing
 
 
-def test_a_line_that_is_not_printed_is_missing() -> None:
-    assert missing(["a … c", "…", "d"], "a b c\nx\nd") == []
-    assert missing(["a", "…", "b"], "a\nb") == []
-    assert missing(["d", "a … c"], "a b c\nx\nd") == ["a … c"]
+def test_missing_lines_are_lines_that_are_not_printed_in_order() -> None:
+    assert missing_lines(["a … c", "…", "d"], "a b c\nx\nd") == []
+    assert missing_lines(["a", "…", "b"], "a\nb") == []
+    assert missing_lines(["d", "a … c"], "a b c\nx\nd") == ["a … c"]
 
 
 def write_programs(directory: Path) -> None:
-    """Make a directory with ``inv`` and the examples of a checkout, and with ``guix-tasks``."""
+    """Create a directory with ``inv``, ``guix-tasks`` and the examples of a checkout."""
     directory.mkdir()
     (directory / "examples").symlink_to(ROOT / "examples")
     for name, command in (
@@ -113,15 +113,15 @@ def write_programs(directory: Path) -> None:
 
 @pytest.fixture
 def page_project(page: str, new_project: NewProject, request: pytest.FixtureRequest) -> Project:
-    """Make the project that a page assumes."""
+    """Create the project that a page assumes."""
     if page == TUTORIAL:
         return new_project()
     if page == SUBSTITUTES:
         listen = f"127.0.0.1:{free_port()}"
         return new_project(*STAGES, NETWORK="host", SUBSTITUTES_LISTEN=listen)
     if page == PRIVATE_REGISTRY:
-        locked = request.getfixturevalue("locked")
-        project = new_project(*STAGES, repository=f"{locked}/team/image")
+        private_registry = request.getfixturevalue("private_registry")
+        project = new_project(*STAGES, repository=f"{private_registry}/team/image")
         del project.settings["IMAGE"]  # the page sets it
         project.set()
         return project
@@ -130,14 +130,14 @@ def page_project(page: str, new_project: NewProject, request: pytest.FixtureRequ
 
 @pytest.mark.engine
 @pytest.mark.parametrize("page", PAGES)
-def test_the_commands_of_a_page_print_what_it_shows(
+def test_commands_of_a_page_print_the_shown_output(
     page: str, page_project: Project, tmp_path: Path
 ) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for name, value in placeholders(page_project).items():
         text = text.replace(f"{name}:latest", value).replace(name, value)
-    commands = steps(text)
-    needs_buildx = any(re.search(r"inv .*(buildx|manifest)", step.command) for step in commands)
+    steps = parse_steps(text)
+    needs_buildx = any(re.search(r"inv .*(buildx|manifest)", step.command) for step in steps)
     path = builder_environment("buildx")["PATH"] if needs_buildx else os.environ["PATH"]
     programs = tmp_path / "checkout"
     write_programs(programs)
@@ -152,11 +152,11 @@ def test_the_commands_of_a_page_print_what_it_shows(
         "DOCKER_CONFIG": str(page_project.docker.directory),
     }
     del env["ENV_FILE"]
-    script = "".join(f"{step.command}\necho '{MARK}'\n" for step in commands)
+    script = "".join(f"{step.command}\necho '{MARK}'\n" for step in steps)
     result = call(["bash", "-ec", f"exec 2>&1\n{script}"], env, 240, directory)
-    PLANTED.look_at_output(page, result.stdout)
+    PLANTED_SECRETS.check_output(page, result.stdout)
     page_project.docker("rmi", "hello:latest")  # loaded by docs/how-to/small-image.md
     outputs = result.stdout.split(f"{MARK}\n")
     assert result.returncode == 0, outputs[-1]
-    for step, output in zip(commands, outputs, strict=False):
-        assert missing(step.shown, output) == [], f"{step.command}:\n{output}"
+    for step, output in zip(steps, outputs, strict=False):
+        assert missing_lines(step.expected, output) == [], f"{step.command}:\n{output}"

@@ -1,4 +1,4 @@
-"""A custom project: the built wheel in a fresh virtual environment, from an empty directory."""
+"""Custom projects with the built wheel in a fresh virtual environment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import call, one_error
+from harness import call, expect_error
 
 from guix_tasks.commands.init import FILES
 from guix_tasks.stages.images import STAGES
@@ -38,18 +38,18 @@ hello >>/tested
 
 
 @pytest.fixture
-def program(programs_of_wheel: Path, tmp_path: Path) -> Path:
-    """Programs that nothing of this checkout is seen by."""
+def program(wheel_programs: Path, tmp_path: Path) -> Path:
+    """Return programs that do not use this checkout, and create an empty directory."""
     (tmp_path / "empty").mkdir()
-    return programs_of_wheel
+    return wheel_programs
 
 
 def run(program: Path, directory: Path, *arguments: str, **env: str) -> Result:
-    ours = {"PATH": os.environ["PATH"], "HOME": str(directory.parent), "LANG": "C.UTF-8", **env}
-    return call([str(program), *arguments], ours, 60, directory)
+    base = {"PATH": os.environ["PATH"], "HOME": str(directory.parent), "LANG": "C.UTF-8"}
+    return call([str(program), *arguments], {**base, **env}, 60, directory)
 
 
-def test_from_an_empty_folder(program: Path, tmp_path: Path) -> None:
+def test_init_creates_a_project_in_an_empty_directory(program: Path, tmp_path: Path) -> None:
     directory = tmp_path / "empty"
     listed = run(program / "guix-tasks", directory, "--list")
     assert "  init " in listed.stdout, listed.stderr
@@ -64,7 +64,7 @@ def test_from_an_empty_folder(program: Path, tmp_path: Path) -> None:
             assert f"  {task} " in listed.stdout
 
 
-def test_what_is_not_python_is_in_the_wheel_too(program: Path, tmp_path: Path) -> None:
+def test_wheel_has_completion_scripts_and_metadata(program: Path, tmp_path: Path) -> None:
     for shell in ("bash", "zsh", "fish"):
         script = run(program / "guix-tasks", tmp_path, f"--print-completion-script={shell}")
         assert "_guix_tasks" in script.stdout, script.stderr
@@ -72,7 +72,7 @@ def test_what_is_not_python_is_in_the_wheel_too(program: Path, tmp_path: Path) -
     assert re.fullmatch(r"guix-tasks \d+\.\d+\.\d+, Invoke 3\.\d+\.\d+\n", version)
 
 
-def test_python_can_be_asked_too(program: Path, tmp_path: Path) -> None:
+def test_package_is_runnable_as_a_python_module(program: Path, tmp_path: Path) -> None:
     directory = tmp_path / "empty"
     result = run(program / "python", directory, "-m", "guix_tasks", "--dry", "init")
     assert result.returncode == 0, result.stderr
@@ -80,14 +80,14 @@ def test_python_can_be_asked_too(program: Path, tmp_path: Path) -> None:
     assert [*directory.iterdir()] == []
 
 
-def test_a_folder_that_may_not_be_written_is_one_line(program: Path, tmp_path: Path) -> None:
+def test_init_reports_a_file_in_place_of_a_directory(program: Path, tmp_path: Path) -> None:
     directory = tmp_path / "empty"
-    (directory / ".github").write_text("a file where a directory is to be")
-    error = one_error(run(program / "guix-tasks", directory, "init", "--ci=github"), 2)
+    (directory / ".github").write_text("a file")
+    error = expect_error(run(program / "guix-tasks", directory, "init", "--ci=github"), 2)
     assert "/.github" in error
 
 
-def test_a_tasks_py_of_another_kind_is_in_nobodys_way(program: Path, tmp_path: Path) -> None:
+def test_init_keeps_a_tasks_py_without_guix_tasks(program: Path, tmp_path: Path) -> None:
     directory = tmp_path / "empty"
     (directory / "tasks.py").write_text("from invoke import task\n")
     result = run(program / "guix-tasks", directory, "init")
@@ -95,20 +95,20 @@ def test_a_tasks_py_of_another_kind_is_in_nobodys_way(program: Path, tmp_path: P
     assert "init: tasks.py exists, unchanged" in result.stderr
 
 
-def test_guix_tasks_is_inv_where_there_is_a_tasks_py(program: Path, tmp_path: Path) -> None:
+def test_guix_tasks_lists_the_tasks_of_the_project(program: Path, tmp_path: Path) -> None:
     directory = tmp_path / "empty"
     (directory / "tasks.py").write_text(TASKS)
-    (directory / "below").mkdir()
-    listed = run(program / "guix-tasks", directory / "below", "--list")
+    (directory / "subdirectory").mkdir()
+    listed = run(program / "guix-tasks", directory / "subdirectory", "--list")
     assert "  deps " in listed.stdout, listed.stderr
     assert "Run our tests." in listed.stdout
 
 
 @pytest.fixture
-def own(new_project: NewProject, program: Path, registry: object) -> Project:
-    """The start that `init` writes, with the channels of the offline example."""
+def custom(new_project: NewProject, program: Path, registry: object) -> Project:
+    """Create a project with `init`, and use the channels of the offline example."""
     project = new_project(DOCKERFILE="Dockerfile", BUILD_CONTEXT=".", GUIX_PACKAGES="greet")
-    # What is in the env file of the tests comes after .env, and so wins.
+    # The env file of the tests has precedence over .env.
     project.program = [str(program / "guix-tasks")]
     project.ok("init")
     project.program = [str(program / "inv")]
@@ -123,52 +123,43 @@ def write_stages(project: Project) -> None:
 
 
 @pytest.mark.engine
-def test_the_start_shows_what_it_would_do(own: Project) -> None:
-    with own.unharmed():
-        result = own.ok("--dry", "base")
-    assert f"+ docker build --file={own.directory}/Dockerfile" in result.stderr
-
-
-@pytest.mark.engine
-def test_a_project_with_stages_of_its_own(own: Project, docker: Docker) -> None:
-    """From the files of `init` to what a registry has, and all that may go wrong between."""
-    write_stages(own)
-    cache = f"{own.repository}-cache"
-    own.set(CACHE_IMAGE=cache)
-    # --- made, with all parents
-    said = own.ok("tested", timeout=600).stderr
+def test_custom_stages_are_made_updated_pushed_and_cached(custom: Project, docker: Docker) -> None:
+    write_stages(custom)
+    cache = f"{custom.repository}-cache"
+    custom.set(CACHE_IMAGE=cache)
+    # --- the first run makes all parents
+    log = custom.ok("tested", timeout=600).stderr
     for child, parent in (("tested", "deps"), ("deps", "install"), ("install", "pull")):
-        assert f"{child}: {own.tag(parent)} is missing, so {parent} comes first" in said
-    assert own.id() == own.id("tested")
-    # hello is of the manifest that init wrote, greet of GUIX_PACKAGES
-    tested = docker.run(own.image, "sh", "-c", f"cat /tested {PROFILE}/share/greeting; hello")
+        assert f"{child}: {custom.tag(parent)} is missing, so {parent} comes first" in log
+    assert custom.id() == custom.id("tested")
+    # hello is from the manifest that init wrote, greet from GUIX_PACKAGES
+    tested = docker.run(custom.image, "sh", "-c", f"cat /tested {PROFILE}/share/greeting; hello")
     assert "(GNU tar)" in tested.stdout, tested.stderr
     assert tested.stdout.count("Hello, world!") == 2
     assert "hello from a channel" in tested.stdout
-    assert docker.run(own.image, "ls", "/var/guix/guix-tasks").returncode != 0
-    assert docker.config(own.image)["Cmd"] == ["sh"]  # of the Dockerfile
-    own.ok("verify")
-    # --- and not made again
-    assert own.ok("deps", "tested").stderr.count(": up to date") == 2
-    # --- an input that changes
-    (own.directory / "test.sh").write_text(f"{TEST}echo more >>/tested\n")
-    status = own.ok("status").stdout
+    assert docker.run(custom.image, "ls", "/var/guix/guix-tasks").returncode != 0
+    assert docker.config(custom.image)["Cmd"] == ["sh"]  # from the Dockerfile
+    custom.ok("verify")
+    # --- the second run does nothing
+    assert custom.ok("deps", "tested").stderr.count(": up to date") == 2
+    # --- an input changes
+    (custom.directory / "test.sh").write_text(f"{TEST}echo more >>/tested\n")
+    status = custom.ok("status").stdout
     assert "stale: test.sh changed" in status
-    assert "run `inv tested --upstream`" in one_error(own.inv("push"), 2)
-    own.ok("tested", "push")
-    assert docker.run(own.image, "cat", "/tested").stdout.endswith("more\n")
-    # --- a command that fails
-    (own.directory / "test.sh").write_text("echo it broke; exit 3\n")
-    with own.unharmed():
-        error = one_error(own.inv("tested"), 4)
-    (kept,) = (own.directory / "out/failed").iterdir()
+    assert "run `inv tested --upstream`" in expect_error(custom.inv("push"), 2)
+    custom.ok("tested", "push")
+    assert docker.run(custom.image, "cat", "/tested").stdout.endswith("more\n")
+    # --- a command fails
+    (custom.directory / "test.sh").write_text("echo it broke; exit 3\n")
+    with custom.assert_unchanged():
+        error = expect_error(custom.inv("tested"), 4)
+    (diagnostics,) = (custom.directory / "out/failed").iterdir()
     assert "tested: the command failed with exit status 3" in error
-    assert kept.name.startswith("tested-")
-    assert "it broke" in (kept / "log").read_text()
+    assert diagnostics.name.startswith("tested-")
+    assert "it broke" in (diagnostics / "log").read_text()
     # --- another machine
-    (own.directory / "test.sh").write_text(TEST)
-    before = own.tags()
-    assert {"t-deps", "t-tested"} <= set(before)
-    own.ok("clean")
-    assert own.tags() == {}
-    assert f"tested: taken from {cache}:tested-" in own.ok("tested").stderr
+    (custom.directory / "test.sh").write_text(TEST)
+    assert {"t-deps", "t-tested"} <= custom.tags().keys()
+    custom.ok("clean")
+    assert custom.tags() == {}
+    assert f"tested: taken from {cache}:tested-" in custom.ok("tested").stderr
