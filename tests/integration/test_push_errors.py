@@ -1,4 +1,4 @@
-"""Registries that are down, that are not there, and that want to know who it is."""
+"""Pushes to registries that are down, unknown, private or immutable."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import PASSWORD, USER, free_port, one_error
-from recording_registry import serving
+from harness import PASSWORD, USER, expect_error, free_port
+from recording_registry import run_registry
 
 if TYPE_CHECKING:
     from conftest import NewProject
@@ -18,31 +18,31 @@ pytestmark = pytest.mark.engine
 TINY = "FROM scratch\nCOPY Dockerfile /\n"
 
 
-def tiny(new_project: NewProject, registry: str) -> Project:
-    """A project with a base stage of next to nothing, that goes to a registry."""
+def create_tiny(new_project: NewProject, registry: str) -> Project:
+    """Create a project with a tiny base stage, and ``IMAGE`` in a registry."""
     project = new_project(repository=f"{registry}/guix-tasks-test/tiny")
-    project.dockerfile(TINY)
+    project.write_dockerfile(TINY)
     project.ok("base")
     return project
 
 
 @pytest.mark.both_stores
-def test_a_registry_that_is_down(new_project: NewProject) -> None:
-    project = tiny(new_project, f"localhost:{free_port()}")
-    with project.unharmed():
-        error = one_error(project.inv("push"), 5)
+def test_push_to_a_registry_that_is_down_suggests_registry_up(new_project: NewProject) -> None:
+    project = create_tiny(new_project, f"localhost:{free_port()}")
+    with project.assert_unchanged():
+        error = expect_error(project.inv("push"), 5)
     assert project.image in error
     assert "connection refused" in error
     assert "inv registry.up" in error
 
 
 @pytest.mark.both_stores
-def test_a_registry_that_is_unknown(new_project: NewProject) -> None:
-    project = tiny(new_project, "registry.invalid")
-    with project.unharmed():
-        error = one_error(project.inv("push"), 5)
+def test_push_to_an_unknown_registry_names_it(new_project: NewProject) -> None:
+    project = create_tiny(new_project, "registry.invalid")
+    with project.assert_unchanged():
+        error = expect_error(project.inv("push"), 5)
     assert "registry.invalid" in error
-    # Without a network nobody knows that there is no such host.
+    # Without a network the host cannot be looked up.
     assert "there is no such registry: fix the reference" in error or "unreachable" in error
 
 
@@ -51,53 +51,46 @@ def test_a_registry_that_is_unknown(new_project: NewProject) -> None:
     [{}, {"DOCKER_USERNAME": USER, "DOCKER_PASSWORD": "wrong-one"}],
     ids=["no-password", "wrong-password"],
 )
-def test_a_registry_that_refuses(
-    new_project: NewProject, locked: str, account: dict[str, str]
+def test_rejected_account_names_the_settings(
+    new_project: NewProject, private_registry: str, account: dict[str, str]
 ) -> None:
-    project = tiny(new_project, locked)
-    with project.unharmed():
+    project = create_tiny(new_project, private_registry)
+    with project.assert_unchanged():
         result = project.inv("push", env=account)
-    error = one_error(result, 5)
+    error = expect_error(result, 5)
     assert "DOCKER_USERNAME and DOCKER_PASSWORD" in error
     assert "wrong-one" not in result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("way", ["environment", "env file", "file"])
-def test_the_right_password(new_project: NewProject, locked: str, way: str) -> None:
-    project = tiny(new_project, locked)
+@pytest.mark.parametrize("source", ["environment", "env file", "file"])
+def test_password_is_used_and_not_printed(
+    new_project: NewProject, private_registry: str, source: str
+) -> None:
+    project = create_tiny(new_project, private_registry)
     account = {"DOCKER_USERNAME": USER, "DOCKER_PASSWORD": PASSWORD}
-    if way == "env file":
+    if source == "env file":
         project.set(**account)
-    elif way == "file":
+    elif source == "file":
         (project.directory / "secret").write_text(f"{PASSWORD}\n")
         account = {"DOCKER_USERNAME": USER, "DOCKER_PASSWORD_FILE": "secret"}
-    result = project.inv("--echo", "push", env={} if way == "env file" else account)
+    result = project.inv("--echo", "push", env={} if source == "env file" else account)
     assert result.returncode == 0, result.stderr
     assert re.search(r"@sha256:[0-9a-f]{64}\n$", result.stdout)
     assert PASSWORD not in result.stdout + result.stderr
 
 
-def test_a_user_without_a_password_is_not_silently_nobody(
-    new_project: NewProject, locked: str
-) -> None:
-    project = tiny(new_project, locked)
-    with project.unharmed():
-        error = one_error(project.inv("push", env={"DOCKER_USERNAME": USER}), 2)
-    assert "DOCKER_PASSWORD" in error
-
-
-def test_where_tags_are_immutable_a_push_can_be_repeated(new_project: NewProject) -> None:
-    """Also after a push that failed between two tags."""
-    with serving() as registry:
-        registry.immutable, registry.refused = True, {"2.0"}
-        project = tiny(new_project, registry.host)
+def test_push_of_immutable_tags_can_be_repeated(new_project: NewProject) -> None:
+    """The first push fails between two tags."""
+    with run_registry() as registry:
+        registry.immutable, registry.rejected_tags = True, {"2.0"}
+        project = create_tiny(new_project, registry.host)
         project.set(TAGS="2.0 3.0")
-        assert ":2.0" in one_error(project.inv("push"), 5)
-        registry.refused.clear()
+        assert ":2.0" in expect_error(project.inv("push"), 5)
+        registry.rejected_tags.clear()
         project.ok("push")
         tags = {name.rpartition(":")[2] for name in registry.manifests if "@" not in name}
         assert tags == {"t", "2.0", "3.0"}
-        project.dockerfile(f"{TINY}COPY Dockerfile /another\n")
+        project.write_dockerfile(f"{TINY}COPY Dockerfile /other\n")
         project.ok("base")
-        error = one_error(project.inv("push"), 5)
+        error = expect_error(project.inv("push"), 5)
         assert "the registry does not allow that a tag is overwritten: choose another tag" in error

@@ -1,4 +1,4 @@
-"""Each registry gets its own account and no other, whatever the task and the way to it."""
+"""Each registry gets only its own account, from all tasks and builders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from harness import Result, builder_environment
-from recording_registry import RecordingRegistry, serving
+from recording_registry import RecordingRegistry, run_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -40,9 +40,9 @@ class Site:
         return self.home, self.cache, self.base
 
     def inv(self, *arguments: str) -> Result:
-        """Run a task; what the registries were sent is what this task sent."""
-        for each in self.registries:
-            each.forget()
+        """Run a task, and record only the accounts that this task sends."""
+        for registry in self.registries:
+            registry.reset()
         return self.project.inv(*arguments, env=self.environment)
 
     def ok(self, *arguments: str) -> str:
@@ -50,19 +50,21 @@ class Site:
         assert result.returncode == 0, result.stderr
         return result.stdout + result.stderr
 
-    def sent(self) -> dict[str, set[str]]:
-        """The accounts that came to each registry that was asked."""
+    def sent_accounts(self) -> dict[str, set[str]]:
+        """Return the accounts that each registry with requests received."""
         names = {"home": self.home, "cache": self.cache, "base": self.base}
-        return {name: set(each.seen) for name, each in names.items() if each.requests}
+        return {name: {*server.accounts} for name, server in names.items() if server.requests}
 
 
 @pytest.fixture(params=["buildx", "classic"])
 def site(
     new_project: NewProject, request: pytest.FixtureRequest, engine_host: str
 ) -> Iterator[Site]:
-    """The settings have one account, ``DOCKER_AUTH_CONFIG`` and config.json have the others."""
+    """Put the accounts into the settings, ``DOCKER_AUTH_CONFIG`` and config.json."""
     with ExitStack() as stack:
-        home, cache, base = (stack.enter_context(serving(each)) for each in (HOME, CACHE, BASE))
+        home, cache, base = (
+            stack.enter_context(run_registry(account)) for account in (HOME, CACHE, BASE)
+        )
         _publish(new_project, base)
         username, _, password = home.account.partition(":")
         project = new_project(
@@ -72,7 +74,7 @@ def site(
             DOCKER_USERNAME=username,
             DOCKER_PASSWORD=password,
         )
-        project.dockerfile(ON_BASE)
+        project.write_dockerfile(ON_BASE)
         _log_in(project, cache)
         auths = {base.host: {"auth": base.auth}}
         environment = {
@@ -84,36 +86,36 @@ def site(
 
 
 def _publish(new_project: NewProject, base: RecordingRegistry) -> None:
-    """Put the base image into its registry, and leave none on the engine."""
+    """Push the base image to its registry, and remove it from the engine."""
     username, _, password = base.account.partition(":")
     account = {"DOCKER_USERNAME": username, "DOCKER_PASSWORD": password}
     project = new_project(repository=f"{base.host}/team/base", **account)
-    project.dockerfile(TINY)
+    project.write_dockerfile(TINY)
     project.ok("base", "push")
     for tag in project.tags():
         project.docker.ok("rmi", f"{project.repository}:{tag}")
 
 
 def _log_in(project: Project, registry: RecordingRegistry) -> None:
-    """Leave the account of a registry where `docker login` does."""
+    """Write the account of a registry to the file of `docker login`."""
     file = project.directory / "home" / ".docker" / "config.json"
     config = json.loads(file.read_text())
     config["auths"][registry.host] = {"auth": registry.auth}
     file.write_text(json.dumps(config))
 
 
-def test_doctor_asks_each_registry_with_its_own_account(site: Site) -> None:
+def test_doctor_uses_the_account_of_each_registry(site: Site) -> None:
     site.ok("doctor")
-    assert site.sent() == {"home": {HOME}, "base": {BASE}}
+    assert site.sent_accounts() == {"home": {HOME}, "base": {BASE}}
 
 
-def test_each_registry_gets_its_own_account_from_base_and_push(site: Site) -> None:
+def test_base_and_push_use_the_account_of_each_registry(site: Site) -> None:
     project = site.project
     assert "was not pushed to CACHE_IMAGE" not in site.ok("base")
-    assert site.sent() == {"cache": {CACHE}, "base": {BASE}}
+    assert site.sent_accounts() == {"cache": {CACHE}, "base": {BASE}}
     site.ok("status")
     site.ok("push")
-    sent = site.sent()
+    sent = site.sent_accounts()
     assert sent.pop("home") == {HOME}
     assert sent.get("base", set()) <= {BASE}
     assert sent.get("cache", set()) <= {CACHE}
@@ -121,29 +123,29 @@ def test_each_registry_gets_its_own_account_from_base_and_push(site: Site) -> No
         project.docker.ok("rmi", f"{project.repository}:{tag}")
     project.docker("rmi", project.settings["BASE_IMAGE"])
     assert "base: taken from" in site.ok("base")
-    assert site.sent() == {"cache": {CACHE}, "base": {BASE}}
+    assert site.sent_accounts() == {"cache": {CACHE}, "base": {BASE}}
 
 
-def test_platforms_are_joined_with_the_account_of_the_image(site: Site) -> None:
+def test_manifest_uses_the_account_of_the_image(site: Site) -> None:
     site.project.set(PLATFORMS="linux/amd64", CACHE_IMAGE="")
-    site.environment |= builder_environment("buildx")  # which joins them
+    site.environment |= builder_environment("buildx")
     site.ok("base", "push")
     assert site.ok("manifest")
-    assert site.sent() == {"home": {HOME}}
+    assert site.sent_accounts() == {"home": {HOME}}
 
 
-def test_no_account_goes_where_none_is_for(site: Site) -> None:
-    """Not the one of the settings either, which is another registry's, though one is asked for."""
-    with serving("nobody:knows-it") as stranger:
-        site.project.set(CACHE_IMAGE=f"{stranger.host}/team/cache", BASE_IMAGE="scratch")
-        site.project.dockerfile(TINY)
+def test_registry_without_an_account_gets_none(site: Site) -> None:
+    """The registry needs an account, but the settings have only that of another registry."""
+    with run_registry("unknown:account") as registry:
+        site.project.set(CACHE_IMAGE=f"{registry.host}/team/cache", BASE_IMAGE="scratch")
+        site.project.write_dockerfile(TINY)
         assert "was not pushed to CACHE_IMAGE" in site.ok("base")
-        assert stranger.requests
-        assert stranger.seen == set()
+        assert registry.requests
+        assert registry.accounts == set()
 
 
 @pytest.mark.parametrize("auth", ["", "Zm9v", "abc", "bfxsbGVyOng=", 5])
-def test_an_odd_entry_of_dockers_configuration_harms_no_task(
+def test_invalid_account_in_the_docker_configuration_is_ignored(
     new_project: NewProject, auth: object
 ) -> None:
     project = new_project()

@@ -1,4 +1,4 @@
-"""Rootless Docker: every task, with a registry that the engine reaches."""
+"""All tasks on rootless Docker, with a registry that the engine can reach."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import Docker, Made, Workshop, eventually
-from island import load_image
-from rootless_docker import rootless_docker
+from harness import BuiltProject, Docker, ProjectFactory, wait_until
+from isolated_host import copy_image
+from rootless_docker import run_rootless_docker
 
 from guix_tasks.bootstrap.base_image import BASE_TAG
 from guix_tasks.stages.images import STAGES
@@ -29,7 +29,7 @@ FROM {BASE_TAG}
 COPY docker-registry /bin/registry
 COPY config.yml /etc/distribution/
 """
-"""What Docker Hub's registry:3 has, on the base image that is here."""
+"""Like registry:3 of Docker Hub, but on the base image of the tests."""
 
 CONFIGURATION = """
 version: 0.1
@@ -43,56 +43,57 @@ def rootless(
     base_image: str, docker: Docker, programs: Path, registry: LocalRegistry,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Docker]:  # fmt: skip
-    with rootless_docker(programs) as url:
-        there = Docker(url, tmp_path_factory.mktemp("docker"))
-        load_image(base_image, docker, there)
+    with run_rootless_docker(programs) as url:
+        rootless_docker = Docker(url, tmp_path_factory.mktemp("docker"))
+        copy_image(base_image, docker, rootless_docker)
         directory = tmp_path_factory.mktemp("registry")
         (directory / "Dockerfile").write_text(REGISTRY)
         (directory / "config.yml").write_text(CONFIGURATION)
         shutil.copy2(registry.directory / "root/usr/bin/docker-registry", directory)
-        there.ok("build", "--quiet", "--tag=registry:3", str(directory))
-        yield there
+        rootless_docker.ok("build", "--quiet", "--tag=registry:3", str(directory))
+        yield rootless_docker
 
 
 @pytest.fixture(scope="module")
-def made(
-    rootless: Docker, workshop: Workshop, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Made]:
-    shop = replace(workshop, docker=rootless)
-    project = shop.project(tmp_path_factory.mktemp("rootless") / "project")
-    port = f"--port={workshop.registry.rpartition(':')[2]}"
-    # The registry of the tests has this port too, on the localhost of this machine.
+def built_project(
+    rootless: Docker, factory: ProjectFactory, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[BuiltProject]:
+    directory = tmp_path_factory.mktemp("rootless") / "project"
+    project = replace(factory, docker=rootless).create(directory)
+    port = f"--port={factory.registry.rpartition(':')[2]}"
+    # The registry of the tests has the same port on the localhost of this machine.
     project.ok("registry.up", port)
     try:
-        yield Made(project, {task: project.ok(task) for task in (*STAGES, "verify", "push")})
+        calls = {task: project.ok(task) for task in (*STAGES, "verify", "push")}
+        yield BuiltProject(project, calls)
     finally:
         project.ok("registry.down", port)
         project.remove()
 
 
-def test_image_is_made_without_root_and_pushed(made: Made) -> None:
-    project = made.project
-    assert made.calls["base"].stderr.splitlines()[0].endswith(", rootless")
-    assert "install: in a rootless container" in made.calls["install"].stderr
+def test_image_is_made_without_root_and_pushed(built_project: BuiltProject) -> None:
+    project = built_project.project
+    assert built_project.calls["base"].stderr.splitlines()[0].endswith(", rootless")
+    assert "install: in a rootless container" in built_project.calls["install"].stderr
     assert project.docker.run(project.image, "hello").stdout == "Hello, world!\n"
-    digest = made.calls["push"].stdout.strip().rpartition("@")[2]
+    digest = built_project.calls["push"].stdout.strip().rpartition("@")[2]
     known = project.docker.ok("image", "inspect", "--format={{json .RepoDigests}}", project.image)
     assert f"{project.repository}@{digest}" in json.loads(known)
-    with project.unharmed():
-        said = project.ok(*STAGES, "push").stderr
-    assert [f"{stage}: up to date" in said for stage in STAGES] == [True] * 3
-    assert ", 0 B moved" in said
+    with project.assert_unchanged():
+        log = project.ok(*STAGES, "push").stderr
+    assert [f"{stage}: up to date" in log for stage in STAGES] == [True] * 3
+    assert ", 0 B moved" in log
 
 
-def test_doctor_finds_the_registry(made: Made) -> None:
-    findings = json.loads(made.project.inv("doctor", "--json").stdout)
+def test_doctor_checks_pass(built_project: BuiltProject) -> None:
+    findings = json.loads(built_project.project.inv("doctor", "--json").stdout)
     states = {finding["check"]: finding["state"] for finding in findings}
     assert [states[check] for check in ("engine", "sandbox", "registry")] == ["ok"] * 3
 
 
-def test_change_squash_rollback_and_push(made: Made) -> None:
-    project = made.project
-    before = project.id()
+def test_change_squash_rollback_and_push_succeed(built_project: BuiltProject) -> None:
+    project = built_project.project
+    first = project.id()
     project.set(GUIX_PACKAGES="greet")
     assert "install: removed hello@" in project.ok("install").stderr
     project.ok("squash", "push")
@@ -100,23 +101,25 @@ def test_change_squash_rollback_and_push(made: Made) -> None:
     project.set(GUIX_PACKAGES="hello greet")
     project.ok("install", "push")
     project.ok("rollback")
-    assert project.id() not in (before, project.id("install"))
+    assert project.id() not in (first, project.id("install"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_killed_run_leaves_nothing_and_the_next_one_finishes(made: Made, number: int) -> None:
-    project = made.project
-    before = project.tags()
-    running = project.start("install", "--force")
-    eventually(lambda: bool(project.containers()) or running.has_ended(), "a container")
-    assert running.signal(number) == (130 if number == signal.SIGINT else -number)
-    assert project.tags() == before
+def test_interrupted_run_leaves_nothing_after_the_next_run(
+    built_project: BuiltProject, number: int
+) -> None:
+    project = built_project.project
+    tags = project.tags()
+    task = project.start("install", "--force")
+    wait_until(lambda: bool(project.containers()) or task.has_ended(), "a container exists")
+    assert task.signal(number) == (130 if number == signal.SIGINT else -number)
+    assert project.tags() == tags
     project.ok("install", "--force")
     assert project.containers() == []
 
 
-def test_clean_removes_the_images(made: Made) -> None:
-    project = made.project
+def test_clean_removes_images_and_volumes(built_project: BuiltProject) -> None:
+    project = built_project.project
     project.ok("clean")
     assert project.tags() == {}
     assert project.volumes() == []

@@ -1,4 +1,4 @@
-"""Settings from a pipe are those of every task of a call."""
+"""All tasks of a call use settings that are read from a pipe."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ FORMS = {
 }
 
 
-def through(project: Project, form: str, *arguments: str) -> Result:
-    """Run the real command line in a shell that gives it its settings in this way."""
+def run_in_shell(project: Project, form: str, *arguments: str) -> Result:
+    """Run the command line in a shell that passes the settings in one of the forms."""
     environment = {**project.environment, **({} if form == "secret" else {"ENV_FILE": ""})}
     end = " <project.env" if form == "here-document" else ""
     command = f'{FORMS[form]} "$@"{end}'
@@ -34,7 +34,7 @@ def through(project: Project, form: str, *arguments: str) -> Result:
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "secret"])
-def test_second_task_has_the_settings_of_the_first(new_project: NewProject, form: str) -> None:
+def test_second_task_uses_the_settings_of_the_first(new_project: NewProject, form: str) -> None:
     project = new_project("base")
     writer = None
     if form == "named pipe":
@@ -42,7 +42,7 @@ def test_second_task_has_the_settings_of_the_first(new_project: NewProject, form
         content = (project.directory / "project.env").read_bytes()
         writer = threading.Thread(target=(project.directory / "pipe").write_bytes, args=(content,))
         writer.start()
-    result = through(project, form, "base", "push", "status")
+    result = run_in_shell(project, form, "base", "push", "status")
     if writer:
         writer.join()
     assert result.returncode == 0, result.stderr
@@ -51,8 +51,8 @@ def test_second_task_has_the_settings_of_the_first(new_project: NewProject, form
     assert f"{project.repository}:t-base" in result.stdout
 
 
-def test_second_task_has_the_secret_of_the_first(new_project: NewProject) -> None:
+def test_second_task_uses_the_secret_of_the_first(new_project: NewProject) -> None:
     project = new_project("base")
-    result = through(project, "secret", "base", "status")
+    result = run_in_shell(project, "secret", "base", "status")
     assert result.returncode == 0, result.stderr
     assert "a password" not in result.stdout + result.stderr

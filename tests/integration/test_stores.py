@@ -1,4 +1,4 @@
-"""Both image stores: what reaches a registry, and what is reported of an image."""
+"""Both image stores: pushed layers, and reported sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from island import load_image
+from isolated_host import copy_image
 
 if TYPE_CHECKING:
     from conftest import NewProject
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.engine, pytest.mark.both_stores]
 
 TEXT = 4_000_000
-"""Bytes that compress well, in the base image."""
+"""Number of bytes of a file in the base image that compresses well."""
 
 
-def pushed(project: Project, registry: LocalRegistry) -> dict[str, Any]:
-    """The manifest that a push leaves in the registry."""
+def push(project: Project, registry: LocalRegistry) -> dict[str, Any]:
+    """Push the image, and return its manifest in the registry."""
     digest = project.ok("push").stdout.strip().rpartition("sha256:")[2]
     blobs = registry.directory / "data" / "docker" / "registry" / "v2" / "blobs" / "sha256"
     manifest: dict[str, Any] = json.loads((blobs / digest[:2] / digest / "data").read_text())
@@ -32,25 +32,25 @@ def pushed(project: Project, registry: LocalRegistry) -> dict[str, Any]:
 
 
 def compressed_layers(project: Project, registry: LocalRegistry) -> list[int]:
-    """The sizes of all layers in the registry, each of which has to be compressed."""
-    layers = pushed(project, registry)["layers"]
+    """Push the image, and return the sizes of its layers, which must be compressed."""
+    layers = push(project, registry)["layers"]
     kinds = {layer["mediaType"] for layer in layers}
     assert all(kind.endswith(("tar.gzip", "tar+gzip")) for kind in kinds), kinds
     return [layer["size"] for layer in layers]
 
 
-def test_a_base_that_was_loaded_uncompressed_is_pushed_compressed(
+def test_uncompressed_base_is_pushed_compressed(
     new_project: NewProject, docker: Docker, machine_docker: Docker, registry: LocalRegistry
 ) -> None:
-    """As `docker save` of the classic store writes it."""
+    """The classic store writes uncompressed archives in `docker save`."""
     project = new_project()
     reference = f"{project.repository}-loaded:1"
     archive = project.directory / "text.tar"
     (project.directory / "text").write_text("x" * TEXT)
     subprocess.run(["tar", "-C", project.directory, "-cf", archive, "text"], check=True)
     machine_docker.ok("import", str(archive), reference)
-    load_image(reference, machine_docker, docker)
-    project.dockerfile("ARG BASE_IMAGE\nFROM $BASE_IMAGE\nCOPY Dockerfile /\n")
+    copy_image(reference, machine_docker, docker)
+    project.write_dockerfile("ARG BASE_IMAGE\nFROM $BASE_IMAGE\nCOPY Dockerfile /\n")
     project.set(BASE_IMAGE=reference)
     try:
         project.ok("base")
@@ -59,8 +59,8 @@ def test_a_base_that_was_loaded_uncompressed_is_pushed_compressed(
         assert sum(sizes) < TEXT / 10
         assert "base: up to date" in project.ok("base").stderr
     finally:
-        for each in (docker, machine_docker):
-            each("rmi", reference)
+        docker("rmi", reference)
+        machine_docker("rmi", reference)
 
 
 def test_layers_of_stages_and_of_squash_are_pushed_compressed(
@@ -73,16 +73,16 @@ def test_layers_of_stages_and_of_squash_are_pushed_compressed(
     assert sum(squashed) < sum(stages) * 1.1
 
 
-def test_status_shows_the_size_that_docker_images_shows(project: Project, docker: Docker) -> None:
+def test_status_reports_the_same_size_as_docker(project: Project, docker: Docker) -> None:
     stages = json.loads(project.ok("status", "--json").stdout)["stages"]
     for stage in stages:
-        shown = docker.ok("image", "ls", "--format={{.Size}}", stage["image"])
-        number = float(shown.rstrip("kMGB"))
-        factor = {"kB": 1e3, "MB": 1e6, "GB": 1e9}[shown[-2:]]
+        size = docker.ok("image", "ls", "--format={{.Size}}", stage["image"])
+        number = float(size.rstrip("kMGB"))
+        factor = {"kB": 1e3, "MB": 1e6, "GB": 1e9}[size[-2:]]
         assert stage["size"] == pytest.approx(number * factor, rel=0.01)
 
 
-def test_bytes_moved_are_reported_or_said_to_be_unknown(project: Project) -> None:
+def test_push_reports_the_moved_bytes(project: Project) -> None:
     project.ok("push")
     assert ", 0 B moved" in project.ok("push").stderr
     project.set(GUIX_PACKAGES="greet")
@@ -92,7 +92,7 @@ def test_bytes_moved_are_reported_or_said_to_be_unknown(project: Project) -> Non
     assert ", 0 B moved" not in line
 
 
-def test_doctor_names_the_store(project: Project, engine: DockerEngine) -> None:
+def test_doctor_names_the_image_store(project: Project, engine: DockerEngine) -> None:
     info: EngineInfo = engine.info()
     lines = project.inv("doctor").stdout.splitlines()
     assert next(line for line in lines if "engine: " in line).endswith(info.store)

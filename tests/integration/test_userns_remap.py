@@ -1,4 +1,4 @@
-"""An engine with ``userns-remap``: root in its containers is another user on its machine."""
+"""An engine with ``userns-remap``, on which root in containers is another user of the machine."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import ROOT, eventually, one_error
-from island import raised, supply
+from harness import ROOT, expect_error, wait_until
+from isolated_host import add_registry_and_base, create_isolated_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from harness import Project, Workshop
-    from island import Island
+    from harness import Project, ProjectFactory
+    from isolated_host import IsolatedHost
 
     from guix_tasks.bootstrap.registry import LocalRegistry
 
 pytestmark = pytest.mark.engine
 
 USER, FIRST_ID = "daemon", 200000
-"""A user that each Debian has, and the ID on the machine of root in containers."""
+"""A user of each Debian system, and the ID of root in containers on the machine."""
 
 UP = f"""
 import sys
@@ -39,7 +39,7 @@ class Remapped(PrivateEngine):
         return {{**super()._configure(store), "userns-remap": "{USER}"}}
 
     def _start(self, store):
-        # Containers have to reach their files.
+        # Containers must be able to read their files.
         self.directory.chmod(0o711)
         super()._start(store)
 
@@ -48,36 +48,36 @@ Remapped(Path(sys.argv[1])).up(Console())
 
 
 @pytest.fixture(scope="module")
-def remapped(programs: Path) -> Iterator[Island]:
-    """An engine with ``userns-remap`` on an island, whose ``/etc`` is a copy of this machine's."""
-    with raised(programs) as island:
-        etc = island.directory / "etc"
-        island.do("cp", "--archive", "/etc", str(etc))
+def remapped(programs: Path) -> Iterator[IsolatedHost]:
+    """Start an engine with ``userns-remap`` on a host with a copy of this machine's ``/etc``."""
+    with create_isolated_host(programs) as host:
+        etc = host.directory / "etc"
+        host.run("cp", "--archive", "/etc", str(etc))
         for name in ("subuid", "subgid"):
             (etc / name).write_text(f"{USER}:{FIRST_ID}:65536\n")
-        island.do("mount", "--bind", str(etc), "/etc")
-        island.directory.chmod(0o711)
-        island.do(sys.executable, "-c", UP, str(island.engine.directory))
-        yield island
+        host.run("mount", "--bind", str(etc), "/etc")
+        host.directory.chmod(0o711)
+        host.run(sys.executable, "-c", UP, str(host.engine.directory))
+        yield host
 
 
 @pytest.fixture(scope="module")
-def remapped_workshop(
-    remapped: Island, machine_registry: LocalRegistry, workshop: Workshop
-) -> Workshop:
-    # Other users need not be able to read the checkout.
+def remapped_factory(
+    remapped: IsolatedHost, machine_registry: LocalRegistry, factory: ProjectFactory
+) -> ProjectFactory:
+    # The user of the containers may not be able to read the checkout.
     offline = remapped.directory / "offline"
-    shutil.copytree(workshop.offline, offline, symlinks=True)
-    own = supply(remapped, machine_registry.directory / "root", workshop)
-    return replace(own, offline=offline)
+    shutil.copytree(factory.offline, offline, symlinks=True)
+    programs = machine_registry.directory / "root"
+    return replace(add_registry_and_base(remapped, programs, factory), offline=offline)
 
 
 @pytest.fixture(scope="module")
-def made(
-    remapped_workshop: Workshop, tmp_path_factory: pytest.TempPathFactory
+def project(
+    remapped_factory: ProjectFactory, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Project]:
-    """A project with all its stages; ``auto`` chooses its sandbox."""
-    project = remapped_workshop.project(tmp_path_factory.mktemp("remapped") / "project")
+    """Create a project with all stages finished; ``auto`` chooses its sandbox."""
+    project = remapped_factory.create(tmp_path_factory.mktemp("remapped") / "project")
     log = project.ok("base", "pull", "install").stderr
     assert "sandbox: rootless: Guix can build" in log
     try:
@@ -86,56 +86,63 @@ def made(
         project.remove()
 
 
-def in_image(project: Project, *command: str) -> str:
-    """Run a command in a container of the image."""
+def run_in_image(project: Project, *command: str) -> str:
     argv = ("run", "--rm", "--network=none", "--entrypoint=", project.image, *command)
     return project.docker.ok(*argv)
 
 
-def test_image_works_and_all_of_it_belongs_to_root(made: Project) -> None:
-    assert "Hello" in in_image(made, "hello")
+def check_image(project: Project) -> None:
+    assert "Hello" in run_in_image(project, "hello")
     others = "find /gnu /var/guix /root /etc/guix -not -user 0 -not -path '*/db/reserved'"
-    assert in_image(made, "sh", "-c", others) == ""
+    assert run_in_image(project, "sh", "-c", others) == ""
+
+
+def test_files_of_the_image_belong_to_root(project: Project) -> None:
+    check_image(project)
 
 
 @pytest.mark.parametrize("sandbox", ["rootless", "capabilities"])
-def test_stages_without_warm_store(made: Project, sandbox: str) -> None:
+def test_install_without_warm_store_succeeds(project: Project, sandbox: str) -> None:
     env = {"GUIX_SANDBOX": sandbox, "CACHE_VOLUME": ""}
-    result = made.inv("install", "--force", env=env)
+    result = project.inv("install", "--force", env=env)
     assert result.returncode == 0, result.stderr
-    test_image_works_and_all_of_it_belongs_to_root(made)
+    check_image(project)
 
 
-def test_privileged_is_refused_with_a_hint(made: Project) -> None:
-    error = one_error(made.inv("install", "--force", env={"GUIX_SANDBOX": "privileged"}), 3)
+def test_privileged_sandbox_is_rejected_with_a_hint(project: Project) -> None:
+    error = expect_error(project.inv("install", "--force", env={"GUIX_SANDBOX": "privileged"}), 3)
     assert "incompatible with user namespaces" in error
     assert error.endswith("; set GUIX_SANDBOX=capabilities")
 
 
-def test_a_killed_stage_is_resumed(made: Project) -> None:
-    started = made.start("install", "--force")
-    eventually(lambda: made.containers() != [], "a container")
-    os.killpg(started.inv.pid, signal.SIGKILL)
-    started.inv.wait()
-    made.ok("install", "--force")
-    assert made.containers() == []
-    test_image_works_and_all_of_it_belongs_to_root(made)
+def test_run_after_a_kill_finishes(project: Project) -> None:
+    task = project.start("install", "--force")
+    wait_until(lambda: project.containers() != [], "a container exists")
+    os.killpg(task.process.pid, signal.SIGKILL)
+    task.process.wait()
+    project.ok("install", "--force")
+    assert project.containers() == []
+    check_image(project)
 
 
-def test_push_squash_rollback_verify_and_doctor(made: Project) -> None:
-    stage = made.id()
-    assert "sha256:" in made.ok("push").stdout
-    made.ok("squash")
-    assert made.id() != stage
-    assert "Hello" in in_image(made, "hello")
-    made.ok("rollback")
-    assert made.id() == stage
-    made.ok("verify")
-    lines = made.inv("doctor").stdout.splitlines()
+def test_push_squash_rollback_verify_and_doctor_succeed(project: Project) -> None:
+    stage = project.id()
+    assert "sha256:" in project.ok("push").stdout
+    project.ok("squash")
+    assert project.id() != stage
+    assert "Hello" in run_in_image(project, "hello")
+    project.ok("rollback")
+    assert project.id() == stage
+    project.ok("verify")
+    lines = project.inv("doctor").stdout.splitlines()
     (sandbox,) = [line for line in lines if "sandbox: " in line]
     assert sandbox == "ok     sandbox: rootless: Guix builds in a work container"
 
 
-def test_clean_leaves_nothing(made: Project) -> None:
-    made.ok("clean")
-    assert (made.tags(), made.containers(), made.volumes()) == ({}, [], [])
+def test_clean_leaves_nothing(project: Project) -> None:
+    project.ok("clean")
+    assert (project.tags(), project.containers(), project.volumes()) == (
+        {},
+        [],
+        [],
+    )
