@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import ROOT, call, inv_argv, one_error, without
+from harness import ROOT, call, expect_error, hide_packages, inv_argv
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +43,7 @@ def inv(directory: Path, *arguments: str, **environment: str) -> Result:
 def test_invalid_line_is_reported_with_its_number(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "project.env").write_text(f"# mine\n{line}\n")
     result = inv(tmp_path, "base", "push", ENV_FILE="project.env")
-    assert message in one_error(result, 2)
+    assert message in expect_error(result, 2)
 
 
 def test_all_invalid_settings_are_reported_together(tmp_path: Path) -> None:
@@ -74,19 +74,19 @@ def test_all_invalid_settings_are_reported_together(tmp_path: Path) -> None:
     ],
 )
 def test_unreachable_engine_is_reported(tmp_path: Path, host: str, message: str) -> None:
-    error = one_error(inv(tmp_path, "status", DOCKER_HOST=host), 3)
+    error = expect_error(inv(tmp_path, "status", DOCKER_HOST=host), 3)
     assert message in error
     assert "DOCKER_HOST" in error
 
 
 def test_missing_context_is_reported(tmp_path: Path) -> None:
-    assert "'nope'" in one_error(inv(tmp_path, "status", DOCKER_CONTEXT="nope"), 3)
+    assert "'nope'" in expect_error(inv(tmp_path, "status", DOCKER_CONTEXT="nope"), 3)
 
 
 def test_missing_certificates_are_reported(tmp_path: Path) -> None:
     docker = {"DOCKER_HOST": "tcp://127.0.0.1:1", "DOCKER_TLS_VERIFY": "1"}
     result = inv(tmp_path, "status", **docker, DOCKER_CERT_PATH=str(tmp_path))
-    assert "DOCKER_CERT_PATH has no certificates" in one_error(result, 3)
+    assert "DOCKER_CERT_PATH has no certificates" in expect_error(result, 3)
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_missing_permission_on_the_socket_is_reported(tmp_path: Path, closed_soc
     # Root can open every socket, unless setpriv removes the capabilities for it.
     prefix = SETPRIV if os.geteuid() == 0 else ()
     env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "DOCKER_HOST": closed_socket}
-    error = one_error(call([*prefix, *inv_argv("status")], env, 60, tmp_path), 3)
+    error = expect_error(call([*prefix, *inv_argv("status")], env, 60, tmp_path), 3)
     assert closed_socket in error
     assert "the group" in error
 
@@ -116,7 +116,7 @@ def test_missing_permission_on_the_socket_is_reported(tmp_path: Path, closed_soc
 @pytest.mark.parametrize("task", ["status", "pull", "registry.up", "demo"])
 def test_missing_package_is_reported(tmp_path: Path, package: str, task: str) -> None:
     directory = ROOT if task == "demo" else tmp_path
-    error = one_error(inv(directory, task, **without(package, tmp_path)), 2)
+    error = expect_error(inv(directory, task, **hide_packages(package, tmp_path)), 2)
     assert f"cannot import the package {package}" in error
     assert "./inv" in error
 
@@ -127,7 +127,7 @@ def test_missing_package_is_reported(tmp_path: Path, package: str, task: str) ->
 @pytest.mark.engine
 def test_dockerfile_is_built(new_project: NewProject, builder: dict[str, str]) -> None:
     project = new_project(BUILD_ARGS="\"'WHAT=a b'\"")
-    project.dockerfile(f"{START}ARG WHAT\nRUN echo $WHAT >/what\n")
+    project.write_dockerfile(f"{START}ARG WHAT\nRUN echo $WHAT >/what\n")
     assert project.inv("base", env=builder).returncode == 0
     assert project.docker.run(project.image, "cat", "/what").stdout == "a b\n"
 
@@ -135,10 +135,10 @@ def test_dockerfile_is_built(new_project: NewProject, builder: dict[str, str]) -
 @pytest.mark.engine
 def test_failed_build_is_reported(new_project: NewProject, builder: dict[str, str]) -> None:
     project = new_project("base")
-    project.dockerfile(f"{START}RUN echo this is why >&2 && exit 7\n")
-    with project.unharmed():
+    project.write_dockerfile(f"{START}RUN echo this is why >&2 && exit 7\n")
+    with project.assert_unchanged():
         result = project.inv("base", env=builder)
-    error = one_error(result, 6)
+    error = expect_error(result, 6)
     assert "context/Dockerfile: " in error
     assert "7" in error
     assert "this is why" in result.stderr
@@ -149,9 +149,9 @@ def test_syntax_error_of_a_dockerfile_is_reported(
     new_project: NewProject, builder: dict[str, str]
 ) -> None:
     project = new_project("base")
-    project.dockerfile(f"{START}RUM true\n")
-    with project.unharmed():
-        error = one_error(project.inv("base", env=builder), 6)
+    project.write_dockerfile(f"{START}RUM true\n")
+    with project.assert_unchanged():
+        error = expect_error(project.inv("base", env=builder), 6)
     assert "context/Dockerfile: " in error
     assert "RUM" in error
 
@@ -160,10 +160,10 @@ def test_syntax_error_of_a_dockerfile_is_reported(
 @pytest.mark.both_stores
 def test_missing_base_image_is_reported(new_project: NewProject, builder: dict[str, str]) -> None:
     project = new_project("base")
-    project.dockerfile(START)
+    project.write_dockerfile(START)
     project.set(BASE_IMAGE=f"{project.repository}:nope")
-    with project.unharmed():
-        error = one_error(project.inv("base", env=builder), 6)
+    with project.assert_unchanged():
+        error = expect_error(project.inv("base", env=builder), 6)
     assert f"cannot get the base image {project.repository}:nope: " in error
     assert "BASE_IMAGE" in error
 
@@ -175,34 +175,34 @@ def test_missing_base_image_is_reported(new_project: NewProject, builder: dict[s
 def test_syntax_error_of_a_manifest_is_reported_by_guix(new_project: NewProject) -> None:
     project = new_project("base", "pull", GUIX_MANIFEST="mine.scm")
     (project.directory / "mine.scm").write_text("(list (channel\n")
-    with project.unharmed():
-        assert "install: the command failed" in one_error(project.inv("install"), 4)
+    with project.assert_unchanged():
+        assert "install: the command failed" in expect_error(project.inv("install"), 4)
 
 
 @pytest.mark.engine
 def test_base_without_guix_is_reported(new_project: NewProject) -> None:
     project = new_project(GUIX_SUBSTITUTE_KEYS="")
-    project.dockerfile(f"{START}RUN rm /usr/bin/guix*\n")
+    project.write_dockerfile(f"{START}RUN rm /usr/bin/guix*\n")
     project.ok("base")
-    with project.unharmed():
+    with project.assert_unchanged():
         result = project.inv("pull")
-    assert "pull: the command failed" in one_error(result, 4)
+    assert "pull: the command failed" in expect_error(result, 4)
     assert "this image has no guix-daemon" in result.stderr
 
 
 @pytest.mark.engine
 def test_verify_of_a_missing_image_is_an_error(new_project: NewProject) -> None:
     project = new_project()
-    with project.unharmed():
-        assert project.image in one_error(project.inv("verify"), 2)
+    with project.assert_unchanged():
+        assert project.image in expect_error(project.inv("verify"), 2)
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("task", ["push", "verify", "run"])
 def test_unknown_stage_is_reported(new_project: NewProject, task: str) -> None:
     project = new_project("base")
-    with project.unharmed():
-        error = one_error(project.inv(task, "--stage=nope", "--", "true"), 2)
+    with project.assert_unchanged():
+        error = expect_error(project.inv(task, "--stage=nope", "--", "true"), 2)
     assert "'nope'" in error
     assert "install" in error
 
@@ -210,9 +210,9 @@ def test_unknown_stage_is_reported(new_project: NewProject, task: str) -> None:
 @pytest.mark.engine
 def test_failed_parent_stops_its_child(new_project: NewProject) -> None:
     project = new_project()
-    project.dockerfile(f"{START}RUN false\n")
-    with project.unharmed():
+    project.write_dockerfile(f"{START}RUN false\n")
+    with project.assert_unchanged():
         result = project.inv("install", "push")
-    one_error(result, 6)
+    expect_error(result, 6)
     assert f"install: {project.tag('pull')} is missing, so pull comes first" in result.stderr
     assert f"pull: {project.tag('base')} is missing, so base comes first" in result.stderr

@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from harness import LOCK, READER, Result, builder_environment, contents, free_port, one_error
+from harness import (
+    LOCK,
+    READER,
+    Result,
+    builder_environment,
+    expect_error,
+    free_port,
+    read_contents,
+)
 
 from guix_tasks import guix
 from guix_tasks.buildkit import buildx
@@ -37,7 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from conftest import NewProject
-    from harness import Docker, Made, Project, Workshop
+    from harness import BuiltProject, Docker, Project, ProjectFactory
 
     from guix_tasks.buildkit.buildx import Buildx
     from guix_tasks.engine.docker import DockerEngine
@@ -88,7 +96,7 @@ def insecure_builder(
     engine_builder: Builder,
     docker: Docker,
     tmp_path_factory: pytest.TempPathFactory,
-    workshop: Workshop,
+    factory: ProjectFactory,
 ) -> Iterator[Builder]:
     """A builder of the driver docker-container, created by ``buildx.setup``."""
     is_local = docker("image", "inspect", BUILDKIT_IMAGE).returncode == 0
@@ -99,7 +107,7 @@ def insecure_builder(
         )
     name = f"guix-tasks-test-{secrets.token_hex(4)}"
     created = engine_builder.with_variables(BUILDX_DRIVER="docker-container", BUILDX_BUILDER=name)
-    project = workshop.project(tmp_path_factory.mktemp("setup") / "project")
+    project = factory.create(tmp_path_factory.mktemp("setup") / "project")
     try:
         created.ok(project, "buildx.setup")
         yield created
@@ -146,7 +154,7 @@ def describe(docker: Docker, image: str) -> dict[str, Any]:
     config = docker.config(image)
     kept = ("Cmd", "Entrypoint", "Env", "User", "WorkingDir", "ExposedPorts", "Volumes")
     return {
-        "contents": contents(docker, image),
+        "contents": read_contents(docker, image),
         "config": {name: config.get(name) or None for name in kept},
         "labels": {name: config["Labels"][name] for name in (CHANNELS_LABEL, PACKAGES_LABEL)},
     }
@@ -164,7 +172,7 @@ def test_setup_reports_support_for_insecure_steps(
     if result.returncode == 0:
         assert "runs insecure steps" in result.stderr
         return
-    error = one_error(result, 6)
+    error = expect_error(result, 6)
     assert "unknown flag: --security" in error
     assert "docker/dockerfile:1" in error
     assert "set BUILDKIT_SYNTAX" in error
@@ -177,8 +185,8 @@ def test_unsupported_build_changes_nothing(
     result = engine_builder.inv(project, "buildx.build", timeout=600)
     if result.returncode == 0:
         pytest.skip("the builder of this engine runs insecure steps")
-    with project.unharmed():
-        one_error(engine_builder.inv(project, "buildx.build"), 6)
+    with project.assert_unchanged():
+        expect_error(engine_builder.inv(project, "buildx.build"), 6)
     assert not (project.directory / LOCK).exists()
 
 
@@ -204,7 +212,7 @@ def test_missing_builder_is_reported(new_project: NewProject, engine_builder: Bu
         BUILDX_DRIVER="docker-container", BUILDX_BUILDER="nobody-made-it"
     )
     for task in ("buildx.build", "buildx.status"):
-        error = one_error(missing.inv(project, task), 6)
+        error = expect_error(missing.inv(project, task), 6)
         assert "nobody-made-it" in error
         assert "`inv buildx.setup` creates it" in error
     assert "builder nobody-made-it does not exist" in missing.ok(project, "buildx.down").stderr
@@ -243,11 +251,15 @@ def bake(program: Buildx, builder: str, definition: Definition, target: str) -> 
 
 
 def test_base_is_linked_and_labelled(
-    engine_builder: Builder, docker: Docker, base_image: str, tmp_path: Path, workshop: Workshop
+    engine_builder: Builder,
+    docker: Docker,
+    base_image: str,
+    tmp_path: Path,
+    factory: ProjectFactory,
 ) -> None:
     """Special characters in labels, build arguments and paths are preserved."""
     labels = {"a.b": '(list\n  \'x "y" ${HOME} $HOME %{if} \\n é)', "c": "", "d": "one two"}
-    tag = f"{workshop.registry}/guix-tasks-test-{workshop.token}/linked:t"
+    tag = f"{factory.registry}/guix-tasks-test-{factory.token}/linked:t"
     plain = plain_definition(tmp_path / "a ${directory}, really", base_image, labels, "nobody")
     paths = {"A_PATH": "/profile/a ${HOME} \"'$"}
     changes = {"tags": [tag], "output": "type=docker", "environment": {PLATFORM: paths}}
@@ -300,7 +312,7 @@ def test_unreachable_remote_builder_is_removed(
         BUILDX_DRIVER="remote", BUILDX_NODES=endpoint, BUILDX_BUILDER="far"
     )
     project = new_project()
-    error = one_error(remote.inv(project, "buildx.setup"), 6)
+    error = expect_error(remote.inv(project, "buildx.setup"), 6)
     assert "correct BUILDX_NODES" in error
     assert "builder far does not exist" in remote.ok(project, "buildx.down").stderr
 
@@ -309,7 +321,7 @@ def test_unreachable_remote_builder_is_removed(
 
 
 def test_buildkit_makes_the_same_image(
-    insecure_builder: Builder, new_project: NewProject, made: Made, docker: Docker
+    insecure_builder: Builder, new_project: NewProject, built_project: BuiltProject, docker: Docker
 ) -> None:
     """The image comes from one env file and is pushed, and its channels are locked."""
     project = new_project()
@@ -318,9 +330,9 @@ def test_buildkit_makes_the_same_image(
     assert re.fullmatch(rf"{re.escape(project.image)}@sha256:[0-9a-f]{{64}}", reference)
     assert "base: copying" in result.stderr, "only the engine has the base image"
     docker.ok("pull", reference)
-    assert describe(docker, reference) == describe(docker, made.project.image)
+    assert describe(docker, reference) == describe(docker, built_project.project.image)
     lock = (project.directory / LOCK).read_text()
-    assert guix.commits(lock) == guix.commits((made.project.directory / LOCK).read_text())
+    assert guix.commits(lock) == guix.commits((built_project.project.directory / LOCK).read_text())
     # Nothing changed: every step is in the cache, also the pull of the floating channels.
     second = insecure_builder.ok(project, "buildx.build")
     assert second.stdout.strip() == reference
@@ -373,10 +385,10 @@ def test_builder_with_other_flags_is_reported(
     other = insecure_builder.with_variables(BUILDX_BUILDER=name)
     project = new_project()
     try:
-        error = one_error(other.inv(project, "buildx.setup"), 6)
+        error = expect_error(other.inv(project, "buildx.setup"), 6)
         assert "security.insecure" in error
         assert "--recreate" in error
-        error = one_error(other.inv(project, "buildx.build"), 6)
+        error = expect_error(other.inv(project, "buildx.build"), 6)
         assert "does not allow insecure steps" in error
         assert "runs insecure steps" in other.ok(project, "buildx.setup", "--recreate").stderr
     finally:
@@ -387,7 +399,7 @@ def test_failed_step_pushes_nothing(
     insecure_builder: Builder, new_project: NewProject, docker: Docker
 ) -> None:
     project = new_project(GUIX_PACKAGES="hello no-such-package")
-    error = one_error(insecure_builder.inv(project, "buildx.build", "--no-pull"), 4)
+    error = expect_error(insecure_builder.inv(project, "buildx.build", "--no-pull"), 4)
     assert "install: the command failed with exit status 1" in error
     assert docker("manifest", "inspect", "--insecure", project.image).returncode
 
@@ -399,9 +411,9 @@ def test_interrupted_build_pushes_nothing(
     running = project.start(
         "buildx.build", "--no-pull", "--force", env=insecure_builder.environment
     )
-    running.await_output("will be installed")
+    running.wait_for_output("will be installed")
     assert running.signal(signal.SIGINT) == 130
-    assert "Traceback" not in running.said()
+    assert "Traceback" not in running.output()
     assert docker("manifest", "inspect", "--insecure", project.image).returncode
 
 
@@ -409,7 +421,7 @@ def test_unreachable_registry_is_reported(
     insecure_builder: Builder, new_project: NewProject
 ) -> None:
     project = new_project(repository=f"localhost:{free_port()}/x/y", GUIX_PACKAGES="hello")
-    error = one_error(insecure_builder.inv(project, "buildx.build", "--no-pull"), 5)
+    error = expect_error(insecure_builder.inv(project, "buildx.build", "--no-pull"), 5)
     assert "inv registry.up" in error
 
 
@@ -462,7 +474,7 @@ def test_platforms_are_pushed_and_joined(
 ) -> None:
     """The Dockerfile runs nothing, so it builds for any platform without emulation."""
     project = new_project(PLATFORMS="linux/amd64 linux/arm64", GUIX_SANDBOX="nochroot", TAGS="more")
-    project.dockerfile("FROM scratch\nCOPY Dockerfile /\n")
+    project.write_dockerfile("FROM scratch\nCOPY Dockerfile /\n")
     references = engine_builder.ok(project, "base", "push").stdout.split()
     digests = [reference.partition("@")[2] for reference in references]
     assert [reference.partition("@")[0] for reference in references] == [
@@ -481,21 +493,21 @@ def test_platforms_are_pushed_and_joined(
         parts = {(part["platform"]["architecture"], part["digest"]) for part in index["manifests"]}
         assert parts == {("amd64", digests[0]), ("arm64", digests[1])}
     records[1].unlink()
-    error = one_error(engine_builder.inv(project, "manifest"), 2)
+    error = expect_error(engine_builder.inv(project, "manifest"), 2)
     assert "linux/arm64" in error
     engine_builder.ok(project, "clean")
     assert project.tags() == {}
 
 
 def test_builds_without_isolation_make_the_same_image(
-    new_project: NewProject, made: Made, docker: Docker
+    new_project: NewProject, built_project: BuiltProject, docker: Docker
 ) -> None:
     """The work container is not privileged."""
     project = new_project("base", "pull", GUIX_SANDBOX="nochroot")
     output = project.ok("--echo", "install").stderr
     assert "--privileged" not in output
     assert "--security-opt=seccomp=unconfined" in output
-    assert describe(docker, project.image) == describe(docker, made.project.image)
+    assert describe(docker, project.image) == describe(docker, built_project.project.image)
 
 
 # --- The commands of the steps, without a builder --------------------------------------------
@@ -526,7 +538,7 @@ RUN = re.compile(r"^RUN (.*?) (\[.*\])$", re.MULTILINE)
 
 
 def test_commands_of_the_steps_make_the_same_image(
-    new_project: NewProject, made: Made, docker: Docker, tmp_path: Path
+    new_project: NewProject, built_project: BuiltProject, docker: Docker, tmp_path: Path
 ) -> None:
     """Run each command in a container, which checks the commands without a builder."""
     plugins = tmp_path / "config" / "cli-plugins"
@@ -543,7 +555,9 @@ def test_commands_of_the_steps_make_the_same_image(
     for parent, name, lines in BLOCK.findall(text):
         steps.run(parent, name, lines)
     # Other lines of the Dockerfile make the configuration, so compare only the contents.
-    assert contents(docker, steps.images["install"]) == contents(docker, made.project.image)
+    assert read_contents(docker, steps.images["install"]) == read_contents(
+        docker, built_project.project.image
+    )
 
 
 @dataclass
@@ -577,7 +591,7 @@ class Steps:
         entry, *rest = json.loads(command)
         docker.ok("run", *arguments, f"--entrypoint={entry}", self.images[parent], *rest)
         self.images[name] = docker.ok("commit", container)
-        self.project.seen.add(self.images[name])
+        self.project.image_ids.add(self.images[name])
 
     def _mount(self, fields: dict[str, str]) -> list[str]:
         """Convert a mount of a ``RUN`` to options of ``docker run``."""

@@ -281,7 +281,7 @@ def test_key_covers_the_files_that_the_builder_copies(
 ) -> None:
     name = str(request.node.callspec.params["builds"])
     classic = name == "classic"
-    random = soak.chance(f"build contexts {name}")
+    random = soak.rng(f"build contexts {name}")
     builds_made = changed = malformed = 0
     for number in range(soak.times(5, 400)):
         tree = Tree(tmp_path / f"{number}", random, classic)
@@ -302,7 +302,7 @@ def test_key_covers_the_files_that_the_builder_copies(
             previous = copied, key
             edits.append(tree.edit())
         shutil.rmtree(tree.root)
-    soak.tell(
+    soak.report(
         f"a key covers the files that the builder copies ({name})",
         f"{builds_made} builds of random trees, {changed} that changed, {malformed} malformed",
     )

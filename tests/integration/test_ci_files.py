@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from ci import FailedJobError, Pipeline, Runner, Workflow
-from harness import LOCK, ROOT, call, eventually, log_in
-from island import supply
-from planted import ENVIRONMENT, PLANTED
+from ci_emulator import FailedJobError, Pipeline, Runner, Workflow
+from harness import LOCK, ROOT, call, log_in, wait_until
+from isolated_host import add_registry_and_base
+from planted_secrets import ENVIRONMENT, PLANTED_SECRETS
 
 from guix_tasks.bootstrap.engine import private_engine
 from guix_tasks.buildkit import buildx
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from conftest import NewProject
-    from harness import Docker, Project, Workshop
-    from island import Island
+    from harness import Docker, Project, ProjectFactory
+    from isolated_host import IsolatedHost
 
     from guix_tasks.bootstrap.registry import LocalRegistry
 
@@ -38,13 +38,13 @@ EXAMPLES = ROOT / "examples/ci"
 
 
 @pytest.fixture
-def repository(programs_of_wheel: Path, tmp_path: Path) -> Path:
+def repository(wheel_programs: Path, tmp_path: Path) -> Path:
     """A project as written by `init`."""
     directory = tmp_path / "repository"
     directory.mkdir()
     home = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
     for ci in CI_FILES:
-        command = [str(programs_of_wheel / "guix-tasks"), "init", f"--ci={ci}"]
+        command = [str(wheel_programs / "guix-tasks"), "init", f"--ci={ci}"]
         result = call(command, home, 60, directory)
         assert result.returncode == 0, result.stderr
     return directory
@@ -158,7 +158,7 @@ def test_github_workflow_builds_joins_and_releases(
     """Run one job, then on fresh machines the jobs of a platform, a release and a failure."""
     project = new_project()
     account = log_in(docker, registry)
-    PLANTED.know(account.password)
+    PLANTED_SECRETS.add(account.password)
     cache = f"{project.repository}-cache"
     workflow = Workflow.read(
         repository / GITHUB,
@@ -179,8 +179,8 @@ def test_github_workflow_builds_joins_and_releases(
 
     runner = new_runner("first")
     first = workflow.run(runner, "image")
-    project._look()
-    (digest,) = re.findall(rf"^{project.image}@(\S+)$", runner.said[-1], re.MULTILINE)
+    project._record_images()
+    (digest,) = re.findall(rf"^{project.image}@(\S+)$", runner.outputs[-1], re.MULTILINE)
     check_hello(docker, f"{project.repository}@{digest}")
     assert not runner.artifact("").exists()
     # --- with the lock in Git a fresh machine uses the cache; the platforms are joined
@@ -190,11 +190,11 @@ def test_github_workflow_builds_joins_and_releases(
     platforms = Workflow.read(EXAMPLES / "github-platforms.yml", **workflow.contexts)
     platforms.run(runner, "image")
     for stage in STAGES:
-        assert f"{stage}: taken from {cache}:{stage}-" in runner.said[-1]
+        assert f"{stage}: taken from {cache}:{stage}-" in runner.outputs[-1]
     pushed = json.loads((runner.artifact("digests-0") / "linux-amd64.json").read_text())
     platforms.run(runner, "manifest")
     index = inspect_index(docker, plugin, project.image)
-    assert f"{project.image}@{index.digest}" in runner.said[-1]
+    assert f"{project.image}@{index.digest}" in runner.outputs[-1]
     assert index.parts == [pushed["digest"]]
     check_hello(docker, f"{project.repository}@{index.digest}")
     # --- a release contains its packed files
@@ -287,13 +287,13 @@ def embed_channels(offline: Path, repository: Path) -> None:
 
 
 @contextmanager
-def docker_in_docker(island: Island, certificates: Path) -> Iterator[None]:
+def docker_in_docker(host: IsolatedHost, certificates: Path) -> Iterator[None]:
     """Run an engine like docker:dind, at docker:2376 for clients with a certificate."""
     make_certificates(certificates)
-    hosts = island.directory / "hosts"
+    hosts = host.directory / "hosts"
     hosts.write_text("127.0.0.1 localhost docker\n")
-    island.do("mount", "--bind", str(hosts), "/etc/hosts")
-    engine = island.engine
+    host.run("mount", "--bind", str(hosts), "/etc/hosts")
+    engine = host.engine
     server = certificates / "server"
     configuration = engine.directory / "dind.json"
     configuration.write_text(
@@ -311,16 +311,16 @@ def docker_in_docker(island: Island, certificates: Path) -> Iterator[None]:
     )
     programs = [str(engine.directory / "root/usr" / name) for name in ("bin", "sbin")]
     path = os.pathsep.join([*programs, os.environ["PATH"]])
-    with (island.directory / "log").open("wb") as log:
+    with (host.directory / "log").open("wb") as log:
         daemon = subprocess.Popen(
-            [*island.enter, f"{programs[1]}/dockerd", f"--config-file={configuration}"],
-            env={"PATH": path, "HOME": str(island.directory)},
+            [*host.prefix, f"{programs[1]}/dockerd", f"--config-file={configuration}"],
+            env={"PATH": path, "HOME": str(host.directory)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
         )
     try:
-        eventually(lambda: island.docker("version").returncode == 0, "an engine that answers")
+        wait_until(lambda: host.docker("version").returncode == 0, "an engine that answers")
         yield
     finally:
         daemon.terminate()
@@ -329,8 +329,8 @@ def docker_in_docker(island: Island, certificates: Path) -> Iterator[None]:
 
 @pytest.mark.engine
 def test_gitlab_pipeline_builds_and_joins(
-    island: Island,
-    workshop: Workshop,
+    host: IsolatedHost,
+    factory: ProjectFactory,
     registry: LocalRegistry,
     repository: Path,
     wheels: Path,
@@ -342,11 +342,11 @@ def test_gitlab_pipeline_builds_and_joins(
     if shutil.which("openssl") is None:
         pytest.skip("openssl, which makes the certificates, is not on this machine")
     certificates = tmp_path / "certificates"
-    with docker_in_docker(island, certificates):
-        island_workshop = supply(island, registry.directory / "root", workshop)
-        project = island_workshop.project(tmp_path / "project")
-        account = log_in(island.docker, island.registry)
-        PLANTED.know(account.password)
+    with docker_in_docker(host, certificates):
+        host_factory = add_registry_and_base(host, registry.directory / "root", factory)
+        project = host_factory.create(tmp_path / "project")
+        account = log_in(host.docker, host.registry)
+        PLANTED_SECRETS.add(account.password)
         predefined = {
             "CI_REGISTRY_IMAGE": project.repository,
             "CI_REGISTRY_USER": account.username,
@@ -358,18 +358,18 @@ def test_gitlab_pipeline_builds_and_joins(
             "BUILDX_URL": f"file://{plugin}",
             "BUILDX_SHA256": hashlib.sha256(Path(plugin).read_bytes()).hexdigest(),
         }
-        embed_channels(workshop.offline, repository)
+        embed_channels(factory.offline, repository)
         machine = {**settings(project, wheels), "MOUNTS": "", "GITLAB_CI": "true"}
 
         def new_runner(name: str) -> Runner:
-            return Runner(tmp_path / name, repository, python, machine, enter=island.enter)
+            return Runner(tmp_path / name, repository, python, machine, prefix=host.prefix)
 
         runner = new_runner("first")
         first = Pipeline.read(repository / GITLAB, predefined, variables).run(runner, "build")
-        assert "at tcp://docker:2376" in runner.said[-1]
+        assert "at tcp://docker:2376" in runner.outputs[-1]
         latest = f"{project.repository}:latest"
-        (digest,) = re.findall(rf"^{latest}@(\S+)$", runner.said[-1], re.MULTILINE)
-        check_hello(island.docker, f"{project.repository}@{digest}")
+        (digest,) = re.findall(rf"^{latest}@(\S+)$", runner.outputs[-1], re.MULTILINE)
+        check_hello(host.docker, f"{project.repository}@{digest}")
         # --- with the lock in Git the next empty engine uses the cache
         shutil.copy(first / LOCK, repository)
         clear_engine(project)
@@ -377,11 +377,11 @@ def test_gitlab_pipeline_builds_and_joins(
         pipeline = Pipeline.read(EXAMPLES / "gitlab-platforms.yml", predefined, variables)
         pipeline.run(runner, "platform")
         for stage in STAGES:
-            assert f"{stage}: taken from {project.repository}/cache:{stage}-" in runner.said[-1]
+            assert f"{stage}: taken from {project.repository}/cache:{stage}-" in runner.outputs[-1]
         pushed = json.loads((runner.artifact("out/digests") / "linux-amd64.json").read_text())
         last = pipeline.run(runner, "manifest")
         assert (last.parent / ".docker/cli-plugins/docker-buildx").is_file()
-        index = inspect_index(island.docker, plugin, project.repository, island.enter)
-        assert f"{latest}@{index.digest}" in runner.said[-1]
+        index = inspect_index(host.docker, plugin, project.repository, host.prefix)
+        assert f"{latest}@{index.digest}" in runner.outputs[-1]
         assert index.parts == [pushed["digest"]]
-        check_hello(island.docker, f"{project.repository}@{index.digest}")
+        check_hello(host.docker, f"{project.repository}@{index.digest}")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from conftest import NewProject
-    from harness import Project, Workshop
+    from harness import Project, ProjectFactory
 
 pytestmark = pytest.mark.engine
 
@@ -64,13 +64,13 @@ class Configs:
 @pytest.fixture(scope="module", params=DOCKERFILES)
 def configs(
     request: pytest.FixtureRequest,
-    workshop: Workshop,
+    factory: ProjectFactory,
     engine: DockerEngine,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Configs]:
-    project = workshop.project(tmp_path_factory.mktemp("config") / "project")
+    project = factory.create(tmp_path_factory.mktemp("config") / "project")
     lines = DOCKERFILES[request.param].splitlines()
-    project.dockerfile(START + "".join(f"{line.strip()}\n" for line in lines))
+    project.write_dockerfile(START + "".join(f"{line.strip()}\n" for line in lines))
     try:
         with pytest.MonkeyPatch.context() as patch:
             # Use the same builder as the command line.
@@ -87,7 +87,7 @@ def commit_images(project: Project, engine: DockerEngine) -> Configs:
     settings = load_isolated(project.directory / "project.env")
     opened = EngineProject(settings, engine, Console())
     image = engine.build(base_spec(settings, network(engine, settings)), Console().stream)
-    project.seen.add(image)
+    project.image_ids.add(image)
     config = project.docker.config(image)
     project.ok("base")
     base = opened.ledger.find("base")
@@ -123,17 +123,17 @@ def normalise(config: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.both_stores
 @pytest.mark.parametrize("sandbox", ["capabilities", "privileged"])
 def test_mount_points_are_in_no_image(
-    new_project: NewProject, workshop: Workshop, engine: DockerEngine, sandbox: str
+    new_project: NewProject, factory: ProjectFactory, engine: DockerEngine, sandbox: str
 ) -> None:
     """This includes mounted files and the parent directories of mount points."""
     project = new_project("base", GUIX_SANDBOX=sandbox)
     inner = project.directory / "outer" / "inner"
     inner.mkdir(parents=True)
     project.set(
-        MOUNTS=f"{workshop.offline}:/offline:ro project.env:/etc/secret.conf:ro outer:/srv/a/b "
-        "outer:/srv/a/b/inner context:/etc/skel"
+        MOUNTS=f"{factory.offline}:/offline:ro project.env:/etc/secret.conf:ro "
+        "outer:/srv/a/b outer:/srv/a/b/inner context:/etc/skel"
     )
-    project.dockerfile("FROM scratch\n")
+    project.write_dockerfile("FROM scratch\n")
     opened = EngineProject(load_isolated(project.directory / "project.env"), engine, Console())
     base = opened.ledger.find("base")
     assert base

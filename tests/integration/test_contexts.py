@@ -17,8 +17,8 @@ from socketserver import BaseRequestHandler, ThreadingTCPServer
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from harness import Docker, Result, Witness, call, free_port, inv_argv, one_error
-from podmen import as_installed, unpacked
+from harness import Docker, RecordingProxy, Result, call, expect_error, free_port, inv_argv
+from podman_service import overlay_argv, unpack_packages
 
 from guix_tasks.bootstrap import service
 from guix_tasks.stages.container import PROJECT_LABEL
@@ -132,10 +132,10 @@ def test_docker_host_and_docker_context_override_the_selected_context(
 ) -> None:
     user.use_context("broken", "unix:///nowhere.sock")
     assert user.engine(DOCKER_HOST=local.host)["origin"] == "DOCKER_HOST"
-    error = one_error(user.inv("status"), 3)
+    error = expect_error(user.inv("status"), 3)
     assert "(context broken) does not answer: no such file or directory" in error
     user.use_context("desktop-linux", local.host)
-    error = one_error(user.inv("status", DOCKER_CONTEXT="broken"), 3)
+    error = expect_error(user.inv("status", DOCKER_CONTEXT="broken"), 3)
     assert "(context broken)" in error
     assert user.engine(DOCKER_CONTEXT="desktop-linux")["origin"] == "context desktop-linux"
 
@@ -172,7 +172,7 @@ def tls_engine(local: Docker, tmp_path: Path) -> Iterator[TlsEngine]:
 @contextmanager
 def _serve_tls(context: ssl.SSLContext, host: str) -> Iterator[int]:
     """Serve an engine's socket with TLS."""
-    relay = Witness(host)
+    relay = RecordingProxy(host)
 
     class Handler(BaseRequestHandler):
         def handle(self) -> None:
@@ -226,10 +226,10 @@ def test_output_over_tls_is_shown_immediately(tls_engine: TlsEngine, project: Pr
 
 def test_wrong_certificates_are_reported(tls_engine: TlsEngine, user: User) -> None:
     user.use_context("bare", tls_engine.host)
-    assert "(context bare)" in one_error(user.inv("status"), 3)
+    assert "(context bare)" in expect_error(user.inv("status"), 3)
     material = {**tls_engine.material, "ca": tls_engine.directory / "cert.pem"}
     user.use_context("stranger", tls_engine.host, **material)
-    error = one_error(user.inv("status"), 3)
+    error = expect_error(user.inv("status"), 3)
     assert "CERTIFICATE_VERIFY_FAILED" in error
     assert "\n" not in error
 
@@ -255,7 +255,7 @@ class SshEngine:
         (programs / "config").write_text(
             CLIENT.format(directory=self.directory, key=key, hosts=hosts)
         )
-        client = shutil.which("ssh") or unpacked() / "usr/bin/ssh"
+        client = shutil.which("ssh") or unpack_packages() / "usr/bin/ssh"
         text = f'#!/bin/sh\nexec {client} -F {programs}/config "$@"\n'
         (programs / "ssh").write_text(text)
         (programs / "ssh").chmod(0o755)
@@ -264,7 +264,7 @@ class SshEngine:
 
 @contextmanager
 def _run_sshd(directory: Path, engine: str, path: str) -> Iterator[SshEngine]:
-    root, port = unpacked(), free_port()
+    root, port = unpack_packages(), free_port()
     directory.mkdir()
     for name in ("host", "key", "other"):
         key = [str(root / "usr/bin/ssh-keygen"), "-qt", "ed25519", "-N", "", "-f", name]
@@ -285,7 +285,7 @@ def _run_sshd(directory: Path, engine: str, path: str) -> Iterator[SshEngine]:
     empty.mkdir(exist_ok=True)
     serve = ("/usr/sbin/sshd", "-D", "-e", "-f", str(directory / "configuration"))
     started = subprocess.Popen(
-        as_installed(root, "sh", "-c", mount, "sh", *serve),
+        overlay_argv(root, "sh", "-c", mount, "sh", *serve),
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         stderr=(directory / "log").open("wb"),
     )  # fmt: skip
@@ -312,7 +312,7 @@ def test_engine_by_ssh_is_like_a_local_engine(
 ) -> None:
     """Stages run, and the output and the exit status of commands arrive complete."""
     project = new_project(MOUNTS="", GUIX_SANDBOX="privileged")
-    project.dockerfile("ARG BASE_IMAGE\nFROM ${BASE_IMAGE}\nRUN touch /made\n")
+    project.write_dockerfile("ARG BASE_IMAGE\nFROM ${BASE_IMAGE}\nRUN touch /made\n")
     env = {"DOCKER_HOST": ssh_engine.host, **ssh_engine.user(tmp_path / "user").environment}
     base = project.inv("base", env=env)
     assert base.returncode == 0, base.stderr
@@ -323,7 +323,9 @@ def test_engine_by_ssh_is_like_a_local_engine(
     assert (result.returncode, result.stdout) == (3, f"/made\n{lines}")
     assert "late" in result.stderr
     assert project.containers() == []
-    error = one_error(project.inv("run", "--", "true", env={**env, "MOUNTS": f"{tmp_path}:/x"}), 2)
+    error = expect_error(
+        project.inv("run", "--", "true", env={**env, "MOUNTS": f"{tmp_path}:/x"}), 2
+    )
     assert "is on another machine and cannot see files of this one" in error
 
 
@@ -341,10 +343,10 @@ def test_ctrl_c_stops_a_command_over_ssh(
     project.docker.ok("tag", project.settings["BASE_IMAGE"], project.image)
     env = {"DOCKER_HOST": ssh_engine.host, **ssh_engine.user(tmp_path / "user").environment}
     running = project.start("run", "--", "sh", "-c", "echo begun; sleep 300", env=env)
-    running.await_output("begun")
+    running.wait_for_output("begun")
     # Like a terminal, send it to each process of the group.
-    os.killpg(running.inv.pid, 2)
-    assert running.inv.wait(timeout=30) == 130
+    os.killpg(running.process.pid, 2)
+    assert running.process.wait(timeout=30) == 130
     assert (
         project.docker.ok(
             "ps", "--all", "--quiet", f"--filter=label={PROJECT_LABEL}={project.image}"
@@ -363,7 +365,7 @@ def test_ctrl_c_stops_a_command_over_ssh(
 def test_ssh_never_prompts(
     ssh_engine: SshEngine, tmp_path: Path, fault: dict[str, str], message: str
 ) -> None:
-    error = one_error(
+    error = expect_error(
         ssh_engine.user(tmp_path / "user", **fault).inv("status", DOCKER_HOST=ssh_engine.host), 3
     )
     assert f"{ssh_engine.host} (DOCKER_HOST) cannot be reached: " in error
@@ -372,9 +374,9 @@ def test_ssh_never_prompts(
 
 def test_unreachable_host_or_engine_is_reported(ssh_engine: SshEngine, tmp_path: Path) -> None:
     user = ssh_engine.user(tmp_path / "user")
-    error = one_error(user.inv("status", DOCKER_HOST=f"{ssh_engine.host}/nowhere.sock"), 3)
+    error = expect_error(user.inv("status", DOCKER_HOST=f"{ssh_engine.host}/nowhere.sock"), 3)
     assert error.endswith("no such file or directory; no engine listens there: start it")
-    error = one_error(user.inv("status", DOCKER_HOST=f"ssh://127.0.0.1:{free_port()}"), 3)
+    error = expect_error(user.inv("status", DOCKER_HOST=f"ssh://127.0.0.1:{free_port()}"), 3)
     assert "Connection refused; nothing answers there: start sshd" in error
 
 
@@ -382,7 +384,7 @@ def test_missing_docker_command_of_the_host_is_reported(local: Docker, tmp_path:
     empty = tmp_path / "empty"
     empty.mkdir()
     with _run_sshd(tmp_path / "far", local.host, str(empty)) as ssh_engine:
-        error = one_error(
+        error = expect_error(
             ssh_engine.user(tmp_path / "user").inv("status", DOCKER_HOST=ssh_engine.host), 3
         )
     assert "the docker command is missing on the host, or not on the PATH" in error

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 from harness import ROOT, call
-from island import settle
+from isolated_host import start_engine_and_registry
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from harness import Workshop
-    from island import Island
+    from harness import ProjectFactory
+    from isolated_host import IsolatedHost
 
     from guix_tasks.bootstrap.registry import LocalRegistry
 
@@ -38,10 +38,10 @@ def copy_checkout(directory: Path, material: Path) -> Path:
 
 @pytest.mark.both_stores
 def test_demo_runs_in_a_fresh_checkout(
-    island: Island, registry: LocalRegistry, workshop: Workshop, tmp_path: Path
+    host: IsolatedHost, registry: LocalRegistry, factory: ProjectFactory, tmp_path: Path
 ) -> None:
-    settle(island, registry.directory / "root", workshop)
-    directory = copy_checkout(tmp_path / "checkout", workshop.offline)
+    start_engine_and_registry(host, registry.directory / "root", factory)
+    directory = copy_checkout(tmp_path / "checkout", factory.offline)
     inv = [
         "sh",
         "-c",
@@ -52,7 +52,7 @@ def test_demo_runs_in_a_fresh_checkout(
         "invoke",
         "demo",
     ]
-    result = call([*island.enter, *inv], island.environment, 480)
+    result = call([*host.prefix, *inv], host.environment, 480)
     assert result.returncode == 0, result.stderr
     image, _, digest = result.stdout.strip().splitlines()[-1].partition("@")
     assert (image, digest[:7]) == ("localhost:5055/guix-tasks-demo", "sha256:")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import ROOT, call, one_error
-from planted import PLANTED
+from harness import ROOT, call, expect_error
+from planted_secrets import PLANTED_SECRETS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,10 +54,10 @@ class Announce:
         settings = {name: self.project.settings[name] for name in ("IMAGE", "CACHE_VOLUME")}
         environment = {**self.project.environment, **settings, **variables}
         environment["PATH"] = f"{self.programs}:{environment['PATH']}"
-        self.project._look()
+        self.project._record_images()
         result = call(["sh", "-euc", script], environment, 300, directory or self.directory)
-        self.project._look()
-        PLANTED.look_at_output(script, result.stdout, result.stderr)
+        self.project._record_images()
+        PLANTED_SECRETS.check_output(script, result.stdout, result.stderr)
         return result
 
     def inv(self, arguments: str, **variables: str) -> Result:
@@ -77,11 +77,11 @@ class Announce:
 
 @pytest.fixture
 def announce(
-    new_project: NewProject, programs_of_wheel: Path, plain_image: str, tmp_path: Path
+    new_project: NewProject, wheel_programs: Path, plain_image: str, tmp_path: Path
 ) -> Announce:
     if not shutil.which("gpg"):
         pytest.skip("make-channel.sh signs with gpg, which is not on this machine")
-    return Announce(new_project(), programs_of_wheel, plain_image)
+    return Announce(new_project(), wheel_programs, plain_image)
 
 
 def run_in_tarball(docker: Docker, tarball: Path, name: str, *command: str) -> str:
@@ -109,7 +109,7 @@ def test_readme_builds_a_tested_tarball(announce: Announce, docker: Docker) -> N
     assert re.fullmatch(r"announce-1\.0-\w+-linux\.tar\.gz", tarball.name)
     digest = hashlib.sha256(tarball.read_bytes()).hexdigest()
     assert (directory / f"out/{tarball.name}.sha256").read_text() == f"{digest}  {tarball.name}\n"
-    PLANTED.look_at_file(tarball)
+    PLANTED_SECRETS.check_file(tarball)
     # --- the tarball was tested in an image without Guix
     assert result.stderr.count(": passed") == 2
     assert WELCOME in result.stdout
@@ -128,7 +128,7 @@ def test_readme_builds_a_tested_tarball(announce: Announce, docker: Docker) -> N
     # --- changed sources leave the dependencies up to date
     announce.edit("src/announce.scm", "(display (greeting name))", '(display "Hear, hear! ")')
     assert "stale: src/announce.scm changed" in announce.inv("status").stdout
-    assert "build is stale" in one_error(announce.inv("pack"), 2)
+    assert "build is stale" in expect_error(announce.inv("pack"), 2)
     output = announce.ok("deps build", CACHE_IMAGE=cache)
     assert "deps: up to date" in output
     assert "build: up to date" not in output
@@ -138,7 +138,7 @@ def test_readme_builds_a_tested_tarball(announce: Announce, docker: Docker) -> N
     # --- a changed dependency
     announce.edit("guix.scm", "phrases))\n  (home", "phrases hello))\n  (home")
     announce.edit("guix.scm", "(gnu packages guile)", "(gnu packages base) (gnu packages guile)")
-    assert "deps is stale (guix.scm changed)" in one_error(announce.inv("build"), 2)
+    assert "deps is stale (guix.scm changed)" in expect_error(announce.inv("build"), 2)
     assert "deps: up to date" not in announce.ok("deps build", CACHE_IMAGE=cache)
     # --- an empty engine runs only the stages that are not in the cache
     announce.ok("clean")
@@ -155,7 +155,7 @@ def test_errors_of_tests_are_reported(announce: Announce, base_image: str, offli
     shutil.copytree(EXAMPLE, directory)
     (directory / "offline").symlink_to(offline)
     (directory / "channel.git").mkdir()
-    assert "run `inv pack` first" in one_error(announce.inv("bare"), 2)
+    assert "run `inv pack` first" in expect_error(announce.inv("bare"), 2)
     system = {"x86_64": "x86_64-linux", "aarch64": "aarch64-linux"}[os.uname().machine]
     out = directory / "out"
     out.mkdir()
@@ -168,15 +168,15 @@ def test_errors_of_tests_are_reported(announce: Announce, base_image: str, offli
         "channels": [],
     }
     (out / f"build-{system}.json").write_text(json.dumps(packed))
-    with project.unharmed():
-        error = one_error(announce.inv(f"check --image={base_image}"), 2)
+    with project.assert_unchanged():
+        error = expect_error(announce.inv(f"check --image={base_image}"), 2)
         assert f"{base_image} contains /gnu" in error
-        error = one_error(announce.inv("check"), 1)
+        error = expect_error(announce.inv("check"), 1)
         assert f"ended with status 127 in a container of {announce.image}" in error
         # Without the command, the container does not start.
         assert announce.inv("bare").returncode in (1, 3)
     (out / "a.tar.gz").write_bytes(b"another")
-    assert "differs from the packed file" in one_error(announce.inv("bare"), 2)
+    assert "differs from the packed file" in expect_error(announce.inv("bare"), 2)
 
 
 def empty_tarball() -> bytes:

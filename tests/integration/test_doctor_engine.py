@@ -55,7 +55,7 @@ class Findings:
 
 def run_doctor(project: Project, **env: str) -> Findings:
     """Run doctor, and check that it changes nothing."""
-    with project.unharmed():
+    with project.assert_unchanged():
         result = project.inv("doctor", "--json", env=env)
     assert "Traceback" not in result.stderr
     assert project.volumes() == []
@@ -78,7 +78,7 @@ def test_offline_example_has_no_failure(new_project: NewProject) -> None:
 
 def test_each_line_is_a_finding(new_project: NewProject) -> None:
     project = new_project()
-    with project.unharmed():
+    with project.assert_unchanged():
         result = project.inv("doctor")
     lines = result.stdout.splitlines()
     assert len(lines) > 8
@@ -140,7 +140,7 @@ def test_probe_needs_no_ldd(new_project: NewProject, tmp_path: Path) -> None:
 
 def test_base_stage_without_guix_is_a_failure(new_project: NewProject) -> None:
     project = new_project(GUIX_SUBSTITUTE_KEYS="")
-    project.dockerfile(f"{START}RUN rm /usr/bin/guix*\n")
+    project.write_dockerfile(f"{START}RUN rm /usr/bin/guix*\n")
     project.ok("base")
     line = run_doctor(project).line("sandbox")
     assert line.startswith("failed: ")
@@ -213,17 +213,17 @@ def test_registry_at_an_unknown_host_is_a_failure(new_project: NewProject) -> No
     ids=["no-account", "wrong-password"],
 )
 def test_refused_account_is_a_failure(
-    new_project: NewProject, locked: str, account: dict[str, str]
+    new_project: NewProject, private_registry: str, account: dict[str, str]
 ) -> None:
-    findings = run_doctor(new_project(repository=f"{locked}/x"), **account)
+    findings = run_doctor(new_project(repository=f"{private_registry}/x"), **account)
     assert findings.failed == {"registry"}
     assert "set DOCKER_USERNAME and DOCKER_PASSWORD" in findings.line("registry")
     assert "wrong-one" not in findings.result.stdout + findings.result.stderr
 
 
-def test_accepted_account_is_reported(new_project: NewProject, locked: str) -> None:
-    line = registry_finding(new_project(repository=f"{locked}/x"), **ACCOUNT)
-    assert line == f"ok: {locked} answers to DOCKER_USERNAME; "
+def test_accepted_account_is_reported(new_project: NewProject, private_registry: str) -> None:
+    line = registry_finding(new_project(repository=f"{private_registry}/x"), **ACCOUNT)
+    assert line == f"ok: {private_registry} answers to DOCKER_USERNAME; "
 
 
 def configure_missing_helper(project: Project) -> dict[str, str]:
@@ -234,8 +234,10 @@ def configure_missing_helper(project: Project) -> dict[str, str]:
     return {"DOCKER_CONFIG": str(directory)}
 
 
-def test_missing_credential_helper_is_reported(new_project: NewProject, locked: str) -> None:
-    project = new_project(repository=f"{locked}/x")
+def test_missing_credential_helper_is_reported(
+    new_project: NewProject, private_registry: str
+) -> None:
+    project = new_project(repository=f"{private_registry}/x")
     line = registry_finding(project, **configure_missing_helper(project))
     assert line.startswith("failed: ")
     assert "docker-credential-nowhere is not installed" in line
@@ -243,9 +245,9 @@ def test_missing_credential_helper_is_reported(new_project: NewProject, locked: 
 
 
 def test_account_of_the_settings_needs_no_credential_helper(
-    new_project: NewProject, locked: str
+    new_project: NewProject, private_registry: str
 ) -> None:
-    project = new_project(repository=f"{locked}/x")
+    project = new_project(repository=f"{private_registry}/x")
     assert registry_finding(project, **configure_missing_helper(project), **ACCOUNT).startswith(
         "ok: "
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import eventually, one_error, running
+from harness import expect_error, find_processes, wait_until
 
 from guix_tasks.bootstrap.engine import answers
 from guix_tasks.cli.session import helpers
@@ -17,7 +17,7 @@ from guix_tasks.engine.discovery import Address
 from guix_tasks.engine.docker import DockerEngine
 
 if TYPE_CHECKING:
-    from island import Island
+    from isolated_host import IsolatedHost
 
     from guix_tasks.bootstrap.engine import PrivateEngine
 
@@ -28,12 +28,12 @@ SLEEP = "98765"
 
 def sleepers() -> list[int]:
     """Return the processes of the container of these tests."""
-    return running("sleep", SLEEP)
+    return find_processes("sleep", SLEEP)
 
 
-def is_deserted(island: Island) -> bool:
+def is_deserted(host: IsolatedHost) -> bool:
     """Whether only the files of the engine remain."""
-    return island.is_deserted() and not sleepers()
+    return host.is_clean() and not sleepers()
 
 
 def start_container(engine: PrivateEngine) -> None:
@@ -54,54 +54,54 @@ def start_container(engine: PrivateEngine) -> None:
         )
     )
     client.start(container)
-    eventually(lambda: sleepers() != [], "the container runs")
+    wait_until(lambda: sleepers() != [], "the container runs")
 
 
-def test_engine_is_started_and_stopped(island: Island) -> None:
-    assert "`inv engine.up`" in one_error(island.inv("status"), 3)
-    assert f"started the private engine: {island.engine.url}" in island.ok("engine.up")
-    assert f"at {island.engine.url} (private engine)" in island.ok("status")
-    assert "already running" in island.ok("engine.up")
-    start_container(island.engine)
-    assert "stopped the private engine" in island.ok("engine.down")
-    assert is_deserted(island)
-    assert "no private engine is running" in island.ok("engine.down")
-    assert "`inv engine.up`" in one_error(island.inv("status"), 3)
+def test_engine_is_started_and_stopped(host: IsolatedHost) -> None:
+    assert "`inv engine.up`" in expect_error(host.inv("status"), 3)
+    assert f"started the private engine: {host.engine.url}" in host.ok("engine.up")
+    assert f"at {host.engine.url} (private engine)" in host.ok("status")
+    assert "already running" in host.ok("engine.up")
+    start_container(host.engine)
+    assert "stopped the private engine" in host.ok("engine.down")
+    assert is_deserted(host)
+    assert "no private engine is running" in host.ok("engine.down")
+    assert "`inv engine.up`" in expect_error(host.inv("status"), 3)
 
 
-def test_engine_is_restarted_after_a_crash(island: Island) -> None:
-    island.ok("engine.up")
-    start_container(island.engine)
-    island.kill_engine()
-    assert "`inv engine.up`" in one_error(island.inv("status"), 3)
-    assert "started the private engine" in island.ok("engine.up")
-    assert answers(island.engine.socket)
+def test_engine_is_restarted_after_a_crash(host: IsolatedHost) -> None:
+    host.ok("engine.up")
+    start_container(host.engine)
+    host.kill_engine()
+    assert "`inv engine.up`" in expect_error(host.inv("status"), 3)
+    assert "started the private engine" in host.ok("engine.up")
+    assert answers(host.engine.socket)
     assert sleepers() == []
-    client = DockerEngine(Address(island.engine.url, "test"), helpers({}))
+    client = DockerEngine(Address(host.engine.url, "test"), helpers({}))
     assert client.image("island:latest")
     assert not any(container.running for container in client.containers({}))
-    island.ok("engine.down")
-    assert is_deserted(island)
+    host.ok("engine.down")
+    assert is_deserted(host)
 
 
-def test_engine_is_removed_after_a_crash(island: Island) -> None:
-    island.ok("engine.up")
-    start_container(island.engine)
-    island.kill_engine()
-    assert "removed processes and mounts of a killed private engine" in island.ok("engine.down")
-    assert is_deserted(island)
+def test_engine_is_removed_after_a_crash(host: IsolatedHost) -> None:
+    host.ok("engine.up")
+    start_container(host.engine)
+    host.kill_engine()
+    assert "removed processes and mounts of a killed private engine" in host.ok("engine.down")
+    assert is_deserted(host)
 
 
-def test_engine_does_not_start_in_the_network_of_another(island: Island) -> None:
-    island.ok("engine.up")
-    elsewhere = island.directory / "elsewhere"
+def test_engine_does_not_start_in_the_network_of_another(host: IsolatedHost) -> None:
+    host.ok("engine.up")
+    elsewhere = host.directory / "elsewhere"
     elsewhere.mkdir()
-    error = one_error(island.inv("engine.up", XDG_DATA_HOME=str(elsewhere)), 3)
-    assert f"the network of another Docker Engine (process {island.engine._daemon.pid()})" in error
+    error = expect_error(host.inv("engine.up", XDG_DATA_HOME=str(elsewhere)), 3)
+    assert f"the network of another Docker Engine (process {host.engine._daemon.pid()})" in error
     assert "DOCKER_HOST" in error
-    assert answers(island.engine.socket)
+    assert answers(host.engine.socket)
 
 
-def test_dry_run_starts_no_engine(island: Island) -> None:
-    island.ok("--dry", "engine.up")
-    assert not island.engine.running()
+def test_dry_run_starts_no_engine(host: IsolatedHost) -> None:
+    host.ok("--dry", "engine.up")
+    assert not host.engine.running()

@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import ROOT, contents
+from harness import ROOT, read_contents
 
 from guix_tasks.oci.labels import CREATED
 from guix_tasks.stages.images import FILES_LABEL, IMAGE_LABEL, LAYERS_LABEL
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from conftest import NewProject
-    from harness import Made, Project
+    from harness import BuiltProject, Project
 
 pytestmark = pytest.mark.engine
 
@@ -99,7 +99,7 @@ def configuration(project: Project, image: str) -> dict[str, object]:
 
 @pytest.mark.both_stores
 def test_variables_of_other_tools_do_not_change_the_result(
-    new_project: NewProject, made: Made, tmp_path: Path
+    new_project: NewProject, built_project: BuiltProject, tmp_path: Path
 ) -> None:
     project = new_project()
     set_umask(project, "077")
@@ -111,10 +111,12 @@ def test_variables_of_other_tools_do_not_change_the_result(
     assert re.fullmatch(rf"{re.escape(project.image)}@sha256:[0-9a-f]{{64}}\n", result.stdout)
     assert "note: environment: DOCKER_DEFAULT_PLATFORM is ignored" in result.stderr
     for stage in ("base", "pull", "install"):
-        expected = configuration(made.project, made.project.tag(stage))
+        expected = configuration(built_project.project, built_project.project.tag(stage))
         assert configuration(project, project.tag(stage)) == expected
     docker = project.docker
-    assert contents(docker, project.image) == contents(docker, made.project.image)
+    assert read_contents(docker, project.image) == read_contents(
+        docker, built_project.project.image
+    )
     # The stages are up to date without the variables.
     output = project.ok("base", "pull", "install").stderr
     assert re.findall(r"^(\w+): up to date$", output, re.MULTILINE) == ["base", "pull", "install"]

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import pytest
-from harness import free_port, one_error
+from harness import expect_error, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from conftest import NewProject
-    from harness import Project, Workshop
+    from harness import Project, ProjectFactory
 
 pytestmark = pytest.mark.engine
 
@@ -43,7 +43,7 @@ def test_failed_build_writes_diagnostics(new_project: NewProject) -> None:
     (project.directory / "broken.scm").write_text(BROKEN)
     project.set(GUIX_MANIFEST="broken.scm", DOCKER_USERNAME="me", DOCKER_PASSWORD="hunter2")  # noqa: S106
     result = project.inv("install", "--upstream")
-    error = one_error(result, 4)
+    error = expect_error(result, 4)
     assert project.containers() == []
     directory = diagnostics(project)
     assert directory.name.startswith("install-")
@@ -60,12 +60,12 @@ def test_failed_build_writes_diagnostics(new_project: NewProject) -> None:
 
 def test_container_of_a_failed_stage_can_be_kept(new_project: NewProject) -> None:
     project = new_project("base", "pull", GUIX_PACKAGES="no-such-package")
-    error = one_error(project.inv("install", "--keep-failed"), 4)
+    error = expect_error(project.inv("install", "--keep-failed"), 4)
     assert "install: no-such-package: unknown package" in error
     assert "`inv run -- guix search no-such-package`" in error
     (name,) = project.containers()
     assert "docker commit " in error
-    assert "cannot commit " in one_error(project.inv("commit"), 2)
+    assert "cannot commit " in expect_error(project.inv("commit"), 2)
     project.ok("clean", "--work")
     assert project.containers() == [], name
 
@@ -123,9 +123,9 @@ def serve(
         server.shutdown()
 
 
-def test_network_fault_is_retried(new_project: NewProject, workshop: Workshop) -> None:
+def test_network_fault_is_retried(new_project: NewProject, factory: ProjectFactory) -> None:
     """The retry runs in the same container, which keeps the downloads. Guix itself asks twice."""
-    with serve(workshop.offline / "substitutes", missing=2) as server:
+    with serve(factory.offline / "substitutes", missing=2) as server:
         project = new_project("base", NETWORK="host", GUIX_SUBSTITUTE_URLS=server)
         output = project.ok("pull", "--upstream").stderr
     assert output.count("pull is retried in") == 1
@@ -136,14 +136,14 @@ def test_network_fault_is_retried(new_project: NewProject, workshop: Workshop) -
 @pytest.mark.both_stores
 def test_lack_of_memory_is_reported(new_project: NewProject) -> None:
     project = new_project("base", GUIX_SANDBOX="capabilities", STAGE_MEMORY="60m")
-    error = one_error(project.inv("pull"), 4)
+    error = expect_error(project.inv("pull"), 4)
     assert "pull: a process was killed because memory ran out, and nothing was committed" in error
     assert "raise STAGE_MEMORY (62.9 MB)" in error
 
 
-def test_stale_narinfo_is_fetched_again(new_project: NewProject, workshop: Workshop) -> None:
+def test_stale_narinfo_is_fetched_again(new_project: NewProject, factory: ProjectFactory) -> None:
     """Guix itself would cache the narinfo for 36 hours."""
-    with serve(workshop.offline / "substitutes", kind=MovedSubstitutes) as server:
+    with serve(factory.offline / "substitutes", kind=MovedSubstitutes) as server:
         project = new_project("base", NETWORK="host", GUIX_SUBSTITUTE_URLS=server)
         output = project.ok("pull", "--upstream").stderr
     assert output.count("pull is retried in") == 1
@@ -152,9 +152,9 @@ def test_stale_narinfo_is_fetched_again(new_project: NewProject, workshop: Works
 def test_packages_are_not_built_if_no_server_answers(new_project: NewProject) -> None:
     server = f"http://127.0.0.1:{free_port()}"
     project = new_project("base", NETWORK="host", GUIX_SUBSTITUTE_URLS=server)
-    with project.unharmed():
+    with project.assert_unchanged():
         result = project.inv("pull", "--upstream")
-        error = one_error(result, 4)
+        error = expect_error(result, 4)
     assert "no substitute server answers (127.0.0.1)" in error
     assert "GUIX_FALLBACK=yes" in error
     assert result.stderr.count("pull is retried in") == 2
@@ -164,14 +164,14 @@ def test_packages_are_not_built_if_no_server_answers(new_project: NewProject) ->
 @pytest.mark.parametrize("sandbox", ["rootless", "capabilities"])
 @pytest.mark.parametrize("scheme", ["file", "http"])
 def test_packages_are_not_built_if_the_server_is_not_trusted(
-    new_project: NewProject, workshop: Workshop, scheme: str, sandbox: str
+    new_project: NewProject, factory: ProjectFactory, scheme: str, sandbox: str
 ) -> None:
     """The narinfos are in a directory or in the cache of the daemon."""
     project = new_project("base", NETWORK="host", GUIX_SANDBOX=sandbox, GUIX_SUBSTITUTE_KEYS="")
-    with serve(workshop.offline / "substitutes") as server, project.unharmed():
+    with serve(factory.offline / "substitutes") as server, project.assert_unchanged():
         if scheme == "http":
             project.set(GUIX_SUBSTITUTE_URLS=server)
-        error = one_error(project.inv("pull", "--upstream"), 4)
+        error = expect_error(project.inv("pull", "--upstream"), 4)
     assert "pull: the image does not trust the key of the substitutes" in error
     assert "set GUIX_SUBSTITUTE_KEYS to the server's public key" in error
     assert "builder for" not in (diagnostics(project) / "log").read_text()

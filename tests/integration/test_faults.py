@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import pytest
-from harness import one_error
+from harness import expect_error
 from parallel import OTHER_STORE
 
 from guix_tasks.commands.push import push
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from conftest import NewProject
     from harness import Docker, Project
-    from island import Island
+    from isolated_host import IsolatedHost
     from soak import Soak
 
     from guix_tasks.bootstrap.registry import LocalRegistry
@@ -367,8 +367,8 @@ def network(store: str, request: pytest.FixtureRequest) -> int | None:
     """A process in the engine's network, or None if that is the network of the tests."""
     if store != OTHER_STORE:
         return None
-    island: Island = request.getfixturevalue("other_store")
-    return island.holder
+    host: IsolatedHost = request.getfixturevalue("other_store")
+    return host.namespace_pid
 
 
 @pytest.fixture
@@ -524,7 +524,7 @@ def test_pull_of_a_missing_image_is_not_retried(rig: Rig) -> None:
 
 @pytest.mark.soak
 def test_random_faults_end_in_an_image_or_one_error_line(rig: Rig, soak: Soak) -> None:
-    rng = soak.chance("random faults")
+    rng = soak.rng("random faults")
     kinds: collections.Counter[str] = collections.Counter()
     results: collections.Counter[bool] = collections.Counter()
     push_kinds = sorted(PUSH_FAULTS if soak.long else PUSH_FAULTS.keys() - SLOW)
@@ -549,7 +549,7 @@ def test_random_faults_end_in_an_image_or_one_error_line(rig: Rig, soak: Soak) -
             results[rig.pull(project, image)] += 1
             rig.engine.untag(str(project.settings.image))
         kinds[f"pull: {kind}"] += faults.count
-    soak.tell(
+    soak.report(
         "faults of a registry",
         f"{sum(kinds.values())} faults of {len(kinds)} kinds: {results[True]} transfers succeeded, "
         f"{results[False]} ended with one error line",
@@ -573,7 +573,7 @@ def make_base(new_project: NewProject, registry: LocalRegistry, address: str) ->
         DOCKER_PASSWORD=account.password,
     )
     # The label makes the layers unique, so that a push uploads them.
-    project.dockerfile(f"{TINY}LABEL once={time.time_ns()}\n")
+    project.write_dockerfile(f"{TINY}LABEL once={time.time_ns()}\n")
     project.ok("base")
     return project
 
@@ -603,7 +603,7 @@ def test_pull_of_the_base_image_is_retried(
     """Each builder pulls it in its own way."""
     faults = Faults(answer_with(503), gets_manifest, times=0)
     base = new_project()
-    base.dockerfile(f"{TINY}LABEL once={time.time_ns()}\n")
+    base.write_dockerfile(f"{TINY}LABEL once={time.time_ns()}\n")
     base.ok("base", "push")
     for tag in base.tags():
         base.docker.ok("rmi", f"{base.repository}:{tag}")
@@ -613,7 +613,7 @@ def test_pull_of_the_base_image_is_retried(
         faults.times = 1 + RESENT["503"]
         reference = base.image.replace(f"localhost:{registry.port}", address)
         project = new_project(BASE_IMAGE=reference)
-        project.dockerfile("ARG BASE_IMAGE\nFROM $BASE_IMAGE\nCOPY Dockerfile /again\n")
+        project.write_dockerfile("ARG BASE_IMAGE\nFROM $BASE_IMAGE\nCOPY Dockerfile /again\n")
         result = project.inv("base", env=builder)
         project.docker("rmi", reference)
         assert result.returncode == 0, result.stderr
@@ -641,7 +641,7 @@ def test_refused_push_is_reported_without_a_retry(
     with serve_faults(registry, faults) as address:
         project = make_base(new_project, registry, address)
         result = project.inv("push")
-        assert project.image in one_error(result, 5)
+        assert project.image in expect_error(result, 5)
         assert "is retried" not in result.stderr
         matching = [request for request in faults.requests if matches(*request.split())]
         assert len(matching) == faults.count
@@ -666,8 +666,8 @@ def test_push_fails_if_the_registry_has_another_image(
     with serve_faults(registry, faults) as address:
         project = make_base(new_project, registry, address)
         previous_digest = project.ok("push").stdout.strip().partition("@")[2]
-        project.dockerfile(f"{TINY}LABEL again=yes\n")
+        project.write_dockerfile(f"{TINY}LABEL again=yes\n")
         project.ok("base")
         faults.times = 1
-        error = one_error(project.inv("push"), 5)
+        error = expect_error(project.inv("push"), 5)
         assert f"but the registry has {previous_digest}" in error

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import one_error
-from island import raised
-from patient import PARENTS, admit
+from checked_project import PARENTS, create_checked_project
+from harness import expect_error
+from isolated_host import create_isolated_host
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from harness import Workshop
-    from island import Island
-    from patient import ExaminedProject
+    from checked_project import CheckedProject
+    from harness import ProjectFactory
+    from isolated_host import IsolatedHost
     from soak import Soak
 
     from guix_tasks.bootstrap.registry import LocalRegistry
@@ -60,9 +60,9 @@ class Disk:
             os.posix_fallocate(file.fileno(), 0, self.free() - max(room, 1 << 16))
 
 
-def mount_disk(island: Island) -> Disk:
+def mount_disk(host: IsolatedHost) -> Disk:
     """Mount a new disk for the data of an engine that is not running."""
-    data, file = island.engine.directory / "data", island.directory / "disk"
+    data, file = host.engine.directory / "data", host.directory / "disk"
     maker = shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
     if maker is None:
         pytest.skip("mkfs.ext4, which makes the disk, is not on this machine")
@@ -70,19 +70,19 @@ def mount_disk(island: Island) -> Disk:
     with file.open("wb") as disk:
         disk.truncate(SIZE)
     # No blocks are reserved for root, because the engine runs as root.
-    island.do(maker, "-q", "-m", "0", str(file))
+    host.run(maker, "-q", "-m", "0", str(file))
     try:
-        island.do("mount", "-o", "loop", str(file), str(data))
+        host.run("mount", "-o", "loop", str(file), str(data))
     except subprocess.CalledProcessError as error:
         pytest.skip(f"cannot mount a file as a disk: {error.stderr.decode()}")
-    return Disk(Path(f"/proc/{island.holder}/root{data}"))
+    return Disk(Path(f"/proc/{host.namespace_pid}/root{data}"))
 
 
 @dataclass(frozen=True)
 class DiskProject:
     """A project on an engine whose disk can be filled."""
 
-    examined: ExaminedProject
+    examined: CheckedProject
     disk: Disk
 
     def measure(self, stage: str) -> int:
@@ -93,7 +93,7 @@ class DiskProject:
         while not started.has_ended():
             least = min(least, self.disk.free())
             time.sleep(0.01)
-        assert started.inv.returncode == 0, started.said()
+        assert started.process.returncode == 0, started.output()
         return before - least
 
     def run(self, stage: str, room: int) -> bool:
@@ -106,9 +106,9 @@ class DiskProject:
             LOG.info("%s with %s bytes left: %s", stage, room, result.stderr[-500:])
             if result.returncode:
                 assert result.returncode in STATUS[stage]
-                error = one_error(result, result.returncode)
+                error = expect_error(result, result.returncode)
                 assert "the disk is full: `inv status --size`" in error
-            self.examined.check(stage, before, runs=False)
+            self.examined.check(stage, before, run_containers=False)
         finally:
             self.disk.ballast.unlink()
         self.examined.finish(stage)
@@ -119,15 +119,17 @@ class DiskProject:
 def disk_project(
     programs: Path,
     registry: LocalRegistry,
-    workshop: Workshop,
+    factory: ProjectFactory,
     tmp_path_factory: pytest.TempPathFactory,
     soak: Soak,
 ) -> Iterator[DiskProject]:
-    with raised(programs) as island:
-        disk = mount_disk(island)
+    with create_isolated_host(programs) as host:
+        disk = mount_disk(host)
         directory = tmp_path_factory.mktemp("disk") / "project"
-        rng = soak.chance("full disk")
-        examined = admit(island, registry.directory / "root", workshop, directory, rng)
+        rng = soak.rng("full disk")
+        examined = create_checked_project(
+            host, registry.directory / "root", factory, directory, rng
+        )
         examined.project.ok("base", "pull", "install", "push")
         yield DiskProject(examined, disk)
 
@@ -135,7 +137,7 @@ def disk_project(
 def test_full_disk_is_reported_and_the_next_run_succeeds(
     disk_project: DiskProject, soak: Soak
 ) -> None:
-    rng = disk_project.examined.chance
+    rng = disk_project.examined.rng
     stages = [*PARENTS, "push"] if soak.long else ["pull", "install"]
     needed = {stage: disk_project.measure(stage) for stage in stages}
     disk_project.examined.project.ok("base", "pull", "install", "push")
@@ -146,7 +148,7 @@ def test_full_disk_is_reported_and_the_next_run_succeeds(
         failures[stage] += disk_project.run(stage, int(needed[stage] * rng.random() ** 2))
     assert failures.total()
     counts = ", ".join(f"{count} in {stage}" for stage, count in failures.items())
-    soak.tell(
+    soak.report(
         "a full disk is reported in one line, breaks no tag, and the next run succeeds",
         f"{failures.total()} full disks ({counts})",
     )

@@ -7,7 +7,7 @@ import secrets
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import LOCK, OFFLINE, one_error
+from harness import LOCK, OFFLINE, expect_error
 
 from guix_tasks.guix import UNAUTHENTICATED
 from guix_tasks.stages.container import PROJECT_LABEL, RESOURCES
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from conftest import NewProject
-    from harness import Made, Project, Workshop
+    from harness import BuiltProject, Project, ProjectFactory
 
 pytestmark = [pytest.mark.engine, pytest.mark.soak]
 
@@ -43,8 +43,8 @@ def has_no_canary(directory: Path) -> bool:
 )
 def test_package_that_is_a_command_is_refused(new_project: NewProject, package: str) -> None:
     project = new_project()
-    with project.unharmed():
-        error = one_error(project.inv("install", f"--package={package}"), 2)
+    with project.assert_unchanged():
+        error = expect_error(project.inv("install", f"--package={package}"), 2)
     assert "--package" in error
     assert has_no_canary(project.directory)
 
@@ -53,10 +53,10 @@ HOSTILE_NAME = 'it\'s $(touch canary) `touch canary` ";touch canary;" \\ \n\x1b[
 
 
 def test_project_directory_can_have_any_name(
-    workshop: Workshop, made: Made, tmp_path: Path
+    factory: ProjectFactory, built_project: BuiltProject, tmp_path: Path
 ) -> None:
     """It contains the manifest, the channels, the lock, a mount, the log and ``out/``."""
-    project = workshop.project(
+    project = factory.create(
         tmp_path / HOSTILE_NAME,
         GUIX_CHANNELS="mine.scm",
         GUIX_MANIFEST="manifest.scm",
@@ -67,11 +67,11 @@ def test_project_directory_can_have_any_name(
         copy.write_bytes((OFFLINE / name).read_bytes())
     try:
         for stage in ("base", "pull"):
-            project.take(stage, made.project)
-        with project.unharmed():
+            project.copy_stage(stage, built_project.project)
+        with project.assert_unchanged():
             result = project.inv("install")
         assert "no-such-package: unknown package" in result.stderr
-        error = one_error(result, 4)
+        error = expect_error(result, 4)
         assert repr(HOSTILE_NAME)[-9:-1] in error  # the directory of the logs, on one line
         (diagnostics,) = (project.directory / "out" / "failed").iterdir()
         assert "GUIX_MANIFEST=manifest.scm" in (diagnostics / "settings").read_text()
@@ -106,7 +106,7 @@ def test_hostile_labels_are_not_executed(project: Project) -> None:
     status = project.ok("status")
     assert "\x1b" not in status.stdout + status.stderr
     assert status.stdout.count("missing") == 3
-    one_error(project.inv("push", "--stage=install"), 2)
+    expect_error(project.inv("push", "--stage=install"), 2)
     project.set(BASE_IMAGE=hostile)
     project.ok("base")
     assert project.docker.labels(project.tag("base"))[STAGE_LABEL] == "base"
@@ -140,12 +140,12 @@ def test_channel_without_an_introduction_is_refused(new_project: NewProject) -> 
     start = channels.rindex("(introduction")
     bare = f"{channels[:start].rstrip()}))\n"
     mine = project.directory / "mine.scm"
-    with project.unharmed():
+    with project.assert_unchanged():
         mine.write_text(bare)
-        error = one_error(project.inv("pull"), 2)
+        error = expect_error(project.inv("pull"), 2)
         assert "mine.scm: the channel 'offline' has no introduction" in error
         mine.write_text(COMPUTED.format(channels=channels))
-        error = one_error(project.inv("pull"), 4)
+        error = expect_error(project.inv("pull"), 4)
         assert "the channel 'offline' has no introduction" in error
         assert not (project.directory / LOCK).exists()
     mine.write_text(bare)
@@ -153,8 +153,8 @@ def test_channel_without_an_introduction_is_refused(new_project: NewProject) -> 
     assert "channel authentication disabled" in output
     assert project.docker.labels(project.tag("pull"))[AUTHENTICATION_LABEL] == "disabled"
     project.ok("install")
-    with project.unharmed():
-        assert f"{LOCK}: the channel 'offline'" in one_error(project.inv("pull"), 2)
+    with project.assert_unchanged():
+        assert f"{LOCK}: the channel 'offline'" in expect_error(project.inv("pull"), 2)
 
 
 @pytest.mark.parametrize(("option", "status"), [((), 1), ((UNAUTHENTICATED,), 0)])

@@ -135,7 +135,7 @@ class Docker:
         return int(self.ok("wait", container))
 
     def await_output(self, container: str, text: str) -> None:
-        eventually(lambda: text in "".join(self.logs(container)), f"{text!r} in the output")
+        wait_until(lambda: text in "".join(self.logs(container)), f"{text!r} in the output")
 
     def logs(self, container: str) -> tuple[str, str]:
         result = self("logs", container)
@@ -185,7 +185,7 @@ def make_archive(files: dict[str, str | bytes], mode: int = 0o755) -> bytes:
     return memory.getvalue()
 
 
-def eventually(condition: Callable[[], bool], description: str, seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], description: str, seconds: float = 20) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"not within {seconds} s: {description}"
@@ -712,7 +712,7 @@ def test_workers_and_builders_end_before_the_entry_point(
 def test_signal_before_the_daemon_answers_ends_the_entry_point(docker: Docker, image: str) -> None:
     script = with_daemon_script("exec sleep 100", "exec /entry-point.sh echo ran")
     container = docker.start(image, "-c", script, options=("--entrypoint=sh",))
-    eventually(lambda: "sleep 100\n" in docker("top", container).out, "the daemon's start")
+    wait_until(lambda: "sleep 100\n" in docker("top", container).out, "the daemon's start")
     docker.ok("kill", "--signal=TERM", container)
     assert docker.wait(container) == 143
     assert docker.logs(container) == ("", "")
@@ -816,11 +816,11 @@ class Terminal:
 
     def type(self, keys: str) -> None:
         # Until docker has set up the terminal, Ctrl-C would stop docker itself.
-        eventually(lambda: not termios.tcgetattr(self._master)[3] & termios.ICANON, "raw mode")
+        wait_until(lambda: not termios.tcgetattr(self._master)[3] & termios.ICANON, "raw mode")
         os.write(self._master, keys.encode())
 
     def expect(self, text: str) -> None:
-        eventually(lambda: text in self.text, f"{text!r} on the terminal: {self.text!r}")
+        wait_until(lambda: text in self.text, f"{text!r} on the terminal: {self.text!r}")
 
     def wait(self) -> int:
         try:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from conftest import NewProject
-    from harness import Docker, Project, Workshop
+    from harness import Docker, Project, ProjectFactory
 
 pytestmark = pytest.mark.engine
 
@@ -84,9 +84,9 @@ CHANNEL_CHANGES = {
     ("pattern", "replacement", "expected"), CHANNEL_CHANGES.values(), ids=CHANNEL_CHANGES
 )
 def test_changed_channels_are_refused_until_the_lock_is_updated(
-    project: Project, workshop: Workshop, pattern: str, replacement: str, expected: str
+    project: Project, factory: ProjectFactory, pattern: str, replacement: str, expected: str
 ) -> None:
-    text = (workshop.offline / "channels.scm").read_text()
+    text = (factory.offline / "channels.scm").read_text()
     channels = project.directory / "channels.scm"
     channels.write_text(text)
     project.set(GUIX_CHANNELS="channels.scm")
@@ -95,7 +95,7 @@ def test_changed_channels_are_refused_until_the_lock_is_updated(
     assert changed != text
     channels.write_text(changed)
     assert "GUIX_CHANNELS changed" in project.ok("status").stdout
-    with project.unharmed():
+    with project.assert_unchanged():
         refused, push = project.inv("pull"), project.inv("push")
     assert (refused.returncode, push.returncode) == (2, 2)
     assert expected in refused.stderr
@@ -104,12 +104,12 @@ def test_changed_channels_are_refused_until_the_lock_is_updated(
 
 
 def test_channels_with_an_open_parenthesis_are_an_error_of_each_task(
-    project: Project, workshop: Workshop
+    project: Project, factory: ProjectFactory
 ) -> None:
-    text = (workshop.offline / "channels.scm").read_text().rstrip()
+    text = (factory.offline / "channels.scm").read_text().rstrip()
     (project.directory / "channels.scm").write_text(f"\n{text[:-1]}\n")
     project.set(GUIX_CHANNELS="channels.scm")
-    with project.unharmed():
+    with project.assert_unchanged():
         for task in ("pull", "status", "push"):
             result = project.inv(task)
             assert result.returncode == 2, task

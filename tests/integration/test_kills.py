@@ -12,9 +12,16 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import builder_environment, check_store, errors, eventually, one_error, repeated
-from island import raised
-from patient import admit
+from checked_project import create_checked_project
+from harness import (
+    builder_environment,
+    check_store,
+    error_lines,
+    expect_error,
+    repeat_action,
+    wait_until,
+)
+from isolated_host import create_isolated_host
 
 from guix_tasks.stages.container import PROJECT_LABEL
 from guix_tasks.stages.images import SQUASH
@@ -23,9 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from pathlib import Path
 
+    from checked_project import CheckedProject
     from conftest import NewProject
-    from harness import Running, Workshop
-    from patient import ExaminedProject
+    from harness import ProjectFactory, RunningTask
     from soak import Soak
 
     from guix_tasks.bootstrap.registry import LocalRegistry
@@ -58,7 +65,7 @@ STOP_SECONDS = 10.0
 class KillableProject:
     """A project with all its stages, and their durations."""
 
-    examined: ExaminedProject
+    examined: CheckedProject
     durations: dict[str, float]
     """Seconds of the last run without a kill."""
     slowest: float = 0
@@ -66,12 +73,12 @@ class KillableProject:
 
     def choose(self, stages: Iterable[str]) -> str:
         known = [stage for stage in stages if stage in self.durations]
-        return self.examined.chance.choices(known, [STAGES[stage] for stage in known])[0]
+        return self.examined.rng.choices(known, [STAGES[stage] for stage in known])[0]
 
     def choose_moment(self, stage: str, overhead: float) -> float:
         """Choose a time in seconds; the end of a stage, with its commit, is chosen more often."""
-        first = self.examined.chance.choice([0.0, 0.7])
-        return max(0, self.durations[stage] - overhead) * self.examined.chance.uniform(first, 1.05)
+        first = self.examined.rng.choice([0.0, 0.7])
+        return max(0, self.durations[stage] - overhead) * self.examined.rng.uniform(first, 1.05)
 
     def disturb(self, target: str, stage: str) -> bool:
         """Kill a target during a stage, run it again, and return whether the kill was in time."""
@@ -84,33 +91,33 @@ class KillableProject:
         started = project.start(stage, env={"TMPDIR": str(temporary)})
         moment = self.choose_moment(stage, overhead=OVERHEAD if target == CONTAINER else 0)
         if target == CONTAINER:
-            eventually(lambda: self.running_containers() != [] or started.has_ended(), "container")
+            wait_until(lambda: self.running_containers() != [] or started.has_ended(), "container")
         elif target in SIGNALS:
             # Python itself is still starting before this line.
-            started.await_output("engine: ")
-        in_time = started.goes_on(moment) and self.kill(target, started)
+            started.wait_for_output("engine: ")
+        in_time = started.is_running_after(moment) and self.kill(target, started)
         stop = time.monotonic()
-        status = started.inv.wait(timeout=60)
-        assert_no_password(temporary, self.examined.island.registry)
+        status = started.process.wait(timeout=60)
+        assert_no_password(temporary, self.examined.host.registry)
         seconds = time.monotonic() - stop
         late_statuses = (1, -signal.Signals[target]) if target in SIGNALS else ()
-        if status in late_statuses and not errors(started.said()):
+        if status in late_statuses and not error_lines(started.output()):
             in_time = False  # the work was done, and Python was about to end
         case = f"{target} {moment:.2f} s into {stage}: {status} after {seconds:.2f} s"
         if in_time:
-            LOG.info("%s %s", case, errors(started.said()))
-            assert "Traceback" not in started.said(), f"{case}: {started.said()}"
+            LOG.info("%s %s", case, error_lines(started.output()))
+            assert "Traceback" not in started.output(), f"{case}: {started.output()}"
             self.check_end(target, status, seconds, started)
         elif status == 0:
             # Durations change with the load of the machine.
             self.durations[stage] = stop - start
-        if not examined.island.engine.running():
-            examined.island.ok("engine.up")
+        if not examined.host.engine.running():
+            examined.host.ok("engine.up")
         examined.check(stage, before)
         examined.finish(stage)
         return in_time
 
-    def check_end(self, target: str, status: int, seconds: float, started: Running) -> None:
+    def check_end(self, target: str, status: int, seconds: float, started: RunningTask) -> None:
         """Check the exit status and the duration of ``inv`` after a kill."""
         if target in SIGNALS:
             self.slowest = max(self.slowest, seconds)
@@ -121,8 +128,8 @@ class KillableProject:
         if target == INV:
             assert status == -signal.SIGKILL
         elif status:
-            assert status in STATUS[target], started.said()
-            assert len(errors(started.said())) == 1, started.said()
+            assert status in STATUS[target], started.output()
+            assert len(error_lines(started.output())) == 1, started.output()
 
     def running_containers(self) -> list[str]:
         """Return the work containers that run."""
@@ -130,7 +137,7 @@ class KillableProject:
         containers = self.examined.engine.containers(label)
         return [container.id for container in containers if container.running]
 
-    def kill(self, target: str, started: Running) -> bool:
+    def kill(self, target: str, started: RunningTask) -> bool:
         """Kill the target, and return whether it was still running."""
         docker = self.examined.project.docker
         in_time = not started.has_ended()
@@ -138,9 +145,9 @@ class KillableProject:
             results = [docker("kill", container) for container in self.running_containers()]
             return any(result.returncode == 0 for result in results)
         if target == ENGINE:
-            self.examined.island.kill_engine()
+            self.examined.host.kill_engine()
         else:
-            started.inv.send_signal(signal.SIGKILL if target == INV else signal.Signals[target])
+            started.process.send_signal(signal.SIGKILL if target == INV else signal.Signals[target])
         return in_time
 
 
@@ -151,7 +158,7 @@ def assert_no_password(directory: Path, registry: LocalRegistry) -> None:
     pair = f"{account.username}:{account.password}".encode()
     secrets = {account.password.encode(), base64.b64encode(pair)}
     # The process that removes directories after a kill needs a moment.
-    eventually(
+    wait_until(
         lambda: not any(contains(file, secrets) for file in directory.rglob("*")), "no password", 5
     )
 
@@ -167,14 +174,16 @@ def contains(path: Path, secrets: set[bytes]) -> bool:
 def killable_project(
     programs: Path,
     registry: LocalRegistry,
-    workshop: Workshop,
+    factory: ProjectFactory,
     tmp_path_factory: pytest.TempPathFactory,
     soak: Soak,
 ) -> Iterator[KillableProject]:
-    with raised(programs) as island:
+    with create_isolated_host(programs) as host:
         directory = tmp_path_factory.mktemp("kills") / "project"
-        rng = soak.chance("kills")
-        examined = admit(island, registry.directory / "root", workshop, directory, rng)
+        rng = soak.rng("kills")
+        examined = create_checked_project(
+            host, registry.directory / "root", factory, directory, rng
+        )
         durations = dict(DURATIONS) if soak.long else {}
         for stage in ("base", "pull", "install", "push"):
             start = time.monotonic()
@@ -193,17 +202,17 @@ def test_killed_base_leaves_no_password(
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     project = new_project()
-    project.dockerfile(SLOW)
+    project.write_dockerfile(SLOW)
     environment = {**builder_environment("buildx"), "TMPDIR": str(temporary)}
     started = project.start("base", env=environment)
-    started.await_output("under-way")
+    started.wait_for_output("under-way")
     account = registry.account.credentials()
     assert account
     pair = base64.b64encode(f"{account.username}:{account.password}".encode())
     assert [file for file in temporary.rglob("*") if contains(file, {pair})] == []
     assert started.signal(signal.SIGKILL) == -signal.SIGKILL
     assert_no_password(temporary, registry)
-    eventually(lambda: list(temporary.iterdir()) == [], "the end of the temporary directory", 10)
+    wait_until(lambda: list(temporary.iterdir()) == [], "the end of the temporary directory", 10)
 
 
 @pytest.mark.both_stores
@@ -212,18 +221,18 @@ def test_random_kills_leave_valid_tags(killable_project: KillableProject, soak: 
     killed: Counter[str] = Counter()
     stopped: Counter[str] = Counter()
     while killed.total() < soak.times(3, 100):
-        target = examined.chance.choice([*TARGETS * 2, *SIGNALS])
+        target = examined.rng.choice([*TARGETS * 2, *SIGNALS])
         stage = killable_project.choose(IN_CONTAINERS if target == CONTAINER else STAGES)
         if killable_project.disturb(target, stage):
             (stopped if target in SIGNALS else killed)[f"{target} in {stage}"] += 1
     examined.finish("base")
-    examined.works()
+    examined.check_hello()
     check_store(examined.project.docker, examined.project.image)
-    soak.tell(
+    soak.report(
         "kills at random moments break no tag and leave nothing, and the next run succeeds",
         f"{killed.total()} kills ({format_counts(killed)})",
     )
-    soak.tell(
+    soak.report(
         "Ctrl-C ends the container within seconds and exits 130",
         f"{stopped.total()} signals ({format_counts(stopped)}), "
         f"the slowest {killable_project.slowest:.1f} s",
@@ -234,7 +243,7 @@ def test_prune_in_a_loop_moves_no_wrong_tag(killable_project: KillableProject, s
     """A cron job can remove stopped containers and images without a name at any moment."""
     examined, project = killable_project.examined, killable_project.examined.project
     statuses: Counter[int] = Counter()
-    with repeated(partial(project.docker, "system", "prune", "--force"), 0.1):
+    with repeat_action(partial(project.docker, "system", "prune", "--force"), 0.1):
         for _ in range(soak.times(3, 60)):
             stage = killable_project.choose(("base", "pull", "install", "push"))
             examined.prepare(stage if stage != "push" else "install")
@@ -242,12 +251,12 @@ def test_prune_in_a_loop_moves_no_wrong_tag(killable_project: KillableProject, s
             result = project.inv(*(("install",) if stage == "push" else ()), stage)
             statuses[result.returncode] += 1
             if result.returncode:
-                LOG.info("%s: %s", stage, one_error(result, result.returncode))
+                LOG.info("%s: %s", stage, expect_error(result, result.returncode))
             examined.check("install" if stage == "push" else stage, before)
     examined.finish("base")
-    examined.works()
+    examined.check_hello()
     check_store(project.docker, project.image)
-    soak.tell("prune in a loop moves no wrong tag", f"{dict(statuses)} runs by exit status")
+    soak.report("prune in a loop moves no wrong tag", f"{dict(statuses)} runs by exit status")
 
 
 def format_counts(counts: Counter[str]) -> str:

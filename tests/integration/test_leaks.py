@@ -20,10 +20,10 @@ from harness import (
     Terminal,
     builder_environment,
     call,
-    one_error,
-    repeated,
+    expect_error,
+    repeat_action,
 )
-from planted import PLANTED
+from planted_secrets import PLANTED_SECRETS
 
 from guix_tasks.bootstrap import service
 from guix_tasks.bootstrap.base_image import BASE_TAG
@@ -62,47 +62,47 @@ def watch_command_lines() -> Iterator[None]:
             with suppress(OSError):  # the process has ended
                 command_lines.add((service.PROC / str(pid) / "cmdline").read_bytes())
 
-    with repeated(read_command_lines, 0.005):
+    with repeat_action(read_command_lines, 0.005):
         yield
     assert any(b"guix_tasks" in line for line in command_lines), "no command line was read"
     for line in command_lines:
-        PLANTED.look("a command line", line)
-    PLANTED.command_lines += len(command_lines)
+        PLANTED_SECRETS.check("a command line", line)
+    PLANTED_SECRETS.command_lines += len(command_lines)
 
 
 def search_layers(docker: Docker, image: str) -> None:
     """Search the uncompressed layers of `docker save` for secrets."""
-    longest = max(map(len, PLANTED.secrets))
+    longest = max(map(len, PLANTED_SECRETS.secrets))
     with subprocess.Popen(
         ["docker", f"--host={docker.host}", "save", image], stdout=subprocess.PIPE
     ) as saving:
         assert saving.stdout
         end, size = b"", 0
         while chunk := saving.stdout.read(1 << 24):
-            PLANTED.look(f"a layer of {image}", end + chunk)
+            PLANTED_SECRETS.check(f"a layer of {image}", end + chunk)
             end, size = chunk[-longest:], size + len(chunk)
     assert saving.returncode == 0
     assert size > 10_000
-    PLANTED.layers += 1
+    PLANTED_SECRETS.layers += 1
 
 
 def add_secrets(project: Project) -> Project:
     """Set all kinds of secrets that a project can have."""
-    token = PLANTED.plant()
+    token = PLANTED_SECRETS.plant()
     (project.directory / "npm").write_text(f"{token}\n")
-    account = f"me:{PLANTED.plant()}@"
+    account = f"me:{PLANTED_SECRETS.plant()}@"
     project.set(
         DOCKER_USERNAME="me",
-        DOCKER_PASSWORD=PLANTED.plant(),
+        DOCKER_PASSWORD=PLANTED_SECRETS.plant(),
         BUILD_SECRETS="npm=npm",
-        BUILD_ARGS=f"UNUSED_TOKEN={PLANTED.plant()} http_proxy=http://{account}p.test",
+        BUILD_ARGS=f"UNUSED_TOKEN={PLANTED_SECRETS.plant()} http_proxy=http://{account}p.test",
     )
     return project
 
 
 def proxy_environment() -> dict[str, str]:
     """Return a proxy with an account, which is not used because the tests need no network."""
-    return {"http_proxy": f"http://me:{PLANTED.plant()}@127.0.0.1:9", "no_proxy": "*"}
+    return {"http_proxy": f"http://me:{PLANTED_SECRETS.plant()}@127.0.0.1:9", "no_proxy": "*"}
 
 
 class LeakyRegistry(HttpHandler):
@@ -143,7 +143,7 @@ def test_build_that_prints_secrets_is_redacted(
     project, harmless = add_secrets(new_project()), token_hex(4)  # random, so nothing is cached
     project.set(BUILD_ARGS=f"HARMLESS={harmless} {project.settings['BUILD_ARGS']}")
     has_buildx = builder == "buildx"
-    project.dockerfile(ECHO + (ECHO_FILE if has_buildx else ""))
+    project.write_dockerfile(ECHO + (ECHO_FILE if has_buildx else ""))
     if not has_buildx:
         project.set(BUILD_SECRETS="")
     with watch_command_lines():
@@ -162,9 +162,11 @@ def test_build_that_prints_secrets_is_redacted(
 
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: "".join(mode) or "plain")
 def test_tasks_show_no_secret(
-    new_project: NewProject, mode: tuple[str, ...], locked: str, soak: Soak
+    new_project: NewProject, mode: tuple[str, ...], private_registry: str, soak: Soak
 ) -> None:
-    project = add_secrets(new_project("base", "pull", "install", repository=f"{locked}/x/leaks"))
+    project = add_secrets(
+        new_project("base", "pull", "install", repository=f"{private_registry}/x/leaks")
+    )
     project.set(BUILD_ARGS="", BUILD_SECRETS="")
     proxy = proxy_environment()
     script = "echo out $http_proxy; echo err $http_proxy >&2; env"
@@ -195,11 +197,11 @@ def test_running_container_shows_no_secret(new_project: NewProject) -> None:
         running = project.start(
             "run", "--", "sh", "-c", "echo begin; sleep 60", env=proxy_environment()
         )
-        running.await_output("begin")
+        running.wait_for_output("begin")
         (name,) = project.containers()
-        PLANTED.look("a running container", project.docker.ok("inspect", name))
-        PLANTED.look("its processes", project.docker.ok("top", name))
-        PLANTED.containers.add(name)
+        PLANTED_SECRETS.check("a running container", project.docker.ok("inspect", name))
+        PLANTED_SECRETS.check("its processes", project.docker.ok("top", name))
+        PLANTED_SECRETS.containers.add(name)
         assert running.signal(2) == 130
 
 
@@ -222,14 +224,14 @@ def test_messages_of_a_registry_are_redacted(
     new_project: NewProject, engine: DockerEngine, leaky_registry: str, mode: tuple[str, ...]
 ) -> None:
     project = new_project(repository=f"{leaky_registry}/x/leaks")
-    project.dockerfile("FROM scratch\nCOPY Dockerfile /\n")
+    project.write_dockerfile("FROM scratch\nCOPY Dockerfile /\n")
     project.ok("base")
-    password = PLANTED.plant()
-    PLANTED.secrets.add(base64.b64encode(f"me:{password}".encode()))
+    password = PLANTED_SECRETS.plant()
+    PLANTED_SECRETS.secrets.add(base64.b64encode(f"me:{password}".encode()))
     account = {"DOCKER_USERNAME": "me", "DOCKER_PASSWORD": password}
     with watch_command_lines():
         push = project.inv(*mode, "push", env=account)
-    error = one_error(push, 5)
+    error = expect_error(push, 5)
     # The containerd image store sends HEAD, whose answer has no message.
     asks_with_head = engine.info().uses_containerd and "403 Forbidden" in error
     assert "*** may not: see https://***@help.test/" in error or asks_with_head
@@ -267,6 +269,6 @@ def test_traceback_of_a_bug_is_redacted(new_project: NewProject) -> None:
     for mode in ([], ["-d"]):
         argv = [sys.executable, "-m", "invoke", *mode, "bug"]
         result = call(argv, environment, 60, project.directory)
-        PLANTED.look_at_output("a bug", result.stdout, result.stderr)
+        PLANTED_SECRETS.check_output("a bug", result.stdout, result.stderr)
         assert result.returncode == 1
         assert "LookupError: http://***@127.0.0.1:9" in result.stderr

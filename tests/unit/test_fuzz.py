@@ -862,7 +862,7 @@ def tally(soak: Soak) -> Iterator[Counter[str]]:
     counts: Counter[str] = Counter()
     yield counts
     count = f"{counts.total()} inputs of {len(counts)} parsers, each in less than {CPU_SECONDS} s"
-    soak.tell("foreign input is read or is one error", count)
+    soak.report("foreign input is read or is one error", count)
 
 
 @pytest.mark.parametrize("name", PARSERS)
@@ -873,7 +873,7 @@ def test_damaged_input_is_parsed_or_is_one_error(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (examples, parser), random = PARSERS[name], soak.chance(name)
+    (examples, parser), random = PARSERS[name], soak.rng(name)
     workspace, times = Workspace(tmp_path, monkeypatch), soak.times(10, 10_000)
     assert parse_in_time(parser, examples[0], workspace), "the first example is valid"
     for number in range(times):

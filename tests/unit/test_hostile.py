@@ -146,7 +146,7 @@ def tally(soak: Soak) -> Iterator[Counter[str]]:
     counts: Counter[str] = Counter()
     yield counts
     summary = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-    soak.tell(
+    soak.report(
         "hostile text is only data",
         f"{summary}; {counts.total()} in all: no traceback, no shell, no canary",
     )
