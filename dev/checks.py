@@ -85,7 +85,10 @@ def run_checks(
         check_site(project, console)
         check_package(project, console)
     directories = ["tests/unit"] if unit_only else ["tests/unit", "tests/integration"]
-    selection = [*(["-k", only] if only else []), *(["-m", "soak", "--soak"] if soak else [])]
+    selection = [
+        *(["-k", only] if only else []),
+        *(["-m", "soak or only_soak", "--soak"] if soak else []),
+    ]
     parallel = ["-n", "auto", f"--maxprocesses={PROCESSES}", "--no-loadscope-reorder"]
     slowest = [f"--durations={durations}", "--durations-min=1"]
     good = (0, NO_TESTS) if selection else (0,)

@@ -55,6 +55,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_KEY] = Soak(long, seed)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests that only a long run contains."""
+    if config.stash[_KEY].long:
+        return
+    long = [item for item in items if item.get_closest_marker("only_soak")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     return f"seed of random tests: --seed={config.stash[_KEY].seed}"
 

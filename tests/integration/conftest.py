@@ -128,7 +128,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """
     if "store" in metafunc.fixturenames:
         both = metafunc.definition.get_closest_marker("both_stores")
-        other = [pytest.param(OTHER_STORE, id=OTHER_STORE)] if both else []
+        marks = [pytest.mark.only_soak] if both and both.kwargs.get("only_soak") else []
+        other = [pytest.param(OTHER_STORE, id=OTHER_STORE, marks=marks)] if both else []
         metafunc.parametrize("store", [MACHINE_STORE, *other], indirect=True, scope="session")
 
 

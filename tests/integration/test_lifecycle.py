@@ -172,7 +172,6 @@ def test_installed_program_runs_for_every_user(pushed: Pushed, user: str) -> Non
 # --- stages
 
 
-@pytest.mark.both_stores
 def test_stale_parent_stops_a_stage(new_project: NewProject) -> None:
     project = new_project("base", "pull", "install", BUILD_ARGS="NOTE=1")
     project.write_dockerfile(WITH_NOTE)
@@ -329,7 +328,6 @@ def test_container_of_a_failed_command_is_not_kept(project: Project) -> None:
         assert "nothing to commit" in project.ok("commit").stderr
 
 
-@pytest.mark.both_stores
 def test_stage_can_be_committed_later(new_project: NewProject) -> None:
     project = new_project("base", "pull")
     tags = project.tags()
@@ -377,7 +375,6 @@ def test_error_begins_on_a_new_line(project: Project) -> None:
 # --- status and clean
 
 
-@pytest.mark.both_stores
 def test_status_shows_stages_and_channels(new_project: NewProject, factory: ProjectFactory) -> None:
     project = new_project("base", "pull")
     rows = {line.split()[0]: line for line in project.ok("status").stdout.splitlines()}
@@ -413,7 +410,6 @@ def test_clean_removes_only_objects_of_the_project(project: Project) -> None:
     assert project.docker.run(other_image, "hello").stdout == GREETING
 
 
-@pytest.mark.both_stores
 def test_clean_after_base_removes_all_tags(new_project: NewProject) -> None:
     project = new_project()
     project.write_dockerfile(SIMPLE)
@@ -424,7 +420,6 @@ def test_clean_after_base_removes_all_tags(new_project: NewProject) -> None:
     assert "nothing to remove" in project.ok("clean").stderr
 
 
-@pytest.mark.both_stores
 def test_clean_keeps_a_container_of_the_user(new_project: NewProject) -> None:
     project = new_project()
     project.write_dockerfile(f"{SIMPLE}LABEL of={project.repository}\n")
@@ -459,7 +454,6 @@ def test_verify_reports_a_missing_package(project: Project) -> None:
 # --- run
 
 
-@pytest.mark.both_stores
 def test_command_of_run_reads_standard_input(project: Project) -> None:
     def pipe(data: bytes, *argv: str) -> tuple[int, bytes]:
         result = subprocess.run(

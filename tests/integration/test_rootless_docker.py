@@ -97,11 +97,13 @@ def test_change_squash_rollback_and_push_succeed(built_project: BuiltProject) ->
     project.set(GUIX_PACKAGES="greet")
     assert "install: removed hello@" in project.ok("install").stderr
     project.ok("squash", "push")
+    squashed = project.id()
+    assert squashed not in (first, project.id("install"))
     assert project.docker.run(project.image, "greet").stdout == "hello from a channel\n"
     project.set(GUIX_PACKAGES="hello greet")
     project.ok("install", "push")
     project.ok("rollback")
-    assert project.id() not in (first, project.id("install"))
+    assert project.id() == squashed
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

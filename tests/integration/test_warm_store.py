@@ -143,7 +143,7 @@ TWO = """RUN mkdir -p /srv/a/file /srv/b && echo 2 >/srv/a/file/below && ln -s b
 """Steps of a Dockerfile: the second changes, adds and removes files, links and directories."""
 
 
-@pytest.mark.both_stores
+@pytest.mark.both_stores(only_soak=True)
 def test_changed_file_of_the_base_adds_one_layer(new_project: NewProject, docker: Docker) -> None:
     project = new_project(GUIX_PACKAGES="hello", DOCKERFILE="Dockerfile")
     dockerfile, text = project.directory / "Dockerfile", (ROOT / "Dockerfile").read_text()
@@ -282,7 +282,14 @@ def test_image_after_random_changes_has_only_needed_items(
     soak.report("assembled images", f"{times} random changes of the packages")
 
 
-@pytest.mark.parametrize("sandbox", ["privileged", "capabilities", "nochroot"])
+@pytest.mark.parametrize(
+    "sandbox",
+    [
+        "capabilities",
+        pytest.param("privileged", marks=pytest.mark.only_soak),
+        pytest.param("nochroot", marks=pytest.mark.only_soak),
+    ],
+)
 def test_each_sandbox_makes_the_same_image_with_the_warm_store(
     new_project: NewProject, built_project: BuiltProject, docker: Docker, sandbox: str
 ) -> None:
@@ -327,7 +334,7 @@ def test_item_of_other_trust_settings_reaches_no_image(
     check_store(docker, project.image)
 
 
-@pytest.mark.both_stores
+@pytest.mark.both_stores(only_soak=True)
 def test_image_without_a_cache_volume_has_the_same_packages(
     new_project: NewProject, built_project: BuiltProject, docker: Docker
 ) -> None:
