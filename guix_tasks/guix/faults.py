@@ -87,12 +87,22 @@ _ERROR = re.compile(
 )
 
 
+_FAILED_BUILD = re.compile(
+    r"^builder for [`']/gnu/store/[0-9a-z]{32}-([\w+.?=-]+)\.drv' failed", re.ASCII | re.MULTILINE
+)
+
+
 def last_error(log: str) -> str:
     """Return the last error of Guix in a log, with its position in a file, or nothing."""
     errors = ["".join(groups) for groups in _ERROR.findall(log)]
     # An error that ends in a colon reports that a file failed to load, after the actual error.
     causes = [error for error in errors if not error.endswith(":")]
-    return (causes or errors or [""])[-1].rstrip(":")
+    error = (causes or errors or [""])[-1].rstrip(":")
+    # The last error is about the profile or another item that needs the package.
+    packages = dict.fromkeys(_FAILED_BUILD.findall(log))
+    if packages and build_fault(error):
+        return f"the build of {', '.join(packages)} failed"
+    return error
 
 
 def package_hint(error: str) -> str:

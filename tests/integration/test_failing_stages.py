@@ -27,7 +27,8 @@ BROKEN = """
          (name "broken") (version "1") (source #f)
          (build-system trivial-build-system)
          (arguments
-          (list #:builder #~(begin (display "connection refused, says its test\\n") (exit 1))))
+          (list #:builder
+                #~(begin (mkdir #$output) (display "connection refused: a test\\n") (exit 1))))
          (home-page "") (synopsis "") (description "") (license #f))))
 """
 
@@ -48,7 +49,8 @@ def test_failed_build_writes_diagnostics(new_project: NewProject) -> None:
     directory = diagnostics(project)
     assert directory.name.startswith("install-")
     assert f"the logs are in {directory}" in error
-    assert "install: build of `/gnu/store/" in error
+    assert "install: the build of broken-1 failed, and nothing was committed" in error
+    assert "\nconnection refused: a test\n" in result.stderr
     assert "is retried" not in result.stderr
     assert "guix package --manifest=" in (directory / "command").read_text()
     assert "GUIX_MANIFEST=broken.scm" in (directory / "settings").read_text()

@@ -286,6 +286,15 @@ def test_error_in_a_file_of_the_project_has_its_name(site: Site, log: str, expec
     assert fail(site, Attempt(1, [output + b"\n"])).startswith(f"own: {expected}")
 
 
+def test_failed_packages_are_named(site: Site) -> None:
+    lines = [
+        f"builder for `/gnu/store/{letter * 32}-{name}.drv' failed with exit code 1\n".encode()
+        for letter, name in (("a", "motto-1.0"), ("b", "x+y-2"), ("a", "motto-1.0"))
+    ]
+    error = fail(site, Attempt(1, [*lines, NOT_BUILT]))
+    assert error.startswith("own: the build of motto-1.0, x+y-2 failed, and nothing was committed")
+
+
 def test_error_of_guix_is_shortened_redacted_and_printable(site: Site) -> None:
     redact.add("hunter2")
     log = b"guix pull: error: \x1b[31m" + b"a" * 180 + b"hunter2" * 9 + b"\n"

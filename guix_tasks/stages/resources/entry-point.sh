@@ -521,12 +521,13 @@ _may_isolate() {
     [ $((0x${_rights:-0} >> 21 & 1)) -eq 1 ]
 }
 
-# Whether the first output that the derivation names is not in the store.  A derivation is
-# one line, Derive([("out","/gnu/store/...","",""),...
+# Whether the first output that the derivation names is not in the store, or is what a failed build
+# left there: the time of a valid item is fixed.  A derivation is one line,
+# Derive([("out","/gnu/store/...","",""),...
 _has_failed() { # DERIVATION
     [ -f "$1" ] || return 1
     _output=$(sed 's/^Derive(\[("[^"]*","\([^"]*\)".*/\1/' "$1")
-    ! [ -e "$_output" ]
+    ! [ -e "$_output" ] || [ "$_output" -nt "$_scratch/start" ]
 }
 
 _print_log() { # FILE

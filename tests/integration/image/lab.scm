@@ -23,5 +23,5 @@
      '(("ok" "echo done > $out")
        ("slow" "echo started; sleep 600; echo done > $out")
        ("failing"
-        "n=1; while [ $n -le 60 ]; do echo line $n of the log; n=$((n+1)); done; exit 3")))
+        "echo half > $out; n=1; while [ $n -le 60 ]; do echo line $n of the log; n=$((n+1)); done; exit 3")))
     (note "profile-in-store" (add-to-store store "profile" #t "sha256" "/lab/profile"))))
