@@ -17,7 +17,6 @@ from guix_tasks.bootstrap.base_image import BASE_TAG, make_base
 from guix_tasks.bootstrap.engine import private_engine
 from guix_tasks.bootstrap.registry import PORT, LocalRegistry, registry_for
 from guix_tasks.commands.clean import clean
-from guix_tasks.commands.commit import commit
 from guix_tasks.commands.push import push
 from guix_tasks.commands.verify import verify
 from guix_tasks.engine.api import ContainerSpec, run_to_end
@@ -53,6 +52,9 @@ def prepare(engine: Engine, console: Console, directory: Path) -> int:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             registry = registry_for(engine, free.getsockname()[1])
+        console.print(
+            f"another program uses port {PORT}; the registry of the demo is localhost:{registry.port}"
+        )
     registry.up(console)
     return registry.port
 
@@ -64,8 +66,9 @@ def print_next_steps(project: Project) -> None:
     variables = f"ENV_FILE={ENV_FILE}" + ("" if is_usual else f" IMAGE={project.settings.image}")
     down = "./inv registry.down" + ("" if is_usual else f" --port {port}")
     lines = [
-        f"\nRepeat this example: {variables} ./inv pull install push",
-        "Build your image: cp .env.example .env, edit .env, then ./inv base pull install push",
+        "\nThe image is in the registry, and no longer on the engine.",
+        f"Repeat this example: {variables} ./inv base pull install push",
+        "Make your own image: README.md, or the tutorial in docs/tutorial.md",
         f"The registry is still running; `{down}` stops it.",
     ]
     private = private_engine()
@@ -99,7 +102,6 @@ def run_demo(project: Project) -> None:
     stopwatch, lifecycle = Stopwatch(project), Lifecycle(project)
     steps: dict[str, Callable[[], object]] = {
         **{stage: partial(lifecycle.make, stage, StageOptions()) for stage in STAGES},
-        "commit": lambda: commit(project),
         "verify": lambda: verify(project),
     }
     for name, step in steps.items():
@@ -108,7 +110,7 @@ def run_demo(project: Project) -> None:
     sizes = {stage: _size(project, project.ledger.tag(stage)) for stage in STAGES}
     with stopwatch.step("push"):
         (digest,) = push(project).values()
-    with stopwatch.step("pull the image and run hello"):
+    with stopwatch.step("remove the image here, pull it from the registry and run hello"):
         clean(project)
         _greet(project, f"{project.settings.image.name}@{digest}")
     project.console.print("")

@@ -172,7 +172,8 @@ def build_error(spec: BuildSpec, reason: str) -> BuilderError:
             f"only the engine has {base}, and this builder cannot read an image of the engine; "
             "push it to a registry that the builder reaches, and set BASE_IMAGE to that reference"
         )
-    elif any(words in reason for words in NO_BASE):
+    # The classic builder reports only its request to a registry.
+    elif any(words in reason for words in NO_BASE) or reason.startswith(('Get "', 'Head "')):
         # The message repeats the reference and the URL up to three times.
         short = _REQUEST.sub("", reason.removeprefix(f"{base}: ")).removeprefix(f"{base}: ")
         message = (

@@ -218,11 +218,15 @@ class Lifecycle:
             return State(name, image, key)
         recorded = inputs_of(image)
         changed = {
-            _input_name(self._settings, name, input_name)
+            input_name
             for input_name in recorded.keys() | inputs.keys()
             if recorded.get(input_name) != inputs.get(input_name)
         }
-        reason = f"{', '.join(sorted(changed))} changed" if changed else ""
+        # A manifest that is added or removed also changes the command.
+        if "manifest.scm" in recorded.keys() ^ inputs.keys():
+            changed -= {"command", "profile.scm"}
+        names = {_input_name(self._settings, name, input_name) for input_name in changed}
+        reason = f"{', '.join(sorted(names))} changed" if names else ""
         # A parent that was made again has the same key.
         is_current = key_of(image) == key and (not parent.image or is_child(image, parent.image))
         if not reason and not is_current:
@@ -352,10 +356,10 @@ class Lifecycle:
 
     def _run(self, name: str, options: StageOptions) -> None:
         """Run a stage on its parent's image and replace the stage's image with the result."""
-        started = time.monotonic()
         project = self._project
         stage = self._stage(name, options)
         parent = self.parent_image(name, options)
+        started = time.monotonic()
         if name == "install" and self._settings.guix_require_substitutes:
             require_substitutes(project, parent, options.packages)
         replaced = self._ledger.find(name) or self._take_newest_from_cache(name)

@@ -797,9 +797,14 @@ def test_reason_of_an_unavailable_base_image_is_short() -> None:
             True,
         ),
         ("error from registry: rate limit", "error from registry: rate limit", True),
+        (
+            'Get "https://registry.test/v2/": dial tcp: lookup registry.test: no such host',
+            'Get "https://registry.test/v2/": dial tcp: lookup registry.test: no such host',
+            True,
+        ),
     ],
 )
-def test_containerd_message_about_a_base_image_is_shortened(
+def test_message_about_a_base_image_has_a_hint(
     message: str, short: str, is_transient: bool
 ) -> None:
     error = diagnose.build_error(spec(args={"BASE_IMAGE": "a:503"}), message)

@@ -144,8 +144,13 @@ def test_values_of_the_environment_are_quoted_for_the_shell(
     assert result.stdout.decode() == value
 
 
-ROOT = {"HOME": "/root", "USER": "root", "LOGNAME": "root"}
-"""Variables that select the profile of Guix, even in a base image with another USER."""
+CONSTANT = {
+    "HOME": "/root",
+    "USER": "root",
+    "LOGNAME": "root",
+    "GUIX_DISTRO_AGE_WARNING": "12000m",
+}
+"""Variables that do not depend on settings: the user and so its profile, and no advice."""
 
 
 def test_environment_contains_the_settings(site: Site) -> None:
@@ -157,12 +162,12 @@ def test_environment_contains_the_settings(site: Site) -> None:
         "GUIX_CORES": "0",
         "GUIX_MAX_JOBS": "2",
         "GUIX_SANDBOX": "privileged",
-        **ROOT,
+        **CONSTANT,
     }
 
 
 def test_unset_settings_are_not_in_the_environment(site: Site) -> None:
-    assert environment(site.settings()) == {"GUIX_SANDBOX": "privileged", **ROOT}
+    assert environment(site.settings()) == {"GUIX_SANDBOX": "privileged", **CONSTANT}
 
 
 def test_more_jobs_run_if_everything_is_downloaded(site: Site) -> None:

@@ -110,6 +110,7 @@ def test_environment_is_outside_of_the_steps(tmp_path: Path, directory: Path) ->
     contents = files(directory)
     assert contents.pop("environment").decode() == (
         "GUIX_SANDBOX=privileged\nHOME=/root\nUSER=root\nLOGNAME=root\n"
+        "GUIX_DISTRO_AGE_WARNING=12000m\n"
         "https_proxy='http://me:hunter2@proxy; '\"'\"'$x'\n"
     )
     assert contents["work/install/environment"] == b""
