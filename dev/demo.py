@@ -53,7 +53,7 @@ def prepare(engine: Engine, console: Console, directory: Path) -> int:
             free.bind(("127.0.0.1", 0))
             registry = registry_for(engine, free.getsockname()[1])
         console.print(
-            f"another program uses port {PORT}; the registry of the demo is localhost:{registry.port}"
+            f"port {PORT} is in use; the registry of the demo is localhost:{registry.port}"
         )
     registry.up(console)
     return registry.port
@@ -110,7 +110,7 @@ def run_demo(project: Project) -> None:
     sizes = {stage: _size(project, project.ledger.tag(stage)) for stage in STAGES}
     with stopwatch.step("push"):
         (digest,) = push(project).values()
-    with stopwatch.step("remove the image here, pull it from the registry and run hello"):
+    with stopwatch.step("pull the pushed image and run hello"):
         clean(project)
         _greet(project, f"{project.settings.image.name}@{digest}")
     project.console.print("")

@@ -800,7 +800,7 @@ def test_reason_of_an_unavailable_base_image_is_short() -> None:
         (
             'Get "https://registry.test/v2/": dial tcp: lookup registry.test: no such host',
             'Get "https://registry.test/v2/": dial tcp: lookup registry.test: no such host',
-            True,
+            False,
         ),
     ],
 )

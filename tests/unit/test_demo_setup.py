@@ -47,5 +47,5 @@ def test_demo_uses_a_free_port_if_its_port_is_in_use(
     site.env["IMAGE"] = f"localhost:{port}/guix-tasks-demo"
     project = site.project()
     demo.print_next_steps(project)
-    assert f"IMAGE=localhost:{port}/guix-tasks-demo:latest ./inv pull" in console_text(project)
+    assert f"IMAGE=localhost:{port}/guix-tasks-demo:latest ./inv base" in console_text(project)
     assert f"`./inv registry.down --port {port}`" in console_text(project)
