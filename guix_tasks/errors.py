@@ -66,6 +66,11 @@ FEWER_LAYERS = (
     "image store"
 )
 
+NO_SHELL = (
+    "the image has no /bin/sh: set BASE_IMAGE to an image with Guix, or install Guix in the "
+    "Dockerfile"
+)
+
 REFUSED = "the engine could not"
 """Start of the message about a call that the engine answered with an error."""
 

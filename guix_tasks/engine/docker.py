@@ -32,6 +32,7 @@ from guix_tasks.engine.discovery import Address, error_line
 from guix_tasks.engine.ssh import Ssh, SshAdapter
 from guix_tasks.errors import (
     FEWER_LAYERS,
+    NO_SHELL,
     REFUSED,
     UPLOAD_LIMIT,
     BuilderError,
@@ -86,6 +87,7 @@ _MALFORMED = (
 _ENGINE_HINTS = {
     "max depth exceeded": FEWER_LAYERS,
     "incompatible with user namespaces": "set GUIX_SANDBOX=capabilities",
+    'exec: "sh": executable file not found': NO_SHELL,
 }
 """Hints for refusals of the engine, by words of the message."""
 

@@ -19,10 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from guix_tasks.errors import REFUSED, EngineError
+from guix_tasks.errors import NO_SHELL, REFUSED, EngineError
 from guix_tasks.files import cache_home, text_digest, write_whole
 from guix_tasks.settings.values import Sandbox
 from guix_tasks.stages.container import (
+    ENTRY_POINT,
     WORK_DIRECTORY,
     Work,
     run_silently,
@@ -88,6 +89,7 @@ _NO_MEMORY = "a process was killed because memory ran out"
 OTHER_FAULTS = {
     _NO_MEMORY: "raise STAGE_MEMORY, or give the engine more",
     "no guix-daemon": "set BASE_IMAGE to an image with Guix, or install Guix in the Dockerfile",
+    f"exec {ENTRY_POINT}: no such file or directory": NO_SHELL,
     "substitute key": "correct GUIX_SUBSTITUTE_KEYS",
     "xec format error": "`docker run --privileged --rm tonistiigi/binfmt --install ARCH`",
 }

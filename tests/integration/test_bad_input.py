@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -188,6 +189,19 @@ def test_base_without_guix_is_reported(new_project: NewProject) -> None:
         result = project.inv("pull")
     assert "pull: the command failed" in expect_error(result, 4)
     assert "this image has no guix-daemon" in result.stderr
+
+
+@pytest.mark.engine
+def test_base_without_a_shell_is_reported(new_project: NewProject) -> None:
+    project = new_project(GUIX_SUBSTITUTE_KEYS="")
+    project.write_dockerfile("FROM scratch\nCOPY Dockerfile /\n")
+    project.ok("base")
+    with project.assert_unchanged():
+        error = expect_error(project.inv("pull"), 3)
+        findings = project.inv("doctor", "--json").stdout
+    assert "; the image has no /bin/sh: set BASE_IMAGE to an image with Guix" in error
+    sandbox = next(each for each in json.loads(findings) if each["check"] == "sandbox")
+    assert sandbox["fix"].startswith("the image has no /bin/sh")
 
 
 @pytest.mark.engine

@@ -19,7 +19,7 @@ from docker.errors import APIError
 from guix_tasks.engine import docker
 from guix_tasks.engine.discovery import Address, find_engine
 from guix_tasks.engine.docker import DockerEngine
-from guix_tasks.errors import FULL_DISK, EngineError, RegistryError
+from guix_tasks.errors import FULL_DISK, NO_SHELL, EngineError, RegistryError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -148,14 +148,27 @@ def test_damaged_context_is_an_error_of_one_line(content: str, tmp_path: Path) -
         find_engine({"DOCKER_CONFIG": str(tmp_path)}, tmp_path / "no.sock")
 
 
-def test_missing_privileges_are_reported_with_a_hint() -> None:
+@pytest.mark.parametrize(
+    ("reason", "hint"),
+    [
+        (
+            "privileged mode is incompatible with user namespaces",
+            "set GUIX_SANDBOX=capabilities",
+        ),
+        (
+            'unable to start container process: exec: "sh": executable file not found in $PATH',
+            NO_SHELL,
+        ),
+    ],
+    ids=["privileges", "shell"],
+)
+def test_refusal_of_an_engine_has_a_hint(reason: str, hint: str) -> None:
     engine = DockerEngine(Address("unix:///none", "test"))
-    response, reason = requests.Response(), "privileged mode is incompatible with user namespaces"
+    response = requests.Response()
     response.status_code = 500
     with pytest.raises(EngineError) as error, engine._engine_errors("create a container"):
         raise APIError("", response, reason)
-    message = f"the engine could not create a container: {reason}; set GUIX_SANDBOX=capabilities"
-    assert str(error.value) == message
+    assert str(error.value) == f"the engine could not create a container: {reason}; {hint}"
 
 
 @pytest.mark.parametrize(

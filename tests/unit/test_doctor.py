@@ -332,11 +332,15 @@ def test_forbidden_clone_is_reported_with_the_line_of_guix(
             ["exec /var/guix/guix-tasks/entry-point.sh: exec format error"],
             "tonistiigi/binfmt --install ARCH`",
         ),
+        (
+            ["exec /var/guix/guix-tasks/entry-point.sh: no such file or directory"],
+            "the image has no /bin/sh: set BASE_IMAGE",
+        ),
         (["guix repl: error: write: No space left on device"], "`inv clean` removes"),
         (["Segmentation fault"], "privileged"),
         ([], "privileged"),
     ],
-    ids=["key", "emulator", "disk", "other", "nothing"],
+    ids=["key", "emulator", "shell", "disk", "other", "nothing"],
 )
 def test_fix_of_a_sandbox_depends_on_the_reason(site: Site, lines: list[str], fix: str) -> None:
     site.engine.behaviour = failing_probe(*lines, status=69)
