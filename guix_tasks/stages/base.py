@@ -119,7 +119,8 @@ def base_image_input(engine: Engine, settings: Settings, known: str) -> str:
             return known
         return f"{reference} {remote_digest(engine, settings, str(reference)) or ''}"
 
-    config = (f"{name}={value}" for name, value in sorted(image.config.items()))
+    # Engines differ in the fields that they report without a value.
+    config = (f"{name}={value}" for name, value in sorted(image.config.items()) if value)
     content_digest = text_digest(*image.layers, *config)
     digests = [text.removeprefix(f"{reference.name}@") for text in image.digests
                if text.startswith(f"{reference.name}@")]  # fmt: skip

@@ -714,6 +714,16 @@ def test_push_of_the_base_image_does_not_change_a_key(site: Site) -> None:
     assert site.keys()["base"] == key
 
 
+def test_empty_fields_of_the_base_image_do_not_change_a_key(site: Site) -> None:
+    """Podman reports more of them than Docker."""
+    site.env["BASE_IMAGE"] = "registry.test/custom:1"
+    image = site.engine.make_image({"Env": ["A=b"]}, {}, tag="registry.test/custom:1")
+    key = site.keys()["base"]
+    config = {**image.config, "Hostname": "", "Tty": False, "OnBuild": None}
+    site.engine.all_images[image.id] = replace(image, config=config)
+    assert site.keys()["base"] == key
+
+
 def test_base_image_with_other_compression_does_not_change_a_key(site: Site) -> None:
     """The containerd store gives every image a digest, even if no registry has it."""
     engine, reference = site.engine, "registry.test/custom:1"
