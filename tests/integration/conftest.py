@@ -122,11 +122,15 @@ def summary(soak: Soak) -> Iterator[None]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run tests on the engine of the machine, and marked tests also on the other image store.
+    """Run tests on the engine of the machine, and marked tests on the other image store.
 
     Tests of one store run together, because each engine is started once.
     """
     if "store" in metafunc.fixturenames:
+        if metafunc.definition.get_closest_marker("other_store"):
+            stores = [pytest.param(OTHER_STORE, id=OTHER_STORE)]
+            metafunc.parametrize("store", stores, indirect=True, scope="session")
+            return
         both = metafunc.definition.get_closest_marker("both_stores")
         marks = [pytest.mark.only_soak] if both and both.kwargs.get("only_soak") else []
         other = [pytest.param(OTHER_STORE, id=OTHER_STORE, marks=marks)] if both else []

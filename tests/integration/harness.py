@@ -487,6 +487,40 @@ def read_contents(docker: Docker, image: str) -> str:
     return result.stdout
 
 
+def check_cache_is_shared(project: Project, other: Project) -> None:
+    """Check that each of two engines takes stages that the other one pushed to ``CACHE_IMAGE``.
+
+    ``project`` has all its stages, ``other`` has none. The engines have one registry, perhaps under
+    different names.
+    """
+    path = project.repository.partition("/")[2]
+
+    def share(name: str) -> None:
+        for each in (project, other):
+            registry = each.image.partition("/")[0]
+            # A changed argument of the build makes all stages stale.
+            each.set(CACHE_IMAGE=f"{registry}/{path}-{name}", BUILD_ARGS="CACHED=yes")
+
+    def make(maker: Project, *arguments: str) -> None:
+        assert "was not pushed to CACHE_IMAGE" not in maker.ok(*arguments).stderr
+
+    def take(taker: Project, *stages: str) -> None:
+        log = taker.ok(*stages).stderr
+        assert all(f"{stage}: taken from" in log for stage in stages), log
+        assert taker.docker.run(taker.image, "hello").stdout == "Hello, world!\n"
+
+    share("first")
+    make(project, "base", "pull", "install")
+    shutil.copy(project.directory / LOCK, other.directory)
+    take(other, "base", "pull", "install")
+
+    share("second")
+    make(other, "install", "--force")
+    for tag in (project.tag("install"), project.image):
+        project.docker.ok("rmi", "--force", tag)
+    take(project, "install")
+
+
 CHECK_STORE = """
 set -e
 cat >/tmp/paths.scm <<'SCHEME'

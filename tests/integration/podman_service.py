@@ -59,6 +59,13 @@ runroot = "{directory}/run"
 """
 
 
+REGISTRIES = """
+[[registry]]
+location = "{registry}"
+insecure = true
+"""
+
+
 def unpack_packages(
     name: str = "containers", packages: Sequence[str] = PACKAGES, suites: Sequence[str] = ()
 ) -> Path:
@@ -107,11 +114,15 @@ class PodmanService:
 
 
 @contextmanager
-def run_podman() -> Iterator[PodmanService]:
-    """Run a Podman service while the block runs, and remove its containers and images."""
+def run_podman(registry: str) -> Iterator[PodmanService]:
+    """Run a Podman service while the block runs, and remove its containers and images.
+
+    It pulls from ``registry`` without TLS.
+    """
     root = unpack_packages()
     # The path of a socket must be short, so this directory is not in that of pytest.
     directory = Path(tempfile.mkdtemp(prefix="podman-"))
+    (directory / "registries.conf").write_text(REGISTRIES.format(registry=registry))
     podman = PodmanService(directory, _start(root, directory))
     try:
         log = directory / "log"
@@ -144,7 +155,11 @@ def _socket(directory: Path) -> Path:
 
 def _start(root: Path, directory: Path) -> subprocess.Popen[bytes]:
     serve = ("system", "service", "--time=0", f"unix://{_socket(directory)}")
-    environment = {"PATH": os.environ["PATH"], **write_configuration(directory)}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "CONTAINERS_REGISTRIES_CONF": str(directory / "registries.conf"),
+        **write_configuration(directory),
+    }
     with (directory / "log").open("wb") as output:
         return subprocess.Popen(
             overlay_argv(root, "podman", *serve),

@@ -1,7 +1,8 @@
 """A rootless Docker Engine for tests: the programs of the private engine, run by another user.
 
 Rootlesskit and slirp4netns come from Debian's packages. The engine has its own user, mount and
-network namespaces, so its ``localhost`` is not that of this machine.
+network namespaces, so its ``localhost`` is not that of this machine. This machine reaches the ports
+that its containers publish.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ mknod -m 666 /dev/net/tun c 10 200
 exec setpriv --reuid="$user" --regid="$user" --clear-groups env -i \
   HOME="$run" XDG_RUNTIME_DIR="$run" PATH="$programs/usr/bin:$programs/usr/sbin:$PATH" \
   rootlesskit --state-dir="$run/rootlesskit" --net=slirp4netns --mtu=65520 \
-    --disable-host-loopback --slirp4netns-sandbox=false --slirp4netns-seccomp=false \
+    --port-driver=builtin --disable-host-loopback \
+    --slirp4netns-sandbox=false --slirp4netns-seccomp=false \
     --copy-up=/etc --copy-up=/run --propagation=rslave \
     sh -c 'rm -f /run/docker /run/containerd && exec "$@"' sh \
     dockerd --rootless --host="unix://$run/docker.sock" --data-root="$run/data" \

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree as ET
 
 import pytest
-from harness import LOCK
+from harness import LOCK, check_cache_is_shared, free_port
 
+from guix_tasks.bootstrap.registry import LocalRegistry
 from guix_tasks.stages.images import IMAGE_LABEL, KEY_LABEL
+from guix_tasks.ui.console import Console
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from conftest import NewProject
     from harness import Docker, Project, ProjectFactory
+    from isolated_host import IsolatedHost
 
 pytestmark = pytest.mark.engine
 
@@ -144,6 +148,23 @@ def test_fresh_machine_takes_stages_from_the_cache(
     assert keys_of(docker, second) == expected
     assert docker.run(second.image, "hello").stdout == "Hello, world!\n"
     assert not docker.ok("image", "ls", "--quiet", cache)
+
+
+@pytest.mark.other_store
+def test_cache_is_shared_by_both_image_stores(
+    new_project: NewProject, factory: ProjectFactory, other_store: IsolatedHost,
+    machine_docker: Docker, tmp_path: Path,
+) -> None:  # fmt: skip
+    # The engines have different networks, so the same images need a second process.
+    registry = LocalRegistry(other_store.registry.directory, free_port())
+    registry.up(Console())
+    on_machine = replace(factory, docker=machine_docker, registry=f"localhost:{registry.port}")
+    other = on_machine.create(tmp_path / "machine")
+    try:
+        check_cache_is_shared(new_project(*STAGES), other)
+    finally:
+        other.remove()
+        registry.down(Console())
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from harness import (
     Project,
     ProjectFactory,
     call,
+    check_cache_is_shared,
     expect_error,
     inv_argv,
     wait_until,
@@ -35,6 +36,8 @@ from guix_tasks.stages.images import PACKAGES_LABEL, STAGES
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from guix_tasks.bootstrap.registry import LocalRegistry
 
 pytestmark = pytest.mark.engine
 
@@ -57,8 +60,8 @@ USER 1000
 
 
 @pytest.fixture(scope="module")
-def podman(base_image: str, docker: Docker) -> Iterator[PodmanService]:
-    with run_podman() as service:
+def podman(base_image: str, docker: Docker, registry: LocalRegistry) -> Iterator[PodmanService]:
+    with run_podman(f"localhost:{registry.port}") as service:
         copy_image(base_image, docker, Docker(service.url, docker.directory))
         yield service
 
@@ -135,6 +138,16 @@ def test_docker_runs_the_pushed_image(built_project: BuiltProject, docker: Docke
         assert docker.run(reference, "hello").stdout == GREETING
     finally:
         docker.ok("rmi", reference)
+
+
+def test_cache_is_shared_with_docker(
+    built_project: BuiltProject, factory: ProjectFactory, tmp_path: Path
+) -> None:
+    other = factory.create(tmp_path / "docker")
+    try:
+        check_cache_is_shared(built_project.project, other)
+    finally:
+        other.remove()
 
 
 def test_rollback_restores_the_image_before_squash(built_project: BuiltProject) -> None:

@@ -9,7 +9,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import BuiltProject, Docker, ProjectFactory, wait_until
+from harness import (
+    BuiltProject,
+    Docker,
+    ProjectFactory,
+    check_cache_is_shared,
+    free_port,
+    wait_until,
+)
 from isolated_host import copy_image
 from rootless_docker import run_rootless_docker
 
@@ -59,9 +66,9 @@ def built_project(
     rootless: Docker, factory: ProjectFactory, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[BuiltProject]:
     directory = tmp_path_factory.mktemp("rootless") / "project"
-    project = replace(factory, docker=rootless).create(directory)
-    port = f"--port={factory.registry.rpartition(':')[2]}"
-    # The registry of the tests has the same port on the localhost of this machine.
+    number = free_port()
+    project = replace(factory, docker=rootless, registry=f"localhost:{number}").create(directory)
+    port = f"--port={number}"
     project.ok("registry.up", port)
     try:
         calls = {task: project.ok(task) for task in (*STAGES, "verify", "push")}
@@ -89,6 +96,22 @@ def test_doctor_checks_pass(built_project: BuiltProject) -> None:
     findings = json.loads(built_project.project.inv("doctor", "--json").stdout)
     states = {finding["check"]: finding["state"] for finding in findings}
     assert [states[check] for check in ("engine", "sandbox", "registry")] == ["ok"] * 3
+
+
+def test_cache_is_shared_with_docker(
+    built_project: BuiltProject, factory: ProjectFactory, registry: LocalRegistry, tmp_path: Path
+) -> None:
+    """RootlessKit publishes the port of the registry also on this machine."""
+    host = built_project.project.image.partition("/")[0]
+    other = replace(factory, registry=host).create(tmp_path / "docker")
+    account = registry.account.credentials()
+    assert account
+    login = ("login", f"--username={account.username}", f"--password={account.password}", host)
+    replace(other.docker, directory=other.directory / "home" / ".docker").ok(*login)
+    try:
+        check_cache_is_shared(built_project.project, other)
+    finally:
+        other.remove()
 
 
 def test_change_squash_rollback_and_push_succeed(built_project: BuiltProject) -> None:
