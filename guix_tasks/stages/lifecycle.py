@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from guix_tasks.engine.credentials import accounts_for
 from guix_tasks.engine.retry import retry_call
-from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, SettingsError, UsageError
+from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, UsageError
 from guix_tasks.stages.base import (
     BASE_INPUT,
     base_annotations,
@@ -41,6 +41,7 @@ from guix_tasks.stages.images import (
     GUIX_KEY_LABEL,
     PACKAGES_LABEL,
     STAGES,
+    check_layers,
     inputs_of,
     is_child,
     key_of,
@@ -329,7 +330,9 @@ class Lifecycle:
             )
         try:
             check_volumes(settings, built)
-        except SettingsError:
+            # Docker's classic store refuses to commit it even without another layer.
+            check_layers(project.engine, built)
+        except UsageError:
             project.engine.drop(built.id)
             raise
         # The build has pulled the base image if it was missing, so its digest is known now.

@@ -7,11 +7,14 @@ import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from harness import RecordingProxy, expect_error
 from isolated_host import copy_image
+
+from guix_tasks.stages.images import LAYERS_MAX
 
 if TYPE_CHECKING:
     from conftest import NewProject
-    from harness import Docker, Project
+    from harness import Docker, Project, Result
 
     from guix_tasks.bootstrap.registry import LocalRegistry
     from guix_tasks.engine.api import EngineInfo
@@ -90,6 +93,37 @@ def test_push_reports_the_moved_bytes(project: Project) -> None:
     assert line.startswith("push: ")
     assert " moved, " in line
     assert ", 0 B moved" not in line
+
+
+def test_image_with_as_many_layers_as_the_classic_store_takes_is_refused(
+    new_project: NewProject, docker: Docker, engine: DockerEngine, base_image: str
+) -> None:
+    if engine.info().uses_containerd:
+        pytest.skip("the containerd image store has no limit, and takes a minute for 126 layers")
+    project = new_project()
+
+    def layers(image: str) -> int:
+        return int(docker.ok("image", "inspect", "--format={{len .RootFS.Layers}}", image))
+
+    def make_base(number: int) -> Result:
+        files = range(number - layers(base_image))
+        copies = "".join(f"COPY file /copies/{name}\n" for name in files)
+        project.write_dockerfile(f"ARG BASE_IMAGE\nFROM $BASE_IMAGE\n{copies}")
+        (project.directory / "context" / "file").touch()
+        return project.inv("base")
+
+    add_a_layer = ("run", "--keep", "--", "touch", "/made")
+    assert make_base(LAYERS_MAX - 1).returncode == 0
+    project.ok(*add_a_layer)
+    project.ok("commit")
+    assert layers(project.image) == LAYERS_MAX
+    error = "the image has 125 layers, and 1 more would exceed the 125 of this engine's image store"
+    proxy = RecordingProxy(engine.address.url)
+    with project.assert_unchanged(), proxy.listen() as host:
+        result = project.inv(*add_a_layer, env={"DOCKER_HOST": host})
+        assert error in expect_error(result, 2)
+        assert [line for line in proxy.requests if not line.startswith("GET ")] == []
+        assert error in expect_error(make_base(LAYERS_MAX), 2)
 
 
 def test_doctor_names_the_image_store(project: Project, engine: DockerEngine) -> None:

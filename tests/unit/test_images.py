@@ -34,7 +34,7 @@ from guix_tasks.engine.api import Image
 from guix_tasks.errors import UsageError
 from guix_tasks.oci.labels import BASE_DIGEST
 from guix_tasks.stages import base as base_stage
-from guix_tasks.stages import container
+from guix_tasks.stages import container, images
 from guix_tasks.stages.images import (
     HAND_MADE,
     INPUTS_LABEL,
@@ -621,6 +621,16 @@ def test_stage_on_too_many_layers_fails_before_it_runs(site: Site) -> None:
     for about in (replace(docker, uses_containerd=True), replace(docker, product="Podman")):
         site.engine.details = about
         check_layers(site.engine, parent)
+
+
+def test_base_of_too_many_layers_leaves_no_image(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "LAYERS_MAX", 0)
+    before = set(site.engine.all_images)
+    with pytest.raises(UsageError, match="squash BASE_IMAGE, combine steps of the Dockerfile"):
+        site.make("base")
+    assert set(site.engine.all_images) == before
 
 
 def test_socket_can_be_mounted(site: Site) -> None:
