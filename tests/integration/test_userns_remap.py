@@ -6,12 +6,15 @@ import os
 import shutil
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
-from harness import ROOT, expect_error, wait_until
+from harness import ROOT, builder_environment, expect_error, wait_until
 from isolated_host import add_registry_and_base, create_isolated_host
+
+from guix_tasks.settings.values import ImageStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,6 +35,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from guix_tasks.bootstrap.engine import PrivateEngine
+from guix_tasks.settings.values import ImageStore
 from guix_tasks.ui.console import Console
 
 class Remapped(PrivateEngine):
@@ -43,12 +47,12 @@ class Remapped(PrivateEngine):
         self.directory.chmod(0o711)
         super()._start(store)
 
-Remapped(Path(sys.argv[1])).up(Console())
+Remapped(Path(sys.argv[1])).up(Console(), ImageStore(sys.argv[2]))
 """
 
 
-@pytest.fixture(scope="module")
-def remapped(programs: Path) -> Iterator[IsolatedHost]:
+@contextmanager
+def run_remapped_engine(programs: Path, store: ImageStore) -> Iterator[IsolatedHost]:
     """Start an engine with ``userns-remap`` on a host with a copy of this machine's ``/etc``."""
     with create_isolated_host(programs) as host:
         etc = host.directory / "etc"
@@ -57,7 +61,13 @@ def remapped(programs: Path) -> Iterator[IsolatedHost]:
             (etc / name).write_text(f"{USER}:{FIRST_ID}:65536\n")
         host.run("mount", "--bind", str(etc), "/etc")
         host.directory.chmod(0o711)
-        host.run(sys.executable, "-c", UP, str(host.engine.directory))
+        host.run(sys.executable, "-c", UP, str(host.engine.directory), store.value)
+        yield host
+
+
+@pytest.fixture(scope="module")
+def remapped(programs: Path) -> Iterator[IsolatedHost]:
+    with run_remapped_engine(programs, ImageStore.OVERLAY2) as host:
         yield host
 
 
@@ -146,3 +156,17 @@ def test_clean_leaves_nothing(project: Project) -> None:
         [],
         [],
     )
+
+
+def test_containerd_image_store_is_refused_with_a_hint(
+    programs: Path, factory: ProjectFactory, tmp_path: Path
+) -> None:
+    with run_remapped_engine(programs, ImageStore.CONTAINERD) as host:
+        project = replace(factory, docker=host.docker).create(tmp_path / "project")
+        # The runtime fails before it looks for the program.
+        project.write_dockerfile('FROM scratch\nCOPY Dockerfile /\nRUN ["/none"]\n')
+        result = project.inv("base", env=builder_environment("buildx"))
+        error = expect_error(result, 6)
+        assert "gives files to other users: use the store overlay2" in error
+        assert "permission denied" in result.stderr
+        project.remove()
