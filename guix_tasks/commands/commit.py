@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from guix_tasks.errors import EngineError, UsageError
 from guix_tasks.settings.values import Sandbox
 from guix_tasks.stages.commit import commit_image
-from guix_tasks.stages.container import drop_environment, kept_containers
+from guix_tasks.stages.container import drop_environment, kept_containers, kept_task
 from guix_tasks.stages.images import ASSEMBLED_LABEL, FILES_LABEL, HAND_MADE, STAGE_LABEL
 from guix_tasks.stages.store import LIVE_LABEL
 from guix_tasks.stages.volumes import check_volumes
@@ -35,8 +35,9 @@ def commit(project: Project) -> None:
     container, reference = kept[0], str(project.ledger.image)
     check_stopped(container)
     status = engine.wait(container.id) if container.started else 0
+    task, is_rootless = kept_task(container)
     # The exit status of a shell is that of its last command only.
-    if status and "-shell-" not in container.name:
+    if status and task != "shell":
         raise UsageError(
             f"cannot commit {container.name}: its command ended with status {status}; "
             "`inv clean --work` removes it"
@@ -49,7 +50,6 @@ def commit(project: Project) -> None:
     check_volumes(project.settings, parent)
     if status or not container.started:
         drop_environment(engine, container.id)
-    is_rootless = f"-{Sandbox.ROOTLESS.value}-" in container.name
     sandbox = Sandbox.ROOTLESS if is_rootless else Sandbox.CAPABILITIES
     project = replace(project, settings=replace(project.settings, guix_sandbox=sandbox))
     current, started = engine.image(reference), time.monotonic()

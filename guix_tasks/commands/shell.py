@@ -16,6 +16,7 @@ from guix_tasks.stages.container import (
     check_no_kept_container,
     fill,
     kept_containers,
+    kept_task,
     work_container,
 )
 from guix_tasks.stages.images import check_layers
@@ -48,7 +49,7 @@ def shell(project: Project, docker: Sequence[str], environment: dict[str, str], 
     kept = kept_containers(engine, settings)
     work = Work("shell", (), {}, keep=True, tty=True)
     attach = [*docker, "start", "--attach", "--interactive"]
-    if kept and not fresh and "-shell-" in kept[0].name:
+    if kept and not fresh and kept_task(kept[0])[0] == "shell":
         check_stopped(kept[0])
         project.console.print("shell: re-entering the kept work container")
         fill(engine, settings, kept[0].id, committed_work(project, kept[0].image, work))

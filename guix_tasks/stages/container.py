@@ -60,6 +60,7 @@ PROJECT_LABEL = "org.guix-tasks.project"
 
 _NAME = "guix-tasks"
 _KEPT_NAME = "guix-tasks-kept"
+_ROOTLESS = f"-{Sandbox.ROOTLESS.value}"
 _SERVER_NAME = "guix-tasks-substitutes"
 
 STORE_MOUNT = "/gnu"
@@ -363,11 +364,6 @@ def find_server(engine: Engine, settings: Settings) -> Container | None:
     return next((container for container in containers if container.name == name), None)
 
 
-def is_kept(container: Container) -> bool:
-    """Return whether a work container is kept for ``commit`` or inspection."""
-    return container.name.startswith(_KEPT_NAME)
-
-
 def uncommitted(engine: Engine, settings: Settings) -> str:
     """Return the warning about a work container that is not committed; empty if there is none."""
     kept = kept_containers(engine, settings)
@@ -596,9 +592,12 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         security += tuple(off for module, off in _UNCONFINED.items() if module in modules)
     volumes = {} if work.isolated else cache_volumes(settings)
     mounts = () if work.isolated else binds(engine, settings)
-    task = f"{work.name}-{Sandbox.ROOTLESS.value}" if privileges.user else work.name
     return ContainerSpec(
-        name=container_name(task, keep=work.keep or work.keep_failed),
+        name=container_name(
+            work.name,
+            keep=work.keep or work.keep_failed,
+            rootless=privileges.user is not None,
+        ),
         image=image,
         command=(*work.entry_point, *work.argv),
         labels={PROJECT_LABEL: project_name(settings)},
@@ -687,14 +686,26 @@ def mounted_path(settings: Settings, path: str) -> Path | None:
     return None
 
 
-def container_name(task: str, *, keep: bool = False) -> str:
-    """Return a name that identifies the process of a container, and whether to keep it.
+def container_name(task: str, *, keep: bool = False, rootless: bool = False) -> str:
+    """Return a name that identifies a container's process, its task, and whether to keep it.
 
     Labels cannot record that, because a commit copies them into the image.
     """
     pid = os.getpid()
-    prefix = _KEPT_NAME if keep else _NAME
-    return f"{prefix}-{task}-{secrets.token_hex(3)}-{_host()}-{pid}-{_started(pid)}"
+    prefix = f"{_KEPT_NAME if keep else _NAME}-{task}{_ROOTLESS if rootless else ''}"
+    return f"{prefix}-{secrets.token_hex(3)}-{_host()}-{pid}-{_started(pid)}"
+
+
+def is_kept(container: Container) -> bool:
+    """Return whether a work container is kept for ``commit`` or inspection."""
+    return container.name.startswith(_KEPT_NAME)
+
+
+def kept_task(container: Container) -> tuple[str, bool]:
+    """Return the task of a kept work container, and whether it runs without root."""
+    task = container.name.removeprefix(f"{_KEPT_NAME}-").rsplit("-", 4)[0]
+    name = task.removesuffix(_ROOTLESS)
+    return name, name != task
 
 
 def _owner_is_gone(name: str) -> bool:
