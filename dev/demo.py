@@ -21,7 +21,7 @@ from guix_tasks.commands.push import push
 from guix_tasks.commands.verify import verify
 from guix_tasks.engine.api import ContainerSpec, run_to_end
 from guix_tasks.errors import CheckError
-from guix_tasks.stages.container import PROJECT_LABEL, network, project_name
+from guix_tasks.stages.container import network, project_labels
 from guix_tasks.stages.images import STAGES
 from guix_tasks.stages.lifecycle import Lifecycle, StageOptions
 from guix_tasks.stages.transfer import pull
@@ -137,7 +137,7 @@ def _greet(project: Project, reference: str) -> None:
         name=f"guix-tasks-demo-{image.id.removeprefix('sha256:')[:12]}",
         image=reference,
         command=(*(image.config.get("Entrypoint") or ()), "hello"),
-        labels={PROJECT_LABEL: project_name(project.settings)},
+        labels=project_labels(project.settings),
         network=network(engine, project.settings),
     )
     output = b""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from guix_tasks.commands.push import pushed_references
-from guix_tasks.stages.container import PROJECT_LABEL, find_server, project_name, work_containers
+from guix_tasks.stages.container import find_server, project_labels, work_containers
 from guix_tasks.stages.images import PREVIOUS, SQUASH, proven_stage
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def clean(project: Project, *, work_only: bool = False) -> list[str]:
     for platform_project in project.each_platform():
         removed += _clean_images(platform_project)
     project.ledger.drop_unnamed()
-    for volume in engine.volumes({PROJECT_LABEL: project_name(settings)}):
+    for volume in engine.volumes(project_labels(settings)):
         engine.remove_volume(volume)
         removed.append(volume)
     return removed

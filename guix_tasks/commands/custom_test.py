@@ -15,7 +15,7 @@ from guix_tasks.files import content_digest
 from guix_tasks.guix import TARBALL
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import ImageReference
-from guix_tasks.stages.container import PROJECT_LABEL, archive, container_name, project_name, sweep
+from guix_tasks.stages.container import archive, container_name, project_labels, sweep
 from guix_tasks.stages.custom import input_files
 from guix_tasks.stages.transfer import pull
 
@@ -77,7 +77,7 @@ def run_pack_test(project: Project, test: CustomTest, image: str = "") -> None:
             name=container_name("test"),
             image=reference,
             command=test.command,
-            labels={PROJECT_LABEL: project_name(settings)},
+            labels=project_labels(settings),
             network="none",
             platform=str(settings.platform) if settings.platform else None,
         )

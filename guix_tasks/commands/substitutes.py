@@ -101,7 +101,7 @@ def _start(project: Project, image: Image) -> None:
     # The volume of the key pair; only the server mounts it.
     digest = container.project_digest(settings)
     volume = f"{settings.cache_volume or 'guix-tasks'}-{digest}-signing-key"
-    labels = {container.PROJECT_LABEL: container.project_name(settings)}
+    labels = container.project_labels(settings)
     engine.create_volume(volume, labels)
     server = engine.create(
         ContainerSpec(

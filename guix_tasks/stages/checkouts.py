@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING
 from guix_tasks.engine import podman_api
 from guix_tasks.errors import GuixTasksError
 from guix_tasks.stages.container import (
-    PROJECT_LABEL,
     WORK_DIRECTORY,
     Work,
     archive,
     cache_volumes,
     platform_input,
     project_digest,
-    project_name,
+    project_labels,
     resource_files,
     unstarted_container,
     work_container,
@@ -58,7 +57,7 @@ def take_checkouts(project: Project) -> None:
     """
     engine, settings = project.engine, project.settings
     names = _names(project)
-    labels = {PROJECT_LABEL: project_name(settings)}
+    labels = project_labels(settings)
     if names is None or engine.is_dry or names[0] in engine.volumes(labels):
         return
     volume, reference = names

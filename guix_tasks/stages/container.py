@@ -183,7 +183,7 @@ def work_container(engine: Engine, settings: Settings, image: str, work: Work) -
     """
     sweep(engine, settings)
     for volume in () if work.isolated else cache_volumes(settings):
-        engine.create_volume(volume, {PROJECT_LABEL: project_name(settings)})
+        engine.create_volume(volume, project_labels(settings))
     spec = _spec(engine, settings, image, work)
     container = spec.name  # to remove it if the answer to the creation is lost
     try:
@@ -346,7 +346,7 @@ def kept_containers(engine: Engine, settings: Settings) -> list[Container]:
 
 def work_containers(engine: Engine, settings: Settings) -> list[Container]:
     """Return the work containers of this project, newest first."""
-    containers = engine.containers({PROJECT_LABEL: project_name(settings)})
+    containers = engine.containers(project_labels(settings))
     return [container for container in containers if container.name != server_name(settings)]
 
 
@@ -357,10 +357,8 @@ def server_name(settings: Settings) -> str:
 
 def find_server(engine: Engine, settings: Settings) -> Container | None:
     """Return the container that ``substitutes.up`` started, running or not."""
-    name, containers = (
-        server_name(settings),
-        engine.containers({PROJECT_LABEL: project_name(settings)}),
-    )
+    containers = engine.containers(project_labels(settings))
+    name = server_name(settings)
     return next((container for container in containers if container.name == name), None)
 
 
@@ -388,14 +386,14 @@ def sweep(engine: Engine, settings: Settings) -> None:
             engine.remove(container.id)
 
 
-def project_name(settings: Settings) -> str:
-    """Return the name that identifies a project: the image that it builds."""
-    return str(settings.image)
+def project_labels(settings: Settings) -> dict[str, str]:
+    """Return the label of containers and volumes that names their project by its image."""
+    return {PROJECT_LABEL: str(settings.image)}
 
 
 def project_digest(settings: Settings) -> str:
-    """Return a short digest of the project's name, for the names of containers and volumes."""
-    return _short(project_name(settings))
+    """Return a short digest of the project's image, for the names of containers and volumes."""
+    return _short(str(settings.image))
 
 
 def archive(
@@ -600,7 +598,7 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
         ),
         image=image,
         command=(*work.entry_point, *work.argv),
-        labels={PROJECT_LABEL: project_name(settings)},
+        labels=project_labels(settings),
         environment=work.environment,
         privileged=privileges.privileged,
         unmasked=privileges.unmasked,

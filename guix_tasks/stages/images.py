@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from guix_tasks.engine.api import Engine, Image
-    from guix_tasks.oci.platform import Platform
     from guix_tasks.oci.reference import ImageReference
     from guix_tasks.settings import Settings
     from guix_tasks.ui.console import Console
@@ -191,14 +190,11 @@ class Ledger:
     @property
     def image(self) -> ImageReference:
         """``IMAGE``, with the platform in its tag if that is not the engine's platform."""
-        image, foreign = self.settings.image, foreign_platform(self.engine, self.settings)
-        return image.with_tag(f"{image.tag}-{foreign.tag_suffix}") if foreign else image
+        return self._with_suffix("")
 
     def tag(self, stage: str) -> str:
         """Return the image reference of a stage; setting it is the commit point of the stage."""
-        image, foreign = self.settings.image, foreign_platform(self.engine, self.settings)
-        suffix = f"-{foreign.tag_suffix}" if foreign else ""
-        return str(image.with_tag(f"{image.tag}-{stage}{suffix}"))
+        return str(self._with_suffix(f"-{stage}"))
 
     def find(self, stage: str) -> Image | None:
         """Return the image of a stage, or None if its tag is missing or on another image."""
@@ -277,8 +273,8 @@ class Ledger:
             self.engine.tag(target.id, str(self.image))
             self.keep(current)
 
-
-def foreign_platform(engine: Engine, settings: Settings) -> Platform | None:
-    """Return the platform of the settings, or None if it is the engine's platform."""
-    platform = settings.platform
-    return platform if platform and str(platform) != engine.info().platform else None
+    def _with_suffix(self, suffix: str) -> ImageReference:
+        image, platform = self.settings.image, self.settings.platform
+        if platform and str(platform) != self.engine.info().platform:
+            suffix += f"-{platform.tag_suffix}"
+        return image.with_tag(f"{image.tag}{suffix}") if suffix else image

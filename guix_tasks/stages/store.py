@@ -28,14 +28,13 @@ from guix_tasks.files import file_digest, text_digest
 from guix_tasks.settings.values import Sandbox
 from guix_tasks.stages.commit import commit_image, committed_config
 from guix_tasks.stages.container import (
-    PROJECT_LABEL,
     STORE_MOUNT,
     WORK_DIRECTORY,
     Work,
     archive,
     cache_prefix,
     platform_input,
-    project_name,
+    project_labels,
     resource_files,
     run_silently,
     work_container,
@@ -131,7 +130,7 @@ def store_volume(project: Project, trust: str) -> str:
 
 def store_volumes(project: Project) -> list[str]:
     """Return the names of the volumes with warm stores of a project."""
-    volumes = project.engine.volumes({PROJECT_LABEL: project_name(project.settings)})
+    volumes = project.engine.volumes(project_labels(project.settings))
     prefix = cache_prefix(project.settings)
     return [volume for volume in volumes if volume.startswith(f"{prefix}-store-")]
 
@@ -165,7 +164,7 @@ def fill_store(project: Project, volume: str, images: Sequence[Image]) -> None:
 
     Raise ``StageError`` if that fails, for example for lack of space.
     """
-    project.engine.create_volume(volume, {PROJECT_LABEL: project_name(project.settings)})
+    project.engine.create_volume(volume, project_labels(project.settings))
     for image in images:
         _seed(project, volume, image)
 
