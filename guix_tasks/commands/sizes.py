@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
 from guix_tasks.commands.push import require_image
-from guix_tasks.stages.container import Work, work_container
+from guix_tasks.stages.container import shell_work, work_container
 from guix_tasks.stages.lifecycle import Lifecycle
 from guix_tasks.stages.runner import run_container
 from guix_tasks.stages.store import LIVE_LABEL, VOLUME_MOUNT, bytes_above, store_volumes
@@ -63,15 +63,8 @@ def _store_items(project: Project, image: str) -> list[Size]:
     # GNU and BusyBox du both support -k, kibibytes on disk.
     measure = "du -sk /gnu/store/*-* 2>/dev/null | sort -rn | head -n " + str(LARGEST)
     measure += f"; du -sk {VOLUME_MOUNT}/* 2>/dev/null || true"
-    work = Work(
-        "sizes",
-        ("-c", measure),
-        {},
-        entry_point=("sh",),
-        isolated=True,
-        unprivileged=True,
-        binds=tuple(f"{name}:{VOLUME_MOUNT}/{number}:ro" for number, name in volumes.items()),
-    )
+    binds = tuple(f"{name}:{VOLUME_MOUNT}/{number}:ro" for number, name in volumes.items())
+    work = shell_work("sizes", ("-c", measure), {}, binds)
     with work_container(project.engine, project.settings, image, work) as container:
         output = run_container(project, container, "sizes")
     # The image may contain any program with the name of du.

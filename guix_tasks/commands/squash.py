@@ -14,7 +14,7 @@ from guix_tasks.errors import UsageError
 from guix_tasks.oci.tar import new_archive
 from guix_tasks.stages import images
 from guix_tasks.stages.commit import commit_image
-from guix_tasks.stages.container import WORK_DIRECTORY, Work, archive, work_container
+from guix_tasks.stages.container import WORK_DIRECTORY, archive, shell_work, work_container
 from guix_tasks.stages.images import SQUASH, shared_layers
 from guix_tasks.stages.lifecycle import Lifecycle
 from guix_tasks.stages.runner import print_result, run_container
@@ -78,14 +78,7 @@ def _squash(project: Project, base: Image, last: Image) -> None:
     engine = project.engine
     # Unpacking deletes nothing, so each start removes the files that the next layer deletes.
     remove = f"xargs -0 rm -rf -- <{WORK_DIRECTORY}/deleted && rm -rf {WORK_DIRECTORY}"
-    work = Work(
-        SQUASH,
-        ("-c", remove),
-        {"deleted": b""},
-        entry_point=("sh",),
-        isolated=True,
-        unprivileged=True,
-    )
+    work = shell_work(SQUASH, ("-c", remove), {"deleted": b""})
     with (
         _saved_image(project, last) as saved,
         work_container(engine, project.settings, base.id, work) as container,

@@ -20,13 +20,13 @@ from guix_tasks.engine import podman_api
 from guix_tasks.errors import GuixTasksError
 from guix_tasks.stages.container import (
     WORK_DIRECTORY,
-    Work,
     archive,
     cache_volumes,
     platform_input,
     project_digest,
     project_labels,
     resource_files,
+    shell_work,
     unstarted_container,
     work_container,
 )
@@ -90,15 +90,12 @@ def push_checkouts(project: Project, image: Image) -> None:
         return
     volume, reference = names
     caches = f"/dev/{_DIRECTORY}"
-    work = Work(
+    work = shell_work(
         "checkouts",
         (f"{WORK_DIRECTORY}/{_SCRIPT}", caches, _MARK, str(_MAX_AGE)),
         resource_files((_SCRIPT,)),
-        entry_point=("sh",),
-        isolated=True,
-        unprivileged=True,
+        (f"{volume}:{caches}",),
         logged=False,
-        binds=(f"{volume}:{caches}",),
     )
     try:
         with work_container(engine, project.settings, image.id, work) as container:

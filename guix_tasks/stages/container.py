@@ -173,6 +173,21 @@ class Work:
     """Volume with the warm store, or empty for the store of the image."""
 
 
+def shell_work(
+    name: str,
+    arguments: tuple[str, ...],
+    files: Mapping[str, bytes],
+    binds: tuple[str, ...] = (),
+    *,
+    logged: bool = True,
+) -> Work:
+    """Return a work of the image's ``sh``, without privileges and network."""
+    return Work(
+        name, arguments, files, logged=logged, isolated=True, unprivileged=True,
+        entry_point=("sh",), binds=binds,
+    )  # fmt: skip
+
+
 @contextmanager
 def work_container(engine: Engine, settings: Settings, image: str, work: Work) -> Iterator[str]:
     """Create a container of ``image``, ready to run, and remove it at the end; yield its ID.

@@ -37,6 +37,7 @@ from guix_tasks.stages.container import (
     project_labels,
     resource_files,
     run_silently,
+    shell_work,
     work_container,
 )
 from guix_tasks.stages.images import (
@@ -221,7 +222,8 @@ def assemble(
         # points in the layer.
         script = f"{RESULTS}/{result}/assemble.sh"
         arguments = (VOLUME_MOUNT, result, labels[GUIX_KEY_LABEL], str(used), files, *STATE)
-        work = _plain_work("assemble", ("-c", _RUN_IF_PRESENT, script, *arguments), volume=volume)
+        binds = (f"{volume}:{VOLUME_MOUNT}",)
+        work = shell_work("assemble", ("-c", _RUN_IF_PRESENT, script, *arguments), {}, binds)
         with work_container(engine, settings, start.id, work) as container:
             status, log = run_silently(engine, container)
             if status == _UNSUITABLE:
@@ -331,18 +333,9 @@ def bytes_above(project: Project, image: Image, base: Image) -> int:
 
 def _script_work(name: str, scripts: Sequence[str], *arguments: str, volume: str = "") -> Work:
     """Return a work that runs the first of ``scripts``, which finds the others next to it."""
-    argv = (f"{WORK_DIRECTORY}/{scripts[0]}", *arguments)
-    return _plain_work(name, argv, resource_files(scripts), volume=volume)
-
-
-def _plain_work(
-    name: str, argv: tuple[str, ...], files: Mapping[str, bytes] | None = None, *, volume: str
-) -> Work:
-    """Return a work of ``sh``, without privileges and network, with a volume if there is one."""
     binds = (f"{volume}:{VOLUME_MOUNT}",) if volume else ()
-    return Work(
-        name, argv, files or {}, entry_point=("sh",), isolated=True, unprivileged=True, binds=binds
-    )
+    argv = (f"{WORK_DIRECTORY}/{scripts[0]}", *arguments)
+    return shell_work(name, argv, resource_files(scripts), binds)
 
 
 def _last_line(log: str, status: int) -> str:
