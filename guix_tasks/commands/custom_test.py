@@ -15,7 +15,13 @@ from guix_tasks.files import content_digest
 from guix_tasks.guix import TARBALL
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import ImageReference
-from guix_tasks.stages.container import archive, container_name, project_labels, sweep
+from guix_tasks.stages.container import (
+    archive,
+    container_name,
+    image_platform,
+    project_labels,
+    sweep,
+)
 from guix_tasks.stages.custom import input_files
 from guix_tasks.stages.transfer import pull
 
@@ -46,7 +52,7 @@ def run_pack_test(project: Project, test: CustomTest, image: str = "") -> None:
     if the command fails.
     """
     engine, settings, console = project.engine, project.settings, project.console
-    path = _tarball(settings, Platform.parse(str(settings.platform or engine.info().platform)))
+    path = _tarball(settings, Platform.parse(image_platform(engine, settings)))
     files = input_files(settings, f"test {test.name}", test.inputs)
     image = image or test.image
     location = f"a container of {image}" if image else "an empty container"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from guix_tasks import guix
 from guix_tasks.commands.sizes import picture, sizes
 from guix_tasks.errors import UsageError
-from guix_tasks.stages.container import uncommitted
+from guix_tasks.stages.container import image_platform, uncommitted
 from guix_tasks.stages.images import CHANNELS_LABEL, HAND_MADE, SQUASH, proven_stage
 from guix_tasks.stages.lifecycle import Lifecycle
 from guix_tasks.ui.format import human_size, human_time
@@ -116,7 +116,7 @@ def _json_entry(project: Project, status: TagStatus) -> dict[str, Any]:
     image = status.image
     return {
         "stage": status.stage,
-        "platform": str(project.settings.platform or project.engine.info().platform),
+        "platform": image_platform(project.engine, project.settings),
         "image": status.reference,
         "id": image and image.id,
         "state": status.state,

@@ -10,7 +10,7 @@ from guix_tasks.engine.credentials import remote_digest
 from guix_tasks.errors import UsageError
 from guix_tasks.files import file_digest, text_digest, tree_digest
 from guix_tasks.oci.labels import BASE_DIGEST, BASE_NAME
-from guix_tasks.stages.container import RESOURCES, network, platform_input
+from guix_tasks.stages.container import RESOURCES, image_platform, network
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -82,10 +82,12 @@ def file_inputs(engine: Engine, settings: Settings) -> dict[str, str]:
     arguments = {name: text for name, text in spec.args.items() if name != BASE_INPUT}
     return {
         "Dockerfile": _dockerfile_digest(spec.dockerfile),
-        "build context": _context_digest(settings, spec),
+        "build context": context_digest(
+            context_entries(spec.context, spec.dockerfile), settings.no_inputs
+        ),
         "build arguments": text_digest(*sorted(f"{n}={text}" for n, text in arguments.items())),
         "image/": tree_digest(RESOURCES),
-        **platform_input(engine, settings),
+        "platform": image_platform(engine, settings),
     }
 
 
@@ -95,11 +97,6 @@ def base_annotations(settings: Settings, inputs: Mapping[str, str]) -> dict[str,
     # A base image that is in no registry has a content digest without a prefix instead.
     digest_label = {BASE_DIGEST: digest} if digest.startswith("sha256:") else {}
     return {BASE_NAME: str(settings.base_image), **digest_label}
-
-
-def _context_digest(settings: Settings, spec: BuildSpec) -> str:
-    entries = context_entries(spec.context, spec.dockerfile)
-    return context_digest(entries, settings.no_inputs)
 
 
 def base_image_input(engine: Engine, settings: Settings, known: str) -> str:

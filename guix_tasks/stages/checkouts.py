@@ -22,7 +22,7 @@ from guix_tasks.stages.container import (
     WORK_DIRECTORY,
     archive,
     cache_volumes,
-    platform_input,
+    image_platform,
     project_digest,
     project_labels,
     resource_files,
@@ -135,6 +135,6 @@ def _names(project: Project) -> tuple[str, str] | None:
     if settings.cache_image is None or not volumes:
         return None
     kind = volumes[0].rpartition("-")[2]
-    platform = platform_input(project.engine, settings)["platform"].replace("/", "-")
+    platform = image_platform(project.engine, settings).replace("/", "-")
     tag = f"checkouts-{kind}-{platform}-{project_digest(settings)}"
     return volumes[0], str(settings.cache_image.with_tag(tag))

@@ -521,7 +521,7 @@ def common_inputs(engine: Engine, settings: Settings) -> dict[str, str]:
         "substitute keys": text_digest(*sorted(map(file_digest, settings.guix_substitute_keys))),
         "caches": "on volumes" if settings.cache_volume else "in the image",
         **mount_inputs(settings, settings.mounts),
-        **platform_input(engine, settings),
+        "platform": image_platform(engine, settings),
     }
 
 
@@ -533,9 +533,9 @@ def mount_inputs(settings: Settings, mounts: Iterable[Mount]) -> dict[str, str]:
     }
 
 
-def platform_input(engine: Engine, settings: Settings) -> dict[str, str]:
-    """Return the platform of the image, by default that of the engine, as an input."""
-    return {"platform": str(settings.platform or engine.info().platform)}
+def image_platform(engine: Engine, settings: Settings) -> str:
+    """Return the platform of the image, by default that of the engine."""
+    return str(settings.platform or engine.info().platform)
 
 
 def check_native_platform(engine: Engine, settings: Settings) -> None:

@@ -28,8 +28,8 @@ from guix_tasks.stages.container import (
     INPUTS,
     check_native_platform,
     common_inputs,
+    image_platform,
     network,
-    platform_input,
     sweep,
     unstarted_container,
 )
@@ -486,7 +486,7 @@ class Lifecycle:
         cache = self._settings.cache_image
         if cache is None:
             return None
-        platform = platform_input(self._project.engine, self._settings)["platform"]
+        platform = image_platform(self._project.engine, self._settings)
         return str(cache.with_tag(f"{name}-{platform.replace('/', '-')}"))
 
     def _drop_cache_tag(self, name: str, image: Image | None) -> None:

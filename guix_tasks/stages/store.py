@@ -33,7 +33,7 @@ from guix_tasks.stages.container import (
     Work,
     archive,
     cache_prefix,
-    platform_input,
+    image_platform,
     project_labels,
     resource_files,
     run_silently,
@@ -101,7 +101,7 @@ def trust_digest(project: Project, stage: Stage, parent: Image) -> str:
     """
     unauthenticated = any(guix.UNAUTHENTICATED in command for command in stage.commands)
     return text_digest(
-        *platform_input(project.engine, project.settings).values(),
+        image_platform(project.engine, project.settings),
         *trust_inputs(
             project.settings,
             parent.labels.get(TRUST_LABEL, ""),

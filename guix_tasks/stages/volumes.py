@@ -37,34 +37,30 @@ def check_volumes(settings: Settings, image: Image) -> None:
     conflicts = {volume: reason for volume in volumes if (reason := conflict(volume))}
     if not conflicts:
         return
-    instructions = _last_build_stage(settings)
-    raise SettingsError(
-        [
-            f"{_origin(settings, instructions, volume)} {reason}, and a commit takes nothing of "
-            "what is on a volume, so the image would lack what the stages make; "
-            f"{_hint(instructions, volume)}"
-            for volume, reason in conflicts.items()
-        ]
-    )
+    instructions, problems = _last_build_stage(settings), []
+    for volume, reason in conflicts.items():
+        origin, hint = _origin_and_hint(settings, instructions, volume)
+        problems.append(
+            f"{origin} {reason}, and a commit takes nothing of what is on a volume, so the image "
+            f"would lack what the stages make; {hint}"
+        )
+    raise SettingsError(problems)
 
 
-def _origin(settings: Settings, instructions: Sequence[_Instruction], volume: str) -> str:
+def _origin_and_hint(
+    settings: Settings, instructions: Sequence[_Instruction], volume: str
+) -> tuple[str, str]:
     """Name the line that declares a volume, or else the base image that declares it."""
     file = settings.dockerfile
     in_project = file.is_relative_to(settings.directory)
     path = file.relative_to(settings.directory) if in_project else file
     if line := _declaration(instructions, volume):
-        return f"{path}:{line}: VOLUME {volume}"
-    first = instructions[0] if instructions else None
-    if first and "BASE_IMAGE" not in first.text:
-        return f"{path}:{first.line}: FROM {first.text}: its VOLUME {volume}"
-    return f"{settings.origin('BASE_IMAGE')}: {settings.base_image}: its VOLUME {volume}"
-
-
-def _hint(instructions: Sequence[_Instruction], volume: str) -> str:
-    if _declaration(instructions, volume):
-        return "remove it from that line"
-    return "no Dockerfile can remove a volume, so use a base image without it"
+        return f"{path}:{line}: VOLUME {volume}", "remove it from that line"
+    image = f"{settings.origin('BASE_IMAGE')}: {settings.base_image}"
+    if instructions and "BASE_IMAGE" not in instructions[0].text:
+        image = f"{path}:{instructions[0].line}: FROM {instructions[0].text}"
+    hint = "no Dockerfile can remove a volume, so use a base image without it"
+    return f"{image}: its VOLUME {volume}", hint
 
 
 def _declaration(instructions: Sequence[_Instruction], volume: str) -> int | None:

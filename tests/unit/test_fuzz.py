@@ -395,7 +395,7 @@ VOLUME ["/gnu", "/a b"] $X${Y}
 def dockerfile(data: bytes, workspace: Workspace) -> None:
     workspace.settings.dockerfile.write_bytes(data)
     instructions = volumes._last_build_stage(workspace.settings)
-    assert volumes._origin(workspace.settings, instructions, "/gnu/store")
+    assert volumes._origin_and_hint(workspace.settings, instructions, "/gnu/store")
 
 
 # --- Damaged files of this project ----------------------------------------------------------
