@@ -55,11 +55,11 @@ def shell(project: Project, docker: Sequence[str], environment: dict[str, str], 
         fill(engine, settings, kept[0].id, committed_work(project, kept[0].image, work))
         status = _attach(project, [*attach, kept[0].id], environment)
     else:
-        if kept and fresh:
+        if fresh:
             for container in kept:
                 engine.remove(container.id)
         else:
-            check_no_kept_container(project.engine, project.settings)
+            check_no_kept_container(engine, settings)
         image = require_image(project, stage)
         check_volumes(settings, image)
         check_layers(engine, image)

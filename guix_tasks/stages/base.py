@@ -59,20 +59,8 @@ def other_platform(reference: str, image: Image, platform: str) -> str:
     )
 
 
-def base_inputs(engine: Engine, settings: Settings, known: Mapping[str, str]) -> dict[str, str]:
-    """Return the inputs of the base stage: digests by name.
-
-    ``known`` are the inputs of the current image of the stage.  With them the base image need not
-    be in the engine to find that nothing changed.
-
-    Raise ``UsageError`` if the Dockerfile or the build context cannot be read.
-    """
-    base_image = base_image_input(engine, settings, known.get(BASE_INPUT, ""))
-    return {**file_inputs(engine, settings), BASE_INPUT: base_image}
-
-
 def file_inputs(engine: Engine, settings: Settings) -> dict[str, str]:
-    """Return the inputs of the base stage without the base image.
+    """Return the inputs of the base stage without the base image: digests by name.
 
     Raise ``UsageError`` if the Dockerfile or the build context cannot be read.
     """
@@ -108,6 +96,7 @@ def base_image_input(engine: Engine, settings: Settings, known: str) -> str:
 
     ``known`` is the input that the current base stage was made from.  It is returned if it still
     describes the image: a push adds a registry's digest to an image whose content is the same.
+    With it the base image need not be in the engine to find that nothing changed.
     """
     reference = settings.base_image
     image = engine.image(str(reference))

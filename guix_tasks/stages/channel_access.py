@@ -37,8 +37,8 @@ ACCESS_FILES = tuple(f"{ACCESS}/{name}" for name in (_CONFIG, _HOSTS, _CREDENTIA
 
 AGENT = "/dev/shm/guix-tasks-agent"  # noqa: S108 -- inside the container, and never committed
 
-_BY_SSH = re.compile(r'"((?:git\+)?ssh://[^"\s]+|[\w.-]+@[\w.-]+:[^"\s]+)"', re.ASCII)
-"""An SSH URL or an address in the form of scp, in a channels file."""
+_BY_SSH = re.compile(r'(?:git\+)?ssh://[^"\s]+|[\w.-]+@[\w.-]+:[^"\s]+', re.ASCII)
+"""An SSH URL or an address in the form of scp."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,9 @@ def access_files(settings: Settings, channels: str) -> dict[str, bytes]:
 
 def by_ssh(settings: Settings, channels: str) -> str:
     """Return the first SSH URL of a channels file, after ``GUIX_CHANNEL_MIRRORS``, or ""."""
-    urls = (mirrored(settings, url) for url in _urls(channels))
-    return next((url for url in urls if _BY_SSH.fullmatch(f'"{url}"')), "")
-
-
-def _urls(channels: str) -> list[str]:
     # Any string literal counts, because a channels file can compute its channels.
-    return re.findall(r'"((?:[a-z+]+://|[\w.-]+@[\w.-]+:)[^"\s]+)"', channels)
+    urls = re.findall(r'"((?:[a-z+]+://|[\w.-]+@[\w.-]+:)[^"\s]+)"', channels)
+    return next(filter(_BY_SSH.fullmatch, (mirrored(settings, url) for url in urls)), "")
 
 
 def mirrored(settings: Settings, url: str) -> str:
@@ -133,14 +129,15 @@ def grant_access(engine: Engine, settings: Settings, channels: str | None) -> It
     if not engine.info().is_local:
         raise UsageError(
             f"the engine at {engine.info().url} is on another machine and cannot use your SSH "
-            f"agent for {_without_user(url)}; use an https URL with GUIX_CHANNEL_CREDENTIALS, "
+            f"agent for {without_user(url)}; use an https URL with GUIX_CHANNEL_CREDENTIALS, "
             "`inv buildx.build`, or a local engine"
         )
     with _agent_relay(agent) as path:
         yield Access(files, (f"{path}:{AGENT}",))
 
 
-def _without_user(url: str) -> str:
+def without_user(url: str) -> str:
+    """Remove the account from a URL, because it may contain a token."""
     return re.sub(r"//[^/@]*@", "//", url)
 
 
@@ -149,7 +146,7 @@ def agent_socket(settings: Settings, url: str) -> Path:
     agent = settings.ssh_agent
     if agent is None or not agent.is_socket():
         raise UsageError(
-            f"cannot fetch {_without_user(url)} by SSH: SSH_AUTH_SOCK is not the socket of an SSH "
+            f"cannot fetch {without_user(url)} by SSH: SSH_AUTH_SOCK is not the socket of an SSH "
             'agent; start an agent and add your key: `eval "$(ssh-agent)" && ssh-add`'
         )
     return agent

@@ -33,8 +33,6 @@ from guix_tasks.stages.container import (
 from guix_tasks.stages.transfer import pull, push
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from guix_tasks.engine.api import Image
     from guix_tasks.stages.project import Project
 
@@ -99,11 +97,11 @@ def push_checkouts(project: Project, image: Image) -> None:
     )
     try:
         with work_container(engine, project.settings, image.id, work) as container:
-            data = _output(project, container)
-            first = next(data, None)
+            chunks = (data for is_log, data in engine.run(container) if not is_log)
+            first = next(chunks, None)
             if first is None:
                 return
-            engine.import_rootfs(itertools.chain([first], data), reference)
+            engine.import_rootfs(itertools.chain([first], chunks), reference)
             try:
                 if status := engine.wait(container):
                     console.detail(f"checkouts: tar failed with exit status {status}")
@@ -115,12 +113,6 @@ def push_checkouts(project: Project, image: Image) -> None:
             engine.copy_in(container, archive({_MARK: mark}, directory=caches))
     except GuixTasksError as error:
         console.warn(f"the checkouts of the channels were not pushed to CACHE_IMAGE: {error}")
-
-
-def _output(project: Project, container: str) -> Iterator[bytes]:
-    for is_log, data in project.engine.run(container):
-        if not is_log:
-            yield data
 
 
 def _names(project: Project) -> tuple[str, str] | None:

@@ -18,7 +18,6 @@ from guix_tasks.stages.base import (
     BASE_INPUT,
     base_annotations,
     base_image_input,
-    base_inputs,
     base_platform_error,
     base_spec,
     file_inputs,
@@ -243,7 +242,9 @@ class Lifecycle:
         """
         engine, settings = self._project.engine, self._settings
         if name == "base":
-            return base_inputs(engine, settings, inputs_of(image) if image else {})
+            known = inputs_of(image).get(BASE_INPUT, "") if image else ""
+            base_image = base_image_input(engine, settings, known)
+            return {**file_inputs(engine, settings), BASE_INPUT: base_image}
         if name in self._custom:
             stage = custom_stage(settings, self._custom[name])
         elif name == "pull":

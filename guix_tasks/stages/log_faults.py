@@ -24,11 +24,13 @@ _QUOTATION = "entry-point: the last lines of "
 _TAIL_LINES = 400
 
 
-class SubstituteServers:
-    """The substitute servers of a stage, and those that the log reports as silent.
+class LogFaults:
+    """Faults in the lines of a log, up to the build log that the entry point quotes at its end.
 
-    Guix treats a silent server like one without substitutes. It builds everything from source,
-    for hours and without a warning.
+    A build can print anything, so faults are not looked for in the quotation.
+
+    Guix treats a substitute server that is silent like one without substitutes. It builds
+    everything from source, for hours and without a warning.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -39,38 +41,6 @@ class SubstituteServers:
         self._watched = needed and len(self._hosts) == len(urls)
         self._silent: set[str] = set()
         self._lacks_services = False
-
-    @property
-    def all_silent(self) -> bool:
-        """Whether no server answers."""
-        return self._watched and self._hosts <= self._silent
-
-    def look(self, line: str) -> bool:
-        """Read the next line of the log; return True if it reports the last silent server."""
-        if not self._watched or self.all_silent:
-            return False
-        self._silent |= guix.silent_servers(line)
-        self._lacks_services = self._lacks_services or "Servname not supported" in line
-        return self.all_silent
-
-    @property
-    def error_line(self) -> str:
-        """The error if no server answers, with its hint."""
-        hint = "correct GUIX_SUBSTITUTE_URLS or the network, or set GUIX_FALLBACK=yes"
-        return (
-            f"no substitute server answers ({', '.join(sorted(self._silent))}), and Guix would "
-            f"build everything from source; {NO_SERVICES if self._lacks_services else hint}"
-        )
-
-
-class LogFaults:
-    """Faults in the lines of a log, up to the build log that the entry point quotes at its end.
-
-    A build can print anything, so faults are not looked for in the quotation.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self.servers = SubstituteServers(settings)
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._build_failed = False
         self._in_quotation = False
@@ -82,7 +52,16 @@ class LogFaults:
             return False
         self._tail.append(line)
         self._build_failed = self._build_failed or guix.build_fault(line)
-        return self.servers.look(line)
+        if not self._watched or self.all_silent:
+            return False
+        self._silent |= guix.silent_servers(line)
+        self._lacks_services = self._lacks_services or "Servname not supported" in line
+        return self.all_silent
+
+    @property
+    def all_silent(self) -> bool:
+        """Whether no substitute server answers."""
+        return self._watched and self._hosts <= self._silent
 
     @property
     def tail(self) -> str:
@@ -97,7 +76,12 @@ class LogFaults:
 
     def silence_error(self, prefix: str = "", proxy_fault: str = "") -> StageError:
         """Return the error if no substitute server answers; it can be retried."""
-        error = StageError(f"{prefix}{self.servers.error_line}{proxy_fault and f'; {proxy_fault}'}")
+        hint = "correct GUIX_SUBSTITUTE_URLS or the network, or set GUIX_FALLBACK=yes"
+        error = StageError(
+            f"{prefix}no substitute server answers ({', '.join(sorted(self._silent))}), and Guix "
+            f"would build everything from source; {NO_SERVICES if self._lacks_services else hint}"
+            f"{proxy_fault and f'; {proxy_fault}'}"
+        )
         error.is_transient = True
         return error
 

@@ -84,6 +84,10 @@ def run_with_retries(project: Project, container: str, work: Work) -> str:
                 again = replace(work, files={**work.files, RETRY: b""})
                 fill(project.engine, project.settings, container, again)
                 elapsed = time.monotonic() - started
+                limit = project.settings.stage_timeout
+                # A container could be stopped before it has started.
+                if limit and limit - elapsed < 1:
+                    raise _timeout_error(project, work.name)
             return run_container(project, container, work.name, log_file=log, elapsed=elapsed)
 
         try:
@@ -119,6 +123,8 @@ def run_container(
     Raise ``StageError`` if the command fails or exceeds ``STAGE_TIMEOUT``, or if no substitute
     server answers or none is trusted and ``GUIX_FALLBACK`` is off.
     """
+    limit = project.settings.stage_timeout
+    remaining = limit - elapsed if limit else None
     output, faults = bytearray(), LogFaults(project.settings)
     trust = SubstituteTrust(project, container, name)
     activity, logs_builds = Activity(), project.settings.output.logs_builds
@@ -133,7 +139,7 @@ def run_container(
 
     with (
         project.console.step(name) as step,
-        _stage_timeout(project, container, name, elapsed) as timed_out,
+        time_limit(project.engine, container, remaining, grace=10) as timed_out,
         _network_meter(project, container, activity, step),
     ):
         log = LogReader(_log_sink(project, step), log_file)
@@ -148,26 +154,12 @@ def run_container(
         status = project.engine.wait(container)
     if timed_out.is_set():
         raise _timeout_error(project, name)
-    if faults.servers.all_silent:
+    if faults.all_silent:
         raise faults.silence_error(f"{name}: ", _proxy_fault(project))
     trust.raise_if_stopped()
     if status:
         raise _command_error(project, name, container, status, faults)
     return output.decode(errors="replace")
-
-
-@contextmanager
-def _stage_timeout(
-    project: Project, container: str, name: str, elapsed: float
-) -> Iterator[threading.Event]:
-    """Stop a container at ``STAGE_TIMEOUT``; the event is set if that happened."""
-    limit = project.settings.stage_timeout
-    # With less than a second left the container could be stopped before it has started.
-    if limit and elapsed and limit - elapsed < 1:
-        raise _timeout_error(project, name)
-    remaining = limit - elapsed if limit else None
-    with time_limit(project.engine, container, remaining, grace=10) as timed_out:
-        yield timed_out
 
 
 @contextmanager

@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from guix_tasks.settings import Settings
     from guix_tasks.stages.project import Project
 
-_CACHES = {Sandbox.ROOTLESS: f"{ROOTLESS_CACHES['rootless']}/guix/substitute"}
-"""Directory of the daemon's cache of narinfos, if it is not the usual one."""
-
 
 class SubstituteTrust:
     """Check in a running stage that the image trusts the substitutes that Guix does not use.
@@ -91,7 +88,9 @@ def _narinfos(engine: Engine, settings: Settings, container: str, url: str) -> I
         return
     # See ``narinfo-cache-file`` in Guix.
     name = base64.b32encode(hashlib.sha256(url.encode()).digest()).decode().lower().rstrip("=")
-    cache = _CACHES.get(settings.guix_sandbox, f"{SUBSTITUTE_CACHE}/cache")
+    cache = f"{SUBSTITUTE_CACHE}/cache"
+    if settings.guix_sandbox is Sandbox.ROOTLESS:
+        cache = f"{ROOTLESS_CACHES['rootless']}/guix/substitute"
     with (
         suppress(tarfile.ReadError),  # a missing directory is an empty archive
         tarfile.open(

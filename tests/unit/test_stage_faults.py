@@ -34,7 +34,7 @@ from guix_tasks.stages.container import (
     kept_containers,
     work_container,
 )
-from guix_tasks.stages.log_faults import SubstituteServers
+from guix_tasks.stages.log_faults import LogFaults
 from guix_tasks.stages.make import run_stage
 from guix_tasks.stages.project import Project
 from guix_tasks.stages.runner import STAGE_TRIES, run_container
@@ -413,7 +413,7 @@ def test_warning_is_detected_for_any_chunk_size(site: Site, size: int) -> None:
 def all_are_silent(site: Site, urls: str, *hosts: bytes) -> bool:
     """Return whether all servers count as silent after warnings about some hosts."""
     site.env["GUIX_SUBSTITUTE_URLS"] = urls
-    servers = SubstituteServers(site.settings())
+    servers = LogFaults(site.settings())
     return any(servers.look((SILENT % host).decode()) for host in hosts)
 
 
@@ -445,7 +445,7 @@ def test_two_servers_on_one_host_are_ignored(site: Site) -> None:
 
 
 def test_silence_is_reported_once(site: Site) -> None:
-    servers = SubstituteServers(site.settings())
+    servers = LogFaults(site.settings())
     lines = [(SILENT % host).decode() for host in (b"a.test", b"b.test", b"a.test")]
     assert [servers.look(line) for line in lines] == [False, True, False]
 

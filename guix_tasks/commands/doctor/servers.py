@@ -19,7 +19,7 @@ from guix_tasks.engine.credentials import credentials_for, remote_digest
 from guix_tasks.errors import UsageError
 from guix_tasks.files import read_text
 from guix_tasks.settings.parsers import channel_credentials
-from guix_tasks.stages.channel_access import by_ssh, grant_access, mirrored
+from guix_tasks.stages.channel_access import by_ssh, grant_access, mirrored, without_user
 from guix_tasks.stages.container import (
     mounted_path,
     read_container_file,
@@ -99,7 +99,7 @@ def channels(settings: Settings) -> list[Channel]:
 
 def check_channel(engine: Engine, settings: Settings, channel: Channel) -> Finding:
     url = mirrored(settings, channel.url)
-    shown_url = re.sub(r"//[^/@]*@", "//", url)  # the account may contain a token
+    shown_url = without_user(url)
     if url.startswith(("https://", "http://")) and settings.network != "none":
         return _contact(
             settings,
