@@ -21,6 +21,7 @@ from guix_tasks.settings.parsers import check_text, package
 from guix_tasks.stages.container import WORK_DIRECTORY, Work, work_container
 from guix_tasks.stages.images import CHANNELS_LABEL
 from guix_tasks.stages.runner import run_with_retries
+from guix_tasks.stages.substitute_server import local_server
 from guix_tasks.ui import redact
 from guix_tasks.ui.format import human_size, human_time, pasteable
 
@@ -54,7 +55,7 @@ def pack(
     check_up_to_date(project, image, "pack")
     project = project.with_sandbox(image)
     work = Work(
-        "pack", (f"{WORK_DIRECTORY}/stage",), files, local_server=project.local_server("pack")
+        "pack", (f"{WORK_DIRECTORY}/stage",), files, local_server=local_server(project, "pack")
     )
     with (
         console.step("pack"),

@@ -139,8 +139,6 @@ class SubstituteServer:
     """Its address for work containers."""
     key: bytes
     """Its public key."""
-    image: str
-    """The ID of the image whose store it serves."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, cast
 from guix_tasks import guix
 from guix_tasks.errors import EngineError
 from guix_tasks.files import write_whole
+from guix_tasks.oci.tar import as_file
 from guix_tasks.ui.redact import clean, hidden, to_bytes
 
 if TYPE_CHECKING:
@@ -116,18 +117,9 @@ def _write(directory: Path, engine: Engine, settings: Settings, failure: Failure
     for path in itertools.islice(paths, _BUILD_LOGS):
         # A truncated build log is kept as far as it can be read.
         with suppress(EngineError, tarfile.TarError, OSError, EOFError, zlib.error):
-            archive = _read_archive(engine.copy_out(failure.container, path))
-            _unpack(archive, path, directory)
-
-
-def _read_archive(chunks: Iterator[bytes]) -> bytes:
-    """Join the chunks of an archive. Raise ``EOFError`` if it exceeds ``_MAX_ARCHIVE``."""
-    archive = bytearray()
-    for chunk in chunks:
-        archive += chunk
-        if len(archive) > _MAX_ARCHIVE:
-            raise EOFError
-    return bytes(archive)
+            archive = as_file(engine.copy_out(failure.container, path)).read(_MAX_ARCHIVE + 1)
+            if len(archive) <= _MAX_ARCHIVE:
+                _unpack(archive, path, directory)
 
 
 def _unpack(archive: bytes, path: str, directory: Path) -> None:

@@ -49,6 +49,7 @@ from guix_tasks.stages.store import (
     store_volumes,
     trust_digest,
 )
+from guix_tasks.stages.substitute_server import local_server
 from guix_tasks.stages.volumes import check_volumes
 from guix_tasks.ui.format import pasteable
 
@@ -296,7 +297,7 @@ def _stage_container(
             {**files, **access.files},
             keep=keep,
             keep_failed=keep_failed,
-            local_server=project.local_server(stage.name),
+            local_server=local_server(project, stage.name),
             binds=access.binds,
             store=store,
         )

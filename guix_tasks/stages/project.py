@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 from guix_tasks.files import image_lock
 from guix_tasks.stages.images import STAGES, Ledger
 from guix_tasks.stages.sandbox import resolve_sandbox
-from guix_tasks.stages.substitute_server import local_server
 
 if TYPE_CHECKING:
     from guix_tasks.engine.api import Engine, Image
     from guix_tasks.settings import Settings
-    from guix_tasks.stages.container import SubstituteServer
     from guix_tasks.stages.declarations import CustomStage
     from guix_tasks.ui.console import Console
 
@@ -40,24 +38,7 @@ class Project:
 
         ``as_root`` is for commands that need root, such as those of custom stages.
         """
-        base = self.ledger.find("base")
-        settings = resolve_sandbox(
-            self.engine, self.settings, self.console, image, base, as_root=as_root
-        )
-        return replace(self, settings=settings)
-
-    def local_server(self, task: str) -> SubstituteServer | None:
-        """Return the local substitute server, and print that the task uses it.
-
-        Return None if ``inv substitutes.up`` has started none that work containers can reach.
-        """
-        server = local_server(self.engine, self.settings, self.console)
-        if server:
-            newest = self.ledger.last_stage()
-            is_newest = newest is not None and newest.id == server.image
-            age = "" if is_newest else ", of an older image; `inv substitutes.up` serves the newest"
-            self.console.print(f"{task}: substitutes come from {server.url} first{age}")
-        return server
+        return replace(self, settings=resolve_sandbox(self, image, as_root=as_root))
 
     def lock(self, task: str) -> AbstractContextManager[None]:
         """Lock the image against other ``inv`` processes of this user for the length of a block."""

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from guix_tasks.engine.api import Engine, Image
     from guix_tasks.settings import Settings
-    from guix_tasks.ui.console import Console
+    from guix_tasks.stages.project import Project
 
 ORDER = (Sandbox.ROOTLESS, Sandbox.CAPABILITIES, Sandbox.PRIVILEGED)
 """Values that ``auto`` tries, the safest first."""
@@ -45,22 +45,15 @@ PROBE_SECONDS = 120.0
 """Time limit of the probe."""
 
 
-def resolve_sandbox(
-    engine: Engine,
-    settings: Settings,
-    console: Console,
-    image: Image,
-    base: Image | None,
-    *,
-    as_root: bool,
-) -> Settings:
+def resolve_sandbox(project: Project, image: Image, *, as_root: bool) -> Settings:
     """Resolve ``GUIX_SANDBOX=auto`` for containers of an image and return the settings.
 
-    The result is cached for this engine and for the layers of ``base``, which define the build
-    users, or for those of the image if it has another base.
+    The result is cached for this engine and for the layers of the base stage, which define the
+    build users, or for those of the image if it has another base.
 
     Raise ``EngineError`` if no value works.
     """
+    engine, settings, base = project.engine, project.settings, project.ledger.find("base")
     if settings.guix_sandbox is not Sandbox.AUTO:
         return settings
     order = ORDER[1:] if as_root else ORDER
@@ -74,7 +67,7 @@ def resolve_sandbox(
     cached = cache_home() / "sandbox" / key
     with suppress(OSError, ValueError):
         return replace(settings, guix_sandbox=Sandbox(cached.read_text(encoding="utf-8")))
-    sandbox = None if engine.is_dry else _first_working(engine, settings, console, image, order)
+    sandbox = None if engine.is_dry else _first_working(project, image, order)
     if sandbox is None:
         return replace(settings, guix_sandbox=order[0])
     # Without the cache the next run probes again.
@@ -96,14 +89,13 @@ OTHER_FAULTS = {
 """Hints for faults that no privilege repairs, by words of the error."""
 
 
-def _first_working(
-    engine: Engine, settings: Settings, console: Console, image: Image, order: Sequence[Sandbox]
-) -> Sandbox | None:
+def _first_working(project: Project, image: Image, order: Sequence[Sandbox]) -> Sandbox | None:
     """Return the first value with which Guix builds, or None after a fault of another kind."""
     failures: list[str] = []
     for sandbox in order:
         try:
-            error_line = probe(engine, replace(settings, guix_sandbox=sandbox), image)
+            settings = replace(project.settings, guix_sandbox=sandbox)
+            error_line = probe(project.engine, settings, image)
         except EngineError as error:
             # An engine that refuses these privileges may grant the next; a lost engine does not.
             if not str(error).startswith(REFUSED):
@@ -111,7 +103,7 @@ def _first_working(
             error_line = str(error)
         if error_line is None:
             reason = f", because {'; '.join(failures)}" if failures else ": Guix can build"
-            console.print(f"sandbox: {sandbox.value}{reason}")
+            project.console.print(f"sandbox: {sandbox.value}{reason}")
             return sandbox
         failures.append(f"{sandbox.value} fails ({error_line})")
     # A daemon that may not write to Guix's directories also fails to authorise a key.

@@ -14,7 +14,7 @@ from guix_tasks.stages.container import (
 if TYPE_CHECKING:
     from guix_tasks.engine.api import Container, Engine
     from guix_tasks.settings import Settings
-    from guix_tasks.ui.console import Console
+    from guix_tasks.stages.project import Project
 
 LISTEN_LABEL = "org.guix-tasks.substitutes"
 """``ADDRESS:PORT`` on the engine's machine that the server listens on."""
@@ -30,8 +30,12 @@ _DEFAULT_NETWORKS = ("bridge", "podman")
 """Networks that Docker and Podman use for a container without an explicit network."""
 
 
-def local_server(engine: Engine, settings: Settings, console: Console) -> SubstituteServer | None:
-    """Return the running server, or None with a message if work containers cannot reach it."""
+def local_server(project: Project, task: str) -> SubstituteServer | None:
+    """Return the running server, and print that the task uses it.
+
+    Return None if there is none, or with a message if work containers cannot reach it.
+    """
+    engine, settings, console = project.engine, project.settings, project.console
     server = find_server(engine, settings)
     if server is None or not server.running:
         return None
@@ -47,7 +51,11 @@ def local_server(engine: Engine, settings: Settings, console: Console) -> Substi
             f"substitutes: Guix asks {url} through http_proxy, because it ignores no_proxy; if the "
             "proxy cannot reach that address, set only https_proxy"
         )
-    return SubstituteServer(url, key, server.image)
+    newest = project.ledger.last_stage()
+    is_newest = newest is not None and newest.id == server.image
+    age = "" if is_newest else ", of an older image; `inv substitutes.up` serves the newest"
+    console.print(f"{task}: substitutes come from {url} first{age}")
+    return SubstituteServer(url, key)
 
 
 def server_url(engine: Engine, settings: Settings, server: Container) -> str | None:

@@ -11,6 +11,7 @@ from guix_tasks.files import read_file
 from guix_tasks.oci.platform import Platform
 from guix_tasks.stages.container import RESOURCES, WORK_DIRECTORY, Work, work_container
 from guix_tasks.stages.runner import run_with_retries
+from guix_tasks.stages.substitute_server import local_server
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +39,7 @@ def forecast(
             "GUIX_MANIFEST, or pass `--package NAME`"
         )
     project = project.with_sandbox(image)
-    server = project.local_server("weather")
+    server = local_server(project, "weather")
     manifest_file = f"{WORK_DIRECTORY}/manifest.scm" if manifest else None
     argv = guix.weather_argv(f"{WORK_DIRECTORY}/weather.scm", systems, manifest_file, packages)
     files = {
