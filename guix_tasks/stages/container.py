@@ -324,17 +324,24 @@ def read_container_file(
 
     With ``follow`` it can be a link.
     """
+    member, content = next(read_container_files(engine, container, path), (None, b""))
+    if member and member.issym() and follow:
+        target = posixpath.join(posixpath.dirname(path), member.linkname)
+        return read_container_file(engine, container, target)
+    return content
+
+
+def read_container_files(
+    engine: Engine, container: str, path: str
+) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
+    """Yield all that a path of a container contains, with the first bytes of files."""
     with (
-        suppress(tarfile.ReadError),  # no file is an empty archive
+        suppress(tarfile.ReadError),  # a missing path is an empty archive
         tarfile.open(fileobj=as_file(engine.copy_out(container, path)), mode="r|") as tar,
     ):
-        member = tar.next()
-        if member and member.issym() and follow:
-            target = posixpath.join(posixpath.dirname(path), member.linkname)
-            return read_container_file(engine, container, target)
-        if member and member.isfile() and (file := tar.extractfile(member)):
-            return file.read(_MAX_FILE)
-    return b""
+        for member in tar:
+            file = tar.extractfile(member) if member.isfile() else None
+            yield member, file.read(_MAX_FILE) if file else b""
 
 
 def run_silently(engine: Engine, container: str) -> tuple[int, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import tarfile
 from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -17,9 +16,13 @@ from guix_tasks import guix
 from guix_tasks.errors import StageError
 from guix_tasks.files import read_text
 from guix_tasks.guix.result_paths import SUBSTITUTE_CACHE
-from guix_tasks.oci.tar import as_file
 from guix_tasks.settings.values import Sandbox
-from guix_tasks.stages.container import ROOTLESS_CACHES, mounted_path, read_container_file
+from guix_tasks.stages.container import (
+    ROOTLESS_CACHES,
+    mounted_path,
+    read_container_file,
+    read_container_files,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,12 +94,5 @@ def _narinfos(engine: Engine, settings: Settings, container: str, url: str) -> I
     cache = f"{SUBSTITUTE_CACHE}/cache"
     if settings.guix_sandbox is Sandbox.ROOTLESS:
         cache = f"{ROOTLESS_CACHES['rootless']}/guix/substitute"
-    with (
-        suppress(tarfile.ReadError),  # a missing directory is an empty archive
-        tarfile.open(
-            fileobj=as_file(engine.copy_out(container, f"{cache}/{name}")), mode="r|"
-        ) as tar,
-    ):
-        for member in tar:
-            if member.isfile() and (file := tar.extractfile(member)):
-                yield file.read().decode(errors="replace")
+    for _, content in read_container_files(engine, container, f"{cache}/{name}"):
+        yield content.decode(errors="replace")
