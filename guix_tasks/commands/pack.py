@@ -49,7 +49,8 @@ def pack(
     started = time.monotonic()
     settings, console = project.settings, project.console
     _check_options(options, name, packages)
-    files = _files(settings, options, packages)
+    argv = guix.pack_argv(options, f"{WORK_DIRECTORY}/pack.scm")
+    files = _files(settings, argv, packages)
     check_writable(settings.output_directory)
     image = require_image(project)
     check_up_to_date(project, image, "pack")
@@ -62,7 +63,7 @@ def pack(
         work_container(project.engine, project.settings, image.id, work) as container,
     ):
         console.detail(f"pack: in a {project.settings.guix_sandbox.value} container")
-        console.detail(pasteable(guix.pack_argv(options, f"{WORK_DIRECTORY}/pack.scm")))
+        console.detail(pasteable(argv))
         report = run_with_retries(project, container, work)
         if project.engine.is_dry:
             return None
@@ -120,7 +121,7 @@ def _check_pattern(option: str, text: str, pattern: str, description: str) -> No
         raise UsageError(f"{option}: {quoted(text)} is invalid; use {description}")
 
 
-def _files(settings: Settings, options: guix.Pack, packages: Sequence[str]) -> dict[str, bytes]:
+def _files(settings: Settings, argv: Sequence[str], packages: Sequence[str]) -> dict[str, bytes]:
     """Return the files of the container: the manifest to pack and the script that packs it."""
     manifest = None if packages else settings.guix_manifest
     packages = packages or settings.guix_packages
@@ -129,7 +130,6 @@ def _files(settings: Settings, options: guix.Pack, packages: Sequence[str]) -> d
             "nothing to pack: set GUIX_PACKAGES or GUIX_MANIFEST, or use `--package NAME`"
         )
     manifest_path = f"{WORK_DIRECTORY}/manifest.scm" if manifest else None
-    argv = guix.pack_argv(options, f"{WORK_DIRECTORY}/pack.scm")
     return {
         "stage": f"#!/bin/sh\nexec {shlex.join(argv)}\n".encode(),
         "pack.scm": guix.pack_manifest(manifest_path, packages).encode(),

@@ -11,11 +11,10 @@ import os
 import re
 import socket
 import socketserver
-import struct
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from guix_tasks.errors import UsageError
 from guix_tasks.files import LONGEST_SOCKET, read_file, temporary_directory, user_home
@@ -167,16 +166,19 @@ def _agent_relay(agent: Path) -> Iterator[Path]:
     the directory of the socket is closed to other users.
     """
 
-    class Handler(socketserver.BaseRequestHandler):
+    class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
-            with socket.socket(socket.AF_UNIX) as connection:
+            with (
+                socket.socket(socket.AF_UNIX) as connection,
+                connection.makefile("rb") as responses,
+            ):
                 connection.connect(str(agent))
-                while request := _read_message(self.request):
+                while request := _read_message(self.rfile):
                     response = _FAILURE
                     if request[4] in (_LIST, _SIGN):
                         connection.sendall(request)
-                        response = _read_message(connection)
-                    self.request.sendall(response)
+                        response = _read_message(responses)
+                    self.wfile.write(response)
 
     with temporary_directory() as directory:
         path = directory / "agent"
@@ -200,19 +202,9 @@ _MAX_MESSAGE = 256 << 10
 """Maximum bytes of a message, as in OpenSSH's agent."""
 
 
-def _read_message(connection: socket.socket) -> bytes:
+def _read_message(stream: IO[bytes]) -> bytes:
     """Read a message with its length; return nothing at the end or if the length is invalid."""
-    head = _read_exactly(connection, 4)
-    size = struct.unpack(">I", head)[0] if head else 0
-    body = _read_exactly(connection, size) if 0 < size <= _MAX_MESSAGE else b""
-    return head + body if body else b""
-
-
-def _read_exactly(connection: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        chunk = connection.recv(size - len(data))
-        if not chunk:
-            return b""
-        data += chunk
-    return data
+    head = stream.read(4)
+    size = int.from_bytes(head, "big") if len(head) == 4 else 0  # noqa: PLR2004
+    body = stream.read(size) if 0 < size <= _MAX_MESSAGE else b""
+    return head + body if size == len(body) > 0 else b""
