@@ -484,11 +484,8 @@ class Lifecycle:
                 engine.untag(reference)
 
     def _newest_cache_reference(self, name: str) -> str | None:
-        cache = self._settings.cache_image
-        if cache is None:
-            return None
         platform = image_platform(self._project.engine, self._settings)
-        return str(cache.with_tag(f"{name}-{platform.replace('/', '-')}"))
+        return self._cache_reference(name, platform.replace("/", "-"))
 
     def _drop_cache_tag(self, name: str, image: Image | None) -> None:
         """Remove the ``CACHE_IMAGE`` tag that a killed run left on an image."""
@@ -496,9 +493,9 @@ class Lifecycle:
         if image and reference in image.tags:
             self._project.engine.untag(str(reference))
 
-    def _cache_reference(self, name: str, key: str | None) -> str | None:
+    def _cache_reference(self, name: str, suffix: str | None) -> str | None:
         cache = self._settings.cache_image
-        return str(cache.with_tag(f"{name}-{key}")) if cache and key else None
+        return str(cache.with_tag(f"{name}-{suffix}")) if cache and suffix else None
 
 
 def make_each(project: Project, name: str, options: StageOptions) -> None:
