@@ -14,7 +14,7 @@ import socketserver
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from guix_tasks.errors import UsageError
 from guix_tasks.files import LONGEST_SOCKET, read_file, temporary_directory, user_home
@@ -23,6 +23,7 @@ from guix_tasks.stages.container import RESOURCES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from io import BufferedIOBase
     from pathlib import Path
 
     from guix_tasks.engine.api import Engine
@@ -202,7 +203,7 @@ _MAX_MESSAGE = 256 << 10
 """Maximum bytes of a message, as in OpenSSH's agent."""
 
 
-def _read_message(stream: IO[bytes]) -> bytes:
+def _read_message(stream: BufferedIOBase) -> bytes:
     """Read a message with its length; return nothing at the end or if the length is invalid."""
     head = stream.read(4)
     size = int.from_bytes(head, "big") if len(head) == 4 else 0  # noqa: PLR2004

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 ns = Collection.from_module(lifecycle)
-for collection in (*local.collections, buildkit.buildx):
+for collection in (local.engine, local.registry, local.substitutes, buildkit.buildx):
     ns.add_collection(collection)
-for task in (*local.tasks, project.init):
+for task in (local.rootfs, project.init):
     ns.add_task(task)
 
 GROUPS = {

@@ -38,10 +38,9 @@ def build(
     """
     from guix_tasks.buildkit.build import BuildOptions, build
 
-    trust = not disable_authentication
     options = BuildOptions(
         pull=not no_pull, update=update or newest, newest=newest, force=force, by_digest=by_digest,
-        authenticate=trust,
+        authenticate=not disable_authentication,
     )  # fmt: skip
     project, buildx = session.buildx()
     if result := build(project, buildx, options):

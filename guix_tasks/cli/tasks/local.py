@@ -107,6 +107,3 @@ def substitutes_down(session: Session) -> None:
 engine = Collection("engine", engine_up, engine_down)
 registry = Collection("registry", registry_up, registry_down)
 substitutes = Collection("substitutes", substitutes_up, substitutes_down)
-
-tasks = (rootfs,)
-collections = (engine, registry, substitutes)
