@@ -142,7 +142,6 @@ def next_run(statuses: Sequence[TagStatus]) -> str:
 
 
 def status_rows(statuses: Iterable[TagStatus]) -> list[tuple[str, ...]]:
-    """Return a table row for each status."""
     rows: list[tuple[str, ...]] = []
     for status in statuses:
         image = status.image

@@ -112,7 +112,6 @@ def package_hint(error: str) -> str:
 
 
 def build_fault(log: str) -> bool:
-    """Return True if a build failed."""
     return _BUILD.search(log) is not None
 
 

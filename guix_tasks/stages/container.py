@@ -594,7 +594,6 @@ def cache_prefix(settings: Settings) -> str | None:
 
 
 def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> ContainerSpec:
-    """Describe the container of a work."""
     parent = engine.image(image)
     config = parent.config if parent else {}
     privileges = _Privileges() if work.unprivileged else _PRIVILEGES[settings.guix_sandbox]

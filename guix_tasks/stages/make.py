@@ -240,7 +240,6 @@ def _reassemble(project: Project, stage: Stage, parent: Image, current: Image) -
 
 
 def _run_commands(project: Project, stage: Stage, container: str, work: Work) -> str:
-    """Run a stage's commands and return the report of their result."""
     report = run_with_retries(project, container, work).strip()
     if stage.check:
         stage.check(report)
