@@ -35,12 +35,9 @@ def report_errors() -> Iterator[None]:
     _redact_logs_and_tracebacks()
     try:
         yield
-    except SettingsError as error:
-        for problem in error.problems:
-            Console().error(problem)
-        raise Exit(code=error.exit_code) from None
     except GuixTasksError as error:
-        Console().error(str(error))
+        for problem in error.problems if isinstance(error, SettingsError) else [str(error)]:
+            Console().error(problem)
         raise Exit(code=error.exit_code) from None
     except KeyboardInterrupt:
         Console().error("interrupted; the unfinished step was undone")
