@@ -79,51 +79,41 @@ def print_next_steps(project: Project) -> None:
         project.console.print(line)
 
 
-class Stopwatch:
-    """Durations of the steps of the demo, in seconds."""
-
-    def __init__(self, project: Project) -> None:
-        self._project = project
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def step(self, name: str) -> Iterator[None]:
-        self._project.console.print(f"\n== {name}")
-        started = time.monotonic()
-        yield
-        self.seconds[name] = time.monotonic() - started
-
-
 def run_demo(project: Project) -> None:
     """Build, verify and push the image, delete it, then pull it and run ``hello``.
 
     Print a table of durations and sizes.  Raise ``CheckError`` if the output of ``hello`` is wrong.
     """
-    stopwatch, lifecycle = Stopwatch(project), Lifecycle(project)
+    lifecycle = Lifecycle(project)
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measured(name: str) -> Iterator[None]:
+        project.console.print(f"\n== {name}")
+        started = time.monotonic()
+        yield
+        seconds[name] = time.monotonic() - started
+
     steps: dict[str, Callable[[], object]] = {
         **{stage: partial(lifecycle.make, stage, StageOptions()) for stage in STAGES},
         "verify": lambda: verify(project),
     }
     for name, step in steps.items():
-        with stopwatch.step(name):
+        with measured(name):
             step()
-    sizes = {stage: _size(project, project.ledger.tag(stage)) for stage in STAGES}
-    with stopwatch.step("push"):
+    images = {stage: project.ledger.find(stage) for stage in STAGES}
+    sizes = {stage: human_size(image.size) for stage, image in images.items() if image}
+    with measured("push"):
         (digest,) = push(project).values()
-    with stopwatch.step("pull the pushed image and run hello"):
+    with measured("pull the pushed image and run hello"):
         clean(project)
         _greet(project, f"{project.settings.image.name}@{digest}")
     project.console.print("")
     project.console.table(
         ("step", "time", "size"),
-        [(name, human_time(took), sizes.get(name, "")) for name, took in stopwatch.seconds.items()],
+        [(name, human_time(took), sizes.get(name, "")) for name, took in seconds.items()],
     )
     project.console.result(f"{project.settings.image.name}@{digest}")
-
-
-def _size(project: Project, reference: str) -> str:
-    image = project.engine.image(reference)
-    return human_size(image.size) if image else ""
 
 
 def _greet(project: Project, reference: str) -> None:
@@ -140,14 +130,14 @@ def _greet(project: Project, reference: str) -> None:
         labels=project_labels(project.settings),
         network=network(engine, project.settings),
     )
+
+    def failed(status: int) -> CheckError:
+        return CheckError(f"hello in {reference} failed with status {status}; its output is above")
+
     output = b""
-    for _, data in run_to_end(engine, spec, partial(_failed, reference)):
+    for _, data in run_to_end(engine, spec, failed):
         project.console.stream(data)
         output += data
     engine.untag(reference)
     if GREETING not in output.decode():
         raise CheckError(f"hello in {reference} printed {output!r}, not {GREETING!r}")
-
-
-def _failed(reference: str, status: int) -> CheckError:
-    return CheckError(f"hello in {reference} failed with status {status}; its output is above")

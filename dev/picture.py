@@ -24,9 +24,9 @@ from rich.style import Style
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
+from dev import CHECKOUT
 from guix_tasks.bootstrap.engine import private_engine
 
-CHECKOUT = Path(__file__).parents[1]
 PICTURE = CHECKOUT / "docs" / "images" / "terminal.svg"
 COLUMNS, ROWS = 88, 200
 

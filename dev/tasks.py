@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dev import CHECKOUT
 from guix_tasks.cli.task import long_task, task
 
 if TYPE_CHECKING:
     from guix_tasks.cli.session import Session
-    from guix_tasks.engine.api import Engine
-    from guix_tasks.stages.project import Project
-
-CHECKOUT = Path(__file__).parents[1]
 
 
 @long_task()
@@ -23,9 +19,26 @@ def demo(session: Session) -> None:
     It starts a private engine if there is no engine, and uses only the
     settings of examples/offline/.
     """
-    from dev.demo import print_next_steps, run_demo
+    from dev.demo import ENV_FILE, prepare, print_next_steps, run_demo
+    from guix_tasks.bootstrap.engine import private_engine
+    from guix_tasks.errors import NoEngineError, UsageError
+    from guix_tasks.settings import load_settings
+    from guix_tasks.ui.console import Display
 
-    project = open_demo(session, CHECKOUT)
+    if session.is_dry:
+        raise UsageError("cannot run the demo with --dry; leave --dry out")
+    output = Display(session.output or "auto")
+    session.display(output)
+    try:
+        engine = session.engine({})
+    except NoEngineError:
+        private_engine().up(session.console)
+        engine = session.engine({})
+    # The settings name files that this makes in a fresh checkout.
+    port = prepare(engine, session.console, CHECKOUT)
+    settings = load_settings((CHECKOUT / ENV_FILE).parent, CHECKOUT, {})
+    image = replace(settings.image, registry=f"localhost:{port}")
+    project = session.open(session.use(replace(settings, output=output, image=image)))
     run_demo(project)
     print_next_steps(project)
 
@@ -44,37 +57,4 @@ def test(
     """Run the linters and tests of guix-tasks."""
     from dev.checks import run_checks
 
-    run_checks(CHECKOUT, unit_only=unit, only=only, soak=soak, durations=durations)
-
-
-def open_demo(session: Session, directory: Path) -> Project:
-    """Set up the engine, base image and registry of the offline example, and open its project.
-
-    Settings of the user and of the environment are ignored.
-    """
-    from dev.demo import ENV_FILE, prepare
-    from guix_tasks.errors import UsageError
-    from guix_tasks.settings import load_isolated
-    from guix_tasks.ui.console import Display
-
-    if session.is_dry:
-        raise UsageError("cannot run the demo with --dry; leave --dry out")
-    output = Display(session.output or "auto")
-    session.display(output)
-    # The settings name files that this makes in a fresh checkout.
-    port = prepare(engine_or_private(session), session.console, directory)
-    settings = load_isolated(directory / ENV_FILE)
-    image = replace(settings.image, registry=f"localhost:{port}")
-    return session.open(session.use(replace(settings, output=output, image=image)))
-
-
-def engine_or_private(session: Session) -> Engine:
-    """Return the engine of this machine; start a private one if there is none."""
-    from guix_tasks.bootstrap.engine import private_engine
-    from guix_tasks.errors import NoEngineError
-
-    try:
-        return session.engine({})
-    except NoEngineError:
-        private_engine().up(session.console)
-    return session.engine({})
+    run_checks(unit_only=unit, only=only, soak=soak, durations=durations)

@@ -576,17 +576,6 @@ def load_settings(
     return _settings(sources, environ, project)
 
 
-def load_isolated(env_file: Path) -> Settings:
-    """Read the defaults and one env file, but no environment and no other file.
-
-    The demo uses this so that it never pushes to the image of the user's settings. Relative paths
-    start from the file's directory. Raise ``SettingsError`` with all problems.
-    """
-    sources = Sources(DECLARATIONS, {}, env_file.absolute().parent)
-    sources.add_file(env_file.absolute(), _shown(env_file, Path()))
-    return _settings(sources, {}, env_file.absolute().parent)
-
-
 def _shown(path: Path, cwd: Path) -> str:
     """Return a path for messages, relative to ``cwd`` if possible and without line breaks."""
     text = str(path.relative_to(cwd) if path.is_relative_to(cwd) else path)

@@ -9,7 +9,7 @@ import pytest
 
 from guix_tasks.cli.session import helpers
 from guix_tasks.engine.docker import DockerEngine
-from guix_tasks.settings import load_isolated
+from guix_tasks.settings import load_settings
 from guix_tasks.stages.base import base_spec
 from guix_tasks.stages.container import network
 from guix_tasks.stages.images import CHANNELS_LABEL
@@ -84,7 +84,7 @@ def configs(
 
 
 def commit_images(project: Project, engine: DockerEngine) -> Configs:
-    settings = load_isolated(project.directory / "project.env")
+    settings = load_settings(project.directory, project.directory, {"ENV_FILE": "project.env"})
     opened = EngineProject(settings, engine, Console())
     image = engine.build(base_spec(settings, network(engine, settings)), Console().stream)
     project.image_ids.add(image)
@@ -134,7 +134,8 @@ def test_mount_points_are_in_no_image(
         "outer:/srv/a/b outer:/srv/a/b/inner context:/etc/skel"
     )
     project.write_dockerfile("FROM scratch\n")
-    opened = EngineProject(load_isolated(project.directory / "project.env"), engine, Console())
+    settings = load_settings(project.directory, project.directory, {"ENV_FILE": "project.env"})
+    opened = EngineProject(settings, engine, Console())
     base = opened.ledger.find("base")
     assert base
     stage = replace(CUSTOM, commands=[("touch", "/opt/made")], as_root=True)

@@ -32,7 +32,7 @@ from guix_tasks.commands.push import push
 from guix_tasks.engine import retry
 from guix_tasks.engine.credentials import remote_digest
 from guix_tasks.errors import RegistryError
-from guix_tasks.settings import load_isolated
+from guix_tasks.settings import load_settings
 from guix_tasks.stages.project import Project as EngineProject
 from guix_tasks.stages.transfer import pull
 from guix_tasks.ui.console import Console
@@ -318,7 +318,8 @@ class Rig:
             f"IMAGE={image}\nDOCKER_USERNAME={account.username}\n"
             f"DOCKER_PASSWORD={account.password}\n"
         )
-        return EngineProject(load_isolated(env_file), self.engine, Console(err=self.messages))
+        settings = load_settings(self.directory, self.directory, {"ENV_FILE": env_file.name})
+        return EngineProject(settings, self.engine, Console(err=self.messages))
 
     def create_image(self, project: EngineProject) -> Image:
         """Create an image for the project, with a layer that is in no registry."""

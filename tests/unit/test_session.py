@@ -756,7 +756,7 @@ def test_demo_creates_the_files_of_its_settings(inv: Inv, tmp_path: Path) -> Non
     """These files do not exist in a new checkout."""
     example = tmp_path / "checkout" / dev.demo.ENV_FILE
     example.parent.mkdir(parents=True)
-    example.write_text((Path(dev.tasks.CHECKOUT) / dev.demo.ENV_FILE).read_text())
+    example.write_text((dev.CHECKOUT / dev.demo.ENV_FILE).read_text())
     (tmp_path / "checkout" / "Dockerfile").write_text("FROM base\n")
 
     def prepare(_engine: object, _console: object, directory: Path) -> int:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from guix_tasks.errors import SettingsError
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.reference import ImageReference
-from guix_tasks.settings import DECLARATIONS, Settings, load_isolated, load_settings
+from guix_tasks.settings import Settings, load_settings
 from guix_tasks.settings.values import (
     Driver,
     ImageStore,
@@ -741,31 +741,6 @@ def test_work_containers_get_the_proxies_of_the_settings(
     assert not [name for name in expected if name.endswith("proxy")]
     no_proxy = {"no_proxy": "*", "NO_PROXY": "*"}
     assert environment(load(project, "", {"no_proxy": "*"})) == {**expected, **no_proxy}
-
-
-def test_isolated_settings_are_those_of_one_file(
-    project: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (project / ".env").write_text("IMAGE=example.org/real:1\n")
-    (project / ".env.local").write_text("IMAGE=example.org/real:2\n")
-    for name in DECLARATIONS:
-        monkeypatch.setenv(name, "example.org/real:3")
-    monkeypatch.setenv("ENV_FILE", str(project / ".env"))
-    monkeypatch.setenv("https_proxy", "http://proxy.example:3128")
-    monkeypatch.setenv("FROM_OUTSIDE", "real")
-    file = project / "directory" / "demo.env"
-    file.write_text("TAGS=${FROM_OUTSIDE:-demo}\nGUIX_CHANNELS=../channels.scm\n")
-    settings = load_isolated(file)
-    assert str(settings.image) == "localhost:5055/guix-example:latest"
-    assert settings.tags == ("demo",)
-    assert settings.docker_environment == settings.proxies == {}
-    assert settings.docker_password is None
-    assert settings.dockerfile == project / "directory" / "Dockerfile"
-    assert settings.guix_channels == project / "directory" / "../channels.scm"
-    monkeypatch.chdir(project)
-    assert load_isolated(Path("directory/demo.env")) == settings
-    with pytest.raises(SettingsError, match=r"^nowhere\.env: No such file"):
-        load_isolated(Path("nowhere.env"))
 
 
 # --- Env files ------------------------------------------------------------------------------
