@@ -181,14 +181,13 @@ class Apt:
             ]
         )
 
-    def _apt_get(self, *arguments: str, cwd: Path | None = None) -> str:
+    def _apt_get(self, *arguments: str, cwd: Path | None = None) -> None:
         process = _run(["apt-get", "-qq", "-c", str(self._file("conf")), *arguments], cwd)
         if process.returncode:
             raise self.failure(
                 f"apt-get {arguments[0]} failed for {' '.join(self.suites)}: "
                 f"{error_line(process.stderr)}; check that 'apt-get update' works on this machine"
             )
-        return process.stdout
 
 
 def unpack(debs: Iterable[Path], root: Path, failure: type[GuixTasksError] = EngineError) -> None:

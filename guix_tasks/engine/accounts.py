@@ -95,7 +95,7 @@ class Accounts:
         try:
             directory = docker_config_directory(self.environment)
             return _json_object((directory / "config.json").read_bytes())
-        except (OSError, RuntimeError):
+        except OSError:
             return {}
 
 

@@ -528,13 +528,8 @@ class DockerEngine:
         return self._client(WORK_TIMEOUT, self._api.api_version)
 
     def _client(self, timeout: int, version: str) -> Client:
-        return Client(
-            self.address.url,
-            timeout,
-            self._ssh,
-            tls=self.address.tls or False,
-            version=version,
-        )
+        tls = self.address.tls or False
+        return Client(self.address.url, timeout, self._ssh, tls=tls, version=version)
 
     @contextmanager
     def _engine_errors(self, action: str) -> Iterator[None]:

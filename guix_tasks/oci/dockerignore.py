@@ -140,10 +140,9 @@ def _clean_line(text: str) -> str:
 def _pattern(text: str, line: int) -> Pattern:
     # Cleaned a second time, as upstream does, because the leading slash is gone.
     text = _clean(text.strip(_SPACE))
-    is_exception = text.startswith("!")
     if text == "!":
         raise PatternError(line, "an exclamation mark without a pattern")
-    pattern = Pattern(text.removeprefix("!") if is_exception else text, is_exception, line)
+    pattern = Pattern(text.removeprefix("!"), text.startswith("!"), line)
     if not _WELL_FORMED.fullmatch(pattern.text):
         raise PatternError(line, f"malformed pattern {pattern.text}")
     return pattern

@@ -605,15 +605,7 @@ def _settings(sources: Sources, environ: Mapping[str, str], project: Path) -> Se
                 if not (setting.secret or setting.confidential)
             }
         ),
-        notes=tuple(
-            dict.fromkeys(
-                [
-                    *sources.notes,
-                    *_exposed_secrets(sources.raw, values),
-                    *_ignored_platform(environ, values),
-                ]
-            )
-        ),
+        notes=tuple(dict.fromkeys(_notes(sources, environ, values))),
         origins=MappingProxyType({name: raw.origin for name, raw in sources.raw.items()}),
     )
 
@@ -633,28 +625,26 @@ def _secrets(
         yield account.rpartition("@")[0].partition(":")[2]
 
 
-def _exposed_secrets(raw: Mapping[str, RawValue], values: Mapping[str, Any]) -> list[str]:
-    """Return warnings about valid settings that expose a secret in the image."""
-    notes = [
-        f"{raw['BUILD_ARGS'].origin}: the history of the image shows {name} to everyone who has "
-        "the image; pass a secret in BUILD_SECRETS"
-        for name, text in secrets.secret_arguments(values["BUILD_ARGS"])
-        if text
-    ]
+def _notes(
+    sources: Sources, environ: Mapping[str, str], values: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield warnings about valid settings, above all those that expose a secret in the image."""
+    yield from sources.notes
+    for name, text in secrets.secret_arguments(values["BUILD_ARGS"]):
+        if text:
+            yield (
+                f"{sources.raw['BUILD_ARGS'].origin}: the history of the image shows {name} to "
+                "everyone who has the image; pass a secret in BUILD_SECRETS"
+            )
     if redact.has_account(secrets.channels_text(values["GUIX_CHANNELS"])):
-        notes.append(
-            f"{raw['GUIX_CHANNELS'].origin}: a URL contains a user or a password, which Guix "
-            "stores in the image, and which the labels of the image and the lock file repeat; use "
-            "GUIX_CHANNEL_CREDENTIALS, which is stored in none of the three"
+        yield (
+            f"{sources.raw['GUIX_CHANNELS'].origin}: a URL contains a user or a password, which "
+            "Guix stores in the image, and which the labels of the image and the lock file repeat; "
+            "use GUIX_CHANNEL_CREDENTIALS, which is stored in none of the three"
         )
-    return notes
-
-
-def _ignored_platform(environ: Mapping[str, str], values: Mapping[str, Any]) -> list[str]:
     name = "DOCKER_DEFAULT_PLATFORM"
-    if not environ.get(name) or values["PLATFORMS"]:
-        return []
-    return [f"environment: {name} is ignored, and PLATFORMS is not set: using that of the engine"]
+    if environ.get(name) and not values["PLATFORMS"]:
+        yield f"environment: {name} is ignored, and PLATFORMS is not set: using that of the engine"
 
 
 def _check_together(sources: Sources, values: Mapping[str, Any]) -> None:
