@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from guix_tasks.engine.accounts import Accounts, Credentials
     from guix_tasks.errors import NoEngineError
 
+UNFINISHED_LABEL = "org.guix-tasks.unfinished"
+"""Label of an image that Podman has committed, and that has no configuration yet."""
+
 
 @dataclass(frozen=True)
 class EngineInfo:
@@ -63,6 +66,10 @@ class EngineInfo:
         return f"{self.product} {self.version}{', rootless' if self.is_rootless else ''}"
 
     @property
+    def is_podman(self) -> bool:
+        return self.product == "Podman"
+
+    @property
     def is_rootless(self) -> bool:
         """True if the engine runs with the rights of a user other than root."""
         return "rootless" in self.security
@@ -79,7 +86,7 @@ class EngineInfo:
         Rootless Docker runs in a network namespace of its own (rootlesskit), Docker Desktop in a
         virtual machine.  Both have a local socket.
         """
-        is_apart = self.is_rootless and self.product == "Docker"
+        is_apart = self.is_rootless and not self.is_podman
         return self.is_local and not is_apart and self.name != "docker-desktop"
 
 

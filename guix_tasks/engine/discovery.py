@@ -13,7 +13,6 @@ import docker.context
 import docker.errors
 import docker.utils
 
-from guix_tasks.engine import podman_api
 from guix_tasks.errors import EngineError, NoEngineError
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def find_engine(environment: Mapping[str, str], private_socket: Path) -> Address
     for socket, origin in ((DEFAULT_SOCKET, "default socket"), (private_socket, "private engine")):
         if socket.is_socket():
             return Address(f"unix://{socket}", origin)
-    podman = next((socket for socket in podman_api.sockets() if socket.is_socket()), None)
+    podman = next((socket for socket in podman_sockets() if socket.is_socket()), None)
     raise NoEngineError(
         "no Docker Engine on this machine: DOCKER_HOST is not set, no Docker context is selected, "
         f"{DEFAULT_SOCKET} does not exist; install Docker, or run `inv engine.up` for a private "
@@ -82,6 +81,12 @@ def _context(environment: Mapping[str, str]) -> Address | None:
         return None
     url = str(arguments.get("base_url", ""))
     return Address(url, f"context {context.Name}", arguments.get("tls"), context.Name)
+
+
+def podman_sockets() -> list[Path]:
+    """Return the sockets of ``podman.socket``: the user's, then root's."""
+    user = os.environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}"
+    return [Path(directory, "podman/podman.sock") for directory in (user, "/run")]
 
 
 @contextmanager

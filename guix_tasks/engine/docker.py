@@ -24,7 +24,7 @@ import docker.types
 import requests
 import urllib3.exceptions
 
-from guix_tasks.engine import diagnose, podman_api, retry
+from guix_tasks.engine import diagnose, retry
 from guix_tasks.engine.accounts import HUB, docker_key
 from guix_tasks.engine.api import Container, EngineInfo, Image, Layer
 from guix_tasks.engine.build_context import context_archive, linked_context
@@ -160,7 +160,8 @@ class DockerEngine:
     def is_podman(self) -> bool:
         """True if a Podman service answers at the address."""
         with self._engine_errors("report its version"):
-            return podman_api.is_podman(self._api.version())
+            components = self._api.version().get("Components") or ()
+            return any(str(part.get("Name", "")).startswith("Podman") for part in components)
 
     def image(self, reference: str) -> Image | None:
         with self._engine_errors(f"inspect the image {reference}"):

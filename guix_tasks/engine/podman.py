@@ -1,16 +1,25 @@
-"""Implementation of the ``Engine`` protocol for Podman, with its Docker-compatible API."""
+"""Implementation of the ``Engine`` protocol for Podman, with its Docker-compatible API.
+
+Podman's commit takes no configuration, adds variables to the environment and the container's
+labels to the image, and cannot remove either. The configuration is therefore set in a second
+step: an archive with the same layers and another configuration is loaded. The archive contains
+no layer data, because Podman reads only layers that it does not have.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from guix_tasks.engine import podman_api
+from guix_tasks.engine.api import UNFINISHED_LABEL
 from guix_tasks.engine.docker import DockerEngine, Helpers, seccomp_profile
 from guix_tasks.errors import REFUSED, BuilderError, EngineError
 from guix_tasks.oci.reference import ImageReference, is_loopback
+from guix_tasks.oci.tar import archive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +44,7 @@ class PodmanEngine(DockerEngine):
     Each method works around one difference between Podman's API and Docker's.
     """
 
-    product = podman_api.NAME
+    product = "Podman"
 
     def _has_bridge(self, info: Mapping[str, Any]) -> bool:  # noqa: ARG002
         # Podman's default network may have any name.
@@ -53,7 +62,7 @@ class PodmanEngine(DockerEngine):
             config={**image.config, **({"Healthcheck": check} if check else {})},
             # Podman reports a digest even for an image that no registry has.
             digests=(),
-            tags=tuple(map(podman_api.familiar_name, image.tags)),
+            tags=tuple(map(familiar_name, image.tags)),
         )
 
     def _libpod_image(self, image: str) -> dict[str, Any]:
@@ -81,14 +90,13 @@ class PodmanEngine(DockerEngine):
         return [*spec.security, *(["unmask=ALL"] if spec.unmasked else [])]
 
     def commit(self, container: str, config: Mapping[str, Any], comment: str = "") -> str:  # noqa: ARG002
-        # A commit takes no configuration; ``podman_api`` describes this second step.  Podman's OCI
-        # images have no comments.
+        # Podman's OCI images have no comments.
         with self._engine_errors("commit a container"):
-            changes = [f"LABEL {podman_api.UNFINISHED_LABEL}=yes"]
+            changes = [f"LABEL {UNFINISHED_LABEL}=yes"]
             unfinished = self._work_api.commit(container, changes=changes)["Id"]
             try:
-                image, archive = podman_api.configured_image(self._libpod_image(unfinished), config)
-                events = self._work_api.load_image(archive)  # type: ignore[no-untyped-call]
+                image, copy = configured_image(self._libpod_image(unfinished), config)
+                events = self._work_api.load_image(copy)  # type: ignore[no-untyped-call]
                 deque(events, maxlen=0)
             finally:
                 self._work_api.remove_image(unfinished)
@@ -111,3 +119,59 @@ class PodmanEngine(DockerEngine):
             yield
         finally:
             self._work_api.params = {}
+
+
+_DOCKER = "application/vnd.docker."
+_MANIFEST = f"{_DOCKER}distribution.manifest.v2+json"
+"""Docker's image format; OCI's has no health check."""
+
+
+def familiar_name(name: str) -> str:
+    """Return an image name without Docker Hub's prefixes, as Docker prints it."""
+    return name.removeprefix("docker.io/").removeprefix("library/")
+
+
+def configured_image(inspected: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, bytes]:
+    """Return the ID and the archive of a copy of an image with another configuration.
+
+    ``inspected`` is the libpod API's description of the image. The copy has the same layers and
+    history. The archive can be loaded only by an engine that has the layers.
+    """
+    layers = inspected["RootFS"]["Layers"]
+    image = _json(
+        {
+            **{name.lower(): inspected[name] for name in ("Architecture", "Os", "Created")},
+            "config": dict(config),
+            "history": inspected.get("History") or [],
+            "rootfs": {"type": "layers", "diff_ids": layers},
+        }
+    )
+    kind = f"{_DOCKER}image.rootfs.diff.tar"
+    manifest = _json(
+        {
+            "schemaVersion": 2,
+            "mediaType": _MANIFEST,
+            "config": _descriptor(f"{_DOCKER}container.image.v1+json", image),
+            # Podman reads neither the layers nor their sizes.
+            "layers": [{"mediaType": kind, "size": 1, "digest": digest} for digest in layers],
+        }
+    )
+    index = _json({"schemaVersion": 2, "manifests": [_descriptor(_MANIFEST, manifest)]})
+    files = {
+        "oci-layout": _json({"imageLayoutVersion": "1.0.0"}),
+        "index.json": index,
+        **{f"blobs/sha256/{_sha256(blob)}": blob for blob in (image, manifest)},
+    }
+    return f"sha256:{_sha256(image)}", archive(files)
+
+
+def _descriptor(kind: str, blob: bytes) -> dict[str, Any]:
+    return {"mediaType": kind, "size": len(blob), "digest": f"sha256:{_sha256(blob)}"}
+
+
+def _json(content: object) -> bytes:
+    return json.dumps(content).encode()
+
+
+def _sha256(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()

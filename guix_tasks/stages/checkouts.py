@@ -16,7 +16,6 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from guix_tasks.engine import podman_api
 from guix_tasks.errors import GuixTasksError
 from guix_tasks.stages.container import (
     WORK_DIRECTORY,
@@ -121,7 +120,7 @@ def _names(project: Project) -> tuple[str, str] | None:
     Podman fills a volume from an image only when a container starts, and this image has no program.
     """
     settings = project.settings
-    if project.engine.info().product == podman_api.NAME:
+    if project.engine.info().is_podman:
         return None
     volumes = [name for name in cache_volumes(settings) if not name.endswith("-substitutes")]
     if settings.cache_image is None or not volumes:

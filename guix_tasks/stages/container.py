@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from guix_tasks import guix
-from guix_tasks.engine import podman_api
 from guix_tasks.engine.api import ContainerSpec
 from guix_tasks.errors import REFUSED, EngineError, StageError, UsageError
 from guix_tasks.files import file_digest, read_file, text_digest, tree_digest
@@ -597,7 +596,7 @@ def _spec(engine: Engine, settings: Settings, image: str, work: Work) -> Contain
     parent = engine.image(image)
     config = parent.config if parent else {}
     privileges = _Privileges() if work.unprivileged else _PRIVILEGES[settings.guix_sandbox]
-    if privileges.user and engine.info().product == podman_api.NAME:
+    if privileges.user and engine.info().is_podman:
         # Files of other users would become root's in the image.
         raise EngineError(
             f"{REFUSED} give Guix's directories to a user other than root: Podman does not report "

@@ -17,7 +17,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from guix_tasks.engine import podman_api
+from guix_tasks.engine.api import UNFINISHED_LABEL
 from guix_tasks.errors import FEWER_LAYERS, UsageError
 from guix_tasks.files import text_digest
 
@@ -170,7 +170,7 @@ def shared_layers(image: Image, other: Image) -> int:
 def check_layers(engine: Engine, image: Image, more: int = 1) -> None:
     """Raise ``UsageError`` if the engine cannot commit ``more`` layers on an image."""
     info, layers = engine.info(), len(image.layers)
-    is_limited = info.product != podman_api.NAME and not info.uses_containerd
+    is_limited = not info.is_podman and not info.uses_containerd
     if is_limited and layers + more > LAYERS_MAX:
         raise UsageError(
             f"the image has {layers} layers, and {more} more would exceed the {LAYERS_MAX} of this "
@@ -263,7 +263,7 @@ class Ledger:
                 if image and proven_stage(image):
                     self.engine.drop(image.id)
             left = found
-        unfinished = {CONTAINER_LABEL: name, podman_api.UNFINISHED_LABEL: "yes"}
+        unfinished = {CONTAINER_LABEL: name, UNFINISHED_LABEL: "yes"}
         for image_id in self.engine.unnamed(unfinished):
             self.engine.drop(image_id)
 

@@ -28,8 +28,8 @@ from isolated_host import copy_image
 from podman_service import PodmanService, run_podman
 from recording_registry import run_registry
 
+from guix_tasks.engine.api import UNFINISHED_LABEL
 from guix_tasks.engine.discovery import DEFAULT_SOCKET
-from guix_tasks.engine.podman_api import UNFINISHED_LABEL
 from guix_tasks.stages.container import PROJECT_LABEL
 from guix_tasks.stages.images import PACKAGES_LABEL, STAGES
 

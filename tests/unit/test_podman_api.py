@@ -6,11 +6,13 @@ import hashlib
 import io
 import json
 import tarfile
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from guix_tasks.engine import podman_api
+from guix_tasks.engine import discovery, podman
+from guix_tasks.engine.docker import DockerEngine
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,11 +41,13 @@ CONFIG = {"Env": ["A=b"], "Healthcheck": {"Test": ["CMD", "true"]}, "Labels": {"
     ],
 )
 def test_podman_is_distinguished_from_docker(version: dict[str, Any], expected: bool) -> None:
-    assert podman_api.is_podman(version) is expected
+    engine = DockerEngine(discovery.Address("unix:///none", "test"))
+    engine.__dict__["_api"] = SimpleNamespace(version=lambda: version)
+    assert engine.is_podman is expected
 
 
 def test_configuration_is_an_archive_without_layers() -> None:
-    identity, archive = podman_api.configured_image(PODMAN_IMAGE, CONFIG)
+    identity, archive = podman.configured_image(PODMAN_IMAGE, CONFIG)
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         files = {name: _read(tar, name) for name in tar.getnames()}
     assert len(files) == 4
@@ -84,13 +88,13 @@ def _blob(files: dict[str, bytes], descriptor: dict[str, Any]) -> Any:
     ],
 )
 def test_names_are_those_of_docker(name: str, expected: str) -> None:
-    assert podman_api.familiar_name(name) == expected
+    assert podman.familiar_name(name) == expected
 
 
 def test_sockets_are_those_of_user_and_system(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    user_socket, system_socket = podman_api.sockets()
+    user_socket, system_socket = discovery.podman_sockets()
     assert user_socket == tmp_path / "podman" / "podman.sock"
     assert str(system_socket) == "/run/podman/podman.sock"

@@ -13,9 +13,8 @@ from fake_engine import BASE_IMAGE, COMMITS, IMAGE, BufferConsole, Site, console
 from guix_tasks.commands import commit, run
 from guix_tasks.commands.clean import clean
 from guix_tasks.commands.status import STATUS_HEADER, show_status, status_rows, tag_statuses
-from guix_tasks.engine.api import ContainerSpec
+from guix_tasks.engine.api import UNFINISHED_LABEL, ContainerSpec
 from guix_tasks.engine.dry_run import TracedEngine
-from guix_tasks.engine.podman_api import UNFINISHED_LABEL
 from guix_tasks.errors import UsageError
 from guix_tasks.stages.container import PROJECT_LABEL
 from guix_tasks.stages.images import CONTAINER_LABEL, PREVIOUS, STAGES

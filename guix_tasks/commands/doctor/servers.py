@@ -14,7 +14,6 @@ from urllib.parse import unquote, urlsplit
 
 from guix_tasks import guix
 from guix_tasks.commands.doctor.finding import Finding, failed, from_error, note, ok
-from guix_tasks.engine import podman_api
 from guix_tasks.engine.credentials import credentials_for, remote_digest
 from guix_tasks.errors import UsageError
 from guix_tasks.files import read_text
@@ -48,7 +47,7 @@ def check_base_image(project: Project) -> Finding:
     if project.ledger.find("base"):
         # BuildKit does not store the image of a FROM line on the engine.
         return note(f"{reference} is unavailable; the existing base stage can still be used")
-    if engine.info().product == podman_api.NAME:
+    if engine.info().is_podman:
         return note(
             f"{reference} is not on the engine, and Podman cannot query its registry",
             f"`podman pull {reference}` shows whether it can be pulled",
