@@ -29,7 +29,7 @@ from guix_tasks.buildkit.builder import (
     needed_syntax,
 )
 from guix_tasks.buildkit.buildx import Builder, csv_field, with_accounts
-from guix_tasks.engine.credentials import accounts_for, credentials_for, remote_digest
+from guix_tasks.engine.accounts import accounts_for, credentials_for, remote_digest
 from guix_tasks.engine.retry import TRIES, retry_call
 from guix_tasks.errors import BuilderError, StageError, UsageError
 from guix_tasks.files import cache_home, check_writable, temporary_directory, text_digest

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from guix_tasks.buildkit.bakefile import ENVIRONMENT, WORK
-from guix_tasks.engine.credentials import remote_digest
+from guix_tasks.engine.accounts import remote_digest
 from guix_tasks.errors import BuilderError, UsageError
 from guix_tasks.files import read_file
 from guix_tasks.oci.reference import quoted

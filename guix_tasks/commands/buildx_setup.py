@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from guix_tasks.buildkit import buildx as command
 from guix_tasks.buildkit.builder import builder_name, find_builder, has_platform, needed_syntax
-from guix_tasks.engine.credentials import accounts_for
+from guix_tasks.engine.accounts import accounts_for
 from guix_tasks.engine.diagnose import EMULATE, INSECURE_REFUSED, UNKNOWN_FLAG
 from guix_tasks.errors import BuilderError, GuixTasksError
 from guix_tasks.settings.values import Driver, Node

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from guix_tasks.buildkit.buildx import with_accounts
-from guix_tasks.engine.credentials import accounts_for
+from guix_tasks.engine.accounts import accounts_for
 from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import BuilderError, RegistryError, UsageError
 from guix_tasks.oci.reference import ImageReference

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from guix_tasks import guix
-from guix_tasks.engine.credentials import remote_digest
+from guix_tasks.engine.accounts import remote_digest
 from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import RegistryError, UsageError
 from guix_tasks.files import check_writable

@@ -1,4 +1,4 @@
-"""Accounts of registries, read from Docker's configuration.
+"""Accounts of registries: those of a project's settings and of Docker's configuration.
 
 An account is looked up by the host of its registry and sent to no other registry.
 """
@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import subprocess
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import docker.auth
 
-from guix_tasks.errors import RegistryError
+from guix_tasks.errors import NoEngineError, RegistryError
 from guix_tasks.files import user_home
+from guix_tasks.oci.reference import ImageReference
 from guix_tasks.ui import redact
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from guix_tasks.engine.api import Engine
+    from guix_tasks.settings import Settings
 
 HUB = docker.auth.INDEX_NAME
 
@@ -97,6 +102,40 @@ class Accounts:
             return _json_object((directory / "config.json").read_bytes())
         except OSError:
             return {}
+
+
+def accounts_for(engine: Engine, settings: Settings) -> Accounts:
+    """Return the accounts of a project.
+
+    Accounts of local registries started by ``registry.up`` come first, because each of them has
+    only one account. The account of the settings is used only for the registry of ``IMAGE``. Then
+    come ``DOCKER_AUTH_CONFIG`` and Docker's config.json with its credential helpers.
+    """
+    accounts = docker_accounts({**os.environ, **settings.docker_environment})
+    given = dict(accounts.given)
+    if settings.docker_username and settings.docker_password:
+        given[settings.image.registry] = Credentials(
+            settings.docker_username.reveal(), settings.docker_password.reveal()
+        )
+    with suppress(NoEngineError):  # there are no local registries without an engine
+        given |= engine.local_accounts()
+    return replace(accounts, given=given)
+
+
+def credentials_for(engine: Engine, settings: Settings, reference: str) -> Credentials | None:
+    """Return the account for the registry of an image reference, or None.
+
+    Raise ``RegistryError`` if the credential helper of Docker's configuration fails.
+    """
+    return accounts_for(engine, settings).find(ImageReference.parse(reference).registry)
+
+
+def remote_digest(engine: Engine, settings: Settings, reference: str) -> str | None:
+    """Return the digest of a reference in its registry, or None if it is unknown."""
+    try:
+        return engine.remote_digest(reference, credentials_for(engine, settings, reference))
+    except RegistryError:
+        return None
 
 
 def docker_accounts(environment: Mapping[str, str]) -> Accounts:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from guix_tasks.engine.accounts import remote_digest
 from guix_tasks.engine.api import BuildSpec
 from guix_tasks.engine.build_context import context_digest, context_entries
-from guix_tasks.engine.credentials import remote_digest
 from guix_tasks.errors import UsageError
 from guix_tasks.files import file_digest, text_digest, tree_digest
 from guix_tasks.oci.labels import BASE_DIGEST, BASE_NAME

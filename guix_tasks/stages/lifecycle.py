@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from guix_tasks.engine.credentials import accounts_for
+from guix_tasks.engine.accounts import accounts_for
 from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import BuilderError, EngineError, GuixTasksError, UsageError
 from guix_tasks.stages.base import (

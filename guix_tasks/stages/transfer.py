@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
-from guix_tasks.engine.credentials import credentials_for
+from guix_tasks.engine.accounts import credentials_for
 from guix_tasks.engine.retry import retry_call
 from guix_tasks.ui.format import human_size, human_time
 

@@ -30,7 +30,7 @@ from parallel import OTHER_STORE
 
 from guix_tasks.commands.push import push
 from guix_tasks.engine import retry
-from guix_tasks.engine.credentials import remote_digest
+from guix_tasks.engine.accounts import remote_digest
 from guix_tasks.errors import RegistryError
 from guix_tasks.settings import load_settings
 from guix_tasks.stages.project import Project as EngineProject

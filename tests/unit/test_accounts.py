@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from guix_tasks.bootstrap.registry import Account, accounts
-from guix_tasks.engine.accounts import Accounts, Credentials, auth_config, docker_accounts
+from guix_tasks.engine.accounts import (
+    Accounts,
+    Credentials,
+    accounts_for,
+    auth_config,
+    credentials_for,
+    docker_accounts,
+    remote_digest,
+)
 from guix_tasks.engine.api import NoEngine
-from guix_tasks.engine.credentials import accounts_for, credentials_for, remote_digest
 from guix_tasks.errors import NoEngineError, RegistryError
 from guix_tasks.ui.redact import clean
 

@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 from guix_tasks import guix
 from guix_tasks.commands.doctor.finding import Finding, failed, from_error, note, ok
-from guix_tasks.engine.credentials import credentials_for, remote_digest
+from guix_tasks.engine.accounts import credentials_for, remote_digest
 from guix_tasks.errors import UsageError
 from guix_tasks.files import read_text
 from guix_tasks.settings.parsers import channel_credentials
