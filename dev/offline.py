@@ -9,8 +9,6 @@ import hashlib
 import os
 import secrets
 import shutil
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from guix_tasks import files
@@ -21,6 +19,8 @@ from guix_tasks.errors import BuilderError
 from guix_tasks.ui.log import LogReader
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from guix_tasks.engine.api import Engine
     from guix_tasks.ui.console import Console
 
@@ -47,13 +47,12 @@ def make_material(engine: Engine, console: Console, image: str, directory: Path)
     cache = files.cache_home() / "offline"
     shutil.rmtree(cache, ignore_errors=True)
     cache.mkdir(parents=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        # Packages of the image need not be downloaded.
-        status = Path(scratch) / "status"
-        status.write_bytes(_run(engine, console, image, ("cat", "/var/lib/dpkg/status")))
-        apt = Apt([SUITE], status=status, failure=BuilderError)
-        apt.update()
-        apt.install_set(PACKAGES, cache / "debs")
+    # Packages of the image need not be downloaded.
+    status = cache / "status"
+    status.write_bytes(_run(engine, console, image, ("cat", "/var/lib/dpkg/status")))
+    apt = Apt([SUITE], status=status, failure=BuilderError)
+    apt.update()
+    apt.install_set(PACKAGES, cache / "debs")
     out = directory / "out"
     out.mkdir(exist_ok=True)
     for stale in (mark, directory / "channels.lock.scm"):
