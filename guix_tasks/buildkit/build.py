@@ -504,11 +504,10 @@ class _Build:
             f"--metadata-file={metadata}", "--progress=plain", target,
         )  # fmt: skip
         limit = self._settings.stage_timeout
-        total = limit * max(1, len(definition.stages)) if limit else None
-        started = time.monotonic()
+        deadline = time.monotonic() + limit * max(1, len(definition.stages)) if limit else None
 
         def attempt() -> None:
-            remaining = total - (time.monotonic() - started) if total else None
+            remaining = deadline - time.monotonic() if deadline else None
             if remaining is not None and remaining <= 0:
                 raise TimeoutError
             faults = StepFaults(self._settings)
