@@ -60,7 +60,7 @@ def context_entries(context: Path, dockerfile: Path) -> list[Entry]:
     file = ignore_file(context, dockerfile)
     try:
         matcher = Matcher(read_patterns(file.read_bytes()) if file else ())
-        return _Walker(context, matcher).entries()
+        return _walk(context, matcher)
     except PatternError as error:
         raise UsageError(f"{file}:{error.line}: {error.reason}; correct this line") from None
     except OSError as error:
@@ -219,57 +219,55 @@ def _unreadable(error: OSError) -> UsageError:
 # --- Walking --------------------------------------------------------------------------------
 
 
-class _Walker:
-    """Walk of a context in BuildKit's order."""
-
-    def __init__(self, context: Path, matcher: Matcher) -> None:
-        self._context = Path(os.path.realpath(context))
-        self._matcher = matcher
-        self._first_names: dict[tuple[int, int], str] = {}
-
-    def entries(self) -> list[Entry]:
-        """Return the entries that are not ignored, and the directories that contain them."""
-        entries: list[Entry] = []
-        ignored_directories: set[str] = set()
-        stack: list[tuple[str, Matches | None]] = [(name, None) for name in _names(self._context)]
-        while stack:
-            name, parent = stack.pop()
-            ignored, matches = self._matcher.ignores_below(name, parent)
-            path = self._context / name
-            try:
-                status = path.lstat()
-                is_directory = stat.S_ISDIR(status.st_mode)
-                if ignored and (not is_directory or self._matcher.skips(name)):
-                    continue
-                entries.append(self._entry(name, path, status))
-                if ignored:
-                    ignored_directories.add(name)
-                if is_directory:
-                    stack += [(f"{name}/{child}", matches) for child in _names(path)]
-            except FileNotFoundError:  # deleted during the walk
+def _walk(context: Path, matcher: Matcher) -> list[Entry]:
+    """Return the entries that are not ignored and their directories, in BuildKit's order."""
+    root = Path(os.path.realpath(context))
+    entries: list[Entry] = []
+    ignored_directories: set[str] = set()
+    first_names: dict[tuple[int, int], str] = {}
+    stack: list[tuple[str, Matches | None]] = [(name, None) for name in _names(root)]
+    while stack:
+        name, parent = stack.pop()
+        ignored, matches = matcher.ignores_below(name, parent)
+        path = root / name
+        try:
+            status = path.lstat()
+            is_directory = stat.S_ISDIR(status.st_mode)
+            if ignored and (not is_directory or matcher.skips(name)):
                 continue
-            except PermissionError:
-                if not ignored:
-                    raise
-        return _without_empty(entries, lambda entry: entry.name in ignored_directories)
+            first_name = first_names.setdefault((status.st_dev, status.st_ino), name)
+            entries.append(_entry(matcher, name, path, status, first_name))
+            if ignored:
+                ignored_directories.add(name)
+            if is_directory:
+                stack += [(f"{name}/{child}", matches) for child in _names(path)]
+        except FileNotFoundError:  # deleted during the walk
+            continue
+        except PermissionError:
+            if not ignored:
+                raise
+    return _without_empty(entries, lambda entry: entry.name in ignored_directories)
 
-    def _entry(self, name: str, path: Path, status: os.stat_result) -> Entry:
-        mode = status.st_mode
-        if stat.S_ISLNK(mode):
-            target = os.readlink(path)  # noqa: PTH115 -- a Path would normalize a/./b
-            return Entry(name, path, stat.S_IFLNK | 0o777, target=target)
-        if stat.S_ISSOCK(mode):
-            # BuildKit's archive cannot have a socket, so it has an empty file.
-            return Entry(name, path, stat.S_IFREG | stat.S_IMODE(mode), is_emptied=True)
-        if not stat.S_ISREG(mode):
-            return Entry(name, path, mode, device=0 if stat.S_ISDIR(mode) else status.st_rdev)
-        first = self._first_names.setdefault((status.st_dev, status.st_ino), name)
-        if first != name:
-            return Entry(name, path, mode, first)
-        # BuildKit matches a file twice, when it lists it and when it reads it, with different
-        # results if a pattern follows an exception.
-        emptied = bool(self._matcher.exceptions) and self._matcher.ignores(name)
-        return Entry(name, path, mode, is_emptied=emptied)
+
+def _entry(
+    matcher: Matcher, name: str, path: Path, status: os.stat_result, first_name: str
+) -> Entry:
+    """Return an entry; ``first_name`` is the first name of a file with several hard links."""
+    mode = status.st_mode
+    if stat.S_ISLNK(mode):
+        target = os.readlink(path)  # noqa: PTH115 -- a Path would normalize a/./b
+        return Entry(name, path, stat.S_IFLNK | 0o777, target=target)
+    if stat.S_ISSOCK(mode):
+        # BuildKit's archive cannot have a socket, so it has an empty file.
+        return Entry(name, path, stat.S_IFREG | stat.S_IMODE(mode), is_emptied=True)
+    if not stat.S_ISREG(mode):
+        return Entry(name, path, mode, device=0 if stat.S_ISDIR(mode) else status.st_rdev)
+    if first_name != name:
+        return Entry(name, path, mode, first_name)
+    # BuildKit matches a file twice, when it lists it and when it reads it, with different
+    # results if a pattern follows an exception.
+    emptied = bool(matcher.exceptions) and matcher.ignores(name)
+    return Entry(name, path, mode, is_emptied=emptied)
 
 
 def _names(directory: Path) -> list[str]:
