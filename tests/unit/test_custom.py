@@ -294,6 +294,18 @@ def test_push_rejects_a_stale_custom_stage(built_site: CustomSite) -> None:
         push(built_site.project())
 
 
+def test_push_without_a_custom_stage_prints_a_warning(site: CustomSite) -> None:
+    site.make("deps")
+    project = site.project()
+    push(project)
+    warning = f"{IMAGE} is pushed without checked, which has no image; run `inv checked push`"
+    assert warning in console_text(project)
+    site.make("checked")
+    project = site.project()
+    push(project)
+    assert "is pushed without" not in console_text(project)
+
+
 def test_image_of_a_removed_stage_is_pushed_with_a_warning(built_site: CustomSite) -> None:
     built_site.stages = (DEPS,)
     project = built_site.project()
