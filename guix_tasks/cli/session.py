@@ -196,10 +196,10 @@ class Session:
             selected = {"DOCKER_CONTEXT": info.context, "DOCKER_HOST": ""}
         return [str(program)], {**environment, **selected}
 
-    def skips(self, task: str) -> bool:
+    def skips(self, task: str, *options: str) -> bool:
         """Return True in a dry run, and print the task; for tasks without calls of an engine."""
         if self.is_dry:
-            self.console.command(("inv", task))
+            self.console.command(("inv", task, *options))
         return self.is_dry
 
 

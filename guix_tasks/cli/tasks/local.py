@@ -45,7 +45,7 @@ def registry_up(session: Session, port: int = 5055) -> None:
     from guix_tasks.bootstrap.registry import registry_for
 
     project = session.project()
-    if not session.skips("registry.up"):
+    if not session.skips("registry.up", f"--port={port}"):
         registry_for(project.engine, port).up(project.console)
 
 
@@ -58,7 +58,7 @@ def registry_down(session: Session, port: int = 5055) -> None:
     from guix_tasks.bootstrap.registry import registry_for
 
     project = session.project()
-    if not session.skips("registry.down"):
+    if not session.skips("registry.down", f"--port={port}"):
         registry_for(project.engine, port).down(project.console)
 
 
