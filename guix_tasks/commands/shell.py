@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,9 @@ _TRACES = (
     "/var/guix/temproots", "/root/.bash_history", "/root/.cache", "/run", "/etc/hosts",
 )  # fmt: skip
 """Files that the daemon, the shell or the engine writes if nothing is done in a container."""
+
+_TRIES, _PAUSE = 20, 0.1
+"""Number of looks at a container until it counts as detached, and seconds between them."""
 
 
 def shell(project: Project, docker: Sequence[str], environment: dict[str, str], *,
@@ -82,7 +86,12 @@ def _is_unchanged(project: Project, container: str, before: Sequence[str]) -> bo
 
     ``before`` are the changes before its start.
     """
-    if any(kept.running for kept in kept_containers(project.engine, project.settings)):
+    # The engine's list of containers is a moment late.
+    for _ in range(_TRIES):
+        if not any(kept.running for kept in kept_containers(project.engine, project.settings)):
+            break
+        time.sleep(_PAUSE)
+    else:
         return False
     paths = {PurePosixPath(path) for path in project.engine.changed_paths(container)}
     # If the entry point was killed, its files stay and count as changes.
