@@ -11,7 +11,7 @@ from guix_tasks.engine.retry import retry_call
 from guix_tasks.errors import RegistryError, UsageError
 from guix_tasks.files import check_writable
 from guix_tasks.stages.container import uncommitted
-from guix_tasks.stages.images import CHANNELS_LABEL, HAND_MADE, SQUASH, STAGES, proven_stage
+from guix_tasks.stages.images import CHANNELS_LABEL, HAND_MADE, SQUASH, proven_stage
 from guix_tasks.stages.lifecycle import Lifecycle
 from guix_tasks.stages.push_records import Pushed, save
 from guix_tasks.stages.transfer import push_once
@@ -40,11 +40,12 @@ def push(project: Project, stage: str | None = None) -> dict[str, str]:
             f"{ledger.image} was not built by a stage of this project; pushing it without an "
             "up-to-date check"
         )
-    missing = [] if stage else [name for name in ledger.stages if not ledger.find(name)]
-    if custom := [name for name in missing if name not in STAGES]:
+    custom = [custom_stage.name for custom_stage in project.custom_stages]
+    missing = [] if stage else [name for name in custom if not ledger.find(name)]
+    if missing:
         project.console.warn(
-            f"{ledger.image} is pushed without {', '.join(custom)}, which has no image; "
-            f"run `inv {' '.join(custom)} push` to include it"
+            f"{ledger.image} is pushed without {', '.join(missing)}, which has no image; "
+            f"run `inv {' '.join(missing)} push` to include it"
         )
     if warning := uncommitted(engine, project.settings):
         project.console.warn(warning)

@@ -455,6 +455,10 @@ class Settings:
         """Return one copy of the settings per platform, since an engine builds one at a time."""
         return [replace(self, platforms=(platform,)) for platform in self.platforms] or [self]
 
+    def shown(self, path: Path) -> str:
+        """Return a path for messages, relative to the project's directory if it is inside."""
+        return _shown(path, self.directory)
+
     def origin(self, name: str) -> str:
         """Return the start of an error about a setting: ``.env:3: IMAGE``, ``option --image``."""
         return self.origins.get(name, f"default: {name}")

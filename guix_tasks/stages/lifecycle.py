@@ -69,7 +69,7 @@ from guix_tasks.stages.transfer import pull, push
 from guix_tasks.stages.volumes import check_volumes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from guix_tasks.engine.api import Image
     from guix_tasks.settings import Settings
@@ -216,15 +216,7 @@ class Lifecycle:
             return stale(key, parent.reason, parent.stale_stage)
         if image is None or key is None:
             return State(name, image, key)
-        recorded = inputs_of(image)
-        changed = {
-            input_name
-            for input_name in recorded.keys() | inputs.keys()
-            if recorded.get(input_name) != inputs.get(input_name)
-        }
-        # A manifest that is added or removed also changes the command.
-        if "manifest.scm" in recorded.keys() ^ inputs.keys():
-            changed -= {"command", "profile.scm"}
+        changed = _changed_inputs(inputs_of(image), inputs)
         names = {_input_name(self._settings, name, input_name) for input_name in changed}
         reason = f"{', '.join(sorted(names))} changed" if names else ""
         # A parent that was made again has the same key.
@@ -509,6 +501,16 @@ def make_each(project: Project, name: str, options: StageOptions) -> None:
         options = replace(options, update=False, newest=False)
 
 
+def _changed_inputs(recorded: Mapping[str, str], current: Mapping[str, str]) -> set[str]:
+    """Return the names of the inputs that differ, without those that differ because of others."""
+    names = recorded.keys() | current.keys()
+    changed = {name for name in names if recorded.get(name) != current.get(name)}
+    # A manifest that is added or removed also changes the command.
+    if "manifest.scm" in recorded.keys() ^ current.keys():
+        changed -= {"command", "profile.scm"}
+    return changed
+
+
 def _input_name(settings: Settings, stage: str, name: str) -> str:
     """Return the file or setting of a project that an input of a stage comes from."""
     files = {
@@ -517,8 +519,7 @@ def _input_name(settings: Settings, stage: str, name: str) -> str:
         "manifest.scm": settings.guix_manifest,
     }
     if file := files.get(name):
-        inside = file.is_relative_to(settings.directory)
-        return str(file.relative_to(settings.directory) if inside else file)
+        return settings.shown(file)
     names = {"manifest.scm": "GUIX_MANIFEST", "profile.scm": "packages"}
     if stage == "install":  # Its command lists GUIX_PACKAGES, or those of --package.
         names["command"] = "packages"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -245,10 +244,9 @@ def _project_files(settings: Settings) -> dict[str, str]:
         "manifest.scm": settings.guix_manifest,
         "profile.scm": settings.guix_manifest,  # it loads the manifest
     }
-    names = {
-        name: os.path.relpath(file, settings.directory) for name, file in files.items() if file
+    return {
+        f"{WORK_DIRECTORY}/{name}": settings.shown(file) for name, file in files.items() if file
     }
-    return {f"{WORK_DIRECTORY}/{name}": file for name, file in names.items()}
 
 
 def _proxy_fault(project: Project) -> str:

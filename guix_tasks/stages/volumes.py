@@ -50,10 +50,8 @@ def check_volumes(settings: Settings, image: Image) -> None:
 def _origin_and_hint(
     settings: Settings, instructions: Sequence[_Instruction], volume: str
 ) -> tuple[str, str]:
-    """Name the line that declares a volume, or else the base image that declares it."""
-    file = settings.dockerfile
-    in_project = file.is_relative_to(settings.directory)
-    path = file.relative_to(settings.directory) if in_project else file
+    """Return where a volume is declared, a line or else the base image, and how to remove it."""
+    path = settings.shown(settings.dockerfile)
     if line := _declaration(instructions, volume):
         return f"{path}:{line}: VOLUME {volume}", "remove it from that line"
     image = f"{settings.origin('BASE_IMAGE')}: {settings.base_image}"
