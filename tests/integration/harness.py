@@ -118,10 +118,14 @@ class Project:
         (self.directory / "project.env").write_text("".join(lines))
 
     def write_dockerfile(self, text: str) -> None:
-        """Use a custom Dockerfile, in a build context that contains only this file."""
+        """Use a custom Dockerfile, in a build context that contains only this file.
+
+        The comment keeps equal images of parallel tests apart: otherwise one test removes the
+        image from the engine while the build of another takes it from the build cache.
+        """
         context = self.directory / "context"
         context.mkdir(exist_ok=True)
-        (context / "Dockerfile").write_text(text)
+        (context / "Dockerfile").write_text(f"{text.rstrip()}\n# {self.repository}\n")
         self.set(BUILD_CONTEXT="context", DOCKERFILE="context/Dockerfile")
 
     @property
