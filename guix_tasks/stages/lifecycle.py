@@ -457,6 +457,12 @@ class Lifecycle:
         image = engine.image(reference)
         if image and proven_stage(image) == name:
             return image
+        if image and not image.layers:
+            # Docker 28's containerd store does not fetch a layer that it has in another
+            # compression, and then reports an image without layers and configuration.
+            self._project.console.print(
+                f"{name}: cannot use {reference}: the engine has its layers in another compression"
+            )
         engine.untag(reference)
         return None
 

@@ -243,16 +243,17 @@ def test_prune_in_a_loop_moves_no_wrong_tag(killable_project: KillableProject, s
     """A cron job can remove stopped containers and images without a name at any moment."""
     examined, project = killable_project.examined, killable_project.examined.project
     statuses: Counter[int] = Counter()
-    with repeat_action(partial(project.docker, "system", "prune", "--force"), 0.1):
-        for _ in range(soak.times(3, 60)):
-            stage = killable_project.choose(("base", "pull", "install", "push"))
-            examined.prepare(stage if stage != "push" else "install")
-            before = project.tags()
+    prune = partial(project.docker, "system", "prune", "--force")
+    for _ in range(soak.times(3, 60)):
+        stage = killable_project.choose(("base", "pull", "install", "push"))
+        examined.prepare(stage if stage != "push" else "install")
+        before = project.tags()
+        with repeat_action(prune, 0.1):
             result = project.inv(*(("install",) if stage == "push" else ()), stage)
-            statuses[result.returncode] += 1
-            if result.returncode:
-                LOG.info("%s: %s", stage, expect_error(result, result.returncode))
-            examined.check("install" if stage == "push" else stage, before)
+        statuses[result.returncode] += 1
+        if result.returncode:
+            LOG.info("%s: %s", stage, expect_error(result, result.returncode))
+        examined.check("install" if stage == "push" else stage, before)
     examined.finish("base")
     examined.check_hello()
     check_store(project.docker, project.image)

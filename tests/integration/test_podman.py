@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from guix_tasks.bootstrap.registry import LocalRegistry
+    from guix_tasks.engine.docker import DockerEngine
 
 pytestmark = pytest.mark.engine
 
@@ -141,11 +142,19 @@ def test_docker_runs_the_pushed_image(built_project: BuiltProject, docker: Docke
 
 
 def test_cache_is_shared_with_docker(
-    built_project: BuiltProject, factory: ProjectFactory, tmp_path: Path
+    built_project: BuiltProject,
+    factory: ProjectFactory,
+    machine_engine: DockerEngine,
+    tmp_path: Path,
 ) -> None:
+    """The base image is on both engines, and Podman compresses its layer differently.
+
+    Docker's containerd store then cannot use what it pulls, and makes the stages.
+    """
     other = factory.create(tmp_path / "docker")
     try:
-        check_cache_is_shared(built_project.project, other)
+        can_take = not machine_engine.info().uses_containerd
+        check_cache_is_shared(built_project.project, other, can_take=can_take)
     finally:
         other.remove()
 
