@@ -11,7 +11,7 @@ import threading
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from fake_engine import (
@@ -1448,6 +1448,24 @@ def test_unauthenticated_stage_of_a_cache_is_ignored(
     output = second.make("base", "pull")
     assert "base: taken from" in output
     assert "+ guix pull --channels=" in output
+
+
+def test_image_without_its_layers_is_not_taken_from_the_cache(tmp_path: Path) -> None:
+    """The containerd store reports such an image if it has the layers in another compression."""
+    first = new_site(tmp_path / "first", CACHE_IMAGE="registry.test/cache")
+    first.make("base")
+    second = new_site(tmp_path / "second", first.engine.registry, CACHE_IMAGE="registry.test/cache")
+    pulled = second.engine.pull
+
+    def pull(reference: str, *arguments: Any, **keywords: Any) -> None:
+        pulled(reference, *arguments, **keywords)
+        image_id = second.engine.tags[reference]
+        image = replace(second.engine.all_images[image_id], layers=(), config={})
+        second.engine.all_images[image_id] = image
+
+    second.engine.pull = pull  # type: ignore[method-assign]
+    assert "base: cannot use registry.test/cache:base-" in second.make("base")
+    assert second.why("base") is None
 
 
 # --- Platforms ------------------------------------------------------------------------------
