@@ -533,7 +533,7 @@ def _input_name(settings: Settings, stage: str, name: str) -> str:
 
 
 def _package_changes(earlier: Image, image: Image) -> Iterator[str]:
-    """Yield a line for the packages that an image has added, upgraded and removed."""
+    """Yield lines for the packages that an image has added, upgraded and removed."""
     before, after = _packages(earlier), _packages(image)
     changes = {
         "added": [after[name] for name in after.keys() - before.keys()],
@@ -550,6 +550,8 @@ def _package_changes(earlier: Image, image: Image) -> Iterator[str]:
             more = len(packages) - _NAMED_PACKAGES
             names = ", ".join(sorted(packages)[:_NAMED_PACKAGES])
             yield f"{change} {names}{f' and {more} more' if more > 0 else ''}"
+    if before and before == after:
+        yield "the same packages in the same versions"
 
 
 def _packages(image: Image) -> dict[str, str]:

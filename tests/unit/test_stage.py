@@ -514,6 +514,7 @@ def test_recreated_parent_makes_its_children_stale(built_site: Site) -> None:
     built_site.engine.untag(f"{IMAGE}-pull")
     built_site.make("pull")
     assert built_site.why("install") == "pull is newer"
+    assert "install: the same packages in the same versions" in built_site.make("install")
 
 
 def test_image_follows_the_last_stage(site: Site) -> None:
