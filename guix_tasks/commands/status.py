@@ -14,6 +14,7 @@ from guix_tasks.commands.sizes import picture, sizes
 from guix_tasks.errors import UsageError
 from guix_tasks.stages.container import image_platform, uncommitted
 from guix_tasks.stages.images import CHANNELS_LABEL, HAND_MADE, SQUASH, proven_stage
+from guix_tasks.stages.install import given_packages
 from guix_tasks.stages.lifecycle import Lifecycle
 from guix_tasks.ui.format import human_size, human_time
 
@@ -83,12 +84,27 @@ def show_status(
             status for platform in project.each_platform() for status in tag_statuses(platform)
         ]
         project.console.print(next_run(statuses))
+        for note in _notes(project):
+            project.console.note(note)
         rows = status_rows(statuses)
         project.console.table(STATUS_HEADER, rows, narrower=_narrower_tables(rows))
     if plot:
         _write_plot(project, parts or [], plot)
     if note := uncommitted(project.engine, project.settings):
         project.console.note(note)
+
+
+def _notes(project: Project) -> Iterator[str]:
+    """Yield what the states of the stages do not show."""
+    ledger = project.ledger
+    image = project.engine.image(str(ledger.image))
+    if image and ledger.is_rolled_back(image):
+        yield (
+            f"{ledger.image} is the image before the newest, after `inv rollback`; the next run of "
+            "a stage moves it to the newest again"
+        )
+    if packages := given_packages(ledger.find("install")):
+        yield f"install was run with --package: {' '.join(packages)}, not with GUIX_PACKAGES"
 
 
 def _document(project: Project, parts: list[Size] | None) -> dict[str, Any]:

@@ -223,10 +223,9 @@ class Ledger:
         Images of other tools and of ``inv commit`` stay, as does the result of ``inv rollback``.
         """
         current = self.engine.image(str(self.image))
-        newest, previous = self.newest(), self.previous()
-        rolled_back = newest and previous and newest.id == previous.id
-        if current is None or (proven_stage(current) in (*self.stages, SQUASH) and not rolled_back):
-            self._move(current, newest)
+        is_own = current is None or proven_stage(current) in (*self.stages, SQUASH)
+        if is_own and not (current and self.is_rolled_back(current)):
+            self._move(current, self.newest())
 
     def point_image(self, console: Console) -> None:
         """Move ``IMAGE`` to the newest stage; print how to restore an image of ``inv commit``."""
@@ -235,7 +234,14 @@ class Ledger:
             console.print(
                 f"{self.image}: replaced the image of `inv commit`; `inv rollback` restores it"
             )
+        elif current and self.is_rolled_back(current):
+            console.print(f"{self.image}: is the newest image again; `inv rollback` undoes this")
         self._move(current, self.newest())
+
+    def is_rolled_back(self, current: Image) -> bool:
+        """Whether ``current``, the image of ``IMAGE``, is the result of ``inv rollback``."""
+        newest, previous = self.newest(), self.previous()
+        return bool(newest and previous and newest.id == previous.id != current.id)
 
     def roll_back(self) -> Image | None:
         """Swap ``IMAGE`` and the previous image; return the latter, or None if there is none."""

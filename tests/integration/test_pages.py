@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+from git_servers import GitServers, run_git_servers
 from harness import PASSWORD, ROOT, USER, builder_environment, call, free_port
 from planted_secrets import PLANTED_SECRETS
 
 from guix_tasks.stages.images import STAGES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from conftest import NewProject
-    from harness import Project
+    from harness import Docker, Project
 
 FENCE = re.compile(r"^```(?:console|\w+ title=\"([^\"]+)\")\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MARK = "--- the end of a command"
@@ -32,12 +35,15 @@ PAGES = [
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
     if FENCE.search(page.read_text(encoding="utf-8"))
 ]
+NETWORKS = "docs/how-to/networks.md"
+PRIVATE_CHANNEL = "docs/how-to/private-channel.md"
 PRIVATE_REGISTRY = "docs/how-to/private-registry.md"
 SUBSTITUTES = "docs/how-to/substitutes.md"
 
 
 def placeholders(project: Project) -> dict[str, str]:
     """Map names on the pages to values of the test."""
+    home = project.directory / "home"
     return {
         "localhost:5055/tutorial": project.image,
         "ghcr.io/me/my-image-cache": f"{project.repository}-cache",
@@ -46,7 +52,8 @@ def placeholders(project: Project) -> dict[str, str]:
         "registry.example:5000/team/image": project.image,
         "registry.example:5000": project.image.partition("/")[0],
         "robot": USER,
-        "/run/secrets/registry-token": str(project.directory / "home" / "token"),
+        "/run/secrets/registry-token": str(home / "token"),
+        "/run/secrets/channels": str(home / "channels"),
     }
 
 
@@ -112,13 +119,36 @@ def write_programs(directory: Path) -> None:
 
 
 @pytest.fixture
-def page_project(page: str, new_project: NewProject, request: pytest.FixtureRequest) -> Project:
+def servers(docker: Docker, offline: Path, tmp_path: Path) -> Iterator[GitServers]:
+    directory = tmp_path / "git"
+    directory.mkdir()
+    with run_git_servers(docker, offline, directory) as git_servers:
+        yield git_servers
+
+
+@pytest.fixture
+def page_project(
+    page: str, new_project: NewProject, offline: Path, request: pytest.FixtureRequest
+) -> Project:
     """Create the project that a page assumes."""
     if page == TUTORIAL:
         return new_project()
     if page == SUBSTITUTES:
         listen = f"127.0.0.1:{free_port()}"
         return new_project(*STAGES, NETWORK="host", SUBSTITUTES_LISTEN=listen)
+    if page in (NETWORKS, PRIVATE_CHANNEL):
+        servers: GitServers = request.getfixturevalue("servers")
+        project = new_project("base", NETWORK="host", GUIX_CHANNELS="channels.scm")
+        url = "https://git.guix.gnu.org" if page == NETWORKS else f"{servers.https}/offline"
+        text = (offline / "channels.scm").read_text().replace("file:///offline", url)
+        (project.directory / "channels.scm").write_text(text)
+        shutil.copy(servers.file("ca.pem"), project.directory / "company-ca.pem")
+        if page == PRIVATE_CHANNEL:
+            project.set(EXTRA_CA_FILE="company-ca.pem")
+            servers.token = PLANTED_SECRETS.plant()
+            account = servers.https.replace("//", f"//me:{servers.token}@")
+            (project.directory / "home" / "channels").write_text(f"{account}\n")
+        return project
     if page == PRIVATE_REGISTRY:
         private_registry = request.getfixturevalue("private_registry")
         project = new_project(*STAGES, repository=f"{private_registry}/team/image")
@@ -131,9 +161,12 @@ def page_project(page: str, new_project: NewProject, request: pytest.FixtureRequ
 @pytest.mark.engine
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_of_a_page_print_the_shown_output(
-    page: str, page_project: Project, tmp_path: Path
+    page: str, page_project: Project, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
+    if page == NETWORKS:
+        mirror = f"{request.getfixturevalue('servers').https}/offline/"
+        text = text.replace("https://mirror.example/guix/", mirror)
     for name, value in placeholders(page_project).items():
         text = text.replace(f"{name}:latest", value).replace(name, value)
     steps = parse_steps(text)

@@ -12,6 +12,7 @@ from fake_engine import BASE_IMAGE, COMMITS, IMAGE, BufferConsole, Site, console
 
 from guix_tasks.commands import commit, run
 from guix_tasks.commands.clean import clean
+from guix_tasks.commands.rollback import rollback
 from guix_tasks.commands.status import STATUS_HEADER, show_status, status_rows, tag_statuses
 from guix_tasks.engine.api import UNFINISHED_LABEL, ContainerSpec
 from guix_tasks.engine.dry_run import TracedEngine
@@ -138,6 +139,20 @@ def test_status_describes_the_image(built_site: Site) -> None:
     assert image_state() == "not made here"
     built_site.engine.untag(IMAGE)
     assert image_state() == "missing"
+
+
+def test_status_and_the_next_stage_report_a_rollback(built_site: Site) -> None:
+    built_site.make("install", packages=("tar",))
+    project = built_site.project()
+    show_status(project)
+    assert "install was run with --package: tar, not with" in console_text(project)
+    rollback(project)
+    show_status(project)
+    assert f"{IMAGE} is the image before the newest" in console_text(project)
+    assert f"{IMAGE}: is the newest image again" in built_site.make("install", packages=("tar",))
+    project = built_site.project()
+    show_status(project)
+    assert "before the newest" not in console_text(project)
 
 
 def test_sizes_are_shown_and_drawn(built_site: Site) -> None:
