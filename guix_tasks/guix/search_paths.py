@@ -28,15 +28,15 @@ A variable that holds one path has no separator and no suffix.
 """
 
 
-def search_paths(report: str) -> str:
+def search_paths(report: str, profile: str = PROFILE) -> str:
     """Return the definitions of search paths in a report of ``REPORT_PROFILE``, sorted by name.
 
-    They refer to the link ``PROFILE``, so they stay valid if packages are installed later. ``PATH``
+    They refer to the link ``profile``, so they stay valid if packages are installed later. ``PATH``
     is not one of them, because the base image sets it.
     """
     definitions = {match[1]: match[0] for match in _DEFINITION.finditer(report)}
     definitions.pop("PATH", None)
-    return re.sub(_ROOT, PROFILE, "\n".join(definitions[name] for name in sorted(definitions)))
+    return re.sub(_ROOT, profile, "\n".join(definitions[name] for name in sorted(definitions)))
 
 
 def with_search_paths(environment: Sequence[str], definitions: str) -> list[str]:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 _WORK = "pull, install"
 _BUILDX = "`buildx.*`"
+_RUNTIME = "`runtime.*`"
 _SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
@@ -377,6 +378,60 @@ class Settings:
         option="url",
         example="https://example.org/downloads/1.0",
         used_by="`release`",
+    )
+
+    runtime_image: ImageReference | None = _setting(
+        parsers.optional(parsers.image),
+        "Image with only the packages and what they need, as REGISTRY/REPOSITORY[:TAG].",
+        section="Runtime image",
+        example="ghcr.io/me/app-runtime:1.0",
+        used_by=_RUNTIME,
+    )
+    runtime_entrypoint: tuple[str, ...] = _setting(
+        parsers.words,
+        "Program of the packages that the image runs, and its first arguments.",
+        example="hello --traditional",
+        used_by=_RUNTIME,
+    )
+    runtime_command: tuple[str, ...] = _setting(
+        parsers.words,
+        "Command, or the arguments of RUNTIME_ENTRYPOINT that `docker run` can replace.",
+        example="--greeting=hi",
+        used_by=_RUNTIME,
+    )
+    runtime_user: tuple[str, int] = _setting(
+        parsers.user,
+        "User of the image, as NAME:UID.",
+        default="nobody:65534",
+        example="app:1000",
+        used_by=_RUNTIME,
+        kind="text",
+    )
+    runtime_directory: str = _setting(
+        parsers.directory_of_image,
+        "Working directory; the user of the image owns it.",
+        default="/",
+        example="/srv",
+        used_by=_RUNTIME,
+    )
+    runtime_ports: tuple[str, ...] = _setting(
+        parsers.list_of(parsers.port),
+        "Ports that the image exposes.",
+        example="8080 53/udp",
+        used_by=_RUNTIME,
+    )
+    runtime_links: Mapping[str, str] = _setting(
+        parsers.mapping_of(parsers.runtime_link),
+        "Links to files of the packages, as PATH=FILE ...",
+        example="/bin/sh=bin/sh",
+        used_by=_RUNTIME,
+    )
+    runtime_layers: int = _setting(
+        parsers.number(2, 100),
+        "Maximum layers; more of them make a change smaller.",
+        default="60",
+        example="30",
+        used_by=_RUNTIME,
     )
 
     docker_username: Secret | None = _setting(

@@ -164,9 +164,17 @@ def _amount(units: Mapping[str, int], digits: int, minimum: int, problem: str) -
     return parse
 
 
-def number(minimum: int) -> Parser:
+def number(minimum: int, maximum: int = 10**9) -> Parser:
     example = f"write for example {minimum + 1}"
-    return _amount({"": 1}, 9, minimum, f"is not a whole number of at least {minimum}; {example}")
+    parse = _amount({"": 1}, 9, minimum, f"is not a whole number of at least {minimum}; {example}")
+
+    def parse_limited(text: str, base: Path) -> int:
+        amount: int = parse(text, base)
+        if amount > maximum:
+            raise ValueError(f"{quoted(text)} is more than {maximum}; write a smaller number")
+        return amount
+
+    return parse_limited
 
 
 memory = _amount(
@@ -282,6 +290,54 @@ def cache_image(text: str, base: Path) -> ImageReference:
 def tag(text: str, _base: Path) -> str:
     check_tag(text)
     return text
+
+
+def words(text: str, _base: Path) -> tuple[str, ...]:
+    """Split text like a shell does."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError:
+        raise ValueError(
+            "a quote is not closed, or the text ends in a backslash; close the quote"
+        ) from None
+
+
+_MAX_ID = 2**31 - 1
+
+
+def user(text: str, _base: Path) -> tuple[str, int]:
+    """Parse NAME:UID."""
+    match = re.fullmatch(r"([a-z_][a-z0-9_-]{,30}):([0-9]{1,10})", text, re.ASCII)
+    if not match or int(match[2]) > _MAX_ID or (match[1] == "root") != (int(match[2]) == 0):
+        raise ValueError(f"{quoted(text)} is not a user; write NAME:UID, for example app:1000")
+    return match[1], int(match[2])
+
+
+def directory_of_image(text: str, _base: Path) -> str:
+    """Accept an absolute path without ``.`` and ``..``."""
+    if not re.fullmatch(r"/([\w.+-]+(/[\w.+-]+)*)?", text, re.ASCII) or _has_dots(text):
+        raise ValueError(f"{quoted(text)} is not a directory of an image; write for example /srv")
+    return text
+
+
+def _has_dots(path: str) -> bool:
+    return bool({".", ".."} & {*path.split("/")})
+
+
+def port(text: str, _base: Path) -> str:
+    """Return a port with its protocol."""
+    match = re.fullmatch("([0-9]{1,5})(/tcp|/udp)?", text, re.ASCII)
+    if not match or not 0 < int(match[1]) <= _PORT_MAX:
+        raise ValueError(f"{quoted(text)} is not a port; write for example 8080 or 53/udp")
+    return f"{match[1]}{match[2] or '/tcp'}"
+
+
+def runtime_link(text: str, _base: Path) -> tuple[str, str]:
+    name, _, target = text.partition("=")
+    is_valid = re.fullmatch(r"(/[\w.+-]+)+=[\w.+-]+(/[\w.+-]+)*", text, re.ASCII)
+    if not is_valid or _has_dots(name) or _has_dots(target):
+        raise ValueError(f"{quoted(text)} is not a link; write PATH=FILE, for example /bin=bin")
+    return name, target
 
 
 # --- Files and directories ------------------------------------------------------------------

@@ -85,6 +85,18 @@ def unpack_packages(
     return root
 
 
+def write_skopeo(directory: Path) -> None:
+    """Write a program ``skopeo`` that runs the unpacked one without a mount namespace."""
+    root = unpack_packages()
+    directory.mkdir(exist_ok=True)
+    program = directory / "skopeo"
+    program.write_text(
+        f"#!/bin/sh\nLD_LIBRARY_PATH=$(echo {root}/usr/lib/*-linux-gnu) "
+        f'exec {root}/usr/bin/skopeo "$@"\n'
+    )
+    program.chmod(0o755)
+
+
 def overlay_argv(root: Path, *argv: str) -> list[str]:
     """Return a command in a mount namespace in which unpacked packages look installed."""
     unshare = ("unshare", "--mount", "--propagation=private", "--", "sh", "-c", START, "sh")

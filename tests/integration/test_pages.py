@@ -16,6 +16,7 @@ import pytest
 from git_servers import GitServers, run_git_servers
 from harness import PASSWORD, ROOT, USER, builder_environment, call, free_port
 from planted_secrets import PLANTED_SECRETS
+from podman_service import write_skopeo
 
 from guix_tasks.stages.images import STAGES
 
@@ -174,6 +175,8 @@ def test_commands_of_a_page_print_the_shown_output(
     path = builder_environment("buildx")["PATH"] if needs_buildx else os.environ["PATH"]
     programs = tmp_path / "checkout"
     write_programs(programs)
+    if "inv runtime.push" in text:
+        write_skopeo(programs)
     directory = programs if page == TUTORIAL else page_project.directory
     if page != TUTORIAL:
         (directory / "project.env").rename(directory / ".env")

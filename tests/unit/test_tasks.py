@@ -29,7 +29,8 @@ NAMES = {
     "base", "pull", "install", "commit", "verify", "push", "run", "shell", "squash", "rollback",
     "status", "clean", "rootfs", "engine.up", "engine.down", "registry.up",
     "registry.down", "manifest", "init", "pack", "release", "buildx.build", "buildx.setup",
-    "buildx.status", "buildx.down", "substitutes.up", "substitutes.down", "weather", "doctor",
+    "buildx.status", "buildx.down", "runtime.build", "runtime.push", "runtime.check",
+    "substitutes.up", "substitutes.down", "weather", "doctor",
 }  # fmt: skip
 
 TASKS: dict[str, Task[Any]] = {name: ns[name] for name in sorted(ns.task_names)}
@@ -105,6 +106,7 @@ def test_command_follows_the_dashes(argv: list[str], command: list[str]) -> None
 
 LONG_TASKS = {"base", "pull", "install", "commit", "squash", "verify", "push", "pack", "rootfs"}
 LONG_TASKS |= {"demo", "buildx.build", "buildx.setup"}
+LONG_TASKS |= {"runtime.build", "runtime.push", "runtime.check"}
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -6,13 +6,19 @@ from typing import TYPE_CHECKING
 
 from invoke.collection import Collection
 
-from guix_tasks.cli.tasks import buildkit, lifecycle, local, project
+from guix_tasks.cli.tasks import buildkit, lifecycle, local, project, runtime
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 ns = Collection.from_module(lifecycle)
-for collection in (local.engine, local.registry, local.substitutes, buildkit.buildx):
+for collection in (
+    local.engine,
+    local.registry,
+    local.substitutes,
+    buildkit.buildx,
+    runtime.runtime,
+):
     ns.add_collection(collection)
 for task in (local.rootfs, project.init):
     ns.add_task(task)
@@ -23,6 +29,7 @@ GROUPS = {
     "Inspect and debug": "status doctor run shell",
     "Clean up": "squash rollback clean",
     "Pack and release": "pack release",
+    "Runtime image": "runtime.build runtime.push runtime.check",
     "Substitutes": "weather substitutes.up substitutes.down",
     "BuildKit and platforms": "buildx.setup buildx.build buildx.status buildx.down manifest",
     "Local infrastructure": "rootfs registry.up registry.down engine.up engine.down",
