@@ -45,8 +45,13 @@ def squash(project: Project) -> None:
     ledger, console = project.ledger, project.console
     ledger.drop_unnamed()
     last, base = ledger.last_stage(), ledger.find("base")
-    if last is None or base is None or last.id == base.id or not _is_on(project, last, base):
+    if last is None or base is None or last.id == base.id:
         raise UsageError("nothing to squash: there is no stage above the base; run `inv install`")
+    if not _is_on(project, last, base):
+        raise UsageError(
+            f"cannot squash: {images.proven_stage(last)} is on another base image than "
+            f"{ledger.tag('base')}; run `inv base pull install`, then squash"
+        )
     check_volumes(project.settings, base)
     images.check_layers(project.engine, base)
     replaced_image = ledger.find(SQUASH)

@@ -49,7 +49,7 @@ def placeholders(project: Project) -> dict[str, str]:
         "localhost:5055/tutorial": project.image,
         "ghcr.io/me/my-image-cache": f"{project.repository}-cache",
         "ghcr.io/me/my-image": project.image,
-        "ghcr.io/me/hello": f"{project.repository}:hello",
+        "ghcr.io/me/hello": f"{project.repository}-hello",
         "registry.example:5000/team/image": project.image,
         "registry.example:5000": project.image.partition("/")[0],
         "robot": USER,
@@ -191,7 +191,8 @@ def test_commands_of_a_page_print_the_shown_output(
     script = "".join(f"{step.command}\necho '{MARK}'\n" for step in steps)
     result = call(["bash", "-ec", f"exec 2>&1\n{script}"], env, 240, directory)
     PLANTED_SECRETS.check_output(page, result.stdout)
-    page_project.docker("rmi", "hello:latest")  # loaded by docs/how-to/small-image.md
+    # Images of docs/how-to/small-image.md.
+    page_project.docker("rmi", "hello:latest", f"{page_project.repository}-hello:latest")
     outputs = result.stdout.split(f"{MARK}\n")
     assert result.returncode == 0, outputs[-1]
     for step, output in zip(steps, outputs, strict=False):

@@ -432,6 +432,13 @@ def test_image_is_assembled_in_one_layer_if_there_are_many(built_site: Site) -> 
     assert counts[counts.index(10) + 1] == len(built_site.image("pull").layers) - base + 1
 
 
+def test_stage_on_another_base_is_not_squashed(built_site: Site) -> None:
+    built_site.write("Dockerfile", "FROM y\n")
+    built_site.make("base")
+    with pytest.raises(UsageError, match="cannot squash: install is on another base image than .*"):
+        squash(built_site.project())
+
+
 def test_changed_base_is_a_layer_on_the_previous_image_of_a_stage(built_site: Site) -> None:
     previous = {stage: built_site.image(stage) for stage in STAGES}
     built_site.write("Dockerfile", "FROM y\n")
