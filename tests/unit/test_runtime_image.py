@@ -1,4 +1,4 @@
-"""What a runtime image contains: store items as Guix's database has them, and few other files."""
+"""Contents of a runtime image: store items as Guix has them, and few other files."""
 
 from __future__ import annotations
 

@@ -435,7 +435,7 @@ def test_image_is_assembled_in_one_layer_if_there_are_many(built_site: Site) -> 
 def test_stage_on_another_base_is_not_squashed(built_site: Site) -> None:
     built_site.write("Dockerfile", "FROM y\n")
     built_site.make("base")
-    with pytest.raises(UsageError, match="cannot squash: install is on another base image than .*"):
+    with pytest.raises(UsageError, match="cannot squash: install is on another"):
         squash(built_site.project())
 
 
