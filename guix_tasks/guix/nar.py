@@ -46,6 +46,8 @@ class Nar:
 
     def read(self, size: int) -> bytes:
         data = self._stream.read(size)
+        if len(data) < size:
+            raise ValueError("the end comes too early")
         self._hash.update(data)
         return data
 
@@ -100,21 +102,15 @@ class Nar:
         size = self._number()
         if size > _MAX_TOKEN:
             raise ValueError(f"a name of {size} bytes")
-        token = self._exactly(size)
+        token = self.read(size)
         self._skip_padding(size)
         return token
 
     def _number(self) -> int:
-        return int.from_bytes(self._exactly(8), "little")
+        return int.from_bytes(self.read(8), "little")
 
     def _skip_padding(self, size: int) -> None:
-        self._exactly(-size % 8)
-
-    def _exactly(self, size: int) -> bytes:
-        data = self.read(size)
-        if len(data) != size:
-            raise ValueError("the end comes too early")
-        return data
+        self.read(-size % 8)
 
 
 def _text(name: bytes) -> str:

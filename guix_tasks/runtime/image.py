@@ -7,12 +7,11 @@ order of files are fixed, so the image is a function of the store items and of t
 
 from __future__ import annotations
 
-import difflib
 import io
 import json
 import tarfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
@@ -20,16 +19,19 @@ from guix_tasks import guix
 from guix_tasks.errors import StageError, UsageError
 from guix_tasks.files import check_writable, read_file, text_digest
 from guix_tasks.guix.nar import STORE_TIME, Nar
-from guix_tasks.guix.search_paths import search_paths, with_search_paths
+from guix_tasks.guix.search_paths import with_search_paths
 from guix_tasks.oci.platform import Platform
 from guix_tasks.oci.tar import as_file
-from guix_tasks.runtime.layers import Item, plan
+from guix_tasks.runtime.contents import LINK, parse_contents
+from guix_tasks.runtime.files import describe, image_files
+from guix_tasks.runtime.layers import plan
 from guix_tasks.runtime.layout import Layer, Layout
 from guix_tasks.stages.container import WORK_DIRECTORY, Work, cache_prefix, fill, work_container
 from guix_tasks.stages.images import CHANNELS_LABEL, PACKAGES_LABEL, key_of
 from guix_tasks.stages.install import given_packages, install_stage
 from guix_tasks.stages.lifecycle import Lifecycle
 from guix_tasks.stages.runner import run_with_retries
+from guix_tasks.stages.stage import FORGET_SUBSTITUTES, LOCK
 from guix_tasks.stages.store import fill_store, store_volume, store_volumes, trust_digest
 from guix_tasks.stages.substitute_server import local_server
 from guix_tasks.ui.format import human_size, human_time
@@ -40,12 +42,11 @@ if TYPE_CHECKING:
 
     from guix_tasks.engine.api import Image
     from guix_tasks.oci.reference import ImageReference
+    from guix_tasks.runtime.contents import Contents
+    from guix_tasks.runtime.layers import Item
     from guix_tasks.settings import Settings
     from guix_tasks.stages.project import Project
     from guix_tasks.ui.console import Step
-
-LINK = "/profile"
-"""Link of the image to the profile, so that its path stays the same."""
 
 CREATED = "1970-01-01T00:00:01Z"
 """Time of the image, which does not depend on the clock."""
@@ -57,20 +58,6 @@ _FORMAT = "1"
 """Version of what this module makes of the same store items and settings."""
 
 _LINK_IN_CONTAINER = "/tmp/guix-tasks-profile"  # noqa: S108 -- inside the container
-
-
-@dataclass(frozen=True)
-class Contents:
-    """A profile that Guix has built, and the store items that it needs."""
-
-    profile: str
-    items: Sequence[Item]
-    hashes: Mapping[str, str]
-    """SHA-256 of each item's nar, by path."""
-    packages: Sequence[str]
-    programs: Sequence[str]
-    has_certificates: bool
-    search_paths: str
 
 
 def build(project: Project, *, force: bool = False) -> str:
@@ -173,7 +160,7 @@ def make(
         others = [item for item in contents.items if item.path != contents.profile]
         groups = [*plan(others, settings.runtime_layers - 1), last]
         texts = [_content(contents, group) for group in groups]
-        texts[-1] += f"files {text_digest(*map(_describe, files))}\n"
+        texts[-1] += f"files {text_digest(*map(describe, files))}\n"
         layers = {
             text: known[text]
             for text in texts
@@ -186,9 +173,12 @@ def make(
         for number in missing:
             own_files = files if groups[number] is last else ()
             members = _members(nars, groups[number], contents, own_files)
-            layers[texts[number]] = layout.add_layer(texts[number], members)
-        if missing and (nars.read(1) or engine.wait(container)):
-            raise StageError("runtime: cannot read all store items; run it again")
+            try:
+                layers[texts[number]] = layout.add_layer(texts[number], members)
+            except (ValueError, tarfile.TarError) as error:
+                raise StageError(
+                    f"runtime: cannot read the store items of a layer: {error}; run it again"
+                ) from None
     ordered = [layers[text] for text in texts]
     config = image_config(settings, image, contents, groups)
     manifest = layout.add_image(config, ordered)
@@ -224,133 +214,23 @@ def _files(settings: Settings, given: Sequence[str]) -> dict[str, bytes]:
         f"  (concatenate-manifests (list {loaded} (specifications->manifest '({names}))))))\n"
     )
     build = (
-        "guix",
-        "build",
-        f"--file={WORK_DIRECTORY}/profile.scm",
-        f"--root={_LINK_IN_CONTAINER}",
-    )
+        "guix", "build", f"--file={WORK_DIRECTORY}/profile.scm", f"--root={_LINK_IN_CONTAINER}",
+    )  # fmt: skip
     describe = f"guix repl -- {WORK_DIRECTORY}/closure.scm {_LINK_IN_CONTAINER}"
     report = ("sh", "-c", f"{describe} && cat {_LINK_IN_CONTAINER}/etc/profile")
     scripts = ("closure.scm", "export.scm")
     return {
-        "stage": guix.script([build], report).encode(),
+        "stage": guix.script([build], report, before=[*FORGET_SUBSTITUTES, *LOCK]).encode(),
         "profile.scm": profile.encode(),
         **({"manifest.scm": read_file(manifest)} if manifest else {}),
         **{name: Path(__file__).with_name(name).read_bytes() for name in scripts},
     }
 
 
-def parse_contents(report: str) -> Contents:
-    """Parse the report of the container: the lines of ``closure.scm`` and a profile's script."""
-    profile, items, hashes = "", [], {}
-    packages, programs, has_certificates = [], [], False
-    for line in report.splitlines():
-        match line.split("\t"):
-            case ["profile", path]:
-                profile = path
-            case ["package", name, version, output]:
-                suffix = "" if output == "out" else f":{output}"
-                packages.append(f"{name}@{version}{suffix}")
-            case ["program", name]:
-                programs.append(name)
-            case ["certificates"]:
-                has_certificates = True
-            case ["item", path, digest, size, references]:
-                hashes[path] = digest
-                items.append(Item(_name(path), path, int(size), frozenset(references.split())))
-    if profile not in hashes:
-        raise StageError("runtime: Guix did not describe the profile; the log shows the reason")
-    return Contents(
-        profile,
-        items,
-        hashes,
-        sorted(packages),
-        sorted(programs),
-        has_certificates,
-        search_paths(report, LINK),
-    )
-
-
-def _name(path: str) -> str:
-    """Return the name of a store item without its hash: 32 characters and a hyphen."""
-    return PurePosixPath(path).name[33:]
-
-
 def _content(contents: Contents, group: Sequence[Item]) -> str:
     """Return the annotation that describes the store items of a layer."""
     lines = (f"{PurePosixPath(item.path).name} {contents.hashes[item.path]}\n" for item in group)
     return "".join(sorted(lines))
-
-
-# --- Files outside of the store -------------------------------------------------------------
-
-
-def image_files(settings: Settings, contents: Contents) -> list[tuple[tarfile.TarInfo, bytes]]:
-    """Return the members of the last layer that are no store items, parents first.
-
-    Raise ``UsageError`` if the entry point is no program of the profile.
-    """
-    name, uid = settings.runtime_user
-    _check_program(settings, contents)
-    home = "/root" if uid == 0 else "/"
-    users = {"root": (0, "/root"), "nobody": (65534, "/"), name: (uid, home)}
-    passwd = "".join(
-        f"{user}:x:{number}:{number}:{user}:{directory}:/bin/sh\n"
-        for user, (number, directory) in users.items()
-    )
-    group = "".join(f"{user}:x:{number}:\n" for user, (number, _) in users.items())
-    links = {LINK: contents.profile}
-    if contents.has_certificates:
-        links["/etc/ssl/certs"] = f"{LINK}/etc/ssl/certs"
-    links |= {path: f"{LINK}/{target}" for path, target in settings.runtime_links.items()}
-    files = {
-        "/etc/passwd": passwd,
-        "/etc/group": group,
-        # Without it, glibc asks name servers for localhost.
-        "/etc/nsswitch.conf": "hosts: files dns\n",
-    }
-    directories = {"/tmp": 0o1777, "/var/tmp": 0o1777, "/root": 0o700}  # noqa: S108
-    members: dict[str, tuple[tarfile.TarInfo, bytes]] = {}
-
-    def add(path: str, kind: bytes, mode: int, owner: int = 0, data: bytes = b"") -> None:
-        for parent in reversed(PurePosixPath(path).parents[:-1]):
-            if str(parent) not in members:
-                add(str(parent), tarfile.DIRTYPE, 0o755)
-        member = tarfile.TarInfo(path.lstrip("/"))
-        member.type, member.mode, member.mtime = kind, mode, STORE_TIME
-        member.uid = member.gid = owner
-        member.size = len(data)
-        members[path] = member, data
-
-    for path, mode in directories.items():
-        add(path, tarfile.DIRTYPE, mode)
-    if settings.runtime_directory not in ("/", *members):
-        add(settings.runtime_directory, tarfile.DIRTYPE, 0o755, uid)
-    for path, text in files.items():
-        add(path, tarfile.REGTYPE, 0o644, data=text.encode())
-    for path, target in links.items():
-        add(path, tarfile.SYMTYPE, 0o777)
-        members[path][0].linkname = target
-    return list(members.values())
-
-
-def _check_program(settings: Settings, contents: Contents) -> None:
-    for name in ("runtime_entrypoint", "runtime_command"):
-        words = getattr(settings, name)
-        if not words:
-            continue
-        if "/" not in words[0] and words[0] not in contents.programs:
-            similar = difflib.get_close_matches(words[0], contents.programs)
-            raise UsageError(
-                f"{settings.origin(name.upper())}: the packages have no program {words[0]}; "
-                f"set one of theirs, for example {(similar or contents.programs or ['none'])[0]}"
-            )
-        return  # A command after an entry point is only its arguments.
-
-
-def _describe(member: tuple[tarfile.TarInfo, bytes]) -> str:
-    info, data = member
-    return f"{info.name} {info.type!r} {info.mode:o} {info.uid} {info.linkname} {data!r}"
 
 
 def image_config(
@@ -399,7 +279,6 @@ def _export(
         "wanted": "".join(f"{path}\n" for path in paths).encode(),
     }
     fill(project.engine, project.settings, container, replace(work, files=files))
-
     return as_file(LogReader(step.log).results(project.engine.run(container)))
 
 
@@ -411,7 +290,8 @@ def _members(
 ) -> Iterator[tuple[tarfile.TarInfo, IO[bytes] | None]]:
     """Yield the members of a layer.
 
-    Raise ``StageError`` if an item does not have the hash that Guix's database has.
+    Raise ``ValueError`` if an item is not complete, and ``StageError`` if it does not have the hash
+    that Guix's database has.
     """
     for directory in ("gnu", "gnu/store"):
         member = tarfile.TarInfo(directory)
@@ -419,10 +299,7 @@ def _members(
         yield member, None
     for item in group:
         nar = Nar(nars)
-        try:
-            yield from nar.members(item.path.lstrip("/"))
-        except (ValueError, tarfile.TarError, OSError) as error:
-            raise StageError(f"runtime: cannot read {item.path}: {error}; run it again") from None
+        yield from nar.members(item.path.lstrip("/"))
         if nar.sha256 != contents.hashes[item.path]:
             raise StageError(
                 f"runtime: {item.path} is damaged: its hash is not that of Guix's database; "

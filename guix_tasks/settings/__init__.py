@@ -493,7 +493,8 @@ class Settings:
         """
         out, lock = self.output_directory.resolve(), self.guix_channels_lock
         links = {lock.parent.resolve() / lock.name, lock.resolve()} if lock else set()
-        return frozenset({*links, *(out / name for name in ("logs", "failed", "digests"))})
+        names = ("logs", "failed", "digests", "runtime", "runtime-image.txt")
+        return frozenset({*links, *(out / name for name in names)})
 
     @property
     def references(self) -> list[str]:

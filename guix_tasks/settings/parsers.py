@@ -335,7 +335,8 @@ def port(text: str, _base: Path) -> str:
 def runtime_link(text: str, _base: Path) -> tuple[str, str]:
     name, _, target = text.partition("=")
     is_valid = re.fullmatch(r"(/[\w.+-]+)+=[\w.+-]+(/[\w.+-]+)*", text, re.ASCII)
-    if not is_valid or _has_dots(name) or _has_dots(target):
+    is_reserved = name.split("/")[1:2] in (["gnu"], ["profile"])
+    if not is_valid or is_reserved or _has_dots(name) or _has_dots(target):
         raise ValueError(f"{quoted(text)} is not a link; write PATH=FILE, for example /bin=bin")
     return name, target
 

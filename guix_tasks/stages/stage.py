@@ -34,7 +34,7 @@ STATE = (
 MISSING_ITEMS = 113
 """Exit status of a stage's script if the warm store lacks items of the container's image."""
 
-_LOCK = (
+LOCK = (
     "caches=${XDG_CACHE_HOME:-/root/.cache}",
     'if command -v flock >/dev/null && [ -r "$caches" ]; then',
     '    exec 9<"$caches"',
@@ -44,8 +44,10 @@ _LOCK = (
     "    fi",
     "fi",
 )
-"""The kernel of the engine's machine has this lock, so it is one for all users of the engine, and
-ends with the container.  Guix itself does not lock its checkouts of channels."""
+"""Commands that lock the caches.  Guix itself does not lock its checkouts of channels.
+
+The kernel of the engine's machine has this lock, so it is one for all users of the engine, and ends
+with the container."""
 
 _CHECKOUTS = (
     'for checkout in "$caches"/guix/checkouts/*; do',
@@ -63,13 +65,14 @@ of Guix 1.5 fails without git.  Debian's package only recommends git."""
 RETRY = "retry"
 """File in ``container.WORK_DIRECTORY`` if the script runs again after a network failure."""
 
-_FORGET_SUBSTITUTES = (
+FORGET_SUBSTITUTES = (
     f"if [ -e {WORK_DIRECTORY}/{RETRY} ]; then",
     "    caches=${XDG_CACHE_HOME:-/root/.cache}",
     f'    rm -rf {SUBSTITUTE_CACHE}/cache/* "$caches/guix/substitute" || :',
     "fi",
 )
-"""Guix keeps a server's answers for up to 36 hours, also if the server has since lost the item."""
+"""Commands before a retry.  Guix keeps a server's answers for up to 36 hours, also if the server
+has since lost the item."""
 
 _CHECK_ROOTS = (
     "for link in $(find /var/guix/profiles /var/guix/gcroots -type l 2>/dev/null || true); do",
@@ -135,7 +138,7 @@ def stage_files(stage: Stage) -> dict[str, bytes]:
         stage.commands,
         stage.report,
         before=[
-            *_FORGET_SUBSTITUTES,
+            *FORGET_SUBSTITUTES,
             f"[ -e {items} ] || find /gnu/store -mindepth 1 -maxdepth 1 >{items} || true",
         ],
         finish=f"{collect} || echo 'the store could not be collected'",
@@ -165,8 +168,8 @@ def warm_stage_files(
         stage.report,
         before=(
             *([f"if {reuse} >&3; then exit; fi"] if earlier else ()),
-            *_FORGET_SUBSTITUTES,
-            *_LOCK,
+            *FORGET_SUBSTITUTES,
+            *LOCK,
             *(_CHECKOUTS if stage.fetches is not None else ()),
             *(_CHECK_ROOTS if check_roots else ()),
         ),

@@ -13,6 +13,8 @@ from test_nar import TREE, nar
 from guix_tasks.errors import StageError, UsageError
 from guix_tasks.oci.reference import ImageReference
 from guix_tasks.runtime import image, push, skopeo
+from guix_tasks.runtime.contents import parse_contents
+from guix_tasks.runtime.files import image_files
 from guix_tasks.runtime.layers import Item
 from guix_tasks.runtime.layout import CONTENT
 from guix_tasks.settings import load_settings
@@ -41,7 +43,7 @@ def settings(directory: Path, **values: str) -> Settings:
 
 
 def test_report_of_the_container_is_parsed() -> None:
-    contents = image.parse_contents(REPORT)
+    contents = parse_contents(REPORT)
     assert contents.profile == PROFILE
     assert contents.hashes == {HELLO: "ab", PROFILE: "cd"}
     assert contents.items[0] == Item("hello-2.12", HELLO, 100, frozenset({HELLO}))
@@ -54,13 +56,13 @@ def test_report_of_the_container_is_parsed() -> None:
 @pytest.mark.parametrize("report", ["", "profile\t/x", "nothing\nof\tthis"])
 def test_incomplete_report_is_an_error(report: str) -> None:
     with pytest.raises(StageError, match="did not describe the profile"):
-        image.parse_contents(report)
+        parse_contents(report)
 
 
 def test_image_has_few_files_outside_of_the_store(tmp_path: Path) -> None:
     given = settings(tmp_path, RUNTIME_USER="app:1000", RUNTIME_DIRECTORY="/srv/app",
                      RUNTIME_LINKS="/bin/sh=bin/sh")  # fmt: skip
-    files = image.image_files(given, image.parse_contents(REPORT))
+    files = image_files(given, parse_contents(REPORT))
     members = {f"/{member.name}": (member, data) for member, data in files}
     assert list(members) == [
         "/tmp", "/var", "/var/tmp", "/root", "/srv", "/srv/app", "/etc", "/etc/passwd",  # noqa: S108
@@ -85,7 +87,14 @@ def test_program_that_no_package_has_is_an_error(
     tmp_path: Path, values: dict[str, str], error: str
 ) -> None:
     with pytest.raises(UsageError, match=error):
-        image.image_files(settings(tmp_path, **values), image.parse_contents(REPORT))
+        image_files(settings(tmp_path, **values), parse_contents(REPORT))
+
+
+@pytest.mark.parametrize("links", ["/etc=etc", "/a=bin /a/b=bin", "/a/b=bin /a=bin"])
+def test_paths_that_exclude_each_other_are_an_error(tmp_path: Path, links: str) -> None:
+    given = settings(tmp_path, RUNTIME_LINKS=links)
+    with pytest.raises(UsageError, match="exclude each other; remove one"):
+        image_files(given, parse_contents(REPORT))
 
 
 @pytest.mark.parametrize(
@@ -96,11 +105,11 @@ def test_program_that_no_package_has_is_an_error(
     ],
 )
 def test_arguments_and_paths_are_no_programs(tmp_path: Path, values: dict[str, str]) -> None:
-    assert image.image_files(settings(tmp_path, **values), image.parse_contents(REPORT))
+    assert image_files(settings(tmp_path, **values), parse_contents(REPORT))
 
 
 def test_store_item_has_to_have_the_hash_of_the_database() -> None:
-    data, contents = nar(TREE), image.parse_contents(REPORT)
+    data, contents = nar(TREE), parse_contents(REPORT)
     item, digest = contents.items[0], hashlib.sha256(data).hexdigest()
 
     def read(stream: bytes, expected: str) -> list[str]:
@@ -115,8 +124,9 @@ def test_store_item_has_to_have_the_hash_of_the_database() -> None:
     assert read(data, digest)[:3] == ["gnu", "gnu/store", HELLO.lstrip("/")]
     with pytest.raises(StageError, match=r"hello-2\.12 is damaged: its hash is not that of"):
         read(data, "0" * 64)
-    with pytest.raises(StageError, match=r"cannot read .*hello-2\.12: the end comes too early"):
-        read(data[:-8], digest)
+    for cut in (8, 100):
+        with pytest.raises(ValueError, match="the end comes too early"):
+            read(data[:-cut], digest)
 
 
 def manifest(*lines: str, layer: str = "a") -> dict[str, object]:

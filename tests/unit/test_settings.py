@@ -392,6 +392,7 @@ INVALID_VALUES = [
     ("RUNTIME_LINKS", "/bin/sh", "'/bin/sh' is not a link"),
     ("RUNTIME_LINKS", "/bin/../sh=bin/sh", "is not a link"),
     ("RUNTIME_LINKS", "/sh=/bin/sh", "is not a link"),
+    ("RUNTIME_LINKS", "/gnu/store=bin", "is not a link"),
     ("RUNTIME_LAYERS", "1", "at least 2"),
     ("RUNTIME_LAYERS", "101", "'101' is more than 100"),
     ("OUTPUT", "loud", "write one of: auto, plain, quiet, verbose, live"),
