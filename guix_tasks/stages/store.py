@@ -174,7 +174,9 @@ def _seed(project: Project, volume: str, image: Image) -> None:
     """Copy the store items of an image that the volume lacks to the volume."""
     engine, settings = project.engine, project.settings
     work = _script_work("seed", SEED, VOLUME_MOUNT, volume=volume)
-    project.console.detail(f"store: copying what {volume} lacks from {image.id}")
+    project.console.detail(
+        f"store: copying the packages of {image.id[7:19]} to the volume {volume}, if it lacks them"
+    )
     with work_container(engine, settings, image.id, work) as container:
         rootless = settings.guix_sandbox is Sandbox.ROOTLESS and not engine.is_dry
         owner = daemon_user(engine, container) if rootless else 0
