@@ -34,6 +34,16 @@ def check_text(text: str) -> None:
         raise ValueError("contains a NUL or a malformed character; write UTF-8 text")
 
 
+def words(text: str, _base: Path) -> tuple[str, ...]:
+    """Split text like a shell does."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError:
+        raise ValueError(
+            "a quote is not closed, or the text ends in a backslash; close the quote"
+        ) from None
+
+
 # --- Combinators ----------------------------------------------------------------------------
 
 
@@ -54,15 +64,9 @@ def list_of(parse: Parser, *, commas: bool = False) -> Parser:
     """
 
     def parse_all(text: str, base: Path) -> tuple[Any, ...]:
-        try:
-            words = shlex.split(text)
-        except ValueError:
-            raise ValueError(
-                "a quote is not closed, or the text ends in a backslash; close the quote"
-            ) from None
         values: list[Any] = []
         problems: list[str] = []
-        for word in words:
+        for word in words(text, base):
             has_stray_comma = "," in word and not commas
             hint = "; separate items by spaces, not commas" if has_stray_comma else ""
             try:
@@ -290,16 +294,6 @@ def cache_image(text: str, base: Path) -> ImageReference:
 def tag(text: str, _base: Path) -> str:
     check_tag(text)
     return text
-
-
-def words(text: str, _base: Path) -> tuple[str, ...]:
-    """Split text like a shell does."""
-    try:
-        return tuple(shlex.split(text))
-    except ValueError:
-        raise ValueError(
-            "a quote is not closed, or the text ends in a backslash; close the quote"
-        ) from None
 
 
 _MAX_ID = 2**31 - 1
